@@ -1,0 +1,29 @@
+# make demo: install and run the main job. make test, make check: for developers. Needs python >= 3.11, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check install clean flwr-run
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,ray,dev]"
+	touch $@
+
+demo: install
+	$(BIN)/cotune simulate
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+flwr-run: install
+	PATH="$(abspath $(BIN)):$$PATH" scripts/flwr-run
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

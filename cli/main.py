@@ -1,0 +1,69 @@
+"""`cotune`: the command line. A failure that is the user's to mend is one sentence and an exit code; --debug shows the traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cotune.cli import plan as plan_commands
+from cotune.cli import simulate as simulate_command
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="cotune",
+    help="Collaborative fine-tuning without sharing data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(plan_commands.app, name="plan")
+app.command("simulate")(simulate_command.simulate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"cotune {version('cotune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Organisations that cannot pool their data fine-tune one model together, with record-level differential privacy."""
+
+
+def run() -> None:
+    """The console script."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    for key, value in (("FLWR_TELEMETRY_ENABLED", "0"), ("HF_HUB_DISABLE_TELEMETRY", "1"), ("FLWR_DISABLE_UPDATE_CHECK", "1")):
+        os.environ.setdefault(key, value)
+    from cotune.models.errors import CotuneError
+
+    try:
+        app()
+    except CotuneError as error:
+        if debug:
+            raise
+        print(f"cotune: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("cotune: stopped; finished rounds are kept, --resume goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"cotune: something unforeseen failed ({type(error).__name__}: {error}); --debug shows where", file=sys.stderr)
+        sys.exit(70)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,82 @@
+"""`cotune plan`: make a plan, and say what it will do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cotune.cli.units import duration, size
+
+if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
+    from cotune.simulations.forecast import Forecast
+
+app = typer.Typer(help="Make and check plans.", no_args_is_help=True)
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")]
+
+
+@app.command("new")
+def new(preset: Annotated[str, typer.Argument(help="Which preset to start from.")] = "tweets") -> None:
+    """Print a preset plan: `cotune plan new tweets > my.toml`."""
+    from cotune.plan.load import preset_text
+
+    typer.echo(preset_text(preset), nl=False)
+
+
+@app.command("list")
+def names() -> None:
+    """Name the preset plans."""
+    from cotune.plan.load import preset_names
+
+    typer.echo("\n".join(preset_names()))
+
+
+@app.command("check")
+def check(
+    plan: Annotated[str, typer.Argument(help="A preset or a TOML file.")] = "tweets",
+    override: Set = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Say what a plan will do: organisations, rounds, steps, noise, ε, bytes and time; train nothing."""
+    from cotune.plan.load import load_plan
+    from cotune.simulations.forecast import forecast
+
+    loaded = load_plan(plan, override or [])
+    console = Console(highlight=False)
+    with console.status("checking data, model and privacy"):
+        seen = forecast(loaded, device)
+    _show(console, seen)
+
+
+def _show(console: Console, seen: Forecast) -> None:
+    plan = seen.plan
+    console.print(f"[bold]{plan.name}[/bold]: base model {plan.model.base} ({(plan.model.base_hash or '')[:12]}…)")
+    console.print(f"{len(plan.labels)} classes ({', '.join(plan.labels)}), {seen.test_examples:,} test examples")
+    console.print(_stages(seen))
+    console.print(_organisations(seen))
+    if plan.privacy == "none":
+        console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
+    console.print(f"about {duration(seen.seconds)} on this machine; nothing was trained")
+
+
+def _stages(seen: Forecast) -> Table:
+    table = Table("stage", box=None, header_style="bold", pad_edge=False)
+    for heading in ("rounds", "steps per round", "shared parameters", "up per round", "down per round"):
+        table.add_column(heading, justify="right")
+    for s in seen.stages:
+        table.add_row(s.mode, str(s.rounds), str(s.steps), f"{s.parameters:,}", size(s.bytes_up), size(s.bytes_down))
+    return table
+
+
+def _organisations(seen: Forecast) -> Table:
+    private = seen.plan.privacy != "none"
+    table = Table("organisation", box=None, header_style="bold", pad_edge=False)
+    for heading in ("examples", "batch", "steps", *(("σ", "ε planned", "ε allowed", "δ") if private else ())):
+        table.add_column(heading, justify="right")
+    for o in seen.organisations:
+        figures = (f"{o.noise_multiplier:.3f}", f"{o.epsilon_planned:.3f}", f"{o.epsilon_allowed:g}", f"{o.delta:.1e}") if private else ()
+        table.add_row(o.name, f"{o.examples:,}", f"{o.batch:.0f}", str(o.steps), *figures)
+    return table

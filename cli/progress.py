@@ -1,0 +1,126 @@
+"""What is shown while a run goes on: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cotune.cli.units import duration, size
+from cotune.client.observe import observing
+from cotune.server.events import listening
+
+__all__ = ["showing_progress"]
+
+_FEATURE_SECONDS = 5.0  # between two plain lines about encoding
+
+
+@contextmanager
+def showing_progress(console: Console) -> Iterator[None]:
+    """Shows the events and steps of this process during the block."""
+    display = _Live(console) if console.is_terminal else _Lines(console)
+    with display, listening(display.event), observing(display.step):
+        yield
+
+
+class _Lines:
+    """One line per thing worth knowing; for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.told, self.began, self.rounds = console, 0.0, time.monotonic(), 0
+        self.first = 0
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def print(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "run_started":
+            self.began, self.rounds, self.first = time.monotonic(), fields["rounds"], fields["resumed_after"]
+            after = f", going on after round {self.first}" if self.first else ""
+            self.print(f"plan {fields['plan']} ({fields['plan_id'][:12]}…): {fields['rounds']} rounds{after}")
+        elif event == "round_finished":
+            self.print(_round_line(fields, self.rounds, self._remaining(fields["round"])))
+        elif event == "update_dropped":
+            self.print(f"round {fields['round']}: {fields['organisation']} left out: {fields['reason']}")
+        elif event == "baseline_finished":
+            self.print(f"baseline {fields['baseline']}: accuracy {fields['metrics']['accuracy']:.3f}")
+
+    def _remaining(self, round: int) -> float:
+        played = round - self.first
+        return (time.monotonic() - self.began) / played * (self.rounds - round)
+
+    def step(self, what: str, details: dict[str, Any]) -> None:
+        if what == "features" and (time.monotonic() - self.told > _FEATURE_SECONDS or details["done"] == details["total"]):
+            self.told = time.monotonic()
+            self.print(f"encoding texts once: {details['done']:,} of {details['total']:,}")
+
+
+class _Live(_Lines):
+    """The same lines above a bar that shows who is doing what right now."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.bars: dict[str, TaskID] = {}
+        self.baseline = ""
+
+    def __enter__(self) -> _Live:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        super().event(event, fields)
+        if event == "run_started":
+            self._bar("rounds", "rounds", fields["resumed_after"], fields["rounds"])
+        elif event == "round_finished":
+            self._bar("rounds", "rounds", fields["round"], self.rounds)
+        elif event == "baseline_started":
+            self.baseline = fields["baseline"]
+        elif event == "run_finished":
+            self._drop("steps")
+
+    def step(self, what: str, details: dict[str, Any]) -> None:
+        if what == "features":
+            self._bar("features", "encoding texts once", details["done"], details["total"])
+            if details["done"] == details["total"]:
+                self._drop("features")
+            return
+        spent = f", ε {details['epsilon']:.2f}" if details["epsilon"] is not None else ""
+        loss = f", loss {details['loss']:.3f}" if details["loss"] is not None else ""
+        where = f"baseline {self.baseline}" if self.baseline else details["organisation"]
+        self._bar("steps", f"round {details['round']}, {where}{loss}{spent}", details["step"], details["steps"])
+
+    def _bar(self, key: str, description: str, done: int, total: int) -> None:
+        if key not in self.bars:
+            self.bars[key] = self.progress.add_task(description, total=total)
+        self.progress.update(self.bars[key], description=description, completed=done, total=total)
+
+    def _drop(self, key: str) -> None:
+        if key in self.bars:
+            self.progress.remove_task(self.bars.pop(key))
+
+
+def _round_line(fields: dict[str, Any], rounds: int, remaining: float) -> str:
+    parts = [f"round {fields['round']}/{rounds} ({fields['stage']})", f"{len(fields['participants'])} organisations"]
+    if fields["metrics"]:
+        parts.append(f"test accuracy {fields['metrics']['accuracy']:.3f}")
+    if fields["epsilon"]:
+        parts.append(f"ε {max(fields['epsilon'].values()):.2f}")
+    parts.append(f"{size(fields['bytes_up'])} up, {size(fields['bytes_down'])} down")
+    if fields["round"] < rounds:
+        parts.append(f"{duration(remaining)} left")
+    return ", ".join(parts)

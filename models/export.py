@@ -1,0 +1,45 @@
+"""The fine-tuned model as a plain Hugging Face folder: `AutoModelForSequenceClassification.from_pretrained` loads it as it is."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoConfig
+
+from cotune.models.sharing import SharedModel, merge_adapters
+
+__all__ = ["export_model"]
+
+
+def export_model(model: SharedModel, folder: Path) -> None:
+    """Writes safetensors, configuration with label names, and tokenizer; adapters are merged into the weights.
+
+    Replaces the folder in one step. The model itself is left as it is.
+    """
+    module: Any = copy.deepcopy(model.loaded.module).to("cpu")
+    merge_adapters(module)
+    _restore_dropout(module.config, model.loaded.folder.path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
+    try:
+        module.save_pretrained(part)
+        cast(Any, model.loaded.tokenizer).save_pretrained(part)
+        part.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _restore_dropout(config: Any, base: Path) -> None:
+    """Training here was without dropout; who fine-tunes on gets the base model's own setting."""
+    original = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
+    for key, value in original.to_dict().items():
+        if ("dropout" in key or key in ("attn_pdrop", "embd_pdrop", "resid_pdrop")) and isinstance(value, float):
+            setattr(config, key, value)

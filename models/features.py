@@ -1,0 +1,185 @@
+"""With a frozen encoder, each text is encoded once: its feature is what the head reads, and is kept on disk.
+
+Which vector that is (the pooled output, the first token, the last token) is not looked up in a table of architectures but found
+out: the one for which the head alone gives the logits of the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from cotune.models.device import bfloat16_is_fast
+from cotune.models.durable import write_durably
+from cotune.models.sharing import SharedModel, State
+from cotune.models.tasks import collator, encode, logits
+
+__all__ = ["FeatureHead", "cache_folder", "feature_head", "features_of"]
+
+_BATCH = 64  # texts per forward pass
+Progress = Callable[[int, int], None]  # (texts encoded, texts in all)
+
+
+def cache_folder() -> Path:
+    """Where features are kept between runs: $COTUNE_CACHE, or cotune/ in the user's cache folder."""
+    given = os.environ.get("COTUNE_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cotune"
+
+
+class _Stub(nn.Module):
+    """Stands in for the encoder: answers with the features it was given, as the hidden states of one position."""
+
+    features: Tensor
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=cast(Any, self.features[:, None, :]), pooler_output=cast(Any, self.features)
+        )
+
+
+class FeatureHead(nn.Module):
+    """The head of a model alone, reading features (b, d): the architecture's own forward, with the encoder left out.
+
+    Its parameters are the model's own: training one trains the other.
+    """
+
+    def __init__(self, model: SharedModel) -> None:
+        super().__init__()
+        whole = model.loaded.module
+        headed = copy.copy(whole)
+        headed.__dict__["_modules"] = dict(whole._modules)
+        self.stub = _Stub()
+        setattr(headed, whole.base_model_prefix, self.stub)
+        self.headed = headed
+        self.pad = int(cast(Any, whole.config).pad_token_id or 0)
+
+    def forward(self, features: Tensor) -> Any:
+        self.stub.features = features
+        ids = torch.full((len(features), 1), self.pad + 1, device=features.device)  # one token that is not padding
+        return self.headed(input_ids=ids)
+
+
+def feature_head(model: SharedModel) -> FeatureHead | None:
+    """The head on features; None when no single vector of the encoder is what the head reads."""
+    return FeatureHead(model) if _reading(model) else None
+
+
+def features_of(
+    model: SharedModel, texts: Sequence[str], state: State, precision: str, progress: Progress | None = None
+) -> Tensor:
+    """What the head reads for each text, in float32 on the CPU: (n, d). Read from disk where these were computed before.
+
+    Computed in one canonical order and batching, so that the values depend on the texts, the model and the arithmetic alone. The
+    model must be set to `state`.
+    """
+    reading = _reading(model)
+    assert reading is not None, "feature_head said that there are none"
+    dtype = _arithmetic(precision, model.device)
+    file = cache_folder() / "features" / f"{_key(model, texts, state, reading, dtype)}.safetensors"
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):  # several processes of one run want the same features: one computes
+            found = _read(file, len(texts))
+            if found is None:
+                found = _compute(model, texts, reading, dtype, progress)
+                _write(file, found)
+            return found
+    return _compute(model, texts, reading, dtype, progress)  # nowhere to write: compute every time
+
+
+def _arithmetic(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def _key(model: SharedModel, texts: Sequence[str], state: State, reading: str, dtype: torch.dtype) -> str:
+    """Identifies features: the base model, what was trained in the encoder so far, how it is read, and the texts."""
+    digest = hashlib.sha256()
+    loaded = model.loaded
+    parts = ("1", loaded.folder.content_hash, str(loaded.frozen), reading, str(dtype), str(loaded.max_length), model.device.type)
+    digest.update("\n".join(parts).encode())
+    for name in sorted(n for n in state if n.startswith(model.prefix)):
+        digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
+    if model.lora is not None and any(".lora_" in n for n in state):
+        digest.update(model.lora.model_dump_json().encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()
+
+
+def _read(file: Path, expected: int) -> Tensor | None:
+    try:
+        found = load_file(file)["features"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return found if len(found) == expected else None
+
+
+def _write(file: Path, features: Tensor) -> None:
+    write_durably(file, save({"features": features}))
+
+
+@torch.no_grad()
+def _compute(
+    model: SharedModel, texts: Sequence[str], reading: str, dtype: torch.dtype, progress: Progress | None
+) -> Tensor:
+    ids = encode(model.loaded.tokenizer, texts, model.loaded.max_length)
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), ids[i], i))  # like lengths together: little padding
+    features: Tensor | None = None
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            vectors = _read_vectors(model, [ids[i] for i in rows], reading).float().cpu()
+        if features is None:
+            features = torch.empty(len(ids), vectors.shape[1])
+        features[rows] = vectors
+        if progress:
+            progress(min(start + _BATCH, len(order)), len(order))
+    return torch.empty(0, 0) if features is None else features
+
+
+def _read_vectors(model: SharedModel, ids: list[list[int]], reading: str) -> Tensor:
+    """The vector that `reading` names, for each row of token numbers: (b, d)."""
+    batch = collator(model.module, model.loaded.tokenizer, model.device)([{"input_ids": row, "labels": 0} for row in ids])
+    batch.pop("labels")
+    output = getattr(model.module, model.loaded.module.base_model_prefix)(**batch)
+    if reading == "pooled":
+        return cast(Tensor, output.pooler_output)
+    position = [0 if reading == "first" else len(row) - 1 for row in ids]
+    return cast(Tensor, output.last_hidden_state[torch.arange(len(ids)), torch.tensor(position)])
+
+
+def _reading(model: SharedModel) -> str | None:
+    """Which vector the head reads; found once per model by comparing logits on three made-up texts of unequal length."""
+    if not hasattr(model, "_reading"):
+        model._reading = _find_reading(model)  # type: ignore[attr-defined]
+    return cast("str | None", model._reading)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _find_reading(model: SharedModel) -> str | None:
+    tokenizer = model.loaded.tokenizer
+    usable = [i for i in range(min(len(tokenizer), 500)) if i not in set(tokenizer.all_special_ids)]
+    ids = [usable[:2], usable[2:9], usable[9:14]]
+    batch = collator(model.module, tokenizer, model.device)([{"input_ids": row, "labels": 0} for row in ids])
+    expected = logits(model.module, batch)
+    head = FeatureHead(model)
+    for reading in ("pooled", "first", "last"):
+        with contextlib.suppress(AttributeError, TypeError, RuntimeError, ValueError):
+            got = head(_read_vectors(model, ids, reading).float()).logits.float()
+            if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-4):
+                return reading
+    return None

@@ -1,0 +1,110 @@
+"""Which records somebody holds: rows of one or several files, as a small JSON document beside its row numbers.
+
+An organisation's site and the server's test set are both described this way. Features are computed per file, not per holder, so
+that they are the same whoever asks and computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cotune.models.errors import DataError
+from cotune.models.features import Progress, features_of
+from cotune.models.records import DataConfig, Records, read_records
+from cotune.models.sharing import SharedModel, State
+from cotune.models.tasks import Example, encode
+
+__all__ = ["Holdings", "HoldingsFile", "Portion", "write_holdings"]
+
+
+class Portion(BaseModel):
+    """Rows of one file; `rows`: the name of a .npy file with their numbers beside the document; None: all of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: Path | None
+    rows: str | None = None
+
+
+class HoldingsFile(BaseModel):
+    """The document."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    data: DataConfig
+    portions: tuple[Portion, ...]
+
+    @classmethod
+    def read(cls, file: Path, labels: tuple[str, ...]) -> Holdings:
+        """The holdings that the document describes, with the records read. Raises DataError."""
+        try:
+            document = cls.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise DataError(f"{file} cannot be read ({type(error).__name__}): expected a description of holdings") from None
+        parts = []
+        for portion in document.portions:
+            records = read_records(document.data, portion.path)
+            rows = np.load(file.parent / portion.rows, allow_pickle=False) if portion.rows else np.arange(len(records))
+            parts.append((records, rows))
+        return Holdings(tuple(parts), labels)
+
+
+def write_holdings(file: Path, data: DataConfig, portions: list[tuple[Path | None, Any]]) -> None:
+    """Writes the document and the row numbers beside it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for i, (path, rows) in enumerate(portions):
+        np.save(file.parent / f"{file.stem}-rows-{i}.npy", np.asarray(rows, dtype=np.int64), allow_pickle=False)
+        written.append(Portion(path=path, rows=f"{file.stem}-rows-{i}.npy"))
+    file.write_text(HoldingsFile(data=data, portions=tuple(written)).model_dump_json(indent=1), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Records held, in a fixed order; labels as class numbers in the plan's order."""
+
+    parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows in self.parts)
+
+    @cached_property
+    def targets(self) -> list[int]:
+        """The class number of each record. Raises DataError for a class that the plan does not have."""
+        number = {label: i for i, label in enumerate(self.labels)}
+        names = [records.labels[int(i)] for records, rows in self.parts for i in rows]
+        unknown = sorted(set(names) - set(number))
+        if unknown:
+            raise DataError(
+                f"the data have the classes {', '.join(unknown[:5])}, which the plan does not list: expected {', '.join(self.labels)}"
+            )
+        return [number[name] for name in names]
+
+    def label_counts(self) -> dict[str, int]:
+        return {label: self.targets.count(i) for i, label in enumerate(self.labels)}
+
+    def texts(self) -> list[str]:
+        return [records.texts[int(i)] for records, rows in self.parts for i in rows]
+
+    def examples(self, model: SharedModel) -> list[Example]:
+        """Tokens and class of each record."""
+        ids = encode(model.loaded.tokenizer, self.texts(), model.loaded.max_length)
+        return [{"input_ids": row, "labels": target} for row, target in zip(ids, self.targets, strict=True)]
+
+    def features(
+        self, model: SharedModel, state: State, precision: str, progress: Callable[[int, int], None] | None = None
+    ) -> torch.Tensor:
+        """What the head reads for each record: (n, d)."""
+        found = [_of_file(records, model, state, precision, progress)[torch.as_tensor(rows)] for records, rows in self.parts]
+        return torch.cat(found)
+
+
+def _of_file(records: Records, model: SharedModel, state: State, precision: str, progress: Progress | None) -> torch.Tensor:
+    return features_of(model, records.texts, state, precision, progress)

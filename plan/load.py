@@ -1,0 +1,165 @@
+"""Reading a plan: a preset or a TOML file, with overrides; every mistake is one sentence that names the nearest known key."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from cotune.models.errors import PlanError, nearest
+from cotune.plan.schema import Plan
+
+__all__ = ["dump_plan", "load_plan", "parse_plan", "preset_names", "preset_text"]
+
+
+def preset_names() -> list[str]:
+    """The plans that come with cotune."""
+    folder = resources.files("cotune.plan") / "presets"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def preset_text(name: str) -> str:
+    """A preset as TOML, comments included. Raises PlanError for an unknown name."""
+    if name not in preset_names():
+        raise PlanError(f'there is neither a preset nor a file "{name}"{nearest(name, preset_names())}')
+    return (resources.files("cotune.plan") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = ()) -> Plan:
+    """The plan in a TOML file or a preset, with `key=value` overrides such as "privacy.epsilon=3". Raises PlanError."""
+    path = Path(source)
+    if path.suffix == ".toml" or path.exists():
+        text, name = _read(path), path.stem
+    else:
+        text, name = preset_text(str(source)), str(source)
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"{source} is not valid TOML ({error}): expected a plan as `cotune plan new tweets` prints it") from None
+    table.setdefault("name", name)
+    for override in overrides:
+        _override(table, override)
+    return parse_plan(table)
+
+
+def parse_plan(table: Mapping[str, Any]) -> Plan:
+    """A plan from plain values. Raises PlanError with one sentence for the first mistake."""
+    try:
+        return Plan.model_validate(dict(table))
+    except ValidationError as error:
+        raise PlanError(_sentence(error)) from None
+
+
+def dump_plan(plan: Plan) -> str:
+    """The plan as TOML: `parse_plan(tomllib.loads(dump_plan(plan))) == plan`."""
+    return tomli_w.dumps(_without_none(plan.model_dump(mode="json")))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PlanError(f"the plan {path} does not exist: expected a TOML file; `cotune plan new tweets > my.toml` makes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"the plan {path} cannot be read ({error}): expected a TOML file in UTF-8") from None
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise PlanError(f'the override "{text}" is not understood: expected key=value, such as privacy.epsilon=3')
+    here: Any = table
+    for part in path[:-1]:
+        if isinstance(here, list):
+            here = _item(here, part, text)
+            continue
+        if not isinstance(here.get(part), dict | list):
+            here[part] = {}
+        here = here[part]
+    if isinstance(here, list):
+        _item(here, path[-1], text)
+        here[int(path[-1])] = _value(value)
+    else:
+        here[path[-1]] = _value(value)
+
+
+def _item(items: list[Any], part: str, text: str) -> Any:
+    if not part.isdigit() or int(part) >= len(items):
+        raise PlanError(f'the override "{text}" is not understood: expected a number from 0 to {len(items) - 1} for {part}')
+    return items[int(part)]
+
+
+def _value(text: str) -> Any:
+    """A TOML value where it reads as one, else the text itself."""
+    try:
+        return tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first mistake, in words."""
+    first = _most_telling(error)
+    location = [part for part in first["loc"] if not _is_union_tag(part)]
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        return f'the plan has an unknown key "{key}"{nearest(str(location[-1]), _known_keys(location[:-1]))}'
+    if first["type"] == "missing":
+        return f'the plan lacks "{key}": expected it to be given'
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if message.startswith("unknown") or not key:
+        return f"the plan is not valid: {key}: {message}" if key else f"the plan is not valid: {message}"
+    return f'the plan has {key} = {_shown(first["input"])}: {message}'
+
+
+def _most_telling(error: ValidationError) -> Any:
+    """Unions report one error per member: prefer the one from the member that was meant (a table, or a word)."""
+    errors = error.errors()
+    first = errors[0]
+    stem = first["loc"][:1]
+    same = [e for e in errors if e["loc"][:1] == stem]
+    tables = [e for e in same if not (e["type"] in ("literal_error", "model_type", "tuple_type", "model_attributes_type"))]
+    words = [e for e in same if e["type"] == "literal_error"]
+    return (tables or words or same)[0]
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (part.startswith(("literal[", "tuple[", "function-")) or part in ("RecordPrivacy", "float", "str"))
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else "a table" if isinstance(value, dict) else str(value)
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """The keys that a plan has at a location."""
+    model: Any = Plan
+    for part in location:
+        if isinstance(part, int) or not _is_model(model):
+            continue
+        field = model.model_fields.get(part)
+        model = next((m for m in _models_in(field.annotation if field else None)), None)
+    return list(model.model_fields) if _is_model(model) else []
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if _is_model(annotation):
+        return [annotation]
+    return [m for argument in get_args(annotation) for m in _models_in(argument)]
+
+
+def _is_model(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(v) for key, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,170 @@
+"""The plan's schema. Every knob is typed, has a default and a unit, and stands here or beside the code that it configures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cotune.models.base import ModelConfig
+from cotune.models.records import DataConfig
+from cotune.models.sharing import LoraConfig, TrainMode
+from cotune.privacy.accounting import RecordPrivacy
+from cotune.strategies.strategy import StrategyConfig
+
+__all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage"]
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+
+
+class LocalTraining(BaseModel):
+    """How an organisation trains in one round (the `local` table of a plan)."""
+
+    model_config = _FROZEN
+
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
+    learning_rate: float = Field(0.5, gt=0)
+    head_learning_rate: float | None = Field(None, gt=0, description="for the head where the stage trains more; default: the same")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: float = Field(256, gt=0, description="expected records per step; below 1: the fraction of the records")
+    steps: int = Field(20, ge=1, description="optimiser steps per round")
+    physical_batch_size: int = Field(32, ge=1, description="records held in memory at a time; no influence on the result")
+
+    @field_validator("batch_size")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"expected a whole number of records, or a fraction below 1, got {value}")
+        return value
+
+    def sample_rate(self, examples: int) -> float:
+        """q, the probability with which each of `examples` records enters a batch."""
+        return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / examples)
+
+
+class Stage(BaseModel):
+    """Consecutive rounds that train the same group of parameters."""
+
+    model_config = _FROZEN
+
+    mode: TrainMode = Field(description="head, lora (adapters and head) or full (encoder and head)")
+    rounds: int = Field(ge=1)
+    local: LocalTraining = Field(LocalTraining(), description="what differs from the plan's [local]")
+    freeze_embeddings: bool = Field(True, description="in full: leave the embedding tables as they are")
+
+
+class RoundsConfig(BaseModel):
+    """How rounds go (the `server` table of a plan)."""
+
+    model_config = _FROZEN
+
+    quorum: float = Field(0.5, gt=0, le=1, description="fraction of the organisations whose updates a round needs")
+    deadline_seconds: float = Field(3600.0, gt=0, description="how long a round waits for an organisation")
+    max_update_norm: float = Field(1e4, gt=0, description="updates with a larger L2 norm are refused")
+
+
+class SimulationConfig(BaseModel):
+    """Only for simulations (the `simulation` table of a plan)."""
+
+    model_config = _FROZEN
+
+    clients: int = Field(4, ge=1, le=10_000, description="organisations that one pooled file is split over")
+    partition: str = Field("dirichlet:0.5", description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA or shards:K")
+    min_examples: int = Field(20, ge=1, description="per organisation")
+    baselines: tuple[Literal["alone", "pooled"], ...] = Field(
+        ("alone", "pooled"), description="what the federated model is compared with; each costs training time"
+    )
+    pooled: LocalTraining | None = Field(None, description="how the pooled model is trained, where not like [local]")
+
+
+class Plan(BaseModel):
+    """What everybody agrees on. `plan_id` is the hash of its canonical form."""
+
+    model_config = _FROZEN
+
+    name: str = Field("plan", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: int = Field(7, ge=0, lt=2**31, description="of everything random but privacy noise and private sampling")
+    task: Literal["sequence-classification"] = "sequence-classification"
+    labels: tuple[str, ...] = Field((), description="class names in the order of the head; empty: as found in the data")
+    train: TrainMode | tuple[Stage, ...] = Field("head", description="one mode for all rounds, or a list of stages")
+    rounds: int = Field(10, ge=1, le=100_000, description="where train is one mode; with stages, their sum")
+    test_fraction: float = Field(0.15, gt=0, lt=1, description="of the records, held out as the common test set")
+    keep_checkpoints: int = Field(0, ge=0, description="how many rounds' checkpoints stay on disk; 0: all")
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig = LoraConfig()
+    local: LocalTraining = LocalTraining()
+    privacy: RecordPrivacy | Literal["none"] = RecordPrivacy()
+    strategy: StrategyConfig = StrategyConfig()
+    server: RoundsConfig = RoundsConfig()
+    simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_inherit(cls, table: Any) -> Any:
+        """A stage's `local` says only what differs from the plan's; so does simulation.pooled."""
+        if not isinstance(table, dict):
+            return table
+        common = table.get("local") if isinstance(table.get("local"), dict) else {}
+        table = dict(table)
+        if isinstance(table.get("train"), list | tuple):
+            table["train"] = [_inherit(stage, "local", common) for stage in table["train"]]
+            table["rounds"] = sum(s["rounds"] for s in table["train"] if isinstance(s, dict) and _is_count(s.get("rounds"))) or 1
+        if isinstance(table.get("simulation"), dict) and isinstance(table["simulation"].get("pooled"), dict):
+            table["simulation"] = _inherit(table["simulation"], "pooled", common)
+        return table
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _some_stage(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and not value:
+            raise ValueError("expected at least one stage")
+        return value
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels: expected distinct class names, got {list(self.labels)}")
+        return self
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        if isinstance(self.train, tuple):
+            return self.train
+        return (Stage(mode=self.train, rounds=self.rounds, local=self.local),)
+
+    def stage_of(self, round: int) -> Stage:
+        """The stage that a round (from 1) belongs to."""
+        last = 0
+        for stage in self.stages:
+            last += stage.rounds
+            if round <= last:
+                return stage
+        raise ValueError(f"expected a round from 1 to {last}, got {round}")
+
+    @property
+    def uses_lora(self) -> bool:
+        return any(stage.mode == "lora" for stage in self.stages)
+
+    def canonical(self) -> str:
+        """The plan as JSON with sorted keys: the same text for the same plan."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+    @property
+    def plan_id(self) -> str:
+        """SHA-256 of the canonical form."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def _inherit(table: Any, key: str, common: dict[str, Any]) -> Any:
+    if not isinstance(table, dict):
+        return table
+    own = table.get(key, {})
+    return {**table, key: {**common, **own}} if isinstance(own, dict) else table
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,172 @@
+"""How much privacy a sequence of DP-SGD steps spends, and how much noise a budget asks for.
+
+Everything is decided by the privacy-loss-distribution accountant of Google's dp-accounting (Doroshenko et al., "Connect the
+Dots", PETS 2022), composed over every step that ran. Neighbouring data sets differ by adding or removing one record.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from scipy.optimize import brentq
+
+from cotune.models.errors import PrivacyError
+
+__all__ = ["RecordPrivacy", "Steps", "calibrate", "epsilon", "epsilon_rdp"]
+
+MAX_NOISE_MULTIPLIER = 1000.0  # σ above this drowns any signal: the budget counts as out of reach
+MIN_NOISE_MULTIPLIER = 0.3  # below this the PLD grid becomes huge and the guarantee meaningless
+_FINE, _COARSE = 5e-4, 2e-3  # width of the grid of privacy losses; each gives an upper bound, the fine one a tight one
+_TOLERANCE = 1e-3  # relative, of a calibrated σ
+
+
+class RecordPrivacy(BaseModel):
+    """What every organisation promises each of its records (the `privacy` table of a plan)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["record"] = Field("record", description="the unit of privacy: one labelled record")
+    epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organisation over the whole run")
+    delta: float | str = Field("1/n^1.1", description='δ: a number, or "1/n^p" with n the organisation\'s records')
+    clip_norm: float = Field(1.0, gt=0, description="C, bound on the L2 norm of one record's gradient")
+
+    @field_validator("delta")
+    @classmethod
+    def _delta_is_usable(cls, value: float | str) -> float | str:
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                if _delta_exponent(value) is None:
+                    raise ValueError(f'expected a number or "1/n^p" with p >= 1, got "{value}"') from None
+                return value
+        if not 0 < value < 1:
+            raise ValueError(f"expected 0 < delta < 1, got {value}")
+        return value
+
+    def delta_for(self, examples: int) -> float:
+        """δ for an organisation with `examples` records.
+
+        Raises PrivacyError when δ is not smaller than 1/n, where the guarantee would be empty: publishing one whole record
+        at random would satisfy it.
+        """
+        exponent = _delta_exponent(self.delta) if isinstance(self.delta, str) else None
+        delta = float(self.delta) if exponent is None else float(examples**-exponent)
+        if delta * examples > 1:
+            raise PrivacyError(
+                f"privacy.delta = {self.delta} gives δ = {delta:.2g} for {examples} examples; expected at most 1/{examples}"
+                ' = one over the number of examples: choose a smaller δ, such as "1/n^1.1"'
+            )
+        return delta
+
+
+def _delta_exponent(rule: str) -> float | None:
+    """p of the rule "1/n^p" (or "1/n"); None where it is no such rule or p < 1."""
+    match = re.fullmatch(r"1\s*/\s*n(?:\s*(?:\^|\*\*)\s*(\d+(?:\.\d+)?))?", rule.strip())
+    exponent = float(match[1] or 1) if match else 0.0
+    return exponent if exponent >= 1 else None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A number of DP-SGD steps with the same parameters: one accounting event.
+
+    noise_multiplier: σ, noise standard deviation / clip norm. sample_rate: q, the probability with which each record enters a
+    batch, independently (Poisson sampling). count: how many steps.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    count: int
+
+    def event(self) -> dp_event.DpEvent:
+        """The steps as a dp-accounting event."""
+        gaussian = dp_event.GaussianDpEvent(self.noise_multiplier)
+        step = gaussian if self.sample_rate >= 1 else dp_event.PoissonSampledDpEvent(self.sample_rate, gaussian)
+        return dp_event.SelfComposedDpEvent(step, self.count)
+
+
+def epsilon(spent: Iterable[Steps], delta: float) -> float:
+    """ε of all the steps together at δ (PLD accounting); 0 for no steps."""
+    merged = _merge(spent)
+    return _epsilon(merged, delta, _FINE) if merged else 0.0
+
+
+def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:
+    """The same by Rényi accounting: looser, independent of PLD, for cross-checks only."""
+    accountant = RdpAccountant()
+    for steps in _merge(spent):
+        accountant.compose(steps.event())
+    return float(accountant.get_epsilon(delta))
+
+
+def _merge(spent: Iterable[Steps]) -> tuple[Steps, ...]:
+    """Adds up the counts of equal steps, so that composing rounds costs one convolution per distinct (σ, q)."""
+    counts: dict[tuple[float, float], int] = {}
+    for s in spent:
+        if s.count:
+            counts[s.noise_multiplier, s.sample_rate] = counts.get((s.noise_multiplier, s.sample_rate), 0) + s.count
+    return tuple(Steps(sigma, q, count) for (sigma, q), count in sorted(counts.items()))
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
+    accountant = PLDAccountant(value_discretization_interval=interval)
+    for steps in merged:
+        accountant.compose(steps.event())
+    return float(accountant.get_epsilon(delta))
+
+
+def calibrate(
+    planned: Sequence[tuple[float, int]], *, epsilon: float, delta: float, spent: Sequence[Steps] = ()
+) -> float:
+    """The smallest noise multiplier σ with which all the planned steps stay within ε, on top of what was spent.
+
+    planned: (sample rate, number of steps) of every remaining stage. Guarantee: composing `spent` with the planned steps at the
+    returned σ gives at most `epsilon` at `delta`; a σ smaller by one part in a thousand would not.
+    Raises PrivacyError when no σ up to 1000 suffices.
+    """
+    return _calibrate(tuple(planned), epsilon, delta, _merge(spent))
+
+
+@lru_cache(maxsize=1024)
+def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]) -> float:
+    def gap(sigma: float, interval: float = _FINE) -> float:
+        return _epsilon((*spent, *(Steps(sigma, q, count) for q, count in planned if count)), delta, interval) - target
+
+    if gap(MIN_NOISE_MULTIPLIER, _COARSE) <= 0:
+        return MIN_NOISE_MULTIPLIER
+    if gap(MAX_NOISE_MULTIPLIER, _COARSE) > 0:
+        raise _unreachable(planned, target, delta, spent)
+    low, high = MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER
+    sigma = math.exp(brentq(lambda x: gap(math.exp(x), _COARSE), math.log(low), math.log(high), xtol=1e-4))
+    while gap(sigma) > 0:  # the coarse grid found the neighbourhood, on either side; the fine one decides
+        sigma *= 1 + _TOLERANCE
+    while sigma > low and gap(sigma / (1 + _TOLERANCE)) <= 0:
+        sigma /= 1 + _TOLERANCE
+    return sigma
+
+
+def _epsilon_at(planned: tuple[tuple[float, int], ...], sigma: float, delta: float, spent: tuple[Steps, ...]) -> float:
+    return epsilon([*spent, *(Steps(sigma, q, count) for q, count in planned)], delta)
+
+
+def _unreachable(
+    planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]
+) -> PrivacyError:
+    steps = sum(count for _, count in planned)
+    best = _epsilon_at(planned, MAX_NOISE_MULTIPLIER, delta, spent)
+    already = f" after ε = {epsilon(spent, delta):.3g} was spent before" if spent else ""
+    return PrivacyError(
+        f"ε = {target:g} at δ = {delta:.2g} cannot be reached by {steps} steps{already}: even with a noise multiplier of"
+        f" {MAX_NOISE_MULTIPLIER:g} they cost ε = {best:.3g}; allow a larger ε, or plan fewer steps or smaller batches"
+    )

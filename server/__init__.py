@@ -1,0 +1,1 @@
+"""The coordinator: the round loop, admission of updates, checkpoints, evaluation and the report."""

@@ -1,0 +1,45 @@
+"""Whether an update may enter the model. The coordinator trusts nobody: what is not as agreed is refused, with a reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from cotune.strategies.updates import Update
+
+__all__ = ["reason_to_refuse"]
+
+
+def reason_to_refuse(
+    update: Update, *, organisation: str, round: int, shapes: Mapping[str, Tensor], max_norm: float
+) -> str | None:
+    """What is wrong with an update, in words; None when it may enter.
+
+    shapes: the parameters that the round shares, with their tensors.
+    """
+    if update.organisation != organisation:
+        return f"it is from {update.organisation[:80]}, expected {organisation}"
+    if update.round != round:
+        return f"it is for round {update.round}, expected {round}"
+    if update.examples < 1:
+        return f"it declares {update.examples} examples, expected at least 1"
+    return _wrong_tensors(update.delta, shapes) or _wrong_values(update.delta, max_norm)
+
+
+def _wrong_tensors(delta: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> str | None:
+    if delta.keys() != shapes.keys():
+        extra, lacking = sorted(delta.keys() - shapes.keys()), sorted(shapes.keys() - delta.keys())
+        return f"it has {len(extra)} parameters too many and lacks {len(lacking)} ({', '.join([*extra, *lacking][:3])[:200]})"
+    for name, tensor in delta.items():
+        if tensor.shape != shapes[name].shape:
+            return f"{name} has the shape {tuple(tensor.shape)}, expected {tuple(shapes[name].shape)}"
+    return None
+
+
+def _wrong_values(delta: Mapping[str, Tensor], max_norm: float) -> str | None:
+    if not all(bool(tensor.isfinite().all()) for tensor in delta.values()):
+        return "it has values that are not finite"
+    norm = math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in delta.values()))
+    return f"its norm is {norm:.3g}, expected at most {max_norm:g}" if norm > max_norm else None

@@ -1,0 +1,56 @@
+"""What happens in a run, one JSON object per line in events.jsonl, and to whoever listens in this process."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Events", "Listener", "listening", "read_events"]
+
+Listener = Callable[[str, dict[str, Any]], None]  # (event, its fields)
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Calls the listener for every event of this process during the block."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+class Events:
+    """Appends to one file. A line that a crash cut short is ended first, and skipped by `read_events`."""
+
+    def __init__(self, path: Path, *, silent: bool = False) -> None:
+        self.path, self.silent, self._lock = path, silent, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            with path.open("ab") as stream:
+                stream.write(b"\n")
+
+    def tell(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, ensure_ascii=False)
+        with self._lock, self.path.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+        if not self.silent:
+            for listener in tuple(_listeners):
+                listener(event, fields)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All whole lines."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # cut short by a crash
+    return found

@@ -1,0 +1,195 @@
+"""The round loop, the same for every engine: send, stream the replies in, admit, fuse, step, evaluate, checkpoint.
+
+Replies are pulled and added one at a time, in the order of the organisations, so that the sum is the same whoever was faster; the
+server never holds more than one reply beside the running sum.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from cotune.models.errors import RunError
+from cotune.models.sharing import SharedModel, State
+from cotune.models.tasks import Metrics
+from cotune.plan.schema import Plan
+from cotune.server.admission import reason_to_refuse
+from cotune.server.run_folder import Participant, Progress, RunFolder
+from cotune.strategies.updates import Update
+from cotune.strategies.wire import decode_update, encode_requests, payload_bytes
+
+__all__ = ["run_rounds"]
+
+_POLL_SECONDS = 0.02
+_NODES_SECONDS = 120.0  # how long the run waits for the first node
+
+Evaluate = Callable[[State], Metrics | None]
+
+
+@dataclass
+class _Tally:
+    """What came in during one round."""
+
+    participants: list[str]
+    dropped: list[dict[str, str]]
+    epsilon: dict[str, float]
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate) -> Progress:
+    """Plays the rounds that are not finished yet, and returns the run after its last.
+
+    Raises RunError when a round does not reach its quorum; all rounds before are kept.
+    """
+    plan, progress = folder.plan, folder.load()
+    total = sum(stage.rounds for stage in plan.stages)
+    folder.events.tell("run_started", plan=plan.name, plan_id=plan.plan_id, rounds=total, resumed_after=progress.round)
+    for round in range(progress.round + 1, total + 1):
+        try:
+            progress = _play(grid, folder, model, evaluate, progress, round)
+        except RunError as error:
+            folder.events.tell("run_failed", round=round, reason=str(error))
+            raise
+        folder.save(progress)
+        folder.events.tell("round_finished", **progress.history[-1])
+    folder.events.tell("run_finished", rounds=total)
+    return progress
+
+
+def _play(
+    grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate, before: Progress, round: int
+) -> Progress:
+    started = time.monotonic()
+    plan, people = folder.plan, folder.file.participants
+    stage = plan.stage_of(round)
+    state, names = _enter_stage(model, plan, before.state, round)
+    folder.events.tell("round_started", round=round, stage=stage.mode, organisations=[p.name for p in people])
+    messages, bytes_down = _requests(grid, folder, state, round)
+    ids = list(grid.push_messages(messages))
+    del messages
+    tally = _Tally([], [], {}, bytes_down=bytes_down)
+    fusion = plan.strategy.new_fusion()
+    deadline = time.monotonic() + plan.server.deadline_seconds
+    for participant, message_id in zip(people, ids, strict=True):
+        reply = _await_reply(grid, message_id, deadline)
+        update = _admit(folder, participant, reply, {n: state[n] for n in names}, round, tally)
+        del reply
+        if update is not None:
+            fusion.add(update.delta, plan.strategy.weigh(update))
+    _check_quorum(plan, people, tally, round)
+    optimizer = plan.strategy.new_server_optimizer()
+    moved, memory = optimizer.step(state, fusion.result(), before.memory)
+    entry = _entry(round, stage.mode, tally, evaluate(moved), time.monotonic() - started)
+    return Progress(round, moved, memory, (*before.history, entry))
+
+
+def _enter_stage(model: SharedModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
+    """The state, with the parameters that this round's stage adds at their present values; and the names that it shares."""
+    stage = plan.stage_of(round)
+    model.load(state)
+    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+    return {**state, **model.state([n for n in names if n not in state])}, names
+
+
+def _requests(grid: Grid, folder: RunFolder, state: State, round: int) -> tuple[list[Message], int]:
+    """One message per organisation; with fewer nodes than organisations (simulations), nodes serve several."""
+    people = folder.file.participants
+    nodes = _nodes(grid)
+    sites = [(p.name, str(folder.path / p.site) if p.site else "") for p in people]
+    contents = encode_requests(folder.plan.canonical(), round, state, sites)
+    size = sum(payload_bytes(content) for content in contents)
+    ttl = folder.plan.server.deadline_seconds
+    messages = [
+        Message(content, nodes[i % len(nodes)], MessageType.TRAIN, ttl=ttl, group_id=str(round)) for i, content in enumerate(contents)
+    ]
+    return messages, size
+
+
+def _nodes(grid: Grid) -> list[int]:
+    """The connected nodes, in a fixed order. Raises RunError when none comes."""
+    deadline = time.monotonic() + _NODES_SECONDS
+    while not (nodes := sorted(grid.get_node_ids())):
+        if time.monotonic() > deadline:
+            raise RunError(f"no node connected within {_NODES_SECONDS:g} seconds: expected at least one")
+        time.sleep(_POLL_SECONDS)
+    return nodes
+
+
+def _await_reply(grid: Grid, message_id: str, deadline: float) -> Message | None:
+    """The reply to one message; None when it did not come in time."""
+    while True:
+        for reply in grid.pull_messages([message_id]):
+            return reply
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(_POLL_SECONDS)
+
+
+def _admit(
+    folder: RunFolder, who: Participant, reply: Message | None, shapes: dict[str, Tensor], round: int, tally: _Tally
+) -> Update | None:
+    """The update in a reply, if it may enter the model; otherwise the organisation is shown as dropped, with the reason."""
+    update, reason = _open(folder.plan, who, reply, shapes, round)
+    if update is None:
+        tally.dropped.append({"organisation": who.name, "reason": reason})
+        folder.events.tell("update_dropped", round=round, organisation=who.name, reason=reason)
+        return None
+    assert reply is not None
+    size = payload_bytes(reply.content)
+    tally.participants.append(who.name)
+    tally.bytes_up += size
+    if update.epsilon is not None:
+        tally.epsilon[who.name] = update.epsilon
+    folder.events.tell(
+        "update_received", round=round, organisation=who.name, bytes=size, steps=update.steps, epsilon=update.epsilon
+    )
+    return update
+
+
+def _open(
+    plan: Plan, who: Participant, reply: Message | None, shapes: dict[str, Tensor], round: int
+) -> tuple[Update | None, str]:
+    if reply is None:
+        return None, f"no reply within {plan.server.deadline_seconds:g} seconds"
+    if reply.has_error():
+        return None, reply.error.reason or f"error {reply.error.code}"
+    try:
+        update = decode_update(reply.content, plan.plan_id)
+    except RunError as error:
+        return None, str(error)
+    limit = plan.server.max_update_norm
+    reason = reason_to_refuse(update, organisation=who.name, round=round, shapes=shapes, max_norm=limit)
+    return (update, "") if reason is None else (None, reason)
+
+
+def _check_quorum(plan: Plan, people: Sequence[Participant], tally: _Tally, round: int) -> None:
+    needed = max(1, plan.server.quorum * len(people))
+    if len(tally.participants) < needed:
+        first = tally.dropped[0]
+        raise RunError(
+            f"round {round} got {len(tally.participants)} of {len(people)} updates, expected at least {needed:g}"
+            f" (server.quorum = {plan.server.quorum:g}); {first['organisation']}: {first['reason']}"
+        )
+
+
+def _entry(number: int, stage: str, tally: _Tally, metrics: Metrics | None, seconds: float) -> dict[str, Any]:
+    """A round as it stands in summary.json."""
+    return {
+        "round": number,
+        "stage": stage,
+        "metrics": metrics.as_dict() if metrics else None,
+        "epsilon": tally.epsilon,
+        "participants": tally.participants,
+        "dropped": tally.dropped,
+        "bytes_up": tally.bytes_up,
+        "bytes_down": tally.bytes_down,
+        "seconds": round(seconds, 3),
+    }
+

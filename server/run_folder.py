@@ -1,0 +1,138 @@
+"""The folder of a run: everything that is needed to continue it, to repeat it and to report on it.
+
+    plan.toml               the resolved plan
+    run.json                who takes part, when and how it was started
+    events.jsonl            what happened, line by line
+    checkpoints/            one file per finished round: model, server optimiser, history
+    test/data.json          the common test set
+    sites/<organisation>/   the simulated organisations (only in simulations)
+    model/ summary.json report.html    at the end
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cotune.models.durable import write_durably
+from cotune.models.errors import RunError
+from cotune.models.sharing import State
+from cotune.plan.load import dump_plan, parse_plan
+from cotune.plan.schema import Plan
+from cotune.server.events import Events
+
+__all__ = ["Participant", "Progress", "RunFile", "RunFolder"]
+
+
+class Participant(BaseModel):
+    """An organisation of the run; `site`: in simulations, its folder within the run's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    site: str = ""
+
+
+class RunFile(BaseModel):
+    """run.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    run: str
+    created: str
+    engine: str
+    device: str = "auto"
+    participants: tuple[Participant, ...]
+    silent: bool = False  # a baseline: its events are written but not shown
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run after its last finished round: what a checkpoint holds."""
+
+    round: int = 0
+    state: State = field(default_factory=dict)
+    memory: State = field(default_factory=dict)  # of the server optimiser
+    history: tuple[dict[str, Any], ...] = ()  # one entry per round, as in summary.json
+
+
+class RunFolder:
+    """The folder, with its plan. Raises RunError when it is not the folder of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.plan: Plan = parse_plan(tomllib.loads((path / "plan.toml").read_text(encoding="utf-8")))
+            self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
+        except (OSError, ValidationError, tomllib.TOMLDecodeError):
+            raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
+        self.events = Events(path / "events.jsonl", silent=self.file.silent)
+
+    @classmethod
+    def create(cls, path: Path, plan: Plan, file: RunFile) -> RunFolder:
+        """Writes plan.toml and, last, run.json: from then on it is the folder of a run."""
+        write_durably(path / "plan.toml", dump_plan(plan).encode())
+        write_durably(path / "run.json", file.model_dump_json(indent=1).encode())
+        return cls(path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self._last_round() >= sum(stage.rounds for stage in self.plan.stages)
+
+    def _checkpoints(self) -> dict[int, Path]:
+        found = (self.path / "checkpoints").glob("round-*.safetensors")
+        return {int(path.stem.removeprefix("round-")): path for path in found}
+
+    def _last_round(self) -> int:
+        return max(self._checkpoints(), default=0)
+
+    def save(self, progress: Progress) -> None:
+        """Makes the round durable: after this returns, it is never repeated."""
+        tensors = {f"state/{n}": t.contiguous() for n, t in progress.state.items()}
+        tensors |= {f"memory/{n}": t.contiguous() for n, t in progress.memory.items()}
+        about = {"round": progress.round, "plan_id": self.plan.plan_id, "history": list(progress.history)}
+        content = save(tensors, metadata={"checkpoint": json.dumps(about)})
+        write_durably(self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors", content)
+        for round, path in sorted(self._checkpoints().items()):
+            if self.plan.keep_checkpoints and round <= progress.round - self.plan.keep_checkpoints:
+                path.unlink(missing_ok=True)
+
+    def load(self) -> Progress:
+        """The last finished round; an empty progress where none is. Raises RunError for a damaged or foreign checkpoint."""
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            return Progress()
+        path = checkpoints[max(checkpoints)]
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["checkpoint"])
+                tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
+        if about["plan_id"] != self.plan.plan_id:
+            raise RunError(f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml")
+        return Progress(about["round"], _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), tuple(about["history"]))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second process off the same run during the block. Raises RunError."""
+        with open(self.path / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
+            except OSError:
+                raise RunError(f"another process is working on {self.path}: wait for it, or stop it first") from None
+            yield
+
+
+def _with_prefix(tensors: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

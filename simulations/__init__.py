@@ -1,0 +1,1 @@
+"""Many organisations on one machine: to see whether federation pays off before anyone signs anything."""

@@ -1,0 +1,43 @@
+"""What `flwr run .` runs: the server's own ServerApp, with a simulation prepared around it.
+
+The run configuration in pyproject.toml names the plan: `flwr run . --run-config 'plan="my.toml"'`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flwr.app import Context
+
+from cotune.plan.load import load_plan
+from cotune.server.app import app as server_app
+from cotune.server.run_folder import RunFolder
+from cotune.simulations.simulate import complete, new_folder, start
+from cotune.simulations.sites import prepare
+
+__all__ = ["app"]
+
+app = server_app
+
+
+@app.lifespan()
+def simulation(context: Context) -> Iterator[None]:
+    """Around the ServerApp: makes the run's folder from the plan before, and reports after. Does nothing for a prepared run."""
+    if context.run_config.get("run"):
+        yield
+        return
+    began = time.monotonic()
+    config = {key: str(value) for key, value in context.run_config.items()}
+    overrides = [line.strip() for line in config.get("set", "").replace(";", "\n").splitlines() if line.strip()]
+    prepared = prepare(load_plan(config.get("plan") or "tweets", overrides))
+    root = Path(config.get("root") or ".")
+    out = Path(config["out"]) if config.get("out") else root / new_folder(prepared.plan.name)
+    folder = start(prepared, out, "flower", "auto")
+    context.run_config["run"] = str(folder.path)
+    with folder.locked():
+        yield
+        if RunFolder(folder.path).finished:
+            result = complete(folder, prepared, time.monotonic() - began)
+            print(f"cotune: the run is in {result.folder}", flush=True)

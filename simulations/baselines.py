@@ -1,0 +1,74 @@
+"""What the federated model is compared with: each organisation alone, and all data in one place without privacy.
+
+A baseline is a run like any other, with one participant, through the same loop, client and ledger; it has a folder of its own
+inside the run's, and is continued like a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from cotune.client.app import app as client_app
+from cotune.models.holdings import HoldingsFile
+from cotune.models.sharing import resident
+from cotune.models.tasks import Metrics
+from cotune.plan.schema import Plan, Stage
+from cotune.server.app import play
+from cotune.server.evaluation import evaluate
+from cotune.server.run_folder import Participant, RunFile, RunFolder
+from cotune.simulations.grid import InProcessGrid
+from cotune.simulations.sites import Prepared, Share, make_site
+
+__all__ = ["run_baselines"]
+
+
+def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Metrics]:
+    """Test metrics of "alone/<organisation>" and "pooled", as far as the plan asks for them."""
+    results = {}
+    for name, plan, shares in _wanted(prepared):
+        path = folder.path / "baselines" / name
+        if not (path / "run.json").exists():
+            _make(path, name, plan, shares, folder)
+        baseline = RunFolder(path)
+        if not baseline.finished:
+            folder.events.tell("baseline_started", baseline=name)
+            play(InProcessGrid(client_app), baseline)
+        results[name] = _judge(folder, baseline)
+        folder.events.tell("baseline_finished", baseline=name, metrics=results[name].as_dict())
+    return results
+
+
+def _wanted(prepared: Prepared) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]:
+    plan = prepared.plan
+    if "alone" in plan.simulation.baselines:
+        for share in prepared.shares:
+            yield f"alone/{share.name}", plan, (share,)
+    if "pooled" in plan.simulation.baselines:
+        yield "pooled", _pooled_plan(plan), prepared.shares
+
+
+def _pooled_plan(plan: Plan) -> Plan:
+    """The same plan without privacy; trained as simulation.pooled says, where it does."""
+    own = plan.simulation.pooled
+    if own is None:
+        return plan.model_copy(update={"privacy": "none"})
+    stages = tuple(Stage(**{**dict(stage), "local": own}) for stage in plan.stages)
+    return plan.model_copy(update={"privacy": "none", "train": stages, "local": own})
+
+
+def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: RunFolder) -> None:
+    who = Participant(name=name.split("/")[-1], site="site")
+    make_site(path / "site", who.name, plan.data, [(s.file, s.rows) for s in shares], parent.file.device)
+    file = RunFile(
+        run=name, created=parent.file.created, engine="in-process", device=parent.file.device, participants=(who,), silent=True
+    )
+    RunFolder.create(path, plan, file)
+
+
+def _judge(folder: RunFolder, baseline: RunFolder) -> Metrics:
+    """The finished baseline on the common test set: once, at the end."""
+    plan = folder.plan
+    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, folder.file.device)
+    test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
+    return evaluate(model, baseline.load().state, test, plan.model.precision)

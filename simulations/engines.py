@@ -1,0 +1,88 @@
+"""The engines that can play a run on one machine: in this process, or Flower's Simulation Runtime on Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable
+
+from flwr.app import Context, RecordDict, UserConfig
+from flwr.serverapp import Grid, ServerApp
+
+from cotune.client.app import app as client_app
+from cotune.models.errors import CotuneError, PlanError, RunError, nearest
+from cotune.server.app import app as server_app
+from cotune.server.run_folder import RunFolder
+from cotune.simulations.grid import InProcessGrid
+
+__all__ = ["ENGINES", "play_on"]
+
+
+def play_on(engine: str, folder: RunFolder) -> None:
+    """Plays the run's unfinished rounds. Raises PlanError for an unknown engine, RunError when the run fails."""
+    if engine not in ENGINES:
+        raise PlanError(f'unknown engine "{engine}"{nearest(engine, ENGINES)}')
+    ENGINES[engine](folder)
+
+
+def _in_process(folder: RunFolder) -> None:
+    server_app(InProcessGrid(client_app, len(folder.file.participants)), _context(folder))
+
+
+def _context(folder: RunFolder) -> Context:
+    return Context(
+        run_id=1, node_id=1, node_config=UserConfig(), state=RecordDict(), run_config=UserConfig({"run": str(folder.path)})
+    )
+
+
+def _ray(folder: RunFolder) -> None:
+    """Flower's own simulation: every organisation is a virtual node, its ClientApp runs in Ray's worker processes."""
+    if importlib.util.find_spec("ray") is None:
+        raise PlanError('the engine "ray" is not installed: run `pip install "cotune[ray]"`, or leave --engine out')
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    failed: list[BaseException] = []
+    wrapped = ServerApp()
+
+    @wrapped.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            server_app(grid, Context(context.run_id, context.node_id, context.node_config, context.state, _context(folder).run_config))
+        except BaseException as error:  # Flower would wrap it, or only log it
+            failed.append(error)
+            raise
+
+    _simulate(wrapped, folder)
+    for error in failed:
+        raise error if isinstance(error, CotuneError) else RunError(f"the run failed: {type(error).__name__}: {error}")
+    if not folder.finished:
+        raise RunError("the simulation engine ended before the last round: expected all rounds; see the log, then --resume")
+
+
+def _simulate(app: ServerApp, folder: RunFolder) -> None:
+    from flwr.simulation import run_simulation  # deprecated without a replacement that takes objects; Flower is pinned
+
+    cpus, people = os.cpu_count() or 1, len(folder.file.participants)
+    resources = {"num_cpus": max(1, cpus // people), "num_gpus": _gpu_share(folder)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+        try:
+            run_simulation(
+                app, client_app, num_supernodes=people, backend_config={"client_resources": resources, "init_args": {"num_cpus": cpus}}
+            )
+        except Exception as error:
+            logging.getLogger(__name__).debug("the simulation raised %r", error)  # the server's own error is in `failed`
+
+
+def _gpu_share(folder: RunFolder) -> float:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() and folder.file.device != "cpu" else 0
+    return min(1.0, gpus / len(folder.file.participants))
+
+
+ENGINES: dict[str, Callable[[RunFolder], None]] = {"in-process": _in_process, "ray": _ray}

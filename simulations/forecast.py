@@ -1,0 +1,131 @@
+"""What a plan will do, before it does it: who holds how much, how much noise, how many bytes, about how long."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from cotune.client.training import planned_steps
+from cotune.models.features import feature_head
+from cotune.models.sharing import SharedModel, resident
+from cotune.models.tasks import collator, encode, example_losses
+from cotune.plan.schema import Plan, Stage
+from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.simulations.sites import Prepared, prepare
+
+__all__ = ["Forecast", "OrganisationForecast", "StageForecast", "forecast"]
+
+_SAMPLE = 32  # texts that are timed
+_CLIPPING_COST = {"head": 1.1, "lora": 1.1, "full": 1.7}  # of DP-SGD by Opacus against plain training
+
+
+@dataclass(frozen=True)
+class OrganisationForecast:
+    """Per organisation; the privacy figures are None without privacy. batch: expected records per step."""
+
+    name: str
+    examples: int
+    batch: float
+    steps: int
+    noise_multiplier: float | None
+    epsilon_allowed: float | None
+    epsilon_planned: float | None
+    delta: float | None
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """Per stage. bytes_up and bytes_down: of one round, all organisations together. parameters: that are trained and travel."""
+
+    mode: str
+    rounds: int
+    steps: int
+    parameters: int
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The whole plan. seconds: a rough estimate from a timed sample on this machine."""
+
+    plan: Plan
+    test_examples: int
+    organisations: tuple[OrganisationForecast, ...]
+    stages: tuple[StageForecast, ...]
+    seconds: float
+
+
+def forecast(plan: Plan, device: str = "auto") -> Forecast:
+    """Reads data and model and times a few texts; trains nothing. Raises what `prepare` raises."""
+    prepared = prepare(plan, device)
+    resolved = prepared.plan
+    model = resident(resolved.model, resolved.labels, resolved.lora if resolved.uses_lora else None, resolved.seed, device)
+    return Forecast(
+        resolved,
+        sum(len(rows) for _, rows in prepared.test),
+        _organisations(prepared),
+        tuple(_stages(resolved, model, len(prepared.shares))),
+        _seconds(prepared, model),
+    )
+
+
+def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
+    plan, found = prepared.plan, []
+    for share in prepared.shares:
+        n = len(share.rows)
+        planned = planned_steps(plan, n)
+        steps, batch = sum(count for _, count in planned), planned[-1][0] * n
+        if isinstance(plan.privacy, RecordPrivacy):
+            sigma, delta = prepared.noise[share.name], plan.privacy.delta_for(n)
+            spent = epsilon([Steps(sigma, rate, count) for rate, count in planned], delta)
+            found.append(OrganisationForecast(share.name, n, batch, steps, sigma, plan.privacy.epsilon, spent, delta))
+        else:
+            found.append(OrganisationForecast(share.name, n, batch, steps, None, None, None, None))
+    return tuple(found)
+
+
+def _stages(plan: Plan, model: SharedModel, organisations: int) -> list[StageForecast]:
+    found, held = [], set[str]()
+    sizes = {name: p.numel() for name, p in model.parameters()}
+    for stage in plan.stages:
+        names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+        held |= set(names)
+        up, down = sum(sizes[n] for n in names), sum(sizes[n] for n in held)
+        found.append(StageForecast(stage.mode, stage.rounds, stage.local.steps, up, 4 * up * organisations, 4 * down * organisations))
+    return found
+
+
+def _seconds(prepared: Prepared, model: SharedModel) -> float:
+    """Encoding once where the encoder is frozen, training every step's records else, and the baselines the same again."""
+    plan = prepared.plan
+    texts = [prepared.records[s.file].texts[int(i)] for s in prepared.shares for i in s.rows[:_SAMPLE]]
+    every = max(1, len(texts) // _SAMPLE)
+    ids = encode(model.loaded.tokenizer, texts[::every][:_SAMPLE], model.loaded.max_length)
+    records = sum(len(r) for r in prepared.records.values())
+    total = 0.0
+    for stage in plan.stages:
+        if stage.mode == "head" and feature_head(model) is not None:
+            total += records * _time_per_text(model, ids, None)
+        else:
+            work = sum(stage.local.sample_rate(len(s.rows)) * len(s.rows) for s in prepared.shares) * stage.rounds * stage.local.steps
+            cost = _CLIPPING_COST[stage.mode] if plan.privacy != "none" else 1.0
+            total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_text(model, ids, stage)
+    return total
+
+
+def _time_per_text(model: SharedModel, ids: list[list[int]], stage: Stage | None) -> float:
+    """Seconds for one text: forward only without a stage, forward and backward with one."""
+    batch = collator(model.module, model.loaded.tokenizer, model.device)([{"input_ids": row, "labels": 0} for row in ids])
+    if stage is not None:
+        model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+    began = time.perf_counter()
+    with torch.set_grad_enabled(stage is not None):
+        loss = example_losses(model.module, batch).mean()
+        if stage is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            model.module.zero_grad(set_to_none=True)
+        float(loss)
+    return (time.perf_counter() - began) / len(ids)

@@ -1,0 +1,96 @@
+"""The main job: a simulated federation from a plan to a report."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cotune.models.durable import write_durably
+from cotune.models.errors import RunError
+from cotune.models.export import export_model
+from cotune.models.sharing import resident
+from cotune.plan.schema import Plan
+from cotune.server.report import write_report
+from cotune.server.run_folder import RunFolder
+from cotune.simulations.baselines import run_baselines
+from cotune.simulations.engines import play_on
+from cotune.simulations.sites import Prepared, make_run, prepare
+from cotune.simulations.summary import dumps, summarise
+
+__all__ = ["Result", "complete", "resume", "simulate", "start"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder and its summary (see docs/run-folder.md)."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def simulate(plan: Plan, out: Path | None = None, *, engine: str = "in-process", device: str = "auto") -> Result:
+    """Runs a plan with simulated organisations: train, compare, report.
+
+    out: the folder of the run; None: runs/<time>-<plan>. engine: "in-process" or "ray". device: auto, cpu, cuda, cuda:N.
+    Raises a CotuneError, which names what is wrong; what was finished before is kept in the folder, for `resume`.
+    """
+    began = time.monotonic()
+    prepared = prepare(plan, device)
+    folder = start(prepared, out, engine, device)
+    with folder.locked():
+        play_on(engine, folder)
+        return complete(folder, prepared, time.monotonic() - began)
+
+
+def start(prepared: Prepared, out: Path | None, engine: str, device: str) -> RunFolder:
+    """Makes the folder of a new run. Raises RunError when the folder is not empty or cannot be written."""
+    path = (out or new_folder(prepared.plan.name)).expanduser().resolve()
+    if (path / "run.json").exists():
+        raise RunError(f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} is not an empty folder: expected a new one for the run; choose another --out")
+    try:
+        return make_run(prepared, path, engine, device)
+    except OSError as error:
+        raise RunError(f"the folder {path} cannot be written ({error.strerror}): choose another with --out") from None
+
+
+def new_folder(name: str) -> Path:
+    """runs/<time>-<plan>, not yet taken."""
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"
+    candidates = [Path("runs") / stem, *(Path("runs") / f"{stem}-{i}" for i in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())
+
+
+def resume(path: Path) -> Result:
+    """Continues a run after its last finished round. A finished run is reported again."""
+    began = time.monotonic()
+    folder = RunFolder(path.expanduser().resolve())
+    with folder.locked():
+        prepared = prepare(folder.plan, folder.file.device)
+        if prepared.plan.plan_id != folder.plan.plan_id:
+            raise RunError(f"the data or the model of {path} are not what they were: expected those that plan.toml describes")
+        before = sum(float(entry["seconds"]) for entry in folder.load().history)  # rounds that earlier processes finished
+        if not folder.finished:
+            play_on(folder.file.engine, folder)
+        return complete(folder, prepared, before + time.monotonic() - began)
+
+
+def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Result:
+    """After the last round: baselines, the exported model, summary.json and report.html."""
+    began = time.monotonic()
+    results = run_baselines(folder, prepared)
+    plan = folder.plan
+    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, folder.file.device)
+    model.load(folder.load().state)
+    export_model(model, folder.path / "model")
+    summary = summarise(folder, prepared, results, seconds + time.monotonic() - began)
+    write_durably(folder.path / "summary.json", dumps(summary))
+    write_report(summary, folder.path / "report.html")
+    return Result(folder.path, json.loads(dumps(summary)))
+

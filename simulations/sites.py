@@ -1,0 +1,150 @@
+"""Before a simulation: the plan is resolved against data and model, the data are split, and every organisation gets its site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from cotune.client.site import SiteFile
+from cotune.client.training import check_examples, noise_multiplier
+from cotune.models.base import base_labels, find_base
+from cotune.models.device import pick_device
+from cotune.models.durable import write_durably
+from cotune.models.errors import DataError, PlanError
+from cotune.models.holdings import write_holdings
+from cotune.models.records import DataConfig, Records, check_labels, organisation_files, read_records
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.randomness import seeded_generator
+from cotune.server.run_folder import Participant, RunFile, RunFolder
+from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
+
+__all__ = ["Prepared", "make_run", "prepare"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The training records of one organisation: rows of a file."""
+
+    name: str
+    file: Path | None
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with nothing left open, and who holds what."""
+
+    plan: Plan
+    shares: tuple[Share, ...]
+    test: tuple[tuple[Path | None, Rows], ...]
+    records: dict[Path | None, Records]
+    noise: dict[str, float]  # organisation -> σ; empty without privacy
+
+    def label_counts(self, share: Share) -> dict[str, int]:
+        names = [self.records[share.file].labels[i] for i in share.rows]
+        return {label: names.count(label) for label in self.plan.labels}
+
+
+def prepare(plan: Plan, device: str = "auto") -> Prepared:
+    """Checks everything that can be checked before training, and splits the data.
+
+    Raises DataError, ModelError, PrivacyError, DeviceError or PlanError.
+    """
+    pick_device(device)
+    base = find_base(plan.model)
+    records = _read(plan.data)
+    labels = _labels(plan, records, base_labels(base.path))
+    data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
+    model = plan.model.model_copy(update={"base_hash": base.content_hash, "base": _absolute(plan.model.base)})
+    resolved = plan.model_copy(update={"labels": labels, "data": data, "model": model})
+    shares, test = _split(resolved, records)
+    for share in shares:
+        for stage in resolved.stages:
+            check_examples(len(share.rows), stage.local, share.name)
+    return Prepared(resolved, shares, test, records, _noise(resolved, shares))
+
+
+def _read(data: DataConfig) -> dict[Path | None, Records]:
+    """All files of the source; None stands for a source that is one file."""
+    folder = Path(data.source).expanduser()
+    if not data.source.startswith("package:") and folder.is_dir():
+        return {path.resolve(): read_records(data, path) for path in organisation_files(folder).values()}
+    return {None: read_records(data)}
+
+
+def _absolute(source: str) -> str:
+    """Local paths in a plan that is kept must not depend on the folder it was started in."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if not source.startswith("package:") and path.exists() else source
+
+
+def _labels(plan: Plan, records: dict[Path | None, Records], of_base: tuple[str, ...]) -> tuple[str, ...]:
+    """The plan's class names; else the base model's where they are those of the data; else those of the data."""
+    for found in records.values():
+        if plan.labels and not set(found.labels) <= set(plan.labels):
+            check_labels(found, plan.labels)  # says which file has the classes that the plan lacks
+    together = check_labels(_joined(list(records.values())), plan.labels or None)
+    return plan.labels or (of_base if set(of_base) == set(together) else together)
+
+
+def _joined(records: list[Records]) -> Records:
+    texts = tuple(text for r in records for text in r.texts)
+    return Records(texts, tuple(label for r in records for label in r.labels), records[0].source)
+
+
+def _split(
+    plan: Plan, records: dict[Path | None, Records]
+) -> tuple[tuple[Share, ...], tuple[tuple[Path | None, Rows], ...]]:
+    """One file is split over simulated organisations; of several files each is one organisation. Of all, a test part is held out."""
+    rng = seeded_generator(plan.seed, "partition")
+    shares: list[Share] = []
+    test: list[tuple[Path | None, Rows]] = []
+    for file, found in records.items():
+        train, held_out = split_test(found.labels, plan.test_fraction, rng)
+        test.append((file, held_out))
+        if file is not None:
+            shares.append(Share(file.stem, file, train))
+        else:
+            labels = [found.labels[i] for i in train]
+            parts = partition(labels, _partition_config(plan), rng)
+            shares += [Share(f"org-{i}", None, train[rows]) for i, rows in enumerate(parts, start=1)]
+    if not sum(len(rows) for _, rows in test):
+        raise DataError(f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one")
+    return tuple(shares), tuple(test)
+
+
+def _partition_config(plan: Plan) -> PartitionConfig:
+    simulation = plan.simulation
+    try:
+        return PartitionConfig(clients=simulation.clients, scheme=simulation.partition, min_examples=simulation.min_examples)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise PlanError(f'the plan has simulation.partition = "{simulation.partition}": {reason}') from None
+
+
+def _noise(plan: Plan, shares: tuple[Share, ...]) -> dict[str, float]:
+    if not isinstance(plan.privacy, RecordPrivacy):
+        return {}
+    return {share.name: noise_multiplier(plan, plan.privacy, len(share.rows), 1, []) for share in shares}
+
+
+def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFolder:
+    """Writes the run's folder with its sites and its test set."""
+    plan = prepared.plan
+    for share in prepared.shares:
+        make_site(path / "sites" / share.name, share.name, plan.data, [(share.file, share.rows)], device)
+    write_holdings(path / "test" / "data.json", plan.data, list(prepared.test))
+    people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in prepared.shares)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return RunFolder.create(path, plan, RunFile(run=path.name, created=created, engine=engine, device=device, participants=people))
+
+
+def make_site(folder: Path, name: str, data: DataConfig, portions: list[tuple[Path | None, Rows]], device: str) -> None:
+    """A simulated organisation's folder; its ledger and outbox are left alone where they exist."""
+    write_holdings(folder / "data.json", data, [(file, np.asarray(rows)) for file, rows in portions])
+    write_durably(folder / "site.json", SiteFile(organisation=name, simulated=True, device=device).model_dump_json().encode())

@@ -1,0 +1,132 @@
+"""summary.json: what came out of a run, documented in docs/run-folder.md and stable."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from cotune.client.site import Site
+from cotune.models.device import peak_memory_bytes
+from cotune.models.holdings import HoldingsFile
+from cotune.models.sharing import resident
+from cotune.models.tasks import Metrics, majority
+from cotune.privacy.accounting import RecordPrivacy, epsilon
+from cotune.privacy.statement import statement
+from cotune.server.run_folder import Progress, RunFolder
+from cotune.simulations.sites import Prepared, Share
+
+__all__ = ["summarise"]
+
+_PACKAGES = ("cotune", "flwr", "torch", "transformers", "opacus", "peft", "dp-accounting")
+
+
+def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Metrics], seconds: float) -> dict[str, Any]:
+    """The summary of a finished run as plain values. ε is composed from the organisations' ledgers, not from the plan."""
+    plan, progress = folder.plan, folder.load()
+    metrics = Metrics(**progress.history[-1]["metrics"])
+    alone = {name.removeprefix("alone/"): m for name, m in baselines.items() if name.startswith("alone/")}
+    pooled = baselines.get("pooled")
+    return {
+        "schema": 1,
+        "run": folder.file.run,
+        "plan": plan.name,
+        "plan_id": plan.plan_id,
+        "created": folder.file.created,
+        "engine": folder.file.engine,
+        "status": "finished",
+        "privacy": _privacy(folder, prepared),
+        "model": _model(folder, progress),
+        "labels": list(plan.labels),
+        "test": {
+            "examples": sum(len(rows) for _, rows in prepared.test),
+            "majority": _majority(folder, prepared).as_dict(),
+            "alone": {"mean": _mean(list(alone.values())), "each": {n: m.as_dict() for n, m in alone.items()}} if alone else None,
+            "federated": metrics.as_dict(),
+            "pooled": pooled.as_dict() if pooled else None,
+        },
+        "organisations": [_organisation(folder, prepared, s, progress, alone.get(s.name), metrics) for s in prepared.shares],
+        "rounds": list(progress.history),
+        "bytes": {"up": _total(progress, "bytes_up"), "down": _total(progress, "bytes_down")},
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "reproduce": [f"cotune simulate {folder.path / 'plan.toml'}"],
+    }
+
+
+def _privacy(folder: RunFolder, prepared: Prepared) -> dict[str, Any]:
+    privacy = folder.plan.privacy
+    if not isinstance(privacy, RecordPrivacy):
+        return {"mode": "none", "epsilon": None, "delta": None, "clip_norm": None, "statement": statement(None, {})}
+    spent = {s.name: _spent(folder, s, privacy) for s in prepared.shares}
+    return {
+        "mode": "record",
+        "epsilon": privacy.epsilon,
+        "delta": str(privacy.delta),
+        "clip_norm": privacy.clip_norm,
+        "statement": statement(privacy, spent),
+    }
+
+
+def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:
+    """(ε spent, δ) of an organisation, from its ledger."""
+    delta = privacy.delta_for(len(share.rows))
+    return epsilon(Site(folder.path / "sites" / share.name).ledger().spent(), delta), delta
+
+
+def _model(folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    plan = folder.plan
+    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, folder.file.device)
+    return {
+        "base": plan.model.base,
+        "base_hash": plan.model.base_hash,
+        "parameters": model.parameter_count(),
+        "shared_parameters": sum(t.numel() for t in progress.state.values()),
+    }
+
+
+def _majority(folder: RunFolder, prepared: Prepared) -> Metrics:
+    test = HoldingsFile.read(folder.path / "test" / "data.json", folder.plan.labels)
+    number = {label: i for i, label in enumerate(folder.plan.labels)}
+    train = [number[prepared.records[s.file].labels[i]] for s in prepared.shares for i in s.rows]
+    return majority(train, test.targets, len(folder.plan.labels))
+
+
+def _mean(metrics: list[Metrics]) -> dict[str, float]:
+    tables = [m.as_dict() for m in metrics]
+    return {key: sum(t[key] for t in tables) / len(tables) for key in tables[0]}
+
+
+def _organisation(
+    folder: RunFolder, prepared: Prepared, share: Share, progress: Progress, alone: Metrics | None, federated: Metrics
+) -> dict[str, Any]:
+    plan, examples = folder.plan, len(share.rows)
+    private = isinstance(plan.privacy, RecordPrivacy)
+    charges = Site(folder.path / "sites" / share.name).ledger().spent() if private else []
+    took_part = [e["round"] for e in progress.history if share.name in e["participants"]]
+    spent = _spent(folder, share, plan.privacy) if isinstance(plan.privacy, RecordPrivacy) else (None, None)
+    return {
+        "name": share.name,
+        "examples": examples,
+        "labels": prepared.label_counts(share),
+        "alone": alone.as_dict() if alone else None,
+        "gain": federated.accuracy - alone.accuracy if alone else None,
+        "epsilon_spent": spent[0],
+        "epsilon_allowed": plan.privacy.epsilon if isinstance(plan.privacy, RecordPrivacy) else None,
+        "delta": spent[1],
+        "noise_multiplier": charges[-1].noise_multiplier if charges else None,
+        "sample_rate": plan.stages[-1].local.sample_rate(examples),
+        "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps for r in took_part),
+        "rounds": len(took_part),
+    }
+
+
+def _total(progress: Progress, key: str) -> int:
+    return sum(int(entry[key]) for entry in progress.history)
+
+
+def dumps(summary: Mapping[str, Any]) -> bytes:
+    return json.dumps(summary, indent=1, ensure_ascii=False).encode()

@@ -1,0 +1,40 @@
+"""Deltas and updates: what a client computes, Δθ = θ_new − θ_old, and what it sends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Delta", "Update", "apply_delta", "difference"]
+
+Delta = Mapping[str, Tensor]  # parameter name -> Δθ of that parameter
+
+
+@dataclass(frozen=True)
+class Update:
+    """One organisation's contribution to a round.
+
+    delta: float32 tensors of the parameters that the stage shares. examples: the number of records it declares, its weight.
+    steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy.
+    """
+
+    organisation: str
+    round: int
+    delta: Delta
+    examples: int
+    steps: int
+    epsilon: float | None = None
+
+
+def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:
+    """Δθ = θ_new − θ_old for every parameter of `new`."""
+    return {name: tensor - old[name] for name, tensor in new.items()}
+
+
+def apply_delta(state: Mapping[str, Tensor], delta: Delta) -> dict[str, Tensor]:
+    """θ + Δθ, computed in float64 and kept in the parameter's dtype; parameters without a delta stay as they are."""
+    moved = {name: (state[name].to(torch.float64) + d.to(torch.float64)).to(state[name].dtype) for name, d in delta.items()}
+    return {**state, **moved}

