@@ -1,4 +1,4 @@
-"""`cotune`: the command line. A failure that is the user's to mend is one sentence and an exit code; --debug shows the traceback."""
+"""`cotune`: the command line. A failure that is the user's to mend is one sentence and an exit code; --debug shows more."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ def run() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
-    for key, value in (("FLWR_TELEMETRY_ENABLED", "0"), ("HF_HUB_DISABLE_TELEMETRY", "1"), ("FLWR_DISABLE_UPDATE_CHECK", "1")):
+    for key, value in (
+        ("FLWR_TELEMETRY_ENABLED", "0"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+    ):
         os.environ.setdefault(key, value)
     from cotune.models.errors import CotuneError
 
@@ -61,7 +65,10 @@ def run() -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"cotune: something unforeseen failed ({type(error).__name__}: {error}); --debug shows where", file=sys.stderr)
+        print(
+            f"cotune: something unforeseen failed ({type(error).__name__}: {error}); --debug shows where",
+            file=sys.stderr,
+        )
         sys.exit(70)
 
 

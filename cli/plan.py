@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cotune.cli.units import duration, size
+from cotune.privacy.rounding import round_up
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.simulations.forecast import Forecast
@@ -77,6 +78,10 @@ def _organisations(seen: Forecast) -> Table:
     for heading in ("examples", "batch", "steps", *(("σ", "ε planned", "ε allowed", "δ") if private else ())):
         table.add_column(heading, justify="right")
     for o in seen.organisations:
-        figures = (f"{o.noise_multiplier:.3f}", f"{o.epsilon_planned:.3f}", f"{o.epsilon_allowed:g}", f"{o.delta:.1e}") if private else ()
+        figures = (
+            (f"{o.noise_multiplier:.3f}", round_up(o.epsilon_planned or 0.0), f"{o.epsilon_allowed:g}", f"{o.delta:.1e}")
+            if private
+            else ()
+        )
         table.add_row(o.name, f"{o.examples:,}", f"{o.batch:.0f}", str(o.steps), *figures)
     return table

@@ -8,10 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from cotune.cli.units import duration, size
 from cotune.client.observe import observing
+from cotune.privacy.rounding import round_up
 from cotune.server.events import listening
 
 __all__ = ["showing_progress"]
@@ -70,7 +79,13 @@ class _Live(_Lines):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=console, transient=True)
         self.bars: dict[str, TaskID] = {}
         self.baseline = ""
@@ -99,7 +114,7 @@ class _Live(_Lines):
             if details["done"] == details["total"]:
                 self._drop("features")
             return
-        spent = f", ε {details['epsilon']:.2f}" if details["epsilon"] is not None else ""
+        spent = f", ε {round_up(details['epsilon'])}" if details["epsilon"] is not None else ""
         loss = f", loss {details['loss']:.3f}" if details["loss"] is not None else ""
         where = f"baseline {self.baseline}" if self.baseline else details["organisation"]
         self._bar("steps", f"round {details['round']}, {where}{loss}{spent}", details["step"], details["steps"])
@@ -119,7 +134,7 @@ def _round_line(fields: dict[str, Any], rounds: int, remaining: float) -> str:
     if fields["metrics"]:
         parts.append(f"test accuracy {fields['metrics']['accuracy']:.3f}")
     if fields["epsilon"]:
-        parts.append(f"ε {max(fields['epsilon'].values()):.2f}")
+        parts.append(f"ε {round_up(max(fields['epsilon'].values()))}")
     parts.append(f"{size(fields['bytes_up'])} up, {size(fields['bytes_down'])} down")
     if fields["round"] < rounds:
         parts.append(f"{duration(remaining)} left")

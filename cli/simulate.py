@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cotune.cli.units import duration, size
+from cotune.privacy.rounding import round_up
 
 if TYPE_CHECKING:
     from cotune.plan.schema import Plan
@@ -20,13 +21,18 @@ Text = str | None
 
 def simulate(
     plan: Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")] = None,
-    data: Annotated[Text, typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one file per organisation.")] = None,
+    data: Annotated[
+        Text,
+        typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one file per organisation."),
+    ] = None,
     text: Annotated[Text, typer.Option(help="Column with the text.")] = None,
     label: Annotated[Text, typer.Option(help="Column with the class.")] = None,
     model: Annotated[Text, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")] = None,
     clients: Annotated[int | None, typer.Option(help="How many organisations the file is split over.")] = None,
     partition: Annotated[Text, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA or shards:K.")] = None,
-    override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/<time>-<plan>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder after its last finished round.")] = None,
     engine: Annotated[str, typer.Option(help="in-process, or ray (Flower's Simulation Runtime).")] = "in-process",
@@ -51,7 +57,14 @@ def simulate(
 
 
 def _plan(
-    plan: Text, data: Text, text: Text, label: Text, model: Text, clients: int | None, partition: Text, override: list[str]
+    plan: Text,
+    data: Text,
+    text: Text,
+    label: Text,
+    model: Text,
+    clients: int | None,
+    partition: Text,
+    override: list[str],
 ) -> Plan:
     """Options are short for overrides; what is given with --set wins."""
     from cotune.plan.load import load_plan
@@ -83,7 +96,9 @@ def show(console: Console, result: Result) -> None:
     console.print(_comparison(summary))
     console.print(_organisations(summary))
     traffic = f"{size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down"
-    console.print(f"{len(summary['rounds'])} rounds, {traffic}, {duration(summary['seconds'])}, {size(summary['peak_memory_bytes'])} peak memory")
+    console.print(
+        f"{len(summary['rounds'])} rounds, {traffic}, {duration(summary['seconds'])}, {size(summary['peak_memory_bytes'])} peak memory"
+    )
     for file in ("report.html", "summary.json", "model"):
         console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
 
@@ -95,7 +110,10 @@ def _comparison(summary: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     alone = "each organisation alone, mean" + (" (same privacy)" if private else "")
     rows = [("majority class", test["majority"]), (alone, (test["alone"] or {}).get("mean"))]
-    rows += [("federated (this run)", test["federated"]), ("all data pooled, without privacy (the bound)", test["pooled"])]
+    rows += [
+        ("federated (this run)", test["federated"]),
+        ("all data pooled, without privacy (the bound)", test["pooled"]),
+    ]
     for name, metrics in rows:
         if metrics is not None:
             style = "bold" if name.startswith("federated") else None
@@ -110,6 +128,6 @@ def _organisations(summary: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     for o in summary["organisations"]:
         alone = (f"{o['alone']['accuracy']:.3f}", f"{o['gain']:+.3f}") if o["alone"] else ("–", "–")
-        privacy = (f"{o['epsilon_spent']:.3f}", f"{o['epsilon_allowed']:g}") if private else ()
+        privacy = (round_up(o["epsilon_spent"]), f"{o['epsilon_allowed']:g}") if private else ()
         table.add_row(o["name"], f"{o['examples']:,}", *alone, *privacy)
     return table

@@ -57,5 +57,9 @@ def _site(request: Request, context: Context) -> Site:
 
 def _refusal(message: Message, site: Site | None, error: Exception, detail: str) -> Message:
     """A simulated organisation says everything; a real one only what kind of failure it was."""
-    reason = detail if site is not None and site.file.simulated else f"{type(error).__name__}; details are in the organisation's own log"
+    reason = (
+        detail
+        if site is not None and site.file.simulated
+        else f"{type(error).__name__}; details are in the organisation's own log"
+    )
     return Message(Error(_REFUSED, reason), reply_to=message)

@@ -1,9 +1,9 @@
 """An organisation's site: one folder with its description, its ledger, and the last update it sent.
 
-    site.json         name, device, and whether it is a simulated one
-    data.json         which records it holds (see models/holdings.py)
-    ledger.sqlite     the privacy it has spent
-    outbox/           the last finished update, so that a crash after training costs nothing
+site.json         name, device, and whether it is a simulated one
+data.json         which records it holds (see models/holdings.py)
+ledger.sqlite     the privacy it has spent
+outbox/           the last finished update, so that a crash after training costs nothing
 """
 
 from __future__ import annotations
@@ -74,4 +74,3 @@ class Site:
             return None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"the outbox file {file} is damaged ({error}): remove it to train the round again") from None
-

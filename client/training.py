@@ -102,7 +102,10 @@ def _setting(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings, s
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
         features = holdings.features(
-            model, state, plan.model.precision, lambda done, total: tell("features", organisation=name, done=done, total=total)
+            model,
+            state,
+            plan.model.precision,
+            lambda done, total: tell("features", organisation=name, done=done, total=total),
         )
         return _on_features(head, features, holdings.targets, model.device)
     return _on_tokens(plan, stage, model, holdings)
@@ -185,7 +188,13 @@ def noise_multiplier(plan: Plan, privacy: RecordPrivacy, examples: int, round: i
 
 
 def _train_privately(
-    plan: Plan, privacy: RecordPrivacy, stage: Stage, site: Site, round: int, setting: _Setting, optimizer: torch.optim.Optimizer
+    plan: Plan,
+    privacy: RecordPrivacy,
+    stage: Stage,
+    site: Site,
+    round: int,
+    setting: _Setting,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, float]:
     """Returns the steps taken and the ε spent so far. The ledger is charged before a record enters a batch."""
     examples, ledger = len(setting.rows), site.ledger()
@@ -220,9 +229,7 @@ def _check_gradients(setting: _Setting, clip_norm: float) -> None:
         )
 
 
-def _train_plainly(
-    plan: Plan, stage: Stage, site: Site, round: int, setting: _Setting, optimizer: torch.optim.Optimizer
-) -> int:
+def _train_plainly(plan: Plan, stage: Stage, site: Site, round: int, setting: _Setting, optimizer: torch.optim.Optimizer) -> int:
     """The same batches by Poisson sampling, but reproducible, and without clipping and noise. An empty batch takes no step."""
     generator = seeded_generator(plan.seed, "batches", site.organisation, round)
     rate = stage.local.sample_rate(len(setting.rows))
@@ -251,7 +258,13 @@ def _follow(reports: Iterator[StepReport], organisation: str, round: int, ledger
     for report in reports:
         taken = report.step
         tell(
-            "step", organisation=organisation, round=round, step=report.step, steps=report.steps, loss=report.loss, epsilon=spent
+            "step",
+            organisation=organisation,
+            round=round,
+            step=report.step,
+            steps=report.steps,
+            loss=report.loss,
+            epsilon=spent,
         )
     return taken
 

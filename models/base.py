@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from cotune.models.errors import ModelError
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
 
-__all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "find_base", "load_model"]
+__all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "find_base", "load_model", "quiet"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # never code, never pickles
@@ -34,11 +34,13 @@ class ModelConfig(BaseModel):
     base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
     base_hash: str | None = Field(None, description="SHA-256 of the base model's safetensors; checked when given")
     pooling: Literal["auto", "mean", "native"] = Field(
-        "auto", description="how token vectors become one: the architecture's own way, or the mean (auto: as the folder says)"
+        "auto",
+        description="how token vectors become one: the architecture's own way, or the mean (auto: as the folder says)",
     )
     max_length: int = Field(128, ge=2, le=32768, description="tokens per text; the rest is cut off")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="arithmetic of frozen parts (auto: bfloat16 where the hardware has it); trained parameters are float32"
+        "auto",
+        description="arithmetic of frozen parts (auto: bfloat16 where the hardware has it); trained parameters are float32",
     )
 
 
@@ -147,7 +149,7 @@ def load_model(config: ModelConfig, labels: tuple[str, ...], seed: int) -> Loade
         model_config = _configure(folder.path, labels)
         tokenizer = AutoTokenizer.from_pretrained(str(folder.path), trust_remote_code=False)
         mean = _use_mean_pooling(config, model_config, folder.path)
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module, frozen = _build(folder.path, model_config, mean)
     except ModelError:
@@ -164,7 +166,7 @@ def load_model(config: ModelConfig, labels: tuple[str, ...], seed: int) -> Loade
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bar and its report on the new head, which is expected."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -36,7 +36,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the hardware computes in bfloat16 natively."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(native and native())
 

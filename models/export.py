@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from transformers import AutoConfig
 
+from cotune.models.base import quiet
 from cotune.models.sharing import SharedModel, merge_adapters
 
 __all__ = ["export_model"]
@@ -27,7 +28,8 @@ def export_model(model: SharedModel, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
     try:
-        module.save_pretrained(part)
+        with quiet():
+            module.save_pretrained(part)
         cast(Any, model.loaded.tokenizer).save_pretrained(part)
         part.chmod(0o755)
         if folder.exists():

@@ -109,7 +109,15 @@ def _key(model: SharedModel, texts: Sequence[str], state: State, reading: str, d
     """Identifies features: the base model, what was trained in the encoder so far, how it is read, and the texts."""
     digest = hashlib.sha256()
     loaded = model.loaded
-    parts = ("1", loaded.folder.content_hash, str(loaded.frozen), reading, str(dtype), str(loaded.max_length), model.device.type)
+    parts = (
+        "1",
+        loaded.folder.content_hash,
+        str(loaded.frozen),
+        reading,
+        str(dtype),
+        str(loaded.max_length),
+        model.device.type,
+    )
     digest.update("\n".join(parts).encode())
     for name in sorted(n for n in state if n.startswith(model.prefix)):
         digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
@@ -133,9 +141,7 @@ def _write(file: Path, features: Tensor) -> None:
 
 
 @torch.no_grad()
-def _compute(
-    model: SharedModel, texts: Sequence[str], reading: str, dtype: torch.dtype, progress: Progress | None
-) -> Tensor:
+def _compute(model: SharedModel, texts: Sequence[str], reading: str, dtype: torch.dtype, progress: Progress | None) -> Tensor:
     ids = encode(model.loaded.tokenizer, texts, model.loaded.max_length)
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), ids[i], i))  # like lengths together: little padding
     features: Tensor | None = None

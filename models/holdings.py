@@ -83,7 +83,8 @@ class Holdings:
         unknown = sorted(set(names) - set(number))
         if unknown:
             raise DataError(
-                f"the data have the classes {', '.join(unknown[:5])}, which the plan does not list: expected {', '.join(self.labels)}"
+                f"the data have the classes {', '.join(unknown[:5])}, which the plan does not list:"
+                f" expected {', '.join(self.labels)}"
             )
         return [number[name] for name in names]
 

@@ -24,7 +24,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import pandas  # type: ignore[import-untyped]
+import pandas
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cotune.models.errors import DataError, nearest
@@ -281,9 +281,7 @@ def _clean(file: _File, texts: Sequence[object], labels: Sequence[object]) -> Re
             kept.append((text, label))
     if not kept:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-        raise DataError(
-            f"{file.name} holds {len(texts)} records and none is usable ({reasons}): check data.text and data.label"
-        )
+        raise DataError(f"{file.name} holds {len(texts)} records and none is usable ({reasons}): check data.text and data.label")
     return Records(tuple(text for text, _ in kept), tuple(label for _, label in kept), file.name, dict(skipped))
 
 
@@ -322,8 +320,9 @@ def _csv(file: _File, separator: str) -> Columns:
     except pandas.errors.EmptyDataError as error:
         raise DataError(f"{file.name} holds blank lines only: expected a line of column names, then records") from error
     except ValueError as error:
+        reason = _reason(error).removeprefix("Error tokenizing data. C error: ")
         raise DataError(
-            f"{file.name} is not valid {file.suffix} ({_reason(error)}): export it again, with double quotes around"
+            f"{file.name} is not valid {file.suffix} ({reason}): export it again, with double quotes around"
             " fields that hold a separator, a quote or a line break"
         ) from error
     names = [str(name).strip() for name in frame.iloc[0]]
@@ -342,9 +341,7 @@ def _json(file: _File) -> Columns:
     rows: list[dict[str, object]] = []
     for where, row in found:
         if not isinstance(row, dict):
-            raise DataError(
-                f"{file.name} holds a {type(row).__name__} in {where}, expected an object: {_example(file)}"
-            )
+            raise DataError(f"{file.name} holds a {type(row).__name__} in {where}, expected an object: {_example(file)}")
         rows.append(row)
     if not rows:
         raise DataError(f"{file.name} holds no records: expected one object per line, as in {_example(file)}")
@@ -371,7 +368,7 @@ def _parquet(file: _File) -> Columns:
     """Read with `datasets`: it knows the class names that Hugging Face keeps beside integer labels; they are used."""
     from datasets import ClassLabel, Dataset
     from datasets.table import InMemoryTable
-    from pyarrow import BufferReader, parquet  # type: ignore[import-untyped]
+    from pyarrow import BufferReader, parquet
 
     try:
         opened = parquet.ParquetFile(BufferReader(file.raw))

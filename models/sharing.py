@@ -37,10 +37,12 @@ class LoraConfig(BaseModel):
     rank: int = Field(8, ge=1, le=512, description="r")
     alpha: float = Field(16.0, gt=0, description="α; the update is scaled by α/r")
     freeze_a: bool = Field(
-        True, description="A stays as drawn from the plan's seed and only B is trained (FFA-LoRA, Sun et al., ICLR 2024)"
+        True,
+        description="A stays as drawn from the plan's seed and only B is trained (FFA-LoRA, Sun et al., ICLR 2024)",
     )
     targets: tuple[str, ...] | Literal["auto"] = Field(
-        "auto", description="names of the linear modules that get an adapter (auto: what peft adapts in this architecture)"
+        "auto",
+        description="names of the linear modules that get an adapter (auto: what peft adapts in this architecture)",
     )
 
 
@@ -102,7 +104,9 @@ class SharedModel:
         for name, tensor in state.items():
             if name not in own or own[name].shape != tensor.shape:
                 got = f"{name} {tuple(tensor.shape)}"
-                raise ModelError(f"a state holds {got}, expected a parameter of this model: it was made with another plan or model")
+                raise ModelError(
+                    f"a state holds {got}, expected a parameter of this model: it was made with another plan or model"
+                )
         self._remember(own, state)
         for name, initial in self._initial.items():
             own[name].copy_(state.get(name, initial))

@@ -64,7 +64,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise PlanError(f"the plan {path} does not exist: expected a TOML file; `cotune plan new tweets > my.toml` makes one") from None
+        raise PlanError(
+            f"the plan {path} does not exist: expected a TOML file; `cotune plan new tweets > my.toml` makes one"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"the plan {path} cannot be read ({error}): expected a TOML file in UTF-8") from None
 
@@ -116,7 +118,7 @@ def _sentence(error: ValidationError) -> str:
     message = message[0].lower() + message[1:]
     if message.startswith("unknown") or not key:
         return f"the plan is not valid: {key}: {message}" if key else f"the plan is not valid: {message}"
-    return f'the plan has {key} = {_shown(first["input"])}: {message}'
+    return f"the plan has {key} = {_shown(first['input'])}: {message}"
 
 
 def _most_telling(error: ValidationError) -> Any:
@@ -125,13 +127,15 @@ def _most_telling(error: ValidationError) -> Any:
     first = errors[0]
     stem = first["loc"][:1]
     same = [e for e in errors if e["loc"][:1] == stem]
-    tables = [e for e in same if not (e["type"] in ("literal_error", "model_type", "tuple_type", "model_attributes_type"))]
+    tables = [e for e in same if e["type"] not in ("literal_error", "model_type", "tuple_type", "model_attributes_type")]
     words = [e for e in same if e["type"] == "literal_error"]
     return (tables or words or same)[0]
 
 
 def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and (part.startswith(("literal[", "tuple[", "function-")) or part in ("RecordPrivacy", "float", "str"))
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "tuple[", "function-")) or part in ("RecordPrivacy", "float", "str")
+    )
 
 
 def _shown(value: Any) -> str:

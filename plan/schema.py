@@ -26,7 +26,9 @@ class LocalTraining(BaseModel):
 
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
     learning_rate: float = Field(0.5, gt=0)
-    head_learning_rate: float | None = Field(None, gt=0, description="for the head where the stage trains more; default: the same")
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="for the head where the stage trains more; default: the same"
+    )
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(0.0, ge=0)
     batch_size: float = Field(256, gt=0, description="expected records per step; below 1: the fraction of the records")
@@ -108,7 +110,8 @@ class Plan(BaseModel):
         """A stage's `local` says only what differs from the plan's; so does simulation.pooled."""
         if not isinstance(table, dict):
             return table
-        common = table.get("local") if isinstance(table.get("local"), dict) else {}
+        given = table.get("local")
+        common: dict[str, Any] = given if isinstance(given, dict) else {}
         table = dict(table)
         if isinstance(table.get("train"), list | tuple):
             table["train"] = [_inherit(stage, "local", common) for stage in table["train"]]

@@ -43,12 +43,12 @@ class RecordPrivacy(BaseModel):
     @classmethod
     def _delta_is_usable(cls, value: float | str) -> float | str:
         if isinstance(value, str):
+            if _delta_exponent(value) is not None:
+                return value
             try:
                 value = float(value)
             except ValueError:
-                if _delta_exponent(value) is None:
-                    raise ValueError(f'expected a number or "1/n^p" with p >= 1, got "{value}"') from None
-                return value
+                raise ValueError(f'expected a number or "1/n^p" with p >= 1, got "{value}"') from None
         if not 0 < value < 1:
             raise ValueError(f"expected 0 < delta < 1, got {value}")
         return value
@@ -126,9 +126,7 @@ def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def calibrate(
-    planned: Sequence[tuple[float, int]], *, epsilon: float, delta: float, spent: Sequence[Steps] = ()
-) -> float:
+def calibrate(planned: Sequence[tuple[float, int]], *, epsilon: float, delta: float, spent: Sequence[Steps] = ()) -> float:
     """The smallest noise multiplier σ with which all the planned steps stay within ε, on top of what was spent.
 
     planned: (sample rate, number of steps) of every remaining stage. Guarantee: composing `spent` with the planned steps at the
@@ -160,9 +158,7 @@ def _epsilon_at(planned: tuple[tuple[float, int], ...], sigma: float, delta: flo
     return epsilon([*spent, *(Steps(sigma, q, count) for q, count in planned)], delta)
 
 
-def _unreachable(
-    planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]
-) -> PrivacyError:
+def _unreachable(planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]) -> PrivacyError:
     steps = sum(count for _, count in planned)
     best = _epsilon_at(planned, MAX_NOISE_MULTIPLIER, delta, spent)
     already = f" after ε = {epsilon(spent, delta):.3g} was spent before" if spent else ""

@@ -1,9 +1,9 @@
 """DP-SGD (Abadi et al., CCS 2016, algorithm 1) by Opacus: clip each record's gradient, add noise, step.
 
-Contract of `private_steps`: every step's update direction is (Σ_i min(1, C/‖g_i‖) g_i + σC·N(0, I)) / B, where i runs over a Poisson
-sample with rate q of the records, g_i is the gradient of record i's own loss over all trainable parameters, C the clip norm,
-σ the noise multiplier and B the expected batch size q·n. An empty sample takes a step too (noise only). The noise comes
-from `private_generator`; a test may inject another generator, which no plan can reach.
+Contract of `private_steps`: every step's update direction is (Σ_i min(1, C/‖g_i‖) g_i + σC·N(0, I)) / B, where i runs over a
+Poisson sample with rate q of the n records, g_i is the gradient of record i's own loss over all trainable parameters, C the
+clip norm, σ the noise multiplier and B the expected batch size q·n. An empty sample takes a step too (noise only). The noise
+comes from `private_generator`; a test may inject another generator, which no plan can reach.
 """
 
 from __future__ import annotations
@@ -192,9 +192,7 @@ def _assert_finite(optimizer: DPOptimizer) -> None:
         )
 
 
-def check_clipping(
-    module: nn.Module, loss: LossPerExample, examples: list[Batch], clip_norm: float, mode: ClippingMode
-) -> float:
+def check_clipping(module: nn.Module, loss: LossPerExample, examples: list[Batch], clip_norm: float, mode: ClippingMode) -> float:
     """Relative error of Opacus' clipped gradient sum against gradients taken one example at a time.
 
     examples: batches of one. A model family for which Opacus is silently wrong (a parameter used outside its module's forward, a
@@ -214,7 +212,12 @@ def check_clipping(
 
 
 def _clipped_sum(
-    module: nn.Module, params: list[nn.Parameter], loss: LossPerExample, examples: list[Batch], clip: float, mode: ClippingMode
+    module: nn.Module,
+    params: list[nn.Parameter],
+    loss: LossPerExample,
+    examples: list[Batch],
+    clip: float,
+    mode: ClippingMode,
 ) -> list[Tensor]:
     """Opacus' clipped sum over the examples as one batch, without noise; the parameters are left as they were."""
     batch = {key: torch.cat([e[key] for e in examples]) for key in examples[0]}

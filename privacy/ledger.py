@@ -55,7 +55,8 @@ class Ledger:
         """Charges the steps before they run; durable when this returns. Returns the number of the charge."""
         with closing(self._connect()) as db, db:
             cursor = db.execute(
-                "INSERT INTO charges (plan_id, round, noise_multiplier, sample_rate, steps, state) VALUES (?, ?, ?, ?, ?, 'reserved')",
+                "INSERT INTO charges (plan_id, round, noise_multiplier, sample_rate, steps, state)"
+                " VALUES (?, ?, ?, ?, ?, 'reserved')",
                 (plan_id, round, steps.noise_multiplier, steps.sample_rate, steps.count),
             )
             return int(cursor.lastrowid or 0)
@@ -68,7 +69,9 @@ class Ledger:
                 (steps_run, charge, steps_run),
             )
             if cursor.rowcount != 1:
-                raise PrivacyError(f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many")
+                raise PrivacyError(
+                    f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many"
+                )
 
     def spent(self, plan_id: str | None = None) -> list[Steps]:
         """All charges (of one plan), reservations at their worst case."""

@@ -2,7 +2,7 @@
 
 torch's CPU generator keeps only 32 bits of any seed (`manual_seed(5)` and `manual_seed(5 + 2**32)` are the same stream), so that
 noise drawn from it could be found by trying all seeds. Noise and Poisson sampling under differential privacy are drawn from
-ChaCha20 keyed with 256 bits of OS entropy instead. Floating-point effects of continuous Gaussian noise (Mironov, CCS 2012) remain.
+ChaCha20 keyed with 256 bits of OS entropy instead. Floating-point effects of continuous noise (Mironov, CCS 2012) remain.
 """
 
 from __future__ import annotations

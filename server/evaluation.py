@@ -34,6 +34,8 @@ def _predict(model: SharedModel, test: Holdings) -> list[int]:
     predicted = [0] * len(examples)
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
-        for row, label in zip(rows, logits(model.module, collate([examples[i] for i in rows])).argmax(dim=1).tolist(), strict=True):
+        for row, label in zip(
+            rows, logits(model.module, collate([examples[i] for i in rows])).argmax(dim=1).tolist(), strict=True
+        ):
             predicted[row] = label
     return predicted

@@ -37,7 +37,9 @@ class Events:
                 stream.write(b"\n")
 
     def tell(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, ensure_ascii=False)
+        line = json.dumps(
+            {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, ensure_ascii=False
+        )
         with self._lock, self.path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
         if not self.silent:

@@ -270,7 +270,11 @@ def _epsilon_legend(summary: Summary) -> Iterator[Key]:
     spent = {o["name"]: o["epsilon_spent"] for o in summary["organisations"] if o["epsilon_spent"] is not None}
     styles = _styles(len(summary["organisations"]))
     if len(styles) > COLOURS:
-        yield Key(styles[0], f"each of {len(styles)} organisations", f"at most {epsilon(max(spent.values()))}" if spent else "")
+        yield Key(
+            styles[0],
+            f"each of {len(styles)} organisations",
+            f"at most {epsilon(max(spent.values()))}" if spent else "",
+        )
         return
     for style, each in zip(styles, summary["organisations"], strict=True):
         yield Key(style, each["name"], epsilon(spent[each["name"]]) if each["name"] in spent else "")

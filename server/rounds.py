@@ -63,9 +63,7 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
     return progress
 
 
-def _play(
-    grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate, before: Progress, round: int
-) -> Progress:
+def _play(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate, before: Progress, round: int) -> Progress:
     started = time.monotonic()
     plan, people = folder.plan, folder.file.participants
     stage = plan.stage_of(round)
@@ -107,7 +105,8 @@ def _requests(grid: Grid, folder: RunFolder, state: State, round: int) -> tuple[
     size = sum(payload_bytes(content) for content in contents)
     ttl = folder.plan.server.deadline_seconds
     messages = [
-        Message(content, nodes[i % len(nodes)], MessageType.TRAIN, ttl=ttl, group_id=str(round)) for i, content in enumerate(contents)
+        Message(content, nodes[i % len(nodes)], MessageType.TRAIN, ttl=ttl, group_id=str(round))
+        for i, content in enumerate(contents)
     ]
     return messages, size
 
@@ -192,4 +191,3 @@ def _entry(number: int, stage: str, tally: _Tally, metrics: Metrics | None, seco
         "bytes_down": tally.bytes_down,
         "seconds": round(seconds, 3),
     }
-

@@ -1,12 +1,12 @@
 """The folder of a run: everything that is needed to continue it, to repeat it and to report on it.
 
-    plan.toml               the resolved plan
-    run.json                who takes part, when and how it was started
-    events.jsonl            what happened, line by line
-    checkpoints/            one file per finished round: model, server optimiser, history
-    test/data.json          the common test set
-    sites/<organisation>/   the simulated organisations (only in simulations)
-    model/ summary.json report.html    at the end
+plan.toml               the resolved plan
+run.json                who takes part, when and how it was started
+events.jsonl            what happened, line by line
+checkpoints/            one file per finished round: model, server optimiser, history
+test/data.json          the common test set
+sites/<organisation>/   the simulated organisations (only in simulations)
+model/ summary.json report.html    at the end
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class RunFolder:
             raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
         if about["plan_id"] != self.plan.plan_id:
             raise RunError(f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml")
-        return Progress(about["round"], _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), tuple(about["history"]))
+        return Progress(
+            about["round"], _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), tuple(about["history"])
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

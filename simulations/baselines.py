@@ -61,7 +61,12 @@ def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: 
     who = Participant(name=name.split("/")[-1], site="site")
     make_site(path / "site", who.name, plan.data, [(s.file, s.rows) for s in shares], parent.file.device)
     file = RunFile(
-        run=name, created=parent.file.created, engine="in-process", device=parent.file.device, participants=(who,), silent=True
+        run=name,
+        created=parent.file.created,
+        engine="in-process",
+        device=parent.file.device,
+        participants=(who,),
+        silent=True,
     )
     RunFolder.create(path, plan, file)
 

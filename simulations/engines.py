@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from flwr.app import Context, RecordDict, UserConfig
 from flwr.serverapp import Grid, ServerApp
@@ -33,7 +34,11 @@ def _in_process(folder: RunFolder) -> None:
 
 def _context(folder: RunFolder) -> Context:
     return Context(
-        run_id=1, node_id=1, node_config=UserConfig(), state=RecordDict(), run_config=UserConfig({"run": str(folder.path)})
+        run_id=1,
+        node_id=1,
+        node_config=UserConfig(),
+        state=RecordDict(),
+        run_config=UserConfig({"run": str(folder.path)}),
     )
 
 
@@ -50,7 +55,10 @@ def _ray(folder: RunFolder) -> None:
     @wrapped.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            server_app(grid, Context(context.run_id, context.node_id, context.node_config, context.state, _context(folder).run_config))
+            server_app(
+                grid,
+                Context(context.run_id, context.node_id, context.node_config, context.state, _context(folder).run_config),
+            )
         except BaseException as error:  # Flower would wrap it, or only log it
             failed.append(error)
             raise
@@ -66,13 +74,16 @@ def _simulate(app: ServerApp, folder: RunFolder) -> None:
     from flwr.simulation import run_simulation  # deprecated without a replacement that takes objects; Flower is pinned
 
     cpus, people = os.cpu_count() or 1, len(folder.file.participants)
-    resources = {"num_cpus": max(1, cpus // people), "num_gpus": _gpu_share(folder)}
+    resources: dict[str, Any] = {"num_cpus": max(1, cpus // people), "num_gpus": _gpu_share(folder)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("flwr").setLevel(logging.ERROR)
         try:
             run_simulation(
-                app, client_app, num_supernodes=people, backend_config={"client_resources": resources, "init_args": {"num_cpus": cpus}}
+                app,
+                client_app,
+                num_supernodes=people,
+                backend_config={"client_resources": resources, "init_args": {"num_cpus": cpus}},
             )
         except Exception as error:
             logging.getLogger(__name__).debug("the simulation raised %r", error)  # the server's own error is in `failed`

@@ -94,7 +94,9 @@ def _stages(plan: Plan, model: SharedModel, organisations: int) -> list[StageFor
         names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
         held |= set(names)
         up, down = sum(sizes[n] for n in names), sum(sizes[n] for n in held)
-        found.append(StageForecast(stage.mode, stage.rounds, stage.local.steps, up, 4 * up * organisations, 4 * down * organisations))
+        found.append(
+            StageForecast(stage.mode, stage.rounds, stage.local.steps, up, 4 * up * organisations, 4 * down * organisations)
+        )
     return found
 
 
@@ -110,7 +112,11 @@ def _seconds(prepared: Prepared, model: SharedModel) -> float:
         if stage.mode == "head" and feature_head(model) is not None:
             total += records * _time_per_text(model, ids, None)
         else:
-            work = sum(stage.local.sample_rate(len(s.rows)) * len(s.rows) for s in prepared.shares) * stage.rounds * stage.local.steps
+            work = (
+                sum(stage.local.sample_rate(len(s.rows)) * len(s.rows) for s in prepared.shares)
+                * stage.rounds
+                * stage.local.steps
+            )
             cost = _CLIPPING_COST[stage.mode] if plan.privacy != "none" else 1.0
             total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_text(model, ids, stage)
     return total

@@ -60,9 +60,7 @@ class PartitionConfig(BaseModel):
         if self.sizes != "equal":
             _check_alpha(self.sizes, f"sizes={self.sizes}")
             if _parse(self.scheme)[0] in ("dirichlet", "quantity"):
-                raise ValueError(
-                    f"sizes={self.sizes} was given, but scheme {self.scheme!r} draws them: leave sizes out"
-                )
+                raise ValueError(f"sizes={self.sizes} was given, but scheme {self.scheme!r} draws them: leave sizes out")
         return self
 
 

@@ -51,7 +51,9 @@ def start(prepared: Prepared, out: Path | None, engine: str, device: str) -> Run
     """Makes the folder of a new run. Raises RunError when the folder is not empty or cannot be written."""
     path = (out or new_folder(prepared.plan.name)).expanduser().resolve()
     if (path / "run.json").exists():
-        raise RunError(f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out")
+        raise RunError(
+            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out"
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} is not an empty folder: expected a new one for the run; choose another --out")
     try:
@@ -93,4 +95,3 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Result:
     write_durably(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
     return Result(folder.path, json.loads(dumps(summary)))
-

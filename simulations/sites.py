@@ -97,10 +97,8 @@ def _joined(records: list[Records]) -> Records:
     return Records(texts, tuple(label for r in records for label in r.labels), records[0].source)
 
 
-def _split(
-    plan: Plan, records: dict[Path | None, Records]
-) -> tuple[tuple[Share, ...], tuple[tuple[Path | None, Rows], ...]]:
-    """One file is split over simulated organisations; of several files each is one organisation. Of all, a test part is held out."""
+def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], tuple[tuple[Path | None, Rows], ...]]:
+    """One file is split over simulated organisations; of several files each is one. Of all, a test part is held out."""
     rng = seeded_generator(plan.seed, "partition")
     shares: list[Share] = []
     test: list[tuple[Path | None, Rows]] = []
@@ -114,7 +112,9 @@ def _split(
             parts = partition(labels, _partition_config(plan), rng)
             shares += [Share(f"org-{i}", None, train[rows]) for i, rows in enumerate(parts, start=1)]
     if not sum(len(rows) for _, rows in test):
-        raise DataError(f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one")
+        raise DataError(
+            f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
+        )
     return tuple(shares), tuple(test)
 
 
@@ -141,7 +141,9 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
     write_holdings(path / "test" / "data.json", plan.data, list(prepared.test))
     people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in prepared.shares)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return RunFolder.create(path, plan, RunFile(run=path.name, created=created, engine=engine, device=device, participants=people))
+    return RunFolder.create(
+        path, plan, RunFile(run=path.name, created=created, engine=engine, device=device, participants=people)
+    )
 
 
 def make_site(folder: Path, name: str, data: DataConfig, portions: list[tuple[Path | None, Rows]], device: str) -> None:

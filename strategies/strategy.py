@@ -30,9 +30,9 @@ class Part(BaseModel):
 
 def _checked(part: Any, kind: str, known: Mapping[str, Callable[..., Any]]) -> Any:
     table = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else part
-    name = table.name if isinstance(table, Part) else table.get("name")
+    name = str(table.name if isinstance(table, Part) else table.get("name"))
     if name not in known:
-        raise ValueError(f'unknown {kind} "{name}"{nearest(str(name), known)}')
+        raise ValueError(f'unknown {kind} "{name}"{nearest(name, known)}')
     given = table.parameters if isinstance(table, Part) else {k: v for k, v in table.items() if k != "name"}
     accepted = inspect.signature(known[name]).parameters if given else {}
     for key, value in given.items():
@@ -56,7 +56,7 @@ class StrategyConfig(BaseModel):
     @classmethod
     def _weighting(cls, part: Any) -> Any:
         table = _checked(part, "weighting", WEIGHTINGS)
-        if (table.parameters if isinstance(table, Part) else len(table) > 1):
+        if table.parameters if isinstance(table, Part) else len(table) > 1:
             raise ValueError("a weighting takes no parameters")
         return table
 

@@ -1,4 +1,4 @@
-"""What travels, as Flower records: requests to train, and updates. Arrays and plain values only; never code, never pickles.
+"""What travels, as Flower records: requests to train, and updates. Arrays and plain values only; never code or pickles.
 
 A request holds the plan (canonical JSON) and the state of the shared model; an update holds the delta, the declared weight, and
 what ties both to plan, round and organisation. Every field has one name and one type, checked on arrival.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,15 @@ from torch import Tensor
 from cotune.models.errors import RunError
 from cotune.strategies.updates import Update
 
-__all__ = ["Request", "decode_request", "decode_update", "encode_requests", "encode_update", "payload_bytes", "state_digest"]
+__all__ = [
+    "Request",
+    "decode_request",
+    "decode_update",
+    "encode_requests",
+    "encode_update",
+    "payload_bytes",
+    "state_digest",
+]
 
 PROTOCOL = 1
 _FLOATS = {"float32": torch.float32}
@@ -48,18 +56,17 @@ def encode_requests(
 
 
 def _header(plan: str, round: int, organisation: str, site: str) -> ConfigRecord:
-    fields = {"protocol": PROTOCOL, "plan": plan, "round": round, "organisation": organisation, "site": site}
-    return ConfigRecord(fields)  # type: ignore[arg-type]
+    return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, "organisation": organisation, "site": site})
 
 
 def decode_request(content: RecordDict) -> Request:
     """Raises RunError, in one sentence, for anything but a well-formed request of this protocol."""
     fields = _fields(content, "request", {"plan": str, "round": int, "organisation": str, "site": str})
-    return Request(state=_tensors(content, "state"), **fields)
+    return Request(**fields, state=_tensors(content, "state"))
 
 
 def encode_update(update: Update, plan_id: str) -> RecordDict:
-    record = {
+    record: dict[str, Any] = {
         "protocol": PROTOCOL,
         "plan_id": plan_id,
         "round": update.round,
@@ -77,13 +84,13 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
     fields = _fields(content, "update", types)
     if fields["plan_id"] != plan_id:
         raise RunError(f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}")
-    stated = cast(float, fields["epsilon"])
+    stated = fields["epsilon"]
     return Update(
-        organisation=cast(str, fields["organisation"]),
-        round=cast(int, fields["round"]),
+        organisation=fields["organisation"],
+        round=fields["round"],
         delta=_tensors(content, "delta"),
-        examples=cast(int, fields["examples"]),
-        steps=cast(int, fields["steps"]),
+        examples=fields["examples"],
+        steps=fields["steps"],
         epsilon=None if stated < 0 else stated,
     )
 
@@ -111,12 +118,14 @@ def _tensor(name: str, array: Array) -> Tensor:
     return torch.from_numpy(values.copy())
 
 
-def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[str, object]:
+def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[str, Any]:
     record = content.get(key)
     if not isinstance(record, ConfigRecord):
         raise RunError(f"a message came without its header: expected a ConfigRecord named {key}")
     if record.get("protocol") != PROTOCOL:
-        raise RunError(f"a message of protocol {record.get('protocol')} came, expected {PROTOCOL}: use the same cotune everywhere")
+        raise RunError(
+            f"a message of protocol {record.get('protocol')!r:.20} came, expected {PROTOCOL}: use the same cotune everywhere"
+        )
     for name, kind in types.items():
         if type(record.get(name)) is not kind:
             raise RunError(f"a message has {name} = {record.get(name)!r:.60}: expected {kind.__name__}")
@@ -125,7 +134,9 @@ def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[st
 
 def payload_bytes(content: RecordDict) -> int:
     """Bytes of the arrays and values of a message, as Flower serialises them."""
-    return sum(record.count_bytes() for record in content.values() if isinstance(record, ArrayRecord | ConfigRecord | MetricRecord))
+    return sum(
+        record.count_bytes() for record in content.values() if isinstance(record, ArrayRecord | ConfigRecord | MetricRecord)
+    )
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ from transformers import (
 
 torch.set_num_threads(2)
 
-WORDS = {"good": ["great", "fine", "lovely", "happy"], "bad": ["awful", "poor", "sad", "angry"], "so": ["table", "tree", "road", "day"]}
+WORDS = {
+    "good": ["great", "fine", "lovely", "happy"],
+    "bad": ["awful", "poor", "sad", "angry"],
+    "so": ["table", "tree", "road", "day"],
+}
 FILLERS = ["the", "a", "is", "was", "very", "this", "it", "and", "of", "to"]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(w for words in WORDS.values() for w in words), *FILLERS]
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
@@ -41,18 +45,33 @@ def _config(kind: str) -> Any:
     if kind == "bert":
         return BertConfig(vocab_size=size, max_position_embeddings=32, pad_token_id=0, **small)
     if kind == "distilbert":
-        return DistilBertConfig(vocab_size=size, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=32, pad_token_id=0)
+        return DistilBertConfig(
+            vocab_size=size, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=32, pad_token_id=0
+        )
     if kind == "gpt2":
         return GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=2, eos_token_id=3)
     decoder = LlamaConfig if kind == "llama" else Qwen2Config
-    return decoder(vocab_size=size, num_key_value_heads=2, max_position_embeddings=32, bos_token_id=2, eos_token_id=3, pad_token_id=0, **small)
+    return decoder(
+        vocab_size=size,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+        **small,
+    )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", eos_token="[SEP]"
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="[SEP]",
     )
 
 
@@ -98,8 +117,7 @@ def reviews(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features are cached in a folder of the test session, not in the user's."""
     folder = tmp_path_factory.getbasetemp() / "cotune-cache"
     monkeypatch.setenv("COTUNE_CACHE", str(folder))
-    yield

@@ -208,8 +208,8 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
         ("a.csv", PNG, ["is not text", "NUL", ".csv"]),
         ("a.jsonl", b"text\0", ["is not text", "NUL", ".jsonl"]),
         ("a.csv", "text,label\na,1\n".encode("utf-16"), ["utf-16", "--set data.encoding=utf-16"]),
-        ("a.csv", b"text,label\nab\xe9,1\n", ["byte 13 cannot be decoded", "not utf-8 text", "--set data.encoding=latin-1"]),
-        ("a.csv", 'text,label\n"a,1\nb,2\n', ["is not valid .csv", "EOF inside string", "double quotes"]),
+        ("a.csv", b"text,label\nab\xe9,1\n", ["not utf-8 text (byte 13 cannot", "--set data.encoding=latin-1"]),
+        ("a.csv", 'text,label\n"a,1\nb,2\n', ["is not valid .csv (EOF inside string", "double quotes"]),
         ("a.csv", "text,label\na,1\nb,2,3\n", ["is not valid .csv", "Expected 2 fields in line 3, saw 3"]),
         ("a.csv", "text,label\na,1,2\nb,2,3\n", ["Expected 2 fields in line 2, saw 3"]),
         ("a.tsv", "text\tlabel\na\t1\t2\n", ["is not valid .tsv", "line 2"]),
@@ -231,9 +231,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
         ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", ["is not valid Parquet"]),
     ],
 )
-def test_an_unusable_file_is_told_in_one_sentence(
-    tmp_path: Path, name: str, content: str | bytes, parts: list[str]
-) -> None:
+def test_an_unusable_file_is_told_in_one_sentence(tmp_path: Path, name: str, content: str | bytes, parts: list[str]) -> None:
     path = write(tmp_path / name, content)
     message = error(path)
     assert message.startswith(str(path))
