@@ -56,11 +56,14 @@ class _Lines:
         if event == "run_started":
             self.began, self.rounds, self.first = time.monotonic(), fields["rounds"], fields["resumed_after"]
             after = f", going on after round {self.first}" if self.first else ""
+            self.print(f"run {fields['folder']}")
             self.print(f"plan {fields['plan']} ({fields['plan_id'][:12]}…): {fields['rounds']} rounds{after}")
         elif event == "round_finished":
             self.print(_round_line(fields, self.rounds, self._remaining(fields["round"])))
         elif event == "update_dropped":
             self.print(f"round {fields['round']}: {fields['organisation']} left out: {fields['reason']}")
+        elif event == "baseline_failed":
+            self.print(f"baseline {fields['baseline']} could not be trained: {fields['reason']}")
         elif event == "baseline_finished":
             self.print(f"baseline {fields['baseline']}: accuracy {fields['metrics']['accuracy']:.3f}")
 

@@ -96,9 +96,8 @@ def show(console: Console, result: Result) -> None:
     console.print(_comparison(summary))
     console.print(_organisations(summary))
     traffic = f"{size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down"
-    console.print(
-        f"{len(summary['rounds'])} rounds, {traffic}, {duration(summary['seconds'])}, {size(summary['peak_memory_bytes'])} peak memory"
-    )
+    effort = f"{duration(summary['seconds'])}, {size(summary['peak_memory_bytes'])} peak memory"
+    console.print(f"{len(summary['rounds'])} rounds, {traffic}, {effort}")
     for file in ("report.html", "summary.json", "model"):
         console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from filelock import FileLock
@@ -29,6 +30,7 @@ from cotune.models.tasks import collator, encode, logits
 __all__ = ["FeatureHead", "cache_folder", "feature_head", "features_of"]
 
 _BATCH = 64  # texts per forward pass
+_readings: WeakKeyDictionary[SharedModel, str | None] = WeakKeyDictionary()
 Progress = Callable[[int, int], None]  # (texts encoded, texts in all)
 
 
@@ -170,9 +172,9 @@ def _read_vectors(model: SharedModel, ids: list[list[int]], reading: str) -> Ten
 
 def _reading(model: SharedModel) -> str | None:
     """Which vector the head reads; found once per model by comparing logits on three made-up texts of unequal length."""
-    if not hasattr(model, "_reading"):
-        model._reading = _find_reading(model)  # type: ignore[attr-defined]
-    return cast("str | None", model._reading)  # type: ignore[attr-defined]
+    if model not in _readings:
+        _readings[model] = _find_reading(model)
+    return _readings[model]
 
 
 @torch.no_grad()

@@ -50,7 +50,9 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
     """
     plan, progress = folder.plan, folder.load()
     total = sum(stage.rounds for stage in plan.stages)
-    folder.events.tell("run_started", plan=plan.name, plan_id=plan.plan_id, rounds=total, resumed_after=progress.round)
+    folder.events.tell(
+        "run_started", folder=str(folder.path), plan=plan.name, plan_id=plan.plan_id, rounds=total, resumed_after=progress.round
+    )
     for round in range(progress.round + 1, total + 1):
         try:
             progress = _play(grid, folder, model, evaluate, progress, round)

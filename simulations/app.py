@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 
 from cotune.plan.load import load_plan
 from cotune.server.app import app as server_app
+from cotune.server.events import listening
 from cotune.server.run_folder import RunFolder
 from cotune.simulations.simulate import complete, new_folder, start
 from cotune.simulations.sites import prepare
@@ -36,8 +38,20 @@ def simulation(context: Context) -> Iterator[None]:
     out = Path(config["out"]) if config.get("out") else root / new_folder(prepared.plan.name)
     folder = start(prepared, out, "flower", "auto")
     context.run_config["run"] = str(folder.path)
-    with folder.locked():
+    with folder.locked(), listening(_print):
         yield
         if RunFolder(folder.path).finished:
             result = complete(folder, prepared, time.monotonic() - began)
             print(f"cotune: the run is in {result.folder}", flush=True)
+
+
+def _print(event: str, fields: dict[str, Any]) -> None:
+    """The lines that Flower's log of the run shows."""
+    if event == "round_finished":
+        accuracy = f", test accuracy {fields['metrics']['accuracy']:.3f}" if fields["metrics"] else ""
+        print(
+            f"cotune: round {fields['round']} ({fields['stage']}), {len(fields['participants'])} organisations{accuracy}",
+            flush=True,
+        )
+    elif event in ("update_dropped", "run_failed"):
+        print(f"cotune: round {fields['round']}: {fields.get('organisation', 'failed')}: {fields['reason']}", flush=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cotune.client.app import app as client_app
+from cotune.models.errors import RunError
 from cotune.models.holdings import HoldingsFile
 from cotune.models.sharing import resident
 from cotune.models.tasks import Metrics
@@ -24,7 +25,7 @@ __all__ = ["run_baselines"]
 
 
 def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Metrics]:
-    """Test metrics of "alone/<organisation>" and "pooled", as far as the plan asks for them."""
+    """Test metrics of "alone/<organisation>" and "pooled", as far as the plan asks for them and they could be trained."""
     results = {}
     for name, plan, shares in _wanted(prepared):
         path = folder.path / "baselines" / name
@@ -33,7 +34,11 @@ def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Metrics]:
         baseline = RunFolder(path)
         if not baseline.finished:
             folder.events.tell("baseline_started", baseline=name)
-            play(InProcessGrid(client_app), baseline)
+            try:
+                play(InProcessGrid(client_app), baseline)
+            except RunError as error:  # a comparison that cannot be made must not cost the run itself
+                folder.events.tell("baseline_failed", baseline=name, reason=str(error))
+                continue
         results[name] = _judge(folder, baseline)
         folder.events.tell("baseline_finished", baseline=name, metrics=results[name].as_dict())
     return results

@@ -18,13 +18,19 @@ from cotune.server.app import app as server_app
 from cotune.server.run_folder import RunFolder
 from cotune.simulations.grid import InProcessGrid
 
-__all__ = ["ENGINES", "play_on"]
+__all__ = ["ENGINES", "check_engine", "play_on"]
+
+
+def check_engine(engine: str) -> None:
+    """Raises PlanError for an engine that is unknown or not installed."""
+    if engine not in ENGINES:
+        raise PlanError(f'unknown engine "{engine}"{nearest(engine, ENGINES)}')
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise PlanError('the engine "ray" is not installed: run `pip install "cotune[ray]"`, or leave --engine out')
 
 
 def play_on(engine: str, folder: RunFolder) -> None:
-    """Plays the run's unfinished rounds. Raises PlanError for an unknown engine, RunError when the run fails."""
-    if engine not in ENGINES:
-        raise PlanError(f'unknown engine "{engine}"{nearest(engine, ENGINES)}')
+    """Plays the run's unfinished rounds. Raises RunError when the run fails."""
     ENGINES[engine](folder)
 
 
@@ -44,8 +50,6 @@ def _context(folder: RunFolder) -> Context:
 
 def _ray(folder: RunFolder) -> None:
     """Flower's own simulation: every organisation is a virtual node, its ClientApp runs in Ray's worker processes."""
-    if importlib.util.find_spec("ray") is None:
-        raise PlanError('the engine "ray" is not installed: run `pip install "cotune[ray]"`, or leave --engine out')
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

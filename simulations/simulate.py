@@ -18,7 +18,7 @@ from cotune.plan.schema import Plan
 from cotune.server.report import write_report
 from cotune.server.run_folder import RunFolder
 from cotune.simulations.baselines import run_baselines
-from cotune.simulations.engines import play_on
+from cotune.simulations.engines import check_engine, play_on
 from cotune.simulations.sites import Prepared, make_run, prepare
 from cotune.simulations.summary import dumps, summarise
 
@@ -40,6 +40,7 @@ def simulate(plan: Plan, out: Path | None = None, *, engine: str = "in-process",
     Raises a CotuneError, which names what is wrong; what was finished before is kept in the folder, for `resume`.
     """
     began = time.monotonic()
+    check_engine(engine)
     prepared = prepare(plan, device)
     folder = start(prepared, out, engine, device)
     with folder.locked():
@@ -79,7 +80,9 @@ def resume(path: Path) -> Result:
             raise RunError(f"the data or the model of {path} are not what they were: expected those that plan.toml describes")
         before = sum(float(entry["seconds"]) for entry in folder.load().history)  # rounds that earlier processes finished
         if not folder.finished:
-            play_on(folder.file.engine, folder)
+            engine = folder.file.engine if folder.file.engine != "flower" else "ray"  # started by `flwr run`
+            check_engine(engine)
+            play_on(engine, folder)
         return complete(folder, prepared, before + time.monotonic() - began)
 
 

@@ -1,0 +1,184 @@
+"""The file formats that records come in, and the part of a plan that says where they are and how to read them.
+
+Every reader gives the names of a file's columns and the values of those that are wanted, or raises one `DataError` sentence.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pandas
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cotune.models.errors import DataError
+
+__all__ = ["READERS", "Columns", "DataConfig", "DataFile", "reason_of"]
+
+
+class DataConfig(BaseModel):
+    """Where an organisation's records are, and which of their columns are used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(
+        min_length=1,
+        description="a file, a folder with one file per organisation, or package:NAME for data in a Python package",
+    )
+    text: str = Field(default="text", min_length=1, description="the column that holds the text")
+    label: str = Field(default="label", min_length=1, description="the column that holds the label")
+    encoding: str = Field(default="utf-8", description="of a CSV, TSV or JSON file, such as utf-8, latin-1 or utf-16")
+    deduplicate: bool = Field(default=False, description="keep only the first of the records that have the same text")
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            "a".encode(value)
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"{value!r} is not a text encoding: expected one such as utf-8 or latin-1") from error
+        return value
+
+    @model_validator(mode="after")
+    def _two_columns(self) -> DataConfig:
+        if self.text == self.label:
+            raise ValueError(f"text and label are both {self.text!r}: expected two different columns")
+        return self
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file's bytes, and what an error says about it."""
+
+    name: str
+    suffix: str
+    raw: bytes
+    config: DataConfig
+
+    @property
+    def wanted(self) -> tuple[str, str]:
+        return self.config.text, self.config.label
+
+
+Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
+
+# Text formats are not read with the `datasets` library. It infers types, chunk by chunk: the labels "01" and "1" become
+# one, the label 1 reads 1.0 where another is missing, a column of dates becomes timestamps, and a surplus first field
+# an index. It also copies private text to a cache on disk.
+
+
+def _csv(file: DataFile, separator: str) -> Columns:
+    text = _decode(file)
+    try:  # the header is read as a record: pandas would rename a repeated column, and make a surplus field an index
+        frame = pandas.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
+    except pandas.errors.EmptyDataError as error:
+        raise DataError(f"{file.name} holds blank lines only: expected a line of column names, then records") from error
+    except ValueError as error:
+        reason = reason_of(error).removeprefix("Error tokenizing data. C error: ")
+        raise DataError(
+            f"{file.name} is not valid {file.suffix} ({reason}): export it again, with double quotes around"
+            " fields that hold a separator, a quote or a line break"
+        ) from error
+    names = [str(name).strip() for name in frame.iloc[0]]
+    return names, {name: frame[names.index(name)].iloc[1:].tolist() for name in file.wanted if name in names}
+
+
+def _json(file: DataFile) -> Columns:
+    """One object per line, or one array of objects."""
+    text = _decode(file)
+    found: list[tuple[str, Any]]
+    if text.lstrip().startswith("["):
+        found = [(f"record {number}", row) for number, row in enumerate(_loads(file, text, 1), 1)]
+    else:  # str.splitlines would also cut at a line separator inside a string
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        found = [(f"line {number}", _loads(file, line, number)) for number, line in lines]
+    rows: list[dict[str, object]] = []
+    for where, row in found:
+        if not isinstance(row, dict):
+            raise DataError(f"{file.name} holds a {type(row).__name__} in {where}, expected an object: {_example(file)}")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{file.name} holds no records: expected one object per line, as in {_example(file)}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return names, {name: [row.get(name) for row in rows] for name in file.wanted if name in names}
+
+
+def _loads(file: DataFile, text: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = f"line {first_line}: {reason_of(error)}"
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"line {first_line + error.lineno - 1}, column {error.colno}: {error.msg}"
+        expected = "expected one object per line, or one array of objects, as in"
+        raise DataError(f"{file.name} is not valid JSON ({reason}): {expected} {_example(file)}") from error
+
+
+def _example(file: DataFile) -> str:
+    return json.dumps(dict.fromkeys(file.wanted, "…"), ensure_ascii=False)
+
+
+def _parquet(file: DataFile) -> Columns:
+    """Read with `datasets`: it knows the class names that Hugging Face keeps beside integer labels; they are used."""
+    from datasets import ClassLabel, Dataset
+    from datasets.table import InMemoryTable
+    from pyarrow import BufferReader, parquet
+
+    try:
+        opened = parquet.ParquetFile(BufferReader(file.raw))
+        names = list(opened.schema_arrow.names)
+        present = [name for name in file.wanted if names.count(name) == 1]
+        # Dataset.from_parquet would copy the file to a cache, and take "[1]" in its path for a pattern.
+        table = Dataset(InMemoryTable(opened.read(columns=present)), fingerprint="unused")
+        values: dict[str, list[object]] = dict(table[:])
+        for name, feature in table.features.items():
+            if isinstance(feature, ClassLabel):
+                values[name] = [_class_name(feature.names, number) for number in table[:][name]]
+    except Exception as error:  # damaged bytes raise anything: OSError, ValueError, KeyError, TypeError …
+        raise DataError(f"{file.name} is not valid Parquet ({reason_of(error)}): export it again") from error
+    return names, values
+
+
+def _class_name(names: Sequence[str], number: int | None) -> str | None:
+    """The name of a class; -1 is how Hugging Face data sets mark a record without a label."""
+    return names[number] if number is not None and number >= 0 else None
+
+
+READERS: dict[str, Callable[[DataFile], Columns]] = {
+    ".csv": partial(_csv, separator=","),
+    ".tsv": partial(_csv, separator="\t"),
+    ".json": _json,
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".parquet": _parquet,
+}
+
+
+def _decode(file: DataFile) -> str:
+    encoding = file.config.encoding
+    binary = f"{file.name} is not text (it holds NUL bytes): expected {file.suffix} content, so export it again"
+    try:
+        text = file.raw.decode(encoding)
+    except UnicodeError as error:
+        if file.raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError(f"{file.name} is utf-16 text, not {encoding}: use --set data.encoding=utf-16") from error
+        if b"\0" in file.raw:
+            raise DataError(binary) from error
+        detail = f"byte {error.start} cannot be decoded" if isinstance(error, UnicodeDecodeError) else reason_of(error)
+        raise DataError(
+            f"{file.name} is not {encoding} text ({detail}): save it as utf-8, or try --set data.encoding=latin-1"
+        ) from error
+    if "\0" in text:
+        raise DataError(binary)
+    return text.removeprefix("\ufeff")
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a library said, without its full stop."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

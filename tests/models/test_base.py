@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from cotune.models.base import ModelConfig, base_labels, find_base, load_model
+from cotune.models.errors import ModelError
+
+LABELS = ("bad", "good", "so")
+ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
+
+
+@pytest.fixture
+def folder(base_model: Callable[[str], Path], tmp_path: Path) -> Path:
+    """An own copy of the tiny bert, to spoil."""
+    return Path(shutil.copytree(base_model("bert"), tmp_path / "base"))
+
+
+def load(base: Path | str, labels: tuple[str, ...] = LABELS, seed: int = 1, **config: Any) -> Any:
+    return load_model(ModelConfig(base=str(base), **config), labels, seed)
+
+
+def refusal(base: Path | str, **config: Any) -> str:
+    """The one sentence with which a base model is refused."""
+    with pytest.raises(ModelError) as caught:
+        load(base, **config)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert not sentence.endswith(".")
+    assert ". " not in re.sub(r"\(.*\)", "", sentence)  # in parentheses stands what a library said
+    return sentence
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+class Trap:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+# --- what is refused
+
+
+def test_a_folder_without_configuration(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "no config.json" in refusal(folder)
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "no weights: expected *.safetensors" in refusal(folder)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt", "tf_model.h5"])
+def test_pickled_weights_are_named_and_not_opened(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / name)  # opening it would never return
+    sentence = refusal(folder)
+    assert f"only as {name}" in sentence
+    assert "convert it" in sentence
+
+
+def test_a_pickle_beside_safetensors_is_ignored(folder: Path, tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin"):
+        (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "executed")))
+    load(folder)
+    assert not (tmp_path / "executed").exists()
+    with (folder / "model.pt").open("rb") as stream:
+        pickle.load(stream)  # noqa: S301 - the trap works when it is opened
+    assert (tmp_path / "executed").exists()
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    assert "is not a folder" in refusal(tmp_path / "nowhere")
+    assert "is not a folder" in refusal("./nowhere")
+
+
+def test_a_file_in_place_of_a_folder(folder: Path) -> None:
+    assert "is not a folder" in refusal(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("package", ["no_such_encoder", "../etc", "os.path", ""])
+def test_an_unknown_package(package: str) -> None:
+    assert f"package:{package} is not installed" in refusal(f"package:{package}")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing-of-the-kind", "three/part/name", "with space"])
+def test_an_unknown_hub_id(name: str) -> None:
+    assert f"{name} was found neither as a folder nor on the Hugging Face hub" in refusal(name)
+
+
+def test_a_wrong_hash(folder: Path) -> None:
+    right = find_base(ModelConfig(base=str(folder))).content_hash
+    sentence = refusal(folder, base_hash="0" * 64)
+    assert right[:16] in sentence
+    assert "0" * 16 in sentence
+    assert load(folder, base_hash=right).folder.content_hash == right
+
+
+@pytest.mark.parametrize("kind", ["vit", "no_such_architecture"])
+def test_an_architecture_without_a_classifier(folder: Path, kind: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert "cannot be loaded as a sequence classifier" in refusal(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"\xff" * 100, lambda b: b""])
+def test_corrupt_safetensors(folder: Path, damage: Callable[[bytes], bytes]) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    assert "cannot be loaded" in refusal(folder)
+
+
+def test_a_corrupt_configuration(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    assert "cannot be loaded" in refusal(folder)
+
+
+def test_a_missing_tokenizer(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert "cannot be loaded" in refusal(folder)
+
+
+def test_a_tokenizer_without_padding_and_end(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for key in ("pad_token", "eos_token"):
+        config.pop(key)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "neither a padding nor an end token" in refusal(folder)
+
+
+def test_weights_of_another_architecture(folder: Path, base_model: Callable[[str], Path]) -> None:
+    """An encoder that is not in the file would silently be a random one."""
+    shutil.copy(base_model("llama") / "model.safetensors", folder / "model.safetensors")
+    refusal(folder)
+
+
+def test_weights_that_lack_a_layer(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layer.1." not in name}
+    assert 0 < len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    refusal(folder)
+
+
+def test_encoder_weights_of_another_size(folder: Path) -> None:
+    edit(folder / "config.json", intermediate_size=48)
+    refusal(folder)
+
+
+# --- the hash
+
+
+def test_the_hash_changes_with_one_byte_of_the_weights(folder: Path) -> None:
+    config = ModelConfig(base=str(folder))
+    before = find_base(config).content_hash
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert find_base(config).content_hash != before
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert find_base(config).content_hash == before
+
+
+def test_the_hash_depends_on_all_safetensors_and_their_names_only(folder: Path, tmp_path: Path) -> None:
+    def hash_of(path: Path) -> str:
+        return find_base(ModelConfig(base=str(path))).content_hash
+
+    before = hash_of(folder)
+    edit(folder / "config.json", hidden_dropout_prob=0.3)
+    (folder / "README.md").write_text("changed")
+    assert hash_of(folder) == before
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    assert hash_of(moved) == before
+    shutil.copy(moved / "model.safetensors", moved / "more.safetensors")
+    assert hash_of(moved) != before
+    (moved / "model.safetensors").unlink()
+    assert hash_of(moved) != before
+
+
+# --- nothing in the folder is executed
+
+EVIL = "import pathlib\npathlib.Path({marker!r}).touch()\nclass Evil:\n    pass\n"
+
+
+@pytest.mark.parametrize("kind", ["bert", "evil"])
+def test_code_in_the_folder_is_not_executed(folder: Path, tmp_path: Path, kind: str) -> None:
+    marker = tmp_path / "executed"
+    (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    classes = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")
+    edit(folder / "config.json", model_type=kind, auto_map={name: "evil.Evil" for name in classes})
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    if kind == "bert":
+        assert type(load(folder).module).__module__.startswith("transformers.")
+    else:
+        refusal(folder)
+    assert not marker.exists()
+    exec(compile((folder / "evil.py").read_text(), "evil.py", "exec"), {})
+    assert marker.exists()  # the module does have the side effect
+
+
+# --- the head
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_new_head_is_drawn_from_the_seed_alone(base_model: Callable[[str], Path], kind: str) -> None:
+    first, again, other = (load(base_model(kind), seed=seed).module.state_dict() for seed in (1, 1, 2))
+    prefix = load(base_model(kind)).module.base_model_prefix + "."
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    different = {name for name in first if not torch.equal(first[name], other[name])}
+    assert different
+    assert not any(name.startswith(prefix) for name in different)
+
+
+def test_loading_leaves_the_global_generator_alone(base_model: Callable[[str], Path]) -> None:
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    load(base_model("bert"), seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def classifier(folder: Path, labels: tuple[str, ...], base: Path) -> torch.Tensor:
+    """Writes a fine-tuned classifier on the base model into the folder; returns its head's weights."""
+    names = dict(enumerate(labels))
+    module = AutoModelForSequenceClassification.from_pretrained(
+        str(base), id2label=names, label2id={name: i for i, name in names.items()}
+    )
+    torch.nn.init.constant_(module.classifier.weight, 0.25)
+    module.save_pretrained(folder)
+    return torch.full((len(labels), 16), 0.25)
+
+
+def test_a_head_for_as_many_labels_is_kept(folder: Path, base_model: Callable[[str], Path]) -> None:
+    weights = classifier(folder, ("x", "y", "z"), base_model("bert"))
+    loaded = load(folder)
+    assert torch.equal(loaded.module.classifier.weight, weights)
+    assert loaded.module.config.id2label == {0: "bad", 1: "good", 2: "so"}
+    assert loaded.module.config.label2id == {"bad": 0, "good": 1, "so": 2}
+
+
+@pytest.mark.parametrize("labels", [("x", "y"), ("w", "x", "y", "z")])
+def test_a_head_for_other_labels_is_replaced(folder: Path, labels: tuple[str, ...], base_model: Callable[[str], Path]) -> None:
+    classifier(folder, labels, base_model("bert"))
+    weight = load(folder).module.classifier.weight
+    assert weight.shape == (3, 16)
+    assert len(weight.unique()) == 3 * 16  # drawn, not the old constant
+    assert torch.equal(weight, load(folder).module.classifier.weight)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_loaded_model_is_frozen_float32_without_dropout(base_model: Callable[[str], Path], kind: str) -> None:
+    loaded = load(base_model(kind))
+    dropouts = [m for m in loaded.module.modules() if isinstance(m, torch.nn.Dropout)]
+    assert all(m.p == 0.0 for m in dropouts)
+    assert loaded.module.training
+    assert {p.dtype for p in loaded.module.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in loaded.module.parameters())
+    assert loaded.module.config.pad_token_id == loaded.tokenizer.pad_token_id
+
+
+def test_the_encoder_is_the_one_in_the_file(base_model: Callable[[str], Path]) -> None:
+    loaded = load(base_model("bert"))
+    stored = load_file(base_model("bert") / "model.safetensors")
+    own = loaded.module.bert.state_dict()
+    assert set(stored) == set(own)
+    assert all(torch.equal(stored[name], own[name]) for name in stored)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(8, 8), (32, 32), (500, 32)])
+def test_texts_are_not_longer_than_the_positions(base_model: Callable[[str], Path], asked: int, given: int) -> None:
+    assert load(base_model("bert"), max_length=asked).max_length == given
+
+
+def test_a_missing_padding_token_is_the_end_token(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base_model("gpt2"), tmp_path / "base"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("pad_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load(folder)
+    assert loaded.tokenizer.pad_token == loaded.tokenizer.eos_token == "[SEP]"
+    assert loaded.module.config.pad_token_id == 3
+
+
+# --- label names
+
+
+def test_base_labels(folder: Path) -> None:
+    def labels(names: dict[str, str] | None) -> tuple[str, ...]:
+        edit(folder / "config.json", id2label=names)
+        return base_labels(folder)
+
+    assert labels({"0": "negative", "1": "positive"}) == ("negative", "positive")
+    assert labels({str(i): f"class {i}" for i in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)}) == tuple(f"class {i}" for i in range(11))
+    assert labels({"0": "LABEL_0", "1": "LABEL_1"}) == ()
+    assert labels({}) == ()
+    assert labels(None) == ()

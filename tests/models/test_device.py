@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from cotune.models.device import bfloat16_is_fast, peak_memory_bytes, pick_device
+from cotune.models.errors import DeviceError
+
+HAS_CUDA = torch.cuda.is_available()
+
+
+def test_the_cpu_is_always_there() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_auto_takes_what_is_there() -> None:
+    assert pick_device().type == ("cuda" if HAS_CUDA else "cpu")
+    assert pick_device("auto") == pick_device()
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this machine has a GPU")
+@pytest.mark.parametrize("wanted", ["cuda", "cuda:0"])
+def test_a_gpu_that_is_absent_is_not_replaced(wanted: str) -> None:
+    with pytest.raises(DeviceError, match=f'device = "{wanted}" was asked for, but this machine shows 0 CUDA GPUs'):
+        pick_device(wanted)
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="this machine has no GPU")
+def test_a_gpu_that_is_there() -> None:
+    assert pick_device("cuda").type == "cuda"
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+
+
+def test_one_gpu_too_many() -> None:
+    wanted = f"cuda:{torch.cuda.device_count() if HAS_CUDA else 0}"
+    with pytest.raises(DeviceError, match="was asked for, but this machine shows"):
+        pick_device(wanted)
+
+
+@pytest.mark.parametrize("wanted", ["gpu", "", "cuda:x", "CUDA", "cpu;cuda", "cuda:-1"])
+def test_unknown_names(wanted: str) -> None:
+    with pytest.raises(DeviceError, match=f'device = "{wanted}" is not known: expected auto, cpu, cuda or cuda:N'):
+        pick_device(wanted)
+
+
+@pytest.mark.parametrize("wanted", ["meta", "mps", "xpu"])
+def test_other_hardware_is_not_supported(wanted: str) -> None:
+    with pytest.raises(DeviceError, match=f'device = "{wanted}" is not supported'):
+        pick_device(wanted)
+
+
+def test_bfloat16_is_a_fact_of_the_hardware() -> None:
+    described = Path("/proc/cpuinfo")
+    flags = described.read_text() if described.exists() else ""
+    if "flags" not in flags:
+        pytest.skip("not an x86 machine with /proc")
+    assert bfloat16_is_fast(torch.device("cpu")) == ("avx512_bf16" in flags)
+
+
+def test_peak_memory_is_that_of_the_operating_system() -> None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("no /proc here")
+    kilobytes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    assert kilobytes
+    assert peak_memory_bytes() == pytest.approx(int(kilobytes[1]) * 1024, rel=0.02)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cotune.models.durable import write_durably
+
+
+def test_new_content_replaces_old(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "file.json"
+    for content in (b"old", b"new and longer", b""):
+        write_durably(file, content)
+        assert file.read_bytes() == content
+        assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file.json"
+    write_durably(file, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_durably(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_target_that_cannot_be_replaced_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_durably(tmp_path / "file.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order that a power cut asks for: contents, rename, folder."""
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        order.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "content")
+        fsync(descriptor)
+
+    def replaced(source: str, target: str) -> None:
+        order.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_durably(tmp_path / "file.json", b"content")
+    assert order == ["content", "rename", "folder"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from cotune.models.durable import write_durably
+file = Path(sys.argv[1])
+contents = [b"a" * 300_000, b"b" * 700_000]
+write_durably(file, contents[0])
+print("ready", flush=True)
+while True:
+    for content in contents[::-1]:
+        write_durably(file, content)
+"""
+
+
+def test_a_killed_process_leaves_a_whole_file(tmp_path: Path) -> None:
+    file = tmp_path / "file.bin"
+    seen: set[bytes] = set()
+    attempt = 0
+    while attempt < 10 or (len(seen) < 2 and attempt < 24):
+        attempt += 1
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(file)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        with process.stdout:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(0.002 * 1.35**attempt)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        content = file.read_bytes()
+        assert content in (b"a" * 300_000, b"b" * 700_000)
+        seen.add(content[:1])
+    assert seen == {b"a", b"b"}

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cotune.models.errors import DataError
+from cotune.models.features import features_of
+from cotune.models.holdings import Holdings, HoldingsFile, write_holdings
+from cotune.models.records import DataConfig
+from cotune.models.sharing import SharedModel
+from cotune.models.tasks import encode
+
+LABELS = ("good", "bad", "so")  # the plan's order, not the alphabet's
+
+
+def csv(path: Path, *rows: tuple[str, str]) -> Path:
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Path:
+    return csv(tmp_path / "first.csv", ("great day", "good"), ("awful", "bad"), ("a tree", "so"), ("the road", "so"))
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Path:
+    return csv(tmp_path / "second.csv", ("very sad", "bad"), ("happy", "good"))
+
+
+def config(source: Path) -> DataConfig:
+    return DataConfig(source=str(source))
+
+
+@pytest.fixture
+def holdings(tmp_path: Path, first: Path, second: Path) -> Holdings:
+    """Three of the four records of one file, in another order, and one of the other file."""
+    document = tmp_path / "site" / "data.json"
+    write_holdings(document, config(first), [(None, [3, 0, 1]), (second, [1])])
+    return HoldingsFile.read(document, LABELS)
+
+
+def test_rows_of_several_files(holdings: Holdings) -> None:
+    assert len(holdings) == 4
+    assert holdings.texts() == ["the road", "great day", "awful", "happy"]
+    assert holdings.targets == [2, 0, 1, 0]
+    assert holdings.label_counts() == {"good": 2, "bad": 1, "so": 1}
+
+
+def test_a_document_without_row_numbers_means_all_records(tmp_path: Path, first: Path) -> None:
+    document = tmp_path / "data.json"
+    document.write_text(f'{{"data": {{"source": "{first}"}}, "portions": [{{"path": null}}]}}')
+    assert HoldingsFile.read(document, LABELS).texts() == ["great day", "awful", "a tree", "the road"]
+
+
+def test_no_records(tmp_path: Path, first: Path, shared: Callable[..., SharedModel]) -> None:
+    write_holdings(tmp_path / "data.json", config(first), [(None, [])])
+    nothing = HoldingsFile.read(tmp_path / "data.json", LABELS)
+    assert len(nothing) == 0
+    assert nothing.label_counts() == {"good": 0, "bad": 0, "so": 0}
+    assert nothing.features(shared("bert"), {}, "float32").shape == (0, 16)
+
+
+def test_examples_are_tokens_and_classes(holdings: Holdings, shared: Callable[..., SharedModel]) -> None:
+    model = shared("bert")
+    ids = encode(model.loaded.tokenizer, ["the road", "great day", "awful", "happy"], 32)
+    assert holdings.examples(model) == [
+        {"input_ids": row, "labels": target} for row, target in zip(ids, [2, 0, 1, 0], strict=True)
+    ]
+
+
+def test_features_are_computed_once_per_file(
+    holdings: Holdings,
+    first: Path,
+    second: Path,
+    tmp_path: Path,
+    shared: Callable[..., SharedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
+    model = shared("bert")
+    got = holdings.features(model, {}, "float32")
+    one = features_of(model, ["great day", "awful", "a tree", "the road"], {}, "float32")
+    other = features_of(model, ["very sad", "happy"], {}, "float32")
+    assert torch.equal(got, torch.stack([one[3], one[0], one[1], other[1]]))
+    write_holdings(tmp_path / "neighbour.json", config(first), [(None, [2])])
+    neighbour = HoldingsFile.read(tmp_path / "neighbour.json", LABELS).features(model, {}, "float32")
+    assert torch.equal(neighbour, one[[2]])
+    assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 2
+
+
+def test_a_class_that_the_plan_lacks(tmp_path: Path, first: Path) -> None:
+    write_holdings(tmp_path / "data.json", config(first), [(None, [0, 1, 2])])
+    with pytest.raises(DataError, match=r"classes bad, so, which the plan does not list: expected good, new$"):
+        _ = HoldingsFile.read(tmp_path / "data.json", ("good", "new")).targets
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"data": {}}', '{"data": {"source": "x"}, "portions": 3}'])
+def test_a_damaged_document(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(DataError, match="cannot be read .*: expected a description of holdings"):
+        HoldingsFile.read(tmp_path / "data.json", LABELS)
+
+
+def test_a_missing_document(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="FileNotFoundError"):
+        HoldingsFile.read(tmp_path / "data.json", LABELS)
+
+
+def test_missing_row_numbers(tmp_path: Path, first: Path) -> None:
+    write_holdings(tmp_path / "data.json", config(first), [(None, [0])])
+    (tmp_path / "data-rows-0.npy").unlink()
+    with pytest.raises(DataError):
+        HoldingsFile.read(tmp_path / "data.json", LABELS)
+
+
+def test_row_numbers_that_are_a_pickle_are_not_opened(tmp_path: Path, first: Path) -> None:
+    write_holdings(tmp_path / "data.json", config(first), [(None, [0])])
+    (tmp_path / "data-rows-0.npy").write_bytes(b"\x80\x04]\x94.")
+    with pytest.raises(DataError):
+        HoldingsFile.read(tmp_path / "data.json", LABELS)
+
+
+def test_a_file_that_has_shrunk(tmp_path: Path, first: Path) -> None:
+    write_holdings(tmp_path / "data.json", config(first), [(None, [0, 3])])
+    csv(first, ("great day", "good"), ("awful", "bad"))
+    with pytest.raises(DataError):
+        _ = HoldingsFile.read(tmp_path / "data.json", LABELS).targets
+
+
+def test_a_file_that_is_gone(tmp_path: Path, first: Path) -> None:
+    write_holdings(tmp_path / "data.json", config(first), [(None, [0])])
+    first.unlink()
+    with pytest.raises(DataError, match="does not exist"):
+        HoldingsFile.read(tmp_path / "data.json", LABELS)

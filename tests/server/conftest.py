@@ -1,0 +1,73 @@
+"""The folder of a small run, and a federation whose organisations are functions; model, grid and wire are the real ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from cotune.models.sharing import SharedModel, resident
+from cotune.plan.load import parse_plan
+from cotune.plan.schema import Plan
+from cotune.server.run_folder import Participant, RunFile, RunFolder
+from cotune.simulations.grid import InProcessGrid
+from cotune.strategies.updates import Update
+from cotune.strategies.wire import Request, decode_request, encode_update
+
+Answer = Callable[[Request], Update | RecordDict]  # how an organisation answers a request to train
+NewRun = Callable[..., RunFolder]
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, base_model: Callable[[str], Path]) -> NewRun:
+    """(organisations, changes of the plan) -> a fresh folder of a run that trains the head of a tiny bert."""
+    numbers = itertools.count(1)
+
+    def make(*names: str, **changes: Any) -> RunFolder:
+        table = {
+            "name": "toy",
+            "rounds": 2,
+            "labels": ["bad", "good", "so"],
+            "model": {"base": str(base_model("bert")), "max_length": 16},
+            "data": {"source": "nowhere.csv"},
+            "privacy": "none",
+        }
+        people = tuple(Participant(name=name, site=f"sites/{name}") for name in names or ("org-1", "org-2"))
+        file = RunFile(run="toy", created="2026-01-01T00:00:00+00:00", engine="in-process", device="cpu", participants=people)
+        return RunFolder.create(tmp_path / f"run-{next(numbers)}", parse_plan({**table, **changes}), file)
+
+    return make
+
+
+def model_of(plan: Plan) -> SharedModel:
+    return resident(plan.model, plan.labels, None, plan.seed, "cpu")
+
+
+def federation(plan: Plan, answers: Mapping[str, Answer], grid: type[InProcessGrid] = InProcessGrid) -> InProcessGrid:
+    """One node per organisation; each answers requests with its function."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        request = decode_request(message.content)
+        answer = answers[request.organisation](request)
+        content = encode_update(answer, plan.plan_id) if isinstance(answer, Update) else answer
+        return Message(content, reply_to=message)
+
+    return grid(app, len(answers))
+
+
+def adding(value: float, examples: int = 10) -> Answer:
+    """An organisation whose delta is `value` everywhere."""
+    return lambda request: update(request, {n: torch.full_like(t, value) for n, t in request.state.items()}, examples)
+
+
+def update(request: Request, delta: Mapping[str, torch.Tensor], examples: int = 10, **changes: Any) -> Update:
+    fields = {"organisation": request.organisation, "round": request.round, "examples": examples, "steps": 1, **changes}
+    return Update(delta=delta, **fields)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cotune.models.errors import RunError
+from cotune.server.events import Events, listening, read_events
+from cotune.server.rounds import run_rounds
+from tests.server.conftest import NewRun, adding, federation, model_of
+
+FIELDS = {
+    "run_started": {"plan", "plan_id", "rounds", "resumed_after"},
+    "round_started": {"round", "stage", "organisations"},
+    "update_received": {"round", "organisation", "bytes", "steps", "epsilon"},
+    "update_dropped": {"round", "organisation", "reason"},
+    "round_finished": {
+        *("round", "stage", "metrics", "epsilon", "participants", "dropped", "bytes_up", "bytes_down", "seconds"),
+    },
+    "run_failed": {"round", "reason"},
+    "run_finished": {"rounds"},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "events.jsonl"
+
+
+def told(path: Path) -> list[dict[str, Any]]:
+    """The events without their times."""
+    return [{key: value for key, value in event.items() if key != "at"} for event in read_events(path)]
+
+
+def test_an_event_is_one_line_with_its_time_and_its_fields(path: Path) -> None:
+    Events(path).tell("round_started", round=3, organisations=["Zürich", 'a "quoted"\nname'], reason=None)
+    (line,) = path.read_text(encoding="utf-8").splitlines()
+    event = json.loads(line)
+    at = datetime.fromisoformat(event.pop("at"))
+    assert at.utcoffset() == timedelta(0)
+    assert event == {"event": "round_started", "round": 3, "organisations": ["Zürich", 'a "quoted"\nname'], "reason": None}
+    assert told(path) == [event]
+
+
+def test_listeners_hear_what_is_written_during_their_block_only(path: Path) -> None:
+    events, heard = Events(path), list[Any]()
+    events.tell("before")
+    with pytest.raises(ValueError, match="end of the block"), listening(lambda event, fields: heard.append((event, fields))):
+        events.tell("within", round=1)
+        Events(path, silent=True).tell("silent")
+        raise ValueError("end of the block")
+    events.tell("after")
+    assert heard == [("within", {"round": 1})]
+    assert [event["event"] for event in read_events(path)] == ["before", "within", "silent", "after"]
+
+
+def test_a_last_line_that_a_crash_cut_short_is_ended_and_skipped(path: Path) -> None:
+    events = Events(path)
+    events.tell("first")
+    events.tell("second", reason="cut")
+    path.write_bytes(path.read_bytes()[:-5])
+    assert [event["event"] for event in read_events(path)] == ["first"]
+    Events(path).tell("third")
+    assert [event["event"] for event in read_events(path)] == ["first", "third"]
+    assert len(path.read_bytes().splitlines()) == 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(kept=st.integers(0, 200), name=st.text(st.characters(codec="utf-8"), max_size=12))
+def test_wherever_the_cut_is_whole_events_are_read_and_the_file_goes_on(
+    tmp_path_factory: pytest.TempPathFactory, kept: int, name: str
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "events.jsonl"
+    events = Events(path)
+    events.tell("first", organisation=name)
+    whole = len(path.read_bytes())
+    events.tell("second", organisation=f"Köln {name} 北京")
+    content = path.read_bytes()
+    cut = min(whole + kept, len(content) - 2)  # somewhere in the second line
+    path.write_bytes(content[:cut])
+    Events(path).tell("third", organisation=name)
+    assert told(path) == [{"event": "first", "organisation": name}, {"event": "third", "organisation": name}]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n"])
+def test_a_reason_with_any_line_separator_in_it_is_read_back(path: Path, separator: str) -> None:
+    Events(path).tell("update_dropped", reason=f"one{separator}two")
+    assert told(path) == [{"event": "update_dropped", "reason": f"one{separator}two"}]
+
+
+def _tell_many(path: Path, who: int) -> None:
+    events = Events(path)
+    for i in range(200):
+        events.tell("step", who=who, i=i, padding="x" * 300)
+
+
+def test_lines_of_several_writers_do_not_mix(path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_tell_many, args=(path, who)) for who in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    found = read_events(path)
+    assert {(event["who"], event["i"]) for event in found} == {(who, i) for who in range(2) for i in range(200)}
+
+
+def test_every_event_of_a_run_has_the_documented_fields(new_run: NewRun) -> None:
+    folder = new_run("a", "b", "c", rounds=2, server={"quorum": 0.6})
+
+    def fails(request: Any) -> Any:
+        raise ValueError("out of memory")
+
+    def fails_later(request: Any) -> Any:
+        return adding(1.0)(request) if request.round == 1 else fails(request)
+
+    answers = {"a": adding(1.0), "b": fails_later, "c": fails}
+    with pytest.raises(RunError):
+        run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
+    again = {**answers, "b": adding(1.0)}
+    run_rounds(federation(folder.plan, again), folder, model_of(folder.plan), lambda state: None)
+    events = told(folder.path / "events.jsonl")
+    assert [event["event"] for event in events] == [
+        *("run_started", "round_started", "update_received", "update_received", "update_dropped", "round_finished"),
+        *("round_started", "update_received", "update_dropped", "update_dropped", "run_failed"),
+        *("run_started", "round_started", "update_received", "update_received", "update_dropped", "round_finished"),
+        "run_finished",
+    ]
+    for event in events:
+        assert event.keys() == {"event", *FIELDS[event["event"]]}
+    assert [event["resumed_after"] for event in events if event["event"] == "run_started"] == [0, 1]
