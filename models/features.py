@@ -27,7 +27,7 @@ from cotune.models.durable import write_durably
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import collator, encode, logits
 
-__all__ = ["FeatureHead", "cache_folder", "feature_head", "features_of"]
+__all__ = ["FeatureHead", "cache_folder", "encode_batch", "feature_head", "features_of"]
 
 _BATCH = 64  # texts per forward pass
 _readings: WeakKeyDictionary[SharedModel, str | None] = WeakKeyDictionary()
@@ -95,10 +95,10 @@ def features_of(
         with FileLock(f"{file}.lock"):  # several processes of one run want the same features: one computes
             found = _read(file, len(texts))
             if found is None:
-                found = _compute(model, texts, reading, dtype, progress)
+                found = _compute(model, texts, precision, progress)
                 _write(file, found)
             return found
-    return _compute(model, texts, reading, dtype, progress)  # nowhere to write: compute every time
+    return _compute(model, texts, precision, progress)  # nowhere to write: compute every time
 
 
 def _arithmetic(precision: str, device: torch.device) -> torch.dtype:
@@ -143,14 +143,22 @@ def _write(file: Path, features: Tensor) -> None:
 
 
 @torch.no_grad()
-def _compute(model: SharedModel, texts: Sequence[str], reading: str, dtype: torch.dtype, progress: Progress | None) -> Tensor:
+def encode_batch(model: SharedModel, ids: list[list[int]], precision: str) -> Tensor:
+    """What the head reads for one batch of token rows: (b, d) in float32 on the CPU. Computed, not looked up."""
+    reading = _reading(model)
+    assert reading is not None, "feature_head said that there are none"
+    low = _arithmetic(precision, model.device) == torch.bfloat16
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
+        return _read_vectors(model, ids, reading).float().cpu()
+
+
+def _compute(model: SharedModel, texts: Sequence[str], precision: str, progress: Progress | None) -> Tensor:
     ids = encode(model.loaded.tokenizer, texts, model.loaded.max_length)
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), ids[i], i))  # like lengths together: little padding
     features: Tensor | None = None
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            vectors = _read_vectors(model, [ids[i] for i in rows], reading).float().cpu()
+        vectors = encode_batch(model, [ids[i] for i in rows], precision)
         if features is None:
             features = torch.empty(len(ids), vectors.shape[1])
         features[rows] = vectors

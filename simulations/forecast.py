@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from cotune.client.training import planned_steps
-from cotune.models.features import feature_head
+from cotune.models.features import encode_batch, feature_head
 from cotune.models.sharing import SharedModel, resident
 from cotune.models.tasks import collator, encode, example_losses
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.simulations.sites import Prepared, prepare
+from cotune.strategies.updates import Update
+from cotune.strategies.wire import encode_requests, encode_update, payload_bytes
 
 __all__ = ["Forecast", "OrganisationForecast", "StageForecast", "forecast"]
 
@@ -67,7 +70,7 @@ def forecast(plan: Plan, device: str = "auto") -> Forecast:
         resolved,
         sum(len(rows) for _, rows in prepared.test),
         _organisations(prepared),
-        tuple(_stages(resolved, model, len(prepared.shares))),
+        tuple(_stages(prepared, model)),
         _seconds(prepared, model),
     )
 
@@ -87,17 +90,22 @@ def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
     return tuple(found)
 
 
-def _stages(plan: Plan, model: SharedModel, organisations: int) -> list[StageForecast]:
-    found, held = [], set[str]()
-    sizes = {name: p.numel() for name, p in model.parameters()}
+def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
+    """Sizes are those of real messages with the model's present values in them."""
+    plan, names, held = prepared.plan, [s.name for s in prepared.shares], dict[str, Tensor]()
     for stage in plan.stages:
-        names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
-        held |= set(names)
-        up, down = sum(sizes[n] for n in names), sum(sizes[n] for n in held)
-        found.append(
-            StageForecast(stage.mode, stage.rounds, stage.local.steps, up, 4 * up * organisations, 4 * down * organisations)
+        shared = model.state(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+        held |= shared
+        requests = encode_requests(plan.canonical(), 1, held, [(name, "") for name in names])
+        update = encode_update(Update(names[0], 1, shared, 1, 1), plan.plan_id)
+        yield StageForecast(
+            stage.mode,
+            stage.rounds,
+            stage.local.steps,
+            sum(tensor.numel() for tensor in shared.values()),
+            payload_bytes(update) * len(names),
+            sum(payload_bytes(request) for request in requests),
         )
-    return found
 
 
 def _seconds(prepared: Prepared, model: SharedModel) -> float:
@@ -110,7 +118,7 @@ def _seconds(prepared: Prepared, model: SharedModel) -> float:
     total = 0.0
     for stage in plan.stages:
         if stage.mode == "head" and feature_head(model) is not None:
-            total += records * _time_per_text(model, ids, None)
+            total += records * _time_per_text(plan, model, ids, None)
         else:
             work = (
                 sum(stage.local.sample_rate(len(s.rows)) * len(s.rows) for s in prepared.shares)
@@ -118,20 +126,25 @@ def _seconds(prepared: Prepared, model: SharedModel) -> float:
                 * stage.local.steps
             )
             cost = _CLIPPING_COST[stage.mode] if plan.privacy != "none" else 1.0
-            total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_text(model, ids, stage)
+            total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_text(plan, model, ids, stage)
     return total
 
 
-def _time_per_text(model: SharedModel, ids: list[list[int]], stage: Stage | None) -> float:
-    """Seconds for one text: forward only without a stage, forward and backward with one."""
+def _time_per_text(plan: Plan, model: SharedModel, ids: list[list[int]], stage: Stage | None) -> float:
+    """Seconds for one text: encoded only without a stage, forward and backward with one. The first pass only warms up."""
+    if stage is None:
+        return min(_timed(lambda: encode_batch(model, ids, plan.model.precision)) for _ in range(3)) / len(ids)
     batch = collator(model.module, model.loaded.tokenizer, model.device)([{"input_ids": row, "labels": 0} for row in ids])
-    if stage is not None:
-        model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+    model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+
+    def step() -> None:
+        example_losses(model.module, batch).mean().backward()  # type: ignore[no-untyped-call]
+        model.module.zero_grad(set_to_none=True)
+
+    return min(_timed(step) for _ in range(3)) / len(ids)
+
+
+def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
-    with torch.set_grad_enabled(stage is not None):
-        loss = example_losses(model.module, batch).mean()
-        if stage is not None:
-            loss.backward()  # type: ignore[no-untyped-call]
-            model.module.zero_grad(set_to_none=True)
-        float(loss)
-    return (time.perf_counter() - began) / len(ids)
+    work()
+    return time.perf_counter() - began

@@ -133,10 +133,17 @@ def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[st
 
 
 def payload_bytes(content: RecordDict) -> int:
-    """Bytes of the arrays and values of a message, as Flower serialises them."""
-    return sum(
-        record.count_bytes() for record in content.values() if isinstance(record, ArrayRecord | ConfigRecord | MetricRecord)
-    )
+    """Bytes of names, arrays and values of a message, before Flower's own framing.
+
+    Counted here: Flower's `ConfigRecord.count_bytes` raises for an empty text.
+    """
+    return sum(_record_bytes(record) for record in content.values())
+
+
+def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    if isinstance(record, ArrayRecord):
+        return sum(len(name.encode()) + len(array.data) for name, array in record.items())
+    return sum(len(name.encode()) + (len(v.encode()) if isinstance(v, str) else 8) for name, v in record.items())
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -16,7 +16,7 @@ from cotune.server.rounds import run_rounds
 from tests.server.conftest import NewRun, adding, federation, model_of
 
 FIELDS = {
-    "run_started": {"plan", "plan_id", "rounds", "resumed_after"},
+    "run_started": {"folder", "plan", "plan_id", "rounds", "resumed_after"},
     "round_started": {"round", "stage", "organisations"},
     "update_received": {"round", "organisation", "bytes", "steps", "epsilon"},
     "update_dropped": {"round", "organisation", "reason"},

@@ -272,7 +272,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "type": (lambda r: record(r, examples="many"), "examples = 'many': expected int"),
     "float64": (lambda r: record(r, {"classifier.bias": Array(np.ones(3))}), "has the type float64"),
     "pickle": (
-        lambda r: record(r, {"classifier.bias": Array("float32", [3], "numpy.ndarray", b"\x80\x04N.")}),
+        lambda r: record(r, {"classifier.bias": Array("float32", (3,), "numpy.ndarray", b"\x80\x04N.")}),
         "classifier.bias cannot be read",
     ),
     "nothing": (lambda r: RecordDict(), "without its header"),

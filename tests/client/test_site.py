@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cotune.client.site import Site
+from cotune.models.errors import DataError, PrivacyError, RunError
+from cotune.privacy.accounting import Steps
+from cotune.strategies.updates import Update
+
+MakeSite = Callable[..., Site]
+
+
+def update(**changes: Any) -> Update:
+    delta = {"head.weight": torch.tensor([[1.5, -0.25], [float(2**-30), 0.0]]), "head.bias": torch.ones(2)}
+    return Update(**({"organisation": "clinic", "round": 4, "delta": delta, "examples": 60, "steps": 7} | changes))
+
+
+def outbox(site: Site) -> Path:
+    return site.folder / "outbox" / "update.safetensors"
+
+
+def test_a_site_says_who_it_is(make_site: MakeSite) -> None:
+    site = make_site("clinic", simulated=True)
+    assert site.organisation == "clinic"
+    assert site.file.simulated
+    assert site.file.device == "cpu"
+    assert len(site.holdings(("bad", "good", "so"))) == 60
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "{}", '{"organisation": "a", "simulatd": true}', '{"organisation": 3}'])
+def test_a_folder_that_is_no_site(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "site.json").write_text(content)
+    with pytest.raises(DataError, match=r"is not a site: expected a folder with a site\.json"):
+        Site(tmp_path)
+
+
+def test_a_site_is_not_simulated_unless_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "site.json").write_text('{"organisation": "a"}')
+    assert not Site(tmp_path).file.simulated
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.0, 2.5])
+def test_a_kept_update_comes_back(make_site: MakeSite, epsilon: float | None) -> None:
+    site = make_site()
+    sent = update(epsilon=epsilon)
+    site.keep(sent, "plan", "state")
+    got = Site(site.folder).kept("plan", 4, "state")  # by another process
+    assert got is not None
+    assert (got.organisation, got.round, got.examples, got.steps, got.epsilon) == ("clinic", 4, 60, 7, epsilon)
+    assert got.delta.keys() == sent.delta.keys()
+    for name, tensor in sent.delta.items():
+        assert got.delta[name].dtype == torch.float32
+        assert torch.equal(got.delta[name], tensor)
+
+
+def test_a_transposed_tensor_is_kept_as_it_is(make_site: MakeSite) -> None:
+    site = make_site()
+    tensor = torch.arange(6.0).reshape(2, 3).T
+    site.keep(update(delta={"w": tensor}), "plan", "state")
+    got = site.kept("plan", 4, "state")
+    assert got is not None
+    assert torch.equal(got.delta["w"], tensor)
+
+
+@pytest.mark.parametrize("request_", [("other", 4, "state"), ("plan", 3, "state"), ("plan", 4, "other")])
+def test_another_request_gets_nothing(make_site: MakeSite, request_: tuple[str, int, str]) -> None:
+    site = make_site()
+    assert site.kept("plan", 4, "state") is None
+    site.keep(update(), "plan", "state")
+    assert site.kept(*request_) is None
+    assert site.kept("plan", 4, "state") is not None
+
+
+def test_only_the_last_update_is_kept(make_site: MakeSite) -> None:
+    site = make_site()
+    site.keep(update(), "plan", "state")
+    site.keep(update(round=5), "plan", "state")
+    assert site.kept("plan", 4, "state") is None
+    assert site.kept("plan", 5, "state") is not None
+    assert [file.name for file in outbox(site).parent.iterdir()] == ["update.safetensors"]
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def garbage(file: Path) -> None:
+    file.write_bytes(b"\xff" * 64)
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def without_description(file: Path) -> None:
+    save_file({"w": torch.ones(1)}, file)
+
+
+def half_described(file: Path) -> None:
+    save_file({"w": torch.ones(1)}, file, metadata={"update": '{"plan_id": "plan", "round": 4, "state": "state"}'})
+
+
+def described_in_riddles(file: Path) -> None:
+    save_file({"w": torch.ones(1)}, file, metadata={"update": "["})
+
+
+@pytest.mark.parametrize("damage", [truncated, garbage, emptied, without_description, half_described, described_in_riddles])
+def test_a_damaged_outbox_is_not_trained_over(make_site: MakeSite, damage: Callable[[Path], None]) -> None:
+    site = make_site()
+    site.keep(update(), "plan", "state")
+    damage(outbox(site))
+    with pytest.raises(RunError, match=r"the outbox file .*update\.safetensors is damaged .*: remove it"):
+        site.kept("plan", 4, "state")
+    outbox(site).unlink()
+    assert site.kept("plan", 4, "state") is None
+
+
+def test_the_ledger_is_the_sites_own(make_site: MakeSite) -> None:
+    one, other = make_site("clinic"), make_site("bank")
+    one.ledger().reserve("plan", 1, Steps(1.0, 0.5, 3))
+    assert Site(one.folder).ledger().spent() == [Steps(1.0, 0.5, 3)]
+    assert other.ledger().spent() == []
+
+
+def test_a_ledger_that_is_none_stops_everything(make_site: MakeSite) -> None:
+    site = make_site()
+    (site.folder / "ledger.sqlite").write_text("this is no database, but it is long enough to be taken for one" * 20)
+    with pytest.raises(PrivacyError, match="nothing is trained"):
+        site.ledger()

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cotune.models.base import ModelConfig
+from cotune.models.holdings import Holdings, HoldingsFile, write_holdings
+from cotune.models.records import DataConfig
+from cotune.models.sharing import SharedModel, State, TrainMode, resident
+from cotune.server.evaluation import evaluate
+from tests.conftest import ARCHITECTURES, sentences, write_csv
+
+LABELS = ("bad", "good", "so")
+
+
+@pytest.fixture
+def test_set(tmp_path: Path) -> Holdings:
+    """70 texts of unequal lengths, which is more than one batch, held in another order than that of their file."""
+    source = write_csv(tmp_path / "all.csv", sentences(90, seed=5))
+    rows = np.random.default_rng(0).permutation(90)[:70]
+    write_holdings(tmp_path / "test" / "data.json", DataConfig(source=str(source)), [(None, rows)])
+    return HoldingsFile.read(tmp_path / "test" / "data.json", LABELS)
+
+
+def shared(folder: Path) -> SharedModel:
+    return resident(ModelConfig(base=str(folder), max_length=16, precision="float32"), LABELS, None, 1, "cpu")
+
+
+def moved(model: SharedModel, mode: TrainMode, seed: int = 3) -> State:
+    """A state away from the base model: the head much, the encoder a little."""
+    model.load({})
+    generator = torch.Generator().manual_seed(seed)
+    start = model.state(model.names(mode))
+    scale = {name: 0.1 if name.startswith(model.prefix) else 1.0 for name in start}
+    return {name: tensor + scale[name] * torch.randn(tensor.shape, generator=generator) for name, tensor in start.items()}
+
+
+@torch.no_grad()
+def one_by_one(model: SharedModel, state: State, texts: list[str]) -> list[int]:
+    """The oracle: the architecture's own forward on each text by itself, without padding, batches or features."""
+    model.load(state)
+    tokenizer, found = model.loaded.tokenizer, []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text, truncation=True, max_length=16)["input_ids"]])
+        assert ids.shape[1] > 1, f"the tokenizer reads nothing of {text!r}"
+        found.append(int(model.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.argmax()))
+    return found
+
+
+def by_hand(truth: list[int], predicted: list[int]) -> dict[str, float]:
+    """Accuracy and macro precision, recall and F1 from the definition."""
+    precisions, recalls, f1s = [], [], []
+    for c in range(len(LABELS)):
+        hits = sum(t == p == c for t, p in zip(truth, predicted, strict=True))
+        precision = hits / predicted.count(c) if c in predicted else 0.0
+        recall = hits / truth.count(c)
+        precisions.append(precision)
+        recalls.append(recall)
+        f1s.append(2 * precision * recall / (precision + recall) if hits else 0.0)
+    accuracy = sum(t == p for t, p in zip(truth, predicted, strict=True)) / len(truth)
+    return {"accuracy": accuracy, "precision": np.mean(precisions), "recall": np.mean(recalls), "f1": np.mean(f1s)}
+
+
+@pytest.mark.parametrize("mode", ["head", "full"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_metrics_are_those_of_the_plain_model_text_by_text(
+    base_model: Callable[[str], Path], test_set: Holdings, kind: str, mode: TrainMode
+) -> None:
+    model, texts = shared(base_model(kind)), test_set.texts()
+    answers = ((state, one_by_one(model, state, texts)) for state in (moved(model, mode, seed) for seed in range(20)))
+    state, predicted = next((s, p) for s, p in answers if len(set(p)) > 1)  # else texts could be mixed up unseen
+    got = evaluate(model, state, test_set, "float32").as_dict()
+    assert got == pytest.approx(by_hand(test_set.targets, predicted))
+
+
+def test_the_state_decides_not_what_was_evaluated_before(base_model: Callable[[str], Path], test_set: Holdings) -> None:
+    model = shared(base_model("bert"))
+    head, full = moved(model, "head"), moved(model, "full")
+    first = evaluate(model, head, test_set, "float32")
+    other = evaluate(model, full, test_set, "float32")
+    assert first != other
+    assert evaluate(model, head, test_set, "float32") == first
+    assert evaluate(model, full, test_set, "float32") == other
+
+
+def test_a_class_that_is_never_predicted_counts_as_zero(base_model: Callable[[str], Path], test_set: Holdings) -> None:
+    model = shared(base_model("bert"))
+    model.load({})
+    state = model.state(model.names("head"))
+    always = {"classifier.weight": torch.zeros_like(state["classifier.weight"]), "classifier.bias": torch.tensor([0.0, 9.0, 0.0])}
+    share = test_set.targets.count(1) / len(test_set)
+    got = evaluate(model, always, test_set, "float32")
+    assert got.as_dict() == pytest.approx(
+        {"accuracy": share, "precision": share / 3, "recall": 1 / 3, "f1": 2 * share / (1 + share) / 3}
+    )

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cotune.client.site import Site
+from cotune.models.errors import DataError, ModelError, PlanError, PrivacyError
+from cotune.models.holdings import HoldingsFile
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.simulations.sites import make_run, prepare
+from tests.conftest import sentences, write_csv
+from tests.simulations.conftest import NewPlan
+
+
+def test_one_file_is_split_without_loss_or_overlap(toy_plan: NewPlan) -> None:
+    prepared = prepare(toy_plan(simulation={"clients": 3}))
+    assert [share.name for share in prepared.shares] == ["org-1", "org-2", "org-3"]
+    ((file, test),) = prepared.test
+    rows = np.concatenate([test, *(share.rows for share in prepared.shares)])
+    assert file is None
+    assert sorted(rows.tolist()) == list(range(240))
+    assert len(test) == pytest.approx(0.15 * 240, abs=2)
+
+
+def test_the_same_plan_gives_the_same_split_and_another_seed_another(toy_plan: NewPlan) -> None:
+    def split(seed: int) -> list[list[int]]:
+        prepared = prepare(toy_plan(seed=seed))
+        return [rows.tolist() for rows in (prepared.test[0][1], *(share.rows for share in prepared.shares))]
+
+    assert split(7) == split(7)
+    assert split(7) != split(8)
+
+
+def test_nothing_of_the_resolved_plan_is_left_open(
+    toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_data: Path, base_model: Callable[[str], Path]
+) -> None:
+    shutil.copy(toy_data, tmp_path / "mine.csv")
+    shutil.copytree(base_model("bert"), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    plan = prepare(toy_plan(data={"source": "mine.csv"}, model={"base": "./base"})).plan
+    assert plan.labels == ("bad", "good", "so")
+    assert (plan.data.source, plan.model.base) == (str(tmp_path / "mine.csv"), str(tmp_path / "base"))
+    assert plan.model.base_hash is not None
+    assert prepare(plan).plan == plan
+    monkeypatch.chdir("/")
+    assert prepare(plan).plan == plan  # it does not matter where it is read
+
+
+def test_labels_keep_the_order_of_a_base_model_that_knows_them(
+    toy_plan: NewPlan, tmp_path: Path, base_model: Callable[[str], Path]
+) -> None:
+    folder = shutil.copytree(base_model("bert"), tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": "so", "1": "good", "2": "bad"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert prepare(toy_plan(model={"base": str(folder)})).plan.labels == ("so", "good", "bad")
+    assert prepare(toy_plan(model={"base": str(folder)}, labels=["good", "bad", "so"])).plan.labels == ("good", "bad", "so")
+
+
+def test_each_file_of_a_folder_is_an_organisation(toy_plan: NewPlan, tmp_path: Path) -> None:
+    folder = tmp_path / "organisations"
+    folder.mkdir()
+    write_csv(folder / "north.csv", sentences(60, seed=1))
+    write_csv(folder / "Süd ost.csv", sentences(80, seed=2, classes=("bad", "so")))
+    prepared = prepare(toy_plan(data={"source": str(folder)}))
+    assert prepared.plan.labels == ("bad", "good", "so")
+    assert {share.name for share in prepared.shares} == {"north", "Süd ost"}
+    by_file = dict(prepared.test)
+    for share in prepared.shares:
+        size = {"north": 60, "Süd ost": 80}[share.name]
+        assert sorted([*share.rows.tolist(), *by_file[share.file].tolist()]) == list(range(size))
+        texts, labels = zip(*sentences(size, seed=1 if share.name == "north" else 2, classes=CLASSES[share.name]), strict=True)
+        assert prepared.records[share.file].texts == texts
+        counted = Counter(labels[i] for i in share.rows)
+        assert prepared.label_counts(share) == {label: counted[label] for label in ("bad", "good", "so")}
+
+
+CLASSES = {"north": ("bad", "good", "so"), "Süd ost": ("bad", "so")}
+
+
+def test_the_noise_of_each_organisation_is_the_least_that_keeps_its_budget(toy_plan: NewPlan) -> None:
+    plan = toy_plan(privacy={"epsilon": 3.0}, local={"batch_size": 30}, simulation={"partition": "quantity:2.0"})
+    prepared = prepare(plan)
+    assert set(prepared.noise) == {"org-1", "org-2"}
+    for share in prepared.shares:
+        n, sigma = len(share.rows), prepared.noise[share.name]
+        delta = n**-1.1
+        assert epsilon([Steps(sigma, 30 / n, 15)], delta) <= 3.0
+        assert epsilon([Steps(sigma * 0.99, 30 / n, 15)], delta) > 3.0
+    assert prepare(toy_plan()).noise == {}
+
+
+def test_a_run_folder_says_who_holds_what(toy_plan: NewPlan, tmp_path: Path) -> None:
+    prepared = prepare(toy_plan())
+    folder = make_run(prepared, tmp_path / "run", "in-process", "cpu")
+    assert folder.plan == prepared.plan
+    assert [(p.name, p.site) for p in folder.file.participants] == [("org-1", "sites/org-1"), ("org-2", "sites/org-2")]
+    assert (folder.file.engine, folder.file.device) == ("in-process", "cpu")
+    texts, labels = zip(*sentences(240), strict=True)
+    for share in prepared.shares:
+        site = Site(folder.path / "sites" / share.name)
+        assert site.file.model_dump() == {"organisation": share.name, "simulated": True, "device": "cpu"}
+        assert site.holdings(prepared.plan.labels).texts() == [texts[i] for i in share.rows]
+    test = HoldingsFile.read(folder.path / "test" / "data.json", prepared.plan.labels)
+    assert test.targets == [("bad", "good", "so").index(labels[i]) for i in prepared.test[0][1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"data": {"source": "/nowhere/reviews.csv"}}, DataError, "/nowhere/reviews.csv does not exist"),
+        ({"labels": ["bad", "good"]}, DataError, "classes that the plan does not list .*'so'"),
+        ({"labels": ["bad"]}, DataError, "'bad', 'good', 'so'|the plan lists"),
+        ({"simulation": {"clients": 50}}, DataError, "use fewer clients"),
+        ({"simulation": {"partition": "dirichlett:1"}}, PlanError, "did you mean 'dirichlet"),
+        ({"simulation": {"partition": "shards:9"}}, DataError, "needs 9 classes, and the data has 3"),
+        ({"local": {"batch_size": 150}}, DataError, "org-1 has 102 examples, fewer than a batch needs"),
+        ({"local": {"batch_size": 0.001}}, DataError, "fewer than a batch needs"),
+        ({"model": {"base": "/nowhere/model"}}, ModelError, "/nowhere/model is not a folder"),
+        ({"model": {"base_hash": "0" * 64}}, ModelError, "expected 0000000000000000"),
+        ({"privacy": {"epsilon": 1e-6}}, PrivacyError, "cannot be reached by 15 steps"),
+        ({"privacy": {"delta": 0.5}}, PrivacyError, "0.5"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained(
+    toy_plan: NewPlan, changes: dict[str, object], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        prepare(toy_plan(**changes))
+
+
+def test_a_stage_that_cannot_fill_its_batch_is_found_too(toy_plan: NewPlan) -> None:
+    stages = [{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1, "local": {"batch_size": 200}}]
+    with pytest.raises(DataError, match=r"fewer than a batch needs \(200"):
+        prepare(toy_plan(train=stages))
