@@ -141,12 +141,12 @@ def test_a_ledger_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_its_reservation(ledger: Ledger) -> None:
     ledger.settle(ledger.reserve("plan", 1, ROUND), 20)
     code = "charge = ledger.reserve('plan', 2, Steps(1.0, 0.05, 20)); print(charge, flush=True)\nsys.stdin.read()"
-    process = start(ledger, code)
-    go(process)
-    assert process.stdout
-    charge = int(process.stdout.readline())
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with start(ledger, code) as process:
+        go(process)
+        assert process.stdout
+        charge = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     assert Ledger(ledger.path).spent() == [ROUND, ROUND]
     assert Ledger(ledger.path).rounds("plan") == [1, 2]
     Ledger(ledger.path).settle(charge, 20)  # the file is not locked by the dead
@@ -154,10 +154,10 @@ def test_a_killed_process_leaves_its_reservation(ledger: Ledger) -> None:
 
 def test_processes_that_reserve_together_lose_nothing(ledger: Ledger) -> None:
     code = "for n in range(40): ledger.settle(ledger.reserve(sys.argv[2], n, Steps(1.0, 0.1, 9)), 5 if n % 2 else 9)"
-    processes = [start(ledger, code, name) for name in ("a", "b")]
-    for process in processes:
-        go(process)
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    with start(ledger, code, "a") as first, start(ledger, code, "b") as second:
+        go(first)
+        go(second)
+    assert (first.returncode, second.returncode) == (0, 0)
     for name in ("a", "b"):
         assert ledger.spent(name) == [Steps(1.0, 0.1, 9), Steps(1.0, 0.1, 5)] * 20
         assert ledger.rounds(name) == list(range(40))

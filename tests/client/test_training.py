@@ -1,0 +1,515 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+from torch import Tensor
+from torch.nn import functional
+
+from cotune.client import training
+from cotune.client.observe import observing
+from cotune.client.site import Site
+from cotune.client.training import check_examples, noise_multiplier, planned_steps, train_round
+from cotune.models.errors import CotuneError, DataError, PrivacyError, RunError
+from cotune.models.sharing import SharedModel, State, TrainMode, resident
+from cotune.models.tasks import collator, example_losses, logits
+from cotune.plan.schema import LocalTraining, Plan
+from cotune.privacy.accounting import RecordPrivacy, Steps
+from cotune.privacy.dp_sgd import StepReport
+from cotune.strategies.updates import apply_delta
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+StateFor = Callable[..., State]
+
+PRIVATE = {"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0}
+MODES = get_args(TrainMode)
+STAGES = [
+    {"mode": "head", "rounds": 1, "local": {"steps": 3}},
+    {"mode": "lora", "rounds": 2, "local": {"batch_size": 0.5}},
+    {"mode": "full", "rounds": 1},
+]
+
+
+def resident_model(plan: Plan) -> SharedModel:
+    return resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, "cpu")
+
+
+def everything(plan: Plan, state: State) -> State:
+    """All parameters of the model in a state."""
+    model = resident_model(plan)
+    model.load(state)
+    return model.state(name for name, _ in model.parameters())
+
+
+def same(one: Any, other: Any) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def pld_epsilon(spent: list[Steps], delta: float) -> float:
+    """ε by dp-accounting itself, event by event, with its own default grid."""
+    accountant = PLDAccountant()
+    for steps in spent:
+        step = dp_event.PoissonSampledDpEvent(steps.sample_rate, dp_event.GaussianDpEvent(steps.noise_multiplier))
+        accountant.compose(step, steps.count)
+    return float(accountant.get_epsilon(delta))
+
+
+# --- without privacy
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_round_is_reproducible_to_the_bit(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str
+) -> None:
+    plan = make_plan(train=mode)
+    state = state_for(plan)
+    first = train_round(plan, make_site(at="one"), 1, state)
+    torch.manual_seed(99)
+    resident_model(plan).load({})
+    other = train_round(plan, make_site("bank", at="three"), 1, state)  # its batches are others
+    resident.cache_clear()
+    again = train_round(plan, make_site(at="two"), 1, state)
+    assert same(first.delta, again.delta)
+    assert replace(first, delta={}) == replace(again, delta={})
+    assert (first.organisation, first.round, first.examples, first.steps, first.epsilon) == ("clinic", 1, 60, 4, None)
+    assert not same(first.delta, other.delta)
+
+
+@pytest.mark.parametrize("privacy", ["none", PRIVATE])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_round_moves_what_its_stage_shares_and_nothing_else(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: Any, privacy: Any
+) -> None:
+    plan = make_plan(train=mode, privacy=privacy)
+    state = state_for(plan)
+    before = everything(plan, state)
+    update = train_round(plan, make_site(), 1, state)
+    model = resident_model(plan)
+    after = model.state(name for name, _ in model.parameters())
+    names = model.names(mode)
+    assert list(update.delta) == names
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved <= set(names)
+    assert {n for n in names if n not in moved} <= {n for n in names if "key.bias" in n}  # softmax ignores it
+    assert all(d.dtype == torch.float32 for d in update.delta.values())
+    for name in names:
+        torch.testing.assert_close(before[name] + update.delta[name], after[name])
+
+
+def test_a_round_starts_from_the_state_that_was_sent(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    plan = make_plan()
+    state = state_for(plan)
+    first = train_round(plan, make_site(at="one"), 1, state)
+    moved = apply_delta(state, first.delta)
+    train_round(plan, make_site("bank"), 1, moved)  # somebody else's turn with the same model
+    assert same(train_round(plan, make_site(at="two"), 1, state).delta, first.delta)
+    assert not same(train_round(plan, make_site(at="three"), 1, moved).delta, first.delta)
+
+
+def gradient_descent(plan: Plan, site: Site, state: State, rates: Callable[[str], float], steps: int) -> State:
+    """Plain full-batch gradient descent on all records at once: an independent account of what a round does."""
+    model = resident_model(plan)
+    model.load(state)
+    parameters = dict(model.parameters())
+    batch = collator(model.module, model.loaded.tokenizer, model.device)(site.holdings(plan.labels).examples(model))
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    names = list(state)
+    for _ in range(steps):
+        loss = example_losses(model.module, batch).mean()
+        gradients = torch.autograd.grad(loss, [parameters[name] for name in names])
+        with torch.no_grad():
+            for name, gradient in zip(names, gradients, strict=True):
+                parameters[name] -= rates(name) * gradient
+    return {name: parameters[name].detach() - state[name] for name in names}
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("mode", MODES)
+def test_full_batches_are_gradient_descent(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str, kind: str
+) -> None:
+    local = {"batch_size": 60, "steps": 3, "learning_rate": 0.25, "physical_batch_size": 7}
+    plan = make_plan(kind, train=mode, local=local)
+    state, site = state_for(plan), make_site()
+    got = train_round(plan, site, 1, state).delta
+    expected = gradient_descent(plan, site, state, lambda _: 0.25, 3)
+    assert got.keys() == expected.keys()
+    for name, delta in expected.items():
+        torch.testing.assert_close(got[name], delta, atol=2e-5, rtol=1e-3)
+
+
+def test_the_head_has_its_own_rate(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    local = {"batch_size": 60, "steps": 2, "learning_rate": 0.1, "head_learning_rate": 0.7}
+    plan = make_plan(train="lora", local=local)
+    state, site = state_for(plan), make_site()
+    got = train_round(plan, site, 1, state).delta
+    expected = gradient_descent(plan, site, state, lambda name: 0.7 if name.startswith("classifier") else 0.1, 2)
+    for name, delta in expected.items():
+        torch.testing.assert_close(got[name], delta, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("privacy", ["none", PRIVATE])
+def test_the_size_of_the_physical_batch_has_no_influence(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, privacy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under privacy with the same noise and the same sample, which no plan can ask for."""
+    from numpy.random import default_rng
+
+    real = training.private_steps
+    monkeypatch.setattr(
+        training, "private_steps", lambda *a, **k: real(*a, **k, generator=default_rng(1), sampling=default_rng(2))
+    )
+    deltas = []
+    for size in (1, 4, 64):
+        plan = make_plan(train="lora", privacy=privacy, local={"physical_batch_size": size, "batch_size": 0.5})
+        deltas.append(train_round(plan, make_site(at=str(size)), 1, state_for(plan)).delta)
+    for delta in deltas[1:]:
+        for name, tensor in deltas[0].items():
+            torch.testing.assert_close(delta[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_other_optimizers_start_afresh_in_every_round(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, optimizer: str
+) -> None:
+    """The first step of Adam moves every parameter by the learning rate."""
+    plan = make_plan(local={"optimizer": optimizer, "batch_size": 60, "steps": 1, "learning_rate": 0.01})
+    state = state_for(plan)
+    for round in (1, 2):
+        delta = train_round(plan, make_site(), round, state).delta
+        assert float(delta["classifier.weight"].abs().min()) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("privacy", ["none", PRIVATE])
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_batches(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str, privacy: Any
+) -> None:
+    """With one expected record per step, a third of the batches is empty."""
+    told: list[dict[str, Any]] = []
+    plan = make_plan(train=mode, privacy=privacy, local={"batch_size": 1 / 60, "steps": 12, "learning_rate": 0.01})
+    with observing(lambda what, details: told.append(details) if what == "step" else None):
+        update = train_round(plan, make_site(), 1, state_for(plan))
+    assert update.steps == 12
+    assert [t["step"] for t in told] == list(range(1, 13))
+    assert sum(t["loss"] is None for t in told) >= 1
+    assert sum(t["loss"] is not None for t in told) >= 1
+    assert all(bool(d.isfinite().all()) for d in update.delta.values())
+
+
+def test_a_diverged_model_is_not_sent(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(local={"learning_rate": 1e60}), make_site()
+    with pytest.raises(RunError, match="not finite any more"):
+        train_round(plan, site, 1, state_for(plan))
+    assert not (site.folder / "outbox").exists()
+
+
+def test_a_model_that_does_not_move_is_not_sent(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan(local={"learning_rate": 1e-60})
+    with pytest.raises(RunError, match="no parameter moved"):
+        train_round(plan, make_site(), 1, state_for(plan))
+
+
+# --- what is refused before anything happens
+
+
+def test_too_few_examples(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(privacy=PRIVATE, local={"batch_size": 16}), make_site(rows=range(15))
+    with pytest.raises(DataError, match=r"clinic has 15 examples, fewer than a batch needs \(16 with"):
+        train_round(plan, site, 1, state_for(plan))
+    assert site.ledger().spent() == []
+
+
+@pytest.mark.parametrize(("examples", "batch_size", "enough"), [(16, 16, True), (15, 16, False), (4, 0.25, True), (3, 0.25, False)])
+def test_how_many_examples_fill_a_batch(examples: int, batch_size: float, enough: bool) -> None:
+    local = LocalTraining(batch_size=batch_size)
+    if enough:
+        check_examples(examples, local, "clinic")
+    else:
+        with pytest.raises(DataError):
+            check_examples(examples, local, "clinic")
+
+
+@pytest.mark.parametrize("round", [0, 4, -1])
+def test_a_round_that_the_plan_does_not_have(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, round: int
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    with pytest.raises((CotuneError, ValueError)):
+        train_round(plan, site, round, state_for(plan))
+    assert site.ledger().spent() == []
+
+
+@pytest.mark.parametrize("lacking", ["classifier.bias", "all"])
+def test_a_state_without_the_stages_parameters_costs_nothing(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, lacking: str
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    state = {name: t for name, t in state_for(plan).items() if lacking not in (name, "all")}
+    with pytest.raises(CotuneError, match=r"classifier\."):
+        train_round(plan, site, 1, state)
+    assert site.ledger().spent() == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_costs_nothing(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, value: float
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    state = state_for(plan)
+    state["classifier.bias"][0] = value
+    with pytest.raises(CotuneError):
+        train_round(plan, site, 1, state)
+    assert site.ledger().spent() == []
+
+
+def test_a_class_that_the_plan_lacks_costs_nothing(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE, labels=("bad", "good")), make_site()
+    with pytest.raises(DataError, match="classes so, which the plan does not list"):
+        train_round(plan, site, 1, state_for(plan))
+    assert site.ledger().spent() == []
+
+
+def test_gradients_that_are_wrong_cost_nothing(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that mixes the examples of a batch has no gradient per example."""
+
+    def mixed(module: Any, batch: Any) -> Tensor:
+        scores = logits(module, batch)
+        return functional.cross_entropy(scores + 3 * scores.roll(1, dims=0), batch["labels"], reduction="none")
+
+    monkeypatch.setattr(training, "example_losses", mixed)
+    plan, site = make_plan(train="lora", privacy=PRIVATE), make_site()
+    with pytest.raises(PrivacyError, match="clipped gradients of this model are wrong"):
+        train_round(plan, site, 1, state_for(plan))
+    assert site.ledger().spent() == []
+
+
+# --- the ledger
+
+
+def run(plan: Plan, site: Site, state: State, rounds: range) -> State:
+    for round in rounds:
+        state = apply_delta(state, train_round(plan, site, round, state).delta)
+    return state
+
+
+def test_the_whole_run_stays_within_its_budget(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    state = state_for(plan)
+    stated = []
+    for round in (1, 2, 3):
+        update = train_round(plan, site, round, state)
+        state = apply_delta(state, update.delta)
+        assert update.epsilon is not None
+        stated.append(update.epsilon)
+        assert update.epsilon == pytest.approx(pld_epsilon(site.ledger().spent(), 1e-3), rel=5e-3)
+    spent = site.ledger().spent(plan.plan_id)
+    assert len({s.noise_multiplier for s in spent}) == 1
+    assert [(s.sample_rate, s.count) for s in spent] == [(0.2, 4)] * 3
+    assert site.ledger().rounds(plan.plan_id) == [1, 2, 3]
+    assert stated == sorted(stated)
+    assert 0.97 * 2 <= stated[-1] <= 2.0  # the budget is used, and not exceeded
+    assert pld_epsilon(spent, 1e-3) <= 2.0
+
+
+def test_a_run_in_stages_stays_within_its_budget(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE, train=STAGES), make_site()
+    run(plan, site, state_for(plan, 4), range(1, 5))
+    spent = site.ledger().spent()
+    assert [(s.sample_rate, s.count) for s in spent] == [(0.2, 3), (0.5, 4), (0.5, 4), (0.2, 4)]
+    assert len({s.noise_multiplier for s in spent}) == 1
+    assert 0.97 * 2 <= pld_epsilon(spent, 1e-3) <= 2.0
+
+
+def test_the_ledger_is_charged_before_training(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    charged: list[list[Steps]] = []
+
+    def crashing(*arguments: Any, **options: Any) -> Iterator[StepReport]:
+        charged.append(site.ledger().spent())
+        yield next(real(*arguments, **options))
+        raise MemoryError
+
+    real = training.private_steps
+    monkeypatch.setattr(training, "private_steps", crashing)
+    with pytest.raises(MemoryError):
+        train_round(plan, site, 1, state_for(plan))
+    (before,) = charged
+    assert [(s.sample_rate, s.count) for s in before] == [(0.2, 4)]
+    assert site.ledger().spent() == before  # the worst case stands, though one step ran
+    assert not (site.folder / "outbox").exists()
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Lets the training fail after so many steps."""
+    real = training.private_steps
+
+    def crashing(*arguments: Any, **options: Any) -> Iterator[StepReport]:
+        for report in real(*arguments, **options):
+            if report.step > step:
+                raise MemoryError
+            yield report
+
+    monkeypatch.setattr(training, "private_steps", crashing)
+
+
+@pytest.mark.parametrize("crashed", [1, 3])
+def test_after_a_crash_the_rest_ends_within_the_budget(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch, crashed: int
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    state = run(plan, site, state_for(plan), range(1, crashed))
+    with monkeypatch.context() as patch:
+        crash_at(patch, 1)
+        with pytest.raises(MemoryError):
+            train_round(plan, site, crashed, state)
+    calm = site.ledger().spent()[0].noise_multiplier
+    run(plan, Site(site.folder), state, range(crashed, 4))
+    spent = site.ledger().spent()
+    assert [s.count for s in spent] == [4] * 4
+    assert spent[-1].noise_multiplier > calm
+    assert 0.97 * 2 <= pld_epsilon(spent, 1e-3) <= 2.0
+
+
+def test_crash_after_crash_never_exceeds_the_budget(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE, rounds=1), make_site()
+    state = state_for(plan)
+    crash_at(monkeypatch, 0)
+    outcomes = []
+    for _ in range(3):
+        with pytest.raises((MemoryError, PrivacyError)) as caught:
+            train_round(plan, site, 1, state)
+        outcomes.append(caught.type)
+        assert pld_epsilon(site.ledger().spent(), 1e-3) <= 2.0
+    assert outcomes[0] is MemoryError
+    charges = len(site.ledger().spent())
+    assert charges == outcomes.count(MemoryError)  # a refusal charges nothing
+
+
+def test_a_finished_run_does_not_go_on(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(privacy=PRIVATE, rounds=1), make_site()
+    first = state_for(plan)
+    state = run(plan, site, first, range(1, 2))
+    before = site.ledger().spent()
+    with pytest.raises(PrivacyError, match="cannot be reached .* was spent before"):
+        train_round(plan, site, 1, apply_delta(state, {name: torch.ones_like(t) for name, t in state.items()}))
+    assert site.ledger().spent() == before
+
+
+def test_what_another_plan_spent_counts(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    site = make_site()
+    small = make_plan(privacy={**PRIVATE, "epsilon": 1.0}, rounds=1)
+    run(small, site, state_for(small), range(1, 2))
+    plan = make_plan(privacy=PRIVATE)
+    run(plan, site, state_for(plan), range(1, 4))
+    spent = site.ledger().spent()
+    assert len(spent) == 4
+    assert 0.95 * 2 <= pld_epsilon(spent, 1e-3) <= 2.0
+
+
+def test_a_repeated_request_gets_the_same_update_for_nothing(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    state = state_for(plan)
+    first = train_round(plan, site, 1, state)
+    before = site.ledger().spent()
+
+    def untouched(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing is to be trained")
+
+    monkeypatch.setattr(training, "private_steps", untouched)
+    monkeypatch.setattr(training, "resident", untouched)
+    again = train_round(plan, Site(site.folder), 1, {name: t.clone() for name, t in state.items()})
+    assert same(first.delta, again.delta)
+    assert replace(first, delta={}) == replace(again, delta={})
+    assert site.ledger().spent() == before
+
+
+def test_noise_is_never_repeated(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan(privacy=PRIVATE)
+    state = state_for(plan)
+    torch.manual_seed(0)
+    first = train_round(plan, make_site(at="one"), 1, state)
+    torch.manual_seed(0)
+    assert not same(train_round(plan, make_site(at="two"), 1, state).delta, first.delta)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_bfloat16_does_not_hinder_private_training(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str
+) -> None:
+    """On hardware with bfloat16, precision = auto means it."""
+    plan, site = make_plan(train=mode, privacy=PRIVATE, model={"precision": "bfloat16"}), make_site()
+    update = train_round(plan, site, 1, state_for(plan))
+    assert update.steps == 4
+    assert len(site.ledger().spent()) == 1
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_architecture_trains_privately(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, kind: str, mode: str
+) -> None:
+    plan, site = make_plan(kind, train=mode, privacy=PRIVATE), make_site()
+    update = train_round(plan, site, 1, state_for(plan))
+    assert all(bool(d.any()) for d in update.delta.values())
+
+
+# --- σ and its steps
+
+
+def test_planned_steps(make_plan: MakePlan) -> None:
+    staged = make_plan(train=STAGES, local={"batch_size": 12})
+    assert planned_steps(staged, 60) == [(0.2, 3), (0.5, 8), (0.2, 4)]
+    assert planned_steps(staged, 60, 2) == [(0.5, 8), (0.2, 4)]
+    assert planned_steps(staged, 60, 3) == [(0.5, 4), (0.2, 4)]
+    assert planned_steps(staged, 60, 4) == [(0.2, 4)]
+    assert planned_steps(staged, 60, 5) == []
+    assert planned_steps(make_plan(local={"batch_size": 100}), 60) == [(1.0, 12)]
+
+
+def test_the_noise_is_the_least_that_suffices(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=PRIVATE)
+    assert isinstance(plan.privacy, RecordPrivacy)
+    sigma = noise_multiplier(plan, plan.privacy, 60, 1, [])
+    assert pld_epsilon([Steps(sigma, 0.2, 12)], 1e-3) <= 2.0
+    assert pld_epsilon([Steps(sigma * 0.98, 0.2, 12)], 1e-3) > 2.0
+    assert noise_multiplier(plan, plan.privacy, 60, 3, [Steps(sigma, 0.2, 8)]) == sigma
+
+
+# --- what an observer sees
+
+
+def test_observers_are_told_of_every_step(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
+    told: list[tuple[str, dict[str, Any]]] = []
+    plan = make_plan(privacy=PRIVATE)
+    with observing(lambda what, details: told.append((what, details))):
+        update = train_round(plan, make_site(), 1, state_for(plan))
+    assert ("features", {"organisation": "clinic", "done": 60, "total": 60}) in told
+    steps = [details for what, details in told if what == "step"]
+    assert [(s["organisation"], s["round"], s["step"], s["steps"]) for s in steps] == [("clinic", 1, i, 4) for i in range(1, 5)]
+    assert {s["epsilon"] for s in steps} == {update.epsilon}
