@@ -18,10 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cotune.cli.units import duration, size
 from cotune.client.observe import observing
 from cotune.privacy.rounding import round_up
 from cotune.server.events import listening
+from cotune.server.figures import duration, size
 
 __all__ = ["showing_progress"]
 
@@ -60,6 +60,8 @@ class _Lines:
             self.print(f"plan {fields['plan']} ({fields['plan_id'][:12]}…): {fields['rounds']} rounds{after}")
         elif event == "round_finished":
             self.print(_round_line(fields, self.rounds, self._remaining(fields["round"])))
+            if fields["round"] == self.first + 1:
+                self.began = time.monotonic()
         elif event == "update_dropped":
             self.print(f"round {fields['round']}: {fields['organisation']} left out: {fields['reason']}")
         elif event == "baseline_failed":
@@ -67,9 +69,10 @@ class _Lines:
         elif event == "baseline_finished":
             self.print(f"baseline {fields['baseline']}: accuracy {fields['metrics']['accuracy']:.3f}")
 
-    def _remaining(self, round: int) -> float:
-        played = round - self.first
-        return (time.monotonic() - self.began) / played * (self.rounds - round)
+    def _remaining(self, round: int) -> float | None:
+        """By the rounds so far, but for the first, which encodes the texts; None while that is the only one."""
+        played = round - self.first - 1
+        return (time.monotonic() - self.began) / played * (self.rounds - round) if played else None
 
     def step(self, what: str, details: dict[str, Any]) -> None:
         if what == "features" and (time.monotonic() - self.told > _FEATURE_SECONDS or details["done"] == details["total"]):
@@ -132,13 +135,13 @@ class _Live(_Lines):
             self.progress.remove_task(self.bars.pop(key))
 
 
-def _round_line(fields: dict[str, Any], rounds: int, remaining: float) -> str:
+def _round_line(fields: dict[str, Any], rounds: int, remaining: float | None) -> str:
     parts = [f"round {fields['round']}/{rounds} ({fields['stage']})", f"{len(fields['participants'])} organisations"]
     if fields["metrics"]:
         parts.append(f"test accuracy {fields['metrics']['accuracy']:.3f}")
     if fields["epsilon"]:
         parts.append(f"ε {round_up(max(fields['epsilon'].values()))}")
     parts.append(f"{size(fields['bytes_up'])} up, {size(fields['bytes_down'])} down")
-    if fields["round"] < rounds:
+    if remaining is not None and fields["round"] < rounds:
         parts.append(f"{duration(remaining)} left")
     return ", ".join(parts)

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cotune.cli.units import duration, size
 from cotune.privacy.rounding import round_up
+from cotune.server.figures import duration, size
 
 if TYPE_CHECKING:
     from cotune.plan.schema import Plan

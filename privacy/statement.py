@@ -32,7 +32,7 @@ def statement(privacy: RecordPrivacy | None, spent: Mapping[str, tuple[float, fl
         "knowing who took part.",
         "What it does not cover: the number of records of each organisation is told to the server and counts as public. "
         "Several records of the same person are as many records: the protection of the person is weaker. The settings "
-        "(rates, clip norm, rounds) must not have been chosen by looking at these data. The noise is drawn in floating- "
-        "point arithmetic, whose known side channels are not closed. The test set of this simulation and the baselines "
+        "(rates, clip norm, rounds) must not have been chosen by looking at these data. The noise is drawn in "
+        "floating-point arithmetic, whose known side channels are not closed. The test set of this simulation and the baselines "
         "trained beside it are not covered.",
     ]

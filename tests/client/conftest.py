@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cotune.client.site import Site, SiteFile
 from cotune.models.holdings import write_holdings
@@ -15,6 +16,8 @@ from cotune.models.records import DataConfig
 from cotune.models.sharing import State, resident
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
+
+torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 
 LABELS = ("bad", "good", "so")
 WORDS = {"good": ["great", "happy"], "bad": ["awful", "sad"], "so": ["table", "tree"]}

@@ -209,7 +209,7 @@ def test_code_in_the_folder_is_not_executed(folder: Path, tmp_path: Path, kind: 
     marker = tmp_path / "executed"
     (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
     classes = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")
-    edit(folder / "config.json", model_type=kind, auto_map={name: "evil.Evil" for name in classes})
+    edit(folder / "config.json", model_type=kind, auto_map=dict.fromkeys(classes, "evil.Evil"))
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
     if kind == "bert":
         assert type(load(folder).module).__module__.startswith("transformers.")

@@ -274,7 +274,10 @@ def test_other_adapters_around_the_same_factors_give_other_features(shared: Make
     model = shared("bert", lora=LoraConfig(rank=2), seed=1)
     state = moved(model, model.names("lora"))
     one = features(model, texts, state)
-    for other in (shared("bert", lora=LoraConfig(rank=2), seed=2), shared("bert", lora=LoraConfig(rank=2, alpha=4), seed=1)):
+    for other in (
+        shared("bert", lora=LoraConfig(rank=2), seed=2),
+        shared("bert", lora=LoraConfig(rank=2, alpha=4), seed=1),
+    ):
         got = features(other, texts, state)
         with torch.no_grad():
             torch.testing.assert_close(head_logits(other, got), whole_logits(other, texts), atol=1e-4, rtol=1e-4)

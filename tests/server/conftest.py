@@ -20,6 +20,8 @@ from cotune.simulations.grid import InProcessGrid
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Request, decode_request, encode_update
 
+torch.set_num_threads(1)  # with more, tiny models spend their time waiting for a core whenever the machine is shared
+
 Answer = Callable[[Request], Update | RecordDict]  # how an organisation answers a request to train
 NewRun = Callable[..., RunFolder]
 

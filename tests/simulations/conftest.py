@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from tests.conftest import sentences, write_csv
+
+torch.set_num_threads(1)  # with more, tiny models spend their time waiting for a core whenever the machine is shared
 
 NewPlan = Callable[..., Plan]
 
@@ -50,6 +56,45 @@ def toy_plan(base_model: Callable[[str], Path], toy_data: Path) -> NewPlan:
         return parse_plan(table)
 
     return make
+
+
+# What the console script does, in a process that has imported everything already: forked from a server that only imports, so that a
+# process that is to be killed costs a tenth of a second instead of several. `exec` is the one target that needs no import of this file.
+_CONSOLE = """
+import os, sys
+os.environ.update({environ!r})
+os.chdir({folder!r})
+log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(log, 1), os.dup2(log, 2)
+sys.argv = ["cotune", *{arguments!r}]
+import torch
+torch.set_num_threads(1)
+from cotune.cli.main import run
+run()
+"""
+
+
+@pytest.fixture
+def cotune(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
+    """Starts `cotune ARGUMENTS` in a process of its own; what it prints goes to cotune.log in the folder of the test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "cotune.cli.main", "cotune.cli.progress", "cotune.simulations.simulate"])
+    started: list[BaseProcess] = []
+
+    def start(*arguments: str | Path) -> BaseProcess:
+        environ = {"COTUNE_CACHE": os.environ["COTUNE_CACHE"], "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        code = _CONSOLE.format(
+            environ=environ, folder=str(tmp_path), log=str(tmp_path / "cotune.log"), arguments=[str(a) for a in arguments]
+        )
+        process = context.Process(target=exec, args=(code, {}))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
 
 
 def final_model(run: Path) -> dict[str, Tensor]:

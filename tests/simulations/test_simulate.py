@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
+import re
 import sqlite3
 import statistics
 from collections import Counter
@@ -229,8 +229,8 @@ def ledger(site: Path) -> list[tuple[float, float, int, str]]:
 
 
 def spent(site: Path, delta: float) -> float:
-    """ε by dp-accounting alone, on its own default grid."""
-    accountant = PLDAccountant()
+    """ε by dp-accounting alone, on a finer grid than the product's."""
+    accountant = PLDAccountant(value_discretization_interval=2e-4)
     for sigma, rate, steps, _ in ledger(site):
         step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
         accountant.compose(dp_event.SelfComposedDpEvent(step, steps))
@@ -272,9 +272,9 @@ def test_the_statement_does_not_say_less_than_what_was_spent(private: Done) -> N
     privacy = private.summary["privacy"]
     assert (privacy["mode"], privacy["epsilon"], privacy["clip_norm"]) == ("record", 6.0, 0.5)
     most = max(o["epsilon_spent"] for o in private.summary["organisations"])
-    words = " ".join(privacy["statement"]).replace("\u00a0", " ")
-    figures = [float(text.rstrip(".,")) for text in words.split() if text[0].isdigit() and text.rstrip(".,").count(".") == 1]
-    assert any(most <= figure <= math.nextafter(6.0, 7) for figure in figures)
+    figures = [float(figure) for figure in re.findall(r"ε at most (\d+(?:\.\d+)?)", " ".join(privacy["statement"]))]
+    assert figures
+    assert all(most <= figure <= 6.0 for figure in figures)
     assert "No differential privacy" not in (private.folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -291,7 +291,8 @@ STAGES = [
     {"mode": "full", "rounds": 1, "local": {"learning_rate": 0.05, "head_learning_rate": 0.5}},
 ]
 SMALL = {"local": {"learning_rate": 1.0, "steps": 2, "batch_size": 0.1}, "lora": {"rank": 2}}
-PRIVACY = {"without": "none", "with": {"epsilon": 20.0}}
+ghost_clipping = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # Opacus, on frozen inputs
+PRIVACY = {"without": "none", "with": {"epsilon": 2.0}}
 
 
 def assert_moved_in_every_stage(result: Result, plan: Plan, ledgers: bool) -> None:
@@ -301,9 +302,12 @@ def assert_moved_in_every_stage(result: Result, plan: Plan, ledgers: bool) -> No
     for o in summary["organisations"]:
         assert o["steps"] == 2 * len(summary["rounds"])
         if ledgers:
-            assert spent(result.folder / "sites" / o["name"], o["delta"]) <= o["epsilon_spent"] * (1 + 1e-6) <= 20.0 * (1 + 1e-6)
+            charges = ledger(result.folder / "sites" / o["name"])
+            assert [(steps, state) for _, _, steps, state in charges] == [(2, "settled")] * len(summary["rounds"])
+            assert 0.9 * 2.0 < o["epsilon_spent"] <= 2.0
 
 
+@ghost_clipping
 @pytest.mark.parametrize("privacy", PRIVACY)
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama", "qwen2"])
 def test_head_then_lora_then_full(toy_plan: NewPlan, tmp_path: Path, kind: str, privacy: str) -> None:
@@ -320,6 +324,7 @@ def test_head_then_lora_then_full(toy_plan: NewPlan, tmp_path: Path, kind: str, 
         assert same(final_model(simulate(again, tmp_path / "again", device="cpu").folder), final_model(result.folder))
 
 
+@ghost_clipping
 @pytest.mark.parametrize("privacy", PRIVACY)
 @pytest.mark.parametrize("kind", ["distilbert", "gpt2", "llama", "qwen2"])
 def test_full_from_the_start(toy_plan: NewPlan, tmp_path: Path, kind: str, privacy: str) -> None:
@@ -451,7 +456,7 @@ def test_tweets_with_a_real_encoder(tmp_path: Path) -> None:
             "local": {"learning_rate": 2.0, "momentum": 0.9, "batch_size": 0.25, "steps": 8},
             "privacy": {"epsilon": 8.0},
             "test_fraction": 0.25,
-            "simulation": {"clients": 3, "partition": "dirichlet:1.0", "min_examples": 60},
+            "simulation": {"clients": 3, "partition": "dirichlet:1.0", "min_examples": 60, "baselines": ["pooled"]},
         }
     )
     result = simulate(plan, tmp_path / "run", device="cpu")
@@ -464,5 +469,3 @@ def test_tweets_with_a_real_encoder(tmp_path: Path) -> None:
         assert spent(result.folder / "sites" / o["name"], o["delta"]) <= o["epsilon_spent"] * (1 + 1e-6)
         assert o["epsilon_spent"] <= 8.0
     assert result.summary["model"]["parameters"] > 20_000_000
-
-

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cotune.cli.progress import showing_progress
+from cotune.plan.load import load_plan, preset_names
+from cotune.simulations.simulate import simulate
+from tests.cli.conftest import Cotune
+from tests.conftest import sentences, write_csv
+
+
+def model_bytes(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_version_and_help(cotune: Cotune) -> None:
+    shown = cotune("--version")
+    assert (shown.code, shown.out, shown.err) == (0, f"cotune {version('cotune')}\n", "")
+    for arguments in (("--help",), ("-h",), ("simulate", "--help"), ("plan", "--help"), ("plan", "check", "-h")):
+        shown = cotune(*arguments)
+        assert (shown.code, shown.err) == (0, "")
+        assert "Usage: cotune" in shown.out
+    for option in ("--data", "--text", "--label", "--model", "--clients", "--partition", "--set", "--out", "--resume", "--engine"):
+        assert option in cotune("simulate", "--help").out
+
+
+# --- plans
+
+
+def test_a_new_plan_is_a_plan(cotune: Cotune, folder: Path) -> None:
+    assert cotune("plan", "list").out.split() == preset_names() == ["text", "tweets"]
+    for name in preset_names():
+        printed = cotune("plan", "new", name)
+        assert (printed.code, printed.err) == (0, "")
+        (folder / "my.toml").write_text(printed.out, encoding="utf-8")
+        assert load_plan(folder / "my.toml").plan_id == load_plan(name).plan_id
+    assert cotune("plan", "new").out == cotune("plan", "new", "tweets").out
+
+
+def test_check_says_what_a_plan_will_do_and_does_nothing(cotune: Cotune, folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    shown = cotune("plan", "check", "toy.toml", "--set", "privacy={epsilon=3}", "--set", "local.steps=7")
+    assert (shown.code, shown.err) == (0, "")
+    lines = [line.split() for line in shown.out.splitlines()]
+    (stage,) = [line for line in lines if line[:1] == ["head"]]
+    assert stage[:4] == ["head", "2", "7", "51"]  # rounds, steps, parameters
+    assert re.search(r"head +2 +7 +51 +\d+(\.\d)? k?B +\d+(\.\d)? k?B", shown.out)
+    for name in ("org-1", "org-2"):
+        (row,) = [line for line in lines if line[:1] == [name]]
+        _, examples, batch, steps, sigma, planned, allowed, delta = row
+        assert (examples, batch, steps, allowed) == ("102", "51", "14", "3")
+        assert 0.3 < float(sigma) < 100
+        assert 2.9 < float(planned) <= 3.0
+        assert float(delta) == pytest.approx(102**-1.1, rel=0.05)
+    assert re.search(r"about .*\d+ (s|min|h)\b.* on this machine; nothing was trained", shown.out)
+    assert "3 classes (bad, good, so), 36 test examples" in shown.out
+    assert "No differential privacy" not in shown.out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_check_says_when_there_is_no_privacy(cotune: Cotune) -> None:
+    shown = cotune("plan", "check", "toy.toml")
+    assert "No differential privacy: the plan says privacy = none." in shown.out
+    assert "σ" not in shown.out
+
+
+# --- simulate
+
+
+def test_simulate_shows_lines_then_the_answer(cotune: Cotune, folder: Path) -> None:
+    shown = cotune("simulate", "toy.toml", "--out", "run")
+    assert (shown.code, shown.err) == (0, "")
+    summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
+    lines = shown.out.splitlines()
+    assert any(re.fullmatch(rf"plan toy \({summary['plan_id'][:12]}…\): 2 rounds", line) for line in lines)
+    for r in summary["rounds"]:
+        accuracy = f"{r['metrics']['accuracy']:.3f}"
+        start = rf"round {r['round']}/2 \(head\), 2 organisations, test accuracy {accuracy}, [\d.]+ k?B up, [\d.]+ k?B down"
+        (line,) = [line for line in lines if re.match(start, line)]
+        assert line.endswith(" left") == (r["round"] == 1)
+    assert "No differential privacy: the plan says privacy = none." in shown.out
+    test = summary["test"]
+    for name, metrics in {
+        "majority class": test["majority"],
+        "each organisation alone, mean": test["alone"]["mean"],
+        r"federated \(this run\)": test["federated"],
+        r"all data pooled, without privacy \(the bound\)": test["pooled"],
+    }.items():
+        figures = " +".join(f"{metrics[key]:.3f}" for key in ("accuracy", "precision", "recall", "f1"))
+        assert re.search(rf"{name} +{figures}", shown.out)
+    for o in summary["organisations"]:
+        assert re.search(rf"{o['name']} +{o['examples']} +{o['alone']['accuracy']:.3f} +{re.escape(f'{o["gain"]:+.3f}')}", shown.out)
+    for file in ("report.html", "summary.json", "model"):
+        assert f"{folder / 'run' / file}" in shown.out
+    assert "\x1b" not in shown.out
+    assert "baseline pooled: accuracy" in shown.out
+
+
+def test_with_privacy_the_epsilon_of_each_organisation_is_shown(cotune: Cotune, folder: Path) -> None:
+    shown = cotune("simulate", "toy.toml", "--out", "run", "--set", "privacy={epsilon=3}", "--set", "simulation.baselines=[]")
+    assert (shown.code, shown.err) == (0, "")
+    assert "No differential privacy" not in shown.out
+    summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
+    for o in summary["organisations"]:
+        found = re.search(rf"{o['name']} +{o['examples']} +– +– +([\d.]+) +3\b", shown.out)
+        assert found
+        assert o["epsilon_spent"] <= float(found[1]) <= 3.0  # never shown smaller than it is
+    assert re.search(r"round 2/2 .*ε [23]\.\d", shown.out)
+
+
+def test_a_kept_plan_repeats_its_run_bit_for_bit(cotune: Cotune, folder: Path) -> None:
+    assert cotune("simulate", "toy.toml", "--out", "runs/a", "--set", "seed=11", "--set", "simulation.baselines=[]").code == 0
+    assert cotune("simulate", "runs/a/plan.toml", "--out", "runs/b").code == 0
+    assert model_bytes(folder / "runs" / "a") == model_bytes(folder / "runs" / "b")
+    first, second = (json.loads((folder / "runs" / name / "summary.json").read_text(encoding="utf-8")) for name in "ab")
+    assert first["test"] == second["test"]
+    assert first["plan_id"] == second["plan_id"]
+    assert first["reproduce"] == [f"cotune simulate {folder / 'runs' / 'a' / 'plan.toml'}"]
+
+
+def test_without_out_the_run_is_in_a_new_folder_under_runs(cotune: Cotune, folder: Path) -> None:
+    for count in (1, 2):
+        assert cotune("simulate", "toy.toml", "--set", "rounds=1", "--set", "simulation.baselines=[]").code == 0
+        runs = list((folder / "runs").iterdir())
+        assert len(runs) == count
+        assert all(re.fullmatch(r"\d{8}-\d{6}-toy(-\d+)?", run.name) for run in runs)
+
+
+def test_options_are_short_for_keys_and_set_wins(cotune: Cotune, folder: Path) -> None:
+    write_csv(folder / "stars.csv", [(text, {"good": "5", "so": "3", "bad": "1"}[label]) for text, label in sentences(200)], ("review", "9"))
+    options = ["--data", "stars.csv", "--text", "review", "--label", "9", "--model", "base", "--clients", "3", "--partition", "shards:2"]
+    keys = {"rounds": "1", "privacy": "none", "simulation.baselines": "[]", "model.max_length": "16", "simulation.clients": "4"}
+    overrides = [f"--set={key}={value}" for key, value in keys.items()]
+    shown = cotune("simulate", *options, *overrides, "--out", "run")
+    assert (shown.code, shown.err) == (0, "")
+    plan = tomllib.loads((folder / "run" / "plan.toml").read_text(encoding="utf-8"))
+    assert plan["name"] == "text"  # the preset for one's own file
+    assert plan["data"] | {"source": "", "encoding": "", "deduplicate": ""} == {
+        **{"source": "", "encoding": "", "deduplicate": ""},
+        **{"text": "review", "label": "9"},
+    }
+    assert Path(plan["data"]["source"]) == folder / "stars.csv"
+    assert (plan["simulation"]["clients"], plan["simulation"]["partition"]) == (4, "shards:2")
+    summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["labels"] == ["1", "3", "5"]
+    assert all(sum(count > 0 for count in o["labels"].values()) <= 2 for o in summary["organisations"])
+
+
+def test_resume_goes_on_and_says_so(cotune: Cotune, folder: Path) -> None:
+    assert cotune("simulate", "toy.toml", "--out", "whole").code == 0
+    assert cotune("simulate", "toy.toml", "--out", "run").code == 0
+    (folder / "run" / "checkpoints" / "round-00002.safetensors").unlink()
+    (folder / "run" / "summary.json").unlink()
+    shown = cotune("simulate", "--resume", "run")
+    assert (shown.code, shown.err) == (0, "")
+    assert "2 rounds, going on after round 1" in shown.out
+    assert "round 2/2" in shown.out
+    assert "round 1/2" not in shown.out
+    assert model_bytes(folder / "run") == model_bytes(folder / "whole")
+    assert cotune("simulate", "--resume", "run").code == 0  # a finished run is reported again
+
+
+def test_an_organisation_that_is_left_out_is_shown(cotune: Cotune, folder: Path) -> None:
+    (folder / "organisations").mkdir()
+    for i, name in enumerate(("[bold]a", "b", "c")):
+        write_csv(folder / "organisations" / f"{name}.csv", sentences(60, seed=i))
+    arguments = ["--data", "organisations", "--out", "run", "--set", "simulation.baselines=[]", "--set", "rounds=2"]
+    assert cotune("simulate", "toy.toml", *arguments).code == 0
+    (folder / "run" / "checkpoints" / "round-00002.safetensors").unlink()
+    site = folder / "run" / "sites" / "[bold]a"
+    (site / "outbox" / "update.safetensors").write_bytes(b"damaged")
+    shown = cotune("simulate", "--resume", "run")
+    assert shown.code == 0
+    assert "round 2: [bold]a left out: the outbox file" in shown.out
+    assert re.search(r"^\[bold\]a +\d+", shown.out, re.MULTILINE)
+
+
+def test_the_live_display_on_a_terminal(folder: Path) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=140)
+    with showing_progress(console):
+        simulate(load_plan("toy.toml", ["privacy={epsilon=3}"]), folder / "run", device="cpu")
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    assert re.search(r"round 2/2 \(head\), 2 organisations, test accuracy", shown)
+    assert "baseline pooled: accuracy" in shown
+    assert "rounds" in shown
+
+
+def test_the_script_writes_lines_and_nothing_on_stderr(script: Cotune, folder: Path) -> None:
+    shown = script("simulate", "toy.toml", "--out", "run", "--set", "privacy={epsilon=3}", "--set", "train=full")
+    assert shown.code == 0
+    assert shown.err == ""
+    assert "\x1b" not in shown.out
+    assert "round 1/2 (full), 2 organisations" in shown.out
+    assert (folder / "run" / "report.html").exists()

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict, UserConfig
+from flwr.supercore.task_identity import TaskIdentity
+
+from cotune.client import app as client_app
+from cotune.client.app import app
+from cotune.client.site import Site
+from cotune.models.sharing import State
+from cotune.plan.schema import Plan
+from cotune.strategies.wire import decode_update, encode_requests, state_digest
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+StateFor = Callable[..., State]
+
+NODE = 2
+SANITISED = "{}; details are in the organisation's own log"
+SIMULATED = {"partition-id": 0, "num-partitions": 1}
+
+
+def ask(content: RecordDict, node_config: dict[str, Any]) -> Message:
+    """Sends a request to the ClientApp of a node with this configuration."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    message = Message(content, NODE, MessageType.TRAIN, group_id="1")
+    message.metadata.__dict__["_message_id"] = "7"  # as Flower's own grids do
+    context = Context(run_id=1, node_id=NODE, node_config=UserConfig(node_config), state=RecordDict(), run_config=UserConfig())
+    reply = app(message, context)
+    assert reply.metadata.reply_to_message_id == "7"
+    return reply
+
+
+def request(plan: Plan, state: State, organisation: str = "clinic", site: str = "", round: int = 1) -> RecordDict:
+    (content,) = encode_requests(plan.canonical(), round, state, [(organisation, site)])
+    return content
+
+
+def reason(reply: Message) -> str:
+    """Why the organisation did not train."""
+    assert reply.has_error()
+    assert not reply.has_content()
+    assert reply.error.code == 1001
+    assert reply.error.reason is not None
+    return reply.error.reason
+
+
+@pytest.fixture
+def plan(make_plan: MakePlan) -> Plan:
+    return make_plan()
+
+
+@pytest.fixture
+def state(plan: Plan, state_for: StateFor) -> State:
+    return state_for(plan)
+
+
+def test_a_real_node_trains_on_its_own_site(plan: Plan, state: State, make_site: MakeSite) -> None:
+    site = make_site()
+    reply = ask(request(plan, state), {"site": str(site.folder)})
+    update = decode_update(reply.content, plan.plan_id)
+    assert (update.organisation, update.round, update.examples, update.steps) == ("clinic", 1, 60, 4)
+    assert update.delta.keys() == state.keys()
+    assert all(bool(d.any()) for d in update.delta.values())
+    kept = site.kept(plan.plan_id, 1, state_digest(state))
+    assert kept is not None
+    assert all(torch.equal(kept.delta[name], update.delta[name]) for name in state)
+
+
+def test_a_simulated_node_trains_on_the_site_that_is_named(plan: Plan, state: State, make_site: MakeSite) -> None:
+    for name in ("clinic", "bank"):
+        site = make_site(name, simulated=True)
+        reply = ask(request(plan, state, name, str(site.folder)), SIMULATED)
+        assert decode_update(reply.content, plan.plan_id).organisation == name
+
+
+def test_the_nodes_own_site_overrules_the_request(plan: Plan, state: State, make_site: MakeSite) -> None:
+    own, other = make_site(rows=range(30)), make_site(simulated=True, at="other")
+    for node_config in ({"site": str(own.folder)}, {"site": str(own.folder), **SIMULATED}):
+        reply = ask(request(plan, state, site=str(other.folder)), node_config)
+        assert decode_update(reply.content, plan.plan_id).examples == 30
+    assert not (other.folder / "outbox").exists()
+
+
+@pytest.mark.parametrize("node_config", [{}, SIMULATED])
+def test_a_node_without_a_site(plan: Plan, state: State, node_config: dict[str, Any]) -> None:
+    assert reason(ask(request(plan, state), node_config)) == SANITISED.format("RunError")
+
+
+def test_a_real_node_does_not_take_a_site_from_a_request(plan: Plan, state: State, make_site: MakeSite) -> None:
+    site = make_site(simulated=True)
+    assert reason(ask(request(plan, state, site=str(site.folder)), {})) == SANITISED.format("RunError")
+    assert not (site.folder / "outbox").exists()
+
+
+def test_a_request_cannot_name_a_site_that_is_not_simulated(
+    plan: Plan, state: State, make_site: MakeSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(simulated=False)
+    with caplog.at_level(logging.WARNING):
+        got = reason(ask(request(plan, state, site=str(site.folder)), SIMULATED))
+    assert "not a simulated one" in caplog.text
+    assert str(site.folder) not in got
+    assert not (site.folder / "outbox").exists()
+    assert not (site.folder / "ledger.sqlite").exists()
+
+
+def test_a_site_that_is_none(plan: Plan, state: State, tmp_path: Path) -> None:
+    for node_config, named in (({"site": str(tmp_path / "gone")}, ""), (SIMULATED, str(tmp_path / "gone"))):
+        assert reason(ask(request(plan, state, site=named), node_config)) == SANITISED.format("DataError")
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_a_request_for_another_organisation(plan: Plan, state: State, make_site: MakeSite, simulated: bool) -> None:
+    site = make_site(simulated=simulated)
+    got = reason(ask(request(plan, state, "bank", str(site.folder)), {"site": str(site.folder)}))
+    assert got == SANITISED.format("RunError")
+    assert not (site.folder / "outbox").exists()
+
+
+# --- why it was not done: everything from a simulated site, next to nothing from a real one
+
+
+def spoiled_class(plan: Plan, site: Site) -> tuple[Plan, list[str]]:
+    return plan.model_copy(update={"labels": ("bad", "good", "other")}), ["so", "other"]
+
+
+def gone_records(plan: Plan, site: Site) -> tuple[Plan, list[str]]:
+    (site.folder.parents[1] / "records.csv").unlink()
+    return plan, ["records.csv"]
+
+
+def damaged_outbox(plan: Plan, site: Site) -> tuple[Plan, list[str]]:
+    (site.folder / "outbox").mkdir()
+    (site.folder / "outbox" / "update.safetensors").write_text("secret")
+    return plan, ["update.safetensors"]
+
+
+def gone_row_numbers(plan: Plan, site: Site) -> tuple[Plan, list[str]]:
+    (site.folder / "data-rows-0.npy").unlink()
+    return plan, ["data-rows-0.npy"]
+
+
+@pytest.mark.parametrize("spoil", [spoiled_class, gone_records, damaged_outbox, gone_row_numbers])
+def test_a_real_site_says_what_kind_of_failure_only(
+    plan: Plan,
+    state: State,
+    make_site: MakeSite,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Plan, Site], tuple[Plan, list[str]]],
+) -> None:
+    site = make_site()
+    broken, telling = spoil(plan, site)
+    with caplog.at_level(logging.WARNING):
+        got = reason(ask(request(broken, state), {"site": str(site.folder)}))
+    kind = got.split(";")[0]
+    assert got == SANITISED.format(kind)
+    assert kind.isidentifier()
+    assert not any(word in got.split() or str(tmp_path) in got for word in telling)
+    assert all(word in caplog.text for word in telling)  # the organisation itself can read it
+
+
+@pytest.mark.parametrize("spoil", [spoiled_class, gone_records, damaged_outbox])
+def test_a_simulated_site_says_everything(
+    plan: Plan, state: State, make_site: MakeSite, spoil: Callable[[Plan, Site], tuple[Plan, list[str]]]
+) -> None:
+    site = make_site(simulated=True)
+    broken, telling = spoil(plan, site)
+    got = reason(ask(request(broken, state, site=str(site.folder)), SIMULATED))
+    assert all(word in got for word in telling)
+
+
+@pytest.mark.parametrize("failure", [ValueError("patient 17 said: secret"), KeyError("secret"), MemoryError("secret")])
+@pytest.mark.parametrize("simulated", [True, False])
+def test_an_exception_is_answered_and_not_raised(
+    plan: Plan,
+    state: State,
+    make_site: MakeSite,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    simulated: bool,
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise failure
+
+    site = make_site(simulated=simulated)
+    monkeypatch.setattr(client_app, "train_round", fail)
+    got = reason(ask(request(plan, state, site=str(site.folder)), SIMULATED if simulated else {"site": str(site.folder)}))
+    if simulated:
+        assert "secret" in got
+    else:
+        assert got == SANITISED.format(type(failure).__name__)
+
+
+def header(**fields: Any) -> Callable[[RecordDict], None]:
+    def spoil(content: RecordDict) -> None:
+        content["request"] = ConfigRecord({**content["request"], **fields})  # type: ignore[dict-item]
+
+    return spoil
+
+
+def without(key: str) -> Callable[[RecordDict], None]:
+    def spoil(content: RecordDict) -> None:
+        del content[key]
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        header(plan="{"),
+        header(plan="[]"),
+        header(plan="3"),
+        header(plan=json.dumps({"name": "x"})),
+        header(plan=json.dumps({"no such key": 1})),
+        header(round="1"),
+        header(round=4),
+        header(protocol=0),
+        without("request"),
+        without("state"),
+    ],
+)
+def test_a_malformed_request_is_answered(
+    plan: Plan, state: State, make_site: MakeSite, spoil: Callable[[RecordDict], None]
+) -> None:
+    site = make_site()
+    content = request(plan, state)
+    spoil(content)
+    got = reason(ask(content, {"site": str(site.folder)}))
+    assert got == SANITISED.format(got.split(";")[0])
+    assert not (site.folder / "outbox").exists()
+
+
+def test_a_repeated_request_gets_the_same_answer(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3})
+    site, state = make_site(), state_for(plan)
+    one, other = (decode_update(ask(request(plan, state), {"site": str(site.folder)}).content, plan.plan_id) for _ in range(2))
+    assert all(torch.equal(one.delta[name], other.delta[name]) for name in state)
+    assert one.epsilon == other.epsilon
+    assert len(site.ledger().spent()) == 1

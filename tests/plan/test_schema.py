@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from cotune.models.errors import PlanError
+from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names
+from cotune.plan.schema import LocalTraining, Plan
+
+BASE: dict[str, Any] = {"model": {"base": "some/encoder"}, "data": {"source": "records.csv"}}
+STAGES = [
+    {"mode": "head", "rounds": 2},
+    {"mode": "lora", "rounds": 3, "local": {"learning_rate": 0.01, "optimizer": "adamw"}},
+    {"mode": "full", "rounds": 1, "local": {"steps": 5}, "freeze_embeddings": False},
+]
+COMMON = {"steps": 7, "batch_size": 0.1, "learning_rate": 0.3, "head_learning_rate": 0.2}
+
+
+def plan(**tables: Any) -> Plan:
+    return parse_plan({**BASE, **tables})
+
+
+def rich() -> Plan:
+    """A plan that says something in every table."""
+    return plan(
+        name="all-of-it",
+        seed=11,
+        labels=["so so", 'the "good"', "schön"],
+        train=STAGES,
+        local=COMMON,
+        lora={"rank": 4, "targets": ["query", "value"]},
+        privacy={"epsilon": 3, "delta": "1/n^1.5"},
+        strategy={"fusion": "mean", "server_optimizer": {"name": "sgd", "lr": 0.5}},
+        server={"quorum": 0.75},
+        simulation={"clients": 3, "partition": "iid", "baselines": ["alone"], "pooled": {"steps": 50}},
+    )
+
+
+PLANS = {
+    **{name: lambda name=name: load_plan(name) for name in preset_names()},
+    "rich": rich,
+    "public": lambda: plan(privacy="none"),
+}
+
+
+# --- one plan, one identity
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_written_as_toml_is_the_same_plan(name: str) -> None:
+    one = PLANS[name]()
+    again = parse_plan(tomllib.loads(dump_plan(one)))
+    assert again == one
+    assert again.plan_id == one.plan_id
+    assert dump_plan(again) == dump_plan(one)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_canonical_form_is_the_plan(name: str) -> None:
+    """It is what travels: an organisation reads it and must arrive at the same identity."""
+    one = PLANS[name]()
+    again = parse_plan(json.loads(one.canonical()))
+    assert again == one
+    assert again.canonical() == one.canonical()
+    assert one.plan_id == hashlib.sha256(one.canonical().encode("utf-8")).hexdigest()
+
+
+def test_the_canonical_form_is_sorted_strict_json() -> None:
+    def no_constants(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = rich().canonical()
+    table = json.loads(text, parse_constant=no_constants)
+    assert text == json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert "schön" in text
+
+
+def test_the_order_of_keys_and_what_is_said_by_default_do_not_matter() -> None:
+    one = parse_plan({"model": {"base": "m"}, "data": {"source": "d"}, "rounds": 10, "seed": 7})
+    other = parse_plan({"data": {"source": "d"}, "model": {"base": "m"}})
+    assert one.plan_id == other.plan_id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "b"},
+        {"seed": 8},
+        {"labels": ["a", "b"]},
+        {"labels": ["b", "a"]},
+        {"train": "lora"},
+        {"rounds": 11},
+        {"local": {"steps": 21}},
+        {"privacy": "none"},
+        {"privacy": {"clip_norm": 1.5}},
+        {"model": {"base": "m", "base_hash": "0" * 64}},
+    ],
+)
+def test_whatever_differs_is_another_plan(change: dict[str, Any]) -> None:
+    assert plan(**change).plan_id != plan().plan_id
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        plan().rounds = 3  # type: ignore[misc]
+
+
+# --- stages
+
+
+def test_stages_say_only_what_differs() -> None:
+    stages = plan(train=STAGES, local=COMMON).stages
+    common = LocalTraining.model_validate(COMMON)
+    assert [(s.mode, s.rounds, s.freeze_embeddings) for s in stages] == [
+        ("head", 2, True),
+        ("lora", 3, True),
+        ("full", 1, False),
+    ]
+    assert stages[0].local == common
+    assert stages[1].local == common.model_copy(update={"learning_rate": 0.01, "optimizer": "adamw"})
+    assert stages[2].local == common.model_copy(update={"steps": 5})
+
+
+def test_the_pooled_baseline_says_only_what_differs() -> None:
+    pooled = plan(local=COMMON, simulation={"pooled": {"steps": 500}}).simulation.pooled
+    assert pooled == LocalTraining.model_validate(COMMON).model_copy(update={"steps": 500})
+    assert plan(local=COMMON).simulation.pooled is None
+
+
+def test_inheriting_leaves_the_given_tables_alone() -> None:
+    table = {**BASE, "train": [dict(stage) for stage in STAGES], "local": COMMON}
+    before = json.dumps(table)
+    parse_plan(table)
+    assert json.dumps(table) == before
+
+
+def test_rounds_of_stages_are_their_sum() -> None:
+    assert plan(train=STAGES).rounds == 6
+    assert plan(train=STAGES, rounds=99).rounds == 6
+    assert plan(rounds=4).rounds == 4
+
+
+def test_stage_of() -> None:
+    staged = plan(train=STAGES)
+    assert [staged.stage_of(round).mode for round in range(1, 7)] == ["head", "head", "lora", "lora", "lora", "full"]
+    one = plan(train="lora", rounds=3, local=COMMON)
+    assert [one.stage_of(round) for round in (1, 2, 3)] == list(one.stages * 3)
+    assert one.stages[0].local == one.local
+
+
+@pytest.mark.parametrize("round", [-1, 0, 7, 100])
+def test_there_is_no_stage_for_other_rounds(round: int) -> None:
+    with pytest.raises(ValueError, match=f"expected a round from 1 to 6, got {round}"):
+        plan(train=STAGES).stage_of(round)
+
+
+def test_uses_lora() -> None:
+    assert [plan(train=mode).uses_lora for mode in ("head", "lora", "full")] == [False, True, False]
+    assert plan(train=STAGES).uses_lora
+    assert not plan(train=STAGES[::2]).uses_lora
+
+
+def test_no_stages_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"train.*expected at least one stage"):
+        plan(train=[])
+
+
+# --- sampling
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.one_of(st.floats(1e-6, 0.999), st.integers(1, 10_000)), examples=st.integers(1, 100_000))
+def test_the_sample_rate_is_a_probability(size: float, examples: int) -> None:
+    rate = LocalTraining(batch_size=size).sample_rate(examples)
+    assert 0 < rate <= 1
+    if size < 1:
+        assert rate == size
+    elif size <= examples:
+        assert rate * examples == pytest.approx(size)
+    else:
+        assert rate == 1
+
+
+def test_batches_are_whole_or_fractions() -> None:
+    with pytest.raises(PlanError, match=r"local\.batch_size = 1\.5: expected a whole number of records, or a fraction below 1"):
+        plan(local={"batch_size": 1.5})
+    assert plan(local={"batch_size": 64}).local.batch_size == 64
+
+
+def test_labels_are_distinct() -> None:
+    with pytest.raises(PlanError, match=r"labels: expected distinct class names, got \['a', 'b', 'a'\]"):
+        plan(labels=["a", "b", "a"])

@@ -1,0 +1,386 @@
+"""The report says what the summary says: every number, no more, and nothing a hostile name could add."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2 import UndefinedError
+
+from cotune.server import charts, figures
+from cotune.server.report import render_report, write_report
+
+Summary = dict[str, Any]
+VOID = {"meta", "link", "br"}  # the elements of the page that HTML does not close
+LOADS = {"src", "href", "srcset", "data", "action", "poster", "xlink:href"}  # attributes that may fetch something
+
+
+def scores(accuracy: float, precision: float, recall: float, f1: float) -> dict[str, float]:
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+
+
+def organisation(name: str, alone: float, spent: float, labels: dict[str, int]) -> Summary:
+    return {
+        "name": name, "examples": sum(labels.values()), "labels": labels,
+        "alone": scores(alone, 0.6, 0.6, 0.6), "gain": 0.734 - alone,
+        "epsilon_spent": spent, "epsilon_allowed": 8.0, "delta": 4.4e-05, "noise_multiplier": 0.937, "sample_rate": 0.0512,
+        "steps": 1234, "rounds": 2,
+    }  # fmt: skip
+
+
+def one_round(number: int, stage: str, accuracy: float | None, spent: float) -> Summary:
+    metrics = None if accuracy is None else scores(accuracy, 0.5, 0.5, 0.5)
+    return {
+        "round": number, "stage": stage, "metrics": metrics, "epsilon": {"org-1": spent, "org-2": spent},
+        "participants": ["org-1", "org-2"], "dropped": [], "bytes_up": 4620, "bytes_down": 4712, "seconds": 1.2,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def summary() -> Summary:
+    """A finished, staged, private run of two organisations with both baselines."""
+    organisations = [
+        organisation("org-1", 0.70, 7.98, {"negative": 5000, "neutral": 1000, "positive": 4000}),
+        organisation("org-2", 0.644, 6.5, {"negative": 100, "neutral": 200, "positive": 100}),
+    ]
+    return {
+        "schema": 1, "run": "20261122-101500-tweets", "plan": "tweets", "plan_id": "ab" * 32,
+        "created": "2026-11-22T11:15:00+01:00", "engine": "in-process", "status": "finished",
+        "privacy": {
+            "mode": "record", "epsilon": 8.0, "delta": "1/n^1.1", "clip_norm": 1.0, "statement": ["First part.", "Second part."],
+        },
+        "model": {"base": "some/model", "base_hash": "cd" * 32, "parameters": 22700000, "shared_parameters": 1155},
+        "labels": ["negative", "neutral", "positive"],
+        "test": {
+            "examples": 5586,
+            "majority": scores(0.448, 0.149, 0.333, 0.206),
+            "alone": {"mean": scores(0.672, 0.651, 0.639, 0.642), "each": {o["name"]: o["alone"] for o in organisations}},
+            "federated": scores(0.734, 0.713, 0.701, 0.704),
+            "pooled": scores(0.745, 0.724, 0.712, 0.715),
+        },
+        "organisations": organisations,
+        "rounds": [one_round(1, "head", 0.55, 3.1), one_round(2, "head", None, 4.0), one_round(3, "lora", 0.734, 6.5)],
+        "bytes": {"up": 27720, "down": 28272000}, "seconds": 100.0, "peak_memory_bytes": 2_000_000_000,
+        "versions": {"cotune": "0.1.0", "torch": "2.11.0"}, "reproduce": ["cotune simulate plan.toml --set a=1"],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def without_privacy(summary: Summary) -> Summary:
+    summary["privacy"] |= {"mode": "none", "epsilon": None, "delta": None, "clip_norm": None}
+    for each in summary["organisations"]:
+        each |= dict.fromkeys(["epsilon_spent", "epsilon_allowed", "delta", "noise_multiplier"])
+    for each in summary["rounds"]:
+        each["epsilon"] = {}
+    return summary
+
+
+class Page(HTMLParser):
+    """The page as a parser sees it: its elements, its words, and whether every element is closed where it should be."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self._open: list[str] = []
+        self._words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+        self.text = " ".join(" ".join(self._words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self._open:
+            self._words.append(data)
+        if "td" in self._open or "th" in self._open:
+            self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
+
+    def row(self, name: str) -> list[str]:
+        """The first row of a table whose heading starts with `name`."""
+        return next(row[1:] for row in self.rows if row[0].startswith(name))
+
+    def count(self, tag: str, **attributes: str) -> int:
+        return sum(1 for found, attrs in self.elements if found == tag and attributes.items() <= attrs.items())
+
+
+def read(summary: Summary) -> Page:
+    return Page(render_report(summary))
+
+
+def test_it_loads_nothing_and_runs_nothing(summary: Summary) -> None:
+    html = render_report(summary)
+    page = Page(html)
+    assert not {tag for tag, _ in page.elements} & {"script", "iframe", "img", "object", "embed", "base", "form"}
+    fetched = [value for _, attrs in page.elements for name, value in attrs.items() if name in LOADS]
+    assert fetched == ["data:,"]  # the empty icon, which keeps browsers from asking for one
+    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
+    assert not re.search(r"@import|url\(|https?:", html)
+    assert "default-src 'none'" in html
+
+
+def test_the_same_summary_makes_the_same_page(summary: Summary) -> None:
+    assert render_report(summary) == render_report(summary)
+
+
+def test_it_names_the_run(summary: Summary) -> None:
+    page = read(summary)
+    for words in ("tweets", "20261122-101500-tweets", "2026-11-22 10:15 UTC", "2 organisations"):
+        assert words in page.text
+
+
+def test_the_verdict_gives_gain_and_distance_to_the_bound(summary: Summary) -> None:
+    text = read(summary).text
+    assert (
+        "Yes: the federated model reaches 73.4 % accuracy, 6.2 points above the mean of the organisations alone, "
+        "and within 1.1 points of pooling all data without privacy." in text
+    )
+    assert "All 2 organisations gain over training alone: from +3.4 to +9.0 points." in text
+    assert "±1.2 points" in text  # 1.96 √(0.734 × 0.266 / 5586) = 0.0116
+    assert "the most that any organisation spent is 7.98" in text
+    assert "tie" not in text
+
+
+@pytest.mark.parametrize(
+    ("federated", "verdict"),
+    [
+        (0.66, "No: the federated model reaches 66.0 % accuracy, 1.2 points below the mean of the organisations alone"),
+        (0.672, "No: the federated model reaches 67.2 % accuracy, level with the mean of the organisations alone"),
+        (0.6724, "No: the federated model reaches 67.2 % accuracy, level with the mean of the organisations alone"),
+        (0.75, "Yes: the federated model reaches 75.0 % accuracy, 7.8 points above the mean of the organisations alone, "
+               "and 0.5 points above pooling all data without privacy."),
+        (0.69, "Yes: the federated model reaches 69.0 % accuracy, 1.8 points above the mean of the organisations alone, "
+               "and 5.5 points below pooling all data without privacy."),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_honest(summary: Summary, federated: float, verdict: str) -> None:
+    summary["test"]["federated"]["accuracy"] = federated
+    assert verdict in read(summary).text
+
+
+def test_a_model_that_only_gives_the_most_frequent_label_is_not_worth_joining_for(summary: Summary) -> None:
+    summary["test"]["federated"]["accuracy"] = 0.448
+    summary["test"]["alone"]["mean"]["accuracy"] = 0.44
+    text = read(summary).text
+    assert "No: the federated model reaches 44.8 % accuracy, 0.8 points above the mean of the organisations alone" in text
+    assert "level with always giving the most frequent label" in text
+
+
+def test_a_gain_within_chance_is_called_a_tie(summary: Summary) -> None:
+    summary["test"]["examples"] = 100  # 1.96 √(0.734 × 0.266 / 100) = 8.7 points, more than the 6.2 gained
+    text = read(summary).text
+    assert "±8.7 points" in text
+    assert "treat it as a tie" in text
+
+
+def test_the_table_holds_every_number(summary: Summary) -> None:
+    page = read(summary)
+    assert page.row("Majority class") == ["44.8 %", "14.9 %", "33.3 %", "20.6 %"]
+    assert page.row("Each organisation alone (mean, same privacy)") == ["67.2 %", "65.1 %", "63.9 %", "64.2 %"]
+    assert page.row("Federated (this run)") == ["73.4 %", "71.3 %", "70.1 %", "70.4 %"]
+    assert page.row("All data pooled, without privacy (the bound)") == ["74.5 %", "72.4 %", "71.2 %", "71.5 %"]
+    assert "Not measured" not in page.text
+
+
+def test_missing_baselines_are_left_out_with_a_note(summary: Summary) -> None:
+    summary["test"] |= {"alone": None, "pooled": None}
+    for each in summary["organisations"]:
+        each |= {"alone": None, "gain": None}
+    page = read(summary)
+    assert (
+        "Measured: the federated model reaches 73.4 % accuracy, 28.6 points above always giving the most frequent label; "
+        "what the organisations reach alone was not measured." in page.text
+    )
+    assert "Not measured in this run: Each organisation alone" in page.text
+    assert "Not measured in this run: All data pooled" in page.text
+    assert not [row for row in page.rows if row[0].startswith(("Each organisation", "All data"))]
+    assert page.row("org-1")[:2] == ["–", "–"]
+
+
+def test_each_organisation_has_its_row(summary: Summary) -> None:
+    page = read(summary)
+    assert page.row("org-1") == ["+3.4", "70.0 %", "10,000", page.row("org-1")[3], "7.98 of 8.00", "2 of 3"]
+    assert page.row("org-1")[3].endswith("50 · 10 · 40 %")
+    bars = [attrs["aria-label"] for tag, attrs in page.elements if tag == "svg" and attrs.get("class") == "bar"]
+    assert [bar and bar.replace("\u00a0", " ") for bar in bars] == [
+        "negative: 5,000 (50.0 %), neutral: 1,000 (10.0 %), positive: 4,000 (40.0 %)",
+        "negative: 100 (25.0 %), neutral: 200 (50.0 %), positive: 100 (25.0 %)",
+    ]
+
+
+def test_a_loss_and_an_overspent_budget_are_not_hidden(summary: Summary) -> None:
+    summary["organisations"][0] |= {"gain": -0.011, "epsilon_spent": 8.001}
+    page = read(summary)
+    assert page.row("org-1")[0] == "−1.1"
+    assert page.row("org-1")[4] == "8.01 of 8.00 – over"  # rounded up: spending never looks smaller than it was
+    assert "1 of 2 organisations gain over training alone: from −1.1 to +9.0 points." in page.text
+
+
+def test_an_organisation_without_labelled_examples_has_an_empty_bar(summary: Summary) -> None:
+    summary["organisations"][1] |= {"examples": 0, "labels": {}}
+    assert read(summary).row("org-2")[2:4] == ["0", ""]
+
+
+def test_many_labels_and_organisations_share_the_colours(summary: Summary) -> None:
+    labels = {f"intent-{i}": 10 + i for i in range(20)}
+    summary |= {
+        "labels": list(labels),
+        "organisations": [organisation(f"org-{i}", 0.7, 5 + i / 10, labels) for i in range(1, 11)],
+    }
+    page = read(summary)
+    assert "15 others" in page.text
+    assert "intent-19" in page.text
+    assert "each of 10 organisations at most 6.00" in page.text
+
+
+def test_a_dropped_update_is_shown_with_its_reason(summary: Summary) -> None:
+    assert "None: every update that was sent was used." in read(summary).text
+    summary["rounds"][1]["dropped"] = [{"organisation": "org-2", "reason": "norm 41.2, expected at most 10"}]
+    assert "Round 2, org-2 : norm 41.2, expected at most 10" in read(summary).text
+
+
+def test_privacy_is_stated_and_quantified(summary: Summary) -> None:
+    page = read(summary)
+    assert "First part. Second part." in page.text
+    assert ["org-1", "7.98", "4.4 × 10⁻⁵", "0.937", "0.0512", "1,234"] in page.rows
+    assert "No differential privacy" not in page.text
+
+
+def test_a_run_without_privacy_says_so_loudly(without_privacy: Summary) -> None:
+    page = read(without_privacy)
+    assert page.count("p", **{"class": "banner"}) == 1
+    assert "No differential privacy: " in page.text
+    assert "same privacy" not in page.text
+    assert page.count("svg", role="img", **{"class": "drawing"}) == 1  # no chart of ε
+    assert "ε" not in page.text
+
+
+def test_an_unfinished_run_says_so(summary: Summary) -> None:
+    summary["status"] = "stopped"
+    assert "This run did not finish (status: stopped)." in read(summary).text
+
+
+def test_charts_show_the_rounds_the_baselines_and_the_stages(summary: Summary) -> None:
+    chart = charts.accuracy_chart(summary)
+    assert chart is not None
+    assert [(key.name, key.value.replace("\u00a0", " ")) for key in chart.legend] == [
+        ("federated", "73.4 %"), ("all data pooled, no privacy", "74.5 %"), ("alone, mean", "67.2 %"),
+        ("majority class", "44.8 %"),
+    ]  # fmt: skip
+    assert [(band.stage, band.first, band.last, band.x) for band in chart.bands] == [("head", 1, 2, 0.0), ("lora", 3, 3, 66.667)]
+    assert chart.y_ticks == ((100.0, "40"), (75.0, "50"), (50.0, "60"), (25.0, "70"), (0.0, "80"))
+    assert [(p.x, p.y) for p in chart.lines[-1].points] == [
+        (16.667, 62.5),
+        (83.333, 16.5),
+    ]  # 55 and 73.4 on 40..80; round 2 untested
+
+
+def test_the_epsilon_chart_reaches_from_zero_to_what_is_allowed(summary: Summary) -> None:
+    chart = charts.epsilon_chart(summary)
+    assert chart is not None
+    assert (chart.y_ticks[0], chart.y_ticks[-1]) == ((100.0, "0"), (0.0, "8"))
+    assert [(key.name, key.value) for key in chart.legend] == [("org-1", "7.98"), ("org-2", "6.50"), ("allowed", "8.00")]
+    assert [p.y for p in chart.lines[1].points] == [61.25, 50.0, 18.75]  # 3.1, 4.0 and 6.5 of 8, from the top
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2, 7, 60, 1000])
+def test_every_place_in_a_chart_is_inside_it(summary: Summary, rounds: int) -> None:
+    summary["rounds"] = [one_round(r, "head", r / (rounds + 1), 8 * r / rounds) for r in range(1, rounds + 1)]
+    charts = [chart for chart in (charts.accuracy_chart(summary), charts.epsilon_chart(summary)) if chart is not None]
+    assert len(charts) == (2 if rounds else 0)
+    for chart in charts:
+        places = [place for line in chart.lines for point in line.points for place in (point.x, point.y)]
+        places += [place for place, _ in (*chart.x_ticks, *chart.y_ticks)]
+        assert all(0 <= place <= 100 for place in places)
+        assert 1 <= len(chart.x_ticks) <= 9
+    read(summary)
+
+
+def test_hostile_names_stay_text(summary: Summary) -> None:
+    hostile = "<script>alert(1)</script>\"' onload=alert(1) {{ 7 * 7 }}"
+    summary["organisations"][0]["name"] = hostile
+    summary["labels"][0] = hostile
+    summary["organisations"][0]["labels"][hostile] = summary["organisations"][0]["labels"].pop("negative")
+    summary["rounds"][0] |= {"epsilon": {hostile: 1.0}, "dropped": [{"organisation": hostile, "reason": hostile}]}
+    summary |= {"plan": hostile, "run": hostile, "engine": hostile, "reproduce": [hostile], "versions": {hostile: hostile}}
+    html = render_report(summary)
+    assert "<script" not in html
+    assert Page(html).count("script") == 0
+    assert not [name for _, attrs in Page(html).elements for name in attrs if name.startswith("on")]
+    assert hostile in Page(html).text
+
+
+def test_every_drawing_has_words(summary: Summary) -> None:
+    page = read(summary)
+    drawings = [attrs for tag, attrs in page.elements if tag == "svg" and attrs.get("role") == "img"]
+    assert all("aria-labelledby" in attrs or attrs.get("aria-label") for attrs in drawings)
+    ids = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
+    assert {word for attrs in drawings for word in (attrs.get("aria-labelledby") or "").split()} <= ids
+    assert page.count("desc") == 2
+
+
+def test_how_it_ran_and_how_to_run_it_again(summary: Summary) -> None:
+    text = read(summary).text
+    for words in (
+        "in-process",
+        "27.7 kB",
+        "28.3 MB",
+        "1 min 40 s",
+        "2.0 GB",
+        "22,700,000",
+        "1,155",
+        "some/model",
+        "cd" * 32,
+        "ab" * 32,
+    ):
+        assert words in text
+    assert "cotune simulate plan.toml --set a=1" in text
+
+
+@pytest.mark.parametrize(
+    "remove", [lambda s: s.pop("engine"), lambda s: s["privacy"].pop("statement"), lambda s: s["test"].pop("pooled")]
+)
+def test_an_incomplete_summary_is_refused(summary: Summary, remove: Callable[[Summary], object]) -> None:
+    remove(summary)
+    with pytest.raises((KeyError, UndefinedError)):
+        render_report(summary)
+
+
+def test_writing_replaces_the_page_and_leaves_nothing_else(summary: Summary, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old", encoding="utf-8")
+    summary["plan"] = "tweets ε \ud800"  # half a surrogate pair: valid JSON, not valid UTF-8
+    write_report(summary, path)
+    assert path.read_text(encoding="utf-8") == render_report(summary).replace("\ud800", "?")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_keeps_the_old_page(summary: Summary, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.mkdir()  # cannot be replaced by a file
+    with pytest.raises(OSError, match=r"report\.html"):
+        write_report(summary, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(figures).failed == 0

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cotune.client.site import Site
+from cotune.client.training import train_round
+from cotune.models.holdings import HoldingsFile
+from cotune.models.sharing import State, resident
+from cotune.models.tasks import Metrics
+from cotune.plan.schema import Plan
+from cotune.server.evaluation import evaluate
+from cotune.server.events import listening
+from cotune.server.run_folder import RunFolder
+from cotune.simulations.baselines import run_baselines
+from cotune.simulations.sites import Prepared, make_run, make_site, prepare
+from tests.simulations.conftest import NewPlan, same
+
+
+def made(plan: Plan, path: Path) -> tuple[RunFolder, Prepared]:
+    prepared = prepare(plan, "cpu")
+    return make_run(prepared, path, "in-process", "cpu"), prepared
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        (["alone", "pooled"], ["alone/org-1", "alone/org-2", "pooled"]),
+        (["alone"], ["alone/org-1", "alone/org-2"]),
+        (["pooled"], ["pooled"]),
+        ([], []),
+    ],
+)
+def test_only_what_the_plan_asks_for_is_trained(toy_plan: NewPlan, tmp_path: Path, wanted: list[str], names: list[str]) -> None:
+    folder, prepared = made(toy_plan(rounds=1, simulation={"baselines": wanted}), tmp_path / "run")
+    assert list(run_baselines(folder, prepared)) == names
+    assert (tmp_path / "run" / "baselines").exists() == bool(names)
+
+
+def by_itself(plan: Plan, site: Site) -> tuple[State, Metrics]:
+    """The oracle: an organisation that trains round after round and adds what it learned; no server, no grid, no strategy."""
+    model = resident(plan.model, plan.labels, None, plan.seed, "cpu")
+    model.load({})
+    state = model.state(model.names("head"))
+    for round in range(1, plan.rounds + 1):
+        update = train_round(plan, site, round, state)
+        state = {name: (tensor.double() + update.delta[name].double()).float() for name, tensor in state.items()}
+    test = HoldingsFile.read(site.folder.parent / "run" / "test" / "data.json", plan.labels)
+    return state, evaluate(model, state, test, plan.model.precision)
+
+
+def test_alone_is_the_same_training_without_the_others(toy_plan: NewPlan, tmp_path: Path) -> None:
+    folder, prepared = made(toy_plan(simulation={"baselines": ["alone"]}), tmp_path / "run")
+    results = run_baselines(folder, prepared)
+    for share in prepared.shares:
+        make_site(tmp_path / share.name, share.name, folder.plan.data, [(None, share.rows)], "cpu")
+        state, metrics = by_itself(folder.plan, Site(tmp_path / share.name))
+        assert same(RunFolder(folder.path / "baselines" / "alone" / share.name).load().state, state)
+        assert results[f"alone/{share.name}"] == metrics
+
+
+def test_pooled_is_one_organisation_with_all_training_data_without_privacy(toy_plan: NewPlan, tmp_path: Path) -> None:
+    own = {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 64, "steps": 7, "momentum": 0.0}
+    plan = toy_plan(privacy={"epsilon": 1.0}, simulation={"baselines": ["pooled"], "pooled": own})
+    folder, prepared = made(plan, tmp_path / "run")
+    results = run_baselines(folder, prepared)
+    baseline = RunFolder(folder.path / "baselines" / "pooled")
+    assert baseline.plan.privacy == "none"
+    assert {(s.local.optimizer, s.local.batch_size, s.local.steps) for s in baseline.plan.stages} == {("adam", 64, 7)}
+    site = Site(folder.path / "baselines" / "pooled" / "site")
+    held = sorted(site.holdings(plan.labels or prepared.plan.labels).texts())
+    texts = prepared.records[None].texts
+    assert held == sorted(texts[i] for share in prepared.shares for i in share.rows)
+    assert not (site.folder / "ledger.sqlite").exists()
+    make_site(tmp_path / "all", "pooled", folder.plan.data, [(None, s.rows) for s in prepared.shares], "cpu")
+    state, metrics = by_itself(baseline.plan, Site(tmp_path / "all"))
+    assert same(baseline.load().state, state)
+    assert results == {"pooled": metrics}
+
+
+def test_a_finished_baseline_is_not_trained_again(toy_plan: NewPlan, tmp_path: Path) -> None:
+    folder, prepared = made(toy_plan(), tmp_path / "run")
+    first, heard = run_baselines(folder, prepared), list[str]()
+    with listening(lambda event, fields: heard.append(event)):
+        again = run_baselines(folder, prepared)
+    assert again == first
+    assert heard == ["baseline_finished"] * 3
+
+
+def test_a_baseline_that_was_cut_short_goes_on_where_it_was(toy_plan: NewPlan, tmp_path: Path) -> None:
+    folder, prepared = made(toy_plan(simulation={"baselines": ["alone"]}), tmp_path / "run")
+    whole = run_baselines(folder, prepared)
+    path = folder.path / "baselines" / "alone" / "org-2"
+    state = RunFolder(path).load().state
+    for round in (2, 3):
+        (path / "checkpoints" / f"round-{round:05d}.safetensors").unlink()
+    (path / "site" / "outbox" / "update.safetensors").unlink()
+    trained: list[Any] = []
+    with listening(lambda event, fields: trained.append((event, fields["baseline"]))):
+        assert run_baselines(folder, prepared) == whole
+    assert ("baseline_started", "alone/org-2") in trained
+    assert ("baseline_started", "alone/org-1") not in trained
+    assert same(RunFolder(path).load().state, state)
+
+
+def test_baselines_leave_the_run_and_its_organisations_alone(toy_plan: NewPlan, tmp_path: Path) -> None:
+    folder, prepared = made(toy_plan(privacy={"epsilon": 2.0}, local={"learning_rate": 1.0}, rounds=1), tmp_path / "run")
+    sites = folder.path / "sites"
+    before = {path: path.stat().st_mtime_ns for path in sites.rglob("*")}
+    run_baselines(folder, prepared)
+    assert {path: path.stat().st_mtime_ns for path in sites.rglob("*")} == before
+    assert folder.load().round == 0
+    for name in ("org-1", "org-2"):
+        assert len(Site(folder.path / "baselines" / "alone" / name / "site").ledger().spent()) == 1
+
+
+def test_the_shared_model_is_what_the_judge_says_afterwards(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """A baseline takes turns with the run on one resident model and must not leave anything of itself in it."""
+    folder, prepared = made(toy_plan(rounds=1), tmp_path / "run")
+    plan = folder.plan
+    model = resident(plan.model, plan.labels, None, plan.seed, "cpu")
+    model.load({})
+    start = model.state(model.names("full"))
+    run_baselines(folder, prepared)
+    model.load({})
+    assert all(torch.equal(tensor, start[name]) for name, tensor in model.state(model.names("full")).items())

@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cotune.models.errors import CotuneError, ModelError, RunError
+from cotune.plan.load import dump_plan
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.server.events import listening, read_events
+from cotune.simulations.simulate import resume, simulate
+from tests.conftest import sentences, write_csv
+from tests.simulations.conftest import NewPlan, final_model, same
+
+Cotune = Callable[..., BaseProcess]
+Condition = Callable[[], bool]
+
+
+def written(plan: Plan, folder: Path) -> Path:
+    file = folder / "plan.toml"
+    file.write_text(dump_plan(plan), encoding="utf-8")
+    return file
+
+
+def told(run: Path, event: str, **fields: Any) -> int:
+    """How often an event with these fields stands in the run's file so far."""
+    events = read_events(run / "events.jsonl") if (run / "events.jsonl").exists() else []
+    return sum(e["event"] == event and all(e.get(key) == value for key, value in fields.items()) for e in events)
+
+
+def kill_when(process: BaseProcess, condition: Condition, seconds: float = 0.0) -> None:
+    """SIGKILL, that long after the condition became true."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.exitcode is None, f"the process ended with {process.exitcode} before it could be killed"
+        assert time.monotonic() < deadline, "nothing to kill it for within a minute"
+        time.sleep(0.002)
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+
+
+def finish(process: BaseProcess, log: Path) -> None:
+    process.join(120)
+    assert process.exitcode == 0, log.read_text(encoding="utf-8")
+
+
+def tensors_of(run: Path) -> list[bytes]:
+    """All checkpoints without their metadata, which holds times."""
+    files = sorted((run / "checkpoints").glob("*.safetensors"))
+    return [content[8 + int.from_bytes(content[:8], "little") :] for content in (file.read_bytes() for file in files)]
+
+
+# --- without privacy: as if nothing had happened
+
+
+def slow(toy_plan: NewPlan, **changes: Any) -> Plan:
+    """Two stages whose rounds take long enough to be killed in; with server momentum, which the checkpoints must carry."""
+    full = {"learning_rate": 0.02, "optimizer": "adam", "momentum": 0.0, "steps": 12}
+    return toy_plan(
+        train=[{"mode": "head", "rounds": 2}, {"mode": "full", "rounds": 2, "local": full}],
+        strategy={"server_optimizer": {"name": "sgd", "lr": 0.7, "momentum": 0.3}},
+        **changes,
+    )
+
+
+def test_killed_at_many_moments_the_run_ends_as_if_it_had_not_been(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
+    plan, log = written(slow(toy_plan), tmp_path), tmp_path / "cotune.log"
+    whole, run = tmp_path / "whole", tmp_path / "other"  # of one length: a request names the folder, and its bytes are counted
+    finish(cotune("simulate", plan, "--out", whole, "--device", "cpu"), log)
+
+    rng = random.Random(5)
+    moments: list[tuple[str, dict[str, Any]]] = [
+        ("round_started", {"round": 1}),
+        ("update_received", {"round": 2, "organisation": "org-1"}),
+        ("round_started", {"round": 3}),
+        ("update_received", {"round": 3, "organisation": "org-1"}),
+        ("round_finished", {"round": 3}),
+        ("update_received", {"round": 4, "organisation": "org-2"}),
+        ("baseline_started", {"baseline": "alone/org-1"}),
+        ("baseline_started", {"baseline": "alone/org-2"}),
+        ("baseline_started", {"baseline": "pooled"}),
+    ]
+    arguments: tuple[str | Path, ...] = ("simulate", plan, "--out", run, "--device", "cpu")
+    for event, fields in moments:
+        before = told(run, event, **fields)
+        process = cotune(*arguments)
+        kill_when(process, lambda e=event, f=fields, b=before: told(run, e, **f) > b, rng.uniform(0, 0.05))  # type: ignore[misc]
+        assert process.exitcode == -9
+        arguments = ("simulate", "--resume", run)
+    for _ in range(4):  # and at moments that nothing is known about
+        kill_when(cotune(*arguments), lambda: True, rng.uniform(0, 1.0))
+    finish(cotune(*arguments), log)
+
+    assert same(final_model(run), final_model(whole))
+    assert tensors_of(run) == tensors_of(whole)
+    assert len(tensors_of(run)) == 4
+    one, other = (json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in (run, whole))
+    for summary in (one, other):
+        for entry in summary["rounds"]:
+            del entry["seconds"]
+    assert one["test"] == other["test"]
+    assert one["organisations"] == other["organisations"]
+    assert one["rounds"] == other["rounds"]
+    assert (run / "report.html").exists()
+    assert not [path for path in run.rglob("*.part") if path.parent.name == "model"]
+
+
+def test_the_console_script_killed_in_the_middle_of_training_and_resumed(toy_plan: NewPlan, tmp_path: Path) -> None:
+    plan = slow(toy_plan, simulation={"baselines": []})
+    run, script = tmp_path / "run", Path(sys.executable).parent / "cotune"
+    command = [str(script), "simulate", str(written(plan, tmp_path)), "--out", str(run), "--device", "cpu"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: the order of a sum depends on it
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=one_thread) as process:
+        while not told(run, "round_started", round=3):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.005)
+        process.kill()
+    assert not told(run, "round_finished", round=3)
+    command = [str(script), "simulate", "--resume", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    assert "going on after round 2" in done.stdout
+    whole = simulate(plan, tmp_path / "whole", device="cpu")
+    assert same(final_model(run), final_model(whole.folder))
+
+
+# --- with privacy: what was spent stays spent
+
+
+def charges(run: Path, organisation: str) -> list[tuple[int, float, float, int, str]]:
+    """(round, σ, q, steps, state), from the file itself."""
+    file = run / "sites" / organisation / "ledger.sqlite"
+    if not file.exists():
+        return []
+    query = "SELECT round, noise_multiplier, sample_rate, steps, state FROM charges ORDER BY id"
+    try:
+        with sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True) as db:
+            return db.execute(query).fetchall()
+    except sqlite3.OperationalError:  # the table is not made yet
+        return []
+
+
+def spent(rows: list[tuple[int, float, float, int, str]], delta: float) -> float:
+    return epsilon([Steps(sigma, rate, steps) for _, sigma, rate, steps, _ in rows], delta)
+
+
+def test_killed_in_training_the_steps_count_and_the_budget_holds(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
+    plan = toy_plan(
+        train="full",
+        rounds=3,
+        privacy={"epsilon": 1.5},
+        local={"learning_rate": 0.05, "steps": 20, "batch_size": 0.2, "momentum": 0.0},
+        simulation={"baselines": []},
+    )
+    run, log, rng = tmp_path / "run", tmp_path / "cotune.log", random.Random(3)
+    arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
+    for round in (1, 2, 2):  # twice in the training of org-2 in round 2
+        open_before = [c for c in charges(run, "org-2") if c[0] == round]
+        process = cotune(*arguments)
+        kill_when(
+            process, lambda r=round, n=len(open_before): sum(c[0] == r for c in charges(run, "org-2")) > n, rng.uniform(0, 0.1)
+        )  # type: ignore[misc]
+        assert process.exitcode == -9
+        assert charges(run, "org-2")[-1][-1] == "reserved", "it was killed too late"
+        arguments = ("simulate", "--resume", run)
+    finish(cotune(*arguments), log)
+
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    first, second = summary["organisations"]
+    rows = charges(run, "org-2")
+    assert [(round, steps, state) for round, _, _, steps, state in rows] == [
+        *(
+            (1, 20, "reserved"),
+            (1, 20, "settled"),
+            (2, 20, "reserved"),
+            (2, 20, "reserved"),
+            (2, 20, "settled"),
+            (3, 20, "settled"),
+        ),
+    ]
+    assert second["epsilon_spent"] == pytest.approx(spent(rows, second["delta"]))
+    ran = [row for row in rows if row[-1] == "settled"]
+    assert spent(ran, second["delta"]) < second["epsilon_spent"] <= second["epsilon_allowed"] == 1.5
+    noise = [sigma for _, sigma, _, _, _ in rows]
+    for before, after in pairwise(noise):  # what is left of the budget is spread over what is left of the run
+        assert after > 0.999 * before
+    assert noise[-1] > 1.1 * noise[0]
+    # org-1 had finished its rounds before: its updates came from its outbox, and nothing was charged twice
+    assert [(round, steps, state) for round, _, _, steps, state in charges(run, "org-1")] == [
+        (r, 20, "settled") for r in (1, 2, 3)
+    ]
+    assert first["epsilon_spent"] <= 1.5
+    assert first["steps"] == 60
+
+
+def test_without_any_budget_left_the_organisation_says_so(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """A ledger that was charged for other reasons is not overrun."""
+    plan = toy_plan(privacy={"epsilon": 1.0}, local={"batch_size": 0.2, "learning_rate": 1.0})
+    run = tmp_path / "run"
+
+    def spends(event: str, fields: dict[str, Any]) -> None:
+        if event == "round_started" and fields["round"] == 2:
+            with sqlite3.connect(run / "sites" / "org-2" / "ledger.sqlite") as db:
+                db.execute("UPDATE charges SET steps = 500")
+
+    with listening(spends):
+        result = simulate(plan, run, device="cpu")
+    dropped = [entry["dropped"] for entry in result.summary["rounds"]]
+    assert [[d["organisation"] for d in each] for each in dropped] == [[], ["org-2"], ["org-2"]]
+    assert "cannot be reached" in dropped[1][0]["reason"]
+    assert [round for round, *_ in charges(run, "org-2")] == [1]
+
+
+# --- what can be resumed
+
+
+@pytest.fixture
+def stopped(toy_plan: NewPlan, tmp_path: Path) -> Path:
+    """A run that failed in its second round of three, as org-1 could not read its data."""
+    run = tmp_path / "run"
+    site = run / "sites" / "org-1"
+
+    def breaks(event: str, fields: dict[str, Any]) -> None:
+        if event == "round_started" and fields["round"] == 2:
+            (site / "data.json").rename(site / "aside")
+
+    source = write_csv(tmp_path / "mine.csv", sentences(240))
+    base = shutil.copytree(toy_plan().model.base, tmp_path / "base")
+    plan = toy_plan(data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0})
+    with pytest.raises(RunError, match="round 2 got 1 of 2 updates"), listening(breaks):
+        simulate(plan, run, device="cpu")
+    (site / "aside").rename(site / "data.json")
+    return run
+
+
+def test_a_failed_run_goes_on_after_its_last_finished_round(stopped: Path, tmp_path: Path, toy_plan: NewPlan) -> None:
+    assert not (stopped / "summary.json").exists()
+    result = resume(stopped)
+    assert [r["round"] for r in result.summary["rounds"]] == [1, 2, 3]
+    assert [told(stopped, "round_finished", round=round) for round in (1, 2, 3)] == [1, 1, 1]
+    assert told(stopped, "run_started", resumed_after=1) == 1
+    source, base = tmp_path / "mine.csv", tmp_path / "base"
+    plan = toy_plan(data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0})
+    assert same(final_model(stopped), final_model(simulate(plan, tmp_path / "whole", device="cpu").folder))
+
+
+def test_a_finished_run_is_reported_again_and_not_trained_again(stopped: Path) -> None:
+    first = resume(stopped)
+    model = final_model(stopped)
+    (stopped / "summary.json").unlink()
+    (stopped / "report.html").unlink()
+    began = told(stopped, "round_started"), told(stopped, "baseline_started")
+    again = resume(stopped)
+    assert (told(stopped, "round_started"), told(stopped, "baseline_started")) == began
+    assert same(final_model(stopped), model)
+    assert again.summary["test"] == first.summary["test"]
+    assert (stopped / "report.html").exists()
+
+
+def test_data_that_have_changed_are_noticed(stopped: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "mine.csv", sentences(240, seed=99))
+    with pytest.raises(CotuneError):
+        resume(stopped)
+
+
+def test_data_that_have_become_fewer_are_noticed(stopped: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "mine.csv", sentences(200))
+    with pytest.raises(CotuneError):
+        resume(stopped)
+
+
+def test_a_base_model_that_has_changed_is_noticed(stopped: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor + torch.finfo(torch.float32).eps for name, tensor in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="has the hash"):
+        resume(stopped)
+
+
+def test_a_damaged_checkpoint_is_not_passed_over(stopped: Path) -> None:
+    checkpoint = stopped / "checkpoints" / "round-00001.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    with pytest.raises(RunError, match="is damaged"):
+        resume(stopped)
+    checkpoint.unlink()
+    assert [r["round"] for r in resume(stopped).summary["rounds"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("what", ["nothing", "a file", "an empty folder"])
+def test_what_is_not_a_run_cannot_be_resumed(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "it"
+    if what == "a file":
+        path.write_text("no run")
+    elif what == "an empty folder":
+        path.mkdir()
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        resume(path)
+
+
+def test_a_second_process_on_the_same_run_is_refused(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "cotune.log"
+    plan = slow(toy_plan, simulation={"baselines": []})
+    first = cotune("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
+    while not told(run, "round_started", round=1):
+        time.sleep(0.005)
+    with pytest.raises(RunError, match="another process is working on"):
+        resume(run)
+    second = cotune("simulate", "--resume", run)
+    second.join(60)
+    assert first.exitcode is None, "the first process was too fast"
+    assert second.exitcode == 1
+    assert "cotune: another process is working on" in log.read_text(encoding="utf-8")
+    finish(first, log)
+    assert [told(run, "round_started", round=round) for round in (1, 2, 3, 4)] == [1, 1, 1, 1]
