@@ -305,9 +305,9 @@ def test_the_epsilon_chart_reaches_from_zero_to_what_is_allowed(summary: Summary
 @pytest.mark.parametrize("rounds", [0, 1, 2, 7, 60, 1000])
 def test_every_place_in_a_chart_is_inside_it(summary: Summary, rounds: int) -> None:
     summary["rounds"] = [one_round(r, "head", r / (rounds + 1), 8 * r / rounds) for r in range(1, rounds + 1)]
-    charts = [chart for chart in (charts.accuracy_chart(summary), charts.epsilon_chart(summary)) if chart is not None]
-    assert len(charts) == (2 if rounds else 0)
-    for chart in charts:
+    both = [chart for chart in (charts.accuracy_chart(summary), charts.epsilon_chart(summary)) if chart is not None]
+    assert len(both) == (2 if rounds else 0)
+    for chart in both:
         places = [place for line in chart.lines for point in line.points for place in (point.x, point.y)]
         places += [place for place, _ in (*chart.x_ticks, *chart.y_ticks)]
         assert all(0 <= place <= 100 for place in places)
