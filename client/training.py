@@ -30,6 +30,7 @@ from cotune.strategies.wire import state_digest
 __all__ = ["check_examples", "noise_multiplier", "planned_steps", "train_round"]
 
 _MAX_GRADIENT_ERROR = 1e-3  # of the clipped sum; correct modes are below 1e-5 in float32
+_MOST_NOISE = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
 _FEATURE_BATCH = 4096  # gradients of a head on features are small
 
 
@@ -55,6 +56,7 @@ class _Setting:
     collate: Callable[[Sequence[Any]], Batch]
     loss: Callable[[Batch], Tensor]
     samples: Callable[[], list[Batch]]  # made-up batches of one, to check gradients with
+    exact: Callable[[Batch], Tensor]  # the same loss in float32, to check gradients with
     clipping: ClippingMode
     physical_batch: int
 
@@ -74,6 +76,7 @@ def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
     model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, site.file.device)
     model.load(state)
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+    _check_state(state, names)
     parameters = model.train_only(names)
     setting = _setting(plan, stage, model, holdings, state, site.organisation)
     optimizer = _optimizer(stage.local, model, names, parameters)
@@ -86,6 +89,16 @@ def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
     update = Update(site.organisation, round, delta, len(holdings), steps, spent)
     site.keep(update, plan.plan_id, digest)
     return update
+
+
+def _check_state(state: State, names: Sequence[str]) -> None:
+    """Before anything is charged: the request must hold what the stage trains, and finite values only."""
+    lacking = [name for name in names if name not in state]
+    if lacking:
+        raise RunError(f"the request's state lacks {lacking[0]}: expected every parameter that the stage trains")
+    broken = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise RunError(f"the request's state is not finite in {broken[0]}: expected finite parameters")
 
 
 def check_examples(examples: int, local: LocalTraining, organisation: str) -> None:
@@ -125,13 +138,14 @@ def _on_features(head: FeatureHead, features: Tensor, targets: list[int], device
         rows = torch.linspace(-1, 1, 3 * features.shape[1], device=device).reshape(3, 1, -1)
         return [{"features": row, "labels": torch.tensor([i % 2], device=device)} for i, row in enumerate(rows)]
 
-    return _Setting(head, range(len(labels)), collate, loss, samples, "hooks", _FEATURE_BATCH)
+    return _Setting(head, range(len(labels)), collate, loss, samples, loss, "hooks", _FEATURE_BATCH)
 
 
 def _on_tokens(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings) -> _Setting:
     collate = collator(model.module, model.loaded.tokenizer, model.device)
-    low_precision = plan.model.precision == "bfloat16" or (
-        plan.model.precision == "auto" and model.device.type == "cuda" and bfloat16_is_fast(model.device)
+    low_precision = stage.mode != "full" and (  # ghost clipping finds norms by products: in bfloat16 they would not bound
+        plan.model.precision == "bfloat16"
+        or (plan.model.precision == "auto" and model.device.type == "cuda" and bfloat16_is_fast(model.device))
     )
 
     def loss(batch: Batch) -> Tensor:
@@ -145,7 +159,11 @@ def _on_tokens(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings)
 
     clipping: ClippingMode = "ghost" if stage.mode == "full" else "hooks"
     rows = _Rows(holdings.examples(model)).rows
-    return _Setting(model.module, rows, collate, loss, samples, clipping, stage.local.physical_batch_size)
+
+    def exact(batch: Batch) -> Tensor:
+        return example_losses(model.module, batch)
+
+    return _Setting(model.module, rows, collate, loss, samples, exact, clipping, stage.local.physical_batch_size)
 
 
 def _optimizer(
@@ -177,14 +195,20 @@ def noise_multiplier(plan: Plan, privacy: RecordPrivacy, examples: int, round: i
     """σ for the rounds from `round` on: calibrated once for all steps of all rounds, and kept as long as it suffices.
 
     More than planned may have been spent: a crash in the middle of a round counts. Then the rest of the budget is spread over the
-    remaining steps. Raises PrivacyError when there is no rest.
+    remaining steps. Raises PrivacyError when there is no rest, or one so small that the update would be little but noise.
     """
     delta = privacy.delta_for(examples)
     sigma = calibrate(planned_steps(plan, examples), epsilon=privacy.epsilon, delta=delta)
     remaining = planned_steps(plan, examples, round)
     if epsilon([*spent, *(Steps(sigma, q, count) for q, count in remaining)], delta) <= privacy.epsilon:
         return sigma
-    return calibrate(remaining, epsilon=privacy.epsilon, delta=delta, spent=spent)
+    more = calibrate(remaining, epsilon=privacy.epsilon, delta=delta, spent=spent)
+    if more > _MOST_NOISE * sigma:
+        raise PrivacyError(
+            f"interrupted rounds have used up nearly all of ε = {privacy.epsilon:g}: the rest would need {more / sigma:.0f} times"
+            f" the planned noise, expected at most {_MOST_NOISE:g} times; leave the rest of this plan to the others, or allow more ε"
+        )
+    return more
 
 
 def _train_privately(
@@ -221,7 +245,7 @@ def _train_privately(
 
 
 def _check_gradients(setting: _Setting, clip_norm: float) -> None:
-    error = check_clipping(setting.module, setting.loss, setting.samples(), clip_norm, setting.clipping)
+    error = check_clipping(setting.module, setting.exact, setting.samples(), clip_norm, setting.clipping)
     if not error <= _MAX_GRADIENT_ERROR:
         raise PrivacyError(
             f"the clipped gradients of this model are wrong by {error:.2g} (relative), expected at most {_MAX_GRADIENT_ERROR:g}:"

@@ -149,6 +149,7 @@ def load_model(config: ModelConfig, labels: tuple[str, ...], seed: int) -> Loade
         model_config = _configure(folder.path, labels)
         tokenizer = AutoTokenizer.from_pretrained(str(folder.path), trust_remote_code=False)
         mean = _use_mean_pooling(config, model_config, folder.path)
+        _check_vocabulary(tokenizer)
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module, frozen = _build(folder.path, model_config, mean)
@@ -199,19 +200,41 @@ def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path) -> boo
 
 def _build(path: Path, config: Any, mean_pooling: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
     frozen = add_mean_pooling(config, None) if mean_pooling else ()
-    module = AutoModelForSequenceClassification.from_pretrained(
+    module, report = AutoModelForSequenceClassification.from_pretrained(
         str(path),
         config=config,
         use_safetensors=True,
         trust_remote_code=False,
         ignore_mismatched_sizes=True,  # a head for other labels is replaced by a new one
         dtype=torch.float32,
+        output_loading_info=True,
     )
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
+    _check_complete(report, f"{module.base_model_prefix}.", frozen)
     module.requires_grad_(False)
     module.train()
     return module, frozen
+
+
+def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...]) -> None:
+    """An encoder that is not in the file would silently be a random one; only the head and the pooler may be new."""
+    new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
+    if lacking:
+        raise ModelError(
+            f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"
+            " in another shape: expected config.json and weights of the same model; download the folder again"
+        )
+
+
+def _check_vocabulary(tokenizer: Any) -> None:
+    """Without its files, transformers makes a tokenizer that knows no word."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ModelError(
+            "the base model's tokenizer knows no words: expected its files (tokenizer.json or a vocabulary) in the folder;"
+            " download the folder again"
+        )
 
 
 def _pad_token(tokenizer: Any, module: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ __all__ = ["export_model"]
 def export_model(model: SharedModel, folder: Path) -> None:
     """Writes safetensors, configuration with label names, and tokenizer; adapters are merged into the weights.
 
-    Replaces the folder in one step. The model itself is left as it is.
+    An earlier export in the folder is replaced once the new one is complete. The model itself is left as it is.
     """
     module: Any = copy.deepcopy(model.loaded.module).to("cpu")
     merge_adapters(module)

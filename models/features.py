@@ -121,10 +121,13 @@ def _key(model: SharedModel, texts: Sequence[str], state: State, reading: str, d
         model.device.type,
     )
     digest.update("\n".join(parts).encode())
+    for file in sorted(loaded.folder.path.iterdir()):  # how texts become tokens, and tokens vectors
+        if file.suffix in (".json", ".txt", ".model"):
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
     for name in sorted(n for n in state if n.startswith(model.prefix)):
         digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
     if model.lora is not None and any(".lora_" in n for n in state):
-        digest.update(model.lora.model_dump_json().encode())
+        digest.update(f"{model.lora.model_dump_json()}{model.seed}".encode())  # a frozen A is drawn from the seed
     for text in texts:
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
@@ -153,7 +156,8 @@ def encode_batch(model: SharedModel, ids: list[list[int]], precision: str) -> Te
 
 
 def _compute(model: SharedModel, texts: Sequence[str], precision: str, progress: Progress | None) -> Tensor:
-    ids = encode(model.loaded.tokenizer, texts, model.loaded.max_length)
+    distinct = list(dict.fromkeys(texts))  # equal texts have equal features, whatever batch they would be in
+    ids = encode(model.loaded.tokenizer, distinct, model.loaded.max_length)
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), ids[i], i))  # like lengths together: little padding
     features: Tensor | None = None
     for start in range(0, len(order), _BATCH):
@@ -164,7 +168,10 @@ def _compute(model: SharedModel, texts: Sequence[str], precision: str, progress:
         features[rows] = vectors
         if progress:
             progress(min(start + _BATCH, len(order)), len(order))
-    return torch.empty(0, 0) if features is None else features
+    if features is None:
+        return torch.empty(0, 0)
+    place = {text: i for i, text in enumerate(distinct)}
+    return features[[place[text] for text in texts]]
 
 
 def _read_vectors(model: SharedModel, ids: list[list[int]], reading: str) -> Tensor:
@@ -174,7 +181,9 @@ def _read_vectors(model: SharedModel, ids: list[list[int]], reading: str) -> Ten
     output = getattr(model.module, model.loaded.module.base_model_prefix)(**batch)
     if reading == "pooled":
         return cast(Tensor, output.pooler_output)
-    position = [0 if reading == "first" else len(row) - 1 for row in ids]
+    pad = model.loaded.tokenizer.pad_token_id  # a text may spell it: the head reads the last token that is another one
+    last = [max((i for i, token in enumerate(row) if token != pad), default=0) for row in ids]
+    position = [0] * len(ids) if reading == "first" else last
     return cast(Tensor, output.last_hidden_state[torch.arange(len(ids)), torch.tensor(position)])
 
 

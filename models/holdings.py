@@ -50,9 +50,24 @@ class HoldingsFile(BaseModel):
         parts = []
         for portion in document.portions:
             records = read_records(document.data, portion.path)
-            rows = np.load(file.parent / portion.rows, allow_pickle=False) if portion.rows else np.arange(len(records))
-            parts.append((records, rows))
+            parts.append((records, _rows(file, portion, len(records))))
         return Holdings(tuple(parts), labels)
+
+
+def _rows(file: Path, portion: Portion, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The portion's row numbers. Raises DataError when they cannot be read, or are not rows of the file."""
+    if portion.rows is None:
+        return np.arange(records)
+    try:
+        rows = np.asarray(np.load(file.parent / portion.rows, allow_pickle=False), dtype=np.int64)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file.parent / portion.rows} cannot be read ({type(error).__name__}): expected row numbers") from None
+    if rows.size and not 0 <= rows.min() <= rows.max() < records:
+        raise DataError(
+            f"{file} names row {rows.max()} of a file with {records} usable records: expected the file as it was when the records"
+            " were handed out; restore it, or start a new run"
+        )
+    return rows
 
 
 def write_holdings(file: Path, data: DataConfig, portions: list[tuple[Path | None, Any]]) -> None:

@@ -25,6 +25,7 @@ from cotune.models.errors import ModelError
 
 __all__ = ["LoraConfig", "SharedModel", "State", "TrainMode", "merge_adapters", "resident"]
 
+_AUTO_TARGETS = {**PEFT_TARGETS, "distilbert": ["q_lin", "v_lin"]}
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 TrainMode = Literal["head", "lora", "full"]
 
@@ -32,7 +33,7 @@ TrainMode = Literal["head", "lora", "full"]
 class LoraConfig(BaseModel):
     """Low-rank adapters (Hu et al., ICLR 2022): W + (α/r)·B·A, through peft."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rank: int = Field(8, ge=1, le=512, description="r")
     alpha: float = Field(16.0, gt=0, description="α; the update is scaled by α/r")
@@ -54,7 +55,7 @@ class SharedModel:
     """
 
     def __init__(self, loaded: LoadedModel, lora: LoraConfig | None, seed: int, device: torch.device) -> None:
-        self.loaded, self.lora, self.device = loaded, lora, device
+        self.loaded, self.lora, self.seed, self.device = loaded, lora, seed, device
         self.module: nn.Module = loaded.module.to(device)  # on its device before peft wraps it
         self.prefix = f"{loaded.module.base_model_prefix}."
         if lora is not None:
@@ -85,6 +86,7 @@ class SharedModel:
     def train_only(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named parameters trainable and freezes all others; returns them in the model's order."""
         wanted = set(names)
+        self._remember(dict(self.parameters()), wanted)
         chosen = []
         for name, parameter in self.parameters():
             parameter.requires_grad_(name in wanted)
@@ -111,9 +113,9 @@ class SharedModel:
         for name, initial in self._initial.items():
             own[name].copy_(state.get(name, initial))
 
-    def _remember(self, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def _remember(self, own: Mapping[str, Tensor], names: Iterable[str]) -> None:
         """Keeps the base value of every tensor that is about to be changed for the first time."""
-        for name in state:
+        for name in names:
             if name not in self._initial:
                 self._initial[name] = own[name].detach().to("cpu", copy=True)
 
@@ -129,7 +131,10 @@ def _is_embedding(name: str) -> bool:
 def _inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
     """Puts peft's LoRA layers into the module, with every A drawn from the shared seed and every B zero."""
     targets = _target_modules(loaded, lora)
-    config = PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
+    transposed = type(loaded.module.get_submodule(targets[0])).__name__ == "Conv1D"  # GPT-2's linear layers
+    config = PeftLoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets, fan_in_fan_out=transposed
+    )
     inject_adapter_in_model(config, loaded.module)
     for name, parameter in loaded.module.named_parameters():
         if ".lora_A." in name:
@@ -140,7 +145,7 @@ def _inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
 def _target_modules(loaded: LoadedModel, lora: LoraConfig) -> list[str]:
     """Full names of the linear modules to adapt; the head and the pooling layer are left out."""
     kind = loaded.module.config.model_type
-    wanted = PEFT_TARGETS.get(kind, ()) if lora.targets == "auto" else lora.targets
+    wanted = _AUTO_TARGETS.get(kind, ()) if lora.targets == "auto" else lora.targets
     linear = [n for n, m in loaded.module.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     prefix = f"{loaded.module.base_model_prefix}."
     inside = [n for n in linear if n.startswith(prefix) and not f"{n}.".startswith(loaded.frozen or ("\0",))]

@@ -123,13 +123,9 @@ def _sentence(error: ValidationError) -> str:
 
 def _most_telling(error: ValidationError) -> Any:
     """Unions report one error per member: prefer the one from the member that was meant (a table, or a word)."""
-    errors = error.errors()
-    first = errors[0]
-    stem = first["loc"][:1]
-    same = [e for e in errors if e["loc"][:1] == stem]
-    tables = [e for e in same if e["type"] not in ("literal_error", "model_type", "tuple_type", "model_attributes_type")]
-    words = [e for e in same if e["type"] == "literal_error"]
-    return (tables or words or same)[0]
+    errors = sorted(error.errors(), key=lambda e: e["loc"][:1] == ("train",))  # stages repeat what is wrong in [local]
+    same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+    return max(same, key=lambda e: (len(e["loc"]), e["type"] == "literal_error"))
 
 
 def _is_union_tag(part: Any) -> bool:

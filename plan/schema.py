@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from cotune.models.base import ModelConfig
 from cotune.models.records import DataConfig
@@ -16,13 +16,24 @@ from cotune.strategies.strategy import StrategyConfig
 
 __all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage"]
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class LocalTraining(BaseModel):
-    """How an organisation trains in one round (the `local` table of a plan)."""
+class Table(BaseModel):
+    """A table of the plan: nothing unknown, nothing infinite, and true is not the number 1."""
 
     model_config = _FROZEN
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, float | None):
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+class LocalTraining(Table):
+    """How an organisation trains in one round (the `local` table of a plan)."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
     learning_rate: float = Field(0.5, gt=0)
@@ -47,10 +58,8 @@ class LocalTraining(BaseModel):
         return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / examples)
 
 
-class Stage(BaseModel):
+class Stage(Table):
     """Consecutive rounds that train the same group of parameters."""
-
-    model_config = _FROZEN
 
     mode: TrainMode = Field(description="head, lora (adapters and head) or full (encoder and head)")
     rounds: int = Field(ge=1)
@@ -58,20 +67,16 @@ class Stage(BaseModel):
     freeze_embeddings: bool = Field(True, description="in full: leave the embedding tables as they are")
 
 
-class RoundsConfig(BaseModel):
+class RoundsConfig(Table):
     """How rounds go (the `server` table of a plan)."""
-
-    model_config = _FROZEN
 
     quorum: float = Field(0.5, gt=0, le=1, description="fraction of the organisations whose updates a round needs")
     deadline_seconds: float = Field(3600.0, gt=0, description="how long a round waits for an organisation")
     max_update_norm: float = Field(1e4, gt=0, description="updates with a larger L2 norm are refused")
 
 
-class SimulationConfig(BaseModel):
+class SimulationConfig(Table):
     """Only for simulations (the `simulation` table of a plan)."""
-
-    model_config = _FROZEN
 
     clients: int = Field(4, ge=1, le=10_000, description="organisations that one pooled file is split over")
     partition: str = Field("dirichlet:0.5", description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA or shards:K")
@@ -82,10 +87,8 @@ class SimulationConfig(BaseModel):
     pooled: LocalTraining | None = Field(None, description="how the pooled model is trained, where not like [local]")
 
 
-class Plan(BaseModel):
+class Plan(Table):
     """What everybody agrees on. `plan_id` is the hash of its canonical form."""
-
-    model_config = _FROZEN
 
     name: str = Field("plan", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     seed: int = Field(7, ge=0, lt=2**31, description="of everything random but privacy noise and private sampling")
@@ -144,7 +147,7 @@ class Plan(BaseModel):
         last = 0
         for stage in self.stages:
             last += stage.rounds
-            if round <= last:
+            if 1 <= round <= last:
                 return stage
         raise ValueError(f"expected a round from 1 to {last}, got {round}")
 

@@ -143,13 +143,13 @@ def _engine() -> PrivacyEngine:
 
 def _backward(module: nn.Module, optimizer: DPOptimizer, criterion: Any, batch: Batch, mode: ClippingMode) -> float:
     """Leaves each example's gradient (hooks) or the clipped sum (ghost) on the parameters; returns the mean loss."""
-    if mode == "ghost":
-        loss = criterion(batch)
-        loss.backward()
-        return float(loss.item())
-    losses: Tensor = criterion(batch)
-    with warnings.catch_warnings():  # with a frozen encoder no input of a hooked layer needs a gradient; the hooks do not mind
+    with warnings.catch_warnings():  # no input of the first hooked layer needs a gradient; the hooks do not mind
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        if mode == "ghost":
+            loss = criterion(batch)
+            loss.backward()
+            return float(loss.item())
+        losses: Tensor = criterion(batch)
         losses.mean().backward()  # type: ignore[no-untyped-call]
     _zero_non_finite_examples(optimizer)
     return float(losses.detach().mean())

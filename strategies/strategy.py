@@ -30,6 +30,8 @@ class Part(BaseModel):
 
 def _checked(part: Any, kind: str, known: Mapping[str, Callable[..., Any]]) -> Any:
     table = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else part
+    if not isinstance(table, dict | Part):
+        raise ValueError(f"expected the name of a {kind}, or a table with its name and parameters, got {table!r}")
     name = str(table.name if isinstance(table, Part) else table.get("name"))
     if name not in known:
         raise ValueError(f'unknown {kind} "{name}"{nearest(name, known)}')

@@ -43,12 +43,15 @@ partition = "iid"
 
 @dataclass(frozen=True)
 class Outcome:
+    """Exit code and what was printed, with plain spaces between numbers and their units."""
+
     code: int
     out: str
     err: str
 
 
 Cotune = Callable[..., Outcome]
+Started = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
@@ -74,7 +77,8 @@ def cotune(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return Outcome(code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return Outcome(code, out.replace("\u00a0", " "), err)
 
     return call
 
@@ -83,7 +87,7 @@ SCRIPT = Path(sys.executable).parent / "cotune"
 
 
 @pytest.fixture
-def started(folder: Path) -> Callable[..., subprocess.Popen[str]]:
+def started(folder: Path) -> Started:
     """`cotune ARGUMENTS` as the installed console script, in a process of its own that was not told to hide anything."""
     environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONWARNINGS", "PYTEST_CURRENT_TEST")}
 
@@ -100,10 +104,10 @@ def started(folder: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def script(started: Callable[..., subprocess.Popen[str]]) -> Cotune:
+def script(started: Started) -> Cotune:
     def call(*arguments: str | Path) -> Outcome:
         with started(*arguments) as process:
             out, err = process.communicate(timeout=120)
-        return Outcome(process.returncode, out, err)
+        return Outcome(process.returncode, out.replace("\u00a0", " "), err)
 
     return call

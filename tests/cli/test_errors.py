@@ -3,14 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.cli.conftest import Cotune, Outcome
+from tests.cli.conftest import Cotune, Outcome, Started
 from tests.conftest import sentences, write_csv
 
 MORE_CLASSES = '--set=labels=["good","bad"]'
@@ -67,7 +65,6 @@ def sentence(outcome: Outcome, code: int) -> str:
         # the model
         (["--model", "./bare"], ["./bare has no weights: expected *.safetensors"]),
         (["--model", "./pickled"], ["pytorch_model.bin", "can run code when it is opened", "safetensors"]),
-        (["--model", "./broken"], ["./broken"]),
         (["--model", "./nowhere"], ["./nowhere is not a folder"]),
         (["--model", "package:no_such_model"], ["package:no_such_model is not installed"]),
         (["--model", "nobody/nothing"], ["nobody/nothing was found neither as a folder nor on the Hugging Face hub"]),
@@ -112,6 +109,11 @@ def broken(folder: Path) -> Path:
     return folder
 
 
+def test_weights_that_are_damaged(cotune: Cotune, broken: Path) -> None:
+    said = sentence(cotune("simulate", "toy.toml", "--model", "./broken"), code=2)
+    assert "broken cannot be loaded as a sequence classifier" in said
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(cotune: Cotune) -> None:
     said = sentence(cotune("simulate", "toy.toml", "--device", "cuda"), code=2)
@@ -134,7 +136,9 @@ def test_a_plan_that_cannot_be_read(cotune: Cotune, folder: Path, command: tuple
     (folder / "bad.toml").write_text("rounds = \n")
     (folder / "binary.toml").write_bytes(b"\xff\xfe\x00\x01")
     (folder / "half.toml").write_text('[data]\nsource = "reviews.csv"\n')
-    (folder / "typo.toml").write_text((folder / "toy.toml").read_text().replace('privacy = "none"\n', "") + "[privacy]\nepsilom = 3\n")
+    (folder / "typo.toml").write_text(
+        (folder / "toy.toml").read_text().replace('privacy = "none"\n', "") + "[privacy]\nepsilom = 3\n"
+    )
     said = sentence(cotune(*command, plan), code=2)
     for word in words:
         assert word in said
@@ -177,17 +181,15 @@ def test_an_option_that_does_not_exist(cotune: Cotune) -> None:
 # --- as a process of its own
 
 
-def test_the_script_says_one_line_and_exits_with_2(script: Cotune) -> None:
-    outcome = script("simulate", "toy.toml", "--data", "nowhere.csv")
-    assert "nowhere.csv does not exist" in sentence(outcome, code=2)
-    assert outcome.out == ""
-
-
-def test_debug_shows_where(script: Cotune) -> None:
-    outcome = script("simulate", "toy.toml", "--data", "nowhere.csv", "--debug")
-    assert outcome.code == 1
-    assert "Traceback" in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("cotune.models.errors.DataError: nowhere.csv does not exist")
+def test_the_script_says_one_line_and_exits_with_2_and_debug_shows_where(started: Started) -> None:
+    command = ("simulate", "toy.toml", "--data", "nowhere.csv")
+    with started(*command) as plain, started(*command, "--debug") as debug:
+        (out, err), (_, trace) = plain.communicate(timeout=120), debug.communicate(timeout=120)
+    assert "nowhere.csv does not exist" in sentence(Outcome(plain.returncode, out, err), code=2)
+    assert out == ""
+    assert debug.returncode == 1
+    assert "Traceback" in trace
+    assert trace.splitlines()[-1].startswith("cotune.models.errors.DataError: nowhere.csv does not exist")
 
 
 def test_a_run_that_fails_says_one_line_and_exits_with_1(script: Cotune, folder: Path) -> None:
@@ -199,7 +201,7 @@ def test_a_run_that_fails_says_one_line_and_exits_with_1(script: Cotune, folder:
     assert not (folder / "run" / "summary.json").exists()
 
 
-def test_stopped_by_hand_it_says_how_to_go_on(started: Callable[..., subprocess.Popen[str]], folder: Path) -> None:
+def test_stopped_by_hand_it_says_how_to_go_on(started: Started, folder: Path) -> None:
     with started("simulate", "toy.toml", "--out", "run", "--set", "rounds=5000", "--set", "simulation.baselines=[]") as process:
         assert process.stdout is not None
         while not (line := process.stdout.readline()).startswith("round 2/5000"):

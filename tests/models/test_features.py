@@ -189,8 +189,17 @@ def test_progress_is_told(shared: Make) -> None:
     told: list[tuple[int, int]] = []
     model = shared("bert")
     model.load({})
-    features_of(model, ["great table"] * 150, {}, "float32", lambda done, total: told.append((done, total)))
+    features_of(model, [f"great table {i}" for i in range(150)], {}, "float32", lambda done, total: told.append((done, total)))
     assert told == [(64, 150), (128, 150), (150, 150)]
+
+
+def test_equal_texts_have_equal_features_in_bfloat16(shared: Make) -> None:
+    model = shared("bert")
+    model.load({})
+    texts = ["great table", *(f"the {word} road" for word in ["sad"] * 70), "great table"]
+    found = features_of(model, texts, {}, "bfloat16")
+    assert torch.equal(found[0], found[-1])
+    assert not torch.equal(found[0], found[1])
 
 
 # --- the cache

@@ -191,6 +191,11 @@ def test_calibrate_covers_several_stages() -> None:
     assert_smallest(calibrate(planned, epsilon=3.0, delta=1e-6), planned, 3.0, 1e-6)
 
 
+def test_calibrate_is_sharp_where_a_coarse_grid_is_not() -> None:
+    planned = [(0.01, 1000)]
+    assert_smallest(calibrate(planned, epsilon=0.2, delta=DELTA), planned, 0.2, DELTA)
+
+
 def test_calibrate_counts_what_was_spent() -> None:
     planned, spent = [(0.1, 20), (0.02, 200)], [Steps(1.5, 0.1, 20)]
     with_past = calibrate(planned, epsilon=3.0, delta=DELTA, spent=spent)

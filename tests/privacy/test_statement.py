@@ -38,5 +38,13 @@ def test_the_stated_epsilon_is_never_below_the_true_one(spent: dict[str, tuple[f
 
 def test_the_statement_names_its_conditions() -> None:
     text = " ".join(statement(RecordPrivacy(epsilon=3.0, delta=1e-6, clip_norm=0.5), {"a": (2.0, 1e-6)}))
-    for part in ("adding or removing", "Poisson", "norm 0.5", "every round", "floating-point", "same person", "δ = 1e-06"):
+    for part in (
+        "adding or removing",
+        "Poisson",
+        "norm 0.5",
+        "every round",
+        "floating-point",
+        "same person",
+        "δ = 1e-06",
+    ):
         assert part in text

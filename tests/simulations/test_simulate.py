@@ -291,7 +291,6 @@ STAGES = [
     {"mode": "full", "rounds": 1, "local": {"learning_rate": 0.05, "head_learning_rate": 0.5}},
 ]
 SMALL = {"local": {"learning_rate": 1.0, "steps": 2, "batch_size": 0.1}, "lora": {"rank": 2}}
-ghost_clipping = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # Opacus, on frozen inputs
 PRIVACY = {"without": "none", "with": {"epsilon": 2.0}}
 
 
@@ -307,7 +306,6 @@ def assert_moved_in_every_stage(result: Result, plan: Plan, ledgers: bool) -> No
             assert 0.9 * 2.0 < o["epsilon_spent"] <= 2.0
 
 
-@ghost_clipping
 @pytest.mark.parametrize("privacy", PRIVACY)
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama", "qwen2"])
 def test_head_then_lora_then_full(toy_plan: NewPlan, tmp_path: Path, kind: str, privacy: str) -> None:
@@ -324,7 +322,6 @@ def test_head_then_lora_then_full(toy_plan: NewPlan, tmp_path: Path, kind: str, 
         assert same(final_model(simulate(again, tmp_path / "again", device="cpu").folder), final_model(result.folder))
 
 
-@ghost_clipping
 @pytest.mark.parametrize("privacy", PRIVACY)
 @pytest.mark.parametrize("kind", ["distilbert", "gpt2", "llama", "qwen2"])
 def test_full_from_the_start(toy_plan: NewPlan, tmp_path: Path, kind: str, privacy: str) -> None:

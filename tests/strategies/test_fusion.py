@@ -24,7 +24,7 @@ def fuse(pairs: list[tuple[Delta, float]]) -> Delta:
 @st.composite
 def rounds(draw: st.DrawFn) -> list[tuple[Delta, float]]:
     """Deltas of some clients, who share different parameters, and their weights."""
-    clients = []
+    clients: list[tuple[Delta, float]] = []
     for _ in range(draw(st.integers(1, 6))):
         names = draw(st.lists(st.sampled_from(sorted(SHAPES)), min_size=1, unique=True))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))

@@ -25,7 +25,8 @@ def test_the_learning_rate_scales_the_delta() -> None:
 
 def test_momentum_by_hand() -> None:
     """lr 0.5, momentum 0.75: v = 4, 1 + 3 = 4, 0 + 3 = 3; θ = 0 + 2 + 2 + 1.5."""
-    optimizer, state, memory = ServerSGD(lr=0.5, momentum=0.75), {"w": tensor(0.0)}, {}
+    optimizer, state = ServerSGD(lr=0.5, momentum=0.75), {"w": tensor(0.0)}
+    memory: dict[str, Tensor] = {}
     seen = []
     for delta in (4.0, 1.0, 0.0):
         state, memory = optimizer.step(state, {"w": tensor(delta)}, memory)
@@ -67,7 +68,7 @@ def test_the_momentum_can_be_saved_between_rounds() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_parameters_keep_their_dtype(dtype: torch.dtype, momentum: float) -> None:
-    state, memory = {"w": torch.ones(2, dtype=dtype)}, {}
+    state, memory = {"w": torch.ones(2, dtype=dtype)}, dict[str, Tensor]()
     for _ in range(2):
         state, memory = ServerSGD(momentum=momentum).step(state, {"w": tensor(0.25, 0.5, dtype=torch.float64)}, memory)
         assert state["w"].dtype == dtype

@@ -23,7 +23,11 @@ def error(**table: Any) -> str:
 
 def test_the_default_is_federated_averaging() -> None:
     strategy = StrategyConfig()
-    assert (strategy.weighting.name, strategy.fusion.name, strategy.server_optimizer.name) == ("examples", "mean", "sgd")
+    assert (strategy.weighting.name, strategy.fusion.name, strategy.server_optimizer.name) == (
+        "examples",
+        "mean",
+        "sgd",
+    )
     assert isinstance(strategy.new_fusion(), WeightedMean)
     assert strategy.new_server_optimizer() == ServerSGD(lr=1.0, momentum=0.0)
     assert strategy.weigh(Update("a", 1, {}, examples=12, steps=1)) == 12.0
@@ -65,7 +69,10 @@ def test_a_finished_part_is_checked_too() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"weighting": "exampels"}, "unknown weighting \"exampels\"; did you mean 'examples'? Known: examples, uniform"),
+        (
+            {"weighting": "exampels"},
+            "unknown weighting \"exampels\"; did you mean 'examples'? Known: examples, uniform",
+        ),
         ({"fusion": "men"}, "unknown fusion \"men\"; did you mean 'mean'? Known: mean"),
         ({"server_optimizer": {"name": "sdg"}}, "unknown server optimiser \"sdg\"; did you mean 'sgd'? Known: sgd"),
         ({"fusion": {}}, "unknown fusion"),
@@ -75,7 +82,10 @@ def test_a_finished_part_is_checked_too() -> None:
             'server optimiser "sgd" has no parameter "mommentum"; did you mean \'momentum\'? Known: lr, momentum',
         ),
         ({"fusion": {"name": "mean", "density": 0.2}}, 'fusion "mean" has no parameter "density"'),
-        ({"server_optimizer": {"name": "sgd", "lr": True}}, 'server optimiser "sgd": expected a number for lr, got True'),
+        (
+            {"server_optimizer": {"name": "sgd", "lr": True}},
+            'server optimiser "sgd": expected a number for lr, got True',
+        ),
         ({"server_optimizer": {"name": "sgd", "lr": "0.5"}}, "expected a number for lr, got '0.5'"),
         ({"server_optimizer": {"name": "sgd", "lr": None}}, "expected a number for lr, got None"),
         ({"server_optimizer": {"name": "sgd", "lr": [1.0]}}, "expected a number for lr, got [1.0]"),

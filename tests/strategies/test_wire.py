@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -134,7 +134,7 @@ def test_requests_share_one_copy_of_the_arrays() -> None:
 
 
 def test_a_pickle_is_refused_and_not_opened() -> None:
-    opened = []
+    opened: list[int] = []
 
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -232,7 +232,7 @@ def test_a_broken_request_is_refused() -> None:
     (content,) = encode_requests("{}", 1, STATE, [("a", "")])
     with pytest.raises(RunError, match="named request"):
         decode_request(encode_update(UPDATE, "plan"))
-    content["request"] = ConfigRecord({**content["request"], "round": "one"})
+    content["request"] = ConfigRecord({**cast(ConfigRecord, content["request"]), "round": "one"})
     with pytest.raises(RunError, match="a message has round = 'one': expected int"):
         decode_request(content)
 
