@@ -206,7 +206,7 @@ def noise_multiplier(plan: Plan, privacy: RecordPrivacy, examples: int, round: i
     if more > _MOST_NOISE * sigma:
         raise PrivacyError(
             f"interrupted rounds have used up nearly all of ε = {privacy.epsilon:g}: the rest would need {more / sigma:.0f} times"
-            f" the planned noise, expected at most {_MOST_NOISE:g} times; leave the rest of this plan to the others, or allow more ε"
+            f" the planned noise, expected at most {_MOST_NOISE:g} times; leave the rest to the others, or allow more ε"
         )
     return more
 

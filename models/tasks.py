@@ -58,7 +58,7 @@ def collator(module: nn.Module, tokenizer: Any, device: torch.device) -> Callabl
     have no gradient per example (Opacus: `stack expects each tensor to be equal size`).
     """
     accepted = inspect.signature(module.forward).parameters
-    explicit = cast(Any, module).config.model_type in ("bert", "distilbert")
+    kind = cast(Any, module).config.model_type
     pad = tokenizer.pad_token_id
 
     def collate(examples: Sequence[Example]) -> Batch:
@@ -67,9 +67,9 @@ def collator(module: nn.Module, tokenizer: Any, device: torch.device) -> Callabl
         ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
         batch = {"input_ids": ids, "attention_mask": mask}
-        if explicit and "position_ids" in accepted:
+        if kind in ("bert", "distilbert", "gpt2") and "position_ids" in accepted:
             batch["position_ids"] = torch.arange(length).repeat(len(rows), 1)
-        if explicit and "token_type_ids" in accepted:
+        if kind == "bert" and "token_type_ids" in accepted:
             batch["token_type_ids"] = torch.zeros_like(ids)
         batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return {key: value.to(device) for key, value in batch.items()}

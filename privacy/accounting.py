@@ -63,12 +63,12 @@ class RecordPrivacy(BaseModel):
     def delta_for(self, examples: int) -> float:
         """δ for an organisation with `examples` records.
 
-        Raises PrivacyError when δ is not smaller than 1/n, where the guarantee would be empty: publishing one whole record
-        at random would satisfy it.
+        Raises PrivacyError when δ is larger than 1/n, where the guarantee would be empty (publishing one whole record at random
+        would satisfy it), and for fewer than 2 records.
         """
         exponent = _delta_exponent(self.delta) if isinstance(self.delta, str) else None
-        delta = float(self.delta) if exponent is None else float(examples**-exponent)
-        if delta * examples > 1:
+        delta = float(self.delta) if exponent is None else float(max(examples, 1) ** -exponent)
+        if examples < 2 or delta * examples > 1:
             raise PrivacyError(
                 f"privacy.delta = {self.delta} gives δ = {delta:.2g} for {examples} examples; expected at most 1/{examples}"
                 ' = one over the number of examples: choose a smaller δ, such as "1/n^1.1"'
@@ -127,10 +127,16 @@ def _merge(spent: Iterable[Steps]) -> tuple[Steps, ...]:
 
 @lru_cache(maxsize=4096)
 def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
-    accountant = PLDAccountant(value_discretization_interval=interval)
+    accountant = PLDAccountant(value_discretization_interval=min(interval, interval / _FINE * 0.2 * _spread(merged)))
     for steps in merged:
         accountant.compose(steps.event())
     return float(accountant.get_epsilon(delta))
+
+
+def _spread(merged: tuple[Steps, ...]) -> float:
+    """About the standard deviation of one step's privacy loss: a grid that is coarser would cost tightness."""
+    variance = sum(s.count * s.sample_rate**2 * math.expm1(min(s.noise_multiplier**-2, 50.0)) for s in merged)
+    return math.sqrt(variance / sum(s.count for s in merged))
 
 
 def calibrate(planned: Sequence[tuple[float, int]], *, epsilon: float, delta: float, spent: Sequence[Steps] = ()) -> float:
@@ -150,7 +156,7 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
 
     if gap(MIN_NOISE_MULTIPLIER, _COARSE) <= 0:
         return MIN_NOISE_MULTIPLIER
-    if gap(MAX_NOISE_MULTIPLIER, _COARSE) > 0:
+    if gap(MAX_NOISE_MULTIPLIER, _COARSE) > 0 and gap(MAX_NOISE_MULTIPLIER) > 0:
         raise _unreachable(planned, target, delta, spent)
     low, high = MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER
     sigma = math.exp(brentq(lambda x: gap(math.exp(x), _COARSE), math.log(low), math.log(high), xtol=1e-4))

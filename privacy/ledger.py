@@ -8,7 +8,8 @@ composition stays tight over rounds, restarts and runs.
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from cotune.models.errors import PrivacyError
@@ -35,25 +36,27 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        with self._open() as db:
+            db.execute(_SCHEMA)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: committed when the block ends. Whatever is wrong with the file is one PrivacyError."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as db, db:
-                db.execute(_SCHEMA)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.path, timeout=30)) as db, db:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")  # a committed charge survives a power cut
+                yield db
         except (sqlite3.Error, OSError) as error:
             raise PrivacyError(
-                f"the privacy ledger {path} cannot be used ({error}): expected a writable SQLite file; nothing is trained"
+                f"the privacy ledger {self.path} cannot be used ({error}): expected a writable SQLite file; nothing is trained"
                 " without it, so mend it or restore it from a backup"
             ) from None
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=30)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")  # a committed charge survives a power cut
-        return db
-
     def reserve(self, plan_id: str, round: int, steps: Steps) -> int:
         """Charges the steps before they run; durable when this returns. Returns the number of the charge."""
-        with closing(self._connect()) as db, db:
+        with self._open() as db:
             cursor = db.execute(
                 "INSERT INTO charges (plan_id, round, noise_multiplier, sample_rate, steps, state)"
                 " VALUES (?, ?, ?, ?, ?, 'reserved')",
@@ -63,10 +66,11 @@ class Ledger:
 
     def settle(self, charge: int, steps_run: int) -> None:
         """Lowers a reservation to the steps that really ran. Raises PrivacyError for more steps than were reserved."""
-        with closing(self._connect()) as db, db:
+        with self._open() as db:
             cursor = db.execute(
-                "UPDATE charges SET steps = ?, state = 'settled' WHERE id = ? AND state = 'reserved' AND steps >= ?",
-                (steps_run, charge, steps_run),
+                "UPDATE charges SET steps = ?1, state = 'settled'"
+                " WHERE id = ?2 AND state = 'reserved' AND ?1 BETWEEN 0 AND steps",
+                (steps_run, charge),
             )
             if cursor.rowcount != 1:
                 raise PrivacyError(
@@ -76,11 +80,11 @@ class Ledger:
     def spent(self, plan_id: str | None = None) -> list[Steps]:
         """All charges (of one plan), reservations at their worst case."""
         query = "SELECT noise_multiplier, sample_rate, steps FROM charges WHERE ? IS NULL OR plan_id = ? ORDER BY id"
-        with closing(self._connect()) as db:
+        with self._open() as db:
             return [Steps(sigma, q, steps) for sigma, q, steps in db.execute(query, (plan_id, plan_id))]
 
     def rounds(self, plan_id: str) -> list[int]:
         """The rounds of a plan for which something was charged, in order."""
         query = "SELECT DISTINCT round FROM charges WHERE plan_id = ? ORDER BY round"
-        with closing(self._connect()) as db:
+        with self._open() as db:
             return [int(row[0]) for row in db.execute(query, (plan_id,))]

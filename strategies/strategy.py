@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ def _checked(part: Any, kind: str, known: Mapping[str, Callable[..., Any]]) -> A
     for key, value in given.items():
         if key not in accepted:
             raise ValueError(f'{kind} "{name}" has no parameter "{key}"{nearest(key, accepted)}')
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f'{kind} "{name}": expected a number for {key}, got {value!r}')
     return table
 

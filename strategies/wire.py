@@ -110,7 +110,7 @@ def _tensor(name: str, array: Array) -> Tensor:
     if array.dtype not in _FLOATS or array.stype != "numpy.ndarray":
         raise RunError(f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray")
     try:
-        values = array.numpy()  # numpy.load with allow_pickle=False
+        values = np.asarray(array.numpy())  # numpy.load with allow_pickle=False; an archive is not an array
     except Exception:
         raise RunError(f"the array {name[:80]} cannot be read: expected a NumPy array of float32") from None
     if values.dtype != np.float32 or tuple(values.shape) != tuple(array.shape):
