@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated
 
+import click
 import typer
 
 from cotune.cli import plan as plan_commands
@@ -52,8 +54,19 @@ def run() -> None:
         os.environ.setdefault(key, value)
     from cotune.models.errors import CotuneError
 
+    if not debug:
+        logging.getLogger("cotune").setLevel(logging.CRITICAL)  # what the user can mend is said once, below
     try:
-        app()
+        code = app(standalone_mode=False)  # typer would end an interrupt without a word, and draw boxes
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        print(f"cotune: {error.format_message()}; see --help", file=sys.stderr)
+        sys.exit(error.exit_code)
     except CotuneError as error:
         if debug:
             raise

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cotune.privacy.rounding import round_up
@@ -54,8 +55,8 @@ def check(
 
 def _show(console: Console, seen: Forecast) -> None:
     plan = seen.plan
-    console.print(f"[bold]{plan.name}[/bold]: base model {plan.model.base} ({(plan.model.base_hash or '')[:12]}…)")
-    console.print(f"{len(plan.labels)} classes ({', '.join(plan.labels)}), {seen.test_examples:,} test examples")
+    console.print(f"[bold]{plan.name}[/bold]: base model {escape(plan.model.base)} ({(plan.model.base_hash or '')[:12]}…)")
+    console.print(f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), {seen.test_examples:,} test examples")
     console.print(_stages(seen))
     console.print(_organisations(seen))
     if plan.privacy == "none":
@@ -83,5 +84,5 @@ def _organisations(seen: Forecast) -> Table:
             if private
             else ()
         )
-        table.add_row(o.name, f"{o.examples:,}", f"{o.batch:.0f}", str(o.steps), *figures)
+        table.add_row(escape(o.name), f"{o.examples:,}", f"{o.batch:.0f}", str(o.steps), *figures)
     return table

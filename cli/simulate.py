@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cotune.privacy.rounding import round_up
@@ -35,13 +36,13 @@ def simulate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/<time>-<plan>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder after its last finished round.")] = None,
-    engine: Annotated[str, typer.Option(help="in-process, or ray (Flower's Simulation Runtime).")] = "in-process",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    engine: Annotated[Text, typer.Option(help="in-process, or ray (Flower's Simulation Runtime).")] = None,
+    device: Annotated[Text, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
 ) -> None:
     """Simulate a federation on this machine, and see whether it pays off."""
-    given = (plan, data, text, label, model, clients, partition, override, out)
+    given = (plan, data, text, label, model, clients, partition, override, out, engine, device)
     if resume is not None and any(value is not None and value != [] for value in given):
-        raise typer.BadParameter("a run is continued as it was started: --resume takes no plan and no overrides")
+        raise typer.BadParameter("a run is continued as it was started: --resume takes no plan, engine, device or overrides")
     from cotune.cli.progress import showing_progress
     from cotune.simulations import simulate as simulations
 
@@ -52,7 +53,7 @@ def simulate(
     else:
         chosen = _plan(plan, data, text, label, model, clients, partition, override or [])
         with showing_progress(console):
-            result = simulations.simulate(chosen, out, engine=engine, device=device)
+            result = simulations.simulate(chosen, out, engine=engine or "in-process", device=device or "auto")
     show(console, result)
 
 
@@ -128,5 +129,5 @@ def _organisations(summary: dict[str, Any]) -> Table:
     for o in summary["organisations"]:
         alone = (f"{o['alone']['accuracy']:.3f}", f"{o['gain']:+.3f}") if o["alone"] else ("–", "–")
         privacy = (round_up(o["epsilon_spent"]), f"{o['epsilon_allowed']:g}") if private else ()
-        table.add_row(o["name"], f"{o['examples']:,}", *alone, *privacy)
+        table.add_row(escape(o["name"]), f"{o['examples']:,}", *alone, *privacy)
     return table

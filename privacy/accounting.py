@@ -156,10 +156,11 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
 
     if gap(MIN_NOISE_MULTIPLIER, _COARSE) <= 0:
         return MIN_NOISE_MULTIPLIER
-    if gap(MAX_NOISE_MULTIPLIER, _COARSE) > 0 and gap(MAX_NOISE_MULTIPLIER) > 0:
+    grid = _COARSE if gap(MAX_NOISE_MULTIPLIER, _COARSE) <= 0 else _FINE
+    if grid == _FINE and gap(MAX_NOISE_MULTIPLIER) > 0:
         raise _unreachable(planned, target, delta, spent)
     low, high = MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER
-    sigma = math.exp(brentq(lambda x: gap(math.exp(x), _COARSE), math.log(low), math.log(high), xtol=1e-4))
+    sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), math.log(low), math.log(high), xtol=1e-4))
     while gap(sigma) > 0:  # the coarse grid found the neighbourhood, on either side; the fine one decides
         sigma *= 1 + _TOLERANCE
     while sigma > low and gap(sigma / (1 + _TOLERANCE)) <= 0:

@@ -83,6 +83,7 @@ def _play(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate,
         del reply
         if update is not None:
             fusion.add(update.delta, plan.strategy.weigh(update))
+        del update  # before the next one comes
     _check_quorum(plan, people, tally, round)
     optimizer = plan.strategy.new_server_optimizer()
     moved, memory = optimizer.step(state, fusion.result(), before.memory)
@@ -160,7 +161,7 @@ def _open(
     if reply is None:
         return None, f"no reply within {plan.server.deadline_seconds:g} seconds"
     if reply.has_error():
-        return None, reply.error.reason or f"error {reply.error.code}"
+        return None, _one_line(reply.error.reason or "") or f"error {reply.error.code}"
     try:
         update = decode_update(reply.content, plan.plan_id)
     except RunError as error:
@@ -168,6 +169,11 @@ def _open(
     limit = plan.server.max_update_norm
     reason = reason_to_refuse(update, organisation=who.name, round=round, shapes=shapes, max_norm=limit)
     return (update, "") if reason is None else (None, reason)
+
+
+def _one_line(text: str) -> str:
+    """A stranger's words, fit to be shown: one line without control characters, at most 500 long."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]
 
 
 def _check_quorum(plan: Plan, people: Sequence[Participant], tally: _Tally, round: int) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -52,6 +52,7 @@ class RunFile(BaseModel):
     engine: str
     device: str = "auto"
     participants: tuple[Participant, ...]
+    data: str = ""  # fingerprint of the records
     silent: bool = False  # a baseline: its events are written but not shown
 
 
@@ -73,7 +74,7 @@ class RunFolder:
         try:
             self.plan: Plan = parse_plan(tomllib.loads((path / "plan.toml").read_text(encoding="utf-8")))
             self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
-        except (OSError, ValidationError, tomllib.TOMLDecodeError):
+        except (OSError, ValueError):
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
         self.events = Events(path / "events.jsonl", silent=self.file.silent)
 
@@ -91,7 +92,8 @@ class RunFolder:
 
     def _checkpoints(self) -> dict[int, Path]:
         found = (self.path / "checkpoints").glob("round-*.safetensors")
-        return {int(path.stem.removeprefix("round-")): path for path in found}
+        numbers = {path: path.stem.removeprefix("round-") for path in found}
+        return {int(number): path for path, number in numbers.items() if number.isdecimal()}
 
     def _last_round(self) -> int:
         return max(self._checkpoints(), default=0)
@@ -116,14 +118,13 @@ class RunFolder:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["checkpoint"])
+                round, plan_id, history = about["round"], about["plan_id"], tuple(about["history"])
                 tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
-        if about["plan_id"] != self.plan.plan_id:
+        if plan_id != self.plan.plan_id:
             raise RunError(f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml")
-        return Progress(
-            about["round"], _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), tuple(about["history"])
-        )
+        return Progress(round, _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), history)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -76,7 +76,7 @@ def resume(path: Path) -> Result:
     folder = RunFolder(path.expanduser().resolve())
     with folder.locked():
         prepared = prepare(folder.plan, folder.file.device)
-        if prepared.plan.plan_id != folder.plan.plan_id:
+        if (prepared.plan.plan_id, prepared.fingerprint) != (folder.plan.plan_id, folder.file.data):
             raise RunError(f"the data or the model of {path} are not what they were: expected those that plan.toml describes")
         before = sum(float(entry["seconds"]) for entry in folder.load().history)  # rounds that earlier processes finished
         if not folder.finished:

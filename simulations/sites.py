@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,11 @@ class Prepared:
     test: tuple[tuple[Path | None, Rows], ...]
     records: dict[Path | None, Records]
     noise: dict[str, float]  # organisation -> σ; empty without privacy
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all records, file by file."""
+        return hashlib.sha256("".join(records.fingerprint for records in self.records.values()).encode()).hexdigest()
 
     def label_counts(self, share: Share) -> dict[str, int]:
         names = [self.records[share.file].labels[i] for i in share.rows]
@@ -142,7 +148,9 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
     people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in prepared.shares)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return RunFolder.create(
-        path, plan, RunFile(run=path.name, created=created, engine=engine, device=device, participants=people)
+        path,
+        plan,
+        RunFile(run=path.name, created=created, engine=engine, device=device, participants=people, data=prepared.fingerprint),
     )
 
 

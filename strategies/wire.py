@@ -7,6 +7,7 @@ what ties both to plan, round and organisation. Every field has one name and one
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,8 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
     if fields["plan_id"] != plan_id:
         raise RunError(f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}")
     stated = fields["epsilon"]
+    if not math.isfinite(stated):
+        raise RunError(f"an update states ε = {stated}: expected a finite number")
     return Update(
         organisation=fields["organisation"],
         round=fields["round"],

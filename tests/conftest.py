@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2Tokenizer,
 )
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -40,7 +42,7 @@ ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
 
 
 def _config(kind: str) -> Any:
-    size = len(VOCABULARY)
+    size = len(VOCABULARY) if kind != "qwen2" else len(LETTERS)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     if kind == "bert":
         return BertConfig(vocab_size=size, max_position_embeddings=32, pad_token_id=0, **small)
@@ -62,7 +64,12 @@ def _config(kind: str) -> Any:
     )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+LETTERS = {letter: i for i, letter in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "Ġ", *string.ascii_lowercase])}
+
+
+def tokenizer(kind: str = "") -> PreTrainedTokenizerFast:
+    if kind == "qwen2":  # AutoTokenizer reads the folder of a qwen2 as byte-level BPE whatever its tokenizer.json says
+        return Qwen2Tokenizer(vocab=LETTERS, merges=[], unk_token="[UNK]", eos_token="[SEP]", pad_token="[PAD]")
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
@@ -86,7 +93,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 AutoModel.from_config(_config(kind)).save_pretrained(made[kind])
-            tokenizer().save_pretrained(made[kind])
+            tokenizer(kind).save_pretrained(made[kind])
         return made[kind]
 
     return make

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,14 @@ steps = 3
 clients = 2
 partition = "iid"
 """
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """The command line quietens cotune's log for its process; here that process goes on."""
+    level = logging.getLogger("cotune").level
+    yield
+    logging.getLogger("cotune").setLevel(level)
 
 
 @dataclass(frozen=True)

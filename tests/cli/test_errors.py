@@ -165,10 +165,12 @@ def test_what_is_not_a_run_cannot_be_resumed(cotune: Cotune, folder: Path) -> No
         assert "is not the folder of a run" in sentence(cotune("simulate", "--resume", what), code=1)
 
 
-@pytest.mark.parametrize("also", [["toy.toml"], ["--clients", "3"], ["--set", "rounds=9"], ["--out", "elsewhere"]])
+@pytest.mark.parametrize(
+    "also", [["toy.toml"], ["--clients", "3"], ["--set", "rounds=9"], ["--out", "elsewhere"], ["--device", "cpu"]]
+)
 def test_a_run_is_continued_as_it_was_started(cotune: Cotune, also: list[str]) -> None:
     said = sentence(cotune("simulate", "--resume", "run", *also), code=2)
-    assert "--resume takes no plan and no overrides" in said
+    assert "--resume takes no plan, engine, device or overrides" in said
 
 
 def test_an_option_that_does_not_exist(cotune: Cotune) -> None:

@@ -80,7 +80,9 @@ def test_a_batch_is_padded_and_masked(shared: Make, kind: str) -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [2, 0]
-    explicit = {"bert": {"position_ids", "token_type_ids"}, "distilbert": {"position_ids"}}.get(kind, set())
+    explicit = {"bert": {"position_ids", "token_type_ids"}, "distilbert": {"position_ids"}, "gpt2": {"position_ids"}}.get(
+        kind, set()
+    )
     assert set(batch) - {"input_ids", "attention_mask", "labels"} == explicit
     if "position_ids" in explicit:
         assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
