@@ -17,8 +17,9 @@ from cotune.models.device import bfloat16_is_fast
 from cotune.models.errors import DataError, PrivacyError, RunError
 from cotune.models.features import FeatureHead, feature_head
 from cotune.models.holdings import Holdings
-from cotune.models.sharing import SharedModel, State, resident
+from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import collator, example_losses
+from cotune.plan.model import model_of
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate, epsilon
 from cotune.privacy.dp_sgd import Batch, ClippingMode, StepReport, check_clipping, private_steps
@@ -73,7 +74,7 @@ def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
     holdings = site.holdings(plan.labels)
     stage = plan.stage_of(round)
     check_examples(len(holdings), stage.local, site.organisation)
-    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, site.file.device)
+    model = model_of(plan, site.file.device)
     model.load(state)
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     _check_state(state, names)

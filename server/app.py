@@ -9,8 +9,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from cotune.models.errors import RunError
 from cotune.models.holdings import HoldingsFile
-from cotune.models.sharing import State, resident
+from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
+from cotune.plan.model import model_of
 from cotune.server.evaluation import evaluate
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import RunFolder
@@ -32,7 +33,7 @@ def main(grid: Grid, context: Context) -> None:
 def play(grid: Grid, folder: RunFolder) -> None:
     """Runs the rounds, with the test set that the folder holds as judge (baselines and real runs may have none)."""
     plan = folder.plan
-    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, folder.file.device)
+    model = model_of(plan, folder.file.device)
     document = folder.path / "test" / "data.json"
     test = HoldingsFile.read(document, plan.labels) if document.exists() else None
 

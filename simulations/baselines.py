@@ -12,8 +12,8 @@ from pathlib import Path
 from cotune.client.app import app as client_app
 from cotune.models.errors import RunError
 from cotune.models.holdings import HoldingsFile
-from cotune.models.sharing import resident
 from cotune.models.tasks import Metrics
+from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.server.app import play
 from cotune.server.evaluation import evaluate
@@ -79,6 +79,6 @@ def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: 
 def _judge(folder: RunFolder, baseline: RunFolder) -> Metrics:
     """The finished baseline on the common test set: once, at the end."""
     plan = folder.plan
-    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, folder.file.device)
+    model = model_of(plan, folder.file.device)
     test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
     return evaluate(model, baseline.load().state, test, plan.model.precision)

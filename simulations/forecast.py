@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cotune.client.training import planned_steps
 from cotune.models.features import encode_batch, feature_head
-from cotune.models.sharing import SharedModel, resident
+from cotune.models.sharing import SharedModel
 from cotune.models.tasks import collator, encode, example_losses
+from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.simulations.sites import Prepared, prepare
@@ -65,7 +66,7 @@ def forecast(plan: Plan, device: str = "auto") -> Forecast:
     """Reads data and model and times a few texts; trains nothing. Raises what `prepare` raises."""
     prepared = prepare(plan, device)
     resolved = prepared.plan
-    model = resident(resolved.model, resolved.labels, resolved.lora if resolved.uses_lora else None, resolved.seed, device)
+    model = model_of(resolved, device)
     return Forecast(
         resolved,
         sum(len(rows) for _, rows in prepared.test),

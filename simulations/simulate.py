@@ -13,7 +13,7 @@ from typing import Any
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.models.export import export_model
-from cotune.models.sharing import resident
+from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.server.report import write_report
 from cotune.server.run_folder import RunFolder
@@ -91,7 +91,7 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Result:
     began = time.monotonic()
     results = run_baselines(folder, prepared)
     plan = folder.plan
-    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, folder.file.device)
+    model = model_of(plan, folder.file.device)
     model.load(folder.load().state)
     export_model(model, folder.path / "model")
     summary = summarise(folder, prepared, results, seconds + time.monotonic() - began)

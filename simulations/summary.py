@@ -11,8 +11,8 @@ from typing import Any
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
 from cotune.models.holdings import HoldingsFile
-from cotune.models.sharing import resident
 from cotune.models.tasks import Metrics, majority
+from cotune.plan.model import model_of
 from cotune.privacy.accounting import RecordPrivacy, epsilon
 from cotune.privacy.statement import statement
 from cotune.server.run_folder import Progress, RunFolder
@@ -79,7 +79,7 @@ def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[flo
 
 def _model(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     plan = folder.plan
-    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, folder.file.device)
+    model = model_of(plan, folder.file.device)
     return {
         "base": plan.model.base,
         "base_hash": plan.model.base_hash,
