@@ -158,12 +158,11 @@ def _on_tokens(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings)
         texts = [usable[k::3][:6] for k in range(3)]
         return [collate([{"input_ids": ids, "labels": k % 2}]) for k, ids in enumerate(texts)]
 
-    clipping: ClippingMode = "ghost" if stage.mode == "full" else "hooks"
-    rows = _Rows(holdings.examples(model)).rows
-
     def exact(batch: Batch) -> Tensor:
         return example_losses(model.module, batch)
 
+    clipping: ClippingMode = "ghost" if stage.mode == "full" else "hooks"
+    rows = holdings.examples(model)
     return _Setting(model.module, rows, collate, loss, samples, exact, clipping, stage.local.physical_batch_size)
 
 
