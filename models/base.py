@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from cotune.models.errors import ModelError
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
 
-__all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "find_base", "load_model", "quiet"]
+__all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "dropout_settings", "find_base", "load_model", "quiet"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # never code, never pickles
@@ -183,10 +183,16 @@ def _configure(path: Path, labels: tuple[str, ...]) -> Any:
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or key in ("attn_pdrop", "embd_pdrop", "resid_pdrop")) and isinstance(value, float):
-            setattr(config, key, 0.0)
+    for key in dropout_settings(config):
+        setattr(config, key, 0.0)
     return config
+
+
+def dropout_settings(config: Any) -> dict[str, float]:
+    """The dropout probabilities of a configuration, by their keys."""
+    other_names = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
+    found = config.to_dict().items()
+    return {key: value for key, value in found if ("dropout" in key or key in other_names) and isinstance(value, float)}
 
 
 def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from transformers import AutoConfig
 
-from cotune.models.base import quiet
+from cotune.models.base import dropout_settings, quiet
 from cotune.models.sharing import SharedModel, merge_adapters
 
 __all__ = ["export_model"]
@@ -42,6 +42,5 @@ def export_model(model: SharedModel, folder: Path) -> None:
 def _restore_dropout(config: Any, base: Path) -> None:
     """Training here was without dropout; who fine-tunes on gets the base model's own setting."""
     original = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
-    for key, value in original.to_dict().items():
-        if ("dropout" in key or key in ("attn_pdrop", "embd_pdrop", "resid_pdrop")) and isinstance(value, float):
-            setattr(config, key, value)
+    for key, value in dropout_settings(original).items():
+        setattr(config, key, value)

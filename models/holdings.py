@@ -6,7 +6,6 @@ that they are the same whoever asks and computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,13 +113,9 @@ class Holdings:
         ids = encode(model.loaded.tokenizer, self.texts(), model.loaded.max_length)
         return [{"input_ids": row, "labels": target} for row, target in zip(ids, self.targets, strict=True)]
 
-    def features(
-        self, model: SharedModel, state: State, precision: str, progress: Callable[[int, int], None] | None = None
-    ) -> torch.Tensor:
+    def features(self, model: SharedModel, state: State, precision: str, progress: Progress | None = None) -> torch.Tensor:
         """What the head reads for each record: (n, d)."""
-        found = [_of_file(records, model, state, precision, progress)[torch.as_tensor(rows)] for records, rows in self.parts]
+        found = [
+            features_of(model, records.texts, state, precision, progress)[torch.as_tensor(rows)] for records, rows in self.parts
+        ]
         return torch.cat(found)
-
-
-def _of_file(records: Records, model: SharedModel, state: State, precision: str, progress: Progress | None) -> torch.Tensor:
-    return features_of(model, records.texts, state, precision, progress)

@@ -141,7 +141,6 @@ def _made_private(
     try:
         yield dp_optimizer, rest[0] if mode == "ghost" else _Loss(loss)
     finally:
-        dp_optimizer._step_skip_queue.clear()
         hooks.cleanup()
         for p in module.parameters():
             p.grad = None

@@ -75,11 +75,12 @@ def _play(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate,
     ids = list(grid.push_messages(messages))
     del messages
     tally = _Tally([], [], {}, bytes_down=bytes_down)
+    shapes = {name: state[name] for name in names}
     fusion = plan.strategy.new_fusion()
     deadline = time.monotonic() + plan.server.deadline_seconds
     for participant, message_id in zip(people, ids, strict=True):
         reply = _await_reply(grid, message_id, deadline)
-        update = _admit(folder, participant, reply, {n: state[n] for n in names}, round, tally)
+        update = _admit(folder, participant, reply, shapes, round, tally)
         del reply
         if update is not None:
             fusion.add(update.delta, plan.strategy.weigh(update))
