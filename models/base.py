@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cotune.models.errors import ModelError
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
+from cotune.models.table import Table
 
 __all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "dropout_settings", "find_base", "load_model", "quiet"]
 
@@ -26,10 +27,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # never code, never pickles
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Table):
     """Which pretrained model, and how it reads text (the `model` table of a plan)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
     base_hash: str | None = Field(None, description="SHA-256 of the base model's safetensors; checked when given")

@@ -108,6 +108,10 @@ class Holdings:
     def texts(self) -> list[str]:
         return [records.texts[int(i)] for records, rows in self.parts for i in rows]
 
+    def identities(self) -> list[bytes]:
+        """16 bytes for each record, by which a ledger knows it again (see `Records.identities`)."""
+        return [records.identities[int(i)] for records, rows in self.parts for i in rows]
+
     def examples(self, model: SharedModel) -> list[Example]:
         """Tokens and class of each record."""
         ids = encode(model.loaded.tokenizer, self.texts(), model.loaded.max_length)

@@ -16,12 +16,13 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from cotune.models.base import LoadedModel, ModelConfig, load_model
 from cotune.models.device import pick_device
 from cotune.models.errors import ModelError
+from cotune.models.table import Table
 
 __all__ = ["LoraConfig", "SharedModel", "State", "TrainMode", "merge_adapters", "resident"]
 
@@ -30,10 +31,8 @@ State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 TrainMode = Literal["head", "lora", "full"]
 
 
-class LoraConfig(BaseModel):
+class LoraConfig(Table):
     """Low-rank adapters (Hu et al., ICLR 2022): W + (α/r)·B·A, through peft."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rank: int = Field(8, ge=1, le=512, description="r")
     alpha: float = Field(16.0, gt=0, description="α; the update is scaled by α/r")

@@ -6,30 +6,16 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cotune.models.base import ModelConfig
 from cotune.models.records import DataConfig
 from cotune.models.sharing import LoraConfig, TrainMode
+from cotune.models.table import Table
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.strategies.strategy import StrategyConfig
 
 __all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage"]
-
-_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Table(BaseModel):
-    """A table of the plan: nothing unknown, nothing infinite, and true is not the number 1."""
-
-    model_config = _FROZEN
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, float | None):
-            raise ValueError(f"expected a number, got {str(value).lower()}")
-        return value
 
 
 class LocalTraining(Table):

@@ -11,15 +11,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from scipy.optimize import brentq
 
 from cotune.models.errors import PrivacyError
+from cotune.models.table import Table
 
 __all__ = ["RecordPrivacy", "Steps", "calibrate", "epsilon", "epsilon_rdp"]
 
@@ -29,22 +30,13 @@ _FINE, _COARSE = 5e-4, 2e-3  # width of the grid of privacy losses; each gives a
 _TOLERANCE = 1e-3  # relative, of a calibrated σ
 
 
-class RecordPrivacy(BaseModel):
+class RecordPrivacy(Table):
     """What every organisation promises each of its records (the `privacy` table of a plan)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mode: Literal["record"] = Field("record", description="the unit of privacy: one labelled record")
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organisation over the whole run")
     delta: float | str = Field("1/n^1.1", description='δ: a number, or "1/n^p" with n the organisation\'s records')
     clip_norm: float = Field(1.0, gt=0, description="C, bound on the L2 norm of one record's gradient")
-
-    @field_validator("epsilon", "delta", "clip_norm", mode="before")
-    @classmethod
-    def _numbers_are_numbers(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError(f"expected a number, got {str(value).lower()}")
-        return value
 
     @field_validator("delta")
     @classmethod

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cotune.client.training import planned_steps
+from cotune.client.budget import planned_steps
 from cotune.models.features import encode_batch, feature_head
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import collator, encode, example_losses

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from cotune.client.budget import check_examples, noise_multiplier
 from cotune.client.site import SiteFile
-from cotune.client.training import check_examples, noise_multiplier
 from cotune.models.base import base_labels, find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably

@@ -12,10 +12,11 @@ from dp_accounting.pld import PLDAccountant
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.client import training
+from cotune.client import setting, training
+from cotune.client.budget import check_examples, noise_multiplier, planned_steps
 from cotune.client.observe import observing
 from cotune.client.site import Site
-from cotune.client.training import check_examples, noise_multiplier, planned_steps, train_round
+from cotune.client.training import train_round
 from cotune.models.errors import CotuneError, DataError, PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State, TrainMode, resident
 from cotune.models.tasks import collator, example_losses, logits
@@ -283,7 +284,7 @@ def test_gradients_that_are_wrong_cost_nothing(
         scores = logits(module, batch)
         return functional.cross_entropy(scores + 3 * scores.roll(1, dims=0), batch["labels"], reduction="none")
 
-    monkeypatch.setattr(training, "example_losses", mixed)
+    monkeypatch.setattr(setting, "example_losses", mixed)
     plan, site = make_plan(train="lora", privacy=PRIVATE), make_site()
     with pytest.raises(PrivacyError, match="clipped gradients of this model are wrong"):
         train_round(plan, site, 1, state_for(plan))
