@@ -77,7 +77,7 @@ class Policy(Table):
     def permissive(cls, epsilon: float | None = None) -> Policy:
         """A simulated organisation's: allows everything; `epsilon`: its own ε for a run."""
         return cls(
-            budget=BudgetRules(epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6, delta_total="1/n"),
+            budget=BudgetRules(epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6),
             training=TrainingRules(
                 record_privacy=False,
                 min_examples=0,
