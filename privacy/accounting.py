@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
@@ -22,7 +23,7 @@ from scipy.optimize import brentq
 from cotune.models.errors import PrivacyError
 from cotune.models.table import Table
 
-__all__ = ["RecordPrivacy", "Steps", "calibrate", "epsilon", "epsilon_rdp"]
+__all__ = ["RecordPrivacy", "Steps", "calibrate", "deltas", "epsilon", "epsilon_rdp"]
 
 MAX_NOISE_MULTIPLIER = 1000.0  # σ above this drowns any signal: the budget counts as out of reach
 MIN_NOISE_MULTIPLIER = 0.3  # below this the PLD grid becomes huge and the guarantee meaningless
@@ -100,6 +101,11 @@ def epsilon(spent: Iterable[Steps], delta: float) -> float:
     return _epsilon(merged, delta, _FINE) if merged else 0.0
 
 
+def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """δ of all the steps together at each ε (PLD accounting): the whole privacy curve, from above."""
+    return np.asarray(_accountant(_merge(spent), _COARSE).get_delta(list(epsilons)))
+
+
 def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:
     """The same by Rényi accounting: looser, independent of PLD, for cross-checks only."""
     accountant = RdpAccountant()
@@ -119,10 +125,14 @@ def _merge(spent: Iterable[Steps]) -> tuple[Steps, ...]:
 
 @lru_cache(maxsize=4096)
 def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
+    return float(_accountant(merged, interval).get_epsilon(delta))
+
+
+def _accountant(merged: tuple[Steps, ...], interval: float) -> PLDAccountant:
     accountant = PLDAccountant(value_discretization_interval=min(interval, interval / _FINE * 0.2 * _spread(merged)))
     for steps in merged:
         accountant.compose(steps.event())
-    return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def _spread(merged: tuple[Steps, ...]) -> float:
