@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 _LIMITS = (
     "What this can and cannot see: a bound above the claim proves it false; one below it proves nothing, for the bounds of one"
-    " run are sound but loose. Gross faults (no clipping, a fraction of the noise) show, small ones do not; more canaries and a"
-    " smaller ε sharpen it. Audited are the steps from the records to the delta; not the sending, the ledger, or predictable"
-    " noise.",
+    " run are sound but loose, and not even an attack without a mistake would prove more than the last column. Gross faults (no"
+    " clipping, a fraction of the noise) show, small ones do not; more canaries and a smaller ε sharpen it. Audited are the"
+    " steps from the records to the delta; not the sending, the ledger, or predictable noise.",
     "The attack on the records is a plain one: an AUC near 0.5 is no proof that a better one would learn nothing.",
     "Nothing was released and no ledger was touched. The table is computed from the records: it is for the organisation alone.",
 )
@@ -82,10 +82,11 @@ def _show(console: Console, result: AuditResult) -> None:
         f" {result.steps} steps, σ = {result.noise_multiplier:.3f}, {duration(result.seconds)}"
     )
     table = Table("attack", header_style="bold", pad_edge=False, box=None)
-    for heading in ("targets", "AUC", "ε at least (any mechanism)", "ε at least (these steps)"):
+    for heading in ("targets", "AUC", "ε ≥, any mechanism", "ε ≥, these steps", "can show"):
         table.add_column(heading, justify="right")
     for attack in result.attacks:
-        table.add_row(attack.name, f"{attack.targets:,}", f"{attack.auc:.3f}", _down(attack.at_least_any), _down(attack.at_least))
+        bounds = (_down(bound) for bound in (attack.at_least_any, attack.at_least, attack.power))
+        table.add_row(attack.name, f"{attack.targets:,}", f"{attack.auc:.3f}", *bounds)
     console.print(table)
     console.print(f"claim: ε = {round_up(result.epsilon)} at δ = {scientific(result.delta)}")
     sure = f"{percent(result.confidence)} confidence for all bounds together"
@@ -96,6 +97,10 @@ def _show(console: Console, result: AuditResult) -> None:
         )
     else:
         console.print(f"[bold]no contradiction[/bold]: ε is {_down(result.at_least)} at least ({sure})")
+        if result.power <= result.epsilon:
+            console.print(
+                "No attack on so few targets could refute so large an ε: use more --canaries, or --set privacy.epsilon=1."
+            )
     for limit in _LIMITS:
         console.print(limit)
 

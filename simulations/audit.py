@@ -26,7 +26,7 @@ from cotune.models.sharing import SharedModel, State
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
-from cotune.privacy.audit import Evidence, evidence, lower_bound_any, lower_bound_steps, require_statistics
+from cotune.privacy.audit import Evidence, evidence, lower_bound_any, lower_bound_steps, perfect_evidence, require_statistics
 from cotune.privacy.canaries import Coins, fair_coins, new_canaries, plant
 from cotune.privacy.dp_sgd import private_steps
 from cotune.privacy.randomness import private_generator
@@ -43,13 +43,17 @@ _GRADIENT_ENTRIES = 2**24  # of the canaries' parameters, held for one physical 
 
 @dataclass(frozen=True)
 class Attack:
-    """What was attacked and found. at_least_any, at_least: lower bounds on ε for any mechanism, and for the claimed steps."""
+    """What was attacked and found. at_least_any, at_least: lower bounds on ε for any mechanism, and for the claimed steps.
+
+    power: what `at_least` would be after an attack without a mistake; a claim above it cannot be refuted by so few targets.
+    """
 
     name: str
     targets: int
     auc: float
     at_least_any: float
     at_least: float
+    power: float
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,17 @@ class AuditResult:
         return max(max(attack.at_least, attack.at_least_any) for attack in self.attacks)
 
     @property
+    def power(self) -> float:
+        """The largest ε that could have been shown."""
+        return max(attack.power for attack in self.attacks)
+
+    @property
     def broken(self) -> bool:
         """Whether the claim is refuted."""
         return self.at_least > self.epsilon
 
     def as_dict(self) -> dict[str, Any]:
-        return {"schema": 1, **asdict(self), "at_least": self.at_least, "broken": self.broken}
+        return {"schema": 1, **asdict(self), "at_least": self.at_least, "power": self.power, "broken": self.broken}
 
 
 @dataclass(frozen=True)
@@ -194,9 +203,9 @@ def _audit(
 
 
 def _attack(name: str, found: Evidence, steps: Sequence[Steps], delta: float, error: float) -> Attack:
-    return Attack(
-        name, found.targets, found.auc, lower_bound_any(found, delta, error), lower_bound_steps(found, steps, delta, error)
-    )
+    perfect = lower_bound_steps(perfect_evidence(found.targets), steps, delta, error)
+    lower = lower_bound_any(found, delta, error), lower_bound_steps(found, steps, delta, error)
+    return Attack(name, found.targets, found.auc, *lower, perfect)
 
 
 class _Training:
