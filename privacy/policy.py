@@ -106,7 +106,7 @@ def read_policy(file: Path) -> Policy:
 
 def dump_policy(policy: Policy) -> str:
     """The policy as TOML with a comment for each rule: `read_policy` gives the same again."""
-    lines = []
+    lines: list[str] = []
     for name in Policy.model_fields:
         rules = getattr(policy, name)
         lines += [*([""] if lines else []), f"[{name}]"]
