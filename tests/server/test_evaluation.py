@@ -43,7 +43,7 @@ def moved(model: SharedModel, mode: TrainMode, seed: int = 3) -> State:
 def one_by_one(model: SharedModel, state: State, texts: list[str]) -> list[int]:
     """The oracle: the architecture's own forward on each text by itself, without padding, batches or features."""
     model.load(state)
-    tokenizer, found = model.loaded.tokenizer, []
+    tokenizer, found = model.loaded.reader, []
     for text in texts:
         ids = torch.tensor([tokenizer(text, truncation=True, max_length=16)["input_ids"]])
         assert ids.shape[1] > 1, f"the tokenizer reads nothing of {text!r}"
@@ -70,7 +70,7 @@ def by_hand(truth: list[int], predicted: list[int]) -> dict[str, float]:
 def test_metrics_are_those_of_the_plain_model_text_by_text(
     base_model: Callable[[str], Path], test_set: Holdings, kind: str, mode: TrainMode
 ) -> None:
-    model, texts = shared(base_model(kind)), test_set.texts()
+    model, texts = shared(base_model(kind)), test_set.inputs()
     answers = ((state, one_by_one(model, state, texts)) for state in (moved(model, mode, seed) for seed in range(20)))
     state, predicted = next((s, p) for s, p in answers if len(set(p)) > 1)  # else texts could be mixed up unseen
     got = evaluate(model, state, test_set, "float32").as_dict()
