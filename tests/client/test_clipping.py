@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cotune.client.setting import Setting, check_stages, setting_of
-from cotune.models.errors import ModelError, PrivacyError
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records
 from cotune.models.sharing import SharedModel
@@ -67,9 +66,20 @@ class Rows(Dataset[Any]):
 @pytest.fixture
 def records(tmp_path: Path) -> dict[str, Path]:
     """Per task, seven records of unlike lengths, one of them a single word; of tokens, one with a single tag besides O."""
-    texts = ["great", "the table is very sad and this", "awful road", "a happy day to the tree", "of", "poor it was", "is fine day"]
+    texts = [
+        "great",
+        "the table is very sad and this",
+        "awful road",
+        "a happy day to the tree",
+        "of",
+        "poor it was",
+        "is fine day",
+    ]
     csv = write_csv(tmp_path / "texts.csv", [(t, CLASSES["sequence-classification"][i % 3]) for i, t in enumerate(texts)])
-    rows = [{"text": t.split(), "label": [("B-BAD", "O", "B-SO")[(i + j) % 3] for j in range(len(t.split()))]} for i, t in enumerate(texts)]
+    rows = [
+        {"text": t.split(), "label": [("B-BAD", "O", "B-SO")[(i + j) % 3] for j in range(len(t.split()))]}
+        for i, t in enumerate(texts)
+    ]
     tags = tmp_path / "tags.jsonl"
     tags.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return {
