@@ -23,18 +23,20 @@ __all__ = ["LoraConfig", "inject", "merge_adapters", "name_seed"]
 
 _AUTO_TARGETS = {**PEFT_TARGETS, "distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
 
-_WHY_NOT = {  # adapters that are known, and why differentially private training cannot have them (yet)
-    "dora": "DoRA divides by the norm of the adapted weight, which has no gradient per record",
-    "ia3": "IA3 scales activations by bare parameters, which have no gradient per record",
-    "adalora": "AdaLoRA prunes ranks by the records' gradients, which no accounting covers, and trains bare parameters",
-    "vera": "VeRA's scaling vectors are bare parameters, which have no gradient per record",
-    "prompt": "prompt tuning trains vectors that are put before every text of a batch, which have no gradient per record",
-    "prompt_tuning": "prompt tuning trains vectors that are put before every text of a batch, which have no gradient per record",
-    "prefix_tuning": "prefix tuning trains vectors that are put before every text of a batch, which have no gradient per record",
-    "p_tuning": "P-tuning trains vectors that are put before every text of a batch, which have no gradient per record",
-    "loha": "LoHa multiplies bare parameters, which have no gradient per record",
-    "lokr": "LoKr multiplies bare parameters, which have no gradient per record",
-    "oft": "OFT rotates the weights by bare parameters, which have no gradient per record",
+_PREPENDED = "its vectors stand before every text of a batch, so that Opacus finds no gradient per record for them"
+_UNCHECKED = "nobody has checked here that its gradients are clipped record by record"
+_WHY_NOT = {  # adapters that are known, and why they are not to be had
+    "dora": "DoRA divides by the norm of the adapted weight, for which Opacus finds no gradient per record",
+    "ia3": "Opacus finds no gradient per record for IA3's scaling vectors",
+    "adalora": "AdaLoRA prunes ranks by the records' gradients, which no accounting covers",
+    "vera": "Opacus finds no gradient per record for VeRA's scaling vectors",
+    "prompt": _PREPENDED,
+    "prompt_tuning": _PREPENDED,
+    "prefix_tuning": _PREPENDED,
+    "p_tuning": _PREPENDED,
+    "loha": _UNCHECKED,
+    "lokr": _UNCHECKED,
+    "oft": _UNCHECKED,
 }
 
 

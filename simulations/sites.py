@@ -19,7 +19,7 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, PlanError
 from cotune.models.holdings import write_holdings
 from cotune.models.inputs import stratum_of
-from cotune.models.records import Records, check_labels, is_one_source, organisation_files, read_records
+from cotune.models.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
@@ -118,7 +118,7 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
         train, held_out = split_test(strata, plan.test_fraction, rng)
         test.append((file, held_out))
         if file is not None:
-            shares.append(Share(file.stem, file, train))
+            shares.append(Share(organisation_name(file), file, train))
         else:
             parts = partition([strata[i] for i in train], _partition_config(plan), rng)
             shares += [Share(f"org-{i}", None, train[rows]) for i, rows in enumerate(parts, start=1)]

@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import Dataset
 
+from cotune.client import setting
 from cotune.client.setting import Setting, check_stages, setting_of
+from cotune.models.errors import DataError, ModelError, PrivacyError
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records
 from cotune.models.sharing import SharedModel
+from cotune.models.tasks import logits
 from cotune.plan.load import parse_plan
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
@@ -126,48 +130,48 @@ def prepared(plan: Plan) -> tuple[SharedModel, list[nn.Parameter], Setting]:
     return model, parameters, setting_of(plan, stage, model, everything(plan), state, "clinic")
 
 
-def one_at_a_time(setting: Setting, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
+def one_at_a_time(given: Setting, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
     """The gradient of each record, alone in its batch and without padding."""
-    batches = [setting.collate([row]) for row in setting.rows]
-    return [[g.double() for g in torch.autograd.grad(setting.loss(batch).sum(), parameters)] for batch in batches]
+    batches = [given.collate([row]) for row in given.rows]
+    return [[g.double() for g in torch.autograd.grad(given.loss(batch).sum(), parameters)] for batch in batches]
 
 
 def norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(t.pow(2).sum()) for t in tensors))
 
 
-def moved(setting: Setting, parameters: list[nn.Parameter], clip: float) -> list[Tensor]:
+def moved(given: Setting, parameters: list[nn.Parameter], clip: float) -> list[Tensor]:
     """The sum of clipped gradients, as one step without noise over all records shows it."""
     before = [p.detach().double().clone() for p in parameters]
     steps = private_steps(
-        setting.module,
+        given.module,
         torch.optim.SGD(parameters, lr=LR),
-        setting.loss,
-        Rows(setting.rows),
-        collate=setting.collate,
+        given.loss,
+        Rows(given.rows),
+        collate=given.collate,
         noise_multiplier=0.0,
         clip_norm=clip,
         sample_rate=1.0,
         steps=1,
-        physical_batch=min(setting.physical_batch, 3),
-        mode=setting.clipping,
+        physical_batch=min(given.physical_batch, 3),
+        mode=given.clipping,
     )
     assert len(list(steps)) == 1
-    return [(b - p.detach().double()) * len(setting.rows) / LR for b, p in zip(before, parameters, strict=True)]
+    return [(b - p.detach().double()) * len(given.rows) / LR for b, p in zip(before, parameters, strict=True)]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kind", "task"), FAMILIES)
 def test_the_clipped_sum_is_that_of_one_record_at_a_time(new_plan: MakePlan, kind: str, task: str, mode: str) -> None:
     plan = new_plan(kind, task, **MODES[mode])
-    _, parameters, setting = prepared(plan)
-    gradients = one_at_a_time(setting, parameters)
+    _, parameters, given = prepared(plan)
+    gradients = one_at_a_time(given, parameters)
     norms = sorted(norm(g) for g in gradients)
     clip = norms[len(norms) // 2] * 0.99  # some are clipped and some are not
     expected = [
         sum((g[i] * min(1.0, clip / (norm(g) + 1e-6)) for g in gradients), torch.zeros(())) for i in range(len(parameters))
     ]
-    actual = moved(setting, parameters, clip)
+    actual = moved(given, parameters, clip)
     assert norm([a - e for a, e in zip(actual, expected, strict=True)]) < 1e-5 * norm(expected)
 
 
@@ -175,6 +179,65 @@ def test_the_clipped_sum_is_that_of_one_record_at_a_time(new_plan: MakePlan, kin
 @pytest.mark.parametrize(("kind", "task"), FAMILIES)
 def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, kind: str, task: str, mode: str) -> None:
     plan = new_plan(kind, task, **MODES[mode])
-    _, _, setting = prepared(plan)
-    assert check_clipping(setting.module, setting.exact, setting.samples(), 1.0, setting.clipping) < 1e-5
+    _, _, given = prepared(plan)
+    assert check_clipping(given.module, given.exact, given.samples(), 1.0, given.clipping) < 1e-5
     check_stages(plan, model_of(plan, "cpu"))
+
+
+# --- what would be wrong is refused before the run
+
+
+@pytest.mark.parametrize("mode", ["head", "lora", "full"])
+def test_a_loss_that_mixes_records_is_refused(new_plan: MakePlan, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over the tokens of a batch, as Hugging Face's own losses are."""
+
+    def over_the_batch(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["labels"]
+        losses = functional.cross_entropy(logits(module, batch).movedim(-1, 1), labels, reduction="none")
+        return losses.sum(dim=1) * len(labels) / (labels != -100).sum()
+
+    monkeypatch.setattr(setting, "example_losses", over_the_batch)
+    plan = new_plan("bert", "token-classification", train=mode)
+    with pytest.raises(PrivacyError, match=rf"clipped gradients of this model are wrong by .* in train = {mode}"):
+        check_stages(plan, model_of(plan, "cpu"))
+    check_stages(plan.model_copy(update={"privacy": "none"}), model_of(plan, "cpu"))
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_parameter_used_outside_its_module_is_refused(new_plan: MakePlan, mode: str) -> None:
+    plan = new_plan("vit", "image-classification", train=mode)
+    model = model_of(plan, "cpu")
+    whole: Any = model.module
+    plain = whole.forward
+
+    def twice(**inputs: Any) -> Any:
+        output = plain(**inputs)
+        output.logits = output.logits + whole.classifier.weight.sum(dim=1)
+        return output
+
+    whole.forward = twice
+    with pytest.raises(PrivacyError, match=rf"clipped gradients of this model are wrong by .* in train = {mode}"):
+        check_stages(plan, model)
+
+
+def test_what_opacus_refuses_is_refused_in_a_sentence(new_plan: MakePlan) -> None:
+    """A parameter that takes no part in the forward pass."""
+    plan = new_plan("bert", "token-classification", train="full")
+    model = model_of(plan, "cpu")
+    model.module.add_module("unused", nn.Linear(3, 3))
+    with pytest.raises(PrivacyError, match="train = full cannot be had with differential privacy for this model"):
+        check_stages(plan, model)
+
+
+def test_adapters_on_more_layers_than_there_are_are_refused(new_plan: MakePlan) -> None:
+    plan = new_plan("bert", "token-classification", train="lora", lora={"layers": 3})
+    with pytest.raises(ModelError, match=r"lora\.layers = 3, but the modules to adapt lie in 2 layers"):
+        model_of(plan, "cpu")
+
+
+def test_records_described_for_another_task_are_refused(new_plan: MakePlan) -> None:
+    texts, tokens = new_plan("bert", "sequence-classification"), new_plan("bert", "token-classification")
+    with pytest.raises(
+        DataError, match="clinic describes its records as for sequence-classification, expected token-classification"
+    ):
+        setting_of(tokens, tokens.stage_of(1), model_of(tokens, "cpu"), everything(texts), {}, "clinic")

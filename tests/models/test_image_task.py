@@ -88,7 +88,7 @@ def test_organisations_are_folders_of_folders(tmp_path: Path) -> None:
     (tmp_path / "orgs" / "notes").mkdir()
     shutil.copy(listing(write_images(tmp_path / "orgs" / "images", 3), "csv"), tmp_path / "orgs" / "east.csv")
     files = organisation_files(tmp_path / "orgs", "image-classification")
-    assert list(files) == ["east", "images", "list", "north", "south"]
+    assert list(files) == ["east", "images", "list", "north", "south.b"]
     with pytest.raises(DataError, match="is a folder, expected one organisation's file"):
         read_records(DataConfig(source=str(tmp_path / "orgs" / "north")))  # of texts
 
@@ -157,12 +157,12 @@ def test_the_head_on_features_gives_the_models_logits(
     assert torch.equal(features_of(model, [inputs[i] for i in again], state, "float32"), vectors[again])
 
 
-def test_what_a_vit_uses_outside_of_its_modules_is_never_trained(vit: Callable[..., SharedModel]) -> None:
-    """The class token and the position embeddings have no gradient per example."""
-    names = vit().names("full", freeze_embeddings=False)
-    assert "vit.embeddings.patch_embeddings.projection.weight" in names
-    assert not {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} & set(names)
-    assert "vit.embeddings.patch_embeddings.projection.weight" not in vit().names("full")
+def test_the_embeddings_of_a_vit_are_frozen_unless_asked_for(vit: Callable[..., SharedModel]) -> None:
+    """Its class token and its position embeddings, which are parameters of no layer, among them."""
+    inside = {"cls_token", "position_embeddings", "patch_embeddings.projection.weight", "patch_embeddings.projection.bias"}
+    embeddings = {f"vit.embeddings.{name}" for name in inside}
+    assert not embeddings & set(vit().names("full"))
+    assert set(vit().names("full", freeze_embeddings=False)) == embeddings | set(vit().names("full"))
 
 
 def test_a_base_model_without_an_image_processor(base_model: Callable[[str], Path], tmp_path: Path) -> None:
