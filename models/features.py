@@ -11,6 +11,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -129,17 +130,32 @@ def _key(model: SharedModel, inputs: Sequence[Input], state: State, reading: str
         digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
     if model.lora is not None and any(".lora_" in n for n in state):
         digest.update(f"{model.lora.model_dump_json()}{model.seed}".encode())  # a frozen A is drawn from the seed
+    digest.update(_digest_of(tuple(inputs)))
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _digest_of(inputs: tuple[Input, ...]) -> bytes:
+    """SHA-256 over all inputs; of the same ones, as every round asks for them, it is computed once."""
+    digest = hashlib.sha256()
     for given in inputs:
         digest.update(hashlib.sha256(content_of(given)).digest())
-    return digest.hexdigest()
+    return digest.digest()
 
 
 def _read(file: Path, expected: int) -> Tensor | None:
     try:
-        found = load_file(file)["features"]
+        status = file.stat()
+        found = _load(file, status.st_mtime_ns, status.st_size)
     except (OSError, SafetensorError, KeyError):
         return None
     return found if len(found) == expected else None
+
+
+@lru_cache(maxsize=1)
+def _load(file: Path, mtime_ns: int, size: int) -> Tensor:
+    """The last file stays in memory: the next organisation and the next round want it too. Nobody changes the tensor."""
+    return load_file(file)["features"]
 
 
 def _write(file: Path, features: Tensor) -> None:

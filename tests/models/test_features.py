@@ -220,6 +220,16 @@ def test_the_second_time_the_encoder_does_not_run(shared: Make, texts: tuple[str
     assert calls == []
 
 
+def test_the_last_file_stays_in_memory(shared: Make, texts: tuple[str, ...], cache: Path) -> None:
+    model = shared("bert")
+    computed, first, again = (features(model, texts) for _ in range(3))
+    assert again is first
+    assert torch.equal(first, computed)
+    features(model, texts[:-1])
+    features(model, texts[:-1])
+    assert features(model, texts) is not first
+
+
 def garbage(file: Path) -> None:
     file.write_bytes(b"no tensors")
 
