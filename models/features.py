@@ -155,7 +155,8 @@ def _read(file: Path, expected: int) -> Tensor | None:
 @lru_cache(maxsize=1)
 def _load(file: Path, mtime_ns: int, size: int) -> Tensor:
     """The last file stays in memory: the next organisation and the next round want it too. Nobody changes the tensor."""
-    return load_file(file)["features"]
+    features: Tensor = load_file(file)["features"]
+    return features
 
 
 def _write(file: Path, features: Tensor) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from cotune.models.errors import DataError
 from cotune.models.images import SUFFIXES
 
 __all__ = ["holds_classes", "labelled_images", "signature"]
 
 
 def labelled_images(folder: Path) -> list[tuple[Path, str]]:
-    """(file, class) of every image in the folder's sub-folders, which are named for their classes; sorted."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [(file, path.name) for path in classes for file in sorted(path.iterdir()) if _is_image(file)]
+    """(file, class) of every image in the folder's sub-folders, which are named for their classes; sorted. Raises DataError."""
+    try:
+        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return [(file, path.name) for path in classes for file in sorted(path.iterdir()) if _is_image(file)]
+    except OSError as error:
+        raise DataError(f"{str(folder)!r} cannot be opened ({error.strerror}): check its permissions") from error
 
 
 def holds_classes(folder: Path) -> bool:

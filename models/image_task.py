@@ -43,13 +43,19 @@ class ImageClassification:
         try:
             return opened(source), name
         except DataError as error:
-            raise DataError(f"{file.name} holds an image in record {number}{_shown(source)} that is {error}") from None
+            raise DataError(f"{file.name} holds an unusable image in record {number}{_shown(source)}, {error}") from None
 
     def reader(self, folder: Path) -> ImageReader:
         return ImageReader(folder)
 
     def fit(self, reader: ImageReader, module: Any) -> None:
-        reader.shape()
+        shape, wanted = reader.shape(), getattr(module.config, "image_size", None)
+        wanted = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted or shape)
+        if shape != wanted:
+            raise ModelError(
+                f"the base model reads images of {wanted[0]} × {wanted[1]} pixels, and its preprocessor_config.json makes them"
+                f" {shape[0]} × {shape[1]}: expected the same; mend one of the two files"
+            )
         if module.config.num_channels != 3:
             raise ModelError(
                 f"the base model reads {module.config.num_channels} channels: expected 3 (RGB); use another base model"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from cotune.models.images import Image
 from cotune.models.records import DataConfig, Records, organisation_files, read_records
 from cotune.models.sharing import LoraConfig, SharedModel
 from cotune.models.tasks import logits, task_named
-from tests.conftest import COLOURS, write_images
+from tests.conftest import COLOURS, PROCESSOR, write_images
 
 TASK = task_named("image-classification")
 LABELS = tuple(COLOURS)
@@ -111,7 +112,7 @@ def test_a_bad_image_is_named_by_its_number(images: Path) -> None:
     file = listing(images, "csv")
     (images / "red" / "bad.png").write_bytes(b"no image")
     file.write_text(file.read_text() + "images/red/bad.png,red\nimages/red/none.png,red\n")
-    with pytest.raises(DataError, match=r"list.csv holds an image in record 10 \(bad.png\) that is neither PNG nor JPEG"):
+    with pytest.raises(DataError, match=r"list.csv holds an unusable image in record 10 \(bad.png\), neither PNG nor JPEG"):
         read(file)
     with pytest.raises(DataError, match=r"bad.png"):
         read(images)
@@ -169,6 +170,13 @@ def test_a_base_model_without_an_image_processor(base_model: Callable[[str], Pat
     folder = Path(shutil.copytree(base_model("vit"), tmp_path / "base"))
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ModelError, match=r"no readable preprocessor_config\.json"):
+        load_model(ModelConfig(base=str(folder)), LABELS, 1, "image-classification")
+
+
+def test_a_processor_for_other_sizes(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base_model("vit"), tmp_path / "base"))
+    (folder / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "size": {"height": 32, "width": 16}}))
+    with pytest.raises(ModelError, match=r"reads images of 16 × 16 pixels, and its preprocessor_config\.json makes them 32 × 16"):
         load_model(ModelConfig(base=str(folder)), LABELS, 1, "image-classification")
 
 
