@@ -16,7 +16,8 @@ from cotune.models.errors import DataError, PrivacyError
 from cotune.models.features import FeatureHead, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import example_losses
+from cotune.models.tasks import example_losses, logits
+from cotune.models.text_task import IGNORED
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.dp_sgd import Batch, ClippingMode, check_clipping
@@ -37,6 +38,7 @@ class Setting:
     loss: Callable[[Batch], Tensor]
     samples: Callable[[], list[Batch]]  # made-up batches of one, to check gradients with
     exact: Callable[[Batch], Tensor]  # the same loss in float32, to check gradients with
+    correct: Callable[[Batch], int]  # how many records of a batch the module classifies rightly
     clipping: ClippingMode
     physical_batch: int
 
@@ -71,12 +73,13 @@ def check_stages(plan: Plan, model: SharedModel) -> None:
         model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
         on_features = stage.mode == "head" and feature_head(model) is not None
         if isinstance(plan.privacy, RecordPrivacy) and not on_features:
-            _check_gradients(_on_examples(plan, stage, model, nothing), plan.privacy.clip_norm, stage.mode)
+            _check_gradients(_on_examples(plan, stage, model, nothing), plan.privacy, stage.mode)
 
 
-def _check_gradients(setting: Setting, clip_norm: float, mode: str) -> None:
+def _check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> None:
+    clip, clipping = privacy.clip_norm, privacy.clipping
     try:
-        error = check_clipping(setting.module, setting.exact, setting.samples(), clip_norm, setting.clipping)
+        error = check_clipping(setting.module, setting.exact, setting.samples(), clip, setting.clipping, clipping=clipping)
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
         reason = (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
         raise PrivacyError(
@@ -104,7 +107,10 @@ def _on_features(head: FeatureHead, features: Tensor, targets: list[int], device
         rows = torch.linspace(-1, 1, 3 * features.shape[1], device=device).reshape(3, 1, -1)
         return [{"features": row, "labels": torch.tensor([i % 2], device=device)} for i, row in enumerate(rows)]
 
-    return Setting(head, range(len(labels)), collate, loss, samples, loss, "hooks", _FEATURE_BATCH)
+    def correct(batch: Batch) -> int:
+        return int((head(batch["features"]).logits.argmax(dim=1) == batch["labels"]).sum())
+
+    return Setting(head, range(len(labels)), collate, loss, samples, loss, correct, "hooks", _FEATURE_BATCH)
 
 
 def _on_examples(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings) -> Setting:
@@ -127,9 +133,15 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, holdings: Holding
     def exact(batch: Batch) -> Tensor:
         return example_losses(model.module, batch)
 
+    def correct(batch: Batch) -> int:
+        """Records, whatever the task: of tags, all words of a record must be told rightly."""
+        labels = batch["labels"]
+        right = (logits(model.module, batch).argmax(dim=-1) == labels) | (labels == IGNORED)
+        return int(right.reshape(len(right), -1).all(dim=1).sum())
+
     clipping: ClippingMode = "ghost" if stage.mode == "full" else "hooks"
     rows = holdings.examples(model)
-    return Setting(model.module, rows, collate, loss, samples, exact, clipping, stage.local.physical_batch_size)
+    return Setting(model.module, rows, collate, loss, samples, exact, correct, clipping, stage.local.physical_batch_size)
 
 
 def optimizer_of(

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.models.errors import DataError
 from cotune.models.features import Progress, features_of
-from cotune.models.inputs import Input, names_in
+from cotune.models.inputs import Input, names_in, stratum_of
 from cotune.models.records import DataConfig, Records, read_records
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, TaskName
@@ -114,8 +114,12 @@ class Holdings:
         return [number for target in self.targets for number in ((target,) if isinstance(target, int) else target)]
 
     def label_counts(self) -> dict[str, int]:
-        counts = Counter(self.truth)
-        return {label: counts[i] for i, label in enumerate(self.labels)}
+        """How many records each class has, every record counting once: of tags by its `stratum_of`.
+
+        What is told of these counts under privacy relies on it: one record changes one of them by one.
+        """
+        counts = Counter(stratum_of(records.labels[int(i)]) for records, rows in self.parts for i in rows)
+        return {label: counts[label] for label in self.labels}
 
     def inputs(self) -> list[Input]:
         return [records.inputs[int(i)] for records, rows in self.parts for i in rows]

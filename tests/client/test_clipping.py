@@ -241,3 +241,38 @@ def test_records_described_for_another_task_are_refused(new_plan: MakePlan) -> N
         DataError, match="clinic describes its records as for sequence-classification, expected token-classification"
     ):
         setting_of(tokens, tokens.stage_of(1), model_of(tokens, "cpu"), everything(texts), {}, "clinic")
+
+
+# --- what is told of records counts records
+
+
+def test_of_tags_a_record_counts_once(new_plan: MakePlan) -> None:
+    """Noise on counts is made for one record changing each by one at most, however many words it has."""
+    plan = new_plan("bert", "token-classification", train="lora")
+    held = everything(plan)
+    counts = held.label_counts()
+    assert sum(counts.values()) == len(held) == 7 < len(held.truth)
+    ((records, rows),) = held.parts
+    for left_out in range(7):
+        fewer = Holdings(((records, np.delete(rows, left_out)),), plan.labels, plan.task).label_counts()
+        assert sum(abs(counts[label] - fewer[label]) for label in counts) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [("bert", "sequence-classification"), ("bert", "token-classification"), ("vit", "image-classification")]
+)
+def test_a_record_is_right_when_all_of_it_is(new_plan: MakePlan, kind: str, task: str) -> None:
+    _, _, given = prepared(new_plan(kind, task, train="full"))
+    batch = given.collate(given.rows)
+    with torch.no_grad():
+        best = logits(given.module, batch_without(batch)).argmax(dim=-1)
+    batch["labels"] = torch.where(batch["labels"] == -100, batch["labels"], best)
+    assert given.correct(batch) == 7
+    wrong = batch["labels"].clone()
+    place = (1, int((wrong[1] != -100).nonzero()[0])) if wrong.dim() == 2 else (1,)
+    wrong[place] = (wrong[place] + 1) % 3
+    assert given.correct({**batch, "labels": wrong}) == 6
+
+
+def batch_without(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in batch.items() if key != "labels"}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +15,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from cotune.client import setting, training
-from cotune.client.budget import check_examples, noise_multiplier, planned_steps
+from cotune.client.account import Account
+from cotune.client.budget import budget_of, check_examples, noise_multiplier, planned_steps
 from cotune.client.observe import observing
 from cotune.client.site import Site
 from cotune.client.training import train_round
-from cotune.models.errors import CotuneError, DataError, PrivacyError, RunError
+from cotune.models.errors import CotuneError, DataError, Declined, PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State, TrainMode, resident
 from cotune.models.tasks import example_losses, logits
 from cotune.models.text_task import collator
 from cotune.plan.model import model_of
 from cotune.plan.schema import LocalTraining, Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps
+from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate
 from cotune.privacy.dp_sgd import StepReport
+from cotune.privacy.policy import Policy
 from cotune.strategies.updates import apply_delta
 
 MakePlan = Callable[..., Plan]
@@ -311,7 +315,8 @@ def test_the_whole_run_stays_within_its_budget(make_plan: MakePlan, make_site: M
         state = apply_delta(state, update.delta)
         assert update.epsilon is not None
         stated.append(update.epsilon)
-        assert update.epsilon == pytest.approx(pld_epsilon(site.ledger().spent(), 1e-3), rel=5e-3)
+        spent_so_far = pld_epsilon(site.ledger().spent(), 1e-3)
+        assert spent_so_far * 0.995 <= update.epsilon <= spent_so_far * 1.005 + 0.01  # stated with two digits, rounded up
     spent = site.ledger().spent(plan.plan_id)
     assert len({s.noise_multiplier for s in spent}) == 1
     assert [(s.sample_rate, s.count) for s in spent] == [(0.2, 4)] * 3
@@ -418,15 +423,61 @@ def more(plan: Plan, site: Site, state: State) -> State:
         return state
 
 
-def test_what_another_plan_spent_counts(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    site = make_site()
-    small = make_plan(privacy={**PRIVATE, "epsilon": 1.0}, rounds=1)
-    run(small, site, state_for(small), range(1, 2))
-    plan = make_plan(privacy=PRIVATE, rounds=2)
-    run(plan, site, state_for(plan), range(1, 3))
+def total(epsilon: float, own: float | None = None) -> Policy:
+    """A policy that allows everything but more than ε in total."""
+    allowed = Policy.permissive()
+    rules = {**dict(allowed.budget), "epsilon_total": epsilon, "delta_total": 1e-3, "epsilon": own}
+    return allowed.model_copy(update={"budget": type(allowed.budget)(**rules)})
+
+
+def test_what_another_plan_spent_counts_against_the_total(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    site = make_site(policy=total(2.5))
+    first = make_plan(privacy=PRIVATE, rounds=1)
+    run(first, site, state_for(first), range(1, 2))
+    plan = make_plan(privacy=PRIVATE, rounds=4)
+    left = 2.5 - pld_epsilon(site.ledger().spent(), 1e-3)
+    with pytest.raises(Declined) as declined:
+        train_round(plan, site, 1, state_for(plan))
+    assert declined.value.rule == "budget.epsilon_total"
+    assert f"the plan asks for ε = 2 in 4 rounds, and {left:.2f} of the total 2.5 are left" in str(declined.value)
+    assert len(site.ledger().spent()) == 1  # refused before anything was charged
+    fits = int(re.search(r"at most (\d) of its rounds would fit", str(declined.value))[1])  # type: ignore[index]
+    sigma = calibrate([(0.2, 16)], epsilon=2.0, delta=1e-3)
+    assert 0 < fits < 4
     spent = site.ledger().spent()
-    assert len(spent) == 3
-    assert 0.95 * 2 <= pld_epsilon(spent, 1e-3) <= 2.0
+    assert (
+        pld_epsilon([*spent, Steps(sigma, 0.2, 4 * fits)], 1e-3)
+        <= 2.5
+        < pld_epsilon([*spent, Steps(sigma, 0.2, 4 * fits + 4)], 1e-3)
+    )
+
+
+def test_an_own_epsilon_makes_room(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    """An organisation may spend less than the plan allows: it adds more noise."""
+    plan, site = make_plan(privacy=PRIVATE), make_site(policy=total(3.0, own=1.0))
+    run(plan, site, state_for(plan), range(1, 4))
+    assert 0.97 <= pld_epsilon(site.ledger().spent(), 1e-3) <= 1.0
+    other = make_plan(privacy=PRIVATE, seed=8)
+    run(other, site, state_for(other), range(1, 4))
+    assert pld_epsilon(site.ledger().spent(), 1e-3) <= 3.0
+
+
+def test_shuffled_and_newly_exported_records_are_the_same_data(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    plan = make_plan(privacy=PRIVATE, rounds=1)
+    site = make_site(rows=range(50))
+    run(plan, site, state_for(plan), range(1, 2))
+    other = make_plan(privacy=PRIVATE, rounds=1, seed=8)
+    again = make_site(rows=list(reversed(range(50))))
+    run(other, again, state_for(other), range(1, 2))
+    assert [d.records for d in again.ledger().data_sets()] == [50]
+    known = len(set(again.holdings(plan.labels).identities()))
+    grown = make_site(rows=range(60))
+    account = Account(other, grown.policy(), grown, grown.holdings(other.labels))
+    before = grown.ledger().spent(data=account.data)
+    assert len(before) == 2  # what it grew from counts
+    assert grown.ledger().data_sets()[1].shares == {grown.ledger().data_sets()[0].fingerprint: known}
 
 
 def test_a_repeated_request_gets_the_same_update_for_nothing(
@@ -494,10 +545,12 @@ def test_planned_steps(make_plan: MakePlan) -> None:
 def test_the_noise_is_the_least_that_suffices(make_plan: MakePlan) -> None:
     plan = make_plan(privacy=PRIVATE)
     assert isinstance(plan.privacy, RecordPrivacy)
-    sigma = noise_multiplier(plan, plan.privacy, 60, 1, [])
+    policy = Policy.permissive()
+    budget = budget_of(plan.privacy, policy, 60)
+    sigma = noise_multiplier(plan, policy, budget, 60, 1)
     assert pld_epsilon([Steps(sigma, 0.2, 12)], 1e-3) <= 2.0
     assert pld_epsilon([Steps(sigma * 0.98, 0.2, 12)], 1e-3) > 2.0
-    assert noise_multiplier(plan, plan.privacy, 60, 3, [Steps(sigma, 0.2, 8)]) == sigma
+    assert noise_multiplier(plan, policy, budget, 60, 3, spent=[Steps(sigma, 0.2, 8)]) == sigma
 
 
 # --- what an observer sees
@@ -516,4 +569,4 @@ def test_observers_are_told_of_every_step(
     assert ("features", {"organisation": "clinic", "done": distinct, "total": distinct}) in told
     steps = [details for what, details in told if what == "step"]
     assert [(s["organisation"], s["round"], s["step"], s["steps"]) for s in steps] == [("clinic", 1, i, 4) for i in range(1, 5)]
-    assert {s["epsilon"] for s in steps} == {update.epsilon}
+    assert {math.ceil(s["epsilon"] * 100) / 100 for s in steps} == {update.epsilon}

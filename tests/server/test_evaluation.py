@@ -109,7 +109,7 @@ def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_pat
     assert got.accuracy == pytest.approx(right / len(truth))
     recalls = [sum(t == p == c for t, p in zip(truth, predicted, strict=True)) / truth.count(c) for c in range(4)]
     assert got.recall == pytest.approx(sum(recalls) / 4)
-    assert test.label_counts() == {tag: truth.count(i) for i, tag in enumerate(TAGS)}
+    assert sum(test.label_counts().values()) == len(test) < len(truth)  # records, not words
 
 
 def test_the_state_decides_not_what_was_evaluated_before(base_model: Callable[[str], Path], test_set: Holdings) -> None:

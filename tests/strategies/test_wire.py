@@ -187,9 +187,9 @@ def test_an_update_for_another_plan_is_refused() -> None:
     assert message == "an update for plan aaaaaaaaaaaa came, expected one for bbbbbbbbbbbb"
 
 
-@pytest.mark.parametrize("protocol", [0, 2, "1", 1.5, b"1", None])
+@pytest.mark.parametrize("protocol", [0, 1, "2", 2.5, b"2", None])
 def test_another_protocol_is_refused(protocol: Any) -> None:
-    assert "expected 1: use the same cotune everywhere" in refusal(with_field("protocol", protocol))
+    assert "expected 2: use the same cotune everywhere" in refusal(with_field("protocol", protocol))
 
 
 @pytest.mark.parametrize(
