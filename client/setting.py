@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,16 +13,16 @@ from torch.nn import functional
 from cotune.client.observe import tell
 from cotune.models.device import bfloat16_is_fast
 from cotune.models.errors import DataError, PrivacyError
-from cotune.models.features import FeatureHead, feature_head
+from cotune.models.features import FeatureHead, encode_batch, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import example_losses, logits
+from cotune.models.tasks import Example, example_losses, logits
 from cotune.models.text_task import IGNORED
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.dp_sgd import Batch, ClippingMode, check_clipping
 
-__all__ = ["Setting", "check_stages", "optimizer_of", "setting_of"]
+__all__ = ["Setting", "check_gradients", "check_stages", "made_up_setting", "optimizer_of", "setting_of"]
 
 _FEATURE_BATCH = 4096  # gradients of a head on features are small
 _MAX_GRADIENT_ERROR = 1e-3  # of the clipped sum; correct modes are below 1e-5 in float32
@@ -62,6 +62,30 @@ def setting_of(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings,
     return _on_examples(plan, stage, model, holdings)
 
 
+def made_up_setting(plan: Plan, stage: Stage, model: SharedModel, records: int) -> Setting:
+    """The stage's setting on so many made-up records, as long as the plan allows: what it costs, without any record."""
+    task, reader = model.loaded.task, model.loaded.reader
+    nothing = Holdings((), plan.labels, plan.task)
+    samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
+    rows = [samples[i % len(samples)] for i in range(records)]
+    head = feature_head(model) if stage.mode == "head" else None
+    if head is not None:
+        vectors = encode_batch(model, samples, plan.model.precision)
+        return _on_features(
+            head, vectors[[i % len(samples) for i in range(records)]], [i % 2 for i in range(records)], model.device
+        )
+    return replace(_on_examples(plan, stage, model, nothing), rows=rows)
+
+
+def _lengthened(example: Example, length: int) -> Example:
+    """An example of tokens, repeated to the full length; one without tokens as it is."""
+    tokens = example.get("input_ids")
+    if tokens is None:
+        return example
+    times = -(-length // len(tokens))
+    return {key: (value * times)[:length] if isinstance(value, list) else value for key, value in example.items()}
+
+
 def check_stages(plan: Plan, model: SharedModel) -> None:
     """Before a run: every stage has something to train, and under privacy its gradients are clipped record by record.
 
@@ -73,10 +97,14 @@ def check_stages(plan: Plan, model: SharedModel) -> None:
         model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
         on_features = stage.mode == "head" and feature_head(model) is not None
         if isinstance(plan.privacy, RecordPrivacy) and not on_features:
-            _check_gradients(_on_examples(plan, stage, model, nothing), plan.privacy, stage.mode)
+            check_gradients(_on_examples(plan, stage, model, nothing), plan.privacy, stage.mode)
 
 
-def _check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> None:
+def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> float:
+    """The relative error of the clipped sum over made-up records against gradients taken one record at a time.
+
+    Raises PrivacyError when it is more than rounding: then this model cannot be trained privately in this mode.
+    """
     clip, clipping = privacy.clip_norm, privacy.clipping
     try:
         error = check_clipping(setting.module, setting.exact, setting.samples(), clip, setting.clipping, clipping=clipping)
@@ -91,6 +119,7 @@ def _check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> Non
             f"the clipped gradients of this model are wrong by {error:.2g} (relative) in train = {mode}, expected at most"
             f" {_MAX_GRADIENT_ERROR:g}: use another train mode or model"
         )
+    return error
 
 
 def _on_features(head: FeatureHead, features: Tensor, targets: list[int], device: torch.device) -> Setting:
