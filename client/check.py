@@ -18,7 +18,7 @@ from cotune.client.rows import Rows
 from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
-from cotune.models.errors import Declined, PlanError
+from cotune.models.errors import PlanError, PrivacyError
 from cotune.models.sharing import SharedModel
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
@@ -46,7 +46,7 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class Checked:
-    """The verdict. declined: the rule that says no, with the reason; then, and without privacy, nothing else was tried."""
+    """The verdict. declined: why not, the rule first; then, and without privacy, nothing else was tried."""
 
     organisation: str
     examples: int
@@ -70,7 +70,7 @@ def check(plan: Plan, site: Site) -> Checked:
     try:
         check_consent(plan, policy, len(holdings), account.hours())
         sigma = account.plan_noise(1) if account.budget else None
-    except Declined as declined:
+    except PrivacyError as declined:  # a rule says no, or the run has used up its budget
         return replace(checked, declined=str(declined))
     for stage in plan.stages:
         check_examples(len(holdings), stage.local, site.organisation)

@@ -57,11 +57,15 @@ def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, site: Path) 
 
 
 def test_a_plan_is_checked_before_joining(cotune: Cotune, site: Path) -> None:
-    plan = site.parents[1] / "plan.toml"
+    done, plan = site.parents[1] / "plan.toml", site.parents[1] / "next.toml"
+    over = cotune("client", "check", site, done)
+    assert over.code == 1
+    assert "have used up nearly all" in over.out
+    plan.write_text(done.read_text().replace("seed = 7", "seed = 8"))
     shown = cotune("client", "check", site, plan)
     assert (shown.code, shown.err.strip()) == (0, "")
     assert "the policy allows this plan" in shown.out
-    assert re.search(r"head +2 +5 ", shown.out)
+    assert re.search(r"head +2 +\d+ ", shown.out)
     assert json.loads(cotune("client", "check", site, plan, "--json").out)["epsilon"] == 4.0
     (site / "policy.toml").write_text("")
     declined = cotune("client", "check", site, plan)
