@@ -99,10 +99,10 @@ def test_a_file_that_changes_while_it_is_used_is_noticed(tmp_path: Path) -> None
     image = opened(file)
     image.pixels()
     noise(8, 8, seed=1).save(file)
-    with pytest.raises(DataError, match=r"an image was changed while it was in use \(with other pixels\)"):
+    with pytest.raises(DataError, match="an image file was changed while it was in use"):
         image.pixels()
     file.unlink()
-    with pytest.raises(DataError, match=r"an image was changed while it was in use \(unreadable \(No such file"):
+    with pytest.raises(DataError, match="an image file was changed while it was in use"):
         image.pixels()
 
 
