@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cotune.client.budget import check_examples, noise_multiplier
+from cotune.client.noise import noise_variance
 from cotune.client.observe import tell
 from cotune.client.setting import Setting, optimizer_of, setting_of
 from cotune.client.site import Site
@@ -62,12 +63,14 @@ def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
     setting = setting_of(plan, stage, model, holdings, state, site.organisation)
     optimizer = optimizer_of(stage.local, model, names, parameters)
     if isinstance(plan.privacy, RecordPrivacy):
-        steps, spent = _train_privately(plan, plan.privacy, stage, site, round, setting, optimizer)
+        steps, spent, scale = _train_privately(plan, plan.privacy, stage, site, round, setting, optimizer)
+        named = dict(zip(names, parameters, strict=True))
+        noise = noise_variance(stage.local, optimizer, named, scale=scale, steps=steps)
     else:
-        steps, spent = _train_plainly(plan, stage, site, round, setting, optimizer), None
+        steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer), None, None
     delta = difference(model.state(names), {name: state[name] for name in names})
     _check_moved(delta)
-    update = Update(site.organisation, round, delta, len(holdings), steps, spent)
+    update = Update(site.organisation, round, delta, len(holdings), steps, spent, noise)
     site.keep(update, plan.plan_id, digest)
     return update
 
@@ -90,8 +93,11 @@ def _train_privately(
     round: int,
     setting: Setting,
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, float]:
-    """Returns the steps taken and the ε spent so far. The ledger is charged before a record enters a batch."""
+) -> tuple[int, float, float]:
+    """Returns the steps taken, the ε spent so far, and σC/B, the standard deviation of the noise on a step's gradient.
+
+    The ledger is charged before a record enters a batch.
+    """
     examples, ledger = len(setting.rows), site.ledger()
     _check_gradients(setting, privacy.clip_norm)
     sigma = noise_multiplier(plan, privacy, examples, round, ledger.spent())
@@ -112,7 +118,7 @@ def _train_privately(
     )
     taken = _follow(reports, site.organisation, round, ledger, privacy.delta_for(examples))
     ledger.settle(charge, taken)
-    return taken, epsilon(ledger.spent(), privacy.delta_for(examples))
+    return taken, epsilon(ledger.spent(), privacy.delta_for(examples)), sigma * privacy.clip_norm / (rate * examples)
 
 
 def _check_gradients(setting: Setting, clip_norm: float) -> None:

@@ -1,7 +1,7 @@
 """The round loop, the same for every engine: send, stream the replies in, admit, fuse, step, evaluate, checkpoint.
 
 Replies are pulled and added one at a time, in the order of the organisations, so that the sum is the same whoever was faster; the
-server never holds more than one reply beside the running sum.
+server never holds more than one reply beside the running sum, unless the weighting must compare them (strategies/combination).
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ def _play(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate,
     del messages
     tally = _Tally([], [], {}, bytes_down=bytes_down)
     shapes = {name: state[name] for name in names}
-    fusion = plan.strategy.new_fusion()
+    combination = plan.strategy.new_combination()
     deadline = time.monotonic() + plan.server.deadline_seconds
     for participant, message_id in zip(people, ids, strict=True):
         reply = _await_reply(grid, message_id, deadline)
         update = _admit(folder, participant, reply, shapes, round, tally)
         del reply
         if update is not None:
-            fusion.add(update.delta, plan.strategy.weigh(update))
+            combination.add(update)
         del update  # before the next one comes
     _check_quorum(plan, people, tally, round)
     optimizer = plan.strategy.new_server_optimizer()
-    moved, memory = optimizer.step(state, fusion.result(), before.memory)
+    moved, memory = optimizer.step(state, combination.result(), before.memory)
     entry = _entry(round, stage.mode, tally, evaluate(moved), time.monotonic() - started)
     return Progress(round, moved, memory, (*before.history, entry))
 
@@ -168,7 +168,8 @@ def _open(
     except RunError as error:
         return None, str(error)
     limit = plan.server.max_update_norm
-    reason = reason_to_refuse(update, organisation=who.name, round=round, shapes=shapes, max_norm=limit)
+    needed = plan.privacy != "none" and plan.strategy.compares_noise
+    reason = reason_to_refuse(update, organisation=who.name, round=round, shapes=shapes, max_norm=limit, noise_needed=needed)
     return (update, "") if reason is None else (None, reason)
 
 

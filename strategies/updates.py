@@ -19,6 +19,7 @@ class Update:
 
     delta: float32 tensors of the parameters that the stage shares. examples: the number of records it declares, its weight.
     steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy.
+    noise_variance: of the privacy noise on every coordinate of a parameter's delta, by parameter; None without privacy.
     """
 
     organisation: str
@@ -27,6 +28,7 @@ class Update:
     examples: int
     steps: int
     epsilon: float | None = None
+    noise_variance: Mapping[str, float] | None = None
 
 
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:

@@ -515,3 +515,33 @@ def test_observers_are_told_of_every_step(
     steps = [details for what, details in told if what == "step"]
     assert [(s["organisation"], s["round"], s["step"], s["steps"]) for s in steps] == [("clinic", 1, i, 4) for i in range(1, 5)]
     assert {s["epsilon"] for s in steps} == {update.epsilon}
+
+
+# --- the noise that an update states
+
+
+def test_without_privacy_no_noise_is_stated(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan()
+    assert train_round(plan, make_site(), 1, state_for(plan)).noise_variance is None
+
+
+def test_the_stated_noise_is_that_of_plain_sgd_for_head_and_encoder(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    """T (ησC/B)² with B = 0.2 · 60, and the head's own rate."""
+    local = {"learning_rate": 0.1, "head_learning_rate": 0.4, "momentum": 0.0}
+    plan = make_plan(train="full", privacy=PRIVATE, local=local)
+    site = make_site()
+    update = train_round(plan, site, 1, state_for(plan))
+    (charge,) = site.ledger().spent()
+    assert update.noise_variance is not None
+    assert update.noise_variance.keys() == update.delta.keys()
+    for name, variance in update.noise_variance.items():
+        rate = 0.4 if name.startswith("classifier") else 0.1
+        assert variance == float(f"{4 * (rate * charge.noise_multiplier / 12) ** 2:.3g}")
+
+
+def test_the_outbox_keeps_the_stated_noise(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan(privacy=PRIVATE)
+    site, state = make_site(), state_for(plan)
+    assert train_round(plan, site, 1, state).noise_variance == train_round(plan, site, 1, state).noise_variance is not None
