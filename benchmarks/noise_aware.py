@@ -4,6 +4,9 @@
 
 Six organisations train the head of one frozen encoder; their ε, from 0.5 to 8, are dealt out to them by seed, so that small and
 large ones draw strict and loose ones alike. Each seed has one partition and one deal, on which every weighting is run.
+
+`persistent` is no weighting of cotune's, it is here to explain the others: 1/(v + Rτ²) for R rounds. Noise is drawn afresh in
+every round and averages out over them; what is particular to an organisation is not and does not.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +38,10 @@ from cotune.simulations.grid import InProcessGrid
 from cotune.simulations.sites import make_run, prepare
 from cotune.strategies.noise_aware import random_effects
 from cotune.strategies.updates import Update
+from cotune.strategies.weighting import JOINT_WEIGHTINGS
 from cotune.strategies.wire import decode_request, encode_update
 
-WEIGHTINGS = ("examples", "uniform", "noise_aware")
+WEIGHTINGS = ("examples", "uniform", "noise_aware", "persistent")
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0)
 
 
@@ -57,6 +61,7 @@ class Deal:
     seed: int
     epsilons: Mapping[str, float]
     examples: Mapping[str, int]
+    labels: Mapping[str, str]  # the fraction of each label, in the order of the head
 
 
 def main() -> None:
@@ -94,6 +99,7 @@ def deal_and_run(partition: str, seed: int, epsilons: list[float], overrides: li
         "simulation.baselines=[]", f"privacy.epsilon={max(dealt)}", *overrides,
     ]  # fmt: skip
     seen = {}
+    JOINT_WEIGHTINGS["persistent"] = persistent
     for weighting in WEIGHTINGS:
         prepared = prepare(load_plan("tweets", [*common, f"strategy.weighting={weighting}"]), "cpu")
         names = [share.name for share in prepared.shares]
@@ -101,7 +107,20 @@ def deal_and_run(partition: str, seed: int, epsilons: list[float], overrides: li
         with tempfile.TemporaryDirectory() as folder:
             seen[weighting] = run(make_run(prepared, Path(folder) / "run", "in-process", "cpu"), allowed)
     sizes = {share.name: len(share.rows) for share in prepared.shares}
-    return Deal(partition, seed, allowed, sizes), seen
+    labels = {
+        s.name: " ".join(f"{count / len(s.rows):.2f}" for count in prepared.label_counts(s).values()) for s in prepared.shares
+    }
+    return Deal(partition, seed, allowed, sizes, labels), seen
+
+
+def persistent(updates: Sequence[Update]) -> list[dict[str, float]]:
+    """1/(v + Rτ²), R being the rounds of the tweets plan."""
+    rounds, found = sum(stage.rounds for stage in load_plan("tweets").stages), [dict[str, float]() for _ in updates]
+    variances = [max((u.noise_variance or {}).values()) for u in updates]  # the head: one learning rate
+    between = random_effects(updates, list(updates[0].delta), variances).between
+    for weights, update, v in zip(found, updates, variances, strict=True):
+        weights.update(dict.fromkeys(update.delta, 1 / (v + rounds * between)))
+    return found
 
 
 def run(folder: RunFolder, allowed: Mapping[str, float]) -> Seen:
@@ -156,8 +175,9 @@ def accuracies(runs: list[tuple[Deal, dict[str, Seen]]]) -> str:
 def shares(runs: list[tuple[Deal, dict[str, Seen]]]) -> str:
     """Who counts how much, and why: first and last round of the noise-aware runs, for the parameter with the most entries."""
     rows = [
-        "| seed | organisation | records | ε | √v, first round | share by examples | noise-aware, first round | last round |",
-        "|---|---|---|---|---|---|---|---|",
+        "| seed | organisation | records | labels | ε | √v, first round"
+        " | share by examples | noise-aware, first round | last round |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
     for deal, seen in runs:
@@ -166,7 +186,8 @@ def shares(runs: list[tuple[Deal, dict[str, Seen]]]) -> str:
         total = sum(deal.examples.values())
         for name, epsilon in deal.epsilons.items():
             rows.append(
-                f"| {deal.seed} | {name} | {deal.examples[name]:,} | {epsilon:g} | {math.sqrt(first.variances[name]):.3f} |"
+                f"| {deal.seed} | {name} | {deal.examples[name]:,} | {deal.labels[name]} |"
+                f" {epsilon:g} | {math.sqrt(first.variances[name]):.3f} |"
                 f" {deal.examples[name] / total:.3f} | {first.shares[name]:.3f} | {last.shares[name]:.3f} |"
             )
         notes.append(

@@ -15,12 +15,14 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from cotune.models.errors import RunError
+from cotune.models.errors import PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics
 from cotune.plan.schema import Plan
 from cotune.server.admission import reason_to_refuse
+from cotune.server.central import CentralPrivacy
 from cotune.server.run_folder import Participant, Progress, RunFolder
+from cotune.server.selection import select
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import decode_update, encode_requests, payload_bytes
 
@@ -48,15 +50,18 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
 
     Raises RunError when a round does not reach its quorum; all rounds before are kept.
     """
-    plan, progress = folder.plan, folder.load()
+    plan, progress, central = folder.plan, folder.load(), CentralPrivacy.of(folder)
     total = sum(stage.rounds for stage in plan.stages)
     folder.events.tell(
         "run_started", folder=str(folder.path), plan=plan.name, plan_id=plan.plan_id, rounds=total, resumed_after=progress.round
     )
     for round in range(progress.round + 1, total + 1):
         try:
-            progress = _play(grid, folder, model, evaluate, progress, round)
-        except RunError as error:
+            reason = central.reason_to_stop(progress) if central else None
+            if reason is not None:
+                return _stop(folder, progress, reason)
+            progress = _play(grid, folder, model, evaluate, progress, round, central)
+        except (RunError, PrivacyError) as error:
             folder.events.tell("run_failed", round=round, reason=str(error))
             raise
         folder.save(progress)
@@ -65,18 +70,36 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
     return progress
 
 
-def _play(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate, before: Progress, round: int) -> Progress:
+def _stop(folder: RunFolder, progress: Progress, reason: str) -> Progress:
+    """Ends the run with the rounds that it has. Raises RunError when it has none."""
+    if not progress.round:
+        raise RunError(f"the run ends without a model: {reason}; start a new run")
+    folder.stop(reason)
+    folder.events.tell("run_stopped", rounds=progress.round, reason=reason)
+    return progress
+
+
+def _play(
+    grid: Grid,
+    folder: RunFolder,
+    model: SharedModel,
+    evaluate: Evaluate,
+    before: Progress,
+    round: int,
+    central: CentralPrivacy | None,
+) -> Progress:
     started = time.monotonic()
-    plan, people = folder.plan, folder.file.participants
+    plan, people = folder.plan, select(folder, round)
     stage = plan.stage_of(round)
     state, names = _enter_stage(model, plan, before.state, round)
     folder.events.tell("round_started", round=round, stage=stage.mode, organisations=[p.name for p in people])
-    messages, bytes_down = _requests(grid, folder, state, round)
+    messages, bytes_down = _requests(grid, folder, people, state, round)
     ids = list(grid.push_messages(messages))
     del messages
     tally = _Tally([], [], {}, bytes_down=bytes_down)
     shapes = {name: state[name] for name in names}
-    combination = plan.strategy.new_combination()
+    private_mean = central.new_mean(shapes, before) if central else None
+    combination = private_mean or plan.strategy.new_combination()
     deadline = time.monotonic() + plan.server.deadline_seconds
     for participant, message_id in zip(people, ids, strict=True):
         reply = _await_reply(grid, message_id, deadline)
@@ -86,10 +109,17 @@ def _play(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate,
             combination.add(update)
         del update  # before the next one comes
     _check_quorum(plan, people, tally, round)
+    if central:
+        central.charge(round)
+    fused = combination.result()
     optimizer = plan.strategy.new_server_optimizer()
-    moved, memory = optimizer.step(state, combination.result(), before.memory)
+    moved, memory = optimizer.step(state, fused, before.memory)
     entry = _entry(round, stage.mode, tally, evaluate(moved), time.monotonic() - started)
-    return Progress(round, moved, memory, (*before.history, entry))
+    clip_norm = None
+    if central and private_mean:
+        entry["client_privacy"] = central.entry(before, private_mean)
+        clip_norm = central.next_clip_norm(before, private_mean)
+    return Progress(round, moved, memory, (*before.history, entry), clip_norm)
 
 
 def _enter_stage(model: SharedModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
@@ -100,9 +130,10 @@ def _enter_stage(model: SharedModel, plan: Plan, state: State, round: int) -> tu
     return {**state, **model.state([n for n in names if n not in state])}, names
 
 
-def _requests(grid: Grid, folder: RunFolder, state: State, round: int) -> tuple[list[Message], int]:
+def _requests(
+    grid: Grid, folder: RunFolder, people: Sequence[Participant], state: State, round: int
+) -> tuple[list[Message], int]:
     """One message per organisation; with fewer nodes than organisations (simulations), nodes serve several."""
-    people = folder.file.participants
     nodes = _nodes(grid)
     sites = [(p.name, str(folder.path / p.site) if p.site else "") for p in people]
     contents = encode_requests(folder.plan.canonical(), round, state, sites)
@@ -179,7 +210,7 @@ def _one_line(text: str) -> str:
 
 
 def _check_quorum(plan: Plan, people: Sequence[Participant], tally: _Tally, round: int) -> None:
-    needed = max(1, plan.server.quorum * len(people))
+    needed = max(1, plan.server.quorum * len(people)) if people else 0
     if len(tally.participants) < needed:
         first = tally.dropped[0]
         raise RunError(
@@ -195,6 +226,7 @@ def _entry(number: int, stage: str, tally: _Tally, metrics: Metrics | None, seco
         "stage": stage,
         "metrics": metrics.as_dict() if metrics else None,
         "epsilon": tally.epsilon,
+        "client_privacy": None,
         "participants": tally.participants,
         "dropped": tally.dropped,
         "bytes_up": tally.bytes_up,

@@ -20,11 +20,12 @@ from cotune.models.holdings import write_holdings
 from cotune.models.records import DataConfig, Records, check_labels, organisation_files, read_records
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.client_level import RoundNoise, round_noise
 from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
 
-__all__ = ["Prepared", "make_run", "prepare"]
+__all__ = ["Prepared", "central_noise", "make_run", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,16 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     for share in shares:
         for stage in resolved.stages:
             check_examples(len(share.rows), stage.local, share.name)
+    if resolved.client_privacy is not None:
+        central_noise(resolved, len(shares))
     return Prepared(resolved, shares, test, records, _noise(resolved, shares))
+
+
+def central_noise(plan: Plan, organisations: int) -> RoundNoise:
+    """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
+    assert plan.client_privacy is not None
+    rounds = sum(stage.rounds for stage in plan.stages)
+    return round_noise(plan.client_privacy, rounds=rounds, organisations=organisations, sample_rate=plan.server.sample_rate)
 
 
 def _read(data: DataConfig) -> dict[Path | None, Records]:
