@@ -16,8 +16,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +28,6 @@ from scipy.stats import t as student
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.plan.load import load_plan
-from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.randomness import seeded_generator
 from cotune.server.app import play
 from cotune.server.run_folder import RunFolder
@@ -95,7 +92,8 @@ def section(partition: str, seeds: int, epsilons: list[float], overrides: list[s
 def deal_and_run(partition: str, seed: int, epsilons: list[float], overrides: list[str]) -> tuple[Deal, dict[str, Seen]]:
     dealt = list(seeded_generator(seed, "epsilons").permutation(epsilons))
     common = [
-        f"seed={seed}", f"simulation.clients={len(dealt)}", f'simulation.partition="{partition}"', "simulation.min_examples=800",
+        f"seed={seed}", f"simulation.clients={len(dealt)}", f"simulation.epsilons={[float(e) for e in dealt]}",
+        f'simulation.partition="{partition}"', "simulation.min_examples=800",
         "simulation.baselines=[]", f"privacy.epsilon={max(dealt)}", *overrides,
     ]  # fmt: skip
     seen = {}
@@ -105,7 +103,7 @@ def deal_and_run(partition: str, seed: int, epsilons: list[float], overrides: li
         names = [share.name for share in prepared.shares]
         allowed = dict(zip(names, dealt, strict=True))
         with tempfile.TemporaryDirectory() as folder:
-            seen[weighting] = run(make_run(prepared, Path(folder) / "run", "in-process", "cpu"), allowed)
+            seen[weighting] = run(make_run(prepared, Path(folder) / "run", "in-process", "cpu"))
     sizes = {share.name: len(share.rows) for share in prepared.shares}
     labels = {
         s.name: " ".join(f"{count / len(s.rows):.2f}" for count in prepared.label_counts(s).values()) for s in prepared.shares
@@ -123,34 +121,21 @@ def persistent(updates: Sequence[Update]) -> list[dict[str, float]]:
     return found
 
 
-def run(folder: RunFolder, allowed: Mapping[str, float]) -> Seen:
-    """Plays the rounds with organisations that keep to their own ε."""
+def run(folder: RunFolder) -> Seen:
+    """Plays the rounds, and looks at the updates on their way."""
     seen = Seen()
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request = decode_request(message.content)
-        own = _with_epsilon(folder.plan, allowed[request.organisation])
-        update = train_round(own, Site(Path(request.site)), request.round, dict(request.state))
+        update = train_round(folder.plan, Site(Path(request.site)), request.round, dict(request.state))
         seen.rounds.setdefault(request.round, []).append(update)
         return Message(encode_update(update, folder.plan.plan_id), reply_to=message)
 
-    with silent(folder):
-        play(InProcessGrid(app, len(allowed)), folder)
+    play(InProcessGrid(app, len(folder.file.participants)), folder)
     seen.accuracy = folder.load().history[-1]["metrics"]["accuracy"]
     return seen
-
-
-def _with_epsilon(plan: Plan, epsilon: float) -> Plan:
-    assert isinstance(plan.privacy, RecordPrivacy)
-    return plan.model_copy(update={"privacy": plan.privacy.model_copy(update={"epsilon": epsilon})})
-
-
-@contextmanager
-def silent(folder: RunFolder) -> Iterator[None]:
-    folder.events.silent = True
-    yield
 
 
 def accuracies(runs: list[tuple[Deal, dict[str, Seen]]]) -> str:

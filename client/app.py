@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from cotune.client.site import Site
 from cotune.client.training import train_round
-from cotune.models.errors import CotuneError, RunError
+from cotune.models.errors import CotuneError, Declined, RunError
 from cotune.plan.load import parse_plan
 from cotune.strategies.wire import Request, decode_request, encode_update
 
@@ -56,10 +56,11 @@ def _site(request: Request, context: Context) -> Site:
 
 
 def _refusal(message: Message, site: Site | None, error: Exception, detail: str) -> Message:
-    """A simulated organisation says everything; a real one only what kind of failure it was."""
-    reason = (
-        detail
-        if site is not None and site.file.simulated
-        else f"{type(error).__name__}; details are in the organisation's own log"
-    )
+    """A simulated organisation says everything; a real one only which rule declined, or what kind of failure it was."""
+    if site is not None and site.file.simulated:
+        reason = detail
+    elif isinstance(error, Declined):
+        reason = error.public
+    else:
+        reason = f"{type(error).__name__}; details are in the organisation's own log"
     return Message(Error(_REFUSED, reason), reply_to=message)

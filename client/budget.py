@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cotune.models.errors import DataError, PrivacyError
+from cotune.models.errors import DataError, Declined, PrivacyError
 from cotune.plan.schema import LocalTraining, Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate, epsilon
+from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate, delta_of, epsilon
+from cotune.privacy.ledger import Limit
+from cotune.privacy.policy import Policy
+from cotune.privacy.rounding import round_up
 
-__all__ = ["check_examples", "noise_multiplier", "planned_steps"]
+__all__ = ["Budget", "budget_of", "check_examples", "noise_multiplier", "planned_steps", "planned_telling"]
 
 _MOST_NOISE = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an organisation allows: ε at δ for one run, and in total for its data set over all runs."""
+
+    epsilon: float
+    delta: float
+    total_epsilon: float
+    total_delta: float
+
+    def limits(self, plan_id: str) -> list[Limit]:
+        return [
+            Limit("budget.epsilon_per_run", self.epsilon, self.delta, plan_id),
+            Limit("budget.epsilon_total", self.total_epsilon, self.total_delta),
+        ]
+
+
+def budget_of(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
+    """The plan's ε or the organisation's own, whichever is smaller. Raises PrivacyError for a δ that says nothing."""
+    rules = policy.budget
+    run = min(privacy.epsilon, rules.epsilon or privacy.epsilon)
+    return Budget(run, privacy.delta_for(examples), rules.epsilon_total, delta_of(rules.delta_total, examples))
 
 
 def check_examples(examples: int, local: LocalTraining, organisation: str) -> None:
@@ -34,21 +61,79 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
     return planned
 
 
-def noise_multiplier(plan: Plan, privacy: RecordPrivacy, examples: int, round: int, spent: Sequence[Steps]) -> float:
+def planned_telling(plan: Plan, policy: Policy, first_round: int = 1) -> list[Steps]:
+    """What is to be told with noise from a round on: each a Gaussian mechanism on counts, charged like training."""
+    rounds = sum(stage.rounds for stage in plan.stages) - first_round + 1
+    once = [policy.tell.example_count == "noised", plan.reports.label_histogram and policy.tell.label_histogram == "noised"]
+    metrics = plan.reports.local_metrics and policy.tell.local_metrics == "noised"
+    count = (sum(once) if first_round == 1 else 0) + (rounds if metrics else 0)
+    return [Steps(policy.tell.noise_multiplier, 1.0, count)] if count else []
+
+
+def noise_multiplier(
+    plan: Plan,
+    policy: Policy,
+    budget: Budget,
+    examples: int,
+    round: int,
+    *,
+    spent: Sequence[Steps] = (),
+    before: Sequence[Steps] = (),
+) -> float:
     """σ for the rounds from `round` on: calibrated once for all steps of all rounds, and kept as long as it suffices.
 
-    More than planned may have been spent: a crash in the middle of a round counts. Then the rest of the budget is spread over the
-    remaining steps. Raises PrivacyError when there is no rest, or one so small that the update would be little but noise.
+    spent: charges of this run. before: charges of other runs on the same data. More than planned may have been spent: a crash in
+    the middle of a round counts. Then the rest of the budget is spread over the remaining steps. Raises Declined when the run
+    does not fit into what is left of the total, PrivacyError when its rest is so small that the update would be mere noise.
     """
-    delta = privacy.delta_for(examples)
-    sigma = calibrate(planned_steps(plan, examples), epsilon=privacy.epsilon, delta=delta)
-    remaining = planned_steps(plan, examples, round)
-    if epsilon([*spent, *(Steps(sigma, q, count) for q, count in remaining)], delta) <= privacy.epsilon:
-        return sigma
-    more = calibrate(remaining, epsilon=privacy.epsilon, delta=delta, spent=spent)
-    if more > _MOST_NOISE * sigma:
+    sigma = calibrate(
+        planned_steps(plan, examples), epsilon=budget.epsilon, delta=budget.delta, spent=planned_telling(plan, policy)
+    )
+    remaining, telling = planned_steps(plan, examples, round), planned_telling(plan, policy, round)
+
+    def after(noise: float, others: Sequence[Steps], delta: float) -> float:
+        return epsilon([*others, *spent, *telling, *(Steps(noise, q, count) for q, count in remaining)], delta)
+
+    needed = sigma
+    if after(sigma, (), budget.delta) > budget.epsilon:
+        needed = _rest(remaining, [*spent, *telling], budget.epsilon, budget.delta)
+    if after(needed, before, budget.total_delta) > budget.total_epsilon:
+        if not spent:
+            raise _too_much_in_total(plan, budget, examples, sigma, [*before, *telling])
+        needed = max(needed, _rest(remaining, [*before, *spent, *telling], budget.total_epsilon, budget.total_delta))
+    if needed > _MOST_NOISE * sigma:
         raise PrivacyError(
-            f"interrupted rounds have used up nearly all of ε = {privacy.epsilon:g}: the rest would need {more / sigma:.0f} times"
-            f" the planned noise, expected at most {_MOST_NOISE:g} times; leave the rest to the others, or allow more ε"
+            f"interrupted rounds have used up nearly all of ε = {budget.epsilon:g}: the rest would need {needed / sigma:.0f}"
+            f" times the planned noise, expected at most {_MOST_NOISE:g} times; leave the rest to the others, or allow more ε"
         )
-    return more
+    return needed
+
+
+def _rest(remaining: list[tuple[float, int]], spent: list[Steps], epsilon: float, delta: float) -> float:
+    return calibrate(remaining, epsilon=epsilon, delta=delta, spent=spent)
+
+
+def _too_much_in_total(plan: Plan, budget: Budget, examples: int, sigma: float, before: list[Steps]) -> Declined:
+    """The refusal of a run that does not fit: what was asked, what is left, and how many rounds would fit."""
+    rounds, rest = sum(stage.rounds for stage in plan.stages), budget.total_epsilon - epsilon(before, budget.total_delta)
+    return Declined(
+        "budget.epsilon_total",
+        f"the plan asks for ε = {budget.epsilon:g} in {rounds} rounds, and {max(rest, 0.0):.2f} of the total"
+        f" {budget.total_epsilon:g} are left for this data set (spent: {round_up(epsilon(before, budget.total_delta))}, at δ ="
+        f" {budget.total_delta:.2g}): with this plan's noise at most {_fitting(plan, budget, examples, sigma, before)} of its"
+        " rounds would fit; set budget.epsilon to spend less, or raise budget.epsilon_total in policy.toml",
+    )
+
+
+def _fitting(plan: Plan, budget: Budget, examples: int, sigma: float, before: list[Steps]) -> int:
+    """The largest number of first rounds of the plan that fit into the total at σ; by bisection, ε grows with the rounds."""
+    total = sum(stage.rounds for stage in plan.stages)
+    every = [(stage.local.sample_rate(examples), stage.local.steps) for stage in plan.stages for _ in range(stage.rounds)]
+    low, high = 0, total
+    while low < high:
+        middle = (low + high + 1) // 2
+        steps = [Steps(sigma, q, count) for q, count in every[:middle]]
+        low, high = (
+            (middle, high) if epsilon([*before, *steps], budget.total_delta) <= budget.total_epsilon else (low, middle - 1)
+        )
+    return low

@@ -15,7 +15,7 @@ from cotune.models.device import bfloat16_is_fast
 from cotune.models.features import FeatureHead, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import collator, example_losses
+from cotune.models.tasks import collator, example_losses, logits
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.dp_sgd import Batch, ClippingMode
 
@@ -34,6 +34,7 @@ class Setting:
     loss: Callable[[Batch], Tensor]
     samples: Callable[[], list[Batch]]  # made-up batches of one, to check gradients with
     exact: Callable[[Batch], Tensor]  # the same loss in float32, to check gradients with
+    correct: Callable[[Batch], int]  # how many records of a batch the module classifies rightly
     clipping: ClippingMode
     physical_batch: int
 
@@ -65,7 +66,10 @@ def _on_features(head: FeatureHead, features: Tensor, targets: list[int], device
         rows = torch.linspace(-1, 1, 3 * features.shape[1], device=device).reshape(3, 1, -1)
         return [{"features": row, "labels": torch.tensor([i % 2], device=device)} for i, row in enumerate(rows)]
 
-    return Setting(head, range(len(labels)), collate, loss, samples, loss, "hooks", _FEATURE_BATCH)
+    def correct(batch: Batch) -> int:
+        return int((head(batch["features"]).logits.argmax(dim=1) == batch["labels"]).sum())
+
+    return Setting(head, range(len(labels)), collate, loss, samples, loss, correct, "hooks", _FEATURE_BATCH)
 
 
 def _on_tokens(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings) -> Setting:
@@ -87,9 +91,12 @@ def _on_tokens(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings)
     def exact(batch: Batch) -> Tensor:
         return example_losses(model.module, batch)
 
+    def correct(batch: Batch) -> int:
+        return int((logits(model.module, batch).argmax(dim=1) == batch["labels"]).sum())
+
     clipping: ClippingMode = "ghost" if stage.mode == "full" else "hooks"
     rows = holdings.examples(model)
-    return Setting(model.module, rows, collate, loss, samples, exact, clipping, stage.local.physical_batch_size)
+    return Setting(model.module, rows, collate, loss, samples, exact, correct, clipping, stage.local.physical_batch_size)
 
 
 def optimizer_of(

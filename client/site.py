@@ -2,6 +2,7 @@
 
 site.json         name, device, and whether it is a simulated one
 data.json         which records it holds (see models/holdings.py)
+policy.toml       what it allows; without one, the strict defaults
 ledger.sqlite     the privacy it has spent
 outbox/           the last finished update, so that a crash after training costs nothing
 """
@@ -20,6 +21,7 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, RunError
 from cotune.models.holdings import Holdings, HoldingsFile
 from cotune.privacy.ledger import Ledger
+from cotune.privacy.policy import Policy, read_policy
 from cotune.strategies.updates import Update
 
 __all__ = ["Site", "SiteFile"]
@@ -51,6 +53,13 @@ class Site:
     def holdings(self, labels: tuple[str, ...]) -> Holdings:
         """The organisation's own records."""
         return HoldingsFile.read(self.folder / "data.json", labels)
+
+    def policy(self) -> Policy:
+        """policy.toml. Without one, a simulated organisation allows everything, a real one nothing but the strict defaults."""
+        file = self.folder / "policy.toml"
+        if file.exists():
+            return read_policy(file)
+        return Policy.permissive() if self.file.simulated else Policy()
 
     def ledger(self) -> Ledger:
         return Ledger(self.folder / "ledger.sqlite")

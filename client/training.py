@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,18 +10,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cotune.client.budget import check_examples, noise_multiplier
-from cotune.client.noise import noise_variance
+from cotune.client.account import Account
+from cotune.client.budget import check_examples
+from cotune.client.consent import check_consent, limit_gpu_memory
+from cotune.client.guard import Guard
+from cotune.client.noise import stated_noise
 from cotune.client.observe import tell
 from cotune.client.setting import Setting, optimizer_of, setting_of
 from cotune.client.site import Site
+from cotune.client.telling import Teller
 from cotune.models.errors import PrivacyError, RunError
+from cotune.models.holdings import Holdings
 from cotune.models.sharing import State
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.accounting import RecordPrivacy, Steps
 from cotune.privacy.dp_sgd import StepReport, check_clipping, private_steps
-from cotune.privacy.ledger import Ledger
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.strategies.updates import Update, difference
 from cotune.strategies.wire import state_digest
@@ -52,25 +57,34 @@ def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:
         return finished
-    holdings = site.holdings(plan.labels)
+    policy, holdings = site.policy(), site.holdings(plan.labels)
     stage = plan.stage_of(round)
+    account = Account(plan, policy, site, holdings)
+    check_consent(plan, policy, len(holdings), account.hours())
     check_examples(len(holdings), stage.local, site.organisation)
     model = model_of(plan, site.file.device)
+    limit_gpu_memory(policy, model.device)
     model.load(state)
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     _check_state(state, names)
     parameters = model.train_only(names)
     setting = setting_of(plan, stage, model, holdings, state, site.organisation)
     optimizer = optimizer_of(stage.local, model, names, parameters)
+    guard = Guard(model, {name: state[name] for name in names}, noise=account.budget is not None)
+    teller = Teller(account)
     if isinstance(plan.privacy, RecordPrivacy):
-        steps, spent, scale = _train_privately(plan, plan.privacy, stage, site, round, setting, optimizer)
-        named = dict(zip(names, parameters, strict=True))
-        noise = noise_variance(stage.local, optimizer, named, scale=scale, steps=steps)
+        sigma = account.plan_noise(round)  # refuses before anything is charged
+        told = _tell(teller, setting, holdings, round)
+        declared, named = teller.examples(len(holdings), round), dict(zip(names, parameters, strict=True))
+        noise = stated_noise(account, sigma, stage, optimizer, named, declared)
+        steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
+        spent: float | None = account.stated_epsilon()
     else:
-        steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer), None, None
+        told = _tell(teller, setting, holdings, round)
+        steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
     delta = difference(model.state(names), {name: state[name] for name in names})
-    _check_moved(delta)
-    update = Update(site.organisation, round, delta, len(holdings), steps, spent, noise)
+    _check_finite(delta)
+    update = Update(site.organisation, round, delta, teller.examples(len(holdings), round), steps, spent, told, noise)
     site.keep(update, plan.plan_id, digest)
     return update
 
@@ -86,23 +100,20 @@ def _check_state(state: State, names: Sequence[str]) -> None:
 
 
 def _train_privately(
-    plan: Plan,
+    account: Account,
     privacy: RecordPrivacy,
+    sigma: float,
     stage: Stage,
-    site: Site,
     round: int,
     setting: Setting,
     optimizer: torch.optim.Optimizer,
-) -> tuple[int, float, float]:
-    """Returns the steps taken, the ε spent so far, and σC/B, the standard deviation of the noise on a step's gradient.
-
-    The ledger is charged before a record enters a batch.
-    """
-    examples, ledger = len(setting.rows), site.ledger()
-    _check_gradients(setting, privacy.clip_norm)
-    sigma = noise_multiplier(plan, privacy, examples, round, ledger.spent())
-    rate = stage.local.sample_rate(examples)
-    charge = ledger.reserve(plan.plan_id, round, Steps(sigma, rate, stage.local.steps))
+    guard: Guard,
+) -> int:
+    """Returns the steps taken. The ledger is charged before a record enters a batch."""
+    _check_gradients(setting, privacy)
+    rate = stage.local.sample_rate(len(setting.rows))
+    charge = account.reserve(round, Steps(sigma, rate, stage.local.steps))
+    began = time.monotonic()
     reports = private_steps(
         setting.module,
         optimizer,
@@ -115,14 +126,33 @@ def _train_privately(
         steps=stage.local.steps,
         physical_batch=setting.physical_batch,
         mode=setting.clipping,
+        clipping=privacy.clipping,
     )
-    taken = _follow(reports, site.organisation, round, ledger, privacy.delta_for(examples))
-    ledger.settle(charge, taken)
-    return taken, epsilon(ledger.spent(), privacy.delta_for(examples)), sigma * privacy.clip_norm / (rate * examples)
+    taken = _follow(reports, account.site.organisation, round, account.epsilon(), guard)
+    account.ledger.settle(charge, taken, time.monotonic() - began)
+    return taken
 
 
-def _check_gradients(setting: Setting, clip_norm: float) -> None:
-    error = check_clipping(setting.module, setting.exact, setting.samples(), clip_norm, setting.clipping)
+def _tell(teller: Teller, setting: Setting, holdings: Holdings, round: int) -> dict[str, float]:
+    """What else the organisation says, about its records and the received model."""
+    counts = list(holdings.label_counts().values())
+    return {**teller.histogram(counts, round), **teller.metrics(lambda: _correct(setting, holdings.targets), round)}
+
+
+@torch.no_grad()
+def _correct(setting: Setting, targets: Sequence[int]) -> tuple[int, int]:
+    """How many records the module classifies rightly, of how many."""
+    right = 0
+    for start in range(0, len(setting.rows), setting.physical_batch):
+        rows = [setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))]
+        right += setting.correct(setting.collate(rows))
+    return right, len(targets)
+
+
+def _check_gradients(setting: Setting, privacy: RecordPrivacy) -> None:
+    error = check_clipping(
+        setting.module, setting.exact, setting.samples(), privacy.clip_norm, setting.clipping, clipping=privacy.clipping
+    )
     if not error <= _MAX_GRADIENT_ERROR:
         raise PrivacyError(
             f"the clipped gradients of this model are wrong by {error:.2g} (relative), expected at most {_MAX_GRADIENT_ERROR:g}:"
@@ -130,12 +160,14 @@ def _check_gradients(setting: Setting, clip_norm: float) -> None:
         )
 
 
-def _train_plainly(plan: Plan, stage: Stage, site: Site, round: int, setting: Setting, optimizer: torch.optim.Optimizer) -> int:
+def _train_plainly(
+    plan: Plan, stage: Stage, site: Site, round: int, setting: Setting, optimizer: torch.optim.Optimizer, guard: Guard
+) -> int:
     """The same batches by Poisson sampling, but reproducible, and without clipping and noise. An empty batch takes no step."""
     generator = seeded_generator(plan.seed, "batches", site.organisation, round)
     rate = stage.local.sample_rate(len(setting.rows))
     sampler = PoissonSampler(len(setting.rows), rate, stage.local.steps, generator)
-    return _follow(_plain_steps(setting, optimizer, sampler), site.organisation, round, None, 0.0)
+    return _follow(_plain_steps(setting, optimizer, sampler), site.organisation, round, None, guard)
 
 
 def _plain_steps(setting: Setting, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:
@@ -152,11 +184,14 @@ def _plain_steps(setting: Setting, optimizer: torch.optim.Optimizer, sampler: Po
         yield StepReport(step, len(sampler), total if batch else None)
 
 
-def _follow(reports: Iterator[StepReport], organisation: str, round: int, ledger: Ledger | None, delta: float) -> int:
-    """Runs the steps to the end and tells local observers of each; returns how many were taken."""
-    spent = epsilon(ledger.spent(), delta) if ledger else None  # the round is reserved already
+def _follow(reports: Iterator[StepReport], organisation: str, round: int, spent: float | None, guard: Guard) -> int:
+    """Runs the steps to the end, checks the first, and tells local observers of each; returns how many were taken.
+
+    spent: ε with this round, which is reserved already.
+    """
     taken = 0
     for report in reports:
+        guard.after_step(report)
         taken = report.step
         tell(
             "step",
@@ -167,13 +202,11 @@ def _follow(reports: Iterator[StepReport], organisation: str, round: int, ledger
             loss=report.loss,
             epsilon=spent,
         )
+    guard.after_round()
     return taken
 
 
-def _check_moved(delta: Mapping[str, Tensor]) -> None:
-    """What was to be trained has moved, and is finite: an adapter that is not wired in, or a diverged model, is not sent."""
+def _check_finite(delta: Mapping[str, Tensor]) -> None:
+    """A diverged model is not sent."""
     if not all(bool(d.isfinite().all()) for d in delta.values()):
         raise RunError("the local model is not finite any more: expected finite parameters; lower local.learning_rate")
-    still = [name for name, d in delta.items() if not bool(d.any())]
-    if len(still) == len(delta):
-        raise RunError("no parameter moved in this round: expected every shared parameter to be trained; check the train mode")

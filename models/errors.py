@@ -5,6 +5,7 @@
     ├── DataError      the organisation's records cannot be used as the plan says
     ├── ModelError     the base model cannot be used as the plan says
     ├── PrivacyError   the privacy that was asked for cannot be given, or would be exceeded
+    │   └── Declined   a rule of the organisation's own does not allow what a plan asks for
     ├── DeviceError    the hardware that was asked for is not there
     └── RunError       a run could not go on
 
@@ -16,7 +17,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CotuneError", "DataError", "DeviceError", "ModelError", "PlanError", "PrivacyError", "RunError", "nearest"]
+__all__ = [
+    "CotuneError",
+    "DataError",
+    "Declined",
+    "DeviceError",
+    "ModelError",
+    "PlanError",
+    "PrivacyError",
+    "RunError",
+    "nearest",
+]
 
 
 class CotuneError(Exception):
@@ -39,6 +50,21 @@ class ModelError(CotuneError):
 
 class PrivacyError(CotuneError):
     """The privacy that was asked for cannot be given, or would be exceeded."""
+
+
+class Declined(PrivacyError):
+    """A rule of the organisation's own does not allow what a plan asks for.
+
+    The sentence is for the organisation; `public` names the rule alone, and may be told to the server.
+    """
+
+    def __init__(self, rule: str, reason: str) -> None:
+        super().__init__(f"declined by the rule {rule}: {reason}")
+        self.rule = rule
+
+    @property
+    def public(self) -> str:
+        return f"declined: its rule {self.rule} does not allow this plan"
 
 
 class DeviceError(CotuneError):

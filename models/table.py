@@ -1,12 +1,15 @@
-"""The base of every table of a configuration document: a plan's, and an organisation's policy."""
+"""The base of every table of a configuration document (a plan, a policy), and the sentence for what is wrong in one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-__all__ = ["Table"]
+from cotune.models.errors import nearest
+
+__all__ = ["Table", "first_mistake"]
 
 
 class Table(BaseModel):
@@ -27,3 +30,56 @@ class Table(BaseModel):
 def _members(annotation: Any) -> set[Any]:
     """The types of a union; the type itself where it is none."""
     return set(get_args(annotation)) or {annotation}
+
+
+def first_mistake(error: ValidationError, model: type[BaseModel], document: str) -> str:
+    """The most telling mistake of a document that does not fit its model, as one sentence."""
+    first = _most_telling(error)
+    location = [part for part in first["loc"] if not _is_union_tag(part)]
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        return f'the {document} has an unknown key "{key}"{nearest(str(location[-1]), _known_keys(model, location[:-1]))}'
+    if first["type"] == "missing":
+        return f'the {document} lacks "{key}": expected it to be given'
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if message.startswith("unknown") or not key:
+        return f"the {document} is not valid: {key}: {message}" if key else f"the {document} is not valid: {message}"
+    return f"the {document} has {key} = {_shown(first['input'])}: {message}"
+
+
+def _most_telling(error: ValidationError) -> Any:
+    """Unions report one error per member: prefer the one from the member that was meant (a table, or a word)."""
+    errors = sorted(error.errors(), key=lambda e: e["loc"][:1] == ("train",))  # stages repeat what is wrong in [local]
+    same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+    return max(same, key=lambda e: (len(e["loc"]), e["type"] == "literal_error"))
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "tuple[", "function-")) or part in ("RecordPrivacy", "float", "str")
+    )
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else "a table" if isinstance(value, dict) else str(value)
+
+
+def _known_keys(model: Any, location: Sequence[Any]) -> list[str]:
+    """The keys that a document has at a location."""
+    for part in location:
+        if isinstance(part, int) or not _is_model(model):
+            continue
+        field = model.model_fields.get(part)
+        model = next((m for m in _models_in(field.annotation if field else None)), None)
+    return list(model.model_fields) if _is_model(model) else []
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if _is_model(annotation):
+        return [annotation]
+    return [m for argument in get_args(annotation) for m in _models_in(argument)]
+
+
+def _is_model(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)

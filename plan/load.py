@@ -6,12 +6,13 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cotune.models.errors import PlanError, nearest
+from cotune.models.table import first_mistake
 from cotune.plan.schema import Plan
 
 __all__ = ["dump_plan", "load_plan", "parse_plan", "preset_names", "preset_text"]
@@ -52,7 +53,7 @@ def parse_plan(table: Mapping[str, Any]) -> Plan:
     try:
         return Plan.model_validate(dict(table))
     except ValidationError as error:
-        raise PlanError(_sentence(error)) from None
+        raise PlanError(first_mistake(error, Plan, "plan")) from None
 
 
 def dump_plan(plan: Plan) -> str:
@@ -103,60 +104,6 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"v = {text.strip()}")["v"]
     except tomllib.TOMLDecodeError:
         return text.strip()
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first mistake, in words."""
-    first = _most_telling(error)
-    location = [part for part in first["loc"] if not _is_union_tag(part)]
-    key = ".".join(str(part) for part in location)
-    if first["type"] == "extra_forbidden":
-        return f'the plan has an unknown key "{key}"{nearest(str(location[-1]), _known_keys(location[:-1]))}'
-    if first["type"] == "missing":
-        return f'the plan lacks "{key}": expected it to be given'
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if message.startswith("unknown") or not key:
-        return f"the plan is not valid: {key}: {message}" if key else f"the plan is not valid: {message}"
-    return f"the plan has {key} = {_shown(first['input'])}: {message}"
-
-
-def _most_telling(error: ValidationError) -> Any:
-    """Unions report one error per member: prefer the one from the member that was meant (a table, or a word)."""
-    errors = sorted(error.errors(), key=lambda e: e["loc"][:1] == ("train",))  # stages repeat what is wrong in [local]
-    same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
-    return max(same, key=lambda e: (len(e["loc"]), e["type"] == "literal_error"))
-
-
-def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and (
-        part.startswith(("literal[", "tuple[", "function-")) or part in ("RecordPrivacy", "float", "str")
-    )
-
-
-def _shown(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else "a table" if isinstance(value, dict) else str(value)
-
-
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    """The keys that a plan has at a location."""
-    model: Any = Plan
-    for part in location:
-        if isinstance(part, int) or not _is_model(model):
-            continue
-        field = model.model_fields.get(part)
-        model = next((m for m in _models_in(field.annotation if field else None)), None)
-    return list(model.model_fields) if _is_model(model) else []
-
-
-def _models_in(annotation: Any) -> list[Any]:
-    if _is_model(annotation):
-        return [annotation]
-    return [m for argument in get_args(annotation) for m in _models_in(argument)]
-
-
-def _is_model(candidate: Any) -> bool:
-    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
 
 
 def _without_none(value: Any) -> Any:

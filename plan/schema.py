@@ -16,7 +16,7 @@ from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.client_level import ClientPrivacy
 from cotune.strategies.strategy import StrategyConfig
 
-__all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage"]
+__all__ = ["LocalTraining", "Plan", "ReportsConfig", "RoundsConfig", "SimulationConfig", "Stage"]
 
 
 class LocalTraining(Table):
@@ -63,16 +63,33 @@ class RoundsConfig(Table):
     max_update_norm: float = Field(1e4, gt=0, description="updates with a larger L2 norm are refused")
 
 
+class ReportsConfig(Table):
+    """What organisations are asked to tell beside their updates (the `reports` table); each one's policy has the last word."""
+
+    local_metrics: bool = Field(False, description="how many of its records the received model classifies rightly, every round")
+    label_histogram: bool = Field(False, description="how many records each class has, once per run")
+
+
 class SimulationConfig(Table):
     """Only for simulations (the `simulation` table of a plan)."""
 
     clients: int = Field(4, ge=1, le=10_000, description="organisations that one pooled file is split over")
     partition: str = Field("dirichlet:0.5", description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA or shards:K")
     min_examples: int = Field(20, ge=1, description="per organisation")
+    epsilons: tuple[float, ...] = Field(
+        (), description="own ε of each organisation, in their order, where it is smaller than the plan's; empty: the plan's"
+    )
     baselines: tuple[Literal["alone", "pooled"], ...] = Field(
         ("alone", "pooled"), description="what the federated model is compared with; each costs training time"
     )
     pooled: LocalTraining | None = Field(None, description="how the pooled model is trained, where not like [local]")
+
+    @field_validator("epsilons")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(epsilon > 0 for epsilon in value):
+            raise ValueError(f"expected ε above 0 for every organisation, got {list(value)}")
+        return value
 
 
 class Plan(Table):
@@ -94,6 +111,7 @@ class Plan(Table):
     client_privacy: ClientPrivacy | None = Field(None, description="absent: no promise to whole organisations")
     strategy: StrategyConfig = StrategyConfig()
     server: RoundsConfig = RoundsConfig()
+    reports: ReportsConfig = ReportsConfig()
     simulation: SimulationConfig = SimulationConfig()
 
     @model_validator(mode="before")
@@ -145,6 +163,13 @@ class Plan(Table):
                 "client_privacy.amplification has nothing to account for where everybody is asked in every round: expected"
                 " server.sample_rate below 1, or amplification = false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _clipping_can_be_had(self) -> Self:
+        per_layer = isinstance(self.privacy, RecordPrivacy) and self.privacy.clipping == "per_layer"
+        if per_layer and any(stage.mode == "full" for stage in self.stages):
+            raise ValueError("privacy.clipping: per_layer cannot be had with train = full, expected flat")
         return self
 
     @property

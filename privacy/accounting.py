@@ -22,7 +22,7 @@ from scipy.optimize import brentq
 from cotune.models.errors import PrivacyError
 from cotune.models.table import Table
 
-__all__ = ["RecordPrivacy", "Steps", "calibrate", "epsilon", "epsilon_rdp"]
+__all__ = ["RecordPrivacy", "Steps", "calibrate", "check_delta", "delta_of", "epsilon", "epsilon_rdp"]
 
 MAX_NOISE_MULTIPLIER = 1000.0  # σ above this drowns any signal: the budget counts as out of reach
 MIN_NOISE_MULTIPLIER = 0.3  # below this the PLD grid becomes huge and the guarantee meaningless
@@ -37,20 +37,14 @@ class RecordPrivacy(Table):
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organisation over the whole run")
     delta: float | str = Field("1/n^1.1", description='δ: a number, or "1/n^p" with n the organisation\'s records')
     clip_norm: float = Field(1.0, gt=0, description="C, bound on the L2 norm of one record's gradient")
+    clipping: Literal["flat", "per_layer"] = Field(
+        "flat", description="the gradient as a whole, or each parameter tensor to C/√L; per_layer: head and lora only"
+    )
 
     @field_validator("delta")
     @classmethod
     def _delta_is_usable(cls, value: float | str) -> float | str:
-        if isinstance(value, str):
-            if _delta_exponent(value) is not None:
-                return value
-            try:
-                value = float(value)
-            except ValueError:
-                raise ValueError(f'expected a number or "1/n^p" with p >= 1, got "{value}"') from None
-        if not 0 < value < 1:
-            raise ValueError(f"expected 0 < delta < 1, got {value}")
-        return value
+        return check_delta(value)
 
     def delta_for(self, examples: int) -> float:
         """δ for an organisation with `examples` records.
@@ -58,14 +52,33 @@ class RecordPrivacy(Table):
         Raises PrivacyError when δ is larger than 1/n, where the guarantee would be empty (publishing one whole record at random
         would satisfy it), and for fewer than 2 records.
         """
-        exponent = _delta_exponent(self.delta) if isinstance(self.delta, str) else None
-        delta = float(self.delta) if exponent is None else float(max(examples, 1) ** -exponent)
+        delta = delta_of(self.delta, examples)
         if examples < 2 or delta * examples > 1:
             raise PrivacyError(
                 f"privacy.delta = {self.delta} gives δ = {delta:.2g} for {examples} examples; expected at most 1/{examples}"
                 ' = one over the number of examples: choose a smaller δ, such as "1/n^1.1"'
             )
         return delta
+
+
+def check_delta(rule: float | str) -> float | str:
+    """The rule for δ as it is, a text that is a number as the number. Raises ValueError for what is neither."""
+    if isinstance(rule, str):
+        if _delta_exponent(rule) is not None:
+            return rule
+        try:
+            rule = float(rule)
+        except ValueError:
+            raise ValueError(f'expected a number or "1/n^p" with p >= 1, got "{rule}"') from None
+    if not 0 < rule < 1:
+        raise ValueError(f"expected 0 < delta < 1, got {rule}")
+    return rule
+
+
+def delta_of(rule: float | str, examples: int) -> float:
+    """δ by a rule (a number, or "1/n^p") for `examples` records."""
+    exponent = _delta_exponent(rule) if isinstance(rule, str) else None
+    return float(rule) if exponent is None else float(max(examples, 1) ** -exponent)
 
 
 def _delta_exponent(rule: str) -> float | None:
@@ -119,10 +132,16 @@ def _merge(spent: Iterable[Steps]) -> tuple[Steps, ...]:
 
 @lru_cache(maxsize=4096)
 def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
+    return float(_composed(merged, interval).get_epsilon(delta))
+
+
+@lru_cache(maxsize=16)
+def _composed(merged: tuple[Steps, ...], interval: float) -> PLDAccountant:
+    """Composing is the work; reading ε at several δ from it is not."""
     accountant = PLDAccountant(value_discretization_interval=min(interval, interval / _FINE * 0.2 * _spread(merged)))
     for steps in merged:
         accountant.compose(steps.event())
-    return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def _spread(merged: tuple[Steps, ...]) -> float:

@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from cotune.models.errors import PrivacyError
 from cotune.privacy.randomness import PoissonSampler, private_generator, standard_normal
 
-__all__ = ["Batch", "ClippingMode", "LossPerExample", "StepReport", "check_clipping", "private_steps"]
+__all__ = ["Batch", "Clipping", "ClippingMode", "LossPerExample", "StepReport", "check_clipping", "private_steps"]
 
+Clipping = Literal["flat", "per_layer"]  # one norm for the whole gradient | C/√L for each of the L parameter tensors
 ClippingMode = Literal["hooks", "ghost"]  # per-example gradients (heads, LoRA) | norms only (full fine-tuning)
 Batch = dict[str, Tensor]
 LossPerExample = Callable[[Batch], Tensor]  # (a batch of b examples) -> (b,) losses, each of one example alone
@@ -71,6 +72,7 @@ def private_steps(
     steps: int,
     physical_batch: int,
     mode: ClippingMode,
+    clipping: Clipping = "flat",
     generator: np.random.Generator | None = None,
     sampling: np.random.Generator | None = None,
 ) -> Iterator[StepReport]:
@@ -83,7 +85,7 @@ def private_steps(
     examples = len(cast(Any, records))
     sampler = PoissonSampler(examples, sample_rate, steps, sampling or private_generator())
     loader = DataLoader(records, batch_sampler=sampler, collate_fn=lambda items: items)
-    with _made_private(module, optimizer, loss, loader, noise_multiplier, clip_norm, mode) as (dp_optimizer, criterion):
+    with _made_private(module, optimizer, loss, loader, noise_multiplier, clip_norm, mode, clipping) as (dp_optimizer, criterion):
         dp_optimizer.expected_batch_size = sample_rate * examples
         _draw_noise_from(dp_optimizer, generator or private_generator())
         taken, losses = 0, [0.0, 0.0]
@@ -125,15 +127,22 @@ def _made_private(
     noise_multiplier: float,
     clip_norm: float,
     mode: ClippingMode,
+    clipping: Clipping,
 ) -> Iterator[tuple[DPOptimizer, Any]]:
     """Opacus' hooks on the module for the time of the block. Its accountant is not used: see `accounting`."""
+    if clipping == "per_layer" and mode == "ghost":
+        raise PrivacyError(
+            "privacy.clipping = per_layer cannot be had with ghost clipping: expected head or lora training, or flat clipping"
+        )
+    tensors = sum(len(group["params"]) for group in optimizer.param_groups)
     hooks, dp_optimizer, *rest = _engine().make_private(
         module=module,
         optimizer=optimizer,
         criterion=_Loss(loss),
         data_loader=loader,
         noise_multiplier=noise_multiplier,
-        max_grad_norm=clip_norm,
+        max_grad_norm=clip_norm if clipping == "flat" else [clip_norm / math.sqrt(tensors)] * tensors,
+        clipping=clipping,
         poisson_sampling=False,  # the loader samples already, at exactly the rate that is accounted
         grad_sample_mode=mode,
         wrap_model=False,
@@ -208,7 +217,15 @@ def _assert_finite(optimizer: DPOptimizer) -> None:
         )
 
 
-def check_clipping(module: nn.Module, loss: LossPerExample, examples: list[Batch], clip_norm: float, mode: ClippingMode) -> float:
+def check_clipping(
+    module: nn.Module,
+    loss: LossPerExample,
+    examples: list[Batch],
+    clip_norm: float,
+    mode: ClippingMode,
+    *,
+    clipping: Clipping = "flat",
+) -> float:
     """Relative error of Opacus' clipped gradient sum against gradients taken one example at a time.
 
     examples: batches of one. A model family for which Opacus is silently wrong (a parameter used outside its module's forward, a
@@ -221,18 +238,30 @@ def check_clipping(module: nn.Module, loss: LossPerExample, examples: list[Batch
         return math.inf  # nothing to compare: the check would pass whatever Opacus did
     clips = (clip_norm, min(norms) / 2, max(norms) * 2)  # all clipped, none clipped: each hides other mistakes
     return max(
-        _relative_error(_clipped_sum(module, params, loss, examples, clip, mode), gradients, norms, clip) for clip in clips
+        _relative_error(
+            _clipped_sum(module, params, loss, examples, clip, mode, clipping), _expected_sum(gradients, clip, clipping)
+        )
+        for clip in clips
     )
 
 
-def _relative_error(actual: list[Tensor], gradients: list[tuple[Tensor, ...]], norms: list[float], clip_norm: float) -> float:
-    """‖actual − expected‖ / ‖expected‖, the expected sum being of each example's gradient, clipped by itself."""
-    factors = [min(1.0, clip_norm / (norm + 1e-6)) for norm in norms]
-    error = size = 0.0
-    for i, found in enumerate(actual):
-        expected = sum((grads[i].double() * f for grads, f in zip(gradients, factors, strict=True)), torch.zeros(()))
-        error += float((found.double() - expected).pow(2).sum())
-        size += float(expected.pow(2).sum())
+def _expected_sum(gradients: list[tuple[Tensor, ...]], clip: float, clipping: Clipping) -> list[Tensor]:
+    """The sum of each example's gradient, clipped by itself: as a whole, or every parameter's part to its share of the norm."""
+    total = [torch.zeros_like(g, dtype=torch.float64) for g in gradients[0]]
+    for grads in gradients:
+        parts = [g.double() for g in grads]
+        norms = [float(g.norm()) for g in parts]
+        whole = math.sqrt(sum(norm**2 for norm in norms))
+        for i, part in enumerate(parts):
+            norm, share = (whole, clip) if clipping == "flat" else (norms[i], clip / math.sqrt(len(parts)))
+            total[i] += part * min(1.0, share / (norm + 1e-6))
+    return total
+
+
+def _relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """‖actual − expected‖ / ‖expected‖."""
+    error = sum(float((a.double() - e).pow(2).sum()) for a, e in zip(actual, expected, strict=True))
+    size = sum(float(e.pow(2).sum()) for e in expected)
     return math.sqrt(error / size) if size else math.inf
 
 
@@ -243,12 +272,13 @@ def _clipped_sum(
     examples: list[Batch],
     clip: float,
     mode: ClippingMode,
+    clipping: Clipping,
 ) -> list[Tensor]:
     """Opacus' clipped sum over the examples as one batch, without noise; the parameters are left as they were."""
     batch = {key: torch.cat([e[key] for e in examples]) for key in examples[0]}
     optimizer = torch.optim.SGD(params, lr=0.0)
     loader: DataLoader[Batch] = DataLoader(cast(Dataset[Batch], [0] * len(examples)), batch_size=len(examples))
-    with _made_private(module, optimizer, loss, loader, 0.0, clip, mode) as (dp_optimizer, criterion):
+    with _made_private(module, optimizer, loss, loader, 0.0, clip, mode, clipping) as (dp_optimizer, criterion):
         dp_optimizer.expected_batch_size = 1
         dp_optimizer.zero_grad()
         _backward(module, dp_optimizer, criterion, batch, mode)

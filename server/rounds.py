@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message, MessageType
@@ -41,6 +41,7 @@ class _Tally:
     participants: list[str]
     dropped: list[dict[str, str]]
     epsilon: dict[str, float]
+    told: dict[str, dict[str, float]] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -179,6 +180,8 @@ def _admit(
     size = payload_bytes(reply.content)
     tally.participants.append(who.name)
     tally.bytes_up += size
+    if update.told:
+        tally.told[who.name] = dict(update.told)
     if update.epsilon is not None:
         tally.epsilon[who.name] = update.epsilon
     folder.events.tell(
@@ -226,6 +229,7 @@ def _entry(number: int, stage: str, tally: _Tally, metrics: Metrics | None, seco
         "stage": stage,
         "metrics": metrics.as_dict() if metrics else None,
         "epsilon": tally.epsilon,
+        "told": tally.told,
         "client_privacy": None,
         "participants": tally.participants,
         "dropped": tally.dropped,

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from cotune.client.budget import planned_steps
+from cotune.client.budget import planned_steps, planned_telling
 from cotune.models.features import encode_batch, feature_head
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import collator, encode, example_losses
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.policy import Policy
 from cotune.privacy.statement import client_statement
 from cotune.simulations.sites import Prepared, central_noise, prepare
 from cotune.strategies.updates import Update
@@ -117,8 +118,10 @@ def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
         steps, batch = sum(count for _, count in planned), planned[-1][0] * n
         if isinstance(plan.privacy, RecordPrivacy):
             sigma, delta = prepared.noise[share.name], plan.privacy.delta_for(n)
-            spent = epsilon([Steps(sigma, rate, count) for rate, count in planned], delta)
-            found.append(OrganisationForecast(share.name, n, batch, steps, sigma, plan.privacy.epsilon, spent, delta))
+            telling = planned_telling(plan, Policy.permissive(share.epsilon))
+            spent = epsilon([*telling, *(Steps(sigma, rate, count) for rate, count in planned)], delta)
+            allowed = min(plan.privacy.epsilon, share.epsilon or plan.privacy.epsilon)
+            found.append(OrganisationForecast(share.name, n, batch, steps, sigma, allowed, spent, delta))
         else:
             found.append(OrganisationForecast(share.name, n, batch, steps, None, None, None, None))
     return tuple(found)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
 
-from cotune.client.budget import check_examples, noise_multiplier
+from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.site import SiteFile
 from cotune.models.base import base_labels, find_base
 from cotune.models.device import pick_device
@@ -21,6 +22,7 @@ from cotune.models.records import DataConfig, Records, check_labels, organisatio
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.client_level import RoundNoise, round_noise
+from cotune.privacy.policy import Policy, dump_policy
 from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
@@ -35,6 +37,7 @@ class Share:
     name: str
     file: Path | None
     rows: Rows
+    epsilon: float | None = None  # its own, where it wants to spend less than the plan allows
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     model = plan.model.model_copy(update={"base_hash": base.content_hash, "base": _absolute(plan.model.base)})
     resolved = plan.model_copy(update={"labels": labels, "data": data, "model": model})
     shares, test = _split(resolved, records)
+    shares = _with_own_epsilons(plan.simulation.epsilons, shares)
     for share in shares:
         for stage in resolved.stages:
             check_examples(len(share.rows), stage.local, share.name)
@@ -83,6 +87,16 @@ def central_noise(plan: Plan, organisations: int) -> RoundNoise:
     assert plan.client_privacy is not None
     rounds = sum(stage.rounds for stage in plan.stages)
     return round_noise(plan.client_privacy, rounds=rounds, organisations=organisations, sample_rate=plan.server.sample_rate)
+
+
+def _with_own_epsilons(epsilons: tuple[float, ...], shares: tuple[Share, ...]) -> tuple[Share, ...]:
+    if not epsilons:
+        return shares
+    if len(epsilons) != len(shares):
+        raise PlanError(
+            f"the plan has {len(epsilons)} values in simulation.epsilons for {len(shares)} organisations: expected one for each"
+        )
+    return tuple(replace(share, epsilon=epsilon) for share, epsilon in zip(shares, epsilons, strict=True))
 
 
 def _read(data: DataConfig) -> dict[Path | None, Records]:
@@ -146,14 +160,19 @@ def _partition_config(plan: Plan) -> PartitionConfig:
 def _noise(plan: Plan, shares: tuple[Share, ...]) -> dict[str, float]:
     if not isinstance(plan.privacy, RecordPrivacy):
         return {}
-    return {share.name: noise_multiplier(plan, plan.privacy, len(share.rows), 1, []) for share in shares}
+    return {share.name: _noise_of(plan, plan.privacy, share) for share in shares}
+
+
+def _noise_of(plan: Plan, privacy: RecordPrivacy, share: Share) -> float:
+    policy, examples = Policy.permissive(share.epsilon), len(share.rows)
+    return noise_multiplier(plan, policy, budget_of(privacy, policy, examples), examples, 1)
 
 
 def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFolder:
     """Writes the run's folder with its sites and its test set."""
     plan = prepared.plan
     for share in prepared.shares:
-        make_site(path / "sites" / share.name, share.name, plan.data, [(share.file, share.rows)], device)
+        make_site(path / "sites" / share.name, share.name, plan.data, [share], device)
     write_holdings(path / "test" / "data.json", plan.data, list(prepared.test))
     people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in prepared.shares)
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -164,7 +183,9 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
     )
 
 
-def make_site(folder: Path, name: str, data: DataConfig, portions: list[tuple[Path | None, Rows]], device: str) -> None:
+def make_site(folder: Path, name: str, data: DataConfig, shares: Sequence[Share], device: str) -> None:
     """A simulated organisation's folder; its ledger and outbox are left alone where they exist."""
-    write_holdings(folder / "data.json", data, [(file, np.asarray(rows)) for file, rows in portions])
+    write_holdings(folder / "data.json", data, [(share.file, np.asarray(share.rows)) for share in shares])
+    if len(shares) == 1 and shares[0].epsilon is not None:
+        write_durably(folder / "policy.toml", dump_policy(Policy.permissive(shares[0].epsilon)).encode())
     write_durably(folder / "site.json", SiteFile(organisation=name, simulated=True, device=device).model_dump_json().encode())

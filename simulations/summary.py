@@ -13,7 +13,8 @@ from cotune.models.device import peak_memory_bytes
 from cotune.models.holdings import HoldingsFile
 from cotune.models.tasks import Metrics, majority
 from cotune.plan.model import model_of
-from cotune.privacy.accounting import RecordPrivacy, epsilon
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.statement import client_statement, statement
 from cotune.server.central import account_of
 from cotune.server.run_folder import Progress, RunFolder
@@ -107,6 +108,12 @@ def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[flo
     return epsilon(Site(folder.path / "sites" / share.name).ledger().spent(), delta), delta
 
 
+def _training(folder: RunFolder, share: Share) -> list[Steps]:
+    """The steps of training that are charged to an organisation."""
+    ledger = Site(folder.path / "sites" / share.name).ledger()
+    return [charge.steps for charge in ledger.charges() if charge.purpose == "training"]
+
+
 def _model(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     plan = folder.plan
     model = model_of(plan, folder.file.device)
@@ -135,7 +142,7 @@ def _organisation(
 ) -> dict[str, Any]:
     plan, examples = folder.plan, len(share.rows)
     private = isinstance(plan.privacy, RecordPrivacy)
-    charges = Site(folder.path / "sites" / share.name).ledger().spent() if private else []
+    charges = _training(folder, share) if private else []
     took_part = [e["round"] for e in progress.history if share.name in e["participants"]]
     spent = _spent(folder, share, plan.privacy) if isinstance(plan.privacy, RecordPrivacy) else (None, None)
     return {
@@ -145,13 +152,18 @@ def _organisation(
         "alone": alone.as_dict() if alone else None,
         "gain": federated.accuracy - alone.accuracy if alone else None,
         "epsilon_spent": spent[0],
-        "epsilon_allowed": plan.privacy.epsilon if isinstance(plan.privacy, RecordPrivacy) else None,
+        "epsilon_allowed": _allowed(plan, share),
         "delta": spent[1],
         "noise_multiplier": charges[-1].noise_multiplier if charges else None,
         "sample_rate": plan.stages[-1].local.sample_rate(examples),
         "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps for r in took_part),
         "rounds": len(took_part),
     }
+
+
+def _allowed(plan: Plan, share: Share) -> float | None:
+    privacy = plan.privacy
+    return min(privacy.epsilon, share.epsilon or privacy.epsilon) if isinstance(privacy, RecordPrivacy) else None
 
 
 def _total(progress: Progress, key: str) -> int:

@@ -86,7 +86,7 @@ class StrategyConfig(BaseModel):
     @property
     def compares_noise(self) -> bool:
         """Whether the weights depend on the noise that updates state."""
-        return self.weighting.name == "noise_aware"
+        return self.weighting.name in JOINT_WEIGHTINGS
 
     def weigh(self, update: Update) -> float:
         return WEIGHTINGS[self.weighting.name](update)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ class Update:
     """One organisation's contribution to a round.
 
     delta: float32 tensors of the parameters that the stage shares. examples: the number of records it declares, its weight.
-    steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy.
-    noise_variance: of the privacy noise on every coordinate of a parameter's delta, by parameter; None without privacy.
+    steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy. told: what
+    else plan and policy let it say, by name: numbers about its records, with or without noise as its policy has it.
+    noise_variance: of the privacy noise on every coordinate of a parameter's delta, by parameter; None where it states none.
     """
 
     organisation: str
@@ -28,6 +29,7 @@ class Update:
     examples: int
     steps: int
     epsilon: float | None = None
+    told: Mapping[str, float] = field(default_factory=dict)
     noise_variance: Mapping[str, float] | None = None
 
 

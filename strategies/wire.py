@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 PROTOCOL = 2
+_MOST_TOLD = 10_000  # values beside an update: a number per class and a few more
 _FLOATS = {"float32": torch.float32}
 
 
@@ -76,7 +77,8 @@ def encode_update(update: Update, plan_id: str) -> RecordDict:
         "steps": update.steps,
         "epsilon": -1.0 if update.epsilon is None else update.epsilon,
     }
-    content = RecordDict({"delta": _arrays(update.delta), "update": ConfigRecord(record)})
+    told = ConfigRecord({name: float(value) for name, value in update.told.items()})
+    content = RecordDict({"delta": _arrays(update.delta), "update": ConfigRecord(record), "told": told})
     if update.noise_variance is not None:
         content["noise_variance"] = MetricRecord({name: float(v) for name, v in update.noise_variance.items()})
     return content
@@ -98,6 +100,7 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
         examples=fields["examples"],
         steps=fields["steps"],
         epsilon=None if stated < 0 else stated,
+        told=_told(content),
         noise_variance=_variances(content),
     )
 
@@ -114,6 +117,17 @@ def _variances(content: RecordDict) -> dict[str, float] | None:
             raise RunError(
                 f"an update states the noise variance {value!r:.60} for {name[:80]}: expected a finite number, 0 or more"
             )
+    return {name: value for name, value in record.items() if isinstance(value, float)}
+
+
+def _told(content: RecordDict) -> dict[str, float]:
+    """What an organisation says beside its update: few names, finite numbers; without the record, nothing."""
+    record = content.get("told", ConfigRecord())
+    if not isinstance(record, ConfigRecord) or len(record) > _MOST_TOLD:
+        raise RunError(f"an update tells something strange: expected a ConfigRecord named told, of at most {_MOST_TOLD} values")
+    for name, value in record.items():
+        if type(value) is not float or not math.isfinite(value):
+            raise RunError(f"an update tells {name[:80]!r} = {value!r:.60}: expected a finite number")
     return {name: value for name, value in record.items() if isinstance(value, float)}
 
 

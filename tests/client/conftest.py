@@ -16,6 +16,7 @@ from cotune.models.records import DataConfig
 from cotune.models.sharing import State, resident
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy, dump_policy
 
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 
@@ -69,13 +70,21 @@ def make_plan(base_model: Callable[[str], Path], records: Path) -> Callable[...,
 
 @pytest.fixture
 def make_site(tmp_path: Path, records: Path) -> Callable[..., Site]:
-    """name -> the organisation's site, with the rows of the records that it holds."""
+    """name -> the organisation's site, with the rows of the records that it holds, and a policy that allows everything."""
 
-    def make(name: str = "clinic", *, rows: Any = range(EXAMPLES), simulated: bool = False, at: str = "") -> Site:
+    def make(
+        name: str = "clinic",
+        *,
+        rows: Any = range(EXAMPLES),
+        simulated: bool = False,
+        at: str = "",
+        policy: Policy | None = None,
+    ) -> Site:
         folder = tmp_path / "sites" / (at or name)
         write_holdings(folder / "data.json", DataConfig(source=str(records)), [(None, list(rows))])
         described = SiteFile(organisation=name, simulated=simulated, device="cpu")
         (folder / "site.json").write_text(described.model_dump_json())
+        (folder / "policy.toml").write_text(dump_policy(policy or Policy.permissive()))
         return Site(folder)
 
     return make

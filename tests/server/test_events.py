@@ -21,7 +21,7 @@ FIELDS = {
     "update_received": {"round", "organisation", "bytes", "steps", "epsilon"},
     "update_dropped": {"round", "organisation", "reason"},
     "round_finished": {
-        *("round", "stage", "metrics", "epsilon", "participants", "dropped", "bytes_up", "bytes_down", "seconds"),
+        *("round", "stage", "metrics", "epsilon", "told", "participants", "dropped", "bytes_up", "bytes_down", "seconds"),
     },
     "run_failed": {"round", "reason"},
     "run_finished": {"rounds"},

@@ -56,7 +56,7 @@ def test_alone_is_the_same_training_without_the_others(toy_plan: NewPlan, tmp_pa
     folder, prepared = made(toy_plan(simulation={"baselines": ["alone"]}), tmp_path / "run")
     results = run_baselines(folder, prepared)
     for share in prepared.shares:
-        make_site(tmp_path / share.name, share.name, folder.plan.data, [(None, share.rows)], "cpu")
+        make_site(tmp_path / share.name, share.name, folder.plan.data, [share], "cpu")
         state, metrics = by_itself(folder.plan, Site(tmp_path / share.name))
         assert same(RunFolder(folder.path / "baselines" / "alone" / share.name).load().state, state)
         assert results[f"alone/{share.name}"] == metrics
@@ -75,7 +75,7 @@ def test_pooled_is_one_organisation_with_all_training_data_without_privacy(toy_p
     texts = prepared.records[None].texts
     assert held == sorted(texts[i] for share in prepared.shares for i in share.rows)
     assert not (site.folder / "ledger.sqlite").exists()
-    make_site(tmp_path / "all", "pooled", folder.plan.data, [(None, s.rows) for s in prepared.shares], "cpu")
+    make_site(tmp_path / "all", "pooled", folder.plan.data, prepared.shares, "cpu")
     state, metrics = by_itself(baseline.plan, Site(tmp_path / "all"))
     assert same(baseline.load().state, state)
     assert results == {"pooled": metrics}

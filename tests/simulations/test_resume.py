@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,7 @@ from cotune.models.errors import CotuneError, ModelError, RunError
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.ledger import Ledger
 from cotune.server.events import listening, read_events
 from cotune.simulations.simulate import resume, simulate
 from tests.conftest import sentences, write_csv
@@ -215,15 +217,16 @@ def test_without_any_budget_left_the_organisation_says_so(toy_plan: NewPlan, tmp
 
     def spends(event: str, fields: dict[str, Any]) -> None:
         if event == "round_started" and fields["round"] == 2:
-            with sqlite3.connect(run / "sites" / "org-2" / "ledger.sqlite") as db:
-                db.execute("UPDATE charges SET steps = 500")
+            account = Ledger(run / "sites" / "org-2" / "ledger.sqlite")
+            [charge] = account.charges()
+            account.reserve(charge.plan_id, 1, replace(charge.steps, count=500), data=charge.data)
 
     with listening(spends):
         result = simulate(plan, run, device="cpu")
     dropped = [entry["dropped"] for entry in result.summary["rounds"]]
     assert [[d["organisation"] for d in each] for each in dropped] == [[], ["org-2"], ["org-2"]]
     assert "cannot be reached" in dropped[1][0]["reason"]
-    assert [round for round, *_ in charges(run, "org-2")] == [1]
+    assert [round for round, *_ in charges(run, "org-2")] == [1, 1]
 
 
 # --- what can be resumed

@@ -12,7 +12,7 @@ from cotune.strategies.weighting import examples
 
 
 def update(values: dict[str, float], examples: int = 10, noise: dict[str, float] | None = None) -> Update:
-    return Update("a", 1, {n: torch.tensor([v]) for n, v in values.items()}, examples, 1, 1.0, noise)
+    return Update("a", 1, {n: torch.tensor([v]) for n, v in values.items()}, examples, 1, 1.0, noise_variance=noise)
 
 
 def test_streamed_is_the_weighted_mean_and_lets_go_of_each_delta() -> None:

@@ -13,12 +13,12 @@ from cotune.strategies.updates import Update
 
 
 def update(values: dict[str, list[float]], noise: dict[str, float] | None = None) -> Update:
-    return Update("a", 1, {n: torch.tensor(v) for n, v in values.items()}, 10, 1, 1.0, noise)
+    return Update("a", 1, {n: torch.tensor(v) for n, v in values.items()}, 10, 1, 1.0, noise_variance=noise)
 
 
 def of(deltas: np.ndarray, variances: list[float]) -> list[Update]:
     return [
-        Update(f"org-{i}", 1, {"w": torch.from_numpy(d.astype(np.float32))}, 10, 1, 1.0, {"w": v})
+        Update(f"org-{i}", 1, {"w": torch.from_numpy(d.astype(np.float32))}, 10, 1, 1.0, noise_variance={"w": v})
         for i, (d, v) in enumerate(zip(deltas, variances, strict=True))
     ]
 

@@ -245,13 +245,13 @@ def test_no_privacy_is_not_the_same_as_none_spent() -> None:
 
 @given(st.dictionaries(names, st.floats(0.0, 1e30), max_size=4))
 def test_the_stated_noise_comes_back_as_it_was(noise: dict[str, float]) -> None:
-    update = Update("a", 1, {}, 1, 1, None, noise)
+    update = Update("a", 1, {}, 1, 1, None, noise_variance=noise)
     assert decode_update(travelled(encode_update(update, "plan")), "plan").noise_variance == noise
 
 
 def test_no_stated_noise_is_not_the_same_as_none_added() -> None:
     assert decode_update(travelled(encode_update(UPDATE, "plan")), "plan").noise_variance is None
-    silent = Update("a", 1, {}, 1, 1, None, {})
+    silent = Update("a", 1, {}, 1, 1, None, noise_variance={})
     assert decode_update(travelled(encode_update(silent, "plan")), "plan").noise_variance == {}
 
 

@@ -1,0 +1,62 @@
+"""One run's account at an organisation: its ledger, seen for one plan and one data set."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+from cotune.client.budget import Budget, budget_of, noise_multiplier
+from cotune.client.site import Site
+from cotune.models.holdings import Holdings
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.ledger import Ledger
+from cotune.privacy.policy import Policy
+
+__all__ = ["Account"]
+
+
+class Account:
+    """What a run has spent and may spend. budget: None without record-level privacy, where training is not charged."""
+
+    def __init__(self, plan: Plan, policy: Policy, site: Site, holdings: Holdings) -> None:
+        self.plan, self.policy, self.site, self.holdings = plan, policy, site, holdings
+        self.budget: Budget | None = None
+        if isinstance(plan.privacy, RecordPrivacy):
+            self.budget = budget_of(plan.privacy, policy, len(holdings))
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return self.site.ledger()
+
+    @cached_property
+    def data(self) -> str:
+        """The fingerprint of the data set; the ledger knows it from now on."""
+        return self.ledger.know(self.holdings.identities())
+
+    def hours(self) -> float:
+        """Of training that this run has taken, as far as its rounds were finished and charged."""
+        if self.budget is None:
+            return 0.0
+        return sum(c.seconds for c in self.ledger.charges() if c.plan_id == self.plan.plan_id) / 3600
+
+    def plan_noise(self, round: int) -> float:
+        """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges nothing."""
+        assert self.budget is not None, "without privacy there is no noise"
+        spent = self.ledger.spent(self.plan.plan_id, self.data)
+        before = self.ledger.spent(data=self.data, other_than=self.plan.plan_id)
+        return noise_multiplier(self.plan, self.policy, self.budget, len(self.holdings), round, spent=spent, before=before)
+
+    def reserve(self, round: int, steps: Steps, purpose: str = "training") -> int:
+        """Charges steps before they run, durably. Raises Declined when they would exceed what the policy allows."""
+        plan, limits = self.plan, self.budget.limits(self.plan.plan_id) if self.budget else []
+        return self.ledger.reserve(plan.plan_id, round, steps, data=self.data, plan=plan.name, purpose=purpose, limits=limits)
+
+    def epsilon(self) -> float:
+        """ε of this run's charges at the run's δ."""
+        assert self.budget is not None, "without privacy nothing is spent"
+        return epsilon(self.ledger.spent(self.plan.plan_id, self.data), self.budget.delta)
+
+    def stated_epsilon(self) -> float:
+        """The same, rounded up to two digits after the point: the exact value would tell the number of records."""
+        return math.ceil(self.epsilon() * 100 - 1e-9) / 100

@@ -1,0 +1,92 @@
+"""Whether an organisation's policy allows a plan. The policy overrules the plan; what is not allowed is not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from cotune.models.base import find_base
+from cotune.models.errors import Declined
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy, delta_of
+from cotune.privacy.policy import Policy
+
+__all__ = ["check_consent", "limit_gpu_memory"]
+
+
+def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> None:
+    """Raises Declined for the first rule of the policy that the plan breaks.
+
+    examples: records that the organisation holds. hours: of training that the plan has taken so far.
+    """
+    for rule, problem in _broken(plan, policy, examples, hours):
+        raise Declined(rule, problem)
+
+
+def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator[tuple[str, str]]:
+    yield from _not_allowed(plan, policy)
+    yield from _too_much(plan, policy, examples, hours)
+    if isinstance(plan.privacy, RecordPrivacy):
+        yield from _over_budget(plan.privacy, policy, examples)
+        if plan.strategy.compares_noise and not policy.tell.noise_level:
+            name = plan.strategy.weighting.name
+            yield (
+                "tell.noise_level",
+                f"the plan weighs updates by their noise ({name}), expected a weighting that need not know it",
+            )
+    elif policy.training.record_privacy:
+        yield "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy"
+
+
+def _not_allowed(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
+    rules = policy.training
+    asked: dict[str, list[str]] = {
+        "tasks": [plan.task],
+        "base_models": [find_base(plan.model).content_hash],
+        "train_modes": [stage.mode for stage in plan.stages],
+        "weightings": [plan.strategy.weighting.name],
+        "fusions": [plan.strategy.fusion.name],
+    }
+    for key, wanted in asked.items():
+        allowed = getattr(rules, key)
+        for item in wanted:
+            if "*" not in allowed and item not in allowed:
+                known = ", ".join(allowed) or "nothing so far"
+                yield f"training.{key}", f"the plan asks for {item}, expected one of: {known}; add it to the rule to allow it"
+
+
+def _too_much(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator[tuple[str, str]]:
+    rules = policy.training
+    rounds = sum(stage.rounds for stage in plan.stages)
+    if examples < rules.min_examples:
+        yield "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}"
+    for stage in plan.stages:
+        batch = stage.local.sample_rate(examples) * examples
+        if batch < rules.min_batch:
+            yield "training.min_batch", f"a batch would have {batch:.0f} records, expected at least {rules.min_batch:g}"
+    if rounds > rules.max_rounds:
+        yield "training.max_rounds", f"the plan has {rounds} rounds, expected at most {rules.max_rounds}"
+    if hours >= rules.max_hours:
+        yield "training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {rules.max_hours:g}"
+
+
+def _over_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[tuple[str, str]]:
+    rules = policy.budget
+    wanted, allowed = privacy.delta_for(examples), delta_of(rules.delta_per_run, examples)
+    if wanted > allowed:
+        yield "budget.delta_per_run", f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
+    run = min(privacy.epsilon, rules.epsilon or privacy.epsilon)
+    if run > rules.epsilon_per_run:
+        yield (
+            "budget.epsilon_per_run",
+            f"the plan would spend ε = {run:g}, expected at most {rules.epsilon_per_run:g}; to join with more noise, set"
+            " budget.epsilon to what you want to spend",
+        )
+
+
+def limit_gpu_memory(policy: Policy, device: torch.device) -> None:
+    """Lets this process take no more GPU memory than the policy allows: more raises torch's out-of-memory error."""
+    if policy.training.max_gpu_memory_gib is not None and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, policy.training.max_gpu_memory_gib * 2**30 / whole), device)

@@ -1,0 +1,109 @@
+"""An organisation's own limits, which overrule any plan: policy.toml in its site.
+
+The defaults are the strict ones: a plan is declined unless the organisation has allowed what it asks for. A simulated
+organisation without a policy allows everything.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator
+
+from cotune.models.errors import PlanError
+from cotune.models.table import Table, first_mistake
+from cotune.privacy.accounting import check_delta
+
+__all__ = ["BudgetRules", "Policy", "TellRules", "TrainingRules", "dump_policy", "read_policy"]
+
+_EVERYTHING = ("*",)
+
+
+class BudgetRules(Table):
+    """How much privacy may be spent (the `budget` table). ε is composed over all charges, at the δ beside it."""
+
+    epsilon: float | None = Field(None, gt=0, description="own ε for a run, where it is smaller than the plan's: more noise")
+    epsilon_per_run: float = Field(3.0, gt=0, description="a plan that would spend more in one run is declined")
+    delta_per_run: float | str = Field("1/n^1.1", description='δ at most: a number or "1/n^p"; a plan with more is declined')
+    epsilon_total: float = Field(8.0, gt=0, description="per data set, over all runs and years; what it grew from included")
+    delta_total: float | str = Field("1/n^1.1", description="δ at which epsilon_total is measured")
+
+    @field_validator("delta_per_run", "delta_total")
+    @classmethod
+    def _delta(cls, value: float | str) -> float | str:
+        return check_delta(value)
+
+
+class TrainingRules(Table):
+    """What may be trained (the `training` table). Lists: what is allowed; "*": everything."""
+
+    record_privacy: bool = Field(True, description="true: a plan without record-level differential privacy is declined")
+    min_examples: int = Field(500, ge=0, description="records that a data set must have")
+    min_batch: float = Field(64, ge=0, description="expected records per step at least")
+    max_rounds: int = Field(200, ge=1, description="rounds of one plan")
+    max_hours: float = Field(24.0, gt=0, description="of training for one plan, by this machine's clock")
+    max_gpu_memory_gib: float | None = Field(None, gt=0, description="of this process; absent: all there is")
+    tasks: tuple[str, ...] = Field(_EVERYTHING, description="such as sequence-classification")
+    base_models: tuple[str, ...] = Field((), description="hashes of the models that may be trained, as `plan check` shows them")
+    train_modes: tuple[str, ...] = Field(("head", "lora"), description="head, lora, full")
+    weightings: tuple[str, ...] = Field(_EVERYTHING, description="of the strategy")
+    fusions: tuple[str, ...] = Field(("mean",), description="of the strategy")
+
+
+class TellRules(Table):
+    """What may be told to the server beside the update (the `tell` table); what is noised is charged to the ledger."""
+
+    example_count: Literal["exact", "rounded", "noised", "declared"] = Field(
+        "declared", description="the weight: as it is, to one digit, with noise, or declared_examples"
+    )
+    declared_examples: int = Field(1, ge=1, description="a number that may be public; 1 says nothing")
+    local_metrics: Literal["none", "noised", "clear"] = Field("none", description="accuracy on the own records before a round")
+    label_histogram: Literal["none", "noised"] = Field("none", description="how many records each class has, once per plan")
+    noise_multiplier: float = Field(20.0, ge=1.0, description="σ of what is noised: Gaussian noise on counts")
+    noise_level: bool = Field(True, description="how much noise is in an update; the weighting noise_aware needs it")
+
+
+class Policy(Table):
+    """policy.toml."""
+
+    budget: BudgetRules = BudgetRules()
+    training: TrainingRules = TrainingRules()
+    tell: TellRules = TellRules()
+
+    @classmethod
+    def permissive(cls, epsilon: float | None = None) -> Policy:
+        """A simulated organisation's: allows everything; `epsilon`: its own ε for a run."""
+        return cls(
+            budget=BudgetRules(epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6, delta_total="1/n"),
+            training=TrainingRules(
+                record_privacy=False,
+                min_examples=0,
+                min_batch=0,
+                max_rounds=10**6,
+                max_hours=1e6,
+                base_models=_EVERYTHING,
+                train_modes=_EVERYTHING,
+                fusions=_EVERYTHING,
+            ),
+            tell=TellRules(example_count="exact", local_metrics="clear", label_histogram="noised"),
+        )
+
+
+def read_policy(file: Path) -> Policy:
+    """The policy in a TOML file. Raises PlanError, in one sentence, for an unreadable file or an unknown rule."""
+    try:
+        return Policy.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise PlanError(first_mistake(error, Policy, "policy")) from None
+    except (OSError, ValueError) as error:
+        raise PlanError(
+            f"the policy {file} cannot be read ({error}): expected TOML like that of `cotune client policy`"
+        ) from None
+
+
+def dump_policy(policy: Policy) -> str:
+    """The policy as TOML, without the rules that say nothing: `read_policy` gives the same again."""
+    return tomli_w.dumps(policy.model_dump(mode="json", exclude_none=True))
