@@ -61,8 +61,12 @@ class Site:
             return read_policy(file)
         return Policy.permissive() if self.file.simulated else Policy()
 
+    @property
+    def ledger_file(self) -> Path:
+        return self.folder / "ledger.sqlite"
+
     def ledger(self) -> Ledger:
-        return Ledger(self.folder / "ledger.sqlite")
+        return Ledger(self.ledger_file)
 
     def keep(self, update: Update, plan_id: str, state_digest: str) -> None:
         """Puts a finished update into the outbox, durably, in place of the one before."""

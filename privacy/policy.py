@@ -6,11 +6,11 @@ organisation without a policy allows everything.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Literal
 
-import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
 from cotune.models.errors import PlanError
@@ -105,5 +105,13 @@ def read_policy(file: Path) -> Policy:
 
 
 def dump_policy(policy: Policy) -> str:
-    """The policy as TOML, without the rules that say nothing: `read_policy` gives the same again."""
-    return tomli_w.dumps(policy.model_dump(mode="json", exclude_none=True))
+    """The policy as TOML with a comment for each rule: `read_policy` gives the same again."""
+    lines = []
+    for name in Policy.model_fields:
+        rules = getattr(policy, name)
+        lines += [*([""] if lines else []), f"[{name}]"]
+        for key, field in type(rules).model_fields.items():
+            value = getattr(rules, key)
+            line = f"# {key} = …" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            lines.append(f"{line:<40}  # {field.description}")
+    return "\n".join(lines) + "\n"

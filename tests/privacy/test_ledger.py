@@ -8,10 +8,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from cotune.models.errors import PrivacyError
+from cotune.models.errors import Declined, PrivacyError
 from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.ledger import Ledger
+from cotune.privacy.ledger import Ledger, Limit
 
 ROUND = Steps(1.0, 0.05, 20)
 PROCESS = """
@@ -162,3 +164,108 @@ def test_processes_that_reserve_together_lose_nothing(ledger: Ledger) -> None:
         assert ledger.spent(name) == [Steps(1.0, 0.1, 9), Steps(1.0, 0.1, 5)] * 20
         assert ledger.rounds(name) == list(range(40))
     assert len(ledger.spent()) == 80
+
+
+# --- data sets
+
+
+def records(*numbers: int) -> list[bytes]:
+    return [number.to_bytes(16, "big") for number in numbers]
+
+
+def test_a_data_set_is_its_records_in_any_order(ledger: Ledger) -> None:
+    first = ledger.know(records(1, 2, 3))
+    assert ledger.know(records(3, 1, 2)) == first
+    assert [(d.records, d.shares) for d in ledger.data_sets()] == [(3, {})]
+    assert ledger.know(records(1, 2, 3, 3)) != first  # a record that is there twice is two records
+
+
+def test_what_a_data_set_grew_from_counts(ledger: Ledger) -> None:
+    small = ledger.know(records(1, 2, 3))
+    other = ledger.know(records(7, 8))
+    ledger.reserve("a", 1, ROUND, data=small)
+    ledger.reserve("b", 1, Steps(2.0, 0.5, 3), data=other)
+    grown = ledger.know(records(1, 2, 3, 4, 5))
+    assert ledger.spent(data=grown) == [ROUND]
+    ledger.reserve("c", 1, Steps(3.0, 0.5, 1), data=grown)
+    assert ledger.spent(data=small) == [ROUND, Steps(3.0, 0.5, 1)]  # its records were trained on again
+    assert ledger.spent(data=other) == [Steps(2.0, 0.5, 3)]
+    assert ledger.spent(data=grown, other_than="a") == [Steps(3.0, 0.5, 1)]
+    assert [d.shares for d in ledger.data_sets()] == [{grown: 3}, {}, {small: 3}]
+
+
+def test_a_charge_on_unknown_data_counts_for_every_data_set(ledger: Ledger) -> None:
+    ledger.reserve("a", 1, ROUND)
+    assert ledger.spent(data=ledger.know(records(1))) == [ROUND]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sets=st.lists(st.sets(st.integers(0, 8), min_size=1, max_size=5), min_size=1, max_size=5))
+def test_no_record_is_charged_too_little(tmp_path_factory: pytest.TempPathFactory, sets: list[set[int]]) -> None:
+    """What counts for a data set is at least what was charged to any one of its records."""
+    ledger = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite")
+    names = []
+    for number, members in enumerate(sets, start=1):
+        names.append(ledger.know(records(*members)))
+        ledger.reserve("plan", number, Steps(1.0, 0.5, number), data=names[-1])
+    for members, name in zip(sets, names, strict=True):
+        counted = {s.count for s in ledger.spent(data=name)}
+        for record in members:
+            assert counted >= {number for number, other in enumerate(sets, start=1) if record in other}
+
+
+# --- limits
+
+
+def test_a_limit_is_checked_before_anything_is_charged(ledger: Ledger) -> None:
+    data = ledger.know(records(1, 2))
+    delta = 1e-5
+    limit = Limit("budget.epsilon_total", epsilon([ROUND, ROUND], delta) + 1e-9, delta)
+    for number in (1, 2):
+        ledger.reserve("plan", number, ROUND, data=data, limits=[limit])
+    with pytest.raises(Declined, match=r"at δ = 1e-05, expected at most .* of which 0\.00 are left") as declined:
+        ledger.reserve("plan", 3, ROUND, data=data, limits=[limit])
+    assert declined.value.rule == "budget.epsilon_total"
+    assert declined.value.public == "declined: its rule budget.epsilon_total does not allow this plan"
+    assert len(ledger.spent()) == 2
+    ledger.reserve("plan", 3, ROUND, data=ledger.know(records(3)), limits=[limit])  # other data have a budget of their own
+    ledger.reserve("other", 1, ROUND, data=data, limits=[Limit("run", limit.epsilon, delta, "other")])  # so has another run
+
+
+def test_processes_together_do_not_exceed_a_limit(ledger: Ledger) -> None:
+    code = """
+from cotune.models.errors import Declined
+from cotune.privacy.ledger import Limit
+try:
+    for n in range(12):
+        ledger.reserve(sys.argv[2], n, Steps(1.0, 0.05, 20), limits=[Limit("total", 3.0, 1e-5)])
+except Declined:
+    pass
+"""
+    with start(ledger, code, "a") as first, start(ledger, code, "b") as second:
+        go(first)
+        go(second)
+    assert (first.returncode, second.returncode) == (0, 0)
+    spent = ledger.spent()
+    assert epsilon(spent, 1e-5) <= 3.0 < epsilon([*spent, ROUND], 1e-5)
+
+
+# --- the schema before this one
+
+
+def test_a_ledger_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(
+            "CREATE TABLE charges (id INTEGER PRIMARY KEY, plan_id TEXT NOT NULL, round INTEGER NOT NULL, noise_multiplier REAL,"
+            " sample_rate REAL, steps INTEGER, state TEXT, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP)"
+        )
+        rows = [("p", 1, 1.0, 0.05, 12, "settled"), ("p", 2, 1.0, 0.05, 20, "reserved")]
+        db.executemany(
+            "INSERT INTO charges (plan_id, round, noise_multiplier, sample_rate, steps, state) VALUES (?, ?, ?, ?, ?, ?)", rows
+        )
+    ledger = Ledger(path)
+    assert ledger.spent() == [Steps(1.0, 0.05, 12), ROUND]
+    assert [c.state for c in ledger.charges()] == ["settled", "reserved"]
+    assert ledger.spent(data=ledger.know(records(1, 2))) == [Steps(1.0, 0.05, 12), ROUND]  # whose records is not known
+    assert Ledger(path).rounds("p") == [1, 2]

@@ -1,0 +1,76 @@
+"""`cotune client`: what an organisation looks at on its own machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cotune.privacy.rounding import round_up
+
+app = typer.Typer(no_args_is_help=True, help="An organisation's own side: its ledger, its policy, a check before it joins.")
+SiteFolder = Annotated[Path, typer.Argument(help="The organisation's site: a folder with a site.json.")]
+
+
+@app.command()
+def ledger(
+    site: SiteFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Write everything that an auditor needs to this file, as JSON.")] = None,
+) -> None:
+    """Show the privacy that was spent, per data set and run, and what is left."""
+    from cotune.client import bookkeeping
+    from cotune.client.site import Site
+    from cotune.models.durable import write_durably
+
+    opened = Site(site.expanduser())
+    if export is not None:
+        write_durably(export, json.dumps(bookkeeping.export(opened), indent=1).encode())
+    found = bookkeeping.overview(opened)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show_ledger(Console(highlight=False), found)
+
+
+def _show_ledger(console: Console, found: dict[str, Any]) -> None:
+    if not found["data_sets"]:
+        console.print(f"{escape(found['organisation'])} has spent nothing: no data set was trained on with differential privacy")
+    for data in found["data_sets"]:
+        spent = f"ε {round_up(data['epsilon'])} of {data['epsilon_total']:g} spent at δ = {data['delta']:.1e}"
+        name, seen = f"[bold]data set {data['fingerprint'][:12]}…[/bold]", data["first_seen"][:10]
+        console.print(f"{name}: {data['records']:,} records, first seen {seen}", soft_wrap=True)
+        console.print(f"  {spent}, {data['epsilon_left']:.2f} left", soft_wrap=True)
+        for other, common in data["shares_records_with"].items():
+            console.print(f"  shares {common:,} records with {other[:12]}…, whose charges count here too")
+        console.print(_runs(data))
+    if found["unassigned"]:
+        console.print(f"{len(found['unassigned'])} charges of an older cotune name no data set, and count for every one")
+    if found["head"]:
+        console.print(f"head of the log: {found['head']}", soft_wrap=True)
+
+
+def _runs(data: dict[str, Any]) -> Table:
+    table = Table("  run", "plan", box=None, header_style="bold", pad_edge=False)
+    for heading in ("rounds", "steps", "interrupted", "ε by itself", "last"):
+        table.add_column(heading, justify="right")
+    for run in data["runs"]:
+        figures = (str(run["rounds"]), f"{run['steps']:,}", str(run["interrupted"]), round_up(run["epsilon"]))
+        table.add_row(f"  {run['plan_id'][:12]}…", escape(run["plan"]), *figures, run["last"][:16].replace("T", " "))
+    return table
+
+
+@app.command()
+def policy(
+    site: Annotated[Path | None, typer.Argument(help="Show this site's policy; without one, the strict default.")] = None,
+) -> None:
+    """Print a policy as TOML: the strict default, to be written to policy.toml in the site, or a site's own."""
+    from cotune.client.site import Site
+    from cotune.privacy.policy import Policy, dump_policy
+
+    typer.echo(dump_policy(Policy() if site is None else Site(site.expanduser()).policy()), nl=False)

@@ -1,0 +1,81 @@
+"""What the ledger says to its owner, and that an auditor can compute it anew without cotune."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cotune.client.bookkeeping import export, overview
+from cotune.client.site import Site
+from cotune.privacy.accounting import Steps, delta_of, epsilon
+from cotune.privacy.policy import BudgetRules, Policy
+
+MakeSite = Callable[..., Site]
+DOCUMENT = Path(__file__).parents[2] / "docs" / "ledger.md"
+
+
+@pytest.fixture
+def site(make_site: MakeSite) -> Site:
+    """Two data sets, the second grown from the first; two runs on the first, the second of them interrupted, one on the second."""
+    site = make_site(policy=Policy(budget=BudgetRules(epsilon_total=8.0)))
+    ledger = site.ledger()
+    small = ledger.know([i.to_bytes(16, "big") for i in range(1000)])
+    for round in (1, 2, 3):
+        ledger.settle(ledger.reserve("a" * 64, round, Steps(1.1, 0.02, 20), data=small, plan="tweets"), 20, seconds=3.0)
+    ledger.reserve("b" * 64, 1, Steps(1.5, 0.02, 20), data=small, plan="other")
+    grown = ledger.know([i.to_bytes(16, "big") for i in range(1500)])
+    ledger.settle(ledger.reserve("c" * 64, 1, Steps(20.0, 1.0, 1), data=grown, plan="other", purpose="label histogram"), 1)
+    return site
+
+
+def test_the_overview_is_composed_from_the_events(site: Site) -> None:
+    found = overview(site)
+    small, grown = found["data_sets"]
+    delta = delta_of("1/n^1.1", 1000)
+    events = [Steps(1.1, 0.02, 60), Steps(1.5, 0.02, 20), Steps(20.0, 1.0, 1)]
+    assert (small["records"], small["delta"]) == (1000, delta)
+    assert small["epsilon"] == epsilon(events, delta)
+    assert small["epsilon_left"] == 8.0 - small["epsilon"]
+    assert grown["shares_records_with"] == {small["fingerprint"]: 1000}
+    assert grown["epsilon"] == epsilon(events, delta_of("1/n^1.1", 1500))
+    runs = {run["plan_id"][0]: run for run in small["runs"]}
+    assert [(r["plan"], r["rounds"], r["steps"], r["interrupted"]) for r in runs.values()] == [
+        ("tweets", 3, 60, 0),
+        ("other", 1, 20, 1),
+        ("other", 1, 0, 0),
+    ]
+    assert runs["a"]["epsilon"] == epsilon(events[:1], delta)
+
+
+def test_a_site_that_never_trained_has_no_ledger_and_gets_none(make_site: MakeSite) -> None:
+    site = make_site()
+    assert overview(site) == {"organisation": "clinic", "head": None, "data_sets": [], "unassigned": []}
+    assert not site.ledger_file.exists()
+
+
+def test_an_auditor_needs_dp_accounting_alone(site: Site, tmp_path: Path) -> None:
+    """The program in the document, in an interpreter that cannot import cotune."""
+    [program] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    file = tmp_path / "export.json"
+    file.write_text(json.dumps(export(site), indent=1))
+    blocked = "import sys\nsys.modules['cotune'] = None\n"
+    command = [sys.executable, "-W", "ignore", "-c", blocked + program, str(file)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, data in zip(said, overview(site)["data_sets"], strict=False):
+        fingerprint, _, spent, _, delta = line.split()
+        assert (fingerprint, float(delta)) == (data["fingerprint"], data["delta"])
+        assert float(spent) == pytest.approx(data["epsilon"], rel=0.01)
+    assert said[-1] == f"head {overview(site)['head']}"
+
+    tampered = export(site)
+    tampered["entries"][2]["body"]["count"] = 2
+    file.write_text(json.dumps(tampered))
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "entry 3 was changed" in refused.stderr

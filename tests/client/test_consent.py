@@ -1,0 +1,99 @@
+"""The policy overrules the plan: a plan outside it is declined by the name of the rule, before anything is read or charged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cotune.client import training
+from cotune.client.consent import check_consent
+from cotune.client.site import Site
+from cotune.client.training import train_round
+from cotune.models.base import find_base
+from cotune.models.errors import Declined
+from cotune.models.sharing import State
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+PRIVATE = {"epsilon": 2.0, "delta": 1e-3}
+
+
+def policy(**tables: dict[str, Any]) -> Policy:
+    """A policy that allows everything but what is given."""
+    allowed = Policy.permissive()
+    given = {name: type(getattr(allowed, name))(**{**dict(getattr(allowed, name)), **rules}) for name, rules in tables.items()}
+    return allowed.model_copy(update=given)
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # rule -> (policy's tables, plan's)
+    "training.record_privacy": ({"training": {"record_privacy": True}}, {"privacy": "none"}),
+    "training.tasks": ({"training": {"tasks": ("token-classification",)}}, {}),
+    "training.base_models": ({"training": {"base_models": ("00" * 32,)}}, {}),
+    "training.train_modes": ({"training": {"train_modes": ("head",)}}, {"train": "lora"}),
+    "training.weightings": ({"training": {"weightings": ("uniform",)}}, {}),
+    "training.fusions": ({"training": {"fusions": ()}}, {}),
+    "training.min_examples": ({"training": {"min_examples": 61}}, {}),
+    "training.min_batch": ({"training": {"min_batch": 13}}, {}),
+    "training.max_rounds": ({"training": {"max_rounds": 2}}, {}),
+    "budget.epsilon_per_run": ({"budget": {"epsilon_per_run": 1.9}}, {}),
+    "budget.delta_per_run": ({"budget": {"delta_per_run": 1e-4}}, {}),
+}
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_every_rule_declines_and_nothing_is_spent(
+    make_plan: MakePlan,
+    make_site: MakeSite,
+    state_for: Callable[..., State],
+    rule: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rules, tables = CASES[rule]
+    plan, site = make_plan(**{"privacy": PRIVATE, **tables}), make_site(policy=policy(**rules))
+    state = state_for(plan)
+
+    def untouched(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a declined plan trains nothing")
+
+    monkeypatch.setattr(training, "private_steps", untouched)
+    monkeypatch.setattr(training, "setting_of", untouched)
+    with pytest.raises(Declined) as declined:
+        train_round(plan, site, 1, state)
+    assert declined.value.rule == rule
+    assert declined.value.public == f"declined: its rule {rule} does not allow this plan"
+    assert not any(character.isdigit() for character in declined.value.public)
+    assert site.ledger().charges() == []
+    check_consent(plan, Policy.permissive(), 60)  # nothing else was wrong with it
+
+
+def test_a_policy_that_names_what_the_plan_asks_for_allows_it(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=PRIVATE)
+    base = find_base(plan.model).content_hash
+    strict = Policy.model_validate({"training": {"base_models": [base], "min_examples": 60, "min_batch": 12}})
+    check_consent(plan, strict, 60)
+
+
+def test_the_strict_default_allows_no_model(make_plan: MakePlan) -> None:
+    with pytest.raises(Declined, match=r"rule training\.base_models: .* expected one of: nothing so far"):
+        check_consent(make_plan(privacy=PRIVATE), Policy(), 10_000)
+
+
+def test_an_own_smaller_epsilon_is_within_the_limit_per_run(make_plan: MakePlan) -> None:
+    check_consent(make_plan(privacy=PRIVATE), policy(budget={"epsilon_per_run": 1.0, "epsilon": 1.0}), 60)
+
+
+def test_hours_of_training_are_counted(make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy(training={"max_hours": 2.0}))
+    state = state_for(plan)
+    update = train_round(plan, site, 1, state)
+    assert update.steps == 4
+    [charge] = site.ledger().charges()
+    assert charge.seconds > 0
+    ledger = site.ledger()
+    ledger.settle(ledger.reserve(plan.plan_id, 1, charge.steps, data=charge.data), 0, seconds=2 * 3600)
+    with pytest.raises(Declined, match=r"training\.max_hours: the plan has trained for 2\.0 hours, expected at most 2"):
+        train_round(plan, site, 2, state)

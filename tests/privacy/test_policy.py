@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotune.models.errors import PlanError
+from cotune.privacy.policy import BudgetRules, Policy, TellRules, TrainingRules, dump_policy, read_policy
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "policy.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_the_defaults_are_strict() -> None:
+    policy = Policy()
+    assert policy.training.record_privacy
+    assert policy.training.base_models == ()
+    assert "full" not in policy.training.train_modes
+    assert policy.budget.epsilon_per_run <= 3 < policy.budget.epsilon_total <= 8
+    assert policy.tell.example_count == "declared"
+    assert policy.tell.declared_examples == 1
+    assert (policy.tell.local_metrics, policy.tell.label_histogram) == ("none", "none")
+
+
+def test_an_empty_file_is_the_strict_default(tmp_path: Path) -> None:
+    assert read_policy(written(tmp_path, "")) == Policy()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(),
+        Policy.permissive(),
+        Policy.permissive(0.5),
+        Policy(
+            budget=BudgetRules(epsilon=1.5, delta_total=1e-6),
+            training=TrainingRules(base_models=("ab" * 32,), max_gpu_memory_gib=11.5),
+            tell=TellRules(example_count="noised", noise_multiplier=7.0),
+        ),
+    ],
+)
+def test_a_dumped_policy_reads_the_same(tmp_path: Path, policy: Policy) -> None:
+    assert read_policy(written(tmp_path, dump_policy(policy))) == policy
+
+
+def test_every_rule_is_explained() -> None:
+    text = dump_policy(Policy())
+    rules: dict[str, Any] = Policy().model_dump()
+    for table, entries in rules.items():
+        assert f"[{table}]" in text
+        for rule in entries:
+            line = next(line for line in text.splitlines() if line.removeprefix("# ").startswith(f"{rule} ="))
+            assert len(line.split("  # ")[1]) > 10
+    assert tomllib.loads(text)["training"]["fusions"] == ["mean"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[budget]\nepsilom_total = 3", "unknown key \"budget.epsilom_total\"; did you mean 'epsilon_total'?"),
+        ("[bugdet]\nepsilon_total = 3", "unknown key \"bugdet\"; did you mean 'budget'?"),
+        ("[budget]\nepsilon_total = 0", "budget.epsilon_total = 0"),
+        ("[budget]\nepsilon_total = true", "expected a number, got true"),
+        ('[budget]\ndelta_total = "1/n^0.5"', 'expected a number or "1/n^p" with p >= 1'),
+        ('[tell]\nexample_count = "all"', "tell.example_count"),
+        ("[tell]\nnoise_multiplier = 0.1", "tell.noise_multiplier = 0.1"),
+        ("budget = ", "cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(PlanError) as raised:
+        read_policy(written(tmp_path, text))
+    assert said in str(raised.value)
+    assert "policy" in str(raised.value)
+    assert "\n" not in str(raised.value)
