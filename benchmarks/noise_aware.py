@@ -12,6 +12,7 @@ every round and averages out over them; what is particular to an organisation is
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -28,11 +29,12 @@ from scipy.stats import t as student
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.plan.load import load_plan
+from cotune.plan.model import model_of
 from cotune.privacy.randomness import seeded_generator
 from cotune.server.app import play
 from cotune.server.run_folder import RunFolder
 from cotune.simulations.grid import InProcessGrid
-from cotune.simulations.sites import make_run, prepare
+from cotune.simulations.sites import make_run, make_site, prepare
 from cotune.strategies.noise_aware import random_effects
 from cotune.strategies.updates import Update
 from cotune.strategies.weighting import JOINT_WEIGHTINGS
@@ -40,6 +42,7 @@ from cotune.strategies.wire import decode_request, encode_update
 
 WEIGHTINGS = ("examples", "uniform", "noise_aware", "persistent")
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0)
+MEASURED = "<!-- below: written by benchmarks/noise_aware.py -->"
 
 
 @dataclass
@@ -66,15 +69,46 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--partitions", nargs="+", default=["dirichlet:0.5", "iid", "quantity:0.5"])
     parser.add_argument("--epsilons", nargs="+", type=float, default=list(EPSILONS), help="one per organisation")
+    parser.add_argument("--repetitions", type=int, default=30, help="of the round whose variance is measured")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of the plan")
     parser.add_argument("--out", type=Path, default=Path("docs/results/noise-aware.md"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     sections = [section(name, given.seeds, given.epsilons, given.overrides) for name in given.partitions]
     command = " ".join(["python", "benchmarks/noise_aware.py", *sys.argv[1:]])
-    text = "\n\n".join([f"Measured by `{command}`.", *sections]) + "\n"
+    text = "\n\n".join([MEASURED, f"Measured by `{command}`.", *sections, prediction(given.repetitions)]) + "\n"
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(text, encoding="utf-8")
+    reading = given.out.read_text(encoding="utf-8").split(MEASURED)[0] if given.out.exists() else ""  # by people, kept
+    given.out.write_text(reading + text, encoding="utf-8")
+
+
+def prediction(repetitions: int) -> str:
+    """The stated noise against the variance of repeated rounds from one state: what curvature, signal and sampling change."""
+    rows = ["| ε | optimiser | parameter | stated v | measured variance | ratio |", "|---|---|---|---|---|---|"]
+    optimizers = {"tweets preset": [], "adam": ["local.optimizer=adam", "local.learning_rate=0.02"]}
+    for epsilon, (name, changes) in itertools.product((0.5, 8.0), optimizers.items()):
+        settings = ["simulation.partition=iid", "strategy.weighting=noise_aware", f"privacy.epsilon={epsilon}", *changes]
+        updates = repeated(settings, repetitions)
+        for parameter, stated in (updates[0].noise_variance or {}).items():
+            measured = float(torch.stack([u.delta[parameter].double() for u in updates]).var(dim=0).mean())
+            rows.append(f"| {epsilon:g} | {name} | {parameter} | {stated:.3g} | {measured:.3g} | {measured / stated:.3f} |")
+        print("\n".join(rows[-2:]), flush=True)
+    return "\n\n".join(["## Stated noise against measured variance", "\n".join(rows)])
+
+
+def repeated(settings: Sequence[str], repetitions: int) -> list[Update]:
+    """The first round of one organisation of four, again and again from the same state, each with a ledger of its own."""
+    prepared = prepare(load_plan("tweets", settings), "cpu")
+    plan, share = prepared.plan, prepared.shares[0]
+    model = model_of(plan, "cpu")
+    model.load({})
+    state, found = model.state(model.names("head")), []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(repetitions):
+            site = Path(folder) / str(number)
+            make_site(site, share.name, plan.data, [share], "cpu")
+            found.append(train_round(plan, Site(site), 1, state))
+    return found
 
 
 def section(partition: str, seeds: int, epsilons: list[float], overrides: list[str]) -> str:
