@@ -52,10 +52,19 @@ def test_a_whole_run_states_both_kinds_of_privacy(toy_plan: NewPlan, tmp_path: P
     assert ("Record-level differential privacy: for adding" in page) == record
     assert ("No record-level differential privacy" in page) != record
     assert final_model(result.folder)
-    assert summary["test"]["alone"]["mean"]["accuracy"] > 0.4  # who trains alone has no central noise
     text = printed(show, result)
     assert f"client-level privacy: ε {6.0:.2f} of 6" in text or "client-level privacy: ε 5.9" in text
     json.dumps(summary, allow_nan=False)
+
+
+def test_who_trains_alone_or_on_pooled_data_has_no_central_noise(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """Nor is it asked by chance: the baselines are those of the same plan without either, bit for bit."""
+    with_it = toy_plan(client_privacy=CENTRAL, strategy=UNIFORM, server={"sample_rate": 0.5, "quorum": 0.01})
+    one, other = (
+        simulate(p, tmp_path / str(i), device="cpu").summary for i, p in enumerate((with_it, toy_plan(strategy=UNIFORM)))
+    )
+    assert one["test"]["alone"] == other["test"]["alone"]
+    assert one["test"]["pooled"] == other["test"]["pooled"]
 
 
 def test_the_statement_says_what_holds_against_whom(toy_plan: NewPlan) -> None:
