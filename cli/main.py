@@ -10,6 +10,7 @@ from typing import Annotated
 import click
 import typer
 
+from cotune.cli import audit as audit_command
 from cotune.cli import client as client_commands
 from cotune.cli import plan as plan_commands
 from cotune.cli import simulate as simulate_command
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.add_typer(plan_commands.app, name="plan")
 app.add_typer(client_commands.app, name="client")
 app.command("simulate")(simulate_command.simulate)
+app.command("audit")(audit_command.audit)
 
 
 def _version(wanted: bool) -> None:

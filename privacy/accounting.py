@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
@@ -22,7 +23,7 @@ from scipy.optimize import brentq
 from cotune.models.errors import PrivacyError
 from cotune.models.table import Table
 
-__all__ = ["RecordPrivacy", "Steps", "calibrate", "check_delta", "delta_of", "epsilon", "epsilon_rdp"]
+__all__ = ["RecordPrivacy", "Steps", "calibrate", "check_delta", "delta_of", "deltas", "epsilon", "epsilon_rdp"]
 
 MAX_NOISE_MULTIPLIER = 1000.0  # σ above this drowns any signal: the budget counts as out of reach
 MIN_NOISE_MULTIPLIER = 0.3  # below this the PLD grid becomes huge and the guarantee meaningless
@@ -111,6 +112,11 @@ def epsilon(spent: Iterable[Steps], delta: float) -> float:
     """ε of all the steps together at δ (PLD accounting); 0 for no steps."""
     merged = _merge(spent)
     return _epsilon(merged, delta, _FINE) if merged else 0.0
+
+
+def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """δ of all the steps together at each ε (PLD accounting): the whole privacy curve, from above."""
+    return np.asarray(_composed(_merge(spent), _COARSE).get_delta(list(epsilons)))
 
 
 def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:

@@ -77,7 +77,7 @@ class Policy(Table):
     def permissive(cls, epsilon: float | None = None) -> Policy:
         """A simulated organisation's: allows everything; `epsilon`: its own ε for a run."""
         return cls(
-            budget=BudgetRules(epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6, delta_total="1/n"),
+            budget=BudgetRules(epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6),
             training=TrainingRules(
                 record_privacy=False,
                 min_examples=0,
@@ -106,7 +106,7 @@ def read_policy(file: Path) -> Policy:
 
 def dump_policy(policy: Policy) -> str:
     """The policy as TOML with a comment for each rule: `read_policy` gives the same again."""
-    lines = []
+    lines: list[str] = []
     for name in Policy.model_fields:
         rules = getattr(policy, name)
         lines += [*([""] if lines else []), f"[{name}]"]

@@ -670,3 +670,61 @@ def test_a_loss_that_mixes_examples_is_found(
 ) -> None:
     module = seeded(Toy)
     assert check_clipping(module, mixing(module), [stack([r]) for r in points(5)], clip, mode) > 0.01
+
+
+# --- clipping per layer
+
+
+def test_per_layer_every_tensor_is_clipped_to_its_share() -> None:
+    """Four records, one of them enormous; by hand, one example at a time."""
+    module = seeded(Toy)
+    records = [*points(3), *points(1, scale=1e6, seed=1)]
+    params = trained(module)
+    share = 0.3 / len(params) ** 0.5
+    expected = [torch.zeros_like(p) for p in params]
+    for record in records:
+        grads = torch.autograd.grad(cross_entropy(module)(stack([record])).sum(), params)
+        for total, grad in zip(expected, grads, strict=True):
+            total += grad * min(1.0, share / (float(grad.norm()) + 1e-6))
+    _, moved = train(module, cross_entropy(module), records, "hooks", clip_norm=0.3, clipping="per_layer")
+    for found, total in zip(moved, expected, strict=True):
+        assert torch.allclose(found, total / 4, rtol=1e-3, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=20)
+@given(scale=st.floats(0.0, 1e8), clip=st.floats(1e-3, 10.0), seed=st.integers(0, 99))
+def test_per_layer_one_record_contributes_at_most_the_clip_norm(scale: float, clip: float, seed: int) -> None:
+    module = seeded(Toy, seed)
+    record = points(1, scale=scale, seed=seed)
+    _, moved = train(module, cross_entropy(module), record, "hooks", clip_norm=clip, clipping="per_layer")
+    norms = [float(m.double().norm()) for m in moved]
+    assert max(norms) <= clip / len(norms) ** 0.5 * (1 + 1e-3) + 1e-6
+    assert sum(n**2 for n in norms) ** 0.5 <= clip * (1 + 1e-3) + 1e-6
+
+
+def test_per_layer_the_noise_is_that_of_the_whole_clip_norm() -> None:
+    """The sensitivity of all tensors together is C: every coordinate gets σC."""
+    module = seeded(lambda: Toy(width=400))
+    generator = np.random.default_rng(0)
+    _, moved = train(
+        module, cross_entropy(module), points(1, scale=0.0), "hooks",
+        clip_norm=1e-6, noise_multiplier=3e6, clipping="per_layer", generator=generator,
+    )  # fmt: skip
+    values = torch.cat([m.flatten() for m in moved])
+    assert float(values.std()) == pytest.approx(3.0, rel=4 / (2 * len(values)) ** 0.5)
+
+
+def test_per_layer_is_checked_against_single_examples_too() -> None:
+    module = seeded(Toy)
+    examples = [{k: v[None] for k, v in record.items()} for record in points(3)]
+    assert check_clipping(module, cross_entropy(module), examples, 0.5, "hooks", clipping="per_layer") < 1e-5
+    wrong = seeded(Outside)
+    assert check_clipping(wrong, cross_entropy(wrong), examples, 0.5, "hooks", clipping="per_layer") > 1e-2
+
+
+def test_per_layer_is_refused_with_ghost_clipping() -> None:
+    module = seeded(Toy)
+    with pytest.raises(
+        PrivacyError, match=r"privacy\.clipping = per_layer cannot be had with ghost clipping: expected head or lora"
+    ):
+        train(module, cross_entropy(module), points(3), "ghost", clipping="per_layer")

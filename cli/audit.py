@@ -1,0 +1,110 @@
+"""`cotune audit`: attack a plan's own training, and hold what that proves against the ε that is claimed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cotune.privacy.rounding import round_up
+from cotune.server.figures import duration, percent, scientific
+
+if TYPE_CHECKING:
+    from cotune.simulations.audit import AuditResult
+
+_LIMITS = (
+    "What this can and cannot see: a bound above the claim proves it false; one below it proves nothing, for the bounds of one"
+    " run are sound but loose, and not even an attack without a mistake would prove more than the last column. Gross faults (no"
+    " clipping, a fraction of the noise) show, small ones do not; more canaries and a smaller ε sharpen it. Audited are the"
+    " steps from the records to the delta; not the sending, the ledger, or predictable noise.",
+    "The attack on the records is a plain one: an AUC near 0.5 is no proof that a better one would learn nothing.",
+    "Nothing was released and no ledger was touched. The table is computed from the records: it is for the organisation alone.",
+)
+
+
+def audit(
+    subject: Annotated[
+        str, typer.Argument(metavar="PLAN_OR_RUN", help="A preset, a TOML file, or the folder of a run.")
+    ] = "tweets",
+    organisation: Annotated[str | None, typer.Option(help="Whose records; default: the first organisation's.")] = None,
+    canaries: Annotated[int, typer.Option(min=32, max=100_000, help="How many, and at most how many records to attack.")] = 2000,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds to audit; default: all of the plan's.")] = None,
+    confidence: Annotated[float, typer.Option(min=0.5, max=1.0, help="With which all bounds hold together; below 1.")] = 0.95,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure a lower bound on the ε that training really spends; exit with 1 if it is above the claim."""
+    if confidence >= 1:
+        raise typer.BadParameter("expected a confidence below 1, such as 0.95: nothing is certain")
+    run = (Path(subject) / "run.json").exists()
+    if run and override:
+        raise typer.BadParameter("a run is audited as it was: --set is for plans")
+    from cotune.plan.load import load_plan
+    from cotune.simulations.audit import audit_plan, audit_run
+
+    console = Console(highlight=False)
+    with Console(stderr=True, quiet=as_json).status("training with canaries"):
+        if run:
+            result = audit_run(
+                Path(subject), organisation=organisation, canaries=canaries, rounds=rounds, confidence=confidence, device=device
+            )
+        else:
+            plan = load_plan(subject, override or [])
+            result = audit_plan(
+                plan,
+                organisation=organisation,
+                canaries=canaries,
+                rounds=rounds,
+                confidence=confidence,
+                device=device or "auto",
+            )
+    if as_json:
+        from cotune.simulations.summary import dumps
+
+        typer.echo(dumps(result.as_dict()).decode())
+    else:
+        _show(console, result)
+    if result.broken:
+        raise typer.Exit(1)
+
+
+def _show(console: Console, result: AuditResult) -> None:
+    part = f"{result.rounds} of {result.rounds_planned} rounds" if result.rounds < result.rounds_planned else "all rounds"
+    console.print(
+        f"[bold]{escape(result.plan)}[/bold]: {escape(result.organisation)}, {result.examples:,} examples, {part},"
+        f" {result.steps} steps, σ = {result.noise_multiplier:.3f}, {duration(result.seconds)}"
+    )
+    table = Table("attack", header_style="bold", pad_edge=False, box=None)
+    for heading in ("targets", "AUC", "ε ≥, any mechanism", "ε ≥, these steps", "can show"):
+        table.add_column(heading, justify="right")
+    for attack in result.attacks:
+        bounds = (_down(bound) for bound in (attack.at_least_any, attack.at_least, attack.power))
+        table.add_row(attack.name, f"{attack.targets:,}", f"{attack.auc:.3f}", *bounds)
+    console.print(table)
+    console.print(f"claim: ε = {round_up(result.epsilon)} at δ = {scientific(result.delta)}")
+    sure = f"{percent(result.confidence)} confidence for all bounds together"
+    if result.broken:
+        console.print(
+            f"[bold red]The claim is broken: this training spends ε of {_down(result.at_least)} at least ({sure}). Do not release"
+            " what it trains.[/bold red]"
+        )
+    else:
+        console.print(f"[bold]no contradiction[/bold]: ε is {_down(result.at_least)} at least ({sure})")
+        if result.power <= result.epsilon:
+            console.print(
+                "No attack on so few targets could refute so large an ε: use more --canaries, or --set privacy.epsilon=1."
+            )
+    for limit in _LIMITS:
+        console.print(limit)
+
+
+def _down(bound: float) -> str:
+    """A lower bound never reads larger than it is."""
+    return f"{int(bound * 100) / 100:.2f}"

@@ -1,0 +1,305 @@
+"""An audit: the plan's own steps on an organisation's records with canaries among them, attacked, and compared with the claim.
+
+Trained is what the organisation would train: the same module, loss, optimiser, clip norm, σ, sampling and number of steps, by the
+same `private_steps`, round after round from its own updates. Whoever attacks sees every delta. Nothing leaves this process and no
+ledger is opened: an audit releases nothing but its result, which is for the organisation's own eyes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cotune.client.budget import budget_of, check_examples, noise_multiplier
+from cotune.client.setting import Setting, optimizer_of, setting_of
+from cotune.models.errors import DataError, PlanError, PrivacyError, nearest
+from cotune.models.holdings import Holdings, HoldingsFile
+from cotune.models.sharing import SharedModel, State
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan, Stage
+from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.audit import Evidence, evidence, lower_bound_any, lower_bound_steps, perfect_evidence, require_statistics
+from cotune.privacy.canaries import Coins, fair_coins, new_canaries, plant
+from cotune.privacy.dp_sgd import private_steps
+from cotune.privacy.policy import Policy
+from cotune.privacy.randomness import private_generator
+from cotune.server.run_folder import RunFolder
+from cotune.simulations.sites import prepare
+from cotune.strategies.updates import Delta, difference
+
+__all__ = ["Attack", "AuditResult", "audit_plan", "audit_run"]
+
+_TESTS = 4  # two attacks, two theorems: each may be wrong with a quarter of the allowed probability
+_STEP = 1e-2  # of the delta, to either side, in the difference quotient of the losses
+_GRADIENT_ENTRIES = 2**24  # of the canaries' parameters, held for one physical batch
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What was attacked and found. at_least_any, at_least: lower bounds on ε for any mechanism, and for the claimed steps.
+
+    power: what `at_least` would be after an attack without a mistake; a claim above it cannot be refuted by so few targets.
+    """
+
+    name: str
+    targets: int
+    auc: float
+    at_least_any: float
+    at_least: float
+    power: float
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """The claim (ε at δ of `steps` steps) and what the attacks prove. The bounds hold together with `confidence`."""
+
+    plan: str
+    plan_id: str
+    organisation: str
+    examples: int
+    rounds: int
+    rounds_planned: int
+    steps: int
+    noise_multiplier: float
+    clip_norm: float
+    epsilon: float
+    delta: float
+    confidence: float
+    attacks: tuple[Attack, ...]
+    seconds: float
+
+    @property
+    def at_least(self) -> float:
+        """The largest of the lower bounds."""
+        return max(max(attack.at_least, attack.at_least_any) for attack in self.attacks)
+
+    @property
+    def power(self) -> float:
+        """The largest ε that could have been shown."""
+        return max(attack.power for attack in self.attacks)
+
+    @property
+    def broken(self) -> bool:
+        """Whether the claim is refuted."""
+        return self.at_least > self.epsilon
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"schema": 1, **asdict(self), "at_least": self.at_least, "power": self.power, "broken": self.broken}
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Who is in by a coin: all canaries, and the records numbered `records`."""
+
+    canaries_in: Coins
+    records: np.ndarray[Any, np.dtype[np.int64]]
+    records_in: Coins
+
+    def present(self, examples: int) -> Coins:
+        """(n,), which of all records are in: those without a coin are."""
+        everybody = np.ones(examples, dtype=bool)
+        everybody[self.records] = self.records_in
+        return everybody
+
+
+def audit_plan(
+    plan: Plan,
+    *,
+    organisation: str | None = None,
+    canaries: int = 2000,
+    rounds: int | None = None,
+    confidence: float = 0.95,
+    device: str = "auto",
+) -> AuditResult:
+    """Audits a plan on the records that its simulation would give to an organisation (the first, where none is named).
+
+    canaries: how many targets of each kind (records as far as there are so many). rounds: how many of the plan's are audited; the
+    claim is that of the audited ones. Raises what `prepare` raises, and PrivacyError when there is nothing to audit.
+    """
+    _check(plan)
+    prepared = prepare(plan, device)
+    name = _chosen(organisation, [share.name for share in prepared.shares])
+    share = next(share for share in prepared.shares if share.name == name)
+    holdings = Holdings(((prepared.records[share.file], share.rows),), prepared.plan.labels)
+    return _audit(prepared.plan, holdings, name, canaries, rounds, confidence, device)
+
+
+def audit_run(
+    path: Path,
+    *,
+    organisation: str | None = None,
+    canaries: int = 2000,
+    rounds: int | None = None,
+    confidence: float = 0.95,
+    device: str | None = None,
+) -> AuditResult:
+    """The same for the plan of a run and the records of one of its organisations; its folder is only read."""
+    folder = RunFolder(path)
+    _check(folder.plan)
+    name = _chosen(organisation, [who.name for who in folder.file.participants])
+    site = next(who.site for who in folder.file.participants if who.name == name)
+    holdings = HoldingsFile.read(folder.path / site / "data.json", folder.plan.labels)
+    return _audit(folder.plan, holdings, name, canaries, rounds, confidence, device or folder.file.device)
+
+
+def _check(plan: Plan) -> None:
+    """Before anything is read: that there is something to audit, and the means to."""
+    if not isinstance(plan.privacy, RecordPrivacy):
+        raise PrivacyError("the plan says privacy = none: expected one that claims an ε, for there is nothing else to audit")
+    require_statistics()
+
+
+def _chosen(organisation: str | None, names: Sequence[str]) -> str:
+    if organisation is not None and organisation not in names:
+        raise DataError(f'there is no organisation "{organisation}"{nearest(organisation, names)}')
+    return names[0] if organisation is None else organisation
+
+
+def _audit(
+    plan: Plan, holdings: Holdings, name: str, canaries: int, rounds: int | None, confidence: float, device: str
+) -> AuditResult:
+    began = time.monotonic()
+    assert isinstance(plan.privacy, RecordPrivacy)
+    planned, examples = sum(stage.rounds for stage in plan.stages), len(holdings)
+    if rounds is not None and not 1 <= rounds <= planned:
+        raise PlanError(f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}")
+    for stage in plan.stages:
+        check_examples(examples, stage.local, name)
+    coins = private_generator()
+    records = np.sort(coins.choice(examples, size=min(examples, canaries), replace=False))
+    targets = _Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
+    policy = Policy.permissive()
+    budget = budget_of(plan.privacy, policy, examples)
+    sigma, delta = noise_multiplier(plan, policy, budget, examples, 1), budget.delta
+    training = _Training(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device))
+    for round in range(1, (rounds or planned) + 1):
+        training.play(round)
+    found = {
+        "canaries": evidence(training.canary_scores(), targets.canaries_in, coins),
+        "records": evidence(training.record_scores, targets.records_in, coins),
+    }
+    steps = [Steps(sigma, rate, count) for rate, count in training.taken.items()]
+    return AuditResult(
+        plan=plan.name,
+        plan_id=plan.plan_id,
+        organisation=name,
+        examples=examples,
+        rounds=rounds or planned,
+        rounds_planned=planned,
+        steps=sum(s.count for s in steps),
+        noise_multiplier=sigma,
+        clip_norm=plan.privacy.clip_norm,
+        epsilon=epsilon(steps, delta),
+        delta=delta,
+        confidence=confidence,
+        attacks=tuple(_attack(kind, e, steps, delta, (1 - confidence) / _TESTS) for kind, e in found.items()),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _attack(name: str, found: Evidence, steps: Sequence[Steps], delta: float, error: float) -> Attack:
+    perfect = lower_bound_steps(perfect_evidence(found.targets), steps, delta, error)
+    lower = lower_bound_any(found, delta, error), lower_bound_steps(found, steps, delta, error)
+    return Attack(name, found.targets, found.auc, *lower, perfect)
+
+
+class _Training:
+    """The organisation's rounds with the targets among its records, and the attacks' scores, round by round.
+
+    Every record enters a batch with the q, and noise is added with the σ, of the organisation's real run. Canaries are rows on
+    top: B, by which sums are divided, grows with them, and nothing else.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        privacy: RecordPrivacy,
+        holdings: Holdings,
+        organisation: str,
+        targets: _Targets,
+        sigma: float,
+        model: SharedModel,
+    ) -> None:
+        self.plan, self.privacy, self.holdings, self.organisation = plan, privacy, holdings, organisation
+        self.targets, self.sigma, self.model = targets, sigma, model
+        self.canaries = new_canaries(len(targets.canaries_in), model.device)
+        self.state: State = {}
+        self.record_scores = np.zeros(len(targets.records))
+        self.taken: Counter[float] = Counter()  # sample rate -> steps that were taken with it
+
+    def canary_scores(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """How far each canary's parameter went down its line, over all rounds."""
+        moved: np.ndarray[Any, np.dtype[np.float64]] = self.canaries.weight.detach()[1:, 0].double().cpu().numpy()
+        return -moved
+
+    def play(self, round: int) -> None:
+        stage, model = self.plan.stage_of(round), self.model
+        model.load(self.state)
+        names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+        parameters = model.train_only(names)
+        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation)
+        before = model.state(names)
+        self._train(stage, setting, names, parameters)
+        after = model.state(names)
+        self.record_scores += self._alignment(
+            setting, dict(zip(names, parameters, strict=True)), before, difference(after, before)
+        )
+        self.state |= after
+
+    def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:
+        planted = plant(
+            setting.module,
+            setting.rows,
+            setting.collate,
+            setting.loss,
+            canaries=self.canaries,
+            canaries_in=self.targets.canaries_in,
+            records_in=self.targets.present(len(setting.rows)),
+            clip_norm=self.privacy.clip_norm,
+        )
+        optimizer = optimizer_of(stage.local, self.model, names, parameters)
+        optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
+        rate = stage.local.sample_rate(len(setting.rows))
+        reports = private_steps(
+            planted.module,
+            optimizer,
+            planted.loss,
+            planted.rows,
+            collate=planted.collate,
+            noise_multiplier=self.sigma,
+            clip_norm=self.privacy.clip_norm,
+            sample_rate=rate,
+            steps=stage.local.steps,
+            physical_batch=min(setting.physical_batch, max(1, _GRADIENT_ENTRIES // len(planted.canaries))),
+            mode=setting.clipping,
+            clipping=self.privacy.clipping,
+        )
+        for _ in reports:
+            self.taken[rate] += 1
+
+    @torch.no_grad()
+    def _alignment(
+        self, setting: Setting, parameters: dict[str, nn.Parameter], before: State, delta: Delta
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """<Δ, −∇ℓ_i(θ)> for each target record, θ being what the round began with: how much Δ was to its liking.
+
+        By a central difference of the losses along Δ, which asks nothing of the architecture.
+        """
+
+        def losses(along: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name] + along * delta[name])
+            rows = [setting.rows[int(i)] for i in self.targets.records]
+            size = setting.physical_batch
+            batches = [setting.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+            return np.concatenate([setting.exact(batch).double().cpu().numpy() for batch in batches])
+
+        return (losses(-_STEP) - losses(_STEP)) / (2 * _STEP)

@@ -1,0 +1,99 @@
+"""`cotune audit`: the table, the verdict and its exit code, and what cannot be audited."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotune.privacy.dp_sgd import StepReport, private_steps
+from cotune.simulations import audit as auditing
+from tests.cli.conftest import Cotune
+
+PRIVATE = ("--set", "privacy={epsilon=3}", "--set", "simulation.baselines=[]")
+FEW = ("--canaries", "64")
+
+
+def sentence(err: str) -> str:
+    assert err.startswith("cotune: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_bounds_stand_beside_the_claim(cotune: Cotune, folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    shown = cotune("audit", "toy.toml", *PRIVATE, *FEW)
+    assert (shown.code, shown.err) == (0, "")
+    assert re.search(r"^toy: org-1, 102 examples, all rounds, 6 steps, σ = \d\.\d{3}, ", shown.out, re.MULTILINE)
+    for attack in ("canaries", "records"):
+        row = re.search(rf"^{attack} +64 +(0\.\d+) +(\d\.\d\d) +(\d\.\d\d) +(\d\.\d\d)$", shown.out, re.MULTILINE)
+        assert row, shown.out
+        assert float(row[3]) <= float(row[4])
+    assert re.search(r"claim: ε = (2\.9\d|3\.00) at δ = 0\.00617", shown.out)
+    assert "no contradiction: ε is " in shown.out
+    assert "(95.0 % confidence for all bounds together)" in shown.out
+    assert "Nothing was released and no ledger was touched." in " ".join(shown.out.split())
+    assert "No attack on so few targets could refute so large an ε" in shown.out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_json_is_all_that_is_printed(cotune: Cotune) -> None:
+    options = ("--organisation", "org-2", "--rounds", "1", "--confidence", "0.9", "--json")
+    shown = cotune("audit", "toy.toml", *PRIVATE, *FEW, *options)
+    found = json.loads(shown.out)
+    assert (shown.code, found["schema"], found["broken"]) == (0, 1, False)
+    assert (found["organisation"], found["rounds"], found["steps"], found["confidence"]) == ("org-2", 1, 3, 0.9)
+    assert [attack["name"] for attack in found["attacks"]] == ["canaries", "records"]
+    assert found["at_least"] == max(max(a["at_least"], a["at_least_any"]) for a in found["attacks"])
+    assert found["at_least"] <= found["epsilon"] < 3
+
+
+def test_a_broken_claim_is_exit_code_1(cotune: Cotune, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_noise(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
+        return private_steps(*arguments, **{**settings, "noise_multiplier": 0.0})
+
+    monkeypatch.setattr(auditing, "private_steps", without_noise)
+    options = ("--set", "privacy={epsilon=1}", "--canaries", "2000")
+    shown = cotune("audit", "toy.toml", *options)
+    assert (shown.code, shown.err) == (1, "")
+    said = " ".join(shown.out.split())
+    assert re.search(r"The claim is broken: this training spends ε of \d\.\d\d at least \(95\.0 % confidence", said)
+    assert "no contradiction" not in said
+    assert cotune("audit", "toy.toml", *options, "--json").code == 1
+
+
+def test_a_run_is_audited_as_it_was(cotune: Cotune) -> None:
+    assert cotune("simulate", "toy.toml", *PRIVATE, "--out", "run").code == 0
+    shown = cotune("audit", "run", "--organisation", "org-2", *FEW)
+    assert (shown.code, shown.err) == (0, "")
+    assert "toy: org-2, 102 examples, all rounds, 6 steps" in shown.out
+    assert "a run is audited as it was: --set is for plans" in sentence(cotune("audit", "run", "--set", "rounds=1").err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["toy.toml"], "the plan says privacy = none: expected one that claims an ε"),
+        (["toy.toml", *PRIVATE, "--organisation", "org-9"], 'there is no organisation "org-9"'),
+        (["toy.toml", *PRIVATE, "--rounds", "3"], "expected 1 to 2 rounds to audit, as many as the plan has, got 3"),
+        (["toy.toml", *PRIVATE, "--confidence", "1"], "expected a confidence below 1"),
+        (["tweet"], "did you mean 'tweets'?"),
+        ([".", *PRIVATE], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_audited_is_one_sentence(cotune: Cotune, arguments: list[str], words: str) -> None:
+    shown = cotune("audit", *arguments)
+    assert shown.code == 2
+    assert words in sentence(shown.err)
+
+
+def test_without_the_extra_it_says_what_to_install(cotune: Cotune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax_privacy", None)
+    shown = cotune("audit", "toy.toml", *PRIVATE)
+    assert shown.code == 2
+    assert 'install it by pip install "cotune[audit]"' in sentence(shown.err)

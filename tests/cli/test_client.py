@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cotune.privacy.ledger import Ledger
+from cotune.privacy.policy import Policy, read_policy
+from tests.cli.conftest import Cotune
+
+PRIVATE = ("--set", "privacy.epsilon=4", "--set", "simulation.baselines=[]", "--set", "rounds=2")
+
+
+@pytest.fixture
+def site(cotune: Cotune, folder: Path) -> Path:
+    """The site of an organisation that took part in a run."""
+    done = cotune("simulate", "toy.toml", *PRIVATE, "--out", "run")
+    assert done.code == 0, done.err
+    return folder / "run" / "sites" / "org-1"
+
+
+def test_the_ledger_is_shown(cotune: Cotune, site: Path) -> None:
+    shown = cotune("client", "ledger", site)
+    assert (shown.code, shown.err) == (0, "")
+    found = json.loads(cotune("client", "ledger", site, "--json").out)
+    [data] = found["data_sets"]
+    [run] = data["runs"]
+    assert f"data set {data['fingerprint'][:12]}…: {data['records']} records" in shown.out
+    assert re.search(rf"{run['plan_id'][:12]}… +toy +2 +{run['steps']} +0 ", shown.out)
+    assert f"head of the log: {found['head']}" in shown.out
+    summary = json.loads((site.parents[1] / "summary.json").read_text())
+    assert data["epsilon"] == pytest.approx(summary["organisations"][0]["epsilon_spent"])
+
+
+def test_the_ledger_is_exported(cotune: Cotune, site: Path, folder: Path) -> None:
+    assert cotune("client", "ledger", site, "--export", "out.json").code == 0
+    exported = json.loads((folder / "out.json").read_text())
+    assert [e["steps"] for e in exported["data_sets"][0]["events"]] == [
+        c.steps.count for c in Ledger(site / "ledger.sqlite").charges()
+    ]
+    assert {e["kind"] for e in exported["entries"]} == {"data", "reserve", "settle"}
+
+
+def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, site: Path) -> None:
+    shutil.copy(site / "ledger.sqlite", site / "ledger.old")
+    Ledger(site / "ledger.sqlite").know([b"0" * 16])
+    for side in ("-wal", "-shm"):
+        (site / f"ledger.sqlite{side}").unlink(missing_ok=True)
+    shutil.move(site / "ledger.old", site / "ledger.sqlite")
+    shown = cotune("client", "ledger", site)
+    assert (shown.code, shown.out) == (2, "")
+    assert "an older copy was put back" in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_a_site_that_spent_nothing_says_so(cotune: Cotune, folder: Path) -> None:
+    (folder / "site.json").write_text('{"organisation": "clinic"}')
+    assert "clinic has spent nothing" in cotune("client", "ledger", ".").out
+    assert json.loads(cotune("client", "ledger", ".", "--json").out)["data_sets"] == []
+    assert not (folder / "ledger.sqlite").exists()
+    assert cotune("client", "ledger", "elsewhere").code == 2
+
+
+def test_the_strict_policy_is_printed(cotune: Cotune, folder: Path) -> None:
+    (folder / "policy.toml").write_text(cotune("client", "policy").out, encoding="utf-8")
+    assert read_policy(folder / "policy.toml") == Policy()
+    (folder / "site.json").write_text('{"organisation": "clinic"}')
+    (folder / "policy.toml").write_text("[budget]\nepsilon_total = 2.0\n")
+    assert "epsilon_total = 2.0 " in cotune("client", "policy", ".").out

@@ -1,0 +1,111 @@
+"""Canaries are what they are said to be: exactly C each, nobody else's business, and no trace of who is held out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cotune.privacy.canaries import Planted, fair_coins, new_canaries, plant
+from cotune.privacy.dp_sgd import Batch, ClippingMode, private_steps
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+CLIP = 0.25
+CANARIES_IN = np.array([True, False, True, True, False])
+RECORDS_IN = np.array([True, True, False, False, True, False])
+
+
+def stack(rows: Any) -> Batch:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+class Toy:
+    """A linear classifier, six records, five canaries."""
+
+    def __init__(self, canaries_in: np.ndarray = CANARIES_IN, records_in: np.ndarray = RECORDS_IN, scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.module = nn.Linear(4, 3).train()
+        nn.init.zeros_(self.module.weight)
+        nn.init.zeros_(self.module.bias)
+        self.records = [{"x": torch.randn(4, generator=generator) * scale, "y": torch.tensor(i % 3)} for i in range(6)]
+        self.planted: Planted = plant(
+            self.module,
+            self.records,
+            stack,
+            self.loss,
+            canaries=new_canaries(5, torch.device("cpu")),
+            canaries_in=canaries_in,
+            records_in=records_in,
+            clip_norm=CLIP,
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        return functional.cross_entropy(self.module(batch["x"]), batch["y"], reduction="none")
+
+    def step(self, mode: ClippingMode, physical_batch: int = 64) -> tuple[Tensor, list[Tensor]]:
+        """The sum of one step without noise over all rows: of the canaries, and of the module."""
+        before = [p.detach().clone() for p in (self.planted.canaries, *self.module.parameters())]
+        optimizer = torch.optim.SGD([self.planted.canaries, *self.module.parameters()], lr=11.0)  # 6 + 5 rows: B = 11
+        settings: dict[str, Any] = {"noise_multiplier": 0.0, "clip_norm": CLIP, "sample_rate": 1.0, "steps": 1}
+        p = self.planted
+        list(
+            private_steps(
+                p.module, optimizer, p.loss, p.rows, collate=p.collate, physical_batch=physical_batch, mode=mode, **settings
+            )
+        )
+        after = [p.detach() for p in (self.planted.canaries, *self.module.parameters())]
+        moved = [b - a for b, a in zip(before, after, strict=True)]
+        return moved[0][:, 0], moved[1:]
+
+    def clipped(self, row: int) -> list[Tensor]:
+        gradients = torch.autograd.grad(self.loss(stack([self.records[row]])).sum(), list(self.module.parameters()))
+        norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+        return [g * min(1.0, CLIP / norm) for g in gradients]
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("physical_batch", [1, 4, 64])
+def test_a_canary_that_is_in_contributes_exactly_the_clip_norm(mode: ClippingMode, physical_batch: int) -> None:
+    canaries, _ = Toy().step(mode, physical_batch)
+    expected = torch.tensor([0.0, *(CLIP if present else 0.0 for present in CANARIES_IN)])
+    assert torch.allclose(canaries, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_records_contribute_what_they_would_without_canaries(mode: ClippingMode, scale: float) -> None:
+    toy = Toy(scale=scale)
+    wanted = [sum(parts) for parts in zip(*(toy.clipped(int(i)) for i in np.flatnonzero(RECORDS_IN)), strict=True)]
+    _, found = toy.step(mode)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, torch.as_tensor(other), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_with_everybody_held_out_nothing_moves(mode: ClippingMode) -> None:
+    canaries, module = Toy(np.zeros(5, bool), np.zeros(6, bool)).step(mode)
+    assert not canaries.any()
+    assert not any(p.any() for p in module)
+
+
+def test_the_number_of_rows_does_not_tell_who_is_in() -> None:
+    sizes = {len(Toy(fair_coins(5, np.random.default_rng(i)), RECORDS_IN).planted.rows) for i in range(5)}  # type: ignore[arg-type]
+    assert sizes == {11}
+
+
+def test_a_coin_for_each_and_no_more() -> None:
+    with pytest.raises(ValueError, match="expected a coin for each of 5 canaries and 6 records, got 4 and 6"):
+        Toy(canaries_in=np.ones(4, bool))
+
+
+def test_coins_are_fair() -> None:
+    low, high = stats.binom.ppf([1e-9, 1 - 1e-9], 100_000, 0.5)
+    coins = fair_coins(100_000, np.random.default_rng(0))
+    assert low <= coins.sum() <= high
+    assert low / 2 <= (coins[1:] & coins[:-1]).sum() <= high / 2
