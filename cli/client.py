@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.privacy.rounding import round_up
+from cotune.server.figures import duration, size
+
+if TYPE_CHECKING:
+    from cotune.client.check import Checked
 
 app = typer.Typer(no_args_is_help=True, help="An organisation's own side: its ledger, its policy, a check before it joins.")
 SiteFolder = Annotated[Path, typer.Argument(help="The organisation's site: a folder with a site.json.")]
@@ -63,6 +67,52 @@ def _runs(data: dict[str, Any]) -> Table:
         figures = (str(run["rounds"]), f"{run['steps']:,}", str(run["interrupted"]), round_up(run["epsilon"]))
         table.add_row(f"  {run['plan_id'][:12]}…", escape(run["plan"]), *figures, run["last"][:16].replace("T", " "))
     return table
+
+
+@app.command()
+def check(
+    site: SiteFolder,
+    plan: Annotated[str, typer.Argument(help="The plan as the coordinator runs it: a TOML file, or the plan.toml of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+) -> None:
+    """Say what a plan would mean here: the policy's verdict, noise, ε, and time and memory of one real step."""
+    from dataclasses import asdict
+
+    from cotune.client.check import check as check_plan
+    from cotune.client.site import Site
+    from cotune.plan.load import load_plan
+
+    console = Console(highlight=False)
+    with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
+        found = check_plan(load_plan(plan), Site(site.expanduser()))
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+    else:
+        _show_check(console, found)
+    if found.declined:
+        raise typer.Exit(1)
+
+
+def _show_check(console: Console, found: Checked) -> None:
+    console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
+    if found.declined:
+        console.print(f"[bold red]{escape(found.declined)}[/bold red]", soft_wrap=True)
+        return
+    console.print("the policy allows this plan")
+    if found.noise_multiplier is None or found.epsilon is None or found.delta is None:
+        console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
+        return
+    spent = f"{round_up(found.epsilon_spent or 0.0)} of {found.epsilon_total:g} in total are spent already"
+    console.print(f"σ = {found.noise_multiplier:.3f}: it would spend ε = {found.epsilon:g} at δ = {found.delta:.1e}; {spent}")
+    table = Table("stage", box=None, header_style="bold", pad_edge=False)
+    for heading in ("rounds", "steps", "batch", "one step", "one round", "memory", "gradient error"):
+        table.add_column(heading, justify="right")
+    for s in found.stages:
+        times = (duration(s.seconds), duration(s.seconds * s.steps))
+        figures = (str(s.rounds), str(s.steps), f"{s.batch:.0f}", *times, size(s.peak_memory_bytes), f"{s.gradient_error:.0e}")
+        table.add_row(s.mode, *figures)
+    console.print(table)
+    console.print("tried on made-up records of full length; nothing was trained on, charged or sent")
 
 
 @app.command()

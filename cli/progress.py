@@ -72,14 +72,14 @@ class _Lines:
             self.print(f"baseline {fields['baseline']}: accuracy {fields['metrics']['accuracy']:.3f}")
 
     def _remaining(self, round: int) -> float | None:
-        """By the rounds so far, but for the first, which encodes the texts; None while that is the only one."""
+        """By the rounds so far, but for the first, which encodes the records; None while that is the only one."""
         played = round - self.first - 1
         return (time.monotonic() - self.began) / played * (self.rounds - round) if played else None
 
     def step(self, what: str, details: dict[str, Any]) -> None:
         if what == "features" and (time.monotonic() - self.told > _FEATURE_SECONDS or details["done"] == details["total"]):
             self.told = time.monotonic()
-            self.print(f"encoding texts once: {details['done']:,} of {details['total']:,}")
+            self.print(f"encoding records once: {details['done']:,} of {details['total']:,}")
 
 
 class _Live(_Lines):
@@ -118,7 +118,7 @@ class _Live(_Lines):
 
     def step(self, what: str, details: dict[str, Any]) -> None:
         if what == "features":
-            self._bar("features", "encoding texts once", details["done"], details["total"])
+            self._bar("features", "encoding records once", details["done"], details["total"])
             if details["done"] == details["total"]:
                 self._drop("features")
             return

@@ -24,10 +24,11 @@ def simulate(
     plan: Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")] = None,
     data: Annotated[
         Text,
-        typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one file per organisation."),
+        typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one per organisation."),
     ] = None,
-    text: Annotated[Text, typer.Option(help="Column with the text.")] = None,
-    label: Annotated[Text, typer.Option(help="Column with the class.")] = None,
+    task: Annotated[Text, typer.Option(help="sequence-classification, token-classification or image-classification.")] = None,
+    text: Annotated[Text, typer.Option(help="Column with the text, or with its words.")] = None,
+    label: Annotated[Text, typer.Option(help="Column with the class, or with the words' tags.")] = None,
     model: Annotated[Text, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")] = None,
     clients: Annotated[int | None, typer.Option(help="How many organisations the file is split over.")] = None,
     partition: Annotated[Text, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA or shards:K.")] = None,
@@ -40,7 +41,7 @@ def simulate(
     device: Annotated[Text, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
 ) -> None:
     """Simulate a federation on this machine, and see whether it pays off."""
-    given = (plan, data, text, label, model, clients, partition, override, out, engine, device)
+    given = (plan, data, task, text, label, model, clients, partition, override, out, engine, device)
     if resume is not None and any(value is not None and value != [] for value in given):
         raise typer.BadParameter("a run is continued as it was started: --resume takes no plan, engine, device or overrides")
     from cotune.cli.progress import showing_progress
@@ -51,7 +52,7 @@ def simulate(
         with showing_progress(console):
             result = simulations.resume(resume)
     else:
-        chosen = _plan(plan, data, text, label, model, clients, partition, override or [])
+        chosen = _plan(plan, data, task, text, label, model, clients, partition, override or [])
         with showing_progress(console):
             result = simulations.simulate(chosen, out, engine=engine or "in-process", device=device or "auto")
     show(console, result)
@@ -60,6 +61,7 @@ def simulate(
 def _plan(
     plan: Text,
     data: Text,
+    task: Text,
     text: Text,
     label: Text,
     model: Text,
@@ -72,6 +74,7 @@ def _plan(
 
     short = {
         "data.source": data,
+        "task": task,
         "data.text": text,
         "data.label": label,
         "model.base": model,

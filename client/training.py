@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cotune.client.account import Account
 from cotune.client.budget import check_examples
@@ -16,36 +14,22 @@ from cotune.client.consent import check_consent, limit_gpu_memory
 from cotune.client.guard import Guard
 from cotune.client.noise import stated_noise
 from cotune.client.observe import tell
-from cotune.client.setting import Setting, optimizer_of, setting_of
+from cotune.client.rows import Rows
+from cotune.client.setting import Setting, check_gradients, optimizer_of, setting_of
 from cotune.client.site import Site
 from cotune.client.telling import Teller
-from cotune.models.errors import PrivacyError, RunError
+from cotune.models.errors import RunError
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import State
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps
-from cotune.privacy.dp_sgd import StepReport, check_clipping, private_steps
+from cotune.privacy.dp_sgd import StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.strategies.updates import Update, difference
 from cotune.strategies.wire import state_digest
 
 __all__ = ["train_round"]
-
-_MAX_GRADIENT_ERROR = 1e-3  # of the clipped sum; correct modes are below 1e-5 in float32
-
-
-class _Rows(Dataset[Any]):
-    """Records by number; asked for a whole batch at a time."""
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
 
 
 def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
@@ -110,7 +94,7 @@ def _train_privately(
     guard: Guard,
 ) -> int:
     """Returns the steps taken. The ledger is charged before a record enters a batch."""
-    _check_gradients(setting, privacy)
+    check_gradients(setting, privacy, stage.mode)
     rate = stage.local.sample_rate(len(setting.rows))
     charge = account.reserve(round, Steps(sigma, rate, stage.local.steps))
     began = time.monotonic()
@@ -118,7 +102,7 @@ def _train_privately(
         setting.module,
         optimizer,
         setting.loss,
-        _Rows(setting.rows),
+        Rows(setting.rows),
         collate=setting.collate,
         noise_multiplier=sigma,
         clip_norm=privacy.clip_norm,
@@ -147,17 +131,6 @@ def _correct(setting: Setting, targets: Sequence[int]) -> tuple[int, int]:
         rows = [setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))]
         right += setting.correct(setting.collate(rows))
     return right, len(targets)
-
-
-def _check_gradients(setting: Setting, privacy: RecordPrivacy) -> None:
-    error = check_clipping(
-        setting.module, setting.exact, setting.samples(), privacy.clip_norm, setting.clipping, clipping=privacy.clipping
-    )
-    if not error <= _MAX_GRADIENT_ERROR:
-        raise PrivacyError(
-            f"the clipped gradients of this model are wrong by {error:.2g} (relative), expected at most {_MAX_GRADIENT_ERROR:g}:"
-            " its architecture cannot be trained with differential privacy in this mode; use another train mode or model"
-        )
 
 
 def _train_plainly(

@@ -10,16 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cotune.models.errors import ModelError
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
 from cotune.models.table import Table
+from cotune.models.tasks import Task, TaskName, task_named
 
 __all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "dropout_settings", "find_base", "load_model", "quiet"]
 
@@ -28,7 +30,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # never code, neve
 
 
 class ModelConfig(Table):
-    """Which pretrained model, and how it reads text (the `model` table of a plan)."""
+    """Which pretrained model, and how it reads records (the `model` table of a plan)."""
 
     base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
     base_hash: str | None = Field(None, description="SHA-256 of the base model's safetensors; checked when given")
@@ -54,13 +56,14 @@ class BaseModelFolder:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model for sequence classification with its tokenizer. `frozen`: prefixes of parameters that are never trained."""
+    """A model for a task. `reader`: its tokenizer or image processor. `frozen`: prefixes of parameters that are never trained."""
 
     module: PreTrainedModel
-    tokenizer: Any
+    reader: Any
     folder: BaseModelFolder
     frozen: tuple[str, ...]
     max_length: int
+    task: Task
 
 
 def find_base(config: ModelConfig) -> BaseModelFolder:
@@ -112,6 +115,11 @@ def _from_hub(base: str) -> Path:
 def _check_folder(path: Path, name: str) -> None:
     if not path.is_dir():
         raise ModelError(f"the base model {name} is not a folder: expected one with config.json, a tokenizer and safetensors")
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"the base model {name} is an adapter ({_peft_type(path)}) and not a model: expected a whole one; merge the adapter"
+            " into its base with merge_and_unload() and save_pretrained(), and name that folder"
+        )
     if not (path / "config.json").is_file():
         raise ModelError(f"the base model {name} has no config.json: expected a Hugging Face model folder")
     if not any(path.glob("*.safetensors")):
@@ -122,6 +130,13 @@ def _check_folder(path: Path, name: str) -> None:
                 " *.safetensors; convert it with save_pretrained(safe_serialization=True) on a machine you trust"
             )
         raise ModelError(f"the base model {name} has no weights: expected *.safetensors in its folder")
+
+
+def _peft_type(path: Path) -> str:
+    try:
+        return str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") or "of unknown type")
+    except (OSError, ValueError, AttributeError):
+        return "of unknown type"
 
 
 @lru_cache(maxsize=16)
@@ -138,31 +153,56 @@ def _content_hash(files: tuple[Path, ...]) -> str:
     return _content_hash_of(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
-def load_model(config: ModelConfig, labels: tuple[str, ...], seed: int) -> LoadedModel:
-    """The base model with a classification head for `labels`; a new head is drawn from `seed`.
+def load_model(
+    config: ModelConfig, labels: tuple[str, ...], seed: int, task: TaskName = "sequence-classification"
+) -> LoadedModel:
+    """The base model with a head of the task for `labels`; a new head is drawn from `seed`.
 
-    Dropout is off: under a fixed seed, nothing in training is random but the sampling and the noise. Raises ModelError.
+    A head that the folder has for this task and these labels, in their order, is kept. Dropout is off: under a fixed seed,
+    nothing in training is random but the sampling and the noise. Raises ModelError.
     """
-    folder = find_base(config)
+    folder, does = find_base(config), task_named(task)
     try:
         model_config = _configure(folder.path, labels)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder.path), trust_remote_code=False)
-        mean = _use_mean_pooling(config, model_config, folder.path)
-        _check_vocabulary(tokenizer)
+        mean = _use_mean_pooling(config, model_config, folder.path, does)
+        reader = does.reader(folder.path)
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module, frozen = _build(folder.path, model_config, mean)
+            module, frozen = _build(folder.path, model_config, mean, does)
+            if not _head_is_for(folder.path, labels, type(module).__name__):
+                _draw_head(module)
+        does.fit(reader, module)
     except ModelError:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(
-            f"the base model {config.base} cannot be loaded as a sequence classifier ({reason}): expected an architecture with a"
-            " ForSequenceClassification class in transformers, its safetensors and its tokenizer"
+            f"the base model {config.base} cannot be loaded as {_a(does.described)} ({reason}): expected an architecture with a"
+            f" {does.model_class().__name__.removeprefix('AutoModel')} class in transformers, its safetensors and {does.needs}"
         ) from None
-    _pad_token(tokenizer, module)
     longest = getattr(model_config, "max_position_embeddings", None) or config.max_length
-    return LoadedModel(module, tokenizer, folder, frozen, min(config.max_length, int(longest)))
+    return LoadedModel(module, reader, folder, frozen, min(config.max_length, int(longest)), does)
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _head_is_for(path: Path, labels: tuple[str, ...], architecture: str) -> bool:
+    """Whether a head in the folder, if there is one, was trained for these labels; if it does not say, their number decides."""
+    trained = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or [architecture]
+    return architecture in trained and base_labels(path) in ((), labels)
+
+
+@torch.no_grad()
+def _draw_head(module: PreTrainedModel) -> None:
+    """A new head in place of one for other labels that happens to have the same shape."""
+    for name, layer in module.named_modules():
+        own = list(layer.parameters(recurse=False))
+        if own and not f"{name}.".startswith(f"{module.base_model_prefix}."):
+            for parameter in own:
+                cast(Any, parameter)._is_hf_initialized = False  # transformers leaves alone what it has loaded
+            module._init_weights(layer)
 
 
 @contextmanager
@@ -194,7 +234,11 @@ def dropout_settings(config: Any) -> dict[str, float]:
     return {key: value for key, value in found if ("dropout" in key or key in other_names) and isinstance(value, float)}
 
 
-def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path) -> bool:
+def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: Task) -> bool:
+    if not task.pools:
+        if config.pooling == "mean":
+            raise ModelError(f"model.pooling = mean is not for {_a(task.described)}, which reads every vector: use auto")
+        return False
     if config.pooling == "mean" and not can_pool_mean(model_config):
         raise ModelError(
             f"model.pooling = mean cannot be had for the architecture {model_config.model_type}: expected bert or distilbert;"
@@ -203,9 +247,9 @@ def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path) -> boo
     return config.pooling == "mean" or (config.pooling == "auto" and can_pool_mean(model_config) and wants_mean_pooling(path))
 
 
-def _build(path: Path, config: Any, mean_pooling: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _build(path: Path, config: Any, mean_pooling: bool, task: Task) -> tuple[PreTrainedModel, tuple[str, ...]]:
     frozen = add_mean_pooling(config, None) if mean_pooling else ()
-    module, report = AutoModelForSequenceClassification.from_pretrained(
+    module, report = task.model_class().from_pretrained(
         str(path),
         config=config,
         use_safetensors=True,
@@ -217,6 +261,9 @@ def _build(path: Path, config: Any, mean_pooling: bool) -> tuple[PreTrainedModel
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
     _check_complete(report, f"{module.base_model_prefix}.", frozen)
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout):  # some heads have one that no setting names
+            layer.p = 0.0
     module.requires_grad_(False)
     module.train()
     return module, frozen
@@ -231,24 +278,6 @@ def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...]) -> None:
             f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"
             " in another shape: expected config.json and weights of the same model; download the folder again"
         )
-
-
-def _check_vocabulary(tokenizer: Any) -> None:
-    """Without its files, transformers makes a tokenizer that knows no word."""
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ModelError(
-            "the base model's tokenizer knows no words: expected its files (tokenizer.json or a vocabulary) in the folder;"
-            " download the folder again"
-        )
-
-
-def _pad_token(tokenizer: Any, module: PreTrainedModel) -> None:
-    """Decoders often have no padding token; their classification heads need to know where a text ends."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ModelError("the base model's tokenizer has neither a padding nor an end token: expected one of them")
-        tokenizer.pad_token = tokenizer.eos_token
-    module.config.pad_token_id = tokenizer.pad_token_id
 
 
 def base_labels(path: Path) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The fine-tuned model as a plain Hugging Face folder: `AutoModelForSequenceClassification.from_pretrained` loads it as it is."""
+"""The fine-tuned model as a plain Hugging Face folder: `transformers.pipeline` loads it as it is, whatever the task."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import AutoConfig
 
 from cotune.models.base import dropout_settings, quiet
-from cotune.models.sharing import SharedModel, merge_adapters
+from cotune.models.lora import merge_adapters
+from cotune.models.sharing import SharedModel
 
 __all__ = ["export_model"]
 
 
 def export_model(model: SharedModel, folder: Path) -> None:
-    """Writes safetensors, configuration with label names, and tokenizer; adapters are merged into the weights.
+    """Writes safetensors, configuration with label names, and tokenizer or image processor; adapters are merged into the weights.
 
     An earlier export in the folder is replaced once the new one is complete. The model itself is left as it is.
     """
@@ -30,7 +31,7 @@ def export_model(model: SharedModel, folder: Path) -> None:
     try:
         with quiet():
             module.save_pretrained(part)
-        cast(Any, model.loaded.tokenizer).save_pretrained(part)
+        model.loaded.reader.save_pretrained(part)
         part.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""With a frozen encoder, each text is encoded once: its feature is what the head reads, and is kept on disk.
+"""With a frozen encoder, each record is encoded once: its feature is what the head reads, and is kept on disk.
 
 Which vector that is (the pooled output, the first token, the last token) is not looked up in a table of architectures but found
 out: the one for which the head alone gives the logits of the whole model.
@@ -11,6 +11,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -24,14 +25,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from cotune.models.device import bfloat16_is_fast
 from cotune.models.durable import write_durably
+from cotune.models.inputs import Input, content_of
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import collator, encode, logits
+from cotune.models.tasks import Example, logits
 
 __all__ = ["FeatureHead", "cache_folder", "encode_batch", "feature_head", "features_of"]
 
-_BATCH = 64  # texts per forward pass
+_BATCH = 64  # records per forward pass
 _readings: WeakKeyDictionary[SharedModel, str | None] = WeakKeyDictionary()
-Progress = Callable[[int, int], None]  # (texts encoded, texts in all)
+Progress = Callable[[int, int], None]  # (records encoded, records in all)
 
 
 def cache_folder() -> Path:
@@ -65,12 +67,12 @@ class FeatureHead(nn.Module):
         self.stub = _Stub()
         setattr(headed, whole.base_model_prefix, self.stub)
         self.headed = headed
-        self.pad = int(cast(Any, whole.config).pad_token_id or 0)
+        self.task = model.loaded.task
+        self.pad = int(getattr(whole.config, "pad_token_id", None) or 0)
 
     def forward(self, features: Tensor) -> Any:
         self.stub.features = features
-        ids = torch.full((len(features), 1), self.pad + 1, device=features.device)  # one token that is not padding
-        return self.headed(input_ids=ids)
+        return self.headed(**self.task.stand_in(features, self.pad))
 
 
 def feature_head(model: SharedModel) -> FeatureHead | None:
@@ -79,26 +81,26 @@ def feature_head(model: SharedModel) -> FeatureHead | None:
 
 
 def features_of(
-    model: SharedModel, texts: Sequence[str], state: State, precision: str, progress: Progress | None = None
+    model: SharedModel, inputs: Sequence[Input], state: State, precision: str, progress: Progress | None = None
 ) -> Tensor:
-    """What the head reads for each text, in float32 on the CPU: (n, d). Read from disk where these were computed before.
+    """What the head reads for each input, in float32 on the CPU: (n, d). Read from disk where these were computed before.
 
-    Computed in one canonical order and batching, so that the values depend on the texts, the model and the arithmetic alone. The
+    Computed in one canonical order and batching, so that the values depend on the inputs, the model and the arithmetic alone. The
     model must be set to `state`.
     """
     reading = _reading(model)
     assert reading is not None, "feature_head said that there are none"
     dtype = _arithmetic(precision, model.device)
-    file = cache_folder() / "features" / f"{_key(model, texts, state, reading, dtype)}.safetensors"
+    file = cache_folder() / "features" / f"{_key(model, inputs, state, reading, dtype)}.safetensors"
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):  # several processes of one run want the same features: one computes
-            found = _read(file, len(texts))
+            found = _read(file, len(inputs))
             if found is None:
-                found = _compute(model, texts, precision, progress)
+                found = _compute(model, inputs, precision, progress)
                 _write(file, found)
             return found
-    return _compute(model, texts, precision, progress)  # nowhere to write: compute every time
+    return _compute(model, inputs, precision, progress)  # nowhere to write: compute every time
 
 
 def _arithmetic(precision: str, device: torch.device) -> torch.dtype:
@@ -107,8 +109,8 @@ def _arithmetic(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def _key(model: SharedModel, texts: Sequence[str], state: State, reading: str, dtype: torch.dtype) -> str:
-    """Identifies features: the base model, what was trained in the encoder so far, how it is read, and the texts."""
+def _key(model: SharedModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> str:
+    """Identifies features: the base model, what was trained in the encoder so far, how it is read, and the inputs."""
     digest = hashlib.sha256()
     loaded = model.loaded
     parts = (
@@ -121,24 +123,40 @@ def _key(model: SharedModel, texts: Sequence[str], state: State, reading: str, d
         model.device.type,
     )
     digest.update("\n".join(parts).encode())
-    for file in sorted(loaded.folder.path.iterdir()):  # how texts become tokens, and tokens vectors
+    for file in sorted(loaded.folder.path.iterdir()):  # how inputs become numbers, and numbers vectors
         if file.suffix in (".json", ".txt", ".model"):
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     for name in sorted(n for n in state if n.startswith(model.prefix)):
         digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
     if model.lora is not None and any(".lora_" in n for n in state):
         digest.update(f"{model.lora.model_dump_json()}{model.seed}".encode())  # a frozen A is drawn from the seed
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    digest.update(_digest_of(tuple(inputs)))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _digest_of(inputs: tuple[Input, ...]) -> bytes:
+    """SHA-256 over all inputs; of the same ones, as every round asks for them, it is computed once."""
+    digest = hashlib.sha256()
+    for given in inputs:
+        digest.update(hashlib.sha256(content_of(given)).digest())
+    return digest.digest()
 
 
 def _read(file: Path, expected: int) -> Tensor | None:
     try:
-        found = load_file(file)["features"]
+        status = file.stat()
+        found = _load(file, status.st_mtime_ns, status.st_size)
     except (OSError, SafetensorError, KeyError):
         return None
     return found if len(found) == expected else None
+
+
+@lru_cache(maxsize=1)
+def _load(file: Path, mtime_ns: int, size: int) -> Tensor:
+    """The last file stays in memory: the next organisation and the next round want it too. Nobody changes the tensor."""
+    features: Tensor = load_file(file)["features"]
+    return features
 
 
 def _write(file: Path, features: Tensor) -> None:
@@ -146,65 +164,67 @@ def _write(file: Path, features: Tensor) -> None:
 
 
 @torch.no_grad()
-def encode_batch(model: SharedModel, ids: list[list[int]], precision: str) -> Tensor:
-    """What the head reads for one batch of token rows: (b, d) in float32 on the CPU. Computed, not looked up."""
+def encode_batch(model: SharedModel, examples: Sequence[Example], precision: str) -> Tensor:
+    """What the head reads for one batch of examples: (b, d) in float32 on the CPU. Computed, not looked up."""
     reading = _reading(model)
     assert reading is not None, "feature_head said that there are none"
     low = _arithmetic(precision, model.device) == torch.bfloat16
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
-        return _read_vectors(model, ids, reading).float().cpu()
+        return _read_vectors(model, examples, reading).float().cpu()
 
 
-def _compute(model: SharedModel, texts: Sequence[str], precision: str, progress: Progress | None) -> Tensor:
-    distinct = list(dict.fromkeys(texts))  # equal texts have equal features, whatever batch they would be in
-    ids = encode(model.loaded.tokenizer, distinct, model.loaded.max_length)
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), ids[i], i))  # like lengths together: little padding
+def _compute(model: SharedModel, inputs: Sequence[Input], precision: str, progress: Progress | None) -> Tensor:
+    distinct = list(dict.fromkeys(inputs))  # equal inputs have equal features, whatever batch they would be in
+    loaded = model.loaded
+    examples = loaded.task.examples(loaded.reader, loaded.max_length, distinct, [0] * len(distinct))
+    order = sorted(range(len(examples)), key=lambda i: (loaded.task.order(examples[i]), i))  # like ones together: little padding
     features: Tensor | None = None
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
-        vectors = encode_batch(model, [ids[i] for i in rows], precision)
+        vectors = encode_batch(model, [examples[i] for i in rows], precision)
         if features is None:
-            features = torch.empty(len(ids), vectors.shape[1])
+            features = torch.empty(len(examples), vectors.shape[1])
         features[rows] = vectors
         if progress:
             progress(min(start + _BATCH, len(order)), len(order))
     if features is None:
         return torch.empty(0, 0)
-    place = {text: i for i, text in enumerate(distinct)}
-    return features[[place[text] for text in texts]]
+    place = {given: i for i, given in enumerate(distinct)}
+    return features[[place[given] for given in inputs]]
 
 
-def _read_vectors(model: SharedModel, ids: list[list[int]], reading: str) -> Tensor:
-    """The vector that `reading` names, for each row of token numbers: (b, d)."""
-    batch = collator(model.module, model.loaded.tokenizer, model.device)([{"input_ids": row, "labels": 0} for row in ids])
+def _read_vectors(model: SharedModel, examples: Sequence[Example], reading: str) -> Tensor:
+    """The vector that `reading` names, for each example: (b, d)."""
+    loaded = model.loaded
+    batch = loaded.task.collator(model.module, loaded.reader, model.device)(examples)
     batch.pop("labels")
-    output = getattr(model.module, model.loaded.module.base_model_prefix)(**batch)
+    output = getattr(model.module, loaded.module.base_model_prefix)(**batch)
     if reading == "pooled":
         return cast(Tensor, output.pooler_output)
-    pad = model.loaded.tokenizer.pad_token_id  # a text may spell it: the head reads the last token that is another one
-    last = [max((i for i, token in enumerate(row) if token != pad), default=0) for row in ids]
-    position = [0] * len(ids) if reading == "first" else last
-    return cast(Tensor, output.last_hidden_state[torch.arange(len(ids)), torch.tensor(position)])
+    hidden = cast(Tensor, output.last_hidden_state)
+    if reading == "first":
+        return hidden[:, 0]
+    pad = loaded.reader.pad_token_id  # a text may spell it: the head reads the last token that is another one
+    last = [max((i for i, token in enumerate(e["input_ids"]) if token != pad), default=0) for e in examples]
+    return hidden[torch.arange(len(last)), torch.tensor(last)]
 
 
 def _reading(model: SharedModel) -> str | None:
-    """Which vector the head reads; found once per model by comparing logits on three made-up texts of unequal length."""
+    """Which vector the head reads; found once per model by comparing logits on three made-up examples of unequal length."""
     if model not in _readings:
-        _readings[model] = _find_reading(model)
+        _readings[model] = _find_reading(model) if model.loaded.task.pools else None
     return _readings[model]
 
 
 @torch.no_grad()
 def _find_reading(model: SharedModel) -> str | None:
-    tokenizer = model.loaded.tokenizer
-    usable = [i for i in range(min(len(tokenizer), 500)) if i not in set(tokenizer.all_special_ids)]
-    ids = [usable[:2], usable[2:9], usable[9:14]]
-    batch = collator(model.module, tokenizer, model.device)([{"input_ids": row, "labels": 0} for row in ids])
-    expected = logits(model.module, batch)
+    loaded = model.loaded
+    examples = loaded.task.samples(loaded.reader)
+    expected = logits(model.module, loaded.task.collator(model.module, loaded.reader, model.device)(examples))
     head = FeatureHead(model)
     for reading in ("pooled", "first", "last"):
-        with contextlib.suppress(AttributeError, TypeError, RuntimeError, ValueError):
-            got = head(_read_vectors(model, ids, reading).float()).logits.float()
+        with contextlib.suppress(AttributeError, TypeError, KeyError, RuntimeError, ValueError):
+            got = head(_read_vectors(model, examples, reading).float()).logits.float()
             if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-4):
                 return reading
     return None

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas
@@ -17,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cotune.models.errors import DataError
 
-__all__ = ["READERS", "Columns", "DataConfig", "DataFile", "reason_of"]
+__all__ = ["READERS", "Columns", "DataConfig", "DataFile", "is_unicode", "reason_of", "word_of"]
 
 
 class DataConfig(BaseModel):
@@ -29,10 +33,11 @@ class DataConfig(BaseModel):
         min_length=1,
         description="a file, a folder with one file per organisation, or package:NAME for data in a Python package",
     )
-    text: str = Field(default="text", min_length=1, description="the column that holds the text")
-    label: str = Field(default="label", min_length=1, description="the column that holds the label")
+    text: str = Field(default="text", min_length=1, description="the column that holds the text, or the words of one")
+    image: str = Field(default="image", min_length=1, description="the column that holds an image: its path, or (Parquet) bytes")
+    label: str = Field(default="label", min_length=1, description="the column that holds the label, or the tag of each word")
     encoding: str = Field(default="utf-8", description="of a CSV, TSV or JSON file, such as utf-8, latin-1 or utf-16")
-    deduplicate: bool = Field(default=False, description="keep only the first of the records that have the same text")
+    deduplicate: bool = Field(default=False, description="keep only the first of the records that have the same input")
 
     @field_validator("encoding")
     @classmethod
@@ -45,23 +50,30 @@ class DataConfig(BaseModel):
 
     @model_validator(mode="after")
     def _two_columns(self) -> DataConfig:
-        if self.text == self.label:
-            raise ValueError(f"text and label are both {self.text!r}: expected two different columns")
+        for key in ("text", "image"):
+            if getattr(self, key) == self.label:
+                raise ValueError(f"{key} and label are both {self.label!r}: expected two different columns")
         return self
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file's bytes, and what an error says about it."""
+    """A file's bytes, and what an error says about it. key: which entry of the configuration names the column of the inputs."""
 
     name: str
-    suffix: str
+    path: Path
     raw: bytes
     config: DataConfig
+    key: str = "text"
+
+    @property
+    def suffix(self) -> str:
+        return self.path.suffix.lower()
 
     @property
     def wanted(self) -> tuple[str, str]:
-        return self.config.text, self.config.label
+        """The columns of the inputs and of the labels."""
+        return str(getattr(self.config, self.key)), self.config.label
 
 
 Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
@@ -125,6 +137,7 @@ def _example(file: DataFile) -> str:
 def _parquet(file: DataFile) -> Columns:
     """Read with `datasets`: it knows the class names that Hugging Face keeps beside integer labels; they are used."""
     from datasets import ClassLabel, Dataset
+    from datasets import Image as ImageFeature
     from datasets.table import InMemoryTable
     from pyarrow import BufferReader, parquet
 
@@ -134,10 +147,16 @@ def _parquet(file: DataFile) -> Columns:
         present = [name for name in file.wanted if names.count(name) == 1]
         # Dataset.from_parquet would copy the file to a cache, and take "[1]" in its path for a pattern.
         table = Dataset(InMemoryTable(opened.read(columns=present)), fingerprint="unused")
+        for name, feature in dict(table.features).items():
+            if isinstance(feature, ImageFeature):  # decoding is ours, with limits
+                table = table.cast_column(name, ImageFeature(decode=False))
         values: dict[str, list[object]] = dict(table[:])
         for name, feature in table.features.items():
+            inner = getattr(feature, "feature", None)  # of a list
             if isinstance(feature, ClassLabel):
                 values[name] = [_class_name(feature.names, number) for number in table[:][name]]
+            elif isinstance(inner, ClassLabel):
+                values[name] = [row and [_class_name(inner.names, number) for number in row] for row in table[:][name]]
     except Exception as error:  # damaged bytes raise anything: OSError, ValueError, KeyError, TypeError …
         raise DataError(f"{file.name} is not valid Parquet ({reason_of(error)}): export it again") from error
     return names, values
@@ -182,3 +201,25 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def word_of(file: DataFile, column: str, number: int, value: object) -> str:
+    """A value as the string that every format would give it; "" if it is missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str | int | float | Decimal | date):
+        return str(value)
+    got = f"a {type(value).__name__} in column {column!r} of record {number}"
+    raise DataError(f"{file.name} holds {got}, expected text: convert that column")
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,6 +6,7 @@ that they are the same whoever asks and computed once.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.models.errors import DataError
 from cotune.models.features import Progress, features_of
+from cotune.models.inputs import Input, names_in, stratum_of
 from cotune.models.records import DataConfig, Records, read_records
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Example, encode
+from cotune.models.tasks import Example, TaskName
 
 __all__ = ["Holdings", "HoldingsFile", "Portion", "write_holdings"]
 
@@ -36,6 +38,7 @@ class HoldingsFile(BaseModel):
     """The document."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    task: TaskName = "sequence-classification"  # what the records are read as
     data: DataConfig
     portions: tuple[Portion, ...]
 
@@ -48,9 +51,9 @@ class HoldingsFile(BaseModel):
             raise DataError(f"{file} cannot be read ({type(error).__name__}): expected a description of holdings") from None
         parts = []
         for portion in document.portions:
-            records = read_records(document.data, portion.path)
+            records = read_records(document.data, portion.path, document.task)
             parts.append((records, _rows(file, portion, len(records))))
-        return Holdings(tuple(parts), labels)
+        return Holdings(tuple(parts), labels, document.task)
 
 
 def _rows(file: Path, portion: Portion, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -69,14 +72,16 @@ def _rows(file: Path, portion: Portion, records: int) -> np.ndarray[Any, np.dtyp
     return rows
 
 
-def write_holdings(file: Path, data: DataConfig, portions: list[tuple[Path | None, Any]]) -> None:
+def write_holdings(
+    file: Path, data: DataConfig, portions: list[tuple[Path | None, Any]], task: TaskName = "sequence-classification"
+) -> None:
     """Writes the document and the row numbers beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for i, (path, rows) in enumerate(portions):
         np.save(file.parent / f"{file.stem}-rows-{i}.npy", np.asarray(rows, dtype=np.int64), allow_pickle=False)
         written.append(Portion(path=path, rows=f"{file.stem}-rows-{i}.npy"))
-    file.write_text(HoldingsFile(data=data, portions=tuple(written)).model_dump_json(indent=1), encoding="utf-8")
+    file.write_text(HoldingsFile(task=task, data=data, portions=tuple(written)).model_dump_json(indent=1), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -85,41 +90,52 @@ class Holdings:
 
     parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
     labels: tuple[str, ...]
+    task: TaskName = "sequence-classification"
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.parts)
 
     @cached_property
-    def targets(self) -> list[int]:
-        """The class number of each record. Raises DataError for a class that the plan does not have."""
+    def targets(self) -> list[Any]:
+        """The class number of each record, or those of its tags. Raises DataError for a class that the plan does not have."""
         number = {label: i for i, label in enumerate(self.labels)}
-        names = [records.labels[int(i)] for records, rows in self.parts for i in rows]
-        unknown = sorted(set(names) - set(number))
+        held = [records.labels[int(i)] for records, rows in self.parts for i in rows]
+        unknown = sorted({name for label in held for name in names_in(label)} - set(number))
         if unknown:
             raise DataError(
                 f"the data have the classes {', '.join(unknown[:5])}, which the plan does not list:"
                 f" expected {', '.join(self.labels)}"
             )
-        return [number[name] for name in names]
+        return [number[label] if isinstance(label, str) else tuple(number[tag] for tag in label) for label in held]
+
+    @property
+    def truth(self) -> list[int]:
+        """What a model is to tell: the class number of each record, or of each word of all records."""
+        return [number for target in self.targets for number in ((target,) if isinstance(target, int) else target)]
 
     def label_counts(self) -> dict[str, int]:
-        return {label: self.targets.count(i) for i, label in enumerate(self.labels)}
+        """How many records each class has, every record counting once: of tags by its `stratum_of`.
 
-    def texts(self) -> list[str]:
-        return [records.texts[int(i)] for records, rows in self.parts for i in rows]
+        What is told of these counts under privacy relies on it: one record changes one of them by one.
+        """
+        counts = Counter(stratum_of(records.labels[int(i)]) for records, rows in self.parts for i in rows)
+        return {label: counts[label] for label in self.labels}
+
+    def inputs(self) -> list[Input]:
+        return [records.inputs[int(i)] for records, rows in self.parts for i in rows]
 
     def identities(self) -> list[bytes]:
-        """16 bytes for each record, by which a ledger knows it again (see `Records.identities`)."""
+        """16 bytes for each record, by which a ledger knows it again (see `inputs.identity_of`)."""
         return [records.identities[int(i)] for records, rows in self.parts for i in rows]
 
     def examples(self, model: SharedModel) -> list[Example]:
-        """Tokens and class of each record."""
-        ids = encode(model.loaded.tokenizer, self.texts(), model.loaded.max_length)
-        return [{"input_ids": row, "labels": target} for row, target in zip(ids, self.targets, strict=True)]
+        """What the task's collator takes, for each record."""
+        loaded = model.loaded
+        return loaded.task.examples(loaded.reader, loaded.max_length, self.inputs(), self.targets)
 
     def features(self, model: SharedModel, state: State, precision: str, progress: Progress | None = None) -> torch.Tensor:
         """What the head reads for each record: (n, d)."""
         found = [
-            features_of(model, records.texts, state, precision, progress)[torch.as_tensor(rows)] for records, rows in self.parts
+            features_of(model, records.inputs, state, precision, progress)[torch.as_tensor(rows)] for records, rows in self.parts
         ]
         return torch.cat(found)

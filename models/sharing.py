@@ -6,44 +6,23 @@ A stage trains one group of parameters: the `head`; `lora` factors and the head;
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from pydantic import Field
 from torch import Tensor, nn
 
 from cotune.models.base import LoadedModel, ModelConfig, load_model
 from cotune.models.device import pick_device
 from cotune.models.errors import ModelError
-from cotune.models.table import Table
+from cotune.models.lora import LoraConfig, inject, name_seed
+from cotune.models.tasks import TaskName
 
-__all__ = ["LoraConfig", "SharedModel", "State", "TrainMode", "merge_adapters", "resident"]
+__all__ = ["LoraConfig", "SharedModel", "State", "TrainMode", "resident"]
 
-_AUTO_TARGETS = {**PEFT_TARGETS, "distilbert": ["q_lin", "v_lin"]}
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 TrainMode = Literal["head", "lora", "full"]
-
-
-class LoraConfig(Table):
-    """Low-rank adapters (Hu et al., ICLR 2022): W + (α/r)·B·A, through peft."""
-
-    rank: int = Field(8, ge=1, le=512, description="r")
-    alpha: float = Field(16.0, gt=0, description="α; the update is scaled by α/r")
-    freeze_a: bool = Field(
-        True,
-        description="A stays as drawn from the plan's seed and only B is trained (FFA-LoRA, Sun et al., ICLR 2024)",
-    )
-    targets: tuple[str, ...] | Literal["auto"] = Field(
-        "auto",
-        description="names of the linear modules that get an adapter (auto: what peft adapts in this architecture)",
-    )
 
 
 class SharedModel:
@@ -58,7 +37,7 @@ class SharedModel:
         self.module: nn.Module = loaded.module.to(device)  # on its device before peft wraps it
         self.prefix = f"{loaded.module.base_model_prefix}."
         if lora is not None:
-            _inject(loaded, lora, seed)
+            inject(loaded, lora, seed)
         self._initial: State = {}
 
     def names(self, mode: TrainMode, *, freeze_embeddings: bool = True) -> list[str]:
@@ -124,62 +103,19 @@ class SharedModel:
 
 
 def _is_embedding(name: str) -> bool:
+    """Tables of tokens and positions; of a ViT, its class token and patches too."""
     return any(part in ("embeddings", "wte", "wpe", "embed_tokens", "word_embeddings") for part in name.split("."))
 
 
-def _inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
-    """Puts peft's LoRA layers into the module, with every A drawn from the shared seed and every B zero."""
-    targets = _target_modules(loaded, lora)
-    transposed = type(loaded.module.get_submodule(targets[0])).__name__ == "Conv1D"  # GPT-2's linear layers
-    config = PeftLoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets, fan_in_fan_out=transposed
-    )
-    inject_adapter_in_model(config, loaded.module)
-    for name, parameter in loaded.module.named_parameters():
-        if ".lora_A." in name:
-            _draw_a(parameter, _name_seed(seed, name))
-    loaded.module.requires_grad_(False)
-
-
-def _target_modules(loaded: LoadedModel, lora: LoraConfig) -> list[str]:
-    """Full names of the linear modules to adapt; the head and the pooling layer are left out."""
-    kind = loaded.module.config.model_type
-    wanted = _AUTO_TARGETS.get(kind, ()) if lora.targets == "auto" else lora.targets
-    linear = [n for n, m in loaded.module.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    prefix = f"{loaded.module.base_model_prefix}."
-    inside = [n for n in linear if n.startswith(prefix) and not f"{n}.".startswith(loaded.frozen or ("\0",))]
-    chosen = [n for n in inside if n.split(".")[-1] in wanted]
-    if not chosen:
-        known = ", ".join(sorted({n.split(".")[-1] for n in inside}))
-        raise ModelError(f"lora.targets = {lora.targets} matches no linear module of {kind}: expected some of {known}")
-    return chosen
-
-
-def _name_seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
-
-
-@torch.no_grad()
-def _draw_a(parameter: nn.Parameter, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(parameter.shape)
-    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-    parameter.copy_(drawn)
-
-
-def merge_adapters(module: Any) -> None:
-    """Adds every adapter's product into its layer and takes the adapter out: afterwards the module is a plain architecture."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, layer.get_base_layer())
-
-
 @lru_cache(maxsize=1)
-def resident(model: ModelConfig, labels: tuple[str, ...], lora: LoraConfig | None, seed: int, device: str) -> SharedModel:
+def resident(
+    model: ModelConfig,
+    labels: tuple[str, ...],
+    lora: LoraConfig | None,
+    seed: int,
+    device: str,
+    task: TaskName = "sequence-classification",
+) -> SharedModel:
     """The one model that a process keeps: loaded at the first call, shared by everybody in the process who takes turns."""
-    loaded = load_model(model, labels, _name_seed(seed, "head"))
+    loaded = load_model(model, labels, name_seed(seed, "head"), task)
     return SharedModel(loaded, lora, seed, pick_device(device))

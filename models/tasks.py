@@ -1,26 +1,91 @@
-"""The task: sequence classification. Texts to tokens to batches, the loss of each example, and the metrics of a prediction."""
+"""The tasks, and what they have in common: the loss of each example, and the metrics of a prediction.
+
+A task is one object, in a file of its own, which answers what the rest of the program must know of it; nobody else tells tasks
+apart.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
 
-import torch
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-from torch import Tensor, nn
+from torch import Tensor, device, nn
 from torch.nn import functional
 
-__all__ = ["Example", "Metrics", "collator", "encode", "example_losses", "majority", "score"]
+from cotune.models.formats import DataFile
+from cotune.models.image_task import ImageClassification
+from cotune.models.inputs import Input, Label
+from cotune.models.text_task import IGNORED, Batch, Example, SequenceClassification
+from cotune.models.token_task import TokenClassification
 
-Example = dict[str, Any]  # {"input_ids": list[int], "labels": int}
-Batch = dict[str, Tensor]
+__all__ = ["Example", "Metrics", "Target", "Task", "TaskName", "example_losses", "logits", "majority", "score", "task_named"]
+
+TaskName = Literal["sequence-classification", "token-classification", "image-classification"]
+Target = int | tuple[int, ...]  # the number of a record's class, or of each word's tag
+
+
+class Task(Protocol):
+    """What the rest of the program asks a task for.
+
+    A reader is what turns inputs into numbers: a tokenizer, or an `ImageReader`.
+    """
+
+    key: str  # the entry of [data] that names the column of the inputs
+    described: str  # the model, as an error calls it
+    needs: str  # what else its folder must hold
+    pools: bool  # whether its head reads one vector of a record
+
+    def model_class(self) -> Any:
+        """The class of transformers that loads a model with a head for this task."""
+
+    def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
+        """The record with a number in a file, or the reason to leave it out. Raises DataError."""
+
+    def reader(self, folder: Path) -> Any:
+        """The reader of a model folder. Raises ModelError."""
+
+    def fit(self, reader: Any, module: Any) -> None:
+        """Makes reader and model agree. Raises ModelError when they cannot."""
+
+    def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
+        """What the collator takes, for each record."""
+
+    def samples(self, reader: Any) -> list[Example]:
+        """Three made-up examples, of unlike lengths where there are lengths; their classes are 0 and 1."""
+
+    def collator(self, module: nn.Module, reader: Any, to: device) -> Callable[[Sequence[Example]], Batch]:
+        """Examples -> a batch on the device, with "labels"."""
+
+    def order(self, example: Example) -> tuple[Any, ...]:
+        """A key for sorting: like examples stand together, and equal keys mean equal inputs."""
+
+    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        """The class numbers that a model's scores mean, as many for each example as its target has."""
+
+    def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
+        """Inputs with which a head alone is called, its encoder answering with the features."""
+
+
+_TASKS: dict[str, Task] = {
+    "sequence-classification": SequenceClassification(),
+    "token-classification": TokenClassification(),
+    "image-classification": ImageClassification(),
+}
+
+
+def task_named(name: TaskName) -> Task:
+    return _TASKS[name]
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Quality on a test set, each in [0, 1]; precision, recall and F1 are means over the classes (macro)."""
+    """Quality on a test set, each in [0, 1]; precision, recall and F1 are means over the classes (macro).
+
+    Of tags it is the words that are counted, "O" among the classes. A word that a model's length cuts off is one told wrong.
+    """
 
     accuracy: float
     precision: float
@@ -45,44 +110,20 @@ def majority(train: Sequence[int], truth: Sequence[int], classes: int) -> Metric
     return score(truth, [most] * len(truth), classes)
 
 
-def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token numbers of each text, cut off at max_length; an empty text is one padding token, so that it has a position."""
-    ids = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)["input_ids"] if texts else []
-    return [list(row) or [tokenizer.pad_token_id] for row in ids]
-
-
-def collator(module: nn.Module, tokenizer: Any, device: torch.device) -> Callable[[Sequence[Example]], Batch]:
-    """Examples -> a batch on the device: input_ids and attention_mask (b, l), labels (b,), and what the model wants beside.
-
-    Position and token type numbers are passed explicitly, in the batch's shape: looked up once for the whole batch, they would
-    have no gradient per example (Opacus: `stack expects each tensor to be equal size`).
-    """
-    accepted = inspect.signature(module.forward).parameters
-    kind = cast(Any, module).config.model_type
-    pad = tokenizer.pad_token_id
-
-    def collate(examples: Sequence[Example]) -> Batch:
-        rows = [example["input_ids"] for example in examples]
-        length = max(len(row) for row in rows)
-        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if kind in ("bert", "distilbert", "gpt2") and "position_ids" in accepted:
-            batch["position_ids"] = torch.arange(length).repeat(len(rows), 1)
-        if kind == "bert" and "token_type_ids" in accepted:
-            batch["token_type_ids"] = torch.zeros_like(ids)
-        batch["labels"] = torch.tensor([example["labels"] for example in examples])
-        return {key: value.to(device) for key, value in batch.items()}
-
-    return collate
-
-
 def logits(module: nn.Module, batch: Batch) -> Tensor:
-    """The model's scores (b, classes) in float32."""
+    """The model's scores in float32: (b, classes), or (b, l, classes) where every position has its own."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     return cast(Tensor, module(**inputs).logits).float()
 
 
 def example_losses(module: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of each example by itself: (b,)."""
-    return functional.cross_entropy(logits(module, batch), batch["labels"], reduction="none")
+    """The loss of each example by itself: (b,).
+
+    Cross-entropy; of an example with a label for each position, the mean over its own labelled positions. A mean over the batch's
+    would let one record change the gradient of another, which clipping could not bound.
+    """
+    labels = batch["labels"]
+    losses = functional.cross_entropy(logits(module, batch).movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
+    if labels.dim() == 1:
+        return losses
+    return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cotune.models.errors import PrivacyError
 from cotune.models.sharing import SharedModel, resident
 from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy
 
 __all__ = ["model_of"]
 
 
 def model_of(plan: Plan, device: str) -> SharedModel:
-    """The plan's base model with its head, and its adapters where a stage trains them: one per process, shared by all callers."""
-    return resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, device)
+    """The plan's base model with its head, and its adapters where a stage trains them: one per process, shared by all callers.
+
+    Raises ModelError when it cannot be loaded, PrivacyError when it mixes records.
+    """
+    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, device, plan.task)
+    if isinstance(plan.privacy, RecordPrivacy):
+        _refuse_batch_norm(model)
+    return model
+
+
+def _refuse_batch_norm(model: SharedModel) -> None:
+    found = [name for name, layer in model.module.named_modules() if isinstance(layer, _BatchNorm)]
+    if found:
+        raise PrivacyError(
+            f"the base model normalises over the batch in {found[0]}, which mixes records, so that their privacy cannot be"
+            " bounded: expected a model without batch norm, such as a ViT; use another base model, or privacy = none"
+        )

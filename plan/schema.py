@@ -12,6 +12,7 @@ from cotune.models.base import ModelConfig
 from cotune.models.records import DataConfig
 from cotune.models.sharing import LoraConfig, TrainMode
 from cotune.models.table import Table
+from cotune.models.tasks import TaskName
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.client_level import ClientPrivacy
 from cotune.strategies.strategy import StrategyConfig
@@ -97,8 +98,10 @@ class Plan(Table):
 
     name: str = Field("plan", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     seed: int = Field(7, ge=0, lt=2**31, description="of everything random but privacy noise and private sampling")
-    task: Literal["sequence-classification"] = "sequence-classification"
-    labels: tuple[str, ...] = Field((), description="class names in the order of the head; empty: as found in the data")
+    task: TaskName = Field(
+        "sequence-classification", description="a class for a text (sequence-), for each word of one (token-), or for an image"
+    )
+    labels: tuple[str, ...] = Field((), description="class names or tags in the order of the head; empty: as found in the data")
     train: TrainMode | tuple[Stage, ...] = Field("head", description="one mode for all rounds, or a list of stages")
     rounds: int = Field(10, ge=1, le=100_000, description="where train is one mode; with stages, their sum")
     test_fraction: float = Field(0.15, gt=0, lt=1, description="of the records, held out as the common test set")

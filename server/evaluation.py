@@ -7,7 +7,7 @@ import torch
 from cotune.models.features import feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Metrics, collator, logits, score
+from cotune.models.tasks import Metrics, logits, score
 
 __all__ = ["evaluate"]
 
@@ -24,18 +24,17 @@ def evaluate(model: SharedModel, state: State, test: Holdings, precision: str) -
         predicted = scores.argmax(dim=1).tolist()
     else:
         predicted = _predict(model, test)
-    return score(test.targets, predicted, len(test.labels))
+    return score(test.truth, predicted, len(test.labels))
 
 
 def _predict(model: SharedModel, test: Holdings) -> list[int]:
-    examples = test.examples(model)
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
-    collate = collator(model.module, model.loaded.tokenizer, model.device)
-    predicted = [0] * len(examples)
+    examples, task = test.examples(model), model.loaded.task
+    order = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
+    collate = task.collator(model.module, model.loaded.reader, model.device)
+    told: list[tuple[int, ...]] = [()] * len(examples)
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
-        for row, label in zip(
-            rows, logits(model.module, collate([examples[i] for i in rows])).argmax(dim=1).tolist(), strict=True
-        ):
-            predicted[row] = label
-    return predicted
+        batch = [examples[i] for i in rows]
+        for row, answer in zip(rows, task.answers(logits(model.module, collate(batch)), batch), strict=True):
+            told[row] = answer
+    return [number for answer in told for number in answer]

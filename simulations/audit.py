@@ -128,7 +128,7 @@ def audit_plan(
     prepared = prepare(plan, device)
     name = _chosen(organisation, [share.name for share in prepared.shares])
     share = next(share for share in prepared.shares if share.name == name)
-    holdings = Holdings(((prepared.records[share.file], share.rows),), prepared.plan.labels)
+    holdings = Holdings(((prepared.records[share.file], share.rows),), prepared.plan.labels, prepared.plan.task)
     return _audit(prepared.plan, holdings, name, canaries, rounds, confidence, device)
 
 

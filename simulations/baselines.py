@@ -69,7 +69,7 @@ def _pooled_plan(plan: Plan) -> Plan:
 
 def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: RunFolder) -> None:
     who = Participant(name=name.split("/")[-1], site="site")
-    make_site(path / "site", who.name, plan.data, shares, parent.file.device)
+    make_site(path / "site", who.name, plan, shares, parent.file.device)
     file = RunFile(
         run=name,
         created=parent.file.created,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from cotune.client.budget import planned_steps, planned_telling
 from cotune.models.features import encode_batch, feature_head
+from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel
-from cotune.models.tasks import collator, encode, example_losses
+from cotune.models.tasks import Example, example_losses
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
@@ -24,7 +25,7 @@ from cotune.strategies.wire import encode_requests, encode_update, payload_bytes
 
 __all__ = ["ClientForecast", "Forecast", "OrganisationForecast", "StageForecast", "forecast"]
 
-_SAMPLE = 32  # texts that are timed
+_SAMPLE = 32  # records that are timed
 _CLIPPING_COST = {"head": 1.1, "lora": 1.1, "full": 1.7}  # of DP-SGD by Opacus against plain training
 
 
@@ -79,7 +80,7 @@ class Forecast:
 
 
 def forecast(plan: Plan, device: str = "auto") -> Forecast:
-    """Reads data and model and times a few texts; trains nothing. Raises what `prepare` raises."""
+    """Reads data and model and times a few records; trains nothing. Raises what `prepare` raises."""
     prepared = prepare(plan, device)
     resolved = prepared.plan
     model = model_of(resolved, device)
@@ -148,14 +149,12 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
 def _seconds(prepared: Prepared, model: SharedModel) -> float:
     """Encoding once where the encoder is frozen, training every step's records else, and the baselines the same again."""
     plan = prepared.plan
-    texts = [prepared.records[s.file].texts[int(i)] for s in prepared.shares for i in s.rows[:_SAMPLE]]
-    every = max(1, len(texts) // _SAMPLE)
-    ids = encode(model.loaded.tokenizer, texts[::every][:_SAMPLE], model.loaded.max_length)
+    examples = _examples(prepared, model)
     records = sum(len(r) for r in prepared.records.values())
     total = 0.0
     for stage in plan.stages:
         if stage.mode == "head" and feature_head(model) is not None:
-            total += records * _time_per_text(plan, model, ids, None)
+            total += records * _time_per_record(plan, model, examples, None)
         else:
             work = (
                 sum(stage.local.sample_rate(len(s.rows)) * len(s.rows) for s in prepared.shares)
@@ -163,22 +162,29 @@ def _seconds(prepared: Prepared, model: SharedModel) -> float:
                 * stage.local.steps
             )
             cost = _CLIPPING_COST[stage.mode] if plan.privacy != "none" else 1.0
-            total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_text(plan, model, ids, stage)
+            total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_record(plan, model, examples, stage)
     return total
 
 
-def _time_per_text(plan: Plan, model: SharedModel, ids: list[list[int]], stage: Stage | None) -> float:
-    """Seconds for one text: encoded only without a stage, forward and backward with one. The first pass only warms up."""
+def _examples(prepared: Prepared, model: SharedModel) -> list[Example]:
+    """A few records from all organisations."""
+    parts = tuple((prepared.records[s.file], s.rows[:_SAMPLE]) for s in prepared.shares)
+    sample = Holdings(parts, prepared.plan.labels).examples(model)
+    return sample[:: max(1, len(sample) // _SAMPLE)][:_SAMPLE]
+
+
+def _time_per_record(plan: Plan, model: SharedModel, examples: list[Example], stage: Stage | None) -> float:
+    """Seconds for one record: encoded only without a stage, forward and backward with one. The first pass only warms up."""
     if stage is None:
-        return min(_timed(lambda: encode_batch(model, ids, plan.model.precision)) for _ in range(3)) / len(ids)
-    batch = collator(model.module, model.loaded.tokenizer, model.device)([{"input_ids": row, "labels": 0} for row in ids])
+        return min(_timed(lambda: encode_batch(model, examples, plan.model.precision)) for _ in range(3)) / len(examples)
+    batch = model.loaded.task.collator(model.module, model.loaded.reader, model.device)(examples)
     model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
 
     def step() -> None:
         example_losses(model.module, batch).mean().backward()  # type: ignore[no-untyped-call]
         model.module.zero_grad(set_to_none=True)
 
-    return min(_timed(step) for _ in range(3)) / len(ids)
+    return min(_timed(step) for _ in range(3)) / len(examples)
 
 
 def _timed(work: Callable[[], object]) -> float:

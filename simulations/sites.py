@@ -12,13 +12,16 @@ import numpy as np
 from pydantic import ValidationError
 
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
+from cotune.client.setting import check_stages
 from cotune.client.site import SiteFile
 from cotune.models.base import base_labels, find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, PlanError
 from cotune.models.holdings import write_holdings
-from cotune.models.records import DataConfig, Records, check_labels, organisation_files, read_records
+from cotune.models.inputs import stratum_of
+from cotune.models.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
+from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.client_level import RoundNoise, round_noise
@@ -56,8 +59,8 @@ class Prepared:
         return hashlib.sha256("".join(records.fingerprint for records in self.records.values()).encode()).hexdigest()
 
     def label_counts(self, share: Share) -> dict[str, int]:
-        names = [self.records[share.file].labels[i] for i in share.rows]
-        return {label: names.count(label) for label in self.plan.labels}
+        """Records of each class; with tags, words of each tag."""
+        return self.records[share.file].select(share.rows).label_counts_in(self.plan.labels)
 
 
 def prepare(plan: Plan, device: str = "auto") -> Prepared:
@@ -67,7 +70,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     """
     pick_device(device)
     base = find_base(plan.model)
-    records = _read(plan.data)
+    records = _read(plan)
     labels = _labels(plan, records, base_labels(base.path))
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
     model = plan.model.model_copy(update={"base_hash": base.content_hash, "base": _absolute(plan.model.base)})
@@ -79,7 +82,9 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
             check_examples(len(share.rows), stage.local, share.name)
     if resolved.client_privacy is not None:
         central_noise(resolved, len(shares))
-    return Prepared(resolved, shares, test, records, _noise(resolved, shares))
+    noise = _noise(resolved, shares)
+    check_stages(resolved, model_of(resolved, device))
+    return Prepared(resolved, shares, test, records, noise)
 
 
 def central_noise(plan: Plan, organisations: int) -> RoundNoise:
@@ -99,12 +104,12 @@ def _with_own_epsilons(epsilons: tuple[float, ...], shares: tuple[Share, ...]) -
     return tuple(replace(share, epsilon=epsilon) for share, epsilon in zip(shares, epsilons, strict=True))
 
 
-def _read(data: DataConfig) -> dict[Path | None, Records]:
-    """All files of the source; None stands for a source that is one file."""
-    folder = Path(data.source).expanduser()
-    if not data.source.startswith("package:") and folder.is_dir():
-        return {path.resolve(): read_records(data, path) for path in organisation_files(folder).values()}
-    return {None: read_records(data)}
+def _read(plan: Plan) -> dict[Path | None, Records]:
+    """All files of the source; None stands for a source that is one file, or one folder of images."""
+    folder, data, task = Path(plan.data.source).expanduser(), plan.data, plan.task
+    if not data.source.startswith("package:") and folder.is_dir() and not is_one_source(folder, task):
+        return {path.resolve(): read_records(data, path, task) for path in organisation_files(folder, task).values()}
+    return {None: read_records(data, task=task)}
 
 
 def _absolute(source: str) -> str:
@@ -123,8 +128,8 @@ def _labels(plan: Plan, records: dict[Path | None, Records], of_base: tuple[str,
 
 
 def _joined(records: list[Records]) -> Records:
-    texts = tuple(text for r in records for text in r.texts)
-    return Records(texts, tuple(label for r in records for label in r.labels), records[0].source)
+    inputs = tuple(given for r in records for given in r.inputs)
+    return Records(inputs, tuple(label for r in records for label in r.labels), records[0].source)
 
 
 def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], tuple[tuple[Path | None, Rows], ...]]:
@@ -133,13 +138,13 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
     shares: list[Share] = []
     test: list[tuple[Path | None, Rows]] = []
     for file, found in records.items():
-        train, held_out = split_test(found.labels, plan.test_fraction, rng)
+        strata = [stratum_of(label) for label in found.labels]
+        train, held_out = split_test(strata, plan.test_fraction, rng)
         test.append((file, held_out))
         if file is not None:
-            shares.append(Share(file.stem, file, train))
+            shares.append(Share(organisation_name(file), file, train))
         else:
-            labels = [found.labels[i] for i in train]
-            parts = partition(labels, _partition_config(plan), rng)
+            parts = partition([strata[i] for i in train], _partition_config(plan), rng)
             shares += [Share(f"org-{i}", None, train[rows]) for i, rows in enumerate(parts, start=1)]
     if not sum(len(rows) for _, rows in test):
         raise DataError(
@@ -172,8 +177,8 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
     """Writes the run's folder with its sites and its test set."""
     plan = prepared.plan
     for share in prepared.shares:
-        make_site(path / "sites" / share.name, share.name, plan.data, [share], device)
-    write_holdings(path / "test" / "data.json", plan.data, list(prepared.test))
+        make_site(path / "sites" / share.name, share.name, plan, [share], device)
+    write_holdings(path / "test" / "data.json", plan.data, list(prepared.test), plan.task)
     people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in prepared.shares)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return RunFolder.create(
@@ -183,9 +188,9 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
     )
 
 
-def make_site(folder: Path, name: str, data: DataConfig, shares: Sequence[Share], device: str) -> None:
+def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
     """A simulated organisation's folder; its ledger and outbox are left alone where they exist."""
-    write_holdings(folder / "data.json", data, [(share.file, np.asarray(share.rows)) for share in shares])
+    write_holdings(folder / "data.json", plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
     if len(shares) == 1 and shares[0].epsilon is not None:
         write_durably(folder / "policy.toml", dump_policy(Policy.permissive(shares[0].epsilon)).encode())
     write_durably(folder / "site.json", SiteFile(organisation=name, simulated=True, device=device).model_dump_json().encode())

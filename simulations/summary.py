@@ -11,6 +11,7 @@ from typing import Any
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
 from cotune.models.holdings import HoldingsFile
+from cotune.models.inputs import names_in
 from cotune.models.tasks import Metrics, majority
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
@@ -128,8 +129,9 @@ def _model(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 def _majority(folder: RunFolder, prepared: Prepared) -> Metrics:
     test = HoldingsFile.read(folder.path / "test" / "data.json", folder.plan.labels)
     number = {label: i for i, label in enumerate(folder.plan.labels)}
-    train = [number[prepared.records[s.file].labels[i]] for s in prepared.shares for i in s.rows]
-    return majority(train, test.targets, len(folder.plan.labels))
+    held = [prepared.records[s.file].labels[i] for s in prepared.shares for i in s.rows]
+    train = [number[name] for label in held for name in names_in(label)]
+    return majority(train, test.truth, len(folder.plan.labels))
 
 
 def _mean(metrics: list[Metrics]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import string
@@ -13,8 +14,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -27,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Tokenizer,
+    ViTConfig,
 )
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -44,6 +48,8 @@ ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
 def _config(kind: str) -> Any:
     size = len(VOCABULARY) if kind != "qwen2" else len(LETTERS)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    if kind == "vit":
+        return ViTConfig(image_size=16, patch_size=4, **small)
     if kind == "bert":
         return BertConfig(vocab_size=size, max_position_embeddings=32, pad_token_id=0, **small)
     if kind == "distilbert":
@@ -64,6 +70,16 @@ def _config(kind: str) -> Any:
     )
 
 
+PROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "size": {"height": 16, "width": 16},
+    "resample": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 LETTERS = {letter: i for i, letter in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "Ġ", *string.ascii_lowercase])}
 
 
@@ -92,8 +108,12 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             made[kind] = tmp_path_factory.mktemp(f"tiny-{kind}")
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                AutoModel.from_config(_config(kind)).save_pretrained(made[kind])
-            tokenizer(kind).save_pretrained(made[kind])
+                options = {"add_pooling_layer": False} if kind == "vit" else {}
+                AutoModel.from_config(_config(kind), **options).save_pretrained(made[kind])
+            if kind == "vit":
+                (made[kind] / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+            else:
+                tokenizer(kind).save_pretrained(made[kind])
         return made[kind]
 
     return make
@@ -115,6 +135,36 @@ def write_csv(path: Path, rows: list[tuple[str, str]], columns: tuple[str, str] 
     with path.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([columns, *rows])
     return path
+
+
+TAGS = {"good": "B-GOOD", "bad": "B-BAD", "so": "B-SO"}
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+
+
+def tagged(count: int, seed: int = 0) -> list[tuple[list[str], list[str]]]:
+    """(words, tags): each word has the tag of its kind, a filler has O."""
+    tag_of = {word: TAGS[kind] for kind, words in WORDS.items() for word in words}
+    found = [text.split() for text, _ in sentences(count, seed)]
+    return [(words, [tag_of.get(word, "O") for word in words]) for words in found]
+
+
+def write_tagged(path: Path, count: int = 240, seed: int = 0) -> Path:
+    """JSON lines of words and tags."""
+    rows = [json.dumps({"text": words, "label": tags}) for words, tags in tagged(count, seed)]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def write_images(folder: Path, count: int = 60, seed: int = 0, classes: tuple[str, ...] = tuple(COLOURS)) -> Path:
+    """A folder for each colour, with noisy images of unlike sizes in it, PNG and JPEG in turn."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        colour = classes[i % len(classes)]
+        (folder / colour).mkdir(parents=True, exist_ok=True)
+        shape = (int(rng.integers(12, 30)), int(rng.integers(12, 30)), 3)
+        pixels = np.clip(np.array(COLOURS[colour]) + rng.normal(0, 30, shape), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / colour / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return folder
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tomllib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cotune.cli.progress import showing_progress
 from cotune.plan.load import load_plan, preset_names
 from cotune.simulations.simulate import simulate
 from tests.cli.conftest import Cotune
-from tests.conftest import sentences, write_csv
+from tests.conftest import sentences, write_csv, write_images, write_tagged
 
 
 def model_bytes(run: Path) -> bytes:
@@ -207,6 +208,23 @@ def test_an_organisation_that_is_left_out_is_shown(cotune: Cotune, folder: Path)
     assert shown.code == 0
     assert "round 2: [bold]a left out: the outbox file" in shown.out
     assert re.search(r"^\[bold\]a +\d+", shown.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("task", ["token-classification", "image-classification"])
+def test_other_tasks_are_checked_and_simulated(
+    cotune: Cotune, folder: Path, base_model: Callable[[str], Path], task: str
+) -> None:
+    kind, data = ("bert", write_tagged(folder / "tags.jsonl")) if "token" in task else ("vit", write_images(folder / "scans"))
+    common = ["--set", "simulation.min_examples=10", "--set", "model.pooling=auto", "--set", f"task={task}"]
+    source = ["--set", f"data.source={data}", "--set", f"model.base={base_model(kind)}"]
+    checked = cotune("plan", "check", "toy.toml", *common, *source, "--set", "privacy={epsilon=3}")
+    assert (checked.code, checked.err) == (0, "")
+    assert "4 classes (B-BAD, B-GOOD, B-SO, O)" in checked.out or "3 classes (blue, green, red)" in checked.out
+    options = ["--task", task, "--data", data, "--model", base_model(kind)]
+    shown = cotune("simulate", "toy.toml", *common[:4], *options, "--out", "run", "--set", "rounds=1")
+    assert (shown.code, shown.err) == (0, "")
+    assert "is it worth joining?" in shown.out
+    assert json.loads((folder / "run" / "model" / "config.json").read_text())["architectures"][0].startswith(("Bert", "ViT"))
 
 
 def test_the_live_display_on_a_terminal(folder: Path) -> None:

@@ -56,6 +56,19 @@ def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, site: Path) 
     assert shown.err.count("\n") == 1
 
 
+def test_a_plan_is_checked_before_joining(cotune: Cotune, site: Path) -> None:
+    plan = site.parents[1] / "plan.toml"
+    shown = cotune("client", "check", site, plan)
+    assert (shown.code, shown.err.strip()) == (0, "")
+    assert "the policy allows this plan" in shown.out
+    assert re.search(r"head +2 +5 ", shown.out)
+    assert json.loads(cotune("client", "check", site, plan, "--json").out)["epsilon"] == 4.0
+    (site / "policy.toml").write_text("")
+    declined = cotune("client", "check", site, plan)
+    assert declined.code == 1
+    assert "declined by the rule training.base_models" in declined.out
+
+
 def test_a_site_that_spent_nothing_says_so(cotune: Cotune, folder: Path) -> None:
     (folder / "site.json").write_text('{"organisation": "clinic"}')
     assert "clinic has spent nothing" in cotune("client", "ledger", ".").out

@@ -15,6 +15,7 @@ from cotune.models.holdings import write_holdings
 from cotune.models.records import DataConfig
 from cotune.models.sharing import State, resident
 from cotune.plan.load import parse_plan
+from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 
@@ -95,8 +96,7 @@ def state_for() -> Callable[[Plan, int], State]:
     """(plan, round) -> what the server sends at the start: the parameters of all stages so far, as in the base model."""
 
     def make(plan: Plan, round: int = 1) -> State:
-        lora = plan.lora if plan.uses_lora else None
-        model = resident(plan.model, plan.labels, lora, plan.seed, "cpu")
+        model = model_of(plan, "cpu")
         model.load({})
         names: dict[str, None] = {}
         for number in range(1, round + 1):

@@ -22,7 +22,9 @@ from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.errors import CotuneError, DataError, Declined, PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State, TrainMode, resident
-from cotune.models.tasks import collator, example_losses, logits
+from cotune.models.tasks import example_losses, logits
+from cotune.models.text_task import collator
+from cotune.plan.model import model_of
 from cotune.plan.schema import LocalTraining, Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate
 from cotune.privacy.dp_sgd import StepReport
@@ -43,7 +45,7 @@ STAGES = [
 
 
 def resident_model(plan: Plan) -> SharedModel:
-    return resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, "cpu")
+    return model_of(plan, "cpu")
 
 
 def everything(plan: Plan, state: State) -> State:
@@ -121,7 +123,7 @@ def gradient_descent(plan: Plan, site: Site, state: State, rates: Callable[[str]
     model = resident_model(plan)
     model.load(state)
     parameters = dict(model.parameters())
-    batch = collator(model.module, model.loaded.tokenizer, model.device)(site.holdings(plan.labels).examples(model))
+    batch = collator(model.module, model.loaded.reader, model.device)(site.holdings(plan.labels).examples(model))
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     names = list(state)
@@ -563,7 +565,7 @@ def test_observers_are_told_of_every_step(
     with observing(lambda what, details: told.append((what, details))):
         site = make_site()
         update = train_round(plan, site, 1, state_for(plan))
-    distinct = len(set(site.holdings(plan.labels).texts()))
+    distinct = len(set(site.holdings(plan.labels).inputs()))
     assert ("features", {"organisation": "clinic", "done": distinct, "total": distinct}) in told
     steps = [details for what, details in told if what == "step"]
     assert [(s["organisation"], s["round"], s["step"], s["steps"]) for s in steps] == [("clinic", 1, i, 4) for i in range(1, 5)]

@@ -251,21 +251,52 @@ def classifier(folder: Path, labels: tuple[str, ...], base: Path) -> torch.Tenso
     return torch.full((len(labels), 16), 0.25)
 
 
-def test_a_head_for_as_many_labels_is_kept(folder: Path, base_model: Callable[[str], Path]) -> None:
-    weights = classifier(folder, ("x", "y", "z"), base_model("bert"))
+@pytest.mark.parametrize("labels", [LABELS, ("LABEL_0", "LABEL_1", "LABEL_2")])
+def test_a_head_for_the_same_labels_is_kept(folder: Path, base_model: Callable[[str], Path], labels: tuple[str, ...]) -> None:
+    """So is one for as many that it does not name."""
+    weights = classifier(folder, labels, base_model("bert"))
     loaded = load(folder)
     assert torch.equal(loaded.module.classifier.weight, weights)
     assert loaded.module.config.id2label == {0: "bad", 1: "good", 2: "so"}
     assert loaded.module.config.label2id == {"bad": 0, "good": 1, "so": 2}
 
 
-@pytest.mark.parametrize("labels", [("x", "y"), ("w", "x", "y", "z")])
+@pytest.mark.parametrize("labels", [("x", "y"), ("w", "x", "y", "z"), ("x", "y", "z"), ("good", "bad", "so")])
 def test_a_head_for_other_labels_is_replaced(folder: Path, labels: tuple[str, ...], base_model: Callable[[str], Path]) -> None:
     classifier(folder, labels, base_model("bert"))
     weight = load(folder).module.classifier.weight
     assert weight.shape == (3, 16)
     assert len(weight.unique()) == 3 * 16  # drawn, not the old constant
     assert torch.equal(weight, load(folder).module.classifier.weight)
+    assert not torch.equal(weight, load(folder, seed=2).module.classifier.weight)
+
+
+def test_a_head_for_another_task_is_replaced(folder: Path, base_model: Callable[[str], Path]) -> None:
+    """A text classifier's head has the shape and the names of a token classifier's."""
+    weights = classifier(folder, LABELS, base_model("bert"))
+    loaded = load_model(ModelConfig(base=str(folder)), LABELS, 1, "token-classification")
+    assert loaded.module.classifier.weight.shape == weights.shape
+    assert not torch.equal(loaded.module.classifier.weight, weights)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [('{"peft_type": "LORA"}', "LORA"), ('{"peft_type": "IA3"}', "IA3"), ("{", "of unknown type")]
+)
+def test_an_adapter_in_place_of_a_model(folder: Path, content: str, named: str) -> None:
+    (folder / "adapter_config.json").write_text(content)
+    assert f"is an adapter ({named}) and not a model" in refusal(folder)
+
+
+def test_mean_pooling_is_not_for_token_classification(folder: Path) -> None:
+    with pytest.raises(ModelError, match="model.pooling = mean is not for a token classifier"):
+        load_model(ModelConfig(base=str(folder), pooling="mean"), LABELS, 1, "token-classification")
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_no_dropout_in_a_token_classifier_either(base_model: Callable[[str], Path], kind: str) -> None:
+    """The heads of decoders have one of 0.1 that no setting of theirs names."""
+    loaded = load_model(ModelConfig(base=str(base_model(kind))), LABELS, 1, "token-classification")
+    assert all(m.p == 0.0 for m in loaded.module.modules() if isinstance(m, torch.nn.Dropout))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -276,7 +307,7 @@ def test_a_loaded_model_is_frozen_float32_without_dropout(base_model: Callable[[
     assert loaded.module.training
     assert {p.dtype for p in loaded.module.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in loaded.module.parameters())
-    assert loaded.module.config.pad_token_id == loaded.tokenizer.pad_token_id
+    assert loaded.module.config.pad_token_id == loaded.reader.pad_token_id
 
 
 def test_the_encoder_is_the_one_in_the_file(base_model: Callable[[str], Path]) -> None:
@@ -298,7 +329,7 @@ def test_a_missing_padding_token_is_the_end_token(base_model: Callable[[str], Pa
     config.pop("pad_token")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = load(folder)
-    assert loaded.tokenizer.pad_token == loaded.tokenizer.eos_token == "[SEP]"
+    assert loaded.reader.pad_token == loaded.reader.eos_token == "[SEP]"
     assert loaded.module.config.pad_token_id == 3
 
 

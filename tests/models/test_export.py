@@ -16,7 +16,8 @@ from torch import Tensor
 from cotune.models.base import ModelConfig, load_model
 from cotune.models.export import export_model
 from cotune.models.sharing import LoraConfig, SharedModel, State
-from cotune.models.tasks import collator, encode, logits
+from cotune.models.tasks import logits
+from cotune.models.text_task import collator, encode
 
 LABELS = ("so so", "good", "bad")
 CASES = [
@@ -80,8 +81,8 @@ def make(base: Path, kind: str, pooling: str, mode: Any) -> SharedModel:
 
 @torch.no_grad()
 def scores(model: SharedModel, texts: tuple[str, ...]) -> Tensor:
-    collate = collator(model.module, model.loaded.tokenizer, model.device)
-    rows = encode(model.loaded.tokenizer, texts, 32)
+    collate = collator(model.module, model.loaded.reader, model.device)
+    rows = encode(model.loaded.reader, texts, 32)
     return torch.cat([logits(model.module, collate([{"input_ids": row, "labels": 0}])) for row in rows])
 
 
@@ -190,7 +191,7 @@ def test_a_failed_export_leaves_the_older_one(base_model: Callable[[str], Path],
         def save_pretrained(self, _: Path) -> None:
             raise OSError("No space left on device")
 
-    object.__setattr__(model.loaded, "tokenizer", Full())
+    object.__setattr__(model.loaded, "reader", Full())
     with pytest.raises(OSError, match="No space left"):
         export_model(model, folder)
     assert (folder / "config.json").read_text() == "old"

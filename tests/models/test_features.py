@@ -16,7 +16,8 @@ from torch.nn import functional
 from cotune.models.base import ModelConfig, load_model
 from cotune.models.features import cache_folder, feature_head, features_of
 from cotune.models.sharing import LoraConfig, SharedModel, State
-from cotune.models.tasks import collator, encode, logits
+from cotune.models.tasks import logits
+from cotune.models.text_task import collator, encode
 
 Make = Callable[..., SharedModel]
 CASES = [
@@ -45,8 +46,8 @@ def features(model: SharedModel, texts: Any, state: State | None = None, precisi
 @torch.no_grad()
 def whole_logits(model: SharedModel, texts: Any) -> Tensor:
     """Scores of the whole model, one text at a time."""
-    collate = collator(model.module, model.loaded.tokenizer, model.device)
-    rows = encode(model.loaded.tokenizer, texts, model.loaded.max_length)
+    collate = collator(model.module, model.loaded.reader, model.device)
+    rows = encode(model.loaded.reader, texts, model.loaded.max_length)
     return torch.cat([logits(model.module, collate([{"input_ids": row, "labels": 0}])) for row in rows])
 
 
@@ -217,6 +218,16 @@ def test_the_second_time_the_encoder_does_not_run(shared: Make, texts: tuple[str
         assert torch.equal(features(again, texts), expected)
         features(again, texts, moved(again, again.names("head")))  # the head is no part of the features
     assert calls == []
+
+
+def test_the_last_file_stays_in_memory(shared: Make, texts: tuple[str, ...], cache: Path) -> None:
+    model = shared("bert")
+    computed, first, again = (features(model, texts) for _ in range(3))
+    assert again is first
+    assert torch.equal(first, computed)
+    features(model, texts[:-1])
+    features(model, texts[:-1])
+    assert features(model, texts) is not first
 
 
 def garbage(file: Path) -> None:

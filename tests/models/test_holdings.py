@@ -11,7 +11,7 @@ from cotune.models.features import features_of
 from cotune.models.holdings import Holdings, HoldingsFile, write_holdings
 from cotune.models.records import DataConfig
 from cotune.models.sharing import SharedModel
-from cotune.models.tasks import encode
+from cotune.models.text_task import encode
 
 LABELS = ("good", "bad", "so")  # the plan's order, not the alphabet's
 
@@ -45,7 +45,7 @@ def holdings(tmp_path: Path, first: Path, second: Path) -> Holdings:
 
 def test_rows_of_several_files(holdings: Holdings) -> None:
     assert len(holdings) == 4
-    assert holdings.texts() == ["the road", "great day", "awful", "happy"]
+    assert holdings.inputs() == ["the road", "great day", "awful", "happy"]
     assert holdings.targets == [2, 0, 1, 0]
     assert holdings.label_counts() == {"good": 2, "bad": 1, "so": 1}
 
@@ -53,7 +53,7 @@ def test_rows_of_several_files(holdings: Holdings) -> None:
 def test_a_document_without_row_numbers_means_all_records(tmp_path: Path, first: Path) -> None:
     document = tmp_path / "data.json"
     document.write_text(f'{{"data": {{"source": "{first}"}}, "portions": [{{"path": null}}]}}')
-    assert HoldingsFile.read(document, LABELS).texts() == ["great day", "awful", "a tree", "the road"]
+    assert HoldingsFile.read(document, LABELS).inputs() == ["great day", "awful", "a tree", "the road"]
 
 
 def test_no_records(tmp_path: Path, first: Path, shared: Callable[..., SharedModel]) -> None:
@@ -66,7 +66,7 @@ def test_no_records(tmp_path: Path, first: Path, shared: Callable[..., SharedMod
 
 def test_examples_are_tokens_and_classes(holdings: Holdings, shared: Callable[..., SharedModel]) -> None:
     model = shared("bert")
-    ids = encode(model.loaded.tokenizer, ["the road", "great day", "awful", "happy"], 32)
+    ids = encode(model.loaded.reader, ["the road", "great day", "awful", "happy"], 32)
     assert holdings.examples(model) == [
         {"input_ids": row, "labels": target} for row, target in zip(ids, [2, 0, 1, 0], strict=True)
     ]

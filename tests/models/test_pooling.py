@@ -36,7 +36,7 @@ def normalised_mean(folder: Path, batch: Any) -> Tensor:
 
 
 def tokens(loaded: LoadedModel, texts: tuple[str, ...]) -> Any:
-    return loaded.tokenizer(list(texts), padding=True, return_tensors="pt")
+    return loaded.reader(list(texts), padding=True, return_tensors="pt")
 
 
 @torch.no_grad()

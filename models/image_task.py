@@ -1,0 +1,116 @@
+"""Image classification: an image has one class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+
+from cotune.models.errors import DataError, ModelError
+from cotune.models.formats import DataFile, is_unicode, word_of
+from cotune.models.images import Image, ImageReader, opened
+from cotune.models.inputs import Input, Label
+
+__all__ = ["ImageClassification"]
+
+Example = dict[str, Any]  # {"image": Image, or Tensor (3, h, w) where it is made up; "labels": int}
+
+
+class ImageClassification:
+    """See `tasks.Task`. Images are decoded when a batch is made: decoded ones may not fit into memory together."""
+
+    key = "image"
+    described = "image classifier"
+    needs = "its preprocessor_config.json"
+    pools = True
+
+    def model_class(self) -> Any:
+        return AutoModelForImageClassification
+
+    def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
+        name = word_of(file, file.config.label, number, label).strip()
+        source = _source(file, number, given)
+        if not source:
+            return "blank image"
+        if not name:
+            return "missing label"
+        if not is_unicode(name):
+            return "broken Unicode"
+        try:
+            return opened(source), name
+        except DataError as error:
+            raise DataError(f"{file.name} holds an unusable image in record {number}{_shown(source)}, {error}") from None
+
+    def reader(self, folder: Path) -> ImageReader:
+        return ImageReader(folder)
+
+    def fit(self, reader: ImageReader, module: Any) -> None:
+        shape, wanted = reader.shape(), getattr(module.config, "image_size", None)
+        wanted = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted or shape)
+        if shape != wanted:
+            raise ModelError(
+                f"the base model reads images of {wanted[0]} × {wanted[1]} pixels, and its preprocessor_config.json makes them"
+                f" {shape[0]} × {shape[1]}: expected the same; mend one of the two files"
+            )
+        if module.config.num_channels != 3:
+            raise ModelError(
+                f"the base model reads {module.config.num_channels} channels: expected 3 (RGB); use another base model"
+            )
+
+    def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
+        return [{"image": image, "labels": target} for image, target in zip(inputs, targets, strict=True)]
+
+    def samples(self, reader: ImageReader) -> list[Example]:
+        """Gradients from dark to light, across, down and both."""
+        height, width = reader.shape()
+        across, down = torch.linspace(-1, 1, width).expand(height, width), torch.linspace(-1, 1, height)[:, None]
+        planes = (across, down.expand(height, width), across * down)
+        return [{"image": plane.expand(3, height, width), "labels": k % 2} for k, plane in enumerate(planes)]
+
+    def collator(
+        self, module: nn.Module, reader: ImageReader, to: torch.device
+    ) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
+        def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+            images = [example["image"] for example in examples]
+            pixels = [reader(image.pixels()) if isinstance(image, Image) else image for image in images]
+            labels = torch.tensor([example["labels"] for example in examples])
+            return {"pixel_values": torch.stack(pixels).to(to), "labels": labels.to(to)}
+
+        return collate
+
+    def order(self, example: Example) -> tuple[Any, ...]:
+        return (example["image"].digest,)
+
+    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        return [(best,) for best in scores.argmax(dim=1).tolist()]
+
+    def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
+        return {"pixel_values": features}
+
+
+def _source(file: DataFile, number: int, given: object) -> Path | bytes | None:
+    """Where an image is: bytes, as Hugging Face's image columns have them, or a path beside the file of records."""
+    if isinstance(given, dict):
+        given = given.get("bytes") or given.get("path")
+    if isinstance(given, Path | bytes):
+        return given
+    column = file.wanted[0]
+    word = word_of(file, column, number, given).strip()
+    if not word:
+        return None
+    folder = file.path.parent.resolve()
+    path = (folder / word).resolve()
+    if not path.is_relative_to(folder):
+        raise DataError(
+            f"{file.name} has a path in record {number} of column {column!r} that leads out of its folder: expected one relative"
+            " to the file"
+        )
+    return path
+
+
+def _shown(source: Path | bytes) -> str:
+    return f" ({source.name})" if isinstance(source, Path) else ""

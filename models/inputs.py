@@ -1,0 +1,57 @@
+"""What a record is made of, whatever the task: its input, its label, and how a ledger and a cache know it again.
+
+An input is a text, the words of one, or an image; a label is one class, or one tag for each word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter
+
+from cotune.models.images import Image
+
+__all__ = ["Input", "Label", "content_of", "identity_of", "names_in", "stratum_of"]
+
+Input = str | tuple[str, ...] | Image
+Label = str | tuple[str, ...]
+_NO_TAG = "O"  # outside of any entity, in the IOB schemes
+
+
+def content_of(value: Input | Label) -> bytes:
+    """Bytes that are equal for equal inputs or labels and for no others of the same kind."""
+    if isinstance(value, Image):
+        return value.digest
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def identity_of(given: Input) -> bytes:
+    """16 bytes that stay the same when a file is shuffled, exported anew or labelled anew.
+
+    SHA-256 over a text in Unicode's composed form with single spaces, whether it is kept as one or as its words; over the decoded
+    pixels and the size of an image. A corrected label is still the same record.
+    """
+    if isinstance(given, Image):
+        return given.digest[:16]
+    text = given if isinstance(given, str) else " ".join(given)
+    plain = " ".join(unicodedata.normalize("NFC", text).split())
+    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def names_in(label: Label) -> tuple[str, ...]:
+    """The class names that a label consists of: one, or one for each word."""
+    return (label,) if isinstance(label, str) else label
+
+
+def stratum_of(label: Label) -> str:
+    """The one class by which a record is split over organisations and held out for testing.
+
+    Of tags it is the most frequent one that is not O, and of equally frequent ones the alphabetically first; O where there is no
+    other.
+    """
+    if isinstance(label, str):
+        return label
+    counts = Counter(tag for tag in label if tag != _NO_TAG)
+    return min(counts, key=lambda tag: (-counts[tag], tag), default=_NO_TAG)

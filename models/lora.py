@@ -1,0 +1,142 @@
+"""Low-rank adapters: which modules get one, how they are drawn, and how they are merged into the weights again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from pydantic import Field, field_validator
+from torch import nn
+
+from cotune.models.base import LoadedModel
+from cotune.models.errors import ModelError
+from cotune.models.table import Table
+
+__all__ = ["LoraConfig", "inject", "merge_adapters", "name_seed"]
+
+_AUTO_TARGETS = {**PEFT_TARGETS, "distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
+
+_PREPENDED = "its vectors stand before every text of a batch, so that Opacus finds no gradient per record for them"
+_UNCHECKED = "nobody has checked here that its gradients are clipped record by record"
+_WHY_NOT = {  # adapters that are known, and why they are not to be had
+    "dora": "DoRA divides by the norm of the adapted weight, for which Opacus finds no gradient per record",
+    "ia3": "Opacus finds no gradient per record for IA3's scaling vectors",
+    "adalora": "AdaLoRA prunes ranks by the records' gradients, which no accounting covers",
+    "vera": "Opacus finds no gradient per record for VeRA's scaling vectors",
+    "prompt": _PREPENDED,
+    "prompt_tuning": _PREPENDED,
+    "prefix_tuning": _PREPENDED,
+    "p_tuning": _PREPENDED,
+    "loha": _UNCHECKED,
+    "lokr": _UNCHECKED,
+    "oft": _UNCHECKED,
+}
+
+
+class LoraConfig(Table):
+    """Low-rank adapters (Hu et al., ICLR 2022): W + s·B·A, through peft."""
+
+    method: Literal["lora", "rslora"] = Field(
+        "lora", description="lora: s = α/r; rslora: s = α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)"
+    )
+    rank: int = Field(8, ge=1, le=512, description="r")
+    alpha: float = Field(16.0, gt=0, description="α")
+    freeze_a: bool = Field(
+        True,
+        description="A stays as drawn from the plan's seed and only B is trained (FFA-LoRA, Sun et al., ICLR 2024)",
+    )
+    targets: tuple[str, ...] | Literal["auto"] = Field(
+        "auto",
+        description="names of the linear modules that get an adapter (auto: what peft adapts in this architecture)",
+    )
+    layers: int | None = Field(None, ge=1, description="only the last so many transformer layers get adapters; default: all")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _possible(cls, value: Any) -> Any:
+        reason = _WHY_NOT.get(str(value).lower().replace("-", "_"))
+        if reason:
+            raise ValueError(f"expected lora or rslora: {reason}")
+        return value
+
+
+def inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
+    """Puts peft's LoRA layers into the module, with every A drawn from the shared seed and every B zero. Raises ModelError."""
+    targets = _last_layers(_target_modules(loaded, lora), lora.layers)
+    transposed = type(loaded.module.get_submodule(targets[0])).__name__ == "Conv1D"  # GPT-2's linear layers
+    config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        use_rslora=lora.method == "rslora",
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+    )
+    inject_adapter_in_model(config, loaded.module)
+    for name, parameter in loaded.module.named_parameters():
+        if ".lora_A." in name:
+            _draw_a(parameter, name_seed(seed, name))
+    loaded.module.requires_grad_(False)
+
+
+def _target_modules(loaded: LoadedModel, lora: LoraConfig) -> list[str]:
+    """Full names of the linear modules to adapt; the head and the pooling layer are left out."""
+    kind = loaded.module.config.model_type
+    wanted = _AUTO_TARGETS.get(kind, ()) if lora.targets == "auto" else lora.targets
+    modules = dict(loaded.module.named_modules())
+    embeddings = sorted(n for n, m in modules.items() if isinstance(m, nn.Embedding) and n.split(".")[-1] in wanted)
+    if embeddings:
+        raise ModelError(
+            f"lora.targets names the embedding {embeddings[0]}: expected linear modules, as an adapted embedding has no gradient"
+            " per record; leave it out"
+        )
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    prefix = f"{loaded.module.base_model_prefix}."
+    inside = [n for n in linear if n.startswith(prefix) and not f"{n}.".startswith(loaded.frozen or ("\0",))]
+    chosen = [n for n in inside if n.split(".")[-1] in wanted]
+    if not chosen:
+        known = ", ".join(sorted({n.split(".")[-1] for n in inside}))
+        raise ModelError(f"lora.targets = {lora.targets} matches no linear module of {kind}: expected some of {known}")
+    return chosen
+
+
+def _last_layers(targets: Sequence[str], layers: int | None) -> list[str]:
+    """Those of the targets that lie in the last `layers` transformer layers, by the first number in their names."""
+    if layers is None:
+        return list(targets)
+    numbers = [re.search(r"\.(\d+)\.", name) for name in targets]
+    count = 1 + max((int(n[1]) for n in numbers if n), default=-1)
+    if layers > count:
+        raise ModelError(f"lora.layers = {layers}, but the modules to adapt lie in {count} layers: expected at most {count}")
+    return [name for name, n in zip(targets, numbers, strict=True) if n and int(n[1]) >= count - layers]
+
+
+def name_seed(seed: int, name: str) -> int:
+    """A seed for one tensor, from the plan's."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+
+
+@torch.no_grad()
+def _draw_a(parameter: nn.Parameter, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(parameter.shape)
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    parameter.copy_(drawn)
+
+
+def merge_adapters(module: Any) -> None:
+    """Adds every adapter's product into its layer and takes the adapter out: afterwards the module is a plain architecture."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.get_base_layer())

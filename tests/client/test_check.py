@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cotune.client.budget import budget_of, noise_multiplier
+from cotune.client.check import check
+from cotune.client.site import Site
+from cotune.models.errors import PlanError
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.policy import Policy
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+PRIVATE = {"epsilon": 2.0, "delta": 1e-3}
+STAGES = [{"mode": mode, "rounds": 1, "local": {"batch_size": 0.1}} for mode in ("head", "lora", "full")]
+
+
+def test_every_stage_is_tried_and_nothing_is_charged(make_plan: MakePlan, make_site: MakeSite) -> None:
+    plan, site = make_plan(privacy=PRIVATE, train=STAGES), make_site()
+    found = check(plan, site)
+    assert isinstance(plan.privacy, RecordPrivacy)
+    policy = Policy.permissive()
+    sigma = noise_multiplier(plan, policy, budget_of(plan.privacy, policy, 60), 60, 1)
+    assert (found.declined, found.noise_multiplier, found.epsilon, found.delta) == (None, sigma, 2.0, 1e-3)
+    assert (found.organisation, found.examples, found.device, found.epsilon_spent) == ("clinic", 60, "cpu", 0.0)
+    assert [(s.mode, s.rounds, s.steps, s.batch) for s in found.stages] == [(m, 1, 4, 6.0) for m in ("head", "lora", "full")]
+    for stage in found.stages:
+        assert stage.gradient_error < 1e-5
+        assert 0 < stage.seconds < 60
+        assert stage.peak_memory_bytes > 2**20
+    assert site.ledger().charges() == []
+    assert not (site.folder / "outbox").exists()
+
+
+def test_a_declined_plan_is_not_tried(make_plan: MakePlan, make_site: MakeSite) -> None:
+    found = check(make_plan(privacy=PRIVATE), make_site(policy=Policy()))
+    assert found.declined is not None
+    assert "declined by the rule training.base_models" in found.declined
+    assert found.stages == ()
+
+
+def test_a_plan_that_does_not_fit_into_the_rest_is_declined(make_plan: MakePlan, make_site: MakeSite) -> None:
+    allowed = Policy.permissive()
+    tight = allowed.model_copy(update={"budget": allowed.budget.model_copy(update={"epsilon_total": 1.0})})
+    found = check(make_plan(privacy=PRIVATE), make_site(policy=tight))
+    assert found.declined is not None
+    assert "budget.epsilon_total: the plan asks for ε = 2 in 3 rounds, and 1.00 of the total 1 are left" in found.declined
+
+
+def test_a_plan_without_privacy_is_only_judged(make_plan: MakePlan, make_site: MakeSite) -> None:
+    found = check(make_plan(privacy="none"), make_site())
+    assert (found.declined, found.epsilon, found.stages) == (None, None, ())
+
+
+def test_a_plan_without_labels_cannot_be_checked(make_plan: MakePlan, make_site: MakeSite) -> None:
+    with pytest.raises(PlanError, match="the plan lists no labels: expected the plan as the coordinator runs it"):
+        check(make_plan(privacy=PRIVATE, labels=()), make_site())
+
+
+def test_the_model_is_as_it_was(make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., Any]) -> None:
+    """A check before joining does not leave noise in the model that the process keeps."""
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    before = state_for(plan)
+    check(plan, site)
+    after = state_for(plan)
+    assert all(bool((before[name] == after[name]).all()) for name in before)

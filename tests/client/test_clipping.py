@@ -1,0 +1,278 @@
+"""Every model family × task × train mode, as a client sets it up: DP-SGD's clipped sum against gradients of one record at a time.
+
+`tests/privacy/test_dp_sgd.py` has the algorithm; here it is what the algorithm is given: collators, losses and trained parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from cotune.client import setting
+from cotune.client.setting import Setting, check_stages, setting_of
+from cotune.models.errors import DataError, ModelError, PrivacyError
+from cotune.models.holdings import Holdings
+from cotune.models.records import read_records
+from cotune.models.sharing import SharedModel
+from cotune.models.tasks import logits
+from cotune.plan.load import parse_plan
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan
+from cotune.privacy.dp_sgd import check_clipping, private_steps
+from tests.conftest import ARCHITECTURES, COLOURS, TAGS, write_csv, write_images
+
+LR = 1024.0  # large: the movement is then not lost in the rounding of the parameters
+CLASSES = {
+    "sequence-classification": ("bad", "good", "so"),
+    "token-classification": (*sorted(TAGS.values()), "O"),
+    "image-classification": tuple(COLOURS),
+}
+FAMILIES = [
+    *((kind, task) for task in ("sequence-classification", "token-classification") for kind in ARCHITECTURES),
+    ("vit", "image-classification"),
+]
+MODES: dict[str, dict[str, Any]] = {
+    "head": {"train": "head"},
+    "lora": {"train": "lora"},
+    "rslora": {"train": "lora", "lora": {"method": "rslora"}},
+    "lora with A": {"train": "lora", "lora": {"freeze_a": False}},
+    "full": {"train": "full"},
+    "full with embeddings": {"train": [{"mode": "full", "rounds": 1, "freeze_embeddings": False}]},
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
+]
+MakePlan = Callable[..., Plan]
+
+
+class Rows(Dataset[Any]):
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> dict[str, Path]:
+    """Per task, seven records of unlike lengths, one of them a single word; of tokens, one with a single tag besides O."""
+    texts = [
+        "great",
+        "the table is very sad and this",
+        "awful road",
+        "a happy day to the tree",
+        "of",
+        "poor it was",
+        "is fine day",
+    ]
+    csv = write_csv(tmp_path / "texts.csv", [(t, CLASSES["sequence-classification"][i % 3]) for i, t in enumerate(texts)])
+    rows = [
+        {"text": t.split(), "label": [("B-BAD", "O", "B-SO")[(i + j) % 3] for j in range(len(t.split()))]}
+        for i, t in enumerate(texts)
+    ]
+    tags = tmp_path / "tags.jsonl"
+    tags.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {
+        "sequence-classification": csv,
+        "token-classification": tags,
+        "image-classification": write_images(tmp_path / "images", 7),
+    }
+
+
+@pytest.fixture
+def new_plan(base_model: Callable[[str], Path], records: dict[str, Path]) -> MakePlan:
+    def make(kind: str, task: str, **changes: Any) -> Plan:
+        return parse_plan(
+            {
+                "task": task,
+                "labels": CLASSES[task],
+                "rounds": 1,
+                "model": {"base": str(base_model(kind)), "max_length": 8, "precision": "float32"},
+                "data": {"source": str(records[task])},
+                "local": {"physical_batch_size": 3},
+                "privacy": {"epsilon": 2.0, "delta": 1e-3},
+                **changes,
+                "lora": {"rank": 2, **changes.get("lora", {})},
+            }
+        )
+
+    return make
+
+
+def everything(plan: Plan) -> Holdings:
+    records = read_records(plan.data, task=plan.task)
+    return Holdings(((records, np.arange(len(records))),), plan.labels, plan.task)
+
+
+def prepared(plan: Plan) -> tuple[SharedModel, list[nn.Parameter], Setting]:
+    """The stage's setting at a client, with the parameters away from where they start: a B of zero would hide what A gets."""
+    model, stage = model_of(plan, "cpu"), plan.stage_of(1)
+    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+    model.load({})
+    generator = torch.Generator().manual_seed(5)
+    state = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()}
+    model.load(state)
+    parameters = model.train_only(names)
+    return model, parameters, setting_of(plan, stage, model, everything(plan), state, "clinic")
+
+
+def one_at_a_time(given: Setting, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
+    """The gradient of each record, alone in its batch and without padding."""
+    batches = [given.collate([row]) for row in given.rows]
+    return [[g.double() for g in torch.autograd.grad(given.loss(batch).sum(), parameters)] for batch in batches]
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(t.pow(2).sum()) for t in tensors))
+
+
+def moved(given: Setting, parameters: list[nn.Parameter], clip: float) -> list[Tensor]:
+    """The sum of clipped gradients, as one step without noise over all records shows it."""
+    before = [p.detach().double().clone() for p in parameters]
+    steps = private_steps(
+        given.module,
+        torch.optim.SGD(parameters, lr=LR),
+        given.loss,
+        Rows(given.rows),
+        collate=given.collate,
+        noise_multiplier=0.0,
+        clip_norm=clip,
+        sample_rate=1.0,
+        steps=1,
+        physical_batch=min(given.physical_batch, 3),
+        mode=given.clipping,
+    )
+    assert len(list(steps)) == 1
+    return [(b - p.detach().double()) * len(given.rows) / LR for b, p in zip(before, parameters, strict=True)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kind", "task"), FAMILIES)
+def test_the_clipped_sum_is_that_of_one_record_at_a_time(new_plan: MakePlan, kind: str, task: str, mode: str) -> None:
+    plan = new_plan(kind, task, **MODES[mode])
+    _, parameters, given = prepared(plan)
+    gradients = one_at_a_time(given, parameters)
+    norms = sorted(norm(g) for g in gradients)
+    clip = norms[len(norms) // 2] * 0.99  # some are clipped and some are not
+    expected = [
+        sum((g[i] * min(1.0, clip / (norm(g) + 1e-6)) for g in gradients), torch.zeros(())) for i in range(len(parameters))
+    ]
+    actual = moved(given, parameters, clip)
+    assert norm([a - e for a, e in zip(actual, expected, strict=True)]) < 1e-5 * norm(expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kind", "task"), FAMILIES)
+def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, kind: str, task: str, mode: str) -> None:
+    plan = new_plan(kind, task, **MODES[mode])
+    _, _, given = prepared(plan)
+    assert check_clipping(given.module, given.exact, given.samples(), 1.0, given.clipping) < 1e-5
+    check_stages(plan, model_of(plan, "cpu"))
+
+
+# --- what would be wrong is refused before the run
+
+
+@pytest.mark.parametrize("mode", ["head", "lora", "full"])
+def test_a_loss_that_mixes_records_is_refused(new_plan: MakePlan, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean over the tokens of a batch, as Hugging Face's own losses are."""
+
+    def over_the_batch(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["labels"]
+        losses = functional.cross_entropy(logits(module, batch).movedim(-1, 1), labels, reduction="none")
+        return losses.sum(dim=1) * len(labels) / (labels != -100).sum()
+
+    monkeypatch.setattr(setting, "example_losses", over_the_batch)
+    plan = new_plan("bert", "token-classification", train=mode)
+    with pytest.raises(PrivacyError, match=rf"clipped gradients of this model are wrong by .* in train = {mode}"):
+        check_stages(plan, model_of(plan, "cpu"))
+    check_stages(plan.model_copy(update={"privacy": "none"}), model_of(plan, "cpu"))
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_parameter_used_outside_its_module_is_refused(new_plan: MakePlan, mode: str) -> None:
+    plan = new_plan("vit", "image-classification", train=mode)
+    model = model_of(plan, "cpu")
+    whole: Any = model.module
+    plain = whole.forward
+
+    def twice(**inputs: Any) -> Any:
+        output = plain(**inputs)
+        output.logits = output.logits + whole.classifier.weight.sum(dim=1)
+        return output
+
+    whole.forward = twice
+    with pytest.raises(PrivacyError, match=rf"clipped gradients of this model are wrong by .* in train = {mode}"):
+        check_stages(plan, model)
+
+
+def test_what_opacus_refuses_is_refused_in_a_sentence(new_plan: MakePlan) -> None:
+    """A parameter that takes no part in the forward pass."""
+    plan = new_plan("bert", "token-classification", train="full")
+    model = model_of(plan, "cpu")
+    model.module.add_module("unused", nn.Linear(3, 3))
+    with pytest.raises(PrivacyError, match="train = full cannot be had with differential privacy for this model"):
+        check_stages(plan, model)
+
+
+def test_adapters_on_more_layers_than_there_are_are_refused(new_plan: MakePlan) -> None:
+    plan = new_plan("bert", "token-classification", train="lora", lora={"layers": 3})
+    with pytest.raises(ModelError, match=r"lora\.layers = 3, but the modules to adapt lie in 2 layers"):
+        model_of(plan, "cpu")
+
+
+def test_records_described_for_another_task_are_refused(new_plan: MakePlan) -> None:
+    texts, tokens = new_plan("bert", "sequence-classification"), new_plan("bert", "token-classification")
+    with pytest.raises(
+        DataError, match="clinic describes its records as for sequence-classification, expected token-classification"
+    ):
+        setting_of(tokens, tokens.stage_of(1), model_of(tokens, "cpu"), everything(texts), {}, "clinic")
+
+
+# --- what is told of records counts records
+
+
+def test_of_tags_a_record_counts_once(new_plan: MakePlan) -> None:
+    """Noise on counts is made for one record changing each by one at most, however many words it has."""
+    plan = new_plan("bert", "token-classification", train="lora")
+    held = everything(plan)
+    counts = held.label_counts()
+    assert sum(counts.values()) == len(held) == 7 < len(held.truth)
+    ((records, rows),) = held.parts
+    for left_out in range(7):
+        fewer = Holdings(((records, np.delete(rows, left_out)),), plan.labels, plan.task).label_counts()
+        assert sum(abs(counts[label] - fewer[label]) for label in counts) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [("bert", "sequence-classification"), ("bert", "token-classification"), ("vit", "image-classification")]
+)
+def test_a_record_is_right_when_all_of_it_is(new_plan: MakePlan, kind: str, task: str) -> None:
+    _, _, given = prepared(new_plan(kind, task, train="full"))
+    batch = given.collate(given.rows)
+    with torch.no_grad():
+        best = logits(given.module, batch_without(batch)).argmax(dim=-1)
+    batch["labels"] = torch.where(batch["labels"] == -100, batch["labels"], best)
+    assert given.correct(batch) == 7
+    wrong = batch["labels"].clone()
+    place = (1, int((wrong[1] != -100).nonzero()[0])) if wrong.dim() == 2 else (1,)
+    wrong[place] = (wrong[place] + 1) % 3
+    assert given.correct({**batch, "labels": wrong}) == 6
+
+
+def batch_without(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in batch.items() if key != "labels"}

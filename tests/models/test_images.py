@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import io
+import json
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pillow
+from transformers import BitImageProcessorPil, ViTImageProcessorPil
+
+from cotune.models.errors import DataError, ModelError
+from cotune.models.images import ImageReader, opened
+from tests.conftest import PROCESSOR
+
+
+def noise(width: int, height: int, seed: int = 0) -> Pillow.Image:
+    return Pillow.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Pillow.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+# --- what is opened
+
+
+def test_png_and_jpeg_are_opened() -> None:
+    image = noise(9, 7)
+    assert np.array_equal(np.asarray(opened(encoded(image, "PNG")).pixels()), np.asarray(image))
+    assert opened(encoded(image, "JPEG")).pixels().size == (9, 7)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])
+def test_other_modes_are_read_as_rgb(mode: str) -> None:
+    assert opened(encoded(noise(5, 5).convert(mode), "PNG")).pixels().mode == "RGB"
+
+
+def test_a_turned_photograph_is_turned_back() -> None:
+    exif = Pillow.Exif()
+    exif[0x0112] = 6
+    assert opened(encoded(noise(9, 7), "JPEG", exif=exif)).pixels().size == (7, 9)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO"])
+def test_other_formats_are_refused(kind: str) -> None:
+    with pytest.raises(DataError, match="neither PNG nor JPEG"):
+        opened(encoded(noise(16, 16), kind))
+
+
+def test_what_is_no_image_is_refused() -> None:
+    for raw in (b"", b"no image", b"\x89PNG\r\n\x1a\n", b"%PDF-1.7", b"\xff\xd8\xff"):
+        with pytest.raises(DataError):
+            opened(raw)
+
+
+def test_a_cut_off_file_is_refused() -> None:
+    for kind in ("PNG", "JPEG"):
+        raw = encoded(noise(64, 64), kind)
+        with pytest.raises(DataError, match="damaged or too large"):
+            opened(raw[: len(raw) // 2])
+
+
+def test_sixteen_bits_per_channel_are_refused() -> None:
+    """Pillow would cut all values off at 255."""
+    deep = Pillow.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    with pytest.raises(DataError, match="more than 8 bits per channel"):
+        opened(encoded(deep, "PNG"))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says that it is huge."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(8000, 8000), (12_000, 9_000), (60_000, 60_000)])
+def test_decompression_bombs_are_refused_before_they_are_decoded(size: tuple[int, int]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match="pixels|too large"):
+            opened(bomb(*size))
+
+
+def test_a_file_that_changes_while_it_is_used_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    noise(8, 8).save(file)
+    image = opened(file)
+    image.pixels()
+    noise(8, 8, seed=1).save(file)
+    with pytest.raises(DataError, match=r"an image was changed while it was in use \(with other pixels\)"):
+        image.pixels()
+    file.unlink()
+    with pytest.raises(DataError, match=r"an image was changed while it was in use \(unreadable \(No such file"):
+        image.pixels()
+
+
+# --- how it is prepared
+
+
+def reader(folder: Path, **changes: Any) -> ImageReader:
+    config = {key: value for key, value in {**PROCESSOR, **changes}.items() if value is not None}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return ImageReader(folder)
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+@pytest.mark.parametrize("size", [(40, 30), (8, 9), (16, 16)])
+def test_as_the_processor_of_a_vit_does(tmp_path: Path, size: tuple[int, int], resample: int) -> None:
+    changes = {
+        "resample": resample,
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.3, 0.25],
+        "size": {"height": 16, "width": 12},
+    }
+    expected = ViTImageProcessorPil(**{**PROCESSOR, **changes})(images=noise(*size), return_tensors="pt")["pixel_values"][0]
+    made = reader(tmp_path, **changes)
+    torch.testing.assert_close(made(noise(*size)), expected, atol=1e-5, rtol=1e-5)
+    assert made.shape() == (16, 12)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 41), (25, 25)])
+def test_as_a_processor_that_crops_does(tmp_path: Path, size: tuple[int, int]) -> None:
+    changes = {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}, "resample": 3}
+    expected = BitImageProcessorPil(**{**PROCESSOR, **changes})(images=noise(*size), return_tensors="pt")["pixel_values"][0]
+    made = reader(tmp_path, **changes)
+    torch.testing.assert_close(made(noise(*size)), expected, atol=1e-5, rtol=1e-5)
+    assert made.shape() == (16, 16)
+
+
+def test_without_normalising(tmp_path: Path) -> None:
+    made = reader(tmp_path, do_normalize=False)(noise(16, 16))
+    torch.testing.assert_close(made, torch.from_numpy(np.asarray(noise(16, 16)).copy()).permute(2, 0, 1) / 255)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"do_pad": True}, "asks for do_pad, which is not supported"),
+        ({"crop_pct": 0.875}, "asks for crop_pct, which is not supported"),
+        ({"size": {"longest_edge": 10}}, "has size {'longest_edge': 10}: expected height and width"),
+    ],
+)
+def test_what_is_not_done_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        reader(tmp_path, **changes)
+
+
+def test_images_of_unlike_sizes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="lets the size of an image stand as it is"):
+        reader(tmp_path, size={"shortest_edge": 20}).shape()
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_folder_that_does_not_say_how(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"no readable preprocessor_config\.json"):
+        ImageReader(tmp_path)

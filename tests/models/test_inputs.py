@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from PIL import Image as Pillow
+
+from cotune.models.images import opened
+from cotune.models.inputs import Label, content_of, identity_of, names_in, stratum_of
+
+
+def test_an_identity_survives_spaces_and_unicode_forms() -> None:
+    plain = hashlib.sha256("café au lait".encode()).digest()[:16]
+    for text in ("café au lait", "  cafe\u0301  au\tlait\n", ("café", "au", "lait"), ("cafe\u0301", " au ", "lait")):
+        assert identity_of(text) == plain
+    assert identity_of("cafe au lait") != plain
+
+
+def test_the_identity_of_an_image_is_that_of_its_pixels(tmp_path: Path) -> None:
+    pixels = Pillow.linear_gradient("L").resize((20, 10)).convert("RGB")
+    for name, options in (("a.png", {}), ("b.png", {"compress_level": 0})):
+        pixels.save(tmp_path / name, **options)
+    pixels.rotate(90, expand=True).save(tmp_path / "turned.png")
+    first, again, turned = (opened(tmp_path / name) for name in ("a.png", "b.png", "turned.png"))
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    assert identity_of(first) == identity_of(again) == identity_of(opened((tmp_path / "b.png").read_bytes()))
+    assert len(identity_of(first)) == 16
+    assert identity_of(first) != identity_of(turned)
+    assert first == again  # equal images have equal features
+    assert "a.png" not in repr(first)
+
+
+def test_contents_differ_where_inputs_do() -> None:
+    different = ["a b", ("a", "b"), ("a b",), ("a", "b", ""), "", (), "é", "e\u0301"]
+    assert len({content_of(value) for value in different}) == len(different)
+    assert content_of("é") == "é".encode()
+
+
+@pytest.mark.parametrize(
+    ("label", "stratum"),
+    [
+        ("good", "good"),
+        (("O", "O", "B-LOC", "O"), "B-LOC"),
+        (("B-PER", "O", "B-LOC", "B-PER"), "B-PER"),
+        (("B-PER", "B-LOC"), "B-LOC"),  # as frequent: the alphabetically first
+        (("O", "O"), "O"),
+        ((), "O"),
+    ],
+)
+def test_the_stratum_is_the_most_frequent_tag_but_o(label: Label, stratum: str) -> None:
+    assert stratum_of(label) == stratum
+
+
+def test_names_in_a_label() -> None:
+    assert names_in("good") == ("good",)
+    assert names_in(("O", "B-LOC")) == ("O", "B-LOC")

@@ -1,0 +1,208 @@
+"""Token and image classification from a plan to an exported model, on sets that a tiny model can learn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, ResNetConfig, pipeline
+
+from cotune.client.site import Site
+from cotune.models.errors import CotuneError, ModelError, PrivacyError
+from cotune.plan.load import parse_plan
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan
+from cotune.simulations.forecast import forecast
+from cotune.simulations.simulate import resume, simulate
+from cotune.simulations.sites import prepare
+from tests.conftest import COLOURS, PROCESSOR, tagged, write_images, write_tagged
+from tests.simulations.conftest import NewPlan
+
+TAGS = ("B-BAD", "B-GOOD", "B-SO", "O")
+PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # transformers, reading an image processor
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="session")
+def tags(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tagged(tmp_path_factory.mktemp("tags") / "tags.jsonl")
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("colours") / "images", 90)
+
+
+@pytest.fixture
+def new_plan(base_model: Callable[[str], Path], tags: Path, colours: Path) -> Callable[..., Plan]:
+    def make(task: str, /, **changes: Any) -> Plan:
+        kind, source = ("bert", tags) if task == "token-classification" else ("vit", colours)
+        return parse_plan(
+            {
+                "task": task,
+                "rounds": 3,
+                "privacy": "none",
+                "model": {"base": str(base_model(kind)), "max_length": 16},
+                "data": {"source": str(source)},
+                "local": {"learning_rate": 2.0, "momentum": 0.9, "batch_size": 0.5, "steps": 6},
+                "simulation": {"clients": 2, "partition": "iid", "min_examples": 10, "baselines": []},
+                **changes,
+            }
+        )
+
+    return make
+
+
+def gain(summary: dict[str, Any]) -> float:
+    return float(summary["test"]["federated"]["accuracy"] - summary["test"]["majority"]["accuracy"])
+
+
+@pytest.mark.parametrize("privacy", ["none", PRIVATE])
+def test_tags_are_learnt_and_the_model_is_a_plain_one(new_plan: Callable[..., Plan], tmp_path: Path, privacy: Any) -> None:
+    local = {"learning_rate": 0.5, "momentum": 0.9, "batch_size": 0.5, "steps": 10}
+    plan = new_plan("token-classification", train="lora", local=local, privacy=privacy)
+    result = simulate(plan, tmp_path / "run", device="cpu")
+    assert result.summary["labels"] == list(TAGS)
+    assert gain(result.summary) > 0.05
+    words = [len(w) for w, _ in tagged(240)]
+    assert sum(sum(o["labels"].values()) for o in result.summary["organisations"]) < sum(words)  # words, not records
+    assert sum(o["examples"] for o in result.summary["organisations"]) + result.summary["test"]["examples"] == 240
+    if privacy == "none":
+        tell = pipeline("token-classification", str(result.folder / "model"), ignore_labels=[])
+        said = {entry["word"]: entry["entity"] for entry in tell("the great table is awful")}
+        assert list(said) == ["the", "great", "table", "is", "awful"]
+        assert set(said.values()) <= set(TAGS)
+    else:
+        assert all(0 < o["epsilon_spent"] <= 8.0 for o in result.summary["organisations"])
+
+
+@pytest.mark.parametrize("train", ["head", "full"])
+def test_colours_are_learnt_and_the_model_is_a_plain_one(
+    new_plan: Callable[..., Plan], tmp_path: Path, colours: Path, train: str
+) -> None:
+    local = {"learning_rate": 0.5 if train == "head" else 0.1, "momentum": 0.9, "batch_size": 0.5, "steps": 6}
+    result = simulate(new_plan("image-classification", train=train, local=local, privacy=PRIVATE), tmp_path / "run", device="cpu")
+    assert result.summary["labels"] == sorted(COLOURS)
+    assert gain(result.summary) > 0.3
+    tell = pipeline("image-classification", str(result.folder / "model"))
+    right = 0
+    for file in sorted(colours.rglob("*.png"))[:20]:
+        with Image.open(file) as image:
+            right += tell(image)[0]["label"] == file.parent.name
+    assert right >= 12
+
+
+def test_the_baselines_of_a_tagger(new_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    simulation = {"clients": 2, "partition": "dirichlet:1.0", "min_examples": 20}
+    summary = simulate(new_plan("token-classification", rounds=1, simulation=simulation), tmp_path / "run", device="cpu").summary
+    assert set(summary["test"]["alone"]["each"]) == {"org-1", "org-2"}
+    assert summary["test"]["pooled"]["accuracy"] > summary["test"]["majority"]["accuracy"]
+    assert summary["test"]["majority"]["precision"] == pytest.approx(summary["test"]["majority"]["accuracy"] / 4)
+
+
+def test_organisations_as_folders_of_images(new_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    for seed, name in enumerate(("east.wing", "west")):
+        write_images(tmp_path / "orgs" / name, 30 + 6 * seed, seed)
+    plan = new_plan("image-classification", data={"source": str(tmp_path / "orgs")}, rounds=1)
+    result = simulate(plan, tmp_path / "run", device="cpu")
+    assert {o["name"] for o in result.summary["organisations"]} == {"east.wing", "west"}
+    site = Site(result.folder / "sites" / "west").holdings(tuple(sorted(COLOURS)))
+    assert site.task == "image-classification"
+    assert len(set(site.identities())) == len(site)
+    assert resume(result.folder).summary["test"]["federated"] == result.summary["test"]["federated"]
+
+
+@pytest.mark.parametrize("task", ["token-classification", "image-classification"])
+@pytest.mark.parametrize("train", ["head", "lora", "full"])
+def test_a_plan_is_forecast(new_plan: Callable[..., Plan], task: str, train: str) -> None:
+    seen = forecast(new_plan(task, train=train, privacy=PRIVATE), "cpu")
+    assert seen.seconds > 0
+    assert [o.name for o in seen.organisations] == ["org-1", "org-2"]
+    assert all(o.epsilon_planned is not None and o.epsilon_planned <= 8.0 for o in seen.organisations)
+
+
+# --- what cannot be trained is said before anything is
+
+
+@pytest.fixture
+def resnet(tmp_path: Path) -> Path:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    AutoModel.from_config(config).save_pretrained(tmp_path / "resnet")
+    (tmp_path / "resnet" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return tmp_path / "resnet"
+
+
+@pytest.mark.parametrize("train", ["head", "full"])
+def test_batch_norm_under_privacy(new_plan: Callable[..., Plan], resnet: Path, train: str) -> None:
+    plan = new_plan("image-classification", model={"base": str(resnet)}, train=train, privacy=PRIVATE)
+    for check in (prepare, forecast):
+        with pytest.raises(PrivacyError, match=r"normalises over the batch in resnet\.\S*normalization, which mixes records"):
+            check(plan, "cpu")
+    prepare(plan.model_copy(update={"privacy": "none"}), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"targets": ["word_embeddings"]}, "lora.targets names the embedding bert.embeddings.word_embeddings"),
+        ({"targets": ["key", "word_embeddings"]}, "lora.targets names the embedding bert.embeddings.word_embeddings"),
+        ({"targets": ["q_proj"]}, "matches no linear module of bert"),
+        ({"layers": 7}, "lora.layers = 7, but the modules to adapt lie in 2 layers"),
+    ],
+)
+def test_adapters_that_cannot_be_had(new_plan: Callable[..., Plan], lora: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        prepare(new_plan("token-classification", train="lora", lora=lora), "cpu")
+
+
+def test_a_task_that_the_data_are_not_for(new_plan: Callable[..., Plan], tags: Path, base_model: Callable[[str], Path]) -> None:
+    with pytest.raises(CotuneError, match="holds a list in column 'text' of record 1, expected text"):
+        prepare(new_plan("token-classification", task="sequence-classification"), "cpu")
+
+
+# --- from a trained head on
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+def test_adapters_start_from_the_trained_head(toy_plan: NewPlan, tmp_path: Path, method: str) -> None:
+    """B = 0: a round of LoRA that hardly moves leaves the model as the head's stage ended, and far from where that began."""
+    still = {"learning_rate": 1e-12, "momentum": 0.0}
+    stages = [{"mode": "head", "rounds": 2}, {"mode": "lora", "rounds": 1, "local": still}]
+    plan = toy_plan(train=stages, lora={"rank": 2, "method": method}, simulation={"baselines": []})
+    result = simulate(plan, tmp_path / "run", device="cpu")
+    _, head, adapted = (load_file(file) for file in sorted((result.folder / "checkpoints").glob("*.safetensors")))
+    assert {name.split("/")[-1].split(".")[0] for name in head} == {"classifier"}
+    assert adapted.keys() - head.keys() == {name for name in adapted if ".lora_B." in name}
+    assert adapted.keys() - head.keys()
+    for name, tensor in adapted.items():
+        torch.testing.assert_close(tensor, head.get(name, torch.zeros_like(tensor)), atol=1e-9, rtol=1e-6)
+    before, after = (entry["metrics"] for entry in result.summary["rounds"][1:])
+    assert before == after
+    assert before["accuracy"] > result.summary["test"]["majority"]["accuracy"] + 0.2
+
+
+def test_a_fine_tuned_model_goes_on_with_its_head(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """What a run exports is the base of the next: with the same labels it starts as good as the first one ended."""
+    first = simulate(toy_plan(simulation={"baselines": []}), tmp_path / "first", device="cpu")
+    base = {"base": str(first.folder / "model")}
+    still = {"learning_rate": 1e-6, "momentum": 0.0}
+    again = simulate(toy_plan(model=base, local=still, rounds=1, simulation={"baselines": []}), tmp_path / "again", device="cpu")
+    assert again.summary["rounds"][0]["metrics"] == pytest.approx(first.summary["rounds"][-1]["metrics"])
+    other = {"model": base, "labels": ["so", "good", "bad"]}
+    assert prepare(toy_plan(model=base)).plan.labels == tuple(first.summary["labels"])
+    weights = [
+        model_of(prepare(toy_plan(**changes)).plan, "cpu").state(["classifier.weight"]) for changes in ({"model": base}, other)
+    ]
+    kept = load_file(first.folder / "model" / "model.safetensors")["classifier.weight"]
+    assert torch.equal(weights[0]["classifier.weight"], kept)
+    assert not torch.isin(weights[1]["classifier.weight"], kept).any()
