@@ -13,7 +13,7 @@ from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
-    from cotune.simulations.forecast import Forecast
+    from cotune.simulations.forecast import ClientForecast, Forecast
 
 app = typer.Typer(help="Make and check plans.", no_args_is_help=True)
 
@@ -60,8 +60,21 @@ def _show(console: Console, seen: Forecast) -> None:
     console.print(_stages(seen))
     console.print(_organisations(seen))
     if plan.privacy == "none":
-        console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
+        kind = "differential privacy" if plan.client_privacy is None else "record-level differential privacy"
+        console.print(f"[bold red]No {kind}: the plan says privacy = none.[/bold red]")
+    if seen.client_privacy is not None:
+        _show_client_privacy(console, seen.client_privacy)
     console.print(f"about {duration(seen.seconds)} on this machine; nothing was trained")
+
+
+def _show_client_privacy(console: Console, seen: ClientForecast) -> None:
+    console.print(
+        f"client-level privacy: ε {round_up(seen.epsilon_planned)} planned, noise multiplier {seen.noise_multiplier:.3f}; in each"
+        f" round's mean of {seen.expected_organisations:g} organisations the noise has the norm {seen.noise:.3g}, where what they"
+        f" sent has {seen.signal:.3g} at most (with the clip norm of the start)"
+    )
+    for paragraph in seen.statement:
+        console.print(paragraph)
 
 
 def _stages(seen: Forecast) -> Table:

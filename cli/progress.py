@@ -64,6 +64,8 @@ class _Lines:
                 self.began = time.monotonic()
         elif event == "update_dropped":
             self.print(f"round {fields['round']}: {fields['organisation']} left out: {fields['reason']}")
+        elif event == "run_stopped":
+            self.print(f"the run was stopped: {fields['reason']}")
         elif event == "baseline_failed":
             self.print(f"baseline {fields['baseline']} could not be trained: {fields['reason']}")
         elif event == "baseline_finished":

@@ -29,6 +29,12 @@ def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator
     yield from _too_much(plan, policy, examples, hours)
     if isinstance(plan.privacy, RecordPrivacy):
         yield from _over_budget(plan.privacy, policy, examples)
+        if plan.strategy.compares_noise and not policy.tell.noise_level:
+            name = plan.strategy.weighting.name
+            yield (
+                "tell.noise_level",
+                f"the plan weighs updates by their noise ({name}), expected a weighting that need not know it",
+            )
     elif policy.training.record_privacy:
         yield "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy"
 

@@ -12,6 +12,7 @@ from cotune.client.account import Account
 from cotune.client.budget import check_examples
 from cotune.client.consent import check_consent, limit_gpu_memory
 from cotune.client.guard import Guard
+from cotune.client.noise import stated_noise
 from cotune.client.observe import tell
 from cotune.client.rows import Rows
 from cotune.client.setting import Setting, check_gradients, optimizer_of, setting_of
@@ -58,14 +59,16 @@ def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
     if isinstance(plan.privacy, RecordPrivacy):
         sigma = account.plan_noise(round)  # refuses before anything is charged
         told = _tell(teller, setting, holdings, round)
+        declared, named = teller.examples(len(holdings), round), dict(zip(names, parameters, strict=True))
+        noise = stated_noise(account, sigma, stage, optimizer, named, declared)
         steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
         spent: float | None = account.stated_epsilon()
     else:
         told = _tell(teller, setting, holdings, round)
-        steps, spent = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None
+        steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
     delta = difference(model.state(names), {name: state[name] for name in names})
     _check_finite(delta)
-    update = Update(site.organisation, round, delta, teller.examples(len(holdings), round), steps, spent, told)
+    update = Update(site.organisation, round, delta, teller.examples(len(holdings), round), steps, spent, told, noise)
     site.keep(update, plan.plan_id, digest)
     return update
 

@@ -14,6 +14,7 @@ from cotune.models.sharing import LoraConfig, TrainMode
 from cotune.models.table import Table
 from cotune.models.tasks import TaskName
 from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.client_level import ClientPrivacy
 from cotune.strategies.strategy import StrategyConfig
 
 __all__ = ["LocalTraining", "Plan", "ReportsConfig", "RoundsConfig", "SimulationConfig", "Stage"]
@@ -57,7 +58,8 @@ class Stage(Table):
 class RoundsConfig(Table):
     """How rounds go (the `server` table of a plan)."""
 
-    quorum: float = Field(0.5, gt=0, le=1, description="fraction of the organisations whose updates a round needs")
+    sample_rate: float = Field(1.0, gt=0, le=1, description="probability with which each organisation is asked in a round")
+    quorum: float = Field(0.5, gt=0, le=1, description="fraction of the asked organisations whose updates a round needs")
     deadline_seconds: float = Field(3600.0, gt=0, description="how long a round waits for an organisation")
     max_update_norm: float = Field(1e4, gt=0, description="updates with a larger L2 norm are refused")
 
@@ -109,6 +111,7 @@ class Plan(Table):
     lora: LoraConfig = LoraConfig()
     local: LocalTraining = LocalTraining()
     privacy: RecordPrivacy | Literal["none"] = RecordPrivacy()
+    client_privacy: ClientPrivacy | None = Field(None, description="absent: no promise to whole organisations")
     strategy: StrategyConfig = StrategyConfig()
     server: RoundsConfig = RoundsConfig()
     reports: ReportsConfig = ReportsConfig()
@@ -141,6 +144,28 @@ class Plan(Table):
     def _labels_are_distinct(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: expected distinct class names, got {list(self.labels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _client_privacy_fits(self) -> Self:
+        """One organisation may change the sum by the clip norm, and by no more."""
+        weighting, fusion = self.strategy.weighting.name, self.strategy.fusion.name
+        if self.client_privacy is None:
+            return self
+        if weighting != "uniform":
+            raise ValueError(
+                f'client_privacy bounds what one organisation changes by its clip norm, which the weighting "{weighting}" would'
+                ' undo: expected strategy.weighting = "uniform"'
+            )
+        if fusion != "mean":
+            raise ValueError(
+                f'client_privacy adds noise to a sum, and the fusion "{fusion}" is none: expected strategy.fusion = "mean"'
+            )
+        if self.client_privacy.amplification and self.server.sample_rate >= 1:
+            raise ValueError(
+                "client_privacy.amplification has nothing to account for where everybody is asked in every round: expected"
+                " server.sample_rate below 1, or amplification = false"
+            )
         return self
 
     @model_validator(mode="after")

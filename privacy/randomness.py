@@ -16,12 +16,18 @@ import torch
 from randomgen import ChaCha
 from torch.utils.data import Sampler
 
-__all__ = ["PoissonSampler", "derive_seed", "private_generator", "seeded_generator", "standard_normal"]
+__all__ = ["PoissonSampler", "derive_seed", "keyed_generator", "private_generator", "seeded_generator", "standard_normal"]
 
 
 def private_generator() -> np.random.Generator:
     """A generator that nobody can predict: ChaCha20 under a fresh 256-bit key from the operating system."""
     return np.random.Generator(ChaCha(key=secrets.randbits(256)))
+
+
+def keyed_generator(key: str, *parts: int | str) -> np.random.Generator:
+    """A stream that only the holder of a secret key can repeat: ChaCha20 under SHA-256 of the key and the parts."""
+    text = "\x1f".join([key, *(f"{type(p).__name__}:{p}" for p in parts)])
+    return np.random.Generator(ChaCha(key=int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")))
 
 
 def seeded_generator(*parts: int | str) -> np.random.Generator:

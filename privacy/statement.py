@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.client_level import ClientPrivacy, RoundNoise
 from cotune.privacy.rounding import round_up
 
-__all__ = ["statement"]
+__all__ = ["client_statement", "statement"]
 
 
-def statement(privacy: RecordPrivacy | None, spent: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Paragraphs. spent: organisation -> (ε spent, δ), from the ledgers; without privacy, None and nothing."""
+def statement(
+    privacy: RecordPrivacy | None, spent: Mapping[str, tuple[float, float]], *, client_level: bool = False
+) -> list[str]:
+    """Paragraphs about single records. spent: organisation -> (ε spent, δ), from the ledgers; without privacy, None and nothing.
+
+    client_level: whether there is privacy of the other kind, which `client_statement` is about.
+    """
     if privacy is None:
         return [
-            "No differential privacy: the plan says privacy = none. The updates that left the organisations were neither clipped"
-            " nor noised, and may reveal single records to whoever sees them. Records themselves did not leave."
+            f"No {'record-level ' if client_level else ''}differential privacy: the plan says privacy = none. The updates that"
+            " left the organisations were neither clipped nor noised, and may reveal single records to whoever sees them. Records"
+            " themselves did not leave."
         ]
     most = max((epsilon for epsilon, _ in spent.values()), default=0.0)
     return [
@@ -36,3 +43,41 @@ def statement(privacy: RecordPrivacy | None, spent: Mapping[str, tuple[float, fl
         "floating-point arithmetic, whose known side channels are not closed. The test set of this simulation and the baselines "
         "trained beside it are not covered.",
     ]
+
+
+def client_statement(privacy: ClientPrivacy, noise: RoundNoise, charged: Sequence[Steps], *, sample_rate: float) -> list[str]:
+    """Paragraphs about client-level privacy. charged: the rounds in the server's account, or those that are planned."""
+    rounds, z = sum(steps.count for steps in charged), noise.charge.noise_multiplier
+    spent = epsilon(charged, privacy.delta)
+    return [
+        "Client-level differential privacy: for any single organisation, whether its updates entered this run or were left out "
+        f"altogether, the models that the server gave out are (ε, δ)-differentially private, with ε at most {round_up(spent)} of "
+        f"{privacy.epsilon:g} allowed and δ = {privacy.delta:g}. It protects the organisation as a whole, all its records "
+        "together, against those who see the models after the server: the other organisations, and whoever gets the result. It "
+        "does not protect against the server, which sees every update as it was sent.",
+        "How: every update is clipped to a norm C over all its parameters"
+        + (", which follows a noised quantile of the norms" if privacy.clipping == "adaptive" else f" = {privacy.clip_norm:g}")
+        + f"; the clipped ones are summed with equal weights; Gaussian noise of noise multiplier {z:.4g} from a cryptographic "
+        f"generator is added to the sum, which is divided by {noise.expected:g}, the number of organisations that is expected, "
+        f"whoever took part. ε is composed over {rounds} rounds, interrupted ones included: each is charged to a durable account "
+        "before its noise is drawn, and the run ends rather than exceed what is allowed.",
+        _amplification(privacy, charged, spent, sample_rate),
+        "What it does not cover: which organisations are registered, who took part in which round, and whether a round found "
+        "enough of them counts as known; so does what else the folder of the run says about updates (sizes, steps, stated ε), "
+        "which stays with the server. The settings must not have been chosen by looking at the updates. The noise is drawn in "
+        "floating-point arithmetic, whose known side channels are not closed.",
+    ]
+
+
+def _amplification(privacy: ClientPrivacy, charged: Sequence[Steps], spent: float, sample_rate: float) -> str:
+    if not privacy.amplification:
+        chance = (
+            f" They were asked by chance (rate {sample_rate:g}), but for that nothing is taken off." if sample_rate < 1 else ""
+        )
+        return f"ε counts as if every organisation had taken part in every round.{chance}"
+    full = epsilon([Steps(steps.noise_multiplier, 1.0, steps.count) for steps in charged], privacy.delta)
+    return (
+        f"This ε takes into account that each organisation is asked in a round by a secret chance of {sample_rate:g} only. That "
+        "holds against those who do not learn who took part in which round. The server knows, an organisation knows it of itself,"
+        f" and whoever watches the network may find out: against them the same rounds cost ε = {round_up(full)}."
+    )

@@ -13,11 +13,11 @@ __all__ = ["reason_to_refuse"]
 
 
 def reason_to_refuse(
-    update: Update, *, organisation: str, round: int, shapes: Mapping[str, Tensor], max_norm: float
+    update: Update, *, organisation: str, round: int, shapes: Mapping[str, Tensor], max_norm: float, noise_needed: bool = False
 ) -> str | None:
     """What is wrong with an update, in words; None when it may enter.
 
-    shapes: the parameters that the round shares, with their tensors.
+    shapes: the parameters that the round shares, with their tensors. noise_needed: every update must state its noise, above 0.
     """
     if update.organisation != organisation:
         return f"it is from {update.organisation[:80]}, expected {organisation}"
@@ -25,7 +25,9 @@ def reason_to_refuse(
         return f"it is for round {update.round}, expected {round}"
     if update.examples < 1:
         return f"it declares {update.examples} examples, expected at least 1"
-    return _wrong_tensors(update.delta, shapes) or _wrong_values(update.delta, max_norm)
+    return (
+        _wrong_tensors(update.delta, shapes) or _wrong_values(update.delta, max_norm) or _wrong_noise(update, needed=noise_needed)
+    )
 
 
 def _wrong_tensors(delta: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> str | None:
@@ -43,3 +45,15 @@ def _wrong_values(delta: Mapping[str, Tensor], max_norm: float) -> str | None:
         return "it has values that are not finite"
     norm = math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in delta.values()))
     return f"its norm is {norm:.3g}, expected at most {max_norm:g}" if norm > max_norm else None
+
+
+def _wrong_noise(update: Update, *, needed: bool) -> str | None:
+    """A stated noise is believed: who states too little counts for more, but never for more than an update without noise."""
+    stated = update.noise_variance
+    if stated is None:
+        return "it does not state the noise that its privacy added, which the weighting of the plan needs" if needed else None
+    if stated.keys() != update.delta.keys():
+        return f"it states noise for {len(stated)} parameters, expected it for the {len(update.delta)} of its delta"
+    wrong = [n for n, v in stated.items() if not 0 <= v < math.inf or (needed and v == 0)]
+    more = "more than 0" if needed else "0 or more"
+    return f"it states the noise variance {stated[wrong[0]]} for {wrong[0]}, expected a finite number, {more}" if wrong else None

@@ -1,7 +1,7 @@
 """The round loop, the same for every engine: send, stream the replies in, admit, fuse, step, evaluate, checkpoint.
 
 Replies are pulled and added one at a time, in the order of the organisations, so that the sum is the same whoever was faster; the
-server never holds more than one reply beside the running sum.
+server never holds more than one reply beside the running sum, unless the weighting must compare them (strategies/combination).
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from cotune.models.errors import RunError
+from cotune.models.errors import PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics
 from cotune.plan.schema import Plan
 from cotune.server.admission import reason_to_refuse
+from cotune.server.central import CentralPrivacy
 from cotune.server.run_folder import Participant, Progress, RunFolder
+from cotune.server.selection import select
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import decode_update, encode_requests, payload_bytes
 
@@ -49,15 +51,18 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
 
     Raises RunError when a round does not reach its quorum; all rounds before are kept.
     """
-    plan, progress = folder.plan, folder.load()
+    plan, progress, central = folder.plan, folder.load(), CentralPrivacy.of(folder)
     total = sum(stage.rounds for stage in plan.stages)
     folder.events.tell(
         "run_started", folder=str(folder.path), plan=plan.name, plan_id=plan.plan_id, rounds=total, resumed_after=progress.round
     )
     for round in range(progress.round + 1, total + 1):
         try:
-            progress = _play(grid, folder, model, evaluate, progress, round)
-        except RunError as error:
+            reason = central.reason_to_stop(progress) if central else None
+            if reason is not None:
+                return _stop(folder, progress, reason)
+            progress = _play(grid, folder, model, evaluate, progress, round, central)
+        except (RunError, PrivacyError) as error:
             folder.events.tell("run_failed", round=round, reason=str(error))
             raise
         folder.save(progress)
@@ -66,31 +71,56 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
     return progress
 
 
-def _play(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate, before: Progress, round: int) -> Progress:
+def _stop(folder: RunFolder, progress: Progress, reason: str) -> Progress:
+    """Ends the run with the rounds that it has. Raises RunError when it has none."""
+    if not progress.round:
+        raise RunError(f"the run ends without a model: {reason}; start a new run")
+    folder.stop(reason)
+    folder.events.tell("run_stopped", rounds=progress.round, reason=reason)
+    return progress
+
+
+def _play(
+    grid: Grid,
+    folder: RunFolder,
+    model: SharedModel,
+    evaluate: Evaluate,
+    before: Progress,
+    round: int,
+    central: CentralPrivacy | None,
+) -> Progress:
     started = time.monotonic()
-    plan, people = folder.plan, folder.file.participants
+    plan, people = folder.plan, select(folder, round)
     stage = plan.stage_of(round)
     state, names = _enter_stage(model, plan, before.state, round)
     folder.events.tell("round_started", round=round, stage=stage.mode, organisations=[p.name for p in people])
-    messages, bytes_down = _requests(grid, folder, state, round)
+    messages, bytes_down = _requests(grid, folder, people, state, round)
     ids = list(grid.push_messages(messages))
     del messages
     tally = _Tally([], [], {}, bytes_down=bytes_down)
     shapes = {name: state[name] for name in names}
-    fusion = plan.strategy.new_fusion()
+    private_mean = central.new_mean(shapes, before) if central else None
+    combination = private_mean or plan.strategy.new_combination()
     deadline = time.monotonic() + plan.server.deadline_seconds
     for participant, message_id in zip(people, ids, strict=True):
         reply = _await_reply(grid, message_id, deadline)
         update = _admit(folder, participant, reply, shapes, round, tally)
         del reply
         if update is not None:
-            fusion.add(update.delta, plan.strategy.weigh(update))
+            combination.add(update)
         del update  # before the next one comes
     _check_quorum(plan, people, tally, round)
+    if central:
+        central.charge(round)
+    fused = combination.result()
     optimizer = plan.strategy.new_server_optimizer()
-    moved, memory = optimizer.step(state, fusion.result(), before.memory)
+    moved, memory = optimizer.step(state, fused, before.memory)
     entry = _entry(round, stage.mode, tally, evaluate(moved), time.monotonic() - started)
-    return Progress(round, moved, memory, (*before.history, entry))
+    clip_norm = None
+    if central and private_mean:
+        entry["client_privacy"] = central.entry(before, private_mean)
+        clip_norm = central.next_clip_norm(before, private_mean)
+    return Progress(round, moved, memory, (*before.history, entry), clip_norm)
 
 
 def _enter_stage(model: SharedModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
@@ -101,9 +131,10 @@ def _enter_stage(model: SharedModel, plan: Plan, state: State, round: int) -> tu
     return {**state, **model.state([n for n in names if n not in state])}, names
 
 
-def _requests(grid: Grid, folder: RunFolder, state: State, round: int) -> tuple[list[Message], int]:
+def _requests(
+    grid: Grid, folder: RunFolder, people: Sequence[Participant], state: State, round: int
+) -> tuple[list[Message], int]:
     """One message per organisation; with fewer nodes than organisations (simulations), nodes serve several."""
-    people = folder.file.participants
     nodes = _nodes(grid)
     sites = [(p.name, str(folder.path / p.site) if p.site else "") for p in people]
     contents = encode_requests(folder.plan.canonical(), round, state, sites)
@@ -171,7 +202,8 @@ def _open(
     except RunError as error:
         return None, str(error)
     limit = plan.server.max_update_norm
-    reason = reason_to_refuse(update, organisation=who.name, round=round, shapes=shapes, max_norm=limit)
+    needed = plan.privacy != "none" and plan.strategy.compares_noise
+    reason = reason_to_refuse(update, organisation=who.name, round=round, shapes=shapes, max_norm=limit, noise_needed=needed)
     return (update, "") if reason is None else (None, reason)
 
 
@@ -181,7 +213,7 @@ def _one_line(text: str) -> str:
 
 
 def _check_quorum(plan: Plan, people: Sequence[Participant], tally: _Tally, round: int) -> None:
-    needed = max(1, plan.server.quorum * len(people))
+    needed = max(1, plan.server.quorum * len(people)) if people else 0
     if len(tally.participants) < needed:
         first = tally.dropped[0]
         raise RunError(
@@ -198,6 +230,7 @@ def _entry(number: int, stage: str, tally: _Tally, metrics: Metrics | None, seco
         "metrics": metrics.as_dict() if metrics else None,
         "epsilon": tally.epsilon,
         "told": tally.told,
+        "client_privacy": None,
         "participants": tally.participants,
         "dropped": tally.dropped,
         "bytes_up": tally.bytes_up,

@@ -4,6 +4,9 @@ plan.toml               the resolved plan
 run.json                who takes part, when and how it was started
 events.jsonl            what happened, line by line
 checkpoints/            one file per finished round: model, server optimiser, history
+client-privacy.jsonl    with client-level privacy: its account
+selection.key           with amplification by sampling: the secret that draws who takes part
+stopped.json            why the run ended before its last round, if it did
 test/data.json          the common test set
 sites/<organisation>/   the simulated organisations (only in simulations)
 model/ summary.json report.html    at the end
@@ -64,6 +67,7 @@ class Progress:
     state: State = field(default_factory=dict)
     memory: State = field(default_factory=dict)  # of the server optimiser
     history: tuple[dict[str, Any], ...] = ()  # one entry per round, as in summary.json
+    clip_norm: float | None = None  # of the next round, under client-level privacy
 
 
 class RunFolder:
@@ -87,8 +91,22 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds are done."""
-        return self._last_round() >= sum(stage.rounds for stage in self.plan.stages)
+        """Whether all rounds are done, or the run was stopped with what it had."""
+        return self._last_round() >= sum(stage.rounds for stage in self.plan.stages) or self.stopped is not None
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the run ended before its last round; None if it did not."""
+        try:
+            return str(json.loads((self.path / "stopped.json").read_bytes())["reason"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{self.path / 'stopped.json'} is damaged: expected a JSON object with a reason; remove it") from None
+
+    def stop(self, reason: str) -> None:
+        """Ends the run before its last round, for good."""
+        write_durably(self.path / "stopped.json", json.dumps({"reason": reason}, ensure_ascii=False).encode())
 
     def _checkpoints(self) -> dict[int, Path]:
         found = (self.path / "checkpoints").glob("round-*.safetensors")
@@ -103,6 +121,7 @@ class RunFolder:
         tensors = {f"state/{n}": t.contiguous() for n, t in progress.state.items()}
         tensors |= {f"memory/{n}": t.contiguous() for n, t in progress.memory.items()}
         about = {"round": progress.round, "plan_id": self.plan.plan_id, "history": list(progress.history)}
+        about |= {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
         content = save(tensors, metadata={"checkpoint": json.dumps(about)})
         write_durably(self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors", content)
         for round, path in sorted(self._checkpoints().items()):
@@ -119,12 +138,13 @@ class RunFolder:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["checkpoint"])
                 round, plan_id, history = about["round"], about["plan_id"], tuple(about["history"])
+                clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
                 tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
         if plan_id != self.plan.plan_id:
             raise RunError(f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml")
-        return Progress(round, _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), history)
+        return Progress(round, _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), history, clip_norm)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -53,5 +53,7 @@ def _print(event: str, fields: dict[str, Any]) -> None:
             f"cotune: round {fields['round']} ({fields['stage']}), {len(fields['participants'])} organisations{accuracy}",
             flush=True,
         )
+    elif event == "run_stopped":
+        print(f"cotune: the run was stopped: {fields['reason']}", flush=True)
     elif event in ("update_dropped", "run_failed"):
         print(f"cotune: round {fields['round']}: {fields.get('organisation', 'failed')}: {fields['reason']}", flush=True)

@@ -45,12 +45,17 @@ def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Metrics]:
 
 
 def _wanted(prepared: Prepared) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]:
-    plan = prepared.plan
+    plan = _without_others(prepared.plan)
     if "alone" in plan.simulation.baselines:
         for share in prepared.shares:
             yield f"alone/{share.name}", plan, (share,)
     if "pooled" in plan.simulation.baselines:
         yield "pooled", _pooled_plan(plan), prepared.shares
+
+
+def _without_others(plan: Plan) -> Plan:
+    """Who trains alone is asked in every round, and hides from nobody that it takes part."""
+    return plan.model_copy(update={"client_privacy": None, "server": plan.server.model_copy(update={"sample_rate": 1.0})})
 
 
 def _pooled_plan(plan: Plan) -> Plan:

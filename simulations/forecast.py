@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,11 +18,12 @@ from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.policy import Policy
-from cotune.simulations.sites import Prepared, prepare
+from cotune.privacy.statement import client_statement
+from cotune.simulations.sites import Prepared, central_noise, prepare
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import encode_requests, encode_update, payload_bytes
 
-__all__ = ["Forecast", "OrganisationForecast", "StageForecast", "forecast"]
+__all__ = ["ClientForecast", "Forecast", "OrganisationForecast", "StageForecast", "forecast"]
 
 _SAMPLE = 32  # records that are timed
 _CLIPPING_COST = {"head": 1.1, "lora": 1.1, "full": 1.7}  # of DP-SGD by Opacus against plain training
@@ -54,6 +56,18 @@ class StageForecast:
 
 
 @dataclass(frozen=True)
+class ClientForecast:
+    """Of client-level privacy. noise, signal: norms in one round's mean, of the noise and, at most, of what it should hide."""
+
+    epsilon_planned: float
+    noise_multiplier: float
+    expected_organisations: float
+    noise: float
+    signal: float
+    statement: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Forecast:
     """The whole plan. seconds: a rough estimate from a timed sample on this machine."""
 
@@ -62,6 +76,7 @@ class Forecast:
     organisations: tuple[OrganisationForecast, ...]
     stages: tuple[StageForecast, ...]
     seconds: float
+    client_privacy: ClientForecast | None = None
 
 
 def forecast(plan: Plan, device: str = "auto") -> Forecast:
@@ -69,12 +84,30 @@ def forecast(plan: Plan, device: str = "auto") -> Forecast:
     prepared = prepare(plan, device)
     resolved = prepared.plan
     model = model_of(resolved, device)
+    stages = tuple(_stages(prepared, model))
     return Forecast(
         resolved,
         sum(len(rows) for _, rows in prepared.test),
         _organisations(prepared),
-        tuple(_stages(prepared, model)),
+        stages,
         _seconds(prepared, model),
+        _client_privacy(prepared, max(stage.parameters for stage in stages)),
+    )
+
+
+def _client_privacy(prepared: Prepared, parameters: int) -> ClientForecast | None:
+    plan, privacy = prepared.plan, prepared.plan.client_privacy
+    if privacy is None:
+        return None
+    noise = central_noise(plan, len(prepared.shares))
+    planned = [replace(noise.charge, count=sum(stage.rounds for stage in plan.stages))]
+    return ClientForecast(
+        epsilon(planned, privacy.delta),
+        noise.charge.noise_multiplier,
+        noise.expected,
+        noise.updates * privacy.clip_norm * math.sqrt(parameters) / noise.expected,
+        privacy.clip_norm,
+        tuple(client_statement(privacy, noise, planned, sample_rate=plan.server.sample_rate)),
     )
 
 

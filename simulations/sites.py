@@ -24,12 +24,13 @@ from cotune.models.records import Records, check_labels, is_one_source, organisa
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.client_level import RoundNoise, round_noise
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
 
-__all__ = ["Prepared", "make_run", "prepare"]
+__all__ = ["Prepared", "central_noise", "make_run", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,18 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     for share in shares:
         for stage in resolved.stages:
             check_examples(len(share.rows), stage.local, share.name)
+    if resolved.client_privacy is not None:
+        central_noise(resolved, len(shares))
     noise = _noise(resolved, shares)
     check_stages(resolved, model_of(resolved, device))
     return Prepared(resolved, shares, test, records, noise)
+
+
+def central_noise(plan: Plan, organisations: int) -> RoundNoise:
+    """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
+    assert plan.client_privacy is not None
+    rounds = sum(stage.rounds for stage in plan.stages)
+    return round_noise(plan.client_privacy, rounds=rounds, organisations=organisations, sample_rate=plan.server.sample_rate)
 
 
 def _with_own_epsilons(epsilons: tuple[float, ...], shares: tuple[Share, ...]) -> tuple[Share, ...]:

@@ -16,9 +16,10 @@ from cotune.models.tasks import Metrics, majority
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
-from cotune.privacy.statement import statement
+from cotune.privacy.statement import client_statement, statement
+from cotune.server.central import account_of
 from cotune.server.run_folder import Progress, RunFolder
-from cotune.simulations.sites import Prepared, Share
+from cotune.simulations.sites import Prepared, Share, central_noise
 
 __all__ = ["summarise"]
 
@@ -38,8 +39,10 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
         "plan_id": plan.plan_id,
         "created": folder.file.created,
         "engine": folder.file.engine,
-        "status": "finished",
+        "status": "finished" if folder.stopped is None else "stopped",
+        "stopped": folder.stopped,
         "privacy": _privacy(folder, prepared),
+        "client_privacy": _client_privacy(folder, prepared, progress),
         "model": _model(folder, progress),
         "labels": list(plan.labels),
         "test": {
@@ -60,9 +63,15 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
 
 
 def _privacy(folder: RunFolder, prepared: Prepared) -> dict[str, Any]:
-    privacy = folder.plan.privacy
+    privacy, central = folder.plan.privacy, folder.plan.client_privacy is not None
     if not isinstance(privacy, RecordPrivacy):
-        return {"mode": "none", "epsilon": None, "delta": None, "clip_norm": None, "statement": statement(None, {})}
+        return {
+            "mode": "none",
+            "epsilon": None,
+            "delta": None,
+            "clip_norm": None,
+            "statement": statement(None, {}, client_level=central),
+        }
     spent = {s.name: _spent(folder, s, privacy) for s in prepared.shares}
     return {
         "mode": "record",
@@ -70,6 +79,27 @@ def _privacy(folder: RunFolder, prepared: Prepared) -> dict[str, Any]:
         "delta": str(privacy.delta),
         "clip_norm": privacy.clip_norm,
         "statement": statement(privacy, spent),
+    }
+
+
+def _client_privacy(folder: RunFolder, prepared: Prepared, progress: Progress) -> dict[str, Any] | None:
+    """From the server's account; None where the plan asks for none."""
+    plan, privacy = folder.plan, folder.plan.client_privacy
+    if privacy is None:
+        return None
+    noise, charged = central_noise(plan, len(prepared.shares)), [steps for _, steps in account_of(folder, privacy).charges()]
+    return {
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        "epsilon_spent": epsilon(charged, privacy.delta),
+        "rounds_charged": len(charged),
+        "noise_multiplier": noise.charge.noise_multiplier,
+        "clipping": privacy.clipping,
+        "clip_norm": privacy.clip_norm if progress.clip_norm is None else progress.clip_norm,
+        "sample_rate": plan.server.sample_rate,
+        "amplification": privacy.amplification,
+        "expected_organisations": noise.expected,
+        "statement": client_statement(privacy, noise, charged, sample_rate=plan.server.sample_rate),
     }
 
 

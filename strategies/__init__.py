@@ -4,10 +4,11 @@ from cotune.strategies.fusion import FUSIONS, WeightedMean
 from cotune.strategies.server_optimizers import SERVER_OPTIMIZERS, ServerSGD
 from cotune.strategies.strategy import Part, StrategyConfig
 from cotune.strategies.updates import Delta, Update, apply_delta, difference
-from cotune.strategies.weighting import WEIGHTINGS
+from cotune.strategies.weighting import JOINT_WEIGHTINGS, WEIGHTINGS
 
 __all__ = [
     "FUSIONS",
+    "JOINT_WEIGHTINGS",
     "SERVER_OPTIMIZERS",
     "WEIGHTINGS",
     "Delta",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cotune.models.errors import nearest
+from cotune.strategies.combination import Combination, Held, Streamed
 from cotune.strategies.fusion import FUSIONS, Fusion
 from cotune.strategies.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from cotune.strategies.updates import Update
-from cotune.strategies.weighting import WEIGHTINGS
+from cotune.strategies.weighting import JOINT_WEIGHTINGS, WEIGHTINGS
 
 __all__ = ["Part", "StrategyConfig"]
 
@@ -58,7 +59,7 @@ class StrategyConfig(BaseModel):
     @field_validator("weighting", mode="before")
     @classmethod
     def _weighting(cls, part: Any) -> Any:
-        table = _checked(part, "weighting", WEIGHTINGS)
+        table = _checked(part, "weighting", {**WEIGHTINGS, **JOINT_WEIGHTINGS})
         if table.parameters if isinstance(table, Part) else len(table) > 1:
             raise ValueError("a weighting takes no parameters")
         return table
@@ -73,11 +74,30 @@ class StrategyConfig(BaseModel):
     def _server_optimizer(cls, part: Any) -> Any:
         return _checked(part, "server optimiser", SERVER_OPTIMIZERS)
 
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.weighting.name in JOINT_WEIGHTINGS and self.fusion.name != "mean":
+            raise ValueError(
+                f'the weighting "{self.weighting.name}" weighs every parameter by itself, which the fusion "{self.fusion.name}"'
+                ' cannot follow: expected fusion = "mean", or a weighting such as "examples"'
+            )
+        return self
+
+    @property
+    def compares_noise(self) -> bool:
+        """Whether the weights depend on the noise that updates state."""
+        return self.weighting.name in JOINT_WEIGHTINGS
+
     def weigh(self, update: Update) -> float:
         return WEIGHTINGS[self.weighting.name](update)
 
     def new_fusion(self) -> Fusion:
         return FUSIONS[self.fusion.name](**self.fusion.parameters)
+
+    def new_combination(self) -> Combination:
+        """Weighting and fusion for one round."""
+        joint = JOINT_WEIGHTINGS.get(self.weighting.name)
+        return Held(joint, self.new_fusion()) if joint else Streamed(self.weigh, self.new_fusion())
 
     def new_server_optimizer(self) -> ServerOptimizer:
         built: ServerOptimizer = SERVER_OPTIMIZERS[self.server_optimizer.name](**self.server_optimizer.parameters)

@@ -20,6 +20,7 @@ class Update:
     delta: float32 tensors of the parameters that the stage shares. examples: the number of records it declares, its weight.
     steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy. told: what
     else plan and policy let it say, by name: numbers about its records, with or without noise as its policy has it.
+    noise_variance: of the privacy noise on every coordinate of a parameter's delta, by parameter; None where it states none.
     """
 
     organisation: str
@@ -29,6 +30,7 @@ class Update:
     steps: int
     epsilon: float | None = None
     told: Mapping[str, float] = field(default_factory=dict)
+    noise_variance: Mapping[str, float] | None = None
 
 
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:

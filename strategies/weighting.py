@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
+from cotune.strategies.noise_aware import noise_aware
 from cotune.strategies.updates import Update
 
-__all__ = ["WEIGHTINGS", "examples", "uniform"]
+__all__ = ["JOINT_WEIGHTINGS", "WEIGHTINGS", "examples", "uniform"]
 
 
 def examples(update: Update) -> float:
@@ -20,3 +21,6 @@ def uniform(update: Update) -> float:
 
 
 WEIGHTINGS: dict[str, Callable[[Update], float]] = {"examples": examples, "uniform": uniform}
+
+# Those that must see all updates before they know any weight; they may weigh each parameter differently.
+JOINT_WEIGHTINGS: dict[str, Callable[[Sequence[Update]], Sequence[Mapping[str, float]]]] = {"noise_aware": noise_aware}

@@ -78,7 +78,10 @@ def encode_update(update: Update, plan_id: str) -> RecordDict:
         "epsilon": -1.0 if update.epsilon is None else update.epsilon,
     }
     told = ConfigRecord({name: float(value) for name, value in update.told.items()})
-    return RecordDict({"delta": _arrays(update.delta), "update": ConfigRecord(record), "told": told})
+    content = RecordDict({"delta": _arrays(update.delta), "update": ConfigRecord(record), "told": told})
+    if update.noise_variance is not None:
+        content["noise_variance"] = MetricRecord({name: float(v) for name, v in update.noise_variance.items()})
+    return content
 
 
 def decode_update(content: RecordDict, plan_id: str) -> Update:
@@ -98,7 +101,23 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
         steps=fields["steps"],
         epsilon=None if stated < 0 else stated,
         told=_told(content),
+        noise_variance=_variances(content),
     )
+
+
+def _variances(content: RecordDict) -> dict[str, float] | None:
+    """The noise that an update states; None where it states none. Whether its names are right is for admission to say."""
+    if "noise_variance" not in content:
+        return None
+    record = content["noise_variance"]
+    if not isinstance(record, MetricRecord):
+        raise RunError("a message states its noise in another form: expected a MetricRecord named noise_variance")
+    for name, value in record.items():
+        if type(value) is not float or not 0 <= value < math.inf:
+            raise RunError(
+                f"an update states the noise variance {value!r:.60} for {name[:80]}: expected a finite number, 0 or more"
+            )
+    return {name: value for name, value in record.items() if isinstance(value, float)}
 
 
 def _told(content: RecordDict) -> dict[str, float]:

@@ -28,7 +28,7 @@ from cotune.plan.model import model_of
 from cotune.plan.schema import LocalTraining, Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate
 from cotune.privacy.dp_sgd import StepReport
-from cotune.privacy.policy import Policy
+from cotune.privacy.policy import Policy, TellRules
 from cotune.strategies.updates import apply_delta
 
 MakePlan = Callable[..., Plan]
@@ -570,3 +570,61 @@ def test_observers_are_told_of_every_step(
     steps = [details for what, details in told if what == "step"]
     assert [(s["organisation"], s["round"], s["step"], s["steps"]) for s in steps] == [("clinic", 1, i, 4) for i in range(1, 5)]
     assert {math.ceil(s["epsilon"] * 100) / 100 for s in steps} == {update.epsilon}
+
+
+# --- the noise that an update states
+
+
+def test_without_privacy_no_noise_is_stated(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan()
+    assert train_round(plan, make_site(), 1, state_for(plan)).noise_variance is None
+
+
+def test_the_stated_noise_is_that_of_plain_sgd_for_head_and_encoder(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    """T (ησC/B)² with B = 0.2 · 60, and the head's own rate."""
+    local = {"learning_rate": 0.1, "head_learning_rate": 0.4, "momentum": 0.0}
+    plan = make_plan(train="full", privacy=PRIVATE, local=local, strategy={"weighting": "noise_aware"})
+    site = make_site()
+    update = train_round(plan, site, 1, state_for(plan))
+    (charge,) = site.ledger().spent()
+    assert update.noise_variance is not None
+    assert update.noise_variance.keys() == update.delta.keys()
+    for name, variance in update.noise_variance.items():
+        rate = 0.4 if name.startswith("classifier") else 0.1
+        assert variance == float(f"{4 * (rate * charge.noise_multiplier / 12) ** 2:.3g}")
+
+
+def test_the_outbox_keeps_the_stated_noise(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan(privacy=PRIVATE, strategy={"weighting": "noise_aware"})
+    site, state = make_site(), state_for(plan)
+    assert train_round(plan, site, 1, state).noise_variance == train_round(plan, site, 1, state).noise_variance is not None
+
+
+def test_no_noise_is_stated_where_nobody_needs_it_or_the_policy_keeps_it(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    plan = make_plan(privacy=PRIVATE)
+    assert train_round(plan, make_site(at="one"), 1, state_for(plan)).noise_variance is None
+    plan = make_plan(privacy=PRIVATE, strategy={"weighting": "noise_aware"})
+    silent = Policy.permissive().model_copy(update={"tell": TellRules(example_count="exact", noise_level=False)})
+    site = make_site(at="two", policy=silent)
+    with pytest.raises(CotuneError, match=r"tell\.noise_level"):
+        train_round(plan, site, 1, state_for(plan))
+    assert site.ledger().spent() == []
+
+
+@pytest.mark.parametrize("declared", [1, 50, 4000])
+def test_the_stated_noise_does_not_tell_a_number_of_records_that_is_kept(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, declared: int
+) -> None:
+    """It is that of an organisation of the declared size: the same for any true size."""
+    plan = make_plan(privacy={"epsilon": 2.0}, strategy={"weighting": "noise_aware"})
+    tell = TellRules(example_count="declared", declared_examples=declared)
+    policy = Policy.permissive().model_copy(update={"tell": tell})
+    found = [train_round(plan, make_site(at=f"of-{n}", rows=range(n), policy=policy), 1, state_for(plan)) for n in (40, 50, 60)]
+    assert found[0].noise_variance == found[1].noise_variance == found[2].noise_variance is not None
+    assert [update.examples for update in found] == [declared] * 3
+    exact = train_round(plan, make_site(at="exact", rows=range(50)), 1, state_for(plan))
+    assert (exact.noise_variance == found[1].noise_variance) == (declared == 50)

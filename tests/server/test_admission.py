@@ -52,6 +52,19 @@ def test_a_good_update_passes() -> None:
         ({"delta": delta(head_bias=torch.tensor([math.inf, 1.0]))}, "it has values that are not finite"),
         ({"delta": delta(head_bias=torch.tensor([1.0, -math.inf]))}, "it has values that are not finite"),
         ({"delta": delta(head_bias=torch.tensor([3e38, 3e38]))}, "its norm is 4.24e+38, expected at most 10000"),
+        ({"noise_variance": {}}, "it states noise for 0 parameters, expected it for the 2 of its delta"),
+        (
+            {"noise_variance": {"head.bias": 1.0, "x": 1.0}},
+            "it states noise for 2 parameters, expected it for the 2 of its delta",
+        ),
+        (
+            {"noise_variance": {"head.bias": 1.0, "head.weight": -1.0}},
+            "it states the noise variance -1.0 for head.weight, expected a finite number, 0 or more",
+        ),
+        (
+            {"noise_variance": {"head.bias": math.nan, "head.weight": 1.0}},
+            "it states the noise variance nan for head.bias, expected a finite number, 0 or more",
+        ),
     ],
 )
 def test_what_is_not_as_agreed_is_refused_with_its_reason(changes: dict[str, Any], reason: str) -> None:
@@ -84,3 +97,16 @@ def test_one_value_that_is_not_finite_is_enough_to_refuse(place: int, value: flo
     values[place] = value
     reason = verdict(limit, delta={"head.weight": values[:6].reshape(2, 3), "head.bias": values[6:]})
     assert reason == "it has values that are not finite"
+
+
+def test_where_weights_depend_on_it_noise_must_be_stated_and_above_zero() -> None:
+    """Otherwise who states nothing, or 0, would count for more than all who are honest."""
+
+    def needed(**changes: Any) -> str | None:
+        update = Update(**{**vars(GOOD), **changes})
+        return reason_to_refuse(update, organisation="org-1", round=3, shapes=SHAPES, max_norm=1e4, noise_needed=True)
+
+    assert needed(noise_variance={"head.bias": 1e-9, "head.weight": 2.0}) is None
+    assert "does not state the noise" in (needed() or "")
+    assert "expected a finite number, more than 0" in (needed(noise_variance={"head.bias": 0.0, "head.weight": 2.0}) or "")
+    assert verdict(noise_variance={"head.bias": 0.0, "head.weight": 2.0}) is None

@@ -50,7 +50,7 @@ def summary() -> Summary:
     ]
     return {
         "schema": 1, "run": "20261122-101500-tweets", "plan": "tweets", "plan_id": "ab" * 32,
-        "created": "2026-11-22T11:15:00+01:00", "engine": "in-process", "status": "finished",
+        "created": "2026-11-22T11:15:00+01:00", "engine": "in-process", "status": "finished", "stopped": None, "client_privacy": None,
         "privacy": {
             "mode": "record", "epsilon": 8.0, "delta": "1/n^1.1", "clip_norm": 1.0, "statement": ["First part.", "Second part."],
         },
@@ -384,3 +384,29 @@ def test_a_write_that_fails_keeps_the_old_page(summary: Summary, tmp_path: Path)
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(figures).failed == 0
+
+
+# --- client-level privacy
+
+
+def test_client_level_privacy_is_stated_beside_the_other(summary: Summary) -> None:
+    summary["client_privacy"] = {"statement": ["Of the whole <organisation>."]}
+    page = render_report(summary)
+    assert "Of an organisation as a whole" in page
+    assert "Of the whole &lt;organisation&gt;." in page
+    assert "First part." in page
+
+
+def test_client_level_privacy_alone_is_not_called_none(without_privacy: Summary) -> None:
+    assert "No differential privacy: nothing bounds" in render_report(without_privacy)
+    without_privacy["client_privacy"] = {"statement": ["Of the whole."]}
+    page = render_report(without_privacy)
+    assert "No record-level differential privacy: the server saw updates without noise." in page
+    assert "nothing bounds" not in page
+
+
+def test_a_stopped_run_says_why(summary: Summary) -> None:
+    summary |= {"status": "stopped", "stopped": "round 4 would exceed the client-level ε = 3"}
+    page = render_report(summary)
+    assert "This run ended before its last round." in page
+    assert "Round 4 would exceed the client-level ε = 3." in page

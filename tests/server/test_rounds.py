@@ -270,6 +270,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "no examples": (lambda r: update(r, ones(r), examples=0), "it declares 0 examples"),
     "protocol": (lambda r: record(r, protocol=99), "protocol 99 came, expected 2"),
     "type": (lambda r: record(r, examples="many"), "examples = 'many': expected int"),
+    "noise": (lambda r: update(r, ones(r), noise_variance={"classifier.bias": 1.0}), "it states noise for 1 parameters"),
     "float64": (lambda r: record(r, {"classifier.bias": Array(np.ones(3))}), "has the type float64"),
     "pickle": (
         lambda r: record(r, {"classifier.bias": Array("float32", (3,), "numpy.ndarray", b"\x80\x04N.")}),

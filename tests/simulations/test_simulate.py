@@ -88,7 +88,21 @@ def test_the_folder_of_a_finished_run(done: Done) -> None:
 def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
     summary = done.summary
     assert set(summary) == {
-        *("schema", "run", "plan", "plan_id", "created", "engine", "status", "privacy", "model", "labels", "test"),
+        *(
+            "schema",
+            "run",
+            "plan",
+            "plan_id",
+            "created",
+            "engine",
+            "status",
+            "stopped",
+            "privacy",
+            "client_privacy",
+            "model",
+            "labels",
+            "test",
+        ),
         *("organisations", "rounds", "bytes", "seconds", "peak_memory_bytes", "versions", "reproduce"),
     }
     assert set(summary["privacy"]) == {"mode", "epsilon", "delta", "clip_norm", "statement"}
@@ -108,7 +122,8 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
         }
     for entry in summary["rounds"]:
         assert set(entry) == {
-            *("round", "stage", "metrics", "epsilon", "told", "participants", "dropped", "bytes_up", "bytes_down", "seconds"),
+            *("round", "stage", "metrics", "epsilon", "told", "client_privacy", "participants", "dropped"),
+            *("bytes_up", "bytes_down", "seconds"),
         }
     assert set(summary["versions"]) >= {"python", "cotune", "flwr", "torch", "transformers", "opacus", "dp-accounting"}
 

@@ -71,7 +71,7 @@ def test_a_finished_part_is_checked_too() -> None:
     [
         (
             {"weighting": "exampels"},
-            "unknown weighting \"exampels\"; did you mean 'examples'? Known: examples, uniform",
+            "unknown weighting \"exampels\"; did you mean 'examples'? Known: examples, noise_aware, uniform",
         ),
         ({"fusion": "men"}, "unknown fusion \"men\"; did you mean 'mean'? Known: mean"),
         ({"server_optimizer": {"name": "sdg"}}, "unknown server optimiser \"sdg\"; did you mean 'sgd'? Known: sgd"),

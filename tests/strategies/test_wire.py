@@ -187,7 +187,7 @@ def test_an_update_for_another_plan_is_refused() -> None:
     assert message == "an update for plan aaaaaaaaaaaa came, expected one for bbbbbbbbbbbb"
 
 
-@pytest.mark.parametrize("protocol", [0, 1, "2", 2.5, b"2", None])
+@pytest.mark.parametrize("protocol", [0, 1, 3, "2", 2.5, b"2", None])
 def test_another_protocol_is_refused(protocol: Any) -> None:
     assert "expected 2: use the same cotune everywhere" in refusal(with_field("protocol", protocol))
 
@@ -241,6 +241,36 @@ def test_no_privacy_is_not_the_same_as_none_spent() -> None:
     for epsilon in (None, 0.0):
         update = Update("a", 1, {}, 1, 1, epsilon)
         assert decode_update(encode_update(update, "plan"), "plan").epsilon == epsilon
+
+
+@given(st.dictionaries(names, st.floats(0.0, 1e30), max_size=4))
+def test_the_stated_noise_comes_back_as_it_was(noise: dict[str, float]) -> None:
+    update = Update("a", 1, {}, 1, 1, None, noise_variance=noise)
+    assert decode_update(travelled(encode_update(update, "plan")), "plan").noise_variance == noise
+
+
+def test_no_stated_noise_is_not_the_same_as_none_added() -> None:
+    assert decode_update(travelled(encode_update(UPDATE, "plan")), "plan").noise_variance is None
+    silent = Update("a", 1, {}, 1, 1, None, noise_variance={})
+    assert decode_update(travelled(encode_update(silent, "plan")), "plan").noise_variance == {}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        MetricRecord({"w": -1e-9}),
+        MetricRecord({"w": float("nan")}),
+        MetricRecord({"w": float("inf")}),
+        MetricRecord({"w": 1}),
+        MetricRecord({"w": [1.0]}),
+        ConfigRecord({"w": 1.0}),
+        ArrayRecord({}),
+    ],
+)
+def test_a_noise_that_is_no_variance_is_refused(record: Any) -> None:
+    content = encode_update(UPDATE, "plan")
+    content["noise_variance"] = record
+    assert "noise" in refusal(travelled(content))
 
 
 # --- sizes and digests

@@ -1,0 +1,53 @@
+"""What an organisation says about the privacy noise in its delta: where the plan's weighting asks and its policy agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from cotune.client.account import Account
+from cotune.client.budget import planned_steps, planned_telling
+from cotune.plan.schema import LocalTraining, Stage
+from cotune.privacy.accounting import RecordPrivacy, calibrate, delta_of
+from cotune.privacy.delta_noise import LocalOptimizer, delta_noise_variance
+
+__all__ = ["noise_variance", "stated_noise"]
+
+
+def stated_noise(
+    account: Account,
+    sigma: float,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    told: int,
+) -> dict[str, float] | None:
+    """Parameter name -> variance of the noise on each coordinate of its delta; None where nothing is to be said.
+
+    sigma: the noise multiplier of the round. told: the number of records that the organisation declares. Where that is not the
+    exact one, σ and batch are those of an organisation of the declared size: the true noise would tell the true size.
+    """
+    plan, policy = account.plan, account.policy
+    if not (plan.strategy.compares_noise and policy.tell.noise_level and isinstance(plan.privacy, RecordPrivacy)):
+        return None
+    if policy.tell.example_count != "exact":
+        allowed = min(plan.privacy.epsilon, policy.budget.epsilon or plan.privacy.epsilon)
+        delta = min(delta_of(plan.privacy.delta, told), 1 / (told + 1))
+        sigma = calibrate(planned_steps(plan, told), epsilon=allowed, delta=delta, spent=planned_telling(plan, policy))
+    scale = sigma * plan.privacy.clip_norm / (stage.local.sample_rate(told) * told)  # σC/B
+    return noise_variance(stage.local, optimizer, parameters, scale=scale)
+
+
+def noise_variance(
+    local: LocalTraining, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, scale: float
+) -> dict[str, float]:
+    """The variances to 3 significant digits. scale: σC/B, standard deviation of the noise on a step's gradient."""
+    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for name, parameter in parameters.items():
+        settings = LocalOptimizer(local.optimizer, rates[id(parameter)], local.momentum, local.weight_decay)
+        variance = delta_noise_variance(settings, noise_multiplier=scale, clip_norm=1.0, expected_batch=1.0, steps=local.steps)
+        found[name] = float(f"{variance:.3g}")
+    return found

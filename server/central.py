@@ -1,0 +1,76 @@
+"""Client-level privacy as a part of the round loop: between fusion and server optimiser, with a hard stop at its ε."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from cotune.models.errors import PrivacyError
+from cotune.privacy.client_account import ClientAccount
+from cotune.privacy.client_level import ClientPrivacy, next_clip_norm, round_noise
+from cotune.privacy.private_mean import PrivateMean
+from cotune.privacy.rounding import round_up
+from cotune.server.run_folder import Progress, RunFolder
+
+__all__ = ["CentralPrivacy", "account_of"]
+
+
+def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientAccount:
+    """The account in a run's folder."""
+    return ClientAccount(folder.path / "client-privacy.jsonl", privacy.epsilon, privacy.delta)
+
+
+class CentralPrivacy:
+    """Of one run. Raises PrivacyError when the plan's client-level privacy cannot be given, or its account is lost."""
+
+    def __init__(self, folder: RunFolder, privacy: ClientPrivacy) -> None:
+        plan = folder.plan
+        self.privacy, self.account = privacy, account_of(folder, privacy)
+        self.noise = round_noise(
+            privacy,
+            rounds=sum(stage.rounds for stage in plan.stages),
+            organisations=len(folder.file.participants),
+            sample_rate=plan.server.sample_rate,
+        )
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> CentralPrivacy | None:
+        """None where the plan asks for none."""
+        return None if folder.plan.client_privacy is None else cls(folder, folder.plan.client_privacy)
+
+    def reason_to_stop(self, progress: Progress) -> str | None:
+        """Why the next round must not be played, before anybody is asked to train; None when it may."""
+        charged = {round for round, _ in self.account.charges()}
+        missing = [round for round in range(1, progress.round + 1) if round not in charged]
+        if missing:
+            raise PrivacyError(
+                f"the privacy account {self.account.path} has no charge for round {missing[0]}, which was played: expected one"
+                " for every round; restore it from a backup"
+            )
+        if self.account.allows(self.noise.charge):
+            return None
+        return (
+            f"round {progress.round + 1} would exceed the client-level ε = {self.privacy.epsilon:g}: interrupted rounds count,"
+            f" and ε = {round_up(self.account.spent())} is spent; the run ends with the model after round {progress.round}"
+        )
+
+    def new_mean(self, shapes: Mapping[str, Tensor], before: Progress) -> PrivateMean:
+        return PrivateMean(shapes, self.clip_norm(before), self.noise)
+
+    def clip_norm(self, before: Progress) -> float:
+        """C of the round after `before`."""
+        return self.privacy.clip_norm if before.clip_norm is None else before.clip_norm
+
+    def next_clip_norm(self, before: Progress, mean: PrivateMean) -> float:
+        used = self.clip_norm(before)
+        return used if mean.unclipped is None else next_clip_norm(self.privacy, used, mean.unclipped)
+
+    def charge(self, round: int) -> None:
+        """Before the noise of a round is drawn."""
+        self.account.charge(round, self.noise.charge)
+
+    def entry(self, before: Progress, mean: PrivateMean) -> dict[str, Any]:
+        """What a round's entry in summary.json says."""
+        return {"epsilon": self.account.spent(), "clip_norm": self.clip_norm(before), "unclipped": mean.unclipped}

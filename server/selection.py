@@ -1,0 +1,39 @@
+"""Who is asked to train in a round: everybody, or each organisation by chance (Poisson sampling, `server.sample_rate`)."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from cotune.models.durable import write_durably
+from cotune.models.errors import RunError
+from cotune.privacy.randomness import keyed_generator, seeded_generator
+from cotune.server.run_folder import Participant, RunFolder
+
+__all__ = ["select"]
+
+
+def select(folder: RunFolder, round: int) -> list[Participant]:
+    """The organisations of a round, in their order; possibly none. The same again when a round is repeated after a crash.
+
+    Drawn from the plan's seed, which everybody knows, unless privacy is to be amplified by it: then from a key that the
+    operating system gave this run, and that stays with the server.
+    """
+    plan, people = folder.plan, folder.file.participants
+    if plan.server.sample_rate >= 1:
+        return list(people)
+    secret = plan.client_privacy is not None and plan.client_privacy.amplification
+    generator = _private(folder.path, round) if secret else seeded_generator(plan.seed, "selection", round)
+    return [person for person in people if generator.random() < plan.server.sample_rate]
+
+
+def _private(path: Path, round: int) -> np.random.Generator:
+    file = path / "selection.key"
+    if not file.exists():
+        write_durably(file, secrets.token_hex(32).encode())
+    key = file.read_text(encoding="ascii", errors="replace").strip()
+    if len(key) != 64:
+        raise RunError(f"{file} is damaged: expected 64 hexadecimal digits; restore it, as another key would draw rounds again")
+    return keyed_generator(key, "selection", round)

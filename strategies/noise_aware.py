@@ -1,0 +1,81 @@
+"""Random-effects weights: an organisation whose delta carries more privacy noise counts less, by as much as is known.
+
+Under DP-SGD the variance v_k that noise put on each coordinate of a delta is known, not estimated. The deltas are seen as
+Δ_k = Δ + (what is particular to organisation k, variance τ²) + (its privacy noise, variance v_k); the mean with the least
+variance weighs each by 1 / (v_k + τ²) (DerSimonian & Laird, Controlled Clinical Trials 1986). τ² comes from the deltas by their
+method of moments, over all coordinates that share the same v. Malekmohammadi, Yu & Cao, ICML 2024, estimate the noise instead.
+The number of records counts only through v_k, as in the literature: more records, less noise.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cotune.strategies.updates import Update
+
+__all__ = ["RandomEffects", "noise_aware", "random_effects"]
+
+_FLOOR = 1e-12  # relative to the largest variance: a delta without noise, and without τ², counts 10¹² times as much, not ∞
+
+
+@dataclass(frozen=True)
+class RandomEffects:
+    """between: τ², variance between organisations per coordinate. weights: of each update, the largest being 1."""
+
+    between: float
+    weights: tuple[float, ...]
+
+
+def noise_aware(updates: Sequence[Update]) -> list[dict[str, float]]:
+    """The weight of each parameter of each update, in the order of the updates; they all hold the same parameters.
+
+    An update that states no noise (no privacy) has v = 0. If all have, the weights are equal: the plain mean.
+    """
+    weights: list[dict[str, float]] = [{} for _ in updates]
+    for variances, names in _groups(updates).items():
+        for found, weight in zip(weights, random_effects(updates, names, variances).weights, strict=True):
+            found.update(dict.fromkeys(names, weight))
+    return weights
+
+
+def _groups(updates: Sequence[Update]) -> Mapping[tuple[float, ...], list[str]]:
+    """Parameters by the variances (v_1 … v_K) of their noise: the head may be trained at another rate than the encoder."""
+    groups: dict[tuple[float, ...], list[str]] = defaultdict(list)
+    for name in updates[0].delta if updates else ():
+        groups[tuple((u.noise_variance or {}).get(name, 0.0) for u in updates)].append(name)
+    return groups
+
+
+def random_effects(updates: Sequence[Update], names: Sequence[str], variances: Sequence[float]) -> RandomEffects:
+    """τ² and weights over the parameters `names`, whose noise has the variance v_k in update k.
+
+    With Q = Σ a_k ‖Δ_k − Δ̄_a‖² over d coordinates, E[Q] = d (Σ a_k v_k − Σ a_k² v_k / Σ a) + d τ² (Σ a − Σ a² / Σ a), solved for
+    τ² and cut off at 0. a_k = 1/v_k gives DerSimonian & Laird's estimate, τ² = (Q − d(K−1)) / (d(Σ a − Σ a² / Σ a)); where some
+    v_k is 0, a_k = 1 (Hedges & Olkin, 1985).
+    """
+    least = min(variances)
+    a = [least / v for v in variances] if least > 0 else [1.0] * len(updates)
+    total, squares = sum(a), sum(x * x for x in a)
+    within = (
+        sum(x * v for x, v in zip(a, variances, strict=True)) - sum(x * x * v for x, v in zip(a, variances, strict=True)) / total
+    )
+    spread = total - squares / total
+    between = max(0.0, (_scatter(updates, names, a) - within) / spread) if len(updates) > 1 and spread > 0 else 0.0
+    floor = _FLOOR * max(variances)
+    sums = [max(v + between, floor) for v in variances]
+    return RandomEffects(between, tuple(min(sums) / s if s else 1.0 for s in sums))
+
+
+def _scatter(updates: Sequence[Update], names: Sequence[str], a: Sequence[float]) -> float:
+    """Q / d, in float64, one parameter at a time."""
+    scatter, size = 0.0, 0
+    for name in names:
+        deltas = [u.delta[name].to(torch.float64) for u in updates]
+        mean = sum((d * x for d, x in zip(deltas, a, strict=True)), torch.zeros_like(deltas[0])) / sum(a)
+        scatter += sum(x * float((d - mean).pow(2).sum()) for d, x in zip(deltas, a, strict=True))
+        size += mean.numel()
+    return scatter / size if size else 0.0

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cotune.models.errors import PrivacyError
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.client_account import ClientAccount
+
+ROUND = Steps(2.0, 1.0, 1)
+
+
+def account(folder: Path, allowed: float = 8.0) -> ClientAccount:
+    return ClientAccount(folder / "account.jsonl", allowed, 1e-5)
+
+
+def test_events_are_stored_and_epsilon_is_composed_from_them(tmp_path: Path) -> None:
+    mine = account(tmp_path)
+    assert mine.charges() == []
+    assert mine.spent() == 0.0
+    mine.charge(1, ROUND)
+    mine.charge(2, ROUND)
+    assert account(tmp_path).charges() == [(1, ROUND), (2, ROUND)]
+    assert mine.spent() == epsilon([Steps(2.0, 1.0, 2)], 1e-5)
+    lines = [json.loads(line) for line in mine.path.read_text().splitlines()]
+    assert lines[0] == {"round": 1, "noise_multiplier": 2.0, "sample_rate": 1.0, "count": 1}
+
+
+def test_a_repeated_round_is_charged_again(tmp_path: Path) -> None:
+    mine = account(tmp_path)
+    mine.charge(1, ROUND)
+    before = mine.spent()
+    mine.charge(1, ROUND)
+    assert mine.spent() > before
+
+
+def test_the_budget_is_a_hard_stop(tmp_path: Path) -> None:
+    mine = account(tmp_path, allowed=epsilon([Steps(2.0, 1.0, 3)], 1e-5))
+    for round in (1, 2, 3):
+        assert mine.allows(ROUND)
+        mine.charge(round, ROUND)
+    assert not mine.allows(ROUND)
+    with pytest.raises(PrivacyError, match="round 4 would exceed the client-level"):
+        mine.charge(4, ROUND)
+    assert len(mine.charges()) == 3
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"round": 1}', '{"round": "x", "noise_multiplier": 1, "sample_rate": 1, "count": 1}']
+)
+def test_a_damaged_account_is_not_taken_for_an_empty_one(tmp_path: Path, content: str) -> None:
+    mine = account(tmp_path)
+    mine.charge(1, ROUND)
+    mine.path.write_text(mine.path.read_text() + content + "\n")
+    for use in (mine.charges, mine.spent, lambda: mine.charge(2, ROUND)):
+        with pytest.raises(PrivacyError, match="cannot be read"):
+            use()
