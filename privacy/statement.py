@@ -10,13 +10,20 @@ from cotune.privacy.rounding import round_up
 
 __all__ = ["client_statement", "statement"]
 
+_CLEAR = "the local metrics, which organisations told as they are, without noise; "
+
 
 def statement(
-    privacy: RecordPrivacy | None, spent: Mapping[str, tuple[float, float]], *, client_level: bool = False
+    privacy: RecordPrivacy | None,
+    spent: Mapping[str, tuple[float, float]],
+    *,
+    client_level: bool = False,
+    clear_metrics: bool = False,
 ) -> list[str]:
     """Paragraphs about single records. spent: organisation -> (ε spent, δ), from the ledgers; without privacy, None and nothing.
 
-    client_level: whether there is privacy of the other kind, which `client_statement` is about.
+    client_level: whether there is privacy of the other kind, which `client_statement` is about. clear_metrics: whether any
+    organisation told local metrics as they are.
     """
     if privacy is None:
         return [
@@ -32,17 +39,22 @@ def statement(
         "record, they would have concluded without that record too, with a probability smaller by a factor of e^ε at "
         "most, but for a chance of δ. An ε of 1 or less is a strong promise, one of 8 a weak one.",
         "How: in every step each record enters the batch by chance (Poisson sampling); the gradient of each record is "
-        f"clipped to the norm {privacy.clip_norm:g}; Gaussian noise from a cryptographic generator, seeded by the "
-        "operating system, is added to their sum. ε is composed over every step of every round, interrupted ones "
+        f"clipped to the norm {privacy.clip_norm:g}{_shares(privacy)}; Gaussian noise from a cryptographic generator, seeded "
+        "by the operating system, is added to their sum. ε is composed over every step of every round, interrupted ones "
         "included, from the organisations' ledgers, with the privacy loss distribution accountant of dp-accounting. It "
         "holds against everybody who sees all updates, the server included: nothing is taken off for the server not "
         "knowing who took part.",
-        "What it does not cover: the number of records of each organisation is told to the server and counts as public. "
+        f"What it does not cover: {_CLEAR if clear_metrics else ''}the number of records of each organisation is told to the "
+        "server and counts as public. "
         "Several records of the same person are as many records: the protection of the person is weaker. The settings "
         "(rates, clip norm, rounds) must not have been chosen by looking at these data. The noise is drawn in "
         "floating-point arithmetic, whose known side channels are not closed. The test set of this simulation and the baselines "
         "trained beside it are not covered.",
     ]
+
+
+def _shares(privacy: RecordPrivacy) -> str:
+    return ", in equal shares for each parameter tensor" if privacy.clipping == "per_layer" else ""
 
 
 def client_statement(privacy: ClientPrivacy, noise: RoundNoise, charged: Sequence[Steps], *, sample_rate: float) -> list[str]:

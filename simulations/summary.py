@@ -78,7 +78,7 @@ def _privacy(folder: RunFolder, prepared: Prepared) -> dict[str, Any]:
         "epsilon": privacy.epsilon,
         "delta": str(privacy.delta),
         "clip_norm": privacy.clip_norm,
-        "statement": statement(privacy, spent),
+        "statement": statement(privacy, spent, clear_metrics=_in_clear(folder)),
     }
 
 
@@ -101,6 +101,12 @@ def _client_privacy(folder: RunFolder, prepared: Prepared, progress: Progress) -
         "expected_organisations": noise.expected,
         "statement": client_statement(privacy, noise, charged, sample_rate=plan.server.sample_rate),
     }
+
+
+def _in_clear(folder: RunFolder) -> bool:
+    """Whether any organisation's policy lets it tell the local metrics that the plan asks for as they are."""
+    policies = (Site(folder.path / who.site).policy() for who in folder.file.participants)
+    return folder.plan.reports.local_metrics and any(policy.tell.local_metrics == "clear" for policy in policies)
 
 
 def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:

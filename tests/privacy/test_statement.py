@@ -48,3 +48,14 @@ def test_the_statement_names_its_conditions() -> None:
         "δ = 1e-06",
     ):
         assert part in text
+
+
+def test_what_was_told_in_clear_is_not_covered() -> None:
+    said = " ".join(statement(RecordPrivacy(), {"clinic": (1.0, 1e-5)}, clear_metrics=True))
+    assert "does not cover: the local metrics, which organisations told as they are, without noise; the number of records" in said
+    assert "local metrics" not in " ".join(statement(RecordPrivacy(), {"clinic": (1.0, 1e-5)}))
+
+
+def test_clipping_per_layer_is_said() -> None:
+    said = " ".join(statement(RecordPrivacy(clipping="per_layer"), {"clinic": (1.0, 1e-5)}))
+    assert "clipped to the norm 1, in equal shares for each parameter tensor; Gaussian noise" in said
