@@ -106,7 +106,7 @@ def test_what_is_told_stays_within_the_budget(make_plan: MakePlan, make_site: Ma
         k: v for k, v in told[1].items() if k.startswith("label")
     }
     charges = site.ledger().charges()
-    purposes = ["label histogram", "local metrics", "training", "example count", "local metrics", "training"]
+    purposes = ["label histogram", "local metrics", "example count", "training", "local metrics", "training"]
     assert [c.purpose for c in charges] == purposes
     assert 0.97 * 2.0 <= epsilon([c.steps for c in charges], 1e-3) <= 2.0  # all of it together is calibrated to ε
     assert planned_telling(plan, policy) == [Steps(10.0, 1.0, 4)]
