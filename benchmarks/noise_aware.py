@@ -106,7 +106,7 @@ def repeated(settings: Sequence[str], repetitions: int) -> list[Update]:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(repetitions):
             site = Path(folder) / str(number)
-            make_site(site, share.name, plan.data, [share], "cpu")
+            make_site(site, share.name, plan, [share], "cpu")
             found.append(train_round(plan, Site(site), 1, state))
     return found
 

@@ -66,11 +66,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="Markdown file; what stands above its mark is kept.")
     parser.add_argument("--runs", type=Path, default=Path("runs/tweets-lora"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     found: dict[tuple[str, str], list[float]] = {}
-    for seed in SEEDS:
+    for seed in chosen.seeds:
         for recipe in RECIPES:
             for epsilon in EPSILONS:
                 try:

@@ -34,7 +34,7 @@ def ledger(
 
     opened = Site(site.expanduser())
     if export is not None:
-        write_durably(export, json.dumps(bookkeeping.export(opened), indent=1).encode())
+        write_durably(export.expanduser(), json.dumps(bookkeeping.export(opened), indent=1).encode())
     found = bookkeeping.overview(opened)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -46,12 +46,18 @@ def _show_ledger(console: Console, found: dict[str, Any]) -> None:
     if not found["data_sets"]:
         console.print(f"{escape(found['organisation'])} has spent nothing: no data set was trained on with differential privacy")
     for data in found["data_sets"]:
-        spent = f"ε {round_up(data['epsilon'])} of {data['epsilon_total']:g} spent at δ = {data['delta']:.1e}"
+        allowed = f"of {data['epsilon_total']:g} " if data["epsilon_total"] < 1e6 else ""  # a simulated organisation has no limit
+        spent = f"ε {round_up(data['epsilon'])} {allowed}spent at δ = {data['delta']:.1e}"
+        left = f", {data['epsilon_left']:.2f} left" if allowed else ""
         name, seen = f"[bold]data set {data['fingerprint'][:12]}…[/bold]", data["first_seen"][:10]
         console.print(f"{name}: {data['records']:,} records, first seen {seen}", soft_wrap=True)
-        console.print(f"  {spent}, {data['epsilon_left']:.2f} left", soft_wrap=True)
+        console.print(f"  {spent}{left}", soft_wrap=True)
         for other, common in data["shares_records_with"].items():
             console.print(f"  shares {common:,} records with {other[:12]}…, whose charges count here too")
+        if data["unprotected"]:
+            plans = ", ".join(dict.fromkeys(f"{left['plan']} ({left['what']})" for left in data["unprotected"]))
+            times = f"{len(data['unprotected'])} times something left without any privacy"
+            console.print(f"  [bold red]{times}: {escape(plans)}. No ε bounds that.[/bold red]", soft_wrap=True)
         console.print(_runs(data))
     if found["unassigned"]:
         console.print(f"{len(found['unassigned'])} charges of an older cotune name no data set, and count for every one")
@@ -95,6 +101,8 @@ def check(
 
 def _show_check(console: Console, found: Checked) -> None:
     console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
+    if found.warning:
+        console.print(f"[bold yellow]{escape(found.warning)}[/bold yellow]", soft_wrap=True)
     if found.declined:
         console.print(f"[bold red]{escape(found.declined)}[/bold red]", soft_wrap=True)
         return

@@ -55,7 +55,8 @@ def check(
 
 def _show(console: Console, seen: Forecast) -> None:
     plan = seen.plan
-    console.print(f"[bold]{plan.name}[/bold]: base model {escape(plan.model.base)} ({(plan.model.base_hash or '')[:12]}…)")
+    console.print(f"[bold]{plan.name}[/bold]: base model {escape(plan.model.base)}")
+    console.print(f"base model hash {plan.model.base_hash}", soft_wrap=True)
     console.print(f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), {seen.test_examples:,} test examples")
     console.print(_stages(seen))
     console.print(_organisations(seen))

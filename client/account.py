@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-from cotune.client.budget import Budget, budget_of, noise_multiplier
+from cotune.client.budget import Budget, budget_of, noise_multiplier, total_delta
 from cotune.client.site import Site
 from cotune.models.holdings import Holdings
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
-from cotune.privacy.ledger import Ledger
+from cotune.privacy.ledger import Ledger, Limit
 from cotune.privacy.policy import Policy
 
 __all__ = ["Account"]
@@ -36,7 +36,7 @@ class Account:
 
     def hours(self) -> float:
         """Of training that this run has taken, as far as its rounds were finished and charged."""
-        if self.budget is None:
+        if not self.site.ledger_file.exists():
             return 0.0
         return sum(c.seconds for c in self.ledger.charges() if c.plan_id == self.plan.plan_id) / 3600
 
@@ -49,8 +49,17 @@ class Account:
 
     def reserve(self, round: int, steps: Steps, purpose: str = "training") -> int:
         """Charges steps before they run, durably. Raises Declined when they would exceed what the policy allows."""
-        plan, limits = self.plan, self.budget.limits(self.plan.plan_id) if self.budget else []
+        plan, total = self.plan, self.policy.budget.epsilon_total
+        limits = (
+            self.budget.limits(plan.plan_id)
+            if self.budget
+            else [Limit("budget.epsilon_total", total, total_delta(self.policy, len(self.holdings)))]
+        )
         return self.ledger.reserve(plan.plan_id, round, steps, data=self.data, plan=plan.name, purpose=purpose, limits=limits)
+
+    def leave_unprotected(self, round: int, what: str) -> None:
+        """Enters what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
+        self.ledger.unprotected(self.plan.plan_id, round, what, data=self.data, plan=self.plan.name)
 
     def epsilon(self) -> float:
         """ε of this run's charges at the run's δ."""
@@ -58,5 +67,7 @@ class Account:
         return epsilon(self.ledger.spent(self.plan.plan_id, self.data), self.budget.delta)
 
     def stated_epsilon(self) -> float:
-        """The same, rounded up to two digits after the point: the exact value would tell the number of records."""
-        return math.ceil(self.epsilon() * 100 - 1e-9) / 100
+        """For the server: rounded up to two digits. Where the number of records is not told, the whole budget of the run."""
+        assert self.budget is not None, "without privacy nothing is spent"
+        told = self.epsilon() if self.policy.tell.example_count == "exact" else self.budget.epsilon
+        return math.ceil(told * 100 - 1e-9) / 100

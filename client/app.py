@@ -56,11 +56,11 @@ def _site(request: Request, context: Context) -> Site:
 
 
 def _refusal(message: Message, site: Site | None, error: Exception, detail: str) -> Message:
-    """A simulated organisation says everything; a real one only which rule declined, or what kind of failure it was."""
+    """A simulated organisation says everything; a real one only which rule declined, or that something failed."""
     if site is not None and site.file.simulated:
         reason = detail
     elif isinstance(error, Declined):
         reason = error.public
     else:
-        reason = f"{type(error).__name__}; details are in the organisation's own log"
+        reason = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
     return Message(Error(_REFUSED, reason), reply_to=message)

@@ -7,7 +7,8 @@ from typing import Any
 
 from cotune.client.site import Site
 from cotune.privacy.accounting import delta_of, epsilon
-from cotune.privacy.ledger import Charge, DataSet
+from cotune.privacy.chain import Entry
+from cotune.privacy.ledger import Charge, DataSet, Ledger
 
 __all__ = ["export", "overview"]
 
@@ -15,7 +16,8 @@ __all__ = ["export", "overview"]
 def overview(site: Site) -> dict[str, Any]:
     """The ledger as plain values; ε is composed anew from the charges, at the policy's δ for each data set.
 
-    Raises PrivacyError for a ledger that is damaged, and makes none where there is none.
+    epsilon is that of what was noised; `unprotected` lists what left beside it without any privacy, which no ε bounds. Raises
+    PrivacyError for a ledger that is damaged, and makes none where there is none.
     """
     if not site.ledger_file.exists():
         return {"organisation": site.organisation, "head": None, "data_sets": [], "unassigned": []}
@@ -24,7 +26,7 @@ def overview(site: Site) -> dict[str, Any]:
     return {
         "organisation": site.organisation,
         "head": entries[-1].hash if entries else None,
-        "data_sets": [_data_set(site, data, charges) for data in ledger.data_sets()],
+        "data_sets": [_data_set(site, ledger, data) for data in ledger.data_sets()],
         "unassigned": [_event(charge) for charge in charges if not charge.data],
     }
 
@@ -34,19 +36,19 @@ def export(site: Site) -> dict[str, Any]:
 
     ε follows from the events with dp-accounting alone, and the hashes of the log from SHA-256 alone (see docs/ledger.md).
     """
-    found = overview(site)
+    found: dict[str, Any] = overview(site) | {"entries": []}
     if site.ledger_file.exists():
         ledger = site.ledger()
-        charges = ledger.charges()
-        for table, data in zip(found["data_sets"], ledger.data_sets(), strict=True):
-            table["events"] = [_event(charge) for charge in _counted(data, charges)]
+        for table in found["data_sets"]:
+            table["events"] = [_event(charge) for charge in ledger.counted(table["fingerprint"])]
         found["entries"] = [asdict(entry) for entry in ledger.entries()]
     return {"format": "cotune ledger 1", **found}
 
 
-def _data_set(site: Site, data: DataSet, charges: list[Charge]) -> dict[str, Any]:
+def _data_set(site: Site, ledger: Ledger, data: DataSet) -> dict[str, Any]:
     rules = site.policy().budget
-    delta, counted = delta_of(rules.delta_total, data.records), _counted(data, charges)
+    delta, counted = delta_of(rules.delta_total, data.records), ledger.counted(data.fingerprint)
+    linked = {data.fingerprint, *data.shares}
     spent = epsilon([c.steps for c in counted], delta)
     return {
         "fingerprint": data.fingerprint,
@@ -57,13 +59,14 @@ def _data_set(site: Site, data: DataSet, charges: list[Charge]) -> dict[str, Any
         "epsilon": spent,
         "epsilon_total": rules.epsilon_total,
         "epsilon_left": max(0.0, rules.epsilon_total - spent),
+        "unprotected": [_left(e) for e in ledger.entries() if e.kind == "unprotected" and e.body["data"] in linked],
         "runs": [_run(plan_id, counted, delta) for plan_id in dict.fromkeys(c.plan_id for c in counted)],
     }
 
 
-def _counted(data: DataSet, charges: list[Charge]) -> list[Charge]:
-    """The charges on a data set: its own, those of data sets that share a record with it, and those of unknown data."""
-    return [c for c in charges if c.data in ("", data.fingerprint) or c.data in data.shares]
+def _left(entry: Entry) -> dict[str, Any]:
+    """What left without any privacy: no ε bounds it."""
+    return {"at": entry.at, **{key: entry.body[key] for key in ("plan_id", "plan", "round", "what")}}
 
 
 def _run(plan_id: str, counted: list[Charge], delta: float) -> dict[str, Any]:

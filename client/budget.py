@@ -12,7 +12,7 @@ from cotune.privacy.ledger import Limit
 from cotune.privacy.policy import Policy
 from cotune.privacy.rounding import round_up
 
-__all__ = ["Budget", "budget_of", "check_examples", "noise_multiplier", "planned_steps", "planned_telling"]
+__all__ = ["Budget", "budget_of", "check_examples", "noise_multiplier", "planned_steps", "planned_telling", "total_delta"]
 
 _MOST_NOISE = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
 
@@ -36,8 +36,20 @@ class Budget:
 def budget_of(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
     """The plan's ε or the organisation's own, whichever is smaller. Raises PrivacyError for a δ that says nothing."""
     rules = policy.budget
-    run = min(privacy.epsilon, rules.epsilon or privacy.epsilon)
-    return Budget(run, privacy.delta_for(examples), rules.epsilon_total, delta_of(rules.delta_total, examples))
+    return Budget(
+        rules.epsilon_for(privacy.epsilon), privacy.delta_for(examples), rules.epsilon_total, total_delta(policy, examples)
+    )
+
+
+def total_delta(policy: Policy, examples: int) -> float:
+    """δ of the policy's total. Raises PrivacyError where it is so large that its ε would limit nothing."""
+    delta = delta_of(policy.budget.delta_total, examples)
+    if delta * examples > 1:
+        raise PrivacyError(
+            f"budget.delta_total = {policy.budget.delta_total} gives δ = {delta:.2g} for {examples} examples; expected at most"
+            f' 1/{examples}: choose a smaller δ in policy.toml, such as "1/n^1.1"'
+        )
+    return delta
 
 
 def check_examples(examples: int, local: LocalTraining, organisation: str) -> None:
@@ -63,9 +75,9 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
 
 def planned_telling(plan: Plan, policy: Policy, first_round: int = 1) -> list[Steps]:
     """What is to be told with noise from a round on: each a Gaussian mechanism on counts, charged like training."""
-    rounds = sum(stage.rounds for stage in plan.stages) - first_round + 1
-    once = [policy.tell.example_count == "noised", plan.reports.label_histogram and policy.tell.label_histogram == "noised"]
-    metrics = plan.reports.local_metrics and policy.tell.local_metrics == "noised"
+    rounds = plan.rounds - first_round + 1
+    once = [policy.tell.example_count == "noised", plan.tell.label_histogram and policy.tell.label_histogram == "noised"]
+    metrics = plan.tell.local_metrics and policy.tell.local_metrics == "noised"
     count = (sum(once) if first_round == 1 else 0) + (rounds if metrics else 0)
     return [Steps(policy.tell.noise_multiplier, 1.0, count)] if count else []
 
@@ -115,19 +127,19 @@ def _rest(remaining: list[tuple[float, int]], spent: list[Steps], epsilon: float
 
 def _too_much_in_total(plan: Plan, budget: Budget, examples: int, sigma: float, before: list[Steps]) -> Declined:
     """The refusal of a run that does not fit: what was asked, what is left, and how many rounds would fit."""
-    rounds, rest = sum(stage.rounds for stage in plan.stages), budget.total_epsilon - epsilon(before, budget.total_delta)
+    rounds, rest = plan.rounds, budget.total_epsilon - epsilon(before, budget.total_delta)
     return Declined(
         "budget.epsilon_total",
         f"the plan asks for ε = {budget.epsilon:g} in {rounds} rounds, and {max(rest, 0.0):.2f} of the total"
         f" {budget.total_epsilon:g} are left for this data set (spent: {round_up(epsilon(before, budget.total_delta))}, at δ ="
         f" {budget.total_delta:.2g}): with this plan's noise at most {_fitting(plan, budget, examples, sigma, before)} of its"
-        " rounds would fit; set budget.epsilon to spend less, or raise budget.epsilon_total in policy.toml",
+        " rounds would fit; set budget.own_epsilon to spend less, or raise budget.epsilon_total in policy.toml",
     )
 
 
 def _fitting(plan: Plan, budget: Budget, examples: int, sigma: float, before: list[Steps]) -> int:
     """The largest number of first rounds of the plan that fit into the total at σ; by bisection, ε grows with the rounds."""
-    total = sum(stage.rounds for stage in plan.stages)
+    total = plan.rounds
     every = [(stage.local.sample_rate(examples), stage.local.steps) for stage in plan.stages for _ in range(stage.rounds)]
     low, high = 0, total
     while low < high:

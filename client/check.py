@@ -18,7 +18,7 @@ from cotune.client.rows import Rows
 from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
-from cotune.models.errors import PlanError, PrivacyError
+from cotune.models.errors import Declined, PlanError, PrivacyError
 from cotune.models.sharing import SharedModel
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
@@ -52,6 +52,7 @@ class Checked:
     examples: int
     device: str
     declined: str | None
+    warning: str | None = None
     noise_multiplier: float | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -63,12 +64,28 @@ class Checked:
 def check(plan: Plan, site: Site) -> Checked:
     """Raises what training would raise: DataError, ModelError, PrivacyError. A plan without privacy is not tried, only judged."""
     if not plan.labels:
-        raise PlanError("the plan lists no labels: expected the plan as the coordinator runs it, with its class names")
+        raise PlanError(
+            "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
+            " give the plan.toml of a run, or list labels in the plan"
+        )
     policy, holdings = site.policy(), site.holdings(plan.labels)
     checked = Checked(site.organisation, len(holdings), site.file.device, None)
     account = Account(plan, policy, site, holdings)
+    if holdings.unknown:
+        warning = (
+            f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
+            " would be trained without a label"
+        )
+        checked = replace(checked, warning=warning)
     try:
         check_consent(plan, policy, len(holdings), account.hours())
+        played = account.ledger.rounds(plan.plan_id) if account.budget else []
+        if played:
+            raise Declined(
+                "privacy.epsilon",
+                f"this plan has run here already (rounds {played[0]}–{played[-1]}), and what it"
+                " spent is spent; it goes on where it stopped, or starts anew with another seed",
+            )
         sigma = account.plan_noise(1) if account.budget else None
     except PrivacyError as declined:  # a rule says no, or the run has used up its budget
         return replace(checked, declined=str(declined))

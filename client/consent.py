@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 
-from cotune.models.base import find_base
 from cotune.models.errors import Declined
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, delta_of
@@ -25,8 +24,9 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
 
 
 def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator[tuple[str, str]]:
+    """What depends on the number of records comes last: an earlier answer says nothing about it."""
     yield from _not_allowed(plan, policy)
-    yield from _too_much(plan, policy, examples, hours)
+    yield from _too_long(plan, policy, hours)
     if isinstance(plan.privacy, RecordPrivacy):
         yield from _over_budget(plan.privacy, policy, examples)
         if plan.strategy.compares_noise and not policy.tell.noise_level:
@@ -37,13 +37,14 @@ def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator
             )
     elif policy.training.record_privacy:
         yield "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy"
+    yield from _too_few(plan, policy, examples)
 
 
 def _not_allowed(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
     rules = policy.training
     asked: dict[str, list[str]] = {
         "tasks": [plan.task],
-        "base_models": [find_base(plan.model).content_hash],
+        "base_models": [plan.model.base_hash or "a base model without a hash"],  # what is not allowed is not even fetched
         "train_modes": [stage.mode for stage in plan.stages],
         "weightings": [plan.strategy.weighting.name],
         "fusions": [plan.strategy.fusion.name],
@@ -56,19 +57,28 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
                 yield f"training.{key}", f"the plan asks for {item}, expected one of: {known}; add it to the rule to allow it"
 
 
-def _too_much(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator[tuple[str, str]]:
-    rules = policy.training
-    rounds = sum(stage.rounds for stage in plan.stages)
+def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[tuple[str, str]]:
+    rules, rounds = policy.training, plan.rounds
+    if rounds > rules.max_rounds:
+        yield "training.max_rounds", f"the plan has {rounds} rounds, expected at most {rules.max_rounds}"
+    if hours >= rules.max_hours:
+        yield "training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {rules.max_hours:g}"
+
+
+def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[tuple[str, str]]:
+    rules, tell = policy.training, policy.tell
     if examples < rules.min_examples:
         yield "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}"
     for stage in plan.stages:
         batch = stage.local.sample_rate(examples) * examples
         if batch < rules.min_batch:
             yield "training.min_batch", f"a batch would have {batch:.0f} records, expected at least {rules.min_batch:g}"
-    if rounds > rules.max_rounds:
-        yield "training.max_rounds", f"the plan has {rounds} rounds, expected at most {rules.max_rounds}"
-    if hours >= rules.max_hours:
-        yield "training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {rules.max_hours:g}"
+        if plan.strategy.compares_noise and tell.example_count == "declared" and tell.declared_examples < stage.local.batch_size:
+            yield (
+                "tell.declared_examples",
+                f"the plan weighs updates by their noise, stated for {tell.declared_examples} records, fewer than a batch has:"
+                " expected a public size near the true one",
+            )
 
 
 def _over_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[tuple[str, str]]:
@@ -76,12 +86,12 @@ def _over_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Itera
     wanted, allowed = privacy.delta_for(examples), delta_of(rules.delta_per_run, examples)
     if wanted > allowed:
         yield "budget.delta_per_run", f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
-    run = min(privacy.epsilon, rules.epsilon or privacy.epsilon)
+    run = rules.epsilon_for(privacy.epsilon)
     if run > rules.epsilon_per_run:
         yield (
             "budget.epsilon_per_run",
             f"the plan would spend ε = {run:g}, expected at most {rules.epsilon_per_run:g}; to join with more noise, set"
-            " budget.epsilon to what you want to spend",
+            " budget.own_epsilon to what you want to spend",
         )
 
 

@@ -33,7 +33,7 @@ def stated_noise(
     if not (plan.strategy.compares_noise and policy.tell.noise_level and isinstance(plan.privacy, RecordPrivacy)):
         return None
     if policy.tell.example_count != "exact":
-        allowed = min(plan.privacy.epsilon, policy.budget.epsilon or plan.privacy.epsilon)
+        allowed = policy.budget.epsilon_for(plan.privacy.epsilon)
         delta = min(delta_of(plan.privacy.delta, told), 1 / (told + 1))
         sigma = calibrate(planned_steps(plan, told), epsilon=allowed, delta=delta, spent=planned_telling(plan, policy))
     scale = sigma * plan.privacy.clip_norm / (stage.local.sample_rate(told) * told)  # σC/B

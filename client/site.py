@@ -52,7 +52,7 @@ class Site:
 
     def holdings(self, labels: tuple[str, ...]) -> Holdings:
         """The organisation's own records."""
-        return HoldingsFile.read(self.folder / "data.json", labels)
+        return HoldingsFile.read(self.folder / "data.json", labels, lenient=not self.file.simulated)
 
     def policy(self) -> Policy:
         """policy.toml. Without one, a simulated organisation allows everything, a real one nothing but the strict defaults."""

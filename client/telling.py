@@ -39,7 +39,7 @@ class Teller:
 
     def histogram(self, counts: Sequence[int], round: int) -> dict[str, float]:
         """Label -> how many records have it, with noise: once per run; empty unless plan and policy want it."""
-        if not (self.plan.reports.label_histogram and self.policy.tell.label_histogram == "noised"):
+        if not (self.plan.tell.label_histogram and self.policy.tell.label_histogram == "noised"):
             return {}
         noised = self._once("label histogram", counts, round)
         return {f"label {label}": value for label, value in zip(self.plan.labels, noised, strict=True)}
@@ -49,9 +49,10 @@ class Teller:
 
         correct: computes both. One record changes both by one at most: the sensitivity of the pair is √2.
         """
-        if not self.plan.reports.local_metrics or self.policy.tell.local_metrics == "none":
+        if not self.plan.tell.local_metrics or self.policy.tell.local_metrics == "none":
             return {}
         if self.policy.tell.local_metrics == "clear":
+            self.account.leave_unprotected(round, "local metrics")
             right, records = map(float, correct())
         else:
             charge = self.account.reserve(round, self._one(), "local metrics")

@@ -18,7 +18,7 @@ from cotune.client.rows import Rows
 from cotune.client.setting import Setting, check_gradients, optimizer_of, setting_of
 from cotune.client.site import Site
 from cotune.client.telling import Teller
-from cotune.models.errors import RunError
+from cotune.models.errors import Declined, RunError
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import State
 from cotune.plan.model import model_of
@@ -37,12 +37,12 @@ def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
 
     Raises DataError when the organisation's records cannot be used, PrivacyError when its budget does not suffice.
     """
-    digest = state_digest(state)
+    digest, stage = state_digest(state), plan.stage_of(round)
+    policy, holdings = site.policy(), site.holdings(plan.labels)
+    check_consent(plan, policy, len(holdings))
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:
         return finished
-    policy, holdings = site.policy(), site.holdings(plan.labels)
-    stage = plan.stage_of(round)
     account = Account(plan, policy, site, holdings)
     check_consent(plan, policy, len(holdings), account.hours())
     check_examples(len(holdings), stage.local, site.organisation)
@@ -64,6 +64,7 @@ def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
         steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
         spent: float | None = account.stated_epsilon()
     else:
+        account.leave_unprotected(round, "training")
         told = _tell(teller, setting, holdings, round)
         steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
     delta = difference(model.state(names), {name: state[name] for name in names})
@@ -112,9 +113,19 @@ def _train_privately(
         mode=setting.clipping,
         clipping=privacy.clipping,
     )
-    taken = _follow(reports, account.site.organisation, round, account.epsilon(), guard)
+    taken = _follow(_in_time(reports, account), account.site.organisation, round, account.epsilon(), guard)
     account.ledger.settle(charge, taken, time.monotonic() - began)
     return taken
+
+
+def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
+    """The same, until the policy's hours are over: then Declined is raised, and the round counts as reserved."""
+    began, before, most = time.monotonic(), account.hours(), account.policy.training.max_hours
+    for report in reports:
+        yield report
+        hours = before + (time.monotonic() - began) / 3600
+        if hours >= most and report.step < report.steps:
+            raise Declined("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {most:g}")
 
 
 def _tell(teller: Teller, setting: Setting, holdings: Holdings, round: int) -> dict[str, float]:

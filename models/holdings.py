@@ -22,6 +22,7 @@ from cotune.models.inputs import Input, names_in, stratum_of
 from cotune.models.records import DataConfig, Records, read_records
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, TaskName
+from cotune.models.text_task import IGNORED
 
 __all__ = ["Holdings", "HoldingsFile", "Portion", "write_holdings"]
 
@@ -43,17 +44,23 @@ class HoldingsFile(BaseModel):
     portions: tuple[Portion, ...]
 
     @classmethod
-    def read(cls, file: Path, labels: tuple[str, ...]) -> Holdings:
-        """The holdings that the document describes, with the records read. Raises DataError."""
+    def read(cls, file: Path, labels: tuple[str, ...], *, lenient: bool = False) -> Holdings:
+        """The holdings that the document describes, with the records read. Raises DataError.
+
+        lenient: a real organisation must not fail by the classes of its records: whether it does would tell of single ones.
+        """
         try:
             document = cls.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as error:
-            raise DataError(f"{file} cannot be read ({type(error).__name__}): expected a description of holdings") from None
+            raise DataError(
+                f"{file} cannot be read ({type(error).__name__}): expected a description of the records, such as"
+                ' {"data": {"source": "records.csv", "text": "text", "label": "label"}, "portions": [{"path": null}]}'
+            ) from None
         parts = []
         for portion in document.portions:
             records = read_records(document.data, portion.path, document.task)
             parts.append((records, _rows(file, portion, len(records))))
-        return Holdings(tuple(parts), labels, document.task)
+        return Holdings(tuple(parts), labels, document.task, lenient)
 
 
 def _rows(file: Path, portion: Portion, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -91,6 +98,7 @@ class Holdings:
     parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
     labels: tuple[str, ...]
     task: TaskName = "sequence-classification"
+    lenient: bool = False  # whether a record of a class that the plan lacks is one without a loss, instead of an error
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.parts)
@@ -100,13 +108,21 @@ class Holdings:
         """The class number of each record, or those of its tags. Raises DataError for a class that the plan does not have."""
         number = {label: i for i, label in enumerate(self.labels)}
         held = [records.labels[int(i)] for records, rows in self.parts for i in rows]
-        unknown = sorted({name for label in held for name in names_in(label)} - set(number))
-        if unknown:
+        if self.unknown and not self.lenient:
             raise DataError(
-                f"the data have the classes {', '.join(unknown[:5])}, which the plan does not list:"
+                f"the data have the classes {', '.join(self.unknown[:5])}, which the plan does not list:"
                 f" expected {', '.join(self.labels)}"
             )
-        return [number[label] if isinstance(label, str) else tuple(number[tag] for tag in label) for label in held]
+        return [
+            number.get(label, IGNORED) if isinstance(label, str) else tuple(number.get(tag, IGNORED) for tag in label)
+            for label in held
+        ]
+
+    @cached_property
+    def unknown(self) -> list[str]:
+        """The classes of the records that the plan does not list."""
+        held = {name for records, rows in self.parts for i in rows for name in names_in(records.labels[int(i)])}
+        return sorted(held - set(self.labels))
 
     @property
     def truth(self) -> list[int]:

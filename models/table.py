@@ -32,6 +32,13 @@ def _members(annotation: Any) -> set[Any]:
     return set(get_args(annotation)) or {annotation}
 
 
+_WORDS = {  # where pydantic's own words mean nothing to whoever writes TOML
+    "tuple_type": 'expected a list, such as ["a", "b"]',
+    "model_type": "expected a table, with its keys under a heading in brackets",
+    "model_attributes_type": "expected a table, with its keys under a heading in brackets",
+}
+
+
 def first_mistake(error: ValidationError, model: type[BaseModel], document: str) -> str:
     """The most telling mistake of a document that does not fit its model, as one sentence."""
     first = _most_telling(error)
@@ -41,7 +48,7 @@ def first_mistake(error: ValidationError, model: type[BaseModel], document: str)
         return f'the {document} has an unknown key "{key}"{nearest(str(location[-1]), _known_keys(model, location[:-1]))}'
     if first["type"] == "missing":
         return f'the {document} lacks "{key}": expected it to be given'
-    message = first["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if message.startswith("unknown") or not key:
         return f"the {document} is not valid: {key}: {message}" if key else f"the {document} is not valid: {message}"
@@ -62,6 +69,8 @@ def _is_union_tag(part: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else "a table" if isinstance(value, dict) else str(value)
 
 

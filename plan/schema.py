@@ -17,7 +17,7 @@ from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.client_level import ClientPrivacy
 from cotune.strategies.strategy import StrategyConfig
 
-__all__ = ["LocalTraining", "Plan", "ReportsConfig", "RoundsConfig", "SimulationConfig", "Stage"]
+__all__ = ["LocalTraining", "Plan", "TellConfig", "RoundsConfig", "SimulationConfig", "Stage"]
 
 
 class LocalTraining(Table):
@@ -64,8 +64,8 @@ class RoundsConfig(Table):
     max_update_norm: float = Field(1e4, gt=0, description="updates with a larger L2 norm are refused")
 
 
-class ReportsConfig(Table):
-    """What organisations are asked to tell beside their updates (the `reports` table); each one's policy has the last word."""
+class TellConfig(Table):
+    """What organisations are asked to tell beside their updates (the `tell` table); each one's policy has the last word."""
 
     local_metrics: bool = Field(False, description="how many of its records the received model classifies rightly, every round")
     label_histogram: bool = Field(False, description="how many records each class has, once per run")
@@ -114,7 +114,7 @@ class Plan(Table):
     client_privacy: ClientPrivacy | None = Field(None, description="absent: no promise to whole organisations")
     strategy: StrategyConfig = StrategyConfig()
     server: RoundsConfig = RoundsConfig()
-    reports: ReportsConfig = ReportsConfig()
+    tell: TellConfig = TellConfig()
     simulation: SimulationConfig = SimulationConfig()
 
     @model_validator(mode="before")

@@ -117,7 +117,7 @@ class Chain:
     def _unusable(self, reason: str) -> PrivacyError:
         return PrivacyError(
             f"the privacy ledger {self.path} cannot be used ({reason}): expected the file as cotune left it, and writable;"
-            " nothing is trained without it, so mend it or restore it from a backup"
+            " nothing is trained without it, so mend it; an older copy has not seen what was spent since"
         )
 
     def _create(self) -> None:

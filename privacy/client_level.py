@@ -79,5 +79,9 @@ def round_noise(privacy: ClientPrivacy, *, rounds: int, organisations: int, samp
 
 
 def next_clip_norm(privacy: ClientPrivacy, clip_norm: float, unclipped: float) -> float:
-    """C·exp(−η(b̃ − γ)): smaller where more than the target quantile was within C, larger where less."""
-    return clip_norm * math.exp(-privacy.clip_learning_rate * (unclipped - privacy.target_quantile))
+    """C·exp(−η(b̃ − γ)): smaller where more than the target quantile was within C, larger where less.
+
+    b̃ is a noised fraction, cut to [0, 1] (post-processing): with few organisations its noise would carry C away.
+    """
+    fraction = min(1.0, max(0.0, unclipped))
+    return clip_norm * math.exp(-privacy.clip_learning_rate * (fraction - privacy.target_quantile))

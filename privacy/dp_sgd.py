@@ -169,15 +169,36 @@ def _backward(module: nn.Module, optimizer: DPOptimizer, criterion: Any, batch: 
     with warnings.catch_warnings():  # no input of the first hooked layer needs a gradient; the hooks do not mind
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         if mode == "ghost":
-            loss = criterion(batch)
-            loss.backward()
-            return float(loss.item())
+            return _ghost_backward(optimizer, criterion, batch)
         losses: Tensor = criterion(batch)
         losses.mean().backward()  # type: ignore[no-untyped-call]
     for p in optimizer.params:
         p.grad_sample = p.grad_sample.to(p.dtype)  # under autocast they are bfloat16, too coarse to find a norm from
     _zero_non_finite_examples(optimizer)
     return float(losses.detach().mean())
+
+
+def _ghost_backward(optimizer: DPOptimizer, criterion: Any, batch: Batch) -> float:
+    """Ghost clipping of a batch. Where the sum is not finite, it is made again of the examples that are finite by themselves.
+
+    An example without a finite gradient must contribute nothing: a failure would tell that somebody holds it.
+    """
+
+    def clipped(part: Batch) -> tuple[float, bool]:
+        for p in optimizer.params:
+            p.grad = None
+        loss = criterion(part)
+        loss.backward()
+        return float(loss.item()), all(bool(p.grad.isfinite().all()) for p in optimizer.params if p.grad is not None)
+
+    loss, finite = clipped(batch)
+    if finite:
+        return loss
+    rows = [i for i in range(len(next(iter(batch.values())))) if clipped({k: v[i : i + 1] for k, v in batch.items()})[1]]
+    if not rows:
+        _no_gradients(optimizer, "ghost")
+        return math.nan
+    return clipped({key: value[rows] for key, value in batch.items()})[0]
 
 
 def _zero_non_finite_examples(optimizer: DPOptimizer) -> None:

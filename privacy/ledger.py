@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from cotune.models.errors import Declined, PrivacyError
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.chain import Chain, Entry, Log
@@ -82,24 +84,22 @@ class Ledger:
         blob, name = b"".join(sorted(identities)), fingerprint(identities)
         with self._chain.transaction() as log:
             if name not in (e.body["fingerprint"] for e in log.entries if e.kind == "data"):
-                shares = {other: common for other, common in self._common(log, set(identities)) if common}
+                shares = {other: common for other, common in self._common(log, blob) if common}
                 log.db.execute("INSERT INTO members VALUES (?, ?)", (name, blob))
                 log.append("data", {"fingerprint": name, "records": len(identities), "shares": shares})
         return name
 
-    def _common(self, log: Log, identities: set[bytes]) -> Iterator[tuple[str, int]]:
-        """Every data set of the ledger, with the number of its records among `identities`."""
-        known = {str(e.body["fingerprint"]) for e in log.entries if e.kind == "data"}
-        found = dict(log.db.execute("SELECT fingerprint, identities FROM members"))
-        for name in sorted(known):
-            blob = found.get(name, b"")
-            if hashlib.sha256(blob).hexdigest() != name:
+    def _common(self, log: Log, blob: bytes) -> Iterator[tuple[str, int]]:
+        """Every data set of the ledger, with the number of its records that are in `blob`; one in memory at a time."""
+        own = _keys(blob)
+        for name in sorted({str(e.body["fingerprint"]) for e in log.entries if e.kind == "data"}):
+            row = log.db.execute("SELECT identities FROM members WHERE fingerprint = ?", (name,)).fetchone()
+            if row is None or hashlib.sha256(row[0]).hexdigest() != name:
                 raise PrivacyError(
                     f"the privacy ledger {self.path} lacks or has changed the records of data set {name[:12]}: expected them as"
                     " they were entered; nothing is trained without them, so restore the file from a backup"
                 )
-            members = {blob[i : i + _IDENTITY] for i in range(0, len(blob), _IDENTITY)}
-            yield name, len(members & identities)
+            yield name, len(np.intersect1d(own, _keys(row[0])))
 
     def reserve(
         self,
@@ -133,6 +133,11 @@ class Ledger:
                 )
             log.append("settle", {"charge": charge, "steps": steps_run, "seconds": round(seconds, 3)})
 
+    def unprotected(self, plan_id: str, round: int, what: str, *, data: str, plan: str = "") -> None:
+        """Enters that something about a data set is leaving without privacy; durable when this returns."""
+        with self._chain.transaction() as log:
+            log.append("unprotected", {"plan_id": plan_id, "plan": plan, "round": round, "what": what, "data": data})
+
     def tell(self, plan_id: str, data: str, what: str, values: Sequence[float]) -> None:
         """Remembers what was told to the server once and for all, noise included."""
         with self._chain.transaction() as log:
@@ -149,6 +154,11 @@ class Ledger:
         """All charges, in order."""
         with self._chain.transaction() as log:
             return list(_charges(log.entries))
+
+    def counted(self, data: str) -> list[Charge]:
+        """The charges that count for a data set, in order."""
+        with self._chain.transaction() as log:
+            return list(_counted(log.entries, data))
 
     def data_sets(self) -> list[DataSet]:
         """All data sets, in the order in which they were first seen; the links in both directions."""
@@ -168,6 +178,11 @@ class Ledger:
     def rounds(self, plan_id: str) -> list[int]:
         """The rounds of a plan for which something was charged, in order."""
         return sorted({c.round for c in self.charges() if c.plan_id == plan_id})
+
+
+def _keys(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:
+    """The identities of a blob as an array; NumPy leaves out trailing zero bytes, which keeps different ones different."""
+    return np.frombuffer(blob, dtype=f"S{_IDENTITY}")
 
 
 def _charges(entries: Sequence[Entry]) -> Iterator[Charge]:
@@ -193,10 +208,15 @@ def _data_sets(entries: Sequence[Entry]) -> list[DataSet]:
     return list(found.values())
 
 
+def _counted(entries: Sequence[Entry], data: str | None) -> Iterator[Charge]:
+    """The charges that count for a data set: its own, those of data sets that share a record with it, those of unknown data."""
+    linked = {d.fingerprint: {"", data, *d.shares} for d in _data_sets(entries)}.get(data or "", {"", data})
+    return (c for c in _charges(entries) if data is None or c.data in linked)
+
+
 def _spent(entries: Sequence[Entry], plan_id: str | None, data: str | None, other_than: str | None = None) -> list[Steps]:
-    counted = {d.fingerprint: {"", data, *d.shares} for d in _data_sets(entries)}.get(data or "", {"", data})
-    charges = (c for c in _charges(entries) if plan_id in (None, c.plan_id) and c.plan_id != other_than)
-    return [c.steps for c in charges if data is None or c.data in counted]
+    charges = (c for c in _counted(entries, data) if plan_id in (None, c.plan_id))
+    return [c.steps for c in charges if c.plan_id != other_than]
 
 
 def _check_limits(entries: Sequence[Entry], data: str, steps: Steps, limits: Sequence[Limit]) -> None:

@@ -25,11 +25,15 @@ _EVERYTHING = ("*",)
 class BudgetRules(Table):
     """How much privacy may be spent (the `budget` table). ε is composed over all charges, at the δ beside it."""
 
-    epsilon: float | None = Field(None, gt=0, description="own ε for a run, where it is smaller than the plan's: more noise")
+    own_epsilon: float | None = Field(None, gt=0, description="ε for a run, where it is smaller than the plan's: more noise")
     epsilon_per_run: float = Field(3.0, gt=0, description="a plan that would spend more in one run is declined")
     delta_per_run: float | str = Field("1/n^1.1", description='δ at most: a number or "1/n^p"; a plan with more is declined')
     epsilon_total: float = Field(8.0, gt=0, description="per data set, over all runs and years; what it grew from included")
     delta_total: float | str = Field("1/n^1.1", description="δ at which epsilon_total is measured")
+
+    def epsilon_for(self, planned: float) -> float:
+        """ε of a run: the plan's, or the organisation's own where that is smaller."""
+        return min(planned, self.own_epsilon or planned)
 
     @field_validator("delta_per_run", "delta_total")
     @classmethod
@@ -77,7 +81,7 @@ class Policy(Table):
     def permissive(cls, epsilon: float | None = None) -> Policy:
         """A simulated organisation's: allows everything; `epsilon`: its own ε for a run."""
         return cls(
-            budget=BudgetRules(epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6),
+            budget=BudgetRules(own_epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6),
             training=TrainingRules(
                 record_privacy=False,
                 min_examples=0,
@@ -88,7 +92,7 @@ class Policy(Table):
                 train_modes=_EVERYTHING,
                 fusions=_EVERYTHING,
             ),
-            tell=TellRules(example_count="exact", local_metrics="clear", label_histogram="noised"),
+            tell=TellRules(example_count="exact", local_metrics="noised", label_histogram="noised"),
         )
 
 
@@ -97,7 +101,7 @@ def read_policy(file: Path) -> Policy:
     try:
         return Policy.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
-        raise PlanError(first_mistake(error, Policy, "policy")) from None
+        raise PlanError(f"{first_mistake(error, Policy, 'policy')} ({file}; see `cotune client policy`)") from None
     except (OSError, ValueError) as error:
         raise PlanError(
             f"the policy {file} cannot be read ({error}): expected TOML like that of `cotune client policy`"

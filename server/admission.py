@@ -48,7 +48,8 @@ def _wrong_values(delta: Mapping[str, Tensor], max_norm: float) -> str | None:
 
 
 def _wrong_noise(update: Update, *, needed: bool) -> str | None:
-    """A stated noise is believed: who states too little counts for more, but never for more than an update without noise."""
+    """A stated noise is believed: who states too little counts for more, but for no more than a thousandth of the
+    median noise would."""
     stated = update.noise_variance
     if stated is None:
         return "it does not state the noise that its privacy added, which the weighting of the plan needs" if needed else None

@@ -30,7 +30,7 @@ class CentralPrivacy:
         self.privacy, self.account = privacy, account_of(folder, privacy)
         self.noise = round_noise(
             privacy,
-            rounds=sum(stage.rounds for stage in plan.stages),
+            rounds=plan.rounds,
             organisations=len(folder.file.participants),
             sample_rate=plan.server.sample_rate,
         )

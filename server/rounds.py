@@ -52,7 +52,7 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
     Raises RunError when a round does not reach its quorum; all rounds before are kept.
     """
     plan, progress, central = folder.plan, folder.load(), CentralPrivacy.of(folder)
-    total = sum(stage.rounds for stage in plan.stages)
+    total = plan.rounds
     folder.events.tell(
         "run_started", folder=str(folder.path), plan=plan.name, plan_id=plan.plan_id, rounds=total, resumed_after=progress.round
     )

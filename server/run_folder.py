@@ -92,7 +92,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether all rounds are done, or the run was stopped with what it had."""
-        return self._last_round() >= sum(stage.rounds for stage in self.plan.stages) or self.stopped is not None
+        return self._last_round() >= self.plan.rounds or self.stopped is not None
 
     @property
     def stopped(self) -> str | None:

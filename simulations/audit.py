@@ -20,6 +20,7 @@ from torch import nn
 
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.setting import Setting, optimizer_of, setting_of
+from cotune.client.site import Site
 from cotune.models.errors import DataError, PlanError, PrivacyError, nearest
 from cotune.models.holdings import Holdings, HoldingsFile
 from cotune.models.sharing import SharedModel, State
@@ -129,7 +130,8 @@ def audit_plan(
     name = _chosen(organisation, [share.name for share in prepared.shares])
     share = next(share for share in prepared.shares if share.name == name)
     holdings = Holdings(((prepared.records[share.file], share.rows),), prepared.plan.labels, prepared.plan.task)
-    return _audit(prepared.plan, holdings, name, canaries, rounds, confidence, device)
+    policy = Policy.permissive(share.epsilon)
+    return _audit(prepared.plan, policy, holdings, name, canaries, rounds, confidence, device)
 
 
 def audit_run(
@@ -147,7 +149,8 @@ def audit_run(
     name = _chosen(organisation, [who.name for who in folder.file.participants])
     site = next(who.site for who in folder.file.participants if who.name == name)
     holdings = HoldingsFile.read(folder.path / site / "data.json", folder.plan.labels)
-    return _audit(folder.plan, holdings, name, canaries, rounds, confidence, device or folder.file.device)
+    policy = Site(folder.path / site).policy()
+    return _audit(folder.plan, policy, holdings, name, canaries, rounds, confidence, device or folder.file.device)
 
 
 def _check(plan: Plan) -> None:
@@ -164,11 +167,11 @@ def _chosen(organisation: str | None, names: Sequence[str]) -> str:
 
 
 def _audit(
-    plan: Plan, holdings: Holdings, name: str, canaries: int, rounds: int | None, confidence: float, device: str
+    plan: Plan, policy: Policy, holdings: Holdings, name: str, canaries: int, rounds: int | None, confidence: float, device: str
 ) -> AuditResult:
     began = time.monotonic()
     assert isinstance(plan.privacy, RecordPrivacy)
-    planned, examples = sum(stage.rounds for stage in plan.stages), len(holdings)
+    planned, examples = plan.rounds, len(holdings)
     if rounds is not None and not 1 <= rounds <= planned:
         raise PlanError(f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}")
     for stage in plan.stages:
@@ -176,7 +179,6 @@ def _audit(
     coins = private_generator()
     records = np.sort(coins.choice(examples, size=min(examples, canaries), replace=False))
     targets = _Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
-    policy = Policy.permissive()
     budget = budget_of(plan.privacy, policy, examples)
     sigma, delta = noise_multiplier(plan, policy, budget, examples, 1), budget.delta
     training = _Training(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device))

@@ -100,7 +100,7 @@ def _client_privacy(prepared: Prepared, parameters: int) -> ClientForecast | Non
     if privacy is None:
         return None
     noise = central_noise(plan, len(prepared.shares))
-    planned = [replace(noise.charge, count=sum(stage.rounds for stage in plan.stages))]
+    planned = [replace(noise.charge, count=plan.rounds)]
     return ClientForecast(
         epsilon(planned, privacy.delta),
         noise.charge.noise_multiplier,

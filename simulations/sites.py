@@ -90,7 +90,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
 def central_noise(plan: Plan, organisations: int) -> RoundNoise:
     """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
     assert plan.client_privacy is not None
-    rounds = sum(stage.rounds for stage in plan.stages)
+    rounds = plan.rounds
     return round_noise(plan.client_privacy, rounds=rounds, organisations=organisations, sample_rate=plan.server.sample_rate)
 
 

@@ -106,7 +106,7 @@ def _client_privacy(folder: RunFolder, prepared: Prepared, progress: Progress) -
 def _in_clear(folder: RunFolder) -> bool:
     """Whether any organisation's policy lets it tell the local metrics that the plan asks for as they are."""
     policies = (Site(folder.path / who.site).policy() for who in folder.file.participants)
-    return folder.plan.reports.local_metrics and any(policy.tell.local_metrics == "clear" for policy in policies)
+    return folder.plan.tell.local_metrics and any(policy.tell.local_metrics == "clear" for policy in policies)
 
 
 def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:

@@ -9,6 +9,7 @@ The number of records counts only through v_k, as in the literature: more record
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from cotune.strategies.updates import Update
 
 __all__ = ["RandomEffects", "noise_aware", "random_effects"]
 
-_FLOOR = 1e-12  # relative to the largest variance: a delta without noise, and without τ², counts 10¹² times as much, not ∞
+_FLOOR = 1e-3  # of the median variance: who states less is believed no more, or one partner could take over the model
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def random_effects(updates: Sequence[Update], names: Sequence[str], variances: S
     τ² and cut off at 0. a_k = 1/v_k gives DerSimonian & Laird's estimate, τ² = (Q − d(K−1)) / (d(Σ a − Σ a² / Σ a)); where some
     v_k is 0, a_k = 1 (Hedges & Olkin, 1985).
     """
+    variances = [max(v, _FLOOR * statistics.median(variances)) for v in variances]
     least = min(variances)
     a = [least / v for v in variances] if least > 0 else [1.0] * len(updates)
     total, squares = sum(a), sum(x * x for x in a)
@@ -65,8 +67,7 @@ def random_effects(updates: Sequence[Update], names: Sequence[str], variances: S
     )
     spread = total - squares / total
     between = max(0.0, (_scatter(updates, names, a) - within) / spread) if len(updates) > 1 and spread > 0 else 0.0
-    floor = _FLOOR * max(variances)
-    sums = [max(v + between, floor) for v in variances]
+    sums = [v + between for v in variances]
     return RandomEffects(between, tuple(min(sums) / s if s else 1.0 for s in sums))
 
 

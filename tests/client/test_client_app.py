@@ -23,7 +23,7 @@ MakeSite = Callable[..., Site]
 StateFor = Callable[..., State]
 
 NODE = 2
-SANITISED = "{}; details are in the organisation's own log"
+SANITISED = "it did not train; the reason is in its own log"  # whatever it was: the kind of failure may depend on a record
 SIMULATED = {"partition-id": 0, "num-partitions": 1}
 
 
@@ -91,12 +91,12 @@ def test_the_nodes_own_site_overrules_the_request(plan: Plan, state: State, make
 
 @pytest.mark.parametrize("node_config", [{}, SIMULATED])
 def test_a_node_without_a_site(plan: Plan, state: State, node_config: dict[str, Any]) -> None:
-    assert reason(ask(request(plan, state), node_config)) == SANITISED.format("RunError")
+    assert reason(ask(request(plan, state), node_config)) == SANITISED
 
 
 def test_a_real_node_does_not_take_a_site_from_a_request(plan: Plan, state: State, make_site: MakeSite) -> None:
     site = make_site(simulated=True)
-    assert reason(ask(request(plan, state, site=str(site.folder)), {})) == SANITISED.format("RunError")
+    assert reason(ask(request(plan, state, site=str(site.folder)), {})) == SANITISED
     assert not (site.folder / "outbox").exists()
 
 
@@ -114,14 +114,14 @@ def test_a_request_cannot_name_a_site_that_is_not_simulated(
 
 def test_a_site_that_is_none(plan: Plan, state: State, tmp_path: Path) -> None:
     for node_config, named in (({"site": str(tmp_path / "gone")}, ""), (SIMULATED, str(tmp_path / "gone"))):
-        assert reason(ask(request(plan, state, site=named), node_config)) == SANITISED.format("DataError")
+        assert reason(ask(request(plan, state, site=named), node_config)) == SANITISED
 
 
 @pytest.mark.parametrize("simulated", [True, False])
 def test_a_request_for_another_organisation(plan: Plan, state: State, make_site: MakeSite, simulated: bool) -> None:
     site = make_site(simulated=simulated)
     got = reason(ask(request(plan, state, "bank", str(site.folder)), {"site": str(site.folder)}))
-    assert got == SANITISED.format("RunError")
+    assert got == SANITISED
     assert not (site.folder / "outbox").exists()
 
 
@@ -148,8 +148,8 @@ def gone_row_numbers(plan: Plan, site: Site) -> tuple[Plan, list[str]]:
     return plan, ["data-rows-0.npy"]
 
 
-@pytest.mark.parametrize("spoil", [spoiled_class, gone_records, damaged_outbox, gone_row_numbers])
-def test_a_real_site_says_what_kind_of_failure_only(
+@pytest.mark.parametrize("spoil", [gone_records, damaged_outbox, gone_row_numbers])
+def test_a_real_site_says_only_that_it_failed(
     plan: Plan,
     state: State,
     make_site: MakeSite,
@@ -161,11 +161,21 @@ def test_a_real_site_says_what_kind_of_failure_only(
     broken, telling = spoil(plan, site)
     with caplog.at_level(logging.WARNING):
         got = reason(ask(request(broken, state), {"site": str(site.folder)}))
-    kind = got.split(";")[0]
-    assert got == SANITISED.format(kind)
-    assert kind.isidentifier()
+    assert got == SANITISED
     assert not any(word in got.split() or str(tmp_path) in got for word in telling)
     assert all(word in caplog.text for word in telling)  # the organisation itself can read it
+
+
+@pytest.mark.parametrize("privacy", ["none", {"epsilon": 2.0, "delta": 1e-3}])
+@pytest.mark.parametrize("train", ["head", "lora"])
+def test_a_plan_cannot_ask_which_classes_there_are(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, privacy: Any, train: str
+) -> None:
+    """Whether training fails must not depend on one record: one of a class that the plan lacks has no loss, and counts on."""
+    plan, site = make_plan(privacy=privacy, train=train, labels=("bad", "good", "other")), make_site()
+    reply = ask(request(plan, state_for(plan)), {"site": str(site.folder)})
+    assert not reply.has_error(), reply.error.reason
+    assert decode_update(reply.content, plan.plan_id).examples == 60
 
 
 @pytest.mark.parametrize("spoil", [spoiled_class, gone_records, damaged_outbox])
@@ -197,7 +207,7 @@ def test_an_exception_is_answered_and_not_raised(
     if simulated:
         assert "secret" in got
     else:
-        assert got == SANITISED.format(type(failure).__name__)
+        assert got == SANITISED
 
 
 def header(**fields: Any) -> Callable[[RecordDict], None]:
@@ -236,7 +246,7 @@ def test_a_malformed_request_is_answered(
     content = request(plan, state)
     spoil(content)
     got = reason(ask(content, {"site": str(site.folder)}))
-    assert got == SANITISED.format(got.split(";")[0])
+    assert got == SANITISED
     assert not (site.folder / "outbox").exists()
 
 

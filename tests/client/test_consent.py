@@ -71,10 +71,28 @@ def test_every_rule_declines_and_nothing_is_spent(
 
 
 def test_a_policy_that_names_what_the_plan_asks_for_allows_it(make_plan: MakePlan) -> None:
-    plan = make_plan(privacy=PRIVATE)
-    base = find_base(plan.model).content_hash
+    base = find_base(make_plan().model).content_hash
+    plan = make_plan(privacy=PRIVATE, model={"base_hash": base})
     strict = Policy.model_validate({"training": {"base_models": [base], "min_examples": 60, "min_batch": 12}})
     check_consent(plan, strict, 60)
+    with pytest.raises(Declined, match=r"training\.base_models: the plan asks for a base model without a hash"):
+        check_consent(make_plan(privacy=PRIVATE), strict, 60)
+
+
+def test_a_model_that_is_not_allowed_is_not_even_looked_for(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=PRIVATE, model={"base": "somebody/a-very-large-model", "base_hash": "00" * 32})
+    with pytest.raises(Declined, match=r"training\.base_models"):
+        check_consent(plan, Policy(), 10_000)
+
+
+def test_rules_about_the_number_of_records_answer_last(make_plan: MakePlan) -> None:
+    """Otherwise a plan that is declined anyway would find out, by which rule answers, how many records there are."""
+    plan = make_plan(privacy=PRIVATE)
+    for rules in ({"max_rounds": 2}, {"fusions": ()}, {"train_modes": ()}):
+        broken = policy(training={"min_examples": 100, "min_batch": 100, **rules})
+        with pytest.raises(Declined) as declined:
+            check_consent(plan, broken, 60)
+        assert declined.value.rule == f"training.{next(iter(rules))}"
 
 
 def test_the_strict_default_allows_no_model(make_plan: MakePlan) -> None:
@@ -83,7 +101,7 @@ def test_the_strict_default_allows_no_model(make_plan: MakePlan) -> None:
 
 
 def test_an_own_smaller_epsilon_is_within_the_limit_per_run(make_plan: MakePlan) -> None:
-    check_consent(make_plan(privacy=PRIVATE), policy(budget={"epsilon_per_run": 1.0, "epsilon": 1.0}), 60)
+    check_consent(make_plan(privacy=PRIVATE), policy(budget={"epsilon_per_run": 1.0, "own_epsilon": 1.0}), 60)
 
 
 def test_hours_of_training_are_counted(make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]) -> None:

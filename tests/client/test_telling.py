@@ -64,7 +64,7 @@ def test_a_noised_count_is_drawn_once_and_charged_once(make_plan: MakePlan, make
 
 def test_the_noise_is_what_is_charged(make_plan: MakePlan, make_site: MakeSite) -> None:
     """σ on a count; √2·σ on each of the two numbers of the metrics, which one record changes together."""
-    mine = account(make_plan, make_site, tells(local_metrics="noised", noise_multiplier=20.0), reports=ASKS)
+    mine = account(make_plan, make_site, tells(local_metrics="noised", noise_multiplier=20.0), tell=ASKS)
     teller = Teller(mine, generator=np.random.default_rng(0))
     draws = np.array([[teller._noised(100, 1.0), teller._noised(100, math.sqrt(2))] for _ in range(4000)])
     assert draws.mean(axis=0) == pytest.approx([100, 100], abs=2.5)
@@ -78,7 +78,7 @@ def test_nothing_is_told_that_the_plan_does_not_ask_for(make_plan: MakePlan, mak
 
 
 def test_nothing_is_told_that_the_policy_does_not_allow(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE, reports=ASKS), make_site(policy=tells())
+    plan, site = make_plan(privacy=PRIVATE, tell=ASKS), make_site(policy=tells())
     update = train_round(plan, site, 1, state_for(plan))
     assert update.told == {}
     assert update.examples == 1
@@ -86,19 +86,21 @@ def test_nothing_is_told_that_the_policy_does_not_allow(make_plan: MakePlan, mak
 
 
 def test_clear_metrics_are_those_of_the_received_model(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan = make_plan(privacy="none", reports=ASKS)
+    plan = make_plan(privacy="none", tell=ASKS)
     site = make_site(policy=tells(local_metrics="clear"))
     told = train_round(plan, site, 1, state_for(plan)).told
     assert told["records"] == 60
     assert 0 <= told["correct"] <= 60
     assert set(told) == {"correct", "records"}
-    assert not site.ledger_file.exists()  # nothing is private here, nothing charged
+    assert site.ledger().charges() == []
+    left = [e.body["what"] for e in site.ledger().entries() if e.kind == "unprotected"]
+    assert left == ["training", "local metrics"]  # no ε bounds them, and the ledger says so
 
 
 @pytest.mark.parametrize("train", ["head", "lora"])
 def test_what_is_told_stays_within_the_budget(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, train: str) -> None:
     policy = tells(local_metrics="noised", label_histogram="noised", example_count="noised", noise_multiplier=10.0)
-    plan, site = make_plan(privacy=PRIVATE, reports=ASKS, train=train, rounds=2), make_site(policy=policy)
+    plan, site = make_plan(privacy=PRIVATE, tell=ASKS, train=train, rounds=2), make_site(policy=policy)
     state = state_for(plan)
     told = [train_round(plan, site, round, state).told for round in (1, 2)]
     assert set(told[0]) == {"correct", "records", "label bad", "label good", "label so"}

@@ -275,7 +275,7 @@ def test_a_state_that_is_not_finite_costs_nothing(
 
 
 def test_a_class_that_the_plan_lacks_costs_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE, labels=("bad", "good")), make_site()
+    plan, site = make_plan(privacy=PRIVATE, labels=("bad", "good")), make_site(simulated=True)
     with pytest.raises(DataError, match="classes so, which the plan does not list"):
         train_round(plan, site, 1, state_for(plan))
     assert site.ledger().spent() == []
@@ -426,7 +426,7 @@ def more(plan: Plan, site: Site, state: State) -> State:
 def total(epsilon: float, own: float | None = None) -> Policy:
     """A policy that allows everything but more than ε in total."""
     allowed = Policy.permissive()
-    rules = {**dict(allowed.budget), "epsilon_total": epsilon, "delta_total": 1e-3, "epsilon": own}
+    rules = {**dict(allowed.budget), "epsilon_total": epsilon, "delta_total": 1e-3, "own_epsilon": own}
     return allowed.model_copy(update={"budget": type(allowed.budget)(**rules)})
 
 

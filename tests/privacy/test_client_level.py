@@ -119,3 +119,16 @@ def test_the_clip_norm_converges_to_the_quantile(quantile: float, start: float) 
         clip = next_clip_norm(privacy, clip, within)
         seen.append(clip)
     assert math.exp(np.mean(np.log(seen[300:]))) == pytest.approx(math.exp(norm.ppf(quantile)), rel=0.05)
+
+
+def test_with_few_organisations_the_noise_of_the_bits_does_not_carry_the_clip_norm_away() -> None:
+    """Four organisations, half of their updates always within C: it stays within a few powers of e over 200 rounds."""
+    privacy = ClientPrivacy(clipping="adaptive", target_quantile=0.5, clip_learning_rate=0.2)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        clip = 1.0
+        for _ in range(200):
+            clip = next_clip_norm(privacy, clip, 0.5 + 6.0 * rng.normal() / 4)
+        assert math.exp(-5) < clip < math.exp(5)  # a walk of steps of at most 0.1; without the cut 5 % would be outside
+    assert next_clip_norm(privacy, 1.0, 1e9) == pytest.approx(math.exp(-0.1))
+    assert next_clip_norm(privacy, 1.0, -1e9) == pytest.approx(math.exp(0.1))

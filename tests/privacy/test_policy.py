@@ -38,7 +38,7 @@ def test_an_empty_file_is_the_strict_default(tmp_path: Path) -> None:
         Policy.permissive(),
         Policy.permissive(0.5),
         Policy(
-            budget=BudgetRules(epsilon=1.5, delta_total=1e-6),
+            budget=BudgetRules(own_epsilon=1.5, delta_total=1e-6),
             training=TrainingRules(base_models=("ab" * 32,), max_gpu_memory_gib=11.5),
             tell=TellRules(example_count="noised", noise_multiplier=7.0),
         ),

@@ -148,3 +148,14 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     training = auditing._Training(plan, plan.privacy, holdings, share.name, targets, 1.0, model)
     found = training._alignment(setting, dict(zip(names, parameters, strict=True)), before, delta)
     assert found == pytest.approx(expected, rel=0.02, abs=2e-3)
+
+
+def test_an_organisation_with_an_own_epsilon_is_audited_at_that(toy_plan: NewPlan, tmp_path: Path) -> None:
+    changes = {**SMALL, "simulation": {**SMALL.get("simulation", {}), "epsilons": [0.5, 2.0]}}
+    plan = toy_plan(**changes)
+    noise = prepare(plan, "cpu").noise
+    result = audit_plan(plan, canaries=64, device="cpu")
+    assert result.noise_multiplier == noise["org-1"]
+    assert 0.45 < result.epsilon <= 0.5
+    folder = simulate(plan, tmp_path / "run", device="cpu").folder
+    assert audit_run(folder, canaries=64).noise_multiplier == noise["org-1"]
