@@ -58,7 +58,8 @@ def random_effects(updates: Sequence[Update], names: Sequence[str], variances: S
     τ² and cut off at 0. a_k = 1/v_k gives DerSimonian & Laird's estimate, τ² = (Q − d(K−1)) / (d(Σ a − Σ a² / Σ a)); where some
     v_k is 0, a_k = 1 (Hedges & Olkin, 1985).
     """
-    variances = [max(v, _FLOOR * statistics.median(variances)) for v in variances]
+    floor = _FLOOR * (statistics.median(variances) or max(variances))
+    variances = [max(v, floor) for v in variances]
     least = min(variances)
     a = [least / v for v in variances] if least > 0 else [1.0] * len(updates)
     total, squares = sum(a), sum(x * x for x in a)

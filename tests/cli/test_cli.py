@@ -48,7 +48,7 @@ def test_version_and_help(cotune: Cotune) -> None:
 
 
 def test_a_new_plan_is_a_plan(cotune: Cotune, folder: Path) -> None:
-    assert cotune("plan", "list").out.split() == preset_names() == ["text", "tweets"]
+    assert cotune("plan", "list").out.split() == preset_names() == ["text", "tweets", "tweets-lora"]
     for name in preset_names():
         printed = cotune("plan", "new", name)
         assert (printed.code, printed.err) == (0, "")

@@ -101,7 +101,7 @@ def test_a_class_that_the_plan_lacks(tmp_path: Path, first: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"data": {}}', '{"data": {"source": "x"}, "portions": 3}'])
 def test_a_damaged_document(tmp_path: Path, content: str) -> None:
     (tmp_path / "data.json").write_text(content)
-    with pytest.raises(DataError, match=r"cannot be read .*: expected a description of holdings"):
+    with pytest.raises(DataError, match=r"cannot be read .*: expected a description of the records, such as"):
         HoldingsFile.read(tmp_path / "data.json", LABELS)
 
 

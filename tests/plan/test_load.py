@@ -80,7 +80,7 @@ def test_a_file_is_named_after_itself_unless_it_has_a_name(tmp_path: Path, stage
 
 
 def test_an_unknown_preset() -> None:
-    assert refusal(source="tweet") == "there is neither a preset nor a file \"tweet\"; did you mean 'tweets'? Known: text, tweets"
+    assert refusal(source="tweet") == "there is neither a preset nor a file \"tweet\"; did you mean 'tweets'? Known: text, tweets, tweets-lora"
     with pytest.raises(PlanError, match="neither a preset nor a file"):
         preset_text("../presets/tweets")
 
@@ -273,7 +273,7 @@ def test_an_unknown_key_like_no_other() -> None:
         ("train=heads", 'train = "heads"', "'head', 'lora' or 'full'"),
         ("name=with space", 'name = "with space"', "pattern"),
         ("task=regression", 'task = "regression"', "'sequence-classification', 'token-classification' or 'image-classification'"),
-        ("labels=3", "labels = 3", "tuple"),
+        ("labels=3", "labels = 3", "expected a list"),
         ("test_fraction=1", "test_fraction = 1", "less than 1"),
         ("privacy=nne", 'privacy = "nne"', "'none'"),
         ("privacy.epsilon=0", "privacy.epsilon = 0", "greater than 0"),
@@ -284,7 +284,7 @@ def test_an_unknown_key_like_no_other() -> None:
         ("privacy.mode=user", 'privacy.mode = "user"', "'record'"),
         ("local.optimizer=sdg", 'local.optimizer = "sdg"', "'sgd', 'adam' or 'adamw'"),
         ("local.batch_size=1.5", "local.batch_size = 1.5", "a whole number of records, or a fraction below 1"),
-        ("local=3", "local = 3", "dictionary"),
+        ("local=3", "local = 3", "expected a table"),
         ("model.pooling=max", 'model.pooling = "max"', "'auto', 'mean' or 'native'"),
         ("lora.targets=all", 'lora.targets = "all"', "auto"),
         ("lora.method=dora", 'lora.method = "dora"', "expected lora or rslora: DoRA divides by the norm of the adapted weight"),
@@ -311,7 +311,7 @@ def test_a_wrong_value_is_shown_with_its_key_and_what_was_expected(override: str
         ("train.1.mode=lra", 'train.1.mode = "lra"', "'head', 'lora' or 'full'"),
         ("train.1.local.steps=0", "train.1.local.steps = 0", "greater than or equal to 1"),
         ("local.momentum=1", "local.momentum = 1", "less than 1"),
-        ("train.0=head", 'train.0 = "head"', "dictionary"),
+        ("train.0=head", 'train.0 = "head"', "expected a table"),
     ],
 )
 def test_a_wrong_value_in_a_stage(staged: Path, override: str, shown: str, expected: str) -> None:
