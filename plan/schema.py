@@ -17,7 +17,7 @@ from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.client_level import ClientPrivacy
 from cotune.strategies.strategy import StrategyConfig
 
-__all__ = ["LocalTraining", "Plan", "TellConfig", "RoundsConfig", "SimulationConfig", "Stage"]
+__all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage", "TellConfig"]
 
 
 class LocalTraining(Table):

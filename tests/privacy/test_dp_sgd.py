@@ -529,9 +529,7 @@ def test_low_precision_stays_within_the_clip_norm(mode: ClippingMode) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("physical_batch", [1, 2, 64])
 @both
-def test_a_record_without_a_finite_gradient_contributes_nothing(
-    value: float, physical_batch: int, mode: ClippingMode
-) -> None:
+def test_a_record_without_a_finite_gradient_contributes_nothing(value: float, physical_batch: int, mode: ClippingMode) -> None:
     """And does not stop the training: that would tell whoever waits for the update that there is such a record."""
     module, records = seeded(Toy), points(5)
     loss = cross_entropy(module)

@@ -17,6 +17,7 @@ from cotune.simulations import audit as auditing
 from cotune.simulations.audit import audit_plan, audit_run
 from cotune.simulations.forecast import forecast
 from cotune.simulations.simulate import simulate
+from cotune.simulations.sites import prepare
 from tests.simulations.conftest import NewPlan
 
 SMALL: dict[str, Any] = {"privacy": {"epsilon": 3}, "rounds": 2, "simulation": {"clients": 2, "baselines": []}}

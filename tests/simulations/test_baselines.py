@@ -74,7 +74,8 @@ def test_pooled_is_one_organisation_with_all_training_data_without_privacy(toy_p
     held = sorted(site.holdings(plan.labels or prepared.plan.labels).inputs())
     texts = prepared.records[None].inputs
     assert held == sorted(texts[i] for share in prepared.shares for i in share.rows)
-    assert not (site.folder / "ledger.sqlite").exists()
+    assert site.ledger().charges() == []  # nothing private, and entered as such
+    assert {e.body["what"] for e in site.ledger().entries() if e.kind == "unprotected"} == {"training"}
     make_site(tmp_path / "all", "pooled", folder.plan, prepared.shares, "cpu")
     state, metrics = by_itself(baseline.plan, Site(tmp_path / "all"))
     assert same(baseline.load().state, state)

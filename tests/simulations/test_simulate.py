@@ -23,6 +23,7 @@ from cotune.models.errors import RunError
 from cotune.models.records import DataConfig, read_records
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
+from cotune.privacy.ledger import Ledger
 from cotune.server.events import listening, read_events
 from cotune.simulations.simulate import Result, new_folder, simulate
 from tests.conftest import sentences, write_csv
@@ -81,8 +82,10 @@ def test_the_folder_of_a_finished_run(done: Done) -> None:
     assert names >= expected
     assert not [name for name in names if name.endswith(".part") or ".tmp" in name]
     assert json.loads((done.folder / "summary.json").read_text(encoding="utf-8")) == done.summary
-    ledgers = [name for name in names if name.startswith("sites/") and name.endswith("ledger.sqlite")]
-    assert len(ledgers) == (3 if done.plan.privacy != "none" else 0)
+    for i in (1, 2, 3):
+        account = Ledger(done.folder / "sites" / f"org-{i}" / "ledger.sqlite")
+        kinds = [entry.kind for entry in account.entries()]
+        assert kinds == ["data", *(["reserve", "settle"] * rounds if done.plan.privacy != "none" else ["unprotected"] * rounds)]
 
 
 def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
@@ -281,7 +284,7 @@ def test_baselines_do_not_charge_the_organisations_ledgers(private: Done) -> Non
     for name in ("org-1", "org-2", "org-3"):
         own = ledger(private.folder / "baselines" / "alone" / name / "site")
         assert own == ledger(private.folder / "sites" / name)  # the same privacy, in a ledger of its own
-    assert not (private.folder / "baselines" / "pooled" / "site" / "ledger.sqlite").exists()
+    assert Ledger(private.folder / "baselines" / "pooled" / "site" / "ledger.sqlite").charges() == []
 
 
 def test_the_statement_does_not_say_less_than_what_was_spent(private: Done) -> None:
