@@ -67,13 +67,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="Markdown file; what stands above its mark is kept.")
     parser.add_argument("--runs", type=Path, default=Path("runs/tweets-lora"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--epsilons", nargs="+", default=EPSILONS, choices=EPSILONS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     found: dict[tuple[str, str], list[float]] = {}
     for seed in chosen.seeds:
         for recipe in RECIPES:
-            for epsilon in EPSILONS:
+            for epsilon in chosen.epsilons:
                 try:
                     found.setdefault((recipe, epsilon), []).append(accuracy(chosen.runs, recipe, epsilon, seed))
                 except CotuneError as error:
