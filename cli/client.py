@@ -78,7 +78,7 @@ def _runs(data: dict[str, Any]) -> Table:
 @app.command()
 def check(
     site: SiteFolder,
-    plan: Annotated[str, typer.Argument(help="The plan as the coordinator runs it: a TOML file, or the plan.toml of a run.")],
+    plan: Annotated[str, typer.Argument(help="The plan as the coordinator runs it: a TOML file, or the folder of a run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
 ) -> None:
     """Say what a plan would mean here: the policy's verdict, noise, ε, and time and memory of one real step."""
@@ -90,7 +90,8 @@ def check(
 
     console = Console(highlight=False)
     with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
-        found = check_plan(load_plan(plan), Site(site.expanduser()))
+        document = Path(plan) / "plan.toml" if (Path(plan) / "plan.toml").exists() else plan
+        found = check_plan(load_plan(document), Site(site.expanduser()))
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
     else:

@@ -40,6 +40,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure; anywhere on the line.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Organisations that cannot pool their data fine-tune one model together, with record-level differential privacy."""

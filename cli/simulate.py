@@ -95,9 +95,9 @@ def _quoted(value: str | int) -> str:
 def show(console: Console, result: Result) -> None:
     """The tables at the end of a run."""
     summary = result.summary
-    central = summary["client_privacy"]
+    client_level = summary["client_privacy"]
     if summary["privacy"]["mode"] == "none":
-        kind = "differential privacy" if central is None else "record-level differential privacy"
+        kind = "differential privacy" if client_level is None else "record-level differential privacy"
         console.print(f"[bold red]No {kind}: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:
         console.print(f"[bold]The run was stopped: {escape(summary['stopped'])}.[/bold]")
@@ -106,9 +106,9 @@ def show(console: Console, result: Result) -> None:
     traffic = f"{size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down"
     effort = f"{duration(summary['seconds'])}, {size(summary['peak_memory_bytes'])} peak memory"
     console.print(f"{len(summary['rounds'])} rounds, {traffic}, {effort}")
-    if central is not None:
-        spent = f"ε {round_up(central['epsilon_spent'])} of {central['epsilon']:g} at δ = {central['delta']:g}"
-        console.print(f"client-level privacy: {spent}, {central['rounds_charged']} rounds charged")
+    if client_level is not None:
+        spent = f"ε {round_up(client_level['epsilon_spent'])} of {client_level['epsilon']:g} at δ = {client_level['delta']:g}"
+        console.print(f"client-level privacy: {spent}, {client_level['rounds_charged']} rounds charged")
     for file in ("report.html", "summary.json", "model"):
         console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
 

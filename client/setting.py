@@ -92,7 +92,7 @@ def check_stages(plan: Plan, model: SharedModel) -> None:
     Raises ModelError or PrivacyError. A head on features is a small model without surprises; it is checked when it is trained.
     """
     model.load({})
-    nothing = Holdings((), plan.labels)
+    nothing = Holdings((), plan.labels, plan.task)
     for stage in plan.stages:
         model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
         on_features = stage.mode == "head" and feature_head(model) is not None

@@ -110,7 +110,7 @@ class Chain:
                         db.execute("ROLLBACK")
                     raise
                 if len(log.entries) != before:
-                    self._drop_anchor(len(log.entries), log.head)
+                    self._write_anchor(len(log.entries), log.head)
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(str(error)) from None
 
@@ -139,7 +139,7 @@ class Chain:
             raise self._unusable("it is a database of another kind")
         if self._anchored()[0]:
             raise self._unusable("it is empty or older than the anchor beside it says")
-        self._drop_anchor(0, _START)  # before the first entry is committed: from then on the anchor must be there
+        self._write_anchor(0, _START)  # before the first entry is committed: from then on the anchor must be there
         for table in tables:
             db.execute(f'ALTER TABLE "{table}" RENAME TO "{table}_before_{VERSION}"')
         for statement in _SCHEMA:
@@ -176,5 +176,5 @@ class Chain:
         except (ValueError, KeyError, TypeError):
             raise self._unusable(f"its anchor {self.anchor.name} is damaged") from None
 
-    def _drop_anchor(self, entries: int, hash: str) -> None:
+    def _write_anchor(self, entries: int, hash: str) -> None:
         write_durably(self.anchor, json.dumps({"entries": entries, "hash": hash}).encode())

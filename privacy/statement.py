@@ -34,8 +34,9 @@ def statement(
     most = max((epsilon for epsilon, _ in spent.values()), default=0.0)
     return [
         "Record-level differential privacy: for adding or removing any single record of an organisation, what left the "
-        f"organisation in this run is (ε, δ)-differentially private, with ε at most {round_up(most)} of "
-        f"{privacy.epsilon:g} allowed and δ = {privacy.delta} for n records. Whatever anybody concludes from it about a "
+        f"organisation in this run{', but for its local metrics,' if clear_metrics else ''} is (ε, δ)-differentially private, "
+        f"with ε at most {round_up(most)} of {privacy.epsilon:g} allowed and δ = {privacy.delta} for n records. Whatever anybody "
+        "concludes from it about a "
         "record, they would have concluded without that record too, with a probability smaller by a factor of e^ε at "
         "most, but for a chance of δ. An ε of 1 or less is a strong promise, one of 8 a weak one.",
         "How: in every step each record enters the batch by chance (Poisson sampling); the gradient of each record is "

@@ -20,7 +20,7 @@ from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics
 from cotune.plan.schema import Plan
 from cotune.server.admission import reason_to_refuse
-from cotune.server.central import CentralPrivacy
+from cotune.server.client_level import ClientLevelPrivacy
 from cotune.server.run_folder import Participant, Progress, RunFolder
 from cotune.server.selection import select
 from cotune.strategies.updates import Update
@@ -51,17 +51,17 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
 
     Raises RunError when a round does not reach its quorum; all rounds before are kept.
     """
-    plan, progress, central = folder.plan, folder.load(), CentralPrivacy.of(folder)
+    plan, progress, client_level = folder.plan, folder.load(), ClientLevelPrivacy.of(folder)
     total = plan.rounds
     folder.events.tell(
         "run_started", folder=str(folder.path), plan=plan.name, plan_id=plan.plan_id, rounds=total, resumed_after=progress.round
     )
     for round in range(progress.round + 1, total + 1):
         try:
-            reason = central.reason_to_stop(progress) if central else None
+            reason = client_level.reason_to_stop(progress) if client_level else None
             if reason is not None:
                 return _stop(folder, progress, reason)
-            progress = _play(grid, folder, model, evaluate, progress, round, central)
+            progress = _play(grid, folder, model, evaluate, progress, round, client_level)
         except (RunError, PrivacyError) as error:
             folder.events.tell("run_failed", round=round, reason=str(error))
             raise
@@ -87,7 +87,7 @@ def _play(
     evaluate: Evaluate,
     before: Progress,
     round: int,
-    central: CentralPrivacy | None,
+    client_level: ClientLevelPrivacy | None,
 ) -> Progress:
     started = time.monotonic()
     plan, people = folder.plan, select(folder, round)
@@ -99,7 +99,7 @@ def _play(
     del messages
     tally = _Tally([], [], {}, bytes_down=bytes_down)
     shapes = {name: state[name] for name in names}
-    private_mean = central.new_mean(shapes, before) if central else None
+    private_mean = client_level.new_mean(shapes, before) if client_level else None
     combination = private_mean or plan.strategy.new_combination()
     deadline = time.monotonic() + plan.server.deadline_seconds
     for participant, message_id in zip(people, ids, strict=True):
@@ -110,16 +110,16 @@ def _play(
             combination.add(update)
         del update  # before the next one comes
     _check_quorum(plan, people, tally, round)
-    if central:
-        central.charge(round)
+    if client_level:
+        client_level.charge(round)
     fused = combination.result()
     optimizer = plan.strategy.new_server_optimizer()
     moved, memory = optimizer.step(state, fused, before.memory)
     entry = _entry(round, stage.mode, tally, evaluate(moved), time.monotonic() - started)
     clip_norm = None
-    if central and private_mean:
-        entry["client_privacy"] = central.entry(before, private_mean)
-        clip_norm = central.next_clip_norm(before, private_mean)
+    if client_level and private_mean:
+        entry["client_privacy"] = client_level.entry(before, private_mean)
+        clip_norm = client_level.next_clip_norm(before, private_mean)
     return Progress(round, moved, memory, (*before.history, entry), clip_norm)
 
 

@@ -19,7 +19,7 @@ from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.policy import Policy
 from cotune.privacy.statement import client_statement
-from cotune.simulations.sites import Prepared, central_noise, prepare
+from cotune.simulations.sites import Prepared, client_level_noise, prepare
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import encode_requests, encode_update, payload_bytes
 
@@ -99,7 +99,7 @@ def _client_privacy(prepared: Prepared, parameters: int) -> ClientForecast | Non
     plan, privacy = prepared.plan, prepared.plan.client_privacy
     if privacy is None:
         return None
-    noise = central_noise(plan, len(prepared.shares))
+    noise = client_level_noise(plan, len(prepared.shares))
     planned = [replace(noise.charge, count=plan.rounds)]
     return ClientForecast(
         epsilon(planned, privacy.delta),
@@ -169,7 +169,7 @@ def _seconds(prepared: Prepared, model: SharedModel) -> float:
 def _examples(prepared: Prepared, model: SharedModel) -> list[Example]:
     """A few records from all organisations."""
     parts = tuple((prepared.records[s.file], s.rows[:_SAMPLE]) for s in prepared.shares)
-    sample = Holdings(parts, prepared.plan.labels).examples(model)
+    sample = Holdings(parts, prepared.plan.labels, prepared.plan.task).examples(model)
     return sample[:: max(1, len(sample) // _SAMPLE)][:_SAMPLE]
 
 

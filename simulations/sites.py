@@ -30,7 +30,7 @@ from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
 
-__all__ = ["Prepared", "central_noise", "make_run", "prepare"]
+__all__ = ["Prepared", "client_level_noise", "make_run", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
         for stage in resolved.stages:
             check_examples(len(share.rows), stage.local, share.name)
     if resolved.client_privacy is not None:
-        central_noise(resolved, len(shares))
+        client_level_noise(resolved, len(shares))
     noise = _noise(resolved, shares)
     check_stages(resolved, model_of(resolved, device))
     return Prepared(resolved, shares, test, records, noise)
 
 
-def central_noise(plan: Plan, organisations: int) -> RoundNoise:
+def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:
     """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
     assert plan.client_privacy is not None
     rounds = plan.rounds

@@ -17,9 +17,9 @@ from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.statement import client_statement, statement
-from cotune.server.central import account_of
+from cotune.server.client_level import account_of
 from cotune.server.run_folder import Progress, RunFolder
-from cotune.simulations.sites import Prepared, Share, central_noise
+from cotune.simulations.sites import Prepared, Share, client_level_noise
 
 __all__ = ["summarise"]
 
@@ -63,14 +63,14 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
 
 
 def _privacy(folder: RunFolder, prepared: Prepared) -> dict[str, Any]:
-    privacy, central = folder.plan.privacy, folder.plan.client_privacy is not None
+    privacy, client_level = folder.plan.privacy, folder.plan.client_privacy is not None
     if not isinstance(privacy, RecordPrivacy):
         return {
             "mode": "none",
             "epsilon": None,
             "delta": None,
             "clip_norm": None,
-            "statement": statement(None, {}, client_level=central),
+            "statement": statement(None, {}, client_level=client_level),
         }
     spent = {s.name: _spent(folder, s, privacy) for s in prepared.shares}
     return {
@@ -87,7 +87,7 @@ def _client_privacy(folder: RunFolder, prepared: Prepared, progress: Progress) -
     plan, privacy = folder.plan, folder.plan.client_privacy
     if privacy is None:
         return None
-    noise, charged = central_noise(plan, len(prepared.shares)), [steps for _, steps in account_of(folder, privacy).charges()]
+    noise, charged = client_level_noise(plan, len(prepared.shares)), [steps for _, steps in account_of(folder, privacy).charges()]
     return {
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,

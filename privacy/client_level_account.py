@@ -15,11 +15,11 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import PrivacyError
 from cotune.privacy.accounting import Steps, epsilon
 
-__all__ = ["ClientAccount"]
+__all__ = ["ClientLevelAccount"]
 
 
 @dataclass(frozen=True)
-class ClientAccount:
+class ClientLevelAccount:
     """The charges of one run. allowed, delta: the ε that charges may reach together, at δ."""
 
     path: Path

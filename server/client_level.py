@@ -8,21 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.client_account import ClientAccount
 from cotune.privacy.client_level import ClientPrivacy, next_clip_norm, round_noise
+from cotune.privacy.client_level_account import ClientLevelAccount
 from cotune.privacy.private_mean import PrivateMean
 from cotune.privacy.rounding import round_up
 from cotune.server.run_folder import Progress, RunFolder
 
-__all__ = ["CentralPrivacy", "account_of"]
+__all__ = ["ClientLevelPrivacy", "account_of"]
 
 
-def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientAccount:
+def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
     """The account in a run's folder."""
-    return ClientAccount(folder.path / "client-privacy.jsonl", privacy.epsilon, privacy.delta)
+    return ClientLevelAccount(folder.path / "client-privacy.jsonl", privacy.epsilon, privacy.delta)
 
 
-class CentralPrivacy:
+class ClientLevelPrivacy:
     """Of one run. Raises PrivacyError when the plan's client-level privacy cannot be given, or its account is lost."""
 
     def __init__(self, folder: RunFolder, privacy: ClientPrivacy) -> None:
@@ -36,7 +36,7 @@ class CentralPrivacy:
         )
 
     @classmethod
-    def of(cls, folder: RunFolder) -> CentralPrivacy | None:
+    def of(cls, folder: RunFolder) -> ClientLevelPrivacy | None:
         """None where the plan asks for none."""
         return None if folder.plan.client_privacy is None else cls(folder, folder.plan.client_privacy)
 

@@ -16,7 +16,7 @@ from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
 from cotune.privacy import private_mean
 from cotune.privacy.accounting import Steps
-from cotune.server.central import CentralPrivacy, account_of
+from cotune.server.client_level import ClientLevelPrivacy, account_of
 from cotune.server.events import read_events
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import Progress, RunFolder
@@ -82,7 +82,7 @@ def test_updates_are_clipped_and_divided_by_the_expected_number(new_run: NewRun)
 def test_the_noise_in_the_model_is_zc_over_k(new_run: NewRun) -> None:
     folder = private_run(new_run, rounds=40, client_privacy={"clip_norm": 0.5, "epsilon": 3.0})
     start = initial(folder)
-    z = CentralPrivacy.of(folder).noise.charge.noise_multiplier  # type: ignore[union-attr]
+    z = ClientLevelPrivacy.of(folder).noise.charge.noise_multiplier  # type: ignore[union-attr]
     progress = play(folder, dict.fromkeys(("org-1", "org-2"), lambda r: update(r, {n: 0 * t for n, t in r.state.items()})))
     assert float(gaps(progress.state, start).std()) == pytest.approx(math.sqrt(40) * z * 0.5 / 2, rel=0.35)
     entries = [entry["client_privacy"] for entry in progress.history]
@@ -190,7 +190,7 @@ def test_a_lost_account_is_noticed(new_run: NewRun) -> None:
 
 def test_without_it_nothing_is_written(new_run: NewRun) -> None:
     folder = new_run("org-1", rounds=1)
-    assert CentralPrivacy.of(folder) is None
+    assert ClientLevelPrivacy.of(folder) is None
     assert play(folder, {"org-1": adding(1.0)}).history[0]["client_privacy"] is None
     assert not (folder.path / "client-privacy.jsonl").exists()
 

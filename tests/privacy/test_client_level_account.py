@@ -7,13 +7,13 @@ import pytest
 
 from cotune.models.errors import PrivacyError
 from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.client_account import ClientAccount
+from cotune.privacy.client_level_account import ClientLevelAccount
 
 ROUND = Steps(2.0, 1.0, 1)
 
 
-def account(folder: Path, allowed: float = 8.0) -> ClientAccount:
-    return ClientAccount(folder / "account.jsonl", allowed, 1e-5)
+def account(folder: Path, allowed: float = 8.0) -> ClientLevelAccount:
+    return ClientLevelAccount(folder / "account.jsonl", allowed, 1e-5)
 
 
 def test_events_are_stored_and_epsilon_is_composed_from_them(tmp_path: Path) -> None:
