@@ -16,6 +16,7 @@ from cotune.client.app import app
 from cotune.client.site import Site
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy
 from cotune.strategies.wire import decode_update, encode_requests, state_digest
 
 MakePlan = Callable[..., Plan]
@@ -164,6 +165,18 @@ def test_a_real_site_says_only_that_it_failed(
     assert got == SANITISED
     assert not any(word in got.split() or str(tmp_path) in got for word in telling)
     assert all(word in caplog.text for word in telling)  # the organisation itself can read it
+
+
+def test_a_real_site_names_the_rule_that_declines_and_nothing_else(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, caplog: pytest.LogCaptureFixture
+) -> None:
+    allowed = Policy.permissive()
+    strict = allowed.model_copy(update={"training": allowed.training.model_copy(update={"min_examples": 61})})
+    plan, site = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}), make_site(policy=strict)
+    with caplog.at_level(logging.WARNING):
+        got = reason(ask(request(plan, state_for(plan)), {"site": str(site.folder)}))
+    assert got == "declined: its rule training.min_examples does not allow this plan"
+    assert "the data set has 60 records, expected at least 61" in caplog.text  # for the organisation's own eyes
 
 
 @pytest.mark.parametrize("privacy", ["none", {"epsilon": 2.0, "delta": 1e-3}])
