@@ -41,7 +41,7 @@ def accuracy(runs: Path, recipe: str, epsilon: str, seed: int) -> float:
     """Test accuracy of one run: trained, continued, or read where it is finished."""
     privacy = ('privacy="none"', *WITHOUT_PRIVACY[recipe]) if epsilon == "none" else (f"privacy.epsilon={epsilon}",)
     plan = load_plan("tweets-lora", [*RECIPES[recipe], *privacy, f"seed={seed}"])
-    out = runs / f"{list(RECIPES).index(recipe)}-{epsilon}-{seed}-{plan.plan_id[:8]}"
+    out = runs / f"{list(RECIPES).index(recipe)}-{epsilon}-{seed}"
     if not (out / "summary.json").exists():
         (resume(out) if (out / "run.json").exists() else simulate(plan, out))
     return float(json.loads((out / "summary.json").read_text())["test"]["federated"]["accuracy"])
