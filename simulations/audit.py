@@ -8,39 +8,31 @@ ledger is opened: an audit releases nothing but its result, which is for the org
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
-from cotune.client.setting import Setting, optimizer_of, setting_of
 from cotune.client.site import Site
 from cotune.models.errors import DataError, PlanError, PrivacyError, nearest
 from cotune.models.holdings import Holdings, HoldingsFile
-from cotune.models.sharing import SharedModel, State
 from cotune.plan.model import model_of
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.audit import Evidence, evidence, lower_bound_any, lower_bound_steps, perfect_evidence, require_statistics
-from cotune.privacy.canaries import Coins, fair_coins, new_canaries, plant
-from cotune.privacy.dp_sgd import private_steps
+from cotune.privacy.canaries import fair_coins
 from cotune.privacy.policy import Policy
 from cotune.privacy.randomness import private_generator
 from cotune.server.run_folder import RunFolder
+from cotune.simulations.audited_training import AuditedTraining, Targets
 from cotune.simulations.sites import prepare
-from cotune.strategies.updates import Delta, difference
 
 __all__ = ["Attack", "AuditResult", "audit_plan", "audit_run"]
 
 _TESTS = 4  # two attacks, two theorems: each may be wrong with a quarter of the allowed probability
-_STEP = 1e-2  # of the delta, to either side, in the difference quotient of the losses
-_GRADIENT_ENTRIES = 2**24  # of the canaries' parameters, held for one physical batch
 
 
 @dataclass(frozen=True)
@@ -94,21 +86,6 @@ class AuditResult:
 
     def as_dict(self) -> dict[str, Any]:
         return {"schema": 1, **asdict(self), "at_least": self.at_least, "power": self.power, "broken": self.broken}
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """Who is in by a coin: all canaries, and the records numbered `records`."""
-
-    canaries_in: Coins
-    records: np.ndarray[Any, np.dtype[np.int64]]
-    records_in: Coins
-
-    def present(self, examples: int) -> Coins:
-        """(n,), which of all records are in: those without a coin are."""
-        everybody = np.ones(examples, dtype=bool)
-        everybody[self.records] = self.records_in
-        return everybody
 
 
 def audit_plan(
@@ -178,10 +155,10 @@ def _audit(
         check_examples(examples, stage.local, name)
     coins = private_generator()
     records = np.sort(coins.choice(examples, size=min(examples, canaries), replace=False))
-    targets = _Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
+    targets = Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
     budget = budget_of(plan.privacy, policy, examples)
     sigma, delta = noise_multiplier(plan, policy, budget, examples, 1), budget.delta
-    training = _Training(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device))
+    training = AuditedTraining(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device))
     for round in range(1, (rounds or planned) + 1):
         training.play(round)
     found = {
@@ -211,97 +188,3 @@ def _attack(name: str, found: Evidence, steps: Sequence[Steps], delta: float, er
     perfect = lower_bound_steps(perfect_evidence(found.targets), steps, delta, error)
     lower = lower_bound_any(found, delta, error), lower_bound_steps(found, steps, delta, error)
     return Attack(name, found.targets, found.auc, *lower, perfect)
-
-
-class _Training:
-    """The organisation's rounds with the targets among its records, and the attacks' scores, round by round.
-
-    Every record enters a batch with the q, and noise is added with the σ, of the organisation's real run. Canaries are rows on
-    top: B, by which sums are divided, grows with them, and nothing else.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        privacy: RecordPrivacy,
-        holdings: Holdings,
-        organisation: str,
-        targets: _Targets,
-        sigma: float,
-        model: SharedModel,
-    ) -> None:
-        self.plan, self.privacy, self.holdings, self.organisation = plan, privacy, holdings, organisation
-        self.targets, self.sigma, self.model = targets, sigma, model
-        self.canaries = new_canaries(len(targets.canaries_in), model.device)
-        self.state: State = {}
-        self.record_scores = np.zeros(len(targets.records))
-        self.taken: Counter[float] = Counter()  # sample rate -> steps that were taken with it
-
-    def canary_scores(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """How far each canary's parameter went down its line, over all rounds."""
-        moved: np.ndarray[Any, np.dtype[np.float64]] = self.canaries.weight.detach()[1:, 0].double().cpu().numpy()
-        return -moved
-
-    def play(self, round: int) -> None:
-        stage, model = self.plan.stage_of(round), self.model
-        model.load(self.state)
-        names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
-        parameters = model.train_only(names)
-        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation)
-        before = model.state(names)
-        self._train(stage, setting, names, parameters)
-        after = model.state(names)
-        self.record_scores += self._alignment(
-            setting, dict(zip(names, parameters, strict=True)), before, difference(after, before)
-        )
-        self.state |= after
-
-    def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:
-        planted = plant(
-            setting.module,
-            setting.rows,
-            setting.collate,
-            setting.loss,
-            canaries=self.canaries,
-            canaries_in=self.targets.canaries_in,
-            records_in=self.targets.present(len(setting.rows)),
-            clip_norm=self.privacy.clip_norm,
-        )
-        optimizer = optimizer_of(stage.local, self.model, names, parameters)
-        optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
-        rate = stage.local.sample_rate(len(setting.rows))
-        reports = private_steps(
-            planted.module,
-            optimizer,
-            planted.loss,
-            planted.rows,
-            collate=planted.collate,
-            noise_multiplier=self.sigma,
-            clip_norm=self.privacy.clip_norm,
-            sample_rate=rate,
-            steps=stage.local.steps,
-            physical_batch=min(setting.physical_batch, max(1, _GRADIENT_ENTRIES // len(planted.canaries))),
-            mode=setting.clipping,
-            clipping=self.privacy.clipping,
-        )
-        for _ in reports:
-            self.taken[rate] += 1
-
-    @torch.no_grad()
-    def _alignment(
-        self, setting: Setting, parameters: dict[str, nn.Parameter], before: State, delta: Delta
-    ) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """<Δ, −∇ℓ_i(θ)> for each target record, θ being what the round began with: how much Δ was to its liking.
-
-        By a central difference of the losses along Δ, which asks nothing of the architecture.
-        """
-
-        def losses(along: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-            for name, parameter in parameters.items():
-                parameter.copy_(before[name] + along * delta[name])
-            rows = [setting.rows[int(i)] for i in self.targets.records]
-            size = setting.physical_batch
-            batches = [setting.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-            return np.concatenate([setting.exact(batch).double().cpu().numpy() for batch in batches])
-
-        return (losses(-_STEP) - losses(_STEP)) / (2 * _STEP)

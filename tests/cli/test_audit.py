@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cotune.privacy.dp_sgd import StepReport, private_steps
-from cotune.simulations import audit as auditing
+from cotune.simulations import audited_training
 from tests.cli.conftest import Cotune
 
 PRIVATE = ("--set", "privacy={epsilon=3}", "--set", "simulation.baselines=[]")
@@ -57,7 +57,7 @@ def test_a_broken_claim_is_exit_code_1(cotune: Cotune, monkeypatch: pytest.Monke
     def without_noise(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
         return private_steps(*arguments, **{**settings, "noise_multiplier": 0.0})
 
-    monkeypatch.setattr(auditing, "private_steps", without_noise)
+    monkeypatch.setattr(audited_training, "private_steps", without_noise)
     options = ("--set", "privacy={epsilon=1}", "--canaries", "2000")
     shown = cotune("audit", "toy.toml", *options)
     assert (shown.code, shown.err) == (1, "")

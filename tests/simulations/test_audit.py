@@ -13,7 +13,7 @@ from cotune.client.site import Site
 from cotune.models.errors import DataError, PlanError, PrivacyError
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.dp_sgd import StepReport, private_steps
-from cotune.simulations import audit as auditing
+from cotune.simulations import audited_training
 from cotune.simulations.audit import audit_plan, audit_run
 from cotune.simulations.forecast import forecast
 from cotune.simulations.simulate import simulate
@@ -33,7 +33,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         found.append(settings)
         return private_steps(*arguments, **settings)
 
-    monkeypatch.setattr(auditing, "private_steps", watched)
+    monkeypatch.setattr(audited_training, "private_steps", watched)
     return found
 
 
@@ -111,7 +111,7 @@ def test_without_noise_nearly_every_canary_is_seen(toy_plan: NewPlan, monkeypatc
     def without_noise(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
         return private_steps(*arguments, **{**settings, "noise_multiplier": 0.0})
 
-    monkeypatch.setattr(auditing, "private_steps", without_noise)
+    monkeypatch.setattr(audited_training, "private_steps", without_noise)
     plan = toy_plan(**{**SMALL, "privacy": {"epsilon": 1}})
     result = audit_plan(plan, canaries=2000, rounds=1, confidence=CERTAIN, device="cpu")
     canaries, records = result.attacks
@@ -136,7 +136,7 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     model.load({})
     names = model.names(stage.mode)
     parameters = model.train_only(names)
-    setting = auditing.setting_of(plan, stage, model, holdings, {}, share.name)
+    setting = audited_training.setting_of(plan, stage, model, holdings, {}, share.name)
     before = model.state(names)
     generator = torch.Generator().manual_seed(0)
     delta = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in before.items()}
@@ -145,8 +145,8 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
         gradients = torch.autograd.grad(setting.exact(setting.collate([setting.rows[i]])).sum(), parameters)
         expected.append(-sum(float((g * delta[n]).sum()) for n, g in zip(names, gradients, strict=True)))
     assert plan.privacy != "none"
-    targets = auditing._Targets(np.zeros(0, bool), np.array([0, 3, 7]), np.ones(3, bool))
-    training = auditing._Training(plan, plan.privacy, holdings, share.name, targets, 1.0, model)
+    targets = audited_training.Targets(np.zeros(0, bool), np.array([0, 3, 7]), np.ones(3, bool))
+    training = audited_training.AuditedTraining(plan, plan.privacy, holdings, share.name, targets, 1.0, model)
     found = training._alignment(setting, dict(zip(names, parameters, strict=True)), before, delta)
     assert found == pytest.approx(expected, rel=0.02, abs=2e-3)
 

@@ -34,7 +34,7 @@ from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.dp_sgd import Batch, ClippingMode, StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
-from cotune.simulations import audit as auditing
+from cotune.simulations import audited_training
 from cotune.simulations.audit import AuditResult, audit_plan
 from cotune.simulations.sites import make_run, prepare
 from tests.simulations.conftest import NewPlan
@@ -275,7 +275,7 @@ def test_accounting(toy_plan: NewPlan, tmp_path: Path) -> None:
 
 
 def audited(steps: Steps, plan: Plan) -> AuditResult:
-    with patch.object(auditing, "private_steps", steps):
+    with patch.object(audited_training, "private_steps", steps):
         return audit_plan(plan, canaries=10_000, confidence=1 - 1e-7, device="cpu")
 
 

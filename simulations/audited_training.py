@@ -1,0 +1,137 @@
+"""The training that an audit attacks: the organisation's own rounds, with canaries and held-out records among its own.
+
+Whoever attacks sees every delta, and the model that each round began with.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cotune.client.setting import Setting, optimizer_of, setting_of
+from cotune.models.holdings import Holdings
+from cotune.models.sharing import SharedModel, State
+from cotune.plan.schema import Plan, Stage
+from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.canaries import Coins, new_canaries, plant
+from cotune.privacy.dp_sgd import private_steps
+from cotune.strategies.updates import Delta, difference
+
+__all__ = ["AuditedTraining", "Targets"]
+
+_STEP = 1e-2  # of the delta, to either side, in the difference quotient of the losses
+_GRADIENT_ENTRIES = 2**24  # of the canaries' parameters, held for one physical batch
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Who is in by a coin: all canaries, and the records numbered `records`."""
+
+    canaries_in: Coins
+    records: np.ndarray[Any, np.dtype[np.int64]]
+    records_in: Coins
+
+    def present(self, examples: int) -> Coins:
+        """(n,), which of all records are in: those without a coin are."""
+        everybody = np.ones(examples, dtype=bool)
+        everybody[self.records] = self.records_in
+        return everybody
+
+
+class AuditedTraining:
+    """The organisation's rounds with the targets among its records, and the attacks' scores, round by round.
+
+    Every record enters a batch with the q, and noise is added with the σ, of the organisation's real run. Canaries are rows on
+    top: B, by which sums are divided, grows with them, and nothing else.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        privacy: RecordPrivacy,
+        holdings: Holdings,
+        organisation: str,
+        targets: Targets,
+        sigma: float,
+        model: SharedModel,
+    ) -> None:
+        self.plan, self.privacy, self.holdings, self.organisation = plan, privacy, holdings, organisation
+        self.targets, self.sigma, self.model = targets, sigma, model
+        self.canaries = new_canaries(len(targets.canaries_in), model.device)
+        self.state: State = {}
+        self.record_scores = np.zeros(len(targets.records))
+        self.taken: Counter[float] = Counter()  # sample rate -> steps that were taken with it
+
+    def canary_scores(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """How far each canary's parameter went down its line, over all rounds."""
+        moved: np.ndarray[Any, np.dtype[np.float64]] = self.canaries.weight.detach()[1:, 0].double().cpu().numpy()
+        return -moved
+
+    def play(self, round: int) -> None:
+        stage, model = self.plan.stage_of(round), self.model
+        model.load(self.state)
+        names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+        parameters = model.train_only(names)
+        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation)
+        before = model.state(names)
+        self._train(stage, setting, names, parameters)
+        after = model.state(names)
+        self.record_scores += self._alignment(
+            setting, dict(zip(names, parameters, strict=True)), before, difference(after, before)
+        )
+        self.state |= after
+
+    def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:
+        planted = plant(
+            setting.module,
+            setting.rows,
+            setting.collate,
+            setting.loss,
+            canaries=self.canaries,
+            canaries_in=self.targets.canaries_in,
+            records_in=self.targets.present(len(setting.rows)),
+            clip_norm=self.privacy.clip_norm,
+        )
+        optimizer = optimizer_of(stage.local, self.model, names, parameters)
+        optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
+        rate = stage.local.sample_rate(len(setting.rows))
+        reports = private_steps(
+            planted.module,
+            optimizer,
+            planted.loss,
+            planted.rows,
+            collate=planted.collate,
+            noise_multiplier=self.sigma,
+            clip_norm=self.privacy.clip_norm,
+            sample_rate=rate,
+            steps=stage.local.steps,
+            physical_batch=min(setting.physical_batch, max(1, _GRADIENT_ENTRIES // len(planted.canaries))),
+            mode=setting.clipping,
+            clipping=self.privacy.clipping,
+        )
+        for _ in reports:
+            self.taken[rate] += 1
+
+    @torch.no_grad()
+    def _alignment(
+        self, setting: Setting, parameters: dict[str, nn.Parameter], before: State, delta: Delta
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """<Δ, −∇ℓ_i(θ)> for each target record, θ being what the round began with: how much Δ was to its liking.
+
+        By a central difference of the losses along Δ, which asks nothing of the architecture.
+        """
+
+        def losses(along: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name] + along * delta[name])
+            rows = [setting.rows[int(i)] for i in self.targets.records]
+            size = setting.physical_batch
+            batches = [setting.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+            return np.concatenate([setting.exact(batch).double().cpu().numpy() for batch in batches])
+
+        return (losses(-_STEP) - losses(_STEP)) / (2 * _STEP)
