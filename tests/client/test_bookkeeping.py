@@ -79,3 +79,13 @@ def test_an_auditor_needs_dp_accounting_alone(site: Site, tmp_path: Path) -> Non
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode != 0
     assert "entry 3 was changed" in refused.stderr
+
+
+def test_what_left_without_privacy_is_not_passed_over(site: Site) -> None:
+    ledger = site.ledger()
+    small, grown = ledger.data_sets()
+    ledger.unprotected("d" * 64, 4, "training", data=small.fingerprint, plan="plain")
+    for table in overview(site)["data_sets"]:  # the grown one shares its records
+        [left] = table["unprotected"]
+        assert (left["plan"], left["round"], left["what"]) == ("plain", 4, "training")
+    assert grown.fingerprint in {t["fingerprint"] for t in export(site)["data_sets"]}

@@ -8,6 +8,7 @@ import pytest
 from cotune.client.budget import budget_of, noise_multiplier
 from cotune.client.check import check
 from cotune.client.site import Site
+from cotune.client.training import train_round
 from cotune.models.errors import PlanError
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
@@ -68,3 +69,24 @@ def test_the_model_is_as_it_was(make_plan: MakePlan, make_site: MakeSite, state_
     check(plan, site)
     after = state_for(plan)
     assert all(bool((before[name] == after[name]).all()) for name in before)
+
+
+def test_classes_that_the_plan_lacks_are_named_to_the_organisation(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """In training they could not be: whether it fails would tell the server of single records."""
+    found = check(make_plan(privacy=PRIVATE, labels=("bad", "good", "other")), make_site())
+    assert found.warning is not None
+    assert "1 classes of the records are not among the plan's (bad, good, other)" in found.warning
+    assert (found.declined, len(found.stages)) == (None, 1)
+    assert check(make_plan(privacy=PRIVATE), make_site()).warning is None
+
+
+def test_a_plan_that_ran_here_is_not_promised_again(
+    make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., Any]
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    for round in (1, 2):
+        train_round(plan, site, round, state_for(plan))
+    found = check(plan, site)
+    assert found.declined is not None
+    assert "this plan has run here already (rounds 1–2)" in found.declined
+    assert check(make_plan(privacy=PRIVATE, seed=8), site).declined is None

@@ -12,10 +12,10 @@ from cotune.client.consent import check_consent
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.base import find_base
-from cotune.models.errors import Declined
+from cotune.models.errors import Declined, PrivacyError
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy
+from cotune.privacy.policy import Policy, dump_policy
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -115,3 +115,33 @@ def test_hours_of_training_are_counted(make_plan: MakePlan, make_site: MakeSite,
     ledger.settle(ledger.reserve(plan.plan_id, 1, charge.steps, data=charge.data), 0, seconds=2 * 3600)
     with pytest.raises(Declined, match=r"training\.max_hours: the plan has trained for 2\.0 hours, expected at most 2"):
         train_round(plan, site, 2, state)
+
+
+def test_hours_are_watched_within_a_round(make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]) -> None:
+    """One round may be made as long as a server likes: the clock is looked at after every step, and what is reserved stays."""
+    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy(training={"max_hours": 1e-9}))
+    with pytest.raises(Declined, match=r"training\.max_hours"):
+        train_round(plan, site, 1, state_for(plan))
+    [charge] = site.ledger().charges()
+    assert (charge.state, charge.steps.count) == ("reserved", 4)
+    assert not (site.folder / "outbox").exists()
+
+
+def test_a_tighter_policy_holds_for_what_is_finished_too(
+    make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site()
+    state = state_for(plan)
+    train_round(plan, site, 1, state)
+    (site.folder / "policy.toml").write_text(dump_policy(policy(training={"min_examples": 61})))
+    with pytest.raises(Declined, match=r"training\.min_examples"):
+        train_round(plan, site, 1, state)
+
+
+def test_a_delta_for_the_total_that_limits_nothing_is_refused(
+    make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy(budget={"delta_total": 0.9}))
+    with pytest.raises(PrivacyError, match=r"budget\.delta_total = 0\.9 gives δ = 0\.9 for 60 examples; expected at most 1/60"):
+        train_round(plan, site, 1, state_for(plan))
+    assert not site.ledger_file.exists()
