@@ -58,7 +58,8 @@ def _show_ledger(console: Console, found: dict[str, Any]) -> None:
             plans = ", ".join(dict.fromkeys(f"{left['plan']} ({left['what']})" for left in data["unprotected"]))
             times = f"{len(data['unprotected'])} times something left without any privacy"
             console.print(f"  [bold red]{times}: {escape(plans)}. No ε bounds that.[/bold red]", soft_wrap=True)
-        console.print(_runs(data))
+        if data["runs"]:
+            console.print(_runs(data))
     if found["unassigned"]:
         console.print(f"{len(found['unassigned'])} charges of an older cotune name no data set, and count for every one")
     if found["head"]:
@@ -111,7 +112,8 @@ def _show_check(console: Console, found: Checked) -> None:
     if found.noise_multiplier is None or found.epsilon is None or found.delta is None:
         console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
         return
-    spent = f"{round_up(found.epsilon_spent or 0.0)} of {found.epsilon_total:g} in total are spent already"
+    total = f" of {found.epsilon_total:g} in total" if (found.epsilon_total or 0.0) < 1e6 else ""
+    spent = f"ε {round_up(found.epsilon_spent or 0.0)}{total} is spent already"
     console.print(f"σ = {found.noise_multiplier:.3f}: it would spend ε = {found.epsilon:g} at δ = {found.delta:.1e}; {spent}")
     table = Table("stage", box=None, header_style="bold", pad_edge=False)
     for heading in ("rounds", "steps", "batch", "one step", "one round", "memory", "gradient error"):
