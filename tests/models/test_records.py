@@ -441,14 +441,15 @@ def test_threads_share_what_was_parsed(tmp_path: Path) -> None:
 
 
 READ_ALL = """
-import sys, pathlib
+import os, sys, pathlib
 def refuse(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
         raise SystemExit(event)
 sys.addaudithook(refuse)
 from cotune.models.records import DataConfig, read_records
 for path in sys.argv[1:]:
-    print(len(read_records(DataConfig(source=path))))
+    print(len(read_records(DataConfig(source=path))), flush=True)
+os._exit(0)  # Arrow's threads sometimes abort an interpreter that ends in the regular way on a loaded machine
 """
 
 

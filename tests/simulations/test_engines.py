@@ -49,7 +49,7 @@ def test_ray_trains_the_same_model_and_a_failure_there_is_a_failure_of_the_comma
     def cotune(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(Path(sys.executable).parent / "cotune"), *arguments]
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: the order of a sum depends on it
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environ)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environ)
 
     done = cotune("simulate", "plan.toml", "--out", "on-ray", "--engine", "ray", "--device", "cpu")
     assert done.returncode == 0, done.stderr
