@@ -108,21 +108,19 @@ def noise_multiplier(
 
     needed = sigma
     if after(sigma, (), budget.delta) > budget.epsilon:
-        needed = _rest(remaining, [*spent, *telling], budget.epsilon, budget.delta)
+        needed = calibrate(remaining, epsilon=budget.epsilon, delta=budget.delta, spent=[*spent, *telling])
     if after(needed, before, budget.total_delta) > budget.total_epsilon:
         if not spent:
             raise _too_much_in_total(plan, budget, examples, sigma, [*before, *telling])
-        needed = max(needed, _rest(remaining, [*before, *spent, *telling], budget.total_epsilon, budget.total_delta))
+        charged = [*before, *spent, *telling]
+        in_total = calibrate(remaining, epsilon=budget.total_epsilon, delta=budget.total_delta, spent=charged)
+        needed = max(needed, in_total)
     if needed > _MOST_NOISE * sigma:
         raise PrivacyError(
             f"interrupted rounds have used up nearly all of ε = {budget.epsilon:g}: the rest would need {needed / sigma:.0f}"
             f" times the planned noise, expected at most {_MOST_NOISE:g} times; leave the rest to the others, or allow more ε"
         )
     return needed
-
-
-def _rest(remaining: list[tuple[float, int]], spent: list[Steps], epsilon: float, delta: float) -> float:
-    return calibrate(remaining, epsilon=epsilon, delta=delta, spent=spent)
 
 
 def _too_much_in_total(plan: Plan, budget: Budget, examples: int, sigma: float, before: list[Steps]) -> Declined:

@@ -131,17 +131,17 @@ def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepRe
 def _tell(teller: Teller, setting: Setting, holdings: Holdings, round: int) -> dict[str, float]:
     """What else the organisation says, about its records and the received model."""
     counts = list(holdings.label_counts().values())
-    return {**teller.histogram(counts, round), **teller.metrics(lambda: _correct(setting, holdings.targets), round)}
+    return {**teller.histogram(counts, round), **teller.metrics(lambda: _correct(setting), round)}
 
 
 @torch.no_grad()
-def _correct(setting: Setting, targets: Sequence[int]) -> tuple[int, int]:
+def _correct(setting: Setting) -> tuple[int, int]:
     """How many records the module classifies rightly, of how many."""
     right = 0
     for start in range(0, len(setting.rows), setting.physical_batch):
         rows = [setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))]
         right += setting.correct(setting.collate(rows))
-    return right, len(targets)
+    return right, len(setting.rows)
 
 
 def _train_plainly(
