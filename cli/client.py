@@ -92,7 +92,7 @@ def check(
     console = Console(highlight=False)
     with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
         document = Path(plan) / "plan.toml" if (Path(plan) / "plan.toml").exists() else plan
-        found = check_plan(load_plan(document), Site(site.expanduser()))
+        found = check_plan(load_plan(document, own_code=False), Site(site.expanduser()))
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
     else:

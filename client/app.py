@@ -31,7 +31,7 @@ def train(message: Message, context: Context) -> Message:
         request = decode_request(message.content)
         site = _site(request, context)
         plan = parse_plan(json.loads(request.plan))
-        update = train_round(plan, site, request.round, dict(request.state))
+        update = train_round(plan, site, request.round, dict(request.state), admitted=request.admitted, sent=request.sent)
         return Message(encode_update(update, plan.plan_id), reply_to=message)
     except CotuneError as error:
         _log.warning("request refused: %s", error)

@@ -5,17 +5,20 @@ data.json         which records it holds (see models/holdings.py)
 policy.toml       what it allows; without one, the strict defaults
 ledger.sqlite     the privacy it has spent
 outbox/           the last finished update, so that a crash after training costs nothing
+kept/<plan>/      what a plan's client term keeps from round to round, by the round after which it was kept
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, RunError
@@ -70,9 +73,34 @@ class Site:
 
     def keep(self, update: Update, plan_id: str, state_digest: str) -> None:
         """Puts a finished update into the outbox, durably, in place of the one before."""
-        about = {k: v for k, v in asdict(update).items() if k != "delta"} | {"plan_id": plan_id, "state": state_digest}
-        content = save({n: t.contiguous() for n, t in update.delta.items()}, metadata={"update": json.dumps(about)})
+        plain = {f.name: getattr(update, f.name) for f in fields(update) if f.name not in ("delta", "statistics")}
+        tensors = {f"delta/{n}": t for n, t in update.delta.items()} | {
+            f"statistics/{n}": t for n, t in update.statistics.items()
+        }
+        about = plain | {"plan_id": plan_id, "state": state_digest}
+        content = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(about)})
         write_durably(self.folder / "outbox" / "update.safetensors", content)
+
+    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps a run's tensors after a round, durably, and those of the last few rounds before it."""
+        folder = self.folder / "kept" / plan_id[:32]
+        write_durably(folder / f"round-{round:05d}.safetensors", save({n: t.contiguous() for n, t in tensors.items()}))
+
+    def recall(self, plan_id: str, round: int) -> dict[str, Tensor]:
+        """What was kept after a round; what is older will not be asked for again, and goes. Raises RunError when it is lost."""
+        folder = self.folder / "kept" / plan_id[:32]
+        file = folder / f"round-{round:05d}.safetensors"
+        try:
+            found: dict[str, Tensor] = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"what was kept after round {round} cannot be read from {file} ({error}): expected it to be there, as the server"
+                " counts on it; restore the site from a backup, or start a new run"
+            ) from None
+        for older in folder.glob("round-*.safetensors"):
+            if older.name < file.name:
+                older.unlink(missing_ok=True)
+        return found
 
     def kept(self, plan_id: str, round: int, state_digest: str) -> Update | None:
         """The update that answers exactly this request, if it was finished before."""
@@ -82,8 +110,13 @@ class Site:
                 about = json.loads(tensors.metadata()["update"])
                 if (about.pop("plan_id"), about["round"], about.pop("state")) != (plan_id, round, state_digest):
                     return None
-                return Update(delta={name: tensors.get_tensor(name) for name in tensors.keys()}, **about)  # noqa: SIM118
+                found: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+                return Update(delta=_part(found, "delta/"), statistics=_part(found, "statistics/"), **about)
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"the outbox file {file} is damaged ({error}): remove it to train the round again") from None
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

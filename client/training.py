@@ -11,6 +11,7 @@ from torch import Tensor
 from cotune.client.account import Account
 from cotune.client.budget import check_examples
 from cotune.client.consent import check_consent, limit_gpu_memory
+from cotune.client.correction import Correction
 from cotune.client.guard import Guard
 from cotune.client.noise import stated_noise
 from cotune.client.observe import tell
@@ -21,7 +22,7 @@ from cotune.client.telling import Teller
 from cotune.models.errors import Declined, RunError
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import State
-from cotune.plan.model import model_of
+from cotune.plan.model import model_of, trained_names
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps
 from cotune.privacy.dp_sgd import StepReport, private_steps
@@ -32,12 +33,18 @@ from cotune.strategies.wire import state_digest
 __all__ = ["train_round"]
 
 
-def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
+def train_round(
+    plan: Plan, site: Site, round: int, state: State, *, admitted: int = 0, sent: Mapping[str, Tensor] | None = None
+) -> Update:
     """Trains one round from `state` and returns the update; the same request again gets the same update, without training.
 
+    admitted, sent: as in the request (see strategies/wire).
     Raises DataError when the organisation's records cannot be used, PrivacyError when its budget does not suffice.
     """
-    digest, stage = state_digest(state), plan.stage_of(round)
+    digest, stage = (
+        state_digest({**state, **{f"sent/{name}": tensor for name, tensor in (sent or {}).items()}}),
+        plan.stage_of(round),
+    )
     policy, holdings = site.policy(), site.holdings(plan.labels)
     check_consent(plan, policy, len(holdings))
     finished = site.kept(plan.plan_id, round, digest)
@@ -49,27 +56,31 @@ def train_round(plan: Plan, site: Site, round: int, state: State) -> Update:
     model = model_of(plan, site.file.device)
     limit_gpu_memory(policy, model.device)
     model.load(state)
-    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+    names = trained_names(plan, model, round)
     _check_state(state, names)
+    correction = Correction(plan, site, admitted, sent or {})
     parameters = model.train_only(names)
     setting = setting_of(plan, stage, model, holdings, state, site.organisation)
-    optimizer = optimizer_of(stage.local, model, names, parameters)
+    optimizer, named = optimizer_of(stage.local, model, names, parameters), dict(zip(names, parameters, strict=True))
     guard = Guard(model, {name: state[name] for name in names}, noise=account.budget is not None)
     teller = Teller(account)
     if isinstance(plan.privacy, RecordPrivacy):
         sigma = account.plan_noise(round)  # refuses before anything is charged
         told = _tell(teller, setting, holdings, round)
-        declared, named = teller.examples(len(holdings), round), dict(zip(names, parameters, strict=True))
+        declared = teller.examples(len(holdings), round)
         noise = stated_noise(account, sigma, stage, optimizer, named, declared)
-        steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
+        with correction.applied(optimizer, named):
+            steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
         spent: float | None = account.stated_epsilon()
     else:
         account.leave_unprotected(round, "training")
         told = _tell(teller, setting, holdings, round)
-        steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
+        with correction.applied(optimizer, named):
+            steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
     delta = difference(model.state(names), {name: state[name] for name in names})
     _check_finite(delta)
     update = Update(site.organisation, round, delta, teller.examples(len(holdings), round), steps, spent, told, noise)
+    correction.keep(round, stage, delta)
     site.keep(update, plan.plan_id, digest)
     return update
 

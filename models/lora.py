@@ -15,15 +15,17 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from pydantic import Field, field_validator
 from torch import nn
 
+from cotune.models.adapter import Adapter
 from cotune.models.base import LoadedModel
 from cotune.models.errors import ModelError
 from cotune.models.table import Table
 
-__all__ = ["LoraConfig", "inject", "merge_adapters", "name_seed"]
+__all__ = ["Factors", "LoraConfig", "adapters_of", "inject", "merge_adapters", "name_seed"]
 
 _AUTO_TARGETS = {**PEFT_TARGETS, "distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
 
 _PREPENDED = "its vectors stand before every text of a batch, so that Opacus finds no gradient per record for them"
+Factors = Literal["b", "ab", "alternate"]
 _UNCHECKED = "nobody has checked here that its gradients are clipped record by record"
 _WHY_NOT = {  # adapters that are known, and why they are not to be had
     "dora": "DoRA divides by the norm of the adapted weight, for which Opacus finds no gradient per record",
@@ -48,9 +50,10 @@ class LoraConfig(Table):
     )
     rank: int = Field(8, ge=1, le=512, description="r")
     alpha: float = Field(16.0, gt=0, description="α")
-    freeze_a: bool = Field(
-        True,
-        description="A stays as drawn from the plan's seed and only B is trained (FFA-LoRA, Sun et al., ICLR 2024)",
+    factors: Factors = Field(
+        "b",
+        description="which are trained: b (A stays as drawn from the plan's seed: FFA-LoRA, Sun et al., ICLR 2024), ab (both), or"
+        " alternate (B in odd rounds, A in even ones: RoLoRA)",
     )
     targets: tuple[str, ...] | Literal["auto"] = Field(
         "auto",
@@ -129,6 +132,24 @@ def _draw_a(parameter: nn.Parameter, seed: int) -> None:
     drawn = torch.empty(parameter.shape)
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
     parameter.copy_(drawn)
+
+
+def adapters_of(module: nn.Module) -> tuple[Adapter, ...]:
+    """The LoRA layers of a module, in its order, with the names that their parameters have in a state."""
+    from peft.tuners.lora import LoraLayer
+
+    return tuple(
+        Adapter(
+            a=f"{name}.lora_A.default.weight",
+            b=f"{name}.lora_B.default.weight",
+            weight=f"{name}.weight",
+            scale=float(layer.scaling["default"]),
+            rank=int(layer.r["default"]),
+            transposed=bool(layer.fan_in_fan_out),
+        )
+        for name, layer in module.named_modules()
+        if isinstance(layer, LoraLayer)
+    )
 
 
 def merge_adapters(module: Any) -> None:

@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cotune.models.adapter import Adapter
 from cotune.models.base import LoadedModel, ModelConfig, load_model
 from cotune.models.device import pick_device
 from cotune.models.errors import ModelError
-from cotune.models.lora import LoraConfig, inject, name_seed
+from cotune.models.lora import Factors, LoraConfig, adapters_of, inject, name_seed
 from cotune.models.tasks import TaskName
 
 __all__ = ["LoraConfig", "SharedModel", "State", "TrainMode", "resident"]
@@ -40,20 +41,23 @@ class SharedModel:
             inject(loaded, lora, seed)
         self._initial: State = {}
 
-    def names(self, mode: TrainMode, *, freeze_embeddings: bool = True) -> list[str]:
-        """The parameters that a stage trains and shares, in the model's order. Raises ModelError when there are none."""
-        chosen = [name for name, _ in self.parameters() if self._belongs(name, mode, freeze_embeddings)]
+    def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1) -> list[str]:
+        """The parameters that a stage trains and shares, in the model's order. Raises ModelError when there are none.
+
+        round: from 1; which factors of adapters are trained may depend on it.
+        """
+        chosen = [name for name, _ in self.parameters() if self._belongs(name, mode, freeze_embeddings, round)]
         if not chosen:
             raise ModelError(f"the model has no parameters to train for train = {mode}: expected at least a head")
         return chosen
 
-    def _belongs(self, name: str, mode: TrainMode, freeze_embeddings: bool) -> bool:
+    def _belongs(self, name: str, mode: TrainMode, freeze_embeddings: bool, round: int) -> bool:
         if not name.startswith(self.prefix):
             return True  # the head is part of every stage
         if mode == "head" or name.startswith(self.loaded.frozen):
             return False
         if ".lora_" in name:
-            return mode == "lora" and self.lora is not None and (".lora_B." in name or not self.lora.freeze_a)
+            return mode == "lora" and self.lora is not None and _is_trained(name, self.lora.factors, round)
         return mode == "full" and not (freeze_embeddings and _is_embedding(name))
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -97,9 +101,20 @@ class SharedModel:
             if name not in self._initial:
                 self._initial[name] = own[name].detach().to("cpu", copy=True)
 
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Its LoRA layers."""
+        return adapters_of(self.loaded.module)
+
     def parameter_count(self) -> int:
         """All parameters of the model, adapters included."""
         return sum(p.numel() for p in self.module.parameters())
+
+
+def _is_trained(name: str, factors: Factors, round: int) -> bool:
+    """Whether a factor of an adapter is trained in a round."""
+    if factors == "alternate":
+        return (".lora_B." in name) == (round % 2 == 1)
+    return ".lora_B." in name or factors == "ab"
 
 
 def _is_embedding(name: str) -> bool:

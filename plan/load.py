@@ -14,6 +14,9 @@ from pydantic import ValidationError
 from cotune.models.errors import PlanError, nearest
 from cotune.models.table import first_mistake
 from cotune.plan.schema import Plan
+from cotune.strategies.compatibility import first_problem
+from cotune.strategies.plugins import pinned
+from cotune.strategies.recipes import expand
 
 __all__ = ["dump_plan", "load_plan", "parse_plan", "preset_names", "preset_text"]
 
@@ -31,8 +34,12 @@ def preset_text(name: str) -> str:
     return (resources.files("cotune.plan") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
 
 
-def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = ()) -> Plan:
-    """The plan in a TOML file or a preset, with `key=value` overrides such as "privacy.epsilon=3". Raises PlanError."""
+def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, own_code: bool = True) -> Plan:
+    """The plan in a TOML file or a preset, with `key=value` overrides such as "privacy.epsilon=3". Raises PlanError.
+
+    own_code: whether a strategy's part in a file (`fusion = "my_rules.py:my_fusion"`, relative to the plan) may be run to learn
+    what it needs; without, such a plan must have been completed by whoever made it.
+    """
     path = Path(source)
     if path.suffix == ".toml" or path.exists():
         text, name = _read(path), path.stem
@@ -45,7 +52,9 @@ def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = ()) -> P
     table.setdefault("name", name)
     for override in overrides:
         _override(table, override)
-    return parse_plan(table)
+    if not own_code:
+        return parse_plan(table)
+    return _with_own_parts(table, path.parent if path.suffix == ".toml" else Path())
 
 
 def parse_plan(table: Mapping[str, Any]) -> Plan:
@@ -54,6 +63,22 @@ def parse_plan(table: Mapping[str, Any]) -> Plan:
         return Plan.model_validate(dict(table))
     except ValidationError as error:
         raise PlanError(first_mistake(error, Plan, "plan")) from None
+
+
+def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
+    """The plan, with what must be said about parts in files: where they are, their content, parameters, and what they want
+    sent.
+    """
+    try:
+        table = expand(table)
+        table["strategy"], infos = pinned(table.get("strategy", {}), folder)
+    except ValueError as error:
+        raise PlanError(f"the plan is not valid: strategy: {error}") from None
+    plan = parse_plan(table)
+    problem = first_problem(plan.strategy, plan.facts, infos)
+    if problem:
+        raise PlanError(f"the plan is not valid: {problem}")
+    return plan
 
 
 def dump_plan(plan: Plan) -> str:
@@ -82,6 +107,8 @@ def _override(table: dict[str, Any], text: str) -> None:
         if isinstance(here, list):
             here = _item(here, part, text)
             continue
+        if path[0] == "strategy" and isinstance(here.get(part), str):
+            here[part] = {"recipe" if part == "strategy" else "name": here[part]}
         if not isinstance(here.get(part), dict | list):
             here[part] = {}
         here = here[part]

@@ -9,7 +9,7 @@ from cotune.models.sharing import SharedModel, resident
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
 
-__all__ = ["model_of"]
+__all__ = ["model_of", "trained_names"]
 
 
 def model_of(plan: Plan, device: str) -> SharedModel:
@@ -21,6 +21,12 @@ def model_of(plan: Plan, device: str) -> SharedModel:
     if isinstance(plan.privacy, RecordPrivacy):
         _refuse_batch_norm(model)
     return model
+
+
+def trained_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
+    """The parameters that organisations train and share in a round, in the model's order."""
+    stage = plan.stage_of(round)
+    return model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
 
 
 def _refuse_batch_norm(model: SharedModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +16,8 @@ from cotune.models.table import Table
 from cotune.models.tasks import TaskName
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.client_level import ClientPrivacy
+from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.recipes import expand
 from cotune.strategies.strategy import StrategyConfig
 
 __all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage", "TellConfig"]
@@ -62,6 +65,9 @@ class RoundsConfig(Table):
     quorum: float = Field(0.5, gt=0, le=1, description="fraction of the asked organisations whose updates a round needs")
     deadline_seconds: float = Field(3600.0, gt=0, description="how long a round waits for an organisation")
     max_update_norm: float = Field(1e4, gt=0, description="updates with a larger L2 norm are refused")
+    visibility: Literal["updates", "sum"] = Field(
+        "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"
+    )
 
 
 class TellConfig(Table):
@@ -105,6 +111,9 @@ class Plan(Table):
     train: TrainMode | tuple[Stage, ...] = Field("head", description="one mode for all rounds, or a list of stages")
     rounds: int = Field(10, ge=1, le=100_000, description="where train is one mode; with stages, their sum")
     test_fraction: float = Field(0.15, gt=0, lt=1, description="of the records, held out as the common test set")
+    validation_fraction: float = Field(
+        0.0, ge=0, lt=1, description="of the other records, held by the server: some strategies judge updates by them"
+    )
     keep_checkpoints: int = Field(0, ge=0, description="how many rounds' checkpoints stay on disk; 0: all")
     model: ModelConfig
     data: DataConfig
@@ -116,6 +125,12 @@ class Plan(Table):
     server: RoundsConfig = RoundsConfig()
     tell: TellConfig = TellConfig()
     simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, table: Any) -> Any:
+        """`strategy = "fedadam"` is written out."""
+        return expand(table) if isinstance(table, Mapping) else table
 
     @model_validator(mode="before")
     @classmethod
@@ -147,25 +162,19 @@ class Plan(Table):
         return self
 
     @model_validator(mode="after")
-    def _client_privacy_fits(self) -> Self:
-        """One organisation may change the sum by the clip norm, and by no more."""
-        weighting, fusion = self.strategy.weighting.name, self.strategy.fusion.name
-        if self.client_privacy is None:
-            return self
-        if weighting != "uniform":
-            raise ValueError(
-                f'client_privacy bounds what one organisation changes by its clip norm, which the weighting "{weighting}" would'
-                ' undo: expected strategy.weighting = "uniform"'
-            )
-        if fusion != "mean":
-            raise ValueError(
-                f'client_privacy adds noise to a sum, and the fusion "{fusion}" is none: expected strategy.fusion = "mean"'
-            )
-        if self.client_privacy.amplification and self.server.sample_rate >= 1:
+    def _amplification_can_be_had(self) -> Self:
+        if self.client_privacy and self.client_privacy.amplification and self.server.sample_rate >= 1:
             raise ValueError(
                 "client_privacy.amplification has nothing to account for where everybody is asked in every round: expected"
                 " server.sample_rate below 1, or amplification = false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> Self:
+        problem = first_problem(self.strategy, self.facts)
+        if problem:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -189,6 +198,23 @@ class Plan(Table):
             if 1 <= round <= last:
                 return stage
         raise ValueError(f"expected a round from 1 to {last}, got {round}")
+
+    @property
+    def facts(self) -> Facts:
+        """What decides which strategies the plan can have."""
+        locals_ = [stage.local for stage in self.stages]
+        return Facts(
+            record_privacy=self.privacy != "none",
+            client_privacy=self.client_privacy is not None,
+            sums_only=self.server.visibility == "sum",
+            participation=self.server.sample_rate,
+            optimizers=tuple(local.optimizer for local in locals_),
+            momentum=any(local.optimizer == "sgd" and local.momentum > 0 for local in locals_),
+            one_rate=all(local.head_learning_rate in (None, local.learning_rate) for local in locals_),
+            modes=tuple(stage.mode for stage in self.stages),
+            factors=self.lora.factors if self.uses_lora else None,
+            server_data=self.validation_fraction > 0,
+        )
 
     @property
     def uses_lora(self) -> bool:

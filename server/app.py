@@ -40,4 +40,11 @@ def play(grid: Grid, folder: RunFolder) -> None:
     def judge(state: State) -> Metrics | None:
         return None if test is None else evaluate(model, state, test, plan.model.precision)
 
-    run_rounds(grid, folder, model, judge)
+    held = folder.path / "validation" / "data.json"
+    validation = HoldingsFile.read(held, plan.labels) if held.exists() else None
+
+    def score(state: State) -> float:
+        assert validation is not None, "asked only where there are records"
+        return evaluate(model, state, validation, plan.model.precision).accuracy
+
+    run_rounds(grid, folder, model, judge, score if validation else None)

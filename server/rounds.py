@@ -23,8 +23,10 @@ from cotune.server.admission import reason_to_refuse
 from cotune.server.client_level import ClientLevelPrivacy
 from cotune.server.run_folder import Participant, Progress, RunFolder
 from cotune.server.selection import select
+from cotune.server.step import Score, context_of, enter_round, move, sent_beside, served
+from cotune.strategies.combination import Combination
 from cotune.strategies.updates import Update
-from cotune.strategies.wire import decode_update, encode_requests, payload_bytes
+from cotune.strategies.wire import Recipient, decode_update, encode_requests, payload_bytes
 
 __all__ = ["run_rounds"]
 
@@ -46,8 +48,11 @@ class _Tally:
     bytes_down: int = 0
 
 
-def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate) -> Progress:
+def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate, score: Score | None = None) -> Progress:
     """Plays the rounds that are not finished yet, and returns the run after its last.
+
+    evaluate: a state on the common test set. score: its accuracy on the server's own validation records, for rules that judge
+    by it.
 
     Raises RunError when a round does not reach its quorum; all rounds before are kept.
     """
@@ -61,7 +66,7 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
             reason = client_level.reason_to_stop(progress) if client_level else None
             if reason is not None:
                 return _stop(folder, progress, reason)
-            progress = _play(grid, folder, model, evaluate, progress, round, client_level)
+            progress = _play(grid, folder, model, evaluate, progress, round, client_level, score)
         except (RunError, PrivacyError) as error:
             folder.events.tell("run_failed", round=round, reason=str(error))
             raise
@@ -88,19 +93,21 @@ def _play(
     before: Progress,
     round: int,
     client_level: ClientLevelPrivacy | None,
+    score: Score | None,
 ) -> Progress:
     started = time.monotonic()
     plan, people = folder.plan, select(folder, round)
     stage = plan.stage_of(round)
-    state, names = _enter_stage(model, plan, before.state, round)
+    state, names = enter_round(model, plan, before.state, round)
+    context = context_of(plan, model, before, state, round, organisations=len(folder.file.participants), score=score)
     folder.events.tell("round_started", round=round, stage=stage.mode, organisations=[p.name for p in people])
-    messages, bytes_down = _requests(grid, folder, people, state, round)
+    messages, bytes_down = _requests(grid, folder, people, state, before, round)
     ids = list(grid.push_messages(messages))
     del messages
     tally = _Tally([], [], {}, bytes_down=bytes_down)
     shapes = {name: state[name] for name in names}
     private_mean = client_level.new_mean(shapes, before) if client_level else None
-    combination = private_mean or plan.strategy.new_combination()
+    combination: Combination = private_mean or plan.strategy.new_combination(context)
     deadline = time.monotonic() + plan.server.deadline_seconds
     for participant, message_id in zip(people, ids, strict=True):
         reply = _await_reply(grid, message_id, deadline)
@@ -112,10 +119,8 @@ def _play(
     _check_quorum(plan, people, tally, round)
     if client_level:
         client_level.charge(round)
-    fused = combination.result()
-    optimizer = plan.strategy.new_server_optimizer()
-    moved, memory = optimizer.step(state, fused, before.memory)
-    entry = _entry(round, stage.mode, tally, evaluate(moved), time.monotonic() - started)
+    moved, memory = move(plan, before, state, combination.result(), context)
+    entry = _entry(round, stage.mode, tally, evaluate(served(plan, moved, memory)), time.monotonic() - started)
     clip_norm = None
     if client_level and private_mean:
         entry["client_privacy"] = client_level.entry(before, private_mean)
@@ -123,21 +128,14 @@ def _play(
     return Progress(round, moved, memory, (*before.history, entry), clip_norm)
 
 
-def _enter_stage(model: SharedModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
-    """The state, with the parameters that this round's stage adds at their present values; and the names that it shares."""
-    stage = plan.stage_of(round)
-    model.load(state)
-    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
-    return {**state, **model.state([n for n in names if n not in state])}, names
-
-
 def _requests(
-    grid: Grid, folder: RunFolder, people: Sequence[Participant], state: State, round: int
+    grid: Grid, folder: RunFolder, people: Sequence[Participant], state: State, before: Progress, round: int
 ) -> tuple[list[Message], int]:
     """One message per organisation; with fewer nodes than organisations (simulations), nodes serve several."""
     nodes = _nodes(grid)
-    sites = [(p.name, str(folder.path / p.site) if p.site else "") for p in people]
-    contents = encode_requests(folder.plan.canonical(), round, state, sites)
+    last = {name: entry["round"] for entry in before.history for name in entry["participants"]}
+    recipients = [Recipient(p.name, last.get(p.name, 0), str(folder.path / p.site) if p.site else "") for p in people]
+    contents = encode_requests(folder.plan.canonical(), round, state, recipients, sent_beside(folder.plan, before))
     size = sum(payload_bytes(content) for content in contents)
     ttl = folder.plan.server.deadline_seconds
     messages = [

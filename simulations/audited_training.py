@@ -16,6 +16,7 @@ from torch import nn
 from cotune.client.setting import Setting, optimizer_of, setting_of
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
+from cotune.plan.model import trained_names
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.canaries import Coins, new_canaries, plant
@@ -75,7 +76,7 @@ class AuditedTraining:
     def play(self, round: int) -> None:
         stage, model = self.plan.stage_of(round), self.model
         model.load(self.state)
-        names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+        names = trained_names(self.plan, model, round)
         parameters = model.train_only(names)
         setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation)
         before = model.state(names)

@@ -18,6 +18,7 @@ from cotune.plan.schema import Plan, Stage
 from cotune.server.app import play
 from cotune.server.evaluation import evaluate
 from cotune.server.run_folder import Participant, RunFile, RunFolder
+from cotune.server.step import served_of
 from cotune.simulations.grid import InProcessGrid
 from cotune.simulations.sites import Prepared, Share, make_site
 
@@ -86,4 +87,4 @@ def _judge(folder: RunFolder, baseline: RunFolder) -> Metrics:
     plan = folder.plan
     model = model_of(plan, folder.file.device)
     test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
-    return evaluate(model, baseline.load().state, test, plan.model.precision)
+    return evaluate(model, served_of(baseline.plan, baseline.load()), test, plan.model.precision)

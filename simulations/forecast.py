@@ -21,7 +21,7 @@ from cotune.privacy.policy import Policy
 from cotune.privacy.statement import client_statement
 from cotune.simulations.sites import Prepared, client_level_noise, prepare
 from cotune.strategies.updates import Update
-from cotune.strategies.wire import encode_requests, encode_update, payload_bytes
+from cotune.strategies.wire import Recipient, encode_requests, encode_update, payload_bytes
 
 __all__ = ["ClientForecast", "Forecast", "OrganisationForecast", "StageForecast", "forecast"]
 
@@ -134,7 +134,7 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
     for stage in plan.stages:
         shared = model.state(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
         held |= shared
-        requests = encode_requests(plan.canonical(), 1, held, [(name, "") for name in names])
+        requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names])
         update = encode_update(Update(names[0], 1, shared, 1, 1), plan.plan_id)
         yield StageForecast(
             stage.mode,

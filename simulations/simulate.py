@@ -17,6 +17,7 @@ from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.server.report import write_report
 from cotune.server.run_folder import RunFolder
+from cotune.server.step import served_of
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.engines import check_engine, play_on
 from cotune.simulations.sites import Prepared, make_run, prepare
@@ -92,7 +93,7 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Result:
     results = run_baselines(folder, prepared)
     plan = folder.plan
     model = model_of(plan, folder.file.device)
-    model.load(folder.load().state)
+    model.load(served_of(plan, folder.load()))
     export_model(model, folder.path / "model")
     summary = summarise(folder, prepared, results, seconds + time.monotonic() - began)
     write_durably(folder.path / "summary.json", dumps(summary))

@@ -52,6 +52,7 @@ class Prepared:
     test: tuple[tuple[Path | None, Rows], ...]
     records: dict[Path | None, Records]
     noise: dict[str, float]  # organisation -> σ; empty without privacy
+    validation: tuple[tuple[Path | None, Rows], ...] = ()  # of the server
 
     @property
     def fingerprint(self) -> str:
@@ -75,7 +76,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
     model = plan.model.model_copy(update={"base_hash": base.content_hash, "base": _absolute(plan.model.base)})
     resolved = plan.model_copy(update={"labels": labels, "data": data, "model": model})
-    shares, test = _split(resolved, records)
+    shares, test, validation = _split(resolved, records)
     shares = _with_own_epsilons(plan.simulation.epsilons, shares)
     for share in shares:
         for stage in resolved.stages:
@@ -84,7 +85,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
         client_level_noise(resolved, len(shares))
     noise = _noise(resolved, shares)
     check_stages(resolved, model_of(resolved, device))
-    return Prepared(resolved, shares, test, records, noise)
+    return Prepared(resolved, shares, test, records, noise, validation)
 
 
 def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:
@@ -132,15 +133,23 @@ def _joined(records: list[Records]) -> Records:
     return Records(inputs, tuple(label for r in records for label in r.labels), records[0].source)
 
 
-def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], tuple[tuple[Path | None, Rows], ...]]:
-    """One file is split over simulated organisations; of several files each is one. Of all, a test part is held out."""
+Portions = tuple[tuple[Path | None, Rows], ...]
+
+
+def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], Portions, Portions]:
+    """(shares, test set, validation set). One file is split over simulated organisations; of several files each is one."""
     rng = seeded_generator(plan.seed, "partition")
     shares: list[Share] = []
     test: list[tuple[Path | None, Rows]] = []
+    validation: list[tuple[Path | None, Rows]] = []
     for file, found in records.items():
         strata = [stratum_of(label) for label in found.labels]
         train, held_out = split_test(strata, plan.test_fraction, rng)
         test.append((file, held_out))
+        if plan.validation_fraction:
+            kept, servers = split_test([strata[i] for i in train], plan.validation_fraction, rng)
+            validation.append((file, train[servers]))
+            train = train[kept]
         if file is not None:
             shares.append(Share(organisation_name(file), file, train))
         else:
@@ -150,7 +159,7 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
         raise DataError(
             f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
         )
-    return tuple(shares), tuple(test)
+    return tuple(shares), tuple(test), tuple(validation)
 
 
 def _partition_config(plan: Plan) -> PartitionConfig:
@@ -179,6 +188,8 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
     for share in prepared.shares:
         make_site(path / "sites" / share.name, share.name, plan, [share], device)
     write_holdings(path / "test" / "data.json", plan.data, list(prepared.test), plan.task)
+    if prepared.validation:
+        write_holdings(path / "validation" / "data.json", plan.data, list(prepared.validation), plan.task)
     people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in prepared.shares)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return RunFolder.create(

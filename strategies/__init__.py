@@ -1,22 +1,33 @@
-"""How updates become one step of the shared model: weighting → fusion → server optimiser; and how they travel."""
+"""How updates become one step of the shared model: weighting → fusion → server optimiser, client terms; and how they travel."""
 
-from cotune.strategies.fusion import FUSIONS, WeightedMean
-from cotune.strategies.server_optimizers import SERVER_OPTIMIZERS, ServerSGD
+from cotune.strategies.client_term import ClientTerm
+from cotune.strategies.parts import Needs, Visibility, client_term, fusion, server_optimizer, weighting
+from cotune.strategies.round import Fused, RoundContext, Weighed
+from cotune.strategies.server_optimizer import ServerOptimizer
 from cotune.strategies.strategy import Part, StrategyConfig
+from cotune.strategies.sums import Sums, mean_of, norm, weighted
 from cotune.strategies.updates import Delta, Update, apply_delta, difference
-from cotune.strategies.weighting import JOINT_WEIGHTINGS, WEIGHTINGS
 
 __all__ = [
-    "FUSIONS",
-    "JOINT_WEIGHTINGS",
-    "SERVER_OPTIMIZERS",
-    "WEIGHTINGS",
+    "ClientTerm",
     "Delta",
+    "Fused",
+    "Needs",
     "Part",
-    "ServerSGD",
+    "RoundContext",
+    "ServerOptimizer",
     "StrategyConfig",
+    "Sums",
     "Update",
-    "WeightedMean",
+    "Visibility",
+    "Weighed",
     "apply_delta",
+    "client_term",
     "difference",
+    "fusion",
+    "mean_of",
+    "norm",
+    "server_optimizer",
+    "weighted",
+    "weighting",
 ]

@@ -1,19 +1,27 @@
 """Weighting and fusion as one, fed by the round loop: updates in, one at a time, and the fused delta out.
 
-How much memory a round takes is decided here: a weighting that looks at one update at a time needs the running sum only; one that
-compares them (`noise_aware`) makes the server hold every delta of the round, 4 bytes per shared parameter and organisation.
+How much memory a round takes is decided here: a weighting that looks at one update at a time and a fusion that needs one sum
+keep the running sums only; where updates are compared, the server holds every delta of the round, 4 bytes per shared parameter
+and organisation.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
-from cotune.strategies.fusion import Fusion
+from torch import Tensor
+
+from cotune.models.errors import RunError
+from cotune.strategies.parts import PartInfo, Visibility
+from cotune.strategies.round import Fused, RoundContext, Weighed
+from cotune.strategies.sums import Contribution, norm, total
 from cotune.strategies.updates import Delta, Update
 
-__all__ = ["Combination", "Held", "Streamed"]
+__all__ = ["Combination", "WeightedFusion"]
 
 
 class Combination(Protocol):
@@ -21,46 +29,107 @@ class Combination(Protocol):
 
     def add(self, update: Update) -> None: ...
 
-    def result(self) -> Delta: ...
+    def result(self) -> Delta | Fused: ...
 
 
-class Streamed:
-    """Each update is weighed by itself, added, and let go."""
+class WeightedFusion:
+    """One round of a weighting and a fusion, each with its parameters."""
 
-    def __init__(self, weigh: Callable[[Update], float], fusion: Fusion) -> None:
-        self._weigh, self._fusion = weigh, fusion
-
-    def add(self, update: Update) -> None:
-        self._fusion.add(update.delta, self._weigh(update))
-
-    def result(self) -> Delta:
-        return self._fusion.result()
-
-
-class Held:
-    """All updates are kept until the end, weighed against each other, and added in the order in which they came.
-
-    Weights may differ between the parameters of one update: those with the same weight are added together. That asks for a fusion
-    which treats every parameter by itself, as the weighted mean does.
-    """
-
-    def __init__(self, weigh: Callable[[Sequence[Update]], Sequence[Mapping[str, float]]], fusion: Fusion) -> None:
-        self._weigh, self._fusion = weigh, fusion
-        self._updates: list[Update] = []
+    def __init__(
+        self,
+        weighting: tuple[PartInfo, Mapping[str, Any]],
+        fusion: tuple[PartInfo, Mapping[str, Any]],
+        context: RoundContext,
+    ) -> None:
+        self._weighting, self._fusion, self._context = weighting, fusion, context
+        self._weigh = _bound(*weighting, context)
+        self._fuse = _bound(*fusion, context)
+        self._in_sums = inspect.isgeneratorfunction(fusion[0].build)
+        self._streams = self._in_sums and fusion[0].needs.visibility == Visibility.SUM and not weighting[0].sees_all
+        self._held: list[Update] = []
+        self._sums: dict[str, Tensor] = {}
+        self._passes = self._fuse() if self._in_sums else None
+        self._contribute: Contribution | None = next(self._passes) if self._passes is not None else None
+        self._count, self._weights, self._squares = 0, 0.0, 0.0
 
     def add(self, update: Update) -> None:
-        self._updates.append(update)
+        """Raises RunError for an update with values that are not finite."""
+        if not all(bool(tensor.isfinite().all()) for tensor in update.delta.values()):
+            raise RunError(f"the update of {update.organisation[:80]} is not finite: expected finite values")
+        self._count += 1
+        if self._streams:
+            self._add_up(self._weighed(update, self._weigh(update)))
+        else:
+            self._held.append(update)
 
-    def result(self) -> Delta:
-        for update, weights in zip(self._updates, self._weigh(self._updates), strict=True):
-            for weight, names in _by_weight(weights).items():
-                self._fusion.add({name: update.delta[name] for name in names}, weight)
-        self._updates.clear()
-        return self._fusion.result()
+    def _weighed(self, update: Update, weight: Any) -> Weighed:
+        values = weight.values() if isinstance(weight, Mapping) else (weight,)
+        if not all(isinstance(w, int | float) and 0 <= w < math.inf for w in values):
+            raise RunError(
+                f'the weighting "{self._weighting[0].name}" gave {update.organisation[:80]} the weight {weight!r:.60}: expected a'
+                " finite number, 0 or more"
+            )
+        square, mean = norm(update.delta) ** 2, sum(values) / max(1, len(values))
+        self._weights, self._squares = self._weights + mean, self._squares + mean * square
+        return Weighed(update, weight, self._context.state)
+
+    def _add_up(self, weighed: Weighed) -> None:
+        assert self._contribute is not None
+        total(self._sums, self._contribute(weighed))
+
+    def result(self) -> Fused:
+        """Raises RunError where the updates do not suffice for the rule, or its result is not a delta of the model."""
+        if not self._count:
+            return Fused({}, 0)  # nobody was asked in this round
+        info, parameters = self._fusion
+        least = info.least(**parameters)
+        if self._count < least:
+            raise RunError(
+                f'the fusion "{info.name}" needs {least} updates, and the round has {self._count}: ask more organisations, raise'
+                " server.quorum, or choose another fusion"
+            )
+        weighed = [] if self._streams else self._weigh_all()
+        if not self._weights > 0:
+            raise RunError(f'the weighting "{self._weighting[0].name}" gave every update the weight 0: expected one above')
+        found = self._passed(weighed) if self._passes is not None else self._fuse(weighed)
+        self._held.clear()
+        fused = found if isinstance(found, Fused) else Fused(found)
+        _check(info.name, fused.delta, self._context.state)
+        return Fused(fused.delta, self._count, self._squares / self._weights, fused.memory)
+
+    def _weigh_all(self) -> list[Weighed]:
+        weights: Sequence[Any] = (
+            self._weigh(self._held) if self._weighting[0].sees_all else [self._weigh(update) for update in self._held]
+        )
+        return [self._weighed(update, weight) for update, weight in zip(self._held, weights, strict=True)]
+
+    def _passed(self, weighed: Sequence[Weighed]) -> Delta | Fused:
+        """The passes of a generator over the updates; where they were streamed, its one sum is there already."""
+        assert self._passes is not None
+        try:
+            while True:
+                for update in weighed:
+                    self._add_up(update)
+                sums, self._sums = self._sums, {}
+                self._contribute = self._passes.send(sums)
+                if self._streams:
+                    raise RunError(
+                        f'the fusion "{self._fusion[0].name}" asks for a second pass: expected needs.visibility to say so'
+                    )
+        except StopIteration as end:
+            result: Delta | Fused = end.value
+            return result
 
 
-def _by_weight(weights: Mapping[str, float]) -> Mapping[float, list[str]]:
-    groups: dict[float, list[str]] = defaultdict(list)
-    for name, weight in weights.items():
-        groups[weight].append(name)
-    return groups
+def _bound(info: PartInfo, parameters: Mapping[str, Any], context: RoundContext) -> Callable[..., Any]:
+    return partial(info.build, **parameters, **({"context": context} if info.wants_context else {}))
+
+
+def _check(name: str, delta: Delta, state: Mapping[str, Tensor]) -> None:
+    for key, tensor in delta.items():
+        if key in state and state[key].shape != tensor.shape:
+            raise RunError(
+                f'the fusion "{name}" gave {key} {tuple(tensor.shape)}: expected {tuple(state[key].shape)}, as in the model'
+            )
+        if not bool(tensor.isfinite().all()):
+            raise RunError(f'the fusion "{name}" gave values for {key} that are not finite: expected a finite delta')

@@ -1,50 +1,58 @@
-"""The strategy of a plan: names and parameters of its three parts, checked against the parts' own signatures."""
+"""The strategy of a plan: names and parameters of its parts, checked against the parts' own signatures."""
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cotune.models.errors import nearest
-from cotune.strategies.combination import Combination, Held, Streamed
-from cotune.strategies.fusion import FUSIONS, Fusion
-from cotune.strategies.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
-from cotune.strategies.updates import Update
-from cotune.strategies.weighting import JOINT_WEIGHTINGS, WEIGHTINGS
+from cotune.strategies.client_term import ClientTerm
+from cotune.strategies.combination import Combination, WeightedFusion
+from cotune.strategies.parts import FOLDERS, Kind, PartInfo, Payload
+from cotune.strategies.plugins import is_file, load_file, part_named
+from cotune.strategies.round import RoundContext
+from cotune.strategies.server_optimizer import ServerOptimizer
 
 __all__ = ["Part", "StrategyConfig"]
 
 
 class Part(BaseModel):
-    """A part of a strategy: its name and its parameters, as in `{ name = "sgd", lr = 0.5 }`, or the name alone."""
+    """A part of a strategy: its name and its parameters, as in `{ name = "sgd", lr = 0.5 }`, or the name alone.
+
+    sha256: of the file, where the name is `file.py:function`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str
+    sha256: str | None = None
 
     @property
     def parameters(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
+    def info(self, kind: Kind) -> PartInfo:
+        """What the part says of itself. Runs the file of a plug-in. Raises PlanError for a file that is not the plan's."""
+        return load_file(kind, self.name, self.sha256 or "") if is_file(self.name) else part_named(kind, self.name)
 
-def _checked(part: Any, kind: str, known: Mapping[str, Callable[..., Any]]) -> Any:
+
+def _complete(kind: Kind, part: Any) -> Any:
+    """A part with all its parameters, so that a plan says everything. Files are not opened: see `plugins`."""
     table = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else part
-    if not isinstance(table, dict | Part):
-        raise ValueError(f"expected the name of a {kind}, or a table with its name and parameters, got {table!r}")
-    name = str(table.name if isinstance(table, Part) else table.get("name"))
-    if name not in known:
-        raise ValueError(f'unknown {kind} "{name}"{nearest(name, known)}')
-    given = table.parameters if isinstance(table, Part) else {k: v for k, v in table.items() if k != "name"}
-    accepted = inspect.signature(known[name]).parameters if given else {}
-    for key, value in given.items():
-        if key not in accepted:
-            raise ValueError(f'{kind} "{name}" has no parameter "{key}"{nearest(key, accepted)}')
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f'{kind} "{name}": expected a number for {key}, got {value!r}')
-    return table
+    if isinstance(table, Part):
+        table = table.model_dump()
+    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+        raise ValueError(f"expected the name of a {kind}, or a table with its name and parameters, got {part!r:.80}")
+    name, sha256 = table.pop("name"), table.pop("sha256", None)
+    if not is_file(name):
+        return {"name": name, **part_named(kind, name).check(table)}
+    if kind == "client_term":
+        raise ValueError(
+            f'"{name}" is a file: expected a client term that is installed, as no client runs code that a plan brings'
+        )
+    if sha256 is None:
+        raise ValueError(f'"{name}" came without the SHA-256 of the file: expected a plan that was read from its own file')
+    return {"name": name, "sha256": sha256, **table}
 
 
 class StrategyConfig(BaseModel):
@@ -52,53 +60,75 @@ class StrategyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weighting: Part = Field(Part(name="examples"), description="who counts how much")
+    weighting: Part = Field(Part(name="examples", cap=0), description="who counts how much")
     fusion: Part = Field(Part(name="mean"), description="how the deltas become one")
-    server_optimizer: Part = Field(Part(name="sgd"), description="how the one delta moves the model")
+    server_optimizer: Part = Field(
+        Part(name="sgd", lr=1.0, momentum=0.0),
+        description="how the one delta moves the model",
+    )
+    client_term: Part | None = Field(None, description="what organisations add to their gradients; absent: nothing")
+    sends: tuple[Payload, ...] = Field((), description="what organisations send beside their deltas; found from the parts")
 
-    @field_validator("weighting", mode="before")
+    @field_validator(*FOLDERS, mode="before")
     @classmethod
-    def _weighting(cls, part: Any) -> Any:
-        table = _checked(part, "weighting", {**WEIGHTINGS, **JOINT_WEIGHTINGS})
-        if table.parameters if isinstance(table, Part) else len(table) > 1:
-            raise ValueError("a weighting takes no parameters")
+    def _parts(cls, part: Any, info: Any) -> Any:
+        return None if part is None and info.field_name == "client_term" else _complete(info.field_name, part)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_that_are_used(cls, table: Any) -> Any:
+        """Who names a fusion that uses no weights need not name the uniform weighting beside it."""
+        if isinstance(table, Mapping) and "weighting" not in table and "fusion" in table:
+            fusion = table["fusion"]
+            name = fusion.get("name") if isinstance(fusion, Mapping) else fusion
+            if isinstance(name, str) and not is_file(name) and not part_named("fusion", name).needs.weights:
+                return {**table, "weighting": "uniform"}
         return table
 
-    @field_validator("fusion", mode="before")
-    @classmethod
-    def _fusion(cls, part: Any) -> Any:
-        return _checked(part, "fusion", FUSIONS)
-
-    @field_validator("server_optimizer", mode="before")
-    @classmethod
-    def _server_optimizer(cls, part: Any) -> Any:
-        return _checked(part, "server optimiser", SERVER_OPTIMIZERS)
-
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
-        if self.weighting.name in JOINT_WEIGHTINGS and self.fusion.name != "mean":
-            raise ValueError(
-                f'the weighting "{self.weighting.name}" weighs every parameter by itself, which the fusion "{self.fusion.name}"'
-                ' cannot follow: expected fusion = "mean", or a weighting such as "examples"'
-            )
+    def _sends(self) -> Self:
+        """Those of known parts; a file's are in the plan, which was made where the file could be read."""
+        asked = {payload for _, _, info in self.known_parts() for payload in info.needs.sends}
+        object.__setattr__(self, "sends", tuple(sorted(asked | set(self.sends))))
         return self
+
+    def parts(self) -> list[tuple[Kind, Part]]:
+        """The parts that the strategy has."""
+        found: list[tuple[Kind, Part | None]] = [
+            ("weighting", self.weighting),
+            ("fusion", self.fusion),
+            ("server_optimizer", self.server_optimizer),
+            ("client_term", self.client_term),
+        ]
+        return [(kind, part) for kind, part in found if part is not None]
+
+    def known_parts(self) -> list[tuple[Kind, Part, PartInfo]]:
+        """Without those in files, which must be opened to be known."""
+        return [(kind, part, part.info(kind)) for kind, part in self.parts() if not is_file(part.name)]
 
     @property
     def compares_noise(self) -> bool:
         """Whether the weights depend on the noise that updates state."""
-        return self.weighting.name in JOINT_WEIGHTINGS
+        return "noise" in self.sends
 
-    def weigh(self, update: Update) -> float:
-        return WEIGHTINGS[self.weighting.name](update)
+    @property
+    def keeps_state(self) -> bool:
+        """Whether organisations keep tensors from round to round."""
+        return self.client_term is not None and self.client_term.info("client_term").needs.client_state
 
-    def new_fusion(self) -> Fusion:
-        return FUSIONS[self.fusion.name](**self.fusion.parameters)
-
-    def new_combination(self) -> Combination:
+    def new_combination(self, context: RoundContext) -> Combination:
         """Weighting and fusion for one round."""
-        joint = JOINT_WEIGHTINGS.get(self.weighting.name)
-        return Held(joint, self.new_fusion()) if joint else Streamed(self.weigh, self.new_fusion())
+        weighting, fusion = self.weighting, self.fusion
+        return WeightedFusion(
+            (weighting.info("weighting"), weighting.parameters), (fusion.info("fusion"), fusion.parameters), context
+        )
 
     def new_server_optimizer(self) -> ServerOptimizer:
-        built: ServerOptimizer = SERVER_OPTIMIZERS[self.server_optimizer.name](**self.server_optimizer.parameters)
+        part = self.server_optimizer
+        built: ServerOptimizer = part.info("server_optimizer").build(**part.parameters)
+        return built
+
+    def new_client_term(self) -> ClientTerm:
+        part = self.client_term
+        built: ClientTerm = ClientTerm() if part is None else part.info("client_term").build(**part.parameters)
         return built

@@ -21,6 +21,7 @@ class Update:
     steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy. told: what
     else plan and policy let it say, by name: numbers about its records, with or without noise as its policy has it.
     noise_variance: of the privacy noise on every coordinate of a parameter's delta, by parameter; None where it states none.
+    statistics: arrays that a fusion asks for beside the delta, as "fisher/<parameter>" or "gram/<parameter>" (float32).
     """
 
     organisation: str
@@ -31,6 +32,7 @@ class Update:
     epsilon: float | None = None
     told: Mapping[str, float] = field(default_factory=dict)
     noise_variance: Mapping[str, float] | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:

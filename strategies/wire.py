@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from cotune.models.errors import RunError
 from cotune.strategies.updates import Update
 
 __all__ = [
+    "Recipient",
     "Request",
     "decode_request",
     "decode_update",
@@ -30,7 +31,7 @@ __all__ = [
     "state_digest",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 _MOST_TOLD = 10_000  # values beside an update: a number per class and a few more
 _FLOATS = {"float32": torch.float32}
 
@@ -39,32 +40,48 @@ _FLOATS = {"float32": torch.float32}
 class Request:
     """The server's request to train: one round of a plan, from a state, by one organisation.
 
-    site: only in simulations, the folder of the simulated organisation.
+    admitted: the last round whose update of this organisation is in the model; 0: none. sent: what the plan's client term sends
+    beside the state. site: only in simulations, the folder of the simulated organisation.
     """
 
     plan: str
     round: int
     organisation: str
     state: Mapping[str, Tensor]
+    admitted: int = 0
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
+    site: str = ""
+
+
+@dataclass(frozen=True)
+class Recipient:
+    """Whom a request is for. admitted, site: as in the request."""
+
+    organisation: str
+    admitted: int = 0
     site: str = ""
 
 
 def encode_requests(
-    plan: str, round: int, state: Mapping[str, Tensor], recipients: Sequence[tuple[str, str]]
+    plan: str,
+    round: int,
+    state: Mapping[str, Tensor],
+    recipients: Sequence[Recipient],
+    sent: Mapping[str, Tensor] | None = None,
 ) -> list[RecordDict]:
-    """One request per (organisation, site); they share one copy of the arrays."""
-    arrays = _arrays(state)
-    return [RecordDict({"state": arrays, "request": _header(plan, round, name, site)}) for name, site in recipients]
+    """One request per recipient; they share one copy of the arrays."""
+    arrays, beside = _arrays(state), _arrays(sent or {})
+    return [RecordDict({"state": arrays, "sent": beside, "request": _header(plan, round, who)}) for who in recipients]
 
 
-def _header(plan: str, round: int, organisation: str, site: str) -> ConfigRecord:
-    return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, "organisation": organisation, "site": site})
+def _header(plan: str, round: int, who: Recipient) -> ConfigRecord:
+    return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, **asdict(who)})
 
 
 def decode_request(content: RecordDict) -> Request:
     """Raises RunError, in one sentence, for anything but a well-formed request of this protocol."""
-    fields = _fields(content, "request", {"plan": str, "round": int, "organisation": str, "site": str})
-    return Request(**fields, state=_tensors(content, "state"))
+    fields = _fields(content, "request", {"plan": str, "round": int, "organisation": str, "admitted": int, "site": str})
+    return Request(**fields, state=_tensors(content, "state"), sent=_tensors(content, "sent"))
 
 
 def encode_update(update: Update, plan_id: str) -> RecordDict:
@@ -79,6 +96,8 @@ def encode_update(update: Update, plan_id: str) -> RecordDict:
     }
     told = ConfigRecord({name: float(value) for name, value in update.told.items()})
     content = RecordDict({"delta": _arrays(update.delta), "update": ConfigRecord(record), "told": told})
+    if update.statistics:
+        content["statistics"] = _arrays(update.statistics)
     if update.noise_variance is not None:
         content["noise_variance"] = MetricRecord({name: float(v) for name, v in update.noise_variance.items()})
     return content
@@ -102,6 +121,7 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
         epsilon=None if stated < 0 else stated,
         told=_told(content),
         noise_variance=_variances(content),
+        statistics=_tensors(content, "statistics") if "statistics" in content else {},
     )
 
 

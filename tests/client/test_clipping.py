@@ -45,7 +45,7 @@ MODES: dict[str, dict[str, Any]] = {
     "head": {"train": "head"},
     "lora": {"train": "lora"},
     "rslora": {"train": "lora", "lora": {"method": "rslora"}},
-    "lora with A": {"train": "lora", "lora": {"freeze_a": False}},
+    "lora with A": {"train": "lora", "lora": {"factors": "ab"}},
     "full": {"train": "full"},
     "full with embeddings": {"train": [{"mode": "full", "rounds": 1, "freeze_embeddings": False}]},
 }

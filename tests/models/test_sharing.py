@@ -92,7 +92,7 @@ def test_lora_shares_b_and_the_head(shared: Make, kind: str) -> None:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_lora_shares_a_too_unless_frozen(shared: Make, kind: str) -> None:
     frozen = shared(kind, lora=LoraConfig(rank=2)).names("lora")
-    both = shared(kind, lora=LoraConfig(rank=2, freeze_a=False)).names("lora")
+    both = shared(kind, lora=LoraConfig(rank=2, factors="ab")).names("lora")
     assert set(both) - set(frozen) == {n.replace(".lora_B.", ".lora_A.") for n in frozen if ".lora_B." in n}
     assert set(frozen) < set(both)
 

@@ -195,7 +195,7 @@ def text_model(folder: Path, kind: str, lora: LoraConfig | None) -> SharedModel:
 
 
 def lora_config(kind: str, freeze_a: bool) -> LoraConfig:
-    return LoraConfig(rank=2, freeze_a=freeze_a, targets=("q_lin", "v_lin") if kind == "distilbert" else "auto")
+    return LoraConfig(rank=2, factors="b" if freeze_a else "ab", targets=("q_lin", "v_lin") if kind == "distilbert" else "auto")
 
 
 TRAINED: dict[str, tuple[TrainMode, bool, bool]] = {  # mode, A frozen, embeddings frozen

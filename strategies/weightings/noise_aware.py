@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cotune.strategies.parts import Needs, weighting
 from cotune.strategies.updates import Update
 
 __all__ = ["RandomEffects", "noise_aware", "random_effects"]
@@ -31,6 +32,11 @@ class RandomEffects:
     weights: tuple[float, ...]
 
 
+@weighting(
+    "noise_aware",
+    cite="DerSimonian & Laird, 1986; compare Malekmohammadi et al., ICML 2024, https://arxiv.org/abs/2406.03519",
+    needs=Needs(sends=("noise",), by_parameter=True),
+)
 def noise_aware(updates: Sequence[Update]) -> list[dict[str, float]]:
     """The weight of each parameter of each update, in the order of the updates; they all hold the same parameters.
 

@@ -1,0 +1,142 @@
+"""Which strategies a run can have: an impossible combination is refused before anything starts, with the reason and a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from cotune.strategies.parts import Kind, PartInfo, Visibility
+from cotune.strategies.strategy import Part, StrategyConfig
+
+__all__ = ["Facts", "first_problem"]
+
+_STATISTICS = {"fisher", "gram"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan says beside its strategy. sums_only: the server may see sums alone. participation: the fraction of the
+    organisations that each round asks. organisations: that it asks; None where that is not known before the run. factors:
+    lora.factors where adapters are trained, else None. one_rate: every parameter is trained at the same learning rate."""
+
+    record_privacy: bool = False
+    client_privacy: bool = False
+    sums_only: bool = False
+    participation: float = 1.0
+    organisations: int | None = None
+    optimizers: tuple[str, ...] = ("sgd",)
+    momentum: bool = False
+    one_rate: bool = True
+    modes: tuple[str, ...] = ("head",)
+    factors: str | None = None
+    mixed_ranks: bool = False
+    server_data: bool = False
+
+
+Found = Mapping[Kind, tuple[Part, PartInfo]]
+
+
+def first_problem(strategy: StrategyConfig, facts: Facts, infos: Mapping[Kind, PartInfo] | None = None) -> str | None:
+    """Why the strategy cannot be had, in words; None when it can. infos: of parts in files, where they have been opened."""
+    found: Found = {kind: (part, info) for kind, part, info in strategy.known_parts()}
+    opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.parts() if kind in (infos or {})}
+    return next(_problems({**found, **opened}, facts), None)
+
+
+def _problems(found: Found, facts: Facts) -> Iterator[str]:
+    yield from _between_parts(found)
+    for kind, (part, info) in found.items():
+        for reason in _with_plan(part, info, facts):
+            yield f'the {_word(kind)} "{part.name}" {reason}'
+
+
+def _word(kind: Kind) -> str:
+    return kind.replace("_", " ").replace("optimizer", "optimiser")
+
+
+def _between_parts(found: Found) -> Iterator[str]:
+    weighting, fusion, optimizer = found.get("weighting"), found.get("fusion"), found.get("server_optimizer")
+    if weighting and fusion:
+        if weighting[1].needs.by_parameter and not fusion[1].needs.by_parameter:
+            yield (
+                f'the weighting "{weighting[0].name}" weighs every parameter by itself, which the fusion "{fusion[0].name}"'
+                ' cannot follow: expected fusion = "mean", or a weighting such as "examples"'
+            )
+        if not fusion[1].needs.weights and weighting[0].name != "uniform":
+            yield (
+                f'the fusion "{fusion[0].name}" uses no weights, so the weighting "{weighting[0].name}" would do'
+                f" nothing: expected"
+                ' weighting = "uniform"'
+            )
+    if fusion and optimizer and fusion[1].needs.sets_state and not _plain(optimizer[0]):
+        yield (
+            f'the fusion "{fusion[0].name}" gives a new model rather than a direction, which the server optimiser'
+            f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1 and momentum 0'
+        )
+
+
+def _plain(optimizer: Part) -> bool:
+    given = optimizer.parameters
+    return optimizer.name == "sgd" and given.get("lr", 1.0) == 1.0 and given.get("momentum", 0.0) == 0.0
+
+
+def _with_plan(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:
+    yield from _privacy(info, facts)
+    yield from _participation(part, info, facts)
+    yield from _training(info, facts)
+
+
+def _privacy(info: PartInfo, facts: Facts) -> Iterator[str]:
+    needs = info.needs
+    statistics = sorted(_STATISTICS & set(needs.sends))
+    if facts.record_privacy and statistics:
+        yield (
+            f"needs statistics of the records ({', '.join(statistics)}) that no noise protects: expected privacy ="
+            f" none, or a fusion"
+            ' that needs deltas alone, such as "mean" or "ties"'
+        )
+    if facts.client_privacy and info.kind == "weighting" and info.name != "uniform":
+        yield (
+            "would undo client_privacy, which bounds what one organisation changes by its clip norm: expected"
+            ' strategy.weighting = "uniform"'
+        )
+    if facts.client_privacy and info.kind == "fusion" and info.name != "mean":
+        yield 'cannot be had with client_privacy, which adds noise to a sum of clipped updates: expected strategy.fusion = "mean"'
+    if facts.client_privacy and needs.client_privacy:
+        yield f"cannot be had with client_privacy: {needs.client_privacy}"
+    if facts.sums_only and needs.visibility != Visibility.SUM:
+        yield f'must see {needs.visibility}, and server.visibility allows one sum: expected a rule of one sum, such as "mean"'
+    if facts.sums_only and info.sees_all:
+        yield 'compares the updates, and server.visibility allows one sum: expected weighting = "examples" or "uniform"'
+
+
+def _participation(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:
+    needs, least = info.needs, info.least(**part.parameters)
+    if facts.participation < needs.participation:
+        yield (
+            f"needs every organisation at least every {1 / needs.participation:g} rounds, and each is asked with"
+            f" {facts.participation:g}: expected server.sample_rate of {needs.participation:g} or more, or a strategy"
+            f" without state"
+            ' at the organisations, such as "fedadam"'
+        )
+    if facts.organisations is not None and facts.organisations < least:
+        yield f"needs {least} updates in a round, and the plan asks {facts.organisations} organisations: expected more of them"
+
+
+def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
+    needs = info.needs
+    wrong = [name for name in facts.optimizers if needs.optimizers and name not in needs.optimizers]
+    if wrong:
+        yield f"assumes local.optimizer = {' or '.join(needs.optimizers)}, and the plan has {wrong[0]}: change one of the two"
+    if not needs.momentum and facts.momentum:
+        yield "assumes plain gradient steps, and the plan has local.momentum above 0: expected 0"
+    if needs.optimizers and not facts.one_rate:
+        yield "assumes one learning rate, and the plan has another local.head_learning_rate: leave it out"
+    if needs.adapters and "lora" not in facts.modes:
+        yield "is for adapters, and no stage of the plan trains any: expected train = lora"
+    if needs.adapters and facts.factors is not None and facts.factors not in needs.adapters:
+        yield f"is for lora.factors = {' or '.join(needs.adapters)}, and the plan has {facts.factors}: change one of the two"
+    if facts.mixed_ranks and info.kind == "fusion" and not needs.mixed_ranks:
+        yield 'cannot fuse adapters of different ranks: expected one rank for all, or a fusion that can, such as "flexlora"'
+    if needs.server_data and not facts.server_data:
+        yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"

@@ -1,0 +1,54 @@
+"""Named recipes: what the literature calls a strategy, as parts. `strategy = "fedadam"` in a plan stands for its line here.
+
+A part that a recipe does not name keeps its default (weighting examples, fusion mean, server optimiser sgd, no client term).
+`lora` goes to the plan's table of that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cotune.models.errors import nearest
+
+__all__ = ["RECIPES", "expand"]
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # averaging
+    "fedavg": {},
+    "fedavgm": {"server_optimizer": {"name": "sgd", "momentum": 0.9}},
+}
+
+
+def expand(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with its recipe written out; what the plan gives beside it wins. Raises ValueError for an unknown recipe."""
+    given = table.get("strategy")
+    given = {"recipe": given} if isinstance(given, str) else given
+    if not isinstance(given, Mapping) or "recipe" not in given:
+        return dict(table)
+    name = str(given["recipe"])
+    if name not in RECIPES:
+        raise ValueError(f'unknown strategy "{name}"{nearest(name, RECIPES)}')
+    recipe, parts = RECIPES[name], {key: value for key, value in given.items() if key != "recipe"}
+    wanted = {key: value for key, value in recipe.items() if key != "lora"}
+    strategy = {**wanted, **{key: _with_name(wanted.get(key), value) for key, value in parts.items()}}
+    lora = _lora(name, recipe.get("lora", {}), table.get("lora", {}))
+    return {**table, "strategy": strategy, **({"lora": lora} if lora else {})}
+
+
+def _with_name(recipe: Any, given: Any) -> Any:
+    """Parameters alone are those of the recipe's part."""
+    if not isinstance(given, Mapping) or "name" in given or recipe is None:
+        return given
+    return {**({"name": recipe} if isinstance(recipe, str) else recipe), **given}
+
+
+def _lora(name: str, wanted: Mapping[str, Any], given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    for key, value in wanted.items():
+        if given.get(key, value) != value:
+            raise ValueError(
+                f'the strategy "{name}" is for lora.{key} = "{value}", and the plan has "{given[key]}": leave it out'
+            )
+    return {**given, **wanted}

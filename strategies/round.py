@@ -1,0 +1,93 @@
+"""What the parts of a strategy see of a round: weighed updates, the context, and the fused delta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cotune.models.adapter import Adapter
+from cotune.strategies.updates import Delta, Update
+
+__all__ = ["Fused", "LocalSteps", "RoundContext", "Weighed"]
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """How every organisation trains in the round. learning_rate: η of the first parameter group; steps: K."""
+
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What a part may know of the round beside the updates; a part that wants it has a parameter named `context`.
+
+    round: from 1. seed: the plan's. organisations: of the run, asked or not. state: θ, as everybody received it. adapters: of the
+    stage, where it trains LoRA factors. memory: what this part remembered of the round before; empty in the first. score: the
+    accuracy of θ + delta on the server's own validation records; None where it holds none.
+    """
+
+    round: int = 1
+    seed: int = 0
+    organisations: int = 1
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    local: LocalSteps = LocalSteps()
+    adapters: tuple[Adapter, ...] = ()
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    score: Callable[[Delta], float] | None = None
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """An update with its weight w_k, 0 or more and not normalised; a weighting may weigh every parameter by itself.
+
+    state: θ as received, for the shapes: an organisation with a smaller rank sends smaller LoRA factors.
+    """
+
+    update: Update
+    weight: float | Mapping[str, float]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def delta(self) -> dict[str, Tensor]:
+        """The delta in float64; factors of a smaller rank are padded with zeros."""
+        return {name: self._padded(name, tensor.to(torch.float64)) for name, tensor in self.update.delta.items()}
+
+    def weight_of(self, name: str) -> float | Tensor:
+        """w_k of a parameter; a mask times w_k where the organisation holds a part of it only."""
+        weight = self.weight if isinstance(self.weight, int | float) else self.weight[name]
+        sent = self.update.delta[name]
+        if name not in self.state or self.state[name].shape == sent.shape:
+            return weight
+        return self._padded(name, torch.full_like(sent, weight, dtype=torch.float64))
+
+    @property
+    def scalar(self) -> float:
+        """The one weight of the update. Raises TypeError where every parameter has its own."""
+        if not isinstance(self.weight, int | float):
+            raise TypeError("expected one weight for the update, got one for each parameter")
+        return float(self.weight)
+
+    def _padded(self, name: str, tensor: Tensor) -> Tensor:
+        shape = self.state[name].shape if name in self.state else tensor.shape
+        if shape == tensor.shape:
+            return tensor
+        whole = torch.zeros(shape, dtype=tensor.dtype)
+        whole[tuple(slice(0, size) for size in tensor.shape)] = tensor
+        return whole
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What a round's updates have become: D, how many there were, Σ p_k ‖Δ_k‖², and what the fusion remembers."""
+
+    delta: Delta
+    participants: int = 1
+    mean_squared_norm: float = 0.0
+    memory: Mapping[str, Tensor] = field(default_factory=dict)

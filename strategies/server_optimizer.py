@@ -1,0 +1,25 @@
+"""What a server optimiser is: it moves the shared model by a fused delta, an optimiser on the pseudo-gradient −D."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from cotune.strategies.round import Fused, RoundContext
+
+__all__ = ["ServerOptimizer"]
+
+
+class ServerOptimizer:
+    """The base of all: frozen dataclasses, whose fields are the plan's parameters (Reddi et al., ICLR 2021, algorithm 1)."""
+
+    def step(
+        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(θ, D, own memory) -> (θ, own memory); the memory is tensors, checkpointed with the round."""
+        raise NotImplementedError
+
+    def serve(self, state: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model to judge and to hand out, where that is not θ itself."""
+        return dict(state)

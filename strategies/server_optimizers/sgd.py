@@ -1,0 +1,36 @@
+"""Gradient descent with momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.parts import server_optimizer
+from cotune.strategies.round import Fused, RoundContext
+from cotune.strategies.server_optimizer import ServerOptimizer
+from cotune.strategies.updates import apply_delta
+
+__all__ = ["ServerSGD"]
+
+
+@server_optimizer("sgd", cite="Hsu et al., 2019, https://arxiv.org/abs/1909.06335")
+@dataclass(frozen=True)
+class ServerSGD(ServerOptimizer):
+    """θ += lr·v with v = momentum·v + D; lr 1 and momentum 0 is FedAvg, momentum above 0 FedAvgM."""
+
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def step(
+        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if not self.momentum:
+            return apply_delta(state, {name: d * self.lr for name, d in fused.delta.items()}), {}
+        delta = fused.delta.items()
+        moving = {name: d.to(torch.float64) + self.momentum * memory.get(name, torch.zeros(())) for name, d in delta}
+        return apply_delta(state, {name: v * self.lr for name, v in moving.items()}), {**memory, **moving}

@@ -1,0 +1,57 @@
+"""Fusions that need sums alone: written as generators, they see no single update.
+
+Such a rule yields a *contribution*, a function that each organisation could apply to its own update by itself, and is sent back
+the sum over all of them; a rule of several passes yields again, and what it has learnt so far is in the closure of the next
+contribution, as if it had been broadcast:
+
+>>> def mean():
+...     sums = yield lambda update: {"w": torch.tensor(update.scalar), "d": update.scalar * update.delta["x"]}
+...     return {"x": sums["d"] / sums["w"]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+
+import torch
+from torch import Tensor
+
+from cotune.strategies.round import Fused, Weighed
+from cotune.strategies.updates import Delta
+
+__all__ = ["Contribution", "Sums", "mean_of", "norm", "total", "weighted"]
+
+Contribution = Callable[[Weighed], Mapping[str, Tensor]]  # of one update, in float64
+Sums = Generator[Contribution, Mapping[str, Tensor], Delta | Fused]
+
+_WEIGHT = "weight of "
+
+
+def weighted(update: Weighed) -> dict[str, Tensor]:
+    """w_k Δ_k and w_k of every parameter: the sums of both give the weighted mean over those that sent it."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in update.delta.items():
+        weight = update.weight_of(name)
+        found[name] = tensor * weight
+        found[_WEIGHT + name] = torch.as_tensor(weight, dtype=torch.float64)
+    return found
+
+
+def mean_of(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Σ w_k Δ_k / Σ w_k of every parameter, from sums of what `weighted` gives; 0 where nobody holds the entry."""
+    names = [name for name in sums if _WEIGHT + name in sums]
+    return {name: torch.where(sums[_WEIGHT + name] > 0, sums[name] / sums[_WEIGHT + name], 0.0) for name in names}
+
+
+def norm(delta: Delta) -> float:
+    """‖Δ‖₂ over all parameters, in float64."""
+    return float(sum(float(tensor.to(torch.float64).pow(2).sum()) for tensor in delta.values()) ** 0.5)
+
+
+def total(sums: dict[str, Tensor], contribution: Mapping[str, Tensor]) -> None:
+    """Adds a contribution to the running sums, in place."""
+    for name, tensor in contribution.items():
+        if name in sums:
+            sums[name] += tensor
+        else:
+            sums[name] = tensor.to(torch.float64, copy=True)

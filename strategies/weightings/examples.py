@@ -1,0 +1,21 @@
+"""By the number of records."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from cotune.strategies.parts import weighting
+from cotune.strategies.updates import Update
+
+__all__ = ["examples"]
+
+
+@weighting("examples", cite="McMahan et al., AISTATS 2017, https://arxiv.org/abs/1602.05629, algorithm 1")
+def examples(update: Update, *, cap: Annotated[int, Field(ge=0)] = 0) -> float:
+    """w_k = n_k, the number of records that the organisation declares.
+
+    cap: counted at most, so that the largest organisation does not decide alone; 0: no cap.
+    """
+    return float(min(update.examples, cap) if cap else update.examples)
