@@ -51,7 +51,9 @@ def norm(delta: Delta) -> float:
 def total(sums: dict[str, Tensor], contribution: Mapping[str, Tensor]) -> None:
     """Adds a contribution to the running sums, in place."""
     for name, tensor in contribution.items():
-        if name in sums:
+        if name in sums and sums[name].shape == tensor.shape:
             sums[name] += tensor
+        elif name in sums:  # the weight of a whole tensor beside that of a part of one
+            sums[name] = sums[name] + tensor
         else:
             sums[name] = tensor.to(torch.float64, copy=True)
