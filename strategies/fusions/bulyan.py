@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.krum import scores
+from cotune.strategies.fusions.krum import ranked
 from cotune.strategies.fusions.median import middle
 from cotune.strategies.fusions.stacked import squared_distances, stacked
 from cotune.strategies.parts import Needs, Visibility, fusion
@@ -20,7 +20,7 @@ __all__ = ["bulyan"]
 
 @fusion(
     "bulyan",
-    cite="El Mhamdi et al., ICML 2018, https://arxiv.org/abs/1802.07927, section 4",
+    cite="El Mhamdi et al., ICML 2018, https://arxiv.org/abs/1802.07927",
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
     least=lambda malicious: 4 * malicious + 3,
 )
@@ -32,15 +32,14 @@ def bulyan(updates: Sequence[Weighed], *, malicious: Annotated[int, Field(ge=0)]
     malicious: f, how many of the n updates may be; n ≥ 4f + 3.
     """
     chosen = _chosen(squared_distances(updates), malicious)
-    return {name: _around_middle(deltas, 2 * malicious) for name, deltas in stacked([updates[i] for i in chosen]).items()}
+    return {name: _around_middle(deltas, 2 * malicious) for name, deltas in stacked([updates[k] for k in chosen]).items()}
 
 
 def _chosen(distances: Tensor, malicious: int) -> list[int]:
     """The n − 2f updates that Krum takes, one after the other."""
     left, chosen = list(range(len(distances))), list[int]()
     while len(chosen) < len(distances) - 2 * malicious:
-        best = int(scores(distances[left][:, left], malicious).argmin())
-        chosen.append(left.pop(best))
+        chosen.append(left.pop(ranked(distances[left][:, left], malicious)[0]))
     return chosen
 
 

@@ -22,7 +22,7 @@ _NOTHING = torch.zeros((), dtype=torch.float64)
 
 @fusion(
     "centred_clipping",
-    cite="Karimireddy et al., ICML 2021, https://arxiv.org/abs/2012.10333, section 4",
+    cite="Karimireddy et al., ICML 2021, https://arxiv.org/abs/2012.10333",
     needs=Needs(visibility=Visibility.SUM_2PASS),
     scales=False,
     keeps=False,

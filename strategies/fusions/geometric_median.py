@@ -19,7 +19,7 @@ __all__ = ["geometric_median"]
 
 @fusion(
     "geometric_median",
-    cite="Pillutla et al., IEEE TSP 2022, https://arxiv.org/abs/1912.13445, algorithm 2",
+    cite="Pillutla et al., IEEE TSP 2022, https://arxiv.org/abs/1912.13445",
     needs=Needs(visibility=Visibility.SUM_2PASS),
     scales=False,
 )
@@ -30,7 +30,8 @@ def geometric_median(
 
     β_k = p_k / max(ν, ‖Δ_k − z‖), so that who is far away pulls no more than who is near.
 
-    passes: over the updates, after the one for the mean. smoothing: ν, a length of deltas.
+    passes: over the updates, after the one for the mean; each divides the pull of one update that is very far away by about the
+    number of the others. smoothing: ν, a length of deltas.
     """
     centre = mean_of((yield weighted))
     for _ in range(passes):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.fusions.krum import scores
+from cotune.strategies.fusions.krum import ranked
 from cotune.strategies.fusions.stacked import mean_of_each, squared_distances
 from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import Weighed
@@ -18,7 +18,7 @@ __all__ = ["multi_krum"]
 
 @fusion(
     "multi_krum",
-    cite="Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757, section 5",
+    cite="Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757",
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
     least=lambda malicious, keep: max(2 * malicious + 3, keep),
 )
@@ -29,5 +29,5 @@ def multi_krum(
 
     malicious: f, how many of the n updates may be; n ≥ 2f + 3. keep: m; 0: n − f.
     """
-    best = scores(squared_distances(updates), malicious).argsort(stable=True)
-    return mean_of_each([updates[i] for i in best[: keep or len(updates) - malicious].tolist()])
+    best = ranked(squared_distances(updates), malicious)[: keep or len(updates) - malicious]
+    return mean_of_each([updates[k] for k in best])

@@ -18,7 +18,7 @@ __all__ = ["clipped", "norm_bound"]
 
 @fusion(
     "norm_bound",
-    cite="Sun et al., 2019, https://arxiv.org/abs/1911.07963, section 4",
+    cite="Sun et al., 2019, https://arxiv.org/abs/1911.07963",
     needs=Needs(by_parameter=True, mixed_ranks=True),
     scales=False,
     keeps=False,

@@ -15,8 +15,8 @@ def literally(deltas: np.ndarray, f: int) -> np.ndarray:
         scores = []
         for i in left:
             near = sorted(float(((deltas[i] - deltas[j]) ** 2).sum()) for j in left if j != i)
-            scores.append(sum(near[: max(1, len(left) - f - 2)]))
-        chosen.append(left.pop(int(np.argmin(scores))))
+            scores.append((sum(near[: max(1, len(left) - f - 2)]), sum(near)))
+        chosen.append(left.pop(scores.index(min(scores))))
     values, found = deltas[chosen], np.empty(deltas.shape[1])
     for j in range(deltas.shape[1]):
         middle = np.median(values[:, j])
