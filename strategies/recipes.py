@@ -17,6 +17,26 @@ RECIPES: dict[str, dict[str, Any]] = {
     # averaging
     "fedavg": {},
     "fedavgm": {"server_optimizer": {"name": "sgd", "momentum": 0.9}},
+    # averaging that corrects for local steps, or for who is worse off
+    "fednova": {"fusion": "fednova"},
+    "qfedavg": {"weighting": "uniform", "fusion": "q_fedavg"},
+    # robust to a few wrong or hostile organisations
+    "median": {"weighting": "uniform", "fusion": "median"},
+    "trimmed_mean": {"weighting": "uniform", "fusion": "trimmed_mean"},
+    "krum": {"weighting": "uniform", "fusion": "krum"},
+    "multi_krum": {"weighting": "uniform", "fusion": "multi_krum"},
+    "bulyan": {"weighting": "uniform", "fusion": "bulyan"},
+    "rfa": {"fusion": "geometric_median"},
+    "norm_bound": {"fusion": "norm_bound"},
+    "centred_clipping": {"weighting": "uniform", "fusion": "centred_clipping"},
+    # model merging
+    "soup": {"weighting": "uniform"},
+    "greedy_soup": {"weighting": "uniform", "fusion": "greedy_soup"},
+    "task_arithmetic": {"weighting": "uniform", "fusion": "task_arithmetic"},
+    "ties": {"weighting": "uniform", "fusion": "ties"},
+    "dare": {"fusion": "dare"},
+    "model_stock": {"weighting": "uniform", "fusion": "model_stock"},
+    "consensus": {"weighting": "uniform", "fusion": "consensus"},
 }
 
 

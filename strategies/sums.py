@@ -27,10 +27,13 @@ Sums = Generator[Contribution, Mapping[str, Tensor], Delta | Fused]
 _WEIGHT = "weight of "
 
 
-def weighted(update: Weighed) -> dict[str, Tensor]:
-    """w_k Δ_k and w_k of every parameter: the sums of both give the weighted mean over those that sent it."""
+def weighted(update: Weighed, delta: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """w_k Δ_k and w_k of every parameter: the sums of both give the weighted mean over those that sent it.
+
+    delta: what has become of the update's own, which is the default.
+    """
     found: dict[str, Tensor] = {}
-    for name, tensor in update.delta.items():
+    for name, tensor in (update.delta if delta is None else delta).items():
         weight = update.weight_of(name)
         found[name] = tensor * weight
         found[_WEIGHT + name] = torch.as_tensor(weight, dtype=torch.float64)

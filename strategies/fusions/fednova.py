@@ -1,0 +1,53 @@
+"""The mean of updates that are counted per local step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cotune.models.errors import RunError
+from cotune.strategies.parts import Needs, fusion
+from cotune.strategies.round import RoundContext, Weighed
+from cotune.strategies.sums import Sums, mean_of, weighted
+
+__all__ = ["effective_steps", "fednova"]
+
+_STEPS, _WEIGHT = "steps of ", "weight in steps of "
+_TINY = 1e-300  # where every holder of a parameter weighs 0, its mean is 0
+
+
+@fusion(
+    "fednova",
+    cite="Wang et al., NeurIPS 2020, https://arxiv.org/abs/2007.07481",
+    needs=Needs(optimizers=("sgd",)),
+    keeps=False,
+)
+def fednova(*, context: RoundContext) -> Sums:
+    """D = (Σ p_k τ_k) · Σ p_k Δ_k / τ_k: who takes more local steps has no more say.
+
+    τ_k = ‖a_k‖₁: how much the gradients of local SGD with momentum count together in Δ_k = −η Σ a_ki g_i. Raises RunError for an
+    update without a step.
+    """
+
+    def contribution(update: Weighed) -> Mapping[str, Tensor]:
+        steps = effective_steps(_steps(update), context.local.momentum)
+        per_step = weighted(update, {name: tensor / steps for name, tensor in update.delta.items()})
+        weight = torch.tensor(update.scalar, dtype=torch.float64)
+        return {**per_step, **{_STEPS + n: weight * steps for n in update.delta}, **{_WEIGHT + n: weight for n in update.delta}}
+
+    sums = yield contribution
+    return {n: d * sums[_STEPS + n] / sums[_WEIGHT + n].clamp(min=_TINY) for n, d in mean_of(sums).items()}
+
+
+def effective_steps(steps: int, momentum: float) -> float:
+    """τ = Σ_i (1 − μ^(K − i)) / (1 − μ), i = 0 … K − 1: gradient i is in the velocity of all K − i steps from its own on."""
+    return sum((1 - momentum**left) / (1 - momentum) for left in range(1, steps + 1))
+
+
+def _steps(update: Weighed) -> int:
+    steps, organisation = update.update.steps, update.update.organisation[:80]
+    if steps < 1:
+        raise RunError(f"the update of {organisation} states {steps} local steps: expected 1 or more; leave the organisation out")
+    return steps
