@@ -37,6 +37,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dare": {"fusion": "dare"},
     "model_stock": {"weighting": "uniform", "fusion": "model_stock"},
     "consensus": {"weighting": "uniform", "fusion": "consensus"},
+    # adapters
+    "fedit": {"fusion": "fedit", "lora": {"factors": "ab"}},
+    "ffa_lora": {"lora": {"factors": "b"}},  # Sun et al., ICLR 2024, https://arxiv.org/abs/2403.12313
+    "rolora": {"lora": {"factors": "alternate"}},  # Chen et al., NeurIPS 2025, https://arxiv.org/abs/2502.01755
+    "fedsvd": {"fusion": "fedsvd", "lora": {"factors": "b"}},
+    "fedex": {"fusion": "fedex", "lora": {"factors": "ab"}},
+    "flora": {"fusion": "flora", "lora": {"factors": "ab"}},
+    "flexlora": {"fusion": "flexlora", "lora": {"factors": "ab"}},
+    "hetlora": {"weighting": "uniform", "fusion": "hetlora", "lora": {"factors": "ab"}},
 }
 
 

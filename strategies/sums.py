@@ -52,7 +52,7 @@ def norm(delta: Delta) -> float:
 
 
 def total(sums: dict[str, Tensor], contribution: Mapping[str, Tensor]) -> None:
-    """Adds a contribution to the running sums, in place."""
+    """Adds a contribution to the running sums, in place; one number for a parameter stands for all of its entries."""
     for name, tensor in contribution.items():
         if name in sums and sums[name].shape == tensor.shape:
             sums[name] += tensor
