@@ -71,13 +71,14 @@ def _between_parts(found: Found) -> Iterator[str]:
     if fusion and optimizer and fusion[1].needs.sets_state and not _plain(optimizer[0]):
         yield (
             f'the fusion "{fusion[0].name}" gives a new model rather than a direction, which the server optimiser'
-            f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1 and momentum 0'
+            f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
+            " no schedule"
         )
 
 
 def _plain(optimizer: Part) -> bool:
-    given = optimizer.parameters
-    return optimizer.name == "sgd" and given.get("lr", 1.0) == 1.0 and given.get("momentum", 0.0) == 0.0
+    plain = {"lr": 1.0, "momentum": 0.0, "schedule": "constant", "warmup": 0}
+    return optimizer.name == "sgd" and optimizer.parameters == plain
 
 
 def _with_plan(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:

@@ -17,6 +17,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     # averaging
     "fedavg": {},
     "fedavgm": {"server_optimizer": {"name": "sgd", "momentum": 0.9}},
+    # server optimisers
+    "fedadam": {"server_optimizer": "adam"},
+    "fedyogi": {"server_optimizer": "yogi"},
+    "fedadagrad": {"server_optimizer": "adagrad"},
+    "fedexp": {"server_optimizer": "fedexp"},
+    # client terms
+    "fedprox": {"client_term": "proximal"},
+    "scaffold": {"client_term": "scaffold"},
+    "feddyn": {"client_term": "feddyn"},
 }
 
 
