@@ -46,6 +46,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "flora": {"fusion": "flora", "lora": {"factors": "ab"}},
     "flexlora": {"fusion": "flexlora", "lora": {"factors": "ab"}},
     "hetlora": {"weighting": "uniform", "fusion": "hetlora", "lora": {"factors": "ab"}},
+    # server optimisers
+    "fedadam": {"server_optimizer": "adam"},
+    "fedyogi": {"server_optimizer": "yogi"},
+    "fedadagrad": {"server_optimizer": "adagrad"},
+    "fedexp": {"server_optimizer": "fedexp"},
+    # client terms
+    "fedprox": {"client_term": "proximal"},
+    "scaffold": {"client_term": "scaffold"},
+    "feddyn": {"client_term": "feddyn"},
 }
 
 

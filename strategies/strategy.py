@@ -69,7 +69,7 @@ class StrategyConfig(BaseModel):
     weighting: Part = Field(Part(name="examples", cap=0), description="who counts how much")
     fusion: Part = Field(Part(name="mean"), description="how the deltas become one")
     server_optimizer: Part = Field(
-        Part(name="sgd", lr=1.0, momentum=0.0),
+        Part(name="sgd", lr=1.0, momentum=0.0, schedule="constant", warmup=0),
         description="how the one delta moves the model",
     )
     client_term: Part | None = Field(None, description="what organisations add to their gradients; absent: nothing")
