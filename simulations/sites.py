@@ -28,6 +28,7 @@ from cotune.privacy.client_level import RoundNoise, round_noise
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
+from cotune.server.selection import check_sample_size
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
 
 __all__ = ["Prepared", "client_level_noise", "make_run", "prepare"]
@@ -80,6 +81,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     for share in shares:
         for stage in resolved.stages:
             check_examples(len(share.rows), stage.local, share.name)
+    check_sample_size(resolved, len(shares))
     if resolved.client_privacy is not None:
         client_level_noise(resolved, len(shares))
     noise = _noise(resolved, shares)
