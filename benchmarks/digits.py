@@ -45,7 +45,7 @@ source = {data}
 
 [local]
 optimizer = "sgd"
-learning_rate = 0.2
+learning_rate = 0.5
 batch_size = 0.2
 steps = 10
 

@@ -10,13 +10,25 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from scipy import stats
 
-__all__ = ["CONFIDENCE", "Combination", "Difference", "Estimate", "Measured", "combine", "difference", "estimate", "holm"]
+__all__ = [
+    *("CONFIDENCE", "Combination", "Comparison", "Difference", "Estimate", "Measured", "Settings", "Variation"),
+    *("combine", "difference", "estimate", "holm"),
+]
 
 CONFIDENCE = 0.95
 Settings = tuple[tuple[str, str], ...]  # (key, value) of every variation, in the order of the variations
+_SHORT = {  # as the options of `cotune simulate`
+    "data": "data.source",
+    "text": "data.text",
+    "label": "data.label",
+    "model": "model.base",
+    "clients": "simulation.clients",
+    "partition": "simulation.partition",
+}
 _NO_SPREAD = 1e-12  # differences this close to each other are one number with rounding
 
 
@@ -80,6 +92,37 @@ class Combination:
     bytes_down: float | None
     seconds: float | None
     epsilon: float | None  # the largest that any organisation spent under any seed
+
+    @property
+    def failed(self) -> tuple[Measured, ...]:
+        return tuple(cell for cell in self.cells if cell.status == "failed")
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A key of the plan and the values that it takes, as in an override."""
+
+    key: str
+    values: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """The key in the plan, of which `key` may be a short name."""
+        return _SHORT.get(self.key, self.key)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out: cells in the order of the grid, and their rows. `cells[i].folder` is relative to `folder`."""
+
+    folder: Path
+    plan: str
+    variations: tuple[Variation, ...]
+    baseline: str
+    seeds: tuple[int, ...]
+    private: bool
+    cells: tuple[Measured, ...]
+    rows: tuple[Combination, ...]
 
     @property
     def failed(self) -> tuple[Measured, ...]:

@@ -1,7 +1,7 @@
 """How good the federated model is for each organisation, on records like its own.
 
-Where every organisation has a file, it is judged on the test part of its own. Where one file is split by class, organisation k's
-accuracy is Σ_c π_kc · recall_c on the common test set, π_kc being its own mix of classes: exact where organisations differ in their
+Where every organisation has a file, it is judged on the test part of its own. Where one file is split, organisation k's accuracy
+is Σ_c π_kc · recall_c on the common test set, π_kc being its own mix of classes: exact where organisations differ in their
 classes alone, as in all partitions of one file, and it needs no data beyond the common test set.
 """
 

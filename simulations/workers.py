@@ -1,7 +1,7 @@
 """Processes that play one cell of a comparison at a time, several beside each other.
 
-A worker is started afresh (spawn), told what to play through a pipe, and ends when whoever started it does, however that ends. What it plays
-is durable round by round, so it may be killed at any moment.
+A worker is started afresh (spawn), told what to play through a pipe, and ends when whoever started it does, however that ends.
+What it plays is durable round by round, so it may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ class Task:
 
     name: str
     plan: str
+    rounds: int
     folder: Path
     device: str
+
+    @property
+    def started(self) -> dict[str, Any]:
+        return {"cell": self.name, "rounds": self.rounds}
 
 
 def play_here(task: Task, listener: Listener) -> str:
@@ -72,7 +77,8 @@ def import_all(names: Sequence[str]) -> None:
         if path.stem in sys.modules:
             continue
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
 
@@ -97,7 +103,7 @@ def play_beside(
             while waiting and sum(worker.task is not None for worker in workers) < jobs():
                 worker = _idle(workers, imports)
                 worker.task = waiting.pop()
-                listener("cell_started", {"cell": worker.task.name})
+                listener("cell_started", worker.task.started)
                 worker.pipe.send((worker.task, threads()))
             for worker in _speaking(workers):
                 yield from _hear(worker, workers, listener)
