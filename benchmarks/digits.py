@@ -45,7 +45,7 @@ source = {data}
 
 [local]
 optimizer = "sgd"
-learning_rate = 0.5
+learning_rate = 0.3
 batch_size = 0.2
 steps = 10
 

@@ -100,7 +100,7 @@ def _table(found: Comparison, facet: Settings, rows: list[Combination]) -> Table
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
-        apart = points(row.difference.estimate if row.difference else None, signed=True)
+        apart = points(row.difference.estimate if row.difference else None, apart=True)
         figures = (
             points(row.accuracy),
             "baseline" if row.value == found.baseline else apart,

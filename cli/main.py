@@ -80,7 +80,10 @@ def run() -> None:
         print(f"cotune: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("cotune: stopped; finished rounds are kept, --resume goes on from there", file=sys.stderr)
+        print(
+            "cotune: stopped; finished rounds are kept: --resume, or the same comparison again, goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except Exception as error:
         if debug:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cotune.models.durable import write_durably
 from cotune.server.charts import COLOURS, MOST_DOTS, Chart, Key, Line, Point, Scale, round_ticks, value_scale, value_ticks
-from cotune.server.figures import percent
+from cotune.server.figures import percent, signed
 from cotune.server.report import page_environment
 from cotune.simulations.comparison import Combination, Comparison, Estimate, Measured, Settings, estimate
 
@@ -53,15 +53,15 @@ def words(settings: Settings) -> str:
     return ", ".join(f"{key} = {value}" for key, value in settings)
 
 
-def points(value: Estimate | None, *, signed: bool = False) -> str:
-    """In per cent, or in points of it with a sign: "92.5 ± 0.4".
+def points(value: Estimate | None, *, apart: bool = False) -> str:
+    """In per cent, or `apart`: in points of it with a sign.
 
-    >>> points(Estimate(0.925, 0.004, 3)), points(Estimate(-0.01, None, 1), signed=True), points(None)
+    >>> points(Estimate(0.925, 0.004, 3)), points(Estimate(-0.01, None, 1), apart=True), points(None)
     ('92.5 ± 0.4', '−1.0', '–')
     """
     if value is None:
         return "–"
-    mean = f"{100 * value.mean:{'+' if signed else ''}.1f}".replace("-", "−")
+    mean = signed(100 * value.mean) if apart else f"{100 * value.mean:.1f}"
     return mean if value.half is None else f"{mean} ± {100 * value.half:.1f}"
 
 
