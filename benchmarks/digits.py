@@ -57,7 +57,7 @@ baselines = []
 """
 
 
-class DigitsConfig(PretrainedConfig):
+class DigitsConfig(PretrainedConfig):  # type: ignore[misc]
     """hidden_size: of the head's one hidden layer."""
 
     model_type = "digits-mlp"
@@ -67,7 +67,7 @@ class DigitsConfig(PretrainedConfig):
         self.hidden_size, self.num_channels = hidden_size, num_channels
 
 
-class _Digits(PreTrainedModel):
+class _Digits(PreTrainedModel):  # type: ignore[misc]
     config_class = DigitsConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
