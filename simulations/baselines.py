@@ -56,7 +56,8 @@ def _wanted(prepared: Prepared) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]
 
 def _without_others(plan: Plan) -> Plan:
     """Who trains alone is asked in every round, and hides from nobody that it takes part."""
-    return plan.model_copy(update={"client_privacy": None, "server": plan.server.model_copy(update={"sample_rate": 1.0})})
+    everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
+    return plan.model_copy(update={"client_privacy": None, "server": everybody})
 
 
 def _pooled_plan(plan: Plan) -> Plan:
