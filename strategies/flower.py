@@ -15,7 +15,7 @@ import logging
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, TypeGuard, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ _INSTEAD = {
 }
 
 
-def is_flower_class(value: Any) -> bool:
+def is_flower_class(value: Any) -> TypeGuard[type[Strategy]]:
     """Whether it is a class derived from Flower's base of all strategies."""
     return inspect.isclass(value) and issubclass(value, Strategy)
 
@@ -157,7 +157,9 @@ class FlowerFusion:
         for name, held in _kept(strategy):
             before = fresh.get(name, {})
             if held is None and before is not None:
-                self._refuse(f"keeps {name} between rounds, which no checkpoint can hold", "arrays and numbers, in lists and dicts")
+                self._refuse(
+                    f"keeps {name} between rounds, which no checkpoint can hold", "arrays and numbers, in lists and dicts"
+                )
             if held is not None and not _equal(held, before):
                 memory.update(held)
         return memory
@@ -200,16 +202,14 @@ def _is_plain(parameter: inspect.Parameter) -> bool:
 @contextmanager
 def _as_server() -> Iterator[None]:
     """What Flower wants of a process that makes messages; and no lines in its log about nodes that nobody samples."""
-    log, unnamed = logging.getLogger("flwr"), TaskIdentity._run_id is None
+    log, task = logging.getLogger("flwr"), (TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id)
     before, log.disabled = log.disabled, True
-    if unnamed:
-        TaskIdentity._task_id = TaskIdentity._run_id = TaskIdentity._node_id = 1
+    TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = (number or 1 for number in task)
     try:
         yield
     finally:
         log.disabled = before
-        if unnamed:
-            TaskIdentity._task_id = TaskIdentity._run_id = TaskIdentity._node_id = None
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = task
 
 
 class _Roll(Grid):

@@ -21,11 +21,25 @@ from typing import Any
 from cotune.models.errors import PlanError, nearest
 from cotune.strategies.parts import FOLDERS, Kind, PartInfo, builtin, undecorated
 
-__all__ = ["NO_TERM", "content_of", "is_code", "is_file", "known", "load_code", "object_in", "part_named", "part_of", "pinned", "read_file"]
+__all__ = [
+    "NO_TERM",
+    "content_of",
+    "is_code",
+    "is_file",
+    "known",
+    "load_code",
+    "object_in",
+    "part_named",
+    "part_of",
+    "pinned",
+    "read_file",
+]
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _FLOWER = re.compile(r"flwr(\.\w+)*:[A-Za-z_]\w*")
-NO_TERM = "expected one of cotune, or of a package that every organisation has installed, as no client runs code that a plan brings"
+NO_TERM = (
+    "expected one of cotune, or of a package that every organisation has installed, as no client runs code that a plan brings"
+)
 _read: dict[str, tuple[Path, bytes]] = {}  # by SHA-256: the files that this process has read
 
 
@@ -109,8 +123,8 @@ def object_in(name: str, sha256: str) -> Any:
 def _content(name: str, sha256: str) -> tuple[Path, bytes]:
     if sha256 not in _read:
         raise PlanError(
-            f"{name.rpartition(':')[0]} is not the file that the plan was made with (SHA-256 {sha256[:12]}…): put that file beside"
-            " the plan, or make a new plan with the changed one"
+            f"{name.rpartition(':')[0]} is not the file that the plan was made with (SHA-256 {sha256[:12]}…): put that one"
+            " beside the plan, or make a new plan with the changed one"
         )
     return _read[sha256]
 
@@ -156,7 +170,9 @@ def part_of(kind: Kind, name: str, value: Any) -> PartInfo:
         if is_flower_class(value):
             return flower_part(name, value)
     if inspect.isclass(value) == (kind in ("weighting", "fusion")):
-        wanted = "a function, or a strategy of Flower's" if kind == "fusion" else "a function" if kind == "weighting" else "a class"
+        wanted = (
+            "a function, or a strategy of Flower's" if kind == "fusion" else "a function" if kind == "weighting" else "a class"
+        )
         raise PlanError(f'"{name}" is a {type(value).__name__}: expected {wanted} with @{kind} on it')
     return undecorated(kind, name, value)
 

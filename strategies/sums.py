@@ -49,9 +49,11 @@ def norm(delta: Delta) -> float:
 
 
 def total(sums: dict[str, Tensor], contribution: Mapping[str, Tensor]) -> None:
-    """Adds a contribution to the running sums, in place."""
+    """Adds a contribution to the running sums, in place; one number for a parameter stands for all of its entries."""
     for name, tensor in contribution.items():
-        if name in sums:
+        if name in sums and sums[name].shape != tensor.shape:
+            sums[name] = sums[name] + tensor
+        elif name in sums:
             sums[name] += tensor
         else:
             sums[name] = tensor.to(torch.float64, copy=True)
