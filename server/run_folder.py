@@ -1,6 +1,6 @@
 """The folder of a run: everything that is needed to continue it, to repeat it and to report on it.
 
-plan.toml               the resolved plan
+plan.toml               the resolved plan, and beside it the files of its own rules, if it has any
 run.json                who takes part, when and how it was started
 events.jsonl            what happened, line by line
 checkpoints/            one file per finished round: model, server optimiser, history
@@ -34,6 +34,7 @@ from cotune.models.sharing import State
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.events import Events
+from cotune.strategies.plugins import content_of, read_file
 
 __all__ = ["Participant", "Progress", "RunFile", "RunFolder", "keep_others_off"]
 
@@ -80,11 +81,16 @@ class RunFolder:
             self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
         except (OSError, ValueError):
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
+        for name in self.plan.strategy.files:
+            if (path / name.rpartition(":")[0]).exists():
+                read_file(name, path)
         self.events = Events(path / "events.jsonl", silent=self.file.silent)
 
     @classmethod
     def create(cls, path: Path, plan: Plan, file: RunFile) -> RunFolder:
         """Writes plan.toml and, last, run.json: from then on it is the folder of a run."""
+        for name, sha256 in plan.strategy.files.items():
+            write_durably(path / name.rpartition(":")[0], content_of(name, sha256))
         write_durably(path / "plan.toml", dump_plan(plan).encode())
         write_durably(path / "run.json", file.model_dump_json(indent=1).encode())
         return cls(path)

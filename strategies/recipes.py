@@ -59,15 +59,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def expand(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan with its recipe written out; what the plan gives beside it wins. Raises ValueError for an unknown recipe."""
+    """A plan with its recipe written out; what the plan gives beside it wins. Raises ValueError for an unknown recipe.
+
+    Code in a recipe's place, `file.py:function` or `flwr.serverapp.strategy:Krum`, is the fusion.
+    """
     given = table.get("strategy")
     given = {"recipe": given} if isinstance(given, str) else given
     if not isinstance(given, Mapping) or "recipe" not in given:
         return dict(table)
     name = str(given["recipe"])
-    if name not in RECIPES:
+    if name not in RECIPES and ":" not in name:
         raise ValueError(f'unknown strategy "{name}"{nearest(name, RECIPES)}')
-    recipe, parts = RECIPES[name], {key: value for key, value in given.items() if key != "recipe"}
+    recipe, parts = RECIPES.get(name, {"fusion": {"name": name}}), {key: value for key, value in given.items() if key != "recipe"}
     wanted = {key: value for key, value in recipe.items() if key != "lora"}
     strategy = {**wanted, **{key: _with_name(wanted.get(key), value) for key, value in parts.items()}}
     lora = _lora(name, recipe.get("lora", {}), table.get("lora", {}))
