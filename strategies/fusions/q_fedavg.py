@@ -40,10 +40,10 @@ def q_fedavg(
     smoothness = lipschitz or 1 / context.local.learning_rate
 
     def contribution(update: Weighed) -> Mapping[str, Tensor]:
-        loss = _loss(update) + _LEAST_LOSS
+        loss = torch.tensor(_loss(update) + _LEAST_LOSS, dtype=torch.float64)
         step = loss**q + q * loss ** (q - 1) * smoothness * norm(update.delta) ** 2
         moves = {name: loss**q * tensor for name, tensor in update.delta.items()}
-        return {**moves, _STEP: torch.tensor(step, dtype=torch.float64)}
+        return {**moves, _STEP: step}
 
     sums = yield contribution
     return {name: tensor / sums[_STEP] for name, tensor in sums.items() if name != _STEP}

@@ -49,3 +49,8 @@ def test_who_is_worse_off_has_more_say(fuse: Any) -> None:
 def test_an_update_without_a_loss_is_refused(fuse: Any, changes: list[dict[str, Any]]) -> None:
     with pytest.raises(RunError, match="states the loss .*: expected a finite number, 0 or more"):
         fuse("q_fedavg", [[1.0], [1.0]], changes=changes)
+
+
+def test_a_loss_beyond_all_measure_ends_in_words(fuse: Any) -> None:
+    with pytest.raises(RunError, match="not finite"):
+        fuse("q_fedavg", [[1.0], [1.0]], q=2.0, lipschitz=1.0, changes=told(1e200, 1.0))
