@@ -28,11 +28,11 @@ def fednova(*, context: RoundContext) -> Sums:
     """D = (Σ p_k τ_k) · Σ p_k Δ_k / τ_k: who takes more local steps has no more say.
 
     τ_k = ‖a_k‖₁: how much the gradients of local SGD with momentum count together in Δ_k = −η Σ a_ki g_i. Raises RunError for an
-    update without a step.
+    update of no step, or of more than the plan's.
     """
 
     def contribution(update: Weighed) -> Mapping[str, Tensor]:
-        steps = effective_steps(_steps(update), context.local.momentum)
+        steps = effective_steps(_steps(update, context.local.steps), context.local.momentum)
         per_step = weighted(update, {name: tensor / steps for name, tensor in update.delta.items()})
         weight = torch.tensor(update.scalar, dtype=torch.float64)
         return {**per_step, **{_STEPS + n: weight * steps for n in update.delta}, **{_WEIGHT + n: weight for n in update.delta}}
@@ -43,11 +43,12 @@ def fednova(*, context: RoundContext) -> Sums:
 
 def effective_steps(steps: int, momentum: float) -> float:
     """τ = Σ_i (1 − μ^(K − i)) / (1 − μ), i = 0 … K − 1: gradient i is in the velocity of all K − i steps from its own on."""
-    return sum((1 - momentum**left) / (1 - momentum) for left in range(1, steps + 1))
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
-def _steps(update: Weighed) -> int:
+def _steps(update: Weighed, most: int) -> int:
+    """Who states more steps than the plan has would move the model further."""
     steps, organisation = update.update.steps, update.update.organisation[:80]
-    if steps < 1:
-        raise RunError(f"the update of {organisation} states {steps} local steps: expected 1 or more; leave the organisation out")
+    if not 1 <= steps <= most:
+        raise RunError(f"the update of {organisation} states {steps} local steps: expected 1 to {most}; leave it out")
     return steps

@@ -33,18 +33,17 @@ def q_fedavg(
 ) -> Sums:
     """D = Σ F_k^q Δ_k / Σ (F_k^q + q F_k^(q−1) L ‖Δ_k‖²), F_k being the loss of the received model at organisation k.
 
-    These are the paper's Σ F_k^q L(w − w̄_k) and Σ h_k, both divided by −L and L. A stated loss below 0, as noise can make it,
-    counts as 0. Raises RunError for an update that states none.
+    The paper's w − Σ F_k^q L(w − w̄_k) / Σ h_k, with both sums divided by L. Raises RunError for an update that states no loss.
 
     q: 0 is the plain mean; the larger, the more the worst-off count. lipschitz: L; 0: 1/η, η being the local learning rate.
     """
     smoothness = lipschitz or 1 / context.local.learning_rate
 
     def contribution(update: Weighed) -> Mapping[str, Tensor]:
-        loss = _loss(update) + _LEAST_LOSS
+        loss = torch.tensor(_loss(update) + _LEAST_LOSS, dtype=torch.float64)
         step = loss**q + q * loss ** (q - 1) * smoothness * norm(update.delta) ** 2
         moves = {name: loss**q * tensor for name, tensor in update.delta.items()}
-        return {**moves, _STEP: torch.tensor(step, dtype=torch.float64)}
+        return {**moves, _STEP: step}
 
     sums = yield contribution
     return {name: tensor / sums[_STEP] for name, tensor in sums.items() if name != _STEP}
@@ -52,9 +51,9 @@ def q_fedavg(
 
 def _loss(update: Weighed) -> float:
     loss = update.update.told.get("loss", math.nan)
-    if not math.isfinite(loss):
+    if not 0 <= loss < math.inf:
         raise RunError(
-            f"the update of {update.update.organisation[:80]} states the loss {loss}: expected a finite number; let its policy"
-            " tell the loss, or choose another fusion"
+            f"the update of {update.update.organisation[:80]} states the loss {loss}: expected a finite number, 0 or more; let"
+            " its policy tell the loss, or choose another fusion"
         )
-    return max(0.0, loss)
+    return loss

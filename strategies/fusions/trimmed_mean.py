@@ -24,7 +24,7 @@ _ROUNDING = 1e-9  # of β·n: a tenth of ten is one
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
     least=lambda fraction: math.ceil(1 / fraction - _ROUNDING),
 )
-def trimmed_mean(updates: Sequence[Weighed], *, fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.1) -> Delta:
+def trimmed_mean(updates: Sequence[Weighed], *, fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2) -> Delta:
     """D_j = the mean of Δ_1j … Δ_nj without the ⌊βn⌋ largest and the ⌊βn⌋ smallest, for every coordinate j.
 
     fraction: β, cut off at either end. A round of fewer than 1/β updates is refused, as nothing would be.

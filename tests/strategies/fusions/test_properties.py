@@ -11,7 +11,7 @@ import torch
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.parts import PartInfo, Visibility, builtin
 from cotune.strategies.recipes import RECIPES, expand
-from cotune.strategies.round import RoundContext
+from cotune.strategies.round import LocalSteps, RoundContext
 from cotune.strategies.strategy import StrategyConfig
 
 COUNT = 11  # enough for every rule's defaults
@@ -22,7 +22,7 @@ def judge(delta: Any) -> float:
     return -float(delta["a"].pow(2).sum() + delta["b"].abs().sum())
 
 
-CONTEXT = RoundContext(round=3, seed=5, score=judge)
+CONTEXT = RoundContext(round=3, seed=5, local=LocalSteps(steps=3), score=judge)
 
 
 def deltas_of(rng: np.random.Generator, count: int = COUNT) -> list[dict[str, np.ndarray]]:
