@@ -29,8 +29,8 @@ from cotune.privacy.policy import Policy, dump_policy
 from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.selection import check_sample_size
-from cotune.strategies.compatibility import first_problem
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
+from cotune.strategies.compatibility import first_problem
 
 __all__ = ["Prepared", "client_level_noise", "make_run", "prepare"]
 
