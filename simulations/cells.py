@@ -17,10 +17,10 @@ from pathlib import Path
 from cotune.models.errors import CotuneError, PlanError, RunError, nearest
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
+from cotune.server.events import Listener
 from cotune.server.run_folder import RunFile
 from cotune.simulations.comparison import Measured, Settings, Variation
 from cotune.simulations.sites import prepare
-from cotune.simulations.workers import Listener
 
 __all__ = ["Cell", "baseline_of", "cells_of", "is_finished", "measure", "parse_variation", "place_of"]
 
@@ -43,7 +43,7 @@ class Cell:
 
 
 def parse_variation(text: str) -> Variation:
-    """ "KEY=V1,V2", split at commas outside of brackets and quotes. Raises PlanError.
+    """A variation as KEY=V1,V2, split at commas outside of brackets and quotes. Raises PlanError.
 
     >>> parse_variation('strategy.fusion=mean,{name="ties",density=0.3}').values
     ('mean', '{name="ties",density=0.3}')

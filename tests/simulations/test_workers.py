@@ -15,6 +15,7 @@ import pytest
 
 from cotune.simulations.cells import parse_variation
 from cotune.simulations.compare import compare
+from cotune.simulations.workers import import_all
 from tests.simulations.conftest import rounds_played, table
 
 WEIGHTINGS = parse_variation("strategy.weighting=examples,uniform")
@@ -113,3 +114,13 @@ def test_a_process_that_dies_costs_its_cell_only(plan_file: Path, tmp_path: Path
     found = compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path / "out", jobs=2, device="cpu", imports=[str(module)])
     assert sorted(cell.status for cell in found.cells) == ["failed", "finished"]
     assert found.failed[0].reason == "its process ended with 3: perhaps memory ran out; try fewer --jobs"
+
+
+def test_modules_are_imported_once_and_take_nobodys_name(tmp_path: Path) -> None:
+    module = tmp_path / "counts_itself.py"
+    module.write_text("import pathlib\npathlib.Path(__file__).with_suffix('.txt').touch(exist_ok=False)\n", encoding="utf-8")
+    import_all([str(module), str(module), "json"])
+    assert module.with_suffix(".txt").exists()
+    (tmp_path / "json.py").touch()
+    with pytest.raises(ImportError, match="cannot be imported as json: expected a file with a name that no other module has"):
+        import_all([str(tmp_path / "json.py")])
