@@ -194,6 +194,7 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "privacy.delta": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "privacy.clip_norm": st.floats(0, 1e6, exclude_min=True),
     "server.sample_rate": st.floats(0, 1, exclude_min=True),
+    "server.sample_size": st.integers(0, 10**6),
     "server.quorum": st.floats(0, 1, exclude_min=True),
     "server.deadline_seconds": st.floats(0, 1e9, exclude_min=True),
     "server.max_update_norm": st.floats(0, 1e9, exclude_min=True),
