@@ -1,4 +1,4 @@
-"""`cotune strategies`: what there is to choose from, what each part does and needs; and a rule of one's own, begun and checked."""
+"""`cotune strategies`: what there is to choose from, what each part does and needs; one's own rules, begun and checked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ class _Named(TyperGroup):
         return super().resolve_command(ctx, args if args[0] in self.commands else ["show", *args])
 
 
-app = typer.Typer(cls=_Named, help="Strategies and their parts: list them, explain one, begin and check one's own.")
+app = typer.Typer(
+    cls=_Named,
+    subcommand_metavar="[NAME | COMMAND]",
+    help="Strategies and their parts: list them, explain one by its NAME, begin and check one's own.",
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -70,9 +74,8 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
         of_kind = [part for part in found if part["kind"] == kind]
         if not of_kind:
             continue
-        table = Table(
-            heading, "", "the server sees", "record-level ε", "client-level ε", box=None, header_style="bold", pad_edge=False
-        )
+        columns = (heading, "", "the server sees", "record-level ε", "client-level ε")
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
         for part in of_kind:
             privacy = (part["record_privacy"].partition(":")[0], part["client_privacy"].partition(":")[0])
             table.add_row(escape(part["name"]), escape(part["summary"]), part["sees"], *privacy)
@@ -154,7 +157,7 @@ def new(
 
 
 @app.command("test")
-def test(
+def check(
     name: Annotated[str, typer.Argument(help="my_rules.py:my_fusion, or the name of a part.")],
     kind: Annotated[
         Literal["weighting", "fusion", "server_optimizer", "client_term"] | None,

@@ -1,4 +1,4 @@
-"""What there is to choose from, as plain data in words: every part and every recipe, for the command line and the documentation."""
+"""What there is to choose from, as plain data in words: parts and recipes, for the command line and the documentation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SENDS = {
     "fisher": "the mean squared gradients of its records",
     "gram": "the inner products of its layers' inputs",
 }
-_PARTS: tuple[Kind, ...] = ("weighting", "fusion", "server_optimizer", "client_term")
+_CHAIN: tuple[Kind, ...] = ("weighting", "fusion", "server_optimizer")
 
 
 def parts() -> list[dict[str, Any]]:
@@ -69,11 +69,12 @@ def recipe_described(name: str) -> dict[str, Any]:
     strategy = StrategyConfig.model_validate({key: value for key, value in given.items() if key != "lora"})
     infos = [info for _, _, info in strategy.known_parts()]
     named = [info for kind, _, info in strategy.known_parts() if kind in given or (kind == "fusion" and not given)]
-    words = {_word(kind): _call(part) for kind, part in strategy.parts()}
+    words = {_word(kind): _call(part, given.get(kind)) for kind, part in strategy.parts()}
+    term = f", with {words['client term']}" if "client term" in words else ""
     return {
         "kind": "recipe",
         "name": name,
-        "summary": " → ".join(words[_word(kind)] for kind in _PARTS if _word(kind) in words),
+        "summary": " → ".join(words[_word(kind)] for kind in _CHAIN) + term,
         "parts": words,
         "lora": dict(given.get("lora", {})),
         "cite": list(dict.fromkeys(info.cite for info in named if info.cite)),
@@ -175,9 +176,10 @@ def _bounds(about: Mapping[str, Any]) -> str:
     return ", ".join(f"{word} {member[key]:g}" for member in given for key, word in _BOUNDS.items() if key in member)
 
 
-def _call(part: Part) -> str:
-    given = ", ".join(f"{name} = {value}" for name, value in part.parameters.items())
-    return f"{part.name} ({given})" if given else part.name
+def _call(part: Part, given: Any) -> str:
+    """The part's name, with the parameters that the recipe gives."""
+    named = [f"{name} = {value}" for name, value in part.parameters.items() if isinstance(given, Mapping) and name in given]
+    return f"{part.name} ({', '.join(named)})" if named else part.name
 
 
 def _word(kind: Kind) -> str:
