@@ -91,7 +91,7 @@ def _recipe_client_privacy(infos: Sequence[PartInfo], weighs: bool) -> str:
     worst = max((_client_privacy(info) for info in infos if weighs or info.kind != "weighting"), key=_severity)
     if not worst.startswith("yes") or all(privacy_problem(info, Facts(client_privacy=True)) is None for info in infos):
         return worst.partition(":")[0] if worst.startswith("yes") else worst
-    return 'yes, with strategy.weighting = "uniform"'
+    return 'yes: with strategy.weighting = "uniform"'
 
 
 def _severity(words: str) -> int:
