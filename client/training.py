@@ -15,6 +15,7 @@ from cotune.client.correction import Correction
 from cotune.client.guard import Guard
 from cotune.client.noise import stated_noise
 from cotune.client.observe import tell
+from cotune.client.ranks import OwnRank
 from cotune.client.rows import Rows
 from cotune.client.setting import Setting, check_gradients, optimizer_of, setting_of
 from cotune.client.site import Site
@@ -58,26 +59,27 @@ def train_round(
     model.load(state)
     names = trained_names(plan, model, round)
     _check_state(state, names)
-    correction = Correction(plan, site, admitted, sent or {})
+    correction, own_rank = Correction(plan, site, admitted, sent or {}), OwnRank(plan, stage, policy, model)
+    received = own_rank.held(model, state)
     parameters = model.train_only(names)
     setting = setting_of(plan, stage, model, holdings, state, site.organisation)
     optimizer, named = optimizer_of(stage.local, model, names, parameters), dict(zip(names, parameters, strict=True))
-    guard = Guard(model, {name: state[name] for name in names}, noise=account.budget is not None)
+    guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
     teller = Teller(account)
     if isinstance(plan.privacy, RecordPrivacy):
         sigma = account.plan_noise(round)  # refuses before anything is charged
         told = _tell(teller, setting, holdings, round)
         declared = teller.examples(len(holdings), round)
         noise = stated_noise(account, sigma, stage, optimizer, named, declared)
-        with correction.applied(optimizer, named):
+        with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
             steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
         spent: float | None = account.stated_epsilon()
     else:
         account.leave_unprotected(round, "training")
         told = _tell(teller, setting, holdings, round)
-        with correction.applied(optimizer, named):
+        with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
             steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
-    delta = difference(model.state(names), {name: state[name] for name in names})
+    delta = own_rank.sent(difference(model.state(names), received))
     _check_finite(delta)
     update = Update(site.organisation, round, delta, teller.examples(len(holdings), round), steps, spent, told, noise)
     correction.keep(round, stage, delta)

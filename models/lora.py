@@ -56,6 +56,9 @@ class LoraConfig(Table):
         "auto",
         description="names of the linear modules that get an adapter (auto: what peft adapts in this architecture)",
     )
+    smaller_ranks: bool = Field(
+        False, description="organisations may train the first slices of the rank alone, as their policy says"
+    )
     layers: int | None = Field(None, ge=1, description="only the last so many transformer layers get adapters; default: all")
 
     @field_validator("method", mode="before")
