@@ -5,7 +5,8 @@ data.json         which records it holds (see models/holdings.py)
 policy.toml       what it allows; without one, the strict defaults
 ledger.sqlite     the privacy it has spent
 outbox/           the last finished update, so that a crash after training costs nothing
-kept/<plan>/      what a plan's client term keeps from round to round, by the round after which it was kept
+kept/<plan>/      what is kept from round to round, by the round after which it was kept: tensors of a plan's client term, and in
+                  personal/ the parameters that are not shared
 """
 
 from __future__ import annotations
@@ -81,14 +82,23 @@ class Site:
         content = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(about)})
         write_durably(self.folder / "outbox" / "update.safetensors", content)
 
-    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor]) -> None:
+    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "") -> None:
         """Keeps a run's tensors after a round, durably, and those of the last few rounds before it."""
-        folder = self.folder / "kept" / plan_id[:32]
+        folder = self._kept_folder(plan_id, what)
         write_durably(folder / f"round-{round:05d}.safetensors", save({n: t.contiguous() for n, t in tensors.items()}))
 
-    def recall(self, plan_id: str, round: int) -> dict[str, Tensor]:
+    def last_kept(self, plan_id: str, what: str = "") -> int:
+        """The last round after which something was kept; 0: none."""
+        return max(
+            (int(f.stem.removeprefix("round-")) for f in self._kept_folder(plan_id, what).glob("round-*.safetensors")), default=0
+        )
+
+    def _kept_folder(self, plan_id: str, what: str) -> Path:
+        return self.folder / "kept" / plan_id[:32] / what
+
+    def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
         """What was kept after a round; what is older will not be asked for again, and goes. Raises RunError when it is lost."""
-        folder = self.folder / "kept" / plan_id[:32]
+        folder = self._kept_folder(plan_id, what)
         file = folder / f"round-{round:05d}.safetensors"
         try:
             found: dict[str, Tensor] = load_file(file)

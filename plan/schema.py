@@ -183,6 +183,16 @@ class Plan(Table):
         return self
 
     @model_validator(mode="after")
+    def _something_is_shared(self) -> Self:
+        if self.lora.keep == "nothing":
+            return self
+        if self.lora.factors != "ab":
+            raise ValueError(f'lora.keep = "b" shares A alone, and lora.factors = "{self.lora.factors}": expected "ab"')
+        if any(stage.mode != "lora" for stage in self.stages):
+            raise ValueError('lora.keep = "b" keeps the head of every organisation apart: expected train = lora in all rounds')
+        return self
+
+    @model_validator(mode="after")
     def _strategy_fits(self) -> Self:
         problem = first_problem(self.strategy, self.facts)
         if problem:
@@ -226,6 +236,7 @@ class Plan(Table):
             modes=tuple(stage.mode for stage in self.stages),
             factors=self.lora.factors if self.uses_lora else None,
             mixed_ranks=self.mixed_ranks,
+            personal=self.keeps_personal,
             server_data=self.validation_fraction > 0,
         )
 
@@ -237,6 +248,11 @@ class Plan(Table):
     def mixed_ranks(self) -> bool:
         """Whether organisations may train smaller ranks than the plan's."""
         return self.uses_lora and (self.lora.smaller_ranks or any(rank < self.lora.rank for rank in self.simulation.ranks))
+
+    @property
+    def keeps_personal(self) -> bool:
+        """Whether organisations keep parameters to themselves: then each has a model of its own, and there is no common one."""
+        return self.lora.keep != "nothing"
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""

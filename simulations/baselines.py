@@ -55,8 +55,9 @@ def _wanted(prepared: Prepared) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]
 
 
 def _without_others(plan: Plan) -> Plan:
-    """Who trains alone is asked in every round, and hides from nobody that it takes part."""
-    return plan.model_copy(update={"client_privacy": None, "server": plan.server.model_copy(update={"sample_rate": 1.0})})
+    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nothing to keep from others."""
+    server, lora = plan.server.model_copy(update={"sample_rate": 1.0}), plan.lora.model_copy(update={"keep": "nothing"})
+    return plan.model_copy(update={"client_privacy": None, "server": server, "lora": lora})
 
 
 def _pooled_plan(plan: Plan) -> Plan:

@@ -14,7 +14,7 @@ from cotune.models.features import encode_batch, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import Example, example_losses
-from cotune.plan.model import model_of
+from cotune.plan.model import model_of, shared_of
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.policy import Policy
@@ -132,7 +132,8 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
     """Sizes are those of real messages with the model's present values in them."""
     plan, names, held = prepared.plan, [s.name for s in prepared.shares], dict[str, Tensor]()
     for stage in plan.stages:
-        shared = model.state(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+        trained = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+        shared = model.state(shared_of(plan, model, trained))
         held |= shared
         requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names])
         update = encode_update(Update(names[0], 1, shared, 1, 1), plan.plan_id)

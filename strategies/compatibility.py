@@ -17,7 +17,8 @@ _STATISTICS = {"fisher", "gram"}
 class Facts:
     """What a plan says beside its strategy. sums_only: the server may see sums alone. participation: the fraction of the
     organisations that each round asks. organisations: that it asks; None where that is not known before the run. factors:
-    lora.factors where adapters are trained, else None. one_rate: every parameter is trained at the same learning rate."""
+    lora.factors where adapters are trained, else None. one_rate: every parameter is trained at the same learning rate.
+    personal: organisations keep some of what they train to themselves."""
 
     record_privacy: bool = False
     client_privacy: bool = False
@@ -30,6 +31,7 @@ class Facts:
     modes: tuple[str, ...] = ("head",)
     factors: str | None = None
     mixed_ranks: bool = False
+    personal: bool = False
     server_data: bool = False
 
 
@@ -148,5 +150,7 @@ def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
         yield "is about whole adapters, and the plan has smaller ranks: expected one rank for all, or a strategy without it"
     if facts.mixed_ranks and facts.client_privacy and info.kind == "fusion":
         yield "cannot take smaller ranks with client_privacy, which divides by a fixed number: expected one rank for all"
+    if facts.personal and (needs.adapters or needs.server_data or needs.client_state or needs.receives):
+        yield 'is about whole models, and lora.keep leaves a part of them at home: expected lora.keep = "nothing"'
     if needs.server_data and not facts.server_data:
         yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"
