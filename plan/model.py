@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.models.errors import PrivacyError
@@ -11,7 +9,7 @@ from cotune.models.sharing import SharedModel, resident
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
 
-__all__ = ["model_of", "shared_names", "shared_of", "trained_names"]
+__all__ = ["model_of", "shared_names", "trained_names"]
 
 
 def model_of(plan: Plan, device: str) -> SharedModel:
@@ -33,13 +31,9 @@ def trained_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
 
 def shared_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
     """Those of them that travel: all, unless the plan lets organisations keep some to themselves."""
-    return shared_of(plan, model, trained_names(plan, model, round))
-
-
-def shared_of(plan: Plan, model: SharedModel, names: Sequence[str]) -> list[str]:
-    """Those of some trained parameters that travel."""
+    names = trained_names(plan, model, round)
     if not plan.keeps_personal:
-        return list(names)
+        return names
     return [name for name in names if name.startswith(model.prefix) and ".lora_B." not in name]
 
 

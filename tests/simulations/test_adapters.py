@@ -15,6 +15,7 @@ from cotune.models.errors import PlanError
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.server.run_folder import RunFolder
+from cotune.simulations.forecast import forecast
 from cotune.simulations.simulate import simulate
 from tests.simulations.conftest import NewPlan, final_model
 
@@ -68,6 +69,16 @@ def test_what_travels_up_is_what_is_trained(toy_plan: NewPlan, tmp_path: Path, r
     names = sent_last(run, "org-1")
     assert {name.split(".lora_")[1][0] for name in names if ".lora_" in name} == set(sent)
     assert [name for name in names if ".lora_" not in name] == ["classifier.bias", "classifier.weight"]
+
+
+@pytest.mark.parametrize("recipe", ["ffa_lora", "fedsvd", "flora", "fedsa"])
+def test_what_travels_is_foreseen(toy_plan: NewPlan, tmp_path: Path, recipe: str) -> None:
+    plan = toy_plan(strategy=recipe, rounds=1, **LORA, lora={"rank": 2}, simulation={"baselines": []})
+    [stage] = forecast(plan, "cpu").stages
+    [entry] = RunFolder(simulate(plan, tmp_path / "run", device="cpu").folder).load().history
+    assert stage.bytes_up == entry["bytes_up"]
+    beside = entry["bytes_down"] - stage.bytes_down  # names of folders
+    assert 0 <= beside < 1000
 
 
 def test_fedsvd_hands_out_orthonormal_rows(toy_plan: NewPlan, tmp_path: Path) -> None:
