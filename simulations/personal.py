@@ -53,10 +53,5 @@ def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
 
 def _models(folder: RunFolder, state: State) -> dict[str, State]:
     """Organisation -> the shared state with its own part."""
-    plan_id, found = folder.plan.plan_id, {}
-    for who in folder.file.participants:
-        site = Site(folder.path / who.site)
-        last = site.last_kept(plan_id, PERSONAL)
-        if last:
-            found[who.name] = {**state, **site.recall(plan_id, last, PERSONAL)}
-    return found
+    own = {who.name: Site(folder.path / who.site).newest(folder.plan.plan_id, PERSONAL) for who in folder.file.participants}
+    return {name: {**state, **part} for name, part in own.items() if part}

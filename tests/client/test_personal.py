@@ -86,6 +86,20 @@ def test_another_organisations_part_is_never_used(make_plan: MakePlan, make_site
     assert all(torch.equal(again.delta[name], tensor) for name, tensor in alone.delta.items())
 
 
+def test_looking_at_the_newest_part_leaves_those_before(make_site: MakeSite) -> None:
+    """A simulation looks after a round whose update may not have been admitted."""
+    site = make_site()
+    assert site.newest("plan", PERSONAL) == {}
+    for round in (9, 10):
+        site.remember("plan", round, {"b": torch.full((2,), float(round))}, PERSONAL)
+    assert site.newest("plan", PERSONAL)["b"].tolist() == [10.0, 10.0]
+    assert site.recall("plan", 9, PERSONAL)["b"].tolist() == [9.0, 9.0]
+    assert site.newest("plan") == {}  # what a client term keeps is apart
+    site.recall("plan", 10, PERSONAL)
+    with pytest.raises(RunError, match="cannot be read"):
+        site.recall("plan", 9, PERSONAL)
+
+
 def test_a_lost_part_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
     plan, site = plan_of(make_plan), make_site()
     with pytest.raises(RunError, match="what was kept after round 1 cannot be read"):
