@@ -83,7 +83,7 @@ class Site:
         write_durably(self.folder / "outbox" / "update.safetensors", content)
 
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "") -> None:
-        """Keeps a run's tensors after a round, durably, and those of the last few rounds before it. what: a folder of their own."""
+        """Keeps a run's tensors after a round, durably, and those of the last rounds before it. what: a folder of their own."""
         folder = self._kept_folder(plan_id, what)
         write_durably(folder / f"round-{round:05d}.safetensors", save({n: t.contiguous() for n, t in tensors.items()}))
 
