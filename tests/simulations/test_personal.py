@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from cotune.cli.simulate import show
 from cotune.client.personal import PERSONAL
 from cotune.client.site import Site
 from cotune.models.errors import PlanError
@@ -79,6 +82,14 @@ def test_the_report_says_that_there_is_no_common_model(finished: Result) -> None
     page = (finished.folder / "report.html").read_text(encoding="utf-8")
     assert "There is no common model" in page
     assert "each with its own model, mean of this run" in page
+
+
+def test_the_console_names_the_folders_of_the_models(finished: Result) -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    show(console, finished)
+    text = console.export_text()
+    assert "federated (own models, mean of this run)" in text
+    assert str(finished.folder / "sites/*/model") in text
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(toy_plan: NewPlan, finished: Result, tmp_path: Path) -> None:
