@@ -26,6 +26,7 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
 def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator[tuple[str, str]]:
     """What depends on the number of records comes last: an earlier answer says nothing about it."""
     yield from _not_allowed(plan, policy)
+    yield from _too_wide(plan, policy)
     yield from _too_long(plan, policy, hours)
     if isinstance(plan.privacy, RecordPrivacy):
         yield from _over_budget(plan.privacy, policy, examples)
@@ -55,6 +56,15 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
             if "*" not in allowed and item not in allowed:
                 known = ", ".join(allowed) or "nothing so far"
                 yield f"training.{key}", f"the plan asks for {item}, expected one of: {known}; add it to the rule to allow it"
+
+
+def _too_wide(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
+    own = policy.training.rank_for(plan.lora.rank)
+    if plan.uses_lora and own < plan.lora.rank and not plan.mixed_ranks:
+        yield (
+            "training.own_rank",
+            f"the plan trains adapters of rank {plan.lora.rank} and takes no smaller ones, expected lora.smaller_ranks = true",
+        )
 
 
 def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,8 @@ from cotune.client.correction import Correction
 from cotune.client.guard import Guard
 from cotune.client.noise import stated_noise
 from cotune.client.observe import tell
+from cotune.client.personal import Personal
+from cotune.client.ranks import OwnRank
 from cotune.client.rows import Rows
 from cotune.client.setting import Setting, check_gradients, optimizer_of, setting_of
 from cotune.client.site import Site
@@ -56,31 +58,33 @@ def train_round(
     model = model_of(plan, site.file.device)
     limit_gpu_memory(policy, model.device)
     model.load(state)
-    names = trained_names(plan, model, round)
-    _check_state(state, names)
-    correction = Correction(plan, site, admitted, sent or {})
+    names, personal = trained_names(plan, model, round), Personal(plan, site, model, round, admitted)
+    _check_state(state, personal.shared)
+    correction, own_rank = Correction(plan, site, admitted, sent or {}), OwnRank(plan, stage, policy, model)
+    received = own_rank.held(model, personal.joined(state))
     parameters = model.train_only(names)
     setting = setting_of(plan, stage, model, holdings, state, site.organisation)
     optimizer, named = optimizer_of(stage.local, model, names, parameters), dict(zip(names, parameters, strict=True))
-    guard = Guard(model, {name: state[name] for name in names}, noise=account.budget is not None)
+    guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
     teller = Teller(account)
     if isinstance(plan.privacy, RecordPrivacy):
         sigma = account.plan_noise(round)  # refuses before anything is charged
         told = _tell(teller, setting, holdings, round)
         declared = teller.examples(len(holdings), round)
-        noise = stated_noise(account, sigma, stage, optimizer, named, declared)
-        with correction.applied(optimizer, named):
+        noise = stated_noise(account, sigma, stage, optimizer, {name: named[name] for name in personal.shared}, declared)
+        with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
             steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
         spent: float | None = account.stated_epsilon()
     else:
         account.leave_unprotected(round, "training")
         told = _tell(teller, setting, holdings, round)
-        with correction.applied(optimizer, named):
+        with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
             steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
-    delta = difference(model.state(names), {name: state[name] for name in names})
+    delta = own_rank.sent(difference(model.state(personal.shared), received))
     _check_finite(delta)
     update = Update(site.organisation, round, delta, teller.examples(len(holdings), round), steps, spent, told, noise)
     correction.keep(round, stage, delta)
+    personal.keep()
     site.keep(update, plan.plan_id, digest)
     return update
 

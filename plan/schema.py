@@ -98,6 +98,9 @@ class SimulationConfig(Table):
     epsilons: tuple[float, ...] = Field(
         (), description="own ε of each organisation, in their order, where it is smaller than the plan's; empty: the plan's"
     )
+    ranks: tuple[int, ...] = Field(
+        (), description="rank of adapters that each organisation trains, in their order, at most lora.rank; empty: that"
+    )
     baselines: tuple[Literal["alone", "pooled"], ...] = Field(
         ("alone", "pooled"), description="what the federated model is compared with; each costs training time"
     )
@@ -188,6 +191,25 @@ class Plan(Table):
         return self
 
     @model_validator(mode="after")
+    def _ranks_can_be_trained(self) -> Self:
+        ranks = list(self.simulation.ranks)
+        if ranks and not self.uses_lora:
+            raise ValueError(f"simulation.ranks = {ranks} is for adapters, and no stage trains any: expected train = lora")
+        if not all(1 <= rank <= self.lora.rank for rank in ranks):
+            raise ValueError(f"simulation.ranks = {ranks}: expected each from 1 to lora.rank = {self.lora.rank}")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_shared(self) -> Self:
+        if self.lora.keep == "nothing":
+            return self
+        if self.lora.factors != "ab":
+            raise ValueError(f'lora.keep = "b" shares A alone, and lora.factors = "{self.lora.factors}": expected "ab"')
+        if any(stage.mode != "lora" for stage in self.stages):
+            raise ValueError('lora.keep = "b" keeps the head of every organisation apart: expected train = lora in all rounds')
+        return self
+
+    @model_validator(mode="after")
     def _strategy_fits(self) -> Self:
         problem = first_problem(self.strategy, self.facts)
         if problem:
@@ -230,12 +252,24 @@ class Plan(Table):
             one_rate=all(local.head_learning_rate in (None, local.learning_rate) for local in locals_),
             modes=tuple(stage.mode for stage in self.stages),
             factors=self.lora.factors if self.uses_lora else None,
+            mixed_ranks=self.mixed_ranks,
+            personal=self.keeps_personal,
             server_data=self.validation_fraction > 0,
         )
 
     @property
     def uses_lora(self) -> bool:
         return any(stage.mode == "lora" for stage in self.stages)
+
+    @property
+    def mixed_ranks(self) -> bool:
+        """Whether organisations may train smaller ranks than the plan's."""
+        return self.uses_lora and (self.lora.smaller_ranks or any(rank < self.lora.rank for rank in self.simulation.ranks))
+
+    @property
+    def keeps_personal(self) -> bool:
+        """Whether organisations keep parameters to themselves: then each has a model of its own, and there is no common one."""
+        return self.lora.keep != "nothing"
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from cotune.models.adapter import Adapter
 from cotune.strategies.updates import Update
 
 __all__ = ["reason_to_refuse"]
 
 
 def reason_to_refuse(
-    update: Update, *, organisation: str, round: int, shapes: Mapping[str, Tensor], max_norm: float, noise_needed: bool = False
+    update: Update,
+    *,
+    organisation: str,
+    round: int,
+    shapes: Mapping[str, Tensor],
+    max_norm: float,
+    noise_needed: bool = False,
+    smaller: Sequence[Adapter] = (),
 ) -> str | None:
     """What is wrong with an update, in words; None when it may enter.
 
     shapes: the parameters that the round shares, with their tensors. noise_needed: every update must state its noise, above 0.
+    smaller: adapters that may come with a smaller rank.
     """
     if update.organisation != organisation:
         return f"it is from {update.organisation[:80]}, expected {organisation}"
@@ -26,18 +35,35 @@ def reason_to_refuse(
     if update.examples < 1:
         return f"it declares {update.examples} examples, expected at least 1"
     return (
-        _wrong_tensors(update.delta, shapes) or _wrong_values(update.delta, max_norm) or _wrong_noise(update, needed=noise_needed)
+        _wrong_tensors(update.delta, shapes, smaller)
+        or _wrong_values(update.delta, max_norm)
+        or _wrong_noise(update, needed=noise_needed)
     )
 
 
-def _wrong_tensors(delta: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> str | None:
+def _wrong_tensors(delta: Mapping[str, Tensor], shapes: Mapping[str, Tensor], smaller: Sequence[Adapter]) -> str | None:
     if delta.keys() != shapes.keys():
         extra, lacking = sorted(delta.keys() - shapes.keys()), sorted(shapes.keys() - delta.keys())
         return f"it has {len(extra)} parameters too many and lacks {len(lacking)} ({', '.join([*extra, *lacking][:3])[:200]})"
+    expected = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
+    for adapter in smaller:
+        expected |= _of_its_rank(adapter, delta, expected)
     for name, tensor in delta.items():
-        if tensor.shape != shapes[name].shape:
-            return f"{name} has the shape {tuple(tensor.shape)}, expected {tuple(shapes[name].shape)}"
+        if tuple(tensor.shape) != expected[name]:
+            return f"{name} has the shape {tuple(tensor.shape)}, expected {expected[name]}"
     return None
+
+
+def _of_its_rank(
+    adapter: Adapter, delta: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that an adapter's factors must have by the rank that they came with; nothing where that is no rank."""
+    axes = {adapter.a: 0, adapter.b: 1}
+    axes = {name: axis for name, axis in axes.items() if name in delta}
+    rank = min((delta[name].shape[axis] for name, axis in axes.items() if delta[name].dim() == 2), default=0)
+    if not 1 <= rank <= adapter.rank:
+        return {}
+    return {name: tuple(rank if i == axis else n for i, n in enumerate(expected[name])) for name, axis in axes.items()}
 
 
 def _wrong_values(delta: Mapping[str, Tensor], max_norm: float) -> str | None:

@@ -25,6 +25,7 @@ from cotune.server.run_folder import Participant, Progress, RunFolder
 from cotune.server.selection import select
 from cotune.server.step import Score, context_of, enter_round, move, sent_beside, served
 from cotune.strategies.combination import Combination
+from cotune.strategies.round import RoundContext
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, decode_update, encode_requests, payload_bytes
 
@@ -111,7 +112,7 @@ def _play(
     deadline = time.monotonic() + plan.server.deadline_seconds
     for participant, message_id in zip(people, ids, strict=True):
         reply = _await_reply(grid, message_id, deadline)
-        update = _admit(folder, participant, reply, shapes, round, tally)
+        update = _admit(folder, participant, reply, shapes, context, tally)
         del reply
         if update is not None:
             combination.add(update)
@@ -166,10 +167,11 @@ def _await_reply(grid: Grid, message_id: str, deadline: float) -> Message | None
 
 
 def _admit(
-    folder: RunFolder, who: Participant, reply: Message | None, shapes: dict[str, Tensor], round: int, tally: _Tally
+    folder: RunFolder, who: Participant, reply: Message | None, shapes: dict[str, Tensor], context: RoundContext, tally: _Tally
 ) -> Update | None:
     """The update in a reply, if it may enter the model; otherwise the organisation is shown as dropped, with the reason."""
-    update, reason = _open(folder.plan, who, reply, shapes, round)
+    update, reason = _open(folder.plan, who, reply, shapes, context)
+    round = context.round
     if update is None:
         tally.dropped.append({"organisation": who.name, "reason": reason})
         folder.events.tell("update_dropped", round=round, organisation=who.name, reason=reason)
@@ -189,7 +191,7 @@ def _admit(
 
 
 def _open(
-    plan: Plan, who: Participant, reply: Message | None, shapes: dict[str, Tensor], round: int
+    plan: Plan, who: Participant, reply: Message | None, shapes: dict[str, Tensor], context: RoundContext
 ) -> tuple[Update | None, str]:
     if reply is None:
         return None, f"no reply within {plan.server.deadline_seconds:g} seconds"
@@ -199,9 +201,15 @@ def _open(
         update = decode_update(reply.content, plan.plan_id)
     except RunError as error:
         return None, str(error)
-    limit = plan.server.max_update_norm
-    needed = plan.privacy != "none" and plan.strategy.compares_noise
-    reason = reason_to_refuse(update, organisation=who.name, round=round, shapes=shapes, max_norm=limit, noise_needed=needed)
+    reason = reason_to_refuse(
+        update,
+        organisation=who.name,
+        round=context.round,
+        shapes=shapes,
+        max_norm=plan.server.max_update_norm,
+        noise_needed=plan.privacy != "none" and plan.strategy.compares_noise,
+        smaller=context.adapters if plan.mixed_ranks else (),
+    )
     return (update, "") if reason is None else (None, reason)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from cotune.models.sharing import SharedModel, State
-from cotune.plan.model import trained_names
+from cotune.plan.model import shared_names
 from cotune.plan.schema import Plan
 from cotune.server.run_folder import Progress
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
@@ -20,9 +20,9 @@ Score = Callable[[State], float]
 
 
 def enter_round(model: SharedModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
-    """The state, with what this round adds to it at its present values; and the names that the organisations train and share."""
+    """The state, with what this round adds to it at its present values; and the names that the organisations share."""
     model.load(state)
-    names = trained_names(plan, model, round)
+    names = shared_names(plan, model, round)
     wanted = [*names, *_rewritten(plan, model, round)]
     return {**state, **model.state([name for name in wanted if name not in state])}, names
 

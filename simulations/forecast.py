@@ -19,6 +19,7 @@ from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.policy import Policy
 from cotune.privacy.statement import client_statement
+from cotune.server.step import enter_round
 from cotune.simulations.sites import Prepared, client_level_noise, prepare
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, encode_requests, encode_update, payload_bytes
@@ -130,10 +131,10 @@ def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
 
 def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
     """Sizes are those of real messages with the model's present values in them."""
-    plan, names, held = prepared.plan, [s.name for s in prepared.shares], dict[str, Tensor]()
+    plan, names, held, first = prepared.plan, [s.name for s in prepared.shares], dict[str, Tensor](), 1
     for stage in plan.stages:
-        shared = model.state(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
-        held |= shared
+        held, travelling = enter_round(model, plan, held, first)
+        shared, first = {name: held[name] for name in travelling}, first + stage.rounds
         requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names])
         update = encode_update(Update(names[0], 1, shared, 1, 1), plan.plan_id)
         yield StageForecast(
