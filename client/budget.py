@@ -74,11 +74,13 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
 
 
 def planned_telling(plan: Plan, policy: Policy, first_round: int = 1) -> list[Steps]:
-    """What is to be told with noise from a round on: each a Gaussian mechanism on counts, charged like training."""
+    """What is to be told with noise from a round on: each a Gaussian mechanism on one or two sums, charged like
+    training."""
     rounds = plan.rounds - first_round + 1
     once = [policy.tell.example_count == "noised", plan.tell.label_histogram and policy.tell.label_histogram == "noised"]
     metrics = plan.tell.local_metrics and policy.tell.local_metrics == "noised"
-    count = (sum(once) if first_round == 1 else 0) + (rounds if metrics else 0)
+    loss = "loss" in plan.strategy.sends and policy.tell.local_loss == "noised"
+    count = (sum(once) if first_round == 1 else 0) + rounds * (metrics + loss)
     return [Steps(policy.tell.noise_multiplier, 1.0, count)] if count else []
 
 

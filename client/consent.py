@@ -37,6 +37,9 @@ def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator
             )
     elif policy.training.record_privacy:
         yield "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy"
+    if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
+        name = plan.strategy.weighting.name
+        yield "tell.local_loss", f"the plan weighs updates by their loss ({name}), expected a weighting that need not know it"
     yield from _too_few(plan, policy, examples)
 
 

@@ -25,7 +25,7 @@ from cotune.models.sharing import State
 from cotune.plan.model import model_of, trained_names
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps
-from cotune.privacy.dp_sgd import StepReport, private_steps
+from cotune.privacy.dp_sgd import Batch, StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.strategies.updates import Update, difference
 from cotune.strategies.wire import state_digest
@@ -142,17 +142,30 @@ def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepRe
 def _tell(teller: Teller, setting: Setting, holdings: Holdings, round: int) -> dict[str, float]:
     """What else the organisation says, about its records and the received model."""
     counts = list(holdings.label_counts().values())
-    return {**teller.histogram(counts, round), **teller.metrics(lambda: _correct(setting), round)}
+    return {
+        **teller.histogram(counts, round),
+        **teller.metrics(lambda: _correct(setting), round),
+        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), len(holdings), round),
+    }
 
 
 @torch.no_grad()
 def _correct(setting: Setting) -> tuple[int, int]:
     """How many records the module classifies rightly, of how many."""
-    right = 0
+    return sum(setting.correct(batch) for batch in _batches(setting)), len(setting.rows)
+
+
+@torch.no_grad()
+def _total_loss(setting: Setting, ceiling: float) -> float:
+    """Σ min(ℓ_i, ceiling); a record whose loss is not a number counts for the ceiling, as a failure would tell of it."""
+    losses = (setting.loss(batch).double().nan_to_num(nan=ceiling, posinf=ceiling) for batch in _batches(setting))
+    return sum(float(loss.clamp(0.0, ceiling).sum()) for loss in losses)
+
+
+def _batches(setting: Setting) -> Iterator[Batch]:
+    """All records, as many at a time as fit."""
     for start in range(0, len(setting.rows), setting.physical_batch):
-        rows = [setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))]
-        right += setting.correct(setting.collate(rows))
-    return right, len(setting.rows)
+        yield setting.collate([setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))])
 
 
 def _train_plainly(

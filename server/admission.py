@@ -13,11 +13,19 @@ __all__ = ["reason_to_refuse"]
 
 
 def reason_to_refuse(
-    update: Update, *, organisation: str, round: int, shapes: Mapping[str, Tensor], max_norm: float, noise_needed: bool = False
+    update: Update,
+    *,
+    organisation: str,
+    round: int,
+    shapes: Mapping[str, Tensor],
+    max_norm: float,
+    noise_needed: bool = False,
+    loss_needed: bool = False,
 ) -> str | None:
     """What is wrong with an update, in words; None when it may enter.
 
     shapes: the parameters that the round shares, with their tensors. noise_needed: every update must state its noise, above 0.
+    loss_needed: and tell its loss.
     """
     if update.organisation != organisation:
         return f"it is from {update.organisation[:80]}, expected {organisation}"
@@ -26,7 +34,10 @@ def reason_to_refuse(
     if update.examples < 1:
         return f"it declares {update.examples} examples, expected at least 1"
     return (
-        _wrong_tensors(update.delta, shapes) or _wrong_values(update.delta, max_norm) or _wrong_noise(update, needed=noise_needed)
+        _wrong_tensors(update.delta, shapes)
+        or _wrong_values(update.delta, max_norm)
+        or _wrong_noise(update, needed=noise_needed)
+        or (_wrong_loss(update) if loss_needed else None)
     )
 
 
@@ -58,3 +69,10 @@ def _wrong_noise(update: Update, *, needed: bool) -> str | None:
     wrong = [n for n, v in stated.items() if not 0 <= v < math.inf or (needed and v == 0)]
     more = "more than 0" if needed else "0 or more"
     return f"it states the noise variance {stated[wrong[0]]} for {wrong[0]}, expected a finite number, {more}" if wrong else None
+
+
+def _wrong_loss(update: Update) -> str | None:
+    if "loss" not in update.told:
+        return "it does not tell the loss that the weighting of the plan needs"
+    loss = update.told["loss"]
+    return None if 0 <= loss < math.inf else f"it tells a loss of {loss:g}, expected a finite number, 0 or more"

@@ -199,9 +199,15 @@ def _open(
         update = decode_update(reply.content, plan.plan_id)
     except RunError as error:
         return None, str(error)
-    limit = plan.server.max_update_norm
-    needed = plan.privacy != "none" and plan.strategy.compares_noise
-    reason = reason_to_refuse(update, organisation=who.name, round=round, shapes=shapes, max_norm=limit, noise_needed=needed)
+    reason = reason_to_refuse(
+        update,
+        organisation=who.name,
+        round=round,
+        shapes=shapes,
+        max_norm=plan.server.max_update_norm,
+        noise_needed=plan.privacy != "none" and plan.strategy.compares_noise,
+        loss_needed="loss" in plan.strategy.sends,
+    )
     return (update, "") if reason is None else (None, reason)
 
 
