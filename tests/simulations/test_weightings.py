@@ -12,7 +12,7 @@ import torch
 from cotune.server.admission import reason_to_refuse
 from cotune.simulations.simulate import simulate
 from cotune.strategies.updates import Update
-from tests.simulations.conftest import NewPlan
+from tests.simulations.conftest import NewPlan, final_model, same
 
 
 @pytest.mark.parametrize("privacy", ["none", {"epsilon": 8.0}])
@@ -31,10 +31,20 @@ def test_losses_are_told_in_every_round(toy_plan: NewPlan, tmp_path: Path, weigh
 
 
 def test_the_server_judges_each_update(toy_plan: NewPlan, tmp_path: Path) -> None:
-    plan = toy_plan(strategy={"weighting": "validation"}, validation_fraction=0.2, simulation={"baselines": []})
-    run = simulate(plan, tmp_path / "run", device="cpu")
-    summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
-    assert summary["rounds"][-1]["metrics"]["accuracy"] > 0.8
+    """To the power of 1e-9 every score above 0 is 1: that is the uniform weighting."""
+    about: dict[str, Any] = {"validation_fraction": 0.2, "rounds": 2, "simulation": {"baselines": []}}
+    weightings = {
+        "judged": {"name": "validation", "power": 20.0},
+        "alike": {"name": "validation", "power": 1e-9},
+        "uniform": "uniform",
+    }
+    judged, alike, uniform = (
+        final_model(simulate(toy_plan(strategy={"weighting": weighting}, **about), tmp_path / name, device="cpu").folder)
+        for name, weighting in weightings.items()
+    )
+    for name, tensor in uniform.items():
+        torch.testing.assert_close(alike[name], tensor, rtol=1e-5, atol=1e-6)
+    assert not same(judged, uniform)
 
 
 @pytest.mark.parametrize(
