@@ -69,7 +69,7 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
         rounds = min(stage.rounds, last + stage.rounds - first_round + 1)
         last += stage.rounds
         if rounds > 0:
-            planned.append((stage.local.sample_rate(examples), rounds * stage.local.steps))
+            planned.append((stage.local.sample_rate(examples), rounds * stage.local.steps_of(examples)))
     return planned
 
 
@@ -140,7 +140,9 @@ def _too_much_in_total(plan: Plan, budget: Budget, examples: int, sigma: float, 
 def _fitting(plan: Plan, budget: Budget, examples: int, sigma: float, before: list[Steps]) -> int:
     """The largest number of first rounds of the plan that fit into the total at σ; by bisection, ε grows with the rounds."""
     total = plan.rounds
-    every = [(stage.local.sample_rate(examples), stage.local.steps) for stage in plan.stages for _ in range(stage.rounds)]
+    every = [
+        (stage.local.sample_rate(examples), stage.local.steps_of(examples)) for stage in plan.stages for _ in range(stage.rounds)
+    ]
     low, high = 0, total
     while low < high:
         middle = (low + high + 1) // 2

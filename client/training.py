@@ -107,8 +107,8 @@ def _train_privately(
 ) -> int:
     """Returns the steps taken. The ledger is charged before a record enters a batch."""
     check_gradients(setting, privacy, stage.mode)
-    rate = stage.local.sample_rate(len(setting.rows))
-    charge = account.reserve(round, Steps(sigma, rate, stage.local.steps))
+    rate, planned = stage.local.sample_rate(len(setting.rows)), stage.local.steps_of(len(setting.rows))
+    charge = account.reserve(round, Steps(sigma, rate, planned))
     began = time.monotonic()
     reports = private_steps(
         setting.module,
@@ -119,7 +119,7 @@ def _train_privately(
         noise_multiplier=sigma,
         clip_norm=privacy.clip_norm,
         sample_rate=rate,
-        steps=stage.local.steps,
+        steps=planned,
         physical_batch=setting.physical_batch,
         mode=setting.clipping,
         clipping=privacy.clipping,
@@ -174,7 +174,7 @@ def _train_plainly(
     """The same batches by Poisson sampling, but reproducible, and without clipping and noise. An empty batch takes no step."""
     generator = seeded_generator(plan.seed, "batches", site.organisation, round)
     rate = stage.local.sample_rate(len(setting.rows))
-    sampler = PoissonSampler(len(setting.rows), rate, stage.local.steps, generator)
+    sampler = PoissonSampler(len(setting.rows), rate, stage.local.steps_of(len(setting.rows)), generator)
     return _follow(_plain_steps(setting, optimizer, sampler), site.organisation, round, None, guard)
 
 

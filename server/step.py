@@ -48,7 +48,7 @@ def context_of(
         seed=plan.seed,
         organisations=organisations,
         state=state,
-        local=LocalSteps(local.learning_rate, local.momentum, local.steps),
+        local=LocalSteps(local.learning_rate, local.momentum, local.steps or 0),
         adapters=model.adapters() if stage.mode == "lora" else (),
         memory=_remembered(before, "fusion"),
         score=None if score is None else lambda delta: score(apply_delta(state, delta)),

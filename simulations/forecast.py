@@ -45,7 +45,9 @@ class OrganisationForecast:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """Per stage. bytes_up and bytes_down: of one round, all organisations together. parameters: that are trained and travel."""
+    """Per stage. bytes_up and bytes_down: of one round, all organisations together. parameters: that are trained and travel.
+    steps: in one round, of the organisation that takes most.
+    """
 
     mode: str
     rounds: int
@@ -139,7 +141,7 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
         yield StageForecast(
             stage.mode,
             stage.rounds,
-            stage.local.steps,
+            max(stage.local.steps_of(len(share.rows)) for share in prepared.shares),
             sum(tensor.numel() for tensor in shared.values()),
             payload_bytes(update) * len(names),
             sum(payload_bytes(request) for request in requests),
@@ -156,11 +158,8 @@ def _seconds(prepared: Prepared, model: SharedModel) -> float:
         if stage.mode == "head" and feature_head(model) is not None:
             total += records * _time_per_record(plan, model, examples, None)
         else:
-            work = (
-                sum(stage.local.sample_rate(len(s.rows)) * len(s.rows) for s in prepared.shares)
-                * stage.rounds
-                * stage.local.steps
-            )
+            sizes = [len(s.rows) for s in prepared.shares]
+            work = stage.rounds * sum(stage.local.sample_rate(n) * n * stage.local.steps_of(n) for n in sizes)
             cost = _CLIPPING_COST[stage.mode] if plan.privacy != "none" else 1.0
             total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_record(plan, model, examples, stage)
     return total

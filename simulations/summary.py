@@ -165,7 +165,7 @@ def _organisation(
         "delta": spent[1],
         "noise_multiplier": charges[-1].noise_multiplier if charges else None,
         "sample_rate": plan.stages[-1].local.sample_rate(examples),
-        "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps for r in took_part),
+        "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps_of(examples) for r in took_part),
         "rounds": len(took_part),
     }
 

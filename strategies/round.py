@@ -17,7 +17,8 @@ __all__ = ["Fused", "LocalSteps", "RoundContext", "Weighed"]
 
 @dataclass(frozen=True)
 class LocalSteps:
-    """How every organisation trains in the round. learning_rate: η of the first parameter group; steps: K."""
+    """How every organisation trains in the round. learning_rate: η of the first parameter group; steps: K; 0 where it
+    differs between organisations (local.epochs)."""
 
     learning_rate: float = 1.0
     momentum: float = 0.0
