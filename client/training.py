@@ -18,6 +18,7 @@ from cotune.client.observe import tell
 from cotune.client.rows import Rows
 from cotune.client.setting import Setting, check_gradients, optimizer_of, setting_of
 from cotune.client.site import Site
+from cotune.client.statistics import statistics_of
 from cotune.client.telling import Teller
 from cotune.models.errors import Declined, RunError
 from cotune.models.holdings import Holdings
@@ -79,7 +80,9 @@ def train_round(
             steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
     delta = difference(model.state(names), {name: state[name] for name in names})
     _check_finite(delta)
-    update = Update(site.organisation, round, delta, teller.examples(len(holdings), round), steps, spent, told, noise)
+    statistics = statistics_of(plan, model, names, setting)
+    examples = teller.examples(len(holdings), round)
+    update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics)
     correction.keep(round, stage, delta)
     site.keep(update, plan.plan_id, digest)
     return update

@@ -21,11 +21,12 @@ def reason_to_refuse(
     max_norm: float,
     noise_needed: bool = False,
     loss_needed: bool = False,
+    statistics: Mapping[str, tuple[int, ...]] | None = None,
 ) -> str | None:
     """What is wrong with an update, in words; None when it may enter.
 
     shapes: the parameters that the round shares, with their tensors. noise_needed: every update must state its noise, above 0.
-    loss_needed: and tell its loss.
+    loss_needed: and tell its loss. statistics: the arrays that the fusion wants beside the delta, with their shapes.
     """
     if update.organisation != organisation:
         return f"it is from {update.organisation[:80]}, expected {organisation}"
@@ -38,6 +39,7 @@ def reason_to_refuse(
         or _wrong_values(update.delta, max_norm)
         or _wrong_noise(update, needed=noise_needed)
         or (_wrong_loss(update) if loss_needed else None)
+        or _wrong_statistics(update.statistics, statistics or {})
     )
 
 
@@ -76,3 +78,16 @@ def _wrong_loss(update: Update) -> str | None:
         return "it does not tell the loss that the weighting of the plan needs"
     loss = update.told["loss"]
     return None if 0 <= loss < math.inf else f"it tells a loss of {loss:g}, expected a finite number, 0 or more"
+
+
+def _wrong_statistics(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> str | None:
+    if found.keys() != expected.keys():
+        extra, lacking = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+        return f"it has {len(extra)} arrays too many and lacks {len(lacking)} ({', '.join([*extra, *lacking][:3])[:200]})"
+    for name, tensor in found.items():
+        if tuple(tensor.shape) != expected[name]:
+            return f"{name} has the shape {tuple(tensor.shape)}, expected {expected[name]}"
+        squares = tensor.diagonal() if name.startswith("gram/") else tensor
+        if not bool(tensor.isfinite().all()) or bool((squares < 0).any()):
+            return f"{name} has values that no sum of squares has: expected finite ones, 0 or more"
+    return None

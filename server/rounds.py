@@ -19,6 +19,7 @@ from cotune.models.errors import PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics
 from cotune.plan.schema import Plan
+from cotune.plan.statistics import statistic_shapes
 from cotune.server.admission import reason_to_refuse
 from cotune.server.client_level import ClientLevelPrivacy
 from cotune.server.run_folder import Participant, Progress, RunFolder
@@ -34,6 +35,7 @@ _POLL_SECONDS = 0.02
 _NODES_SECONDS = 120.0  # how long the run waits for the first node
 
 Evaluate = Callable[[State], Metrics | None]
+_Expected = tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]  # parameters with their tensors, arrays beside them with shapes
 
 
 @dataclass
@@ -105,13 +107,13 @@ def _play(
     ids = list(grid.push_messages(messages))
     del messages
     tally = _Tally([], [], {}, bytes_down=bytes_down)
-    shapes = {name: state[name] for name in names}
+    shapes, arrays = {name: state[name] for name in names}, statistic_shapes(plan, model, names)
     private_mean = client_level.new_mean(shapes, before) if client_level else None
     combination: Combination = private_mean or plan.strategy.new_combination(context)
     deadline = time.monotonic() + plan.server.deadline_seconds
     for participant, message_id in zip(people, ids, strict=True):
         reply = _await_reply(grid, message_id, deadline)
-        update = _admit(folder, participant, reply, shapes, round, tally)
+        update = _admit(folder, participant, reply, (shapes, arrays), round, tally)
         del reply
         if update is not None:
             combination.add(update)
@@ -166,10 +168,10 @@ def _await_reply(grid: Grid, message_id: str, deadline: float) -> Message | None
 
 
 def _admit(
-    folder: RunFolder, who: Participant, reply: Message | None, shapes: dict[str, Tensor], round: int, tally: _Tally
+    folder: RunFolder, who: Participant, reply: Message | None, expected: _Expected, round: int, tally: _Tally
 ) -> Update | None:
     """The update in a reply, if it may enter the model; otherwise the organisation is shown as dropped, with the reason."""
-    update, reason = _open(folder.plan, who, reply, shapes, round)
+    update, reason = _open(folder.plan, who, reply, expected, round)
     if update is None:
         tally.dropped.append({"organisation": who.name, "reason": reason})
         folder.events.tell("update_dropped", round=round, organisation=who.name, reason=reason)
@@ -188,9 +190,7 @@ def _admit(
     return update
 
 
-def _open(
-    plan: Plan, who: Participant, reply: Message | None, shapes: dict[str, Tensor], round: int
-) -> tuple[Update | None, str]:
+def _open(plan: Plan, who: Participant, reply: Message | None, expected: _Expected, round: int) -> tuple[Update | None, str]:
     if reply is None:
         return None, f"no reply within {plan.server.deadline_seconds:g} seconds"
     if reply.has_error():
@@ -203,7 +203,8 @@ def _open(
         update,
         organisation=who.name,
         round=round,
-        shapes=shapes,
+        shapes=expected[0],
+        statistics=expected[1],
         max_norm=plan.server.max_update_norm,
         noise_needed=plan.privacy != "none" and plan.strategy.compares_noise,
         loss_needed="loss" in plan.strategy.sends,

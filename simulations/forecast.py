@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from cotune.client.budget import planned_steps, planned_telling
@@ -16,6 +17,7 @@ from cotune.models.sharing import SharedModel
 from cotune.models.tasks import Example, example_losses
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
+from cotune.plan.statistics import statistic_shapes
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.policy import Policy
 from cotune.privacy.statement import client_statement
@@ -137,7 +139,8 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
         shared = model.state(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
         held |= shared
         requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names])
-        update = encode_update(Update(names[0], 1, shared, 1, 1), plan.plan_id)
+        arrays = {name: torch.zeros(shape) for name, shape in statistic_shapes(plan, model, shared).items()}
+        update = encode_update(Update(names[0], 1, shared, 1, 1, statistics=arrays), plan.plan_id)
         yield StageForecast(
             stage.mode,
             stage.rounds,
