@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -22,11 +22,13 @@ def reason_to_refuse(
     noise_needed: bool = False,
     loss_needed: bool = False,
     statistics: Mapping[str, tuple[int, ...]] | None = None,
+    steps_of: Callable[[int], int] | None = None,
 ) -> str | None:
     """What is wrong with an update, in words; None when it may enter.
 
     shapes: the parameters that the round shares, with their tensors. noise_needed: every update must state its noise, above 0.
     loss_needed: and tell its loss. statistics: the arrays that the fusion wants beside the delta, with their shapes.
+    steps_of: examples -> steps, where these follow from those.
     """
     if update.organisation != organisation:
         return f"it is from {update.organisation[:80]}, expected {organisation}"
@@ -34,6 +36,8 @@ def reason_to_refuse(
         return f"it is for round {update.round}, expected {round}"
     if update.examples < 1:
         return f"it declares {update.examples} examples, expected at least 1"
+    if steps_of is not None and update.steps != steps_of(update.examples):
+        return f"it states {update.steps} steps, expected {steps_of(update.examples)} with {update.examples} examples"
     return (
         _wrong_tensors(update.delta, shapes)
         or _wrong_values(update.delta, max_norm)

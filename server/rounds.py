@@ -199,12 +199,14 @@ def _open(plan: Plan, who: Participant, reply: Message | None, expected: _Expect
         update = decode_update(reply.content, plan.plan_id)
     except RunError as error:
         return None, str(error)
+    local = plan.stage_of(round).local
     reason = reason_to_refuse(
         update,
         organisation=who.name,
         round=round,
         shapes=expected[0],
         statistics=expected[1],
+        steps_of=None if local.epochs is None else local.steps_of,
         max_norm=plan.server.max_update_norm,
         noise_needed=plan.privacy != "none" and plan.strategy.compares_noise,
         loss_needed="loss" in plan.strategy.sends,
