@@ -50,7 +50,7 @@ def first_mistake(error: ValidationError, model: type[BaseModel], document: str)
         return f'the {document} lacks "{key}": expected it to be given'
     message = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if message.startswith("unknown") or not key:
+    if message.startswith("unknown") or not key or (first["type"] == "value_error" and isinstance(first["input"], dict)):
         return f"the {document} is not valid: {key}: {message}" if key else f"the {document} is not valid: {message}"
     return f"the {document} has {key} = {_shown(first['input'])}: {message}"
 

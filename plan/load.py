@@ -37,8 +37,8 @@ def preset_text(name: str) -> str:
 def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, own_code: bool = True) -> Plan:
     """The plan in a TOML file or a preset, with `key=value` overrides such as "privacy.epsilon=3". Raises PlanError.
 
-    own_code: whether a strategy's part in a file (`fusion = "my_rules.py:my_fusion"`, relative to the plan) may be run to learn
-    what it needs; without, such a plan must have been completed by whoever made it.
+    own_code: whether a strategy's part that is code (`fusion = "my_rules.py:my_fusion"`, relative to the plan) may be run to
+    learn what it needs; without, such a plan must have been completed by whoever made it.
     """
     path = Path(source)
     if path.suffix == ".toml" or path.exists():
@@ -66,9 +66,7 @@ def parse_plan(table: Mapping[str, Any]) -> Plan:
 
 
 def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
-    """The plan, with what must be said about parts in files: where they are, their content, parameters, and what they want
-    sent.
-    """
+    """The plan, with what must be said about parts that are code: their content, parameters, and what they want sent."""
     try:
         table = expand(table)
         table["strategy"], infos = pinned(table.get("strategy", {}), folder)

@@ -1,6 +1,6 @@
 """The folder of a run: everything that is needed to continue it, to repeat it and to report on it.
 
-plan.toml               the resolved plan
+plan.toml               the resolved plan, and beside it the files of its own rules, if it has any
 run.json                who takes part, when and how it was started
 events.jsonl            what happened, line by line
 checkpoints/            one file per finished round: model, server optimiser, history
@@ -34,8 +34,9 @@ from cotune.models.sharing import State
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.events import Events
+from cotune.strategies.plugins import content_of, read_file
 
-__all__ = ["Participant", "Progress", "RunFile", "RunFolder"]
+__all__ = ["Participant", "Progress", "RunFile", "RunFolder", "keep_others_off"]
 
 
 class Participant(BaseModel):
@@ -80,11 +81,16 @@ class RunFolder:
             self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
         except (OSError, ValueError):
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
+        for name in self.plan.strategy.files:
+            if (path / name.rpartition(":")[0]).exists():
+                read_file(name, path)
         self.events = Events(path / "events.jsonl", silent=self.file.silent)
 
     @classmethod
     def create(cls, path: Path, plan: Plan, file: RunFile) -> RunFolder:
         """Writes plan.toml and, last, run.json: from then on it is the folder of a run."""
+        for name, sha256 in plan.strategy.files.items():
+            write_durably(path / name.rpartition(":")[0], content_of(name, sha256))
         write_durably(path / "plan.toml", dump_plan(plan).encode())
         write_durably(path / "run.json", file.model_dump_json(indent=1).encode())
         return cls(path)
@@ -149,12 +155,19 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second process off the same run during the block. Raises RunError."""
-        with open(self.path / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
-            except OSError:
-                raise RunError(f"another process is working on {self.path}: wait for it, or stop it first") from None
+        with keep_others_off(self.path):
             yield
+
+
+@contextmanager
+def keep_others_off(path: Path) -> Iterator[None]:
+    """Keeps a second process off a folder during the block. Raises RunError."""
+    with open(path / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
+        except OSError:
+            raise RunError(f"another process is working on {path}: wait for it, or stop it first") from None
+        yield
 
 
 def _with_prefix(tensors: State, prefix: str) -> State:

@@ -11,7 +11,6 @@ from cotune.models.sharing import SharedModel, State
 from cotune.plan.model import trained_names
 from cotune.plan.schema import Plan
 from cotune.server.run_folder import Progress
-from cotune.strategies.plugins import is_file
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
 from cotune.strategies.updates import Delta, apply_delta
 
@@ -31,7 +30,7 @@ def enter_round(model: SharedModel, plan: Plan, state: State, round: int) -> tup
 
 def _rewritten(plan: Plan, model: SharedModel, round: int) -> Iterable[str]:
     """What the fusion changes beside what the organisations train: other factors of adapters, or the weights that they adapt."""
-    if plan.stage_of(round).mode != "lora" or is_file(plan.strategy.fusion.name):
+    if plan.stage_of(round).mode != "lora":
         return []
     kinds = plan.strategy.fusion.info("fusion").needs.rewrites
     return [getattr(adapter, kind) for adapter in model.adapters() for kind in kinds]

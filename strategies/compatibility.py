@@ -40,7 +40,7 @@ Found = Mapping[Kind, tuple[Part, PartInfo]]
 
 
 def first_problem(strategy: StrategyConfig, facts: Facts, infos: Mapping[Kind, PartInfo] | None = None) -> str | None:
-    """Why the strategy cannot be had, in words; None when it can. infos: of parts in files, where they have been opened."""
+    """Why the strategy cannot be had, in words; None when it can. infos: of parts that are code, where it has been run."""
     found: Found = {kind: (part, info) for kind, part, info in strategy.known_parts()}
     opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.parts() if kind in (infos or {})}
     return next(_problems({**found, **opened}, facts), None)

@@ -140,6 +140,11 @@ class PartInfo:
                 raise ValueError(f'{words} "{self.name}" lacks its parameter {key}: expected it to be given') from None
             raise ValueError(f'{words} "{self.name}" has {key} = {first["input"]!r}: {message[0].lower()}{message[1:]}') from None
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Its parameters as JSON Schema: types, defaults, bounds, choices."""
+        return dict(self._model.model_json_schema())
+
     @functools.cached_property
     def _model(self) -> Any:
         target = self.build.__init__ if inspect.isclass(self.build) else self.build
@@ -148,7 +153,7 @@ class PartInfo:
             name: (hints.get(name, float), ... if p.default is inspect.Parameter.empty else p.default)
             for name, p in self.parameters.items()
         }
-        return create_model("Parameters", __config__=ConfigDict(extra="forbid", strict=False, allow_inf_nan=False), **fields)
+        return create_model("Parameters", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
 
 
 def _decorator(

@@ -1,27 +1,46 @@
-"""Parts that come from elsewhere: a researcher's own file, `my_rules.py:my_fusion`, or an installed package's entry point.
+"""Parts that come from elsewhere: a researcher's own file, an installed package's entry point, or a strategy of Flower's.
 
-A file is code: it is loaded on the coordinator's own machine alone, when its plan is made and when it runs there, and only
-while its content is what the plan says (SHA-256). Clients read a plan without ever opening it. Client terms run at the
-organisations: they come from cotune or from a package that is installed there, never from a file that a plan names.
+`my_rules.py:my_fusion` is a file beside the plan. It is code: it runs on the coordinator's own machine alone, and only while its
+content is what the plan says (SHA-256); the folder of a run keeps a copy beside the plan. So it is with
+`flwr.serverapp.strategy:Krum`, a class of the installed Flower. Clients read a plan without ever opening either. Client terms
+run at the organisations: they come from cotune or from a package that is installed there, never from a file that a plan names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import re
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from cotune.models.errors import PlanError, nearest
 from cotune.strategies.parts import FOLDERS, Kind, PartInfo, builtin, undecorated
 
-__all__ = ["from_file", "is_file", "known", "load_file", "part_named", "pinned"]
+__all__ = [
+    "NO_TERM",
+    "content_of",
+    "is_code",
+    "is_file",
+    "known",
+    "load_code",
+    "object_in",
+    "part_named",
+    "part_of",
+    "pinned",
+    "read_file",
+]
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
+_FLOWER = re.compile(r"flwr(\.\w+)*:[A-Za-z_]\w*")
+NO_TERM = (
+    "expected one of cotune, or of a package that every organisation has installed, as no client runs code that a plan brings"
+)
+_read: dict[str, tuple[Path, bytes]] = {}  # by SHA-256: the files that this process has read
 
 
 def is_file(name: str) -> bool:
@@ -29,104 +48,168 @@ def is_file(name: str) -> bool:
     return _FILE.fullmatch(name) is not None
 
 
-@cache
+def is_code(name: str) -> bool:
+    """Whether a name means code that the coordinator alone opens: a part in a file, or a strategy of Flower's."""
+    return is_file(name) or _FLOWER.fullmatch(name) is not None
+
+
+# --- installed
+
+
 def known(kind: Kind) -> Mapping[str, PartInfo]:
     """The parts that can be named: those of cotune, and those of installed packages (entry points `cotune.fusions` …)."""
-    found = dict(builtin(kind))
-    for point in entry_points(group=f"cotune.{FOLDERS[kind]}"):
-        if point.name not in found:
-            found[point.name] = _info(kind, point.name, point.load())
-    return found
+    return {**{name: _installed(kind, name) for name in _points(kind)}, **builtin(kind)}
 
 
 def part_named(kind: Kind, name: str) -> PartInfo:
-    """A part of cotune or of an installed package. Raises ValueError for an unknown name."""
-    if name not in known(kind):
-        words = kind.replace("_", " ").replace("optimizer", "optimiser")
-        raise ValueError(f'unknown {words} "{name}"{nearest(name, known(kind))}')
-    return known(kind)[name]
+    """A part of cotune or of an installed package, which alone is imported. Raises ValueError for an unknown name."""
+    if name in builtin(kind):
+        return builtin(kind)[name]
+    if name not in _points(kind):
+        raise ValueError(f'unknown {_word(kind)} "{name}"{nearest(name, {**builtin(kind), **_points(kind)})}')
+    return _installed(kind, name)
 
 
-def from_file(kind: Kind, name: str, folder: Path) -> tuple[str, str, PartInfo]:
-    """(absolute name, SHA-256, part) of `file.py:function`, the path being relative to `folder`. Runs the file. Raises
-    PlanError.
-    """
-    if kind == "client_term":
+def _points(kind: Kind) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=f"cotune.{FOLDERS[kind]}")}
+
+
+@cache
+def _installed(kind: Kind, name: str) -> PartInfo:
+    point = _points(kind)[name]
+    try:
+        value = point.load()
+    except Exception as error:
         raise PlanError(
-            f'client_term = "{name}" names a file: expected one of cotune or of a package that every organisation has'
-            f" installed, as"
-            " no client runs code that a plan brings"
-        )
-    match = _FILE.fullmatch(name)
-    assert match is not None, "is_file said that it is one"
-    path = (folder / match["path"]).resolve()
+            f'the {_word(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be loaded'
+            f" ({type(error).__name__}: {error}): mend or remove the package"
+        ) from error
+    return part_of(kind, name, value)
+
+
+# --- files
+
+
+def read_file(name: str, folder: Path) -> str:
+    """SHA-256 of the file in `file.py:function`, relative to `folder`; from then on the process knows its content. Runs nothing.
+
+    Raises PlanError where it cannot be read.
+    """
+    path = (folder / name.rpartition(":")[0]).resolve()
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise PlanError(f"{path} cannot be read ({error.strerror}): expected a Python file with {match['name']} in it") from None
+        raise PlanError(f"{path} cannot be read ({error.strerror}): expected the Python file that the plan names") from None
     digest = hashlib.sha256(content).hexdigest()
-    return f"{path}:{match['name']}", digest, load_file(kind, f"{path}:{match['name']}", digest)
+    _read[digest] = path, content
+    return digest
+
+
+def content_of(name: str, sha256: str) -> bytes:
+    """The file of that content, which this process has read. Raises PlanError."""
+    return _content(name, sha256)[1]
+
+
+def object_in(name: str, sha256: str) -> Any:
+    """What `file.py:function` means, in the file of that content. Runs the file. Raises PlanError."""
+    path, content = _content(name, sha256)
+    module, wanted = _run(path, content, sha256), name.rpartition(":")[2]
+    found = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
+    if wanted not in found:
+        raise PlanError(f'{path} has no "{wanted}"{nearest(wanted, found)}')
+    return getattr(module, wanted)
+
+
+def _content(name: str, sha256: str) -> tuple[Path, bytes]:
+    if sha256 not in _read:
+        raise PlanError(
+            f"{name.rpartition(':')[0]} is not the file that the plan was made with (SHA-256 {sha256[:12]}…): put that one"
+            " beside the plan, or make a new plan with the changed one"
+        )
+    return _read[sha256]
+
+
+@cache
+def _run(path: Path, content: bytes, sha256: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"cotune_plugin_{sha256[:16]}", path)
+    assert spec is not None, "the name ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    try:
+        exec(compile(content, str(path), "exec", dont_inherit=True), vars(module))  # what was hashed, not what is there by now
+    except Exception as error:
+        raise PlanError(f"{path} cannot be run ({type(error).__name__}: {error}): expected a Python file that can be") from error
+    return module
+
+
+# --- as a plan names them
+
+
+def load_code(kind: Kind, name: str, sha256: str) -> PartInfo:
+    """The part that a name of code means (see `is_code`). Runs it. Raises PlanError."""
+    if kind == "client_term":
+        raise PlanError(f'client_term = "{name}" names code: {NO_TERM}')
+    if is_file(name):
+        return part_of(kind, Path(name).name, object_in(name, sha256))
+    if kind != "fusion":
+        raise PlanError(f'{kind} = "{name}" names a strategy of Flower\'s, which is whole: expected strategy = "{name}"')
+    from cotune.strategies.flower import flower_strategy
+
+    return flower_strategy(name)
+
+
+def part_of(kind: Kind, name: str, value: Any) -> PartInfo:
+    """What a function or class says of itself; one that says nothing needs to see each update. Raises PlanError."""
+    info = getattr(value, "part", None)
+    if isinstance(info, PartInfo):
+        if info.kind != kind:
+            raise PlanError(f'"{name}" is a {_word(info.kind)}: expected a {_word(kind)} in its place')
+        return info
+    if kind == "fusion" and inspect.isclass(value):
+        from cotune.strategies.flower import flower_part, is_flower_class
+
+        if is_flower_class(value):
+            return flower_part(name, value)
+    if inspect.isclass(value) == (kind in ("weighting", "fusion")):
+        wanted = (
+            "a function, or a strategy of Flower's" if kind == "fusion" else "a function" if kind == "weighting" else "a class"
+        )
+        raise PlanError(f'"{name}" is a {type(value).__name__}: expected {wanted} with @{kind} on it')
+    return undecorated(kind, name, value)
 
 
 def pinned(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, PartInfo]]:
-    """The `strategy` table of a plan with every part in a file completed, and these parts. Raises PlanError or ValueError."""
+    """The `strategy` table of a plan with every part that is code completed, and these parts. Runs them.
+
+    folder: of the plan. A file is named without its folder: that is nobody else's business, and a run keeps the file beside
+    its plan. Raises PlanError or ValueError.
+    """
     if not isinstance(strategy, Mapping):
         return strategy, {}
     table, infos = dict(strategy), dict[Kind, PartInfo]()
     for kind in FOLDERS:
         given = table.get(kind)
         part = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
-        if not is_file(str(part.get("name"))):
-            continue
-        stated = part.pop("sha256", None)
-        name, digest, infos[kind] = from_file(kind, str(part.pop("name")), folder)
-        if stated not in (None, digest):
-            raise PlanError(f"{name.rpartition(':')[0]} is not the file that the plan was made with: expected SHA-256 {stated}")
-        table[kind] = {"name": name, "sha256": digest, **infos[kind].check(part)}
+        if is_code(str(part.get("name"))):
+            table[kind], infos[kind] = _completed(kind, part, folder)
     if "fusion" in infos and "weighting" not in table and not infos["fusion"].needs.weights:
         table["weighting"] = "uniform"
     asked = {payload for info in infos.values() for payload in info.needs.sends}
     return ({**table, "sends": sorted({*table.get("sends", ()), *asked})} if asked else table), infos
 
 
-def load_file(kind: Kind, name: str, sha256: str) -> PartInfo:
-    """The part in a file, if the file is the one that the plan was made with. Runs the file. Raises PlanError."""
-    match = _FILE.fullmatch(name)
-    assert match is not None, "is_file said that it is one"
-    path = Path(match["path"])
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PlanError(f"{path} cannot be read ({error.strerror}): expected the file that the plan names") from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise PlanError(
-            f"{path} is not the file that the plan was made with: restore it, or make a new plan with the changed one"
-        )
-    return _load(kind, path, match["name"], sha256)
+def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str, Any], PartInfo]:
+    name, stated = str(part.pop("name")), part.pop("sha256", None)
+    pin: dict[str, str] = {}
+    if is_file(name) and kind != "client_term":
+        pin = {"sha256": read_file(name, folder)}
+        if stated not in (None, pin["sha256"]):
+            raise PlanError(f"{name.rpartition(':')[0]} is not the file that the plan was made with: expected SHA-256 {stated}")
+    info = load_code(kind, name, pin.get("sha256", ""))
+    parameters = info.check(part)
+    if hasattr(info.build, "rehearse"):
+        info.build.rehearse(parameters)
+    return {"name": Path(name).name, **pin, **parameters}, info
 
 
-@cache
-def _load(kind: Kind, path: Path, name: str, sha256: str) -> PartInfo:
-    spec = importlib.util.spec_from_file_location(f"cotune_plugin_{sha256[:16]}", path)
-    assert spec is not None, "the name ends in .py"
-    assert spec.loader is not None, "a file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise PlanError(
-            f"{path} cannot be loaded ({type(error).__name__}: {error}): expected a Python file that can be"
-        ) from error
-    found = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
-    if name not in found:
-        raise PlanError(f'{path} has no "{name}"{nearest(name, found)}')
-    return _info(kind, f"{path.name}:{name}", getattr(module, name))
-
-
-def _info(kind: Kind, name: str, value: Any) -> PartInfo:
-    info = getattr(value, "part", None)
-    if not isinstance(info, PartInfo):
-        return undecorated(kind, name, value)
-    if info.kind != kind:
-        raise PlanError(f"{name} is a {info.kind}, expected a {kind}: name it where the plan wants one")
-    return info
+def _word(kind: Kind) -> str:
+    return kind.replace("_", " ").replace("optimizer", "optimiser")

@@ -17,6 +17,35 @@ RECIPES: dict[str, dict[str, Any]] = {
     # averaging
     "fedavg": {},
     "fedavgm": {"server_optimizer": {"name": "sgd", "momentum": 0.9}},
+    # averaging that corrects for local steps, or for who is worse off
+    "fednova": {"fusion": "fednova"},
+    "qfedavg": {"weighting": "uniform", "fusion": "q_fedavg"},
+    # robust to a few wrong or hostile organisations
+    "median": {"weighting": "uniform", "fusion": "median"},
+    "trimmed_mean": {"weighting": "uniform", "fusion": "trimmed_mean"},
+    "krum": {"weighting": "uniform", "fusion": "krum"},
+    "multi_krum": {"weighting": "uniform", "fusion": "multi_krum"},
+    "bulyan": {"weighting": "uniform", "fusion": "bulyan"},
+    "rfa": {"fusion": "geometric_median"},
+    "norm_bound": {"fusion": "norm_bound"},
+    "centred_clipping": {"weighting": "uniform", "fusion": "centred_clipping"},
+    # model merging
+    "soup": {"weighting": "uniform"},
+    "greedy_soup": {"weighting": "uniform", "fusion": "greedy_soup"},
+    "task_arithmetic": {"weighting": "uniform", "fusion": "task_arithmetic"},
+    "ties": {"weighting": "uniform", "fusion": "ties"},
+    "dare": {"fusion": "dare"},
+    "model_stock": {"weighting": "uniform", "fusion": "model_stock"},
+    "consensus": {"weighting": "uniform", "fusion": "consensus"},
+    # adapters
+    "fedit": {"fusion": "fedit", "lora": {"factors": "ab"}},
+    "ffa_lora": {"lora": {"factors": "b"}},  # Sun et al., ICLR 2024, https://arxiv.org/abs/2403.12313
+    "rolora": {"lora": {"factors": "alternate"}},  # Chen et al., NeurIPS 2025, https://arxiv.org/abs/2502.01755
+    "fedsvd": {"fusion": "fedsvd", "lora": {"factors": "b"}},
+    "fedex": {"fusion": "fedex", "lora": {"factors": "ab"}},
+    "flora": {"fusion": "flora", "lora": {"factors": "ab"}},
+    "flexlora": {"fusion": "flexlora", "lora": {"factors": "ab"}},
+    "hetlora": {"weighting": "uniform", "fusion": "hetlora", "lora": {"factors": "ab"}},
     # server optimisers
     "fedadam": {"server_optimizer": "adam"},
     "fedyogi": {"server_optimizer": "yogi"},
@@ -30,15 +59,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def expand(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan with its recipe written out; what the plan gives beside it wins. Raises ValueError for an unknown recipe."""
+    """A plan with its recipe written out; what the plan gives beside it wins. Raises ValueError for an unknown recipe.
+
+    Code in a recipe's place, `file.py:function` or `flwr.serverapp.strategy:Krum`, is the fusion.
+    """
     given = table.get("strategy")
     given = {"recipe": given} if isinstance(given, str) else given
     if not isinstance(given, Mapping) or "recipe" not in given:
         return dict(table)
     name = str(given["recipe"])
-    if name not in RECIPES:
+    if name not in RECIPES and ":" not in name:
         raise ValueError(f'unknown strategy "{name}"{nearest(name, RECIPES)}')
-    recipe, parts = RECIPES[name], {key: value for key, value in given.items() if key != "recipe"}
+    recipe, parts = RECIPES.get(name, {"fusion": {"name": name}}), {key: value for key, value in given.items() if key != "recipe"}
     wanted = {key: value for key, value in recipe.items() if key != "lora"}
     strategy = {**wanted, **{key: _with_name(wanted.get(key), value) for key, value in parts.items()}}
     lora = _lora(name, recipe.get("lora", {}), table.get("lora", {}))

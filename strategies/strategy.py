@@ -10,11 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from cotune.strategies.client_term import ClientTerm
 from cotune.strategies.combination import Combination, WeightedFusion
 from cotune.strategies.parts import FOLDERS, Kind, PartInfo, Payload
-from cotune.strategies.plugins import is_file, load_file, part_named
+from cotune.strategies.plugins import NO_TERM, is_code, is_file, load_code, part_named
 from cotune.strategies.round import RoundContext
 from cotune.strategies.server_optimizer import ServerOptimizer
 
 __all__ = ["Part", "StrategyConfig"]
+
+
+_DEFAULTS: dict[Kind, str] = {"weighting": "examples", "fusion": "mean", "server_optimizer": "sgd"}
 
 
 class Part(BaseModel):
@@ -32,25 +35,26 @@ class Part(BaseModel):
         return dict(self.model_extra or {})
 
     def info(self, kind: Kind) -> PartInfo:
-        """What the part says of itself. Runs the file of a plug-in. Raises PlanError for a file that is not the plan's."""
-        return load_file(kind, self.name, self.sha256 or "") if is_file(self.name) else part_named(kind, self.name)
+        """What the part says of itself. Runs the code that it names. Raises PlanError for a file that is not the plan's."""
+        return load_code(kind, self.name, self.sha256 or "") if is_code(self.name) else part_named(kind, self.name)
 
 
 def _complete(kind: Kind, part: Any) -> Any:
-    """A part with all its parameters, so that a plan says everything. Files are not opened: see `plugins`."""
+    """A part with all its parameters, so that a plan says everything. Code is not opened: see `plugins`."""
     table = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else part
     if isinstance(table, Part):
         table = table.model_dump()
+    if isinstance(table, dict) and kind in _DEFAULTS:
+        table.setdefault("name", _DEFAULTS[kind])  # parameters alone are those of the default
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-        raise ValueError(f"expected the name of a {kind}, or a table with its name and parameters, got {part!r:.80}")
+        words = kind.replace("_", " ").replace("optimizer", "optimiser")
+        raise ValueError(f"expected the name of a {words}, or a table with its name and parameters, got {part!r:.80}")
     name, sha256 = table.pop("name"), table.pop("sha256", None)
-    if not is_file(name):
+    if not is_code(name):
         return {"name": name, **part_named(kind, name).check(table)}
     if kind == "client_term":
-        raise ValueError(
-            f'"{name}" is a file: expected a client term that is installed, as no client runs code that a plan brings'
-        )
-    if sha256 is None:
+        raise ValueError(f'"{name}" names code: {NO_TERM}')
+    if is_file(name) and sha256 is None:
         raise ValueError(f'"{name}" came without the SHA-256 of the file: expected a plan that was read from its own file')
     return {"name": name, "sha256": sha256, **table}
 
@@ -81,13 +85,13 @@ class StrategyConfig(BaseModel):
         if isinstance(table, Mapping) and "weighting" not in table and "fusion" in table:
             fusion = table["fusion"]
             name = fusion.get("name") if isinstance(fusion, Mapping) else fusion
-            if isinstance(name, str) and not is_file(name) and not part_named("fusion", name).needs.weights:
+            if isinstance(name, str) and not is_code(name) and not part_named("fusion", name).needs.weights:
                 return {**table, "weighting": "uniform"}
         return table
 
     @model_validator(mode="after")
     def _sends(self) -> Self:
-        """Those of known parts; a file's are in the plan, which was made where the file could be read."""
+        """Those of known parts; those of code are in the plan, which was made where the code could be run."""
         asked = {payload for _, _, info in self.known_parts() for payload in info.needs.sends}
         object.__setattr__(self, "sends", tuple(sorted(asked | set(self.sends))))
         return self
@@ -103,8 +107,13 @@ class StrategyConfig(BaseModel):
         return [(kind, part) for kind, part in found if part is not None]
 
     def known_parts(self) -> list[tuple[Kind, Part, PartInfo]]:
-        """Without those in files, which must be opened to be known."""
-        return [(kind, part, part.info(kind)) for kind, part in self.parts() if not is_file(part.name)]
+        """Without those that are code, which must be run to be known."""
+        return [(kind, part, part.info(kind)) for kind, part in self.parts() if not is_code(part.name)]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Parts in files: `file.py:function` -> SHA-256 of the file."""
+        return {part.name: part.sha256 or "" for _, part in self.parts() if is_file(part.name)}
 
     @property
     def compares_noise(self) -> bool:

@@ -1,0 +1,37 @@
+"""Does a part of a strategy do what it says of itself? Checks for any part, cotune's and others', on made-up updates.
+
+>>> from cotune.strategies.parts import builtin
+>>> [f for f in check_part(builtin("fusion")["mean"]) if not f.passed]
+[]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cotune.strategies.conformance import client_terms, fusions, server_optimizers, weightings
+from cotune.strategies.conformance.checks import Finding, run
+from cotune.strategies.conformance.samples import complete, sample
+from cotune.strategies.parts import PartInfo
+from cotune.strategies.round import RoundContext
+
+__all__ = ["Finding", "check_part"]
+
+_CHECKS = {
+    "weighting": weightings.CHECKS,
+    "fusion": fusions.CHECKS,
+    "server_optimizer": server_optimizers.CHECKS,
+    "client_term": client_terms.CHECKS,
+}
+
+
+def check_part(info: PartInfo, parameters: Mapping[str, Any] | None = None, context: RoundContext | None = None) -> list[Finding]:
+    """One finding for each check that the part's own statements ask for, in a fixed order.
+
+    parameters: of the part, as a plan gives them; one that is required and not given gets a value that its type allows.
+    context: θ, adapters and what else a part may know of a round; made up where it is not given.
+    Raises ValueError for parameters that the part does not take.
+    """
+    case = sample(info, info.check({**complete(info), **(parameters or {})}), context)
+    return [run(check, case) for check in _CHECKS[info.kind] if check.applies(info)]

@@ -1,0 +1,102 @@
+"""What a check is: a named function that yields what is wrong with a part, in words; and what is asked of tensors everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cotune.models.errors import CotuneError
+from cotune.strategies.conformance.samples import Case
+from cotune.strategies.parts import PartInfo
+
+__all__ = ["Check", "Finding", "Problems", "checkpointed", "differing", "refusal", "run", "wrong_names", "wrong_shapes"]
+
+Problems = Iterator[str]
+_TOLERANCE = 1e-9  # relative: sums in another order, in float64
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of a check. detail: what is wrong, in words; empty where nothing is."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """find: yields what is wrong. applies: whether what a part says of itself asks for the check."""
+
+    name: str
+    find: Callable[[Case], Problems]
+    applies: Callable[[PartInfo], bool] = lambda info: True
+
+
+def run(check: Check, case: Case) -> Finding:
+    """The first thing that is wrong. A part that fails to run has not passed."""
+    try:
+        problem = next(check.find(case), None)
+    except CotuneError as error:
+        problem = str(error)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    return Finding(check.name, problem is None, problem or "")
+
+
+def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, exact: bool = False) -> str | None:
+    """Where two sets of tensors differ, in words; None where they do not."""
+    if found.keys() != expected.keys():
+        return f"{sorted(found)} instead of {sorted(expected)}"
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape or tensor.dtype != found[name].dtype:
+            return f"{name} is {_form(found[name])} instead of {_form(tensor)}"
+        if exact and not torch.equal(found[name], tensor):
+            return f"{name} is not the same bit for bit"
+        error, scale = (found[name].double() - tensor.double()).abs(), max(1e-3, float(tensor.double().abs().max()))
+        if not bool((error <= _TOLERANCE * scale).all()):
+            return f"{name} is off by {float(error.max()):.2g}"
+    return None
+
+
+def wrong_shapes(found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Problems:
+    """Tensors that are none, not finite, or have another shape than the parameter of their name."""
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            yield f"{name} is a {type(tensor).__name__}, expected a tensor"
+        elif not tensor.is_floating_point():
+            yield f"{name} is {tensor.dtype}, expected floats"
+        elif name in state and tensor.shape != state[name].shape:
+            yield f"{name} is {_form(tensor)}, expected {tuple(state[name].shape)} as in the model"
+        elif not bool(tensor.isfinite().all()):
+            yield f"{name} is not finite"
+
+
+def wrong_names(found: Mapping[str, Tensor], least: set[str], most: set[str]) -> Problems:
+    if least - set(found):
+        yield f"{min(least - set(found))} is missing"
+    if set(found) - most:
+        yield f"{min(set(found) - most)} is a parameter that nobody sent"
+
+
+def checkpointed(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The memory as it comes back from a checkpoint. Raises what safetensors raises for anything but tensors."""
+    found: dict[str, Tensor] = load(save({name: tensor.contiguous() for name, tensor in memory.items()}))
+    return found
+
+
+def refusal(call: Callable[[], object]) -> bool:
+    """Whether the call is refused in words."""
+    try:
+        call()
+    except CotuneError:
+        return True
+    return False
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

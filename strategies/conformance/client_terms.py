@@ -1,0 +1,128 @@
+"""Checks of client terms: the organisation's half and the server's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cotune.strategies.conformance.checks import Check, Problems, checkpointed, differing, wrong_names, wrong_shapes
+from cotune.strategies.conformance.samples import Case
+from cotune.strategies.round import Fused
+from cotune.strategies.updates import Delta
+
+__all__ = ["CHECKS"]
+
+Tensors = Mapping[str, Tensor]
+
+
+def _fused(case: Case, scale: float = 1.0) -> Fused:
+    first = case.updates[0].delta
+    return Fused({name: scale * tensor.to(torch.float64) for name, tensor in first.items()}, len(case.updates), 1.0)
+
+
+def _folded(case: Case, memory: Tensors | None = None) -> tuple[Delta, Tensors]:
+    found: tuple[Delta, Tensors] = case.build().fold(_fused(case), memory or {}, case.context)
+    return found
+
+
+def _kept(case: Case, sent: Tensors | None = None) -> Tensors:
+    found: Tensors = case.build().keep({}, case.updates[0].delta, sent or {}, case.context.local)
+    return found
+
+
+def _harmless(case: Case) -> Problems:
+    """In an organisation's first step of all, nothing is known that could correct it."""
+    for name, parameter in case.context.state.items():
+        more = case.build().correction(name, parameter.clone(), parameter.clone(), None, None)
+        if more is not None and bool(more.any()):
+            yield f"it corrects the gradient of {name} at the received model, without anything kept or sent"
+    delta, _ = case.build().fold(_fused(case, 0.0), {}, case.context)
+    if any(bool(d.any()) for d in delta.values()):
+        yield "a delta of 0 is not 0 any more, without anything remembered"
+
+
+def _corrections(case: Case, parameter: Tensor) -> list[Tensor | None]:
+    tensors = [None, torch.ones_like(parameter)]
+    given = [(kept, sent) for kept in tensors for sent in tensors]
+    return [case.build().correction("x", parameter, 0.5 * parameter, kept, sent) for kept, sent in given]
+
+
+def _formed(case: Case) -> Problems:
+    """On any device: the meta device has no values, and refuses tensors of another."""
+    for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("meta", torch.float32)):
+        parameter = torch.ones(3, 2, device=device, dtype=dtype)
+        for more in _corrections(case, parameter):
+            if more is None:
+                continue
+            if (more.shape, more.dtype, more.device) != (parameter.shape, parameter.dtype, parameter.device):
+                yield f"a correction is {more.dtype} {tuple(more.shape)} on {more.device}, expected {dtype} (3, 2) on {device}"
+
+
+def _unchanged(case: Case) -> Problems:
+    parameter, received = torch.ones(3, 2), torch.zeros(3, 2)
+    kept, sent = torch.ones(3, 2), torch.ones(3, 2)
+    case.build().correction("x", parameter, received, kept, sent)
+    if not bool(parameter.all() and kept.all() and sent.all()) or bool(received.any()):
+        yield "a correction changes what it is computed from"
+    _, memory = _folded(case)
+    fused, before = _fused(case), copy.deepcopy(dict(memory))
+    case.build().fold(fused, memory, case.context)
+    wrong = differing(fused.delta, _fused(case).delta, exact=True) or differing(memory, before, exact=True)
+    if wrong:
+        yield f"the server's half changes what it was given: {wrong}"
+
+
+def _states(case: Case) -> Problems:
+    """What is kept, sent and remembered has the names and shapes of parameters; and the part says that it is."""
+    delta, memory = _folded(case)
+    yield from wrong_shapes(delta, case.context.state)
+    yield from wrong_names(delta, case.sent, case.sent)
+    sent = case.build().send(memory)
+    for what, tensors, stated in (
+        ("client_state", _kept(case, sent), case.info.needs.client_state),
+        ("receives", sent, case.info.needs.receives),
+    ):
+        yield from wrong_shapes(tensors, case.context.state)
+        yield from wrong_names(tensors, set(), case.sent)
+        if bool(tensors) != stated:
+            yield f"needs.{what} = {stated} is not what it does"
+
+
+def _memory(case: Case) -> Problems:
+    _, memory = _folded(case)
+    straight, resumed = _folded(case, memory), _folded(case, checkpointed(memory))
+    wrong = differing(resumed[0], straight[0], exact=True) or differing(resumed[1], straight[1], exact=True)
+    if wrong:
+        yield f"the server's half is another one after a checkpoint: {wrong}"
+    kept, delta = _kept(case), case.updates[1].delta
+    keep: Any = case.build().keep
+    again = [keep(held, delta, case.build().send(memory), case.context.local) for held in (kept, checkpointed(kept))]
+    wrong = differing(again[1], again[0], exact=True)
+    if wrong:
+        yield f"the organisation's half is another one after it was stored: {wrong}"
+
+
+def _new_parameters(case: Case) -> Problems:
+    """A later stage trains what no earlier one did."""
+    one, fused = min(case.sent), _fused(case)
+    rest = replace(fused, delta={name: d for name, d in fused.delta.items() if name != one})
+    _, memory = case.build().fold(rest, {}, case.context)
+    delta, _ = _folded(case, memory)
+    yield from wrong_shapes(delta, case.context.state)
+    kept = case.build().keep({}, rest.delta, {}, case.context.local)
+    yield from wrong_shapes(case.build().keep(kept, case.updates[0].delta, {}, case.context.local), case.context.state)
+
+
+CHECKS: Sequence[Check] = (
+    Check("is harmless at the start", _harmless),
+    Check("corrects in the shape, type and place of the parameter", _formed),
+    Check("leaves its inputs alone", _unchanged),
+    Check("keeps, sends and folds what it says", _states),
+    Check("bears parameters that come later", _new_parameters),
+    Check("remembers through a checkpoint", _memory),
+)

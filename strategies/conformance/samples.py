@@ -1,0 +1,147 @@
+"""Made-up rounds to try a part on: a small model, updates of organisations that differ, and whatever the part says it needs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cotune.models.adapter import Adapter
+from cotune.strategies.combination import WeightedFusion
+from cotune.strategies.parts import Needs, PartInfo
+from cotune.strategies.round import Fused, LocalSteps, RoundContext
+from cotune.strategies.updates import Delta, Update
+
+__all__ = ["Case", "complete", "sample"]
+
+_DENSE = {"encoder.weight": (4, 3), "head.weight": (3, 4), "head.bias": (3,)}
+_ADAPTERS = (
+    Adapter("query.A", "query.B", "query.weight", scale=2.0, rank=2),
+    Adapter("value.A", "value.B", "value.weight", scale=0.5, rank=2),
+)
+_ADAPTED = {f"{part}.{name}": shape for part in ("query", "value") for name, shape in (("A", (2, 5)), ("B", (4, 2)))}
+_ORGANISATIONS = 5
+_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A part with its parameters, and a round for it. weights: of each organisation, where the fusion uses them."""
+
+    info: PartInfo
+    parameters: Mapping[str, Any]
+    context: RoundContext
+    updates: Sequence[Update]
+    weights: Mapping[str, float]
+
+    @property
+    def sent(self) -> set[str]:
+        """The names of the parameters in the updates."""
+        return set(self.updates[0].delta)
+
+    def build(self) -> Any:
+        """A server optimiser or a client term."""
+        return self.info.build(**self.parameters)
+
+    def fuse(
+        self,
+        updates: Sequence[Update] | None = None,
+        context: RoundContext | None = None,
+        weights: Mapping[str, Any] | None = None,
+    ) -> Fused:
+        """The round through the driver, with the weights of the case."""
+        given = self.weights if weights is None else weights
+        weigh = PartInfo("weighting", "given", lambda update: given.get(update.organisation, 1.0), "", Needs(by_parameter=True))
+        driver = WeightedFusion((weigh, {}), (self.info, self.parameters), context or self.context)
+        for update in self.updates if updates is None else updates:
+            driver.add(update)
+        return driver.result()
+
+    def fresh(self) -> Case:
+        """The same with tensors of its own."""
+        return replace(self, context=copy.copy(self.context), updates=copy.deepcopy(list(self.updates)))
+
+
+def complete(info: PartInfo) -> dict[str, Any]:
+    """Values for the parameters that the part requires: within their bounds, the first of their choices."""
+    schema = info.schema
+    return {name: _value(schema["properties"][name]) for name in schema.get("required", ())}
+
+
+def _value(about: Mapping[str, Any]) -> Any:
+    if "const" in about or "enum" in about:
+        return about.get("const") or about["enum"][0]
+    if about.get("type") == "string":
+        return ""
+    least = about.get("minimum", about.get("exclusiveMinimum", 0))
+    if about.get("type") == "integer":
+        return about.get("minimum", least + 1)
+    return (least + about.get("maximum", about.get("exclusiveMaximum", least + 2.0))) / 2
+
+
+def sample(info: PartInfo, parameters: Mapping[str, Any], context: RoundContext | None = None) -> Case:
+    """A case for a part: as many updates as it needs, with all that it asks organisations to send."""
+    generator = torch.Generator().manual_seed(1)
+    context = context or _context(info, generator)
+    count = max(_ORGANISATIONS, info.least(**parameters))
+    names = _sent(info, context)
+    common = _like(context.state, names, generator)
+    updates = [_update(i, common, context, info, generator) for i in range(count)]
+    weights = {u.organisation: float(u.examples) if info.needs.weights else 1.0 for u in updates}
+    return Case(info, parameters, replace(context, organisations=count), updates, weights)
+
+
+def _context(info: PartInfo, generator: torch.Generator) -> RoundContext:
+    needs = info.needs
+    adapters = _ADAPTERS if needs.adapters or needs.rewrites else ()
+    shapes = {**_ADAPTED, "query.weight": (4, 5), "value.weight": (4, 5), "head.weight": (3, 4)} if adapters else _DENSE
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    target = _like(state, list(state), generator)
+
+    def score(delta: Delta) -> float:
+        missed = sum(float((d.double() - target[name].double()).pow(2).sum()) for name, d in delta.items())
+        return 1.0 / (1.0 + missed)
+
+    return RoundContext(round=2, seed=7, state=state, local=LocalSteps(0.5, 0.0, _STEPS), adapters=adapters, score=score)
+
+
+def _sent(info: PartInfo, context: RoundContext) -> list[str]:
+    """What organisations train: all factors where the part may meet them, else B alone; and what belongs to no adapter."""
+    both = not info.needs.adapters or "ab" in info.needs.adapters
+    hidden = {a.weight for a in context.adapters} | (set() if both else {a.a for a in context.adapters})
+    return [name for name in context.state if name not in hidden]
+
+
+def _like(state: Mapping[str, Tensor], names: Sequence[str], generator: torch.Generator) -> dict[str, Tensor]:
+    return {name: 0.1 * torch.randn(state[name].shape, generator=generator) for name in names}
+
+
+def _update(i: int, common: Delta, context: RoundContext, info: PartInfo, generator: torch.Generator) -> Update:
+    """What all have in common, and as much again of its own."""
+    own = _like(context.state, list(common), generator)
+    needs = info.needs
+    return Update(
+        organisation=f"organisation-{i}",
+        round=context.round,
+        delta={name: common[name] + tensor for name, tensor in own.items()},
+        examples=100 + 50 * i,
+        steps=_STEPS + i % 2,
+        told={"loss": 0.5 + 0.25 * i} if "loss" in needs.sends else {},
+        noise_variance=dict.fromkeys(own, 0.001 * (1 + i)) if "noise" in needs.sends else None,
+        statistics=_statistics(own, info, generator),
+    )
+
+
+def _statistics(delta: Delta, info: PartInfo, generator: torch.Generator) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, tensor in delta.items():
+        if "fisher" in info.needs.sends:
+            found[f"fisher/{name}"] = 0.1 + torch.rand(tensor.shape, generator=generator)
+        if "gram" in info.needs.sends and tensor.dim() == 2:
+            inputs = torch.randn(20, tensor.shape[1], generator=generator)
+            found[f"gram/{name}"] = inputs.T @ inputs
+    return found

@@ -1,0 +1,309 @@
+"""Flower's own strategies as fusions: `strategy = "flwr.serverapp.strategy:Krum"`, or a class of one's own derived from one.
+
+Flower's strategies work on whole weights and keep their state in themselves. In every round the strategy is built anew, gets back
+the arrays and numbers that it held after the round before, is asked to configure the round, and aggregates θ + Δ_k as if
+organisations had answered with them; what it gives, less θ, is the delta. Organisations train as the plan says, so that a
+strategy which wants something else of them is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeGuard, get_args, get_type_hints
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
+
+from cotune.models.errors import CotuneError, PlanError, RunError, nearest
+from cotune.strategies.parts import Needs, PartInfo, Visibility
+from cotune.strategies.round import Fused, RoundContext, Weighed
+
+__all__ = ["FlowerFusion", "flower_part", "flower_strategy", "is_flower_class"]
+
+_OURS = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}  # whom to ask is the plan's to say
+_UNUSED = {"fraction_train", "fraction_evaluate", "min_evaluate_nodes", "arrayrecord_key", "configrecord_key", "weighted_by_key"}
+_PLAIN = {bool, int, float, str, type(None)}
+_CHANNEL = "server-round"  # all that a strategy may tell organisations: they do not listen
+_INSTEAD = {
+    "FedProx": 'the strategy "fedprox", whose term organisations do add to their gradients',
+    "QFedAvg": 'the strategy "qfedavg", for which organisations send their loss if their policy allows it',
+    "DifferentialPrivacyServerSideFixedClipping": "the plan's table client_privacy, which accounts for what it promises",
+    "DifferentialPrivacyClientSideFixedClipping": "the plan's table client_privacy, which accounts for what it promises",
+    "DifferentialPrivacyServerSideAdaptiveClipping": "the plan's table client_privacy, which accounts for what it promises",
+    "DifferentialPrivacyClientSideAdaptiveClipping": "the plan's table client_privacy, which accounts for what it promises",
+    "FedXgbBagging": "a strategy for networks, as cotune trains no trees",
+    "FedXgbCyclic": "a strategy for networks, as cotune trains no trees",
+}
+
+
+def is_flower_class(value: Any) -> TypeGuard[type[Strategy]]:
+    """Whether it is a class derived from Flower's base of all strategies."""
+    return inspect.isclass(value) and issubclass(value, Strategy)
+
+
+def flower_strategy(name: str) -> PartInfo:
+    """The fusion for `flwr.module:Class`. Imports the module. Raises PlanError for what is not there or cannot be had."""
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise PlanError(f'"{name}" cannot be imported ({error}): expected a class such as flwr.serverapp.strategy:Krum') from None
+    found = getattr(module, class_name, None)
+    if not is_flower_class(found):
+        known = [n for n, v in vars(module).items() if is_flower_class(v) and not inspect.isabstract(v) and n not in _INSTEAD]
+        raise PlanError(f'{module_name} has no strategy "{class_name}"{nearest(class_name, known)}')
+    return flower_part(name, found)
+
+
+def flower_part(name: str, build: type[Strategy]) -> PartInfo:
+    """A strategy's class as a fusion; its constructor's plain parameters are those of the part. Raises PlanError."""
+    for refused, instead in _INSTEAD.items():
+        if issubclass(build, getattr(flower, refused)):
+            raise PlanError(f"{name} wants of organisations what they do not do for a strategy of Flower's: expected {instead}")
+    return PartInfo(
+        "fusion",
+        name,
+        FlowerFusion(name, build),
+        "Beutel et al., Flower, 2020, https://arxiv.org/abs/2007.14390",
+        Needs(visibility=Visibility.PER_CLIENT, sets_state=True),
+        least=lambda min_train_nodes=1, min_available_nodes=1, **_: max(1, min_train_nodes, min_available_nodes),
+        scales=False,
+        keeps=False,
+    )
+
+
+class FlowerFusion:
+    """A fusion by a strategy of Flower's. Weights travel as "num-examples", which is what they are by default."""
+
+    def __init__(self, name: str, build: type[Strategy]) -> None:
+        self.name, self.strategy = name, build
+        known = _constructor(build)
+        plain = {n: p for n, p in known.items() if _is_plain(p) and n not in _UNUSED}
+        self._set = {n: value for n, value in _OURS.items() if n in known}
+        given = [p.replace(kind=p.KEYWORD_ONLY, default=self._set.get(n, p.default)) for n, p in plain.items()]
+        round_ = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("updates", "context")]
+        self.__signature__ = inspect.Signature([*round_, *given])
+        self.__annotations__ = {n: p.annotation for n, p in plain.items()}
+        self.__doc__ = inspect.getdoc(build)
+
+    def __call__(self, updates: Sequence[Weighed], context: RoundContext, **parameters: Any) -> Fused:
+        names = sorted(updates[0].delta)  # always in one order: some strategies keep lists
+        if any(sorted(u.delta) != names for u in updates):
+            self._refuse("works on updates of the same parameters alone", "a rule of cotune's, such as median")
+        arrays = {name: context.state[name].to(torch.float64).numpy() for name in names}
+        strategy = self.build(parameters)
+        fresh = dict(_kept(strategy))
+        _restore(strategy, context.memory)
+        with _as_server(), self._failing(context.round):
+            messages = self._configured(strategy, arrays, len(updates), context.round)
+            replies = [_reply(message, arrays, update) for message, update in zip(messages, updates, strict=True)]
+            result, _ = strategy.aggregate_train(context.round, replies)
+        if result is None or set(result) != set(names):
+            self._refuse(f"gave {'nothing' if result is None else 'other parameters'} for the round", "the shared parameters")
+        delta = {n: torch.from_numpy(np.asarray(result[n].numpy(), np.float64) - arrays[n]) for n in names}
+        return Fused(delta, memory=self._memory(strategy, fresh))
+
+    def build(self, parameters: Mapping[str, Any]) -> Strategy:
+        """The strategy, before any round. Raises PlanError where its constructor does not take the parameters."""
+        try:
+            with _as_server():
+                return self.strategy(**{**parameters, **self._set})
+        except Exception as error:
+            raise PlanError(f"{self.name} cannot be made ({type(error).__name__}: {error}): change its parameters") from error
+
+    def rehearse(self, parameters: Mapping[str, Any]) -> None:
+        """One round's configuration without a round, so that what cannot be had is known before. Raises PlanError."""
+        try:
+            with _as_server(), self._failing(1):
+                self._configured(self.build(parameters), {"x": np.zeros(1)}, 1, 1)
+        except RunError as error:
+            raise PlanError(str(error)) from None
+
+    @contextmanager
+    def _failing(self, round: int) -> Iterator[None]:
+        try:
+            yield
+        except CotuneError:
+            raise
+        except Exception as error:
+            raise RunError(f"{self.name} failed in round {round} ({type(error).__name__}: {error})") from error
+
+    def _configured(self, strategy: Strategy, arrays: Mapping[str, Any], count: int, round: int) -> list[Message]:
+        """What it would send to organisations, looked through, and a message of ours to each instead."""
+        record = _record(arrays)
+        for message in strategy.configure_train(round, record, ConfigRecord(), _Roll(count)):
+            told = {key for config in message.content.config_records.values() for key in config} - {_CHANNEL}
+            if told:
+                self._refuse(f'tells organisations "{min(told)}", and they train as the plan says', "a client_term in the plan")
+            if any(sent is not record and not _same(sent, arrays) for sent in message.content.array_records.values()):
+                self._refuse("sends organisations other arrays than the model", "one that sends the model alone")
+        return [Message(RecordDict(), i + 1, "train") for i in range(count)]
+
+    def _memory(self, strategy: Strategy, fresh: Mapping[str, Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
+        """What has changed in the strategy since it was built."""
+        memory: dict[str, Tensor] = {}
+        for name, held in _kept(strategy):
+            before = fresh.get(name, {})
+            if held is None and before is not None:
+                self._refuse(
+                    f"keeps {name} between rounds, which no checkpoint can hold", "arrays and numbers, in lists and dicts"
+                )
+            if held is not None and not _equal(held, before):
+                memory.update(held)
+        return memory
+
+    def _refuse(self, what: str, expected: str) -> NoReturn:
+        raise RunError(f"{self.name} {what}: expected {expected}")
+
+
+def _constructor(build: type) -> dict[str, inspect.Parameter]:
+    """The keyword parameters of the constructor, those that go to its bases through **kwargs included, with their types."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in build.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = vars(base)["__init__"]
+        hints, parameters = _hints(own), list(inspect.signature(own).parameters.values())[1:]
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in found:
+                found[p.name] = p.replace(annotation=hints.get(p.name, type(p.default)))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    for name, p in found.items():
+        if p.default is p.empty and not _is_plain(p):
+            raise PlanError(f"{build.__name__} cannot be made from a plan, as its {name} is neither a number nor a text")
+    return found
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError):  # names that exist for type checkers alone
+        return {}
+
+
+def _is_plain(parameter: inspect.Parameter) -> bool:
+    hint = parameter.annotation
+    return set(get_args(hint) if isinstance(hint, types.UnionType) else [hint]) <= _PLAIN and hint is not type(None)
+
+
+@contextmanager
+def _as_server() -> Iterator[None]:
+    """What Flower wants of a process that makes messages; and no lines in its log about nodes that nobody samples."""
+    log, task = logging.getLogger("flwr"), (TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id)
+    before, log.disabled = log.disabled, True
+    TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = (number or 1 for number in task)
+    try:
+        yield
+    finally:
+        log.disabled = before
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = task
+
+
+class _Roll(Grid):
+    """The organisations that have answered, numbered from 1. A strategy may count them, and talk to none."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self._count + 1)
+
+    def _silent(self, *_: Any, **__: Any) -> NoReturn:
+        raise RunError("a strategy of Flower's talks to organisations by itself: expected one that leaves this to its caller")
+
+    set_run = create_message = push_messages = pull_messages = send_and_receive = _silent
+    run = property(_silent)
+
+
+def _record(arrays: Mapping[str, Any]) -> ArrayRecord:
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def _same(sent: ArrayRecord, arrays: Mapping[str, Any]) -> bool:
+    return set(sent) == set(arrays) and all(np.array_equal(sent[name].numpy(), array) for name, array in arrays.items())
+
+
+def _reply(message: Message, arrays: Mapping[str, Any], update: Weighed) -> Message:
+    weights = _record({name: array + update.delta[name].numpy() for name, array in arrays.items()})
+    content = RecordDict({"arrays": weights, "metrics": MetricRecord({"num-examples": update.scalar})})
+    return Message(content, reply_to=message)
+
+
+# --- what a strategy holds, as tensors: the name of each says in JSON where it stands and what it was
+
+
+def _kept(strategy: Strategy) -> Iterator[tuple[str, dict[str, Tensor] | None]]:
+    """Every attribute as tensors; None for one that cannot be."""
+    for name, value in vars(strategy).items():
+        try:
+            yield name, {json.dumps(path): tensor for path, tensor in _leaves([name], value)}
+        except TypeError:
+            yield name, None
+
+
+def _leaves(path: list[Any], value: Any) -> Iterator[tuple[list[Any], Tensor]]:
+    if isinstance(value, Mapping):
+        kind = "arrays" if isinstance(value, ArrayRecord) else "dict"
+        yield [*path, kind], torch.zeros(0)
+        for i, (key, item) in enumerate(value.items()):
+            if not isinstance(key, str | int):
+                raise TypeError
+            yield from _leaves([*path, [i, key]], item)  # with its place, which a checkpoint does not keep
+    elif isinstance(value, list | tuple):
+        yield [*path, "list" if isinstance(value, list) else "tuple"], torch.zeros(0)
+        for i, item in enumerate(value):
+            yield from _leaves([*path, i], item)
+    elif isinstance(value, np.ndarray | Array):
+        array = value.numpy() if isinstance(value, Array) else value
+        yield [*path, "array" if isinstance(value, Array) else "ndarray"], torch.from_numpy(np.array(array))
+    elif isinstance(value, str):
+        yield [*path, "text"], torch.tensor(list(value.encode()), dtype=torch.uint8)
+    elif value is None or isinstance(value, bool | int | float | np.generic):
+        kind = "none" if value is None else type(value.item() if isinstance(value, np.generic) else value).__name__
+        yield [*path, kind], torch.from_numpy(np.array(value if value is not None else 0))
+    else:
+        raise TypeError
+
+
+def _equal(held: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> bool:
+    return before is not None and held.keys() == before.keys() and all(torch.equal(held[n], before[n]) for n in held)
+
+
+def _restore(strategy: Strategy, memory: Mapping[str, Tensor]) -> None:
+    """The inverse of `_kept`, whatever the order in which a checkpoint gives the tensors back."""
+    found = [(json.loads(path), tensor) for path, tensor in memory.items()]
+    for name in {path[0] for path, _ in found}:
+        setattr(strategy, name, _value([(path[1:], tensor) for path, tensor in found if path[0] == name]))
+
+
+def _value(leaves: Sequence[tuple[list[Any], Tensor]]) -> Any:
+    kind, tensor = next((path[0], tensor) for path, tensor in leaves if len(path) == 1)
+    places: list[Any] = []
+    for place in (path[0] for path, _ in leaves if len(path) > 1):
+        if place not in places:
+            places.append(place)
+    items = [_value([(path[1:], t) for path, t in leaves if len(path) > 1 and path[0] == place]) for place in sorted(places)]
+    if kind in ("list", "tuple"):
+        return items if kind == "list" else tuple(items)
+    if kind in ("dict", "arrays"):
+        named = {key: item for (_, key), item in zip(sorted(places), items, strict=True)}
+        return named if kind == "dict" else ArrayRecord(named)
+    if kind in ("ndarray", "array"):
+        array = tensor.numpy().copy()
+        return array if kind == "ndarray" else Array(array)
+    if kind == "text":
+        return bytes(tensor.tolist()).decode()
+    return None if kind == "none" else tensor.item()
