@@ -138,7 +138,9 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
     for stage in plan.stages:
         shared = model.state(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
         held |= shared
-        requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names])
+        term = plan.strategy.client_term
+        beside = shared if term is not None and term.info("client_term").needs.receives else {}
+        requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names], beside)
         arrays = {name: torch.zeros(shape) for name, shape in statistic_shapes(plan, model, shared).items()}
         update = encode_update(Update(names[0], 1, shared, 1, 1, statistics=arrays), plan.plan_id)
         yield StageForecast(
