@@ -38,8 +38,8 @@ def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator
     elif policy.training.record_privacy:
         yield "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy"
     if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
-        name = plan.strategy.weighting.name
-        yield "tell.local_loss", f"the plan weighs updates by their loss ({name}), expected a weighting that need not know it"
+        parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
+        yield "tell.local_loss", f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it"
     yield from _too_few(plan, policy, examples)
 
 

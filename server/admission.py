@@ -79,7 +79,7 @@ def _wrong_noise(update: Update, *, needed: bool) -> str | None:
 
 def _wrong_loss(update: Update) -> str | None:
     if "loss" not in update.told:
-        return "it does not tell the loss that the weighting of the plan needs"
+        return "it does not tell the loss that the strategy of the plan needs"
     loss = update.told["loss"]
     return None if 0 <= loss < math.inf else f"it tells a loss of {loss:g}, expected a finite number, 0 or more"
 
