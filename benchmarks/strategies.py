@@ -3,10 +3,11 @@
     python benchmarks/strategies.py --out docs/results/strategies.md
 
 Digits: ten organisations, labels by Dirichlet 0.1 and 0.5, all of them or three in a round, five seeds. A knob that decides over
-success or failure is chosen from a few candidates on other seeds, with all ten at Dirichlet 0.1, and kept for all that is reported.
-Tweets: the preset `tweets-lora` cut down to what a laptop can train, from a fresh head.
+success or failure is chosen from a few candidates on other seeds, with all ten at Dirichlet 0.1, and kept for all that is
+reported. Tweets: the preset `tweets-lora` cut down to what a laptop can train, from a fresh head.
 
-Runs are kept under --runs and not repeated (see `cotune compare`). What stands above the marker in the page is by people and stays.
+Runs are kept under --runs and not repeated (see `cotune compare`). What stands above the marker in the page is by people and
+stays.
 """
 
 from __future__ import annotations
@@ -171,7 +172,8 @@ def table(rows: Mapping[str, Combination]) -> str:
     """One facet, the best first; differences are to the strategy that was given first."""
     baseline = next(iter(rows))
     headings = (
-        "strategy", "accuracy, mean ± 95 %", f"difference to {baseline}, points (95 %)", "p (Holm)", "worst organisation", "spread",
+        "strategy", "accuracy, mean ± 95 %", f"difference to {baseline}, points (95 %)", "p (Holm)", "worst"
+        " organisation", "spread",
         "kB up", "s",
     )  # fmt: skip
     ranked = sorted(rows.items(), key=lambda item: -(item[1].accuracy.mean if item[1].accuracy else 0.0))

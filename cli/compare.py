@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from cotune.simulations.comparison import Combination, Comparison, Settings
 
 
+_WIDE = 100  # characters; a narrower terminal leaves bytes and time to the page
+
+
 def compare(
     plan: Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")] = None,
     vary: Annotated[
@@ -69,7 +72,7 @@ def show(console: Console, found: Comparison) -> None:
     from cotune.simulations.comparison_report import facets_of, words
 
     for facet, rows in facets_of(found):
-        console.print(_table(found, facet, rows))
+        console.print(_table(found, facet, rows, costs=console.width >= _WIDE))
     for cell in found.failed:
         console.print(f"[bold red]failed[/bold red]: {escape(words(cell.settings))}, seed {cell.seed}: {escape(cell.reason)}")
     console.print("± and p: 95 % interval and paired t-test over the seeds, p corrected by Holm's method for each table")
@@ -77,40 +80,35 @@ def show(console: Console, found: Comparison) -> None:
         console.print(f"{file:<13} {found.folder / file}", soft_wrap=True)
 
 
-def _table(found: Comparison, facet: Settings, rows: list[Combination]) -> Table:
-    from cotune.simulations.comparison_report import points, verdict, words
+def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs: bool) -> Table:
+    from cotune.simulations.comparison_report import words
 
-    title = words(facet) or None
-    table = Table(
-        title=None if title is None else escape(title), title_justify="left", header_style="bold", pad_edge=False, box=None
-    )
-    table.add_column(escape(found.variations[0].key))
-    headings = (
-        "accuracy %",
-        "difference",
-        "p",
-        "worst %",
-        "spread",
-        "up",
-        "down",
-        "time",
-        *(("ε",) if found.private else ()),
-        "runs",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    title = escape(words(facet)) or None
+    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
+    table.add_column(escape(found.variations[0].key), overflow="fold")
+    headings = ("accuracy %", "difference", "p", "worst %", "spread", *(("up", "down", "time") if costs else ()))
+    for heading in (*headings, *(("ε",) if found.private else ()), "runs"):
+        table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
-        apart = points(row.difference.estimate if row.difference else None, apart=True)
-        figures = (
-            points(row.accuracy),
-            "baseline" if row.value == found.baseline else apart,
-            verdict(row).removeprefix("p ").removeprefix("= "),
-            points(row.worst),
-            points(row.spread),
-            *("–" if count is None else size(count) for count in (row.bytes_up, row.bytes_down)),
-            "–" if row.seconds is None else duration(row.seconds),
-            *(("–" if row.epsilon is None else round_up(row.epsilon),) if found.private else ()),
-            f"{len(row.cells) - len(row.failed)} of {len(row.cells)}",
-        )
-        table.add_row(escape(row.value), *figures, style="bold" if row.difference and row.difference.significant else None)
+        figures = (*_quality(row, found.baseline), *(_costs(row) if costs else ()), *((_spent(row),) if found.private else ()))
+        finished = f"{len(row.cells) - len(row.failed)} of {len(row.cells)}"
+        style = "bold" if row.difference and row.difference.significant else None
+        table.add_row(escape(row.value), *figures, finished, style=style)
     return table
+
+
+def _quality(row: Combination, baseline: str) -> tuple[str, ...]:
+    from cotune.simulations.comparison_report import points, verdict
+
+    apart = points(row.difference.estimate if row.difference else None, apart=True)
+    p = verdict(row).removeprefix("p ").removeprefix("= ")
+    return points(row.accuracy), "baseline" if row.value == baseline else apart, p, points(row.worst), points(row.spread)
+
+
+def _costs(row: Combination) -> tuple[str, ...]:
+    sent = ("–" if count is None else size(count) for count in (row.bytes_up, row.bytes_down))
+    return *sent, "–" if row.seconds is None else duration(row.seconds)
+
+
+def _spent(row: Combination) -> str:
+    return "–" if row.epsilon is None else round_up(row.epsilon)

@@ -56,7 +56,10 @@ class _Live(_Lines):
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
         super().event(event, fields)
-        if event == "comparison_started":
+        if event == "cell_checked":
+            self._check(fields["checked"], fields["cells"])
+        elif event == "comparison_started":
+            self.progress.remove_task(self.bars.pop("checking plans"))
             self.bars[""] = self.progress.add_task("runs", total=self.cells, completed=self.done)
         elif event == "cell_started":
             self.bars[fields["cell"]] = self.progress.add_task(escape(fields["cell"]), total=fields["rounds"])
@@ -65,3 +68,8 @@ class _Live(_Lines):
         else:
             self.progress.remove_task(self.bars.pop(fields["cell"]))
             self.progress.update(self.bars[""], completed=self.done)
+
+    def _check(self, checked: int, cells: int) -> None:
+        if "checking plans" not in self.bars:
+            self.bars["checking plans"] = self.progress.add_task("checking plans", total=cells)
+        self.progress.update(self.bars["checking plans"], completed=checked)

@@ -15,6 +15,7 @@ from cotune.cli import client as client_commands
 from cotune.cli import compare as compare_command
 from cotune.cli import plan as plan_commands
 from cotune.cli import simulate as simulate_command
+from cotune.cli import strategies as strategy_commands
 
 __all__ = ["app", "run"]
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(plan_commands.app, name="plan")
 app.add_typer(client_commands.app, name="client")
+app.add_typer(strategy_commands.app, name="strategies")
 app.command("simulate")(simulate_command.simulate)
 app.command("compare")(compare_command.compare)
 app.command("audit")(audit_command.audit)

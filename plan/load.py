@@ -18,7 +18,7 @@ from cotune.strategies.compatibility import first_problem
 from cotune.strategies.plugins import pinned
 from cotune.strategies.recipes import expand
 
-__all__ = ["dump_plan", "load_plan", "parse_plan", "preset_names", "preset_text"]
+__all__ = ["dump_plan", "load_plan", "parse_plan", "preset_names", "preset_text", "value_of"]
 
 
 def preset_names() -> list[str]:
@@ -112,9 +112,9 @@ def _override(table: dict[str, Any], text: str) -> None:
         here = here[part]
     if isinstance(here, list):
         _item(here, path[-1], text)
-        here[int(path[-1])] = _value(value)
+        here[int(path[-1])] = value_of(value)
     else:
-        here[path[-1]] = _value(value)
+        here[path[-1]] = value_of(value)
 
 
 def _item(items: list[Any], part: str, text: str) -> Any:
@@ -123,7 +123,7 @@ def _item(items: list[Any], part: str, text: str) -> Any:
     return items[int(part)]
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A TOML value where it reads as one, else the text itself."""
     try:
         return tomllib.loads(f"v = {text.strip()}")["v"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from cotune.models.errors import CotuneError, PlanError, RunError, nearest
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
+from cotune.server.events import Listener
 from cotune.server.run_folder import RunFile
 from cotune.simulations.comparison import Measured, Settings, Variation
 from cotune.simulations.sites import prepare
@@ -42,7 +43,7 @@ class Cell:
 
 
 def parse_variation(text: str) -> Variation:
-    """ "KEY=V1,V2", split at commas outside of brackets and quotes. Raises PlanError.
+    """A variation as KEY=V1,V2, split at commas outside of brackets and quotes. Raises PlanError.
 
     >>> parse_variation('strategy.fusion=mean,{name="ties",density=0.3}').values
     ('mean', '{name="ties",density=0.3}')
@@ -91,7 +92,12 @@ def baseline_of(variations: Sequence[Variation], baseline: str | None) -> str:
 
 
 def cells_of(
-    source: str | Path, variations: Sequence[Variation], seeds: int, overrides: Sequence[str], device: str
+    source: str | Path,
+    variations: Sequence[Variation],
+    seeds: int,
+    overrides: Sequence[str],
+    device: str,
+    listener: Listener = lambda event, fields: None,
 ) -> list[Cell]:
     """All cells in the order of the grid, seeds last. Raises PlanError, which names the combination that cannot be had."""
     if not 1 <= seeds <= _MOST_SEEDS:
@@ -100,11 +106,11 @@ def cells_of(
     grid = [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(each.values for each in variations))]
     paths = {variation.key: variation.path for variation in variations}
     first = _plan(source, grid[0], paths, overrides).seed
-    found = {
-        (settings, seed): _checked(settings, _plan(source, settings, paths, [*overrides, f"seed={seed}"]), device)
-        for seed in range(first, first + seeds)  # outermost: one seed has one initial model, which is loaded once
-        for settings in grid
-    }
+    found: dict[tuple[Settings, int], Cell] = {}
+    for seed in range(first, first + seeds):  # outermost: one seed has one initial model, which is loaded once
+        for settings in grid:
+            listener("cell_checked", {"checked": len(found), "cells": len(grid) * seeds})
+            found[settings, seed] = _checked(settings, _plan(source, settings, paths, [*overrides, f"seed={seed}"]), device)
     cells = [found[settings, seed] for settings in grid for seed in range(first, first + seeds)]
     _check_distinct(cells)
     return cells
@@ -142,12 +148,17 @@ def _words(settings: Settings) -> str:
 
 
 def place_of(folder: Path, cell: Cell) -> Path:
-    """The folder of a cell's run: named for its plan, and for its records too where that one holds a run on others."""
+    """The folder of a cell's run: named for its plan, and for its records too where that one holds a run on others.
+
+    Raises RunError where a run.json is damaged.
+    """
     path = folder / "cells" / cell.plan_id[:16]
     file = path / "run.json"
-    if file.exists() and RunFile.model_validate_json(file.read_bytes()).data != cell.data:
-        path = path.with_name(f"{path.name}-{cell.data[:8]}")
-    return path
+    try:
+        other = file.exists() and RunFile.model_validate_json(file.read_bytes()).data != cell.data
+    except ValueError:
+        raise RunError(f"{file} is damaged: expected that of a run; remove its folder") from None
+    return path.with_name(f"{path.name}-{cell.data[:8]}") if other else path
 
 
 def is_finished(path: Path, cell: Cell) -> bool:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
+from cotune.server.events import Listener
 from cotune.server.run_folder import keep_others_off
 from cotune.simulations.cells import Cell, baseline_of, cells_of, is_finished, measure, place_of
 from cotune.simulations.comparison import Comparison, Variation, combine
 from cotune.simulations.comparison_report import write_comparison
+from cotune.simulations.room import Room
 from cotune.simulations.summary import dumps
-from cotune.simulations.workers import Listener, Task, import_all, play_beside, play_here
+from cotune.simulations.workers import Task, import_all, play_beside, play_here
 
-__all__ = ["available_memory", "compare"]
+__all__ = ["compare"]
 
 
 def compare(
@@ -48,7 +48,7 @@ def compare(
     """
     import_all(imports)
     chosen = baseline_of(variations, baseline)
-    cells = cells_of(source, variations, seeds, overrides, device)
+    cells = cells_of(source, variations, seeds, overrides, device, listener)
     folder = (out or Path("compare") / cells[0].plan.name).expanduser().resolve()
     _make(folder)
     with keep_others_off(folder):
@@ -92,17 +92,19 @@ def _play(
         if not (places[cell.name] / "run.json").exists():  # killed before it was the folder of a run
             shutil.rmtree(places[cell.name], ignore_errors=True)
     tasks = [Task(cell.name, cell.plan.canonical(), cell.plan.rounds, places[cell.name], device) for cell in todo]
-    room, reasons = _Room(len(tasks), jobs, device), {}
+    room, reasons = Room.here(len(tasks), jobs, device), {}
     for path in finished:
-        room.saw(path)
+        room.saw(_summary(path)["peak_memory_bytes"])
     alone = room.most == 1
     for task, reason in _here(tasks, listener) if alone else play_beside(tasks, imports, room.jobs, room.threads, listener):
         if reason:
             reasons[task.name] = reason
             listener("cell_failed", {"cell": task.name, "reason": reason})
         else:
-            room.saw(task.folder)
-            listener("cell_finished", {"cell": task.name, **_told(task.folder)})
+            summary = _summary(task.folder)
+            room.saw(summary["peak_memory_bytes"])
+            accuracy, seconds = summary["test"]["federated"]["accuracy"], summary["seconds"]
+            listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
     return reasons
 
 
@@ -112,44 +114,9 @@ def _here(tasks: Sequence[Task], listener: Listener) -> Iterator[tuple[Task, str
         yield task, play_here(task, listener)
 
 
-def _told(path: Path) -> dict[str, Any]:
-    summary = json.loads((path / "summary.json").read_bytes())
-    return {"accuracy": summary["test"]["federated"]["accuracy"], "seconds": summary["seconds"]}
-
-
-class _Room:
-    """How many processes fit: as many as were asked for, else as cores and memory allow, by what finished cells have needed."""
-
-    def __init__(self, tasks: int, wanted: int | None, device: str) -> None:
-        on_gpu = pick_device(device).type == "cuda"
-        self.wanted, self.cores = wanted, _cores()
-        self.most = max(1, min(tasks, wanted or (1 if on_gpu else self.cores)))
-        self.memory, self.needed = available_memory(), 0
-
-    def saw(self, path: Path) -> None:
-        """A finished cell."""
-        self.needed = max(self.needed, json.loads((path / "summary.json").read_bytes())["peak_memory_bytes"])
-
-    def jobs(self) -> int:
-        if self.wanted is not None:
-            return self.most
-        return max(1, min(self.most, self.memory // self.needed)) if self.needed else 1  # the first shows what a cell needs
-
-    def threads(self) -> int:
-        return max(1, self.cores // self.most)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_memory() -> int:
-    """Bytes that new processes can have without swapping; all of the machine's where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _summary(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "summary.json").read_bytes())
+    return found
 
 
 _COLUMNS = (

@@ -85,7 +85,7 @@ def _curves(number: int, rows: Sequence[Combination]) -> Chart | None:
     ends = [(row.value, percent(curve[-1][1].mean)) for row, curve in curves]
     return Chart(
         name=f"curves-{number}",
-        title="Test accuracy after each round (%), mean over the seeds",
+        title="Test accuracy after each round (%): mean over the seeds, and its interval",
         description="After the last round: " + ", ".join(f"{name} {end}" for name, end in ends) + ".",
         legend=tuple(Key(_style(i), name, end) for i, (name, end) in enumerate(ends)),
         lines=tuple(_line(i, row.value, curve, x, y) for i, (row, curve) in enumerate(curves)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import logging
 import multiprocessing
 import os
@@ -21,9 +22,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Listener", "Task", "import_all", "play_beside", "play_here"]
+from cotune.server.events import Listener, listening
 
-Listener = Callable[[str, dict[str, Any]], None]  # (event, its fields)
+__all__ = ["Task", "import_all", "play_beside", "play_here"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,9 @@ class Task:
 
 def play_here(task: Task, listener: Listener) -> str:
     """Plays a cell in this process, from its last finished round; returns why it failed, or "" when it did not."""
-    import json
-
     from cotune.models.errors import CotuneError
     from cotune.plan.load import parse_plan
-    from cotune.server.events import listening
-    from cotune.simulations.simulate import resume, simulate
+    from cotune.simulations.simulate import resume, simulate  # not above: a worker watches its parent before it imports torch
 
     def forward(event: str, fields: dict[str, Any]) -> None:
         if event == "round_finished":
@@ -68,19 +66,26 @@ def play_here(task: Task, listener: Listener) -> str:
 
 
 def import_all(names: Sequence[str]) -> None:
-    """Imports modules by name, or by path where it ends in .py: they may register architectures with transformers."""
+    """Imports modules by name, or by path where it ends in .py: they may register architectures with transformers.
+
+    Raises ImportError for a file whose name another module has already.
+    """
     for name in names:
-        if not name.endswith(".py"):
+        if name.endswith(".py"):
+            _import_file(Path(name).resolve())
+        else:
             importlib.import_module(name)
-            continue
-        path = Path(name)
-        if path.stem in sys.modules:
-            continue
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+
+
+def _import_file(path: Path) -> None:
+    present = sys.modules.get(path.stem)
+    if present is not None and Path(str(present.__file__)).resolve() == path:
+        return
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if present is not None or spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be imported as {path.stem}: expected a file with a name that no other module has")
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 @dataclass(eq=False)

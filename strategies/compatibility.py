@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cotune.strategies.parts import Kind, PartInfo, Visibility
 from cotune.strategies.strategy import Part, StrategyConfig
 
-__all__ = ["Facts", "first_problem"]
+__all__ = ["Facts", "first_problem", "privacy_problem"]
 
 _STATISTICS = {"fisher", "gram"}
 
@@ -44,6 +44,11 @@ def first_problem(strategy: StrategyConfig, facts: Facts, infos: Mapping[Kind, P
     found: Found = {kind: (part, info) for kind, part, info in strategy.known_parts()}
     opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.parts() if kind in (infos or {})}
     return next(_problems({**found, **opened}, facts), None)
+
+
+def privacy_problem(info: PartInfo, facts: Facts) -> str | None:
+    """Why a part cannot be had with the privacy that a plan promises, in words; None when it can."""
+    return next(_privacy(info, facts), None)
 
 
 def _problems(found: Found, facts: Facts) -> Iterator[str]:

@@ -58,7 +58,7 @@ def is_code(name: str) -> bool:
 
 def known(kind: Kind) -> Mapping[str, PartInfo]:
     """The parts that can be named: those of cotune, and those of installed packages (entry points `cotune.fusions` …)."""
-    return {**{name: _installed(kind, name) for name in _points(kind)}, **builtin(kind)}
+    return {**{name: from_installed(kind, name) for name in _points(kind)}, **builtin(kind)}
 
 
 def part_named(kind: Kind, name: str) -> PartInfo:
@@ -67,7 +67,7 @@ def part_named(kind: Kind, name: str) -> PartInfo:
         return builtin(kind)[name]
     if name not in _points(kind):
         raise ValueError(f'unknown {_word(kind)} "{name}"{nearest(name, {**builtin(kind), **_points(kind)})}')
-    return _installed(kind, name)
+    return from_installed(kind, name)
 
 
 def _points(kind: Kind) -> dict[str, EntryPoint]:
@@ -75,7 +75,8 @@ def _points(kind: Kind) -> dict[str, EntryPoint]:
 
 
 @cache
-def _installed(kind: Kind, name: str) -> PartInfo:
+def from_installed(kind: Kind, name: str) -> PartInfo:
+    """The part that an entry point means. Imports its package. Raises PlanError where that fails."""
     point = _points(kind)[name]
     try:
         value = point.load()

@@ -40,7 +40,7 @@ class Check:
 def run(check: Check, case: Case) -> Finding:
     """The first thing that is wrong. A part that fails to run has not passed."""
     try:
-        problem = next(check.find(case), None)
+        problem = next(check.find(case.fresh()), None)
     except CotuneError as error:
         problem = str(error)
     except Exception as error:

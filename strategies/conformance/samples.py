@@ -20,10 +20,10 @@ __all__ = ["Case", "complete", "sample"]
 
 _DENSE = {"encoder.weight": (4, 3), "head.weight": (3, 4), "head.bias": (3,)}
 _ADAPTERS = (
-    Adapter("query.A", "query.B", "query.weight", scale=2.0, rank=2),
-    Adapter("value.A", "value.B", "value.weight", scale=0.5, rank=2),
+    Adapter("query.A", "query.B", "query.weight", scale=2.0, rank=3),
+    Adapter("value.A", "value.B", "value.weight", scale=0.5, rank=3),
 )
-_ADAPTED = {f"{part}.{name}": shape for part in ("query", "value") for name, shape in (("A", (2, 5)), ("B", (4, 2)))}
+_ADAPTED = {f"{part}.{name}": shape for part in ("query", "value") for name, shape in (("A", (3, 5)), ("B", (4, 3)))}
 _ORGANISATIONS = 5
 _STEPS = 4
 
@@ -62,8 +62,9 @@ class Case:
         return driver.result()
 
     def fresh(self) -> Case:
-        """The same with tensors of its own."""
-        return replace(self, context=copy.copy(self.context), updates=copy.deepcopy(list(self.updates)))
+        """The same with tensors of its own, for a part that might change them."""
+        state = copy.deepcopy(dict(self.context.state))
+        return replace(self, context=replace(self.context, state=state), updates=copy.deepcopy(list(self.updates)))
 
 
 def complete(info: PartInfo) -> dict[str, Any]:

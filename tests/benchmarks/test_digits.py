@@ -58,7 +58,7 @@ def test_training_the_head_trains_the_whole_mlp_and_the_seed_draws_it(plan: Plan
 def test_it_learns_in_processes_that_had_to_be_told_the_architecture(plan_file: Path, tmp_path: Path) -> None:
     samples = parse_variation("server.sample_size=10,3")
     given = ["rounds=5", "simulation.partition=iid"]
-    found = compare(plan_file, [samples], seeds=1, overrides=given, out=tmp_path, jobs=2, device="cpu", imports=[MODULE])
+    found = compare(plan_file, [samples], seeds=1, overrides=given, out=tmp_path, device="cpu", imports=[MODULE])
     everybody, three = found.cells
     assert everybody.accuracy is not None
     assert everybody.accuracy > 0.85

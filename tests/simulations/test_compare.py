@@ -1,62 +1,30 @@
 from __future__ import annotations
 
-import csv
 import json
-import os
-import signal
-import time
-import tomllib
-from collections.abc import Callable
 from html.parser import HTMLParser
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tomli_w
 
 from cotune.client.observe import observing
 from cotune.models.errors import PlanError, RunError
-from cotune.plan.load import dump_plan
-from cotune.server.events import read_events
 from cotune.server.run_folder import keep_others_off
 from cotune.simulations.cells import parse_variation
-from cotune.simulations.compare import available_memory, compare
+from cotune.simulations.compare import compare
 from cotune.simulations.comparison import Comparison, Variation
 from tests.conftest import sentences, write_csv
-from tests.simulations.conftest import NewPlan
+from tests.simulations.conftest import rounds_played, table
 
 WEIGHTINGS = parse_variation("strategy.weighting=examples,uniform")
 PARTITIONS = parse_variation("partition=dirichlet:0.5,iid")
 
 
 @pytest.fixture(scope="module")
-def plan_file(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    simulation = {"clients": 2, "partition": "dirichlet:0.5", "min_examples": 10}
-    plan = toy_plan(rounds=2, local={"learning_rate": 1.0, "momentum": 0.0, "steps": 2}, simulation=simulation)
-    file = tmp_path_factory.mktemp("plan") / "toy.toml"
-    table = tomllib.loads(dump_plan(plan))
-    del table["simulation"]["baselines"]
-    file.write_text(tomli_w.dumps(table), encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
 def found(plan_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     out = tmp_path_factory.mktemp("compare") / "out"
     return compare(plan_file, [WEIGHTINGS, PARTITIONS], seeds=2, out=out, jobs=1, device="cpu")
-
-
-def table(folder: Path, *without: str) -> list[dict[str, str]]:
-    with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
-        return [{key: value for key, value in row.items() if key not in without} for row in csv.DictReader(stream)]
-
-
-def rounds_played(folder: Path) -> int:
-    """Over all cells and processes: a round that was finished twice counts twice."""
-    events = [event for file in folder.glob("cells/*/events.jsonl") for event in read_events(file)]
-    return sum(event["event"] == "round_finished" for event in events)
 
 
 # --- the variations
@@ -218,87 +186,12 @@ def test_two_comparisons_in_one_folder_at_a_time(plan_file: Path, tmp_path: Path
         compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path / "file", jobs=1, device="cpu")
 
 
-# --- several processes
-
-
-def test_workers_find_what_one_process_finds_and_an_unregistered_module_too(plan_file: Path, tmp_path: Path) -> None:
-    module = tmp_path / "registers.py"
-    module.write_text("import os, pathlib\npathlib.Path(__file__).with_name(f'seen-{os.getpid()}').touch()\n", encoding="utf-8")
-    alone = compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path / "alone-", jobs=1, device="cpu")
-    both = compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path / "beside", jobs=2, device="cpu", imports=[str(module)])
-    assert table(alone.folder, "seconds") == table(both.folder, "seconds")
-    assert len(list(tmp_path.glob("seen-*"))) == 3  # here, and in two workers
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(file.parent.name))
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def interrupt(start: Callable[..., BaseProcess], plan_file: Path, out: Path, rounds: int, how: signal.Signals) -> int | None:
-    """Starts a comparison of four cells with two workers, ends it after so many rounds, and returns its exit code.
-
-    By then the workers must be gone.
-    """
-    vary = ("--vary", "strategy.weighting=examples,uniform", "--seeds", "2", "--set", "rounds=8")
-    process = start("compare", plan_file, *vary, "--jobs", "2", "--device", "cpu", "--out", out)
-    assert process.pid is not None
-    until(lambda: rounds_played(out) > rounds)
-    workers = children(process.pid)
-    assert len(workers) >= 2
-    os.kill(process.pid, how)
-    process.join(30)
-    until(lambda: not any(alive(pid) for pid in workers), 10)
-    assert rounds < rounds_played(out) < 32
-    return process.exitcode
-
-
-in_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
-
-
-@in_proc
-def test_a_killed_comparison_leaves_nobody_and_goes_on(
-    plan_file: Path, tmp_path: Path, cotune: Callable[..., BaseProcess]
-) -> None:
-    assert interrupt(cotune, plan_file, tmp_path / "killed", 9, signal.SIGKILL) == -signal.SIGKILL
-    eight: dict[str, Any] = {"seeds": 2, "overrides": ["rounds=8"], "jobs": 1, "device": "cpu"}
-    again = compare(plan_file, [WEIGHTINGS], out=tmp_path / "killed", **eight)
-    assert rounds_played(again.folder) <= 32  # a round that was saved and not told before the kill is not told again
-    assert [len(list(cell.glob("checkpoints/round-*"))) for cell in (again.folder / "cells").iterdir()] == [8] * 4
-    whole = compare(plan_file, [WEIGHTINGS], out=tmp_path / "played", **eight)
-    assert table(again.folder, "seconds") == table(whole.folder, "seconds")
-
-
-@in_proc
-def test_an_interrupt_ends_the_workers_too(plan_file: Path, tmp_path: Path, cotune: Callable[..., BaseProcess]) -> None:
-    assert interrupt(cotune, plan_file, tmp_path / "out", 0, signal.SIGINT) == 130
-    told = (tmp_path / "cotune.log").read_text(encoding="utf-8").splitlines()
-    assert told[-1] == "cotune: stopped; finished rounds are kept: --resume, or the same comparison again, goes on from there"
-
-
-def test_memory_is_known() -> None:
-    assert 1e6 < available_memory() < 1e15
+def test_a_damaged_cell_is_said(plan_file: Path, tmp_path: Path) -> None:
+    once: dict[str, Any] = {"seeds": 1, "out": tmp_path, "jobs": 1, "device": "cpu"}
+    cell = tmp_path / compare(plan_file, [parse_variation("rounds=1")], **once).cells[0].folder
+    (cell / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"run\.json is damaged: expected that of a run; remove its folder"):
+        compare(plan_file, [parse_variation("rounds=1")], **once)
 
 
 # --- the page

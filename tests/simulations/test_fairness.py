@@ -14,7 +14,7 @@ from cotune.server.run_folder import RunFolder
 from cotune.simulations.fairness import mixed_accuracy, own_accuracies
 from cotune.simulations.simulate import Result, simulate
 from cotune.simulations.sites import prepare
-from tests.conftest import sentences, write_csv
+from tests.conftest import sentences, write_csv, write_tagged
 from tests.simulations.conftest import NewPlan
 
 
@@ -77,3 +77,20 @@ def test_organisations_with_files_are_judged_on_their_own(toy_plan: NewPlan, tmp
         assert organisation["own"] == {"accuracy": judged}
         right += judged * len(rows)
     assert right / summary["test"]["examples"] == pytest.approx(summary["test"]["federated"]["accuracy"])
+
+
+def test_organisations_with_tags_are_weighted_by_words(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """An organisation whose words all have one tag gets that tag's recall; words of every tag count, "O" among them."""
+    data = write_tagged(tmp_path / "tags.jsonl")
+    plan = toy_plan(rounds=1, task="token-classification", model={"pooling": "auto"}, data={"source": str(data)})
+    prepared = prepare(plan, "cpu")
+    model = model_of(prepared.plan, "cpu")
+    ((_, rows),) = prepared.test
+    predicted = predict(model, {}, Holdings(((prepared.records[None], rows),), prepared.plan.labels, plan.task), "auto")
+    words = [tag for row in rows for tag in prepared.records[None].labels[row]]
+    right = [tag == prepared.plan.labels[number] for tag, number in zip(words, predicted, strict=True)]
+    recalls = {t: sum(r for r, tag in zip(right, words, strict=True) if tag == t) / words.count(t) for t in prepared.plan.labels}
+    for share in prepared.shares:
+        held = [tag for row in share.rows for tag in prepared.records[None].labels[row]]
+        expected = sum(recalls[tag] for tag in held) / len(held)
+        assert own_accuracies(prepared, model, {})[share.name] == pytest.approx(expected)

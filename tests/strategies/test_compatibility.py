@@ -78,4 +78,4 @@ def test_a_new_state_is_not_to_be_bent(server: dict[str, float]) -> None:
     assert problem(NOTHING, part("fusion", sets_state=True)) is None
     found = problem(NOTHING, part("fusion", sets_state=True), server_optimizer=server)
     assert found is not None
-    assert 'expected server_optimizer = "sgd" with lr 1 and momentum 0' in found
+    assert 'expected server_optimizer = "sgd" with lr 1, no momentum and no schedule' in found

@@ -108,7 +108,7 @@ def test_a_finished_part_is_checked_too() -> None:
         ({"weighting": {"name": "uniform", "context": 1}}, 'has no parameter "context"'),
         ({"optimizer": "sgd"}, "Extra inputs are not permitted"),
         ({"fusion": "rules.py:best"}, "came without the SHA-256 of the file"),
-        ({"client_term": "rules.py:best"}, "expected a client term that is installed"),
+        ({"client_term": "rules.py:best"}, "expected one of cotune, or of a package that every organisation has"),
     ],
 )
 def test_what_is_wrong_is_said(table: dict[str, Any], message: str) -> None:

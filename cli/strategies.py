@@ -1,0 +1,217 @@
+"""`cotune strategies`: what there is to choose from, what each part does and needs; one's own rules, begun and checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    import click
+
+    from cotune.strategies.conformance import Finding
+    from cotune.strategies.parts import Kind, PartInfo
+
+_HEADINGS = {
+    "recipe": "strategies",
+    "weighting": "weightings",
+    "fusion": "fusions",
+    "server_optimizer": "server optimisers",
+    "client_term": "client terms",
+}
+AsJson = Annotated[bool, typer.Option("--json", help="Print plain JSON.")]
+
+
+class _Named(TyperGroup):
+    """`cotune strategies fedavg` is `cotune strategies show fedavg`."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["show", *args])
+
+
+app = typer.Typer(
+    cls=_Named,
+    subcommand_metavar="[NAME | COMMAND]",
+    help="Strategies and their parts: list them, explain one by its NAME, begin and check one's own.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def overview(
+    context: typer.Context,
+    as_json: AsJson = False,
+    page: Annotated[Path | None, typer.Option(help="Renew the tables in this page of the documentation.")] = None,
+) -> None:
+    """List all strategies and parts; with a NAME, explain it."""
+    if context.invoked_subcommand is not None:
+        return
+    from cotune.strategies import catalogue
+
+    found = [*catalogue.recipes(), *catalogue.parts()]
+    if page is not None:
+        _renew(page)
+    elif as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        _list(Console(highlight=False), found)
+
+
+def _renew(page: Path) -> None:
+    from cotune.cli.strategies_page import renewed
+    from cotune.models.durable import write_durably
+
+    write_durably(page, renewed(page.read_text(encoding="utf-8")).encode())
+
+
+def _list(console: Console, found: list[dict[str, Any]]) -> None:
+    for kind, heading in _HEADINGS.items():
+        of_kind = [part for part in found if part["kind"] == kind]
+        if not of_kind:
+            continue
+        columns = (heading, "", "the server sees", "record-level ε", "client-level ε")
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        for part in of_kind:
+            privacy = (part["record_privacy"].partition(":")[0], part["client_privacy"].partition(":")[0])
+            table.add_row(escape(part["name"]), escape(part["summary"]), part["sees"], *privacy)
+        console.print(table, "", sep="\n")
+    console.print("`cotune strategies NAME` explains one; `cotune strategies new my_rule` begins one of your own")
+
+
+@app.command("show", hidden=True)
+def show(name: Annotated[str, typer.Argument(help="A strategy or a part.")], as_json: AsJson = False) -> None:
+    """Explain a strategy or a part."""
+    from cotune.strategies import catalogue
+
+    found = catalogue.search(name)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    for part in found:
+        _explain(console, part)
+
+
+def _explain(console: Console, part: dict[str, Any]) -> None:
+    kind = part["kind"].replace("_", " ").replace("optimizer", "optimiser")
+    console.print(f"[bold]{escape(part['name'])}[/bold], a {'strategy' if kind == 'recipe' else kind}", soft_wrap=True)
+    console.print(escape(part.get("description") or part["summary"]), soft_wrap=True)
+    rows = {
+        "source": "; ".join([part["cite"]] if isinstance(part["cite"], str) else part["cite"]),
+        "the server sees": part["sees"],
+        "organisations send": ", ".join(part["sends"]),
+        "organisations receive": part.get("receives", ""),
+        "organisations keep": part["state"],
+        "adapters": ", ".join(f"lora.{key} = {value}" for key, value in part.get("lora", {}).items()),
+        "record-level privacy": part["record_privacy"],
+        "client-level privacy": part["client_privacy"],
+        "needs": "; ".join(part.get("needs", ())),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for heading, words in rows.items():
+        if words:
+            table.add_row(heading, escape(words))
+    console.print(table)
+    if part.get("parameters"):
+        console.print(_parameters(part["parameters"]))
+    console.print()
+
+
+def _parameters(parameters: list[dict[str, Any]]) -> Table:
+    table = Table("parameter", "type", "default", "bounds", box=None, header_style="bold", pad_edge=False)
+    for p in parameters:
+        default = "must be given" if p["required"] else json.dumps(p["default"], ensure_ascii=False)
+        table.add_row(p["name"], escape(p["type"]), escape(default), p["bounds"])
+    return table
+
+
+@app.command("new")
+def new(
+    name: Annotated[str, typer.Argument(help="Of the rule: a Python name, such as my_fusion.")],
+    kind: Annotated[Literal["fusion", "weighting", "server_optimizer"], typer.Option(help="What the rule is.")] = "fusion",
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: NAME.py.")] = None,
+) -> None:
+    """Begin a rule of one's own: a file with the rule, and a test that runs the conformance checks."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from cotune.models.errors import PlanError
+
+    file = out or Path(f"{name}.py")
+    test = file.with_name(f"test_{file.stem}.py")
+    if not name.isidentifier() or not file.stem.isidentifier() or file.suffix != ".py":
+        raise PlanError(f'expected a Python name and a file such as my_rules.py, got "{name}" and {file}')
+    taken = [path for path in (file, test) if path.exists()]
+    if taken:
+        raise PlanError(f"{taken[0]} exists already: expected another --out, as nothing is overwritten")
+    pages = Environment(loader=PackageLoader("cotune.cli"), undefined=StrictUndefined, keep_trailing_newline=True)
+    words = {"name": name, "file": file.name, "module": file.stem, "test": test.name}
+    file.write_text(pages.get_template(f"{kind}.py.j2").render(words), encoding="utf-8")
+    test.write_text(pages.get_template("test.py.j2").render(words), encoding="utf-8")
+    typer.echo(f"{file}: the rule; name it in a plan as {file.name}:{name}")
+    typer.echo(f"{test}: its test; `cotune strategies test {file}:{name}` runs the same checks")
+
+
+@app.command("test")
+def check(
+    name: Annotated[str, typer.Argument(help="my_rules.py:my_fusion, or the name of a part.")],
+    kind: Annotated[
+        Literal["weighting", "fusion", "server_optimizer", "client_term"] | None,
+        typer.Option(help="What it is, where it does not say so itself."),
+    ] = None,
+    given: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter; repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a part does what it says of itself; exit code 1 if it does not."""
+    from dataclasses import asdict
+
+    from cotune.models.errors import PlanError
+    from cotune.plan.load import value_of
+    from cotune.strategies.conformance import check_part
+
+    info = _part(name, kind)
+    parameters = {key.strip(): value_of(value) for key, _, value in (text.partition("=") for text in given or [])}
+    try:
+        findings = check_part(info, parameters)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+    else:
+        _show_findings(Console(highlight=False), info, findings)
+    if not all(finding.passed for finding in findings):
+        raise typer.Exit(1)
+
+
+def _part(name: str, kind: Kind | None) -> PartInfo:
+    """The part of that name, or in that file or package."""
+    from cotune.models.errors import PlanError
+    from cotune.strategies import plugins
+    from cotune.strategies.parts import FOLDERS
+
+    if plugins.is_file(name):
+        found = plugins.object_in(name, plugins.read_file(name, Path()))
+        info: PartInfo | None = getattr(found, "part", None)
+        return plugins.part_of(kind or (info.kind if info else "fusion"), name, found)
+    if plugins.is_code(name):
+        return plugins.load_code("fusion", name, "")
+    of_name = [k for k in ([kind] if kind else FOLDERS) if name in plugins.known(k)]
+    try:
+        return plugins.part_named(of_name[0] if of_name else kind or "fusion", name)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+
+
+def _show_findings(console: Console, info: PartInfo, findings: list[Finding]) -> None:
+    kind = info.kind.replace("_", " ").replace("optimizer", "optimiser")
+    console.print(f"[bold]{escape(info.name)}[/bold], a {kind}")
+    table = Table("", "check", "what is wrong", box=None, header_style="bold", pad_edge=False)
+    for finding in findings:
+        table.add_row("[green]✓[/green]" if finding.passed else "[bold red]✗[/bold red]", finding.name, escape(finding.detail))
+    console.print(table)
+    wrong = sum(not finding.passed for finding in findings)
+    console.print(f"{wrong} of {len(findings)} checks failed" if wrong else f"all {len(findings)} checks passed")

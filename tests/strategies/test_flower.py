@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import flwr.serverapp.strategy as flower
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cotune.models.errors import PlanError, RunError
+from cotune.strategies.combination import WeightedFusion
+from cotune.strategies.flower import FlowerFusion, _Roll, flower_part, flower_strategy
+from cotune.strategies.parts import Visibility, builtin
+from cotune.strategies.round import RoundContext
+from cotune.strategies.updates import Update
+
+SHAPES = {"z.weight": (4, 3), "a.bias": (4,)}
+EXAMPLES = (100, 250, 70, 330, 120)
+
+
+@pytest.fixture(autouse=True)
+def _a_server() -> Iterator[None]:
+    """Flower's messages want to know who makes them."""
+    before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    yield
+    TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
+
+
+def model(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
+
+
+def trained(state: dict[str, Tensor], round: int) -> list[Update]:
+    """Updates that depend on the state, as those of organisations do."""
+    generator = torch.Generator().manual_seed(round)
+    return [
+        Update(
+            f"org-{i}",
+            round,
+            {n: 0.1 * torch.randn(t.shape, generator=generator) - 0.05 * t.float() for n, t in state.items()},
+            n,
+            1,
+        )
+        for i, n in enumerate(EXAMPLES)
+    ]
+
+
+def through_cotune(name: str, parameters: dict[str, Any], rounds: int) -> list[dict[str, Tensor]]:
+    """θ after every round, with a checkpoint between any two."""
+    info = flower_strategy(f"flwr.serverapp.strategy:{name}")
+    given, state, memory, found = info.check(parameters), model(), dict[str, Tensor](), []
+    for round in range(1, rounds + 1):
+        driver = WeightedFusion(
+            (builtin("weighting")["examples"], {}), (info, given), RoundContext(round=round, state=state, memory=memory)
+        )
+        for update in trained(state, round):
+            driver.add(update)
+        fused = driver.result()
+        memory = load(save(dict(fused.memory))) if fused.memory else {}
+        state = {n: state[n] + fused.delta[n] for n in state}
+        found.append(state)
+    return found
+
+
+def through_flower(strategy: Strategy, rounds: int) -> list[dict[str, Tensor]]:
+    """The same with one strategy, used as Flower's own loop does: whole weights, in one process."""
+    state, found = model(), []
+    for round in range(1, rounds + 1):
+        arrays = ArrayRecord({n: Array(t.numpy()) for n, t in state.items()})
+        messages = list(strategy.configure_train(round, arrays, ConfigRecord(), _Roll(len(EXAMPLES))))
+        assert len(messages) == len(EXAMPLES)
+        replies = [
+            Message(
+                RecordDict(
+                    {
+                        "arrays": ArrayRecord({n: Array((state[n] + d.double()).numpy()) for n, d in update.delta.items()}),
+                        "metrics": MetricRecord({"num-examples": update.examples}),
+                    }
+                ),
+                reply_to=message,
+            )
+            for message, update in zip(messages, trained(state, round), strict=True)
+        ]
+        result, _ = strategy.aggregate_train(round, replies)
+        assert result is not None
+        state = {n: torch.from_numpy(np.array(result[n].numpy())) for n in state}
+        found.append(state)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("FedAvg", {}),
+        ("FedAvgM", {"server_momentum": 0.9, "server_learning_rate": 0.7}),
+        ("FedMedian", {}),
+        ("FedTrimmedAvg", {"beta": 0.25}),
+        ("Krum", {"num_malicious_nodes": 1}),
+        ("MultiKrum", {"num_malicious_nodes": 1, "num_nodes_to_select": 3}),
+        ("FedAdam", {"eta": 0.05, "tau": 0.01}),
+        ("FedYogi", {"eta": 0.05, "tau": 0.01}),
+        ("FedAdagrad", {"eta": 0.05, "tau": 0.01}),
+    ],
+)
+def test_three_rounds_are_those_of_flower(name: str, parameters: dict[str, Any]) -> None:
+    own, theirs = through_cotune(name, parameters, 3), through_flower(getattr(flower, name)(**parameters), 3)
+    for one, other in zip(own, theirs, strict=True):
+        for key in SHAPES:
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-12)
+
+
+def test_state_matters_in_the_third_round() -> None:
+    """Otherwise the test above would say nothing about what is remembered."""
+    state = through_cotune("FedAdam", {"eta": 0.05}, 2)[-1]
+    info = flower_strategy("flwr.serverapp.strategy:FedAdam")
+    forgetful = WeightedFusion(
+        (builtin("weighting")["examples"], {}), (info, info.check({"eta": 0.05})), RoundContext(round=3, state=state)
+    )
+    for update in trained(state, 3):
+        forgetful.add(update)
+    third = through_cotune("FedAdam", {"eta": 0.05}, 3)[-1]
+    assert not torch.allclose(state["a.bias"] + forgetful.result().delta["a.bias"], third["a.bias"], atol=1e-4)
+
+
+# --- what it says of itself
+
+
+def test_parameters_are_those_of_the_constructor() -> None:
+    info = flower_strategy("flwr.serverapp.strategy:Krum")
+    assert info.check({}) == {"min_train_nodes": 1, "min_available_nodes": 1, "num_malicious_nodes": 0}
+    assert (info.needs.visibility, info.needs.sets_state) == (Visibility.PER_CLIENT, True)
+    assert info.summary.startswith("Krum")
+    with pytest.raises(ValueError, match="has no parameter \"num_malicious\"; did you mean 'num_malicious_nodes'"):
+        info.check({"num_malicious": 1})
+    with pytest.raises(ValueError, match="num_malicious_nodes = 'many'"):
+        info.check({"num_malicious_nodes": "many"})
+    with pytest.raises(ValueError, match='no parameter "fraction_train"'):
+        info.check({"fraction_train": 0.5})  # the plan's server.sample_rate says who is asked
+
+
+def test_its_minimum_is_the_least_number_of_updates() -> None:
+    """Flower would wait for more of them forever."""
+    info = flower_strategy("flwr.serverapp.strategy:FedAvg")
+    given = info.check({"min_train_nodes": 3})
+    assert info.least(**given) == 3
+    driver = WeightedFusion((builtin("weighting")["uniform"], {}), (info, given), RoundContext(state=model()))
+    for update in trained(model(), 1)[:2]:
+        driver.add(update)
+    with pytest.raises(RunError, match="needs 3 updates, and the round has 2"):
+        driver.result()
+
+
+class Own(FedAvg):
+    """A strategy of one's own: it counts its rounds and keeps what it likes."""
+
+    def __init__(self, temperature: float = 1.0, note: str | None = None, **others: Any) -> None:
+        super().__init__(**others)
+        self.temperature, self.note = temperature, note
+        self.seen: dict[str, Any] = {"rounds": 0, "norms": [], "last": None, 3: (True, 1.5)}
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        assert arrays is not None
+        self.seen["rounds"] += 1
+        self.seen["norms"].append(float(np.linalg.norm(arrays["a.bias"].numpy())))
+        self.seen["last"], self.note = arrays, f"round {server_round} ✓"
+        return arrays, metrics
+
+
+def test_state_of_any_form_comes_back() -> None:
+    info = flower_part("mine.py:Own", Own)
+    given = info.check({"temperature": 0.5})
+    assert given == {"temperature": 0.5, "note": None, "min_train_nodes": 1, "min_available_nodes": 1}
+    memory: dict[str, Tensor] = {}
+    for round in (1, 2):
+        driver = WeightedFusion(
+            (builtin("weighting")["uniform"], {}), (info, given), RoundContext(round=round, state=model(), memory=memory)
+        )
+        for update in trained(model(), round):
+            driver.add(update)
+        memory = load(save({n: t.contiguous() for n, t in driver.result().memory.items()}))
+    assert isinstance(info.build, FlowerFusion)
+    strategy = info.build.build(given)
+    from cotune.strategies.flower import _restore
+
+    _restore(strategy, memory)
+    assert isinstance(strategy, Own)
+    assert (strategy.seen["rounds"], strategy.note, strategy.temperature) == (2, "round 2 ✓", 0.5)
+    assert strategy.seen[3] == (True, 1.5)
+    assert len(strategy.seen["norms"]) == 2
+    assert list(strategy.seen["last"]) == ["a.bias", "z.weight"]
+    assert strategy.seen["norms"][1] == np.linalg.norm(strategy.seen["last"]["a.bias"].numpy())
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("FedProx", 'expected the strategy "fedprox"'),
+        ("QFedAvg", 'expected the strategy "qfedavg"'),
+        ("FedXgbBagging", "as cotune trains no trees"),
+        ("FedXgbCyclic", "as cotune trains no trees"),
+        ("DifferentialPrivacyServerSideFixedClipping", "expected the plan's table client_privacy"),
+        ("DifferentialPrivacyClientSideAdaptiveClipping", "expected the plan's table client_privacy"),
+        ("FedAvgg", "has no strategy \"FedAvgg\"; did you mean 'FedAvg'?"),
+        ("Result", 'has no strategy "Result"'),
+    ],
+)
+def test_what_wants_more_of_organisations_is_refused(name: str, words: str) -> None:
+    with pytest.raises(PlanError) as error:
+        flower_strategy(f"flwr.serverapp.strategy:{name}")
+    assert words in str(error.value)
+
+
+def test_a_module_that_is_not_there() -> None:
+    with pytest.raises(PlanError, match="cannot be imported"):
+        flower_strategy("flwr.no_such:Krum")
+
+
+class Chatty(FedAvg):
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any) -> Iterable[Message]:
+        config["learning-rate"] = 0.1
+        return super().configure_train(server_round, arrays, config, grid)
+
+
+class Prunes(FedAvg):
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any) -> Iterable[Message]:
+        return super().configure_train(server_round, ArrayRecord({"x": Array(np.ones(1))}), config, grid)
+
+
+class Calls(FedAvg):
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any) -> Iterable[Message]:
+        return list(grid.send_and_receive([]))
+
+
+class Bounded(FedAvg):
+    def __init__(self, clip: float = 1.0) -> None:
+        super().__init__()
+        if clip <= 0:
+            raise ValueError("clip must be positive")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parameters", "words"),
+    [
+        (Chatty, {}, 'tells organisations "learning-rate", and they train as the plan says'),
+        (Prunes, {}, "sends organisations other arrays than the model"),
+        (Calls, {}, "talks to organisations by itself"),
+        (Bounded, {"clip": -1.0}, "cannot be made (ValueError: clip must be positive)"),
+    ],
+)
+def test_it_is_refused_when_the_plan_is_made(strategy: type[Strategy], parameters: dict[str, Any], words: str) -> None:
+    info = flower_part("mine.py:Strategy", strategy)
+    assert isinstance(info.build, FlowerFusion)
+    with pytest.raises(PlanError) as error:
+        info.build.rehearse(info.check(parameters))
+    assert words in str(error.value)
+
+
+def test_a_constructor_that_wants_objects_is_refused() -> None:
+    class Wrapper(FedAvg):
+        def __init__(self, inner: Strategy) -> None:
+            super().__init__()
+
+    with pytest.raises(PlanError, match="its inner is neither a number nor a text"):
+        flower_part("mine.py:Wrapper", Wrapper)
+
+
+class Keeper(FedAvg):
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        given = list(replies)
+        self.replies = given
+        return super().aggregate_train(server_round, given)
+
+
+class Fails(FedAvg):
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        raise KeyError("loss")
+
+
+class Silent(FedAvg):
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        return None, None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        (Keeper, "keeps replies between rounds, which no checkpoint can hold"),
+        (Fails, "failed in round 1 (KeyError: 'loss')"),
+        (Silent, "gave nothing for the round"),
+    ],
+)
+def test_a_round_that_cannot_be_had_is_one_sentence(strategy: type[Strategy], words: str) -> None:
+    info = flower_part("mine.py:Strategy", strategy)
+    driver = WeightedFusion((builtin("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
+    for update in trained(model(), 1):
+        driver.add(update)
+    with pytest.raises(RunError) as error:
+        driver.result()
+    assert words in str(error.value)
+
+
+def test_organisations_with_other_parameters_are_refused() -> None:
+    info = flower_strategy("flwr.serverapp.strategy:FedAvg")
+    driver = WeightedFusion((builtin("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
+    first, second = trained(model(), 1)[:2]
+    driver.add(first)
+    driver.add(replace(second, delta={"a.bias": second.delta["a.bias"]}))
+    with pytest.raises(RunError, match="works on updates of the same parameters alone"):
+        driver.result()
