@@ -80,8 +80,8 @@ def _between_parts(found: Found) -> Iterator[str]:
     if fusion and optimizer and fusion[1].needs.sets_state and not _plain(optimizer[0]):
         yield (
             f'the fusion "{fusion[0].name}" gives a new model rather than a direction, which the server optimiser'
-            f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1 and momentum 0,'
-            " without a schedule"
+            f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
+            " no schedule"
         )
 
 
