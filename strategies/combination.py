@@ -54,7 +54,7 @@ class WeightedFusion:
 
     def add(self, update: Update) -> None:
         """Raises RunError for an update with values that are not finite."""
-        if not all(bool(tensor.isfinite().all()) for tensor in (*update.delta.values(), *update.statistics.values())):
+        if not all(bool(tensor.isfinite().all()) for tensor in update.delta.values()):
             raise RunError(f"the update of {update.organisation[:80]} is not finite: expected finite values")
         self._count += 1
         if self._streams:

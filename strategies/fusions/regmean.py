@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cotune.models.errors import RunError
 from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.round import Weighed
 from cotune.strategies.sums import Sums, mean_of, weighted
@@ -52,8 +53,11 @@ def regmean(*, off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9) -> Sums:
 
 
 def _grams(statistics: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """In float64. Raises RunError for one that is not finite: it has no inverse."""
     for key, tensor in statistics.items():
         if key.startswith("gram/"):
+            if not bool(tensor.isfinite().all()):
+                raise RunError(f"{key} of an update is not finite: expected finite values")
             yield key.removeprefix("gram/"), tensor.to(torch.float64)
 
 
