@@ -70,6 +70,10 @@ class TellRules(Table):
     )
     declared_examples: int = Field(1, ge=1, description="a number that may be public; 1 says nothing")
     local_metrics: Literal["none", "noised", "clear"] = Field("none", description="accuracy on the own records before a round")
+    local_loss: Literal["none", "noised", "clear"] = Field(
+        "none", description="the received model's mean loss, for strategies that weigh by it; noised: where training is, too"
+    )
+    loss_ceiling: float = Field(4.0, gt=0, description="nats; of a noised loss, what one record counts for at most")
     label_histogram: Literal["none", "noised"] = Field("none", description="how many records each class has, once per plan")
     noise_multiplier: float = Field(20.0, ge=1.0, description="σ of what is noised: Gaussian noise on counts")
     noise_level: bool = Field(True, description="how much noise is in an update; the weighting noise_aware needs it")
@@ -98,7 +102,7 @@ class Policy(Table):
                 train_modes=_EVERYTHING,
                 fusions=_EVERYTHING,
             ),
-            tell=TellRules(example_count="exact", local_metrics="noised", label_histogram="noised"),
+            tell=TellRules(example_count="exact", local_metrics="noised", local_loss="noised", label_histogram="noised"),
         )
 
 

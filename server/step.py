@@ -17,6 +17,7 @@ from cotune.strategies.updates import Delta, apply_delta
 __all__ = ["context_of", "enter_round", "move", "sent_beside", "served", "served_of"]
 
 Score = Callable[[State], float]
+_ANY = 10**9  # steps, where the plan gives epochs: each update's are held to its number of records when it is admitted
 
 
 def enter_round(model: SharedModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
@@ -47,7 +48,7 @@ def context_of(
         seed=plan.seed,
         organisations=organisations,
         state=state,
-        local=LocalSteps(local.learning_rate, local.momentum, local.steps),
+        local=LocalSteps(local.learning_rate, local.momentum, local.steps or _ANY),
         adapters=model.adapters() if stage.mode == "lora" else (),
         memory=_remembered(before, "fusion"),
         score=None if score is None else lambda delta: score(apply_delta(state, delta)),

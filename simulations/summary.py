@@ -118,9 +118,10 @@ def _client_privacy(folder: RunFolder, prepared: Prepared, progress: Progress) -
 
 
 def _in_clear(folder: RunFolder) -> bool:
-    """Whether any organisation's policy lets it tell the local metrics that the plan asks for as they are."""
-    policies = (Site(folder.path / who.site).policy() for who in folder.file.participants)
-    return folder.plan.tell.local_metrics and any(policy.tell.local_metrics == "clear" for policy in policies)
+    """Whether any organisation's policy lets it tell the local metrics or the loss that the plan asks for as they are."""
+    tell = [Site(folder.path / who.site).policy().tell for who in folder.file.participants]
+    metrics = folder.plan.tell.local_metrics and any(rules.local_metrics == "clear" for rules in tell)
+    return metrics or ("loss" in folder.plan.strategy.sends and any(rules.local_loss == "clear" for rules in tell))
 
 
 def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:
@@ -181,7 +182,7 @@ def _organisation(
         "delta": spent[1],
         "noise_multiplier": charges[-1].noise_multiplier if charges else None,
         "sample_rate": plan.stages[-1].local.sample_rate(examples),
-        "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps for r in took_part),
+        "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps_of(examples) for r in took_part),
         "rounds": len(took_part),
     }
 

@@ -18,7 +18,9 @@ class Facts:
     """What a plan says beside its strategy. sums_only: the server may see sums alone. participation: the fraction of the
     organisations that each round asks. organisations: that it asks; None where that is not known before the run. factors:
     lora.factors where adapters are trained, else None. one_rate: every parameter is trained at the same learning rate.
-    personal: organisations keep some of what they train to themselves."""
+    personal: organisations keep some of what they train to themselves. same_steps: every organisation takes as many steps in a
+    round.
+    """
 
     record_privacy: bool = False
     client_privacy: bool = False
@@ -28,6 +30,7 @@ class Facts:
     optimizers: tuple[str, ...] = ("sgd",)
     momentum: bool = False
     one_rate: bool = True
+    same_steps: bool = True
     modes: tuple[str, ...] = ("head",)
     factors: str | None = None
     mixed_ranks: bool = False
@@ -162,6 +165,8 @@ def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
         yield "assumes plain gradient steps, and the plan has local.momentum above 0: expected 0"
     if needs.optimizers and not facts.one_rate:
         yield "assumes one learning rate, and the plan has another local.head_learning_rate: leave it out"
+    if needs.client_state and not facts.same_steps:
+        yield "assumes as many steps at every organisation, and the plan has local.epochs: expected local.steps"
     if needs.adapters and "lora" not in facts.modes:
         yield "is for adapters, and no stage of the plan trains any: expected train = lora"
     if needs.adapters and facts.factors is not None and facts.factors not in needs.adapters:
