@@ -35,9 +35,9 @@ from cotune.server.app import play
 from cotune.server.run_folder import RunFolder
 from cotune.simulations.grid import InProcessGrid
 from cotune.simulations.sites import make_run, make_site, prepare
-from cotune.strategies.noise_aware import random_effects
+from cotune.strategies.parts import Needs, weighting
 from cotune.strategies.updates import Update
-from cotune.strategies.weighting import JOINT_WEIGHTINGS
+from cotune.strategies.weightings.noise_aware import random_effects
 from cotune.strategies.wire import decode_request, encode_update
 
 WEIGHTINGS = ("examples", "uniform", "noise_aware", "persistent")
@@ -132,13 +132,13 @@ def deal_and_run(partition: str, seed: int, epsilons: list[float], overrides: li
         "simulation.baselines=[]", f"privacy.epsilon={max(dealt)}", *overrides,
     ]  # fmt: skip
     seen = {}
-    JOINT_WEIGHTINGS["persistent"] = persistent
-    for weighting in WEIGHTINGS:
-        prepared = prepare(load_plan("tweets", [*LOCAL, *common, f"strategy.weighting={weighting}"]), "cpu")
+    for name in WEIGHTINGS:
+        part = f"{Path(__file__).resolve()}:persistent" if name == "persistent" else name
+        prepared = prepare(load_plan("tweets", [*LOCAL, *common, f'strategy.weighting="{part}"']), "cpu")
         names = [share.name for share in prepared.shares]
         allowed = dict(zip(names, dealt, strict=True))
         with tempfile.TemporaryDirectory() as folder:
-            seen[weighting] = run(make_run(prepared, Path(folder) / "run", "in-process", "cpu"))
+            seen[name] = run(make_run(prepared, Path(folder) / "run", "in-process", "cpu"))
     sizes = {share.name: len(share.rows) for share in prepared.shares}
     labels = {
         s.name: " ".join(f"{count / len(s.rows):.2f}" for count in prepared.label_counts(s).values()) for s in prepared.shares
@@ -146,14 +146,13 @@ def deal_and_run(partition: str, seed: int, epsilons: list[float], overrides: li
     return Deal(partition, seed, allowed, sizes, labels), seen
 
 
-def persistent(updates: Sequence[Update]) -> list[dict[str, float]]:
+@weighting("persistent", cite="of this benchmark", needs=Needs(sends=("noise",)))
+def persistent(updates: Sequence[Update]) -> list[float]:
     """1/(v + Rτ²), R being the rounds of the tweets plan."""
-    rounds, found = load_plan("tweets").rounds, [dict[str, float]() for _ in updates]
+    rounds = load_plan("tweets").rounds
     variances = [max((u.noise_variance or {}).values()) for u in updates]  # the head: one learning rate
     between = random_effects(updates, list(updates[0].delta), variances).between
-    for weights, update, v in zip(found, updates, variances, strict=True):
-        weights.update(dict.fromkeys(update.delta, 1 / (v + rounds * between)))
-    return found
+    return [1 / (v + rounds * between) for v in variances]
 
 
 def run(folder: RunFolder) -> Seen:
@@ -180,15 +179,15 @@ def accuracies(runs: list[tuple[Deal, dict[str, Seen]]]) -> str:
         "|---|---|---|---|",
     ]
     base = [seen["examples"].accuracy for _, seen in runs]
-    for weighting in WEIGHTINGS:
-        found = [seen[weighting].accuracy for _, seen in runs]
+    for name in WEIGHTINGS:
+        found = [seen[name].accuracy for _, seen in runs]
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
         gaps = [100 * (x - b) for x, b in zip(found, base, strict=True)]
         margin = student.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
         mean = statistics.mean(gaps)
-        gap = "" if weighting == "examples" else f"{mean:+.2f} ({mean - margin:+.2f} to {mean + margin:+.2f})"
+        gap = "" if name == "examples" else f"{mean:+.2f} ({mean - margin:+.2f} to {mean + margin:+.2f})"
         each = " ".join(f"{x:.4f}" for x in found)
-        rows.append(f"| {weighting} | {statistics.mean(found):.4f} ± {spread:.4f} | {gap} | {each} |")
+        rows.append(f"| {name} | {statistics.mean(found):.4f} ± {spread:.4f} | {gap} | {each} |")
     return "\n".join(rows)
 
 

@@ -12,6 +12,7 @@ import typer
 
 from cotune.cli import audit as audit_command
 from cotune.cli import client as client_commands
+from cotune.cli import compare as compare_command
 from cotune.cli import plan as plan_commands
 from cotune.cli import simulate as simulate_command
 from cotune.cli import strategies as strategy_commands
@@ -29,6 +30,7 @@ app.add_typer(plan_commands.app, name="plan")
 app.add_typer(client_commands.app, name="client")
 app.add_typer(strategy_commands.app, name="strategies")
 app.command("simulate")(simulate_command.simulate)
+app.command("compare")(compare_command.compare)
 app.command("audit")(audit_command.audit)
 
 
@@ -80,7 +82,10 @@ def run() -> None:
         print(f"cotune: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("cotune: stopped; finished rounds are kept, --resume goes on from there", file=sys.stderr)
+        print(
+            "cotune: stopped; finished rounds are kept: --resume, or the same comparison again, goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except Exception as error:
         if debug:

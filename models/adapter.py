@@ -1,10 +1,15 @@
-"""A LoRA layer by the names of its parameters, for rules that put adapters together."""
+"""A LoRA layer by the names of its parameters, for rules that put adapters together; and how its A is drawn."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass
 
-__all__ = ["Adapter"]
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Adapter", "drawn_a", "name_seed"]
 
 
 @dataclass(frozen=True)
@@ -20,3 +25,15 @@ class Adapter:
     scale: float
     rank: int
     transposed: bool = False
+
+
+def name_seed(seed: int, name: str) -> int:
+    """A seed for one tensor, from the plan's."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+
+
+def drawn_a(shape: tuple[int, ...], seed: int) -> Tensor:
+    """A fresh A (r, d_in), as peft draws it, but the same on every machine: float32 on the CPU."""
+    drawn = torch.empty(shape)
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))
+    return drawn

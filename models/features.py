@@ -125,13 +125,20 @@ def _key(model: SharedModel, inputs: Sequence[Input], state: State, reading: str
     digest.update("\n".join(parts).encode())
     for file in sorted(loaded.folder.path.iterdir()):  # how inputs become numbers, and numbers vectors
         if file.suffix in (".json", ".txt", ".model"):
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+            status = file.stat()
+            digest.update(_digest_of_file(file, status.st_mtime_ns, status.st_size))
     for name in sorted(n for n in state if n.startswith(model.prefix)):
         digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
     if model.lora is not None and any(".lora_" in n for n in state):
         digest.update(f"{model.lora.model_dump_json()}{model.seed}".encode())  # a frozen A is drawn from the seed
     digest.update(_digest_of(tuple(inputs)))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _digest_of_file(file: Path, mtime_ns: int, size: int) -> bytes:
+    """SHA-256 of a file of the model's folder, read once while it stays as it is: every client asks in every round."""
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 @lru_cache(maxsize=8)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from pydantic import Field, field_validator
 from torch import nn
 
-from cotune.models.adapter import Adapter
+from cotune.models.adapter import Adapter, drawn_a, name_seed
 from cotune.models.base import LoadedModel
 from cotune.models.errors import ModelError
 from cotune.models.table import Table
 
-__all__ = ["Factors", "LoraConfig", "adapters_of", "inject", "merge_adapters", "name_seed"]
+__all__ = ["Factors", "LoraConfig", "adapters_of", "inject", "merge_adapters"]
 
 _AUTO_TARGETS = {**PEFT_TARGETS, "distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
 
@@ -85,7 +82,7 @@ def inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
     inject_adapter_in_model(config, loaded.module)
     for name, parameter in loaded.module.named_parameters():
         if ".lora_A." in name:
-            _draw_a(parameter, name_seed(seed, name))
+            parameter.data.copy_(drawn_a(tuple(parameter.shape), name_seed(seed, name)))
     loaded.module.requires_grad_(False)
 
 
@@ -119,19 +116,6 @@ def _last_layers(targets: Sequence[str], layers: int | None) -> list[str]:
     if layers > count:
         raise ModelError(f"lora.layers = {layers}, but the modules to adapt lie in {count} layers: expected at most {count}")
     return [name for name, n in zip(targets, numbers, strict=True) if n and int(n[1]) >= count - layers]
-
-
-def name_seed(seed: int, name: str) -> int:
-    """A seed for one tensor, from the plan's."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
-
-
-@torch.no_grad()
-def _draw_a(parameter: nn.Parameter, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(parameter.shape)
-    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-    parameter.copy_(drawn)
 
 
 def adapters_of(module: nn.Module) -> tuple[Adapter, ...]:

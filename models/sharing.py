@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cotune.models.adapter import Adapter
+from cotune.models.adapter import Adapter, name_seed
 from cotune.models.base import LoadedModel, ModelConfig, load_model
 from cotune.models.device import pick_device
 from cotune.models.errors import ModelError
-from cotune.models.lora import Factors, LoraConfig, adapters_of, inject, name_seed
+from cotune.models.lora import Factors, LoraConfig, adapters_of, inject
 from cotune.models.tasks import TaskName
 
 __all__ = ["LoraConfig", "SharedModel", "State", "TrainMode", "resident"]

@@ -62,12 +62,24 @@ class RoundsConfig(Table):
     """How rounds go (the `server` table of a plan)."""
 
     sample_rate: float = Field(1.0, gt=0, le=1, description="probability with which each organisation is asked in a round")
+    sample_size: int = Field(
+        0, ge=0, description="exactly so many are asked, drawn without replacement from the plan's seed; 0: by sample_rate"
+    )
     quorum: float = Field(0.5, gt=0, le=1, description="fraction of the asked organisations whose updates a round needs")
     deadline_seconds: float = Field(3600.0, gt=0, description="how long a round waits for an organisation")
     max_update_norm: float = Field(1e4, gt=0, description="updates with a larger L2 norm are refused")
     visibility: Literal["updates", "sum"] = Field(
         "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_sample(self) -> Self:
+        if self.sample_size and self.sample_rate < 1:
+            raise ValueError(
+                f"sample_size = {self.sample_size} asks exactly so many, and sample_rate = {self.sample_rate:g} each by chance:"
+                " expected one of the two"
+            )
+        return self
 
 
 class TellConfig(Table):
@@ -162,7 +174,12 @@ class Plan(Table):
         return self
 
     @model_validator(mode="after")
-    def _amplification_can_be_had(self) -> Self:
+    def _sampling_fits_client_privacy(self) -> Self:
+        if self.client_privacy and self.server.sample_size:
+            raise ValueError(
+                "client_privacy accounts for organisations that are asked by chance, independently, which server.sample_size does"
+                " not do: expected server.sample_rate instead"
+            )
         if self.client_privacy and self.client_privacy.amplification and self.server.sample_rate >= 1:
             raise ValueError(
                 "client_privacy.amplification has nothing to account for where everybody is asked in every round: expected"

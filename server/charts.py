@@ -11,7 +11,10 @@ from cotune.privacy.rounding import round_up
 from cotune.server.figures import percent
 from cotune.server.verdict import Summary, is_private
 
-__all__ = ["Chart", "accuracy_chart", "epsilon_chart", "label_bar", "label_keys"]
+__all__ = [
+    *("COLOURS", "MOST_DOTS", "Chart", "Key", "Line", "Point", "Scale"),
+    *("accuracy_chart", "epsilon_chart", "label_bar", "label_keys", "round_ticks", "value_scale", "value_ticks"),
+]
 
 COLOURS = 6  # in the page's palette, which colour-blind readers can tell apart
 MOST_DOTS = 30  # on one line; more run into each other on a phone
@@ -46,6 +49,7 @@ class Line:
     style: str  # CSS classes
     points: tuple[Point, ...]
     dots: bool
+    area: tuple[Point, ...] = ()  # the outline of what it is uncertain by
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def accuracy_chart(summary: Summary) -> Chart | None:
     if not measured:
         return None
     levels, rounds = _baselines(summary["test"]), _round_scale(summary)
-    y = _value_scale(100 * value for value in (*measured.values(), *(value for _, _, value in levels)))
+    y = value_scale(100 * value for value in (*measured.values(), *(value for _, _, value in levels)))
     points = tuple(Point(rounds.along(r), y.down(100 * v), f"Round {r}: {percent(v)}") for r, v in measured.items())
     return Chart(
         name="accuracy",
@@ -101,8 +105,8 @@ def accuracy_chart(summary: Summary) -> Chart | None:
             Line("c0 strong", points, len(points) <= MOST_DOTS),
         ),
         bands=_bands(summary, rounds),
-        x_ticks=_round_ticks(rounds),
-        y_ticks=_value_ticks(y),
+        x_ticks=round_ticks(rounds),
+        y_ticks=value_ticks(y),
     )
 
 
@@ -113,7 +117,7 @@ def epsilon_chart(summary: Summary) -> Chart | None:
     if not is_private(summary) or not spent:
         return None
     allowed = sorted({o["epsilon_allowed"] for o in summary["organisations"] if o["epsilon_allowed"] is not None})
-    y = _value_scale([0, *spent, *allowed])
+    y = value_scale([0, *spent, *allowed])
     return Chart(
         name="epsilon",
         title="Privacy budget: ε spent after each round",
@@ -121,8 +125,8 @@ def epsilon_chart(summary: Summary) -> Chart | None:
         legend=(*_epsilon_legend(summary), *([Key("limit", "allowed", _listed(allowed))] if allowed else [])),
         lines=(*(_level("limit", y.down(value)) for value in allowed), *_epsilon_lines(summary, rounds, y)),
         bands=_bands(summary, rounds),
-        x_ticks=_round_ticks(rounds),
-        y_ticks=_value_ticks(y),
+        x_ticks=round_ticks(rounds),
+        y_ticks=value_ticks(y),
     )
 
 
@@ -175,7 +179,7 @@ def _round_scale(summary: Summary) -> Scale:
     return Scale(min(numbers) - 0.5, max(numbers) + 0.5)
 
 
-def _value_scale(values: Iterable[float]) -> Scale:
+def value_scale(values: Iterable[float]) -> Scale:
     """The values' range, widened to whole steps."""
     known = list(values)
     low, high = min(known), max(known)
@@ -190,13 +194,13 @@ def _step(span: float, most: int) -> float:
     return next(step for step in (power, 2 * power, 5 * power, 10 * power, 20 * power) if span <= step * most)
 
 
-def _value_ticks(y: Scale) -> tuple[tuple[float, str], ...]:
+def value_ticks(y: Scale) -> tuple[tuple[float, str], ...]:
     step = _step(y.high - y.low, 6)
     values = (y.low + step * i for i in range(round((y.high - y.low) / step) + 1))
     return tuple((y.down(value), f"{value:g}") for value in values)
 
 
-def _round_ticks(rounds: Scale) -> tuple[tuple[float, str], ...]:
+def round_ticks(rounds: Scale) -> tuple[tuple[float, str], ...]:
     first, last = math.ceil(rounds.low), math.floor(rounds.high)
     step = max(1, round(_step(max(last - first, 1), 8)))
     return tuple((rounds.along(r), str(r)) for r in range(first, last + 1) if r % step == 0)

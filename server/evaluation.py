@@ -9,22 +9,29 @@ from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics, logits, score
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "predict"]
 
 _BATCH = 64
 
 
-@torch.no_grad()
 def evaluate(model: SharedModel, state: State, test: Holdings, precision: str) -> Metrics:
-    """Metrics of the model in a state. While the encoder is as it came, only the head is computed, on kept features."""
+    """Metrics of the model in a state."""
+    return score(test.truth, predict(model, state, test, precision), len(test.labels))
+
+
+@torch.no_grad()
+def predict(model: SharedModel, state: State, test: Holdings, precision: str) -> list[int]:
+    """What the model in a state tells, in the order of `test.truth`.
+
+    While the encoder is as it came, only the head is computed, on kept features.
+    """
     model.load(state)
     head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
-    if head is not None:
-        scores = head(test.features(model, state, precision).to(model.device)).logits.float()
-        predicted = scores.argmax(dim=1).tolist()
-    else:
-        predicted = _predict(model, test)
-    return score(test.truth, predicted, len(test.labels))
+    if head is None:
+        return _predict(model, test)
+    scores = head(test.features(model, state, precision).to(model.device)).logits.float()
+    predicted: list[int] = scores.argmax(dim=1).tolist()
+    return predicted
 
 
 def _predict(model: SharedModel, test: Holdings) -> list[int]:

@@ -19,7 +19,7 @@ from cotune.server.charts import accuracy_chart, epsilon_chart, label_bar, label
 from cotune.server.figures import duration, instant, percent, scientific, signed, size
 from cotune.server.verdict import Summary, is_private, judge, results
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["page_environment", "render_report", "write_report"]
 
 
 def render_report(summary: Summary) -> str:
@@ -28,7 +28,7 @@ def render_report(summary: Summary) -> str:
     What was not measured is None there and is left out here, with a note. Raises KeyError or jinja2.UndefinedError
     where a field is absent.
     """
-    page = _environment().get_template("report.html.j2")
+    page = page_environment().get_template("report.html.j2")
     return page.render(
         summary=summary,
         private=is_private(summary),
@@ -52,10 +52,10 @@ def _or_dash(write: Callable[[float], str]) -> Callable[[float | None], str]:
     return lambda value: "–" if value is None else write(value)
 
 
-def _environment() -> Environment:
-    """Escapes everything, and refuses a field that is not there."""
+def page_environment(*folders: Path) -> Environment:
+    """Templates in `folders`, beside the report's own. Escapes everything, and refuses a field that is not there."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     numbers = (percent, signed, round_up, scientific, size, duration)

@@ -36,7 +36,7 @@ from cotune.plan.schema import Plan
 from cotune.server.events import Events
 from cotune.strategies.plugins import content_of, read_file
 
-__all__ = ["Participant", "Progress", "RunFile", "RunFolder"]
+__all__ = ["Participant", "Progress", "RunFile", "RunFolder", "keep_others_off"]
 
 
 class Participant(BaseModel):
@@ -155,12 +155,19 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second process off the same run during the block. Raises RunError."""
-        with open(self.path / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
-            except OSError:
-                raise RunError(f"another process is working on {self.path}: wait for it, or stop it first") from None
+        with keep_others_off(self.path):
             yield
+
+
+@contextmanager
+def keep_others_off(path: Path) -> Iterator[None]:
+    """Keeps a second process off a folder during the block. Raises RunError."""
+    with open(path / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
+        except OSError:
+            raise RunError(f"another process is working on {path}: wait for it, or stop it first") from None
+        yield
 
 
 def _with_prefix(tensors: State, prefix: str) -> State:

@@ -1,4 +1,4 @@
-"""Who is asked to train in a round: everybody, or each organisation by chance (Poisson sampling, `server.sample_rate`)."""
+"""Who is asked to train in a round: everybody, each by chance (Poisson, `server.sample_rate`), or so many (`sample_size`)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,39 @@ from pathlib import Path
 import numpy as np
 
 from cotune.models.durable import write_durably
-from cotune.models.errors import RunError
+from cotune.models.errors import PlanError, RunError
+from cotune.plan.schema import Plan
 from cotune.privacy.randomness import keyed_generator, seeded_generator
 from cotune.server.run_folder import Participant, RunFolder
 
-__all__ = ["select"]
+__all__ = ["check_sample_size", "select"]
 
 
 def select(folder: RunFolder, round: int) -> list[Participant]:
     """The organisations of a round, in their order; possibly none. The same again when a round is repeated after a crash.
 
     Drawn from the plan's seed, which everybody knows, unless privacy is to be amplified by it: then from a key that the
-    operating system gave this run, and that stays with the server.
+    operating system gave this run, and that stays with the server. Raises PlanError where more are to be asked than there are.
     """
     plan, people = folder.plan, folder.file.participants
+    if plan.server.sample_size:
+        check_sample_size(plan, len(people))
+        generator = seeded_generator(plan.seed, "selection", round)
+        return [people[i] for i in sorted(generator.choice(len(people), plan.server.sample_size, replace=False))]
     if plan.server.sample_rate >= 1:
         return list(people)
     secret = plan.client_privacy is not None and plan.client_privacy.amplification
     generator = _private(folder.path, round) if secret else seeded_generator(plan.seed, "selection", round)
     return [person for person in people if generator.random() < plan.server.sample_rate]
+
+
+def check_sample_size(plan: Plan, organisations: int) -> None:
+    """Raises PlanError when the plan asks more organisations in a round than there are."""
+    if plan.server.sample_size > organisations:
+        raise PlanError(
+            f"the plan has server.sample_size = {plan.server.sample_size} and {organisations} organisations: expected at most as"
+            " many as there are, or 0 for all of them"
+        )
 
 
 def _private(path: Path, round: int) -> np.random.Generator:

@@ -43,6 +43,7 @@ def context_of(
     local = stage.local
     return RoundContext(
         round=round,
+        rounds=plan.rounds,
         seed=plan.seed,
         organisations=organisations,
         state=state,

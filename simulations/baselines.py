@@ -21,6 +21,7 @@ from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.step import served_of
 from cotune.simulations.grid import InProcessGrid
 from cotune.simulations.sites import Prepared, Share, make_site
+from cotune.strategies.strategy import StrategyConfig
 
 __all__ = ["run_baselines"]
 
@@ -55,8 +56,9 @@ def _wanted(prepared: Prepared) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]
 
 
 def _without_others(plan: Plan) -> Plan:
-    """Who trains alone is asked in every round, and hides from nobody that it takes part."""
-    return plan.model_copy(update={"client_privacy": None, "server": plan.server.model_copy(update={"sample_rate": 1.0})})
+    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to be combined with."""
+    everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
+    return plan.model_copy(update={"client_privacy": None, "server": everybody, "strategy": StrategyConfig()})
 
 
 def _pooled_plan(plan: Plan) -> Plan:

@@ -28,7 +28,9 @@ from cotune.privacy.client_level import RoundNoise, round_noise
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
+from cotune.server.selection import check_sample_size
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
+from cotune.strategies.compatibility import first_problem
 
 __all__ = ["Prepared", "client_level_noise", "make_run", "prepare"]
 
@@ -81,11 +83,23 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     for share in shares:
         for stage in resolved.stages:
             check_examples(len(share.rows), stage.local, share.name)
+    check_sample_size(resolved, len(shares))
+    _check_strategy(resolved, len(shares))
     if resolved.client_privacy is not None:
         client_level_noise(resolved, len(shares))
     noise = _noise(resolved, shares)
     check_stages(resolved, model_of(resolved, device))
     return Prepared(resolved, shares, test, records, noise, validation)
+
+
+def _check_strategy(plan: Plan, organisations: int) -> None:
+    """Whether so many organisations, and a plug-in's own needs, go with the plan; nobody else opens a plug-in's file."""
+    server, asked = plan.server, plan.server.sample_size or organisations
+    participation = asked / organisations if server.sample_size else server.sample_rate
+    infos = {kind: part.info(kind) for kind, part in plan.strategy.parts()}
+    problem = first_problem(plan.strategy, replace(plan.facts, organisations=asked, participation=participation), infos)
+    if problem:
+        raise PlanError(f"the plan is not valid: {problem}")
 
 
 def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:

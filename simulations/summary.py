@@ -19,6 +19,7 @@ from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.statement import client_statement, statement
 from cotune.server.client_level import account_of
 from cotune.server.run_folder import Progress, RunFolder
+from cotune.simulations.fairness import own_accuracies
 from cotune.simulations.sites import Prepared, Share, client_level_noise
 
 __all__ = ["summarise"]
@@ -32,6 +33,7 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
     metrics = Metrics(**progress.history[-1]["metrics"])
     alone = {name.removeprefix("alone/"): m for name, m in baselines.items() if name.startswith("alone/")}
     pooled = baselines.get("pooled")
+    own = own_accuracies(prepared, model_of(plan, folder.file.device), progress.state)
     return {
         "schema": 1,
         "run": folder.file.run,
@@ -52,7 +54,10 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
             "federated": metrics.as_dict(),
             "pooled": pooled.as_dict() if pooled else None,
         },
-        "organisations": [_organisation(folder, prepared, s, progress, alone.get(s.name), metrics) for s in prepared.shares],
+        "organisations": [
+            {**_organisation(folder, prepared, s, progress, alone.get(s.name), metrics), "own": _own(own[s.name])}
+            for s in prepared.shares
+        ],
         "rounds": list(progress.history),
         "bytes": {"up": _total(progress, "bytes_up"), "down": _total(progress, "bytes_down")},
         "seconds": round(seconds, 1),
@@ -167,6 +172,10 @@ def _organisation(
         "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps for r in took_part),
         "rounds": len(took_part),
     }
+
+
+def _own(accuracy: float | None) -> dict[str, float] | None:
+    return None if accuracy is None else {"accuracy": accuracy}
 
 
 def _allowed(plan: Plan, share: Share) -> float | None:

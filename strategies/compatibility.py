@@ -61,6 +61,7 @@ def _word(kind: Kind) -> str:
 
 def _between_parts(found: Found) -> Iterator[str]:
     weighting, fusion, optimizer = found.get("weighting"), found.get("fusion"), found.get("server_optimizer")
+    yield from _with_term(found.get("client_term"), weighting, fusion)
     if weighting and fusion:
         if weighting[1].needs.by_parameter and not fusion[1].needs.by_parameter:
             yield (
@@ -76,13 +77,29 @@ def _between_parts(found: Found) -> Iterator[str]:
     if fusion and optimizer and fusion[1].needs.sets_state and not _plain(optimizer[0]):
         yield (
             f'the fusion "{fusion[0].name}" gives a new model rather than a direction, which the server optimiser'
-            f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1 and momentum 0'
+            f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
+            " no schedule"
+        )
+
+
+def _with_term(
+    term: tuple[Part, PartInfo] | None, weighting: tuple[Part, PartInfo] | None, fusion: tuple[Part, PartInfo] | None
+) -> Iterator[str]:
+    if term and weighting and "noise" in weighting[1].needs.sends:
+        yield (
+            f'the weighting "{weighting[0].name}" knows the noise of plain training, which the client term "{term[0].name}"'
+            ' feeds back: expected weighting = "examples", or no client term'
+        )
+    if term and fusion and term[1].needs.client_state and (fusion[1].needs.sets_state or fusion[1].needs.rewrites):
+        yield (
+            f'the client term "{term[0].name}" counts on the mean of what the organisations trained, and the fusion'
+            f' "{fusion[0].name}" gives another model: expected fusion = "mean", or no client term'
         )
 
 
 def _plain(optimizer: Part) -> bool:
-    given = optimizer.parameters
-    return optimizer.name == "sgd" and given.get("lr", 1.0) == 1.0 and given.get("momentum", 0.0) == 0.0
+    plain = {"lr": 1.0, "momentum": 0.0, "schedule": "constant", "warmup": 0}
+    return optimizer.name == "sgd" and optimizer.parameters == plain
 
 
 def _with_plan(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:

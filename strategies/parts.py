@@ -153,7 +153,7 @@ class PartInfo:
             name: (hints.get(name, float), ... if p.default is inspect.Parameter.empty else p.default)
             for name, p in self.parameters.items()
         }
-        return create_model("Parameters", __config__=ConfigDict(extra="forbid", strict=False, allow_inf_nan=False), **fields)
+        return create_model("Parameters", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
 
 
 def _decorator(

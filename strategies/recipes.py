@@ -17,6 +17,44 @@ RECIPES: dict[str, dict[str, Any]] = {
     # averaging
     "fedavg": {},
     "fedavgm": {"server_optimizer": {"name": "sgd", "momentum": 0.9}},
+    # averaging that corrects for local steps, or for who is worse off
+    "fednova": {"fusion": "fednova"},
+    "qfedavg": {"weighting": "uniform", "fusion": "q_fedavg"},
+    # robust to a few wrong or hostile organisations
+    "median": {"weighting": "uniform", "fusion": "median"},
+    "trimmed_mean": {"weighting": "uniform", "fusion": "trimmed_mean"},
+    "krum": {"weighting": "uniform", "fusion": "krum"},
+    "multi_krum": {"weighting": "uniform", "fusion": "multi_krum"},
+    "bulyan": {"weighting": "uniform", "fusion": "bulyan"},
+    "rfa": {"fusion": "geometric_median"},
+    "norm_bound": {"fusion": "norm_bound"},
+    "centred_clipping": {"weighting": "uniform", "fusion": "centred_clipping"},
+    # model merging
+    "soup": {"weighting": "uniform"},
+    "greedy_soup": {"weighting": "uniform", "fusion": "greedy_soup"},
+    "task_arithmetic": {"weighting": "uniform", "fusion": "task_arithmetic"},
+    "ties": {"weighting": "uniform", "fusion": "ties"},
+    "dare": {"fusion": "dare"},
+    "model_stock": {"weighting": "uniform", "fusion": "model_stock"},
+    "consensus": {"weighting": "uniform", "fusion": "consensus"},
+    # adapters
+    "fedit": {"fusion": "fedit", "lora": {"factors": "ab"}},
+    "ffa_lora": {"lora": {"factors": "b"}},  # Sun et al., ICLR 2024, https://arxiv.org/abs/2403.12313
+    "rolora": {"lora": {"factors": "alternate"}},  # Chen et al., NeurIPS 2025, https://arxiv.org/abs/2502.01755
+    "fedsvd": {"fusion": "fedsvd", "lora": {"factors": "b"}},
+    "fedex": {"fusion": "fedex", "lora": {"factors": "ab"}},
+    "flora": {"fusion": "flora", "lora": {"factors": "ab"}},
+    "flexlora": {"fusion": "flexlora", "lora": {"factors": "ab"}},
+    "hetlora": {"weighting": "uniform", "fusion": "hetlora", "lora": {"factors": "ab"}},
+    # server optimisers
+    "fedadam": {"server_optimizer": "adam"},
+    "fedyogi": {"server_optimizer": "yogi"},
+    "fedadagrad": {"server_optimizer": "adagrad"},
+    "fedexp": {"server_optimizer": "fedexp"},
+    # client terms
+    "fedprox": {"client_term": "proximal"},
+    "scaffold": {"client_term": "scaffold"},
+    "feddyn": {"client_term": "feddyn"},
 }
 
 

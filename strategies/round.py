@@ -28,12 +28,13 @@ class LocalSteps:
 class RoundContext:
     """What a part may know of the round beside the updates; a part that wants it has a parameter named `context`.
 
-    round: from 1. seed: the plan's. organisations: of the run, asked or not. state: θ, as everybody received it. adapters: of the
-    stage, where it trains LoRA factors. memory: what this part remembered of the round before; empty in the first. score: the
-    accuracy of θ + delta on the server's own validation records; None where it holds none.
+    round: from 1 to rounds. seed: the plan's. organisations: of the run, asked or not. state: θ, as everybody received it.
+    adapters: of the stage, where it trains LoRA factors. memory: what this part remembered of the round before; empty in the
+    first. score: the accuracy of θ + delta on the server's own validation records; None where it holds none.
     """
 
     round: int = 1
+    rounds: int = 1
     seed: int = 0
     organisations: int = 1
     state: Mapping[str, Tensor] = field(default_factory=dict)

@@ -17,6 +17,9 @@ from cotune.strategies.server_optimizer import ServerOptimizer
 __all__ = ["Part", "StrategyConfig"]
 
 
+_DEFAULTS: dict[Kind, str] = {"weighting": "examples", "fusion": "mean", "server_optimizer": "sgd"}
+
+
 class Part(BaseModel):
     """A part of a strategy: its name and its parameters, as in `{ name = "sgd", lr = 0.5 }`, or the name alone.
 
@@ -41,8 +44,11 @@ def _complete(kind: Kind, part: Any) -> Any:
     table = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else part
     if isinstance(table, Part):
         table = table.model_dump()
+    if isinstance(table, dict) and kind in _DEFAULTS:
+        table.setdefault("name", _DEFAULTS[kind])  # parameters alone are those of the default
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-        raise ValueError(f'expected a name, or a table with it, such as {{ name = "…", … }}, got {part!r:.80}')
+        words = kind.replace("_", " ").replace("optimizer", "optimiser")
+        raise ValueError(f"expected the name of a {words}, or a table with its name and parameters, got {part!r:.80}")
     name, sha256 = table.pop("name"), table.pop("sha256", None)
     if not is_code(name):
         return {"name": name, **part_named(kind, name).check(table)}
@@ -61,7 +67,7 @@ class StrategyConfig(BaseModel):
     weighting: Part = Field(Part(name="examples", cap=0), description="who counts how much")
     fusion: Part = Field(Part(name="mean"), description="how the deltas become one")
     server_optimizer: Part = Field(
-        Part(name="sgd", lr=1.0, momentum=0.0),
+        Part(name="sgd", lr=1.0, momentum=0.0, schedule="constant", warmup=0),
         description="how the one delta moves the model",
     )
     client_term: Part | None = Field(None, description="what organisations add to their gradients; absent: nothing")

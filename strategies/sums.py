@@ -27,10 +27,13 @@ Sums = Generator[Contribution, Mapping[str, Tensor], Delta | Fused]
 _WEIGHT = "weight of "
 
 
-def weighted(update: Weighed) -> dict[str, Tensor]:
-    """w_k Δ_k and w_k of every parameter: the sums of both give the weighted mean over those that sent it."""
+def weighted(update: Weighed, delta: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """w_k Δ_k and w_k of every parameter: the sums of both give the weighted mean over those that sent it.
+
+    delta: what has become of the update's own, which is the default.
+    """
     found: dict[str, Tensor] = {}
-    for name, tensor in update.delta.items():
+    for name, tensor in (update.delta if delta is None else delta).items():
         weight = update.weight_of(name)
         found[name] = tensor * weight
         found[_WEIGHT + name] = torch.as_tensor(weight, dtype=torch.float64)
@@ -51,9 +54,9 @@ def norm(delta: Delta) -> float:
 def total(sums: dict[str, Tensor], contribution: Mapping[str, Tensor]) -> None:
     """Adds a contribution to the running sums, in place; one number for a parameter stands for all of its entries."""
     for name, tensor in contribution.items():
-        if name in sums and sums[name].shape != tensor.shape:
-            sums[name] = sums[name] + tensor
-        elif name in sums:
+        if name in sums and sums[name].shape == tensor.shape:
             sums[name] += tensor
+        elif name in sums:  # the weight of a whole tensor beside that of a part of one
+            sums[name] = sums[name] + tensor
         else:
             sums[name] = tensor.to(torch.float64, copy=True)

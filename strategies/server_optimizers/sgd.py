@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cotune.strategies.parts import server_optimizer
 from cotune.strategies.round import Fused, RoundContext
+from cotune.strategies.schedules import Schedule, Warmup, rate_of
 from cotune.strategies.server_optimizer import ServerOptimizer
 from cotune.strategies.updates import apply_delta
 
@@ -25,12 +26,15 @@ class ServerSGD(ServerOptimizer):
 
     lr: Annotated[float, Field(gt=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule: Schedule = "constant"
+    warmup: Warmup = 0
 
     def step(
         self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        rate = rate_of(self.lr, self.schedule, self.warmup, context)
         if not self.momentum:
-            return apply_delta(state, {name: d * self.lr for name, d in fused.delta.items()}), {}
+            return apply_delta(state, {name: d * rate for name, d in fused.delta.items()}), {}
         delta = fused.delta.items()
         moving = {name: d.to(torch.float64) + self.momentum * memory.get(name, torch.zeros(())) for name, d in delta}
-        return apply_delta(state, {name: v * self.lr for name, v in moving.items()}), {**memory, **moving}
+        return apply_delta(state, {name: v * rate for name, v in moving.items()}), {**memory, **moving}

@@ -17,7 +17,7 @@ from cotune.client.site import Site
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
-from cotune.strategies.wire import decode_update, encode_requests, state_digest
+from cotune.strategies.wire import Recipient, decode_update, encode_requests, state_digest
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -40,7 +40,7 @@ def ask(content: RecordDict, node_config: dict[str, Any]) -> Message:
 
 
 def request(plan: Plan, state: State, organisation: str = "clinic", site: str = "", round: int = 1) -> RecordDict:
-    (content,) = encode_requests(plan.canonical(), round, state, [(organisation, site)])
+    (content,) = encode_requests(plan.canonical(), round, state, [Recipient(organisation, site=site)])
     return content
 
 
@@ -211,7 +211,7 @@ def test_an_exception_is_answered_and_not_raised(
     failure: Exception,
     simulated: bool,
 ) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise failure
 
     site = make_site(simulated=simulated)

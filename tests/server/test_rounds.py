@@ -22,7 +22,8 @@ from cotune.server.events import read_events
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import Participant, Progress, RunFile, RunFolder
 from cotune.simulations.grid import InProcessGrid
-from cotune.strategies.fusion import FUSIONS, WeightedMean
+from cotune.strategies.round import Weighed
+from cotune.strategies.sums import weighted
 from cotune.strategies.wire import Request, encode_update
 from tests.server.conftest import Answer, NewRun, adding, federation, model_of, update
 
@@ -77,7 +78,9 @@ def test_server_momentum_is_kept_in_the_checkpoint(new_run: NewRun) -> None:
     start = initial(folder)
     with pytest.raises(RunError):
         play(folder, {"org-1": stops})
-    assert_moved(folder.load().memory, {name: torch.zeros_like(t, dtype=torch.float64) for name, t in start.items()}, by=1.5)
+    assert_moved(
+        folder.load().memory, {f"optimizer/{name}": torch.zeros_like(t, dtype=torch.float64) for name, t in start.items()}, by=1.5
+    )
     assert_moved(play(folder, {"org-1": adding(1.0)}).state, start, by=2.125)
 
 
@@ -179,14 +182,13 @@ class Watching(InProcessGrid):
 def test_the_server_holds_one_reply_at_a_time_beside_the_sum(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     Watching.replies, Watching.alive = [], []
 
-    class WatchedMean(WeightedMean):
-        def add(self, delta: Mapping[str, torch.Tensor], weight: float) -> None:
-            Watching.replies.append(weakref.ref(next(iter(delta.values()))))
-            super().add(delta, weight)
+    def watched(update: Weighed) -> dict[str, torch.Tensor]:
+        Watching.replies.append(weakref.ref(next(iter(update.update.delta.values()))))
+        return weighted(update)
 
-    monkeypatch.setitem(FUSIONS, "watched", WatchedMean)
+    monkeypatch.setattr("cotune.strategies.fusions.mean.weighted", watched)
     names = [f"org-{i}" for i in range(8)]
-    folder = new_run(*names, rounds=2, strategy={"fusion": "watched"})
+    folder = new_run(*names, rounds=2)
     play(folder, {name: adding(1.0) for name in names}, Watching)
     assert Watching.alive == [0] * 16  # when a reply comes, nothing of the others is held any more
 
@@ -268,7 +270,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "other round": (lambda r: update(r, ones(r), round=r.round + 1), "it is for round"),
     "other name": (lambda r: update(r, ones(r), organisation="good-1"), "it is from good-1, expected bad"),
     "no examples": (lambda r: update(r, ones(r), examples=0), "it declares 0 examples"),
-    "protocol": (lambda r: record(r, protocol=99), "protocol 99 came, expected 2"),
+    "protocol": (lambda r: record(r, protocol=99), "protocol 99 came, expected 3"),
     "type": (lambda r: record(r, examples="many"), "examples = 'many': expected int"),
     "noise": (lambda r: update(r, ones(r), noise_variance={"classifier.bias": 1.0}), "it states noise for 1 parameters"),
     "float64": (lambda r: record(r, {"classifier.bias": Array(np.ones(3))}), "has the type float64"),

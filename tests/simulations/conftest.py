@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 import os
+import tomllib
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cotune.plan.load import parse_plan
+from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
+from cotune.server.events import read_events
 from tests.conftest import sentences, write_csv
 
 torch.set_num_threads(1)  # with more, tiny models spend their time waiting for a core whenever the machine is shared
@@ -56,6 +60,29 @@ def toy_plan(base_model: Callable[[str], Path], toy_data: Path) -> NewPlan:
         return parse_plan(table)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def plan_file(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short one for comparisons, which leaves the baselines open."""
+    simulation = {"clients": 2, "partition": "dirichlet:0.5", "min_examples": 10}
+    plan = toy_plan(rounds=2, local={"learning_rate": 1.0, "momentum": 0.0, "steps": 2}, simulation=simulation)
+    file = tmp_path_factory.mktemp("plan") / "toy.toml"
+    table = tomllib.loads(dump_plan(plan))
+    del table["simulation"]["baselines"]
+    file.write_text(tomli_w.dumps(table), encoding="utf-8")
+    return file
+
+
+def table(folder: Path, *without: str) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
+        return [{key: value for key, value in row.items() if key not in without} for row in csv.DictReader(stream)]
+
+
+def rounds_played(folder: Path) -> int:
+    """Over all cells and processes: a round that was finished twice counts twice."""
+    events = [event for file in folder.glob("cells/*/events.jsonl") for event in read_events(file)]
+    return sum(event["event"] == "round_finished" for event in events)
 
 
 # What the console script does, in a process that has imported everything already: forked from a server that only imports, so that a

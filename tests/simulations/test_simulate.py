@@ -121,7 +121,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
     for organisation in summary["organisations"]:
         assert set(organisation) == {
             *("name", "examples", "labels", "alone", "gain", "epsilon_spent", "epsilon_allowed", "delta"),
-            *("noise_multiplier", "sample_rate", "steps", "rounds"),
+            *("noise_multiplier", "sample_rate", "steps", "rounds", "own"),
         }
     for entry in summary["rounds"]:
         assert set(entry) == {

@@ -1,42 +1,87 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from cotune.strategies import StrategyConfig, Update
-from cotune.strategies.combination import Held, Streamed
-from cotune.strategies.fusion import WeightedMean
-from cotune.strategies.weighting import examples
+from cotune.models.errors import RunError
+from cotune.strategies import (
+    Delta,
+    Fused,
+    Needs,
+    RoundContext,
+    StrategyConfig,
+    Sums,
+    Update,
+    Visibility,
+    Weighed,
+    mean_of,
+    weighted,
+)
+from cotune.strategies.combination import WeightedFusion
+from cotune.strategies.parts import PartInfo, builtin, fusion, undecorated
 
 
 def update(values: dict[str, float], examples: int = 10, noise: dict[str, float] | None = None) -> Update:
     return Update("a", 1, {n: torch.tensor([v]) for n, v in values.items()}, examples, 1, 1.0, noise_variance=noise)
 
 
-def test_streamed_is_the_weighted_mean_and_lets_go_of_each_delta() -> None:
-    combination = Streamed(examples, WeightedMean())
-    seen = []
+def combine(
+    fuse: Callable[..., Any],
+    *updates: Update,
+    weigh: Callable[..., Any] | None = None,
+    context: RoundContext = RoundContext(),
+    **given: Any,
+) -> Fused:
+    info = getattr(fuse, "part", None) or undecorated("fusion", "tried", fuse)
+    weighting = undecorated("weighting", "tried", weigh) if weigh else builtin("weighting")["examples"]
+    combination = WeightedFusion((weighting, {}), (info, given), context)
+    for one in updates:
+        combination.add(one)
+    return combination.result()
+
+
+MEAN = builtin("fusion")["mean"].build
+
+
+def test_a_rule_of_one_sum_is_streamed_and_lets_go_of_each_delta() -> None:
+    combination = StrategyConfig().new_combination(RoundContext())
     for value, n in ((1.0, 10), (-3.0, 30)):
         one = update({"w": value}, n)
-        seen.append(weakref.ref(one.delta["w"]))
+        seen = weakref.ref(one.delta["w"])
         combination.add(one)
         del one
-        assert seen[-1]() is None
-    assert combination.result()["w"].item() == -2.0
-
-
-def test_held_fuses_every_group_of_parameters_by_its_own_weights() -> None:
-    combination = Held(lambda updates: [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 3.0}], WeightedMean())
-    combination.add(update({"a": 0.0, "b": 0.0}))
-    combination.add(update({"a": 4.0, "b": 4.0}))
+        assert seen() is None
     fused = combination.result()
-    assert (fused["a"].item(), fused["b"].item()) == (2.0, 3.0)
+    assert isinstance(fused, Fused)
+    assert (fused.delta["w"].item(), fused.participants) == (-2.0, 2)
 
 
-def test_held_lets_go_of_the_deltas_at_the_end() -> None:
-    combination = Held(lambda updates: [{"a": 1.0}], WeightedMean())
+def test_the_mean_squared_norm_is_weighted() -> None:
+    """(10·‖(3, 4)‖² + 30·‖(0, 1)‖²) / 40 = 7."""
+    fused = combine(MEAN, update({"a": 3.0, "b": 4.0}, 10), update({"a": 0.0, "b": 1.0}, 30))
+    assert fused.mean_squared_norm == pytest.approx(7.0)
+
+
+def test_weights_may_differ_between_parameters() -> None:
+    fused = combine(
+        MEAN,
+        update({"a": 0.0, "b": 0.0}),
+        update({"a": 4.0, "b": 4.0}),
+        weigh=lambda updates: [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 3.0}],
+    )
+    assert (fused.delta["a"].item(), fused.delta["b"].item()) == (2.0, 3.0)
+
+
+def test_held_updates_are_let_go_of_at_the_end() -> None:
+    def first(updates: Sequence[Weighed]) -> Delta:
+        return {"a": torch.ones(1)}
+
+    combination = WeightedFusion((builtin("weighting")["uniform"], {}), (undecorated("fusion", "f", first), {}), RoundContext())
     one = update({"a": 1.0})
     seen = weakref.ref(one.delta["a"])
     combination.add(one)
@@ -47,9 +92,81 @@ def test_held_lets_go_of_the_deltas_at_the_end() -> None:
 
 
 def test_a_plan_chooses() -> None:
-    assert isinstance(StrategyConfig().new_combination(), Streamed)
-    aware = StrategyConfig.model_validate({"weighting": "noise_aware"}).new_combination()
-    assert isinstance(aware, Held)
+    aware = StrategyConfig.model_validate({"weighting": "noise_aware"}).new_combination(RoundContext())
     aware.add(update({"w": 2.0}, 1, {"w": 1.0}))
     aware.add(update({"w": 2.0}, 1000, {"w": 9.0}))
-    assert aware.result()["w"].item() == pytest.approx(2.0)
+    fused = aware.result()
+    assert isinstance(fused, Fused)
+    assert fused.delta["w"].item() == pytest.approx(2.0)
+
+
+@fusion("spread", cite="a test", needs=Needs(visibility=Visibility.SUM_2PASS))
+def spread() -> Sums:
+    """Σ(Δ_k − mean)², which takes two passes."""
+    mean = mean_of((yield weighted))
+    return (yield lambda u: {name: (d - mean[name]).pow(2) for name, d in u.delta.items()})
+
+
+def test_several_passes_see_every_update_again() -> None:
+    fused = combine(spread, update({"w": 1.0}), update({"w": 3.0}), update({"w": 8.0}))
+    assert fused.delta["w"].item() == pytest.approx(9.0 + 1.0 + 16.0)
+
+
+def test_a_second_pass_must_be_declared() -> None:
+    info = PartInfo("fusion", "spread", spread, "a test", Needs())
+    combination = WeightedFusion((builtin("weighting")["uniform"], {}), (info, {}), RoundContext())
+    combination.add(update({"w": 1.0}))
+    with pytest.raises(RunError, match='the fusion "spread" asks for a second pass: expected needs.visibility to say so'):
+        combination.result()
+
+
+def test_the_round_of_nobody_is_nothing() -> None:
+    assert combine(MEAN) == Fused({}, 0)
+    assert combine(spread) == Fused({}, 0)
+
+
+def test_what_a_fusion_remembers_comes_back() -> None:
+    def counting(updates: Sequence[Weighed], context: RoundContext) -> Fused:
+        count = context.memory.get("rounds", torch.zeros(())) + 1
+        return Fused({"w": count.reshape(1)}, memory={"rounds": count})
+
+    first = combine(counting, update({"w": 0.0}))
+    again = combine(counting, update({"w": 0.0}), context=RoundContext(memory=first.memory))
+    assert again.delta["w"].item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("fuse", "message"),
+    [
+        (lambda updates: {"w": torch.tensor([float("nan")])}, "gave values for w that are not finite"),
+        (lambda updates: {"w": torch.zeros(2)}, r"gave w \(2,\): expected \(1,\), as in the model"),
+    ],
+)
+def test_what_is_no_delta_of_the_model_is_refused(fuse: Callable[[Any], Delta], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        combine(fuse, update({"w": 1.0}), context=RoundContext(state={"w": torch.zeros(1)}))
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(RunError, match="the update of a is not finite"):
+        combine(MEAN, update({"w": float("inf")}))
+
+
+def test_too_few_updates_are_refused() -> None:
+    @fusion("pairs", cite="a test", least=lambda many: many)
+    def pairs(updates: Sequence[Weighed], many: int = 2) -> Delta:
+        return dict(updates[0].delta)
+
+    with pytest.raises(RunError, match='the fusion "pairs" needs 3 updates, and the round has 1'):
+        combine(pairs, update({"w": 1.0}), many=3)
+
+
+def test_factors_of_a_smaller_rank_count_only_where_they_are() -> None:
+    """Rank 2 and rank 1 of a factor B (2, r): the second column is that of the first organisation alone."""
+
+    def factor(values: list[list[float]], n: int) -> Update:
+        return Update("a", 1, {"b": torch.tensor(values)}, n, 1)
+
+    state: dict[str, Tensor] = {"b": torch.zeros(2, 2)}
+    fused = combine(MEAN, factor([[1.0, 2.0], [3.0, 4.0]], 10), factor([[5.0], [7.0]], 30), context=RoundContext(state=state))
+    assert fused.delta["b"].tolist() == [[4.0, 2.0], [6.0, 4.0]]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.strategies import Update, apply_delta, difference
-from cotune.strategies.weighting import WEIGHTINGS
+from cotune.strategies.parts import builtin
 
 floats = st.floats(-1e3, 1e3, width=32)
 
@@ -57,5 +57,5 @@ def test_applying_a_difference_leads_to_the_new_state(pairs: list[tuple[float, f
 def test_weights() -> None:
     delta: dict[str, Tensor] = {}
     update = Update("a", 1, delta, examples=250, steps=10)
-    assert WEIGHTINGS["examples"](update) == 250.0
-    assert WEIGHTINGS["uniform"](update) == 1.0
+    assert builtin("weighting")["examples"].build(update) == 250.0
+    assert builtin("weighting")["uniform"].build(update) == 1.0

@@ -16,6 +16,7 @@ from torch import Tensor
 from cotune.models.errors import RunError
 from cotune.strategies import Update
 from cotune.strategies.wire import (
+    Recipient,
     Request,
     decode_request,
     decode_update,
@@ -97,10 +98,11 @@ def test_an_update_comes_back_as_it_was(
 
 @given(states(), st.text(), names, st.text())
 def test_a_request_comes_back_as_it_was(state: dict[str, Tensor], plan: str, organisation: str, site: str) -> None:
-    (content,) = encode_requests(plan, 4, state, [(organisation, site)])
+    (content,) = encode_requests(plan, 4, state, [Recipient(organisation, 3, site)], {"c": torch.ones(2)})
     decoded = decode_request(travelled(content))
     assert same(dict(decoded.state), state)
-    assert decoded == Request(plan, 4, organisation, decoded.state, site)
+    assert same(dict(decoded.sent), {"c": torch.ones(2)})
+    assert decoded == Request(plan, 4, organisation, decoded.state, 3, decoded.sent, site)
 
 
 def test_values_that_are_not_finite_arrive_and_are_not_repaired() -> None:
@@ -124,7 +126,7 @@ def test_views_and_parameters_can_be_sent(tensor: Tensor) -> None:
 
 
 def test_requests_share_one_copy_of_the_arrays() -> None:
-    contents = encode_requests("{}", 1, STATE, [("a", ""), ("b", "sites/b"), ("c", "")])
+    contents = encode_requests("{}", 1, STATE, [Recipient("a"), Recipient("b", site="sites/b"), Recipient("c")])
     assert all(content["state"] is contents[0]["state"] for content in contents)
     assert [decode_request(content).organisation for content in contents] == ["a", "b", "c"]
     assert [decode_request(content).site for content in contents] == ["", "sites/b", ""]
@@ -187,9 +189,9 @@ def test_an_update_for_another_plan_is_refused() -> None:
     assert message == "an update for plan aaaaaaaaaaaa came, expected one for bbbbbbbbbbbb"
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 3, "2", 2.5, b"2", None])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, "3", 3.5, b"3", None])
 def test_another_protocol_is_refused(protocol: Any) -> None:
-    assert "expected 2: use the same cotune everywhere" in refusal(with_field("protocol", protocol))
+    assert "expected 3: use the same cotune everywhere" in refusal(with_field("protocol", protocol))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_a_message_without_a_part_is_refused(key: str) -> None:
 
 
 def test_a_broken_request_is_refused() -> None:
-    (content,) = encode_requests("{}", 1, STATE, [("a", "")])
+    (content,) = encode_requests("{}", 1, STATE, [Recipient("a")])
     with pytest.raises(RunError, match="named request"):
         decode_request(encode_update(UPDATE, "plan"))
     content["request"] = ConfigRecord({**cast(ConfigRecord, content["request"]), "round": "one"})
@@ -285,7 +287,7 @@ def test_payload_is_at_least_the_arrays_and_about_what_travels() -> None:
 
 def test_the_payload_of_a_request_that_names_no_site_is_counted() -> None:
     """Outside of simulations `site` is empty."""
-    (content,) = encode_requests("{}", 1, STATE, [("a", "")])
+    (content,) = encode_requests("{}", 1, STATE, [Recipient("a")])
     assert payload_bytes(content) > sum(t.numel() * 4 for t in STATE.values())
 
 

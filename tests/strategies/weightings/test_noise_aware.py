@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.strategies.noise_aware import noise_aware, random_effects
 from cotune.strategies.updates import Update
+from cotune.strategies.weightings.noise_aware import noise_aware, random_effects
 
 
 def update(values: dict[str, list[float]], noise: dict[str, float] | None = None) -> Update:

@@ -1,0 +1,114 @@
+"""`cotune compare`: strategies side by side on the same data and seeds, with error bars."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cotune.privacy.rounding import round_up
+from cotune.server.figures import duration, size
+
+if TYPE_CHECKING:
+    from cotune.simulations.comparison import Combination, Comparison, Settings
+
+
+_WIDE = 100  # characters; a narrower terminal leaves bytes and time to the page
+
+
+def compare(
+    plan: Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2", help="A key of the plan and its values; repeatable. The first key is the one compared."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many: the plan's own and those after it.")] = 5,
+    baseline: Annotated[str | None, typer.Option(help="The value that others are compared with; default: the first.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your records, as for simulate.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of every plan; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the comparison; default: compare/<plan>.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs beside each other; default: as cores and memory allow, 1 on a GPU.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Play every combination under every seed and show what differs; finished runs are kept, the same command goes on."""
+    from cotune.cli.compare_progress import showing_cells
+    from cotune.simulations.cells import parse_variation
+    from cotune.simulations.compare import compare as play
+
+    console = Console(highlight=False)
+    variations = [parse_variation(text) for text in vary or []]
+    source = plan or ("tweets" if data is None else "text")
+    given = [*([] if data is None else [f"data.source={json.dumps(data)}"]), *(override or [])]
+    with showing_cells(console) as listener:
+        found = play(
+            source,
+            variations,
+            seeds=seeds,
+            baseline=baseline,
+            overrides=given,
+            out=out,
+            jobs=jobs,
+            device=device,
+            listener=listener,
+        )
+    show(console, found)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def show(console: Console, found: Comparison) -> None:
+    """The tables at the end, one for each facet."""
+    from cotune.simulations.comparison_report import facets_of, words
+
+    for facet, rows in facets_of(found):
+        console.print(_table(found, facet, rows, costs=console.width >= _WIDE))
+    for cell in found.failed:
+        console.print(f"[bold red]failed[/bold red]: {escape(words(cell.settings))}, seed {cell.seed}: {escape(cell.reason)}")
+    console.print("± and p: 95 % interval and paired t-test over the seeds, p corrected by Holm's method for each table")
+    for file in ("compare.html", "results.csv", "results.json"):
+        console.print(f"{file:<13} {found.folder / file}", soft_wrap=True)
+
+
+def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs: bool) -> Table:
+    from cotune.simulations.comparison_report import words
+
+    title = escape(words(facet)) or None
+    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
+    table.add_column(escape(found.variations[0].key), overflow="fold")
+    headings = ("accuracy %", "difference", "p", "worst %", "spread", *(("up", "down", "time") if costs else ()))
+    for heading in (*headings, *(("ε",) if found.private else ()), "runs"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        figures = (*_quality(row, found.baseline), *(_costs(row) if costs else ()), *((_spent(row),) if found.private else ()))
+        finished = f"{len(row.cells) - len(row.failed)} of {len(row.cells)}"
+        style = "bold" if row.difference and row.difference.significant else None
+        table.add_row(escape(row.value), *figures, finished, style=style)
+    return table
+
+
+def _quality(row: Combination, baseline: str) -> tuple[str, ...]:
+    from cotune.simulations.comparison_report import points, verdict
+
+    apart = points(row.difference.estimate if row.difference else None, apart=True)
+    p = verdict(row).removeprefix("p ").removeprefix("= ")
+    return points(row.accuracy), "baseline" if row.value == baseline else apart, p, points(row.worst), points(row.spread)
+
+
+def _costs(row: Combination) -> tuple[str, ...]:
+    sent = ("–" if count is None else size(count) for count in (row.bytes_up, row.bytes_down))
+    return *sent, "–" if row.seconds is None else duration(row.seconds)
+
+
+def _spent(row: Combination) -> str:
+    return "–" if row.epsilon is None else round_up(row.epsilon)

@@ -1,0 +1,75 @@
+"""What is shown while a comparison goes on: live bars on a terminal, a line for each finished cell elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cotune.server.figures import duration
+
+__all__ = ["showing_cells"]
+
+
+@contextmanager
+def showing_cells(console: Console) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """A listener for `compare`, which shows what it hears during the block."""
+    if not console.is_terminal:
+        yield _Lines(console).event
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Live(console, progress).event
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self.console, self.done, self.cells = console, 0, 0
+
+    def print(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "comparison_started":
+            self.cells, self.done = fields["cells"], fields["finished"]
+            self.print(f"{self.cells} runs, {self.done} of them finished before, in {fields['folder']}")
+        elif event == "cell_finished":
+            self.done += 1
+            spent = duration(fields["seconds"])
+            self.print(f"{self.done}/{self.cells} {fields['cell']}: test accuracy {fields['accuracy']:.3f}, {spent}")
+        elif event == "cell_failed":
+            self.done += 1
+            self.print(f"{self.done}/{self.cells} {fields['cell']} failed: {fields['reason']}")
+
+
+class _Live(_Lines):
+    """The same lines above a bar for all cells and one for each that is running."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        super().__init__(console)
+        self.progress = progress
+        self.bars: dict[str, TaskID] = {}
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        super().event(event, fields)
+        if event == "cell_checked":
+            self._check(fields["checked"], fields["cells"])
+        elif event == "comparison_started":
+            self.progress.remove_task(self.bars.pop("checking plans"))
+            self.bars[""] = self.progress.add_task("runs", total=self.cells, completed=self.done)
+        elif event == "cell_started":
+            self.bars[fields["cell"]] = self.progress.add_task(escape(fields["cell"]), total=fields["rounds"])
+        elif event == "cell_round":
+            self.progress.update(self.bars[fields["cell"]], completed=fields["round"])
+        else:
+            self.progress.remove_task(self.bars.pop(fields["cell"]))
+            self.progress.update(self.bars[""], completed=self.done)
+
+    def _check(self, checked: int, cells: int) -> None:
+        if "checking plans" not in self.bars:
+            self.bars["checking plans"] = self.progress.add_task("checking plans", total=cells)
+        self.progress.update(self.bars["checking plans"], completed=checked)

@@ -1,0 +1,159 @@
+"""A fair comparison: every combination of variations of a plan, under the same seeds, played once and kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cotune.models.durable import write_durably
+from cotune.models.errors import RunError
+from cotune.server.events import Listener
+from cotune.server.run_folder import keep_others_off
+from cotune.simulations.cells import Cell, baseline_of, cells_of, is_finished, measure, place_of
+from cotune.simulations.comparison import Comparison, Variation, combine
+from cotune.simulations.comparison_report import write_comparison
+from cotune.simulations.room import Room
+from cotune.simulations.summary import dumps
+from cotune.simulations.workers import Task, import_all, play_beside, play_here
+
+__all__ = ["compare"]
+
+
+def compare(
+    source: str | Path,
+    variations: Sequence[Variation],
+    *,
+    seeds: int = 5,
+    baseline: str | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    jobs: int | None = None,
+    device: str = "auto",
+    imports: Sequence[str] = (),
+    listener: Listener = lambda event, fields: None,
+) -> Comparison:
+    """Plays what is not finished yet of every combination under `seeds` seeds, from the plan's own on, and writes the results.
+
+    source, overrides: as of `load_plan`. baseline: a value of the first variation; None: its first. out: None: compare/<plan>.
+    jobs: processes beside each other; None: as many as cores and memory allow, one on a GPU; 1: this process. imports: modules
+    (by name, or by path) that a worker imports first, such as one that registers an architecture. A cell that fails while it runs
+    is a result like any other; a combination that cannot be had is refused before any runs, by PlanError. Raises RunError when
+    another process works on the folder.
+    """
+    import_all(imports)
+    chosen = baseline_of(variations, baseline)
+    cells = cells_of(source, variations, seeds, overrides, device, listener)
+    folder = (out or Path("compare") / cells[0].plan.name).expanduser().resolve()
+    _make(folder)
+    with keep_others_off(folder):
+        places = {cell.name: place_of(folder, cell) for cell in cells}
+        todo = [cell for cell in cells if not is_finished(places[cell.name], cell)]
+        listener("comparison_started", {"folder": str(folder), "cells": len(cells), "finished": len(cells) - len(todo)})
+        reasons = _play(todo, places, [places[c.name] for c in cells if c not in todo], jobs, device, imports, listener)
+        measured = [measure(cell, folder, places[cell.name], reasons.get(cell.name, "")) for cell in cells]
+        found = Comparison(
+            folder,
+            cells[0].plan.name,
+            tuple(variations),
+            chosen,
+            tuple(sorted({cell.plan.seed for cell in cells})),
+            any(cell.plan.privacy != "none" for cell in cells),
+            tuple(measured),
+            combine(measured, chosen),
+        )
+        _write(found)
+    return found
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the folder {folder} cannot be written ({error.strerror}): choose another with --out") from None
+
+
+def _play(
+    todo: Sequence[Cell],
+    places: Mapping[str, Path],
+    finished: Sequence[Path],
+    jobs: int | None,
+    device: str,
+    imports: Sequence[str],
+    listener: Listener,
+) -> dict[str, str]:
+    """Plays the cells, in this process or in several; returns why those that failed did."""
+    for cell in todo:
+        if not (places[cell.name] / "run.json").exists():  # killed before it was the folder of a run
+            shutil.rmtree(places[cell.name], ignore_errors=True)
+    tasks = [Task(cell.name, cell.plan.canonical(), cell.plan.rounds, places[cell.name], device) for cell in todo]
+    room, reasons = Room.here(len(tasks), jobs, device), {}
+    for path in finished:
+        room.saw(_summary(path)["peak_memory_bytes"])
+    alone = room.most == 1
+    for task, reason in _here(tasks, listener) if alone else play_beside(tasks, imports, room.jobs, room.threads, listener):
+        if reason:
+            reasons[task.name] = reason
+            listener("cell_failed", {"cell": task.name, "reason": reason})
+        else:
+            summary = _summary(task.folder)
+            room.saw(summary["peak_memory_bytes"])
+            accuracy, seconds = summary["test"]["federated"]["accuracy"], summary["seconds"]
+            listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
+    return reasons
+
+
+def _here(tasks: Sequence[Task], listener: Listener) -> Iterator[tuple[Task, str]]:
+    for task in tasks:
+        listener("cell_started", task.started)
+        yield task, play_here(task, listener)
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "summary.json").read_bytes())
+    return found
+
+
+_COLUMNS = (
+    *("accuracy", "precision", "recall", "f1", "worst", "spread", "bytes_up", "bytes_down", "seconds", "epsilon"),
+    *("status", "reason"),
+)
+
+
+def _write(found: Comparison) -> None:
+    """results.csv, results.json and compare.html."""
+    write_durably(found.folder / "results.csv", _csv(found).encode())
+    write_durably(found.folder / "results.json", dumps(_as_dict(found)))
+    write_comparison(found, found.folder / "compare.html")
+
+
+def _csv(found: Comparison) -> str:
+    stream = io.StringIO()
+    table = csv.writer(stream, lineterminator="\n")
+    table.writerow([*(variation.key for variation in found.variations), "seed", "plan_id", *_COLUMNS])
+    for cell in found.cells:
+        values = (getattr(cell, column) for column in _COLUMNS)
+        settings = (value for _, value in cell.settings)
+        table.writerow([*settings, cell.seed, cell.plan_id, *("" if value is None else value for value in values)])
+    return stream.getvalue()
+
+
+def _as_dict(found: Comparison) -> dict[str, Any]:
+    rows = []
+    for row in found.rows:
+        table = {key: value for key, value in asdict(row).items() if key != "cells"}
+        rows.append({**table, "facet": dict(row.facet), "seeds": [cell.seed for cell in row.cells if cell.status != "failed"]})
+    return {
+        "schema": 1,
+        "plan": found.plan,
+        "vary": {variation.key: list(variation.values) for variation in found.variations},
+        "baseline": found.baseline,
+        "seeds": list(found.seeds),
+        "rows": rows,
+        "cells": [{**asdict(cell), "settings": dict(cell.settings)} for cell in found.cells],
+    }

@@ -1,0 +1,227 @@
+"""What a grid of runs says: means over the seeds with their uncertainty, and paired differences from a baseline.
+
+A seed decides the initial model, who holds which records, who is asked and the order of batches, so that two strategies under one
+seed differ in nothing else, and their difference is taken seed by seed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from scipy import stats
+
+__all__ = [
+    *("CONFIDENCE", "Combination", "Comparison", "Difference", "Estimate", "Measured", "Settings", "Variation"),
+    *("combine", "difference", "estimate", "holm"),
+]
+
+CONFIDENCE = 0.95
+Settings = tuple[tuple[str, str], ...]  # (key, value) of every variation, in the order of the variations
+_SHORT = {  # as the options of `cotune simulate`
+    "data": "data.source",
+    "text": "data.text",
+    "label": "data.label",
+    "model": "model.base",
+    "clients": "simulation.clients",
+    "partition": "simulation.partition",
+}
+_NO_SPREAD = 1e-12  # differences this close to each other are one number with rounding
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell of the grid. What a failed one lacks is None; worst and spread: over the organisations' own accuracies."""
+
+    settings: Settings
+    seed: int
+    plan_id: str
+    status: str  # finished, stopped or failed
+    reason: str = ""
+    accuracy: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    worst: float | None = None
+    spread: float | None = None
+    bytes_up: int | None = None
+    bytes_down: int | None = None
+    seconds: float | None = None
+    epsilon: float | None = None
+    curve: tuple[tuple[int, float], ...] = ()  # (round, test accuracy)
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `count` seeds, and half the width of its Student t interval; None with fewer than two."""
+
+    mean: float
+    half: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """From the baseline, over the seeds that both have finished. p: of the paired t-test; holm: after Holm's correction."""
+
+    estimate: Estimate
+    p: float | None
+    holm: float | None = None
+
+    @property
+    def significant(self) -> bool:
+        return self.holm is not None and self.holm < 1 - CONFIDENCE
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One row: a value of the compared key within a facet, over its seeds. None: nothing was measured, or it is the baseline."""
+
+    value: str
+    facet: Settings
+    cells: tuple[Measured, ...]
+    accuracy: Estimate | None
+    difference: Difference | None
+    worst: Estimate | None
+    spread: Estimate | None
+    bytes_up: float | None
+    bytes_down: float | None
+    seconds: float | None
+    epsilon: float | None  # the largest that any organisation spent under any seed
+
+    @property
+    def failed(self) -> tuple[Measured, ...]:
+        return tuple(cell for cell in self.cells if cell.status == "failed")
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A key of the plan and the values that it takes, as in an override."""
+
+    key: str
+    values: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """The key in the plan, of which `key` may be a short name."""
+        return _SHORT.get(self.key, self.key)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out: cells in the order of the grid, and their rows. `cells[i].folder` is relative to `folder`."""
+
+    folder: Path
+    plan: str
+    variations: tuple[Variation, ...]
+    baseline: str
+    seeds: tuple[int, ...]
+    private: bool
+    cells: tuple[Measured, ...]
+    rows: tuple[Combination, ...]
+
+    @property
+    def failed(self) -> tuple[Measured, ...]:
+        return tuple(cell for cell in self.cells if cell.status == "failed")
+
+
+def combine(cells: Iterable[Measured], baseline: str) -> tuple[Combination, ...]:
+    """The rows, facet by facet, in the order of the grid. The first key is the compared one; `baseline` is one of its values."""
+    groups: dict[tuple[Settings, str], list[Measured]] = {}
+    for cell in cells:
+        groups.setdefault((cell.settings[1:], cell.settings[0][1]), []).append(cell)
+    rows = [_row(value, facet, group, groups[facet, baseline], baseline) for (facet, value), group in groups.items()]
+    facets = dict.fromkeys(row.facet for row in rows)
+    return tuple(row for facet in facets for row in _corrected([row for row in rows if row.facet == facet]))
+
+
+def _row(value: str, facet: Settings, cells: Sequence[Measured], reference: Sequence[Measured], baseline: str) -> Combination:
+    own = difference(_accuracies(cells), _accuracies(reference)) if value != baseline else None
+    spent = [cell.epsilon for cell in cells if cell.epsilon is not None]
+    return Combination(
+        value=value,
+        facet=facet,
+        cells=tuple(sorted(cells, key=lambda cell: cell.seed)),
+        accuracy=estimate(_known(cell.accuracy for cell in cells)),
+        difference=own,
+        worst=estimate(_known(cell.worst for cell in cells)),
+        spread=estimate(_known(cell.spread for cell in cells)),
+        bytes_up=_mean(cell.bytes_up for cell in cells),
+        bytes_down=_mean(cell.bytes_down for cell in cells),
+        seconds=_mean(cell.seconds for cell in cells),
+        epsilon=max(spent, default=None),
+    )
+
+
+def _accuracies(cells: Iterable[Measured]) -> dict[int, float]:
+    return {cell.seed: cell.accuracy for cell in cells if cell.accuracy is not None}
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = _known(values)
+    return math.fsum(known) / len(known) if known else None
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean ± t(0.975; n−1)·s/√n; None of nothing.
+
+    >>> estimate([0.8, 0.9])
+    Estimate(mean=0.85, half=0.635..., count=2)
+    """
+    if not values:
+        return None
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count < 2:
+        return Estimate(mean, None, count)
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return Estimate(mean, quantile * statistics.stdev(values) / math.sqrt(count), count)
+
+
+def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Seed by seed, over the seeds that both have; None where there is none.
+
+    p is that of the two-sided paired t-test: 1 where nothing differs at all, None for fewer than two seeds or where all differ by
+    the same non-zero amount, which leaves the test nothing to estimate an error from.
+    """
+    pairs = [(values[seed], baseline[seed]) for seed in sorted(values.keys() & baseline.keys())]
+    apart = [one - other for one, other in pairs]
+    found = estimate(apart)
+    if found is None:
+        return None
+    if len(pairs) < 2:
+        return Difference(found, None)
+    if max(apart) - min(apart) < _NO_SPREAD:
+        return Difference(found, 1.0 if abs(found.mean) < _NO_SPREAD else None)
+    return Difference(found, float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue))
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """p-values corrected for their number, step down (Holm, Scand. J. Statist. 6, 1979); None stays None and does not count.
+
+    >>> holm([0.01, None, 0.04, 0.03])
+    [0.03, None, 0.06, 0.06]
+    """
+    order = sorted((p, i) for i, p in enumerate(values) if p is not None)
+    corrected: list[float | None] = [None] * len(values)
+    least = 0.0
+    for rank, (p, i) in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * p))
+        corrected[i] = least
+    return corrected
+
+
+def _corrected(rows: Sequence[Combination]) -> list[Combination]:
+    """The rows of one facet, with the p-values corrected for their number."""
+    values = holm([row.difference.p if row.difference else None for row in rows])
+    return [
+        replace(row, difference=replace(row.difference, holm=p)) if row.difference else row
+        for row, p in zip(rows, values, strict=True)
+    ]

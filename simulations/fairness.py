@@ -1,0 +1,48 @@
+"""How good the federated model is for each organisation, on records like its own.
+
+Where every organisation has a file, it is judged on the test part of its own. Where one file is split, organisation k's accuracy
+is Σ_c π_kc · recall_c on the common test set, π_kc being its own mix of classes: exact where organisations differ in their
+classes alone, as in all partitions of one file, and it needs no data beyond the common test set.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from cotune.models.holdings import Holdings
+from cotune.models.sharing import SharedModel, State
+from cotune.server.evaluation import evaluate, predict
+from cotune.simulations.sites import Prepared
+
+__all__ = ["mixed_accuracy", "own_accuracies"]
+
+
+def own_accuracies(prepared: Prepared, model: SharedModel, state: State) -> dict[str, float | None]:
+    """Accuracy of the model in a state by organisation; None for one whose records have no like in the test set."""
+    plan, test = prepared.plan, dict(prepared.test)
+    held = {file: Holdings(((prepared.records[file], rows),), plan.labels, plan.task) for file, rows in test.items()}
+    if None not in held:
+        judged = {file: evaluate(model, state, own, plan.model.precision).accuracy for file, own in held.items() if len(own)}
+        return {share.name: judged.get(share.file) for share in prepared.shares}
+    predicted = predict(model, state, held[None], plan.model.precision)
+    recalls = dict(zip(plan.labels, _recalls(held[None].truth, predicted, len(plan.labels)), strict=True))
+    return {share.name: mixed_accuracy(prepared.label_counts(share), recalls) for share in prepared.shares}
+
+
+def mixed_accuracy(counts: Mapping[str, int], recalls: Mapping[str, float | None]) -> float | None:
+    """Σ_c π_c · recall_c, π_c being the class's part of `counts`; classes without a recall are left out.
+
+    >>> mixed_accuracy({"a": 30, "b": 10}, {"a": 0.9, "b": 0.5})
+    0.8
+    """
+    known = {name: recall for name, recall in recalls.items() if recall is not None and counts.get(name)}
+    total = sum(counts[name] for name in known)
+    return sum(counts[name] * recall for name, recall in known.items()) / total if total else None
+
+
+def _recalls(truth: Sequence[int], predicted: Sequence[int], classes: int) -> list[float | None]:
+    """Of each class, the fraction that is told rightly; None for one that the test set lacks."""
+    there = Counter(truth)
+    right = Counter(t for t, p in zip(truth, predicted, strict=True) if t == p)
+    return [right[c] / there[c] if there[c] else None for c in range(classes)]

@@ -1,0 +1,183 @@
+"""Processes that play one cell of a comparison at a time, several beside each other.
+
+A worker is started afresh (spawn), told what to play through a pipe, and ends when whoever started it does, however that ends.
+What it plays is durable round by round, so it may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from cotune.server.events import Listener, listening
+
+__all__ = ["Task", "import_all", "play_beside", "play_here"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell to play: a resolved plan as canonical JSON, and the folder of its run."""
+
+    name: str
+    plan: str
+    rounds: int
+    folder: Path
+    device: str
+
+    @property
+    def started(self) -> dict[str, Any]:
+        return {"cell": self.name, "rounds": self.rounds}
+
+
+def play_here(task: Task, listener: Listener) -> str:
+    """Plays a cell in this process, from its last finished round; returns why it failed, or "" when it did not."""
+    from cotune.models.errors import CotuneError
+    from cotune.plan.load import parse_plan
+    from cotune.simulations.simulate import resume, simulate  # not above: a worker watches its parent before it imports torch
+
+    def forward(event: str, fields: dict[str, Any]) -> None:
+        if event == "round_finished":
+            listener("cell_round", {"cell": task.name, **fields})
+
+    with listening(forward):
+        try:
+            if (task.folder / "run.json").exists():
+                resume(task.folder)
+            else:
+                simulate(parse_plan(json.loads(task.plan)), task.folder, device=task.device)
+        except CotuneError as error:
+            return str(error)
+        except Exception as error:  # one cell must not cost the others
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def import_all(names: Sequence[str]) -> None:
+    """Imports modules by name, or by path where it ends in .py: they may register architectures with transformers.
+
+    Raises ImportError for a file whose name another module has already.
+    """
+    for name in names:
+        if name.endswith(".py"):
+            _import_file(Path(name).resolve())
+        else:
+            importlib.import_module(name)
+
+
+def _import_file(path: Path) -> None:
+    present = sys.modules.get(path.stem)
+    if present is not None and Path(str(present.__file__)).resolve() == path:
+        return
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if present is not None or spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be imported as {path.stem}: expected a file with a name that no other module has")
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    task: Task | None = None
+
+
+def play_beside(
+    tasks: Sequence[Task], imports: Sequence[str], jobs: Callable[[], int], threads: Callable[[], int], listener: Listener
+) -> Iterator[tuple[Task, str]]:
+    """Plays cells in up to `jobs()` processes, asked anew after each; yields each cell with why it failed ("": it did not).
+
+    When the caller stops iterating, for whatever reason, all processes are killed.
+    """
+    waiting, workers = list(reversed(tasks)), list[_Worker]()
+    try:
+        while waiting or any(worker.task for worker in workers):
+            while waiting and sum(worker.task is not None for worker in workers) < jobs():
+                worker = _idle(workers, imports)
+                worker.task = waiting.pop()
+                listener("cell_started", worker.task.started)
+                worker.pipe.send((worker.task, threads()))
+            for worker in _speaking(workers):
+                yield from _hear(worker, workers, listener)
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+
+
+def _idle(workers: list[_Worker], imports: Sequence[str]) -> _Worker:
+    """A worker without a task: one that is there, else a new one."""
+    for worker in workers:
+        if worker.task is None and worker.process.is_alive():
+            return worker
+    workers.append(_start(imports))
+    return workers[-1]
+
+
+def _start(imports: Sequence[str]) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    level = logging.getLogger("cotune").level
+    process = context.Process(target=_work, args=(theirs, tuple(imports), level), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _speaking(workers: Sequence[_Worker]) -> list[_Worker]:
+    ready = wait([worker.pipe for worker in workers if worker.task])
+    return [worker for worker in workers if worker.pipe in ready]
+
+
+def _hear(worker: _Worker, workers: list[_Worker], listener: Listener) -> Iterator[tuple[Task, str]]:
+    """One message of a worker: what happens in its cell, or that the cell has ended. A worker that died says nothing more."""
+    assert worker.task is not None
+    try:
+        kind, told = worker.pipe.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        workers.remove(worker)
+        yield worker.task, f"its process ended with {worker.process.exitcode}: perhaps memory ran out; try fewer --jobs"
+        return
+    if kind == "ended":
+        task, worker.task = worker.task, None
+        yield task, told
+    else:
+        listener(kind, told)
+
+
+def _work(pipe: Connection, imports: tuple[str, ...], level: int) -> None:
+    """What a worker does until its parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent answers it for all
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.getLogger("cotune").setLevel(level)
+    import_all(imports)
+    import torch
+
+    while True:
+        try:
+            task, threads = pipe.recv()
+        except EOFError:
+            return
+        torch.set_num_threads(threads)
+        pipe.send(("ended", play_here(task, lambda event, fields: pipe.send((event, fields)))))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

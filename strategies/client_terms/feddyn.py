@@ -1,0 +1,57 @@
+"""Dynamic regularisation: every organisation's optimum is moved until all agree on one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.client_term import ClientTerm
+from cotune.strategies.parts import Needs, client_term
+from cotune.strategies.round import Fused, LocalSteps, RoundContext
+from cotune.strategies.updates import Delta
+
+__all__ = ["FedDyn"]
+
+
+@client_term(
+    "feddyn",
+    cite="Acar et al., ICLR 2021, https://arxiv.org/abs/2111.04263, algorithm 1",
+    needs=Needs(
+        client_state=True,
+        participation=0.1,
+        client_privacy="its server half would follow a clipped and noised mean, and the organisations their true deltas",
+    ),
+)
+@dataclass(frozen=True)
+class FedDyn(ClientTerm):
+    """Gradient − λ_k + α(θ_k − θ), with λ_k ← λ_k − αΔ_k; the server keeps h ← h − αfD and moves by D − h/α.
+
+    f: the fraction of the organisations that took part, so that h is the mean of all λ_k: under full participation with any
+    fixed weights, else with equal ones. alpha: α, per step; local.learning_rate · alpha must stay below 2. The smaller it is, the
+    larger are the steps h/α of the server.
+    """
+
+    alpha: Annotated[float, Field(gt=0)] = 0.1
+
+    def correction(
+        self, name: str, parameter: Tensor, received: Tensor, kept: Tensor | None, sent: Tensor | None
+    ) -> Tensor | None:
+        pull = self.alpha * (parameter - received)
+        return pull if kept is None else pull - kept
+
+    def keep(self, kept: Mapping[str, Tensor], delta: Delta, sent: Mapping[str, Tensor], local: LocalSteps) -> dict[str, Tensor]:
+        return {name: self._moved(kept.get(name), d, 1.0) for name, d in delta.items()}
+
+    def fold(self, fused: Fused, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
+        fraction = fused.participants / context.organisations
+        h = {name: self._moved(memory.get(name), d, fraction) for name, d in fused.delta.items()}
+        return {name: d.to(torch.float64) - h[name] / self.alpha for name, d in fused.delta.items()}, {**memory, **h}
+
+    def _moved(self, before: Tensor | None, delta: Tensor, fraction: float) -> Tensor:
+        step = self.alpha * fraction * delta.to(torch.float64)
+        return -step if before is None else before - step

@@ -1,0 +1,30 @@
+"""A pull back to the received model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.client_term import ClientTerm
+from cotune.strategies.parts import client_term
+
+__all__ = ["Proximal"]
+
+
+@client_term("proximal", cite="Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127 (FedProx)")
+@dataclass(frozen=True)
+class Proximal(ClientTerm):
+    """Gradient + μ(θ_k − θ): organisations with unlike records drift less from the received model θ.
+
+    mu: μ, per step; local.learning_rate · mu must stay below 2, or the pull itself diverges.
+    """
+
+    mu: Annotated[float, Field(gt=0)] = 0.01
+
+    def correction(
+        self, name: str, parameter: Tensor, received: Tensor, kept: Tensor | None, sent: Tensor | None
+    ) -> Tensor | None:
+        return self.mu * (parameter - received)

@@ -1,0 +1,45 @@
+"""The mean where several updates matter; where one alone does, or none, the model stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.parts import Needs, Visibility, fusion
+from cotune.strategies.round import Weighed
+from cotune.strategies.sums import Sums, mean_of, weighted
+
+__all__ = ["consensus"]
+
+_PLAIN = "plain sum of "
+
+
+@fusion(
+    "consensus",
+    cite="Wang et al., ICML 2024, https://arxiv.org/abs/2405.07813",
+    needs=Needs(visibility=Visibility.SUM_2PASS),
+    least=lambda threshold, agreement: int(agreement),
+    keeps=False,
+)
+def consensus(*, threshold: Annotated[float, Field(gt=0)] = 0.4, agreement: Annotated[int, Field(ge=1)] = 2) -> Sums:
+    """D_j = Σ p_k Δ_kj where at least so many updates matter, else 0 (TALL masks).
+
+    Update k matters at j where |Δ_kj| > λ |Σ Δ_j − Δ_kj|: its own entry, against the sum of all others.
+
+    threshold: λ; the smaller, the more updates matter. agreement: how many must.
+    """
+
+    def both(update: Weighed) -> Mapping[str, Tensor]:
+        return {**weighted(update), **{_PLAIN + name: tensor for name, tensor in update.delta.items()}}
+
+    first = yield both
+
+    def masks(update: Weighed) -> Mapping[str, Tensor]:
+        return {n: (d.abs() > threshold * (first[_PLAIN + n] - d).abs()).double() for n, d in update.delta.items()}
+
+    mattering = yield masks
+    return {name: torch.where(mattering[name] >= agreement, tensor, 0.0) for name, tensor in mean_of(first).items()}

@@ -1,0 +1,33 @@
+"""FedIT, with what it gets wrong added to the frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cotune.strategies.adapters import averaged, factors_of, shares, stacked, weight_change
+from cotune.strategies.parts import Needs, Visibility, fusion
+from cotune.strategies.round import RoundContext, Weighed
+
+__all__ = ["fedex"]
+
+
+@fusion(
+    "fedex",
+    cite="Singhal, Ponkshe & Vepakomma, ACL 2025, https://arxiv.org/abs/2410.09432",
+    needs=Needs(visibility=Visibility.PER_CLIENT, adapters=("ab",), rewrites=("weight",), sets_state=True),
+    scales=False,
+)
+def fedex(updates: Sequence[Weighed], *, context: RoundContext) -> dict[str, Tensor]:
+    """Weighted means of A and of B, and W += s(Σ p_k B_k A_k − B̄·Ā): exact, the rest goes into the weights.
+
+    The weights that are adapted travel to the organisations too. Under record-level privacy the noise on both factors multiplies;
+    there FFA-LoRA and `fedsvd` are the choice.
+    """
+    delta = averaged(updates)
+    for adapter in context.adapters:
+        left, right = stacked([factors_of(u, adapter) for u in updates], shares(updates))
+        b, a = context.state[adapter.b] + delta[adapter.b], context.state[adapter.a] + delta[adapter.a]
+        delta[adapter.weight] = weight_change(adapter, left @ right - b @ a)
+    return delta

@@ -1,0 +1,45 @@
+"""The sum of all products goes into the frozen weights, and adapters start afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cotune.models.adapter import drawn_a, name_seed
+from cotune.strategies.adapters import averaged, change, factors_of, shares, stacked, weight_change
+from cotune.strategies.parts import Needs, Visibility, fusion
+from cotune.strategies.round import RoundContext, Weighed
+
+__all__ = ["flora"]
+
+
+@fusion(
+    "flora",
+    cite="Wang et al., NeurIPS 2024, https://arxiv.org/abs/2409.05976",
+    needs=Needs(
+        visibility=Visibility.PER_CLIENT,
+        adapters=("ab", "b"),
+        mixed_ranks=True,
+        rewrites=("a", "b", "weight"),
+        sets_state=True,
+    ),
+    scales=False,
+    keeps=False,
+)
+def flora(updates: Sequence[Weighed], *, context: RoundContext) -> dict[str, Tensor]:
+    """W += s Σ p_k B_k A_k, the product of the stacked factors; then B = 0, and A is drawn anew from seed and round.
+
+    Exact for any ranks, and the sum of the rounds may have full rank. The weights that are adapted travel to the organisations
+    instead of the stack, which would grow with their number. Under record-level privacy the noise on two trained factors
+    multiplies; with lora.factors = "b" it is on B alone.
+    """
+    delta = averaged(updates)
+    for adapter in context.adapters:
+        left, right = stacked([factors_of(u, adapter) for u in updates], shares(updates))
+        old = context.state[adapter.a]
+        fresh = drawn_a(tuple(old.shape), name_seed(context.seed, f"{adapter.a}/{context.round}"))
+        delta |= change(context.state, {adapter.a: fresh, adapter.b: torch.zeros_like(context.state[adapter.b])})
+        delta[adapter.weight] = weight_change(adapter, left @ right)
+    return delta

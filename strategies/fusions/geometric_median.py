@@ -1,0 +1,44 @@
+"""The point with the least distance to all updates (RFA)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.parts import Needs, Visibility, fusion
+from cotune.strategies.round import Weighed
+from cotune.strategies.sums import Sums, mean_of, norm, weighted
+from cotune.strategies.updates import difference
+
+__all__ = ["geometric_median"]
+
+
+@fusion(
+    "geometric_median",
+    cite="Pillutla et al., IEEE TSP 2022, https://arxiv.org/abs/1912.13445",
+    needs=Needs(visibility=Visibility.SUM_2PASS),
+    scales=False,
+)
+def geometric_median(
+    *, passes: Annotated[int, Field(ge=1, le=1000)] = 4, smoothing: Annotated[float, Field(gt=0)] = 1e-6
+) -> Sums:
+    """D = argmin_z Σ p_k ‖Δ_k − z‖, by smoothed Weiszfeld: from the weighted mean on, z = Σ β_k Δ_k / Σ β_k, several times.
+
+    β_k = p_k / max(ν, ‖Δ_k − z‖), so that who is far away pulls no more than who is near.
+
+    passes: over the updates, after the one for the mean; each divides the pull of one update that is very far away by about the
+    number of the others. smoothing: ν, a length of deltas.
+    """
+    centre = mean_of((yield weighted))
+    for _ in range(passes):
+        centre = mean_of((yield partial(_pulling, centre=centre, smoothing=smoothing)))
+    return centre
+
+
+def _pulling(update: Weighed, centre: Mapping[str, Tensor], smoothing: float) -> dict[str, Tensor]:
+    distance = max(smoothing, norm(difference(update.delta, centre)))
+    return {name: tensor / distance for name, tensor in weighted(update).items()}

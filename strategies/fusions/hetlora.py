@@ -1,0 +1,40 @@
+"""Means of zero-padded factors, weighted by how much each organisation's adapter does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cotune.strategies.adapters import averaged, change, factors_of, padded, product_norm, shares
+from cotune.strategies.parts import Needs, Visibility, fusion
+from cotune.strategies.round import RoundContext, Weighed
+
+__all__ = ["hetlora"]
+
+
+@fusion(
+    "hetlora",
+    cite="Cho et al., EMNLP 2024, https://arxiv.org/abs/2401.06432",
+    needs=Needs(visibility=Visibility.PER_CLIENT, adapters=("ab",), mixed_ranks=True),
+    scales=False,
+)
+def hetlora(updates: Sequence[Weighed], *, context: RoundContext) -> dict[str, Tensor]:
+    """Means of zero-padded A and of B with p_k ∝ w_k ‖B_k A_k‖_F in each adapter, so that padding weakens the mean less.
+
+    The paper has w_k = 1 (the recipe `hetlora`), and lets organisations lower their ranks as they go; here a rank is theirs to
+    choose. Biased, as `fedit` is. Under record-level privacy the noise on both factors multiplies, and decides the norms.
+    """
+    delta = averaged(updates)
+    for adapter in context.adapters:
+        factors = [factors_of(u, adapter) for u in updates]
+        weights = [p * product_norm(b, a) for p, (b, a) in zip(shares(updates), factors, strict=True)]
+        weights = weights if sum(weights) > 0 else shares(updates)
+        b, a = context.state[adapter.b], context.state[adapter.a]
+        new_b, new_a = torch.zeros_like(b, dtype=torch.float64), torch.zeros_like(a, dtype=torch.float64)
+        for weight, (own_b, own_a) in zip(weights, factors, strict=True):
+            new_b += padded(own_b, b.shape) * (weight / sum(weights))
+            new_a += padded(own_a, a.shape) * (weight / sum(weights))
+        delta |= change(context.state, {adapter.b: new_b, adapter.a: new_a})
+    return delta

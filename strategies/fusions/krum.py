@@ -1,0 +1,42 @@
+"""The update in the densest place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.fusions.stacked import squared_distances
+from cotune.strategies.parts import Needs, Visibility, fusion
+from cotune.strategies.round import Weighed
+from cotune.strategies.updates import Delta
+
+__all__ = ["krum", "ranked"]
+
+
+@fusion(
+    "krum",
+    cite="Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757",
+    needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
+    least=lambda malicious: 2 * malicious + 3,
+)
+def krum(updates: Sequence[Weighed], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
+    """D = Δ_i of the least Σ ‖Δ_i − Δ_j‖² over its n − f − 2 nearest neighbours j: one update, as it is.
+
+    malicious: f, how many of the n updates may be; n ≥ 2f + 3.
+    """
+    return updates[ranked(squared_distances(updates), malicious)[0]].delta
+
+
+def ranked(distances: Tensor, malicious: int) -> list[int]:
+    """The updates by the sum of the squared distances to their n − f − 2 nearest neighbours, the least first.
+
+    distances: squared, n × n. At least one neighbour counts, where few updates are left to choose from; then two that are each
+    other's nearest are as good, and who is nearer to all comes first, whatever the order of the updates.
+    """
+    neighbours = max(1, len(distances) - malicious - 2)
+    nearest = distances.sort(dim=1).values[:, 1 : 1 + neighbours].sum(dim=1).tolist()  # without itself
+    total = distances.sum(dim=1).tolist()
+    return sorted(range(len(distances)), key=lambda k: (nearest[k], total[k]))

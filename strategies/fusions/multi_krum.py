@@ -1,0 +1,33 @@
+"""The mean of the updates in the densest place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from cotune.strategies.fusions.krum import ranked
+from cotune.strategies.fusions.stacked import mean_of_each, squared_distances
+from cotune.strategies.parts import Needs, Visibility, fusion
+from cotune.strategies.round import Weighed
+from cotune.strategies.updates import Delta
+
+__all__ = ["multi_krum"]
+
+
+@fusion(
+    "multi_krum",
+    cite="Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757",
+    needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
+    least=lambda malicious, keep: max(2 * malicious + 3, keep),
+)
+def multi_krum(
+    updates: Sequence[Weighed], *, malicious: Annotated[int, Field(ge=0)] = 1, keep: Annotated[int, Field(ge=0)] = 0
+) -> Delta:
+    """D = the mean of the m updates with the best scores of Krum.
+
+    malicious: f, how many of the n updates may be; n ≥ 2f + 3. keep: m; 0: n − f.
+    """
+    best = ranked(squared_distances(updates), malicious)[: keep or len(updates) - malicious]
+    return mean_of_each([updates[k] for k in best])

@@ -1,0 +1,41 @@
+"""The weighted mean of clipped updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.parts import Needs, fusion
+from cotune.strategies.round import Weighed
+from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.sums import norm as norm_of
+
+__all__ = ["clipped", "norm_bound"]
+
+
+@fusion(
+    "norm_bound",
+    cite="Sun et al., 2019, https://arxiv.org/abs/1911.07963",
+    needs=Needs(by_parameter=True, mixed_ranks=True),
+    scales=False,
+    keeps=False,
+)
+def norm_bound(*, norm: Annotated[float, Field(gt=0)] = 1.0) -> Sums:
+    """D = Σ p_k Δ_k min(1, τ / ‖Δ_k‖): nobody moves the model by more than p_k τ.
+
+    norm: τ, of a whole delta.
+    """
+
+    def contribution(update: Weighed) -> Mapping[str, Tensor]:
+        return weighted(update, clipped(update.delta, norm))
+
+    return mean_of((yield contribution))
+
+
+def clipped(delta: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
+    """The delta, shortened to the norm where it is longer."""
+    size = norm_of(delta)
+    return {name: tensor * (norm / size) for name, tensor in delta.items()} if size > norm else dict(delta)

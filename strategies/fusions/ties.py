@@ -1,0 +1,55 @@
+"""Trim, elect a sign, merge what agrees: each update is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.parts import Needs, Visibility, fusion
+from cotune.strategies.round import Weighed
+from cotune.strategies.updates import Delta
+
+__all__ = ["ties", "trimmed"]
+
+
+@fusion(
+    "ties",
+    cite="Yadav et al., NeurIPS 2023, https://arxiv.org/abs/2306.01708, algorithm 1",
+    needs=Needs(visibility=Visibility.PER_CLIENT),
+    keeps=False,
+)
+def ties(
+    updates: Sequence[Weighed],
+    *,
+    density: Annotated[float, Field(gt=0, le=1)] = 0.2,
+    scale: Annotated[float, Field(gt=0)] = 1.0,
+) -> Delta:
+    """Of each update the largest entries; D = λ times the mean of those that have the sign of their sum.
+
+    Δ̃_k is Δ_k with its smaller entries set to 0, γ = sgn(Σ w_k Δ̃_k), A_j = {k : sgn(Δ̃_kj) = γ_j ≠ 0} and
+    D_j = λ Σ_{A_j} w_k Δ̃_kj / Σ_{A_j} w_k. The paper has equal weights; where nothing agrees, D_j = 0.
+
+    density: the fraction of entries to keep of each update, over all its parameters together. scale: λ.
+    """
+    kept, found = [trimmed(u.delta, density) for u in updates], {}
+    for name in dict.fromkeys(name for delta in kept for name in delta):
+        held = [(u.scalar, delta[name]) for u, delta in zip(updates, kept, strict=True) if name in delta]
+        deltas = torch.stack([delta for _, delta in held])
+        weights = torch.tensor([w for w, _ in held], dtype=torch.float64).reshape(-1, *[1] * (deltas.dim() - 1))
+        sign = (weights * deltas).sum(dim=0).sign()
+        agreed = weights * ((deltas.sign() == sign) & (sign != 0))
+        merged, weight = (agreed * deltas).sum(dim=0), agreed.sum(dim=0)
+        found[name] = torch.where(weight > 0, scale * merged / weight, 0.0)
+    return found
+
+
+def trimmed(delta: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """Only the entries of the largest magnitudes; all of them where the last ones are as large."""
+    sizes = torch.cat([tensor.flatten() for tensor in delta.values()]).abs()
+    keep = max(1, round(density * len(sizes)))
+    least = sizes.kthvalue(len(sizes) - keep + 1).values
+    return {name: torch.where(tensor.abs() >= least, tensor, 0.0) for name, tensor in delta.items()}

@@ -1,0 +1,41 @@
+"""Adagrad on the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.adaptive import adaptive_step
+from cotune.strategies.parts import server_optimizer
+from cotune.strategies.round import Fused, RoundContext
+from cotune.strategies.schedules import Schedule, Warmup, rate_of
+from cotune.strategies.server_optimizer import ServerOptimizer
+
+__all__ = ["ServerAdagrad"]
+
+
+@server_optimizer("adagrad", cite="Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2 (FedAdagrad)")
+@dataclass(frozen=True)
+class ServerAdagrad(ServerOptimizer):
+    """As adam, but v = v + D²: a coordinate moves less the more it has moved.
+
+    lr: η, about how far a coordinate moves in a round. tau: τ; a coordinate whose D is smaller moves less.
+    beta1: 0 in the paper's experiments.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Schedule = "constant"
+    warmup: Warmup = 0
+
+    def step(
+        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        rate = rate_of(self.lr, self.schedule, self.warmup, context)
+        return adaptive_step(state, fused.delta, memory, rate=rate, beta1=self.beta1, tau=self.tau, second_moment=torch.add)

@@ -1,0 +1,44 @@
+"""Adam on the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.adaptive import adaptive_step
+from cotune.strategies.parts import server_optimizer
+from cotune.strategies.round import Fused, RoundContext
+from cotune.strategies.schedules import Schedule, Warmup, rate_of
+from cotune.strategies.server_optimizer import ServerOptimizer
+
+__all__ = ["ServerAdam"]
+
+
+@server_optimizer("adam", cite="Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2 (FedAdam)")
+@dataclass(frozen=True)
+class ServerAdam(ServerOptimizer):
+    """v = β2·v + (1 − β2)·D², θ += lr·m / (√v + τ) with m = β1·m + (1 − β1)·D, without bias correction.
+
+    lr: η, about how far a coordinate moves in a round. tau: τ; a coordinate whose D is smaller moves less.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Schedule = "constant"
+    warmup: Warmup = 0
+
+    def step(
+        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        rate = rate_of(self.lr, self.schedule, self.warmup, context)
+
+        def second(v: Tensor, square: Tensor) -> Tensor:
+            return self.beta2 * v + (1 - self.beta2) * square
+
+        return adaptive_step(state, fused.delta, memory, rate=rate, beta1=self.beta1, tau=self.tau, second_moment=second)

@@ -1,0 +1,48 @@
+"""A server step whose length follows from how much the organisations agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.parts import Needs, server_optimizer
+from cotune.strategies.round import Fused, RoundContext
+from cotune.strategies.server_optimizer import ServerOptimizer
+from cotune.strategies.sums import norm
+from cotune.strategies.updates import apply_delta
+
+__all__ = ["FedExP"]
+
+
+@server_optimizer(
+    "fedexp",
+    cite="Jhunjhunwala, Wang & Joshi, ICLR 2023, https://arxiv.org/abs/2301.09604",
+    needs=Needs(client_privacy="its step needs Σ‖Δ_k‖² beside the sum of the updates, a release that no noise covers"),
+)
+@dataclass(frozen=True)
+class FedExP(ServerOptimizer):
+    """θ += η_g·D with η_g = max(1, Σ p_k ‖Δ_k‖² / (2(‖D‖² + ε))): far where the updates are many and disagree.
+
+    Judged and handed out is the mean of the last two θ, as η_g makes them swing. Under record-level privacy the noise of the
+    updates is in ‖Δ_k‖² whole and in ‖D‖² averaged, so that noise alone pushes η_g towards half the number of organisations.
+    epsilon: ε, in the squared unit of the parameters; it bounds η_g where the updates cancel out.
+    """
+
+    epsilon: Annotated[float, Field(gt=0)] = 1e-3
+
+    def step(
+        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        rate = max(1.0, fused.mean_squared_norm / (2 * (norm(fused.delta) ** 2 + self.epsilon)))
+        moved = apply_delta(state, {name: d.to(torch.float64) * rate for name, d in fused.delta.items()})
+        return moved, {name: state[name] for name in fused.delta}
+
+    def serve(self, state: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(θ + the θ before it) / 2 of what the last round moved; the memory is the θ before."""
+        halves = {name: (before.to(torch.float64) - state[name].to(torch.float64)) / 2 for name, before in memory.items()}
+        return apply_delta(state, halves)

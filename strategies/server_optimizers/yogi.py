@@ -1,0 +1,45 @@
+"""Yogi on the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.adaptive import adaptive_step
+from cotune.strategies.parts import server_optimizer
+from cotune.strategies.round import Fused, RoundContext
+from cotune.strategies.schedules import Schedule, Warmup, rate_of
+from cotune.strategies.server_optimizer import ServerOptimizer
+
+__all__ = ["ServerYogi"]
+
+
+@server_optimizer("yogi", cite="Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2 (FedYogi)")
+@dataclass(frozen=True)
+class ServerYogi(ServerOptimizer):
+    """As adam, but v = v − (1 − β2)·D²·sign(v − D²): v falls slowly where D becomes small.
+
+    lr: η, about how far a coordinate moves in a round. tau: τ; a coordinate whose D is smaller moves less.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Schedule = "constant"
+    warmup: Warmup = 0
+
+    def step(
+        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        rate = rate_of(self.lr, self.schedule, self.warmup, context)
+
+        def second(v: Tensor, square: Tensor) -> Tensor:
+            return v - (1 - self.beta2) * square * torch.sign(v - square)
+
+        return adaptive_step(state, fused.delta, memory, rate=rate, beta1=self.beta1, tau=self.tau, second_moment=second)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+from cotune.cli.compare_progress import showing_cells
+from cotune.simulations.cells import parse_variation
+from cotune.simulations.compare import compare
+from tests.cli.conftest import Cotune
+
+VARY = ("--vary", "strategy.weighting=examples,uniform")
+QUICK = ("--jobs", "1", "--device", "cpu")
+
+
+def test_strategies_side_by_side(cotune: Cotune, folder: Path) -> None:
+    shown = cotune("compare", "toy.toml", *VARY, "--vary", "partition=iid,dirichlet:1", "--seeds", "2", *QUICK)
+    assert (shown.code, shown.err) == (0, "")
+    lines = shown.out.splitlines()
+    assert lines[0] == f"8 runs, 0 of them finished before, in {folder / 'compare' / 'toy'}"
+    told = [
+        line
+        for line in lines
+        if re.match(r"\d/8 strategy.weighting=\w+, partition=\S+, seed=[78]: test accuracy 0\.\d{3}, ", line)
+    ]
+    assert len(told) == 8
+    assert [line.strip() for line in lines if line.startswith("partition = ")] == ["partition = iid", "partition = dirichlet:1"]
+    number, interval = r"\d+\.\d", r"\d+\.\d ± \d+\.\d"
+    rest = rf" +{interval} +{interval} +{number} kB +{number} kB +{number} s +2 of 2"
+    assert len(re.findall(rf"^examples +{interval} +baseline +–{rest}$", shown.out, re.MULTILINE)) == 2
+    differing = rf"^uniform +{interval} +[+−]?{interval} +(–|< 0\.001|\d\.\d+){rest}$"
+    assert len(re.findall(differing, shown.out, re.MULTILINE)) == 2
+    results = json.loads((folder / "compare" / "toy" / "results.json").read_bytes())
+    assert results["vary"] == {"strategy.weighting": ["examples", "uniform"], "partition": ["iid", "dirichlet:1"]}
+    again = cotune("compare", "toy.toml", *VARY, "--vary", "partition=iid,dirichlet:1", "--seeds", "2", *QUICK)
+    assert again.out.startswith("8 runs, 8 of them finished before")
+    assert "test accuracy" not in again.out
+
+
+def test_one_seed_has_no_error_bars(cotune: Cotune, folder: Path) -> None:
+    options = ("--seeds", "1", "--baseline", "uniform", "--data", "reviews.csv", "--set", "local.steps=1", "--out", "there")
+    shown = cotune("compare", "toy.toml", *VARY, *options, *QUICK)
+    assert (shown.code, shown.err) == (0, "")
+    assert re.search(r"^examples +\d+\.\d +[+−]?\d+\.\d +– ", shown.out, re.MULTILINE)
+    assert re.search(r"^uniform +\d+\.\d +baseline +– ", shown.out, re.MULTILINE)
+    assert (folder / "there" / "compare.html").exists()
+
+
+def test_a_failed_run_is_said_and_is_the_exit_code(cotune: Cotune, folder: Path) -> None:
+    shown = cotune("compare", "toy.toml", "--vary", "local.learning_rate=1,1e30", "--seeds", "1", *QUICK)
+    assert (shown.code, shown.err) == (1, "")
+    assert "2/2 local.learning_rate=1e30, seed=7 failed: round 1 got 0 of 2 updates" in shown.out
+    assert "failed: local.learning_rate = 1e30, seed 7: round 1 got 0 of 2 updates" in shown.out
+    assert re.search(r"^1e30 +– +– +– .* 0 of 1$", shown.out, re.MULTILINE)
+
+
+def test_mistakes_are_one_sentence(cotune: Cotune, folder: Path) -> None:
+    for arguments, words in (
+        ((), "there is nothing to compare: expected at least one --vary"),
+        (("--vary", "partition"), 'the variation "partition" is not understood: expected KEY=V1,V2'),
+        (("--vary", "partition=iid,zipf"), "partition=zipf, seed=7: "),
+        (("--vary", "partition=iid", "--baseline", "shards"), 'the baseline "shards" is no value of partition'),
+    ):
+        shown = cotune("compare", "toy.toml", *arguments)
+        assert (shown.code, shown.out) == (2, "")
+        assert shown.err.startswith("cotune: ")
+        assert words in shown.err
+        assert shown.err.count("\n") == 1
+    assert not (folder / "compare").exists()
+
+
+def test_a_live_display_shows_the_same_lines(folder: Path) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=160, highlight=False, color_system=None)
+    with showing_cells(console) as listener:
+        rates = parse_variation("local.learning_rate=1,1e30")
+        compare("toy.toml", [rates], seeds=1, out=folder / "out", jobs=1, device="cpu", listener=listener)
+    shown = stream.getvalue()
+    assert "2 runs, 0 of them finished before" in shown
+    assert re.search(r"1/2 local.learning_rate=1, seed=7: test accuracy 0\.\d{3}", shown)
+    assert "2/2 local.learning_rate=1e30, seed=7 failed" in shown

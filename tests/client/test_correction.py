@@ -1,0 +1,122 @@
+"""Client terms inside of a round: where they act, that they cost no privacy, and what is kept for the next round."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cotune.client.site import Site
+from cotune.client.training import train_round
+from cotune.models.errors import RunError
+from cotune.models.sharing import State
+from cotune.plan.schema import Plan
+from cotune.privacy import dp_sgd
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+StateFor = Callable[..., State]
+
+ONE_STEP = {"batch_size": 60, "steps": 1, "learning_rate": 0.5}  # all records: nothing random but the noise
+PRIVATE = {"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0}
+
+
+def constant(state: State, value: float) -> State:
+    return {name: torch.full_like(tensor, value) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("train", ["head", "lora", "full"])
+def test_under_privacy_the_term_is_added_after_clipping_and_noise(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A c of 100 everywhere moves every parameter by −η·100; the clipped sum and its noise are the same to rounding."""
+    monkeypatch.setattr(dp_sgd, "private_generator", lambda: np.random.default_rng(0))  # the same noise both times
+    plan = make_plan(train=train, privacy=PRIVATE, local=ONE_STEP, strategy="scaffold")
+    state = state_for(plan)
+    sites = [make_site(at=at) for at in ("with", "without")]
+    moved, plain = (
+        train_round(plan, site, 1, state, sent=sent).delta for site, sent in zip(sites, (constant(state, 100.0), {}), strict=True)
+    )
+    for name, tensor in plain.items():
+        assert float(tensor.abs().max()) > 1e-3
+        torch.testing.assert_close(moved[name], tensor - 50.0, rtol=0, atol=2e-5)
+    with_term, without = (site.ledger().charges() for site in sites)
+    assert [c.steps for c in with_term] == [c.steps for c in without]
+
+
+def test_the_proximal_term_pulls_back_in_every_step(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    """With η·μ = 1 each step forgets those before it: the round moves by its last gradient alone."""
+    local = {"batch_size": 60, "learning_rate": 0.5, "steps": 3}
+    plan = make_plan(local=local, strategy={"client_term": {"name": "proximal", "mu": 2.0}})
+    free = make_plan(local=local)
+    state = state_for(plan)
+    pulled, far = (train_round(p, make_site(at=at), 1, state).delta for p, at in ((plan, "a"), (free, "b")))
+    sizes = [float(sum(d.double().pow(2).sum() for d in delta.values())) ** 0.5 for delta in (pulled, far)]
+    assert 0 < sizes[0] < 0.5 * sizes[1]
+
+
+def kept_of(site: Site) -> list[str]:
+    return sorted(path.name for path in site.folder.glob("kept/*/*"))
+
+
+def test_the_next_round_goes_on_from_the_last_admitted_update(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    """Round 2 came too late and was never admitted: round 3 is what it would have been without round 2."""
+    plan = make_plan(rounds=4, strategy="feddyn")
+    state = state_for(plan)
+    late, punctual = make_site(at="late"), make_site(at="punctual")
+    for site in (late, punctual):
+        train_round(plan, site, 1, state)
+    train_round(plan, late, 2, state, admitted=1)
+    assert kept_of(late) == ["round-00001.safetensors", "round-00002.safetensors"]
+    third, expected = (train_round(plan, site, 3, state, admitted=1).delta for site in (late, punctual))
+    assert all(torch.equal(third[name], expected[name]) for name in expected)
+    train_round(plan, late, 4, state, admitted=3)
+    assert kept_of(late) == ["round-00003.safetensors", "round-00004.safetensors"]
+
+
+@pytest.mark.parametrize("privacy", ["none", PRIVATE])
+def test_a_crash_before_the_update_is_in_the_outbox_costs_no_agreement(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, privacy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept is that of the update that was handed over, not of the one that was lost; a resend finds both unchanged."""
+    plan, site = make_plan(privacy=privacy, strategy="feddyn"), make_site()
+    state, alpha = state_for(plan), 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(Site, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_round(plan, site, 1, state)
+    assert kept_of(site) == ["round-00001.safetensors"]
+    update = train_round(plan, site, 1, state)
+    again = train_round(plan, site, 1, state)
+    kept = site.recall(plan.plan_id, 1)
+    for name, d in update.delta.items():
+        torch.testing.assert_close(kept[name], -alpha * d.double(), rtol=1e-12, atol=0)
+        assert torch.equal(again.delta[name], d)
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged"])
+def test_without_what_was_kept_there_is_no_round(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, harm: str
+) -> None:
+    plan, site = make_plan(strategy="scaffold"), make_site()
+    state = state_for(plan)
+    train_round(plan, site, 1, state)
+    (file,) = site.folder.glob("kept/*/*")
+    if harm == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(RunError, match=re.escape("what was kept after round 1 cannot be read from")):
+        train_round(plan, site, 2, state, admitted=1)
+
+
+def test_a_term_without_state_keeps_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(strategy="fedprox"), make_site()
+    train_round(plan, site, 1, state_for(plan))
+    assert kept_of(site) == []

@@ -1,0 +1,81 @@
+"""The matrix of strategies and runs, with made-up parts that need one thing each."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from cotune.strategies import Needs, StrategyConfig, Visibility
+from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.parts import Kind, PartInfo
+
+
+def part(kind: Kind, least: int = 1, **needs: Any) -> dict[Kind, PartInfo]:
+    return {kind: PartInfo(kind, "tried", lambda updates: {}, "a test", Needs(**needs), lambda **_: least)}
+
+
+def problem(facts: Facts, infos: dict[Kind, PartInfo], **strategy: Any) -> str | None:
+    return first_problem(StrategyConfig.model_validate(strategy), facts, infos)
+
+
+NOTHING = Facts()
+
+
+def test_federated_averaging_goes_with_everything() -> None:
+    everything = Facts(
+        record_privacy=True, sums_only=True, participation=0.01, organisations=1, optimizers=("adamw",), momentum=True, one_rate=False,
+        modes=("full",), mixed_ranks=True,
+    )  # fmt: skip
+    assert first_problem(StrategyConfig(), everything) is None
+    uniform = StrategyConfig.model_validate({"weighting": "uniform", "server_optimizer": {"momentum": 0.9}})
+    assert first_problem(uniform, Facts(client_privacy=True, record_privacy=True, sums_only=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "infos", "reason"),
+    [
+        (Facts(record_privacy=True), part("fusion", sends=("fisher",)), r"statistics of the records \(fisher\) that no noise protects"),
+        (Facts(client_privacy=True), part("weighting"), 'expected strategy.weighting = "uniform"'),
+        (Facts(client_privacy=True), part("fusion"), 'expected strategy.fusion = "mean"'),
+        (Facts(client_privacy=True), part("server_optimizer", client_privacy="it is told norms"), "with client_privacy: it is told norms"),
+        (Facts(sums_only=True), part("fusion", visibility=Visibility.PER_CLIENT), "must see each update, and server.visibility"),
+        (Facts(sums_only=True), part("fusion", visibility=Visibility.SUM_2PASS), "must see sums, in several passes"),
+        (Facts(sums_only=True), part("weighting"), "compares the updates, and server.visibility allows one sum"),
+        (Facts(participation=0.05), part("server_optimizer", participation=0.1), "every 10 rounds, and each is asked with 0.05"),
+        (Facts(organisations=4), part("fusion", least=5), "needs 5 updates in a round, and the plan asks 4 organisations"),
+        (Facts(optimizers=("sgd", "adam")), part("server_optimizer", optimizers=("sgd",)), "local.optimizer = sgd, and the plan has adam"),
+        (Facts(momentum=True), part("server_optimizer", momentum=False), "local.momentum above 0: expected 0"),
+        (Facts(one_rate=False), part("server_optimizer", optimizers=("sgd",)), "another local.head_learning_rate"),
+        (NOTHING, part("fusion", adapters=("b",)), "no stage of the plan trains any: expected train = lora"),
+        (Facts(modes=("head", "lora"), factors="ab"), part("fusion", adapters=("b",)), "is for lora.factors = b, and the plan has ab"),
+        (Facts(mixed_ranks=True), part("fusion"), "cannot fuse adapters of different ranks"),
+        (NOTHING, part("fusion", server_data=True), "expected validation_fraction above 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_had_is_refused(facts: Facts, infos: dict[Kind, PartInfo], reason: str) -> None:
+    found = problem(facts, infos, weighting="uniform")
+    assert found is not None
+    assert re.search(reason, found), found
+    assert problem(Facts(modes=("lora",), factors="b", server_data=True), infos) is None
+
+
+def test_weights_for_every_parameter_need_a_fusion_that_can_use_them() -> None:
+    assert problem(NOTHING, part("fusion", by_parameter=True), weighting="noise_aware") is None
+    found = problem(NOTHING, part("fusion"), weighting="noise_aware")
+    assert found is not None
+    assert 'the weighting "noise_aware" weighs every parameter by itself, which the fusion "mean" cannot follow' in found
+
+
+def test_weights_that_nobody_uses_are_refused() -> None:
+    assert problem(NOTHING, part("fusion", weights=False), weighting="uniform") is None
+    assert 'weighting "examples" would do nothing' in str(problem(NOTHING, part("fusion", weights=False), weighting="examples"))
+
+
+@pytest.mark.parametrize("server", [{"lr": 0.5}, {"momentum": 0.9}])
+def test_a_new_state_is_not_to_be_bent(server: dict[str, float]) -> None:
+    assert problem(NOTHING, part("fusion", sets_state=True)) is None
+    found = problem(NOTHING, part("fusion", sets_state=True), server_optimizer=server)
+    assert found is not None
+    assert 'expected server_optimizer = "sgd" with lr 1, no momentum and no schedule' in found
