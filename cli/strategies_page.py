@@ -1,4 +1,4 @@
-"""The tables of docs/strategies.md, from what the parts say of themselves."""
+"""The tables of docs/strategies.md, from what cotune's parts say of themselves."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def _tables() -> Iterator[str]:
         ("name", "parts", "adapters", "the server sees", "record-level ε", "client-level ε", "source"),
         [_recipe(recipe) for recipe in catalogue.recipes()],
     )
+    parts = catalogue.parts(installed=False)
     for kind, heading in _HEADINGS.items():
-        found = [part for part in catalogue.parts() if part["kind"] == kind]
+        found = [part for part in parts if part["kind"] == kind]
         if found:
             yield from ("", f"## {heading}", "")
             columns = ("name", "what it does", "parameters", "the server sees", "organisations send", "they keep")

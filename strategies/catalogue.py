@@ -8,7 +8,7 @@ from typing import Any
 
 from cotune.models.errors import PlanError, nearest
 from cotune.strategies.compatibility import Facts, privacy_problem
-from cotune.strategies.parts import FOLDERS, Kind, PartInfo, Visibility
+from cotune.strategies.parts import FOLDERS, Kind, PartInfo, Visibility, builtin
 from cotune.strategies.plugins import known
 from cotune.strategies.recipes import RECIPES
 from cotune.strategies.strategy import Part, StrategyConfig
@@ -24,9 +24,9 @@ _SENDS = {
 _CHAIN: tuple[Kind, ...] = ("weighting", "fusion", "server_optimizer")
 
 
-def parts() -> list[dict[str, Any]]:
-    """Every part of cotune and of installed packages, by kind and name."""
-    return [described(info) for kind in FOLDERS for info in known(kind).values()]
+def parts(*, installed: bool = True) -> list[dict[str, Any]]:
+    """Every part of cotune, and of installed packages if wanted, by kind and name."""
+    return [described(info) for kind in FOLDERS for info in (known(kind) if installed else builtin(kind)).values()]
 
 
 def recipes() -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ strategy which wants something else of them is refused.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -15,7 +16,7 @@ import logging
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeGuard, get_args, get_type_hints
+from typing import Any, NoReturn, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -32,9 +33,11 @@ from cotune.strategies.round import Fused, RoundContext, Weighed
 
 __all__ = ["FlowerFusion", "flower_part", "flower_strategy", "is_flower_class"]
 
-_OURS = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}  # whom to ask is the plan's to say
+_OURS: dict[str, Any] = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}  # whom to ask is the plan's
 _UNUSED = {"fraction_train", "fraction_evaluate", "min_evaluate_nodes", "arrayrecord_key", "configrecord_key", "weighted_by_key"}
 _PLAIN = {bool, int, float, str, type(None)}
+_PATIENCE = 5  # how often a strategy may count the organisations of a round; Flower's own do it twice, or every second for ever
+_NAMES = "parameters"  # in the memory: a digest of the names that the round shared
 _CHANNEL = "server-round"  # all that a strategy may tell organisations: they do not listen
 _INSTEAD = {
     "FedProx": 'the strategy "fedprox", whose term organisations do add to their gradients',
@@ -91,8 +94,7 @@ class FlowerFusion:
         self.name, self.strategy = name, build
         known = _constructor(build)
         plain = {n: p for n, p in known.items() if _is_plain(p) and n not in _UNUSED}
-        self._set = {n: value for n, value in _OURS.items() if n in known}
-        given = [p.replace(kind=p.KEYWORD_ONLY, default=self._set.get(n, p.default)) for n, p in plain.items()]
+        given = [p.replace(kind=p.KEYWORD_ONLY, default=_OURS.get(n, p.default)) for n, p in plain.items()]
         round_ = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("updates", "context")]
         self.__signature__ = inspect.Signature([*round_, *given])
         self.__annotations__ = {n: p.annotation for n, p in plain.items()}
@@ -104,8 +106,9 @@ class FlowerFusion:
             self._refuse("works on updates of the same parameters alone", "a rule of cotune's, such as median")
         arrays = {name: context.state[name].to(torch.float64).numpy() for name in names}
         strategy = self.build(parameters)
-        fresh = dict(_kept(strategy))
-        _restore(strategy, context.memory)
+        fresh, digest = dict(_kept(strategy)), _digest(names)
+        if torch.equal(context.memory.get(_NAMES, digest), digest):  # a stage that shares others begins with a new strategy
+            _restore(strategy, {name: tensor for name, tensor in context.memory.items() if name != _NAMES})
         with _as_server(), self._failing(context.round):
             messages = self._configured(strategy, arrays, len(updates), context.round)
             replies = [_reply(message, arrays, update) for message, update in zip(messages, updates, strict=True)]
@@ -113,15 +116,20 @@ class FlowerFusion:
         if result is None or set(result) != set(names):
             self._refuse(f"gave {'nothing' if result is None else 'other parameters'} for the round", "the shared parameters")
         delta = {n: torch.from_numpy(np.asarray(result[n].numpy(), np.float64) - arrays[n]) for n in names}
-        return Fused(delta, memory=self._memory(strategy, fresh))
+        memory = self._memory(strategy, fresh)
+        return Fused(delta, memory={**memory, _NAMES: digest} if memory else {})
 
     def build(self, parameters: Mapping[str, Any]) -> Strategy:
         """The strategy, before any round. Raises PlanError where its constructor does not take the parameters."""
         try:
             with _as_server():
-                return self.strategy(**{**parameters, **self._set})
+                strategy = self.strategy(**parameters)
         except Exception as error:
             raise PlanError(f"{self.name} cannot be made ({type(error).__name__}: {error}): change its parameters") from error
+        for name, value in _OURS.items():
+            if hasattr(strategy, name):
+                setattr(strategy, name, value)
+        return strategy
 
     def rehearse(self, parameters: Mapping[str, Any]) -> None:
         """One round's configuration without a round, so that what cannot be had is known before. Raises PlanError."""
@@ -196,7 +204,8 @@ def _hints(function: Any) -> dict[str, Any]:
 
 def _is_plain(parameter: inspect.Parameter) -> bool:
     hint = parameter.annotation
-    return set(get_args(hint) if isinstance(hint, types.UnionType) else [hint]) <= _PLAIN and hint is not type(None)
+    members = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else [hint]
+    return set(members) <= _PLAIN and hint is not type(None)
 
 
 @contextmanager
@@ -213,12 +222,15 @@ def _as_server() -> Iterator[None]:
 
 
 class _Roll(Grid):
-    """The organisations that have answered, numbered from 1. A strategy may count them, and talk to none."""
+    """The organisations that have answered, numbered from 1. A strategy may count them, wait for no more, and talk to none."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self._count, self._asked = count, 0
 
     def get_node_ids(self) -> Iterable[int]:
+        self._asked += 1
+        if self._asked > _PATIENCE:
+            raise RunError("a strategy of Flower's waits for more organisations to come: expected one that takes those that have")
         return range(1, self._count + 1)
 
     def _silent(self, *_: Any, **__: Any) -> NoReturn:
@@ -240,6 +252,10 @@ def _reply(message: Message, arrays: Mapping[str, Any], update: Weighed) -> Mess
     weights = _record({name: array + update.delta[name].numpy() for name, array in arrays.items()})
     content = RecordDict({"arrays": weights, "metrics": MetricRecord({"num-examples": update.scalar})})
     return Message(content, reply_to=message)
+
+
+def _digest(names: Sequence[str]) -> Tensor:
+    return torch.tensor(list(hashlib.sha256("\n".join(names).encode()).digest()), dtype=torch.uint8)
 
 
 # --- what a strategy holds, as tensors: the name of each says in JSON where it stands and what it was

@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -58,7 +58,7 @@ def is_code(name: str) -> bool:
 
 def known(kind: Kind) -> Mapping[str, PartInfo]:
     """The parts that can be named: those of cotune, and those of installed packages (entry points `cotune.fusions` …)."""
-    return {**{name: from_installed(kind, name) for name in _points(kind)}, **builtin(kind)}
+    return dict(sorted({**{name: from_installed(kind, name) for name in _points(kind)}, **builtin(kind)}.items()))
 
 
 def part_named(kind: Kind, name: str) -> PartInfo:
@@ -192,10 +192,20 @@ def pinned(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, PartInfo]]:
         part = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
         if is_code(str(part.get("name"))):
             table[kind], infos[kind] = _completed(kind, part, folder)
+    _check_names([table[kind] for kind in infos if "sha256" in table[kind]])
     if "fusion" in infos and "weighting" not in table and not infos["fusion"].needs.weights:
         table["weighting"] = "uniform"
     asked = {payload for info in infos.values() for payload in info.needs.sends}
     return ({**table, "sends": sorted({*table.get("sends", ()), *asked})} if asked else table), infos
+
+
+def _check_names(parts: Sequence[Mapping[str, Any]]) -> None:
+    """A run keeps the files side by side."""
+    digests: dict[str, str] = {}
+    for part in parts:
+        file = part["name"].rpartition(":")[0]
+        if digests.setdefault(file, part["sha256"]) != part["sha256"]:
+            raise PlanError(f"the plan names two files {file} with different content: expected one, or two names")
 
 
 def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str, Any], PartInfo]:

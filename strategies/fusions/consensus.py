@@ -34,12 +34,18 @@ def consensus(*, threshold: Annotated[float, Field(gt=0)] = 0.4, agreement: Anno
     """
 
     def both(update: Weighed) -> Mapping[str, Tensor]:
-        return {**weighted(update), **{_PLAIN + name: tensor for name, tensor in update.delta.items()}}
+        return {**weighted(update), **{_PLAIN + name: tensor * _counts(update) for name, tensor in update.delta.items()}}
 
     first = yield both
 
     def masks(update: Weighed) -> Mapping[str, Tensor]:
-        return {n: (d.abs() > threshold * (first[_PLAIN + n] - d).abs()).double() for n, d in update.delta.items()}
+        rest = {n: (first[_PLAIN + n] - d).abs() for n, d in update.delta.items()}
+        return {n: (d.abs() > threshold * rest[n]).double() * _counts(update) for n, d in update.delta.items()}
 
     mattering = yield masks
     return {name: torch.where(mattering[name] >= agreement, tensor, 0.0) for name, tensor in mean_of(first).items()}
+
+
+def _counts(update: Weighed) -> float:
+    """1; an update of weight 0 has no say in what matters either."""
+    return float(update.scalar > 0)

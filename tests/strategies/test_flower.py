@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Optional
 
 import flwr.serverapp.strategy as flower
 import numpy as np
@@ -11,12 +11,14 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
 from cotune.models.errors import PlanError, RunError
 from cotune.strategies.combination import WeightedFusion
-from cotune.strategies.flower import FlowerFusion, _Roll, flower_part, flower_strategy
+from cotune.strategies.flower import FlowerFusion, _kept, _restore, _Roll, flower_part, flower_strategy
 from cotune.strategies.parts import Visibility, builtin
 from cotune.strategies.round import RoundContext
 from cotune.strategies.updates import Update
@@ -190,9 +192,7 @@ def test_state_of_any_form_comes_back() -> None:
         memory = load(save({n: t.contiguous() for n, t in driver.result().memory.items()}))
     assert isinstance(info.build, FlowerFusion)
     strategy = info.build.build(given)
-    from cotune.strategies.flower import _restore
-
-    _restore(strategy, memory)
+    _restore(strategy, {path: tensor for path, tensor in memory.items() if path.startswith("[")})
     assert isinstance(strategy, Own)
     assert (strategy.seen["rounds"], strategy.note, strategy.temperature) == (2, "round 2 ✓", 0.5)
     assert strategy.seen[3] == (True, 1.5)
@@ -244,6 +244,20 @@ class Calls(FedAvg):
         return list(grid.send_and_receive([]))
 
 
+class Modest(FedAvg):
+    """As most people write one: it leaves Flower's sampling as it is, which waits for two nodes."""
+
+    def __init__(self, temperature: Optional[float] = None) -> None:  # noqa: UP045
+        super().__init__()
+
+
+class Waits(FedAvg):
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any) -> Iterable[Message]:
+        while len(list(grid.get_node_ids())) < 10:
+            pass
+        return []
+
+
 class Bounded(FedAvg):
     def __init__(self, clip: float = 1.0) -> None:
         super().__init__()
@@ -257,6 +271,7 @@ class Bounded(FedAvg):
         (Chatty, {}, 'tells organisations "learning-rate", and they train as the plan says'),
         (Prunes, {}, "sends organisations other arrays than the model"),
         (Calls, {}, "talks to organisations by itself"),
+        (Waits, {}, "waits for more organisations to come"),
         (Bounded, {"clip": -1.0}, "cannot be made (ValueError: clip must be positive)"),
     ],
 )
@@ -266,6 +281,60 @@ def test_it_is_refused_when_the_plan_is_made(strategy: type[Strategy], parameter
     with pytest.raises(PlanError) as error:
         info.build.rehearse(info.check(parameters))
     assert words in str(error.value)
+
+
+def test_a_strategy_that_says_nothing_of_sampling_does_not_wait() -> None:
+    info = flower_part("mine.py:Modest", Modest)
+    assert isinstance(info.build, FlowerFusion)
+    assert info.check({"temperature": 2}) == {"temperature": 2.0}
+    info.build.rehearse(info.check({}))
+
+
+def test_a_stage_that_shares_other_parameters_begins_anew() -> None:
+    """FedAdam would look for averages that it does not have."""
+    info = flower_strategy("flwr.serverapp.strategy:FedAdam")
+
+    def round_of(number: int, names: list[str], memory: Any) -> Any:
+        context = RoundContext(round=number, state=model(), memory=memory)
+        driver = WeightedFusion((builtin("weighting")["uniform"], {}), (info, info.check({})), context)
+        for update in trained(model(), number):
+            driver.add(replace(update, delta={name: update.delta[name] for name in names}))
+        return driver.result()
+
+    first = round_of(1, ["a.bias"], {})
+    after, alone = round_of(2, ["a.bias", "z.weight"], first.memory), round_of(2, ["a.bias", "z.weight"], {})
+    assert all(after.delta[name].equal(alone.delta[name]) for name in SHAPES)
+
+
+numbers = st.one_of(st.integers(-(2**40), 2**40), st.floats(allow_nan=False), st.booleans(), st.none(), st.text(max_size=5))
+arrays = st.lists(st.floats(-9, 9), max_size=3).map(lambda values: np.array(values, np.float64))
+keys = st.one_of(st.text(max_size=5), st.integers(0, 9))
+held = st.recursive(
+    numbers | arrays,
+    lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Of the same types, values and order."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        return bool(one.dtype == other.dtype and np.array_equal(one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    return all(map(same, one, other)) and len(one) == len(other) if isinstance(one, list | tuple) else bool(one == other)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(["m_t", "v_t", "rounds", "note"]), held, min_size=1))
+def test_all_that_a_strategy_may_hold_survives_a_checkpoint(attributes: dict[str, Any]) -> None:
+    before, after = FedAvg(), FedAvg()
+    vars(before).update(attributes)
+    memory = {path: tensor for name, kept in _kept(before) if name in attributes and kept for path, tensor in kept.items()}
+    _restore(after, load(save(memory)))
+    assert same({name: vars(after)[name] for name in attributes}, attributes)
 
 
 def test_a_constructor_that_wants_objects_is_refused() -> None:

@@ -174,6 +174,14 @@ def test_mistakes_are_one_sentence(folder: Path, strategy: str, words: str) -> N
     assert "\n" not in found
 
 
+def test_two_files_of_one_name(folder: Path) -> None:
+    (folder / "my_rules.py").write_text(RULES)
+    strategy = '{ fusion = "rules/my_rules.py:plain", weighting = "my_rules.py:rank" }'
+    assert len(plan_of(folder, strategy).strategy.files) == 2
+    (folder / "my_rules.py").write_text(RULES + "# another")
+    assert "names two files my_rules.py with different content" in refusal(folder, strategy)
+
+
 def test_a_file_that_fails(folder: Path) -> None:
     (folder / "broken.py").write_text("import no_such_module")
     assert "broken.py cannot be run (ModuleNotFoundError: No module named 'no_such_module')" in refusal(
