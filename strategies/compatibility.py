@@ -75,16 +75,9 @@ def _between_parts(found: Found) -> Iterator[str]:
             )
         if not fusion[1].needs.weights and weighting[0].name != "uniform":
             yield (
-                f'the fusion "{fusion[0].name}" uses no weights, so the weighting "{weighting[0].name}" would do'
-                f" nothing: expected"
-                ' weighting = "uniform"'
+                f'the fusion "{fusion[0].name}" uses no weights, so the weighting "{weighting[0].name}" would do nothing:'
+                ' expected weighting = "uniform"'
             )
-    term = found.get("client_term")
-    if fusion and term and fusion[1].needs.rewrites and (term[1].needs.client_state or term[1].needs.receives):
-        yield (
-            f'the fusion "{fusion[0].name}" writes adapters anew, so that what the client term "{term[0].name}" keeps would be'
-            ' about others: expected a fusion that leaves them as they are, such as "mean", or no such client term'
-        )
     if fusion and optimizer and fusion[1].needs.sets_state and not _plain(optimizer[0]):
         yield (
             f'the fusion "{fusion[0].name}" gives a new model rather than a direction, which the server optimiser'
@@ -101,11 +94,15 @@ def _with_term(
             f'the weighting "{weighting[0].name}" knows the noise of plain training, which the client term "{term[0].name}"'
             ' feeds back: expected weighting = "examples", or no client term'
         )
-    if term and fusion and term[1].needs.client_state and (fusion[1].needs.sets_state or fusion[1].needs.rewrites):
+    if term and fusion and _has_state(term[1]) and not fusion[1].needs.by_parameter:
         yield (
             f'the client term "{term[0].name}" counts on the mean of what the organisations trained, and the fusion'
-            f' "{fusion[0].name}" gives another model: expected fusion = "mean", or no client term'
+            f' "{fusion[0].name}" gives something else: expected fusion = "mean", or no such client term'
         )
+
+
+def _has_state(term: PartInfo) -> bool:
+    return term.needs.client_state or term.needs.receives
 
 
 def _plain(optimizer: Part) -> bool:
