@@ -33,6 +33,7 @@ __all__ = [
     "part_of",
     "pinned",
     "read_file",
+    "source_of",
 ]
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
@@ -102,13 +103,18 @@ def read_file(name: str, folder: Path) -> str:
     except OSError as error:
         raise PlanError(f"{path} cannot be read ({error.strerror}): expected the Python file that the plan names") from None
     digest = hashlib.sha256(content).hexdigest()
-    _read[digest] = path, content
+    _read.setdefault(digest, (path, content))
     return digest
 
 
 def content_of(name: str, sha256: str) -> bytes:
     """The file of that content, which this process has read. Raises PlanError."""
     return _content(name, sha256)[1]
+
+
+def source_of(name: str, sha256: str) -> str:
+    """`file.py:function` with the whole path of the file, so that another process can read it. Raises PlanError."""
+    return f"{_content(name, sha256)[0]}:{name.rpartition(':')[2]}"
 
 
 def object_in(name: str, sha256: str) -> Any:
