@@ -12,6 +12,7 @@ from rich.table import Table
 
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
+from cotune.server.verdict import is_personal
 
 if TYPE_CHECKING:
     from cotune.plan.schema import Plan
@@ -109,7 +110,7 @@ def show(console: Console, result: Result) -> None:
     if client_level is not None:
         spent = f"ε {round_up(client_level['epsilon_spent'])} of {client_level['epsilon']:g} at δ = {client_level['delta']:g}"
         console.print(f"client-level privacy: {spent}, {client_level['rounds_charged']} rounds charged")
-    for file in ("report.html", "summary.json", "model"):
+    for file in ("report.html", "summary.json", "sites/*/model" if is_personal(summary) else "model"):
         console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
 
 
@@ -121,7 +122,7 @@ def _comparison(summary: dict[str, Any]) -> Table:
     alone = "each organisation alone, mean" + (" (same privacy)" if private else "")
     rows = [("majority class", test["majority"]), (alone, (test["alone"] or {}).get("mean"))]
     rows += [
-        ("federated (this run)", test["federated"]),
+        (f"federated ({'own models, mean of ' if is_personal(summary) else ''}this run)", test["federated"]),
         ("all data pooled, without privacy (the bound)", test["pooled"]),
     ]
     for name, metrics in rows:

@@ -69,16 +69,18 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
         rounds = min(stage.rounds, last + stage.rounds - first_round + 1)
         last += stage.rounds
         if rounds > 0:
-            planned.append((stage.local.sample_rate(examples), rounds * stage.local.steps))
+            planned.append((stage.local.sample_rate(examples), rounds * stage.local.steps_of(examples)))
     return planned
 
 
 def planned_telling(plan: Plan, policy: Policy, first_round: int = 1) -> list[Steps]:
-    """What is to be told with noise from a round on: each a Gaussian mechanism on counts, charged like training."""
+    """What is to be told with noise from a round on: each a Gaussian mechanism on one or two sums, charged like
+    training."""
     rounds = plan.rounds - first_round + 1
     once = [policy.tell.example_count == "noised", plan.tell.label_histogram and policy.tell.label_histogram == "noised"]
     metrics = plan.tell.local_metrics and policy.tell.local_metrics == "noised"
-    count = (sum(once) if first_round == 1 else 0) + (rounds if metrics else 0)
+    loss = "loss" in plan.strategy.sends and policy.tell.local_loss == "noised"
+    count = (sum(once) if first_round == 1 else 0) + rounds * (metrics + loss)
     return [Steps(policy.tell.noise_multiplier, 1.0, count)] if count else []
 
 
@@ -138,7 +140,9 @@ def _too_much_in_total(plan: Plan, budget: Budget, examples: int, sigma: float, 
 def _fitting(plan: Plan, budget: Budget, examples: int, sigma: float, before: list[Steps]) -> int:
     """The largest number of first rounds of the plan that fit into the total at σ; by bisection, ε grows with the rounds."""
     total = plan.rounds
-    every = [(stage.local.sample_rate(examples), stage.local.steps) for stage in plan.stages for _ in range(stage.rounds)]
+    every = [
+        (stage.local.sample_rate(examples), stage.local.steps_of(examples)) for stage in plan.stages for _ in range(stage.rounds)
+    ]
     low, high = 0, total
     while low < high:
         middle = (low + high + 1) // 2

@@ -141,4 +141,4 @@ def _try(plan: Plan, stage: Stage, model: SharedModel, examples: int, sigma: flo
         torch.cuda.synchronize(model.device)
     seconds = time.perf_counter() - began
     memory = torch.cuda.max_memory_allocated(model.device) if on_gpu else peak_memory_bytes()
-    return StageCheck(stage.mode, stage.rounds, stage.local.steps, batch, error, seconds, memory)
+    return StageCheck(stage.mode, stage.rounds, stage.local.steps_of(examples), batch, error, seconds, memory)

@@ -26,6 +26,7 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
 def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator[tuple[str, str]]:
     """What depends on the number of records comes last: an earlier answer says nothing about it."""
     yield from _not_allowed(plan, policy)
+    yield from _too_wide(plan, policy)
     yield from _too_long(plan, policy, hours)
     if isinstance(plan.privacy, RecordPrivacy):
         yield from _over_budget(plan.privacy, policy, examples)
@@ -37,6 +38,9 @@ def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator
             )
     elif policy.training.record_privacy:
         yield "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy"
+    if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
+        parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
+        yield "tell.local_loss", f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it"
     yield from _too_few(plan, policy, examples)
 
 
@@ -57,6 +61,15 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
                 yield f"training.{key}", f"the plan asks for {item}, expected one of: {known}; add it to the rule to allow it"
 
 
+def _too_wide(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
+    own = policy.training.rank_for(plan.lora.rank)
+    if plan.uses_lora and own < plan.lora.rank and not plan.mixed_ranks:
+        yield (
+            "training.own_rank",
+            f"the plan trains adapters of rank {plan.lora.rank} and takes no smaller ones, expected lora.smaller_ranks = true",
+        )
+
+
 def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[tuple[str, str]]:
     rules, rounds = policy.training, plan.rounds
     if rounds > rules.max_rounds:
@@ -69,6 +82,13 @@ def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[tuple[str, s
     rules, tell = policy.training, policy.tell
     if examples < rules.min_examples:
         yield "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}"
+    tells = any(stage.local.epochs is not None and stage.local.batch_size >= 1 for stage in plan.stages)
+    if tells and tell.example_count != "exact":
+        yield (
+            "tell.example_count",
+            "the plan has local.epochs, whose number of steps tells how many records there are: expected local.steps, or"
+            " local.batch_size as a fraction",
+        )
     for stage in plan.stages:
         batch = stage.local.sample_rate(examples) * examples
         if batch < rules.min_batch:

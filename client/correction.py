@@ -57,6 +57,7 @@ class Correction:
     def keep(self, round: int, stage: Stage, delta: Delta) -> None:
         """After training, before the update is handed over."""
         if self.plan.strategy.keeps_state:
+            assert stage.local.steps is not None, "a plan whose term keeps state gives steps"
             local = LocalSteps(stage.local.learning_rate, stage.local.momentum, stage.local.steps)
             kept = {**self.kept, **self.term.keep(self.kept, delta, self.sent, local)}
             self.site.remember(self.plan.plan_id, round, kept)

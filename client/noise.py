@@ -37,17 +37,19 @@ def stated_noise(
         delta = min(delta_of(plan.privacy.delta, told), 1 / (told + 1))
         sigma = calibrate(planned_steps(plan, told), epsilon=allowed, delta=delta, spent=planned_telling(plan, policy))
     scale = sigma * plan.privacy.clip_norm / (stage.local.sample_rate(told) * told)  # σC/B
-    return noise_variance(stage.local, optimizer, parameters, scale=scale)
+    return noise_variance(stage.local, optimizer, parameters, scale=scale, steps=stage.local.steps_of(told))
 
 
 def noise_variance(
-    local: LocalTraining, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, scale: float
+    local: LocalTraining, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, scale: float, steps: int
 ) -> dict[str, float]:
-    """The variances to 3 significant digits. scale: σC/B, standard deviation of the noise on a step's gradient."""
+    """The variances to 3 significant digits after `steps` steps. scale: σC/B, standard deviation of the noise on a step's
+    gradient.
+    """
     rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     found = {}
     for name, parameter in parameters.items():
         settings = LocalOptimizer(local.optimizer, rates[id(parameter)], local.momentum, local.weight_decay)
-        variance = delta_noise_variance(settings, noise_multiplier=scale, clip_norm=1.0, expected_batch=1.0, steps=local.steps)
+        variance = delta_noise_variance(settings, noise_multiplier=scale, clip_norm=1.0, expected_batch=1.0, steps=steps)
         found[name] = float(f"{variance:.3g}")
     return found

@@ -5,7 +5,8 @@ data.json         which records it holds (see models/holdings.py)
 policy.toml       what it allows; without one, the strict defaults
 ledger.sqlite     the privacy it has spent
 outbox/           the last finished update, so that a crash after training costs nothing
-kept/<plan>/      what a plan's client term keeps from round to round, by the round after which it was kept
+kept/<plan>/      what is kept from round to round, by the round after which it was kept: tensors of a plan's client term, and in
+                  personal/ the parameters that are not shared
 """
 
 from __future__ import annotations
@@ -81,26 +82,28 @@ class Site:
         content = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(about)})
         write_durably(self.folder / "outbox" / "update.safetensors", content)
 
-    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps a run's tensors after a round, durably, and those of the last few rounds before it."""
-        folder = self.folder / "kept" / plan_id[:32]
+    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "") -> None:
+        """Keeps a run's tensors after a round, durably, and those of the last rounds before it. what: a folder of their own."""
+        folder = self._kept_folder(plan_id, what)
         write_durably(folder / f"round-{round:05d}.safetensors", save({n: t.contiguous() for n, t in tensors.items()}))
 
-    def recall(self, plan_id: str, round: int) -> dict[str, Tensor]:
+    def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
         """What was kept after a round; what is older will not be asked for again, and goes. Raises RunError when it is lost."""
-        folder = self.folder / "kept" / plan_id[:32]
+        folder = self._kept_folder(plan_id, what)
         file = folder / f"round-{round:05d}.safetensors"
-        try:
-            found: dict[str, Tensor] = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"what was kept after round {round} cannot be read from {file} ({error}): expected it to be there, as the server"
-                " counts on it; restore the site from a backup, or start a new run"
-            ) from None
+        found = _load_kept(file)
         for older in folder.glob("round-*.safetensors"):
             if older.name < file.name:
                 older.unlink(missing_ok=True)
         return found
+
+    def newest(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
+        """What was kept last, whether its round was admitted or not; empty where nothing was. Changes nothing."""
+        files = sorted(self._kept_folder(plan_id, what).glob("round-*.safetensors"))
+        return _load_kept(files[-1]) if files else {}
+
+    def _kept_folder(self, plan_id: str, what: str) -> Path:
+        return self.folder / "kept" / plan_id[:32] / what
 
     def kept(self, plan_id: str, round: int, state_digest: str) -> Update | None:
         """The update that answers exactly this request, if it was finished before."""
@@ -116,6 +119,18 @@ class Site:
             return None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"the outbox file {file} is damaged ({error}): remove it to train the round again") from None
+
+
+def _load_kept(file: Path) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        round = int(file.stem.removeprefix("round-"))
+        raise RunError(
+            f"what was kept after round {round} cannot be read from {file} ({error}): expected it to be there, as the server"
+            " counts on it; restore the site from a backup, or start a new run"
+        ) from None
+    return found
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """What an organisation tells the server beside its update, as far as plan and policy agree.
 
-What is noised is a Gaussian mechanism on counts, one record changing each by one at most: charged to the ledger before it is
-computed. What is told once per run is drawn once and remembered, so that asking again reveals nothing new.
+What is noised is a Gaussian mechanism on sums, which one record changes by a known amount at most: charged to the ledger before
+it is computed. What is told once per run is drawn once and remembered, so that asking again reveals nothing new.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cotune.client.account import Account
+from cotune.models.errors import RunError
 from cotune.privacy.accounting import Steps
 from cotune.privacy.randomness import private_generator
 
@@ -59,6 +60,27 @@ class Teller:
             right, records = (self._noised(value, math.sqrt(2)) for value in correct())
             self.account.ledger.settle(charge, 1)
         return {"correct": right, "records": records}
+
+    def loss(self, total: Callable[[float], float], count: int, round: int) -> dict[str, float]:
+        """The received model's mean loss in nats; empty unless the plan's strategy asks for it.
+
+        total: c -> Σ min(ℓ_i, c) over the own records, of which there are `count`. With noise, c is the policy's ceiling, which
+        is then the sensitivity of the sum, and the divisor is the declared number. Without privacy the delta says more than the
+        loss, and no noise is added. Raises RunError for a loss that is not finite.
+        """
+        if "loss" not in self.plan.strategy.sends:
+            return {}
+        if self.policy.tell.local_loss == "noised" and self.account.budget is not None:
+            ceiling, declared = self.policy.tell.loss_ceiling, self.examples(count, round)
+            charge = self.account.reserve(round, self._one(), "local loss")
+            noised = self._noised(total(ceiling), ceiling)
+            self.account.ledger.settle(charge, 1)
+            return {"loss": min(max(noised / declared, 0.0), ceiling)}
+        self.account.leave_unprotected(round, "local loss")
+        mean = total(math.inf) / count
+        if not math.isfinite(mean):
+            raise RunError(f"the received model's loss is {mean}: expected a finite one, as the plan weighs updates by it")
+        return {"loss": mean}
 
     def _once(self, what: str, values: Sequence[int], round: int) -> list[float]:
         """Noised values that are drawn once per run: durable before they are told."""

@@ -15,9 +15,12 @@ from cotune.client.correction import Correction
 from cotune.client.guard import Guard
 from cotune.client.noise import stated_noise
 from cotune.client.observe import tell
+from cotune.client.personal import Personal
+from cotune.client.ranks import OwnRank
 from cotune.client.rows import Rows
 from cotune.client.setting import Setting, check_gradients, optimizer_of, setting_of
 from cotune.client.site import Site
+from cotune.client.statistics import statistics_of
 from cotune.client.telling import Teller
 from cotune.models.errors import Declined, RunError
 from cotune.models.holdings import Holdings
@@ -25,7 +28,7 @@ from cotune.models.sharing import State
 from cotune.plan.model import model_of, trained_names
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps
-from cotune.privacy.dp_sgd import StepReport, private_steps
+from cotune.privacy.dp_sgd import Batch, StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.strategies.updates import Update, difference
 from cotune.strategies.wire import state_digest
@@ -56,31 +59,35 @@ def train_round(
     model = model_of(plan, site.file.device)
     limit_gpu_memory(policy, model.device)
     model.load(state)
-    names = trained_names(plan, model, round)
-    _check_state(state, names)
-    correction = Correction(plan, site, admitted, sent or {})
+    names, personal = trained_names(plan, model, round), Personal(plan, site, model, round, admitted)
+    _check_state(state, personal.shared)
+    correction, own_rank = Correction(plan, site, admitted, sent or {}), OwnRank(plan, stage, policy, model)
+    received = own_rank.held(model, personal.joined(state))
     parameters = model.train_only(names)
     setting = setting_of(plan, stage, model, holdings, state, site.organisation)
     optimizer, named = optimizer_of(stage.local, model, names, parameters), dict(zip(names, parameters, strict=True))
-    guard = Guard(model, {name: state[name] for name in names}, noise=account.budget is not None)
+    guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
     teller = Teller(account)
     if isinstance(plan.privacy, RecordPrivacy):
         sigma = account.plan_noise(round)  # refuses before anything is charged
         told = _tell(teller, setting, holdings, round)
         declared = teller.examples(len(holdings), round)
-        noise = stated_noise(account, sigma, stage, optimizer, named, declared)
-        with correction.applied(optimizer, named):
+        noise = stated_noise(account, sigma, stage, optimizer, {name: named[name] for name in personal.shared}, declared)
+        with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
             steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
         spent: float | None = account.stated_epsilon()
     else:
         account.leave_unprotected(round, "training")
         told = _tell(teller, setting, holdings, round)
-        with correction.applied(optimizer, named):
+        with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
             steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
-    delta = difference(model.state(names), {name: state[name] for name in names})
+    delta = own_rank.sent(difference(model.state(personal.shared), received))
     _check_finite(delta)
-    update = Update(site.organisation, round, delta, teller.examples(len(holdings), round), steps, spent, told, noise)
+    statistics = statistics_of(plan, model, names, setting)
+    examples = teller.examples(len(holdings), round)
+    update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics)
     correction.keep(round, stage, delta)
+    personal.keep()
     site.keep(update, plan.plan_id, digest)
     return update
 
@@ -107,8 +114,8 @@ def _train_privately(
 ) -> int:
     """Returns the steps taken. The ledger is charged before a record enters a batch."""
     check_gradients(setting, privacy, stage.mode)
-    rate = stage.local.sample_rate(len(setting.rows))
-    charge = account.reserve(round, Steps(sigma, rate, stage.local.steps))
+    rate, planned = stage.local.sample_rate(len(setting.rows)), stage.local.steps_of(len(setting.rows))
+    charge = account.reserve(round, Steps(sigma, rate, planned))
     began = time.monotonic()
     reports = private_steps(
         setting.module,
@@ -119,7 +126,7 @@ def _train_privately(
         noise_multiplier=sigma,
         clip_norm=privacy.clip_norm,
         sample_rate=rate,
-        steps=stage.local.steps,
+        steps=planned,
         physical_batch=setting.physical_batch,
         mode=setting.clipping,
         clipping=privacy.clipping,
@@ -142,17 +149,30 @@ def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepRe
 def _tell(teller: Teller, setting: Setting, holdings: Holdings, round: int) -> dict[str, float]:
     """What else the organisation says, about its records and the received model."""
     counts = list(holdings.label_counts().values())
-    return {**teller.histogram(counts, round), **teller.metrics(lambda: _correct(setting), round)}
+    return {
+        **teller.histogram(counts, round),
+        **teller.metrics(lambda: _correct(setting), round),
+        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), len(holdings), round),
+    }
 
 
 @torch.no_grad()
 def _correct(setting: Setting) -> tuple[int, int]:
     """How many records the module classifies rightly, of how many."""
-    right = 0
+    return sum(setting.correct(batch) for batch in _batches(setting)), len(setting.rows)
+
+
+@torch.no_grad()
+def _total_loss(setting: Setting, ceiling: float) -> float:
+    """Σ min(ℓ_i, ceiling); a record whose loss is not a number counts for the ceiling, as a failure would tell of it."""
+    losses = (setting.loss(batch).double().nan_to_num(nan=ceiling, posinf=ceiling) for batch in _batches(setting))
+    return sum(float(loss.clamp(0.0, ceiling).sum()) for loss in losses)
+
+
+def _batches(setting: Setting) -> Iterator[Batch]:
+    """All records, as many at a time as fit."""
     for start in range(0, len(setting.rows), setting.physical_batch):
-        rows = [setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))]
-        right += setting.correct(setting.collate(rows))
-    return right, len(setting.rows)
+        yield setting.collate([setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))])
 
 
 def _train_plainly(
@@ -161,7 +181,7 @@ def _train_plainly(
     """The same batches by Poisson sampling, but reproducible, and without clipping and noise. An empty batch takes no step."""
     generator = seeded_generator(plan.seed, "batches", site.organisation, round)
     rate = stage.local.sample_rate(len(setting.rows))
-    sampler = PoissonSampler(len(setting.rows), rate, stage.local.steps, generator)
+    sampler = PoissonSampler(len(setting.rows), rate, stage.local.steps_of(len(setting.rows)), generator)
     return _follow(_plain_steps(setting, optimizer, sampler), site.organisation, round, None, guard)
 
 

@@ -9,7 +9,7 @@ from cotune.models.sharing import SharedModel, resident
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
 
-__all__ = ["model_of", "trained_names"]
+__all__ = ["model_of", "shared_names", "trained_names"]
 
 
 def model_of(plan: Plan, device: str) -> SharedModel:
@@ -24,9 +24,17 @@ def model_of(plan: Plan, device: str) -> SharedModel:
 
 
 def trained_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
-    """The parameters that organisations train and share in a round, in the model's order."""
+    """The parameters that organisations train in a round, in the model's order."""
     stage = plan.stage_of(round)
     return model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
+
+
+def shared_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
+    """Those of them that travel: all, unless the plan lets organisations keep some to themselves."""
+    names = trained_names(plan, model, round)
+    if not plan.keeps_personal:
+        return names
+    return [name for name in names if name.startswith(model.prefix) and ".lora_B." not in name]
 
 
 def _refuse_batch_norm(model: SharedModel) -> None:

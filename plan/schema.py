@@ -34,7 +34,8 @@ class LocalTraining(Table):
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(0.0, ge=0)
     batch_size: float = Field(256, gt=0, description="expected records per step; below 1: the fraction of the records")
-    steps: int = Field(20, ge=1, description="optimiser steps per round")
+    steps: int | None = Field(20, ge=1, description="optimiser steps per round; null where epochs are given")
+    epochs: float | None = Field(None, gt=0, description="instead of steps: passes over the own records per round")
     physical_batch_size: int = Field(32, ge=1, description="records held in memory at a time; no influence on the result")
 
     @field_validator("batch_size")
@@ -44,9 +45,31 @@ class LocalTraining(Table):
             raise ValueError(f"expected a whole number of records, or a fraction below 1, got {value}")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_instead_of_steps(cls, table: Any) -> Any:
+        if isinstance(table, Mapping) and table.get("epochs") is not None and "steps" not in table:
+            return {**table, "steps": None}
+        return table
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"expected either steps or epochs, got steps = {self.steps} and epochs = {self.epochs}: leave one out"
+            )
+        return self
+
     def sample_rate(self, examples: int) -> float:
         """q, the probability with which each of `examples` records enters a batch."""
         return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / examples)
+
+    def steps_of(self, examples: int) -> int:
+        """Optimiser steps per round of an organisation with so many records: max(1, epochs / q) where epochs are given."""
+        if self.epochs is not None:
+            return max(1, round(self.epochs / self.sample_rate(examples)))
+        assert self.steps is not None, "a plan gives one of both"
+        return self.steps
 
 
 class Stage(Table):
@@ -97,6 +120,9 @@ class SimulationConfig(Table):
     min_examples: int = Field(20, ge=1, description="per organisation")
     epsilons: tuple[float, ...] = Field(
         (), description="own ε of each organisation, in their order, where it is smaller than the plan's; empty: the plan's"
+    )
+    ranks: tuple[int, ...] = Field(
+        (), description="rank of adapters that each organisation trains, in their order, at most lora.rank; empty: that"
     )
     baselines: tuple[Literal["alone", "pooled"], ...] = Field(
         ("alone", "pooled"), description="what the federated model is compared with; each costs training time"
@@ -188,6 +214,25 @@ class Plan(Table):
         return self
 
     @model_validator(mode="after")
+    def _ranks_can_be_trained(self) -> Self:
+        ranks = list(self.simulation.ranks)
+        if ranks and not self.uses_lora:
+            raise ValueError(f"simulation.ranks = {ranks} is for adapters, and no stage trains any: expected train = lora")
+        if not all(1 <= rank <= self.lora.rank for rank in ranks):
+            raise ValueError(f"simulation.ranks = {ranks}: expected each from 1 to lora.rank = {self.lora.rank}")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_shared(self) -> Self:
+        if self.lora.keep == "nothing":
+            return self
+        if self.lora.factors != "ab":
+            raise ValueError(f'lora.keep = "b" shares A alone, and lora.factors = "{self.lora.factors}": expected "ab"')
+        if any(stage.mode != "lora" for stage in self.stages):
+            raise ValueError('lora.keep = "b" keeps the head of every organisation apart: expected train = lora in all rounds')
+        return self
+
+    @model_validator(mode="after")
     def _strategy_fits(self) -> Self:
         problem = first_problem(self.strategy, self.facts)
         if problem:
@@ -227,15 +272,28 @@ class Plan(Table):
             participation=self.server.sample_rate,
             optimizers=tuple(local.optimizer for local in locals_),
             momentum=any(local.optimizer == "sgd" and local.momentum > 0 for local in locals_),
+            same_steps=all(local.epochs is None for local in locals_),
             one_rate=all(local.head_learning_rate in (None, local.learning_rate) for local in locals_),
             modes=tuple(stage.mode for stage in self.stages),
             factors=self.lora.factors if self.uses_lora else None,
+            mixed_ranks=self.mixed_ranks,
+            personal=self.keeps_personal,
             server_data=self.validation_fraction > 0,
         )
 
     @property
     def uses_lora(self) -> bool:
         return any(stage.mode == "lora" for stage in self.stages)
+
+    @property
+    def mixed_ranks(self) -> bool:
+        """Whether organisations may train smaller ranks than the plan's."""
+        return self.uses_lora and (self.lora.smaller_ranks or any(rank < self.lora.rank for rank in self.simulation.ranks))
+
+    @property
+    def keeps_personal(self) -> bool:
+        """Whether organisations keep parameters to themselves: then each has a model of its own, and there is no common one."""
+        return self.lora.keep != "nothing"
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""
@@ -251,7 +309,11 @@ def _inherit(table: Any, key: str, common: dict[str, Any]) -> Any:
     if not isinstance(table, dict):
         return table
     own = table.get(key, {})
-    return {**table, key: {**common, **own}} if isinstance(own, dict) else table
+    if not isinstance(own, dict):
+        return table
+    either = {"steps", "epochs"}
+    replaced = either if either & own.keys() else set()
+    return {**table, key: {**{k: v for k, v in common.items() if k not in replaced}, **own}}
 
 
 def _is_count(value: Any) -> bool:

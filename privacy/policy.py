@@ -50,11 +50,16 @@ class TrainingRules(Table):
     max_rounds: int = Field(200, ge=1, description="rounds of one plan")
     max_hours: float = Field(24.0, gt=0, description="of training for one plan, by this machine's clock")
     max_gpu_memory_gib: float | None = Field(None, gt=0, description="of this process; absent: all there is")
+    own_rank: int | None = Field(None, ge=1, description="rank of adapters to train, where it is smaller than the plan's")
     tasks: tuple[str, ...] = Field(_EVERYTHING, description="such as sequence-classification")
     base_models: tuple[str, ...] = Field((), description="hashes of the models that may be trained, as `plan check` shows them")
     train_modes: tuple[str, ...] = Field(("head", "lora"), description="head, lora, full")
     weightings: tuple[str, ...] = Field(_EVERYTHING, description="of the strategy")
     fusions: tuple[str, ...] = Field(("mean",), description="of the strategy")
+
+    def rank_for(self, planned: int) -> int:
+        """Rank of the adapters that are trained: the plan's, or the organisation's own where that is smaller."""
+        return min(planned, self.own_rank or planned)
 
 
 class TellRules(Table):
@@ -65,6 +70,10 @@ class TellRules(Table):
     )
     declared_examples: int = Field(1, ge=1, description="a number that may be public; 1 says nothing")
     local_metrics: Literal["none", "noised", "clear"] = Field("none", description="accuracy on the own records before a round")
+    local_loss: Literal["none", "noised", "clear"] = Field(
+        "none", description="the received model's mean loss, for strategies that weigh by it; noised: where training is, too"
+    )
+    loss_ceiling: float = Field(4.0, gt=0, description="nats; of a noised loss, what one record counts for at most")
     label_histogram: Literal["none", "noised"] = Field("none", description="how many records each class has, once per plan")
     noise_multiplier: float = Field(20.0, ge=1.0, description="σ of what is noised: Gaussian noise on counts")
     noise_level: bool = Field(True, description="how much noise is in an update; the weighting noise_aware needs it")
@@ -78,8 +87,8 @@ class Policy(Table):
     tell: TellRules = TellRules()
 
     @classmethod
-    def permissive(cls, epsilon: float | None = None) -> Policy:
-        """A simulated organisation's: allows everything; `epsilon`: its own ε for a run."""
+    def permissive(cls, epsilon: float | None = None, rank: int | None = None) -> Policy:
+        """A simulated organisation's: allows everything; `epsilon`, `rank`: its own ε for a run, and rank of adapters."""
         return cls(
             budget=BudgetRules(own_epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6),
             training=TrainingRules(
@@ -88,11 +97,12 @@ class Policy(Table):
                 min_batch=0,
                 max_rounds=10**6,
                 max_hours=1e6,
+                own_rank=rank,
                 base_models=_EVERYTHING,
                 train_modes=_EVERYTHING,
                 fusions=_EVERYTHING,
             ),
-            tell=TellRules(example_count="exact", local_metrics="noised", label_histogram="noised"),
+            tell=TellRules(example_count="exact", local_metrics="noised", local_loss="noised", label_histogram="noised"),
         )
 
 

@@ -12,7 +12,7 @@ from cotune.models.holdings import HoldingsFile
 from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
 from cotune.plan.model import model_of
-from cotune.server.evaluation import evaluate
+from cotune.server.evaluation import evaluate, present_judge
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import RunFolder
 
@@ -47,4 +47,4 @@ def play(grid: Grid, folder: RunFolder) -> None:
         assert validation is not None, "asked only where there are records"
         return evaluate(model, state, validation, plan.model.precision).accuracy
 
-    run_rounds(grid, folder, model, judge, score if validation else None)
+    run_rounds(grid, folder, model, present_judge() if plan.keeps_personal else judge, score if validation else None)

@@ -1,6 +1,9 @@
-"""How good the shared model is on the common test set."""
+"""How good the shared model is on the common test set; and who judges in its place where there is no common model."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -9,9 +12,26 @@ from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics, logits, score
 
-__all__ = ["evaluate", "predict"]
+__all__ = ["Judge", "evaluate", "judged_by", "predict", "present_judge"]
 
 _BATCH = 64
+Judge = Callable[[State], Metrics | None]
+_judges: list[Judge] = []
+
+
+@contextmanager
+def judged_by(judge: Judge) -> Iterator[None]:
+    """During the block, runs of this process whose organisations have models of their own are judged by it."""
+    _judges.append(judge)
+    try:
+        yield
+    finally:
+        _judges.remove(judge)
+
+
+def present_judge() -> Judge:
+    """The judge of such a run; without one, as in a real federation, nobody sees these models."""
+    return _judges[-1] if _judges else lambda _: None
 
 
 def evaluate(model: SharedModel, state: State, test: Holdings, precision: str) -> Metrics:

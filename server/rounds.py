@@ -7,8 +7,9 @@ server never holds more than one reply beside the running sum, unless the weight
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flwr.app import Message, MessageType
@@ -19,12 +20,14 @@ from cotune.models.errors import PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics
 from cotune.plan.schema import Plan
+from cotune.plan.statistics import statistic_shapes
 from cotune.server.admission import reason_to_refuse
 from cotune.server.client_level import ClientLevelPrivacy
 from cotune.server.run_folder import Participant, Progress, RunFolder
 from cotune.server.selection import select
 from cotune.server.step import Score, context_of, enter_round, move, sent_beside, served
 from cotune.strategies.combination import Combination
+from cotune.strategies.round import RoundContext
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, decode_update, encode_requests, payload_bytes
 
@@ -34,6 +37,7 @@ _POLL_SECONDS = 0.02
 _NODES_SECONDS = 120.0  # how long the run waits for the first node
 
 Evaluate = Callable[[State], Metrics | None]
+Refuse = Callable[..., str | None]  # (update, organisation=…) -> why it may not enter
 
 
 @dataclass
@@ -106,12 +110,13 @@ def _play(
     del messages
     tally = _Tally([], [], {}, bytes_down=bytes_down)
     shapes = {name: state[name] for name in names}
+    refuse = _refusal(plan, shapes, statistic_shapes(plan, model, names), context)
     private_mean = client_level.new_mean(shapes, before) if client_level else None
     combination: Combination = private_mean or plan.strategy.new_combination(context)
     deadline = time.monotonic() + plan.server.deadline_seconds
     for participant, message_id in zip(people, ids, strict=True):
         reply = _await_reply(grid, message_id, deadline)
-        update = _admit(folder, participant, reply, shapes, round, tally)
+        update = _admit(folder, participant, reply, refuse, round, tally)
         del reply
         if update is not None:
             combination.add(update)
@@ -166,10 +171,10 @@ def _await_reply(grid: Grid, message_id: str, deadline: float) -> Message | None
 
 
 def _admit(
-    folder: RunFolder, who: Participant, reply: Message | None, shapes: dict[str, Tensor], round: int, tally: _Tally
+    folder: RunFolder, who: Participant, reply: Message | None, refuse: Refuse, round: int, tally: _Tally
 ) -> Update | None:
     """The update in a reply, if it may enter the model; otherwise the organisation is shown as dropped, with the reason."""
-    update, reason = _open(folder.plan, who, reply, shapes, round)
+    update, reason = _open(folder.plan, who, reply, refuse)
     if update is None:
         tally.dropped.append({"organisation": who.name, "reason": reason})
         folder.events.tell("update_dropped", round=round, organisation=who.name, reason=reason)
@@ -188,9 +193,7 @@ def _admit(
     return update
 
 
-def _open(
-    plan: Plan, who: Participant, reply: Message | None, shapes: dict[str, Tensor], round: int
-) -> tuple[Update | None, str]:
+def _open(plan: Plan, who: Participant, reply: Message | None, refuse: Refuse) -> tuple[Update | None, str]:
     if reply is None:
         return None, f"no reply within {plan.server.deadline_seconds:g} seconds"
     if reply.has_error():
@@ -199,10 +202,26 @@ def _open(
         update = decode_update(reply.content, plan.plan_id)
     except RunError as error:
         return None, str(error)
-    limit = plan.server.max_update_norm
-    needed = plan.privacy != "none" and plan.strategy.compares_noise
-    reason = reason_to_refuse(update, organisation=who.name, round=round, shapes=shapes, max_norm=limit, noise_needed=needed)
+    reason = refuse(update, organisation=who.name)
     return (update, "") if reason is None else (None, reason)
+
+
+def _refusal(
+    plan: Plan, shapes: Mapping[str, Tensor], statistics: Mapping[str, tuple[int, ...]], context: RoundContext
+) -> Refuse:
+    """What updates of the round are held to."""
+    local = plan.stage_of(context.round).local
+    return partial(
+        reason_to_refuse,
+        round=context.round,
+        shapes=shapes,
+        statistics=statistics,
+        steps_of=None if local.epochs is None else local.steps_of,
+        smaller=context.adapters if plan.mixed_ranks else (),
+        max_norm=plan.server.max_update_norm,
+        noise_needed=plan.privacy != "none" and plan.strategy.compares_noise,
+        loss_needed="loss" in plan.strategy.sends,
+    )
 
 
 def _one_line(text: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from cotune.models.sharing import SharedModel, State
-from cotune.plan.model import trained_names
+from cotune.plan.model import shared_names
 from cotune.plan.schema import Plan
 from cotune.server.run_folder import Progress
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
@@ -17,12 +17,13 @@ from cotune.strategies.updates import Delta, apply_delta
 __all__ = ["context_of", "enter_round", "move", "sent_beside", "served", "served_of"]
 
 Score = Callable[[State], float]
+_ANY = 10**9  # steps, where the plan gives epochs: each update's are held to its number of records when it is admitted
 
 
 def enter_round(model: SharedModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
-    """The state, with what this round adds to it at its present values; and the names that the organisations train and share."""
+    """The state, with what this round adds to it at its present values; and the names that the organisations share."""
     model.load(state)
-    names = trained_names(plan, model, round)
+    names = shared_names(plan, model, round)
     wanted = [*names, *_rewritten(plan, model, round)]
     return {**state, **model.state([name for name in wanted if name not in state])}, names
 
@@ -47,7 +48,7 @@ def context_of(
         seed=plan.seed,
         organisations=organisations,
         state=state,
-        local=LocalSteps(local.learning_rate, local.momentum, local.steps),
+        local=LocalSteps(local.learning_rate, local.momentum, local.steps or _ANY),
         adapters=model.adapters() if stage.mode == "lora" else (),
         memory=_remembered(before, "fusion"),
         score=None if score is None else lambda delta: score(apply_delta(state, delta)),

@@ -10,13 +10,18 @@ from typing import Any
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, percent, signed
 
-__all__ = ["Summary", "Verdict", "is_private", "judge", "results"]
+__all__ = ["Summary", "Verdict", "is_personal", "is_private", "judge", "results"]
 
 Summary = Mapping[str, Any]
 
 
 def is_private(summary: Summary) -> bool:
     return bool(summary["privacy"]["mode"] != "none")
+
+
+def is_personal(summary: Summary) -> bool:
+    """Whether every organisation has a model of its own, and there is no common one."""
+    return any(organisation.get("personal") for organisation in summary["organisations"])
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,16 @@ def judge(summary: Summary) -> Verdict:
     test, gain = summary["test"], _gain(summary["test"])
     useful = _points(test["federated"], test["majority"]) > 0
     answer = "Measured" if gain is None else "Yes" if gain > 0 and useful else "No"
-    return Verdict(answer, _sentence(test, useful), (*_gains_note(summary), _chance_note(test), *_privacy_note(summary)))
+    return Verdict(
+        answer,
+        _sentence(test, useful, is_personal(summary)),
+        (*_personal_note(summary), *_gains_note(summary), _chance_note(test), *_privacy_note(summary)),
+    )
 
 
-def _sentence(test: Summary, useful: bool) -> str:
+def _sentence(test: Summary, useful: bool, personal: bool) -> str:
     federated, gain = test["federated"], _gain(test)
+    who = "each organisation's own model reaches, in the mean," if personal else "the federated model reaches"
     against = []
     if gain is not None:
         against.append(_against(gain, "the mean of the organisations alone"))
@@ -46,7 +56,7 @@ def _sentence(test: Summary, useful: bool) -> str:
     if test["pooled"] is not None:
         against.append(_against_pooled(_points(federated, test["pooled"]), gain))
     unknown = "" if gain is not None else "; what the organisations reach alone was not measured"
-    return f"the federated model reaches {percent(federated['accuracy'])} accuracy, {', and '.join(against)}{unknown}."
+    return f"{who} {percent(federated['accuracy'])} accuracy, {', and '.join(against)}{unknown}."
 
 
 def _against(points: float, name: str) -> str:
@@ -59,6 +69,11 @@ def _against_pooled(points: float, gain: float | None) -> str:
     if gain is not None and 0 < -points <= gain:
         return f"within {-points:.1f} points of {name}"
     return _against(points, name)
+
+
+def _personal_note(summary: Summary) -> Iterator[str]:
+    if is_personal(summary):
+        yield "There is no common model: every organisation keeps a part of its own, and has its model in its own folder."
 
 
 def _gains_note(summary: Summary) -> Iterator[str]:
@@ -105,6 +120,6 @@ def results(summary: Summary) -> dict[str, Mapping[str, float] | None]:
     return {
         "Majority class": test["majority"],
         f"Each organisation alone (mean{same})": test["alone"] and test["alone"]["mean"],
-        "Federated (this run)": test["federated"],
+        f"Federated ({'each with its own model, mean of ' if is_personal(summary) else ''}this run)": test["federated"],
         "All data pooled, without privacy (the bound)": test["pooled"],
     }

@@ -14,8 +14,10 @@ from flwr.app import Context
 
 from cotune.plan.load import load_plan
 from cotune.server.app import app as server_app
+from cotune.server.evaluation import judged_by
 from cotune.server.events import listening
 from cotune.server.run_folder import RunFolder
+from cotune.simulations.personal import each_judge
 from cotune.simulations.simulate import complete, new_folder, start
 from cotune.simulations.sites import prepare
 
@@ -38,7 +40,7 @@ def simulation(context: Context) -> Iterator[None]:
     out = Path(config["out"]) if config.get("out") else root / new_folder(prepared.plan.name)
     folder = start(prepared, out, "flower", "auto")
     context.run_config["run"] = str(folder.path)
-    with folder.locked(), listening(_print):
+    with folder.locked(), listening(_print), judged_by(each_judge(folder)):
         yield
         if RunFolder(folder.path).finished:
             result = complete(folder, prepared, time.monotonic() - began)

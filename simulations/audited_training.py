@@ -110,7 +110,7 @@ class AuditedTraining:
             noise_multiplier=self.sigma,
             clip_norm=self.privacy.clip_norm,
             sample_rate=rate,
-            steps=stage.local.steps,
+            steps=stage.local.steps_of(len(setting.rows)),
             physical_batch=min(setting.physical_batch, max(1, _GRADIENT_ENTRIES // len(planted.canaries))),
             mode=setting.clipping,
             clipping=self.privacy.clipping,

@@ -58,7 +58,8 @@ def _wanted(prepared: Prepared) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]
 def _without_others(plan: Plan) -> Plan:
     """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to be combined with."""
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
-    return plan.model_copy(update={"client_privacy": None, "server": everybody, "strategy": StrategyConfig()})
+    lora = plan.lora.model_copy(update={"keep": "nothing"})
+    return plan.model_copy(update={"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "lora": lora})
 
 
 def _pooled_plan(plan: Plan) -> Plan:

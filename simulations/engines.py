@@ -15,8 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 from cotune.client.app import app as client_app
 from cotune.models.errors import CotuneError, PlanError, RunError, nearest
 from cotune.server.app import app as server_app
+from cotune.server.evaluation import judged_by
 from cotune.server.run_folder import RunFolder
 from cotune.simulations.grid import InProcessGrid
+from cotune.simulations.personal import each_judge
 
 __all__ = ["ENGINES", "check_engine", "play_on"]
 
@@ -31,7 +33,8 @@ def check_engine(engine: str) -> None:
 
 def play_on(engine: str, folder: RunFolder) -> None:
     """Plays the run's unfinished rounds. Raises RunError when the run fails."""
-    ENGINES[engine](folder)
+    with judged_by(each_judge(folder)):
+        ENGINES[engine](folder)
 
 
 def _in_process(folder: RunFolder) -> None:

@@ -12,22 +12,36 @@ from collections.abc import Mapping, Sequence
 
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
+from cotune.plan.schema import Plan
 from cotune.server.evaluation import evaluate, predict
 from cotune.simulations.sites import Prepared
 
 __all__ = ["mixed_accuracy", "own_accuracies"]
 
 
-def own_accuracies(prepared: Prepared, model: SharedModel, state: State) -> dict[str, float | None]:
-    """Accuracy of the model in a state by organisation; None for one whose records have no like in the test set."""
+def own_accuracies(
+    prepared: Prepared, model: SharedModel, state: State, personal: Mapping[str, State]
+) -> dict[str, float | None]:
+    """Accuracy of the model in a state by organisation; None for one whose records have no like in the test set.
+
+    personal: the states of those that have a model of their own.
+    """
     plan, test = prepared.plan, dict(prepared.test)
     held = {file: Holdings(((prepared.records[file], rows),), plan.labels, plan.task) for file, rows in test.items()}
+    states = {share.name: personal.get(share.name, state) for share in prepared.shares}
     if None not in held:
-        judged = {file: evaluate(model, state, own, plan.model.precision).accuracy for file, own in held.items() if len(own)}
-        return {share.name: judged.get(share.file) for share in prepared.shares}
-    predicted = predict(model, state, held[None], plan.model.precision)
-    recalls = dict(zip(plan.labels, _recalls(held[None].truth, predicted, len(plan.labels)), strict=True))
-    return {share.name: mixed_accuracy(prepared.label_counts(share), recalls) for share in prepared.shares}
+        files = {share.name: held[share.file] for share in prepared.shares}
+        return {
+            n: evaluate(model, states[n], own, plan.model.precision).accuracy if len(own) else None for n, own in files.items()
+        }
+    judged = {id(s): _recalls_in(s, model, held[None], plan) for s in {id(s): s for s in states.values()}.values()}
+    return {s.name: mixed_accuracy(prepared.label_counts(s), judged[id(states[s.name])]) for s in prepared.shares}
+
+
+def _recalls_in(state: State, model: SharedModel, test: Holdings, plan: Plan) -> dict[str, float | None]:
+    """Of each class, the fraction of the common test set that the model in a state tells rightly."""
+    told = predict(model, state, test, plan.model.precision)
+    return dict(zip(plan.labels, _recalls(test.truth, told, len(plan.labels)), strict=True))
 
 
 def mixed_accuracy(counts: Mapping[str, int], recalls: Mapping[str, float | None]) -> float | None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from cotune.client.budget import planned_steps, planned_telling
@@ -16,9 +17,11 @@ from cotune.models.sharing import SharedModel
 from cotune.models.tasks import Example, example_losses
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
+from cotune.plan.statistics import statistic_shapes
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.policy import Policy
 from cotune.privacy.statement import client_statement
+from cotune.server.step import enter_round
 from cotune.simulations.sites import Prepared, client_level_noise, prepare
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, encode_requests, encode_update, payload_bytes
@@ -45,7 +48,9 @@ class OrganisationForecast:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """Per stage. bytes_up and bytes_down: of one round, all organisations together. parameters: that are trained and travel."""
+    """Per stage. bytes_up and bytes_down: of one round, all organisations together. parameters: that are trained and travel.
+    steps: in one round, of the organisation that takes most.
+    """
 
     mode: str
     rounds: int
@@ -130,16 +135,19 @@ def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
 
 def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
     """Sizes are those of real messages with the model's present values in them."""
-    plan, names, held = prepared.plan, [s.name for s in prepared.shares], dict[str, Tensor]()
+    plan, names, held, first = prepared.plan, [s.name for s in prepared.shares], dict[str, Tensor](), 1
     for stage in plan.stages:
-        shared = model.state(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
-        held |= shared
-        requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names])
-        update = encode_update(Update(names[0], 1, shared, 1, 1), plan.plan_id)
+        held, travelling = enter_round(model, plan, held, first)
+        shared, first = {name: held[name] for name in travelling}, first + stage.rounds
+        term = plan.strategy.client_term
+        beside = shared if term is not None and term.info("client_term").needs.receives else {}
+        requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names], beside)
+        arrays = {name: torch.zeros(shape) for name, shape in statistic_shapes(plan, model, shared).items()}
+        update = encode_update(Update(names[0], 1, shared, 1, 1, statistics=arrays), plan.plan_id)
         yield StageForecast(
             stage.mode,
             stage.rounds,
-            stage.local.steps,
+            max(stage.local.steps_of(len(share.rows)) for share in prepared.shares),
             sum(tensor.numel() for tensor in shared.values()),
             payload_bytes(update) * len(names),
             sum(payload_bytes(request) for request in requests),
@@ -156,11 +164,8 @@ def _seconds(prepared: Prepared, model: SharedModel) -> float:
         if stage.mode == "head" and feature_head(model) is not None:
             total += records * _time_per_record(plan, model, examples, None)
         else:
-            work = (
-                sum(stage.local.sample_rate(len(s.rows)) * len(s.rows) for s in prepared.shares)
-                * stage.rounds
-                * stage.local.steps
-            )
+            sizes = [len(s.rows) for s in prepared.shares]
+            work = stage.rounds * sum(stage.local.sample_rate(n) * n * stage.local.steps_of(n) for n in sizes)
             cost = _CLIPPING_COST[stage.mode] if plan.privacy != "none" else 1.0
             total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_record(plan, model, examples, stage)
     return total

@@ -20,6 +20,7 @@ from cotune.server.run_folder import RunFolder
 from cotune.server.step import served_of
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.engines import check_engine, play_on
+from cotune.simulations.personal import export_each
 from cotune.simulations.sites import Prepared, make_run, prepare
 from cotune.simulations.summary import dumps, summarise
 
@@ -91,11 +92,19 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Result:
     """After the last round: baselines, the exported model, summary.json and report.html."""
     began = time.monotonic()
     results = run_baselines(folder, prepared)
-    plan = folder.plan
-    model = model_of(plan, folder.file.device)
-    model.load(served_of(plan, folder.load()))
-    export_model(model, folder.path / "model")
+    _export(folder)
     summary = summarise(folder, prepared, results, seconds + time.monotonic() - began)
     write_durably(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
     return Result(folder.path, json.loads(dumps(summary)))
+
+
+def _export(folder: RunFolder) -> None:
+    """The model of the run; or, where there is no common one, each organisation's in its site."""
+    state = served_of(folder.plan, folder.load())
+    if folder.plan.keeps_personal:
+        export_each(folder, state)
+        return
+    model = model_of(folder.plan, folder.file.device)
+    model.load(state)
+    export_model(model, folder.path / "model")

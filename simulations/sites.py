@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
@@ -43,6 +44,7 @@ class Share:
     file: Path | None
     rows: Rows
     epsilon: float | None = None  # its own, where it wants to spend less than the plan allows
+    rank: int | None = None  # of adapters, its own where it is smaller than the plan's
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     model = plan.model.model_copy(update={"base_hash": base.content_hash, "base": _absolute(plan.model.base)})
     resolved = plan.model_copy(update={"labels": labels, "data": data, "model": model})
     shares, test, validation = _split(resolved, records)
-    shares = _with_own_epsilons(plan.simulation.epsilons, shares)
+    shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
     for share in shares:
         for stage in resolved.stages:
             check_examples(len(share.rows), stage.local, share.name)
@@ -109,14 +111,15 @@ def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:
     return round_noise(plan.client_privacy, rounds=rounds, organisations=organisations, sample_rate=plan.server.sample_rate)
 
 
-def _with_own_epsilons(epsilons: tuple[float, ...], shares: tuple[Share, ...]) -> tuple[Share, ...]:
-    if not epsilons:
+def _with_own(what: Literal["epsilon", "rank"], values: Sequence[float], shares: tuple[Share, ...]) -> tuple[Share, ...]:
+    if not values:
         return shares
-    if len(epsilons) != len(shares):
+    if len(values) != len(shares):
         raise PlanError(
-            f"the plan has {len(epsilons)} values in simulation.epsilons for {len(shares)} organisations: expected one for each"
+            f"the plan has {len(values)} values in simulation.{what}s for {len(shares)} organisations: expected one for each"
         )
-    return tuple(replace(share, epsilon=epsilon) for share, epsilon in zip(shares, epsilons, strict=True))
+    own: list[dict[str, Any]] = [{what: value} for value in values]
+    return tuple(replace(share, **rule) for share, rule in zip(shares, own, strict=True))
 
 
 def _read(plan: Plan) -> dict[Path | None, Records]:
@@ -216,6 +219,6 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
 def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
     """A simulated organisation's folder; its ledger and outbox are left alone where they exist."""
     write_holdings(folder / "data.json", plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
-    if len(shares) == 1 and shares[0].epsilon is not None:
-        write_durably(folder / "policy.toml", dump_policy(Policy.permissive(shares[0].epsilon)).encode())
+    if len(shares) == 1 and (shares[0].epsilon, shares[0].rank) != (None, None):
+        write_durably(folder / "policy.toml", dump_policy(Policy.permissive(shares[0].epsilon, shares[0].rank)).encode())
     write_durably(folder / "site.json", SiteFile(organisation=name, simulated=True, device=device).model_dump_json().encode())

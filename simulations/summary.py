@@ -19,7 +19,9 @@ from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.statement import client_statement, statement
 from cotune.server.client_level import account_of
 from cotune.server.run_folder import Progress, RunFolder
+from cotune.server.step import served_of
 from cotune.simulations.fairness import own_accuracies
+from cotune.simulations.personal import mean_metrics, personal_metrics, personal_states
 from cotune.simulations.sites import Prepared, Share, client_level_noise
 
 __all__ = ["summarise"]
@@ -33,7 +35,9 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
     metrics = Metrics(**progress.history[-1]["metrics"])
     alone = {name.removeprefix("alone/"): m for name, m in baselines.items() if name.startswith("alone/")}
     pooled = baselines.get("pooled")
-    own = own_accuracies(prepared, model_of(plan, folder.file.device), progress.state)
+    served, model = served_of(plan, progress), model_of(plan, folder.file.device)
+    personal = personal_metrics(folder, served) if plan.keeps_personal else {}
+    own = own_accuracies(prepared, model, served, personal_states(folder, served) if plan.keeps_personal else {})
     return {
         "schema": 1,
         "run": folder.file.run,
@@ -50,12 +54,17 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
             "majority": _majority(folder, prepared).as_dict(),
-            "alone": {"mean": _mean(list(alone.values())), "each": {n: m.as_dict() for n, m in alone.items()}} if alone else None,
+            "alone": {"mean": mean_metrics(list(alone.values())).as_dict(), "each": {n: m.as_dict() for n, m in alone.items()}}
+            if alone
+            else None,
             "federated": metrics.as_dict(),
             "pooled": pooled.as_dict() if pooled else None,
         },
         "organisations": [
-            {**_organisation(folder, prepared, s, progress, alone.get(s.name), metrics), "own": _own(own[s.name])}
+            {
+                **_organisation(folder, prepared, s, progress, alone.get(s.name), metrics, personal.get(s.name)),
+                "own": _own(own[s.name]),
+            }
             for s in prepared.shares
         ],
         "rounds": list(progress.history),
@@ -109,9 +118,10 @@ def _client_privacy(folder: RunFolder, prepared: Prepared, progress: Progress) -
 
 
 def _in_clear(folder: RunFolder) -> bool:
-    """Whether any organisation's policy lets it tell the local metrics that the plan asks for as they are."""
-    policies = (Site(folder.path / who.site).policy() for who in folder.file.participants)
-    return folder.plan.tell.local_metrics and any(policy.tell.local_metrics == "clear" for policy in policies)
+    """Whether any organisation's policy lets it tell the local metrics or the loss that the plan asks for as they are."""
+    tell = [Site(folder.path / who.site).policy().tell for who in folder.file.participants]
+    metrics = folder.plan.tell.local_metrics and any(rules.local_metrics == "clear" for rules in tell)
+    return metrics or ("loss" in folder.plan.strategy.sends and any(rules.local_loss == "clear" for rules in tell))
 
 
 def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:
@@ -145,15 +155,17 @@ def _majority(folder: RunFolder, prepared: Prepared) -> Metrics:
     return majority(train, test.truth, len(folder.plan.labels))
 
 
-def _mean(metrics: list[Metrics]) -> dict[str, float]:
-    tables = [m.as_dict() for m in metrics]
-    return {key: sum(t[key] for t in tables) / len(tables) for key in tables[0]}
-
-
 def _organisation(
-    folder: RunFolder, prepared: Prepared, share: Share, progress: Progress, alone: Metrics | None, federated: Metrics
+    folder: RunFolder,
+    prepared: Prepared,
+    share: Share,
+    progress: Progress,
+    alone: Metrics | None,
+    federated: Metrics,
+    personal: Metrics | None,
 ) -> dict[str, Any]:
     plan, examples = folder.plan, len(share.rows)
+    reached = personal if plan.keeps_personal else federated
     private = isinstance(plan.privacy, RecordPrivacy)
     charges = _training(folder, share) if private else []
     took_part = [e["round"] for e in progress.history if share.name in e["participants"]]
@@ -163,13 +175,14 @@ def _organisation(
         "examples": examples,
         "labels": prepared.label_counts(share),
         "alone": alone.as_dict() if alone else None,
-        "gain": federated.accuracy - alone.accuracy if alone else None,
+        "personal": personal.as_dict() if personal else None,
+        "gain": reached.accuracy - alone.accuracy if alone and reached else None,
         "epsilon_spent": spent[0],
         "epsilon_allowed": _allowed(plan, share),
         "delta": spent[1],
         "noise_multiplier": charges[-1].noise_multiplier if charges else None,
         "sample_rate": plan.stages[-1].local.sample_rate(examples),
-        "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps for r in took_part),
+        "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps_of(examples) for r in took_part),
         "rounds": len(took_part),
     }
 

@@ -17,7 +17,10 @@ _STATISTICS = {"fisher", "gram"}
 class Facts:
     """What a plan says beside its strategy. sums_only: the server may see sums alone. participation: the fraction of the
     organisations that each round asks. organisations: that it asks; None where that is not known before the run. factors:
-    lora.factors where adapters are trained, else None. one_rate: every parameter is trained at the same learning rate."""
+    lora.factors where adapters are trained, else None. one_rate: every parameter is trained at the same learning rate.
+    personal: organisations keep some of what they train to themselves. same_steps: every organisation takes as many steps in a
+    round.
+    """
 
     record_privacy: bool = False
     client_privacy: bool = False
@@ -27,9 +30,11 @@ class Facts:
     optimizers: tuple[str, ...] = ("sgd",)
     momentum: bool = False
     one_rate: bool = True
+    same_steps: bool = True
     modes: tuple[str, ...] = ("head",)
     factors: str | None = None
     mixed_ranks: bool = False
+    personal: bool = False
     server_data: bool = False
 
 
@@ -74,6 +79,12 @@ def _between_parts(found: Found) -> Iterator[str]:
                 f" nothing: expected"
                 ' weighting = "uniform"'
             )
+    term = found.get("client_term")
+    if fusion and term and fusion[1].needs.rewrites and (term[1].needs.client_state or term[1].needs.receives):
+        yield (
+            f'the fusion "{fusion[0].name}" writes adapters anew, so that what the client term "{term[0].name}" keeps would be'
+            ' about others: expected a fusion that leaves them as they are, such as "mean", or no such client term'
+        )
     if fusion and optimizer and fusion[1].needs.sets_state and not _plain(optimizer[0]):
         yield (
             f'the fusion "{fusion[0].name}" gives a new model rather than a direction, which the server optimiser'
@@ -154,11 +165,19 @@ def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
         yield "assumes plain gradient steps, and the plan has local.momentum above 0: expected 0"
     if needs.optimizers and not facts.one_rate:
         yield "assumes one learning rate, and the plan has another local.head_learning_rate: leave it out"
+    if needs.client_state and not facts.same_steps:
+        yield "assumes as many steps at every organisation, and the plan has local.epochs: expected local.steps"
     if needs.adapters and "lora" not in facts.modes:
         yield "is for adapters, and no stage of the plan trains any: expected train = lora"
     if needs.adapters and facts.factors is not None and facts.factors not in needs.adapters:
         yield f"is for lora.factors = {' or '.join(needs.adapters)}, and the plan has {facts.factors}: change one of the two"
     if facts.mixed_ranks and info.kind == "fusion" and not needs.mixed_ranks:
         yield 'cannot fuse adapters of different ranks: expected one rank for all, or a fusion that can, such as "flexlora"'
+    if facts.mixed_ranks and info.kind != "fusion" and (info.sees_all or needs.client_state or needs.receives):
+        yield "is about whole adapters, and the plan has smaller ranks: expected one rank for all, or a strategy without it"
+    if facts.mixed_ranks and facts.client_privacy and info.kind == "fusion":
+        yield "cannot take smaller ranks with client_privacy, which divides by a fixed number: expected one rank for all"
+    if facts.personal and (needs.adapters or needs.server_data or needs.client_state or needs.receives):
+        yield 'is about whole models, and lora.keep leaves a part of them at home: expected lora.keep = "nothing"'
     if needs.server_data and not facts.server_data:
         yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"

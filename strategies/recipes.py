@@ -45,6 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fedex": {"fusion": "fedex", "lora": {"factors": "ab"}},
     "flora": {"fusion": "flora", "lora": {"factors": "ab"}},
     "flexlora": {"fusion": "flexlora", "lora": {"factors": "ab"}},
+    "fedsa": {"lora": {"factors": "ab", "keep": "b"}},  # Guo et al., ICLR 2025, https://arxiv.org/abs/2410.01463
     "hetlora": {"weighting": "uniform", "fusion": "hetlora", "lora": {"factors": "ab"}},
     # server optimisers
     "fedadam": {"server_optimizer": "adam"},

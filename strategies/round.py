@@ -17,7 +17,10 @@ __all__ = ["Fused", "LocalSteps", "RoundContext", "Weighed"]
 
 @dataclass(frozen=True)
 class LocalSteps:
-    """How every organisation trains in the round. learning_rate: η of the first parameter group; steps: K."""
+    """How every organisation trains in the round.
+
+    learning_rate: η of the first parameter group. steps: K, or no real limit where the plan gives epochs.
+    """
 
     learning_rate: float = 1.0
     momentum: float = 0.0

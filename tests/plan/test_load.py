@@ -133,7 +133,7 @@ def test_overrides_of_every_kind() -> None:
     assert plan.local.optimizer == "adamw"
     assert plan.model.base == "./my model"
     assert plan.labels == ("so", "good")
-    assert plan.strategy.server_optimizer.parameters == {"lr": 0.5, "momentum": 0.0}
+    assert plan.strategy.server_optimizer.parameters["lr"] == 0.5
     assert plan.data.deduplicate
     assert plan.data.text == "7"
     assert plan.data.label == "a=b"
@@ -176,6 +176,7 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "validation_fraction": st.floats(0, 1, exclude_max=True),
     "strategy.weighting.cap": st.integers(0, 10**6),
     "strategy.server_optimizer.lr": st.floats(0, 1e6, exclude_min=True),
+    "strategy.server_optimizer.warmup": st.integers(0, 10**6),
     "strategy.server_optimizer.momentum": st.floats(0, 1, exclude_max=True),
     "test_fraction": st.floats(0, 1, exclude_min=True, exclude_max=True),
     "keep_checkpoints": st.integers(0, 10**6),

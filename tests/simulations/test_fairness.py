@@ -59,7 +59,9 @@ def test_organisations_of_one_file_weighted_by_what_they_hold(result: Result) ->
         expected = sum(n * recalls[name] for name, n in organisation["labels"].items()) / organisation["examples"]
         assert organisation["own"] == {"accuracy": pytest.approx(expected)}
     assert len({organisation["own"]["accuracy"] for organisation in result.summary["organisations"]}) > 1
-    assert own_accuracies(prepared, model, state) == {o["name"]: o["own"]["accuracy"] for o in result.summary["organisations"]}
+    assert own_accuracies(prepared, model, state, {}) == {
+        o["name"]: o["own"]["accuracy"] for o in result.summary["organisations"]
+    }
 
 
 def test_organisations_with_files_are_judged_on_their_own(toy_plan: NewPlan, tmp_path: Path) -> None:
@@ -93,4 +95,4 @@ def test_organisations_with_tags_are_weighted_by_words(toy_plan: NewPlan, tmp_pa
     for share in prepared.shares:
         held = [tag for row in share.rows for tag in prepared.records[None].labels[row]]
         expected = sum(recalls[tag] for tag in held) / len(held)
-        assert own_accuracies(prepared, model, {})[share.name] == pytest.approx(expected)
+        assert own_accuracies(prepared, model, {}, {})[share.name] == pytest.approx(expected)

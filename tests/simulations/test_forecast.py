@@ -30,6 +30,15 @@ def test_what_is_forecast_is_what_happens(toy_plan: NewPlan, tmp_path: Path) -> 
         assert played[stage.mode]["bytes_down"] == pytest.approx(stage.bytes_down, abs=3 * 400)  # a simulation names the sites
 
 
+def test_what_a_term_sends_is_in_the_bytes_down(toy_plan: NewPlan) -> None:
+    plain, twice = (
+        forecast(toy_plan(strategy=strategy, train="full", local={"momentum": 0.0}), "cpu").stages[0]
+        for strategy in ("fedavg", "scaffold")
+    )
+    assert twice.bytes_down - plain.bytes_down == pytest.approx(plain.bytes_up, rel=0.02)  # as large as the deltas
+    assert twice.bytes_up == pytest.approx(plain.bytes_up, rel=0.01)
+
+
 def test_sizes_by_hand(toy_plan: NewPlan) -> None:
     """A head for 3 classes on 16 features; LoRA of rank 2, A frozen: B of 16 × 2 in query and value of each of the layers."""
     stages = [{"mode": "head", "rounds": 1}, {"mode": "lora", "rounds": 1}]

@@ -120,7 +120,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
         assert all(0 <= value <= 1 for value in each.values())
     for organisation in summary["organisations"]:
         assert set(organisation) == {
-            *("name", "examples", "labels", "alone", "gain", "epsilon_spent", "epsilon_allowed", "delta"),
+            *("name", "examples", "labels", "alone", "personal", "gain", "epsilon_spent", "epsilon_allowed", "delta"),
             *("noise_multiplier", "sample_rate", "steps", "rounds", "own"),
         }
     for entry in summary["rounds"]:

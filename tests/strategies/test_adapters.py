@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.strategies.adapters import averaged, padded, product_norm, stacked, truncated
+from cotune.strategies.client_term import ClientTerm
+from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.parts import Needs, PartInfo
 from cotune.strategies.round import Weighed
+from cotune.strategies.strategy import Part, StrategyConfig
 from cotune.strategies.updates import Update
 from tests.strategies.adapted import A, B, close
 
@@ -72,3 +79,25 @@ def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
         mean = averaged(order)
         assert mean[A].tolist() == [[1.0, 5.0], [5.0, 6.0]]
         assert mean[B].tolist() == [[7.0, 7.0]]
+
+
+@pytest.mark.parametrize(
+    ("facts", "fusion", "said"),
+    [
+        ({}, "flora", 'the fusion "flora" writes adapters anew, so that what the client term "mine.py:term" keeps'),
+        ({}, "fedit", None),
+        ({"mixed_ranks": True}, "hetlora", "is about whole adapters, and the plan has smaller ranks"),
+        ({"personal": True}, "mean", "is about whole models, and lora.keep leaves a part of them at home"),
+    ],
+)
+@pytest.mark.parametrize("needs", [Needs(client_state=True), Needs(receives=True), Needs()])
+def test_tensors_that_organisations_keep_are_about_whole_adapters_that_stay(
+    facts: dict[str, Any], fusion: str, said: str | None, needs: Needs
+) -> None:
+    term = PartInfo("client_term", "term", ClientTerm, "", needs)
+    strategy = StrategyConfig.model_validate({"fusion": fusion}).model_copy(update={"client_term": Part(name="mine.py:term")})
+    found = first_problem(strategy, Facts(modes=("lora",), factors="ab", **facts), {"client_term": term})
+    if said is None or needs == Needs():
+        assert found is None
+    else:
+        assert said in (found or "")

@@ -47,7 +47,12 @@ def test_a_name_alone_and_a_table_mean_the_same() -> None:
 
 def test_a_plan_says_every_parameter_whether_given_or_not() -> None:
     """Another default in another version must not change what a kept plan means."""
-    assert config(server_optimizer="sgd").server_optimizer.parameters == {"lr": 1.0, "momentum": 0.0}
+    assert config(server_optimizer="sgd").server_optimizer.parameters == {
+        "lr": 1.0,
+        "momentum": 0.0,
+        "schedule": "constant",
+        "warmup": 0,
+    }
     assert config(server_optimizer={"lr": 0.5}) == config(server_optimizer={"name": "sgd", "lr": 0.5, "momentum": 0.0})
     assert config(server_optimizer={"name": "sgd", "lr": 1}) == config(server_optimizer="sgd")
 
@@ -103,7 +108,7 @@ def test_a_finished_part_is_checked_too() -> None:
         ({"weighting": {"name": "uniform", "context": 1}}, 'has no parameter "context"'),
         ({"optimizer": "sgd"}, "Extra inputs are not permitted"),
         ({"fusion": "rules.py:best"}, "came without the SHA-256 of the file"),
-        ({"client_term": "rules.py:best"}, "expected a client term that is installed"),
+        ({"client_term": "rules.py:best"}, "expected one of cotune, or of a package that every organisation has"),
     ],
 )
 def test_what_is_wrong_is_said(table: dict[str, Any], message: str) -> None:

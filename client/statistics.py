@@ -1,0 +1,84 @@
+"""What some fusions want beside a delta: squared gradients and inputs of the trained model on the own records, without noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cotune.client.setting import Setting
+from cotune.models.sharing import SharedModel
+from cotune.plan.schema import Plan
+from cotune.plan.statistics import gram_layers
+
+__all__ = ["statistics_of"]
+
+
+def statistics_of(plan: Plan, model: SharedModel, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+    """The arrays of `plan.statistics.statistic_shapes`, float32 on the CPU; empty unless the plan's fusion wants some.
+
+    The model must be set to the state after training. Costs one backward pass per record (fisher), one forward pass over all
+    records (gram) and, for as long as it takes, 8 bytes for each entry.
+    """
+    found: dict[str, Tensor] = {}
+    if "fisher" in plan.strategy.sends:
+        found |= {f"fisher/{name}": f for name, f in _fisher(dict(model.parameters()), names, setting).items()}
+    if "gram" in plan.strategy.sends:
+        found |= {f"gram/{name}": g for name, g in _grams(model, names, setting).items()}
+    return {name: tensor.to("cpu", torch.float32) for name, tensor in found.items()}
+
+
+def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+    """The mean over the records of each record's squared gradient: the diagonal of the empirical Fisher information."""
+    parameters = [own[name] for name in names]
+    squares = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    for row in setting.rows:
+        loss = setting.exact(setting.collate([row])).sum()
+        for square, gradient in zip(squares, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if gradient is not None:
+                square += gradient.double().square()
+    return {name: square / len(setting.rows) for name, square in zip(names, squares, strict=True)}
+
+
+@torch.no_grad()
+def _grams(model: SharedModel, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+    """XᵀX / n of every trained linear layer: X has a row for each position of a record that is not padding, and a column of ones
+    where the bias is trained.
+    """
+    layers, grams, mask = gram_layers(model, names), dict[str, Tensor](), _Mask()
+    hooks = []
+    for name, (layer, with_bias) in layers.items():
+        size = layer.in_features + with_bias
+        grams[name] = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
+        hooks.append(layer.register_forward_pre_hook(_adding(grams[name], with_bias, mask)))
+    try:
+        for start in range(0, len(setting.rows), setting.physical_batch):
+            rows = [setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))]
+            batch = setting.collate(rows)
+            mask.now = batch.get("attention_mask")
+            setting.exact(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: gram / len(setting.rows) for name, gram in grams.items()}
+
+
+class _Mask:
+    """Which positions of the batch of the moment are no padding: (b, t); None where there are no positions."""
+
+    now: Tensor | None = None
+
+
+def _adding(gram: Tensor, with_bias: bool, mask: _Mask) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0].detach()
+        if mask.now is not None and x.dim() == 3 and x.shape[:2] == mask.now.shape:
+            x = x[mask.now.bool()]
+        x = x.reshape(-1, x.shape[-1]).double()
+        if with_bias:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        gram.add_(x.T @ x)
+
+    return add

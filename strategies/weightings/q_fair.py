@@ -1,0 +1,26 @@
+"""Who is served badly counts more."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from cotune.strategies.parts import Needs, weighting
+from cotune.strategies.updates import Update
+
+__all__ = ["q_fair"]
+
+
+@weighting(
+    "q_fair",
+    cite="Li et al., ICLR 2020, https://arxiv.org/abs/1905.10497 (q-FFL)",
+    needs=Needs(sends=("loss",)),
+)
+def q_fair(update: Update, *, q: Annotated[float, Field(ge=0, le=10)] = 1.0) -> float:
+    """w_k = F_k^q, F_k being the mean loss of the received model on the organisation's records.
+
+    The direction of steepest descent on Σ F_k^(q+1), every organisation being one of equals; the length of the paper's step is
+    left to the server optimiser. q: 0 counts everybody alike, large q the worst served alone. A loss is believed as it is told.
+    """
+    return float(update.told["loss"] ** q)

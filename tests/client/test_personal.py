@@ -1,0 +1,114 @@
+"""What an organisation trains and keeps to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cotune.client.personal import PERSONAL
+from cotune.client.site import Site
+from cotune.client.training import train_round
+from cotune.models.errors import RunError
+from cotune.models.sharing import State
+from cotune.plan.model import model_of, shared_names, trained_names
+from cotune.plan.schema import Plan
+from cotune.strategies.updates import apply_delta
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+
+PRIVATE = {"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0}
+
+
+def plan_of(make_plan: MakePlan, keep: str = "b", **tables: Any) -> Plan:
+    return make_plan(train="lora", lora={"rank": 2, "factors": "ab", "keep": keep}, **tables)
+
+
+def base_state(plan: Plan) -> State:
+    model = model_of(plan, "cpu")
+    model.load({})
+    return model.state(shared_names(plan, model, 1))
+
+
+@pytest.mark.parametrize("privacy", ["none", PRIVATE])
+def test_a_travels_and_the_rest_stays(make_plan: MakePlan, make_site: MakeSite, privacy: Any) -> None:
+    plan, site = plan_of(make_plan, privacy=privacy), make_site()
+    update = train_round(plan, site, 1, base_state(plan))
+    model = model_of(plan, "cpu")
+    assert update.delta
+    assert all(".lora_A." in name for name in update.delta)
+    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    assert kept.keys() | update.delta.keys() == set(trained_names(plan, model, 1))
+    assert {"classifier.weight", "classifier.bias"} <= kept.keys()
+    after = model.state(kept)
+    assert all(torch.equal(kept[name], tensor) and bool(tensor.any()) for name, tensor in after.items())
+
+
+def test_alone_it_makes_no_difference_what_is_shared(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """Three rounds of one organisation: the same model to the bit as when it sends everything."""
+    models = []
+    for keep in ("b", "nothing"):
+        plan, site = plan_of(make_plan, keep), make_site(at=keep)
+        state = base_state(plan)
+        for round in (1, 2, 3):
+            state = apply_delta(state, train_round(plan, site, round, state, admitted=round - 1).delta)
+        own = site.recall(plan.plan_id, 3, PERSONAL) if keep == "b" else {}
+        models.append({**state, **own})
+    assert models[0].keys() == models[1].keys()
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(tensor, models[1][name], atol=1e-6, rtol=1e-6)
+
+
+def test_the_own_part_is_that_of_the_last_admitted_round(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """Round 2 was trained and never entered the model: round 3 goes on from round 1."""
+    plan, site, other = plan_of(make_plan), make_site(at="one"), make_site(at="two")
+    state = base_state(plan)
+    for each in (site, other):
+        train_round(plan, each, 1, state)
+    train_round(plan, site, 2, state, admitted=1)
+    third = train_round(plan, site, 3, state, admitted=1).delta
+    expected = train_round(plan, other, 3, state, admitted=1).delta
+    assert all(torch.equal(third[name], tensor) for name, tensor in expected.items())
+    afresh = train_round(plan, make_site(at="three"), 3, state).delta
+    assert not all(torch.equal(third[name], tensor) for name, tensor in afresh.items())
+
+
+def test_another_organisations_part_is_never_used(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """They take turns with one model."""
+    plan = plan_of(make_plan)
+    state = base_state(plan)
+    alone = train_round(plan, make_site(at="one"), 1, state)
+    train_round(plan, make_site("bank"), 1, state)
+    again = train_round(plan, make_site(at="two"), 1, state)
+    assert all(torch.equal(again.delta[name], tensor) for name, tensor in alone.delta.items())
+
+
+def test_looking_at_the_newest_part_leaves_those_before(make_site: MakeSite) -> None:
+    """A simulation looks after a round whose update may not have been admitted."""
+    site = make_site()
+    assert site.newest("plan", PERSONAL) == {}
+    for round in (9, 10):
+        site.remember("plan", round, {"b": torch.full((2,), float(round))}, PERSONAL)
+    assert site.newest("plan", PERSONAL)["b"].tolist() == [10.0, 10.0]
+    assert site.recall("plan", 9, PERSONAL)["b"].tolist() == [9.0, 9.0]
+    assert site.newest("plan") == {}  # what a client term keeps is apart
+    site.recall("plan", 10, PERSONAL)
+    with pytest.raises(RunError, match="cannot be read"):
+        site.recall("plan", 9, PERSONAL)
+
+
+def test_a_lost_part_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
+    plan, site = plan_of(make_plan), make_site()
+    with pytest.raises(RunError, match="what was kept after round 1 cannot be read"):
+        train_round(plan, site, 2, base_state(plan), admitted=1)
+
+
+def test_where_everything_is_shared_nothing_is_kept(make_plan: MakePlan, make_site: MakeSite) -> None:
+    plan, site = plan_of(make_plan, "nothing"), make_site()
+    model = model_of(plan, "cpu")
+    model.load({})
+    train_round(plan, site, 1, model.state(trained_names(plan, model, 1)))
+    assert not (site.folder / "kept").exists()

@@ -1,0 +1,136 @@
+"""An organisation that trains a smaller rank than the plan's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cotune.client.consent import check_consent
+from cotune.client.site import Site
+from cotune.client.training import train_round
+from cotune.models.errors import Declined
+from cotune.models.sharing import SharedModel, State
+from cotune.plan.model import model_of, trained_names
+from cotune.plan.schema import Plan
+from cotune.privacy import dp_sgd
+from cotune.privacy.policy import Policy
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+
+PRIVATE = {"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0}
+RANK = 8
+
+
+def plan_of(make_plan: MakePlan, factors: str = "ab", **tables: Any) -> Plan:
+    return make_plan(train="lora", lora={"rank": RANK, "alpha": 16.0, "factors": factors, "smaller_ranks": True}, **tables)
+
+
+def state_of(plan: Plan, round: int = 1) -> State:
+    """What is trained, with a B that is not 0, as after a few rounds."""
+    model = model_of(plan, "cpu")
+    model.load({})
+    rng = torch.Generator().manual_seed(0)
+    state = model.state(trained_names(plan, model, round))
+    return {n: 0.1 * torch.randn(t.shape, generator=rng) if ".lora_B." in n else t for n, t in state.items()}
+
+
+def trained(
+    make_plan: MakePlan, make_site: MakeSite, rank: int | None, *, factors: str = "ab", round: int = 1, **tables: Any
+) -> Any:
+    """(model after the round, the state that was sent, the delta that came back)."""
+    plan = plan_of(make_plan, factors, **tables)
+    state = state_of(plan, round)
+    site = make_site(at=f"rank-{rank}", policy=Policy.permissive(rank=rank))
+    update = train_round(plan, site, round, state)
+    return model_of(plan, "cpu"), state, update.delta
+
+
+def frozen_a(plan: Plan) -> State:
+    """Every A as it was drawn."""
+    model = model_of(plan, "cpu")
+    model.load({})
+    return model.state(adapter.a for adapter in model.adapters())
+
+
+def first(name: str, tensor: Tensor, rank: int) -> Tensor:
+    return tensor[:rank] if ".lora_A." in name else tensor[:, :rank] if ".lora_B." in name else tensor
+
+
+@pytest.mark.parametrize("privacy", ["none", PRIVATE])
+@pytest.mark.parametrize(("factors", "round"), [("b", 1), ("ab", 1), ("alternate", 1), ("alternate", 2)])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_only_the_first_slices_move_and_travel(
+    make_plan: MakePlan, make_site: MakeSite, factors: str, round: int, optimizer: str, privacy: Any
+) -> None:
+    local = {"optimizer": optimizer, "learning_rate": 0.1, "weight_decay": 0.1}
+    model, state, delta = trained(make_plan, make_site, 3, factors=factors, round=round, privacy=privacy, local=local)
+    assert delta.keys() == state.keys()
+    after = model.state([n for n, _ in model.parameters() if ".lora_" in n])
+    for name, tensor in state.items():
+        held = first(name, tensor, 3)
+        assert delta[name].shape == held.shape
+        assert bool(delta[name].any())
+    for name, tensor in after.items():
+        kept = first(name, tensor, 3)
+        assert float(tensor.abs().sum()) == pytest.approx(float(kept.abs().sum()))  # everything else is 0
+        if name in state:
+            torch.testing.assert_close(kept, first(name, state[name], 3) + delta[name])
+
+
+def test_it_is_the_training_of_a_model_that_has_the_smaller_rank(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """The same records, batches and s: what the other slices would have been changes nothing."""
+    _, state, delta = trained(make_plan, make_site, 3)
+    plan = make_plan(train="lora", lora={"rank": 3, "alpha": 6.0, "factors": "ab"})  # s = 2, as 16 / 8
+    small = train_round(plan, make_site(at="small"), 1, {n: first(n, t, 3).contiguous() for n, t in state.items()})
+    for name, tensor in small.delta.items():
+        torch.testing.assert_close(delta[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("factors", ["b", "ab"])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_clipping_sees_the_slices_that_are_held_alone(
+    make_plan: MakePlan, make_site: MakeSite, factors: str, clipping: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DP-SGD on all records, its noise left out: the clipped sums are those of a model that has the smaller rank."""
+    monkeypatch.setattr(dp_sgd, "standard_normal", lambda _, like: torch.zeros_like(like))
+    tables = {"privacy": {**PRIVATE, "clip_norm": 0.1, "clipping": clipping}, "local": {"batch_size": 60, "steps": 2}}
+    _, state, delta = trained(make_plan, make_site, 3, factors=factors, **tables)
+    plan = make_plan(train="lora", lora={"rank": 3, "alpha": 6.0, "factors": factors}, **tables)
+    sent = {n: first(n, t, 3).contiguous() for n, t in {**frozen_a(plan_of(make_plan, factors)), **state}.items()}
+    small = train_round(plan, make_site(at="small"), 1, sent)
+    for name, tensor in small.delta.items():
+        assert bool(tensor.any())
+        torch.testing.assert_close(delta[name], tensor, atol=1e-6, rtol=1e-3)
+
+
+def test_a_rank_like_the_plans_or_larger_changes_nothing(make_plan: MakePlan, make_site: MakeSite) -> None:
+    plain = trained(make_plan, make_site, None)[2]
+    for rank in (RANK, 100):
+        delta = trained(make_plan, make_site, rank)[2]
+        assert all(torch.equal(delta[name], tensor) for name, tensor in plain.items())
+
+
+def test_other_stages_are_trained_whole(make_plan: MakePlan, make_site: MakeSite) -> None:
+    stages = [{"mode": "lora", "rounds": 1}, {"mode": "full", "rounds": 1}]
+    plan = make_plan(train=stages, lora={"rank": 8, "smaller_ranks": True})
+    model: SharedModel = model_of(plan, "cpu")
+    model.load({})
+    state = model.state([*model.names("lora"), *model.names("full")])
+    state = {n: torch.ones_like(t) if ".lora_B." in n else t for n, t in state.items()}
+    train_round(plan, make_site(policy=Policy.permissive(rank=3)), 2, state)
+    for name, tensor in model.state([n for n in state if ".lora_B." in n]).items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_a_plan_that_takes_no_smaller_ranks_is_declined(make_plan: MakePlan) -> None:
+    policy = Policy.permissive(rank=3)
+    with pytest.raises(Declined, match=r"training\.own_rank: .* rank 8 and takes no smaller ones, expected lora\.smaller_ranks"):
+        check_consent(make_plan(train="lora", lora={"rank": 8}), policy, 60)
+    check_consent(make_plan(train="lora", lora={"rank": 3}), policy, 60)
+    check_consent(make_plan(train="head", lora={"rank": 8}), policy, 60)
+    check_consent(plan_of(make_plan), policy, 60)

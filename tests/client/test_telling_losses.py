@@ -1,0 +1,143 @@
+"""The loss that some weightings want: of the received model, as the policy has it, charged before it is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cotune.client import training
+from cotune.client.account import Account
+from cotune.client.budget import planned_telling
+from cotune.client.site import Site
+from cotune.client.telling import Teller
+from cotune.client.training import train_round
+from cotune.models.errors import Declined, RunError
+from cotune.models.sharing import State
+from cotune.models.tasks import example_losses
+from cotune.models.text_task import collator
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.policy import Policy, TellRules
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+StateFor = Callable[..., State]
+PRIVATE = {"epsilon": 2.0, "delta": 1e-3}
+WEIGHTED = {"weighting": "q_fair"}
+
+
+def tells(**rules: Any) -> Policy:
+    return Policy.permissive().model_copy(update={"tell": TellRules(**{"example_count": "exact", **rules})})
+
+
+def unprotected(site: Site) -> list[str]:
+    return [entry.body["what"] for entry in site.ledger().entries() if entry.kind == "unprotected"]
+
+
+def losses(plan: Plan, site: Site, state: State) -> torch.Tensor:
+    """Of every record under the received model, from the whole model at once."""
+    model = model_of(plan, "cpu")
+    model.load(state)
+    batch = collator(model.module, model.loaded.reader, model.device)(site.holdings(plan.labels).examples(model))
+    with torch.no_grad():
+        return example_losses(model.module, batch)
+
+
+@pytest.mark.parametrize("train", ["head", "lora"])
+def test_without_privacy_it_is_the_mean_over_the_records(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, train: str
+) -> None:
+    plan, site = make_plan(train=train, strategy=WEIGHTED), make_site()
+    state = state_for(plan)
+    told = train_round(plan, site, 1, state).told
+    assert told == {"loss": pytest.approx(float(losses(plan, site, state).mean()), rel=1e-5)}
+    assert site.ledger().charges() == []
+
+
+def test_under_privacy_it_has_noise_and_is_within_the_budget(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    plan, policy = make_plan(privacy=PRIVATE, strategy=WEIGHTED, rounds=2), tells(local_loss="noised", noise_multiplier=10.0)
+    site = make_site(policy=policy)
+    state = state_for(plan)
+    told = [train_round(plan, site, round, state).told["loss"] for round in (1, 2)]
+    assert all(0 <= loss <= 4.0 for loss in told)
+    charges = site.ledger().charges()
+    assert [(c.purpose, c.state) for c in charges] == [("local loss", "settled"), ("training", "settled")] * 2
+    assert 0.97 * 2.0 <= epsilon([c.steps for c in charges], 1e-3) <= 2.0
+    assert planned_telling(plan, policy) == [Steps(10.0, 1.0, 2)]
+    assert unprotected(site) == []
+
+
+def test_it_is_charged_before_it_is_computed(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE, strategy=WEIGHTED), make_site(policy=tells(local_loss="noised"))
+
+    def failing(*_: Any) -> float:
+        assert [(c.purpose, c.state) for c in site.ledger().charges()] == [("local loss", "reserved")]
+        raise RuntimeError("computed")
+
+    monkeypatch.setattr(training, "_total_loss", failing)
+    with pytest.raises(RuntimeError, match="computed"):
+        train_round(plan, site, 1, state_for(plan))
+
+
+def test_the_noise_is_for_one_records_ceiling(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """Σ min(ℓ, 2) = 60, σ·c = 2·2 and 60 declared: mean 1 and deviation 4/60."""
+    policy = tells(local_loss="noised", loss_ceiling=2.0, noise_multiplier=2.0)
+    plan, site = make_plan(privacy={**PRIVATE, "epsilon": 50.0}, strategy=WEIGHTED, rounds=1), make_site(policy=policy)
+    account = Account(plan, policy, site, site.holdings(plan.labels))
+    account.reserve = lambda *_: 0  # type: ignore[method-assign]
+    account.ledger.settle = lambda *_: None  # type: ignore[method-assign, assignment]
+    teller, asked = Teller(account, generator=np.random.default_rng(0)), []
+    draws = [teller.loss(lambda c: asked.append(c) or 60.0, 60, 1)["loss"] for _ in range(4000)]  # type: ignore[func-returns-value]
+    assert set(asked) == {2.0}
+    assert np.mean(draws) == pytest.approx(1.0, abs=0.005)
+    assert np.std(draws) == pytest.approx(4 / 60, rel=0.05)
+
+
+def test_no_record_changes_the_clipped_sum_by_more_than_the_ceiling(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose loss is not a number, or endless."""
+    plan, site = make_plan(strategy=WEIGHTED), make_site()
+    model = model_of(plan, "cpu")
+    state = state_for(plan)
+    model.load(state)
+    setting = training.setting_of(plan, plan.stages[0], model, site.holdings(plan.labels), state, "clinic")
+    strange = torch.cat([torch.tensor([math.nan, math.inf, 7.0, 0.5]), torch.zeros(56)])
+    monkeypatch.setattr(training, "_batches", lambda _: [strange])
+    object.__setattr__(setting, "loss", lambda batch: batch)
+    assert training._total_loss(setting, 2.0) == 6.5
+
+
+def test_in_the_clear_the_ledger_says_so(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(privacy=PRIVATE, strategy=WEIGHTED), make_site(policy=tells(local_loss="clear"))
+    state = state_for(plan)
+    told = train_round(plan, site, 1, state).told["loss"]
+    assert told == pytest.approx(float(losses(plan, site, state).mean()), rel=1e-5)
+    assert unprotected(site) == ["local loss"]
+
+
+def test_a_policy_that_says_none_declines(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(privacy=PRIVATE, strategy=WEIGHTED), make_site(policy=tells())
+    with pytest.raises(Declined, match="weighs updates by their loss") as declined:
+        train_round(plan, site, 1, state_for(plan))
+    assert declined.value.rule == "tell.local_loss"
+    assert site.ledger().charges() == []
+    plain = make_plan(privacy=PRIVATE)
+    assert train_round(plain, site, 1, state_for(plain)).told == {}
+
+
+def test_a_loss_that_is_not_finite_is_said(make_plan: MakePlan, make_site: MakeSite) -> None:
+    plan, site = make_plan(strategy=WEIGHTED), make_site()
+    teller = Teller(Account(plan, Policy.permissive(), site, site.holdings(plan.labels)))
+    with pytest.raises(RunError, match="loss is inf: expected a finite one"):
+        teller.loss(lambda c: c, 60, 1)

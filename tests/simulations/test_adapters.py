@@ -1,0 +1,184 @@
+"""Whole runs with the rules of adapters: what the organisations receive and send, and the model that comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cotune.client.site import Site
+from cotune.models.errors import PlanError
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan
+from cotune.server.run_folder import RunFolder
+from cotune.simulations.forecast import forecast
+from cotune.simulations.simulate import simulate
+from tests.simulations.conftest import NewPlan, final_model
+
+LORA: dict[str, Any] = {"train": "lora", "local": {"learning_rate": 1.0, "momentum": 0.0, "steps": 3}}
+
+
+def sent_last(run: Path, organisation: str) -> dict[str, Tensor]:
+    """The delta in an organisation's outbox."""
+    content = load_file(run / "sites" / organisation / "outbox" / "update.safetensors")
+    return {name.removeprefix("delta/"): content[name] for name in sorted(content)}
+
+
+def merged(plan: Plan, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W + s·B·A of every adapted weight, from a state."""
+    model = model_of(plan, "cpu")
+    model.load(state)
+    own = {name: p.detach().double() for name, p in model.parameters()}
+    adapters = model.adapters()
+    assert adapters
+    products = {a.weight: a.scale * own[a.b] @ own[a.a] for a in adapters}
+    return {a.weight: own[a.weight] + (products[a.weight].T if a.transposed else products[a.weight]) for a in adapters}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [
+        *((recipe, "bert") for recipe in ("fedit", "ffa_lora", "rolora", "fedsvd", "fedex", "flora", "flexlora", "hetlora")),
+        *((recipe, "gpt2") for recipe in ("fedex", "flora")),  # whose weights are kept transposed
+    ],
+)
+def test_every_recipe_trains_a_model_that_can_be_handed_out(toy_plan: NewPlan, tmp_path: Path, recipe: str, kind: str) -> None:
+    plan = toy_plan(kind, strategy=recipe, **LORA, lora={"rank": 2}, simulation={"baselines": []})
+    run = simulate(plan, tmp_path / "run", device="cpu").folder
+    folder = RunFolder(run)
+    handed_out = final_model(run)
+    adapted = merged(folder.plan, folder.load().state)
+    base = merged(folder.plan, {})
+    for name, weight in adapted.items():
+        torch.testing.assert_close(handed_out[name].double(), weight, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(weight, base[name])
+    assert all(entry["dropped"] == [] for entry in folder.load().history)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rounds", "sent"),
+    [("ffa_lora", 1, "B"), ("fedsvd", 2, "B"), ("rolora", 1, "B"), ("rolora", 2, "A"), ("fedit", 1, "AB"), ("flora", 2, "AB")],
+)
+def test_what_travels_up_is_what_is_trained(toy_plan: NewPlan, tmp_path: Path, recipe: str, rounds: int, sent: str) -> None:
+    plan = toy_plan(strategy=recipe, rounds=rounds, **LORA, lora={"rank": 2}, simulation={"baselines": []})
+    run = simulate(plan, tmp_path / "run", device="cpu").folder
+    names = sent_last(run, "org-1")
+    assert {name.split(".lora_")[1][0] for name in names if ".lora_" in name} == set(sent)
+    assert [name for name in names if ".lora_" not in name] == ["classifier.bias", "classifier.weight"]
+
+
+@pytest.mark.parametrize("recipe", ["ffa_lora", "fedsvd", "flora", "fedsa"])
+def test_what_travels_is_foreseen(toy_plan: NewPlan, tmp_path: Path, recipe: str) -> None:
+    plan = toy_plan(strategy=recipe, rounds=1, **LORA, lora={"rank": 2}, simulation={"baselines": []})
+    [stage] = forecast(plan, "cpu").stages
+    [entry] = RunFolder(simulate(plan, tmp_path / "run", device="cpu").folder).load().history
+    assert stage.bytes_up == entry["bytes_up"]
+    beside = entry["bytes_down"] - stage.bytes_down  # names of folders
+    assert 0 <= beside < 1000
+
+
+def test_fedsvd_hands_out_orthonormal_rows(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """Under record-level privacy: A changes from round to round, though nobody trains it."""
+    plan = toy_plan(strategy="fedsvd", **LORA, lora={"rank": 2}, privacy={"epsilon": 8.0}, simulation={"baselines": []})
+    folder = RunFolder(simulate(plan, tmp_path / "run", device="cpu").folder)
+    state = folder.load().state
+    model = model_of(folder.plan, "cpu")
+    model.load({})
+    for adapter in model.adapters():
+        torch.testing.assert_close(state[adapter.a] @ state[adapter.a].T, torch.eye(2), atol=1e-5, rtol=0)
+        assert not torch.equal(state[adapter.a], model.state([adapter.a])[adapter.a])
+
+
+# --- organisations with smaller ranks
+
+
+@pytest.mark.parametrize(
+    ("recipe", "privacy"), [("ffa_lora", {"epsilon": 8.0}), ("flora", "none"), ("flexlora", "none"), ("hetlora", "none")]
+)
+def test_every_organisation_trains_its_own_rank(toy_plan: NewPlan, tmp_path: Path, recipe: str, privacy: Any) -> None:
+    ranks = [2, 4, 8]
+    simulation = {"clients": 3, "ranks": ranks, "baselines": ["alone"]}
+    plan = toy_plan(strategy=recipe, rounds=2, **LORA, lora={"rank": 8}, privacy=privacy, simulation=simulation)
+    result = simulate(plan, tmp_path / "run", device="cpu")
+    folder = RunFolder(result.folder)
+    assert [entry["participants"] for entry in folder.load().history] == [["org-1", "org-2", "org-3"]] * 2
+    alone = [f"baselines/alone/org-{number}/site" for number in (1, 2, 3)]
+    for rank, site in zip(ranks * 2, [*(f"sites/org-{number}" for number in (1, 2, 3)), *alone], strict=True):
+        delta = load_file(result.folder / site / "outbox" / "update.safetensors")
+        came = {t.shape[1] if ".lora_B." in n else t.shape[0] for n, t in delta.items() if ".lora_" in n}
+        assert came == {rank}
+    model = model_of(folder.plan, "cpu")
+    assert {folder.load().state[adapter.b].shape[1] for adapter in model.adapters()} == {8}
+
+
+def test_a_frozen_a_makes_the_mean_exact_slice_by_slice(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """One round from B = 0: each column is the weighted mean over those that hold it, so that it is of the products too."""
+    plan = toy_plan(rounds=1, **LORA, lora={"rank": 4}, simulation={"clients": 2, "ranks": [2, 4], "baselines": []})
+    folder = RunFolder(simulate(plan, tmp_path / "run", device="cpu").folder)
+    small, whole = sent_last(folder.path, "org-1"), sent_last(folder.path, "org-2")
+    counts = [Site(folder.path / "sites" / f"org-{i}").holdings(folder.plan.labels).label_counts().values() for i in (1, 2)]
+    share = sum(counts[0]) / (sum(counts[0]) + sum(counts[1]))
+    state = folder.load().state
+    for adapter in model_of(folder.plan, "cpu").adapters():
+        shared = share * small[adapter.b] + (1 - share) * whole[adapter.b][:, :2]
+        torch.testing.assert_close(state[adapter.b], torch.cat([shared, whole[adapter.b][:, 2:]], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"simulation": {"ranks": [2, 9]}}, r"simulation\.ranks = \[2, 9\]: expected each from 1 to lora\.rank = 8"),
+        ({"simulation": {"ranks": [0, 8]}}, r"simulation\.ranks = \[0, 8\]: expected each from 1"),
+        ({"simulation": {"ranks": [2, 8]}, "train": "head"}, r"is for adapters, and no stage trains any: expected train = lora"),
+        ({"simulation": {"ranks": [2, 8]}, "strategy": "fedsvd"}, r'the fusion "fedsvd" cannot fuse adapters of different ranks'),
+        ({"lora": {"rank": 8, "smaller_ranks": True}, "strategy": "fedex"}, r'"fedex" cannot fuse adapters of different ranks'),
+        ({"simulation": {"ranks": [2, 8]}, "strategy": {"weighting": "noise_aware"}}, r"noise_aware.* is about whole adapters"),
+        (
+            {"simulation": {"ranks": [2, 8]}, "strategy": {"weighting": "uniform"}, "client_privacy": {"epsilon": 8.0}},
+            r"cannot take smaller ranks with client_privacy",
+        ),
+    ],
+)
+def test_plans_that_cannot_have_smaller_ranks(toy_plan: NewPlan, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        toy_plan(**{"train": "lora", "lora": {"rank": 8}, **changes})
+
+
+def test_the_same_rank_for_all_is_no_matter(toy_plan: NewPlan) -> None:
+    plan = toy_plan(strategy="fedsvd", train="lora", lora={"rank": 8}, simulation={"ranks": [8, 8]})
+    assert not plan.mixed_ranks
+
+
+def test_every_organisation_needs_a_rank_of_its_own(toy_plan: NewPlan, tmp_path: Path) -> None:
+    plan = toy_plan(**LORA, lora={"rank": 8}, simulation={"clients": 3, "ranks": [2]})
+    with pytest.raises(PlanError, match=r"1 values in simulation\.ranks for 3 organisations: expected one for each"):
+        simulate(plan, tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ({"fusion": "fedsvd"}, None),
+        ({"fusion": "fedit"}, r"is for lora\.factors = ab, and the plan has b"),
+        ({"fusion": "fedsvd", "server_optimizer": {"name": "sgd", "lr": 0.5}}, "gives a new model rather than a direction"),
+        ({"recipe": "fedit"}, r'is for lora\.factors = "ab", and the plan has "b": leave it out'),
+    ],
+)
+def test_rules_of_adapters_ask_for_their_factors(toy_plan: NewPlan, strategy: dict[str, Any], said: str | None) -> None:
+    if said is None:
+        assert toy_plan(train="lora", lora={"factors": "b"}, strategy=strategy).strategy.fusion.name == "fedsvd"
+        return
+    with pytest.raises(PlanError, match=said):
+        toy_plan(train="lora", lora={"factors": "b"}, strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fusion", "factors"), [("ffa_lora", "mean", "b"), ("rolora", "mean", "alternate"), ("fedex", "fedex", "ab")]
+)
+def test_recipes_say_which_factors_are_trained(toy_plan: NewPlan, recipe: str, fusion: str, factors: str) -> None:
+    plan = toy_plan(train="lora", strategy=recipe)
+    assert (plan.strategy.fusion.name, plan.lora.factors) == (fusion, factors)
