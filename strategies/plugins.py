@@ -103,7 +103,7 @@ def read_file(name: str, folder: Path) -> str:
     except OSError as error:
         raise PlanError(f"{path} cannot be read ({error.strerror}): expected the Python file that the plan names") from None
     digest = hashlib.sha256(content).hexdigest()
-    _read.setdefault(digest, (path, content))
+    _read[digest] = path, content
     return digest
 
 
@@ -119,8 +119,8 @@ def source_of(name: str, sha256: str) -> str:
 
 def object_in(name: str, sha256: str) -> Any:
     """What `file.py:function` means, in the file of that content. Runs the file. Raises PlanError."""
-    path, content = _content(name, sha256)
-    module, wanted = _run(path, content, sha256), name.rpartition(":")[2]
+    path, _ = _content(name, sha256)
+    module, wanted = _run(sha256), name.rpartition(":")[2]
     found = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
     if wanted not in found:
         raise PlanError(f'{path} has no "{wanted}"{nearest(wanted, found)}')
@@ -137,7 +137,9 @@ def _content(name: str, sha256: str) -> tuple[Path, bytes]:
 
 
 @cache
-def _run(path: Path, content: bytes, sha256: str) -> Any:
+def _run(sha256: str) -> Any:
+    """The module, run once wherever copies of the file lie."""
+    path, content = _read[sha256]
     spec = importlib.util.spec_from_file_location(f"cotune_plugin_{sha256[:16]}", path)
     assert spec is not None, "the name ends in .py"
     module = importlib.util.module_from_spec(spec)
