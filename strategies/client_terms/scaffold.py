@@ -34,8 +34,8 @@ class Scaffold(ClientTerm):
 
     As c_k⁺ − c_k = −c − Δ_k/(Kη), the server finds c ← (1 − f)c − f·D/(Kη) from D alone, f being the fraction of the
     organisations that took part: nothing travels back but Δ_k. So c is the mean of all c_k: under full participation with any
-    fixed weights, else with equal ones. In 1/(Kη) goes what torch's own weight decay adds to the gradients, too: both variates
-    are of the decayed loss.
+    fixed weights, else with equal ones. torch adds weight decay to the corrected gradient, which for SGD is the same in any
+    order: the variates are gradients of the loss with its decay.
     """
 
     def correction(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.common import ndarrays_to_parameters
+from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
 from flwr.server.strategy import FedAdagrad, FedYogi
 from torch import Tensor
 
@@ -21,12 +21,12 @@ from cotune.strategies.server_optimizers.yogi import ServerYogi
 ALL: list[type[Any]] = [ServerAdam, ServerYogi, ServerAdagrad]
 
 
-def play(optimizer: ServerOptimizer, deltas: list[float], **about: int) -> list[tuple[float, float, float]]:
+def play(optimizer: ServerOptimizer, deltas: list[float]) -> list[tuple[float, float, float]]:
     """(θ, m, v) after each round of one coordinate that starts at 0."""
     state, memory, seen = {"w": torch.zeros(1, dtype=torch.float64)}, dict[str, Tensor](), []
     for round, d in enumerate(deltas, start=1):
         fused = Fused({"w": torch.tensor([d], dtype=torch.float64)})
-        state, memory = optimizer.step(state, fused, memory, RoundContext(round=round, rounds=len(deltas), **about))
+        state, memory = optimizer.step(state, fused, memory, RoundContext(round=round, rounds=len(deltas)))
         seen.append((state["w"].item(), memory["m/w"].item(), memory["v/w"].item()))
     return seen
 
@@ -84,8 +84,6 @@ def test_they_are_those_of_flower(own: ServerOptimizer, flower: Any) -> None:
 
 def _flower_step(strategy: Any, delta: np.ndarray[Any, Any]) -> Any:
     """One client whose model is Flower's current one plus the delta."""
-    from flwr.common import Code, FitRes, Status
-
     parameters = ndarrays_to_parameters([strategy.current_weights[0] + delta])
     strategy.aggregate_fit(1, [(None, FitRes(Status(Code.OK, ""), parameters, 1, {}))], [])
     return strategy
