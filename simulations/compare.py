@@ -21,6 +21,7 @@ from cotune.simulations.comparison_report import write_comparison
 from cotune.simulations.room import Room
 from cotune.simulations.summary import dumps
 from cotune.simulations.workers import Task, import_all, play_beside, play_here
+from cotune.strategies.plugins import source_of
 
 __all__ = ["compare"]
 
@@ -78,6 +79,11 @@ def _make(folder: Path) -> None:
         raise RunError(f"the folder {folder} cannot be written ({error.strerror}): choose another with --out") from None
 
 
+def _task(cell: Cell, place: Path, device: str) -> Task:
+    files = tuple(source_of(name, sha256) for name, sha256 in cell.plan.strategy.files.items())
+    return Task(cell.name, cell.plan.canonical(), cell.plan.rounds, place, device, files)
+
+
 def _play(
     todo: Sequence[Cell],
     places: Mapping[str, Path],
@@ -91,7 +97,7 @@ def _play(
     for cell in todo:
         if not (places[cell.name] / "run.json").exists():  # killed before it was the folder of a run
             shutil.rmtree(places[cell.name], ignore_errors=True)
-    tasks = [Task(cell.name, cell.plan.canonical(), cell.plan.rounds, places[cell.name], device) for cell in todo]
+    tasks = [_task(cell, places[cell.name], device) for cell in todo]
     room, reasons = Room.here(len(tasks), jobs, device), {}
     for path in finished:
         room.saw(_summary(path)["peak_memory_bytes"])

@@ -29,13 +29,16 @@ __all__ = ["Task", "import_all", "play_beside", "play_here"]
 
 @dataclass(frozen=True)
 class Task:
-    """A cell to play: a resolved plan as canonical JSON, and the folder of its run."""
+    """A cell to play: a resolved plan as canonical JSON, and the folder of its run. files: of the plan's own rules, with their
+    paths.
+    """
 
     name: str
     plan: str
     rounds: int
     folder: Path
     device: str
+    files: tuple[str, ...] = ()
 
     @property
     def started(self) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def play_here(task: Task, listener: Listener) -> str:
     from cotune.models.errors import CotuneError
     from cotune.plan.load import parse_plan
     from cotune.simulations.simulate import resume, simulate  # not above: a worker watches its parent before it imports torch
+    from cotune.strategies.plugins import read_file
 
     def forward(event: str, fields: dict[str, Any]) -> None:
         if event == "round_finished":
@@ -57,6 +61,8 @@ def play_here(task: Task, listener: Listener) -> str:
             if (task.folder / "run.json").exists():
                 resume(task.folder)
             else:
+                for name in task.files:
+                    read_file(name, Path())
                 simulate(parse_plan(json.loads(task.plan)), task.folder, device=task.device)
         except CotuneError as error:
             return str(error)

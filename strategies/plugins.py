@@ -33,6 +33,7 @@ __all__ = [
     "part_of",
     "pinned",
     "read_file",
+    "source_of",
 ]
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
@@ -111,10 +112,15 @@ def content_of(name: str, sha256: str) -> bytes:
     return _content(name, sha256)[1]
 
 
+def source_of(name: str, sha256: str) -> str:
+    """`file.py:function` with the whole path of the file, so that another process can read it. Raises PlanError."""
+    return f"{_content(name, sha256)[0]}:{name.rpartition(':')[2]}"
+
+
 def object_in(name: str, sha256: str) -> Any:
     """What `file.py:function` means, in the file of that content. Runs the file. Raises PlanError."""
-    path, content = _content(name, sha256)
-    module, wanted = _run(path, content, sha256), name.rpartition(":")[2]
+    path, _ = _content(name, sha256)
+    module, wanted = _run(sha256), name.rpartition(":")[2]
     found = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
     if wanted not in found:
         raise PlanError(f'{path} has no "{wanted}"{nearest(wanted, found)}')
@@ -131,7 +137,9 @@ def _content(name: str, sha256: str) -> tuple[Path, bytes]:
 
 
 @cache
-def _run(path: Path, content: bytes, sha256: str) -> Any:
+def _run(sha256: str) -> Any:
+    """The module, run once wherever copies of the file lie."""
+    path, content = _read[sha256]
     spec = importlib.util.spec_from_file_location(f"cotune_plugin_{sha256[:16]}", path)
     assert spec is not None, "the name ends in .py"
     module = importlib.util.module_from_spec(spec)

@@ -234,6 +234,14 @@ def test_an_organisation_checks_and_trains_a_plan_without_its_files(
     assert update.delta.keys() == state.keys()
 
 
+def test_rules_of_ones_own_are_compared_in_processes_beside_each_other(cotune: Cotune, folder: Path) -> None:
+    (folder / "my_rules.py").write_text(RULE)
+    vary = "strategy=fedavg,my_rules.py:heavy"
+    done = cotune("compare", "toy.toml", "--vary", vary, "--set", "rounds=1", "--seeds", "1", "--jobs", "2", "--out", "side")
+    assert done.code == 0, done.out + done.err
+    assert len(list((folder / "side").rglob("my_rules.py"))) == 1
+
+
 @pytest.mark.parametrize("name", ["FedAdam", "FedAvgM"])
 def test_a_run_with_a_strategy_of_flower_goes_on(cotune: Cotune, folder: Path, name: str) -> None:
     asked = ("toy.toml", *QUICK, "--set", f"strategy=flwr.serverapp.strategy:{name}", "--set", "rounds=3")
