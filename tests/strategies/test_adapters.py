@@ -90,7 +90,7 @@ def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
             'the client term "mine.py:term" counts on the mean of what the organisations trained, and the fusion "flora"',
         ),
         ({}, "fedit", None),
-        ({"mixed_ranks": True}, "hetlora", "is about whole adapters, and the plan has smaller ranks"),
+        ({"mixed_ranks": True}, "mean", "is about whole adapters, and the plan has smaller ranks"),
         ({"personal": True}, "mean", "is about whole models, and lora.keep leaves a part of them at home"),
     ],
 )

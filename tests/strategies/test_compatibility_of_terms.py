@@ -50,4 +50,4 @@ def test_a_term_with_state_needs_a_mean(needs: Needs) -> None:
     other = PartInfo("fusion", "mean", lambda updates: {}, "", needs)
     for term, said in (("scaffold", True), ("feddyn", True), ("proximal", False)):
         strategy = StrategyConfig.model_validate({"client_term": term})
-        assert ("gives another model" in str(first_problem(strategy, Facts(), {"fusion": other}))) == said
+        assert ("counts on the mean" in str(first_problem(strategy, Facts(), {"fusion": other}))) == said
