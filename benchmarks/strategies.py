@@ -88,7 +88,7 @@ TWEETS = (
     "validation_fraction=0.9", "simulation.min_examples=200", "local.momentum=0.0", "local.batch_size=0.2", "local.steps=6",
     "local.physical_batch_size=128",
 )  # fmt: skip
-PRIVACY = {  # heading -> what it overrides; the rates are the better of 0.5 and 2.0 for fedit on seed 1001
+PRIVACY = {  # heading -> what it overrides; gradients that are not clipped let 2.0 diverge
     "Without privacy": ("privacy=none", "local.learning_rate=0.5"),
     "ε = 8": ("privacy={epsilon = 8.0}", "local.learning_rate=2.0"),
 }
