@@ -50,7 +50,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "feddyn": _with("feddyn", "client_term", alpha=(0.03, 0.1, 0.3)),
     "fednova": ("fednova",),
     "qfedavg": _with("qfedavg", "fusion", q=(0.1, 1.0)),
-    "tilted": tuple(f'{{weighting = {{name = "tilted", t = {t:g}}}}}' for t in (0.1, 1.0)),
+    "tilted": _with("tilted", "weighting", t=(0.1, 1.0)),
     "inverse_loss": ('{weighting = "inverse_loss"}',),
     "validation": ('{weighting = "validation"}',),
     "median": ("median",),

@@ -20,6 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # averaging that corrects for local steps, or for who is worse off
     "fednova": {"fusion": "fednova"},
     "qfedavg": {"weighting": "uniform", "fusion": "q_fedavg"},
+    "tilted": {"weighting": "tilted"},
     # robust to a few wrong or hostile organisations
     "median": {"weighting": "uniform", "fusion": "median"},
     "trimmed_mean": {"weighting": "uniform", "fusion": "trimmed_mean"},
@@ -37,6 +38,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dare": {"fusion": "dare"},
     "model_stock": {"weighting": "uniform", "fusion": "model_stock"},
     "consensus": {"weighting": "uniform", "fusion": "consensus"},
+    "fisher": {"fusion": "fisher"},
+    "regmean": {"fusion": "regmean"},
     # adapters
     "fedit": {"fusion": "fedit", "lora": {"factors": "ab"}},
     "ffa_lora": {"lora": {"factors": "b"}},  # Sun et al., ICLR 2024, https://arxiv.org/abs/2403.12313
