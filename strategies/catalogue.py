@@ -10,7 +10,7 @@ from cotune.models.errors import PlanError, nearest
 from cotune.strategies.compatibility import Facts, privacy_problem
 from cotune.strategies.parts import FOLDERS, Kind, PartInfo, Visibility, builtin
 from cotune.strategies.plugins import known
-from cotune.strategies.recipes import RECIPES
+from cotune.strategies.recipes import RECIPES, parts_of
 from cotune.strategies.strategy import Part, StrategyConfig
 
 __all__ = ["described", "parts", "recipe_described", "recipes", "search"]
@@ -65,10 +65,9 @@ def described(info: PartInfo) -> dict[str, Any]:
 
 def recipe_described(name: str) -> dict[str, Any]:
     """A recipe in words: its parts, and what they mean together."""
-    given = RECIPES[name]
-    strategy = StrategyConfig.model_validate({key: value for key, value in given.items() if key != "lora"})
+    given = parts_of(name)
+    strategy = StrategyConfig.model_validate(given)
     infos = [info for _, _, info in strategy.known_parts()]
-    named = [info for kind, _, info in strategy.known_parts() if kind in given or (kind == "fusion" and not given)]
     words = {_word(kind): _call(part, given.get(kind)) for kind, part in strategy.parts()}
     term = f", with {words['client term']}" if "client term" in words else ""
     return {
@@ -76,14 +75,22 @@ def recipe_described(name: str) -> dict[str, Any]:
         "name": name,
         "summary": " → ".join(words[_word(kind)] for kind in _CHAIN) + term,
         "parts": words,
-        "lora": dict(given.get("lora", {})),
-        "cite": list(dict.fromkeys(info.cite for info in named if info.cite)),
+        "lora": dict(RECIPES[name].get("lora", {})),
+        "cite": _sources(name, strategy),
         "sees": str(max(map(_visibility, infos), key=list(Visibility).index)),
         "sends": list(dict.fromkeys(word for info in infos for word in described(info)["sends"])),
         "state": next((word for info in infos if (word := described(info)["state"])), ""),
         "record_privacy": max(map(_record_privacy, infos), key=_severity),
         "client_privacy": _recipe_client_privacy(infos, "weighting" in given),
     }
+
+
+def _sources(name: str, strategy: StrategyConfig) -> list[str]:
+    """The recipe's own, or those of the parts that make it what it is: equal weights do so only where nothing else is named."""
+    own, given = RECIPES[name].get("cite"), parts_of(name)
+    telling = [kind for kind in given if kind != "weighting" or len(given) == 1] or ["fusion"]
+    found = [info.cite for kind, _, info in strategy.known_parts() if kind in telling and info.cite]
+    return [own] if own else list(dict.fromkeys(found))
 
 
 def _recipe_client_privacy(infos: Sequence[PartInfo], weighs: bool) -> str:

@@ -1,7 +1,7 @@
 """Named recipes: what the literature calls a strategy, as parts. `strategy = "fedadam"` in a plan stands for its line here.
 
 A part that a recipe does not name keeps its default (weighting examples, fusion mean, server optimiser sgd, no client term).
-`lora` goes to the plan's table of that name.
+`lora` goes to the plan's table of that name; `cite` is the source of a recipe that is no part's.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cotune.models.errors import nearest
+from cotune.strategies.parts import FOLDERS, builtin
 
-__all__ = ["RECIPES", "expand"]
+__all__ = ["RECIPES", "expand", "parts_of"]
 
 RECIPES: dict[str, dict[str, Any]] = {
     # averaging
@@ -42,13 +43,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "regmean": {"fusion": "regmean"},
     # adapters
     "fedit": {"fusion": "fedit", "lora": {"factors": "ab"}},
-    "ffa_lora": {"lora": {"factors": "b"}},  # Sun et al., ICLR 2024, https://arxiv.org/abs/2403.12313
-    "rolora": {"lora": {"factors": "alternate"}},  # Chen et al., NeurIPS 2025, https://arxiv.org/abs/2502.01755
+    "ffa_lora": {"lora": {"factors": "b"}, "cite": "Sun et al., ICLR 2024, https://arxiv.org/abs/2403.12313"},
+    "rolora": {"lora": {"factors": "alternate"}, "cite": "Chen et al., NeurIPS 2025, https://arxiv.org/abs/2502.01755"},
     "fedsvd": {"fusion": "fedsvd", "lora": {"factors": "b"}},
     "fedex": {"fusion": "fedex", "lora": {"factors": "ab"}},
     "flora": {"fusion": "flora", "lora": {"factors": "ab"}},
     "flexlora": {"fusion": "flexlora", "lora": {"factors": "ab"}},
-    "fedsa": {"lora": {"factors": "ab", "keep": "b"}},  # Guo et al., ICLR 2025, https://arxiv.org/abs/2410.01463
+    "fedsa": {"lora": {"factors": "ab", "keep": "b"}, "cite": "Guo et al., ICLR 2025, https://arxiv.org/abs/2410.01463"},
     "hetlora": {"weighting": "uniform", "fusion": "hetlora", "lora": {"factors": "ab"}},
     # server optimisers
     "fedadam": {"server_optimizer": "adam"},
@@ -62,6 +63,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+def parts_of(name: str) -> dict[str, Any]:
+    """The parts that a recipe names, as a plan would have them."""
+    return {key: value for key, value in RECIPES[name].items() if key not in ("lora", "cite")}
+
+
 def expand(table: Mapping[str, Any]) -> dict[str, Any]:
     """A plan with its recipe written out; what the plan gives beside it wins. Raises ValueError for an unknown recipe.
 
@@ -73,11 +79,13 @@ def expand(table: Mapping[str, Any]) -> dict[str, Any]:
         return dict(table)
     name = str(given["recipe"])
     if name not in RECIPES and ":" not in name:
+        for kind in FOLDERS:
+            if name in builtin(kind):
+                raise ValueError(f'"{name}" is a part and no strategy: expected strategy.{kind} = "{name}"')
         raise ValueError(f'unknown strategy "{name}"{nearest(name, RECIPES)}')
-    recipe, parts = RECIPES.get(name, {"fusion": {"name": name}}), {key: value for key, value in given.items() if key != "recipe"}
-    wanted = {key: value for key, value in recipe.items() if key != "lora"}
-    strategy = {**wanted, **{key: _with_name(wanted.get(key), value) for key, value in parts.items()}}
-    lora = _lora(name, recipe.get("lora", {}), table.get("lora", {}))
+    wanted = parts_of(name) if name in RECIPES else {"fusion": {"name": name}}
+    strategy = {**wanted, **{key: _with_name(wanted.get(key), value) for key, value in given.items() if key != "recipe"}}
+    lora = _lora(name, RECIPES.get(name, {}).get("lora", {}), table)
     return {**table, "strategy": strategy, **({"lora": lora} if lora else {})}
 
 
@@ -88,7 +96,12 @@ def _with_name(recipe: Any, given: Any) -> Any:
     return {**({"name": recipe} if isinstance(recipe, str) else recipe), **given}
 
 
-def _lora(name: str, wanted: Mapping[str, Any], given: Any) -> Any:
+def _lora(name: str, wanted: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
+    """The plan's table `lora` with what the recipe wants of adapters. Where none are trained, the recipe would do nothing."""
+    given, train = table.get("lora", {}), table.get("train", "head")
+    modes = [each.get("mode") if isinstance(each, Mapping) else each for each in (train if isinstance(train, list) else [train])]
+    if wanted and all(mode in ("head", "full") for mode in modes):
+        raise ValueError(f'the strategy "{name}" is for adapters, and no stage of the plan trains any: expected train = lora')
     if not isinstance(given, Mapping):
         return given
     for key, value in wanted.items():

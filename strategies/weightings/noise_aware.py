@@ -38,9 +38,10 @@ class RandomEffects:
     needs=Needs(sends=("noise",), by_parameter=True),
 )
 def noise_aware(updates: Sequence[Update]) -> list[dict[str, float]]:
-    """The weight of each parameter of each update, in the order of the updates; they all hold the same parameters.
+    """w_k = 1 / (v_k + τ²), v_k being the variance of the privacy noise in Δ_k, τ² that between organisations.
 
-    An update that states no noise (no privacy) has v = 0. If all have, the weights are equal: the plain mean.
+    For each parameter by itself, in the order of the updates; they all hold the same parameters. An update that states no
+    noise (no privacy) has v = 0. If all have, the weights are equal: the plain mean.
     """
     weights: list[dict[str, float]] = [{} for _ in updates]
     for variances, names in _groups(updates).items():

@@ -38,6 +38,13 @@ def test_everything_is_listed(cotune: Cotune, monkeypatch: pytest.MonkeyPatch) -
     assert {part["name"] for part in found if part["kind"] == "fusion"} == set(builtin("fusion"))
 
 
+def test_names_are_whole_on_a_narrow_terminal(cotune: Cotune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = cotune("strategies").out
+    for name in (*RECIPES, *(name for kind in FOLDERS for name in builtin(kind))):
+        assert re.search(rf"^{name} ", listed, re.MULTILINE), name
+
+
 def test_a_part_is_explained(cotune: Cotune) -> None:
     shown = cotune("strategies", "sgd")
     assert (shown.code, shown.err) == (0, "")
@@ -57,6 +64,24 @@ def test_a_recipe_is_explained(cotune: Cotune) -> None:
     [recipe] = json.loads(cotune("strategies", "fedavgm", "--json").out)
     assert (recipe["sees"], recipe["sends"], recipe["state"]) == ("one sum", ["its delta"], "")
     assert recipe["client_privacy"] == 'yes: with strategy.weighting = "uniform"'
+
+
+@pytest.mark.parametrize(
+    ("recipe", "source"),
+    [
+        ("rolora", "https://arxiv.org/abs/2502.01755"),  # of no part
+        ("bulyan", "https://arxiv.org/abs/1802.07927"),  # its fusion's: equal weights are not what it is known for
+        ("soup", "https://arxiv.org/abs/1907.02189"),  # here they are
+    ],
+)
+def test_where_a_recipe_comes_from(cotune: Cotune, recipe: str, source: str) -> None:
+    [cite] = json.loads(cotune("strategies", recipe, "--json").out)[0]["cite"]
+    assert source in cite
+
+
+def test_every_recipe_says_where_it_comes_from(cotune: Cotune) -> None:
+    found = json.loads(cotune("strategies", "--json").out)
+    assert [part["name"] for part in found if part["kind"] == "recipe" and not part["cite"]] == []
 
 
 def test_what_a_part_means_for_privacy(cotune: Cotune) -> None:

@@ -182,3 +182,10 @@ def test_rules_of_adapters_ask_for_their_factors(toy_plan: NewPlan, strategy: di
 def test_recipes_say_which_factors_are_trained(toy_plan: NewPlan, recipe: str, fusion: str, factors: str) -> None:
     plan = toy_plan(train="lora", strategy=recipe)
     assert (plan.strategy.fusion.name, plan.lora.factors) == (fusion, factors)
+
+
+@pytest.mark.parametrize("recipe", ["ffa_lora", "rolora", "fedsa", "fedex"])
+@pytest.mark.parametrize("train", ["head", "full", [{"mode": "head", "rounds": 1}]])
+def test_a_recipe_of_adapters_is_refused_where_none_are_trained(toy_plan: NewPlan, recipe: str, train: Any) -> None:
+    with pytest.raises(PlanError, match=rf'the strategy "{recipe}" is for adapters, and no stage of the plan trains any'):
+        toy_plan(train=train, strategy=recipe)

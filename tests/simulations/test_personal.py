@@ -125,7 +125,10 @@ def test_under_privacy_with_partial_participation_and_smaller_ranks(toy_plan: Ne
     [
         ({"strategy": "fedsa", "lora": {"factors": "b"}}, r'is for lora\.factors = "ab", and the plan has "b"'),
         ({"strategy": {}, "lora": {"keep": "b"}}, r'lora\.keep = "b" shares A alone, and lora\.factors = "b": expected "ab"'),
-        ({"train": "head"}, r"keeps the head of every organisation apart: expected train = lora in all rounds"),
+        (
+            {"train": "head", "strategy": {}, "lora": {"keep": "b", "factors": "ab"}},
+            r"keeps the head of every organisation apart: expected train = lora in all rounds",
+        ),
         ({"train": [{"mode": "lora", "rounds": 1}, {"mode": "full", "rounds": 1}]}, r"expected train = lora in all rounds"),
         ({"strategy": "flora", "lora": {"keep": "b"}}, r'"flora" is about whole models, and lora\.keep leaves a part'),
         ({"strategy": "fedit", "lora": {"keep": "b"}}, r'"fedit" is about whole models'),

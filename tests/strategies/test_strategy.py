@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from cotune.strategies import Fused, Part, RoundContext, StrategyConfig, Update
+from cotune.strategies.recipes import expand
 from cotune.strategies.server_optimizers.sgd import ServerSGD
 
 
@@ -127,3 +128,9 @@ def test_a_part_of_another_type_is_refused(part: str, value: object) -> None:
 def test_a_parameter_that_is_not_finite_is_refused(value: float) -> None:
     """TOML can say nan and inf; a model cannot be moved by either."""
     assert "lr" in error(server_optimizer={"name": "sgd", "lr": value})
+
+
+@pytest.mark.parametrize(("name", "key"), [("geometric_median", "fusion"), ("uniform", "weighting"), ("proximal", "client_term")])
+def test_a_part_in_the_place_of_a_strategy_is_told_its_own(name: str, key: str) -> None:
+    with pytest.raises(ValueError, match=rf'"{name}" is a part and no strategy: expected strategy\.{key} = "{name}"'):
+        expand({"strategy": name})
