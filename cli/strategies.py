@@ -74,8 +74,10 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
         of_kind = [part for part in found if part["kind"] == kind]
         if not of_kind:
             continue
-        columns = (heading, "", "the server sees", "record-level ε", "client-level ε")
-        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column(heading, no_wrap=True, min_width=max(len(part["name"]) for part in of_kind))  # it can be copied
+        for column in ("", "the server sees", "record-level ε", "client-level ε"):
+            table.add_column(column)
         for part in of_kind:
             privacy = (part["record_privacy"].partition(":")[0], part["client_privacy"].partition(":")[0])
             table.add_row(escape(part["name"]), escape(part["summary"]), part["sees"], *privacy)
