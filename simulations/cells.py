@@ -81,10 +81,10 @@ def baseline_of(variations: Sequence[Variation], baseline: str | None) -> str:
             "there is nothing to compare: expected at least one --vary, such as --vary strategy.weighting=examples,uniform"
         )
     paths = [variation.path for variation in variations]
-    if len(set(paths)) < len(paths) or "seed" in paths:
-        raise PlanError(
-            f"the keys {', '.join(paths)} cannot be varied together: expected distinct ones, and --seeds for the seed"
-        )
+    if "seed" in paths:
+        raise PlanError("the seed is no key to vary: expected --seeds, which plays every combination under each")
+    if len(set(paths)) < len(paths):
+        raise PlanError(f"the keys {', '.join(paths)} cannot be varied together: expected distinct ones")
     first = variations[0]
     if baseline is not None and baseline not in first.values:
         raise PlanError(f'the baseline "{baseline}" is no value of {first.key}{nearest(baseline, first.values)}')

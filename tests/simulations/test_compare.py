@@ -160,7 +160,7 @@ def test_a_cell_that_fails_is_shown_and_the_others_go_on(plan_file: Path, tmp_pa
     [
         ([], {}, "there is nothing to compare: expected at least one --vary"),
         (["partition=iid", "simulation.partition=dirichlet:0.5"], {}, "cannot be varied together"),
-        (["seed=1,2"], {}, "expected distinct ones, and --seeds for the seed"),
+        (["seed=1,2"], {}, "the seed is no key to vary: expected --seeds"),
         (["partition=iid"], {"baseline": "idd"}, "the baseline \"idd\" is no value of partition; did you mean 'iid'?"),
         (["partition=iid,zipf:2"], {}, "partition=zipf:2"),
         (["local.stesp=1,2"], {}, 'local.stesp=1: the plan has an unknown key "local.stesp"; did you mean'),
