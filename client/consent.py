@@ -38,6 +38,9 @@ def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator
             )
     elif policy.training.record_privacy:
         yield "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy"
+    statistics = sorted({"fisher", "gram"} & set(plan.strategy.sends))
+    if statistics and not policy.tell.statistics:
+        yield "tell.statistics", f"the plan wants statistics of the records ({', '.join(statistics)}), expected one without them"
     if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
         parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
         yield "tell.local_loss", f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it"
@@ -52,6 +55,7 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
         "train_modes": [stage.mode for stage in plan.stages],
         "weightings": [plan.strategy.weighting.name],
         "fusions": [plan.strategy.fusion.name],
+        "client_terms": [] if plan.strategy.client_term is None else [plan.strategy.client_term.name],
     }
     for key, wanted in asked.items():
         allowed = getattr(rules, key)

@@ -83,7 +83,7 @@ def train_round(
             steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
     delta = own_rank.sent(difference(model.state(personal.shared), received))
     _check_finite(delta)
-    statistics = statistics_of(plan, model, names, setting)
+    statistics = statistics_of(plan, model, personal.shared, setting)
     examples = teller.examples(len(holdings), round)
     update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics)
     correction.keep(round, stage, delta)

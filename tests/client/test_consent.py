@@ -36,6 +36,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # rule -> (policy's
     "training.train_modes": ({"training": {"train_modes": ("head",)}}, {"train": "lora"}),
     "training.weightings": ({"training": {"weightings": ("uniform",)}}, {}),
     "training.fusions": ({"training": {"fusions": ()}}, {}),
+    "training.client_terms": ({"training": {"client_terms": ()}}, {"strategy": "fedprox"}),
+    "tell.statistics": ({"tell": {"statistics": False}}, {"privacy": "none", "strategy": {"fusion": "fisher"}}),
     "training.min_examples": ({"training": {"min_examples": 61}}, {}),
     "training.min_batch": ({"training": {"min_batch": 13}}, {}),
     "training.max_rounds": ({"training": {"max_rounds": 2}}, {}),
