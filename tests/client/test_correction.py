@@ -120,3 +120,36 @@ def test_a_term_without_state_keeps_nothing(make_plan: MakePlan, make_site: Make
     plan, site = make_plan(strategy="fedprox"), make_site()
     train_round(plan, site, 1, state_for(plan))
     assert kept_of(site) == []
+
+
+WRONG: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "not finite": (lambda t: torch.full_like(t, float("nan")), "not finite: expected finite ones"),
+    "another shape": (lambda t: torch.ones(7, *t.shape), "expected a parameter of the state, in its shape"),
+    "one number for all": (lambda t: torch.ones(1), "expected a parameter of the state, in its shape"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_server_sends_beside_the_state_is_looked_at_before_anything_is_charged(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, wrong: str
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE, strategy="scaffold"), make_site()
+    state, (made, said) = state_for(plan), WRONG[wrong]
+    with pytest.raises(RunError, match=said):
+        train_round(plan, site, 1, state, sent={name: made(tensor) for name, tensor in state.items()})
+    with pytest.raises(RunError, match="expected a parameter of the state"):
+        train_round(plan, site, 1, state, sent={"nobody.weight": torch.zeros(2)})
+    assert site.ledger().charges() == []
+
+
+@pytest.mark.parametrize("admitted", [-1, 2, 3, 10**12])
+def test_only_an_earlier_round_can_be_the_last_admitted_one(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, admitted: int
+) -> None:
+    """Going on from a later one would forget the earlier ones, which the model counts on."""
+    plan, site = make_plan(strategy="scaffold"), make_site()
+    state = state_for(plan)
+    train_round(plan, site, 1, state)
+    with pytest.raises(RunError, match=f"names round {admitted} as the last admitted one: expected an earlier one"):
+        train_round(plan, site, 2, state, admitted=admitted)
+    assert kept_of(site) == ["round-00001.safetensors"]
