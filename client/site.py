@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -85,7 +86,8 @@ class Site:
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "") -> None:
         """Keeps a run's tensors after a round, durably, and those of the last rounds before it. what: a folder of their own."""
         folder = self._kept_folder(plan_id, what)
-        write_durably(folder / f"round-{round:05d}.safetensors", save({n: t.contiguous() for n, t in tensors.items()}))
+        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
+        write_durably(folder / f"round-{round:05d}.safetensors", save(copies))
 
     def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
         """What was kept after a round; what is older will not be asked for again, and goes. Raises RunError when it is lost."""
