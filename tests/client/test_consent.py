@@ -97,6 +97,14 @@ def test_rules_about_the_number_of_records_answer_last(make_plan: MakePlan) -> N
         assert declined.value.rule == f"training.{next(iter(rules))}"
 
 
+def test_epochs_are_declined_before_the_number_of_records_is_looked_at(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=PRIVATE, local={"batch_size": 12, "epochs": 1.0, "steps": None})
+    broken = policy(training={"min_examples": 100}, tell={"example_count": "declared"})
+    with pytest.raises(Declined) as declined:
+        check_consent(plan, broken, 60)
+    assert declined.value.rule == "tell.example_count"
+
+
 def test_the_strict_default_allows_no_model(make_plan: MakePlan) -> None:
     with pytest.raises(Declined, match=r"rule training\.base_models: .* expected one of: nothing so far"):
         check_consent(make_plan(privacy=PRIVATE), Policy(), 10_000)
