@@ -38,9 +38,13 @@ def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator
             )
     elif policy.training.record_privacy:
         yield "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy"
+    statistics = sorted({"fisher", "gram"} & set(plan.strategy.sends))
+    if statistics and not policy.tell.statistics:
+        yield "tell.statistics", f"the plan wants statistics of the records ({', '.join(statistics)}), expected one without them"
     if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
         parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
         yield "tell.local_loss", f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it"
+    yield from _telling_size(plan, policy)
     yield from _too_few(plan, policy, examples)
 
 
@@ -52,6 +56,7 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
         "train_modes": [stage.mode for stage in plan.stages],
         "weightings": [plan.strategy.weighting.name],
         "fusions": [plan.strategy.fusion.name],
+        "client_terms": [] if plan.strategy.client_term is None else [plan.strategy.client_term.name],
     }
     for key, wanted in asked.items():
         allowed = getattr(rules, key)
@@ -78,17 +83,20 @@ def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[tuple[str, s
         yield "training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {rules.max_hours:g}"
 
 
-def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[tuple[str, str]]:
-    rules, tell = policy.training, policy.tell
-    if examples < rules.min_examples:
-        yield "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}"
+def _telling_size(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
     tells = any(stage.local.epochs is not None and stage.local.batch_size >= 1 for stage in plan.stages)
-    if tells and tell.example_count != "exact":
+    if tells and policy.tell.example_count != "exact":
         yield (
             "tell.example_count",
             "the plan has local.epochs, whose number of steps tells how many records there are: expected local.steps, or"
             " local.batch_size as a fraction",
         )
+
+
+def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[tuple[str, str]]:
+    rules, tell = policy.training, policy.tell
+    if examples < rules.min_examples:
+        yield "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}"
     for stage in plan.stages:
         batch = stage.local.sample_rate(examples) * examples
         if batch < rules.min_batch:

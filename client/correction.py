@@ -27,7 +27,7 @@ class Correction:
     """
 
     def __init__(self, plan: Plan, site: Site, admitted: int, sent: Mapping[str, Tensor]) -> None:
-        self.plan, self.site, self.sent = plan, site, sent
+        self.plan, self.site, self.admitted, self.sent = plan, site, admitted, sent
         self.term = plan.strategy.new_client_term()
         keeps = plan.strategy.keeps_state
         self.kept = site.recall(plan.plan_id, admitted) if keeps and admitted else {}
@@ -60,7 +60,7 @@ class Correction:
             assert stage.local.steps is not None, "a plan whose term keeps state gives steps"
             local = LocalSteps(stage.local.learning_rate, stage.local.momentum, stage.local.steps)
             kept = {**self.kept, **self.term.keep(self.kept, delta, self.sent, local)}
-            self.site.remember(self.plan.plan_id, round, kept)
+            self.site.remember(self.plan.plan_id, round, kept, since=self.admitted)
 
 
 def _on(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ class Personal:
     """
 
     def __init__(self, plan: Plan, site: Site, model: SharedModel, round: int, admitted: int) -> None:
-        self.plan, self.site, self.model, self.round = plan, site, model, round
+        self.plan, self.site, self.model, self.round, self.admitted = plan, site, model, round, admitted
         self.shared = shared_names(plan, model, round)
         self.names = [name for name in trained_names(plan, model, round) if name not in set(self.shared)]
         self.kept = site.recall(plan.plan_id, admitted, PERSONAL) if self.names and admitted else {}
@@ -36,4 +36,5 @@ class Personal:
     def keep(self) -> None:
         """After training, before the update is handed over."""
         if self.names:
-            self.site.remember(self.plan.plan_id, self.round, self.model.state(self.names), PERSONAL)
+            own = self.model.state(self.names)
+            self.site.remember(self.plan.plan_id, self.round, own, PERSONAL, since=self.admitted)

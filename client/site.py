@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from cotune.models.durable import write_durably
@@ -82,25 +83,27 @@ class Site:
         content = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(about)})
         write_durably(self.folder / "outbox" / "update.safetensors", content)
 
-    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "") -> None:
-        """Keeps a run's tensors after a round, durably, and those of the last rounds before it. what: a folder of their own."""
+    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
+        """Keeps a run's tensors after a round, durably. what: a folder of their own. since: the round that they go on from."""
         folder = self._kept_folder(plan_id, what)
-        write_durably(folder / f"round-{round:05d}.safetensors", save({n: t.contiguous() for n, t in tensors.items()}))
+        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
+        write_durably(folder / _file_of(round), save(copies, metadata={"since": str(since)}))
 
     def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
-        """What was kept after a round; what is older will not be asked for again, and goes. Raises RunError when it is lost."""
+        """What was kept after a round. What it does not go on from goes: a server that has lost its last checkpoint asks for the
+        round before once more, but for no older one. Raises RunError when it is lost.
+        """
         folder = self._kept_folder(plan_id, what)
-        file = folder / f"round-{round:05d}.safetensors"
-        found = _load_kept(file)
+        found, since = _load_kept(folder / _file_of(round))
         for older in folder.glob("round-*.safetensors"):
-            if older.name < file.name:
+            if older.name < _file_of(since):
                 older.unlink(missing_ok=True)
         return found
 
     def newest(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
         """What was kept last, whether its round was admitted or not; empty where nothing was. Changes nothing."""
         files = sorted(self._kept_folder(plan_id, what).glob("round-*.safetensors"))
-        return _load_kept(files[-1]) if files else {}
+        return _load_kept(files[-1])[0] if files else {}
 
     def _kept_folder(self, plan_id: str, what: str) -> Path:
         return self.folder / "kept" / plan_id[:32] / what
@@ -121,16 +124,21 @@ class Site:
             raise RunError(f"the outbox file {file} is damaged ({error}): remove it to train the round again") from None
 
 
-def _load_kept(file: Path) -> dict[str, Tensor]:
+def _file_of(round: int) -> str:
+    return f"round-{round:05d}.safetensors"
+
+
+def _load_kept(file: Path) -> tuple[dict[str, Tensor], int]:
+    """The tensors, and the round that they go on from."""
     try:
-        found: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
+        with safe_open(file, framework="pt") as kept:
+            return {name: kept.get_tensor(name) for name in kept.keys()}, int(kept.metadata()["since"])  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         round = int(file.stem.removeprefix("round-"))
         raise RunError(
             f"what was kept after round {round} cannot be read from {file} ({error}): expected it to be there, as the server"
             " counts on it; restore the site from a backup, or start a new run"
         ) from None
-    return found
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.setting import Setting
+from cotune.models.errors import PrivacyError
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan
 from cotune.plan.statistics import gram_layers
+from cotune.privacy.accounting import RecordPrivacy
 
 __all__ = ["statistics_of"]
 
@@ -19,10 +21,13 @@ __all__ = ["statistics_of"]
 def statistics_of(plan: Plan, model: SharedModel, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
     """The arrays of `plan.statistics.statistic_shapes`, float32 on the CPU; empty unless the plan's fusion wants some.
 
-    The model must be set to the state after training. Costs one backward pass per record (fisher), one forward pass over all
+    names: parameters that travel. The model must be set to the state after training. Raises PrivacyError under record-level
+    privacy, which no noise here would keep. Costs one backward pass per record (fisher), one forward pass over all
     records (gram) and, for as long as it takes, 8 bytes for each entry.
     """
     found: dict[str, Tensor] = {}
+    if isinstance(plan.privacy, RecordPrivacy) and {"fisher", "gram"} & set(plan.strategy.sends):
+        raise PrivacyError("the plan asks for statistics of the records that no noise protects: expected privacy = none")
     if "fisher" in plan.strategy.sends:
         found |= {f"fisher/{name}": f for name, f in _fisher(dict(model.parameters()), names, setting).items()}
     if "gram" in plan.strategy.sends:

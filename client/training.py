@@ -44,10 +44,10 @@ def train_round(
     admitted, sent: as in the request (see strategies/wire).
     Raises DataError when the organisation's records cannot be used, PrivacyError when its budget does not suffice.
     """
-    digest, stage = (
-        state_digest({**state, **{f"sent/{name}": tensor for name, tensor in (sent or {}).items()}}),
-        plan.stage_of(round),
-    )
+    stage, sent = plan.stage_of(round), sent or {}
+    if not 0 <= admitted < round:
+        raise RunError(f"the request for round {round} names round {admitted} as the last admitted one: expected an earlier one")
+    digest = state_digest({**state, **{f"sent/{name}": tensor for name, tensor in sent.items()}})
     policy, holdings = site.policy(), site.holdings(plan.labels)
     check_consent(plan, policy, len(holdings))
     finished = site.kept(plan.plan_id, round, digest)
@@ -61,7 +61,8 @@ def train_round(
     model.load(state)
     names, personal = trained_names(plan, model, round), Personal(plan, site, model, round, admitted)
     _check_state(state, personal.shared)
-    correction, own_rank = Correction(plan, site, admitted, sent or {}), OwnRank(plan, stage, policy, model)
+    _check_sent(sent, state)
+    correction, own_rank = Correction(plan, site, admitted, sent), OwnRank(plan, stage, policy, model)
     received = own_rank.held(model, personal.joined(state))
     parameters = model.train_only(names)
     setting = setting_of(plan, stage, model, holdings, state, site.organisation)
@@ -83,7 +84,7 @@ def train_round(
             steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
     delta = own_rank.sent(difference(model.state(personal.shared), received))
     _check_finite(delta)
-    statistics = statistics_of(plan, model, names, setting)
+    statistics = statistics_of(plan, model, personal.shared, setting)
     examples = teller.examples(len(holdings), round)
     update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics)
     correction.keep(round, stage, delta)
@@ -100,6 +101,18 @@ def _check_state(state: State, names: Sequence[str]) -> None:
     broken = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise RunError(f"the request's state is not finite in {broken[0]}: expected finite parameters")
+
+
+def _check_sent(sent: Mapping[str, Tensor], state: State) -> None:
+    """Before anything is charged: what comes beside the state is about its parameters, and finite."""
+    for name, tensor in sent.items():
+        if name not in state or tensor.shape != state[name].shape:
+            raise RunError(
+                f"the request sends {name[:80]} {tuple(tensor.shape)} beside the state: expected a parameter of the state, in its"
+                " shape"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise RunError(f"the request sends {name[:80]} with values that are not finite: expected finite ones")
 
 
 def _train_privately(

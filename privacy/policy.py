@@ -56,6 +56,7 @@ class TrainingRules(Table):
     train_modes: tuple[str, ...] = Field(("head", "lora"), description="head, lora, full")
     weightings: tuple[str, ...] = Field(_EVERYTHING, description="of the strategy")
     fusions: tuple[str, ...] = Field(("mean",), description="of the strategy")
+    client_terms: tuple[str, ...] = Field((), description="of the strategy: what is added to the gradients here, and kept here")
 
     def rank_for(self, planned: int) -> int:
         """Rank of the adapters that are trained: the plan's, or the organisation's own where that is smaller."""
@@ -76,6 +77,9 @@ class TellRules(Table):
     loss_ceiling: float = Field(4.0, gt=0, description="nats; of a noised loss, what one record counts for at most")
     label_histogram: Literal["none", "noised"] = Field("none", description="how many records each class has, once per plan")
     noise_multiplier: float = Field(20.0, ge=1.0, description="σ of what is noised: Gaussian noise on counts")
+    statistics: bool = Field(
+        False, description="squared gradients and input products of the records, without noise; never with record privacy"
+    )
     noise_level: bool = Field(True, description="how much noise is in an update; the weighting noise_aware needs it")
 
 
@@ -101,8 +105,11 @@ class Policy(Table):
                 base_models=_EVERYTHING,
                 train_modes=_EVERYTHING,
                 fusions=_EVERYTHING,
+                client_terms=_EVERYTHING,
             ),
-            tell=TellRules(example_count="exact", local_metrics="noised", local_loss="noised", label_histogram="noised"),
+            tell=TellRules(
+                example_count="exact", local_metrics="noised", local_loss="noised", label_histogram="noised", statistics=True
+            ),
         )
 
 

@@ -12,6 +12,8 @@ from cotune.strategies.updates import Update
 
 __all__ = ["reason_to_refuse"]
 
+_MOST_LOSS = 1e6  # nats: no model that trains at all is so wrong, and powers of more would overflow
+
 
 def reason_to_refuse(
     update: Update,
@@ -25,12 +27,13 @@ def reason_to_refuse(
     loss_needed: bool = False,
     statistics: Mapping[str, tuple[int, ...]] | None = None,
     steps_of: Callable[[int], int] | None = None,
+    most_steps: int | None = None,
 ) -> str | None:
     """What is wrong with an update, in words; None when it may enter.
 
     shapes: the parameters that the round shares, with their tensors. noise_needed: every update must state its noise, above 0.
     loss_needed: and tell its loss. smaller: adapters that may come with a smaller rank. statistics: the arrays that the fusion
-    wants beside the delta, with their shapes. steps_of: examples -> steps, where these follow from those.
+    wants beside the delta, with their shapes. steps_of: examples -> steps, where these follow from those. most_steps: the plan's.
     """
     if update.organisation != organisation:
         return f"it is from {update.organisation[:80]}, expected {organisation}"
@@ -40,6 +43,8 @@ def reason_to_refuse(
         return f"it declares {update.examples} examples, expected at least 1"
     if steps_of is not None and update.steps != steps_of(update.examples):
         return f"it states {update.steps} steps, expected {steps_of(update.examples)} with {update.examples} examples"
+    if most_steps is not None and not 1 <= update.steps <= most_steps:
+        return f"it states {update.steps} steps, expected 1 to {most_steps}"
     return (
         _wrong_tensors(update.delta, shapes, smaller)
         or _wrong_values(update.delta, max_norm)
@@ -98,7 +103,7 @@ def _wrong_loss(update: Update) -> str | None:
     if "loss" not in update.told:
         return "it does not tell the loss that the strategy of the plan needs"
     loss = update.told["loss"]
-    return None if 0 <= loss < math.inf else f"it tells a loss of {loss:g}, expected a finite number, 0 or more"
+    return None if 0 <= loss <= _MOST_LOSS else f"it tells a loss of {loss:g}, expected 0 to {_MOST_LOSS:g}"
 
 
 def _wrong_statistics(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -217,6 +217,7 @@ def _refusal(
         shapes=shapes,
         statistics=statistics,
         steps_of=None if local.epochs is None else local.steps_of,
+        most_steps=local.steps,
         smaller=context.adapters if plan.mixed_ranks else (),
         max_norm=plan.server.max_update_norm,
         noise_needed=plan.privacy != "none" and plan.strategy.compares_noise,

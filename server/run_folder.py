@@ -125,7 +125,9 @@ class RunFolder:
     def save(self, progress: Progress) -> None:
         """Makes the round durable: after this returns, it is never repeated."""
         tensors = {f"state/{n}": t.contiguous() for n, t in progress.state.items()}
-        tensors |= {f"memory/{n}": t.contiguous() for n, t in progress.memory.items()}
+        tensors |= {  # copies: a rule may remember a tensor of the state, and safetensors writes none twice
+            f"memory/{n}": t.clone(memory_format=torch.contiguous_format) for n, t in progress.memory.items()
+        }
         about = {"round": progress.round, "plan_id": self.plan.plan_id, "history": list(progress.history)}
         about |= {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
         content = save(tensors, metadata={"checkpoint": json.dumps(about)})

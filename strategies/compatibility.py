@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from cotune.strategies.parts import Kind, PartInfo, Visibility
 from cotune.strategies.strategy import Part, StrategyConfig
@@ -45,12 +46,22 @@ def first_problem(strategy: StrategyConfig, facts: Facts, infos: Mapping[Kind, P
     """Why the strategy cannot be had, in words; None when it can. infos: of parts that are code, where it has been run."""
     found: Found = {kind: (part, info) for kind, part, info in strategy.known_parts()}
     opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.parts() if kind in (infos or {})}
-    return next(_problems({**found, **opened}, facts), None)
+    return next(chain(_problems({**found, **opened}, facts), _sending(strategy, facts)), None)
 
 
 def privacy_problem(info: PartInfo, facts: Facts) -> str | None:
     """Why a part cannot be had with the privacy that a plan promises, in words; None when it can."""
     return next(_privacy(info, facts), None)
+
+
+def _sending(strategy: StrategyConfig, facts: Facts) -> Iterator[str]:
+    """What the plan itself says that organisations send: it need not be what its parts want."""
+    statistics = sorted(_STATISTICS & set(strategy.sends))
+    if facts.record_privacy and statistics:
+        yield (
+            f"strategy.sends asks for statistics of the records ({', '.join(statistics)}) that no noise protects: expected"
+            " privacy = none, or a strategy that needs deltas alone"
+        )
 
 
 def _problems(found: Found, facts: Facts) -> Iterator[str]:

@@ -36,6 +36,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # rule -> (policy's
     "training.train_modes": ({"training": {"train_modes": ("head",)}}, {"train": "lora"}),
     "training.weightings": ({"training": {"weightings": ("uniform",)}}, {}),
     "training.fusions": ({"training": {"fusions": ()}}, {}),
+    "training.client_terms": ({"training": {"client_terms": ()}}, {"strategy": "fedprox"}),
+    "tell.statistics": ({"tell": {"statistics": False}}, {"privacy": "none", "strategy": {"fusion": "fisher"}}),
     "training.min_examples": ({"training": {"min_examples": 61}}, {}),
     "training.min_batch": ({"training": {"min_batch": 13}}, {}),
     "training.max_rounds": ({"training": {"max_rounds": 2}}, {}),
@@ -93,6 +95,14 @@ def test_rules_about_the_number_of_records_answer_last(make_plan: MakePlan) -> N
         with pytest.raises(Declined) as declined:
             check_consent(plan, broken, 60)
         assert declined.value.rule == f"training.{next(iter(rules))}"
+
+
+def test_epochs_are_declined_before_the_number_of_records_is_looked_at(make_plan: MakePlan) -> None:
+    plan = make_plan(privacy=PRIVATE, local={"batch_size": 12, "epochs": 1.0, "steps": None})
+    broken = policy(training={"min_examples": 100}, tell={"example_count": "declared"})
+    with pytest.raises(Declined) as declined:
+        check_consent(plan, broken, 60)
+    assert declined.value.rule == "tell.example_count"
 
 
 def test_the_strict_default_allows_no_model(make_plan: MakePlan) -> None:

@@ -67,7 +67,7 @@ def test_the_next_round_goes_on_from_the_last_admitted_update(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
 ) -> None:
     """Round 2 came too late and was never admitted: round 3 is what it would have been without round 2."""
-    plan = make_plan(rounds=4, strategy="feddyn")
+    plan = make_plan(rounds=5, strategy="feddyn")
     state = state_for(plan)
     late, punctual = make_site(at="late"), make_site(at="punctual")
     for site in (late, punctual):
@@ -77,7 +77,25 @@ def test_the_next_round_goes_on_from_the_last_admitted_update(
     third, expected = (train_round(plan, site, 3, state, admitted=1).delta for site in (late, punctual))
     assert all(torch.equal(third[name], expected[name]) for name in expected)
     train_round(plan, late, 4, state, admitted=3)
-    assert kept_of(late) == ["round-00003.safetensors", "round-00004.safetensors"]
+    train_round(plan, late, 5, state, admitted=4)
+    assert kept_of(late) == [f"round-0000{round}.safetensors" for round in (3, 4, 5)]
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "feddyn"])
+def test_a_server_that_has_lost_its_last_checkpoint_can_go_on_from_the_one_before(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, strategy: str
+) -> None:
+    """Round 3 was admitted and round 4 asked for when the checkpoint of round 3 turned out to be damaged: round 3 is asked for
+    again, going on from round 1, as round 2 came too late.
+    """
+    plan, site = make_plan(rounds=4, strategy=strategy), make_site()
+    states = [state_for(plan), {name: tensor + 0.5 for name, tensor in state_for(plan).items()}]
+    train_round(plan, site, 1, states[0])
+    train_round(plan, site, 2, states[0], admitted=1)
+    third = train_round(plan, site, 3, states[0], admitted=1).delta
+    train_round(plan, site, 4, states[1], admitted=3)
+    again = train_round(plan, site, 3, states[0], admitted=1).delta
+    assert all(torch.equal(again[name], tensor) for name, tensor in third.items())
 
 
 @pytest.mark.parametrize("privacy", ["none", PRIVATE])
@@ -120,3 +138,36 @@ def test_a_term_without_state_keeps_nothing(make_plan: MakePlan, make_site: Make
     plan, site = make_plan(strategy="fedprox"), make_site()
     train_round(plan, site, 1, state_for(plan))
     assert kept_of(site) == []
+
+
+WRONG: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "not finite": (lambda t: torch.full_like(t, float("nan")), "not finite: expected finite ones"),
+    "another shape": (lambda t: torch.ones(7, *t.shape), "expected a parameter of the state, in its shape"),
+    "one number for all": (lambda t: torch.ones(1), "expected a parameter of the state, in its shape"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_server_sends_beside_the_state_is_looked_at_before_anything_is_charged(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, wrong: str
+) -> None:
+    plan, site = make_plan(privacy=PRIVATE, strategy="scaffold"), make_site()
+    state, (made, said) = state_for(plan), WRONG[wrong]
+    with pytest.raises(RunError, match=said):
+        train_round(plan, site, 1, state, sent={name: made(tensor) for name, tensor in state.items()})
+    with pytest.raises(RunError, match="expected a parameter of the state"):
+        train_round(plan, site, 1, state, sent={"nobody.weight": torch.zeros(2)})
+    assert site.ledger().charges() == []
+
+
+@pytest.mark.parametrize("admitted", [-1, 2, 3, 10**12])
+def test_only_an_earlier_round_can_be_the_last_admitted_one(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, admitted: int
+) -> None:
+    """Going on from a later one would forget the earlier ones, which the model counts on."""
+    plan, site = make_plan(strategy="scaffold"), make_site()
+    state = state_for(plan)
+    train_round(plan, site, 1, state)
+    with pytest.raises(RunError, match=f"names round {admitted} as the last admitted one: expected an earlier one"):
+        train_round(plan, site, 2, state, admitted=admitted)
+    assert kept_of(site) == ["round-00001.safetensors"]

@@ -91,7 +91,7 @@ def test_looking_at_the_newest_part_leaves_those_before(make_site: MakeSite) -> 
     site = make_site()
     assert site.newest("plan", PERSONAL) == {}
     for round in (9, 10):
-        site.remember("plan", round, {"b": torch.full((2,), float(round))}, PERSONAL)
+        site.remember("plan", round, {"b": torch.full((2,), float(round))}, PERSONAL, since=round)
     assert site.newest("plan", PERSONAL)["b"].tolist() == [10.0, 10.0]
     assert site.recall("plan", 9, PERSONAL)["b"].tolist() == [9.0, 9.0]
     assert site.newest("plan") == {}  # what a client term keeps is apart

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cotune.client.site import Site
 from cotune.client.training import train_round
+from cotune.models.errors import PlanError, PrivacyError
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import example_losses
 from cotune.models.text_task import collator
@@ -111,3 +112,24 @@ def test_the_model_is_left_without_hooks(make_plan: MakePlan, make_site: MakeSit
     train_round(plan, make_site(), 1, state_for(plan))
     assert not any(layer._forward_pre_hooks for layer in model_of(plan, "cpu").module.modules())
     assert json.loads(plan.canonical())["strategy"]["sends"] == ["gram"]
+
+
+@pytest.mark.parametrize("sends", ["fisher", "gram"])
+def test_under_record_privacy_nobody_can_ask_for_them(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, sends: str
+) -> None:
+    """A server writes into a plan what it likes: neither as it is read nor behind that are they sent without noise."""
+    private = {"epsilon": 2.0, "delta": 1e-3}
+    with pytest.raises(PlanError, match="that no noise protects"):
+        make_plan(privacy=private, strategy={"fusion": "mean", "sends": [sends]})
+    plan = make_plan(privacy=private)
+    unchecked = plan.model_copy(update={"strategy": plan.strategy.model_copy(update={"sends": (sends,)})})
+    with pytest.raises(PrivacyError, match="that no noise protects"):
+        train_round(unchecked, make_site(), 1, state_for(plan))
+
+
+def test_they_are_of_what_travels_alone(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    """What an organisation keeps to itself is not told of, and the server expects nothing of it."""
+    plan = make_plan(train="lora", strategy={"fusion": "fisher"}, lora={"factors": "ab", "keep": "b"})
+    update = train_round(plan, make_site(), 1, state_for(plan))
+    assert set(update.statistics) == {f"fisher/{name}" for name in update.delta}

@@ -24,7 +24,9 @@ def test_the_defaults_are_strict() -> None:
     assert policy.budget.epsilon_per_run <= 3 < policy.budget.epsilon_total <= 8
     assert policy.tell.example_count == "declared"
     assert policy.tell.declared_examples == 1
-    assert (policy.tell.local_metrics, policy.tell.label_histogram) == ("none", "none")
+    assert (policy.tell.local_metrics, policy.tell.label_histogram, policy.tell.local_loss) == ("none", "none", "none")
+    assert not policy.tell.statistics
+    assert (policy.training.fusions, policy.training.client_terms) == (("mean",), ())
 
 
 def test_an_empty_file_is_the_strict_default(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from cotune.server.run_folder import Participant, Progress, RunFile, RunFolder
 from cotune.simulations.grid import InProcessGrid
 from cotune.strategies.round import Weighed
 from cotune.strategies.sums import weighted
+from cotune.strategies.updates import Update
 from cotune.strategies.wire import Request, encode_update
 from tests.server.conftest import Answer, NewRun, adding, federation, model_of, update
 
@@ -253,6 +254,38 @@ def record(request: Request, arrays: Mapping[str, Array] | None = None, **fields
     if arrays is not None:
         content["delta"] = ArrayRecord({**good.array_records["delta"], **arrays})
     return content
+
+
+@pytest.mark.parametrize(
+    ("strategy", "harm", "reason"),
+    [
+        ("fednova", {"steps": 0}, "it states 0 steps, expected 1 to 20"),
+        ("fednova", {"steps": 21}, "it states 21 steps, expected 1 to 20"),
+        (
+            {"weighting": {"name": "q_fair", "q": 2.0}},
+            {"told": {"loss": 1e200}},
+            "it tells a loss of 1e+200, expected 0 to 1e+06",
+        ),
+        (
+            {"recipe": "qfedavg", "fusion": {"q": 2.0}},
+            {"told": {"loss": 1e200}},
+            "it tells a loss of 1e+200, expected 0 to 1e+06",
+        ),
+    ],
+)
+def test_no_number_that_an_organisation_states_ends_the_run(
+    new_run: NewRun, strategy: Any, harm: dict[str, Any], reason: str
+) -> None:
+    def honest(request: Request) -> Update:
+        return update(request, ones(request), steps=20, told={"loss": 1.0})
+
+    def hostile(request: Request) -> Update:
+        return update(request, ones(request), **{"steps": 20, "told": {"loss": 1.0}, **harm})
+
+    folder = new_run("org-1", "org-2", rounds=1, strategy=strategy)
+    [entry] = play(folder, {"org-1": honest, "org-2": hostile}).history
+    assert entry["participants"] == ["org-1"]
+    assert entry["dropped"] == [{"organisation": "org-2", "reason": reason}]
 
 
 PLAN_ID: list[str] = []  # of the run under test

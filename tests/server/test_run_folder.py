@@ -123,6 +123,17 @@ def test_a_round_is_read_back_bit_for_bit(new_run: NewRun) -> None:
     assert folder.finished
 
 
+def test_rules_may_remember_a_tensor_of_the_state_or_one_twice(new_run: NewRun) -> None:
+    """Such as a parameter before the round, which a stage that trains another left as it is."""
+    folder, tensor = new_run(), torch.arange(6.0)
+    memory = {"optimizer/x": tensor, "fusion/x": tensor, "fusion/turned": tensor.reshape(2, 3).T}
+    folder.save(Progress(1, {"x": tensor}, memory))
+    found = folder.load()
+    assert torch.equal(found.state["x"], tensor)
+    assert found.memory.keys() == memory.keys()
+    assert all(torch.equal(found.memory[name], kept) for name, kept in memory.items())
+
+
 def test_a_checkpoint_is_a_plain_safetensors_file_with_everything_in_it(new_run: NewRun) -> None:
     folder = new_run()
     folder.save(progress(1))

@@ -45,4 +45,4 @@ def test_killed_between_state_and_update(toy_plan: NewPlan, cotune: Cotune, tmp_
     for site in ("org-1", "org-2"):
         one, other = (sorted((folder / "sites" / site / "kept").glob("*/*")) for folder in (run, whole))
         assert [file.read_bytes() for file in one] == [file.read_bytes() for file in other]
-        assert len(one) == 2
+        assert len(one) == 3

@@ -33,6 +33,16 @@ def test_federated_averaging_goes_with_everything() -> None:
     assert first_problem(uniform, Facts(client_privacy=True, record_privacy=True, sums_only=True)) is None
 
 
+@pytest.mark.parametrize("sends", [["fisher"], ["gram"]])
+def test_no_plan_asks_for_statistics_under_record_privacy_by_hand(sends: list[str]) -> None:
+    """Parts in files are never opened by organisations: what the plan says is all that they know of what is sent."""
+    for strategy in ({"sends": sends}, {"sends": sends, "fusion": {"name": "mine.py:mine", "sha256": "00" * 32}}):
+        found = problem(Facts(record_privacy=True), {}, **strategy)
+        assert found is not None
+        assert "strategy.sends asks for statistics" in found
+        assert problem(NOTHING, {}, **strategy) is None
+
+
 @pytest.mark.parametrize(
     ("facts", "infos", "reason"),
     [
