@@ -82,7 +82,7 @@ EXPECTED = [  # what the literature says: (the better, the worse, where)
     ("fedadam", "fedavg", "dirichlet:0.1", "3"), ("fedavg", "median", "dirichlet:0.1", "3"),
 ]  # fmt: skip
 
-ADAPTERS = ("fedit", "ffa_lora", "rolora", "fedsvd", "fedex")
+ADAPTERS = ("fedit", "ffa_lora", "fedsvd", "rolora")
 TWEETS = (
     "train=lora", "rounds=3", "lora.layers=1", "lora.targets=auto", "model.max_length=32", "test_fraction=0.04",
     "validation_fraction=0.9", "simulation.min_examples=200", "local.momentum=0.0", "local.batch_size=0.2", "local.steps=6",
