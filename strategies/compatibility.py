@@ -17,7 +17,7 @@ _STATISTICS = {"fisher", "gram"}
 class Facts:
     """What a plan says beside its strategy. sums_only: the server may see sums alone. participation: the fraction of the
     organisations that each round asks. organisations: that it asks in a round, at least; None where that is not known before the
-    run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter is trained at the same learning rate.
+    run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
     personal: organisations keep some of what they train to themselves. same_steps: every organisation takes as many steps in a
     round.
     """

@@ -66,8 +66,8 @@ class Needs:
     values of lora.factors that it is for (empty: it need not know of adapters). mixed_ranks: organisations may train smaller
     ranks. rewrites: what it changes of adapters, trained or not. sets_state: its result is a new state rather than a direction,
     which a server optimiser must not bend. mean: it counts on a fusion that is the weighted mean, as terms that keep or
-    receive tensors do anyway. server_data: it judges by validation records of the server. client_privacy: why client-level privacy
-    cannot be had with it (empty: it can).
+    receive tensors do anyway. server_data: it judges by validation records of the server. client_privacy: why
+    client-level privacy cannot be had with it (empty: it can).
     """
 
     visibility: Visibility = Visibility.SUM
