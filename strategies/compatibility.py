@@ -76,7 +76,7 @@ def _between_parts(found: Found) -> Iterator[str]:
         if weighting[1].needs.by_parameter and not fusion[1].needs.by_parameter:
             yield (
                 f'the weighting "{weighting[0].name}" weighs every parameter by itself, which the fusion "{fusion[0].name}"'
-                ' cannot follow: expected fusion = "mean", or a weighting such as "examples"'
+                ' cannot follow: expected fusion = "mean", or a weighting such as "uniform"'
             )
     for kind, (part, info) in found.items():
         if optimizer and info.needs.sets_state and not _plain(optimizer[0]):

@@ -75,6 +75,7 @@ def test_weights_for_every_parameter_need_a_fusion_that_can_use_them() -> None:
 def test_what_is_named_instead_can_be_had() -> None:
     """Of two reasons the one whose way out leaves no other."""
     assert 'expected weighting = "uniform"' in str(first_problem(strategy(weighting="noise_aware", fusion="krum"), NOTHING))
+    assert 'a weighting such as "uniform"' in str(first_problem(strategy(weighting="noise_aware", fusion="ties"), NOTHING))
     sums = Facts(sums_only=True, server_data=True)
     assert 'a rule of one sum, such as "uniform"' in str(first_problem(strategy(weighting="validation"), sums))
     ranks = Facts(sums_only=True, mixed_ranks=True, modes=("lora",), factors="alternate")
@@ -92,6 +93,12 @@ def test_a_step_found_from_the_norms_needs_the_mean(fusion: str) -> None:
     """One update of a huge norm, which a robust fusion leaves out, would make the step huge."""
     assert "counts on the mean" in str(first_problem(strategy(fusion=fusion, server_optimizer="fedexp"), NOTHING))
     assert first_problem(strategy(weighting="examples", server_optimizer="fedexp"), NOTHING) is None
+
+
+def test_a_smoothness_found_from_the_learning_rate_needs_gradient_descent() -> None:
+    """With Adam at 0.001 and 10^5 parameters L‖Δ‖² is in the thousands, and the model all but stays."""
+    found = str(first_problem(strategy(fusion="q_fedavg"), Facts(optimizers=("adam",))))
+    assert "assumes local.optimizer = sgd, and the plan has adam" in found
 
 
 def test_rounds_of_too_few_by_chance_are_refused() -> None:
