@@ -270,6 +270,7 @@ class Plan(Table):
             client_privacy=self.client_privacy is not None,
             sums_only=self.server.visibility == "sum",
             participation=self.server.sample_rate,
+            organisations=self.server.sample_size or None,
             optimizers=tuple(local.optimizer for local in locals_),
             momentum=any(local.optimizer == "sgd" and local.momentum > 0 for local in locals_),
             same_steps=all(local.epochs is None for local in locals_),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
+from scipy.stats import binom
 
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.setting import check_stages
@@ -34,6 +35,8 @@ from cotune.simulations.partitions import PartitionConfig, Rows, partition, spli
 from cotune.strategies.compatibility import first_problem
 
 __all__ = ["Prepared", "client_level_noise", "make_run", "prepare"]
+
+_RARELY = 1e-3  # how often a run may end because too few organisations were drawn in one of its rounds
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,9 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
 
 def _check_strategy(plan: Plan, organisations: int) -> None:
     """Whether so many organisations, and a plug-in's own needs, go with the plan; nobody else opens a plug-in's file."""
-    server, asked = plan.server, plan.server.sample_size or organisations
-    participation = asked / organisations if server.sample_size else server.sample_rate
+    size, rate = plan.server.sample_size, plan.server.sample_rate
+    participation = size / organisations if size else rate
+    asked = size or max(1, int(binom.ppf(_RARELY / plan.rounds, organisations, rate)))
     infos = {kind: part.info(kind) for kind, part in plan.strategy.parts()}
     problem = first_problem(plan.strategy, replace(plan.facts, organisations=asked, participation=participation), infos)
     if problem:

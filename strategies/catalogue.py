@@ -142,6 +142,10 @@ def _needs(info: PartInfo) -> Iterator[str]:
         yield "the server holds validation records (validation_fraction)"
     if needs.sets_state:
         yield "its result is a new model: the server optimiser must be sgd with lr 1"
+    if needs.mean or needs.client_state:
+        yield "counts on the weighted mean as fusion"
+    if needs.client_state:
+        yield "wants the weighting uniform where not all organisations are asked in every round"
     if info.kind == "fusion" and not needs.weights:
         yield "uses no weights"
     if needs.by_parameter and info.kind == "weighting":

@@ -127,6 +127,10 @@ def _bound(info: PartInfo, parameters: Mapping[str, Any], context: RoundContext)
 
 def _check(name: str, delta: Delta, state: Mapping[str, Tensor]) -> None:
     for key, tensor in delta.items():
+        if state and key not in state:
+            raise RunError(
+                f'the fusion "{name}" gave a delta of {key[:80]}, which the model has not: expected its own parameters'
+            )
         if key in state and state[key].shape != tensor.shape:
             raise RunError(
                 f'the fusion "{name}" gave {key} {tuple(tensor.shape)}: expected {tuple(state[key].shape)}, as in the model'

@@ -17,8 +17,8 @@ _STATISTICS = {"fisher", "gram"}
 @dataclass(frozen=True)
 class Facts:
     """What a plan says beside its strategy. sums_only: the server may see sums alone. participation: the fraction of the
-    organisations that each round asks. organisations: that it asks; None where that is not known before the run. factors:
-    lora.factors where adapters are trained, else None. one_rate: every parameter is trained at the same learning rate.
+    organisations that each round asks. organisations: that it asks in a round, at least; None where that is not known before the
+    run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
     personal: organisations keep some of what they train to themselves. same_steps: every organisation takes as many steps in a
     round.
     """
@@ -66,6 +66,7 @@ def _sending(strategy: StrategyConfig, facts: Facts) -> Iterator[str]:
 
 def _problems(found: Found, facts: Facts) -> Iterator[str]:
     yield from _between_parts(found)
+    yield from _with_term(found.get("client_term"), found.get("weighting"), facts)
     for kind, (part, info) in found.items():
         for reason in _with_plan(part, info, facts):
             yield f'the {_word(kind)} "{part.name}" {reason}'
@@ -77,43 +78,56 @@ def _word(kind: Kind) -> str:
 
 def _between_parts(found: Found) -> Iterator[str]:
     weighting, fusion, optimizer = found.get("weighting"), found.get("fusion"), found.get("server_optimizer")
-    yield from _with_term(found.get("client_term"), weighting, fusion)
     if weighting and fusion:
-        if weighting[1].needs.by_parameter and not fusion[1].needs.by_parameter:
-            yield (
-                f'the weighting "{weighting[0].name}" weighs every parameter by itself, which the fusion "{fusion[0].name}"'
-                ' cannot follow: expected fusion = "mean", or a weighting such as "examples"'
-            )
         if not fusion[1].needs.weights and weighting[0].name != "uniform":
             yield (
                 f'the fusion "{fusion[0].name}" uses no weights, so the weighting "{weighting[0].name}" would do nothing:'
                 ' expected weighting = "uniform"'
             )
-    if fusion and optimizer and fusion[1].needs.sets_state and not _plain(optimizer[0]):
+        if weighting[1].needs.by_parameter and not fusion[1].needs.by_parameter:
+            yield (
+                f'the weighting "{weighting[0].name}" weighs every parameter by itself, which the fusion "{fusion[0].name}"'
+                ' cannot follow: expected fusion = "mean", or a weighting such as "uniform"'
+            )
+    for kind, (part, info) in found.items():
+        if optimizer and info.needs.sets_state and not _plain(optimizer[0]):
+            yield (
+                f'the {_word(kind)} "{part.name}" gives a new model rather than a direction, which the server optimiser'
+                f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
+                " no schedule"
+            )
+        if fusion and _counts_on_the_mean(info) and not fusion[1].is_mean:
+            yield (
+                f'the {_word(kind)} "{part.name}" counts on the mean of what the organisations trained, and the fusion'
+                f' "{fusion[0].name}" gives something else: expected fusion = "mean", or another {_word(kind)}'
+            )
+
+
+def _with_term(term: tuple[Part, PartInfo] | None, weighting: tuple[Part, PartInfo] | None, facts: Facts) -> Iterator[str]:
+    if not term or not weighting:
+        return
+    name, needs = weighting[0].name, weighting[1].needs
+    if "noise" in needs.sends:
         yield (
-            f'the fusion "{fusion[0].name}" gives a new model rather than a direction, which the server optimiser'
-            f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
-            " no schedule"
+            f'the weighting "{name}" knows the noise of plain training, which the client term "{term[0].name}"'
+            ' feeds back: expected weighting = "uniform", or no client term'
+        )
+    if not term[1].needs.client_state or name == "uniform":
+        return
+    if needs.sends or needs.server_data or weighting[1].sees_all:
+        yield (
+            f'the client term "{term[0].name}" sums up what organisations keep, and the weighting "{name}" changes from round to'
+            ' round: expected weighting = "uniform"'
+        )
+    if facts.participation < 1:
+        yield (
+            f'the client term "{term[0].name}" sums up what organisations keep, which the weighting "{name}" gets wrong where not'
+            ' all of them are asked in every round: expected weighting = "uniform"'
         )
 
 
-def _with_term(
-    term: tuple[Part, PartInfo] | None, weighting: tuple[Part, PartInfo] | None, fusion: tuple[Part, PartInfo] | None
-) -> Iterator[str]:
-    if term and weighting and "noise" in weighting[1].needs.sends:
-        yield (
-            f'the weighting "{weighting[0].name}" knows the noise of plain training, which the client term "{term[0].name}"'
-            ' feeds back: expected weighting = "examples", or no client term'
-        )
-    if term and fusion and _has_state(term[1]) and not fusion[1].needs.by_parameter:
-        yield (
-            f'the client term "{term[0].name}" counts on the mean of what the organisations trained, and the fusion'
-            f' "{fusion[0].name}" gives something else: expected fusion = "mean", or no such client term'
-        )
-
-
-def _has_state(term: PartInfo) -> bool:
-    return term.needs.client_state or term.needs.receives
+def _counts_on_the_mean(info: PartInfo) -> bool:
+    return info.needs.mean or info.needs.client_state or info.needs.receives
 
 
 def _plain(optimizer: Part) -> bool:
@@ -146,7 +160,9 @@ def _privacy(info: PartInfo, facts: Facts) -> Iterator[str]:
     if facts.client_privacy and needs.client_privacy:
         yield f"cannot be had with client_privacy: {needs.client_privacy}"
     if facts.sums_only and needs.visibility != Visibility.SUM:
-        yield f'must see {needs.visibility}, and server.visibility allows one sum: expected a rule of one sum, such as "mean"'
+        instead = "uniform" if info.kind == "weighting" else "mean"
+        words = f"must see {needs.visibility}, and server.visibility allows one sum"
+        yield f'{words}: expected a rule of one sum, such as "{instead}"'
     if facts.sums_only and info.sees_all:
         yield 'compares the updates, and server.visibility allows one sum: expected weighting = "examples" or "uniform"'
 
@@ -161,7 +177,10 @@ def _participation(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:
             ' at the organisations, such as "fedadam"'
         )
     if facts.organisations is not None and facts.organisations < least:
-        yield f"needs {least} updates in a round, and the plan asks {facts.organisations} organisations: expected more of them"
+        some = facts.participation < 1
+        asks = f"{'may ask as few as' if some else 'asks'} {facts.organisations} organisations"
+        more = f"server.sample_size of {least} or more" if some else "more of them"
+        yield f"needs {least} updates in a round, and the plan {asks}: expected {more}"
 
 
 def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
@@ -180,8 +199,12 @@ def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
     if needs.adapters and facts.factors is not None and facts.factors not in needs.adapters:
         yield f"is for lora.factors = {' or '.join(needs.adapters)}, and the plan has {facts.factors}: change one of the two"
     if facts.mixed_ranks and info.kind == "fusion" and not needs.mixed_ranks:
-        yield 'cannot fuse adapters of different ranks: expected one rank for all, or a fusion that can, such as "flexlora"'
-    if facts.mixed_ranks and info.kind != "fusion" and (info.sees_all or needs.client_state or needs.receives):
+        yield 'cannot fuse adapters of different ranks: expected one rank for all, or a fusion that can, such as "mean"'
+    if (
+        facts.mixed_ranks
+        and info.kind != "fusion"
+        and (info.sees_all or needs.client_state or needs.receives or needs.server_data)
+    ):
         yield "is about whole adapters, and the plan has smaller ranks: expected one rank for all, or a strategy without it"
     if facts.mixed_ranks and facts.client_privacy and info.kind == "fusion":
         yield "cannot take smaller ranks with client_privacy, which divides by a fixed number: expected one rank for all"

@@ -65,7 +65,8 @@ class Needs:
     the weighting. by_parameter: it treats every entry by itself, so that weights may differ between parameters. adapters: the
     values of lora.factors that it is for (empty: it need not know of adapters). mixed_ranks: organisations may train smaller
     ranks. rewrites: what it changes of adapters, trained or not. sets_state: its result is a new state rather than a direction,
-    which a server optimiser must not bend. server_data: it judges by validation records of the server. client_privacy: why
+    which a server optimiser must not bend. mean: it counts on a fusion that is the weighted mean, as terms that keep or
+    receive tensors do anyway. server_data: it judges by validation records of the server. client_privacy: why
     client-level privacy cannot be had with it (empty: it can).
     """
 
@@ -82,6 +83,7 @@ class Needs:
     mixed_ranks: bool = False
     rewrites: tuple[Literal["a", "b", "weight"], ...] = ()
     sets_state: bool = False
+    mean: bool = False
     server_data: bool = False
     client_privacy: str = ""
 
@@ -117,6 +119,11 @@ class PartInfo:
     def sees_all(self) -> bool:
         """Whether a weighting looks at all updates together."""
         return "updates" in inspect.signature(self.build).parameters
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether a fusion gives the weighted mean of what was trained, entry by entry."""
+        return self.needs.by_parameter and self.scales and self.keeps and not self.needs.sends
 
     @property
     def wants_context(self) -> bool:

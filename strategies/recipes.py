@@ -58,8 +58,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fedexp": {"server_optimizer": "fedexp"},
     # client terms
     "fedprox": {"client_term": "proximal"},
-    "scaffold": {"client_term": "scaffold"},
-    "feddyn": {"client_term": "feddyn"},
+    "scaffold": {"weighting": "uniform", "client_term": "scaffold"},
+    "feddyn": {"weighting": "uniform", "client_term": "feddyn"},
 }
 
 

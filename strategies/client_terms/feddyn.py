@@ -24,6 +24,7 @@ __all__ = ["FedDyn"]
     needs=Needs(
         client_state=True,
         participation=0.1,
+        sets_state=True,
         client_privacy="its server half would follow a clipped and noised mean, and the organisations their true deltas",
     ),
 )

@@ -24,7 +24,7 @@ _LEAST_LOSS = 1e-10  # added, as in the authors' code: F^(q − 1) of a perfect 
 @fusion(
     "q_fedavg",
     cite="Li et al., ICLR 2020, https://arxiv.org/abs/1905.10497, algorithm 2",
-    needs=Needs(weights=False, sends=("loss",)),
+    needs=Needs(weights=False, sends=("loss",), optimizers=("sgd",)),
     scales=False,
     keeps=False,
 )
@@ -35,7 +35,8 @@ def q_fedavg(
 
     The paper's w − Σ F_k^q L(w − w̄_k) / Σ h_k, with both sums divided by L. Raises RunError for an update that states no loss.
 
-    q: 0 is the plain mean; the larger, the more the worst-off count. lipschitz: L; 0: 1/η, η being the local learning rate.
+    q: 0 is the plain mean; the larger, the more the worst-off count. lipschitz: L; 0: 1/η, η being the local learning rate
+    of gradient descent (that of Adam is no such thing).
     """
     smoothness = lipschitz or 1 / context.local.learning_rate
 

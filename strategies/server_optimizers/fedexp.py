@@ -22,7 +22,7 @@ __all__ = ["FedExP"]
 @server_optimizer(
     "fedexp",
     cite="Jhunjhunwala, Wang & Joshi, ICLR 2023, https://arxiv.org/abs/2301.09604",
-    needs=Needs(client_privacy="its step needs Σ‖Δ_k‖² beside the sum of the updates, a release that no noise covers"),
+    needs=Needs(mean=True, client_privacy="its step needs Σ‖Δ_k‖² beside the sum of the updates, a release that no noise covers"),
 )
 @dataclass(frozen=True)
 class FedExP(ServerOptimizer):

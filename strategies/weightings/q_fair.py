@@ -12,6 +12,9 @@ from cotune.strategies.updates import Update
 __all__ = ["q_fair"]
 
 
+_LEAST = 1e-10  # nats, as in q_fedavg: where nobody has any loss left, noised or not, everybody counts alike
+
+
 @weighting(
     "q_fair",
     cite="Li et al., ICLR 2020, https://arxiv.org/abs/1905.10497 (q-FFL)",
@@ -23,4 +26,4 @@ def q_fair(update: Update, *, q: Annotated[float, Field(ge=0, le=10)] = 1.0) -> 
     The direction of steepest descent on Σ F_k^(q+1), every organisation being one of equals; the length of the paper's step is
     left to the server optimiser. q: 0 counts everybody alike, large q the worst served alone. A loss is believed as it is told.
     """
-    return float(update.told["loss"] ** q)
+    return float(max(update.told["loss"], _LEAST) ** q)

@@ -135,6 +135,20 @@ def test_what_cannot_work_is_said_before_anything_is_trained(
         prepare(toy_plan(**changes))
 
 
+def test_a_rule_that_chance_may_leave_too_few_updates_is_refused(toy_plan: NewPlan) -> None:
+    """Of 6 organisations, each asked with 0.5, fewer than 2 are in 1 of 9 rounds; with 0.999 in fewer than 1 of 10^14."""
+
+    def with_(**server: float) -> None:
+        prepare(toy_plan(strategy="model_stock", server=server, simulation={"clients": 6}))
+
+    with pytest.raises(PlanError, match="needs 2 updates in a round, and the plan may ask as few as 1 organisations: expected"):
+        with_(sample_rate=0.5)
+    with_(sample_rate=0.999)
+    with_(sample_size=2)
+    with pytest.raises(PlanError, match="needs 2 updates in a round, and the plan asks 1 organisations: expected more"):
+        with_(sample_size=1)
+
+
 def test_a_stage_that_cannot_fill_its_batch_is_found_too(toy_plan: NewPlan) -> None:
     stages = [{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1, "local": {"batch_size": 200}}]
     with pytest.raises(DataError, match=r"fewer than a batch needs \(200"):

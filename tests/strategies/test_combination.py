@@ -91,6 +91,17 @@ def test_held_updates_are_let_go_of_at_the_end() -> None:
     assert seen() is None
 
 
+def test_a_delta_of_what_the_model_has_not_is_refused() -> None:
+    def foreign(updates: Sequence[Weighed]) -> Delta:
+        return {"b": torch.ones(1)}
+
+    context = RoundContext(state={"a": torch.zeros(1)})
+    combination = WeightedFusion((builtin("weighting")["uniform"], {}), (undecorated("fusion", "f", foreign), {}), context)
+    combination.add(update({"a": 1.0}))
+    with pytest.raises(RunError, match='the fusion "f" gave a delta of b, which the model has not'):
+        combination.result()
+
+
 def test_a_plan_chooses() -> None:
     aware = StrategyConfig.model_validate({"weighting": "noise_aware"}).new_combination(RoundContext())
     aware.add(update({"w": 2.0}, 1, {"w": 1.0}))

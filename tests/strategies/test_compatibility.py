@@ -23,6 +23,10 @@ def problem(facts: Facts, infos: dict[Kind, PartInfo], **strategy: Any) -> str |
 NOTHING = Facts()
 
 
+def strategy(**parts: Any) -> StrategyConfig:
+    return StrategyConfig.model_validate({"weighting": "uniform", **parts})
+
+
 def test_federated_averaging_goes_with_everything() -> None:
     everything = Facts(
         record_privacy=True, sums_only=True, participation=0.01, organisations=1, optimizers=("adamw",), momentum=True, one_rate=False,
@@ -76,6 +80,40 @@ def test_weights_for_every_parameter_need_a_fusion_that_can_use_them() -> None:
     found = problem(NOTHING, part("fusion"), weighting="noise_aware")
     assert found is not None
     assert 'the weighting "noise_aware" weighs every parameter by itself, which the fusion "mean" cannot follow' in found
+
+
+def test_what_is_named_instead_can_be_had() -> None:
+    """Of two reasons the one whose way out leaves no other."""
+    assert 'expected weighting = "uniform"' in str(first_problem(strategy(weighting="noise_aware", fusion="krum"), NOTHING))
+    assert 'a weighting such as "uniform"' in str(first_problem(strategy(weighting="noise_aware", fusion="ties"), NOTHING))
+    sums = Facts(sums_only=True, server_data=True)
+    assert 'a rule of one sum, such as "uniform"' in str(first_problem(strategy(weighting="validation"), sums))
+    ranks = Facts(sums_only=True, mixed_ranks=True, modes=("lora",), factors="alternate")
+    assert 'a fusion that can, such as "mean"' in str(first_problem(strategy(fusion="model_stock"), ranks))
+    assert first_problem(strategy(), ranks) is None
+
+
+def test_a_judge_of_whole_models_takes_no_smaller_ranks() -> None:
+    ranks = Facts(mixed_ranks=True, server_data=True, modes=("lora",), factors="ab")
+    assert "is about whole adapters" in str(first_problem(strategy(weighting="validation", fusion="flexlora"), ranks))
+
+
+@pytest.mark.parametrize("fusion", ["median", "krum", "norm_bound", "centred_clipping", "model_stock", "dare"])
+def test_a_step_found_from_the_norms_needs_the_mean(fusion: str) -> None:
+    """One update of a huge norm, which a robust fusion leaves out, would make the step huge."""
+    assert "counts on the mean" in str(first_problem(strategy(fusion=fusion, server_optimizer="fedexp"), NOTHING))
+    assert first_problem(strategy(weighting="examples", server_optimizer="fedexp"), NOTHING) is None
+
+
+def test_a_smoothness_found_from_the_learning_rate_needs_gradient_descent() -> None:
+    """With Adam at 0.001 and 10^5 parameters L‖Δ‖² is in the thousands, and the model all but stays."""
+    found = str(first_problem(strategy(fusion="q_fedavg"), Facts(optimizers=("adam",))))
+    assert "assumes local.optimizer = sgd, and the plan has adam" in found
+
+
+def test_rounds_of_too_few_by_chance_are_refused() -> None:
+    found = str(first_problem(strategy(fusion="krum"), Facts(participation=0.3, organisations=2)))
+    assert found.endswith("the plan may ask as few as 2 organisations: expected server.sample_size of 5 or more")
 
 
 def test_weights_that_nobody_uses_are_refused() -> None:

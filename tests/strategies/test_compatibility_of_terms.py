@@ -18,7 +18,31 @@ def problem(term: str, *, facts: Facts = Facts(), **parts: Any) -> str | None:
 @pytest.mark.parametrize("term", ["proximal", "scaffold", "feddyn"])
 def test_plain_training_takes_each(term: str) -> None:
     assert problem(term) is None
-    assert problem(term, weighting="uniform", server_optimizer={"name": "sgd", "lr": 0.5}) is None
+    assert problem(term, weighting="uniform", facts=Facts(participation=0.5)) is None
+
+
+@pytest.mark.parametrize("server", [{"name": "sgd", "lr": 0.5}, {"name": "sgd", "momentum": 0.9}, "adam"])
+def test_the_model_of_feddyn_is_not_to_be_bent(server: Any) -> None:
+    """With momentum 0.9 the quadratics of client_terms/ diverge: its server half sums up the deltas already."""
+    assert problem("scaffold", server_optimizer=server) is None
+    assert problem("proximal", server_optimizer=server) is None
+    assert "gives a new model rather than a direction" in str(problem("feddyn", server_optimizer=server))
+
+
+@pytest.mark.parametrize("term", ["scaffold", "feddyn"])
+def test_sums_of_what_is_kept_want_weights_that_stay(term: str) -> None:
+    some = Facts(participation=0.5, server_data=True)
+    assert "where not all of them are asked" in str(problem(term, weighting="examples", facts=some))
+    for weighting in ("q_fair", "inverse_loss", "tilted", "validation"):
+        assert "changes from round to round: expected" in str(problem(term, weighting=weighting, facts=Facts(server_data=True)))
+    assert problem("proximal", weighting="tilted", facts=some) is None
+
+
+@pytest.mark.parametrize("fusion", ["dare", "norm_bound", "fisher", "regmean", "fedsvd", "median", "fednova"])
+def test_what_is_kept_follows_the_mean_alone(fusion: str) -> None:
+    adapters = Facts(modes=("lora",), factors="b")
+    assert "counts on the mean" in str(problem("scaffold", fusion=fusion, facts=adapters))
+    assert problem("scaffold", fusion="fedit", facts=Facts(modes=("lora",), factors="ab")) is None
 
 
 @pytest.mark.parametrize(
@@ -37,7 +61,7 @@ def test_what_scaffold_assumes(facts: Facts, words: str) -> None:
 
 def test_feddyn_needs_state_but_no_sgd() -> None:
     assert problem("feddyn", facts=Facts(optimizers=("adamw",), one_rate=False)) is None
-    assert "every 10 rounds" in str(problem("feddyn", facts=Facts(participation=0.05)))
+    assert "every 10 rounds" in str(problem("feddyn", weighting="uniform", facts=Facts(participation=0.05)))
 
 
 @pytest.mark.parametrize("term", ["proximal", "scaffold", "feddyn"])

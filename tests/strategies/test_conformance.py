@@ -217,7 +217,7 @@ def typed_memory(updates: Sequence[Weighed], context: RoundContext) -> Fused:
     [
         (half, "gives a finite delta", "float32, expected torch.float64"),
         (first_only, "gives a finite delta", "is missing"),
-        (invented, "gives a finite delta", "mine is a parameter that nobody sent"),
+        (invented, "gives a finite delta", "gave a delta of mine, which the model has not"),
         (a_function_of_sums, "sees no more", "takes the updates: expected a generator"),
         (peeping, "sees no more", "looked at single updates"),
         (one_key_each, "sees no more", "kept apart"),
