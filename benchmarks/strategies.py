@@ -107,7 +107,8 @@ def main() -> None:
     sections = list(digits(given.runs, given.strategies, given.seeds, given.jobs)) if given.seeds else []
     if given.adapter_seeds:
         sections.append(tweets(given.runs, given.adapter_seeds, given.jobs))
-    text = "\n\n".join([MEASURED, "Measured by `python benchmarks/strategies.py`.", *sections]) + "\n"
+    command = f"python benchmarks/strategies.py --seeds {given.seeds} --adapter-seeds {given.adapter_seeds}"
+    text = "\n\n".join([MEASURED, f"Measured by `{command}`.", *sections]) + "\n"
     reading = given.out.read_text(encoding="utf-8").split(MEASURED)[0] if given.out.exists() else ""  # by people, kept
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(reading + text, encoding="utf-8")
