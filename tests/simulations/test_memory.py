@@ -20,8 +20,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "strategy": {"recipe": "centred_clipping", "server_optimizer": {"name": "sgd", "momentum": 0.5}},
         "train": HEAD_THEN_ALL,
     },
-    "h and Adam's moments": {
-        "strategy": {"recipe": "feddyn", "server_optimizer": "adam"},
+    "c and Adam's moments": {
+        "strategy": {"recipe": "scaffold", "server_optimizer": "adam"},
         "local": {"momentum": 0.0},
         "train": HEAD_THEN_ALL,
     },
