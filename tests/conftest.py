@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import signal
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ from transformers import (
 )
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it; what tests start must not
 
 WORDS = {
     "good": ["great", "fine", "lovely", "happy"],
