@@ -19,7 +19,6 @@ from cotune.server.gate import Limits, Refusal, content_length, passed_on, reaso
 __all__ = ["Exchange", "SuperLink"]
 
 PIECE = 64 * 1024  # bytes read at a time
-LINGER = 5.0  # seconds for a refused client to read why; a connection cut while it still sends would lose the answer
 PLAIN = Refusal(400, "this port speaks TLS, and got plain HTTP: give ca.crt of the server instead of --insecure")
 
 log = logging.getLogger("cotune.front")
@@ -156,7 +155,7 @@ class Exchange:
         if request is None or request.method != b"HEAD":
             await self._send(h11.Data(data=content))
         await self._send(h11.EndOfMessage())
-        async with asyncio.timeout(LINGER):
+        async with asyncio.timeout(self.limits.linger):
             while await self._reader.read(PIECE):
                 pass
 
@@ -166,7 +165,7 @@ class Exchange:
     async def _close(self) -> None:
         self._writer.close()
         try:
-            async with asyncio.timeout(LINGER):
+            async with asyncio.timeout(self.limits.linger):
                 await self._writer.wait_closed()
         except (OSError, ssl.SSLError, TimeoutError):
             self._writer.transport.abort()

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from cotune.models.errors import CotuneError, RunError
 from cotune.models.table import Table, first_mistake
 from cotune.server import certificates
-from cotune.server.exchange import LINGER, PIECE, Exchange, SuperLink
+from cotune.server.exchange import PIECE, Exchange, SuperLink
 from cotune.server.gate import Limits
 
 __all__ = ["Front", "FrontConfig", "read_config", "serve"]
@@ -102,7 +102,7 @@ class Front:
                 task.cancel()
             else:
                 exchange.stop()
-        for grace in (self.config.limits.grace, LINGER):
+        for grace in (self.config.limits.grace, self.config.limits.linger):
             if self._exchanges:
                 await asyncio.wait(self._exchanges, timeout=grace)
             for task in self._exchanges:

@@ -30,6 +30,9 @@ class Limits(Table):
     patience: float = Field(30.0, gt=0)  # seconds for a handshake, for a next head to be complete, and for any content
     bytes_per_second: int = Field(16 * 1024, ge=1)  # the slowest that content may come or be taken
     answer: float = Field(120.0, gt=0)  # seconds for the SuperLink to answer; Flower's clients wait for 30
+    linger: float = Field(
+        5.0, gt=0
+    )  # seconds to take what a refused client still sends: a connection cut at once loses the answer
     grace: float = Field(10.0, ge=0)  # seconds for requests under way when the front stops
 
     def seconds_for(self, size: int) -> float:
@@ -57,6 +60,10 @@ def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
     """Why a request may not pass; None when it may. It is well-formed: h11 has read it."""
     if request.method != b"POST" or not _CALL.fullmatch(request.target):
         return Refusal(404, "there is nothing here but Flower's Fleet API: give this address to a SuperNode")
+    if request.http_version != b"1.1":
+        return Refusal(505, f"this is HTTP/{request.http_version.decode()}, expected HTTP/1.1")
+    if sum(len(name) + len(value) for name, value in request.headers) > limits.head:  # h11 measures incomplete heads only
+        return Refusal(431, f"the headers have more than {limits.head} bytes: raise limits.head at the server")
     names = [name for name, _ in request.headers]
     for name in (b"transfer-encoding", b"upgrade", b"expect"):
         if name in names:
