@@ -84,15 +84,14 @@ class Exchange:
         try:
             request = await self._head()
         except h11.RemoteProtocolError as error:
-            await self._refuse(None, Refusal(error.error_status_hint, "this is not HTTP as Flower speaks it"))
-            return False
+            return await self._refuse(None, Refusal(error.error_status_hint, "this is not HTTP as Flower speaks it"))
         if request is None:
             return False
         self.waiting = False
-        refusal = PLAIN if superlink is None else reason_to_refuse(request, self.limits)
-        if superlink is None or refusal is not None:
-            await self._refuse(request, refusal or PLAIN)
-            return False
+        if superlink is None:
+            return await self._refuse(request, PLAIN)
+        if refusal := reason_to_refuse(request, self.limits):
+            return await self._refuse(request, refusal)
         return await self._forward(request, superlink)
 
     async def _head(self) -> h11.Request | None:
@@ -106,8 +105,7 @@ class Exchange:
         except httpx.TransportError as error:
             late = isinstance(error, httpx.TimeoutException)
             log.warning("the SuperLink at %s did not answer (%s)", superlink.url, error or type(error).__name__)
-            await self._refuse(request, Refusal(504 if late else 502, "the SuperLink does not answer: it may be starting"))
-            return False
+            return await self._refuse(request, Refusal(504 if late else 502, "the SuperLink does not answer: it may be starting"))
         try:
             await self._send(h11.Response(status_code=answer.status_code, headers=passed_on(answer.headers.raw)))
             async for piece in answer.aiter_raw(PIECE):
@@ -142,13 +140,13 @@ class Exchange:
             async with asyncio.timeout(self.limits.seconds_for(len(data))):
                 await self._writer.drain()
 
-    async def _refuse(self, request: h11.Request | None, refusal: Refusal) -> None:
-        """As Flower's own errors look, so that its client shows the sentence."""
+    async def _refuse(self, request: h11.Request | None, refusal: Refusal) -> bool:
+        """As Flower's own errors look, so that its client shows the sentence. False: the connection may not go on."""
         self.waiting = False
         what = f"{request.method.decode()} {request.target.decode()[:200]}" if request else "what is no request"
         log.info("refused %s of %s: %d, %s", what, self.client, refusal.status, refusal.reason)
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            return
+            return False
         content = json.dumps({"code": refusal.status, "detail": refusal.reason}).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(content))), ("connection", "close")]
         await self._send(h11.Response(status_code=refusal.status, headers=headers))
@@ -158,6 +156,7 @@ class Exchange:
         async with asyncio.timeout(self.limits.linger):
             while await self._reader.read(PIECE):
                 pass
+        return False
 
     def _both_done(self) -> bool:
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE

@@ -84,7 +84,8 @@ class Front:
         self._addresses: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:
-        certificates.check(self.config.certificates)
+        expiry = certificates.check(self.config.certificates)
+        log.info("the certificate expires on %s", f"{expiry:%Y-%m-%d}")
         self._context = _server_context(self.config.certificates)
         trusted = ssl.create_default_context(cafile=str(self.config.certificates / "ca.crt"))
         self._listener = _listen(self.config.host, self.config.port)

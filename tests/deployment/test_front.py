@@ -142,6 +142,15 @@ def test_an_organisation_whose_key_is_registered_joins_through_the_front(federat
     assert [node["status"] for node in listed["nodes"]] == ["online"]
 
 
+def test_an_unknown_key_is_turned_away_with_the_words_of_the_superlink(federation: Federation) -> None:
+    key, log = key_pair(federation.folder, "stranger"), federation.folder / "stranger.log"
+    trust = ("--root-certificates", str(federation.folder / "certificates" / "ca.crt"))
+    command = supernode(federation, *trust, "--auth-supernode-private-key", str(key))
+    with process(log, federation.environment, *command) as running:
+        assert running.wait(PATIENCE) != 0
+    assert "[code: 2004]" in log.read_text()
+
+
 def test_the_control_api_is_not_there(federation: Federation) -> None:
     inside, outside = federation.flwr("list", "inner"), federation.flwr("list", "outer")
     assert inside.returncode == 0, inside.stdout + inside.stderr
