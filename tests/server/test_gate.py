@@ -1,0 +1,111 @@
+"""What passes the gate, by the rules and by Flower's own list of calls."""
+
+from __future__ import annotations
+
+import posixpath
+from urllib.parse import unquote, urlsplit
+
+import h11
+import pytest
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cotune.server.gate import Limits, passed_on, reason_to_refuse
+
+LIMITS = Limits(body=1024)
+
+
+def request(target: str, method: str = "POST", **headers: str) -> h11.Request:
+    named = {"host": "fed.example.org", "content_length": "5", **headers}
+    return h11.Request(method=method, target=target, headers=[(k.replace("_", "-"), v) for k, v in named.items()])
+
+
+@pytest.mark.parametrize(("method", "path"), PROTOBUF_REQUEST_TYPES)
+def test_of_all_calls_that_flower_knows_those_of_the_fleet_pass(method: str, path: str) -> None:
+    refusal = reason_to_refuse(request(path, method), LIMITS)
+    assert refusal is None if path.startswith("/v1/fleet/") else refusal is not None and refusal.status == 404
+
+
+PARTS = [
+    "/v1/fleet/",
+    "/v1/control/",
+    "v1",
+    "fleet",
+    "get-run",
+    "/",
+    "//",
+    ".",
+    "..",
+    "%2f",
+    "%2e%2e",
+    "%00",
+    "\\",
+    "?",
+    "#",
+    ";",
+    "@",
+    ":",
+    "http:",
+]
+
+
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map("".join))
+def test_a_path_that_passes_has_one_reading_only(target: str) -> None:
+    if reason_to_refuse(request(target), LIMITS) is None:
+        assert posixpath.normpath(unquote(urlsplit(target).path)) == target
+        assert target.startswith("/v1/fleet/")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "CONNECT", "TRACE", "post"])
+def test_flower_posts_and_nothing_else_passes(method: str) -> None:
+    refusal = reason_to_refuse(request("/v1/fleet/get-run", method), LIMITS)
+    assert refusal is not None
+    assert refusal.status == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"transfer_encoding": "chunked"}, 400),
+        ({"upgrade": "websocket"}, 400),
+        ({"expect": "100-continue"}, 400),
+        ({"content_length": "1025"}, 413),
+        ({"content_length": "999999999999999999"}, 413),
+    ],
+)
+def test_content_comes_with_its_length_and_within_the_limit(headers: dict[str, str], status: int) -> None:
+    refusal = reason_to_refuse(request("/v1/fleet/get-run", **headers), LIMITS)
+    assert refusal is not None
+    assert refusal.status == status
+    assert reason_to_refuse(request("/v1/fleet/get-run", content_length="1024"), LIMITS) is None
+
+
+def test_without_a_length_nothing_passes() -> None:
+    bare = h11.Request(method="POST", target="/v1/fleet/get-run", headers=[("host", "fed.example.org")])
+    refusal = reason_to_refuse(bare, LIMITS)
+    assert refusal is not None
+    assert refusal.status == 411
+
+
+def test_no_refusal_makes_flower_try_again_or_take_a_run_for_ended() -> None:
+    for asked in (request("/"), request("/v1/fleet/a", expect="x"), request("/v1/fleet/a", content_length="99999")):
+        refusal = reason_to_refuse(asked, LIMITS)
+        assert refusal is not None
+        assert refusal.status not in {401, 403, 429, 502, 503, 504}
+
+
+def test_headers_that_claim_something_about_the_client_stay_behind() -> None:
+    given = [
+        (b"Content-Type", b"a"),
+        (b"flwr-signature", b"b"),
+        (b"X-Forwarded-For", b"c"),
+        (b"Forwarded", b"d"),
+        (b"Connection", b"e"),
+        (b"Cookie", b"f"),
+    ]
+    assert passed_on(given) == [(b"content-type", b"a"), (b"flwr-signature", b"b")]
+
+
+def test_time_grows_with_the_size() -> None:
+    assert Limits(patience=30, bytes_per_second=1024).seconds_for(10 * 1024) == 40
