@@ -17,7 +17,7 @@ __all__ = ["read_certificates", "read_private_key"]
 def read_private_key(file: Path) -> EllipticCurvePrivateKey:
     """Raises RunError, also where others may read the file."""
     try:
-        key = load_sshread_private_key(file.read_bytes(), None)
+        key = load_ssh_private_key(file.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, EllipticCurvePrivateKey):
