@@ -175,15 +175,15 @@ class Federation:
 
 
 @contextmanager
-def federation(folder: Path, organisations: int) -> Iterator[Federation]:
-    """Certificates and keys, a running SuperLink, and the keys registered there."""
+def federation(folder: Path, organisations: int, *options: str | Path) -> Iterator[Federation]:
+    """Certificates and keys, a running SuperLink with these options, and the keys registered there."""
     (folder / "flwr").mkdir(parents=True)
     made = Federation(folder, _free_port(), [_write_key(folder / f"key-{i}") for i in range(organisations)], {})
     _write_certificates(folder)
     config = f'[superlink.loopback]\naddress = "{made.address}"\nroot-certificates = "{folder / "ca-certfile.pem"}"\n'
     (folder / "flwr" / "config.toml").write_text(config)
     try:
-        made.start_superlink()
+        made.start_superlink(*options)
         order = sorted(zip(made.register(), made.keys, strict=True))
         made.keys[:] = [key for _, key in order]
         yield made

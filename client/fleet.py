@@ -156,7 +156,7 @@ class Fleet:
                 raise FleetError(str(error)) from None
 
     def confirm(self, request: Request) -> None:
-        """The server may forget the request's content."""
+        """The server may forget the content of a request that was opened. Before, it would fail to upload the rest of it."""
         confirmation = ConfirmMessageReceivedRequest(
             node=self._node, run_id=request.run, message_object_id=request.tree.object_id
         )
@@ -201,7 +201,8 @@ def connected(
         try:
             yield fleet
         finally:
-            heartbeats.stop()
+            if heartbeats.is_running:
+                heartbeats.stop()
 
 
 def _enter(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | None) -> int:

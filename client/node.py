@@ -56,11 +56,12 @@ def run_node(
 
     address: host:port of the server, or of the TLS front before it. root_certificates: a PEM file; without one, those that this
     machine trusts. key: the file of the organisation's private key (OpenSSH, elliptic curve), which the server has registered.
-    Raises DataError when the folder is not a site, RunError when another node serves it, or when the key or the certificates
-    cannot be used.
+    Raises DataError when the folder is not a site, RunError when another node serves it, or when the address, the key or the
+    certificates cannot be used.
     """
     if not (site / "site.json").is_file():
         raise DataError(f"{site} is not a site: expected a folder with a site.json")
+    _check_address(address)
     connect = partial(connected, address, read_certificates(root_certificates), read_private_key(key))
     stop = stop or threading.Event()
     with _alone(site / "node"), _stopped_by_signals(stop):
@@ -94,11 +95,11 @@ class Node:
                     self._enter(fleet)
                     self.serve(fleet)
                     self._leave(fleet)
-            except FleetError as error:
+            except Exception as error:  # a node that stays must outlive what nobody thought of, too
                 lasted = time.monotonic() - started
-                wait = min(_LONGEST_WAIT_SECONDS, max(_FIRST_WAIT_SECONDS, 0.0 if lasted > _LONGEST_WAIT_SECONDS else 2 * wait))
-                _log.warning("%s; the next attempt is in %.1f seconds", error, wait)
-                wait *= random.uniform(0.8, 1.0)  # not all nodes at once
+                wait = _next_wait(0.0 if lasted > _LONGEST_WAIT_SECONDS else wait)
+                unforeseen = None if isinstance(error, FleetError) else error
+                _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
 
     def serve(self, fleet: Fleet) -> None:
         """Until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
@@ -138,7 +139,6 @@ class Node:
         self._newest[request.run] = round
         write_durably(self._request_file, request.to_bytes())
         self._began = time.monotonic()
-        _log.info("round %s of run %s", request.round, request.run)
 
     def _begin(self, fleet: Fleet, request: Request) -> None:
         """Hands a request to the worker, when the run's bundle is fit for it."""
@@ -157,6 +157,7 @@ class Node:
         try:
             self._worker.give(fleet.open(request))
             self._given = True
+            _log.info("round %s of run %s begins", request.round, request.run)
         except FleetError:
             raise
         except Exception as error:  # what a stranger sent may be malformed in any way
@@ -184,10 +185,13 @@ class Node:
         self._forget(fleet, self._request)
 
     def _forget(self, fleet: Fleet, request: Request) -> None:
+        """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
+        opened = self._given
         self._request, self._given, self._reply = None, False, None
         self._request_file.unlink(missing_ok=True)
-        with suppress(FleetError):
-            fleet.confirm(request)
+        if opened:
+            with suppress(FleetError):
+                fleet.confirm(request)
 
     def _enter(self, fleet: Fleet) -> None:
         _log.info("connected as node %s", fleet.node_id)
@@ -217,6 +221,17 @@ class Node:
             return int(self._id_file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
+
+
+def _next_wait(last: float) -> float:
+    longest = min(_LONGEST_WAIT_SECONDS, max(_FIRST_WAIT_SECONDS, 2 * last))
+    return longest * random.uniform(0.8, 1.0)  # not all nodes at once
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise RunError(f'"{address}" is not the address of a server: expected host:port, as in fed.example.org:8443')
 
 
 @contextmanager

@@ -23,8 +23,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 @pytest.fixture(scope="module")
 def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """Two organisations whose nodes stay for all tests."""
-    with federation(tmp_path_factory.mktemp("federation") / "loopback", 2) as made:
+    """Two organisations whose nodes stay for all tests, and a SuperLink with a database."""
+    folder = tmp_path_factory.mktemp("federation")
+    with federation(folder / "loopback", 2, "--database", folder / "superlink.sqlite") as made:
         yield made
 
 
@@ -57,9 +58,9 @@ def log(fed: Federation, number: int) -> str:
     return (fed.folder / f"node-{number}.log").read_text(encoding="utf-8")
 
 
-def asked(fed: Federation, number: int, round: int) -> Callable[[], bool]:
-    """Whether a node has a round to train."""
-    return lambda: f"round {round} of run" in log(fed, number)
+def begun(fed: Federation, number: int, round: int) -> Callable[[], bool]:
+    """Whether a node is at a round."""
+    return lambda: any(f"round {round} of run" in line and "begins" in line for line in log(fed, number).splitlines())
 
 
 def told(run: RunFolder, event: str) -> list[dict[str, Any]]:
@@ -74,9 +75,9 @@ def test_a_run_through_killed_training_processes_and_killed_nodes(
     run = prepare_run(tmp_path_factory.mktemp("run") / "killed", 2, rounds=4, steps=1500)
     nodes = [start(fed, run, number) for number in range(2)]
     fed.submit(run.path)
-    until(asked(fed, 0, 2))
+    until(begun(fed, 0, 2))
     os.kill(trainer(nodes[0]), signal.SIGKILL)
-    until(asked(fed, 1, 3))
+    until(begun(fed, 1, 3))
     orphan = trainer(nodes[1])
     nodes[1].kill()
     nodes[1].wait()
@@ -90,20 +91,33 @@ def test_a_run_through_killed_training_processes_and_killed_nodes(
     assert "the training process ended with -9" in log(fed, 0)
 
 
-def test_a_superlink_that_forgot_everything_and_a_run_with_foreign_code(
-    fed: Federation, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """The nodes of the test before come back by themselves, and refuse."""
+def restart_superlink(fed: Federation, *options: str | Path) -> None:
     fed.processes["superlink"].kill()
     fed.processes["superlink"].wait()
-    fed.start_superlink()
+    fed.start_superlink(*options)
+
+
+def test_a_superlink_that_comes_back_with_and_without_its_database(
+    fed: Federation, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The nodes of the test before come back by themselves; without the database as soon as their keys are registered again.
+
+    Then they refuse a run whose bundle holds code.
+    """
+    restart_superlink(fed, "--database", fed.folder.parent / "superlink.sqlite")
+    until(lambda: log(fed, 0).count("connected as node") == 2)
+    first, second = (line.split()[-1] for line in log(fed, 0).splitlines() if "connected as node" in line)
+    assert first == second
+    restart_superlink(fed)
+    until(lambda: "the server does not accept the key" in log(fed, 0) or "does not let this node in" in log(fed, 0))
     fed.register()
     until(lambda: fed.online() == 2)
     run = prepare_run(tmp_path_factory.mktemp("run") / "foreign", 2, rounds=1)
     fed.submit(run.path, bundled={"evil.py": "raise SystemExit\n"})
     until(lambda: bool(told(run, "run_failed")))
-    expected = "the run's bundle holds 'evil.py': expected configuration only, as this organisation runs the cotune that is installed there"
-    assert [event["reason"] for event in told(run, "update_dropped")] == [expected, expected]
+    reasons = [event["reason"] for event in told(run, "update_dropped")]
+    assert len(reasons) == 2
+    assert all(reason.startswith("the run's bundle holds 'evil.py': expected configuration only") for reason in reasons)
 
 
 def test_a_stopped_node_leaves_nobody_and_its_key_can_be_used_at_once(fed: Federation) -> None:
