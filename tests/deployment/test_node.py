@@ -120,7 +120,7 @@ def test_a_superlink_that_comes_back_with_and_without_its_database(
     assert all(reason.startswith("the run's bundle holds 'evil.py': expected configuration only") for reason in reasons)
 
 
-def test_a_stopped_node_leaves_nobody_and_its_key_can_be_used_at_once(fed: Federation) -> None:
+def test_a_stopped_node_leaves_nobody_and_says_so(fed: Federation) -> None:
     for number in range(2):
         node = fed.processes[f"node-{number}"]
         training = trainer(node)
