@@ -85,10 +85,7 @@ class Resident:
 
 def _work(pipe: Connection, folder: Path, level: int) -> None:
     """What the process does until the node ends."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # they reach all processes of a terminal or a service: the node answers for both
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service sends them to all: the node answers for both
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger("cotune").setLevel(level)
