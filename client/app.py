@@ -6,9 +6,10 @@ import json
 import logging
 from pathlib import Path
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from cotune.client.refusal import UNSAID, refusal
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.errors import CotuneError, Declined, RunError
@@ -17,7 +18,6 @@ from cotune.strategies.wire import Request, decode_request, encode_update
 
 __all__ = ["app"]
 
-_REFUSED = 1001  # error code of a reply in which an organisation says why it did not train
 _log = logging.getLogger(__name__)
 
 app = ClientApp()
@@ -62,5 +62,5 @@ def _refusal(message: Message, site: Site | None, error: Exception, detail: str)
     elif isinstance(error, Declined):
         reason = error.public
     else:
-        reason = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
-    return Message(Error(_REFUSED, reason), reply_to=message)
+        reason = UNSAID
+    return refusal(message, reason)

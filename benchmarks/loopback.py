@@ -1,0 +1,267 @@
+"""A whole federation on this machine, with real processes: SuperLink, nodes, TLS, keys, and a plan on a tiny model."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from cotune.plan.load import parse_plan
+from cotune.server.run_folder import RunFolder
+from cotune.simulations.sites import make_run, prepare
+
+__all__ = ["Federation", "federation", "prepare_run", "until"]
+
+_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", "the", "a", "is", "very", "it"]
+_APP = """
+[project]
+name = "cotune"
+version = "0.1.0"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "cotune"
+[tool.flwr.app.components]
+serverapp = "cotune.server.app:app"
+clientapp = "cotune.client.app:app"
+[tool.flwr.app.config]
+run = ""
+"""
+NODE = """
+import logging, sys
+from pathlib import Path
+from cotune.client.node import run_node
+logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
+logging.getLogger("cotune").setLevel(logging.INFO)
+if __name__ == "__main__":
+    site, address, certificates, key = sys.argv[1:]
+    run_node(Path(site), address, root_certificates=Path(certificates), key=Path(key))
+"""
+
+
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {seconds:g} seconds")
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """keys: of the organisations, in the order of their node ids, as the server asks them in this order."""
+
+    folder: Path
+    port: int
+    keys: list[Path]
+    processes: dict[str, subprocess.Popen[bytes]]
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self, name: str, *command: str | Path) -> subprocess.Popen[bytes]:
+        """A process in a session of its own, whose output goes to <name>.log."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [str(word) for word in command], env=self.env, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes[name] = process
+        return process
+
+    @property
+    def env(self) -> dict[str, str]:
+        switches = {
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+        }
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        return {**os.environ, **switches, "FLWR_HOME": str(self.folder / "flwr"), "PATH": path, "HF_HUB_OFFLINE": "1"}
+
+    def start_superlink(self, *options: str | Path) -> None:
+        files = [
+            word for what in ("ca-certfile", "certfile", "keyfile") for word in (f"--ssl-{what}", self.folder / f"{what}.pem")
+        ]
+        self.start(
+            "superlink",
+            "flower-superlink",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *files,
+            "--enable-supernode-auth",
+            *options,
+        )
+        until(self._listens)
+
+    def _listens(self) -> bool:
+        with socket.socket() as s:
+            return s.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def register(self) -> list[int]:
+        """The ids of the nodes, in the order of `keys`."""
+        answers = [
+            self._flwr("supernode", "register", key.with_suffix(".pub"), "loopback", "--format", "json") for key in self.keys
+        ]
+        return [int(answer["node-id"]) for answer in answers]
+
+    def online(self) -> int:
+        return sum(
+            node["status"] == "online" for node in self._flwr("supernode", "list", "loopback", "--format", "json")["nodes"]
+        )
+
+    def start_node(self, number: int, site: Path) -> subprocess.Popen[bytes]:
+        return self.start(
+            f"node-{number}", sys.executable, "-c", NODE, site, self.address, self.folder / "ca-certfile.pem", self.keys[number]
+        )
+
+    def start_stock_node(self, number: int, site: Path) -> subprocess.Popen[bytes]:
+        """Flower's own."""
+        certificates = ("--root-certificates", self.folder / "ca-certfile.pem", "--auth-supernode-private-key", self.keys[number])
+        config = ("--node-config", f'site="{site}"', "--port", str(_free_port()))
+        return self.start(f"node-{number}", "flower-supernode", "--superlink", self.address, *certificates, *config)
+
+    def submit(self, run: Path, bundled: dict[str, str] | None = None) -> int:
+        """Starts a run folder's run on the SuperLink. bundled: files in the bundle beside its configuration."""
+        app = self.folder / f"app-{run.name}"
+        app.mkdir()
+        for name, content in {"pyproject.toml": _APP, **(bundled or {})}.items():
+            (app / name).write_text(content, encoding="utf-8")
+        return int(self._flwr("run", app, "loopback", "--run-config", f'run="{run}"', "--format", "json")["run-id"])
+
+    def status(self, run_id: int) -> str:
+        return str(self._flwr("list", "loopback", "--run-id", str(run_id), "--format", "json")["runs"][0]["status"])
+
+    def _flwr(self, *words: str | Path) -> dict[str, Any]:
+        done = subprocess.run(["flwr", *map(str, words)], env=self.env, cwd=self.folder, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"flwr {' '.join(map(str, words[:2]))}: {done.stdout} {done.stderr}")
+        found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+        return found
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def federation(folder: Path, organisations: int, *options: str | Path) -> Iterator[Federation]:
+    """Certificates and keys, a running SuperLink with these options, and the keys registered there."""
+    (folder / "flwr").mkdir(parents=True)
+    made = Federation(folder, _free_port(), [_write_key(folder / f"key-{i}") for i in range(organisations)], {})
+    _write_certificates(folder)
+    config = f'[superlink.loopback]\naddress = "{made.address}"\nroot-certificates = "{folder / "ca-certfile.pem"}"\n'
+    (folder / "flwr" / "config.toml").write_text(config)
+    try:
+        made.start_superlink(*options)
+        order = sorted(zip(made.register(), made.keys, strict=True))
+        made.keys[:] = [key for _, key in order]
+        yield made
+    finally:
+        made.stop()
+
+
+def prepare_run(folder: Path, organisations: int, rounds: int, steps: int = 2) -> RunFolder:
+    """A run on a tiny, random bert and made-up sentences, with a site for each organisation."""
+    plan = {
+        "rounds": rounds,
+        "privacy": "none",
+        "model": {"base": str(_write_model(folder.parent / "model")), "max_length": 16, "pooling": "mean"},
+        "data": {"source": str(_write_sentences(folder.parent / "sentences.csv"))},
+        "local": {"learning_rate": 1.0, "batch_size": 0.5, "steps": steps},
+        "server": {"quorum": 0.5},
+        "simulation": {"clients": organisations, "partition": "iid"},
+    }
+    return make_run(prepare(parse_plan(plan), "cpu"), folder, "superlink", "cpu")
+
+
+def _write_model(folder: Path) -> Path:
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(_WORDS), max_position_embeddings=32, **size), add_pooling_layer=False).save_pretrained(
+        folder
+    )
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(_WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder
+
+
+def _write_sentences(file: Path) -> Path:
+    rng, rows = random.Random(0), ["text,label"]
+    for i in range(240):
+        label = ("good", "bad")[i % 2]
+        own = _WORDS[4:6] if label == "good" else _WORDS[6:8]
+        rows.append(f"{' '.join([*rng.choices(_WORDS[8:], k=4), rng.choice(own)])},{label}")
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return file
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _write_key(file: Path) -> Path:
+    """As `ssh-keygen -t ecdsa -b 384` does: the private key in `file`, the public one beside it."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    file.chmod(0o600)
+    file.with_suffix(".pub").write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    return file
+
+
+def _write_certificates(folder: Path) -> None:
+    """ca-certfile.pem, certfile.pem and keyfile.pem: of an authority of its own, for 127.0.0.1."""
+    authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback authority")])
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    ca = _certificate(issuer, issuer, authority).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    own = _certificate(subject, issuer, server).add_extension(names, critical=False)
+    own = own.add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    for name, builder in (("ca-certfile", ca), ("certfile", own)):
+        (folder / f"{name}.pem").write_bytes(builder.sign(authority, hashes.SHA256()).public_bytes(Encoding.PEM))
+    secret = server.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "keyfile.pem").write_bytes(secret)
+
+
+def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    today = datetime.now(UTC)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
+    return (
+        builder.serial_number(x509.random_serial_number())
+        .not_valid_before(today - timedelta(days=1))
+        .not_valid_after(today + timedelta(days=1))
+    )

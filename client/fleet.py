@@ -1,0 +1,246 @@
+"""Flower's Fleet API as a node uses it. All that is internal to Flower is in this file, and may change with its minor version.
+
+Flower's own connection (flwr.supernode.fleet_http_connection) ends the whole process when a server restarts or does not know a
+key, and waits without end where TLS is wrong. Here these are exceptions, so that a node can stay; the calls and their order are
+the same.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    pull_and_inflate_object_from_tree,
+    push_objects,
+)
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+__all__ = ["Fleet", "FleetError", "NotKnown", "Request", "RequestOver", "connected"]
+
+_Answer = TypeVar("_Answer")
+
+
+class FleetError(Exception):
+    """The server cannot be reached, or does not let this node in. It may help to wait and to connect again."""
+
+
+class NotKnown(FleetError):
+    """The server does not know this node, or has it online already."""
+
+
+class RequestOver(FleetError):
+    """The server does not want this request answered any more."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A message as it is announced: everything but its content. header: a message without content."""
+
+    header: Message
+    tree: ObjectTree
+
+    @property
+    def run(self) -> int:
+        return self.header.metadata.run_id
+
+    @property
+    def round(self) -> str:
+        return self.header.metadata.group_id
+
+    @property
+    def late(self) -> bool:
+        """Whether its time to live has passed, by this machine's clock."""
+        return time.time() > self.header.metadata.created_at + self.header.metadata.ttl
+
+    def to_bytes(self) -> bytes:
+        both = PullMessagesResponse(messages_list=[message_to_proto(self.header)], message_object_trees=[self.tree])
+        content: bytes = both.SerializeToString()
+        return content
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Request:
+        """Raises ValueError for anything else than what to_bytes gave."""
+        try:
+            return cls._first_of(PullMessagesResponse.FromString(content))
+        except Exception as error:
+            raise ValueError(f"not a request: {error}") from None
+
+    @classmethod
+    def _first_of(cls, response: Any) -> Request:
+        return cls(message_from_proto(response.messages_list[0]), response.message_object_trees[0])
+
+
+class Fleet:
+    """One connection to a server."""
+
+    def __init__(self, client: FleetHttpClient, node_id: int) -> None:
+        self.node_id = node_id
+        self._client = client
+        self._node = Node(node_id=node_id)
+        self._disowned = threading.Event()
+
+    def receive(self) -> Request | None:
+        """The next request, if there is one. The server announces each only once."""
+        if self._disowned.is_set():
+            raise NotKnown("the server does not know this node any more")
+        response = _call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        return Request._first_of(response) if response.messages_list else None
+
+    def open(self, request: Request) -> Message:
+        """The whole message. It may be opened again until it is confirmed. Raises RequestOver when its content is gone."""
+        try:
+            message = pull_and_inflate_object_from_tree(
+                request.tree,
+                make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, request.run),
+                lambda _: None,
+                return_type=Message,
+            )
+        except ObjectPullError as error:
+            raise RequestOver(str(error)) from None
+        message.metadata.__dict__["_message_id"] = request.tree.object_id  # not part of a message's own content
+        return message
+
+    def bundle(self, run: int) -> bytes:
+        """The bundle (FAB) that a run was started with: a zip archive."""
+        about = _call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run)).run
+        answer = _call(self._client.GetFab, GetFabRequest(node=self._node, hash_str=about.fab_hash, run_id=run))
+        content: bytes = answer.fab.content
+        return content
+
+    def send(self, reply: Message, seconds: float) -> None:
+        """seconds: how long it took to answer; the server shows it."""
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        header, run = message_to_proto(remove_content_from_message(reply)), reply.metadata.run_id
+        with no_object_id_recompute():
+            push = PushMessagesRequest(
+                node=self._node,
+                messages_list=[header],
+                message_object_trees=[get_object_tree(reply)],
+                clientapp_runtime_list=[seconds],
+            )
+            wanted = _call(self._client.PushMessages, push)
+            send = make_push_object_fn_protobuf(self._calling(self._client.PushObject), self._node, run, wanted.session_id)
+            try:
+                push_objects(get_all_nested_objects(reply), send, object_ids_to_push=set(wanted.objects_to_push))
+            except ObjectPushError as error:
+                raise FleetError(str(error)) from None
+
+    def confirm(self, request: Request) -> None:
+        """The server may forget the content of a request that was opened. Before, it would fail to upload the rest of it."""
+        confirmation = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=request.run, message_object_id=request.tree.object_id
+        )
+        _call(self._client.ConfirmMessageReceived, confirmation)
+
+    def leave(self) -> None:
+        """Tells the server that this node goes offline."""
+        _call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
+
+    def heartbeat(self) -> bool:
+        """Whether the server was reached; that it does not know this node is told by the next `receive`."""
+        try:
+            if not _beat(self._client, self._node):
+                self._disowned.set()
+        except NotKnown:
+            self._disowned.set()
+        except FleetError:
+            return False
+        return True
+
+    @staticmethod
+    def _calling(method: Callable[[Any], _Answer]) -> Callable[[Any], _Answer]:
+        return lambda request: _call(method, request)
+
+
+@contextmanager
+def connected(
+    address: str, root_certificates: bytes | None, key: EllipticCurvePrivateKey, known: int | None = None
+) -> Iterator[Fleet]:
+    """A connection with heartbeats, over TLS always. root_certificates: PEM; None: those that this machine trusts.
+
+    known: the node id of a connection that broke off; it goes on at once, where a new one would be refused until the server has
+    missed the old one's heartbeats (60 s).
+    Raises FleetError.
+    """
+    with FleetHttpClient.from_server_address(
+        address, False, root_certificates, interceptors=[NodeAuthHttpInterceptor(key, key.public_key())]
+    ) as client:
+        fleet = Fleet(client, _enter(client, key, known))
+        heartbeats = HeartbeatSender(fleet.heartbeat)
+        heartbeats.start()
+        try:
+            yield fleet
+        finally:
+            if heartbeats.is_running:
+                heartbeats.stop()
+
+
+def _enter(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | None) -> int:
+    if known is not None and _is_known(client, known):
+        return known
+    request = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+    node_id: int = _call(client.ActivateNode, request).node_id
+    return node_id
+
+
+def _is_known(client: FleetHttpClient, node_id: int) -> bool:
+    try:
+        return _beat(client, Node(node_id=node_id))
+    except NotKnown:
+        return False
+
+
+def _beat(client: FleetHttpClient, node: Node) -> bool:
+    request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+    return bool(_call(client.SendNodeHeartbeat, request).success)
+
+
+def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
+    try:
+        return method(request)
+    except httpx.HTTPStatusError as error:
+        raise _fault(error.response.status_code) from None
+    except httpx.HTTPError as error:
+        raise FleetError(f"the server cannot be reached ({error})") from None
+    except ValueError as error:
+        raise FleetError(f"the server's answer is not Flower's ({error})") from None
+
+
+def _fault(status: int) -> FleetError:
+    if status == httpx.codes.UNAUTHORIZED:
+        return NotKnown("the server does not accept the key: expected a registered one, and clocks that agree within 5 minutes")
+    if status == httpx.codes.PRECONDITION_FAILED:
+        return NotKnown("the server does not let this node in: its key is not registered, or a node with it is online still")
+    if status == httpx.codes.FORBIDDEN:
+        return RequestOver("the run is over, or not for this node")
+    return FleetError(f"the server answered with status {status}")

@@ -1,0 +1,270 @@
+"""The resident node: stays connected to a server, answers its requests by the cotune that is installed here, and comes back.
+
+Nothing that the server sends is executed. Training runs in a process of its own (resident.py), so that heartbeats go on
+meanwhile and a crash costs one answer. A request is kept until it is answered: a node that was killed goes on with it.
+
+node/request.pb    in the site: the request that is being answered, without its content
+node/id            the node's number at the server, while it is online
+node/lock          held by the process that serves the site
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from flwr.app import Message
+
+from cotune.client.bundle import reason_to_refuse
+from cotune.client.credentials import read_certificates, read_private_key
+from cotune.client.fleet import Fleet, FleetError, Request, RequestOver, connected
+from cotune.client.refusal import UNSAID, refusal
+from cotune.client.resident import Resident, ResidentDied
+from cotune.models.durable import write_durably
+from cotune.models.errors import DataError, RunError
+
+__all__ = ["Node", "run_node"]
+
+_POLL_SECONDS = 0.1
+_IDLE_SECONDS, _IDLE_POLL_SECONDS = 120.0, 1.0  # after so long without a request it asks less often
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 10.0  # before it connects again
+_log = logging.getLogger(__name__)
+
+Connect = Callable[[int | None], AbstractContextManager[Fleet]]
+
+
+class Worker(Protocol):
+    """Who answers: a Resident."""
+
+    def give(self, message: Message) -> None: ...
+    def answer(self, seconds: float) -> Message | None: ...
+
+
+def run_node(
+    site: Path, address: str, *, root_certificates: Path | None = None, key: Path, stop: threading.Event | None = None
+) -> None:
+    """Serves the organisation of the folder `site` until SIGINT, SIGTERM or `stop`, whatever happens to the server.
+
+    address: host:port of the server, or of the TLS front before it. root_certificates: a PEM file; without one, those that this
+    machine trusts. key: the file of the organisation's private key (OpenSSH, elliptic curve), which the server has registered.
+    Raises DataError when the folder is not a site, RunError when another node serves it, or when the address, the key or the
+    certificates cannot be used.
+    """
+    if not (site / "site.json").is_file():
+        raise DataError(f"{site} is not a site: expected a folder with a site.json")
+    _check_address(address)
+    connect = partial(connected, address, read_certificates(root_certificates), read_private_key(key))
+    stop = stop or threading.Event()
+    with _alone(site / "node"), _stopped_by_signals(stop):
+        worker = Resident(site.resolve())
+        try:
+            Node(site / "node", worker, stop).stay(connect)
+        finally:
+            worker.stop()
+
+
+class Node:
+    """What a node does with connections and a worker: one request at a time, until `stop`. folder: what it keeps."""
+
+    def __init__(self, folder: Path, worker: Worker, stop: threading.Event) -> None:
+        self._worker, self._stop = worker, stop
+        self._request_file, self._id_file = folder / "request.pb", folder / "id"
+        self._request, self._known = self._kept_request(), self._kept_id()
+        self._given = False
+        self._reply: Message | None = None
+        self._began = self._active = time.monotonic()  # the request; when there was something to do last
+        self._newest: dict[int, int] = {}  # run -> its newest round
+        self._fit_run: int | None = None  # the last run whose bundle was found fit
+
+    def stay(self, connect: Connect) -> None:
+        """Connects, serves, and connects again when the connection breaks off; waits longer after each failure."""
+        wait = 0.0
+        while not self._stop.wait(wait):
+            started = time.monotonic()
+            try:
+                with connect(self._known) as fleet:
+                    self._enter(fleet)
+                    self.serve(fleet)
+                    self._leave(fleet)
+            except Exception as error:  # a node that stays must outlive what nobody thought of, too
+                lasted = time.monotonic() - started
+                wait = _next_wait(0.0 if lasted > _LONGEST_WAIT_SECONDS else wait)
+                unforeseen = None if isinstance(error, FleetError) else error
+                _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
+
+    def serve(self, fleet: Fleet) -> None:
+        """Until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
+        while not self._stop.is_set():
+            try:
+                if not self._step(fleet):
+                    idle = time.monotonic() - self._active > _IDLE_SECONDS
+                    self._stop.wait(_IDLE_POLL_SECONDS if idle else _POLL_SECONDS)
+            except RequestOver as error:
+                if self._request is None:
+                    raise
+                self._drop(fleet, str(error))
+
+    def _step(self, fleet: Fleet) -> bool:
+        """The next thing to do; False where there is none."""
+        if self._request is None:
+            self._request = fleet.receive()
+            if self._request is None:
+                return False
+            self._accept(fleet, self._request)
+        elif self._reply is not None:
+            self._send(fleet, self._request, self._reply)
+        elif self._given:
+            self._wait_for_reply(self._request)
+        else:
+            self._begin(fleet, self._request)
+        self._active = time.monotonic()
+        return True
+
+    def _accept(self, fleet: Fleet, request: Request) -> None:
+        """Keeps a request; one that nobody waits for any more is dropped."""
+        round = int(request.round) if request.round.isdecimal() else 0
+        if request.late:
+            return self._drop(fleet, "its time has passed")
+        if round < self._newest.get(request.run, 0):
+            return self._drop(fleet, f"round {self._newest[request.run]} has come already")
+        self._newest[request.run] = round
+        write_durably(self._request_file, request.to_bytes())
+        self._began = time.monotonic()
+
+    def _begin(self, fleet: Fleet, request: Request) -> None:
+        """Hands a request to the worker, when the run's bundle is fit for it."""
+        if request.late:
+            return self._drop(fleet, "its time has passed")
+        if request.run != self._fit_run:
+            refused = reason_to_refuse(fleet.bundle(request.run))
+            if refused is not None:
+                _log.warning("run %s is refused: %s", request.run, refused)
+                self._reply = refusal(request.header, refused)
+                return
+            self._fit_run = request.run
+        self._give(fleet, request)
+
+    def _give(self, fleet: Fleet, request: Request) -> None:
+        try:
+            self._worker.give(fleet.open(request))
+            self._given = True
+            _log.info("round %s of run %s begins", request.round, request.run)
+        except FleetError:
+            raise
+        except Exception as error:  # what a stranger sent may be malformed in any way
+            _log.warning("the request cannot be read: %s", error)
+            self._reply = refusal(request.header, UNSAID)
+
+    def _wait_for_reply(self, request: Request) -> None:
+        try:
+            self._reply = self._worker.answer(_POLL_SECONDS)
+        except ResidentDied as error:
+            _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
+            self._reply = refusal(request.header, UNSAID)
+
+    def _send(self, fleet: Fleet, request: Request, reply: Message) -> None:
+        if request.late:
+            return self._drop(fleet, "its answer came too late")
+        seconds = time.monotonic() - self._began
+        fleet.send(reply, seconds)
+        _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)
+        self._forget(fleet, request)
+
+    def _drop(self, fleet: Fleet, reason: str) -> None:
+        assert self._request is not None
+        _log.warning("round %s of run %s is dropped: %s", self._request.round, self._request.run, reason)
+        self._forget(fleet, self._request)
+
+    def _forget(self, fleet: Fleet, request: Request) -> None:
+        """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
+        opened = self._given
+        self._request, self._given, self._reply = None, False, None
+        self._request_file.unlink(missing_ok=True)
+        if opened:
+            with suppress(FleetError):
+                fleet.confirm(request)
+
+    def _enter(self, fleet: Fleet) -> None:
+        _log.info("connected as node %s", fleet.node_id)
+        self._known = fleet.node_id
+        write_durably(self._id_file, str(fleet.node_id).encode())
+        if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:
+            self._drop(fleet, "the server has been set up anew")
+
+    def _leave(self, fleet: Fleet) -> None:
+        """A node that is stopped says so: nobody waits for what it was at."""
+        self._request_file.unlink(missing_ok=True)
+        self._id_file.unlink(missing_ok=True)
+        with suppress(FleetError):
+            fleet.leave()
+
+    def _kept_request(self) -> Request | None:
+        try:
+            return Request.from_bytes(self._request_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            _log.warning("%s is damaged (%s): it is left out", self._request_file, error)
+            return None
+
+    def _kept_id(self) -> int | None:
+        try:
+            return int(self._id_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+
+def _next_wait(last: float) -> float:
+    longest = min(_LONGEST_WAIT_SECONDS, max(_FIRST_WAIT_SECONDS, 2 * last))
+    return longest * random.uniform(0.8, 1.0)  # not all nodes at once
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise RunError(f'"{address}" is not the address of a server: expected host:port, as in fed.example.org:8443')
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a second node off a site."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
+        except OSError:
+            raise RunError(f"another node serves {folder.parent}: stop it first, or leave it to its work") from None
+        yield
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set `stop`; a second one ends the process as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def answer(*_: object) -> None:
+        stop.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        restore()

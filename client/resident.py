@@ -1,0 +1,119 @@
+"""The process that trains for a node: the cotune that is installed here, with the model of the last plan kept between rounds.
+
+It is started afresh (spawn), ends with the node however that ends, and may itself end at any moment: the node lives on.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict, UserConfig
+
+from cotune.client.refusal import UNSAID, refusal
+
+__all__ = ["Resident", "ResidentDied"]
+
+_log = logging.getLogger(__name__)
+
+
+class ResidentDied(Exception):
+    """The process ended before it answered."""
+
+
+class Resident:
+    """Answers one message at a time for the site in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._busy = folder, False
+        self._process, self._pipe = self._start()
+
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        level = logging.getLogger("cotune").getEffectiveLevel()
+        process = context.Process(target=_work, args=(theirs, self._folder, level), name="cotune-resident", daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def give(self, message: Message) -> None:
+        """Starts work on a message, in a new process if the old one has ended, or is at a message that nobody waits for any more.
+
+        Raises ResidentDied.
+        """
+        if self._busy or not self._process.is_alive():
+            self.stop()
+            self._process, self._pipe = self._start()
+        self._busy = True
+        try:
+            self._pipe.send(message)
+        except OSError:
+            raise self._died() from None
+
+    def answer(self, seconds: float) -> Message | None:
+        """The reply, when it comes within so many seconds. Raises ResidentDied."""
+        try:
+            if not self._pipe.poll(seconds):
+                return None
+            reply: Message = self._pipe.recv()
+            self._busy = False
+            return reply
+        except (EOFError, OSError):
+            raise self._died() from None
+
+    def stop(self) -> None:
+        """What it was at is lost, except for what the site keeps."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def _died(self) -> ResidentDied:
+        self._process.join()
+        return ResidentDied(f"the training process ended with {self._process.exitcode}: perhaps memory ran out")
+
+
+def _work(pipe: Connection, folder: Path, level: int) -> None:
+    """What the process does until the node ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service sends them to all: the node answers for both
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.getLogger("cotune").setLevel(level)
+    import cotune.client.app  # noqa: F401  # not above: it watches its parent before it imports torch
+
+    while True:
+        try:
+            message = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_answer(message, folder))
+
+
+def _answer(message: Message, folder: Path) -> Message:
+    from cotune.client.app import app
+
+    about = message.metadata
+    site = UserConfig({"site": str(folder)})
+    context = Context(about.run_id, about.dst_node_id, site, RecordDict(), UserConfig())
+    try:
+        return app(message, context)
+    except Exception:
+        _log.exception("the message could not be answered")
+        return refusal(message, UNSAID)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

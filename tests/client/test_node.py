@@ -1,0 +1,330 @@
+"""The resident node with a connection and a worker that are made up: order, what is kept, what is dropped, and coming back."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import itertools
+import logging
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.task_identity import TaskIdentity
+
+from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver
+from cotune.client.node import Node, run_node
+from cotune.client.refusal import UNSAID
+from cotune.client.resident import ResidentDied
+from cotune.models.errors import DataError, RunError
+
+NODE, RUN = 5, 77
+
+
+def zipped(*names: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for name in names:
+            file.writestr(name, "")
+    return content.getvalue()
+
+
+BUNDLE = zipped("pyproject.toml")
+
+
+def request(round: int = 1, *, run: int = RUN, age: float = 0.0, node: int = NODE) -> Request:
+    """Sent `age` seconds ago, to live for 60."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, 1
+    header = Message(RecordDict(), node, MessageType.TRAIN, ttl=60.0, group_id=str(round))
+    header.metadata.created_at = time.time() - age
+    header.metadata.__dict__["_message_id"] = f"message-{round}"
+    return Request(header, ObjectTree(object_id=f"message-{round}"))
+
+
+class FakeFleet(Fleet):
+    """A server that has these requests, and these failures in place of the next calls of a name. Stops when all is answered."""
+
+    def __init__(self, stop: threading.Event, *requests: Request, archive: bytes = BUNDLE, **failures: list[Any]) -> None:
+        self.node_id, self.calls, self.sent = NODE, list[str](), list[Message]()
+        self._end, self._requests, self._bundle, self._failures = stop, list(requests), archive, failures
+
+    def _called(self, name: str, about: Request | None = None) -> None:
+        self.calls.append(name if about is None else f"{name} {about.round}")
+        if self._failures.get(name):
+            failure = self._failures[name].pop(0)
+            if failure is not None:
+                raise failure
+
+    def receive(self) -> Request | None:
+        if not self._requests:
+            self._end.set()
+            return None
+        self._called("receive")
+        return self._requests.pop(0)
+
+    def open(self, request: Request) -> Message:
+        self._called("open", request)
+        return Message(RecordDict({"asked": ConfigRecord({"round": request.round})}), reply_to=request.header)
+
+    def bundle(self, run: int) -> bytes:
+        self._called("bundle")
+        return self._bundle
+
+    def send(self, reply: Message, seconds: float) -> None:
+        self._called("send")
+        self.sent.append(reply)
+
+    def confirm(self, request: Request) -> None:
+        self._called("confirm", request)
+
+    def leave(self) -> None:
+        self._called("leave")
+
+
+class FakeWorker:
+    """Answers at the second time of asking, or dies for the rounds that are named."""
+
+    def __init__(self, dies: tuple[str, ...] = ()) -> None:
+        self.given, self._dies, self._asked = list[str](), dies, 0
+        self._message: Message | None = None
+
+    def give(self, message: Message) -> None:
+        self._message, self._asked = message, 0
+        self.given.append(str(message.content["asked"]["round"]))
+
+    def answer(self, seconds: float) -> Message | None:
+        assert self._message is not None
+        if self.given[-1] in self._dies:
+            raise ResidentDied("the training process ended with -9")
+        self._asked += 1
+        return self._message if self._asked == 2 else None
+
+
+@pytest.fixture
+def stop() -> threading.Event:
+    return threading.Event()
+
+
+def serve(folder: Path, stop: threading.Event, fleet: FakeFleet, worker: FakeWorker) -> None:
+    Node(folder, worker, stop).serve(fleet)
+
+
+def reasons(fleet: FakeFleet) -> list[str | None]:
+    return [reply.error.reason for reply in fleet.sent]
+
+
+def test_requests_are_answered_one_by_one_and_the_bundle_of_a_run_is_looked_at_once(
+    tmp_path: Path, stop: threading.Event
+) -> None:
+    fleet, worker = FakeFleet(stop, request(1), request(2)), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert fleet.calls == ["receive", "bundle", "open 1", "send", "confirm 1", "receive", "open 2", "send", "confirm 2"]
+    assert worker.given == ["1", "2"]
+    assert not (tmp_path / "request.pb").exists()
+
+
+def test_a_bundle_with_code_is_refused_and_nothing_is_trained(tmp_path: Path, stop: threading.Event) -> None:
+    fleet, worker = FakeFleet(stop, request(1), request(2), archive=zipped("pyproject.toml", "evil.py")), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert worker.given == []
+    assert fleet.calls == ["receive", "bundle", "send"] * 2  # not confirmed: it may not be complete at the server yet
+    assert [reply.error.code for reply in fleet.sent] == [1001, 1001]
+    assert reasons(fleet)[0] == (
+        "the run's bundle holds 'evil.py': expected configuration only, as this organisation runs the cotune that is installed there"
+    )
+
+
+@pytest.mark.parametrize("asked", [[request(1, age=61.0)], [request(3), request(2)]])
+def test_what_nobody_waits_for_any_more_is_dropped_with_a_log_line(
+    tmp_path: Path, stop: threading.Event, asked: list[Request], caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet, worker = FakeFleet(stop, *asked), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert fleet.calls[-1] == "receive"  # not confirmed: it may not be complete at the server yet
+    assert asked[-1].round not in worker.given
+    assert f"round {asked[-1].round} of run {RUN} is dropped" in caplog.text
+
+
+def test_another_run_may_begin_at_round_one(tmp_path: Path, stop: threading.Event) -> None:
+    fleet, worker = FakeFleet(stop, request(3), request(1, run=RUN + 1)), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert worker.given == ["3", "1"]
+
+
+def test_a_worker_that_dies_costs_its_answer_only(tmp_path: Path, stop: threading.Event) -> None:
+    fleet, worker = FakeFleet(stop, request(1), request(2)), FakeWorker(dies=("1",))
+    serve(tmp_path, stop, fleet, worker)
+    assert fleet.sent[0].error.reason == UNSAID
+    assert fleet.sent[1].has_content()
+
+
+def test_a_message_that_cannot_be_read_is_answered_without_a_word_of_it(tmp_path: Path, stop: threading.Event) -> None:
+    fleet, worker = FakeFleet(stop, request(), open=[TypeError("secret")]), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert reasons(fleet) == [UNSAID]
+    assert worker.given == []
+
+
+def test_a_run_that_is_over_costs_its_request_only(tmp_path: Path, stop: threading.Event) -> None:
+    fleet, worker = FakeFleet(stop, request(1), request(2), open=[RequestOver("over")]), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert worker.given == ["2"]
+
+
+@pytest.mark.parametrize("call", ["bundle", "open", "send"])
+def test_a_connection_that_breaks_off_loses_nothing(tmp_path: Path, stop: threading.Event, call: str) -> None:
+    broken, worker = FakeFleet(stop, request(), **{call: [FleetError("broken")]}), FakeWorker()
+    node = Node(tmp_path, worker, stop)
+    with pytest.raises(FleetError, match="broken"):
+        node.serve(broken)
+    assert (tmp_path / "request.pb").exists()
+    again = FakeFleet(stop)
+    node.serve(again)
+    assert worker.given == ["1"]  # trained once, whatever broke
+    assert len(again.sent) == 1
+
+
+def test_a_killed_node_goes_on_with_what_it_was_at(tmp_path: Path, stop: threading.Event) -> None:
+    with pytest.raises(FleetError):
+        serve(tmp_path, stop, FakeFleet(stop, request(), send=[FleetError("killed here")]), FakeWorker())
+    fleet, worker = FakeFleet(stop), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert fleet.calls == ["bundle", "open 1", "send", "confirm 1"]
+    assert worker.given == ["1"]
+
+
+def test_a_kept_request_that_is_damaged_is_left_out(
+    tmp_path: Path, stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "request.pb").write_bytes(b"\xff damaged")
+    serve(tmp_path, stop, FakeFleet(stop), FakeWorker())
+    assert "request.pb is damaged" in caplog.text
+
+
+class Impatient(threading.Event):
+    """Notes how long it should wait, and does not; set after so many waits."""
+
+    def __init__(self, waits: int) -> None:
+        super().__init__()
+        self.waited, self._waits = list[float](), waits
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waited.append(timeout or 0.0)
+        if len(self.waited) > self._waits:
+            self.set()
+        return self.is_set()
+
+
+def test_it_waits_longer_after_each_failure_up_to_ten_seconds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stop = Impatient(12)
+
+    @contextmanager
+    def refused(known: int | None) -> Iterator[Fleet]:
+        raise NotKnown("the server does not let this node in")
+        yield
+
+    Node(tmp_path, FakeWorker(), stop).stay(refused)
+    first, *others = stop.waited
+    assert first == 0.0
+    assert 0.4 <= others[0] <= 0.5
+    assert all(0.8 * min(10.0, 2 * a) <= b <= min(10.0, 2 * a) for a, b in itertools.pairwise(others))
+    assert max(others) >= 8.0
+    assert caplog.text.count("the server does not let this node in; the next attempt is in") == 12
+
+
+def stay(node: Node, *fleets: FakeFleet) -> list[int | None]:
+    """Which node ids the node came with."""
+    came, waiting = list[int | None](), list(fleets)
+
+    @contextmanager
+    def connect(known: int | None) -> Iterator[Fleet]:
+        came.append(known)
+        yield waiting.pop(0)
+
+    node.stay(connect)
+    return came
+
+
+def test_it_comes_back_by_its_number_and_leaves_when_stopped(tmp_path: Path, stop: threading.Event) -> None:
+    broken, after = FakeFleet(stop, request(), receive=[FleetError("broken")]), FakeFleet(stop, request())
+    assert stay(Node(tmp_path, FakeWorker(), stop), broken, after) == [None, NODE]
+    assert after.calls[-2:] == ["confirm 1", "leave"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_outlives_what_nobody_thought_of(tmp_path: Path, stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    odd, worker = FakeFleet(stop, request(), receive=[KeyError("odd")]), FakeWorker()
+    stay(Node(tmp_path, worker, stop), odd, FakeFleet(stop, request()))
+    assert worker.given == ["1"]
+    assert "KeyError" in caplog.text
+
+
+def test_a_killed_node_comes_back_by_its_number(tmp_path: Path, stop: threading.Event) -> None:
+    (tmp_path / "id").write_text("9", encoding="utf-8")
+    assert stay(Node(tmp_path, FakeWorker(), stop), FakeFleet(stop)) == [9]
+
+
+def test_a_server_set_up_anew_does_not_get_an_answer_for_the_old_one(tmp_path: Path, stop: threading.Event) -> None:
+    (tmp_path / "request.pb").write_bytes(request(node=NODE + 1).to_bytes())
+    fleet, worker = FakeFleet(stop), FakeWorker()
+    stay(Node(tmp_path, worker, stop), fleet)
+    assert fleet.sent == []
+    assert worker.given == []
+
+
+def test_a_request_survives_its_file() -> None:
+    kept, given = Request.from_bytes(request(4).to_bytes()), request(4)
+    assert (kept.run, kept.round, kept.tree) == (given.run, given.round, given.tree)
+    assert kept.header.metadata.message_id == "message-4"
+    with pytest.raises(ValueError, match="not a request"):
+        Request.from_bytes(b"")
+
+
+def test_two_nodes_for_one_site(tmp_path: Path, key: Path) -> None:
+    (tmp_path / "site.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "node").mkdir()
+    with (tmp_path / "node" / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another node serves .*: stop it first"):
+            run_node(tmp_path, "127.0.0.1:1", key=key)
+
+
+@pytest.mark.parametrize("address", ["example.org", "https://example.org:443", ":443", "example.org:https"])
+def test_an_address_that_is_none(tmp_path: Path, key: Path, address: str) -> None:
+    (tmp_path / "site.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RunError, match="is not the address of a server: expected host:port"):
+        run_node(tmp_path, address, key=key)
+
+
+def test_a_folder_that_is_no_site(tmp_path: Path, key: Path) -> None:
+    with pytest.raises(DataError, match="is not a site: expected a folder with a site.json"):
+        run_node(tmp_path, "127.0.0.1:1", key=key)
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    file = tmp_path / "key"
+    private = ec.generate_private_key(ec.SECP384R1())
+    file.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    file.chmod(0o600)
+    return file
+
+
+def test_the_log_says_nothing_of_the_key(tmp_path: Path, key: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Against a port where nobody listens."""
+    (tmp_path / "site.json").write_text("{}", encoding="utf-8")
+    stop = threading.Event()
+    threading.Timer(1.0, stop.set).start()
+    with caplog.at_level(logging.DEBUG, "cotune"):
+        run_node(tmp_path, "127.0.0.1:1", key=key, stop=stop)
+    assert "the server cannot be reached" in caplog.text
+    assert all(line not in caplog.text for line in key.read_text().splitlines()[1:-1])

@@ -1,0 +1,73 @@
+"""The training process of a node, for real: it answers, it may be killed, and it is killed when nobody waits for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+from flwr.app import Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from cotune.client.refusal import UNSAID
+from cotune.client.resident import Resident, ResidentDied
+from cotune.client.site import Site
+from cotune.models.sharing import State
+from cotune.plan.schema import Plan
+from cotune.strategies.wire import Recipient, decode_update, encode_requests
+
+
+def message(content: RecordDict, kind: str = MessageType.TRAIN) -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    made = Message(content, 2, kind, group_id="1")
+    made.metadata.__dict__["_message_id"] = "7"
+    return made
+
+
+def answer(resident: Resident, seconds: float = 60.0) -> Message:
+    reply = resident.answer(seconds)
+    assert reply is not None
+    assert reply.metadata.reply_to_message_id == "7"
+    return reply
+
+
+@pytest.fixture
+def resident(make_site: Callable[..., Site]) -> Iterator[Resident]:
+    made = Resident(make_site().folder)
+    yield made
+    made.stop()
+
+
+def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
+    resident: Resident, make_plan: Callable[..., Plan], state_for: Callable[..., State]
+) -> None:
+    plan = make_plan()
+    (content,) = encode_requests(plan.canonical(), 1, state_for(plan), [Recipient("clinic")])
+    resident.give(message(content))
+    assert decode_update(answer(resident).content, plan.plan_id).organisation == "clinic"
+    for unfit in (message(RecordDict()), message(content, MessageType.QUERY)):  # malformed, and of a kind that is not served
+        resident.give(unfit)
+        assert answer(resident).error.reason == UNSAID
+    before = resident.pid
+    assert before is not None
+    os.kill(before, signal.SIGTERM)  # of the node alone is asked to stop
+    resident.give(message(content))
+    answer(resident)
+    assert resident.pid == before
+    resident.give(message(content))
+    os.kill(before, signal.SIGKILL)
+    with pytest.raises(ResidentDied, match="the training process ended with -9"):
+        resident.answer(60.0)
+    resident.give(message(content))
+    assert answer(resident).has_content()
+    assert resident.pid != before
+
+
+def test_a_message_that_nobody_waits_for_any_more_gives_way(resident: Resident) -> None:
+    before = resident.pid
+    resident.give(message(RecordDict()))
+    resident.give(message(RecordDict()))
+    assert resident.pid != before
+    assert answer(resident).has_error()
+    assert resident.answer(0.2) is None  # one answer only
