@@ -73,13 +73,13 @@ class Site:
     def ledger(self) -> Ledger:
         return Ledger(self.ledger_file)
 
-    def keep(self, update: Update, plan_id: str, state_digest: str) -> None:
+    def keep(self, update: Update, plan_id: str) -> None:
         """Puts a finished update into the outbox, durably, in place of the one before."""
         plain = {f.name: getattr(update, f.name) for f in fields(update) if f.name not in ("delta", "statistics")}
         tensors = {f"delta/{n}": t for n, t in update.delta.items()} | {
             f"statistics/{n}": t for n, t in update.statistics.items()
         }
-        about = plain | {"plan_id": plan_id, "state": state_digest}
+        about = plain | {"plan_id": plan_id}
         content = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(about)})
         write_durably(self.folder / "outbox" / "update.safetensors", content)
 
@@ -108,13 +108,13 @@ class Site:
     def _kept_folder(self, plan_id: str, what: str) -> Path:
         return self.folder / "kept" / plan_id[:32] / what
 
-    def kept(self, plan_id: str, round: int, state_digest: str) -> Update | None:
+    def kept(self, plan_id: str, round: int, received: str) -> Update | None:
         """The update that answers exactly this request, if it was finished before."""
         file = self.folder / "outbox" / "update.safetensors"
         try:
             with safe_open(file, framework="pt") as tensors:
                 about = json.loads(tensors.metadata()["update"])
-                if (about.pop("plan_id"), about["round"], about.pop("state")) != (plan_id, round, state_digest):
+                if (about.pop("plan_id"), about["round"], about["received"]) != (plan_id, round, received):
                     return None
                 found: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
                 return Update(delta=_part(found, "delta/"), statistics=_part(found, "statistics/"), **about)

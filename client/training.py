@@ -31,7 +31,7 @@ from cotune.privacy.accounting import RecordPrivacy, Steps
 from cotune.privacy.dp_sgd import Batch, StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.strategies.updates import Update, difference
-from cotune.strategies.wire import state_digest
+from cotune.strategies.wire import received_digest
 
 __all__ = ["train_round"]
 
@@ -47,7 +47,7 @@ def train_round(
     stage, sent = plan.stage_of(round), sent or {}
     if not 0 <= admitted < round:
         raise RunError(f"the request for round {round} names round {admitted} as the last admitted one: expected an earlier one")
-    digest = state_digest({**state, **{f"sent/{name}": tensor for name, tensor in sent.items()}})
+    digest = received_digest(state, sent)
     policy, holdings = site.policy(), site.holdings(plan.labels)
     check_consent(plan, policy, len(holdings))
     finished = site.kept(plan.plan_id, round, digest)
@@ -86,10 +86,10 @@ def train_round(
     _check_finite(delta)
     statistics = statistics_of(plan, model, personal.shared, setting)
     examples = teller.examples(len(holdings), round)
-    update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics)
+    update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics, digest)
     correction.keep(round, stage, delta)
     personal.keep()
-    site.keep(update, plan.plan_id, digest)
+    site.keep(update, plan.plan_id)
     return update
 
 

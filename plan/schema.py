@@ -89,8 +89,26 @@ class RoundsConfig(Table):
         0, ge=0, description="exactly so many are asked, drawn without replacement from the plan's seed; 0: by sample_rate"
     )
     quorum: float = Field(0.5, gt=0, le=1, description="fraction of the asked organisations whose updates a round needs")
-    deadline_seconds: float = Field(3600.0, gt=0, description="how long a round waits for an organisation")
+    over_selection: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="asked beyond sample_size, as a fraction of it; a round closes with its first sample_size updates",
+    )
+    deadline_seconds: float = Field(3600.0, gt=0, description="how long a round waits for an organisation that was asked")
+    absent_seconds: float = Field(
+        60.0, ge=0, description="how long a round waits for those who are not connected, where the others reach the quorum"
+    )
+    wait_seconds: float = Field(
+        3600.0, ge=0, description="how long a round waits for the quorum to be connected; then the run stops, to be resumed"
+    )
+    late: Literal["ignore", "fold"] = Field(
+        "ignore", description="of updates that come after their round: fold them into a later one, with less weight"
+    )
+    max_staleness: int = Field(2, ge=1, le=100, description="with late = fold: rounds that an update may be late")
     max_update_norm: float = Field(1e4, gt=0, description="updates with a larger L2 norm are refused")
+    max_examples: int = Field(10_000_000, ge=1, description="updates that declare more records are refused")
+    strikes: int = Field(3, ge=0, description="refused updates after which an organisation is left out of the run; 0: never")
     visibility: Literal["updates", "sum"] = Field(
         "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"
     )
@@ -101,6 +119,11 @@ class RoundsConfig(Table):
             raise ValueError(
                 f"sample_size = {self.sample_size} asks exactly so many, and sample_rate = {self.sample_rate:g} each by chance:"
                 " expected one of the two"
+            )
+        if self.over_selection and not self.sample_size:
+            raise ValueError(
+                f"over_selection = {self.over_selection:g} asks more than sample_size, and there is none: expected"
+                f" sample_size too"
             )
         return self
 

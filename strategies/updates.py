@@ -22,6 +22,7 @@ class Update:
     else plan and policy let it say, by name: numbers about its records, with or without noise as its policy has it.
     noise_variance: of the privacy noise on every coordinate of a parameter's delta, by parameter; None where it states none.
     statistics: arrays that a fusion asks for beside the delta, as "fisher/<parameter>" or "gram/<parameter>" (float32).
+    received: SHA-256 of what it was trained from (wire.state_digest of the state, and of what was sent beside it).
     """
 
     organisation: str
@@ -33,6 +34,7 @@ class Update:
     told: Mapping[str, float] = field(default_factory=dict)
     noise_variance: Mapping[str, float] | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    received: str = ""
 
 
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:

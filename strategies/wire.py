@@ -21,17 +21,22 @@ from cotune.models.errors import RunError
 from cotune.strategies.updates import Update
 
 __all__ = [
+    "PROTOCOL",
+    "Receipt",
     "Recipient",
     "Request",
+    "decode_receipt",
     "decode_request",
     "decode_update",
+    "encode_receipt",
     "encode_requests",
     "encode_update",
     "payload_bytes",
+    "received_digest",
     "state_digest",
 ]
 
-PROTOCOL = 3
+PROTOCOL = 4
 _MOST_TOLD = 10_000  # values beside an update: a number per class and a few more
 _FLOATS = {"float32": torch.float32}
 
@@ -93,6 +98,7 @@ def encode_update(update: Update, plan_id: str) -> RecordDict:
         "examples": update.examples,
         "steps": update.steps,
         "epsilon": -1.0 if update.epsilon is None else update.epsilon,
+        "received": update.received,
     }
     told = ConfigRecord({name: float(value) for name, value in update.told.items()})
     content = RecordDict({"delta": _arrays(update.delta), "update": ConfigRecord(record), "told": told})
@@ -105,7 +111,7 @@ def encode_update(update: Update, plan_id: str) -> RecordDict:
 
 def decode_update(content: RecordDict, plan_id: str) -> Update:
     """Raises RunError for an update that is malformed or belongs to another plan."""
-    types = {"plan_id": str, "round": int, "organisation": str, "examples": int, "steps": int, "epsilon": float}
+    types = {"plan_id": str, "round": int, "organisation": str, "examples": int, "steps": int, "epsilon": float, "received": str}
     fields = _fields(content, "update", types)
     if fields["plan_id"] != plan_id:
         raise RunError(f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}")
@@ -122,7 +128,26 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
         told=_told(content),
         noise_variance=_variances(content),
         statistics=_tensors(content, "statistics") if "statistics" in content else {},
+        received=fields["received"],
     )
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What an organisation answers when it has been given the finished model. received: `received_digest` of what it got."""
+
+    organisation: str
+    plan_id: str
+    received: str
+
+
+def encode_receipt(receipt: Receipt) -> RecordDict:
+    return RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, **asdict(receipt)})})
+
+
+def decode_receipt(content: RecordDict) -> Receipt:
+    """Raises RunError for anything but a well-formed receipt of this protocol."""
+    return Receipt(**_fields(content, "receipt", {"organisation": str, "plan_id": str, "received": str}))
 
 
 def _variances(content: RecordDict) -> dict[str, float] | None:
@@ -200,6 +225,11 @@ def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
     if isinstance(record, ArrayRecord):
         return sum(len(name.encode()) + len(array.data) for name, array in record.items())
     return sum(len(name.encode()) + (len(v.encode()) if isinstance(v, str) else 8) for name, v in record.items())
+
+
+def received_digest(state: Mapping[str, Tensor], sent: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 of what an organisation trains from: the state, and what is sent beside it."""
+    return state_digest({**state, **{f"sent/{name}": tensor for name, tensor in (sent or {}).items()}})
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -18,7 +18,9 @@ MakeSite = Callable[..., Site]
 
 def update(**changes: Any) -> Update:
     delta = {"head.weight": torch.tensor([[1.5, -0.25], [float(2**-30), 0.0]]), "head.bias": torch.ones(2)}
-    return Update(**({"organisation": "clinic", "round": 4, "delta": delta, "examples": 60, "steps": 7} | changes))
+    return Update(
+        **({"organisation": "clinic", "round": 4, "delta": delta, "examples": 60, "steps": 7, "received": "state"} | changes)
+    )
 
 
 def outbox(site: Site) -> Path:
@@ -50,7 +52,7 @@ def test_a_site_is_not_simulated_unless_it_says_so(tmp_path: Path) -> None:
 def test_a_kept_update_comes_back(make_site: MakeSite, epsilon: float | None) -> None:
     site = make_site()
     sent = update(epsilon=epsilon)
-    site.keep(sent, "plan", "state")
+    site.keep(sent, "plan")
     got = Site(site.folder).kept("plan", 4, "state")  # by another process
     assert got is not None
     assert (got.organisation, got.round, got.examples, got.steps, got.epsilon) == ("clinic", 4, 60, 7, epsilon)
@@ -63,7 +65,7 @@ def test_a_kept_update_comes_back(make_site: MakeSite, epsilon: float | None) ->
 def test_a_transposed_tensor_is_kept_as_it_is(make_site: MakeSite) -> None:
     site = make_site()
     tensor = torch.arange(6.0).reshape(2, 3).T
-    site.keep(update(delta={"w": tensor}), "plan", "state")
+    site.keep(update(delta={"w": tensor}), "plan")
     got = site.kept("plan", 4, "state")
     assert got is not None
     assert torch.equal(got.delta["w"], tensor)
@@ -73,15 +75,15 @@ def test_a_transposed_tensor_is_kept_as_it_is(make_site: MakeSite) -> None:
 def test_another_request_gets_nothing(make_site: MakeSite, request_: tuple[str, int, str]) -> None:
     site = make_site()
     assert site.kept("plan", 4, "state") is None
-    site.keep(update(), "plan", "state")
+    site.keep(update(), "plan")
     assert site.kept(*request_) is None
     assert site.kept("plan", 4, "state") is not None
 
 
 def test_only_the_last_update_is_kept(make_site: MakeSite) -> None:
     site = make_site()
-    site.keep(update(), "plan", "state")
-    site.keep(update(round=5), "plan", "state")
+    site.keep(update(), "plan")
+    site.keep(update(round=5), "plan")
     assert site.kept("plan", 4, "state") is None
     assert site.kept("plan", 5, "state") is not None
     assert [file.name for file in outbox(site).parent.iterdir()] == ["update.safetensors"]
@@ -104,7 +106,7 @@ def without_description(file: Path) -> None:
 
 
 def half_described(file: Path) -> None:
-    save_file({"w": torch.ones(1)}, file, metadata={"update": '{"plan_id": "plan", "round": 4, "state": "state"}'})
+    save_file({"w": torch.ones(1)}, file, metadata={"update": '{"plan_id": "plan", "round": 4, "received": "state"}'})
 
 
 def described_in_riddles(file: Path) -> None:
@@ -114,7 +116,7 @@ def described_in_riddles(file: Path) -> None:
 @pytest.mark.parametrize("damage", [truncated, garbage, emptied, without_description, half_described, described_in_riddles])
 def test_a_damaged_outbox_is_not_trained_over(make_site: MakeSite, damage: Callable[[Path], None]) -> None:
     site = make_site()
-    site.keep(update(), "plan", "state")
+    site.keep(update(), "plan")
     damage(outbox(site))
     with pytest.raises(RunError, match=r"the outbox file .*update\.safetensors is damaged .*: remove it"):
         site.kept("plan", 4, "state")

@@ -1,0 +1,144 @@
+"""federation.toml: what a coordinator hands to every organisation, so that it can look at the plan, and join.
+
+It holds nothing secret. Whoever changes it on its way can name another server: it is to come over a channel that both sides
+trust, or its SHA-256 is to be compared (`fingerprint`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import ssl
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator
+
+from cotune.models.errors import PlanError, RunError
+from cotune.models.table import Table, first_mistake
+from cotune.plan.load import dump_plan, parse_plan
+from cotune.plan.schema import Plan
+from cotune.strategies.wire import PROTOCOL
+
+__all__ = ["Invitation", "read_invitation"]
+
+_FORMAT = 1
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})", re.ASCII)
+
+
+class Server(Table):
+    """Who is joined (the `server` table)."""
+
+    address: str = Field(description="host:port of the coordinator's public port")
+    certificates: str = Field(description="PEM: the authority that vouches for the server")
+
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        found = _ADDRESS.fullmatch(value)
+        if found is None or not 1 <= int(found[3]) <= 65535:
+            raise ValueError("expected host:port, as in fed.example.org:9092")
+        return value
+
+    @field_validator("certificates")
+    @classmethod
+    def _authority(cls, value: str) -> str:
+        try:
+            ssl.create_default_context(cadata=value)
+        except (ssl.SSLError, ValueError):
+            raise ValueError("expected certificates in PEM") from None
+        return value
+
+
+class Document(Table):
+    """The document, but for its plan."""
+
+    format: int = Field(description="of this file")
+    protocol: int = Field(description="of the messages; the same everywhere")
+    name: str = Field(description="of the federation")
+    server: Server
+
+
+class Invitation:
+    """A federation, as an organisation gets to know it."""
+
+    def __init__(self, name: str, address: str, certificates: str, plan: Plan) -> None:
+        """Raises PlanError for an address or certificates that are none."""
+        self.plan = plan
+        self._document = _checked(
+            {
+                "format": _FORMAT,
+                "protocol": PROTOCOL,
+                "name": name,
+                "server": {"address": address, "certificates": certificates},
+            }
+        )
+
+    @property
+    def name(self) -> str:
+        return self._document.name
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return self._document.server.address
+
+    @property
+    def certificates(self) -> bytes:
+        """PEM."""
+        return self._document.server.certificates.encode()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the document: the same for the same server, authority and plan."""
+        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self._document.model_dump(), multiline_strings=True) + "\n[plan]\n" + _under_plan(self.plan)
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Raises PlanError, in one sentence."""
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise PlanError(f"the federation.toml is not valid TOML ({error}): get it from the coordinator again") from None
+        plan = table.pop("plan", None)
+        if not isinstance(plan, dict):
+            raise PlanError("the federation.toml has no plan: get it from the coordinator again")
+        document = _checked(table)
+        return cls(document.name, document.server.address, document.server.certificates, parse_plan(plan))
+
+
+def read_invitation(file: Path) -> Invitation:
+    """Raises RunError for a file that cannot be read, PlanError for what is not a federation.toml of this protocol."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read ({error}): expected the federation.toml that the coordinator gave you") from None
+    return Invitation.from_toml(text)
+
+
+def _checked(table: dict[str, Any]) -> Document:
+    protocol = table.get("protocol")
+    if table.get("format") == _FORMAT and isinstance(protocol, int) and protocol != PROTOCOL:
+        raise PlanError(
+            f"the federation.toml is for protocol {protocol}, and this cotune speaks {PROTOCOL}: use the same cotune everywhere"
+        )
+    try:
+        document = Document.model_validate(table)
+    except ValidationError as error:
+        raise PlanError(first_mistake(error, Document, "federation.toml")) from None
+    if document.format != _FORMAT:
+        raise PlanError(
+            f"the federation.toml has the format {document.format}, expected {_FORMAT}: use the same cotune everywhere"
+        )
+    return document
+
+
+def _under_plan(plan: Plan) -> str:
+    """The plan as TOML, as a table named plan."""
+    nested = tomli_w.dumps({"plan": tomllib.loads(dump_plan(plan))})
+    return nested.removeprefix("[plan]\n")

@@ -1,0 +1,93 @@
+"""The coordinator's folder: everything that a federation is, on the machine that serves it.
+
+server.toml        where it listens, and what it judges by
+plan.toml          the plan that runs follow, with nothing left open; beside it the files of its own rules
+federation.toml    what organisations are given (plan/invitation), and JOIN.md, what they do with it
+members.json       who was invited (members.py)
+certificates/      the authority, and what the server shows (certificates.py)
+superlink/         what Flower's processes keep, their logs, and which of them run
+runs/<run>/        one folder per run (run_folder.py)
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from cotune.models.durable import write_durably
+from cotune.models.errors import RunError
+from cotune.models.table import Table, first_mistake
+from cotune.plan.invitation import Invitation, read_invitation
+from cotune.plan.load import load_plan
+from cotune.plan.schema import Plan
+from cotune.server.members import Members
+
+__all__ = ["FederationFolder", "ServerConfig", "write_config"]
+
+
+class ServerConfig(Table):
+    """server.toml."""
+
+    name: str = Field(description="of the federation")
+    hosts: tuple[str, ...] = Field(min_length=1, description="names and addresses that organisations reach the server by")
+    listen: str = Field("0.0.0.0", description="the address that the public port is opened at")
+    port: int = Field(9092, ge=1, le=65535, description="the public port")
+    superlink_port: int = Field(9093, ge=1, le=65535, description="of the SuperLink, on loopback")
+    database: bool = Field(
+        True, description="the SuperLink keeps messages in a file, so that its restart does not end a round; false: in memory"
+    )
+    test: Path | None = Field(None, description="records that every round's model is judged by, if the coordinator has any")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N: for judging and exporting the model")
+
+
+class FederationFolder:
+    """The folder, opened. Raises RunError when it is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().resolve()
+        file = self.path / "server.toml"
+        try:
+            self.config = ServerConfig.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        except ValidationError as error:
+            raise RunError(f"{first_mistake(error, ServerConfig, 'server.toml')} ({file})") from None
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{path} is not the folder of a federation ({error}): expected one that `cotune server init` made"
+            ) from None
+        self.members = Members(self.path / "members.json")
+
+    @property
+    def plan(self) -> Plan:
+        """Raises PlanError."""
+        return load_plan(self.path / "plan.toml")
+
+    @property
+    def invitation(self) -> Invitation:
+        return read_invitation(self.path / "federation.toml")
+
+    @property
+    def certificates(self) -> Path:
+        return self.path / "certificates"
+
+    @property
+    def superlink(self) -> Path:
+        return self.path / "superlink"
+
+    @property
+    def superlink_address(self) -> str:
+        """host:port, on loopback."""
+        return f"127.0.0.1:{self.config.superlink_port}"
+
+    def runs(self) -> Iterator[Path]:
+        """The folders of runs, the newest last."""
+        found = (self.path / "runs").glob("*/run.json")
+        yield from sorted((file.parent for file in found), key=lambda path: path.name)
+
+
+def write_config(path: Path, config: ServerConfig) -> None:
+    table = {key: value for key, value in config.model_dump(mode="json").items() if value is not None}
+    write_durably(path / "server.toml", tomli_w.dumps(table).encode())
