@@ -16,20 +16,25 @@ from torch import Tensor
 from cotune.models.errors import RunError
 from cotune.strategies import Update
 from cotune.strategies.wire import (
+    PROTOCOL,
+    Receipt,
     Recipient,
     Request,
+    decode_receipt,
     decode_request,
     decode_update,
+    encode_receipt,
     encode_requests,
     encode_update,
     payload_bytes,
+    received_digest,
     state_digest,
 )
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)  # () and empty ones included
 names = st.text(min_size=1, max_size=20)
 STATE = {"w": torch.arange(6.0).reshape(2, 3), "scale": torch.tensor(-0.5), "none": torch.zeros(0, 4)}
-UPDATE = Update("north", 3, STATE, examples=120, steps=20, epsilon=1.25)
+UPDATE = Update("north", 3, STATE, examples=120, steps=20, epsilon=1.25, received="5f")
 
 
 @st.composite
@@ -327,3 +332,41 @@ def test_the_digest_changes_with_names_shapes_and_values() -> None:
 def test_what_arrives_has_the_digest_of_what_was_sent(state: dict[str, Tensor]) -> None:
     decoded = decode_update(travelled(encode_update(Update("a", 1, state, 1, 1), "plan")), "plan")
     assert state_digest(decoded.delta) == state_digest(state)
+
+
+# --- what an update was trained from, and receipts
+
+
+def test_what_an_update_was_trained_from_comes_through() -> None:
+    assert decode_update(travelled(encode_update(UPDATE, "plan")), "plan").received == "5f"
+
+
+def test_what_is_sent_beside_the_state_counts_and_is_told_from_it() -> None:
+    one, other = torch.ones(2), torch.zeros(2)
+    digests = [
+        received_digest({"w": one}),
+        received_digest({"w": other}),
+        received_digest({"w": one}, {"w": one}),
+        received_digest({"w": one}, {"w": other}),
+        received_digest({"w": one, "v": one}),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert received_digest({"w": one}, {}) == state_digest({"w": one})
+
+
+def test_a_receipt_comes_through() -> None:
+    receipt = Receipt("north", "plan", "5f")
+    assert decode_receipt(travelled(encode_receipt(receipt))) == receipt
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (RecordDict(), "came without its header: expected a ConfigRecord named receipt"),
+        (RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL - 1})}), f"expected {PROTOCOL}: use the same cotune"),
+        (RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, "organisation": 3})}), "has organisation = 3: expected str"),
+    ],
+)
+def test_what_is_no_receipt(content: RecordDict, sentence: str) -> None:
+    with pytest.raises(RunError, match=sentence):
+        decode_receipt(content)
