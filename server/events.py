@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Events", "Listener", "listening", "read_events"]
+__all__ = ["Events", "Listener", "follow", "listening", "read_events"]
 
 Listener = Callable[[str, dict[str, Any]], None]  # (event, its fields)
 _listeners: list[Listener] = []
@@ -49,10 +49,29 @@ class Events:
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All whole lines."""
+    return _parsed(path.read_bytes())
+
+
+def _parsed(content: bytes) -> list[dict[str, Any]]:
     found = []
-    for line in path.read_bytes().split(b"\n"):  # splitlines would also cut at a line separator inside a text
+    for line in content.split(b"\n"):  # splitlines would also cut at a line separator inside a text
         try:
             found.append(json.loads(line))
         except ValueError:
             continue  # cut short by a crash, perhaps within a letter
     return found
+
+
+def follow(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from this byte on that another process has written so far, and the byte to go on from.
+
+    A line without its end is left for the next call; one that a crash cut short is skipped.
+    """
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            content = stream.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = content[: content.rfind(b"\n") + 1]
+    return _parsed(whole), offset + len(whole)

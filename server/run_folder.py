@@ -58,6 +58,7 @@ class RunFile(BaseModel):
     participants: tuple[Participant, ...]
     data: str = ""  # fingerprint of the records
     silent: bool = False  # a baseline: its events are written but not shown
+    federation: str = ""  # of a real run: the absolute path of the federation's folder
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cotune.simulations.cells import Cell, baseline_of, cells_of, is_finished, m
 from cotune.simulations.comparison import Comparison, Variation, combine
 from cotune.simulations.comparison_report import write_comparison
 from cotune.simulations.room import Room
-from cotune.simulations.summary import dumps
+from cotune.server.summary import dumps
 from cotune.simulations.workers import Task, import_all, play_beside, play_here
 from cotune.strategies.plugins import source_of
 

@@ -18,11 +18,12 @@ from cotune.plan.schema import Plan
 from cotune.server.report import write_report
 from cotune.server.run_folder import RunFolder
 from cotune.server.step import served_of
+from cotune.server.summary import dumps
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.engines import check_engine, play_on
 from cotune.simulations.personal import export_each
 from cotune.simulations.sites import Prepared, make_run, prepare
-from cotune.simulations.summary import dumps, summarise
+from cotune.simulations.summary import summarise
 
 __all__ = ["Result", "complete", "resume", "simulate", "start"]
 
