@@ -71,10 +71,10 @@ def stated(
         f"{most}{rest}. {_MEANING}",
         f"{_how(privacy)} Each organisation adds the noise itself, on its own machine, and composes ε from its own ledger, over "
         "every step of every round, interrupted ones included, with the privacy loss distribution accountant of dp-accounting. "
-        "The coordinator knows what the organisations state, and cannot check it: an auditor can, from the ledger that each keeps. "
-        f"{_AGAINST}",
-        "What it does not cover: what an organisation's own policy lets out without noise, such as the exact number of its records "
-        "or its local metrics; its own ledger names that. " + _LIMITS + " The coordinator's test set is not covered.",
+        "The coordinator knows what the organisations state, and cannot check it: an auditor can, from the ledger that each "
+        f"keeps. {_AGAINST}",
+        "What it does not cover: what an organisation's own policy lets out without noise, such as the exact number of its "
+        f"records or its local metrics; its own ledger names that. {_LIMITS} The coordinator's test set is not covered.",
     ]
 
 

@@ -25,7 +25,7 @@ from cotune.server.run_folder import Progress, RunFolder
 from cotune.server.step import served_of
 from cotune.server.summary import dumps, identity, performance
 
-__all__ = ["conclude", "delivered"]
+__all__ = ["bytes_of", "conclude", "delivered", "epsilon_stated"]
 
 _NOT_KNOWN = ("examples", "labels", "alone", "personal", "gain", "delta", "noise_multiplier", "sample_rate", "steps", "own")
 
@@ -67,7 +67,7 @@ def summarise(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 
 
 def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    privacy, spent = folder.plan.privacy, epsilon_stated(progress)
+    privacy, spent = folder.plan.privacy, epsilon_stated(progress.history)
     known = privacy if isinstance(privacy, RecordPrivacy) else None
     return {
         "mode": "record" if known else "none",
@@ -94,27 +94,32 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     return {**nothing, "examples": len(test), "majority": constant.as_dict()}
 
 
-def epsilon_stated(progress: Progress) -> dict[str, float]:
+def epsilon_stated(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Organisation -> ε as it stated it last."""
-    return {name: float(value) for entry in progress.history for name, value in entry["epsilon"].items()}
+    return {name: float(value) for entry in history for name, value in entry["epsilon"].items()}
 
 
 def _organisation(
     plan: Plan, name: str, progress: Progress, events: Iterable[Mapping[str, Any]], given: frozenset[str]
 ) -> dict[str, Any]:
-    own = [event for event in events if event.get("organisation") == name]
     return {
         "name": name,
         **dict.fromkeys(_NOT_KNOWN),
-        "epsilon_spent": epsilon_stated(progress).get(name),
+        "epsilon_spent": epsilon_stated(progress.history).get(name),
         "epsilon_allowed": plan.privacy.epsilon if isinstance(plan.privacy, RecordPrivacy) else None,
         "rounds": sum(name in entry["participants"] for entry in progress.history),
-        "bytes_up": sum(int(event["bytes"]) for event in own if event["event"] == "update_received"),
+        "bytes_up": bytes_of(events, name),
         "dropped": sum(dropped["organisation"] == name for entry in progress.history for dropped in entry["dropped"]),
-        "quarantined": sum(event["event"] == "update_quarantined" for event in own),
-        "left_out": any(event["event"] == "organisation_left_out" for event in own),
+        "quarantined": sum(name in entry.get("quarantined", ()) for entry in progress.history),
+        "left_out": name in progress.history[-1].get("left_out", ()),
         "delivered": name in given,
     }
+
+
+def bytes_of(events: Iterable[Mapping[str, Any]], name: str) -> int:
+    """Of the updates of an organisation that were received, interrupted rounds included."""
+    own = (event for event in events if event.get("organisation") == name)
+    return sum(int(event["bytes"]) for event in own if event["event"] == "update_received")
 
 
 def delivered(run: Path) -> frozenset[str]:
