@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ __all__ = ["Child", "running", "stop"]
 
 AT_ONCE_SECONDS = 20.0  # a process that ends sooner has not served anybody
 ATTEMPTS = 5
+LARGEST_LOG_BYTES = 32 * 2**20
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 _GRACE_SECONDS = 2.0  # for what a process that has ended leaves behind
 
@@ -37,8 +40,9 @@ class Child:
         self._say, self._clock = say, clock
         self._process: subprocess.Popen[bytes] | None = None
         self._started, self._again, self._early = 0.0, clock(), 0
+        self._previous = log.with_name(f"{log.name}.1")
         if log.exists():
-            log.replace(log.with_suffix(".log.1"))
+            log.replace(self._previous)
 
     def tend(self) -> None:
         """Starts it where it is due. Raises RunError when it ends at once, again and again, or cannot be started."""
@@ -47,6 +51,8 @@ class Child:
                 self._start()
         elif (code := self._process.poll()) is not None:
             self._ended(code)
+        else:
+            self._shorten_log()
 
     @property
     def leader(self) -> int | None:
@@ -81,10 +87,17 @@ class Child:
         self._again = self._clock() + wait
         self._say(f"the {self.name} {how}; it is started again in {wait:g} s")
 
+    def _shorten_log(self) -> None:
+        with suppress(OSError):  # no reason to end what runs
+            if self._log.stat().st_size > LARGEST_LOG_BYTES:
+                shutil.copyfile(self._log, self._previous)
+                os.truncate(self._log, 0)  # the process appends, and goes on from there
+
     def _last_line(self) -> str:
-        with self._log.open("rb") as log:
-            log.seek(max(0, self._log.stat().st_size - 4096))
-            lines = log.read().decode(errors="replace").split("\n")
+        try:
+            lines = self._log.read_bytes()[-4096:].decode(errors="replace").split("\n")
+        except OSError:
+            lines = []
         return next((line.strip() for line in reversed(lines) if line.strip()), "it has said nothing")
 
 

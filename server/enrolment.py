@@ -13,7 +13,7 @@ from cotune.server.superlink import Node
 
 __all__ = ["Enrolment", "Registry", "reconcile"]
 
-_EVERY_SECONDS = 1.0
+_EVERY_SECONDS = 2.0
 
 Say = Callable[[str], None]
 
@@ -46,7 +46,7 @@ def reconcile(registry: Registry, members: Iterable[Member], say: Say) -> set[st
 
 
 class Enrolment:
-    """Reconciles every second while it is entered, in a thread of its own: a SuperLink that is stuck answers late."""
+    """Reconciles every two seconds while it is entered, in a thread of its own: a SuperLink that is stuck answers late."""
 
     def __init__(
         self, connect: Callable[[], AbstractContextManager[Registry]], members: Callable[[], Iterable[Member]], say: Say

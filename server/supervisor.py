@@ -4,13 +4,12 @@ superlink/ in the federation's folder:
 processes.json              what runs, for whoever comes after a supervisor that was killed
 superlink.log front.log executor.log    what they say; .1: of the start before
 state.sqlite                messages on their way, unless they are kept in memory
-executor.key                by which the executor shows the SuperLink that it is ours
+front.toml flwr/            settings of the front; what else Flower keeps
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -90,18 +89,17 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
 
 def _children(folder: FederationFolder, say: Say) -> list[Child]:
     environment, certificates, port = _environment(folder), folder.certificates, folder.config.superlink_port
-    secret = ("--superexec-auth-secret-file", str(folder.superlink / "executor.key"))
     superlink = [
         *(_binary("flower-superlink", environment), "--host", "127.0.0.1", "--port", str(port)),
         *("--ssl-ca-certfile", str(certificates / "ca.crt")),
         *("--ssl-certfile", str(certificates / "server.crt"), "--ssl-keyfile", str(certificates / "server.key")),
-        *("--enable-supernode-auth", "--isolation", "process", "--disable-runtime-dependency-installation", *secret),
+        *("--enable-supernode-auth", "--isolation", "process", "--disable-runtime-dependency-installation"),
         *(("--database", str(folder.superlink / "state.sqlite")) if folder.config.database else ()),
     ]
     front = [sys.executable, "-m", "cotune.server.front", str(folder.superlink / "front.toml")]
     executor = [
         *(_binary("flower-superexec", environment), "--runtime-api-address", folder.superlink_address),
-        *("--root-certificates", str(certificates / "ca.crt"), *secret),
+        *("--root-certificates", str(certificates / "ca.crt")),
     ]
     commands = {"SuperLink": superlink, "front": front, "executor": executor}
     return [
@@ -124,7 +122,6 @@ def _binary(name: str, environment: Mapping[str, str]) -> str:
 
 def _write_settings(folder: FederationFolder) -> None:
     (folder.superlink / "flwr").mkdir(mode=0o700, exist_ok=True)
-    write_durably(folder.superlink / "executor.key", secrets.token_hex(32).encode())
     front = {
         "certificates": str(folder.certificates),
         "superlink_port": folder.config.superlink_port,
