@@ -66,7 +66,7 @@ def audit(
                 device=device or "auto",
             )
     if as_json:
-        from cotune.simulations.summary import dumps
+        from cotune.server.summary import dumps
 
         typer.echo(dumps(result.as_dict()).decode())
     else:

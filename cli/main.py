@@ -14,6 +14,7 @@ from cotune.cli import audit as audit_command
 from cotune.cli import client as client_commands
 from cotune.cli import compare as compare_command
 from cotune.cli import plan as plan_commands
+from cotune.cli import server as server_commands
 from cotune.cli import simulate as simulate_command
 from cotune.cli import strategies as strategy_commands
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(plan_commands.app, name="plan")
 app.add_typer(client_commands.app, name="client")
+app.add_typer(server_commands.app, name="server")
 app.add_typer(strategy_commands.app, name="strategies")
 app.command("simulate")(simulate_command.simulate)
 app.command("compare")(compare_command.compare)

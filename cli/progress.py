@@ -18,12 +18,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cotune.cli.remote_lines import remote_line
 from cotune.client.observe import observing
 from cotune.privacy.rounding import round_up
-from cotune.server.events import listening
+from cotune.server.events import Listener, listening
 from cotune.server.figures import duration, size
 
-__all__ = ["showing_progress"]
+__all__ = ["showing_progress", "showing_remote_progress"]
 
 _FEATURE_SECONDS = 5.0  # between two plain lines about encoding
 
@@ -34,6 +35,20 @@ def showing_progress(console: Console) -> Iterator[None]:
     display = _Live(console) if console.is_terminal else _Lines(console)
     with display, listening(display.event), observing(display.step):
         yield
+
+
+@contextmanager
+def showing_remote_progress(console: Console) -> Iterator[Listener]:
+    """Gives what shows the events of a run that another process plays."""
+    with _Live(console) if console.is_terminal else _Lines(console) as display:
+
+
+        def tell(event: str, fields: dict[str, Any]) -> None:
+            if line := remote_line(event, fields):
+                display.print(line)
+            display.event(event, fields)
+
+        yield tell
 
 
 class _Lines:

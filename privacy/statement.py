@@ -8,9 +8,22 @@ from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.client_level import ClientPrivacy, RoundNoise
 from cotune.privacy.rounding import round_up
 
-__all__ = ["client_statement", "statement"]
+__all__ = ["client_statement", "stated", "statement"]
 
 _CLEAR = "the local metrics, which organisations told as they are, without noise; "
+_MEANING = (
+    "Whatever anybody concludes from it about a record, they would have concluded without that record too, with a probability "
+    "smaller by a factor of e^ε at most, but for a chance of δ. An ε of 1 or less is a strong promise, one of 8 a weak one."
+)
+_AGAINST = (
+    "It holds against everybody who sees all updates, the server included: nothing is taken off for the server not knowing who "
+    "took part."
+)
+_LIMITS = (
+    "Several records of the same person are as many records: the protection of the person is weaker. The settings (rates, clip "
+    "norm, rounds) must not have been chosen by looking at these data. The noise is drawn in floating-point arithmetic, whose "
+    "known side channels are not closed."
+)
 
 
 def statement(
@@ -26,32 +39,59 @@ def statement(
     organisation told local metrics as they are.
     """
     if privacy is None:
-        return [
-            f"No {'record-level ' if client_level else ''}differential privacy: the plan says privacy = none. The updates that"
-            " left the organisations were neither clipped nor noised, and may reveal single records to whoever sees them. Records"
-            " themselves did not leave."
-        ]
+        return [_none(client_level)]
     most = max((epsilon for epsilon, _ in spent.values()), default=0.0)
     return [
         "Record-level differential privacy: for adding or removing any single record of an organisation, what left the "
         f"organisation in this run{', but for its local metrics,' if clear_metrics else ''} is (ε, δ)-differentially private, "
-        f"with ε at most {round_up(most)} of {privacy.epsilon:g} allowed and δ = {privacy.delta} for n records. Whatever anybody "
-        "concludes from it about a "
-        "record, they would have concluded without that record too, with a probability smaller by a factor of e^ε at "
-        "most, but for a chance of δ. An ε of 1 or less is a strong promise, one of 8 a weak one.",
+        f"with ε at most {round_up(most)} of {privacy.epsilon:g} allowed and δ = {privacy.delta} for n records. {_MEANING}",
+        f"{_how(privacy)} ε is composed over every step of every round, interrupted ones included, from the organisations' "
+        f"ledgers, with the privacy loss distribution accountant of dp-accounting. {_AGAINST}",
+        f"What it does not cover: {_CLEAR if clear_metrics else ''}the number of records of each organisation is told to the "
+        f"server and counts as public. {_LIMITS} The test set of this simulation and the baselines trained beside it are not "
+        "covered.",
+    ]
+
+
+def stated(
+    privacy: RecordPrivacy | None, spent: Mapping[str, float], *, client_level: bool = False, silent: int = 0
+) -> list[str]:
+    """As `statement`, of a real run, by what the coordinator knows. spent: organisation -> ε as it stated it last.
+
+    silent: how many organisations stated none, as no update of theirs came.
+    """
+    if privacy is None:
+        return [_none(client_level)]
+    most = f"the highest stated is {round_up(max(spent.values()))}" if spent else "none was stated"
+    rest = f"; {silent} of {silent + len(spent)} stated nothing" if silent and spent else ""
+    return [
+        "Record-level differential privacy, as the plan asks it of every organisation: for adding or removing any single record, "
+        "what it sends in this run is (ε, δ)-differentially private, with ε at most "
+        f"{privacy.epsilon:g} and δ = {privacy.delta} for n records; its own policy may ask for less. Of the ε that was spent "
+        f"{most}{rest}. {_MEANING}",
+        f"{_how(privacy)} Each organisation adds the noise itself, on its own machine, and composes ε from its own ledger, over "
+        "every step of every round, interrupted ones included, with the privacy loss distribution accountant of dp-accounting. "
+        "The coordinator knows what the organisations state, and cannot check it: an auditor can, from the ledger that each "
+        f"keeps. {_AGAINST}",
+        "What it does not cover: what an organisation's own policy lets out without noise, such as the exact number of its "
+        f"records or its local metrics; its own ledger names that. {_LIMITS} The coordinator's test set is not covered.",
+    ]
+
+
+def _none(client_level: bool) -> str:
+    return (
+        f"No {'record-level ' if client_level else ''}differential privacy: the plan says privacy = none. The updates that"
+        " left the organisations were neither clipped nor noised, and may reveal single records to whoever sees them. Records"
+        " themselves did not leave."
+    )
+
+
+def _how(privacy: RecordPrivacy) -> str:
+    return (
         "How: in every step each record enters the batch by chance (Poisson sampling); the gradient of each record is "
         f"clipped to the norm {privacy.clip_norm:g}{_shares(privacy)}; Gaussian noise from a cryptographic generator, seeded "
-        "by the operating system, is added to their sum. ε is composed over every step of every round, interrupted ones "
-        "included, from the organisations' ledgers, with the privacy loss distribution accountant of dp-accounting. It "
-        "holds against everybody who sees all updates, the server included: nothing is taken off for the server not "
-        "knowing who took part.",
-        f"What it does not cover: {_CLEAR if clear_metrics else ''}the number of records of each organisation is told to the "
-        "server and counts as public. "
-        "Several records of the same person are as many records: the protection of the person is weaker. The settings "
-        "(rates, clip norm, rounds) must not have been chosen by looking at these data. The noise is drawn in "
-        "floating-point arithmetic, whose known side channels are not closed. The test set of this simulation and the baselines "
-        "trained beside it are not covered.",
-    ]
+        "by the operating system, is added to their sum."
+    )
 
 
 def _shares(privacy: RecordPrivacy) -> str:

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import percent
-from cotune.server.verdict import Summary, is_private
+from cotune.server.verdict import Summary, is_private, is_real
 
 __all__ = [
     *("COLOURS", "MOST_DOTS", "Chart", "Key", "Line", "Point", "Scale"),
@@ -118,10 +118,11 @@ def epsilon_chart(summary: Summary) -> Chart | None:
         return None
     allowed = sorted({o["epsilon_allowed"] for o in summary["organisations"] if o["epsilon_allowed"] is not None})
     y = value_scale([0, *spent, *allowed])
+    verb = "stated" if is_real(summary) else "spent"
     return Chart(
         name="epsilon",
-        title="Privacy budget: ε spent after each round",
-        description=f"The most that any organisation spent is {round_up(max(spent))}. Allowed: {_listed(allowed)}.",
+        title=f"Privacy budget: ε {verb} after each round",
+        description=f"The most that any organisation {verb} is {round_up(max(spent))}. Allowed: {_listed(allowed)}.",
         legend=(*_epsilon_legend(summary), *([Key("limit", "allowed", _listed(allowed))] if allowed else [])),
         lines=(*(_level("limit", y.down(value)) for value in allowed), *_epsilon_lines(summary, rounds, y)),
         bands=_bands(summary, rounds),

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.client_level import ClientPrivacy, next_clip_norm, round_noise
+from cotune.plan.schema import Plan
+from cotune.privacy.client_level import ClientPrivacy, RoundNoise, next_clip_norm, round_noise
 from cotune.privacy.client_level_account import ClientLevelAccount
 from cotune.privacy.private_mean import PrivateMean
 from cotune.privacy.rounding import round_up
 from cotune.server.run_folder import Progress, RunFolder
 
-__all__ = ["ClientLevelPrivacy", "account_of"]
+__all__ = ["ClientLevelPrivacy", "account_of", "client_level_noise"]
 
 
 def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
@@ -22,18 +23,19 @@ def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
     return ClientLevelAccount(folder.path / "client-privacy.jsonl", privacy.epsilon, privacy.delta)
 
 
+def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:
+    """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
+    assert plan.client_privacy is not None
+    rounds = plan.rounds
+    return round_noise(plan.client_privacy, rounds=rounds, organisations=organisations, sample_rate=plan.server.sample_rate)
+
+
 class ClientLevelPrivacy:
     """Of one run. Raises PrivacyError when the plan's client-level privacy cannot be given, or its account is lost."""
 
     def __init__(self, folder: RunFolder, privacy: ClientPrivacy) -> None:
-        plan = folder.plan
         self.privacy, self.account = privacy, account_of(folder, privacy)
-        self.noise = round_noise(
-            privacy,
-            rounds=plan.rounds,
-            organisations=len(folder.file.participants),
-            sample_rate=plan.server.sample_rate,
-        )
+        self.noise = client_level_noise(folder.plan, len(folder.file.participants))
 
     @classmethod
     def of(cls, folder: RunFolder) -> ClientLevelPrivacy | None:

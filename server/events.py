@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Events", "Listener", "listening", "read_events"]
+__all__ = ["Events", "Listener", "follow", "listening", "read_events"]
 
 Listener = Callable[[str, dict[str, Any]], None]  # (event, its fields)
 _listeners: list[Listener] = []
@@ -27,32 +27,61 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 class Events:
-    """Appends to one file. A line that a crash cut short is ended first, and skipped by `read_events`."""
+    """Appends to one file. A line that a crash cut short is ended first, and skipped by `read_events`.
+
+    Whoever only looks at a run leaves the file as it is: its writer may be in the middle of a line.
+    """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:
-        self.path, self.silent, self._lock = path, silent, threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            with path.open("ab") as stream:
-                stream.write(b"\n")
+        self.path, self.silent, self._lock, self._begun = path, silent, threading.Lock(), False
 
     def tell(self, event: str, **fields: Any) -> None:
         line = json.dumps(
             {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, ensure_ascii=False
         )
-        with self._lock, self.path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        with self._lock:
+            self._begin()
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
         if not self.silent:
             for listener in tuple(_listeners):
                 listener(event, fields)
 
+    def _begin(self) -> None:
+        if self._begun:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("ab") as stream:
+                stream.write(b"\n")
+        self._begun = True
+
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All whole lines."""
+    return _parsed(path.read_bytes())
+
+
+def _parsed(content: bytes) -> list[dict[str, Any]]:
     found = []
-    for line in path.read_bytes().split(b"\n"):  # splitlines would also cut at a line separator inside a text
+    for line in content.split(b"\n"):  # splitlines would also cut at a line separator inside a text
         try:
             found.append(json.loads(line))
         except ValueError:
             continue  # cut short by a crash, perhaps within a letter
     return found
+
+
+def follow(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from this byte on that another process has written so far, and the byte to go on from.
+
+    A line without its end is left for the next call; one that a crash cut short is skipped.
+    """
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            content = stream.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = content[: content.rfind(b"\n") + 1]
+    return _parsed(whole), offset + len(whole)

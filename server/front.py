@@ -27,7 +27,7 @@ from cotune.server import certificates
 from cotune.server.exchange import PIECE, Exchange, SuperLink
 from cotune.server.gate import Limits
 
-__all__ = ["Front", "FrontConfig", "read_config", "serve"]
+__all__ = ["Front", "FrontConfig", "listen", "read_config", "serve"]
 
 TLS_HANDSHAKE = b"\x16"  # the first byte of every TLS connection (RFC 8446, 5.1)
 
@@ -88,7 +88,7 @@ class Front:
         log.info("the certificate expires on %s", f"{expiry:%Y-%m-%d}")
         self._context = _server_context(self.config.certificates)
         trusted = ssl.create_default_context(cafile=str(self.config.certificates / "ca.crt"))
-        self._listener = _listen(self.config.host, self.config.port)
+        self._listener = listen(self.config.host, self.config.port)
         self.port: int = self._listener.getsockname()[1]
         self.superlink = SuperLink(self.config.superlink_port, trusted, self.config.limits)
         self._accepting = asyncio.create_task(self._accept())
@@ -155,7 +155,8 @@ class Front:
         await exchange.run(self.superlink if encrypted else None)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Raises RunError, in one sentence, where the port cannot be had."""
     try:
         dual = host == "::" and socket.has_dualstack_ipv6()
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

@@ -17,7 +17,7 @@ from cotune.models.durable import write_durably
 from cotune.privacy.rounding import round_up
 from cotune.server.charts import accuracy_chart, epsilon_chart, label_bar, label_keys
 from cotune.server.figures import duration, instant, percent, scientific, signed, size
-from cotune.server.verdict import Summary, is_private, judge, results
+from cotune.server.verdict import Summary, is_private, is_real, judge, results
 
 __all__ = ["page_environment", "render_report", "write_report"]
 
@@ -32,11 +32,12 @@ def render_report(summary: Summary) -> str:
     return page.render(
         summary=summary,
         private=is_private(summary),
+        real=is_real(summary),
         verdict=judge(summary),
         results=results(summary),
         accuracy_chart=accuracy_chart(summary),
         epsilon_chart=epsilon_chart(summary),
-        label_keys=label_keys(summary),
+        label_keys=() if is_real(summary) else label_keys(summary),
         label_bar=lambda organisation: label_bar(summary, organisation["labels"]),
         dropped=[(r["round"], each) for r in summary["rounds"] for each in r["dropped"]],
     )

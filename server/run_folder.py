@@ -57,6 +57,7 @@ class RunFile(BaseModel):
     device: str = "auto"
     participants: tuple[Participant, ...]
     data: str = ""  # fingerprint of the records
+    federation: str = ""  # the federation's folder; "": a simulation
     silent: bool = False  # a baseline: its events are written but not shown
 
 
@@ -153,6 +154,20 @@ class RunFolder:
         if plan_id != self.plan.plan_id:
             raise RunError(f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml")
         return Progress(round, _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), history, clip_norm)
+
+    def history(self) -> tuple[dict[str, Any], ...]:
+        """The rounds that are finished, also while another process plays; tensors are not read. Raises RunError as `load`."""
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            return ()
+        path = checkpoints[max(checkpoints)]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return tuple(json.loads(file.metadata()["checkpoint"])["history"])
+        except FileNotFoundError:
+            return self.history()  # a newer one has taken its place
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from typing import Any
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, percent, signed
 
-__all__ = ["Summary", "Verdict", "is_personal", "is_private", "judge", "results"]
+__all__ = ["Summary", "Verdict", "is_personal", "is_private", "is_real", "judge", "results"]
 
 Summary = Mapping[str, Any]
 
@@ -24,11 +24,16 @@ def is_personal(summary: Summary) -> bool:
     return any(organisation.get("personal") for organisation in summary["organisations"])
 
 
+def is_real(summary: Summary) -> bool:
+    """Whether real organisations took part: then nobody compared, and ε is what they state."""
+    return bool(summary["engine"] == "superlink")
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The answer in a word, the sentence with its numbers, and what a careful reader should know beside it."""
 
-    answer: str  # "Yes", "No", or "Measured" where there is nothing to compare with
+    answer: str  # "Yes", "No", "Measured" where there is nothing to compare with, or "Not measured"
     sentence: str
     notes: tuple[str, ...]
 
@@ -36,23 +41,33 @@ class Verdict:
 def judge(summary: Summary) -> Verdict:
     """Yes if the federated model beats the organisations alone (their mean) and the majority class, to 0.1 points."""
     test, gain = summary["test"], _gain(summary["test"])
+    if test["federated"] is None:
+        return Verdict("Not measured", _nobody_knows(test), tuple(_privacy_note(summary)))
     useful = _points(test["federated"], test["majority"]) > 0
     answer = "Measured" if gain is None else "Yes" if gain > 0 and useful else "No"
     return Verdict(
         answer,
-        _sentence(test, useful, is_personal(summary)),
+        _sentence(summary, useful),
         (*_personal_note(summary), *_gains_note(summary), _chance_note(test), *_privacy_note(summary)),
     )
 
 
-def _sentence(test: Summary, useful: bool, personal: bool) -> str:
+def _nobody_knows(test: Summary) -> str:
+    if test["examples"]:
+        return "every organisation has a model of its own, and how good it is only the organisation can see."
+    return "the coordinator has no test set, so nobody knows how good the federated model is."
+
+
+def _sentence(summary: Summary, useful: bool) -> str:
+    test = summary["test"]
     federated, gain = test["federated"], _gain(test)
-    who = "each organisation's own model reaches, in the mean," if personal else "the federated model reaches"
+    who = "each organisation's own model reaches, in the mean," if is_personal(summary) else "the federated model reaches"
+    constant = f"always giving the most frequent label{' of the test set' if is_real(summary) else ''}"
     against = []
     if gain is not None:
         against.append(_against(gain, "the mean of the organisations alone"))
     if gain is None or not useful:
-        against.append(_against(_points(federated, test["majority"]), "always giving the most frequent label"))
+        against.append(_against(_points(federated, test["majority"]), constant))
     if test["pooled"] is not None:
         against.append(_against_pooled(_points(federated, test["pooled"]), gain))
     unknown = "" if gain is not None else "; what the organisations reach alone was not measured"
@@ -99,7 +114,8 @@ def _privacy_note(summary: Summary) -> Iterator[str]:
     spent = [o["epsilon_spent"] for o in summary["organisations"] if o["epsilon_spent"] is not None]
     if is_private(summary) and privacy["epsilon"] is not None:
         delta = f" at δ = {privacy['delta']} for an organisation with n examples" if privacy["delta"] else ""
-        most = f"; the most that any organisation spent is {round_up(max(spent))}" if spent else ""
+        verb = "states to have spent" if is_real(summary) else "spent"
+        most = f"; the most that any organisation {verb} is {round_up(max(spent))}" if spent else ""
         yield f"Differential privacy for every single record: the plan allows ε = {privacy['epsilon']:g}{delta}{most}."
 
 

@@ -16,9 +16,10 @@ from cotune.plan.load import load_plan
 from cotune.server.app import app as server_app
 from cotune.server.evaluation import judged_by
 from cotune.server.events import listening
+from cotune.server.new_run import new_folder
 from cotune.server.run_folder import RunFolder
 from cotune.simulations.personal import each_judge
-from cotune.simulations.simulate import complete, new_folder, start
+from cotune.simulations.simulate import complete, start
 from cotune.simulations.sites import prepare
 
 __all__ = ["app"]

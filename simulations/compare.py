@@ -15,11 +15,11 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.server.events import Listener
 from cotune.server.run_folder import keep_others_off
+from cotune.server.summary import dumps
 from cotune.simulations.cells import Cell, baseline_of, cells_of, is_finished, measure, place_of
 from cotune.simulations.comparison import Comparison, Variation, combine
 from cotune.simulations.comparison_report import write_comparison
 from cotune.simulations.room import Room
-from cotune.simulations.summary import dumps
 from cotune.simulations.workers import Task, import_all, play_beside, play_here
 from cotune.strategies.plugins import source_of
 

@@ -21,8 +21,9 @@ from cotune.plan.statistics import statistic_shapes
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.policy import Policy
 from cotune.privacy.statement import client_statement
+from cotune.server.client_level import client_level_noise
 from cotune.server.step import enter_round
-from cotune.simulations.sites import Prepared, client_level_noise, prepare
+from cotune.simulations.sites import Prepared, prepare
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, encode_requests, encode_update, payload_bytes
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,16 @@ from cotune.models.errors import RunError
 from cotune.models.export import export_model
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
+from cotune.server.new_run import empty_folder, new_folder
 from cotune.server.report import write_report
 from cotune.server.run_folder import RunFolder
 from cotune.server.step import served_of
+from cotune.server.summary import dumps
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.engines import check_engine, play_on
 from cotune.simulations.personal import export_each
 from cotune.simulations.sites import Prepared, make_run, prepare
-from cotune.simulations.summary import dumps, summarise
+from cotune.simulations.summary import summarise
 
 __all__ = ["Result", "complete", "resume", "simulate", "start"]
 
@@ -52,24 +52,11 @@ def simulate(plan: Plan, out: Path | None = None, *, engine: str = "in-process",
 
 def start(prepared: Prepared, out: Path | None, engine: str, device: str) -> RunFolder:
     """Makes the folder of a new run. Raises RunError when the folder is not empty or cannot be written."""
-    path = (out or new_folder(prepared.plan.name)).expanduser().resolve()
-    if (path / "run.json").exists():
-        raise RunError(
-            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out"
-        )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{path} is not an empty folder: expected a new one for the run; choose another --out")
+    path = empty_folder(out or new_folder(prepared.plan.name))
     try:
         return make_run(prepared, path, engine, device)
     except OSError as error:
         raise RunError(f"the folder {path} cannot be written ({error.strerror}): choose another with --out") from None
-
-
-def new_folder(name: str) -> Path:
-    """runs/<time>-<plan>, not yet taken."""
-    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"
-    candidates = [Path("runs") / stem, *(Path("runs") / f"{stem}-{i}" for i in range(2, 1000))]
-    return next(path for path in candidates if not path.exists())
 
 
 def resume(path: Path) -> Result:

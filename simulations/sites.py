@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
-from scipy.stats import binom
 
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.setting import check_stages
@@ -26,17 +25,13 @@ from cotune.models.records import Records, check_labels, is_one_source, organisa
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
-from cotune.privacy.client_level import RoundNoise, round_noise
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
-from cotune.server.selection import check_sample_size
+from cotune.server.suitability import check_suits
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
-from cotune.strategies.compatibility import first_problem
 
-__all__ = ["Prepared", "client_level_noise", "make_run", "prepare"]
-
-_RARELY = 1e-3  # how often a run may end because too few organisations were drawn in one of its rounds
+__all__ = ["Prepared", "make_run", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -88,31 +83,10 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     for share in shares:
         for stage in resolved.stages:
             check_examples(len(share.rows), stage.local, share.name)
-    check_sample_size(resolved, len(shares))
-    _check_strategy(resolved, len(shares))
-    if resolved.client_privacy is not None:
-        client_level_noise(resolved, len(shares))
+    check_suits(resolved, len(shares), server_data=plan.validation_fraction > 0)
     noise = _noise(resolved, shares)
     check_stages(resolved, model_of(resolved, device))
     return Prepared(resolved, shares, test, records, noise, validation)
-
-
-def _check_strategy(plan: Plan, organisations: int) -> None:
-    """Whether so many organisations, and a plug-in's own needs, go with the plan; nobody else opens a plug-in's file."""
-    size, rate = plan.server.sample_size, plan.server.sample_rate
-    participation = size / organisations if size else rate
-    asked = size or max(1, int(binom.ppf(_RARELY / plan.rounds, organisations, rate)))
-    infos = {kind: part.info(kind) for kind, part in plan.strategy.parts()}
-    problem = first_problem(plan.strategy, replace(plan.facts, organisations=asked, participation=participation), infos)
-    if problem:
-        raise PlanError(f"the plan is not valid: {problem}")
-
-
-def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:
-    """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
-    assert plan.client_privacy is not None
-    rounds = plan.rounds
-    return round_noise(plan.client_privacy, rounds=rounds, organisations=organisations, sample_rate=plan.server.sample_rate)
 
 
 def _with_own(what: Literal["epsilon", "rank"], values: Sequence[float], shares: tuple[Share, ...]) -> tuple[Share, ...]:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
 from collections.abc import Mapping
 from typing import Any
 
 from cotune.client.site import Site
-from cotune.models.device import peak_memory_bytes
 from cotune.models.holdings import HoldingsFile
 from cotune.models.inputs import names_in
 from cotune.models.tasks import Metrics, majority
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
-from cotune.privacy.statement import client_statement, statement
-from cotune.server.client_level import account_of
+from cotune.privacy.statement import statement
 from cotune.server.run_folder import Progress, RunFolder
 from cotune.server.step import served_of
+from cotune.server.summary import identity, performance
 from cotune.simulations.fairness import own_accuracies
 from cotune.simulations.personal import mean_metrics, personal_metrics, personal_states
-from cotune.simulations.sites import Prepared, Share, client_level_noise
+from cotune.simulations.sites import Prepared, Share
 
 __all__ = ["summarise"]
-
-_PACKAGES = ("cotune", "flwr", "torch", "transformers", "opacus", "peft", "dp-accounting")
 
 
 def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Metrics], seconds: float) -> dict[str, Any]:
@@ -39,18 +33,8 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
     personal = personal_metrics(folder, served) if plan.keeps_personal else {}
     own = own_accuracies(prepared, model, served, personal_states(folder, served) if plan.keeps_personal else {})
     return {
-        "schema": 1,
-        "run": folder.file.run,
-        "plan": plan.name,
-        "plan_id": plan.plan_id,
-        "created": folder.file.created,
-        "engine": folder.file.engine,
-        "status": "finished" if folder.stopped is None else "stopped",
-        "stopped": folder.stopped,
+        **identity(folder, progress),
         "privacy": _privacy(folder, prepared),
-        "client_privacy": _client_privacy(folder, prepared, progress),
-        "model": _model(folder, progress),
-        "labels": list(plan.labels),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
             "majority": _majority(folder, prepared).as_dict(),
@@ -67,11 +51,7 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
             }
             for s in prepared.shares
         ],
-        "rounds": list(progress.history),
-        "bytes": {"up": _total(progress, "bytes_up"), "down": _total(progress, "bytes_down")},
-        "seconds": round(seconds, 1),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        **performance(progress, seconds),
         "reproduce": [f"cotune simulate {folder.path / 'plan.toml'}"],
     }
 
@@ -96,27 +76,6 @@ def _privacy(folder: RunFolder, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _client_privacy(folder: RunFolder, prepared: Prepared, progress: Progress) -> dict[str, Any] | None:
-    """From the server's account; None where the plan asks for none."""
-    plan, privacy = folder.plan, folder.plan.client_privacy
-    if privacy is None:
-        return None
-    noise, charged = client_level_noise(plan, len(prepared.shares)), [steps for _, steps in account_of(folder, privacy).charges()]
-    return {
-        "epsilon": privacy.epsilon,
-        "delta": privacy.delta,
-        "epsilon_spent": epsilon(charged, privacy.delta),
-        "rounds_charged": len(charged),
-        "noise_multiplier": noise.charge.noise_multiplier,
-        "clipping": privacy.clipping,
-        "clip_norm": privacy.clip_norm if progress.clip_norm is None else progress.clip_norm,
-        "sample_rate": plan.server.sample_rate,
-        "amplification": privacy.amplification,
-        "expected_organisations": noise.expected,
-        "statement": client_statement(privacy, noise, charged, sample_rate=plan.server.sample_rate),
-    }
-
-
 def _in_clear(folder: RunFolder) -> bool:
     """Whether any organisation's policy lets it tell the local metrics or the loss that the plan asks for as they are."""
     tell = [Site(folder.path / who.site).policy().tell for who in folder.file.participants]
@@ -134,17 +93,6 @@ def _training(folder: RunFolder, share: Share) -> list[Steps]:
     """The steps of training that are charged to an organisation."""
     ledger = Site(folder.path / "sites" / share.name).ledger()
     return [charge.steps for charge in ledger.charges() if charge.purpose == "training"]
-
-
-def _model(folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    plan = folder.plan
-    model = model_of(plan, folder.file.device)
-    return {
-        "base": plan.model.base,
-        "base_hash": plan.model.base_hash,
-        "parameters": model.parameter_count(),
-        "shared_parameters": sum(t.numel() for t in progress.state.values()),
-    }
 
 
 def _majority(folder: RunFolder, prepared: Prepared) -> Metrics:
@@ -194,11 +142,3 @@ def _own(accuracy: float | None) -> dict[str, float] | None:
 def _allowed(plan: Plan, share: Share) -> float | None:
     privacy = plan.privacy
     return min(privacy.epsilon, share.epsilon or privacy.epsilon) if isinstance(privacy, RecordPrivacy) else None
-
-
-def _total(progress: Progress, key: str) -> int:
-    return sum(int(entry[key]) for entry in progress.history)
-
-
-def dumps(summary: Mapping[str, Any]) -> bytes:
-    return json.dumps(summary, indent=1, ensure_ascii=False).encode()

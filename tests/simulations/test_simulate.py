@@ -25,7 +25,8 @@ from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.ledger import Ledger
 from cotune.server.events import listening, read_events
-from cotune.simulations.simulate import Result, new_folder, simulate
+from cotune.server.new_run import new_folder
+from cotune.simulations.simulate import Result, simulate
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan, final_model, same
 

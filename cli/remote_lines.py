@@ -1,0 +1,52 @@
+"""What is said of the events that only a real federation has: who is awaited, refused, lost and found again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cotune.privacy.rounding import round_up
+from cotune.server.figures import size
+
+__all__ = ["remote_line"]
+
+
+def remote_line(event: str, fields: dict[str, Any]) -> str | None:
+    """None for any other event."""
+    who, round = fields.get("organisation"), fields.get("round")
+    match event:
+        case "waiting":
+            return _waiting(fields)
+        case "update_received":
+            return _received(fields)
+        case "update_quarantined":
+            return f"round {round}: the update of {who} was refused and put aside: {fields['reason']}"
+        case "organisation_left_out":
+            return f"{who} is left out of the run from now on: {fields['reason']}"
+        case "connection_lost":
+            return f"the connection to the SuperLink is lost: {fields.get('reason', 'it does not answer')}"
+        case "connection_back":
+            return "the connection to the SuperLink is back"
+        case "delivered":
+            return f"{who} has the finished model"
+        case "superlink_lost":
+            return "the SuperLink does not answer; the run waits for it: see whether `cotune server start` still runs"
+        case "superlink_back":
+            return "the SuperLink answers again"
+        case "run_lost":
+            return f"the run ended without a word ({fields['reason']}); it is handed over again in {fields['seconds']:g} seconds"
+        case "run_stopping":
+            return "stopping the run, which may take a quarter of a minute"
+        case _:
+            return None
+
+
+def _waiting(fields: dict[str, Any]) -> str:
+    connected = fields["connected"]
+    there = connected if isinstance(connected, int) else len(connected)
+    absent = f"; not connected: {', '.join(fields['absent'])}" if fields["absent"] else ""
+    return f"waiting for organisations: {there} connected, {fields['needed']} needed{absent}"
+
+
+def _received(fields: dict[str, Any]) -> str:
+    spent = "" if fields["epsilon"] is None else f", ε {round_up(fields['epsilon'])} stated"
+    return f"round {fields['round']}: {fields['organisation']} answered, {size(fields['bytes'])}{spent}"

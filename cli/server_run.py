@@ -1,0 +1,172 @@
+"""`cotune server run` and `status`: the plan is carried out, and where it stands."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from cotune.privacy.rounding import round_up
+from cotune.server.figures import instant, percent, size
+
+if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
+    from cotune.server.federation import FederationFolder
+    from cotune.server.run_folder import RunFolder
+    from cotune.server.running import Executor
+    from cotune.server.status import Status
+
+Federation = Annotated[Path, typer.Argument(metavar="FED", help="The federation's folder.")]
+_WATCH_SECONDS = 2.0
+
+
+def run(
+    folder: Federation,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the last run, or follow it where it goes on.")] = False,
+    new: Annotated[bool, typer.Option("--new", help="Begin another run, and leave one that is not finished.")] = False,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the run's folder in FED/runs; default: <time>-<plan>.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Hand the run over, and do not follow it.")] = False,
+) -> None:
+    """Carry out the plan with the organisations that were invited."""
+    if resume and (new or override):
+        raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
+    from cotune.cli.progress import showing_remote_progress
+    from cotune.server.federation import FederationFolder
+    from cotune.server.running import carry_out, hand_over, newest, only_follower
+    from cotune.server.superlink import control
+
+    federation, console = FederationFolder(folder), Console(highlight=False)
+    with only_follower(federation), control(federation.superlink_address, federation.certificates) as executor:
+        played = newest(federation, out) if resume else _begin(console, federation, executor, override or [], out, leave=new)
+        if detach:
+            hand_over(played, executor)
+            console.print(f"{escape(played.file.run)} is handed over: `cotune server run {folder} --resume` follows it")
+            return
+        with showing_remote_progress(console) as tell:
+            carry_out(played, executor, tell)
+    _show_result(console, played)
+
+
+def _begin(
+    console: Console, federation: FederationFolder, executor: Executor, override: list[str], name: str | None, *, leave: bool
+) -> RunFolder:
+    from cotune.server.new_run import real_run
+    from cotune.server.running import check_none_unfinished
+
+    executor.running()  # raises, in one sentence, where the server does not run
+    check_none_unfinished(federation, leave=leave)
+    begun = real_run(federation, override, name)
+    if begun.plan.plan_id != federation.plan.plan_id:
+        console.print(
+            f"--set makes another plan ({begun.plan.plan_id[:12]}…) than organisations were given: each decides by its policy,"
+            " and may have to approve it first"
+        )
+    return begun
+
+
+def _show_result(console: Console, played: RunFolder) -> None:
+    summary: dict[str, Any] = json.loads((played.path / "summary.json").read_bytes())
+    if summary["privacy"]["mode"] == "none":
+        console.print("[bold red]No record-level differential privacy: the plan says privacy = none.[/bold red]")
+    if summary["stopped"] is not None:
+        console.print(f"[bold]The run was stopped: {escape(summary['stopped'])}.[/bold]")
+    console.print(_organisations(summary))
+    test = summary["test"]
+    if test["federated"] is not None:
+        reached, constant = percent(test["federated"]["accuracy"]), percent(test["majority"]["accuracy"])
+        console.print(f"accuracy {reached} on {test['examples']:,} test examples (most frequent label: {constant})")
+    console.print(f"{len(summary['rounds'])} rounds, {size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down")
+    for file in ("report.html", "summary.json", "model"):
+        if (played.path / file).exists():
+            console.print(f"{file:<13} {played.path / file}", soft_wrap=True)
+
+
+def _organisations(summary: dict[str, Any]) -> Table:
+    private = summary["privacy"]["mode"] != "none"
+    table = Table("organisation", header_style="bold", pad_edge=False, box=None)
+    for heading in ("rounds", *(("ε stated",) if private else ()), "sent", "dropped", "quarantined", "has the model"):
+        table.add_column(heading, justify="right")
+    for o in summary["organisations"]:
+        stated = ("–" if o["epsilon_spent"] is None else round_up(o["epsilon_spent"]),) if private else ()
+        counts = (size(o["bytes_up"]), str(o["dropped"]), str(o["quarantined"]))
+        table.add_row(escape(o["name"]), str(o["rounds"]), *stated, *counts, "yes" if o["delivered"] else "not yet")
+    return table
+
+
+def status(
+    folder: Federation,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every two seconds, until Ctrl-C.")] = False,
+) -> None:
+    """Show the organisations, the newest run and the certificate; also while nothing runs."""
+    if watch and as_json:
+        raise typer.BadParameter("--watch is for people: --json prints once")
+    from dataclasses import asdict
+
+    from cotune.server.federation import FederationFolder
+    from cotune.server.status import connections, look
+    from cotune.server.superlink import control
+
+    federation, console = FederationFolder(folder), Console(highlight=False)
+    with control(federation.superlink_address, federation.certificates) as asked:
+
+        def now() -> Status:
+            return look(federation, connections(federation.members.all(), asked))
+
+        if as_json:
+            typer.echo(json.dumps(asdict(now()), indent=1, ensure_ascii=False))
+            return
+        found = now()
+        with Live(_page(found), console=console, auto_refresh=False) if watch else nullcontext() as live:
+            while live is not None:
+                live.update(_page(found), refresh=True)
+                time.sleep(_WATCH_SECONDS)
+                found = now()
+        console.print(_page(found))
+
+
+def _page(found: Status) -> Group:
+    lines = [Text(f"federation {found.federation}: the server {'runs' if found.server_reachable else 'does not run'}")]
+    if found.certificate_expires is not None:
+        lines.append(Text(f"certificate until {instant(found.certificate_expires)}"))
+    else:
+        lines.append(Text(f"certificate: {found.certificate_problem}", style="bold red"))
+    return Group(*lines, *_run_lines(found), _members(found))
+
+
+def _run_lines(found: Status) -> list[Text]:
+    at = found.run
+    if at is None:
+        return [Text("no run yet")]
+    accuracy = "" if at.accuracy is None else f", test accuracy {at.accuracy:.3f}"
+    lines = [Text(f"run {at.run}, plan {at.plan} ({at.plan_id[:12]}…), begun {instant(at.created)}")]
+    lines.append(Text(f"round {at.round} of {at.rounds}, {at.phase}{accuracy}"))
+    if at.reason is not None:
+        lines.append(Text(at.reason))
+    if at.last_event is not None and at.last_at is not None:
+        lines.append(Text(f"last event: {at.last_event}, {instant(at.last_at)}"))
+    return lines
+
+
+def _members(found: Status) -> Table:
+    table = Table("organisation", "invited", "connection", header_style="bold", pad_edge=False, box=None)
+    for heading in ("last round", "ε stated", "sent"):
+        table.add_column(heading, justify="right")
+    table.add_column("last word")
+    for o in found.organisations:
+        figures = (str(o.last_round or "–"), "–" if o.epsilon is None else round_up(o.epsilon), size(o.bytes_up))
+        table.add_row(escape(o.name), o.invited[:10], o.connection, *figures, escape(o.word))
+    return table

@@ -1,0 +1,88 @@
+"""The SuperLink lets in the keys of the members and nobody else's, whatever happens to it, and to the list meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Protocol, Self
+
+from cotune.models.errors import RunError
+from cotune.server.members import Member
+from cotune.server.superlink import Node
+
+__all__ = ["Enrolment", "Registry", "reconcile"]
+
+_EVERY_SECONDS = 2.0
+
+Say = Callable[[str], None]
+
+
+class Registry(Protocol):
+    """Where keys are registered: a Control."""
+
+    def nodes(self) -> tuple[Node, ...]: ...
+    def register(self, key: bytes, name: str) -> int: ...
+    def unregister(self, node: int) -> None: ...
+
+
+def reconcile(registry: Registry, members: Iterable[Member], say: Say) -> set[str]:
+    """Registers the members that are not yet, and removes every other key. Returns the names of those that are online.
+
+    Raises RunError where the registry does.
+    """
+    named = {member.key: member.name for member in members}
+    nodes = registry.nodes()
+    for node in nodes:
+        if node.key not in named:
+            registry.unregister(node.id)
+            say("a key that is not a member's is shut out")
+    present = {node.key for node in nodes}
+    for key, name in named.items():
+        if key not in present:
+            registry.register(key, name)
+            say(f"{name} may join")
+    return {named[node.key] for node in nodes if node.online and node.key in named}
+
+
+class Enrolment:
+    """Reconciles every two seconds while it is entered, in a thread of its own: a SuperLink that is stuck answers late."""
+
+    def __init__(
+        self, connect: Callable[[], AbstractContextManager[Registry]], members: Callable[[], Iterable[Member]], say: Say
+    ) -> None:
+        self._connect, self._members, self._say = connect, members, say
+        self._stop, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
+        self._online: set[str] = set()
+        self._reached, self._trouble = False, ""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(_EVERY_SECONDS)
+
+    def _run(self) -> None:
+        with self._connect() as registry:
+            while not self._stop.is_set():
+                self._look(registry)
+                self._stop.wait(_EVERY_SECONDS)
+
+    def _look(self, registry: Registry) -> None:
+        try:
+            online = reconcile(registry, self._members(), self._say)
+        except RunError as error:
+            if self._reached and str(error) != self._trouble and not self._stop.is_set():
+                self._say(f"the SuperLink does not know at present who may join: {error}")
+            self._trouble = str(error)
+            return
+        if not self._reached:
+            self._say("ready: organisations can join")
+        elif self._trouble:
+            self._say("the SuperLink knows who may join")
+        self._reached, self._trouble = True, ""
+        for name in sorted(online ^ self._online):
+            self._say(f"{name} is {'online' if name in online else 'offline'}")
+        self._online = online

@@ -1,0 +1,116 @@
+"""A federation is made: the coordinator's folder, whole or not at all, with a plan that leaves nothing open."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from cotune.models.base import base_labels, find_base
+from cotune.models.device import pick_device
+from cotune.models.durable import write_durably
+from cotune.models.errors import PlanError, RunError
+from cotune.models.records import check_labels, read_records
+from cotune.plan.invitation import Invitation
+from cotune.plan.load import dump_plan
+from cotune.plan.schema import Plan
+from cotune.server import certificates
+from cotune.server.federation import FederationFolder, ServerConfig, write_config
+from cotune.server.instructions import instructions
+from cotune.strategies.plugins import content_of
+
+__all__ = ["address_of", "found", "renew"]
+
+
+def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
+    """Makes the folder `path`, which must not be there, and its missing parents.
+
+    Raises RunError for a folder that is there or cannot be written and for what is no host; what else is wrong with plan, base
+    model, test records or device raises PlanError, ModelError, DataError or DeviceError.
+    """
+    path = path.expanduser().absolute()
+    if path.exists() or path.is_symlink():
+        raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
+    pick_device(config.device)
+    resolved = _resolved(plan, config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
+        try:
+            _fill(part, resolved, config)
+            os.rename(part, path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be made ({error.strerror}): check the permissions and the space of {path.parent}"
+        ) from None
+    return FederationFolder(path)
+
+
+def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
+    """A fresh certificate for the same key; hosts: other ones than before, if any are given.
+
+    Returns whether organisations need the new federation.toml, as the first host is another. Raises RunError.
+    """
+    certificates.renew(folder.certificates, hosts or None)
+    if not hosts or tuple(hosts) == folder.config.hosts:
+        return False
+    before = folder.config
+    folder.config = before.model_copy(update={"hosts": tuple(hosts)})
+    write_config(folder.path, folder.config)
+    if address_of(before) == address_of(folder.config):
+        return False
+    _write_handout(folder.path, folder.invitation.plan, folder.config)
+    return True
+
+
+def address_of(config: ServerConfig) -> str:
+    """host:port that organisations join."""
+    host = config.hosts[0]
+    return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
+
+
+def _resolved(plan: Plan, config: ServerConfig) -> Plan:
+    """The plan with the base model's hash and the class names."""
+    base = find_base(plan.model)
+    labels = _labels(plan, config.test, base_labels(base.path))
+    local = Path(plan.model.base).expanduser()
+    named = str(local.resolve()) if local.exists() else plan.model.base
+    model = plan.model.model_copy(update={"base": named, "base_hash": base.content_hash})
+    return plan.model_copy(update={"labels": labels, "model": model})
+
+
+def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:
+    """The plan's; else those of the test records, in the base model's order where it has the same."""
+    if test is None and not plan.labels:
+        raise PlanError(
+            "the plan does not list the class names, and nobody sees the records of all organisations: expected labels ="
+            ' ["no", "yes"] in the plan, or --test with records of every class'
+        )
+    if test is None:
+        return plan.labels
+    found = check_labels(read_records(plan.data, test, plan.task), plan.labels or None)
+    return plan.labels or (of_base if set(of_base) == set(found) else found)
+
+
+def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
+    certificates.new_authority(folder / "certificates", config.hosts)
+    for name, sha256 in plan.strategy.files.items():
+        write_durably(folder / name.rpartition(":")[0], content_of(name, sha256))
+    write_durably(folder / "plan.toml", dump_plan(plan).encode())
+    _write_handout(folder, plan, config)
+    write_config(folder, config)
+    for name in ("certificates", "superlink", "runs"):
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+        (folder / name).chmod(0o700)
+
+
+def _write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
+    authority = (folder / "certificates" / "ca.crt").read_text(encoding="ascii")
+    invitation = Invitation(config.name, address_of(config), authority, plan)
+    write_durably(folder / "federation.toml", invitation.to_toml().encode())
+    write_durably(folder / "JOIN.md", instructions(invitation).encode())

@@ -1,0 +1,60 @@
+"""JOIN.md: what an organisation types to join, and what leaves its machine under the plan (templates/join.md.j2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from cotune.plan.invitation import Invitation
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy
+
+__all__ = ["instructions", "what_leaves"]
+
+_TRAINED = {
+    "head": "the classification head",
+    "lora": "the adapters and the classification head",
+    "full": "the whole model",
+}
+_SENT = {
+    "noise": "how much privacy noise is in the update",
+    "loss": "the received model's mean loss on your records",
+    "fisher": "squared gradients of your records, summed, **without noise**",
+    "gram": "products of the layers' inputs, summed over your records, **without noise**",
+}
+
+
+def instructions(invitation: Invitation) -> str:
+    """The page, as Markdown."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template("join.md.j2").render(
+        invitation=invitation, plan=invitation.plan, version=version("cotune"), leaves=list(what_leaves(invitation.plan))
+    )
+
+
+def what_leaves(plan: Plan) -> Iterator[str]:
+    """One phrase for everything that a plan asks organisations to send."""
+    trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
+    if plan.keeps_personal:
+        trained = "one half of the adapters; the other half and the head stay"
+    yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_protection(plan)}"
+    yield "beside it a number of records, as `tell.example_count` in your policy has it, the number of steps, and the ε spent"
+    yield from (_SENT[payload] for payload in plan.strategy.sends)
+    if plan.tell.local_metrics:
+        yield "how many of your records the received model classifies rightly, every round"
+    if plan.tell.label_histogram:
+        yield "how many of your records each class has, once"
+    if plan.strategy.client_term is not None:
+        yield f"what the client term {plan.strategy.client_term.name} sends, if it sends anything"
+
+
+def _protection(plan: Plan) -> str:
+    if not isinstance(plan.privacy, RecordPrivacy):
+        return "**without differential privacy**, so that single records may show in it"
+    return f"with differential privacy for every single record, ε at most {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"

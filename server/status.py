@@ -1,0 +1,189 @@
+"""How a federation stands: its organisations, its newest run, its certificate. Works whether or not anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cotune.models.errors import RunError
+from cotune.privacy.rounding import round_up
+from cotune.server.certificates import check
+from cotune.server.conclusion import bytes_of, delivered, epsilon_stated
+from cotune.server.events import read_events
+from cotune.server.federation import FederationFolder
+from cotune.server.members import Member
+from cotune.server.run_folder import RunFolder
+from cotune.server.superlink import Control
+
+__all__ = ["OrganisationStatus", "RunStatus", "Status", "connections", "look"]
+
+_PHASES = {
+    "run_started": "under way",
+    "waiting": "waiting for organisations",
+    "run_finished": "handing out the model",
+    "run_stopped": "handing out the model",
+    "run_concluded": "finished",
+    "run_failed": "failed",
+}
+
+History = Sequence[Mapping[str, Any]]  # of the finished rounds
+
+
+@dataclass(frozen=True)
+class OrganisationStatus:
+    """connection: online, offline, or unknown while the server does not run. last_round: whose update entered the model; 0:
+    none. word: what came of it last, in words. epsilon: as it stated it, rounded up; None: it stated none."""
+
+    name: str
+    invited: str
+    revoked: str | None
+    connection: str
+    last_round: int
+    word: str
+    epsilon: float | None
+    bytes_up: int
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """round: the last that is finished. phase: by the last event that says one. accuracy: on the coordinator's test set."""
+
+    run: str
+    folder: str
+    plan: str
+    plan_id: str
+    created: str
+    round: int
+    rounds: int
+    phase: str
+    reason: str | None
+    last_event: str | None
+    last_at: str | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """certificate_expires: UTC; None where the certificate is not one that organisations accept, and `certificate_problem` says
+    why."""
+
+    federation: str
+    server_reachable: bool
+    certificate_expires: str | None
+    certificate_problem: str | None
+    run: RunStatus | None
+    organisations: tuple[OrganisationStatus, ...]
+
+
+def connections(members: Sequence[Member], control: Control) -> dict[str, str] | None:
+    """Organisation -> online or offline; None where the SuperLink cannot be asked."""
+    try:
+        online = {node.key for node in control.nodes() if node.online}
+    except RunError:
+        return None
+    return {member.name: "online" if member.key in online else "offline" for member in members if member.revoked is None}
+
+
+def look(federation: FederationFolder, connected: Mapping[str, str] | None) -> Status:
+    """connected: see `connections`; None where the server does not run. Raises RunError for damaged files."""
+    run, history, events = _newest(federation)
+    members = federation.members.all()
+    expires, problem = _certificate(federation)
+    organisations = (_organisation(member, connected, run, history, events) for member in members)
+    return Status(
+        federation=federation.config.name,
+        server_reachable=connected is not None,
+        certificate_expires=expires,
+        certificate_problem=problem,
+        run=None if run is None else _run(run, history, events),
+        organisations=tuple(organisations),
+    )
+
+
+def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, list[dict[str, Any]]]:
+    paths = list(federation.runs())
+    if not paths:
+        return None, (), []
+    run = RunFolder(paths[-1])
+    return run, run.history(), read_events(run.events.path) if run.events.path.exists() else []
+
+
+def _certificate(federation: FederationFolder) -> tuple[str | None, str | None]:
+    try:
+        return check(federation.certificates, federation.config.hosts[0]).isoformat(timespec="seconds"), None
+    except RunError as error:
+        return None, str(error)
+
+
+def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]]) -> RunStatus:
+    telling = [event for event in events if event["event"] in _PHASES or event["event"] == "round_started"]
+    last = telling[-1] if telling else {"event": ""}
+    tested = [entry["metrics"]["accuracy"] for entry in history if entry["metrics"]]
+    return RunStatus(
+        run=run.file.run,
+        folder=str(run.path),
+        plan=run.plan.name,
+        plan_id=run.plan.plan_id,
+        created=run.file.created,
+        round=len(history),
+        rounds=run.plan.rounds,
+        phase="not begun" if not telling else _PHASES.get(last["event"], "under way"),
+        reason=last.get("reason") if last["event"] == "run_failed" else run.stopped,
+        last_event=events[-1]["event"] if events else None,
+        last_at=events[-1]["at"] if events else None,
+        accuracy=tested[-1] if tested else None,
+    )
+
+
+def _organisation(
+    member: Member,
+    connected: Mapping[str, str] | None,
+    run: RunFolder | None,
+    history: History,
+    events: Sequence[Mapping[str, Any]],
+) -> OrganisationStatus:
+    name = member.name
+    stated = epsilon_stated(history).get(name)
+    rounds = [entry["round"] for entry in history if name in entry["participants"]]
+    return OrganisationStatus(
+        name=name,
+        invited=member.invited,
+        revoked=member.revoked,
+        connection="unknown" if connected is None else connected.get(name, "offline"),
+        last_round=max(rounds, default=0),
+        word=_word(member, run, history, events),
+        epsilon=None if stated is None else float(round_up(stated)),
+        bytes_up=bytes_of(events, name),
+    )
+
+
+def _word(member: Member, run: RunFolder | None, history: History, events: Sequence[Mapping[str, Any]]) -> str:
+    """The last that is known of an organisation in the run."""
+    name = member.name
+    if member.revoked is not None:
+        return "revoked"
+    if run is None or name not in [who.name for who in run.file.participants]:
+        return "not in a run yet" if run is None else "not in this run"
+    if history and name in history[-1].get("left_out", ()):
+        return "left out after refused updates"
+    if name in delivered(run.path):
+        return "has the finished model"
+    for event in reversed(events):
+        if event.get("organisation") == name and (said := _said(event)):
+            return said
+        if event["event"] == "round_started" and name in event["organisations"]:
+            return f"asked in round {event['round']}"
+    return "not asked yet"
+
+
+def _said(event: Mapping[str, Any]) -> str:
+    match event["event"]:
+        case "update_received":
+            return f"answered in round {event['round']}"
+        case "update_quarantined":
+            return f"refused in round {event['round']}: {event['reason']}"
+        case "update_dropped":
+            return f"dropped in round {event['round']}: {event['reason']}"
+        case _:
+            return ""

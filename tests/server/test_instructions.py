@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotune.plan.invitation import Invitation
+from cotune.plan.load import parse_plan
+from cotune.plan.schema import Plan
+from cotune.server.certificates import new_authority
+from cotune.server.instructions import instructions, what_leaves
+
+
+def plan_of(**changes: Any) -> Plan:
+    return parse_plan(
+        {"model": {"base": "x", "base_hash": "ab" * 32}, "data": {"source": "x.csv"}, "labels": ["a", "b"], **changes}
+    )
+
+
+def test_the_page_says_whom_to_join_and_what_to_type(tmp_path: Path) -> None:
+    new_authority(tmp_path, [])
+    invitation = Invitation("clinics & co", "fed.example.org:9092", (tmp_path / "ca.crt").read_text(), plan_of(rounds=12))
+    page = instructions(invitation)
+    assert page.startswith("# Join clinics & co\n")
+    commands = re.findall(r"^(?:pip|cotune) [^#\n]*", page, re.MULTILINE)
+    assert [command.split()[:3] for command in commands] == [
+        ["pip", "install", '"cotune==0.1.0"'],
+        *(["cotune", "client", verb] for verb in ("init", "check", "join", "sent", "ledger", "approve")),
+    ]
+    for what in ("fed.example.org:9092", "in each of 12 rounds", invitation.plan.plan_id[:12], "abababababababab"):
+        assert what in page
+    assert invitation.fingerprint not in page  # whoever could change the document on its way could change the page too
+    assert len(page.splitlines()) < 60
+
+
+def test_what_leaves_is_what_the_plan_asks_for() -> None:
+    private = list(what_leaves(plan_of(privacy={"epsilon": 3.0})))
+    assert "the classification head: with differential privacy for every single record, ε at most 3 " in private[0]
+    assert len(private) == 2
+    open_ = list(what_leaves(plan_of(privacy="none", train="full", tell={"local_metrics": True, "label_histogram": True})))
+    assert "the whole model: **without differential privacy**" in open_[0]
+    assert len(open_) == 4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "phrase"),
+    [
+        ({"weighting": "noise_aware"}, "how much privacy noise"),
+        ({"client_term": "scaffold"}, "what the client term scaffold sends"),
+    ],
+)
+def test_what_a_strategy_wants_is_named(strategy: dict[str, str], phrase: str) -> None:
+    assert any(phrase in said for said in what_leaves(plan_of(strategy=strategy)))
