@@ -6,6 +6,7 @@ not, unless the last hash was noted elsewhere. It may hold more than arrived: wh
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,7 @@ from typing import Any
 from flwr.app import ArrayRecord, RecordDict
 
 from cotune.models.errors import RunError
+from cotune.strategies.wire import payload_bytes
 
 __all__ = ["AuditLog", "content_digest", "record_sizes"]
 
@@ -37,8 +39,7 @@ class AuditLog:
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                os.write(descriptor, self._line(descriptor, {"what": what, **about}))
-                os.fsync(descriptor)
+                _write_whole(descriptor, self._line(descriptor, {"what": what, **about}))
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -93,6 +94,15 @@ class AuditLog:
             raise RunError(f"{self.file} cannot be read ({error.strerror}): mend the permissions of the site") from None
 
 
+def _write_whole(descriptor: int, content: bytes) -> None:
+    """All of it or nothing: on a full disk a part of a line is taken back."""
+    size = os.fstat(descriptor).st_size
+    if os.write(descriptor, content) != len(content):
+        os.ftruncate(descriptor, size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fsync(descriptor)
+
+
 def _hash(line: bytes) -> str:
     return hashlib.sha256(line.rstrip(b"\n")).hexdigest() if line else _START
 
@@ -105,13 +115,7 @@ def _last_line(descriptor: int) -> bytes:
 
 def record_sizes(content: RecordDict) -> dict[str, int]:
     """Record -> bytes of its names and values, before Flower's own framing."""
-    sizes = {}
-    for name, record in content.items():
-        if isinstance(record, ArrayRecord):
-            sizes[name] = sum(len(key.encode()) + len(array.data) for key, array in record.items())
-        else:
-            sizes[name] = sum(len(k.encode()) + (len(v.encode()) if isinstance(v, str) else 8) for k, v in record.items())
-    return sizes
+    return {name: payload_bytes(RecordDict({name: record})) for name, record in content.items()}
 
 
 def content_digest(content: RecordDict) -> str:
@@ -119,10 +123,10 @@ def content_digest(content: RecordDict) -> str:
     digest = hashlib.sha256()
     for name, record in sorted(content.items()):
         digest.update(f"{name}:{type(record).__name__}\n".encode())
-        for key, value in sorted(record.items()):
-            if isinstance(record, ArrayRecord):
-                digest.update(f"{key}:{value.dtype}:{tuple(value.shape)}\n".encode())
-                digest.update(value.data)
-            else:
-                digest.update(f"{key}:{value!r}\n".encode())
+        if isinstance(record, ArrayRecord):
+            for key, array in sorted(record.items()):
+                digest.update(f"{key}:{array.dtype}:{tuple(array.shape)}\n".encode())
+                digest.update(array.data)
+        else:
+            digest.update("".join(f"{key}:{record[key]!r}\n" for key in sorted(record)).encode())
     return digest.hexdigest()

@@ -50,7 +50,9 @@ def explained(error: BaseException, address: str) -> str:
             )
         if isinstance(cause, socket.gaierror | UnicodeError):
             host = address.rpartition(":")[0]
-            return f"the name {host} cannot be resolved: expected the server's name; check its spelling and this machine's network"
+            return (
+                f"the name {host} cannot be resolved: expected the server's name; check its spelling and this machine's network"
+            )
         if isinstance(cause, ConnectionRefusedError):
             return f"nothing listens at {address}: expected the server's public port; ask the coordinator whether it is running"
         if isinstance(cause, TimeoutError):

@@ -76,7 +76,9 @@ def test_another_authority(tmp_path: Path) -> None:
         assert "was not made by the federation's authority" in said(address, made(tmp_path / "ours"))
 
 
-@pytest.mark.parametrize(("days_ago", "words"), [(400.0, "has expired, by this machine's clock"), (-2.0, "is not valid yet, by this")])
+@pytest.mark.parametrize(
+    ("days_ago", "words"), [(400.0, "has expired, by this machine's clock"), (-2.0, "is not valid yet, by this")]
+)
 def test_a_certificate_out_of_its_time(tmp_path: Path, days_ago: float, words: str) -> None:
     authority = made(tmp_path, days_ago=days_ago)
     with secure(tmp_path) as address:
