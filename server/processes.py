@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -48,7 +49,7 @@ def sessions(leaders: Collection[int]) -> Iterator[psutil.Process]:
     """The processes of the sessions that some have begun, whether those still run or not."""
     for number in psutil.pids():
         with suppress(OSError, psutil.Error):
-            if os.getsid(number) in leaders and (process := psutil.Process(number)).status() != psutil.STATUS_ZOMBIE:
+            if os.getsid(number) in leaders and _runs(process := psutil.Process(number)):
                 yield process
 
 
@@ -58,12 +59,27 @@ def end(processes: Iterable[psutil.Process], grace: float) -> int:
     for process in asked:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(asked, timeout=grace)
-    for process in stubborn:
+    for process in (stubborn := _after(grace, asked)):
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(stubborn, timeout=grace)
+    _after(grace, stubborn)
     return len(asked)
+
+
+def _after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run then; returns at once when none does."""
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Not so where only its entry is left, because nobody has asked for its exit code."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _family(number: int, started: float) -> Iterator[psutil.Process]:
