@@ -77,7 +77,7 @@ def _after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Proce
 def _runs(process: psutil.Process) -> bool:
     """Not so where only its entry is left, because nobody has asked for its exit code."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
 
