@@ -114,3 +114,26 @@ def test_a_superlink_that_is_not_there_yet_is_waited_for_without_a_word() -> Non
         assert said == []
         superlink.down = False
         until(lambda: said == ["ready: organisations can join"])
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_a_damaged_list_is_said_once_and_followed_again_when_it_is_mended() -> None:
+    superlink, said, damaged = SuperLink(), list[str](), [False]
+
+    def members() -> list[Member]:
+        if damaged[0]:
+            raise ValueError("a list that nobody foresaw")
+        return [MEMBERS[0]]
+
+    with Enrolment(lambda: nullcontext(superlink), members, said.append):
+        until(lambda: len(said) == 2)
+        damaged[0] = True
+        until(lambda: len(said) == 3)
+        time.sleep(0.05)
+        damaged[0] = False
+        until(lambda: len(said) == 4)
+    assert said[2:] == [
+        "the SuperLink does not know at present who may join: a list that nobody foresaw",
+        "the SuperLink knows who may join",
+    ]
+    assert set(superlink.known) == {MEMBERS[0].key}

@@ -40,39 +40,54 @@ def test_who_does_not_end_when_asked_is_ended(parent: psutil.Process) -> None:
     before = time.monotonic()
     assert end(sessions({parent.pid}), 0.5) == 2
     assert time.monotonic() - before >= 0.5
-    assert not parent.is_running()
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    for process in (parent, child):
+        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_record_finds_what_runs_with_what_it_has_started_since(parent: psutil.Process, tmp_path: Path) -> None:
-    Record(tmp_path / "processes.json").keep([parent])
-    assert set(Record(tmp_path / "processes.json").left()) == {parent, *parent.children()}
+    Record(tmp_path / "processes.json", print).keep([parent])
+    assert set(Record(tmp_path / "processes.json", print).left()) == {parent, *parent.children()}
 
 
 def test_a_number_that_was_given_out_again_is_not_meant(parent: psutil.Process, tmp_path: Path) -> None:
     file = tmp_path / "processes.json"
-    Record(file).keep([parent])
+    Record(file, print).keep([parent])
     kept = json.loads(file.read_bytes())
     ((number, started),) = kept["processes"]
     file.write_text(json.dumps({**kept, "processes": [[number, started - 1]]}))
-    assert Record(file).left() == []
+    assert Record(file, print).left() == []
     file.write_text(json.dumps({**kept, "boot": "another"}))
-    assert Record(file).left() == []
+    assert Record(file, print).left() == []
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"boot": "", "processes": 7}', '{"boot": "", "processes": [["a", 1]]}'])
 def test_a_record_that_cannot_be_read_names_nobody(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "processes.json").write_text(content)
-    assert Record(tmp_path / "processes.json").left() == []
+    assert Record(tmp_path / "processes.json", print).left() == []
 
 
 def test_a_record_is_written_when_something_has_changed(parent: psutil.Process, tmp_path: Path) -> None:
     file = tmp_path / "processes.json"
-    record = Record(file)
+    record = Record(file, print)
     record.keep([parent])
     file.unlink()
     record.keep([parent])
     assert not file.exists()
     record.keep([])
-    assert Record(file).left() == []
+    assert Record(file, print).left() == []
+
+
+def test_a_full_disk_is_said_once_and_made_good_for(parent: psutil.Process, tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = tmp_path / "superlink"
+    folder.touch()  # nothing can be written there
+    record = Record(folder / "processes.json", said.append)
+    record.keep([parent])
+    record.keep([parent])
+    (line,) = said
+    assert line.endswith("processes.json cannot be written (File exists): make room, or check its permissions")
+    folder.unlink()
+    record.keep([parent])
+    assert parent in Record(folder / "processes.json", print).left()
+    assert len(said) == 1
