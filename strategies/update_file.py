@@ -21,7 +21,8 @@ def update_bytes(update: Update, **about: str) -> bytes:
     """The content of the file. about: what else it says, such as the plan that the update is for."""
     plain = {f.name: getattr(update, f.name) for f in fields(update) if f.name not in ("delta", "statistics")}
     tensors = {f"delta/{n}": t for n, t in update.delta.items()} | {f"statistics/{n}": t for n, t in update.statistics.items()}
-    return save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(plain | about)})
+    content: bytes = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(plain | about)})
+    return content
 
 
 def read_update(file: Path, **expected: Any) -> Update | None:
