@@ -42,7 +42,6 @@ def showing_remote_progress(console: Console) -> Iterator[Listener]:
     """Gives what shows the events of a run that another process plays."""
     with _Live(console) if console.is_terminal else _Lines(console) as display:
 
-
         def tell(event: str, fields: dict[str, Any]) -> None:
             if line := remote_line(event, fields):
                 display.print(line)

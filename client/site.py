@@ -16,9 +16,7 @@ kept/<plan>/      what is kept from round to round, by the round after which it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -32,6 +30,7 @@ from cotune.models.errors import DataError, RunError
 from cotune.models.holdings import Holdings, HoldingsFile
 from cotune.privacy.ledger import Ledger
 from cotune.privacy.policy import Policy, read_policy
+from cotune.strategies.update_file import read_update, update_bytes
 from cotune.strategies.updates import Update
 
 __all__ = ["Site", "SiteFile"]
@@ -83,12 +82,7 @@ class Site:
 
     def keep(self, update: Update, plan_id: str) -> None:
         """Puts a finished update into the outbox, durably, in place of the one before."""
-        plain = {f.name: getattr(update, f.name) for f in fields(update) if f.name not in ("delta", "statistics")}
-        tensors = {f"delta/{n}": t for n, t in update.delta.items()} | {
-            f"statistics/{n}": t for n, t in update.statistics.items()
-        }
-        about = plain | {"plan_id": plan_id}
-        content = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(about)})
+        content = update_bytes(update, plan_id=plan_id)
         write_durably(self.folder / "outbox" / "update.safetensors", content)
 
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
@@ -120,15 +114,10 @@ class Site:
         """The update that answers exactly this request, if it was finished before."""
         file = self.folder / "outbox" / "update.safetensors"
         try:
-            with safe_open(file, framework="pt") as tensors:
-                about = json.loads(tensors.metadata()["update"])
-                if (about.pop("plan_id"), about["round"], about["received"]) != (plan_id, round, received):
-                    return None
-                found: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-                return Update(delta=_part(found, "delta/"), statistics=_part(found, "statistics/"), **about)
+            return read_update(file, plan_id=plan_id, round=round, received=received)
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise RunError(f"the outbox file {file} is damaged ({error}): remove it to train the round again") from None
 
 
@@ -147,7 +136,3 @@ def _load_kept(file: Path) -> tuple[dict[str, Tensor], int]:
             f"what was kept after round {round} cannot be read from {file} ({error}): expected it to be there, as the server"
             " counts on it; restore the site from a backup, or start a new run"
         ) from None
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

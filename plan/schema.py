@@ -122,8 +122,7 @@ class RoundsConfig(Table):
             )
         if self.over_selection and not self.sample_size:
             raise ValueError(
-                f"over_selection = {self.over_selection:g} asks more than sample_size, and there is none: expected"
-                f" sample_size too"
+                f"over_selection = {self.over_selection:g} asks more than sample_size, which is not given: expected both"
             )
         return self
 
@@ -263,6 +262,21 @@ class Plan(Table):
         return self
 
     @model_validator(mode="after")
+    def _late_updates_can_be_folded(self) -> Self:
+        if self.server.late != "fold":
+            return self
+        problems = {
+            "client_privacy, which bounds what an organisation adds to one round": self.client_privacy is not None,
+            "several stages, as an update may come in the next one": len(self.stages) > 1,
+            "lora.keep, which ties what is kept to a round": self.keeps_personal,
+            "adapters of different ranks, as a rank may change in between": self.mixed_ranks,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(f'server.late = "fold" cannot be had with {problem}: expected late = "ignore"')
+        return self
+
+    @model_validator(mode="after")
     def _clipping_can_be_had(self) -> Self:
         per_layer = isinstance(self.privacy, RecordPrivacy) and self.privacy.clipping == "per_layer"
         if per_layer and any(stage.mode == "full" for stage in self.stages):
@@ -303,6 +317,7 @@ class Plan(Table):
             mixed_ranks=self.mixed_ranks,
             personal=self.keeps_personal,
             server_data=self.validation_fraction > 0,
+            folds_late=self.server.late == "fold",
         )
 
     @property

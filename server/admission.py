@@ -10,7 +10,7 @@ from torch import Tensor
 from cotune.models.adapter import Adapter
 from cotune.strategies.updates import Update
 
-__all__ = ["reason_to_refuse"]
+__all__ = ["most_bytes", "reason_to_refuse"]
 
 _MOST_LOSS = 1e6  # nats: no model that trains at all is so wrong, and powers of more would overflow
 
@@ -28,12 +28,15 @@ def reason_to_refuse(
     statistics: Mapping[str, tuple[int, ...]] | None = None,
     steps_of: Callable[[int], int] | None = None,
     most_steps: int | None = None,
+    examples: tuple[int, int] | None = None,
+    received: str | None = None,
 ) -> str | None:
     """What is wrong with an update, in words; None when it may enter.
 
     shapes: the parameters that the round shares, with their tensors. noise_needed: every update must state its noise, above 0.
     loss_needed: and tell its loss. smaller: adapters that may come with a smaller rank. statistics: the arrays that the fusion
     wants beside the delta, with their shapes. steps_of: examples -> steps, where these follow from those. most_steps: the plan's.
+    examples: between which numbers the declared one must be. received: the digest of what the round was trained from.
     """
     if update.organisation != organisation:
         return f"it is from {update.organisation[:80]}, expected {organisation}"
@@ -41,6 +44,10 @@ def reason_to_refuse(
         return f"it is for round {update.round}, expected {round}"
     if update.examples < 1:
         return f"it declares {update.examples} examples, expected at least 1"
+    if examples is not None and not examples[0] <= update.examples <= examples[1]:
+        return f"it declares {update.examples} examples, expected {examples[0]} to {examples[1]}"
+    if received is not None and update.received != received:
+        return f"it was trained from another model ({update.received[:12]}), expected that of this round ({received[:12]})"
     if steps_of is not None and update.steps != steps_of(update.examples):
         return f"it states {update.steps} steps, expected {steps_of(update.examples)} with {update.examples} examples"
     if most_steps is not None and not 1 <= update.steps <= most_steps:
@@ -52,6 +59,11 @@ def reason_to_refuse(
         or (_wrong_loss(update) if loss_needed else None)
         or _wrong_statistics(update.statistics, statistics or {})
     )
+
+
+def most_bytes(sent: int, statistics: Mapping[str, tuple[int, ...]]) -> int:
+    """How large an answer may be: four times the request and the arrays that are asked for beside the delta, and 1 MiB."""
+    return 4 * (sent + sum(4 * math.prod(shape) for shape in statistics.values())) + 2**20
 
 
 def _wrong_tensors(delta: Mapping[str, Tensor], shapes: Mapping[str, Tensor], smaller: Sequence[Adapter]) -> str | None:

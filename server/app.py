@@ -1,18 +1,22 @@
-"""The Flower ServerApp: runs the rounds of a run folder, whatever the grid."""
+"""The Flower ServerApp: runs the rounds of a run folder, whatever the grid, and hands out the model of a real run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from cotune.models.errors import RunError
+from cotune.models.errors import CotuneError, RunError
 from cotune.models.holdings import HoldingsFile
 from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
 from cotune.plan.model import model_of
+from cotune.server.delivery import deliver
 from cotune.server.evaluation import evaluate, present_judge
+from cotune.server.events import read_events
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import RunFolder
 
@@ -23,11 +27,39 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Plays the unfinished rounds of the folder that the run configuration names as `run`. Raises RunError."""
+    """Plays the unfinished rounds of the folder that the run configuration names as `run`; of a real run, which another process
+    must not play meanwhile, hands the model out too. Raises RunError.
+    """
     path = str(context.run_config.get("run") or "")
     if not path:
         raise RunError('the run configuration has no "run": expected the folder of a run')
-    play(grid, RunFolder(Path(path)))
+    folder = RunFolder(Path(path))
+    if not folder.file.federation:
+        return play(grid, folder)  # whoever simulates holds the folder's lock
+    with folder.locked(), _failures_told(folder):
+        if not folder.finished:
+            play(grid, folder)
+        deliver(grid, folder)
+
+
+@contextmanager
+def _failures_told(folder: RunFolder) -> Iterator[None]:
+    """Nobody watches this process: whatever ends it becomes an event, where the rounds have not told of it already."""
+    try:
+        yield
+    except CotuneError as error:
+        _tell_failure(folder, str(error))
+        raise
+    except Exception as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        _tell_failure(folder, f"the run cannot go on ({words}): mend that, and continue it with --resume")
+        raise
+
+
+def _tell_failure(folder: RunFolder, reason: str) -> None:
+    told = read_events(folder.events.path)[-1:] if folder.events.path.exists() else []
+    if not told or (told[0]["event"], told[0].get("reason")) != ("run_failed", reason):
+        folder.events.tell("run_failed", round=min(folder.last_round + 1, folder.plan.rounds), reason=reason)
 
 
 def play(grid: Grid, folder: RunFolder) -> None:

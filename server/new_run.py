@@ -10,7 +10,7 @@ from pathlib import Path
 from cotune.models.durable import write_durably
 from cotune.models.errors import PlanError, RunError
 from cotune.models.holdings import HoldingsFile, Portion
-from cotune.models.records import DataConfig, check_labels, read_records
+from cotune.models.records import check_labels, read_records
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
 from cotune.server.federation import FederationFolder
@@ -51,8 +51,8 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     if not people:
         raise RunError("the federation has no members: invite one first (`cotune server invite`)")
     check_suits(plan, len(people), server_data=False)
-    if test := _test_data(federation, plan):
-        check_labels(read_records(test, task=plan.task), plan.labels)
+    if test := _test_file(federation):
+        check_labels(read_records(plan.data, test, plan.task), plan.labels)
     path = _folder(federation, plan, name)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     device, home = federation.config.device, str(federation.path)
@@ -74,17 +74,14 @@ def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:
     return empty_folder(runs / name)
 
 
-def _test_data(federation: FederationFolder, plan: Plan) -> DataConfig | None:
-    """The coordinator's test set, if it has one, read as the plan reads records."""
-    if federation.config.test is None:
-        return None
-    return plan.data.model_copy(update={"source": str((federation.path / federation.config.test).resolve())})
+def _test_file(federation: FederationFolder) -> Path | None:
+    """The coordinator's test set, if it has one."""
+    test = federation.config.test
+    return None if test is None else (federation.path / test).resolve()
 
 
 def _write_test(federation: FederationFolder, plan: Plan, path: Path) -> None:
-    """All of its records."""
-    data = _test_data(federation, plan)
-    if data is None:
-        return
-    document = HoldingsFile(task=plan.task, data=data, portions=(Portion(path=None),))
-    write_durably(path / "test" / "data.json", document.model_dump_json(indent=1).encode())
+    """All of its records, read as the plan reads records."""
+    if file := _test_file(federation):
+        document = HoldingsFile(task=plan.task, data=plan.data, portions=(Portion(path=file),))
+        write_durably(path / "test" / "data.json", document.model_dump_json(indent=1).encode())

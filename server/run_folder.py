@@ -7,6 +7,9 @@ checkpoints/            one file per finished round: model, server optimiser, hi
 client-privacy.jsonl    with client-level privacy: its account
 selection.key           with amplification by sampling: the secret that draws who takes part
 stopped.json            why the run ended before its last round, if it did
+inbox/                  during a round: updates that came before their turn
+quarantine/             updates that were refused, as they came (quarantine.py)
+delivered.json          who has confirmed the finished model (delivery.py)
 test/data.json          the common test set
 sites/<organisation>/   the simulated organisations (only in simulations)
 model/ summary.json report.html    at the end
@@ -99,7 +102,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether all rounds are done, or the run was stopped with what it had."""
-        return self._last_round() >= self.plan.rounds or self.stopped is not None
+        return self.last_round >= self.plan.rounds or self.stopped is not None
 
     @property
     def stopped(self) -> str | None:
@@ -120,7 +123,9 @@ class RunFolder:
         numbers = {path: path.stem.removeprefix("round-") for path in found}
         return {int(number): path for path, number in numbers.items() if number.isdecimal()}
 
-    def _last_round(self) -> int:
+    @property
+    def last_round(self) -> int:
+        """The last finished one; 0 where none is."""
         return max(self._checkpoints(), default=0)
 
     def save(self, progress: Progress) -> None:

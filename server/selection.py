@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import secrets
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,25 +17,47 @@ from cotune.plan.schema import Plan
 from cotune.privacy.randomness import keyed_generator, seeded_generator
 from cotune.server.run_folder import Participant, RunFolder
 
-__all__ = ["check_sample_size", "select"]
+__all__ = ["check_sample_size", "enough", "left_out", "select"]
 
 
-def select(folder: RunFolder, round: int) -> list[Participant]:
-    """The organisations of a round, in their order; possibly none. The same again when a round is repeated after a crash.
+def select(folder: RunFolder, round: int, without: Collection[str] = ()) -> list[Participant]:
+    """The organisations of a round, in the order in which their updates are added; possibly none. The same again when a round is
+    repeated after a crash.
 
     Drawn from the plan's seed, which everybody knows, unless privacy is to be amplified by it: then from a key that the
-    operating system gave this run, and that stays with the server. Raises PlanError where more are to be asked than there are.
+    operating system gave this run, and that stays with the server. without: those that may not take part any more; others take
+    their place where so many are asked. Raises PlanError where more are to be asked than there are.
     """
     plan, people = folder.plan, folder.file.participants
     if plan.server.sample_size:
         check_sample_size(plan, len(people))
-        generator = seeded_generator(plan.seed, "selection", round)
-        return [people[i] for i in sorted(generator.choice(len(people), plan.server.sample_size, replace=False))]
+        return _drawn(plan, round, [person for person in people if person.name not in without])
     if plan.server.sample_rate >= 1:
-        return list(people)
+        return [person for person in people if person.name not in without]
     secret = plan.client_privacy is not None and plan.client_privacy.amplification
     generator = _private(folder.path, round) if secret else seeded_generator(plan.seed, "selection", round)
-    return [person for person in people if generator.random() < plan.server.sample_rate]
+    chosen = [person for person in people if generator.random() < plan.server.sample_rate]
+    return [person for person in chosen if person.name not in without]
+
+
+def _drawn(plan: Plan, round: int, people: Sequence[Participant]) -> list[Participant]:
+    """So many in their order; after them, as they were drawn, those that are asked beyond."""
+    size = plan.server.sample_size
+    asked = min(len(people), math.ceil(size * (1 + plan.server.over_selection) - 1e-9))
+    generator = seeded_generator(plan.seed, "selection", round)
+    drawn: list[int] = [int(i) for i in generator.choice(len(people), asked, replace=False)] if people else []
+    return [people[i] for i in [*sorted(drawn[:size]), *drawn[size:]]]
+
+
+def enough(plan: Plan, asked: int) -> int:
+    """How many updates close a round: those of all that were asked, or of the first so many."""
+    return min(asked, plan.server.sample_size) if plan.server.over_selection else asked
+
+
+def left_out(plan: Plan, history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Who has had as many updates refused as the plan allows, by the rounds that are finished."""
+    strikes = Counter(name for entry in history for name in entry.get("quarantined", ()))
+    return sorted(name for name, count in strikes.items() if 0 < plan.server.strikes <= count)
 
 
 def check_sample_size(plan: Plan, organisations: int) -> None:

@@ -58,5 +58,5 @@ def _print(event: str, fields: dict[str, Any]) -> None:
         )
     elif event == "run_stopped":
         print(f"cotune: the run was stopped: {fields['reason']}", flush=True)
-    elif event in ("update_dropped", "run_failed"):
+    elif event in ("update_dropped", "update_quarantined", "run_failed"):
         print(f"cotune: round {fields['round']}: {fields.get('organisation', 'failed')}: {fields['reason']}", flush=True)

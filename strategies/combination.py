@@ -52,13 +52,19 @@ class WeightedFusion:
         self._contribute: Contribution | None = next(self._passes) if self._passes is not None else None
         self._count, self._weights, self._squares = 0, 0.0, 0.0
 
-    def add(self, update: Update) -> None:
-        """Raises RunError for an update with values that are not finite."""
+    def add(self, update: Update, staleness: int = 0) -> None:
+        """Takes an update; one that is late by s rounds counts (1 + s)^(-½) times as much: Xie et al. 2019,
+        https://arxiv.org/abs/1903.03934, section 5.2; Nguyen et al., AISTATS 2022, https://arxiv.org/abs/2106.06639, section 5.
+
+        Raises RunError for an update with values that are not finite. A rule that compares updates takes none that are late.
+        """
         if not all(bool(tensor.isfinite().all()) for tensor in update.delta.values()):
             raise RunError(f"the update of {update.organisation[:80]} is not finite: expected finite values")
         self._count += 1
         if self._streams:
-            self._add_up(self._weighed(update, self._weigh(update)))
+            self._add_up(self._weighed(update, _discounted(self._weigh(update), staleness)))
+        elif staleness:
+            raise RunError(f"the update of {update.organisation[:80]} is late: expected a rule that adds updates up")
         else:
             self._held.append(update)
 
@@ -119,6 +125,13 @@ class WeightedFusion:
         except StopIteration as end:
             result: Delta | Fused = end.value
             return result
+
+
+def _discounted(weight: Any, staleness: int) -> Any:
+    if not staleness:
+        return weight
+    factor = (1 + staleness) ** -0.5
+    return {name: w * factor for name, w in weight.items()} if isinstance(weight, Mapping) else weight * factor
 
 
 def _bound(info: PartInfo, parameters: Mapping[str, Any], context: RoundContext) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ class Facts:
     organisations that each round asks. organisations: that it asks in a round, at least; None where that is not known before the
     run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
     personal: organisations keep some of what they train to themselves. same_steps: every organisation takes as many steps in a
-    round.
+    round. folds_late: updates of earlier rounds are folded into later ones.
     """
 
     record_privacy: bool = False
@@ -37,6 +37,7 @@ class Facts:
     mixed_ranks: bool = False
     personal: bool = False
     server_data: bool = False
+    folds_late: bool = False
 
 
 Found = Mapping[Kind, tuple[Part, PartInfo]]
@@ -139,6 +140,8 @@ def _with_plan(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:
     yield from _privacy(info, facts)
     yield from _participation(part, info, facts)
     yield from _training(info, facts)
+    if facts.folds_late:
+        yield from _lateness(info)
 
 
 def _privacy(info: PartInfo, facts: Facts) -> Iterator[str]:
@@ -212,3 +215,18 @@ def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
         yield 'is about whole models, and lora.keep leaves a part of them at home: expected lora.keep = "nothing"'
     if needs.server_data and not facts.server_data:
         yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"
+
+
+def _lateness(info: PartInfo) -> Iterator[str]:
+    """Late updates are added to a running sum of weighted ones; nothing else is known to be right for them."""
+    needs = info.needs
+    adds_up = {
+        "fusion": info.is_mean and needs.visibility == Visibility.SUM,
+        "weighting": not info.sees_all and not needs.server_data and not needs.sends,
+        "client_term": not (needs.client_state or needs.receives),
+    }
+    if not adds_up.get(info.kind, True):
+        yield (
+            'cannot be had with server.late = fold, which adds late updates to a weighted mean: expected late = "ignore", or a'
+            ' strategy such as "fedavg"'
+        )

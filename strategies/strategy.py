@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cotune.strategies.client_term import ClientTerm
-from cotune.strategies.combination import Combination, WeightedFusion
+from cotune.strategies.combination import WeightedFusion
 from cotune.strategies.parts import FOLDERS, Kind, PartInfo, Payload
 from cotune.strategies.plugins import NO_TERM, is_code, is_file, load_code, part_named
 from cotune.strategies.round import RoundContext
@@ -125,7 +125,7 @@ class StrategyConfig(BaseModel):
         """Whether organisations keep tensors from round to round."""
         return self.client_term is not None and self.client_term.info("client_term").needs.client_state
 
-    def new_combination(self, context: RoundContext) -> Combination:
+    def new_combination(self, context: RoundContext) -> WeightedFusion:
         """Weighting and fusion for one round."""
         weighting, fusion = self.weighting, self.fusion
         return WeightedFusion(

@@ -224,7 +224,13 @@ def payload_bytes(content: RecordDict) -> int:
 def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
     if isinstance(record, ArrayRecord):
         return sum(len(name.encode()) + len(array.data) for name, array in record.items())
-    return sum(len(name.encode()) + (len(v.encode()) if isinstance(v, str) else 8) for name, v in record.items())
+    return sum(len(name.encode()) + _value_bytes(value) for name, value in record.items())
+
+
+def _value_bytes(value: object) -> int:
+    if isinstance(value, list):
+        return sum(_value_bytes(item) for item in value)
+    return len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, bytes) else 8
 
 
 def received_digest(state: Mapping[str, Tensor], sent: Mapping[str, Tensor] | None = None) -> str:

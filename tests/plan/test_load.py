@@ -197,6 +197,12 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "server.sample_rate": st.floats(0, 1, exclude_min=True),
     "server.sample_size": st.integers(0, 10**6),
     "server.quorum": st.floats(0, 1, exclude_min=True),
+    "server.over_selection": st.just(0.0),  # more of it needs sample_size: test_schema
+    "server.absent_seconds": st.floats(0, 1e9),
+    "server.wait_seconds": st.floats(0, 1e9),
+    "server.max_staleness": st.integers(1, 100),
+    "server.max_examples": st.integers(1, 10**9),
+    "server.strikes": st.integers(0, 10**6),
     "server.deadline_seconds": st.floats(0, 1e9, exclude_min=True),
     "server.max_update_norm": st.floats(0, 1e9, exclude_min=True),
     "simulation.clients": st.integers(1, 10_000),

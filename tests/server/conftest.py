@@ -18,7 +18,7 @@ from cotune.plan.schema import Plan
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.grid import InProcessGrid
 from cotune.strategies.updates import Update
-from cotune.strategies.wire import Request, decode_request, encode_update
+from cotune.strategies.wire import Request, decode_request, encode_update, received_digest
 
 torch.set_num_threads(1)  # with more, tiny models spend their time waiting for a core whenever the machine is shared
 
@@ -71,5 +71,12 @@ def adding(value: float, examples: int = 10) -> Answer:
 
 
 def update(request: Request, delta: Mapping[str, torch.Tensor], examples: int = 10, **changes: Any) -> Update:
-    fields = {"organisation": request.organisation, "round": request.round, "examples": examples, "steps": 1, **changes}
-    return Update(delta=delta, **fields)
+    received = received_digest(request.state, request.sent)
+    fields = {
+        "organisation": request.organisation,
+        "round": request.round,
+        "examples": examples,
+        "steps": 1,
+        "received": received,
+    }
+    return Update(delta=delta, **{**fields, **changes})

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.models.errors import RunError
-from cotune.server.events import Events, listening, read_events
+from cotune.server.events import Events, follow, listening, read_events
 from cotune.server.rounds import run_rounds
+from cotune.server.run_folder import RunFolder
 from tests.server.conftest import NewRun, adding, federation, model_of
 
 FIELDS = {
@@ -30,6 +31,10 @@ FIELDS = {
             "client_privacy",
             "participants",
             "dropped",
+            "quarantined",
+            "absent",
+            "left_out",
+            "late",
             "bytes_up",
             "bytes_down",
             "seconds",
@@ -147,3 +152,59 @@ def test_every_event_of_a_run_has_the_documented_fields(new_run: NewRun) -> None
     for event in events:
         assert event.keys() == {"event", *FIELDS[event["event"]]}
     assert [event["resumed_after"] for event in events if event["event"] == "run_started"] == [0, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts=st.lists(st.integers(0, 400), max_size=8), names=st.lists(st.text(max_size=20), min_size=1, max_size=5))
+def test_a_follower_hears_every_event_once_however_it_is_written(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], names: list[str]
+) -> None:
+    path = tmp_path_factory.mktemp("follow") / "events.jsonl"
+    for name in names:
+        Events(path).tell("update_received", organisation=name)
+    content, whole = path.read_bytes(), read_events(path)
+    growing, heard, offset = path.with_name("growing.jsonl"), [], 0
+    for end in [*sorted(cuts), len(content)]:
+        growing.write_bytes(content[:end])
+        events, offset = follow(growing, offset)
+        heard += events
+    assert heard == whole
+    assert (offset, follow(growing, offset)) == (len(content), ([], len(content)))
+
+
+def test_a_follower_waits_for_the_end_of_a_line_and_skips_what_was_cut_short(path: Path) -> None:
+    assert follow(path) == ([], 0)
+    events = Events(path)
+    events.tell("first")
+    first, offset = follow(path)
+    events.tell("second")
+    path.write_bytes(path.read_bytes()[:-5])
+    assert [event["event"] for event in first] == ["first"]
+    assert follow(path, offset) == ([], offset)
+    Events(path).tell("third")
+    assert [event["event"] for event in follow(path, offset)[0]] == ["third"]
+
+
+def test_whoever_only_looks_leaves_an_unfinished_line_to_its_writer(new_run: NewRun) -> None:
+    folder = new_run("a")
+    folder.events.path.write_bytes(b'{"event": "fir')
+    RunFolder(folder.path)
+    assert folder.events.path.read_bytes() == b'{"event": "fir'
+
+
+def _tell_slowly(path: Path) -> None:
+    events = Events(path)
+    for i in range(300):
+        events.tell("step", i=i, padding="x" * (i * 50))
+
+
+def test_a_follower_beside_the_writer_misses_nothing(path: Path) -> None:
+    path.parent.mkdir()
+    writer = multiprocessing.get_context("fork").Process(target=_tell_slowly, args=(path,))
+    writer.start()
+    heard, offset = list[int](), 0
+    while writer.is_alive() or len(heard) < 300:
+        events, offset = follow(path, offset)
+        heard += [event["i"] for event in events]
+    writer.join()
+    assert heard == list(range(300))

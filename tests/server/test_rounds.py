@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from cotune.models.errors import RunError
 from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
-from cotune.server import rounds
+from cotune.server import post
 from cotune.server.events import read_events
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import Participant, Progress, RunFile, RunFolder
@@ -225,7 +225,7 @@ def test_the_order_of_the_replies_does_not_change_a_bit_of_the_result(new_run: N
         noise = {name: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * scale) for name, t in request.state.items()}
         return update(request, noise, examples=int(request.organisation[-1]) * 7)
 
-    monkeypatch.setattr(rounds, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(post, "_DIRECT_POLL_SECONDS", 0.001)
     results = []
     for order in itertools.permutations(names):
         monkeypatch.setattr(Delayed, "order", order)
@@ -329,7 +329,9 @@ def test_a_bad_update_is_dropped_with_its_reason_and_the_round_goes_on(new_run: 
         (dropped,) = entry["dropped"]
         assert dropped["organisation"] == "bad"
         assert reason in dropped["reason"]
-    told = [event for event in read_events(folder.path / "events.jsonl") if event["event"] == "update_dropped"]
+    told = [
+        event for event in read_events(folder.path / "events.jsonl") if event["event"] in ("update_dropped", "update_quarantined")
+    ]
     assert [(event["round"], event["organisation"], event["reason"]) for event in told] == [
         (entry["round"], "bad", entry["dropped"][0]["reason"]) for entry in progress.history
     ]
@@ -424,10 +426,11 @@ class Nodeless(InProcessGrid):
         return [] if self.asked <= self.until else super().get_node_ids()
 
 
-def test_without_nodes_the_run_fails_after_a_while(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "_NODES_SECONDS", 0.1)
-    folder = new_run("org-1", rounds=1)
-    with pytest.raises(RunError, match=r"no node connected within 0\.1 seconds"):
+def test_without_nodes_the_run_fails_after_a_while(new_run: NewRun) -> None:
+    folder = new_run("org-1", rounds=1, server={"wait_seconds": 0.1})
+    with pytest.raises(
+        RunError, match=r"round 1 has 0 of 1 organisations connected after 0\.1 seconds, expected at least 1 .*org-1"
+    ):
         play(folder, {"org-1": adding(1.0)}, Nodeless)
     assert [event["event"] for event in read_events(folder.path / "events.jsonl")][-1] == "run_failed"
 

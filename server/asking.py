@@ -1,0 +1,174 @@
+"""One round's asking: who is asked, asked again, waited for, and when the round is over.
+
+A round begins when as many organisations are connected as its quorum needs. It is over when everybody has answered, or enough
+have; when the quorum stands and those who are missing have stayed away for `server.absent_seconds`; when the quorum cannot be
+reached any more; and at the latest `server.deadline_seconds` after it began.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Message, MessageType, RecordDict
+
+from cotune.models.errors import RunError
+from cotune.plan.schema import RoundsConfig
+from cotune.server.post import Letter, Post
+from cotune.server.tally import Tally
+from cotune.strategies.wire import payload_bytes
+
+__all__ = ["Asking"]
+
+_POLL_SECONDS = 0.1
+_MOST_TIMES = 3  # that an organisation is asked in a round
+_AGAIN_SECONDS = 2.0  # before a lost one is asked again, and twice as long before the third time
+_LATEST = "the round was complete before it answered"
+
+Tell = Callable[..., None]
+
+
+@dataclass
+class _Lost:
+    reason: str
+    at: float = field(default_factory=time.monotonic)
+
+
+class Asking:
+    """contents: organisation -> its request, in the order of the organisations. enough: updates that close the round."""
+
+    def __init__(
+        self,
+        post: Post,
+        config: RoundsConfig,
+        round: int,
+        contents: Mapping[str, RecordDict],
+        enough: int,
+        tally: Tally,
+        tell: Tell,
+    ) -> None:
+        self._post, self._config, self._round, self._tally, self._tell = post, config, round, tally, tell
+        self._contents, self._enough = dict(contents), enough
+        self._times = dict.fromkeys(contents, 0)
+        self._idle = dict.fromkeys(contents)  # who has not answered for good, and is to be asked
+        self._waiting: set[str] = set()  # who is asked and may answer yet
+        self._lost: dict[str, _Lost] = {}
+        self._began = time.monotonic()
+
+    def letters(self) -> Iterator[Letter]:
+        """The answers as they come, also those of earlier rounds; letters of this round have a reply each. Whoever sent none is
+        in the tally's `dropped` at the end. Raises RunError when too few are connected for too long.
+        """
+        self._await_quorum()
+        self._began = time.monotonic()
+        while not self._over():
+            last = self._seconds_left() <= 0
+            self._ask()
+            for letter in self._post.receive(_POLL_SECONDS, last=last):
+                if self._settles(letter):
+                    yield letter
+                del letter
+                if self._complete:
+                    break
+            if last:
+                break
+        self._close()
+
+    def _await_quorum(self) -> None:
+        people, needed, told = list(self._contents), math.ceil(self._tally.needed), None
+        while len(here := [name for name in people if name in self._post.connected()]) < needed:
+            if told != here and self._post.looked():
+                told = here
+                self._tell("waiting", round=self._round, connected=here, needed=needed, absent=_without(people, here))
+            if time.monotonic() - self._began > self._config.wait_seconds:
+                raise RunError(
+                    f"round {self._round} has {len(here)} of {len(people)} organisations connected after"
+                    f" {self._config.wait_seconds:g} seconds, expected at least {needed} (server.quorum); not there:"
+                    f" {', '.join(_without(people, here))[:500]}"
+                )
+            time.sleep(min(_POLL_SECONDS, 0.02))
+
+    def _ask(self) -> None:
+        """Whoever is connected, and was not asked or was lost."""
+        ready = [name for name in self._idle if self._may_be_asked(name)]
+        connected = self._post.connected() if ready else {}
+        for name in ready:
+            if name in connected:
+                del self._idle[name]
+                self._waiting.add(name)
+                self._times[name] += 1
+                self._tally.bytes_down += payload_bytes(self._contents[name])
+                self._post.send(self._round, name, self._message(name, connected[name]))
+
+    def _may_be_asked(self, name: str) -> bool:
+        if name not in self._lost:
+            return True
+        again = self._lost[name].at + _AGAIN_SECONDS * 2 ** (self._times[name] - 1)
+        return time.monotonic() >= again and self._post.looked() > self._lost[name].at
+
+    def _message(self, name: str, node: int) -> Message:
+        seconds = max(1.0, self._seconds_left())
+        if self._config.late == "fold":
+            seconds += self._config.max_staleness * self._config.deadline_seconds
+        return Message(self._contents[name], node, MessageType.TRAIN, ttl=seconds, group_id=str(self._round))
+
+    def _settles(self, letter: Letter) -> bool:
+        """Whether the letter is an answer; one of an organisation that was lost is noted here."""
+        name = letter.organisation
+        if letter.round != self._round:
+            return letter.reply is not None
+        self._waiting.discard(name)
+        if letter.reply is not None:
+            self._answered(name)
+            return True
+        self._idle[name], self._lost[name] = None, _Lost(letter.lost)
+        if self._times[name] >= _MOST_TIMES:
+            self._drop(name, f"{letter.lost}, {_MOST_TIMES} times")
+        return False
+
+    def _answered(self, name: str) -> None:
+        self._idle.pop(name, None)
+        self._contents.pop(name, None)
+
+    def _drop(self, name: str, reason: str) -> None:
+        self._answered(name)
+        self._tally.dropped[name] = reason
+        self._tell("update_dropped", round=self._round, organisation=name, reason=reason)
+
+    @property
+    def _complete(self) -> bool:
+        return len(self._tally.participants) >= self._enough
+
+    def _seconds_left(self) -> float:
+        return self._began + self._config.deadline_seconds - time.monotonic()
+
+    def _over(self) -> bool:
+        admitted, needed = len(self._tally.participants), self._tally.needed
+        if self._complete:
+            return True
+        if self._waiting:
+            return False
+        if not self._idle or admitted + len(self._idle) < needed:
+            return True
+        if admitted < needed:
+            return False
+        since = max([self._began, *(self._lost[name].at for name in self._idle if name in self._lost)])
+        return time.monotonic() - since >= self._config.absent_seconds
+
+    def _close(self) -> None:
+        """Whoever is still missing is shown, with the reason."""
+        seconds = f"no reply within {self._config.deadline_seconds:g} seconds"
+        for name in [name for name in self._times if name in self._waiting]:
+            self._drop(name, _LATEST if self._complete else seconds)
+        for name in list(self._idle):
+            if name in self._lost or not self._complete:
+                self._tally.absent.append(name)
+                self._drop(name, self._lost[name].reason if name in self._lost else "it was not connected")
+            else:
+                self._drop(name, _LATEST)
+
+
+def _without(people: list[str], here: list[str]) -> list[str]:
+    return [name for name in people if name not in here]

@@ -1,0 +1,134 @@
+"""The finished model, handed to every organisation of a run; delivered.json says who has confirmed it.
+
+An organisation that was away gets it when the run is continued: whoever has not confirmed is asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from cotune.models.durable import write_durably
+from cotune.models.errors import RunError
+from cotune.server.addresses import members_of
+from cotune.server.post import Letter, Post, post_of
+from cotune.server.run_folder import RunFolder
+from cotune.server.selection import left_out
+from cotune.server.step import served_of
+from cotune.server.verification import one_line
+from cotune.strategies.wire import Recipient, decode_receipt, encode_requests, received_digest
+
+__all__ = ["confirmed", "deliver"]
+
+_POLL_SECONDS = 0.1
+_EXPORT_SECONDS = 600.0  # how long an organisation may take to write its model
+_MOST_TIMES = 3
+_AGAIN_SECONDS = 2.0
+
+
+def confirmed(folder: RunFolder) -> dict[str, str]:
+    """Organisation -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
+    file = folder.path / "delivered.json"
+    try:
+        found = json.loads(file.read_bytes())
+        return {str(name): str(at) for name, at in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError):
+        raise RunError(f"{file} is damaged: expected organisations with times; remove it to hand the model out again") from None
+
+
+def deliver(grid: Grid, folder: RunFolder) -> list[str]:
+    """Hands the served model to the members who lack it, and returns who still does.
+
+    Those who are not connected are waited for `server.absent_seconds` long. Whoever was left out or revoked gets none.
+    """
+    progress, members = folder.load(), members_of(Path(folder.file.federation))
+    without = {*left_out(folder.plan, progress.history), *confirmed(folder)}
+    lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
+    if not progress.round or not lacking:
+        return []
+    state = served_of(folder.plan, progress)
+    last = {name: entry["round"] for entry in progress.history for name in entry["participants"]}
+    recipients = [Recipient(name, last.get(name, 0)) for name in lacking]
+    contents = dict(zip(lacking, encode_requests(folder.plan.canonical(), progress.round, state, recipients), strict=True))
+    with closing(post_of(grid, folder)) as post:
+        return _Delivery(post, folder, progress.round, contents, received_digest(state)).play()
+
+
+class _Delivery:
+    def __init__(self, post: Post, folder: RunFolder, round: int, contents: Mapping[str, RecordDict], received: str) -> None:
+        self._post, self._folder, self._round, self._received = post, folder, round, received
+        self._idle, self._waiting = dict(contents), dict[str, RecordDict]()
+        self._times = dict.fromkeys(contents, 0)
+        self._not_before = dict.fromkeys(contents, 0.0)
+        self._began = time.monotonic()
+
+    def play(self) -> list[str]:
+        lacking = list(self._times)
+        while not self._over():
+            self._send()
+            for letter in self._post.receive(_POLL_SECONDS):
+                if letter.organisation in self._waiting and self._arrived(letter):
+                    lacking.remove(letter.organisation)
+        for name in [name for name in lacking if name in self._idle or name in self._waiting]:
+            self._undelivered(name, "it did not confirm in time" if name in self._waiting else "it was not connected")
+        return lacking
+
+    def _over(self) -> bool:
+        seconds, patience = time.monotonic() - self._began, self._folder.plan.server.absent_seconds
+        if self._waiting:
+            return seconds > patience + _EXPORT_SECONDS
+        return not self._idle or seconds > patience
+
+    def _send(self) -> None:
+        connected = self._post.connected()
+        for name in [name for name in self._idle if name in connected and time.monotonic() >= self._not_before[name]]:
+            content = self._waiting[name] = self._idle.pop(name)
+            self._times[name] += 1
+            ttl = self._folder.plan.server.absent_seconds + _EXPORT_SECONDS
+            message = Message(content, connected[name], MessageType.EVALUATE, ttl=ttl, group_id=str(self._round))
+            self._post.send(self._round, name, message)
+
+    def _arrived(self, letter: Letter) -> bool:
+        """Whether the organisation has confirmed; one that was lost is tried again."""
+        name, content = letter.organisation, self._waiting.pop(letter.organisation)
+        if letter.reply is None:
+            if self._times[name] >= _MOST_TIMES:
+                self._undelivered(name, letter.lost)
+            else:
+                self._idle[name] = content
+                self._not_before[name] = time.monotonic() + _AGAIN_SECONDS * 2 ** (self._times[name] - 1)
+            return False
+        reason = self._wrong(letter.reply, name)
+        if reason:
+            self._undelivered(name, reason)
+            return False
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        document = json.dumps({**confirmed(self._folder), name: now}, ensure_ascii=False, indent=1)
+        write_durably(self._folder.path / "delivered.json", document.encode())
+        self._folder.events.tell("delivered", organisation=name)
+        return True
+
+    def _wrong(self, reply: Message, name: str) -> str:
+        """Why an answer is no receipt for this model; "" where it is one."""
+        if reply.has_error():
+            return one_line(reply.error.reason or "") or f"error {reply.error.code}"
+        try:
+            receipt = decode_receipt(reply.content)
+        except RunError as error:
+            return str(error)
+        found = (receipt.organisation, receipt.plan_id, receipt.received)
+        if found != (name, self._folder.plan.plan_id, self._received):
+            return "its receipt is for another model or organisation"
+        return ""
+
+    def _undelivered(self, name: str, reason: str) -> None:
+        self._folder.events.tell("undelivered", organisation=name, reason=reason)

@@ -1,0 +1,90 @@
+"""From an answer to an update that may enter the model, or to the reason why it may not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from cotune.models.errors import RunError
+from cotune.plan.schema import Plan
+from cotune.server.admission import most_bytes, reason_to_refuse
+from cotune.server.members import Member
+from cotune.strategies.round import RoundContext
+from cotune.strategies.updates import Update
+from cotune.strategies.wire import decode_update, payload_bytes
+
+__all__ = ["Opened", "Verify", "one_line"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """refused: there was an update, and it was not as agreed."""
+
+    update: Update | None
+    reason: str = ""
+    refused: bool = False
+
+
+class Verify:
+    """What answers of one round are held to.
+
+    shapes: what the round shares. sent: bytes of a request. received: digest of what it holds. members: in a real run, those that
+    may take part, with the numbers of records that they may declare.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        context: RoundContext,
+        shapes: Mapping[str, Tensor],
+        statistics: Mapping[str, tuple[int, ...]],
+        *,
+        sent: int,
+        received: str,
+        members: Mapping[str, Member],
+    ) -> None:
+        self._plan, self._round, self._members = plan, context.round, members
+        self._most_bytes = most_bytes(sent, statistics)
+        local = plan.stage_of(context.round).local
+        self._refuse = partial(
+            reason_to_refuse,
+            round=context.round,
+            shapes={name: torch.empty(tensor.shape, device="meta") for name, tensor in shapes.items()},
+            statistics=statistics,
+            steps_of=None if local.epochs is None else local.steps_of,
+            most_steps=local.steps,
+            smaller=context.adapters if plan.mixed_ranks else (),
+            max_norm=plan.server.max_update_norm,
+            noise_needed=plan.privacy != "none" and plan.strategy.compares_noise,
+            loss_needed="loss" in plan.strategy.sends,
+            received=received,
+        )
+
+    def __call__(self, reply: Message, organisation: str) -> Opened:
+        if reply.has_error():
+            return Opened(None, one_line(reply.error.reason or "") or f"error {reply.error.code}")
+        size = payload_bytes(reply.content)
+        if size > self._most_bytes:
+            return Opened(None, f"it has {size} bytes, expected at most {self._most_bytes}", refused=True)
+        try:
+            update = decode_update(reply.content, self._plan.plan_id)
+        except RunError as error:
+            return Opened(None, str(error), refused=True)
+        reason = self._refuse(update, organisation=organisation, examples=self._examples(organisation))
+        return Opened(update) if reason is None else Opened(None, reason, refused=True)
+
+    def _examples(self, organisation: str) -> tuple[int, int]:
+        most = self._plan.server.max_examples
+        member = self._members.get(organisation)
+        least, own = (member.examples if member else None) or (1, most)
+        return max(1, least), min(most, own)
+
+
+def one_line(text: str) -> str:
+    """A stranger's words, fit to be shown: one line without control characters, at most 500 long."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]

@@ -1,0 +1,48 @@
+"""An update as a file: safetensors, with everything that is not a tensor as JSON in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cotune.strategies.updates import Update
+
+__all__ = ["read_update", "update_bytes"]
+
+
+def update_bytes(update: Update, **about: str) -> bytes:
+    """The content of the file. about: what else it says, such as the plan that the update is for."""
+    plain = {f.name: getattr(update, f.name) for f in fields(update) if f.name not in ("delta", "statistics")}
+    tensors = {f"delta/{n}": t for n, t in update.delta.items()} | {f"statistics/{n}": t for n, t in update.statistics.items()}
+    content: bytes = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(plain | about)})
+    return content
+
+
+def read_update(file: Path, **expected: Any) -> Update | None:
+    """The update; None where what the file says differs from what is expected.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            about = json.loads(tensors.metadata()["update"])
+            if any(about[name] != value for name, value in expected.items()):
+                return None
+            plain = {f.name: about[f.name] for f in fields(Update) if f.name not in ("delta", "statistics")}
+            found: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            return Update(delta=_part(found, "delta/"), statistics=_part(found, "statistics/"), **plain)
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

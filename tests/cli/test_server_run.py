@@ -1,0 +1,93 @@
+"""`cotune server run` and `status` as they are typed, without a server: what they refuse, and what they show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cotune.cli.progress import showing_remote_progress
+from cotune.cli.remote_lines import remote_line
+from cotune.server.federation import FederationFolder
+from cotune.server.new_run import real_run
+from tests.cli.conftest import Cotune
+from tests.server.coordinators import founded
+
+
+@pytest.fixture
+def fed(folder: Path) -> FederationFolder:
+    return founded(folder / "fed", folder / "base", "hospital-a", "hospital-b")
+
+
+def test_without_a_server_a_run_is_refused_and_leaves_nothing(cotune: Cotune, fed: FederationFolder) -> None:
+    done = cotune("server", "run", fed.path)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("cotune: the SuperLink cannot be reached")
+    assert "`cotune server start`" in done.err
+    assert list(fed.runs()) == []
+
+
+def test_resume_without_a_run_is_refused(cotune: Cotune, fed: FederationFolder) -> None:
+    done = cotune("server", "run", fed.path, "--resume")
+    assert (done.code, done.err) == (1, f"cotune: {fed.path} has no run to go on with: begin one without --resume\n")
+
+
+@pytest.mark.parametrize("option", [("--new",), ("--set", "rounds=3")])
+def test_resume_takes_nothing_that_begins_a_run(cotune: Cotune, fed: FederationFolder, option: tuple[str, ...]) -> None:
+    done = cotune("server", "run", fed.path, "--resume", *option)
+    assert done.code == 2
+    assert "--resume takes neither --new nor --set" in done.err
+
+
+def test_a_folder_that_is_no_federation_is_refused(cotune: Cotune, folder: Path) -> None:
+    for command in ("run", "status"):
+        done = cotune("server", command, folder)
+        assert done.code == 1
+        assert "is not the folder of a federation" in done.err
+
+
+def test_status_works_while_nothing_runs(cotune: Cotune, fed: FederationFolder) -> None:
+    done = cotune("server", "status", fed.path)
+    assert (done.code, done.err) == (0, "")
+    for words in ("federation toy: the server does not run", "certificate until 20", "no run yet", "hospital-b", "unknown"):
+        assert words in done.out
+    run = real_run(fed, name="one")
+    run.events.tell("run_started", rounds=2)
+    done = cotune("server", "status", fed.path)
+    for words in ("run one, plan toy", "round 0 of 2, under way", "last event: run_started"):
+        assert words in done.out
+
+
+def test_status_as_json(cotune: Cotune, fed: FederationFolder) -> None:
+    done = cotune("server", "status", fed.path, "--json")
+    found = json.loads(done.out)
+    assert [(o["name"], o["connection"]) for o in found["organisations"]] == [
+        ("hospital-a", "unknown"),
+        ("hospital-b", "unknown"),
+    ]
+    assert (found["run"], found["server_reachable"]) == (None, False)
+
+
+def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
+    console = Console(width=200, record=True, force_terminal=False, highlight=False)
+    with showing_remote_progress(console) as tell:
+        tell("run_started", {"folder": "f", "plan": "p", "plan_id": "ab" * 32, "rounds": 2, "resumed_after": 0})
+        tell("waiting", {"connected": ["a"], "needed": 2, "absent": ["b", "c"]})
+        tell("update_received", {"round": 1, "organisation": "a", "bytes": 1200, "steps": 3, "epsilon": 0.991})
+        tell("update_quarantined", {"round": 1, "organisation": "b", "reason": "not finite"})
+        tell("organisation_left_out", {"organisation": "b", "reason": "3 refused updates"})
+        tell("delivered", {"organisation": "a"})
+        tell("run_lost", {"reason": "its process ended (failed)", "seconds": 4.0})
+    told = console.export_text().replace("\u00a0", " ")
+    for line in (
+        "waiting for organisations: 1 connected, 2 needed; not connected: b, c",
+        "round 1: a answered, 1.2 kB, ε 1.00 stated",
+        "round 1: the update of b was refused and put aside: not finite",
+        "b is left out of the run from now on: 3 refused updates",
+        "a has the finished model",
+        "the run ended without a word (its process ended (failed)); it is handed over again in 4 seconds",
+    ):
+        assert line in told
+    assert remote_line("round_started", {"round": 1}) is None

@@ -1,0 +1,395 @@
+"""Rounds of a real run, on a grid on which things go wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+
+from cotune.models.errors import RunError
+from cotune.server import asking, post
+from cotune.server.rounds import run_rounds
+from cotune.server.run_folder import Progress, RunFolder
+from cotune.strategies.wire import Request
+from tests.server.conftest import Answer, NewRun, adding, model_of, update
+from tests.server.test_rounds import assert_moved, initial, raises, same
+from tests.server.wild import WildGrid, files, real, told, wild
+
+NAMES = ("org-1", "org-2", "org-3")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(post, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(asking, "_AGAIN_SECONDS", 0.02)
+
+
+def play(folder: RunFolder, grid: WildGrid) -> Progress:
+    return run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+
+
+def everybody(*values: float) -> dict[str, Answer]:
+    return {name: adding(value) for name, value in zip(NAMES, values, strict=False)}
+
+
+def noise(request: Request) -> Any:
+    """Sums of such different sizes depend on their order."""
+    number = int(request.organisation[-1])
+    rng = np.random.default_rng([request.round, number])
+    draws = {n: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * 1000.0**number) for n, t in request.state.items()}
+    return update(request, draws, examples=number * 7)
+
+
+def dropped(progress: Progress) -> list[Mapping[str, str]]:
+    return [{each["organisation"]: each["reason"] for each in entry["dropped"]} for entry in progress.history]
+
+
+# --- who is asked
+
+
+def test_organisations_are_known_by_their_keys_wherever_their_nodes_are(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=2))
+    progress = play(folder, wild(folder, everybody(1.0, 2.0, 6.0)))
+    assert_moved(progress.state, initial(folder), by=6.0)
+    assert [entry["participants"] for entry in progress.history] == [list(NAMES)] * 2
+
+
+def test_a_request_lives_as_long_as_the_round_and_names_it(new_run: NewRun) -> None:
+    folder = real(new_run("org-1", rounds=2, server={"deadline_seconds": 100.0}))
+    grid = wild(folder, everybody(1.0))
+    play(folder, grid)
+    assert grid.groups["org-1"] == ["1", "2"]
+    assert all(90 < ttl <= 100 for ttl in grid.ttls["org-1"])
+
+
+def test_whoever_was_revoked_is_not_asked_and_the_quorum_is_of_the_others(new_run: NewRun) -> None:
+    from cotune.server.federation import FederationFolder
+
+    folder = real(new_run(*NAMES, rounds=2, server={"quorum": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0, 100.0))
+
+    def revokes(name: str, message: Message) -> None:
+        if (name, message.metadata.group_id) == ("org-3", "1"):
+            FederationFolder(folder.path.parent.parent).members.revoke("org-3")
+
+    grid.on_push = revokes
+    progress = play(folder, grid)
+    assert [entry["left_out"] for entry in progress.history] == [[], ["org-3"]]
+    assert progress.history[1]["participants"] == ["org-1", "org-2"]
+    assert told(folder, "organisation_left_out") == [
+        {"event": "organisation_left_out", "round": 2, "organisation": "org-3", "reason": "its invitation was revoked"}
+    ]
+
+
+# --- waiting
+
+
+def test_a_round_waits_for_its_quorum_to_be_connected(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.6, "absent_seconds": 0.0}))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    grid.offline = {"org-2", "org-3"}
+    back = threading.Timer(0.3, lambda: grid.offline.discard("org-3"))
+    back.start()
+    progress = play(folder, grid)
+    assert progress.history[0]["participants"] == ["org-1", "org-3"]
+    assert progress.history[0]["absent"] == ["org-2"]
+    assert dropped(progress) == [{"org-2": "it was not connected"}]
+    [waiting] = told(folder, "waiting")
+    assert waiting == {"event": "waiting", "round": 1, "connected": ["org-1"], "needed": 2, "absent": ["org-2", "org-3"]}
+
+
+def test_a_quorum_that_does_not_come_ends_the_run_which_can_be_resumed(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0, "wait_seconds": 0.1}))
+    grid = wild(folder, everybody(1.0, 1.0, 1.0))
+    grid.offline = {"org-2"}
+    with pytest.raises(RunError, match=r"round 1 has 2 of 3 organisations connected after 0\.1 seconds.*at least 3.*org-2"):
+        play(folder, grid)
+    assert sum(grid.pushed.values()) == 0  # nobody has trained for nothing
+    grid.offline = set()
+    assert play(folder, grid).round == 1
+
+
+def test_whoever_connects_during_a_round_is_asked_then(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.5, "absent_seconds": 60.0}))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    grid.offline = {"org-2"}
+    grid.on_push = lambda name, message: grid.offline.clear()
+    assert play(folder, grid).history[0]["participants"] == list(NAMES)
+
+
+def test_the_deadline_ends_a_round_for_whoever_is_slow(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.5, "deadline_seconds": 0.5}))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    grid.delay = {"org-1": 3600.0}
+    progress = play(folder, grid)
+    assert dropped(progress) == [{"org-1": "no reply within 0.5 seconds"}]
+    assert_moved(progress.state, initial(folder), by=4.0)
+
+
+# --- what is lost is asked again
+
+
+@pytest.mark.parametrize("fault", ["pushes_fail", "not_taken", "lost", "pulls_fail"])
+def test_what_is_lost_twice_is_asked_again(new_run: NewRun, fault: str) -> None:
+    folder = real(new_run(*NAMES, rounds=1))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    getattr(grid, fault)["org-2"] = 2
+    progress = play(folder, grid)
+    assert dropped(progress) == [{}]
+    assert_moved(progress.state, initial(folder), by=3.0)
+    assert grid.pushed == {"org-1": 1, "org-2": 1 if fault == "pulls_fail" else 3, "org-3": 1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("pushes_fail", "its request could not be handed over: OSError: database is locked, 3 times"),
+        ("not_taken", "the SuperLink did not take its request, 3 times"),
+        ("lost", "its node was lost (error 5), 3 times"),
+    ],
+)
+def test_what_is_lost_three_times_is_left_and_the_run_goes_on(new_run: NewRun, fault: str, reason: str) -> None:
+    folder = real(new_run(*NAMES, rounds=1))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    getattr(grid, fault)["org-2"] = 1000
+    progress = play(folder, grid)
+    assert dropped(progress) == [{"org-2": reason}]
+    assert grid.pushed["org-2"] == 3
+
+
+def test_a_lost_node_that_stays_away_is_absent(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1, server={"absent_seconds": 0.2}))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    grid.lost["org-2"] = 1
+    grid.on_push = lambda name, message: grid.offline.add(name) if name == "org-2" else None
+    progress = play(folder, grid)
+    assert progress.history[0]["absent"] == ["org-2"]
+    assert dropped(progress) == [{"org-2": "its node was lost (error 5)"}]
+
+
+def test_what_an_organisation_says_itself_is_final_and_no_strike(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=4))
+    grid = wild(folder, {**everybody(1.0, 3.0), "org-3": raises})
+    progress = play(folder, grid)
+    assert grid.pushed["org-3"] == 4
+    assert [entry["quarantined"] for entry in progress.history] == [[]] * 4
+
+
+def test_one_that_hangs_holds_up_neither_the_others_nor_the_end(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=2, server={"deadline_seconds": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    release = grid.hangs["org-1"] = threading.Event()
+    try:
+        progress = play(folder, grid)
+    finally:
+        release.set()
+    assert [entry["participants"] for entry in progress.history] == [["org-2", "org-3"]] * 2
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("cotune-")]
+    assert all(thread.daemon for thread in threads)
+
+
+def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(post, "_SILENT_SECONDS", 0.1)
+    folder = real(new_run("org-1", rounds=1))
+    grid = wild(folder, everybody(1.0))
+    found, until = grid.get_nodes, time.monotonic() + 0.5
+
+    def away() -> Any:
+        if time.monotonic() < until:
+            raise OSError("connection refused")
+        return found()
+
+    monkeypatch.setattr(grid, "get_nodes", away)
+    assert play(folder, grid).round == 1
+    assert told(folder, "connection_lost", "connection_back") == [
+        {"event": "connection_lost", "reason": "OSError: connection refused"},
+        {"event": "connection_back"},
+    ]
+
+
+# --- whatever the order, the same model
+
+
+def test_the_order_of_arrival_does_not_change_a_bit(new_run: NewRun) -> None:
+    changes = {"rounds": 2, "server": {"max_update_norm": 1e12}}
+    simulated = new_run(*NAMES, **changes)
+    from tests.server.test_rounds import play as simulate
+
+    expected = simulate(simulated, dict.fromkeys(NAMES, noise)).state
+    for order in itertools.permutations(NAMES):
+        folder = real(new_run(*NAMES, **changes))
+        grid = wild(folder, dict.fromkeys(NAMES, noise))
+        grid.delay = {name: 0.08 * order.index(name) for name in NAMES}
+        assert same(play(folder, grid).state, expected)
+        received = [event["organisation"] for event in told(folder, "update_received") if event["round"] == 1]
+        assert received == list(order)
+        assert files(folder.path / "inbox") == []
+
+
+# --- over-selection
+
+
+def test_the_first_so_many_close_a_round_and_the_others_are_shown(new_run: NewRun) -> None:
+    server = {"sample_size": 2, "over_selection": 0.5}
+    folder = real(new_run(*NAMES, rounds=1, server=server))
+    grid = wild(folder, dict.fromkeys(NAMES, adding(1.0)))
+    grid.delay = {"org-2": 3600.0}
+    progress = play(folder, grid)
+    assert sum(grid.pushed.values()) == 3
+    assert progress.history[0]["participants"] and set(progress.history[0]["participants"]) == {"org-1", "org-3"}
+    assert dropped(progress) == [{"org-2": "the round was complete before it answered"}]
+    assert progress.history[0]["quarantined"] == progress.history[0]["absent"] == []
+
+
+def test_whoever_fails_is_replaced_by_one_that_was_asked_beyond(new_run: NewRun) -> None:
+    folder = new_run(*NAMES, rounds=6, server={"sample_size": 2, "over_selection": 0.5, "quorum": 1.0})
+    from tests.server.test_rounds import play as simulate
+
+    progress = simulate(folder, {**everybody(1.0, 1.0), "org-3": raises})
+    assert [entry["participants"] for entry in progress.history] in (
+        [["org-1", "org-2"]] * 6,
+        [sorted(entry["participants"]) for entry in progress.history],
+    ) or all(set(entry["participants"]) == {"org-1", "org-2"} for entry in progress.history)
+
+
+# --- strikes
+
+
+def wrong_shape(request: Request) -> Any:
+    return update(request, {"classifier.bias": torch.ones(3)})
+
+
+def test_after_so_many_refused_updates_an_organisation_is_left_out_also_by_a_run_that_was_resumed(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=4, server={"strikes": 2}))
+    grid = wild(folder, {**everybody(1.0, 1.0), "org-3": wrong_shape})
+
+    def stops(request: Request) -> Any:
+        raise KeyError("the others fail in round 2")
+
+    class Stopped(Exception):
+        pass
+
+    def crashes(name: str, message: Message) -> None:
+        if message.metadata.group_id == "2":
+            grid.offline.update(NAMES)
+
+    del stops
+    grid.on_push = crashes
+    grid.delay = {"org-1": 0.05}
+    folder_events = folder.events.tell
+
+    def dies(event: str, **fields: Any) -> None:
+        folder_events(event, **fields)
+        if event == "round_finished" and fields["round"] == 1:
+            raise Stopped
+
+    folder.events.tell = dies  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        play(folder, grid)
+    again = RunFolder(folder.path)
+    progress = play(again, wild(again, {**everybody(1.0, 1.0), "org-3": wrong_shape}))
+    assert [entry["quarantined"] for entry in progress.history] == [["org-3"], ["org-3"], [], []]
+    assert [entry["left_out"] for entry in progress.history] == [[], [], ["org-3"], ["org-3"]]
+    [left] = told(folder, "organisation_left_out")
+    assert left == {
+        "event": "organisation_left_out",
+        "round": 3,
+        "organisation": "org-3",
+        "reason": "2 of its updates were refused",
+    }
+
+
+def test_without_strikes_nobody_is_ever_left_out(new_run: NewRun) -> None:
+    folder = new_run("org-1", "org-2", rounds=5, server={"strikes": 0})
+    from tests.server.test_rounds import play as simulate
+
+    progress = simulate(folder, {"org-1": adding(1.0), "org-2": wrong_shape})
+    assert [entry["quarantined"] for entry in progress.history] == [["org-2"]] * 5
+    assert [entry["left_out"] for entry in progress.history] == [[]] * 5
+
+
+def test_where_all_are_left_out_the_run_ends(new_run: NewRun) -> None:
+    folder = new_run("org-1", "org-2", rounds=3, server={"strikes": 1, "quorum": 0.5})
+
+    def turns_bad(request: Request) -> Any:
+        return adding(1.0)(request) if request.round == 1 else wrong_shape(request)
+
+    from tests.server.test_rounds import play as simulate
+
+    with pytest.raises(RunError, match="round 2 got 0 of 1 updates"):
+        simulate(folder, {"org-1": turns_bad, "org-2": wrong_shape})
+    assert folder.load().history[0]["quarantined"] == ["org-2"]
+
+
+# --- what is replayed, foreign, too large or too much
+
+
+def test_an_update_of_an_earlier_model_is_refused(new_run: NewRun) -> None:
+    """A replay of an attempt before a restart, whose base was another."""
+    folder, kept = real(new_run("org-1", "org-2", rounds=2)), dict[int, Any]()
+
+    def replays(request: Request) -> Any:
+        kept.setdefault(0, adding(1.0)(request))
+        return update(request, kept[0].delta, received=kept[0].received)
+
+    progress = play(folder, wild(folder, {"org-1": adding(1.0), "org-2": replays}))
+    assert dropped(progress)[0] == {}
+    assert "it was trained from another model" in dropped(progress)[1]["org-2"]
+
+
+def test_an_update_in_the_name_of_another_is_refused(new_run: NewRun) -> None:
+    folder = real(new_run("org-1", "org-2", rounds=1))
+
+    def poses(request: Request) -> Any:
+        return update(request, dict(request.state), organisation="org-1")
+
+    progress = play(folder, wild(folder, {"org-1": adding(1.0), "org-2": poses}))
+    assert dropped(progress) == [{"org-2": "it is from org-1, expected org-2"}]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(4, "5 to 20"), (21, "5 to 20")])
+def test_a_count_outside_what_was_agreed_with_the_member_is_refused(new_run: NewRun, count: int, expected: str) -> None:
+    folder = real(new_run("org-1", "org-2", rounds=1), examples={"org-2": (5, 20)})
+    progress = play(folder, wild(folder, {"org-1": adding(1.0, 1000), "org-2": adding(1.0, count)}))
+    assert dropped(progress) == [{"org-2": f"it declares {count} examples, expected {expected}"}]
+
+
+def test_more_examples_than_the_plan_allows_are_refused(new_run: NewRun) -> None:
+    folder = new_run("org-1", "org-2", rounds=1, server={"max_examples": 99})
+    from tests.server.test_rounds import play as simulate
+
+    progress = simulate(folder, {"org-1": adding(1.0, 99), "org-2": adding(1.0, 100)})
+    assert dropped(progress) == [{"org-2": "it declares 100 examples, expected 1 to 99"}]
+
+
+def test_an_answer_far_larger_than_the_request_is_refused_unread(new_run: NewRun) -> None:
+    folder = real(new_run("org-1", "org-2", rounds=1))
+
+    def floods(request: Request) -> Any:
+        return update(request, {**adding(1.0)(request).delta, "flood": torch.zeros(2**19)})  # type: ignore[union-attr]
+
+    progress = play(folder, wild(folder, {"org-1": adding(1.0), "org-2": floods}))
+    assert dropped(progress)[0]["org-2"].startswith("it has 2097")
+    [event] = told(folder, "update_quarantined")
+    assert (folder.path / "quarantine" / event["file"]).is_file()
+
+
+def test_the_history_is_plain_json_in_the_order_of_the_organisations(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1))
+    grid = wild(folder, everybody(1.0, 1.0, 1.0))
+    grid.delay = {"org-1": 0.1, "org-2": 0.05}
+    [entry] = play(folder, grid).history
+    assert entry["participants"] == list(NAMES)
+    assert json.loads(json.dumps(entry)) == entry

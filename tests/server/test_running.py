@@ -1,0 +1,282 @@
+"""Runs on a SuperLink that forgets, refuses and dies, followed by a process that is killed and comes back."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotune.models.errors import RunError
+from cotune.server.events import Events
+from cotune.server.federation import FederationFolder
+from cotune.server.new_run import real_run
+from cotune.server.run_folder import RunFolder
+from cotune.server.running import (
+    Pace,
+    carry_out,
+    check_none_unfinished,
+    hand_over,
+    is_played,
+    newest,
+    only_follower,
+)
+from cotune.server.superlink import RunState
+from tests.server.coordinators import FakeSuperLink, Step, away, founded
+
+PACE = Pace(poll=0.01, again=0.01, grace=0.3)
+GOING = RunState("running")
+HOLDER = """
+import fcntl, signal, sys, time
+if sys.argv[2] == "deaf":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def federation(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationFolder:
+    return founded(tmp_path / "fed", base_model("bert"), "a", "b")
+
+
+@pytest.fixture
+def run(federation: FederationFolder) -> RunFolder:
+    return real_run(federation, name="one")
+
+
+@pytest.fixture
+def held(run: RunFolder) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """A process that holds the run's lock, as one does that plays it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def hold(kind: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", HOLDER, str(run.path / ".lock"), kind]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def tells(run: RunFolder, event: str, **fields: Any) -> Step:
+    """The run goes on, and writes an event."""
+
+    def step(run_id: int) -> RunState:
+        Events(run.path / "events.jsonl").tell(event, **fields)
+        return GOING
+
+    return step
+
+
+def going(run_id: int) -> RunState:
+    return GOING
+
+
+def forgotten(run_id: int) -> None:
+    return None
+
+
+def heard(run: RunFolder, superlink: FakeSuperLink) -> list[tuple[str, dict[str, Any]]]:
+    told: list[tuple[str, dict[str, Any]]] = []
+    carry_out(run, superlink, lambda event, fields: told.append((event, fields)), PACE)
+    return told
+
+
+def ticket(run: RunFolder) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.path / "superlink.json").read_bytes())
+    return found
+
+
+def test_what_the_run_writes_is_told_in_order_until_its_report_is_written(run: RunFolder) -> None:
+    superlink = FakeSuperLink([[going, tells(run, "round_finished", round=1), going, tells(run, "run_concluded", summary="s")]])
+    assert heard(run, superlink) == [("round_finished", {"round": 1}), ("run_concluded", {"summary": "s"})]
+    assert superlink.started == [run.path]
+    assert ticket(run)["run_id"] == 101
+
+
+def test_a_run_that_dies_without_a_word_is_handed_over_again(run: RunFolder) -> None:
+    superlink = FakeSuperLink([[going], [forgotten], [tells(run, "run_concluded")]])
+    told = heard(run, superlink)
+    assert [event for event, _ in told] == ["run_lost", "run_lost", "run_concluded"]
+    assert [fields["reason"] for _, fields in told[:2]] == [
+        "its process ended (failed): lost",
+        "the SuperLink does not know it any more",
+    ]
+    assert told[1][1]["seconds"] > told[0][1]["seconds"]
+    assert len(superlink.started) == 3
+
+
+def test_rounds_that_are_finished_between_give_it_new_tries(run: RunFolder) -> None:
+    one_round_each = [[tells(run, "round_finished", round=i)] for i in range(1, 9)]
+    superlink = FakeSuperLink([*one_round_each, [tells(run, "run_concluded")]])
+    assert [fields["round"] for event, fields in heard(run, superlink) if event == "round_finished"] == list(range(1, 9))
+    assert len(superlink.started) == 9
+
+
+def test_without_progress_it_gives_up(run: RunFolder) -> None:
+    superlink = FakeSuperLink()
+    with pytest.raises(RunError, match=r"ended 5 times .* \(its process ended \(failed\): lost\): .* continue with --resume"):
+        heard(run, superlink)
+    assert len(superlink.started) == 5
+
+
+def test_what_the_run_itself_says_is_the_end(run: RunFolder) -> None:
+    superlink = FakeSuperLink([[tells(run, "run_failed", round=1, reason="round 1 got 0 of 2 updates")]])
+    with pytest.raises(RunError, match=r"^round 1 got 0 of 2 updates; continue with --resume$"):
+        heard(run, superlink)
+    assert len(superlink.started) == 1
+
+
+def test_an_old_failure_is_not_that_of_the_next_attempt(run: RunFolder) -> None:
+    failed = FakeSuperLink([[tells(run, "run_failed", reason="too few")]])
+    with pytest.raises(RunError):
+        heard(run, failed)
+    assert [event for event, _ in heard(run, FakeSuperLink([[going, tells(run, "run_concluded")]]))] == ["run_concluded"]
+
+
+def test_a_superlink_that_is_away_is_waited_for(run: RunFolder) -> None:
+    superlink = FakeSuperLink([[going, away, away, tells(run, "run_concluded")]])
+    assert [event for event, _ in heard(run, superlink)] == ["superlink_lost", "superlink_back", "run_concluded"]
+    assert len(superlink.started) == 1
+
+
+def test_a_superlink_that_is_away_between_two_attempts_is_waited_for(run: RunFolder) -> None:
+    class Restarting(FakeSuperLink):
+        answers = iter([away, away])
+
+        def running(self) -> tuple[int, ...]:
+            for answer in self.answers:
+                answer(0)
+            return ()
+
+    superlink = Restarting([[], [tells(run, "run_concluded")]])
+    assert [event for event, _ in heard(run, superlink)] == ["run_lost", "superlink_lost", "superlink_back", "run_concluded"]
+
+
+def test_a_superlink_that_is_away_at_first_is_said_at_once(run: RunFolder) -> None:
+    class Away(FakeSuperLink):
+        def start(self, run: Path) -> int:
+            away(0)
+            raise AssertionError
+
+    with pytest.raises(RunError, match="cannot be reached"):
+        heard(run, Away())
+
+
+def test_a_follower_that_comes_back_hears_this_attempt_from_its_beginning(run: RunFolder) -> None:
+    run.events.tell("of an earlier attempt")
+    superlink = FakeSuperLink([[going, going, tells(run, "run_concluded")]])
+    hand_over(run, superlink, PACE)
+    run.events.tell("round_finished", round=1)
+    assert heard(run, superlink) == [("round_finished", {"round": 1}), ("run_concluded", {})]
+    assert len(superlink.started) == 1
+
+
+@pytest.mark.parametrize(("known", "starts", "run_id"), [((7,), 0, 7), ((), 1, 101)])
+def test_killed_while_it_asked_it_finds_out_whether_the_run_began(
+    run: RunFolder, known: tuple[int, ...], starts: int, run_id: int
+) -> None:
+    class Killed(FakeSuperLink):
+        def start(self, run: Path) -> int:
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        hand_over(run, Killed(), PACE)
+    assert ticket(run)["run_id"] is None
+    superlink = FakeSuperLink(known=known)
+    assert hand_over(run, superlink, PACE).run_id == ticket(run)["run_id"] == run_id
+    assert len(superlink.started) == starts
+
+
+@pytest.mark.parametrize(("kind", "ended_by"), [("hearing", signal.SIGINT), ("deaf", signal.SIGKILL)])
+def test_no_second_process_plays_before_the_first_has_ended(
+    run: RunFolder, held: Callable[[str], subprocess.Popen[str]], kind: str, ended_by: signal.Signals
+) -> None:
+    holder = held(kind)
+    assert is_played(run.path)
+
+    class Watching(FakeSuperLink):
+        def start(self, run: Path) -> int:
+            assert not is_played(run)
+            return super().start(run)
+
+    hand_over(run, Watching(), PACE)
+    assert holder.wait(10) == -ended_by
+
+
+def test_a_process_that_ends_by_itself_is_left_to_it(run: RunFolder) -> None:
+    with (run.path / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.1, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        hand_over(run, FakeSuperLink(), Pace(poll=0.01, grace=30))
+        assert not is_played(run.path)
+
+
+def test_interrupted_it_stops_the_run_and_its_process(run: RunFolder, held: Callable[[str], subprocess.Popen[str]]) -> None:
+    holders: list[subprocess.Popen[str]] = []
+
+    def interrupt(run_id: int) -> RunState:
+        holders.append(held("hearing"))
+        raise KeyboardInterrupt
+
+    superlink, told = FakeSuperLink([[interrupt]]), list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(run, superlink, lambda event, fields: told.append(event), PACE)
+    assert (superlink.stopped, told) == ([101], ["run_stopping"])
+    assert holders[0].wait(10) == -signal.SIGINT
+
+
+def test_a_run_is_left_behind_only_where_that_is_said(federation: FederationFolder, run: RunFolder) -> None:
+    with pytest.raises(RunError, match=r"one is not finished: go on with it \(--resume\), or leave it .* \(--new\)"):
+        check_none_unfinished(federation, leave=False)
+    check_none_unfinished(federation, leave=True)
+    run.stop("enough")
+    check_none_unfinished(federation, leave=False)
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_run_that_goes_on_is_never_left_behind(
+    federation: FederationFolder, run: RunFolder, held: Callable[[str], subprocess.Popen[str]], leave: bool
+) -> None:
+    held("hearing")
+    with pytest.raises(RunError, match="the run one is going on"):
+        check_none_unfinished(federation, leave=leave)
+
+
+def test_the_newest_run_is_gone_on_with_or_the_one_that_is_named(federation: FederationFolder) -> None:
+    with pytest.raises(RunError, match="has no run to go on with"):
+        newest(federation)
+    for name in ("20260101-a", "20260102-b"):
+        real_run(federation, name=name)
+    assert newest(federation).path.name == "20260102-b"
+    assert newest(federation, "20260101-a").path.name == "20260101-a"
+    with pytest.raises(RunError, match="no run called 'c'"):
+        newest(federation, "c")
+
+
+def test_one_process_at_a_time_follows_a_federation(federation: FederationFolder) -> None:
+    with only_follower(federation), pytest.raises(RunError, match="another process is working on"), only_follower(federation):
+        pass
+    with only_follower(federation):
+        pass
+
+
+def test_a_damaged_ticket_is_said(run: RunFolder) -> None:
+    (run.path / "superlink.json").write_text("{")
+    with pytest.raises(RunError, match=r"superlink.json is damaged .* remove it"):
+        hand_over(run, FakeSuperLink(), PACE)

@@ -1,0 +1,130 @@
+"""A real run without a network: a federation's folder, members with keys, and a grid on which things can go wrong."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.app import Error, Message
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+
+from cotune.server.federation import FederationFolder, ServerConfig, write_config
+from cotune.server.run_folder import Participant, RunFile, RunFolder
+from cotune.simulations.grid import InProcessGrid
+from tests.server.conftest import Answer, federation
+
+KEYS = [ec.generate_private_key(ec.SECP384R1()).public_key() for _ in range(5)]
+LINES = [key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() for key in KEYS]
+PEMS = [key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) for key in KEYS]
+
+
+def real(simulated: RunFolder, examples: Mapping[str, tuple[int, int]] | None = None) -> RunFolder:
+    """A run with the same plan and organisations, as a federation has it."""
+    fed, names = simulated.path.parent / f"fed-{simulated.path.name}", [p.name for p in simulated.file.participants]
+    write_config(fed, ServerConfig(name="fed", hosts=("localhost",)))
+    members = FederationFolder(fed).members
+    for name, line in zip(names, LINES, strict=False):
+        members.invite(name, line, (examples or {}).get(name))
+    people = tuple(Participant(name=name) for name in names)
+    file = RunFile(
+        run="real",
+        created="2026-01-01T00:00:00+00:00",
+        engine="superlink",
+        device="cpu",
+        participants=people,
+        federation=str(fed),
+    )
+    return RunFolder.create(fed / "runs" / "1", simulated.plan, file)
+
+
+class WildGrid(InProcessGrid):
+    """The i-th organisation's node is the i-th from the end; all is well unless a test says otherwise."""
+
+    def __init__(self, client_app: ClientApp, nodes: int = 1) -> None:
+        super().__init__(client_app, nodes)
+        self.node_of: dict[str, int] = {}
+        self.names: list[str] = []
+        self.offline: set[str] = set()
+        self.pushed: Counter[str] = Counter()
+        self.pushes_fail: Counter[str] = Counter()  # organisation -> how often yet
+        self.not_taken: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()  # answered with Flower's error 5
+        self.pulls_fail: Counter[str] = Counter()
+        self.delay: dict[str, float] = {}  # seconds before an answer is there
+        self.hangs: dict[str, threading.Event] = {}  # a pull hangs until it is set
+        self.on_push: Callable[[str, Message], None] = lambda name, message: None
+        self.ttls: dict[str, list[float]] = defaultdict(list)
+        self.groups: dict[str, list[str]] = defaultdict(list)
+        self._ready: dict[str, float] = {}
+
+    def get_nodes(self) -> list[NodeInfo]:
+        found = [
+            NodeInfo(node_id=self.node_of[name], public_key=PEMS[i], status="online", name=f"node {i}")
+            for i, name in enumerate(self.names)
+            if name not in self.offline
+        ]
+        return [*found, NodeInfo(node_id=999, public_key=b"a stranger's", status="online")]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        (message,) = messages
+        name = self._name(message)
+        self.pushed[name] += 1
+        self.ttls[name].append(message.metadata.ttl)
+        self.groups[name].append(message.metadata.group_id)
+        self.on_push(name, message)
+        if self._uses_up(self.pushes_fail, name):
+            raise OSError("database is locked")
+        if self._uses_up(self.not_taken, name):
+            return [""]
+        (number,) = super().push_messages([message])
+        self._ready[number] = time.monotonic() + self.delay.get(name, 0.0)
+        return [number]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        (number,) = message_ids
+        message = self._pending.get(number)
+        if message is None or time.monotonic() < self._ready[number]:
+            return []
+        name = self._name(message)
+        if name in self.hangs:
+            self.hangs[name].wait()
+        if self._uses_up(self.pulls_fail, name):
+            raise OSError("HTTP 500")
+        if self._uses_up(self.lost, name):
+            del self._pending[number]
+            return [Message(Error(5, "node unavailable"), reply_to=message)]
+        return super().pull_messages([number])
+
+    def _name(self, message: Message) -> str:
+        return next(name for name, node in self.node_of.items() if node == message.metadata.dst_node_id)
+
+    def _uses_up(self, counter: Counter[str], name: str) -> bool:
+        counter[name] -= 1
+        return counter[name] >= 0
+
+
+def wild(folder: RunFolder, answers: Mapping[str, Answer]) -> WildGrid:
+    grid = federation(folder.plan, answers, WildGrid)
+    assert isinstance(grid, WildGrid)
+    grid.names = [p.name for p in folder.file.participants]
+    grid.node_of = dict(zip(grid.names, reversed(sorted(grid.get_node_ids())), strict=True))
+    return grid
+
+
+def told(folder: RunFolder, *events: str) -> list[dict[str, Any]]:
+    """The events of these names, without their times."""
+    from cotune.server.events import read_events
+
+    found = [event for event in read_events(folder.path / "events.jsonl") if event["event"] in events]
+    return [{key: value for key, value in event.items() if key != "at"} for event in found]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
