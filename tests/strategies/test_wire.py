@@ -370,3 +370,8 @@ def test_a_receipt_comes_through() -> None:
 def test_what_is_no_receipt(content: RecordDict, sentence: str) -> None:
     with pytest.raises(RunError, match=sentence):
         decode_receipt(content)
+
+
+def test_texts_bytes_and_lists_count_with_all_that_is_in_them() -> None:
+    record = ConfigRecord({"a": "é", "b": b"123", "c": [1, 2], "d": ["xy", "z"], "e": 1.5, "f": b""})
+    assert payload_bytes(RecordDict({"r": record})) == 6 + 2 + 3 + 16 + 3 + 8 + 0
