@@ -159,7 +159,7 @@ def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwi
     """Every rule that does not allow a plan, with the command that would. otherwise: what to say where it is no rule's doing."""
     if not rules:
         console.print(f"[bold red]{escape(otherwise)}[/bold red]", soft_wrap=True)
-    for broken in {broken.rule: broken for broken in reversed(rules)}.values():
+    for broken in rules:
         console.print(f"[bold red]declined by the rule {broken.rule}[/bold red]: {escape(broken.problem)}", soft_wrap=True)
         command = allowing(site, broken)
         if command is not None:

@@ -67,8 +67,8 @@ def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site)
 
 def check_reason(reason: str) -> None:
     """Raises Blocked for words of a refusal that are not among those that say nothing of the records."""
-    declined = _DECLINED.fullmatch(reason)
-    known = declined is not None and declined[1] in Policy.model_fields
+    declined, rules = _DECLINED.fullmatch(reason), Policy().model_dump()
+    known = declined is not None and declined[2] in rules.get(declined[1], {})
     if reason != UNSAID and not known:
         raise Blocked("a refusal has other words than the few that may be told")
 
