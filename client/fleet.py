@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from typing import Any, TypeVar
 
 import httpx
@@ -34,7 +35,12 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
@@ -48,7 +54,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from cotune.client.reach import explained
 
-__all__ = ["Fleet", "FleetError", "NotKnown", "Request", "RequestOver", "connected"]
+__all__ = ["Fleet", "FleetError", "NotKnown", "Request", "RequestOver", "TooMuch", "connected"]
+
+_MOST_BYTES = 4 * 2**30
+_MOST_OBJECTS = 100_000  # Flower cuts arrays into pieces of 5 MiB, each an object
 
 _Answer = TypeVar("_Answer")
 
@@ -63,6 +72,10 @@ class NotKnown(FleetError):
 
 class RequestOver(FleetError):
     """The server does not want this request answered any more."""
+
+
+class TooMuch(Exception):
+    """A request that is larger than any plan's could be."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +94,14 @@ class Request:
         return self.header.metadata.group_id
 
     @property
-    def late(self) -> bool:
-        """Whether its time to live has passed, by this machine's clock."""
-        return time.time() > self.header.metadata.created_at + self.header.metadata.ttl
+    def seconds(self) -> float:
+        """How long the server still waits for an answer to a request that it has announced just now.
+
+        By this machine's clock, unless that is far off: what the server announces has time left.
+        """
+        about = self.header.metadata
+        left = about.created_at + about.ttl - time.time()
+        return left if 0 < left <= about.ttl else about.ttl
 
     def to_bytes(self) -> bytes:
         both = PullMessagesResponse(messages_list=[message_to_proto(self.header)], message_object_trees=[self.tree])
@@ -111,6 +129,7 @@ class Fleet:
         self._client = client
         self._node = Node(node_id=node_id)
         self._disowned = threading.Event()
+        self._left, self._beating = False, threading.Lock()
 
     def receive(self) -> Request | None:
         """The next request, if there is one. The server announces each only once."""
@@ -120,11 +139,17 @@ class Fleet:
         return Request._first_of(response) if response.messages_list else None
 
     def open(self, request: Request) -> Message:
-        """The whole message. It may be opened again until it is confirmed. Raises RequestOver when its content is gone."""
+        """The whole message. It may be opened again until it is confirmed.
+
+        Raises RequestOver when its content is gone, TooMuch when it is too large: no more than the limit is ever taken.
+        """
+        if sum(1 for _ in islice(iterate_object_tree(request.tree), _MOST_OBJECTS + 1)) > _MOST_OBJECTS:
+            raise TooMuch(f"the request has more than {_MOST_OBJECTS:,} parts: expected those of a model")
+        pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, request.run)
         try:
             message = pull_and_inflate_object_from_tree(
                 request.tree,
-                make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, request.run),
+                _limited(pull, _MOST_BYTES),
                 lambda _: None,
                 return_type=Message,
             )
@@ -142,6 +167,7 @@ class Fleet:
 
     def send(self, reply: Message, seconds: float) -> None:
         """seconds: how long it took to answer; the server shows it."""
+        _keep_alive(reply)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         header, run = message_to_proto(remove_content_from_message(reply)), reply.metadata.run_id
         with no_object_id_recompute():
@@ -166,14 +192,17 @@ class Fleet:
         _call(self._client.ConfirmMessageReceived, confirmation)
 
     def leave(self) -> None:
-        """Tells the server that this node goes offline."""
-        _call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
+        """Tells the server that this node goes offline. A heartbeat after that would keep it online for another minute."""
+        with self._beating:
+            self._left = True
+            _call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
 
     def heartbeat(self) -> bool:
         """Whether the server was reached; that it does not know this node is told by the next `receive`."""
         try:
-            if not _beat(self._client, self._node):
-                self._disowned.set()
+            with self._beating:
+                if not self._left and not _beat(self._client, self._node):
+                    self._disowned.set()
         except NotKnown:
             self._disowned.set()
         except FleetError:
@@ -183,6 +212,30 @@ class Fleet:
     @staticmethod
     def _calling(method: Callable[[Any], _Answer]) -> Callable[[Any], _Answer]:
         return lambda request: _call(method, request)
+
+
+def _limited(pull: Callable[[str], bytes], most: int) -> Callable[[str], bytes]:
+    """The same, until so many bytes have come; called from several threads."""
+    taken, lock = 0, threading.Lock()
+
+    def limited(object_id: str) -> bytes:
+        nonlocal taken
+        content = pull(object_id)
+        with lock:
+            taken += len(content)
+            if taken > most:
+                raise TooMuch(f"the request has more than {most:,} bytes: expected a model of a smaller size")
+        return content
+
+    return limited
+
+
+def _keep_alive(reply: Message) -> None:
+    """Flower gives a reply the time that is left of its request, by this machine's clock; one that is far off leaves nothing."""
+    about = reply.metadata
+    if about.ttl <= 0:
+        end = about.created_at + about.ttl
+        about.__dict__["_ttl"], about.__dict__["_created_at"] = 1.0, end - 1.0
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import Message
 
@@ -39,6 +39,7 @@ __all__ = ["Node", "run_node"]
 _POLL_SECONDS = 0.1
 _IDLE_SECONDS, _IDLE_POLL_SECONDS = 120.0, 1.0  # after so long without a request it asks less often
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 10.0  # before it connects again
+_OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
 _log = logging.getLogger(__name__)
 
 Connect = Callable[[int | None], AbstractContextManager[Fleet]]
@@ -83,9 +84,11 @@ class Node:
     def __init__(self, folder: Path, worker: Worker, stop: threading.Event, sent: AuditLog | None = None) -> None:
         self._worker, self._stop, self._sent = worker, stop, sent
         self._request_file, self._id_file = folder / "request.pb", folder / "id"
+        self._deadline = 0.0  # of the request, by the clock that never jumps
         self._request, self._known = self._kept_request(), self._kept_id()
         self._given = False
         self._reply: Message | None = None
+        self._own_entry: dict[str, Any] = {}  # of the log of what was sent, where the node itself answers
         self._began = self._active = time.monotonic()  # the request; when there was something to do last
         self._newest: dict[int, int] = {}  # run -> its newest round
         self._fit_run: int | None = None  # the last run whose bundle was found fit
@@ -129,7 +132,7 @@ class Node:
         elif self._reply is not None:
             self._send(fleet, self._request, self._reply)
         elif self._given:
-            self._wait_for_reply(self._request)
+            self._wait_for_reply(fleet, self._request)
         else:
             self._begin(fleet, self._request)
         self._active = time.monotonic()
@@ -137,18 +140,20 @@ class Node:
 
     def _accept(self, fleet: Fleet, request: Request) -> None:
         """Keeps a request; one that nobody waits for any more is dropped."""
+        self._deadline = time.monotonic() + request.seconds
         round = int(request.round) if request.round.isdecimal() else 0
-        if request.late:
-            return self._drop(fleet, "its time has passed")
         if round < self._newest.get(request.run, 0):
             return self._drop(fleet, f"round {self._newest[request.run]} has come already")
         self._newest[request.run] = round
-        write_durably(self._request_file, request.to_bytes())
         self._began = time.monotonic()
+        try:
+            write_durably(self._request_file, request.to_bytes())
+        except OSError as error:
+            self._refuse(request, UNSAID, f"the site cannot be written ({error}): make room, or mend its permissions")
 
     def _begin(self, fleet: Fleet, request: Request) -> None:
         """Hands a request to the worker, when the run's bundle is fit for it."""
-        if request.late:
+        if self._is_late():
             return self._drop(fleet, "its time has passed")
         if request.run != self._fit_run:
             refused = reason_to_refuse(fleet.bundle(request.run))
@@ -172,25 +177,44 @@ class Node:
 
     def _refuse(self, request: Request, said: str, reason: str) -> None:
         """Answers without the worker. said: to the server. reason: for the organisation's own log of what was sent."""
-        if self._sent is not None:
-            self._sent.append("refusal", round=request.round, said=said, reason=reason)
-        self._reply = refusal(request.header, said)
+        self._reply, self._own_entry = (
+            refusal(request.header, said),
+            {"what": "refusal", "round": request.round, "reason": reason},
+        )
+        try:
+            if self._sent is not None:
+                self._sent.append(said=said, **self._own_entry)
+        except RunError as error:  # what is refused without it says nothing of the records
+            _log.error("%s", error)
 
-    def _wait_for_reply(self, request: Request) -> None:
+    def _wait_for_reply(self, fleet: Fleet, request: Request) -> None:
         try:
             self._reply = self._worker.answer(_POLL_SECONDS)
         except ResidentDied as error:
             _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
             self._refuse(request, UNSAID, str(error))
+        if self._reply is None and time.monotonic() > self._deadline + _OVERDUE_SECONDS:
+            newer = fleet.receive()
+            if newer is not None:
+                self._drop(fleet, "its time has long passed, and another one waits; what it was to spend counts as spent")
+                self._request = newer
+                self._accept(fleet, newer)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self._deadline
 
     def _send(self, fleet: Fleet, request: Request, reply: Message) -> None:
-        if request.late:
+        if self._is_late():
             return self._drop(fleet, "its answer came too late")
         seconds = time.monotonic() - self._began
         fleet.send(reply, seconds)
         _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)
-        tell("answered", round=request.round, seconds=seconds, entry={} if self._sent is None else self._sent.last())
+        tell("answered", round=request.round, seconds=seconds, entry=self._own_entry or self._last_entry())
         self._forget(fleet, request)
+
+    def _last_entry(self) -> dict[str, Any]:
+        """What the worker has entered about its answer."""
+        return {} if self._sent is None else self._sent.last()
 
     def _drop(self, fleet: Fleet, reason: str) -> None:
         assert self._request is not None
@@ -201,8 +225,9 @@ class Node:
     def _forget(self, fleet: Fleet, request: Request) -> None:
         """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
         opened = self._given
-        self._request, self._given, self._reply = None, False, None
-        self._request_file.unlink(missing_ok=True)
+        self._request, self._given, self._reply, self._own_entry = None, False, None, {}
+        with suppress(OSError):
+            self._request_file.unlink()
         if opened:
             with suppress(FleetError):
                 fleet.confirm(request)
@@ -211,20 +236,27 @@ class Node:
         _log.info("connected as node %s", fleet.node_id)
         tell("connected", node=fleet.node_id)
         self._known = fleet.node_id
-        write_durably(self._id_file, str(fleet.node_id).encode())
+        try:
+            write_durably(self._id_file, str(fleet.node_id).encode())
+        except OSError as error:
+            _log.error("the site cannot be written (%s): make room, or mend its permissions", error)
         if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:
             self._drop(fleet, "the server has been set up anew")
 
     def _leave(self, fleet: Fleet) -> None:
         """A node that is stopped says so: nobody waits for what it was at."""
-        self._request_file.unlink(missing_ok=True)
-        self._id_file.unlink(missing_ok=True)
+        for file in (self._request_file, self._id_file):
+            with suppress(OSError):
+                file.unlink()
         with suppress(FleetError):
             fleet.leave()
 
     def _kept_request(self) -> Request | None:
         try:
-            return Request.from_bytes(self._request_file.read_bytes())
+            kept = Request.from_bytes(self._request_file.read_bytes())
+            age = max(0.0, time.time() - self._request_file.stat().st_mtime)
+            self._deadline = time.monotonic() + kept.header.metadata.ttl - age
+            return kept
         except FileNotFoundError:
             return None
         except ValueError as error:

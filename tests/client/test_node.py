@@ -6,6 +6,7 @@ import fcntl
 import io
 import itertools
 import logging
+import os
 import threading
 import time
 import zipfile
@@ -21,8 +22,11 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver
+from cotune.client import node as node_module
+from cotune.client.audit_log import AuditLog
+from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, TooMuch, _keep_alive, _limited
 from cotune.client.node import Node, run_node
+from cotune.client.observe import observing
 from cotune.client.refusal import UNSAID
 from cotune.client.resident import ResidentDied
 from cotune.models.errors import DataError, RunError
@@ -41,10 +45,10 @@ def zipped(*names: str) -> bytes:
 BUNDLE = zipped("pyproject.toml")
 
 
-def request(round: int = 1, *, run: int = RUN, age: float = 0.0, node: int = NODE) -> Request:
-    """Sent `age` seconds ago, to live for 60."""
+def request(round: int = 1, *, run: int = RUN, age: float = 0.0, node: int = NODE, ttl: float = 60.0) -> Request:
+    """Sent `age` seconds ago by this machine's clock, to live for `ttl`."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, 1
-    header = Message(RecordDict(), node, MessageType.TRAIN, ttl=60.0, group_id=str(round))
+    header = Message(RecordDict(), node, MessageType.TRAIN, ttl=ttl, group_id=str(round))
     header.metadata.created_at = time.time() - age
     header.metadata.__dict__["_message_id"] = f"message-{round}"
     return Request(header, ObjectTree(object_id=f"message-{round}"))
@@ -143,7 +147,7 @@ def test_a_bundle_with_code_is_refused_and_nothing_is_trained(tmp_path: Path, st
     )
 
 
-@pytest.mark.parametrize("asked", [[request(1, age=61.0)], [request(3), request(2)]])
+@pytest.mark.parametrize("asked", [[request(1, ttl=1e-9)], [request(3), request(2)]])
 def test_what_nobody_waits_for_any_more_is_dropped_with_a_log_line(
     tmp_path: Path, stop: threading.Event, asked: list[Request], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,6 +156,80 @@ def test_what_nobody_waits_for_any_more_is_dropped_with_a_log_line(
     assert fleet.calls[-1] == "receive"  # not confirmed: it may not be complete at the server yet
     assert asked[-1].round not in worker.given
     assert f"round {asked[-1].round} of run {RUN} is dropped" in caplog.text
+
+
+@pytest.mark.parametrize("age", [-7200.0, 7200.0])
+def test_a_clock_that_has_jumped_drops_nothing(tmp_path: Path, stop: threading.Event, age: float) -> None:
+    fleet, worker = FakeFleet(stop, request(age=age)), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert worker.given == ["1"]
+    [reply] = fleet.sent
+    assert reply.has_content()
+    end = reply.metadata.created_at + reply.metadata.ttl
+    _keep_alive(reply)
+    assert reply.metadata.ttl > 0
+    assert reply.metadata.created_at + reply.metadata.ttl == pytest.approx(end)
+
+
+def test_a_request_that_is_kept_for_longer_than_it_lives_is_dropped(tmp_path: Path, stop: threading.Event) -> None:
+    (tmp_path / "request.pb").write_bytes(request().to_bytes())
+    an_hour_ago = time.time() - 3600
+    os.utime(tmp_path / "request.pb", (an_hour_ago, an_hour_ago))
+    fleet, worker = FakeFleet(stop), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert (worker.given, fleet.sent) == ([], [])
+
+
+def test_training_that_is_long_overdue_makes_way(tmp_path: Path, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(FakeWorker):
+        """Never done with round 1."""
+
+        def answer(self, seconds: float) -> Message | None:
+            return None if self.given[-1] == "1" else super().answer(seconds)
+
+    monkeypatch.setattr(node_module, "_OVERDUE_SECONDS", 0.0)
+    fleet, worker = FakeFleet(stop, request(1, ttl=0.2), request(2)), Slow()
+    serve(tmp_path, stop, fleet, worker)
+    assert worker.given == ["1", "2"]
+    assert fleet.calls[-4:] == ["confirm 1", "open 2", "send", "confirm 2"]
+
+
+def test_a_site_that_cannot_be_written_is_refused_and_said(tmp_path: Path, stop: threading.Event) -> None:
+    """A file where the folder was: that stops root too, whom permissions do not."""
+    log, fleet, worker = AuditLog(tmp_path), FakeFleet(stop, request(1), request(2)), FakeWorker()
+    node = Node(tmp_path / "node", worker, stop, log)
+    (tmp_path / "node").write_text("")
+    node.serve(fleet)
+    assert reasons(fleet) == [UNSAID, UNSAID]
+    assert worker.given == []
+    assert "the site cannot be written" in log.last()["reason"]
+
+
+def test_what_the_node_refuses_is_in_the_log_of_what_was_sent(tmp_path: Path, stop: threading.Event) -> None:
+    log = AuditLog(tmp_path)
+    fleet = FakeFleet(stop, request(1), archive=zipped("evil.py"))
+    Node(tmp_path, FakeWorker(), stop, log).serve(fleet)
+    [entry] = log.entries()
+    assert (entry["what"], entry["round"]) == ("refusal", "1")
+    assert entry["said"] == entry["reason"] == reasons(fleet)[0]
+
+
+def test_an_observer_is_told_what_people_want_to_know(tmp_path: Path, stop: threading.Event) -> None:
+    seen: list[str] = []
+    broken = FakeFleet(stop, request(1), request(2), receive=[None, FleetError("broken")])
+    with observing(lambda what, about: seen.append(f"{what} {about.get('round') or about.get('reason', '')}".strip())):
+        stay(Node(tmp_path, FakeWorker(), stop), broken, FakeFleet(stop, request(2), archive=zipped("evil.py")))
+    assert seen == ["connected", "begun 1", "answered 1", "disconnected broken", "connected", "begun 2", "answered 2"]
+
+
+def test_a_message_without_end_is_not_taken() -> None:
+    pull = _limited(lambda _: bytes(60), 100)
+    assert len(pull("a")) == 60
+    with pytest.raises(TooMuch, match="more than 100 bytes"):
+        pull("b")
+    tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(100_001)])
+    with pytest.raises(TooMuch, match="more than 100,000 parts"):
+        Fleet(object(), NODE).open(Request(request().header, tree))  # type: ignore[arg-type]
 
 
 def test_another_run_may_begin_at_round_one(tmp_path: Path, stop: threading.Event) -> None:

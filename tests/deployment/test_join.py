@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_an_organisation_joins_trains_and_leaves(fed: Federation, tmp_path: Path
 
     node = fed.start("join", sys.executable, "-m", "cotune.cli.main", "client", "join", site, document)
     log = fed.folder / "join.log"
-    until(lambda: " connected" in log.read_text(encoding="utf-8"))
+    until(lambda: bool(re.search(r":\d\d connected$", log.read_text(encoding="utf-8"), re.MULTILINE)), 30)
     assert "the node of this site is connected" in cotune("check", site, document)
     fed.submit(first.path)
     until(lambda: first.finished)
