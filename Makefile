@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check install clean flwr-run
+.PHONY: demo test test-faults check install clean flwr-run
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-faults: install
+	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -m faults tests/deployment
 
 check: install
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check
