@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol, Self
 
+from cotune.models.errors import RunError
 from cotune.server.members import Member
 from cotune.server.superlink import Node
 
@@ -36,11 +37,16 @@ def reconcile(registry: Registry, members: Iterable[Member], say: Say) -> set[st
         if node.key not in named:
             registry.unregister(node.id)
             say("a key that is not a member's is shut out")
-    present = {node.key for node in nodes}
+    present, refused = {node.key for node in nodes}, list[RunError]()
     for key, name in named.items():
         if key not in present:
-            registry.register(key, name)
-            say(f"{name} may join")
+            try:
+                registry.register(key, name)
+                say(f"{name} may join")
+            except RunError as error:  # the others still may
+                refused.append(error)
+    if refused:
+        raise refused[0]
     return {named[node.key] for node in nodes if node.online and node.key in named}
 
 

@@ -65,6 +65,19 @@ def test_who_is_online_is_known_by_the_key() -> None:
     assert reconcile(superlink, MEMBERS[:3], print) == {"b"}  # d is a member no more
 
 
+def test_a_key_that_is_refused_does_not_keep_the_others_out() -> None:
+    class Choosy(SuperLink):
+        def register(self, key: bytes, name: str) -> int:
+            if name == "b":
+                raise RunError("the SuperLink refused a request")
+            return super().register(key, name)
+
+    superlink = Choosy()
+    with pytest.raises(RunError, match="refused a request"):
+        reconcile(superlink, MEMBERS, print)
+    assert set(superlink.known) == {each.key for each in MEMBERS if each.name != "b"}
+
+
 @pytest.fixture
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EVERY_SECONDS", 0.01)
