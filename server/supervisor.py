@@ -80,7 +80,7 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
     children = _children(folder, say)
     say(f"starting {folder.config.name} at {address_of(folder.config)}")
     try:
-        with Enrolment(lambda: control(folder.superlink_address, folder.certificates), folder.members.active, say):
+        with Enrolment(lambda: control(folder.superlink_address, folder.certificates), folder.members.all, say):
             while not stopped():
                 for child in children:
                     if child.tend():
