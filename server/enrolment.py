@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol, Self
 
+from cotune.models.errors import RunError
 from cotune.server.members import Member
 from cotune.server.superlink import Node
 
@@ -28,20 +29,29 @@ class Registry(Protocol):
 def reconcile(registry: Registry, members: Iterable[Member], say: Say) -> set[str]:
     """Registers the members that are not yet, and removes every other key. Returns the names of those that are online.
 
-    Raises RunError where the registry does.
+    members: whoever was revoked included. Raises RunError where the registry does.
     """
-    named = {member.key: member.name for member in members}
+    everybody = {member.key: member for member in members}
+    named = {key: member.name for key, member in everybody.items() if member.revoked is None}
     nodes = registry.nodes()
     for node in nodes:
         if node.key not in named:
             registry.unregister(node.id)
-            say("a key that is not a member's is shut out")
-    present = {node.key for node in nodes}
+            say(f"{everybody[node.key].name if node.key in everybody else 'a key of nobody'} is shut out")
+    _let_in(registry, {key: name for key, name in named.items() if key not in {node.key for node in nodes}}, say)
+    return {named[node.key] for node in nodes if node.online and node.key in named}
+
+
+def _let_in(registry: Registry, named: Mapping[bytes, str], say: Say) -> None:
+    refused = list[RunError]()
     for key, name in named.items():
-        if key not in present:
+        try:
             registry.register(key, name)
             say(f"{name} may join")
-    return {named[node.key] for node in nodes if node.online and node.key in named}
+        except RunError as error:  # the others still may
+            refused.append(error)
+    if refused:
+        raise refused[0]
 
 
 class Enrolment:
