@@ -14,6 +14,7 @@ from cotune.models.holdings import HoldingsFile
 from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
 from cotune.plan.model import model_of
+from cotune.server.conclusion import conclude
 from cotune.server.delivery import deliver
 from cotune.server.evaluation import evaluate, present_judge
 from cotune.server.events import read_events
@@ -28,7 +29,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Plays the unfinished rounds of the folder that the run configuration names as `run`; of a real run, which another process
-    must not play meanwhile, hands the model out too. Raises RunError.
+    must not play meanwhile, hands the model out too, and writes its report. Raises RunError.
     """
     path = str(context.run_config.get("run") or "")
     if not path:
@@ -40,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         if not folder.finished:
             play(grid, folder)
         deliver(grid, folder)
+        conclude(folder)
 
 
 @contextmanager
