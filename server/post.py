@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.1  # between two looks for one answer; with many organisations
 _POLLS_PER_SECOND = 50.0  # of all organisations together
 _LONGEST_WAIT_SECONDS = 10.0  # before a call that failed is made again
 _AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
-_HELD_UP_SECONDS = 30.0  # who hangs for so long holds up nobody else any more
+_HELD_UP_SECONDS = 5.0  # who hangs for so long holds up nobody else any more
 _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
 
 Tell = Callable[..., None]

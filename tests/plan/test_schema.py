@@ -197,3 +197,9 @@ def test_batches_are_whole_or_fractions() -> None:
 def test_labels_are_distinct() -> None:
     with pytest.raises(PlanError, match=r"labels: expected distinct class names, got \['a', 'b', 'a'\]"):
         plan(labels=["a", "b", "a"])
+
+
+def test_asking_more_than_a_sample_needs_a_sample() -> None:
+    with pytest.raises(PlanError, match=r"over_selection = 0\.5 asks more than sample_size, which is not given: expected both"):
+        plan(server={"over_selection": 0.5})
+    assert plan(server={"over_selection": 0.5, "sample_size": 2}).server.over_selection == 0.5

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.admission import reason_to_refuse
+from cotune.server.admission import most_bytes, reason_to_refuse
 from cotune.strategies.updates import Update
 
 SHAPES = {"head.weight": torch.zeros(2, 3), "head.bias": torch.zeros(2)}
@@ -110,3 +110,33 @@ def test_where_weights_depend_on_it_noise_must_be_stated_and_above_zero() -> Non
     assert "does not state the noise" in (needed() or "")
     assert "expected a finite number, more than 0" in (needed(noise_variance={"head.bias": 0.0, "head.weight": 2.0}) or "")
     assert verdict(noise_variance={"head.bias": 0.0, "head.weight": 2.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("declared", "reason"),
+    [
+        (9, "it declares 9 examples, expected 10 to 20"),
+        (10, None),
+        (20, None),
+        (21, "it declares 21 examples, expected 10 to 20"),
+    ],
+)
+def test_the_declared_count_is_held_to_its_range(declared: int, reason: str | None) -> None:
+    update = Update(**{**vars(GOOD), "examples": declared})
+    found = reason_to_refuse(update, organisation="org-1", round=3, shapes=SHAPES, max_norm=1e4, examples=(10, 20))
+    assert found == reason
+
+
+def test_an_update_must_name_the_model_that_it_was_trained_from() -> None:
+    def found(received: str) -> str | None:
+        update = Update(**{**vars(GOOD), "received": received})
+        return reason_to_refuse(update, organisation="org-1", round=3, shapes=SHAPES, max_norm=1e4, received="a" * 64)
+
+    assert found("a" * 64) is None
+    assert found("b" * 99) == "it was trained from another model (bbbbbbbbbbbb), expected that of this round (aaaaaaaaaaaa)"
+    assert found("") is not None
+
+
+def test_an_answer_may_be_four_times_the_request_and_what_else_is_asked_for() -> None:
+    assert most_bytes(1000, {}) == 4000 + 2**20
+    assert most_bytes(1000, {"gram/head.weight": (3, 3), "fisher/head.bias": (2,)}) == 4 * (1000 + 4 * 11) + 2**20

@@ -7,7 +7,7 @@ import pytest
 
 from cotune.models.errors import PlanError
 from cotune.plan.load import parse_plan
-from cotune.server.selection import check_sample_size, select
+from cotune.server.selection import check_sample_size, enough, left_out, select
 from tests.server.conftest import NewRun
 
 PEOPLE = tuple(f"org-{i}" for i in range(10))
@@ -54,3 +54,39 @@ def test_one_way_to_sample() -> None:
     private = {"client_privacy": {"epsilon": 8.0}, "strategy": {"weighting": "uniform"}, "server": {"sample_size": 3}}
     with pytest.raises(PlanError, match=r"expected server\.sample_rate instead"):
         parse_plan({**table, **private})
+
+
+def test_beyond_the_sample_some_more_are_asked_after_it_and_no_more_than_there_are(new_run: NewRun) -> None:
+    """ceil(3 · 1.5) = 5, ceil(4 · 1.25) = 5, ceil(5 · 1.2) = 6, whatever 1.2 is in binary."""
+    for size, more, asked in ((3, 0.5, 5), (4, 0.25, 5), (5, 0.2, 6), (3, 0.0, 3), (8, 10.0, 10)):
+        server = {"sample_size": size, "over_selection": more}
+        for round in range(1, 10):
+            found = names(new_run, round, server=server)
+            assert len(set(found)) == len(found) == asked
+            assert found[:size] == sorted(found[:size])
+            assert found == names(new_run, round, server=server)
+    plan = new_run(*PEOPLE, server={"sample_size": 3, "over_selection": 0.5}).plan
+    assert [enough(plan, asked) for asked in (5, 3, 2)] == [3, 3, 2]
+    assert enough(new_run(*PEOPLE, server={"sample_size": 3}).plan, 3) == 3
+    assert enough(new_run(*PEOPLE).plan, 10) == 10
+
+
+def test_others_take_the_place_of_those_that_are_left_out(new_run: NewRun) -> None:
+    folder = new_run(*PEOPLE, server={"sample_size": 8})
+    for without, asked in (({"org-0"}, 8), ({"org-0", "org-1", "org-2"}, 7), (set(PEOPLE), 0)):
+        found = {person.name for person in select(folder, 1, without)}
+        assert len(found) == asked
+        assert not found & without
+
+
+def test_leaving_somebody_out_changes_no_draw_of_the_others(new_run: NewRun) -> None:
+    folder = new_run(*PEOPLE, server={"sample_rate": 0.5})
+    for round in range(1, 20):
+        everybody = [person.name for person in select(folder, round)]
+        assert [p.name for p in select(folder, round, {"org-3"})] == [name for name in everybody if name != "org-3"]
+
+
+def test_so_many_refused_updates_leave_an_organisation_out(new_run: NewRun) -> None:
+    history = [{"quarantined": ["a", "b"]}, {"quarantined": ["a"]}, {}, {"quarantined": ["c", "a", "b"]}]
+    for strikes, out in ((0, []), (1, ["a", "b", "c"]), (2, ["a", "b"]), (3, ["a"]), (4, [])):
+        assert left_out(new_run(server={"strikes": strikes}).plan, history) == out

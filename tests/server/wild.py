@@ -15,6 +15,7 @@ from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 
+from cotune.server.events import read_events
 from cotune.server.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.grid import InProcessGrid
@@ -114,14 +115,12 @@ def wild(folder: RunFolder, answers: Mapping[str, Answer]) -> WildGrid:
     grid = federation(folder.plan, answers, WildGrid)
     assert isinstance(grid, WildGrid)
     grid.names = [p.name for p in folder.file.participants]
-    grid.node_of = dict(zip(grid.names, reversed(sorted(grid.get_node_ids())), strict=True))
+    grid.node_of = dict(zip(grid.names, sorted(grid.get_node_ids(), reverse=True), strict=True))
     return grid
 
 
 def told(folder: RunFolder, *events: str) -> list[dict[str, Any]]:
     """The events of these names, without their times."""
-    from cotune.server.events import read_events
-
     found = [event for event in read_events(folder.path / "events.jsonl") if event["event"] in events]
     return [{key: value for key, value in event.items() if key != "at"} for event in found]
 

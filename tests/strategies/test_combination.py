@@ -181,3 +181,22 @@ def test_factors_of_a_smaller_rank_count_only_where_they_are() -> None:
     state: dict[str, Tensor] = {"b": torch.zeros(2, 2)}
     fused = combine(MEAN, factor([[1.0, 2.0], [3.0, 4.0]], 10), factor([[5.0], [7.0]], 30), context=RoundContext(state=state))
     assert fused.delta["b"].tolist() == [[4.0, 2.0], [6.0, 4.0]]
+
+
+def test_a_late_update_counts_by_the_root_of_its_staleness() -> None:
+    """By hand: weights 10, 30 / √4 = 15 and 20 / √2; a weight for each parameter is scaled alike."""
+    for weigh in (None, lambda update: {"w": float(update.examples)}):
+        weighting = undecorated("weighting", "tried", weigh) if weigh else builtin("weighting")["examples"]
+        combination = WeightedFusion((weighting, {}), (builtin("fusion")["mean"], {}), RoundContext())
+        combination.add(update({"w": 1.0}, 10))
+        combination.add(update({"w": -3.0}, 30), staleness=3)
+        combination.add(update({"w": 2.0}, 20), staleness=1)
+        last = 20 / 2**0.5
+        expected = (10 * 1 - 15 * 3 + last * 2) / (25 + last)
+        assert float(combination.result().delta["w"]) == pytest.approx(expected)
+
+
+def test_a_rule_that_compares_updates_takes_none_that_are_late() -> None:
+    combination = StrategyConfig.model_validate({"fusion": "median"}).new_combination(RoundContext())
+    with pytest.raises(RunError, match="the update of a is late"):
+        combination.add(update({"w": 1.0}), staleness=1)

@@ -327,3 +327,8 @@ def test_the_digest_changes_with_names_shapes_and_values() -> None:
 def test_what_arrives_has_the_digest_of_what_was_sent(state: dict[str, Tensor]) -> None:
     decoded = decode_update(travelled(encode_update(Update("a", 1, state, 1, 1), "plan")), "plan")
     assert state_digest(decoded.delta) == state_digest(state)
+
+
+def test_texts_bytes_and_lists_count_with_all_that_is_in_them() -> None:
+    record = ConfigRecord({"a": "é", "b": b"123", "c": [1, 2], "d": ["xy", "z"], "e": 1.5, "f": b""})
+    assert payload_bytes(RecordDict({"r": record})) == 6 + 2 + 3 + 16 + 3 + 8 + 0

@@ -1,0 +1,174 @@
+"""The finished model is handed to everybody who may have it, and who has confirmed is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from cotune.models.errors import RunError
+from cotune.server import asking, delivery, post
+from cotune.server.app import main
+from cotune.server.delivery import confirmed, deliver
+from cotune.server.federation import FederationFolder
+from cotune.server.rounds import run_rounds
+from cotune.server.run_folder import RunFolder
+from cotune.strategies.wire import Receipt, Request, decode_request, encode_receipt, received_digest
+from tests.server.conftest import NewRun, adding, model_of
+from tests.server.test_asking import wrong_shape
+from tests.server.wild import WildGrid, real, told, wild
+
+NAMES = ("org-1", "org-2", "org-3")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (
+        (post, "_WATCH_SECONDS"),
+        (post, "_POLL_SECONDS"),
+        (asking, "_POLL_SECONDS"),
+        (delivery, "_POLL_SECONDS"),
+        (delivery, "_AGAIN_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, 0.01)
+
+
+def receipt(folder: RunFolder, **changes: str) -> Callable[[Request], Receipt]:
+    def answer(request: Request) -> Receipt:
+        found = {"organisation": request.organisation, "plan_id": folder.plan.plan_id}
+        return Receipt(**{**found, "received": received_digest(request.state, request.sent), **changes})
+
+    return answer
+
+
+def receiving(folder: RunFolder, *seen: list[Request], **answers: Callable[[Request], Receipt]) -> WildGrid:
+    """Organisations that add 1 in each round and confirm the model."""
+    grid = wild(folder, {name: adding(1.0) for name in NAMES})
+    app: ClientApp = grid._app
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        request = decode_request(message.content)
+        for requests in seen:
+            requests.append(request)
+        answer = answers.get(request.organisation.replace("-", "_"), receipt(folder))
+        return Message(encode_receipt(answer(request)), reply_to=message)
+
+    return grid
+
+
+def finished(new_run: NewRun, **changes: Any) -> RunFolder:
+    folder = real(new_run(*NAMES, **{"rounds": 2, "server": {"absent_seconds": 0.2, "quorum": 0.5}, **changes}))
+    run_rounds(receiving(folder), folder, model_of(folder.plan), lambda state: None)
+    return folder
+
+
+def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun) -> None:
+    folder, seen = finished(new_run), list[Request]()
+    assert deliver(receiving(folder, seen), folder) == []
+    assert sorted(request.organisation for request in seen) == list(NAMES)
+    for request in seen:
+        assert (request.round, request.plan, request.admitted) == (2, folder.plan.canonical(), 2)
+        assert received_digest(request.state) == received_digest(folder.load().state)
+    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(event["organisation"] for event in told(folder, "delivered")) == list(NAMES)
+    seen.clear()
+    assert deliver(receiving(folder, seen), folder) == []
+    assert seen == []
+
+
+def test_whoever_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) -> None:
+    folder, seen = finished(new_run), list[Request]()
+    grid = receiving(folder)
+    grid.offline = {"org-2"}
+    assert deliver(grid, folder) == ["org-2"]
+    assert told(folder, "undelivered") == [{"event": "undelivered", "organisation": "org-2", "reason": "it was not connected"}]
+    assert deliver(receiving(folder, seen), folder) == []
+    assert [request.organisation for request in seen] == ["org-2"]
+    assert sorted(confirmed(folder)) == list(NAMES)
+
+
+def test_whoever_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=2, server={"strikes": 1, "quorum": 0.5}))
+    grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(1.0), "org-3": wrong_shape})
+    run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    FederationFolder(folder.path.parent.parent).members.revoke("org-2")
+    seen = list[Request]()
+    assert deliver(receiving(folder, seen), folder) == []
+    assert [request.organisation for request in seen] == ["org-1"]
+
+
+@pytest.mark.parametrize("change", [{"received": "0" * 64}, {"organisation": "org-2"}, {"plan_id": "0" * 64}])
+def test_a_receipt_for_something_else_is_none(new_run: NewRun, change: dict[str, str]) -> None:
+    folder = finished(new_run)
+    assert deliver(receiving(folder, org_1=receipt(folder, **change)), folder) == ["org-1"]
+    assert sorted(confirmed(folder)) == ["org-2", "org-3"]
+    [event] = told(folder, "undelivered")
+    assert event["reason"] == "its receipt is for another model or organisation"
+
+
+def test_one_that_cannot_is_shown_and_one_that_was_lost_is_asked_again(new_run: NewRun) -> None:
+    def fails(request: Request) -> Receipt:
+        raise OSError("disk full")
+
+    folder = finished(new_run)
+    grid = receiving(folder, org_1=fails)
+    grid.lost["org-2"] = 1
+    assert deliver(grid, folder) == ["org-1"]
+    [event] = told(folder, "undelivered")
+    assert event["reason"] == "OSError: disk full"
+
+
+def test_a_damaged_list_is_a_run_error(new_run: NewRun) -> None:
+    folder = finished(new_run)
+    (folder.path / "delivered.json").write_text("[]")
+    with pytest.raises(RunError, match=r"delivered\.json is damaged: expected organisations with times"):
+        confirmed(folder)
+
+
+# --- the app
+
+
+def context(folder: RunFolder) -> Context:
+    return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"run": str(folder.path)})  # type: ignore[arg-type]
+
+
+def test_the_app_plays_a_real_run_hands_the_model_out_and_does_so_again_for_whoever_lacks_it(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=2, server={"absent_seconds": 0.2, "quorum": 0.5}))
+    grid = receiving(folder)
+    grid.offline = {"org-3"}
+    main(grid, context(folder))
+    assert folder.finished
+    assert sorted(confirmed(folder)) == ["org-1", "org-2"]
+    seen = list[Request]()
+    main(receiving(folder, seen), context(folder))
+    assert [request.organisation for request in seen] == ["org-3"]
+    assert json.loads((folder.path / "delivered.json").read_bytes()).keys() == set(NAMES)
+
+
+def test_the_app_leaves_a_run_alone_that_another_process_plays(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES))
+    with folder.locked(), pytest.raises(RunError, match="another process is working on"):
+        main(receiving(folder), context(folder))
+    assert not folder.events.path.exists()
+
+
+def test_what_nobody_thought_of_becomes_an_event_and_what_was_told_is_told_once(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, server={"wait_seconds": 0.0, "quorum": 1.0}))
+    grid = receiving(folder)
+    grid.offline = set(NAMES)
+    with pytest.raises(RunError):
+        main(grid, context(folder))
+    assert len(told(folder, "run_failed")) == 1
+    (folder.path / "inbox").write_text("a file where a folder should be")
+    (folder.path / "checkpoints").write_text("the same")
+    with pytest.raises(OSError, match="."):
+        main(receiving(folder), context(folder))
+    [_, failed] = told(folder, "run_failed")
+    assert failed["round"] == 1
+    assert failed["reason"].startswith("the run cannot go on (")
+    assert failed["reason"].endswith("continue it with --resume")

@@ -1,0 +1,139 @@
+"""Updates that come after their round."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from cotune.models.errors import PlanError
+from cotune.plan.load import parse_plan
+from cotune.server import asking, post
+from cotune.server.rounds import run_rounds
+from cotune.server.run_folder import Progress, RunFolder
+from cotune.strategies.wire import Request
+from tests.server.conftest import NewRun, adding, model_of, update
+from tests.server.test_rounds import assert_moved, initial
+from tests.server.wild import WildGrid, real, told, wild
+
+FOLD = {"late": "fold", "max_staleness": 1, "quorum": 0.5, "deadline_seconds": 0.4}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((post, "_WATCH_SECONDS"), (post, "_POLL_SECONDS"), (asking, "_POLL_SECONDS")):
+        monkeypatch.setattr(module, name, 0.01)
+
+
+def play(folder: RunFolder, grid: WildGrid) -> Progress:
+    return run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+
+
+def slow_in_round_one(grid: WildGrid, name: str, seconds: float) -> None:
+    def delays(who: str, message: Any) -> None:
+        grid.delay[name] = seconds if message.metadata.group_id == "1" else 0.0
+
+    grid.on_push = delays
+
+
+def by_round(first: float, later: float, examples: int) -> Any:
+    return lambda request: adding(first if request.round == 1 else later, examples)(request)
+
+
+def slow_last(folder: RunFolder, grid: WildGrid) -> None:
+    """Round 1 closes without org-2; round 2 stays open until org-2's answer to round 1 has come."""
+    slow_in_round_one(grid, "org-2", 0.6)
+    before = grid.on_push
+
+    def delays(who: str, message: Any) -> None:
+        before(who, message)
+        if message.metadata.group_id == "2":
+            grid.delay["org-1"] = 0.35
+
+    grid.on_push = delays
+
+
+def test_a_late_update_counts_less_and_after_those_of_the_round(new_run: NewRun) -> None:
+    """By hand: round 1 is org-1's 1. Round 2: (10 · 1 + 30 · 5 + 30 · 2^(-½) · (−4)) / (40 + 30 · 2^(-½))."""
+    folder = real(new_run("org-1", "org-2", rounds=2, server=FOLD))
+    grid = wild(folder, {"org-1": adding(1.0, 10), "org-2": by_round(-4.0, 5.0, 30)})
+    slow_last(folder, grid)
+    progress = play(folder, grid)
+    weight = 30 / math.sqrt(2)
+    second = (10 * 1 + 30 * 5 + weight * -4) / (40 + weight)
+    assert_moved(progress.state, initial(folder), by=1 + second)
+    assert [entry["late"] for entry in progress.history] == [[], [{"organisation": "org-2", "round": 1}]]
+    assert progress.history[0]["dropped"] == [{"organisation": "org-2", "reason": "no reply within 0.4 seconds"}]
+    assert all(0.79 < ttl <= 0.8 + 1 for ttl in grid.ttls["org-2"])
+
+
+def test_a_late_update_is_held_to_the_model_of_its_own_round(new_run: NewRun) -> None:
+    def other_model(request: Request) -> Any:
+        return update(request, {n: torch.ones_like(t) for n, t in request.state.items()}, received="0" * 64)
+
+    folder = real(new_run("org-1", "org-2", rounds=2, server=FOLD))
+    grid = wild(folder, {"org-1": adding(1.0), "org-2": lambda r: other_model(r) if r.round == 1 else adding(1.0)(r)})
+    slow_last(folder, grid)
+    progress = play(folder, grid)
+    assert_moved(progress.state, initial(folder), by=2.0)
+    assert [entry["quarantined"] for entry in progress.history] == [[], ["org-2"]]
+    assert progress.history[1]["participants"] == ["org-1", "org-2"]
+
+
+def test_where_late_updates_are_ignored_none_is_folded(new_run: NewRun) -> None:
+    folder = real(new_run("org-1", "org-2", rounds=2, server={**FOLD, "late": "ignore"}))
+    grid = wild(folder, {"org-1": adding(1.0), "org-2": by_round(-400.0, 1.0, 10)})
+    slow_last(folder, grid)
+    assert_moved(play(folder, grid).state, initial(folder), by=2.0)
+
+
+def test_an_ignored_late_update_that_is_seen_is_told_of(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pull was under way as the round ended."""
+    folder = real(new_run("org-1", "org-2", rounds=2, server={**FOLD, "late": "ignore"}))
+    grid = wild(folder, {"org-1": adding(1.0), "org-2": by_round(-400.0, 1.0, 10)})
+    import threading
+
+    hang = grid.hangs["org-2"] = threading.Event()
+
+    def releases(who: str, message: Any) -> None:
+        if message.metadata.group_id == "2":
+            grid.delay["org-1"] = 0.2
+            hang.set()
+
+    grid.on_push = releases
+    assert_moved(play(folder, grid).state, initial(folder), by=2.0)
+    assert told(folder, "late_update_ignored") == [
+        {"event": "late_update_ignored", "round": 2, "organisation": "org-2", "of_round": 1}
+    ]
+
+
+TABLE = {"model": {"base": "b"}, "data": {"source": "d"}, "privacy": "none", "server": {"late": "fold"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"strategy": "median"}, 'the fusion "median" cannot be had with server.late = fold'),
+        ({"strategy": {"fusion": "ties"}}, 'the fusion "ties" cannot be had with server.late = fold'),
+        ({"strategy": "scaffold"}, 'client term "scaffold" cannot be had with server.late = fold'),
+        ({"strategy": {"weighting": "noise_aware"}}, 'weighting "noise_aware" cannot be had with server.late = fold'),
+        ({"strategy": {"weighting": "inverse_loss"}}, 'weighting "inverse_loss" cannot be had'),
+        ({"train": [{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1}]}, "several stages"),
+        ({"train": "lora", "lora": {"smaller_ranks": True}}, "adapters of different ranks"),
+        (
+            {"client_privacy": {"epsilon": 8.0}, "strategy": {"weighting": "uniform"}},
+            'cannot be had with client_privacy, which bounds what an organisation adds to one round: expected late = "ignore"',
+        ),
+    ],
+)
+def test_what_late_updates_cannot_be_folded_into_is_refused_with_a_way_out(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PlanError) as error:
+        parse_plan({**TABLE, **changes})
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "fedprox"])
+def test_running_means_can_take_late_updates(strategy: str) -> None:
+    assert parse_plan({**TABLE, "strategy": strategy}).server.late == "fold"
