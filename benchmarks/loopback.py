@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import random
@@ -12,23 +11,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_ssh_public_key
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cotune.plan.load import parse_plan
+from cotune.server.certificates import new_authority
 from cotune.server.run_folder import RunFolder
+from cotune.server.superlink import Control, control
 from cotune.simulations.sites import make_run, prepare
 
 __all__ = ["Federation", "federation", "prepare_run", "until"]
@@ -91,6 +89,10 @@ class Federation:
         return process
 
     @property
+    def certificates(self) -> Path:
+        return self.folder / "certificates"
+
+    @property
     def env(self) -> dict[str, str]:
         switches = {
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -101,9 +103,8 @@ class Federation:
         return {**os.environ, **switches, "FLWR_HOME": str(self.folder / "flwr"), "PATH": path, "HF_HUB_OFFLINE": "1"}
 
     def start_superlink(self, *options: str | Path) -> None:
-        files = [
-            word for what in ("ca-certfile", "certfile", "keyfile") for word in (f"--ssl-{what}", self.folder / f"{what}.pem")
-        ]
+        names = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
+        files = [word for what, name in names.items() for word in (f"--ssl-{what}", self.certificates / name)]
         self.start(
             "superlink",
             "flower-superlink",
@@ -123,24 +124,22 @@ class Federation:
 
     def register(self) -> list[int]:
         """The ids of the nodes, in the order of `keys`."""
-        answers = [
-            self._flwr("supernode", "register", key.with_suffix(".pub"), "loopback", "--format", "json") for key in self.keys
-        ]
-        return [int(answer["node-id"]) for answer in answers]
+        public = [load_ssh_public_key(key.with_suffix(".pub").read_bytes()) for key in self.keys]
+        with self._control() as calls:
+            return [calls.register(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), "") for key in public]
 
     def online(self) -> int:
-        return sum(
-            node["status"] == "online" for node in self._flwr("supernode", "list", "loopback", "--format", "json")["nodes"]
-        )
+        with self._control() as calls:
+            return sum(node.online for node in calls.nodes())
 
     def start_node(self, number: int, site: Path) -> subprocess.Popen[bytes]:
         return self.start(
-            f"node-{number}", sys.executable, "-c", NODE, site, self.address, self.folder / "ca-certfile.pem", self.keys[number]
+            f"node-{number}", sys.executable, "-c", NODE, site, self.address, self.certificates / "ca.crt", self.keys[number]
         )
 
     def start_stock_node(self, number: int, site: Path) -> subprocess.Popen[bytes]:
         """Flower's own."""
-        certificates = ("--root-certificates", self.folder / "ca-certfile.pem", "--auth-supernode-private-key", self.keys[number])
+        certificates = ("--root-certificates", self.certificates / "ca.crt", "--auth-supernode-private-key", self.keys[number])
         config = ("--node-config", f'site="{site}"', "--port", str(_free_port()))
         return self.start(f"node-{number}", "flower-supernode", "--superlink", self.address, *certificates, *config)
 
@@ -153,7 +152,13 @@ class Federation:
         return int(self._flwr("run", app, "loopback", "--run-config", f'run="{run}"', "--format", "json")["run-id"])
 
     def status(self, run_id: int) -> str:
-        return str(self._flwr("list", "loopback", "--run-id", str(run_id), "--format", "json")["runs"][0]["status"])
+        """As `flwr list` shows it: running, or finished:completed."""
+        with self._control() as calls:
+            state = calls.state(run_id)
+        return "" if state is None else ":".join(filter(None, (state.status, state.outcome)))
+
+    def _control(self) -> AbstractContextManager[Control]:
+        return control(self.address, self.certificates)
 
     def _flwr(self, *words: str | Path) -> dict[str, Any]:
         done = subprocess.run(["flwr", *map(str, words)], env=self.env, cwd=self.folder, capture_output=True, text=True)
@@ -179,8 +184,8 @@ def federation(folder: Path, organisations: int, *options: str | Path) -> Iterat
     """Certificates and keys, a running SuperLink with these options, and the keys registered there."""
     (folder / "flwr").mkdir(parents=True)
     made = Federation(folder, _free_port(), [_write_key(folder / f"key-{i}") for i in range(organisations)], {})
-    _write_certificates(folder)
-    config = f'[superlink.loopback]\naddress = "{made.address}"\nroot-certificates = "{folder / "ca-certfile.pem"}"\n'
+    new_authority(made.certificates, ())
+    config = f'[superlink.loopback]\naddress = "{made.address}"\nroot-certificates = "{made.certificates / "ca.crt"}"\n'
     (folder / "flwr" / "config.toml").write_text(config)
     try:
         made.start_superlink(*options)
@@ -240,28 +245,3 @@ def _write_key(file: Path) -> Path:
     file.chmod(0o600)
     file.with_suffix(".pub").write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     return file
-
-
-def _write_certificates(folder: Path) -> None:
-    """ca-certfile.pem, certfile.pem and keyfile.pem: of an authority of its own, for 127.0.0.1."""
-    authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback authority")])
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    ca = _certificate(issuer, issuer, authority).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    own = _certificate(subject, issuer, server).add_extension(names, critical=False)
-    own = own.add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    for name, builder in (("ca-certfile", ca), ("certfile", own)):
-        (folder / f"{name}.pem").write_bytes(builder.sign(authority, hashes.SHA256()).public_bytes(Encoding.PEM))
-    secret = server.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (folder / "keyfile.pem").write_bytes(secret)
-
-
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    today = datetime.now(UTC)
-    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
-    return (
-        builder.serial_number(x509.random_serial_number())
-        .not_valid_before(today - timedelta(days=1))
-        .not_valid_after(today + timedelta(days=1))
-    )

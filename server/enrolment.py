@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol, Self
 
-from cotune.models.errors import RunError
 from cotune.server.members import Member
 from cotune.server.superlink import Node
 
@@ -73,7 +72,7 @@ class Enrolment:
     def _look(self, registry: Registry) -> None:
         try:
             online = reconcile(registry, self._members(), self._say)
-        except RunError as error:
+        except Exception as error:  # who may join must be followed whatever happens, and nobody sees a thread end
             if self._reached and str(error) != self._trouble and not self._stop.is_set():
                 self._say(f"the SuperLink does not know at present who may join: {error}")
             self._trouble = str(error)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,16 +24,24 @@ Identity = tuple[int, float]  # number, and when it was started
 class Record:
     """The file. It is written when what runs has changed, and read by the next supervisor."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
+        self._file, self._say = file, say
         self._written: list[Identity] | None = None
+        self._failed = False
 
     def keep(self, processes: Iterable[psutil.Process]) -> None:
-        """From now on these are the ones. Raises OSError."""
+        """From now on these are the ones. A full disk is said once, and is no reason to end them: the next call tries again."""
         found = sorted(identity for process in processes if (identity := _identity(process)))
-        if found != self._written:
+        if found == self._written:
+            return
+        try:
             write_durably(self._file, json.dumps({"boot": _boot(), "processes": found}).encode())
-            self._written = found
+        except OSError as error:
+            if not self._failed:
+                self._say(f"WARNING: {self._file} cannot be written ({error.strerror}): make room, or check its permissions")
+            self._failed = True
+        else:
+            self._written, self._failed = found, False
 
     def left(self) -> list[psutil.Process]:
         """Those of the file that still run, with all that they have started. A damaged file names none."""
@@ -48,7 +57,7 @@ def sessions(leaders: Collection[int]) -> Iterator[psutil.Process]:
     """The processes of the sessions that some have begun, whether those still run or not."""
     for number in psutil.pids():
         with suppress(OSError, psutil.Error):
-            if os.getsid(number) in leaders and (process := psutil.Process(number)).status() != psutil.STATUS_ZOMBIE:
+            if os.getsid(number) in leaders and _runs(process := psutil.Process(number)):
                 yield process
 
 
@@ -58,12 +67,27 @@ def end(processes: Iterable[psutil.Process], grace: float) -> int:
     for process in asked:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(asked, timeout=grace)
-    for process in stubborn:
+    for process in (stubborn := _after(grace, asked)):
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(stubborn, timeout=grace)
+    _after(grace, stubborn)
     return len(asked)
+
+
+def _after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run then; returns at once when none does."""
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Not so where only its entry is left, because nobody has asked for its exit code."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _family(number: int, started: float) -> Iterator[psutil.Process]:

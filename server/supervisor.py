@@ -66,7 +66,7 @@ def supervise(folder: FederationFolder, say: Say) -> None:
 
 def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) -> None:
     _tell_expiry(certificates.check(folder.certificates, folder.config.hosts[0]), say)
-    record = Record(folder.superlink / "processes.json")
+    record = Record(folder.superlink / "processes.json", say)
     if left := end(record.left(), _GRACE_SECONDS):
         say(f"ended {left} processes that a killed `cotune server start` had left")
     for host, port in (("127.0.0.1", folder.config.superlink_port), (folder.config.listen, folder.config.port)):

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cotune.models.errors import RunError
+from cotune.server import enrolment as module
+from cotune.server.enrolment import Enrolment, reconcile
+from cotune.server.members import Member
+from cotune.server.superlink import Node
+
+
+def member(name: str) -> Member:
+    key = ec.generate_private_key(ec.SECP384R1()).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return Member(name=name, public_key=key.decode(), invited="2026-01-01")
+
+
+MEMBERS = [member(name) for name in "abcd"]
+
+
+class SuperLink:
+    """What it knows; `down`: it does not answer."""
+
+    def __init__(self, *keys: bytes) -> None:
+        self._numbers = itertools.count(1)
+        self.known = {key: next(self._numbers) for key in keys}
+        self.online: set[bytes] = set()
+        self.down = False
+
+    def nodes(self) -> tuple[Node, ...]:
+        if self.down:
+            raise RunError("the SuperLink cannot be reached")
+        return tuple(Node(number, key, key in self.online) for key, number in self.known.items())
+
+    def register(self, key: bytes, name: str) -> int:
+        assert key not in self.known, "Flower refuses that"
+        self.known[key] = next(self._numbers)
+        return self.known[key]
+
+    def unregister(self, node: int) -> None:
+        self.known = {key: number for key, number in self.known.items() if number != node}
+
+
+@given(st.sets(st.sampled_from(range(4))), st.sets(st.sampled_from(range(4))))
+def test_the_members_and_nobody_else_are_known(before: set[int], wanted: set[int]) -> None:
+    superlink, said = SuperLink(*(MEMBERS[i].key for i in before)), list[str]()
+    numbers = dict(superlink.known)
+    reconcile(superlink, [MEMBERS[i] for i in wanted], said.append)
+    assert set(superlink.known) == {MEMBERS[i].key for i in wanted}
+    assert all(superlink.known[MEMBERS[i].key] == numbers[MEMBERS[i].key] for i in before & wanted)
+    assert len(said) == len(before ^ wanted)
+
+
+def test_who_is_online_is_known_by_the_key() -> None:
+    superlink = SuperLink(*(each.key for each in MEMBERS))
+    superlink.online = {MEMBERS[1].key, MEMBERS[3].key}
+    assert reconcile(superlink, MEMBERS[:3], print) == {"b"}  # d is a member no more
+
+
+@pytest.fixture
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_EVERY_SECONDS", 0.01)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_it_follows_the_list_and_outlives_a_superlink_that_has_forgotten_all() -> None:
+    superlink, members, said = SuperLink(), [MEMBERS[0]], list[str]()
+    with Enrolment(lambda: nullcontext(superlink), lambda: members, said.append):
+        until(lambda: MEMBERS[0].key in superlink.known)
+        members[:] = [MEMBERS[1]]
+        until(lambda: set(superlink.known) == {MEMBERS[1].key})
+        superlink.down = True
+        until(lambda: "at present" in said[-1])
+        superlink.known, superlink.down = {}, False
+        until(lambda: set(superlink.known) == {MEMBERS[1].key})
+        superlink.online = {MEMBERS[1].key}
+        until(lambda: said[-1] == "b is online")
+        superlink.online = set()
+        until(lambda: said[-1] == "b is offline")
+    assert said == [
+        "a may join",
+        "ready: organisations can join",
+        "a key that is not a member's is shut out",
+        "b may join",
+        "the SuperLink does not know at present who may join: the SuperLink cannot be reached",
+        "b may join",
+        "the SuperLink knows who may join",
+        "b is online",
+        "b is offline",
+    ]
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_a_superlink_that_is_not_there_yet_is_waited_for_without_a_word() -> None:
+    superlink, said = SuperLink(), list[str]()
+    superlink.down = True
+    with Enrolment(lambda: nullcontext(superlink), list, said.append):
+        time.sleep(0.05)
+        assert said == []
+        superlink.down = False
+        until(lambda: said == ["ready: organisations can join"])
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_a_damaged_list_is_said_once_and_followed_again_when_it_is_mended() -> None:
+    superlink, said, damaged = SuperLink(), list[str](), [False]
+
+    def members() -> list[Member]:
+        if damaged[0]:
+            raise ValueError("a list that nobody foresaw")
+        return [MEMBERS[0]]
+
+    with Enrolment(lambda: nullcontext(superlink), members, said.append):
+        until(lambda: len(said) == 2)
+        damaged[0] = True
+        until(lambda: len(said) == 3)
+        time.sleep(0.05)
+        damaged[0] = False
+        until(lambda: len(said) == 4)
+    assert said[2:] == [
+        "the SuperLink does not know at present who may join: a list that nobody foresaw",
+        "the SuperLink knows who may join",
+    ]
+    assert set(superlink.known) == {MEMBERS[0].key}
