@@ -1,24 +1,21 @@
-"""`cotune client`: what an organisation looks at on its own machine."""
+"""`cotune client ledger | policy`, and the other commands of an organisation."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli import client_check, client_join
+from cotune.cli.client_check import SiteFolder
 from cotune.privacy.rounding import round_up
-from cotune.server.figures import duration, size
 
-if TYPE_CHECKING:
-    from cotune.client.check import Checked
-
-app = typer.Typer(no_args_is_help=True, help="An organisation's own side: its ledger, its policy, a check before it joins.")
-SiteFolder = Annotated[Path, typer.Argument(help="The organisation's site: a folder with a site.json.")]
+app = typer.Typer(no_args_is_help=True, help="An organisation's own side: its site, policy and ledger; joining a federation.")
 
 
 @app.command()
@@ -77,61 +74,48 @@ def _runs(data: dict[str, Any]) -> Table:
 
 
 @app.command()
-def check(
-    site: SiteFolder,
-    plan: Annotated[str, typer.Argument(help="The plan as the coordinator runs it: a TOML file, or the folder of a run.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
-) -> None:
-    """Say what a plan would mean here: the policy's verdict, noise, ε, and time and memory of one real step."""
-    from dataclasses import asdict
-
-    from cotune.client.check import check as check_plan
-    from cotune.client.site import Site
-    from cotune.plan.load import load_plan
-
-    console = Console(highlight=False)
-    with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
-        document = Path(plan) / "plan.toml" if (Path(plan) / "plan.toml").exists() else plan
-        found = check_plan(load_plan(document, own_code=False), Site(site.expanduser()))
-    if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1))
-    else:
-        _show_check(console, found)
-    if found.declined:
-        raise typer.Exit(1)
-
-
-def _show_check(console: Console, found: Checked) -> None:
-    console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
-    if found.warning:
-        console.print(f"[bold yellow]{escape(found.warning)}[/bold yellow]", soft_wrap=True)
-    if found.declined:
-        console.print(f"[bold red]{escape(found.declined)}[/bold red]", soft_wrap=True)
-        return
-    console.print("the policy allows this plan")
-    if found.noise_multiplier is None or found.epsilon is None or found.delta is None:
-        console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
-        return
-    total = f" of {found.epsilon_total:g} in total" if (found.epsilon_total or 0.0) < 1e6 else ""
-    spent = f"ε {round_up(found.epsilon_spent or 0.0)}{total} is spent already"
-    console.print(f"σ = {found.noise_multiplier:.3f}: it would spend ε = {found.epsilon:g} at δ = {found.delta:.1e}; {spent}")
-    table = Table("stage", box=None, header_style="bold", pad_edge=False)
-    for heading in ("rounds", "steps", "batch", "one step", "one round", "memory", "gradient error"):
-        table.add_column(heading, justify="right")
-    for s in found.stages:
-        times = (duration(s.seconds), duration(s.seconds * s.steps))
-        figures = (str(s.rounds), str(s.steps), f"{s.batch:.0f}", *times, size(s.peak_memory_bytes), f"{s.gradient_error:.0e}")
-        table.add_row(s.mode, *figures)
-    console.print(table)
-    console.print("tried on made-up records of full length; nothing was trained on, charged or sent")
-
-
-@app.command()
 def policy(
     site: Annotated[Path | None, typer.Argument(help="Show this site's policy; without one, the strict default.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="RULE=VALUE", help="Change a rule of the site's policy; repeatable.")
+    ] = None,
 ) -> None:
-    """Print a policy as TOML: the strict default, to be written to policy.toml in the site, or a site's own."""
+    """Print a policy as TOML, the strict default or a site's own; with --set, change the site's."""
     from cotune.client.site import Site
-    from cotune.privacy.policy import Policy, dump_policy
+    from cotune.models.durable import write_durably
+    from cotune.models.errors import PlanError
+    from cotune.plan.load import value_of
+    from cotune.privacy.policy import Policy, changed_policy, dump_policy
 
-    typer.echo(dump_policy(Policy() if site is None else Site(site.expanduser()).policy()), nl=False)
+    opened = None if site is None else Site(site.expanduser())
+    before = Policy() if opened is None else opened.policy()
+    if not change:
+        typer.echo(dump_policy(before), nl=False)
+        return
+    if opened is None:
+        raise PlanError("--set changes the policy of a site, and none was given: expected its folder before it")
+    settings = dict(_setting(text) for text in change)
+    after = changed_policy(before, {rule: value_of(text) for rule, text in settings.items()})
+    write_durably(opened.folder / "policy.toml", dump_policy(after).encode())
+    for rule in settings:
+        table, _, key = rule.partition(".")
+        old, new = (getattr(getattr(one, table), key) for one in (before, after))
+        typer.echo(f"{rule}: {_shown(old)} → {_shown(new)}")
+
+
+def _setting(text: str) -> tuple[str, str]:
+    from cotune.models.errors import PlanError
+
+    rule, equals, value = text.partition("=")
+    if not equals:
+        raise PlanError(f'the setting "{text}" is not understood: expected rule=value, such as training.max_rounds=50')
+    return rule.strip(), value
+
+
+def _shown(value: object) -> str:
+    return "absent" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+app.command()(client_check.check)
+for command in (client_join.init, client_join.join, client_join.approve, client_join.sent):
+    app.command()(command)

@@ -1,44 +1,100 @@
-"""The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here."""
+"""The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here.
+
+The last thing that happens to every answer: it is checked once more (outbound.py), and entered in the organisation's own log of
+what it has sent (audit_log.py).
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from cotune.client.audit_log import AuditLog, content_digest, record_sizes
+from cotune.client.finished import keep_finished
+from cotune.client.outbound import Blocked, check_reason, check_receipt, check_update
 from cotune.client.refusal import UNSAID, refusal
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.errors import CotuneError, Declined, RunError
 from cotune.plan.load import parse_plan
-from cotune.strategies.wire import Request, decode_request, encode_update
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy
+from cotune.strategies.wire import Receipt, Request, decode_request, encode_receipt, encode_update, received_digest
 
 __all__ = ["app"]
 
 _log = logging.getLogger(__name__)
+_MOST_NAMES = 50  # of what was told, in a line of the log
 
 app = ClientApp()
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round. A failure is answered, not raised: the text of an exception may hold data and would go to the server."""
+    """One round."""
+    return _answered(message, context, _update)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The finished model is kept; what is answered is a receipt, and no figure."""
+    return _answered(message, context, _receipt)
+
+
+@dataclass
+class _Asked:
+    """What is known of a request so far; server: who asks."""
+
+    server: str
+    request: Request | None = None
+    plan: Plan | None = None
     site: Site | None = None
+
+
+_Answer = tuple[str, RecordDict, dict[str, Any]]  # what it is, its content, and what the log says about it
+
+
+def _answered(message: Message, context: Context, work: Callable[[Request, Plan, Site], _Answer]) -> Message:
+    """A failure is answered, not raised: the text of an exception may hold data and would go to the server."""
+    asked = _Asked(str(context.node_config.get("server") or ""))
     try:
-        request = decode_request(message.content)
-        site = _site(request, context)
-        plan = parse_plan(json.loads(request.plan))
-        update = train_round(plan, site, request.round, dict(request.state), admitted=request.admitted, sent=request.sent)
-        return Message(encode_update(update, plan.plan_id), reply_to=message)
+        asked.request = decode_request(message.content)
+        asked.site = _site(asked.request, context)
+        asked.plan = parse_plan(json.loads(asked.request.plan))
+        what, content, about = work(asked.request, asked.plan, asked.site)
+        sizes = record_sizes(content)
+        _enter(asked, what, records=sizes, bytes=sum(sizes.values()), sha256=lambda: content_digest(content), **about)
+        return Message(content, reply_to=message)
     except CotuneError as error:
         _log.warning("request refused: %s", error)
-        return _refusal(message, site, error, str(error))
+        return _refusal(message, asked, error, str(error))
     except Exception as error:
         _log.exception("request failed")
-        return _refusal(message, site, error, f"{type(error).__name__}: {error}")
+        return _refusal(message, asked, error, f"{type(error).__name__}: {error}")
+
+
+def _update(request: Request, plan: Plan, site: Site) -> _Answer:
+    trained = train_round(plan, site, request.round, dict(request.state), admitted=request.admitted, sent=request.sent)
+    content = encode_update(trained, plan.plan_id)
+    update = check_update(content, request, plan, site)
+    about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MOST_NAMES], "epsilon": update.epsilon}
+    if isinstance(plan.privacy, RecordPrivacy):
+        about["epsilon_allowed"] = site.policy().budget.epsilon_for(plan.privacy.epsilon)
+    return "update", content, about
+
+
+def _receipt(request: Request, plan: Plan, site: Site) -> _Answer:
+    folder = keep_finished(request, plan, site)
+    content = encode_receipt(Receipt(site.organisation, plan.plan_id, received_digest(request.state, request.sent)))
+    check_receipt(content, request, plan, site)
+    return "receipt", content, {"model": str(folder)}
 
 
 def _site(request: Request, context: Context) -> Site:
@@ -55,12 +111,28 @@ def _site(request: Request, context: Context) -> Site:
     return site
 
 
-def _refusal(message: Message, site: Site | None, error: Exception, detail: str) -> Message:
+def _refusal(message: Message, asked: _Asked, error: Exception, detail: str) -> Message:
     """A simulated organisation says everything; a real one only which rule declined, or that something failed."""
-    if site is not None and site.file.simulated:
-        reason = detail
-    elif isinstance(error, Declined):
-        reason = error.public
-    else:
-        reason = UNSAID
-    return refusal(message, reason)
+    if asked.site is not None and asked.site.file.simulated:
+        return refusal(message, detail)
+    said = error.public if isinstance(error, Declined) else UNSAID
+    try:
+        check_reason(said)
+        _enter(asked, "blocked" if isinstance(error, Blocked) else "refusal", said=said, reason=detail)
+    except CotuneError as problem:
+        _log.error("%s", problem)
+        said = UNSAID
+    return refusal(message, said)
+
+
+def _enter(asked: _Asked, what: str, *, sha256: Callable[[], str] | None = None, **about: Any) -> None:
+    """In the log of what was sent; a simulated organisation keeps none."""
+    if asked.site is None or asked.site.file.simulated:
+        return
+    if asked.plan is not None:
+        about = {"plan_id": asked.plan.plan_id, "plan": asked.plan.name, **about}
+    if asked.request is not None:
+        about = {"round": asked.request.round, **about}
+    if sha256 is not None:
+        about["sha256"] = sha256()
+    AuditLog(asked.site.folder).append(what, server=asked.server, **about)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from cotune.client.account import Account
+from cotune.client.base import find_base_here, model_here
 from cotune.client.budget import check_examples
-from cotune.client.consent import check_consent, limit_gpu_memory
+from cotune.client.consent import Broken, broken_rules, limit_gpu_memory
 from cotune.client.guard import Guard
 from cotune.client.rows import Rows
 from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
@@ -20,7 +21,6 @@ from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
 from cotune.models.errors import Declined, PlanError, PrivacyError
 from cotune.models.sharing import SharedModel
-from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, epsilon
 from cotune.privacy.dp_sgd import private_steps
@@ -52,6 +52,7 @@ class Checked:
     examples: int
     device: str
     declined: str | None
+    broken: tuple[Broken, ...] = ()  # every rule that does not allow the plan
     warning: str | None = None
     noise_multiplier: float | None = None
     epsilon: float | None = None
@@ -77,8 +78,10 @@ def check(plan: Plan, site: Site) -> Checked:
             " would be trained without a label"
         )
         checked = replace(checked, warning=warning)
+    broken = tuple(broken_rules(plan, policy, len(holdings), account.hours()))
+    if broken:
+        return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
     try:
-        check_consent(plan, policy, len(holdings), account.hours())
         played = account.ledger.rounds(plan.plan_id) if account.budget else []
         if played:
             raise Declined(
@@ -91,7 +94,8 @@ def check(plan: Plan, site: Site) -> Checked:
         return replace(checked, declined=str(declined))
     for stage in plan.stages:
         check_examples(len(holdings), stage.local, site.organisation)
-    model = model_of(plan, site.file.device)
+    find_base_here(plan, site.file)
+    model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
     checked = replace(checked, device=str(model.device))
     if sigma is None or account.budget is None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,7 +14,16 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
 
-__all__ = ["check_consent", "limit_gpu_memory"]
+__all__ = ["Broken", "broken_rules", "check_consent", "limit_gpu_memory"]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule that a plan breaks. allowing: a value of it that would allow the plan; None: none would that is worth having."""
+
+    rule: str
+    problem: str
+    allowing: Any = None
 
 
 def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> None:
@@ -19,12 +31,12 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
 
     examples: records that the organisation holds. hours: of training that the plan has taken so far.
     """
-    for rule, problem in _broken(plan, policy, examples, hours):
-        raise Declined(rule, problem)
+    for broken in broken_rules(plan, policy, examples, hours):
+        raise Declined(broken.rule, broken.problem)
 
 
-def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator[tuple[str, str]]:
-    """What depends on the number of records comes last: an earlier answer says nothing about it."""
+def broken_rules(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> Iterator[Broken]:
+    """All of them. What depends on the number of records comes last: an earlier answer says nothing about it."""
     yield from _not_allowed(plan, policy)
     yield from _too_wide(plan, policy)
     yield from _too_long(plan, policy, hours)
@@ -32,27 +44,40 @@ def _broken(plan: Plan, policy: Policy, examples: int, hours: float) -> Iterator
         yield from _over_budget(plan.privacy, policy, examples)
         if plan.strategy.compares_noise and not policy.tell.noise_level:
             name = plan.strategy.weighting.name
-            yield (
+            yield Broken(
                 "tell.noise_level",
                 f"the plan weighs updates by their noise ({name}), expected a weighting that need not know it",
+                True,
             )
     elif policy.training.record_privacy:
-        yield "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy"
-    statistics = sorted({"fisher", "gram"} & set(plan.strategy.sends))
-    if statistics and not policy.tell.statistics:
-        yield "tell.statistics", f"the plan wants statistics of the records ({', '.join(statistics)}), expected one without them"
-    if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
-        parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
-        yield "tell.local_loss", f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it"
+        yield Broken("training.record_privacy", "the plan says privacy = none, expected record-level differential privacy", False)
+    yield from _telling(plan, policy)
     yield from _telling_size(plan, policy)
     yield from _too_few(plan, policy, examples)
 
 
-def _not_allowed(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
-    rules = policy.training
+def _telling(plan: Plan, policy: Policy) -> Iterator[Broken]:
+    statistics = sorted({"fisher", "gram"} & set(plan.strategy.sends))
+    if statistics and not policy.tell.statistics:
+        yield Broken(
+            "tell.statistics",
+            f"the plan wants statistics of the records ({', '.join(statistics)}), expected one without them",
+            True,
+        )
+    if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
+        parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
+        yield Broken(
+            "tell.local_loss",
+            f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it",
+            "noised",
+        )
+
+
+def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Broken]:
+    rules, base = policy.training, plan.model.base_hash
     asked: dict[str, list[str]] = {
         "tasks": [plan.task],
-        "base_models": [plan.model.base_hash or "a base model without a hash"],  # what is not allowed is not even fetched
+        "base_models": [base or "a base model without a hash"],  # what is not allowed is not even fetched
         "train_modes": [stage.mode for stage in plan.stages],
         "weightings": [plan.strategy.weighting.name],
         "fusions": [plan.strategy.fusion.name],
@@ -60,66 +85,78 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
     }
     for key, wanted in asked.items():
         allowed = getattr(rules, key)
-        for item in wanted:
-            if "*" not in allowed and item not in allowed:
-                known = ", ".join(allowed) or "nothing so far"
-                yield f"training.{key}", f"the plan asks for {item}, expected one of: {known}; add it to the rule to allow it"
+        lacking = [] if "*" in allowed else [item for item in dict.fromkeys(wanted) if item not in allowed]
+        for item in lacking:
+            known = ", ".join(allowed) or "nothing so far"
+            yield Broken(
+                f"training.{key}",
+                f"the plan asks for {item}, expected one of: {known}; add it to the rule to allow it",
+                None if key == "base_models" and base is None else [*allowed, *lacking],
+            )
 
 
-def _too_wide(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
+def _too_wide(plan: Plan, policy: Policy) -> Iterator[Broken]:
     own = policy.training.rank_for(plan.lora.rank)
     if plan.uses_lora and own < plan.lora.rank and not plan.mixed_ranks:
-        yield (
+        yield Broken(
             "training.own_rank",
             f"the plan trains adapters of rank {plan.lora.rank} and takes no smaller ones, expected lora.smaller_ranks = true",
+            plan.lora.rank,
         )
 
 
-def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[tuple[str, str]]:
+def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
     rules, rounds = policy.training, plan.rounds
     if rounds > rules.max_rounds:
-        yield "training.max_rounds", f"the plan has {rounds} rounds, expected at most {rules.max_rounds}"
+        yield Broken("training.max_rounds", f"the plan has {rounds} rounds, expected at most {rules.max_rounds}", rounds)
     if hours >= rules.max_hours:
-        yield "training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {rules.max_hours:g}"
+        problem = f"the plan has trained for {hours:.1f} hours, expected at most {rules.max_hours:g}"
+        yield Broken("training.max_hours", problem, float(round(2 * hours)) or 1.0)
 
 
-def _telling_size(plan: Plan, policy: Policy) -> Iterator[tuple[str, str]]:
+def _telling_size(plan: Plan, policy: Policy) -> Iterator[Broken]:
     tells = any(stage.local.epochs is not None and stage.local.batch_size >= 1 for stage in plan.stages)
     if tells and policy.tell.example_count != "exact":
-        yield (
+        yield Broken(
             "tell.example_count",
             "the plan has local.epochs, whose number of steps tells how many records there are: expected local.steps, or"
             " local.batch_size as a fraction",
+            "exact",
         )
 
 
-def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[tuple[str, str]]:
+def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Broken]:
     rules, tell = policy.training, policy.tell
     if examples < rules.min_examples:
-        yield "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}"
-    for stage in plan.stages:
-        batch = stage.local.sample_rate(examples) * examples
+        yield Broken(
+            "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}", examples
+        )
+    batches = [stage.local.sample_rate(examples) * examples for stage in plan.stages]
+    for stage, batch in zip(plan.stages, batches, strict=True):
         if batch < rules.min_batch:
-            yield "training.min_batch", f"a batch would have {batch:.0f} records, expected at least {rules.min_batch:g}"
+            problem = f"a batch would have {batch:.0f} records, expected at least {rules.min_batch:g}"
+            yield Broken("training.min_batch", problem, math.floor(min(batches)))
         if plan.strategy.compares_noise and tell.example_count == "declared" and tell.declared_examples < stage.local.batch_size:
-            yield (
+            yield Broken(
                 "tell.declared_examples",
                 f"the plan weighs updates by their noise, stated for {tell.declared_examples} records, fewer than a batch has:"
                 " expected a public size near the true one",
             )
 
 
-def _over_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[tuple[str, str]]:
+def _over_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Broken]:
     rules = policy.budget
     wanted, allowed = privacy.delta_for(examples), delta_of(rules.delta_per_run, examples)
     if wanted > allowed:
-        yield "budget.delta_per_run", f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
+        problem = f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
+        yield Broken("budget.delta_per_run", problem, privacy.delta)
     run = rules.epsilon_for(privacy.epsilon)
     if run > rules.epsilon_per_run:
-        yield (
+        yield Broken(
             "budget.epsilon_per_run",
             f"the plan would spend ε = {run:g}, expected at most {rules.epsilon_per_run:g}; to join with more noise, set"
             " budget.own_epsilon to what you want to spend",
+            run,
         )
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
@@ -44,6 +45,8 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from cotune.client.reach import explained
 
 __all__ = ["Fleet", "FleetError", "NotKnown", "Request", "RequestOver", "connected"]
 
@@ -229,18 +232,39 @@ def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
     try:
         return method(request)
     except httpx.HTTPStatusError as error:
-        raise _fault(error.response.status_code) from None
+        raise _fault(error.response) from None
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise FleetError(explained(error, error.request.url.netloc.decode("ascii"))) from None
     except httpx.HTTPError as error:
-        raise FleetError(f"the server cannot be reached ({error})") from None
+        raise FleetError(f"the connection to the server broke off ({error})") from None
     except ValueError as error:
         raise FleetError(f"the server's answer is not Flower's ({error})") from None
 
 
-def _fault(status: int) -> FleetError:
+def _fault(response: httpx.Response) -> FleetError:
+    status = response.status_code
     if status == httpx.codes.UNAUTHORIZED:
-        return NotKnown("the server does not accept the key: expected a registered one, and clocks that agree within 5 minutes")
+        return NotKnown(
+            "the server does not accept the key: expected one that the coordinator has registered (`cotune server invite`), and"
+            f" clocks that agree within 5 minutes{_apart(response.headers.get('date'))}"
+        )
     if status == httpx.codes.PRECONDITION_FAILED:
-        return NotKnown("the server does not let this node in: its key is not registered, or a node with it is online still")
+        return NotKnown(
+            "the server does not let this node in: its key is not registered (`cotune server invite`), or a node with the same"
+            " key is online already, perhaps on another machine, or until a minute ago"
+        )
     if status == httpx.codes.FORBIDDEN:
         return RequestOver("the run is over, or not for this node")
+    if status == httpx.codes.NOT_FOUND:
+        return FleetError("what answers there is no Flower server: expected the address of the federation's public port")
     return FleetError(f"the server answered with status {status}")
+
+
+def _apart(date: str | None) -> str:
+    """How far the clocks are apart, where the server says what it takes the time for."""
+    try:
+        seconds = time.time() - parsedate_to_datetime(date or "").timestamp()
+    except ValueError:
+        return ""
+    direction = "ahead of" if seconds > 0 else "behind"
+    return f"; this machine's is {abs(seconds) / 60:.0f} minutes {direction} the server's" if abs(seconds) > 60 else ""

@@ -24,9 +24,11 @@ from typing import Protocol
 
 from flwr.app import Message
 
+from cotune.client.audit_log import AuditLog
 from cotune.client.bundle import reason_to_refuse
 from cotune.client.credentials import read_certificates, read_private_key
 from cotune.client.fleet import Fleet, FleetError, Request, RequestOver, connected
+from cotune.client.observe import tell
 from cotune.client.refusal import UNSAID, refusal
 from cotune.client.resident import Resident, ResidentDied
 from cotune.models.durable import write_durably
@@ -65,18 +67,21 @@ def run_node(
     connect = partial(connected, address, read_certificates(root_certificates), read_private_key(key))
     stop = stop or threading.Event()
     with _alone(site / "node"), _stopped_by_signals(stop):
-        worker = Resident(site.resolve())
+        worker = Resident(site.resolve(), address)
         try:
-            Node(site / "node", worker, stop).stay(connect)
+            Node(site / "node", worker, stop, AuditLog(site)).stay(connect)
         finally:
             worker.stop()
 
 
 class Node:
-    """What a node does with connections and a worker: one request at a time, until `stop`. folder: what it keeps."""
+    """What a node does with connections and a worker: one request at a time, until `stop`.
 
-    def __init__(self, folder: Path, worker: Worker, stop: threading.Event) -> None:
-        self._worker, self._stop = worker, stop
+    folder: what it keeps. sent: where its own refusals are entered before they leave; the worker enters what it answers.
+    """
+
+    def __init__(self, folder: Path, worker: Worker, stop: threading.Event, sent: AuditLog | None = None) -> None:
+        self._worker, self._stop, self._sent = worker, stop, sent
         self._request_file, self._id_file = folder / "request.pb", folder / "id"
         self._request, self._known = self._kept_request(), self._kept_id()
         self._given = False
@@ -99,6 +104,7 @@ class Node:
                 lasted = time.monotonic() - started
                 wait = _next_wait(0.0 if lasted > _LONGEST_WAIT_SECONDS else wait)
                 unforeseen = None if isinstance(error, FleetError) else error
+                tell("disconnected", reason=str(error))
                 _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
 
     def serve(self, fleet: Fleet) -> None:
@@ -148,8 +154,7 @@ class Node:
             refused = reason_to_refuse(fleet.bundle(request.run))
             if refused is not None:
                 _log.warning("run %s is refused: %s", request.run, refused)
-                self._reply = refusal(request.header, refused)
-                return
+                return self._refuse(request, refused, refused)
             self._fit_run = request.run
         self._give(fleet, request)
 
@@ -158,18 +163,25 @@ class Node:
             self._worker.give(fleet.open(request))
             self._given = True
             _log.info("round %s of run %s begins", request.round, request.run)
+            tell("begun", round=request.round)
         except FleetError:
             raise
         except Exception as error:  # what a stranger sent may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
-            self._reply = refusal(request.header, UNSAID)
+            self._refuse(request, UNSAID, f"the request cannot be read: {error}")
+
+    def _refuse(self, request: Request, said: str, reason: str) -> None:
+        """Answers without the worker. said: to the server. reason: for the organisation's own log of what was sent."""
+        if self._sent is not None:
+            self._sent.append("refusal", round=request.round, said=said, reason=reason)
+        self._reply = refusal(request.header, said)
 
     def _wait_for_reply(self, request: Request) -> None:
         try:
             self._reply = self._worker.answer(_POLL_SECONDS)
         except ResidentDied as error:
             _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
-            self._reply = refusal(request.header, UNSAID)
+            self._refuse(request, UNSAID, str(error))
 
     def _send(self, fleet: Fleet, request: Request, reply: Message) -> None:
         if request.late:
@@ -177,11 +189,13 @@ class Node:
         seconds = time.monotonic() - self._began
         fleet.send(reply, seconds)
         _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)
+        tell("answered", round=request.round, seconds=seconds, entry={} if self._sent is None else self._sent.last())
         self._forget(fleet, request)
 
     def _drop(self, fleet: Fleet, reason: str) -> None:
         assert self._request is not None
         _log.warning("round %s of run %s is dropped: %s", self._request.round, self._request.run, reason)
+        tell("dropped", round=self._request.round, reason=reason)
         self._forget(fleet, self._request)
 
     def _forget(self, fleet: Fleet, request: Request) -> None:
@@ -195,6 +209,7 @@ class Node:
 
     def _enter(self, fleet: Fleet) -> None:
         _log.info("connected as node %s", fleet.node_id)
+        tell("connected", node=fleet.node_id)
         self._known = fleet.node_id
         write_durably(self._id_file, str(fleet.node_id).encode())
         if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:

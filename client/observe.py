@@ -8,7 +8,9 @@ from typing import Any
 
 __all__ = ["Observer", "observing", "tell"]
 
-Observer = Callable[[str, dict[str, Any]], None]  # (what happened: "features" or "step", its details)
+Observer = Callable[[str, dict[str, Any]], None]
+"""Called with what happened, and its details: "features" and "step" in training; "connected", "disconnected", "begun", "answered"
+and "dropped" at a node."""
 _observers: list[Observer] = []
 
 

@@ -28,17 +28,19 @@ class ResidentDied(Exception):
 
 
 class Resident:
-    """Answers one message at a time for the site in `folder`."""
+    """Answers one message at a time for the site in `folder`. server: who asks, as its own log of what was sent names it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._busy = folder, False
+    def __init__(self, folder: Path, server: str = "") -> None:
+        self._folder, self._server, self._busy = folder, server, False
         self._process, self._pipe = self._start()
 
     def _start(self) -> tuple[BaseProcess, Connection]:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         level = logging.getLogger("cotune").getEffectiveLevel()
-        process = context.Process(target=_work, args=(theirs, self._folder, level), name="cotune-resident", daemon=True)
+        process = context.Process(
+            target=_work, args=(theirs, self._folder, self._server, level), name="cotune-resident", daemon=True
+        )
         process.start()
         theirs.close()
         return process, ours
@@ -83,8 +85,9 @@ class Resident:
         return ResidentDied(f"the training process ended with {self._process.exitcode}: perhaps memory ran out")
 
 
-def _work(pipe: Connection, folder: Path, level: int) -> None:
+def _work(pipe: Connection, folder: Path, server: str, level: int) -> None:
     """What the process does until the node ends."""
+    os.umask(0o077)  # what it keeps is the organisation's own
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service sends them to all: the node answers for both
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -96,14 +99,14 @@ def _work(pipe: Connection, folder: Path, level: int) -> None:
             message = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(message, folder))
+        pipe.send(_answer(message, folder, server))
 
 
-def _answer(message: Message, folder: Path) -> Message:
+def _answer(message: Message, folder: Path, server: str = "") -> Message:
     from cotune.client.app import app
 
     about = message.metadata
-    site = UserConfig({"site": str(folder)})
+    site = UserConfig({"site": str(folder), "server": server})
     context = Context(about.run_id, about.dst_node_id, site, RecordDict(), UserConfig())
     try:
         return app(message, context)

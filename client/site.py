@@ -1,10 +1,15 @@
 """An organisation's site: one folder with its description, its ledger, and the last update it sent.
 
-site.json         name, device, and whether it is a simulated one
+site.json         name, device, where its copy of the base model is, and whether it is a simulated one
 data.json         which records it holds (see models/holdings.py)
 policy.toml       what it allows; without one, the strict defaults
+node.key .pub     by which a server knows it
+plans/            the plans that came, and in approved.jsonl those that it has approved (approval.py)
 ledger.sqlite     the privacy it has spent
+audit.jsonl       what it has sent (audit_log.py)
+node/             what its node keeps while it works (node.py)
 outbox/           the last finished update, so that a crash after training costs nothing
+models/<plan>/    the finished model of a plan, as a Hugging Face folder
 kept/<plan>/      what is kept from round to round, by the round after which it was kept: tensors of a plan's client term, and in
                   personal/ the parameters that are not shared
 """
@@ -38,6 +43,7 @@ class SiteFile(BaseModel):
     organisation: str
     simulated: bool = False
     device: str = "auto"
+    base: Path | None = None  # a folder with the base model, where a plan names one that is not to be found here
 
 
 class Site:
@@ -48,7 +54,9 @@ class Site:
         try:
             self.file = SiteFile.model_validate_json((folder / "site.json").read_bytes())
         except (OSError, ValidationError):
-            raise DataError(f"{folder} is not a site: expected a folder with a site.json") from None
+            raise DataError(
+                f"{folder} is not a site: expected a folder with a site.json, as `cotune client init` makes it"
+            ) from None
 
     @property
     def organisation(self) -> str:

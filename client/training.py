@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from cotune.client.account import Account
+from cotune.client.approval import Approvals
+from cotune.client.base import model_here
 from cotune.client.budget import check_examples
 from cotune.client.consent import check_consent, limit_gpu_memory
 from cotune.client.correction import Correction
@@ -25,7 +27,7 @@ from cotune.client.telling import Teller
 from cotune.models.errors import Declined, RunError
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import State
-from cotune.plan.model import model_of, trained_names
+from cotune.plan.model import trained_names
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps
 from cotune.privacy.dp_sgd import Batch, StepReport, private_steps
@@ -48,7 +50,9 @@ def train_round(
     if not 0 <= admitted < round:
         raise RunError(f"the request for round {round} names round {admitted} as the last admitted one: expected an earlier one")
     digest = received_digest(state, sent)
-    policy, holdings = site.policy(), site.holdings(plan.labels)
+    policy = site.policy()
+    Approvals(site).check(plan, policy)
+    holdings = site.holdings(plan.labels)
     check_consent(plan, policy, len(holdings))
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:
@@ -56,7 +60,7 @@ def train_round(
     account = Account(plan, policy, site, holdings)
     check_consent(plan, policy, len(holdings), account.hours())
     check_examples(len(holdings), stage.local, site.organisation)
-    model = model_of(plan, site.file.device)
+    model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
     model.load(state)
     names, personal = trained_names(plan, model, round), Personal(plan, site, model, round, admitted)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from cotune.models.errors import PlanError
+from cotune.models.errors import PlanError, nearest
 from cotune.models.table import Table, first_mistake
 from cotune.privacy.accounting import check_delta
 
-__all__ = ["BudgetRules", "Policy", "TellRules", "TrainingRules", "dump_policy", "read_policy"]
+__all__ = ["BudgetRules", "Policy", "TellRules", "TrainingRules", "changed_policy", "dump_policy", "read_policy"]
 
 _EVERYTHING = ("*",)
 
@@ -44,6 +45,9 @@ class BudgetRules(Table):
 class TrainingRules(Table):
     """What may be trained (the `training` table). Lists: what is allowed; "*": everything."""
 
+    approval: Literal["each", "none"] = Field(
+        "each", description="each: a plan is trained on only after somebody here has approved it; none: whatever the rules allow"
+    )
     record_privacy: bool = Field(True, description="true: a plan without record-level differential privacy is declined")
     min_examples: int = Field(500, ge=0, description="records that a data set must have")
     min_batch: float = Field(64, ge=0, description="expected records per step at least")
@@ -96,6 +100,7 @@ class Policy(Table):
         return cls(
             budget=BudgetRules(own_epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6),
             training=TrainingRules(
+                approval="none",
                 record_privacy=False,
                 min_examples=0,
                 min_batch=0,
@@ -123,6 +128,21 @@ def read_policy(file: Path) -> Policy:
         raise PlanError(
             f"the policy {file} cannot be read ({error}): expected TOML like that of `cotune client policy`"
         ) from None
+
+
+def changed_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
+    """The policy with other values for some rules, such as {"training.max_rounds": 50}. Raises PlanError for what is none."""
+    rules = {f"{table}.{rule}" for table in Policy.model_fields for rule in type(getattr(policy, table)).model_fields}
+    tables = policy.model_dump()
+    for key, value in changes.items():
+        if key not in rules:
+            raise PlanError(f'the policy has no rule "{key}"{nearest(key, rules)}')
+        table, _, rule = key.partition(".")
+        tables[table][rule] = value
+    try:
+        return Policy.model_validate(tables)
+    except ValidationError as error:
+        raise PlanError(first_mistake(error, Policy, "policy")) from None
 
 
 def dump_policy(policy: Policy) -> str:

@@ -1,0 +1,174 @@
+"""`cotune client check`: what joining a federation would mean here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cotune.privacy.rounding import round_up
+from cotune.server.figures import duration, size
+
+if TYPE_CHECKING:
+    from cotune.client.check import Checked
+    from cotune.client.connection import Tried
+    from cotune.client.consent import Broken
+    from cotune.client.site import Site
+    from cotune.plan.invitation import Invitation
+    from cotune.plan.schema import Plan
+
+__all__ = ["Data", "Label", "Model", "SiteFolder", "Text", "allowing", "check", "keep_what_is_named"]
+
+SiteFolder = Annotated[Path, typer.Argument(help="The organisation's site: a folder that `cotune client init` made.")]
+Data = Annotated[str | None, typer.Option(help="Where the records are: a file, or a folder of images. Kept in the site.")]
+Text = Annotated[str | None, typer.Option(help="The column that holds the text (or image), where it is not the plan's.")]
+Label = Annotated[str | None, typer.Option(help="The column that holds the label, where it is not the plan's.")]
+Model = Annotated[Path | None, typer.Option(help="A folder with the plan's base model, where it has another place here.")]
+
+
+def check(
+    site: SiteFolder,
+    federation: Annotated[str, typer.Argument(help="The federation.toml that the coordinator gave you; or a plan, or a run.")],
+    data: Data = None,
+    text: Text = None,
+    label: Label = None,
+    model: Model = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not try to connect.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+) -> None:
+    """Say what joining would mean here: policy, noise, ε, time and memory of one real step; whether the server lets you in."""
+    from dataclasses import asdict
+
+    from cotune.client.check import check as check_plan
+    from cotune.client.connection import try_connection, versions
+    from cotune.client.site import Site
+
+    opened, console = Site(site.expanduser()), Console(highlight=False)
+    invitation, plan = _read(federation)
+    with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
+        opened = keep_what_is_named(opened, plan, data, text, label, model)
+        found = check_plan(plan, opened)
+        tried = None
+        if invitation is not None and not offline:
+            tried = try_connection(opened, invitation.address, invitation.certificates)
+    about = None if invitation is None else _about(invitation)
+    if as_json:
+        rules = [asdict(broken) | {"command": allowing(opened, broken)} for broken in found.broken]
+        connection = None if tried is None else asdict(tried)
+        together = {"federation": about, "versions": versions(), "connection": connection, **asdict(found), "broken": rules}
+        typer.echo(json.dumps(together, indent=1))
+    else:
+        if about is not None:
+            _show_federation(console, about, versions())
+        _show_check(console, opened, found)
+        if tried is not None:
+            _show_connection(console, tried)
+    if found.declined or (tried is not None and tried.problem):
+        raise typer.Exit(1)
+
+
+def _read(source: str) -> tuple[Invitation | None, Plan]:
+    """A federation.toml with its plan, or a plan by itself: a TOML file, or in the folder of a run."""
+    import tomllib
+
+    from cotune.plan.invitation import read_invitation
+    from cotune.plan.load import load_plan
+
+    path = Path(source).expanduser()
+    document = path / "plan.toml" if (path / "plan.toml").exists() else path
+    try:
+        is_invitation = {"protocol", "server"} <= tomllib.loads(document.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError):
+        is_invitation = document.name == "federation.toml"
+    if not is_invitation:
+        return None, load_plan(document if path.exists() else source, own_code=False)
+    invitation = read_invitation(document)
+    return invitation, invitation.plan
+
+
+def keep_what_is_named(site: Site, plan: Plan, data: str | None, text: str | None, label: str | None, model: Path | None) -> Site:
+    """Writes into the site where records and base model are, as far as the command line says so."""
+    from cotune.client.set_up import name_base, name_records
+
+    name_records(site, plan, data, text=text, label=label)
+    return site if model is None else name_base(site, plan, model)
+
+
+def allowing(site: Site, broken: Broken) -> str | None:
+    """The command that would allow what a rule does not."""
+    if broken.allowing is None:
+        return None
+    setting = f"{broken.rule}={json.dumps(broken.allowing, ensure_ascii=False)}"
+    return f"cotune client policy {shlex.quote(str(site.folder))} --set {shlex.quote(setting)}"
+
+
+def _about(invitation: Invitation) -> dict[str, Any]:
+    from cotune.strategies.wire import PROTOCOL
+
+    return {
+        "name": invitation.name,
+        "address": invitation.address,
+        "fingerprint": invitation.fingerprint,
+        "protocol": PROTOCOL,
+        "plan": invitation.plan.name,
+        "plan_id": invitation.plan.plan_id,
+    }
+
+
+def _show_federation(console: Console, about: dict[str, Any], found: dict[str, str]) -> None:
+    console.print(f"[bold]{escape(about['name'])}[/bold] at {about['address']}: plan {about['plan']} ({about['plan_id'][:12]}…)")
+    console.print(
+        f"fingerprint of its federation.toml, to compare with the coordinator's: {about['fingerprint']}", soft_wrap=True
+    )
+    installed = ", ".join(f"{name} {number}" for name, number in found.items())
+    console.print(f"protocol {about['protocol']}; installed here: {installed}", soft_wrap=True)
+
+
+def _show_check(console: Console, site: Site, found: Checked) -> None:
+    console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
+    if found.warning:
+        console.print(f"[bold yellow]{escape(found.warning)}[/bold yellow]", soft_wrap=True)
+    if found.declined:
+        show_broken(console, site, found.broken, found.declined)
+        return
+    console.print("the policy allows this plan")
+    if found.noise_multiplier is None or found.epsilon is None or found.delta is None:
+        console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
+        return
+    total = f" of {found.epsilon_total:g} in total" if (found.epsilon_total or 0.0) < 1e6 else ""
+    spent = f"ε {round_up(found.epsilon_spent or 0.0)}{total} is spent already"
+    console.print(f"σ = {found.noise_multiplier:.3f}: it would spend ε = {found.epsilon:g} at δ = {found.delta:.1e}; {spent}")
+    table = Table("stage", box=None, header_style="bold", pad_edge=False)
+    for heading in ("rounds", "steps", "batch", "one step", "one round", "memory", "gradient error"):
+        table.add_column(heading, justify="right")
+    for s in found.stages:
+        times = (duration(s.seconds), duration(s.seconds * s.steps))
+        figures = (str(s.rounds), str(s.steps), f"{s.batch:.0f}", *times, size(s.peak_memory_bytes), f"{s.gradient_error:.0e}")
+        table.add_row(s.mode, *figures)
+    console.print(table)
+    console.print("tried on made-up records of full length; nothing was trained on, charged or sent")
+
+
+def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwise: str = "") -> None:
+    """Every rule that does not allow a plan, with the command that would. otherwise: what to say where it is no rule's doing."""
+    if not rules:
+        console.print(f"[bold red]{escape(otherwise)}[/bold red]", soft_wrap=True)
+    for broken in rules:
+        console.print(f"[bold red]declined by the rule {broken.rule}[/bold red]: {escape(broken.problem)}", soft_wrap=True)
+        command = allowing(site, broken)
+        if command is not None:
+            console.print(f"  to allow it: {escape(command)}", soft_wrap=True)
+
+
+def _show_connection(console: Console, tried: Tried) -> None:
+    if tried.problem is not None:
+        console.print(f"[bold red]not connected[/bold red]: {escape(tried.problem)}", soft_wrap=True)
+        return
+    how = "the node of this site is connected" if tried.joined else "the server lets this organisation in"
+    console.print(f"{how}; the server's certificate is good for {tried.days_left} days")

@@ -1,0 +1,192 @@
+"""`cotune client init | join | approve | sent`: an organisation's way into a federation."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from cotune.cli.client_check import Data, Label, Model, SiteFolder, Text, keep_what_is_named, show_broken
+from cotune.privacy.rounding import round_up
+from cotune.server.figures import duration, size
+
+if TYPE_CHECKING:
+    from cotune.client.site import Site
+    from cotune.plan.schema import Plan
+
+__all__ = ["approve", "init", "join", "sent"]
+
+
+def init(
+    site: Annotated[Path, typer.Argument(help="The folder to make.")],
+    name: Annotated[str, typer.Option(help="Of the organisation, such as hospital-a.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    key: Annotated[
+        Path | None, typer.Option(help="A private key as `ssh-keygen -t ecdsa -b 384` makes it, to be copied.")
+    ] = None,
+) -> None:
+    """Make an organisation's site: a key pair, a strict policy and an empty ledger, for your eyes only."""
+    from cotune.client.set_up import fingerprint_of, make_site
+
+    made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
+    folder, console = shlex.quote(str(made.folder)), Console(highlight=False)
+    console.print(f"{folder} is the site of [bold]{name}[/bold]; it holds a private key, so keep it to yourself", soft_wrap=True)
+    console.print(
+        f"1. send {folder}/node.pub to the coordinator, who invites you; SHA-256 of the key, to compare:", soft_wrap=True
+    )
+    console.print(f"   {fingerprint_of(made)}", soft_wrap=True)
+    console.print("2. look at the federation.toml that you get:", soft_wrap=True)
+    console.print(f"   cotune client check {folder} federation.toml --data records.csv", soft_wrap=True)
+    console.print(f"3. change {folder}/policy.toml where it is stricter than you want; then", soft_wrap=True)
+    console.print(f"   cotune client join {folder} federation.toml", soft_wrap=True)
+
+
+def join(
+    site: SiteFolder,
+    federation: Annotated[Path, typer.Argument(help="The federation.toml that the coordinator gave you.")],
+    data: Data = None,
+    text: Text = None,
+    label: Label = None,
+    model: Model = None,
+) -> None:
+    """Approve the plan in a federation.toml, connect, and train when asked; stays until stopped with Ctrl-C or SIGTERM."""
+    import logging
+    import os
+
+    from cotune.client.approval import Approvals
+    from cotune.client.node import run_node
+    from cotune.client.observe import observing
+    from cotune.client.site import Site
+    from cotune.models.durable import write_durably
+    from cotune.plan.invitation import read_invitation
+
+    os.umask(0o077)  # what is written into a site is the organisation's own
+    logging.getLogger("cotune").setLevel(logging.ERROR)  # what people want to know is shown below, once
+    invitation, console = read_invitation(federation.expanduser()), Console(highlight=False)
+    opened = keep_what_is_named(Site(site.expanduser()), invitation.plan, data, text, label, model)
+    _show_plan(console, opened, invitation.plan)
+    Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
+    authority = opened.folder / "node" / "ca.crt"
+    write_durably(authority, invitation.certificates)
+    console.print(f"joining {escape(invitation.name)} at {invitation.address} as {opened.organisation}; Ctrl-C leaves it")
+    with observing(_Shown(console)):
+        run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")
+    console.print("left the federation; what was spent is in the ledger, and the same command joins again")
+
+
+def _show_plan(console: Console, site: Site, plan: Plan) -> None:
+    """What it would do, and what the policy says: whoever joins a plan that is declined takes no part until it is allowed."""
+    from cotune.client.account import Account
+    from cotune.client.base import find_base_here
+    from cotune.client.consent import broken_rules
+    from cotune.client.outline import outline
+
+    for line in outline(plan):
+        console.print(escape(line), soft_wrap=True)
+    policy, holdings = site.policy(), site.holdings(plan.labels)
+    broken = tuple(broken_rules(plan, policy, len(holdings), Account(plan, policy, site, holdings).hours()))
+    if broken:
+        show_broken(console, site, broken)
+        console.print("[bold yellow]this plan is declined whenever it is asked for, until the policy allows it[/bold yellow]")
+    else:
+        find_base_here(plan, site.file)
+
+
+class _Shown:
+    """One line for each thing that happens at the node; why it is not connected is said once, until that changes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._problem = console, ""
+
+    def __call__(self, what: str, about: dict[str, Any]) -> None:
+        line = getattr(self, f"_{what}", lambda **_: None)(**about)
+        if line is not None:
+            self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", soft_wrap=True)
+
+    def _connected(self, node: int) -> str:
+        self._problem = ""
+        return "connected"
+
+    def _disconnected(self, reason: str) -> str | None:
+        known, self._problem = self._problem, reason
+        return None if known == reason else f"[yellow]not connected[/yellow]: {escape(reason)}; it is tried again and again"
+
+    def _begun(self, round: str) -> str:
+        return f"round {escape(round)} begins"
+
+    def _dropped(self, round: str, reason: str) -> str:
+        return f"round {escape(round)} is not answered: {escape(reason)}"
+
+    def _answered(self, round: str, seconds: float, entry: dict[str, Any]) -> str:
+        if entry.get("what") == "receipt":
+            return f"the finished model is in {escape(str(entry.get('model')))}"
+        if entry.get("what") != "update":
+            why = str(entry.get("reason", "see the log"))
+            return f"[yellow]round {escape(round)}: no update was sent[/yellow]: {escape(why)}"
+        spent = (
+            "no privacy" if entry.get("epsilon") is None else f"ε {round_up(entry['epsilon'])} of {entry['epsilon_allowed']:g}"
+        )
+        return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent} spent"
+
+
+def approve(
+    site: SiteFolder,
+    plan_id: Annotated[str, typer.Argument(help="The beginning of the plan's id; without it, the only plan that waits.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Show a plan that came, or how it differs from the one approved last, and approve it."""
+    from cotune.client.approval import Approvals
+    from cotune.client.outline import changes, outline
+    from cotune.client.site import Site
+
+    opened, console = Site(site.expanduser()), Console(highlight=False)
+    approvals = Approvals(opened)
+    plan, last = approvals.find(plan_id), approvals.last()
+    if plan.plan_id in approvals.ids():
+        console.print(f"the plan {escape(plan.name)} ({plan.plan_id[:12]}…) is approved already")
+        return
+    for line in outline(plan):
+        console.print(escape(line), soft_wrap=True)
+    if last is not None:
+        console.print(f"what differs from {escape(last.name)} ({last.plan_id[:12]}…), approved last:")
+        for line in changes(last, plan):
+            console.print(f"  {escape(line)}", soft_wrap=True)
+    if not yes and not typer.confirm("Approve it?"):
+        console.print("not approved; it is asked for in vain")
+        raise typer.Exit(1)
+    approvals.approve(plan, f"cotune client approve {plan.plan_id[:12]}")
+    console.print("approved: it is trained on when it is asked for next, as far as the policy allows")
+
+
+def sent(
+    site: SiteFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+) -> None:
+    """Show what has left this organisation, and check that nothing was changed in the list."""
+    from cotune.client.audit_log import AuditLog
+    from cotune.client.site import Site
+
+    log = AuditLog(Site(site.expanduser()).folder)
+    entries, head = log.entries(), log.head
+    if as_json:
+        typer.echo(json.dumps({"entries": entries, "head": head}, indent=1, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    for entry in entries:
+        console.print(escape(_line(entry)), soft_wrap=True)
+    console.print(f"{len(entries)} lines, none changed; SHA-256 of the last: {head}", soft_wrap=True)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    when, round = str(entry.get("at", ""))[:16].replace("T", " "), entry.get("round", "")
+    plan = f" {entry['plan']} ({entry['plan_id'][:12]}…)" if entry.get("plan_id") else ""
+    if entry["what"] in ("update", "receipt"):
+        epsilon = "" if entry.get("epsilon") is None else f", ε {round_up(entry['epsilon'])} stated"
+        return f"{when} {entry['what']}{plan}, round {round}: {size(entry['bytes'])}{epsilon}, SHA-256 {entry['sha256'][:16]}…"
+    return f"{when} {entry['what']}{plan}, round {round}: {entry.get('reason') or entry.get('said', '')}"

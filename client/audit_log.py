@@ -1,0 +1,132 @@
+"""What an organisation has sent, line by line, on its own disk before it leaves: audit.jsonl in the site.
+
+Each line holds the SHA-256 of the line before it: a line that was changed, removed or put in shows. Lines cut off at the end do
+not, unless the last hash was noted elsewhere. It may hold more than arrived: what was handed over may have been lost on its way.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, RecordDict
+
+from cotune.models.errors import RunError
+from cotune.strategies.wire import payload_bytes
+
+__all__ = ["AuditLog", "content_digest", "record_sizes"]
+
+_START = "0" * 64  # the hash before the first line
+_LONGEST_LINE = 64 * 1024
+
+
+class AuditLog:
+    """Safe to use from several processes."""
+
+    def __init__(self, site: Path) -> None:
+        self.file = site / "audit.jsonl"
+
+    def append(self, what: str, **about: Any) -> None:
+        """Durable when this returns. what: update, refusal, receipt or blocked. Raises RunError where it cannot be written."""
+        try:
+            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _write_whole(descriptor, self._line(descriptor, {"what": what, **about}))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise RunError(
+                f"{self.file} cannot be written ({error.strerror}): nothing is sent that is not entered there; make room, or mend"
+                " the permissions of the site"
+            ) from None
+
+    def _line(self, descriptor: int, about: Mapping[str, Any]) -> bytes:
+        """What a power cut has left of a line before stays, as a line of its own."""
+        before = _last_line(descriptor)
+        unfinished = b"\n" if before and not before.endswith(b"\n") else b""
+        chained = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **about, "before": _hash(before)}
+        return unfinished + json.dumps(chained, ensure_ascii=False).encode() + b"\n"
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All lines, checked. Raises RunError for one that is not as it was written."""
+        found, before = [], b""
+        for number, line in enumerate(self._lines(), start=1):
+            try:
+                entry = dict(json.loads(line))
+            except (ValueError, TypeError):
+                entry = {"what": "unfinished", "before": _hash(before)}
+            if entry.get("before") != _hash(before):
+                raise RunError(
+                    f"{self.file} is not as it was written: line {number} does not follow from the line before; somebody or"
+                    " something changed it, so compare it with a backup"
+                )
+            found.append(entry)
+            before = line
+        return found
+
+    @property
+    def head(self) -> str:
+        """The hash of the last line: whoever notes it elsewhere can see later that none was cut off."""
+        lines = self._lines()
+        return _hash(lines[-1] if lines else b"")
+
+    def last(self) -> dict[str, Any]:
+        """The last line, unchecked; empty where there is none."""
+        try:
+            return dict(json.loads(self._lines()[-1]))
+        except (IndexError, ValueError, TypeError, RunError):
+            return {}
+
+    def _lines(self) -> list[bytes]:
+        try:
+            return self.file.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RunError(f"{self.file} cannot be read ({error.strerror}): mend the permissions of the site") from None
+
+
+def _write_whole(descriptor: int, content: bytes) -> None:
+    """All of it or nothing: on a full disk a part of a line is taken back."""
+    size = os.fstat(descriptor).st_size
+    if os.write(descriptor, content) != len(content):
+        os.ftruncate(descriptor, size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fsync(descriptor)
+
+
+def _hash(line: bytes) -> str:
+    return hashlib.sha256(line.rstrip(b"\n")).hexdigest() if line else _START
+
+
+def _last_line(descriptor: int) -> bytes:
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, _LONGEST_LINE, max(0, size - _LONGEST_LINE))
+    return tail[tail.rstrip(b"\n").rfind(b"\n") + 1 :]
+
+
+def record_sizes(content: RecordDict) -> dict[str, int]:
+    """Record -> bytes of its names and values, before Flower's own framing."""
+    return {name: payload_bytes(RecordDict({name: record})) for name, record in content.items()}
+
+
+def content_digest(content: RecordDict) -> str:
+    """SHA-256 over every record's name and kind, and the names and values in it."""
+    digest = hashlib.sha256()
+    for name, record in sorted(content.items()):
+        digest.update(f"{name}:{type(record).__name__}\n".encode())
+        if isinstance(record, ArrayRecord):
+            for key, array in sorted(record.items()):
+                digest.update(f"{key}:{array.dtype}:{tuple(array.shape)}\n".encode())
+                digest.update(array.data)
+        else:
+            digest.update("".join(f"{key}:{record[key]!r}\n" for key in sorted(record)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,60 @@
+"""The finished model of a plan: what every organisation is given at the end, as a Hugging Face folder in its site."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cotune.client.approval import Approvals
+from cotune.client.base import model_here
+from cotune.client.consent import broken_rules
+from cotune.client.personal import Personal
+from cotune.client.site import Site
+from cotune.models.durable import write_durably
+from cotune.models.errors import Declined, RunError
+from cotune.models.export import export_model
+from cotune.models.sharing import State
+from cotune.plan.schema import Plan
+from cotune.strategies.wire import Request, received_digest
+
+__all__ = ["keep_finished"]
+
+_ABOUT = "cotune.json"  # in the folder: which plan, and the digest of what came
+
+
+def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
+    """Exports the model, with the own part where the plan lets organisations keep one, and returns its folder; no record is read.
+
+    The same model again changes nothing. Raises Declined for a plan that nobody here has approved, or a base model that is not
+    allowed; ModelError for parameters that are not the plan's; RunError for a round that is not the last.
+    """
+    policy = site.policy()
+    Approvals(site).check(plan, policy)
+    for broken in broken_rules(plan, policy, examples=0):
+        if broken.rule == "training.base_models":
+            raise Declined(broken.rule, broken.problem)
+    if request.round != plan.rounds:
+        raise RunError(f"a model came after round {request.round}: expected the finished one, after round {plan.rounds}")
+    folder = site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
+    about = {"plan_id": plan.plan_id, "received": received_digest(request.state, request.sent)}
+    if _read(folder / _ABOUT) != about:
+        model, state = model_here(plan, site), dict(request.state)
+        _check_finite(state)
+        model.load(state)
+        Personal(plan, site, model, request.round, request.admitted).joined(state)
+        export_model(model, folder)
+        write_durably(folder / _ABOUT, json.dumps(about).encode())
+    return folder
+
+
+def _check_finite(state: State) -> None:
+    broken = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise RunError(f"the finished model is not finite in {broken[0][:80]}: expected finite parameters")
+
+
+def _read(file: Path) -> object:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None

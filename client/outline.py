@@ -1,0 +1,62 @@
+"""A plan for people: what it would do, in a few lines, and how it differs from another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy
+
+__all__ = ["changes", "outline"]
+
+
+def outline(plan: Plan) -> list[str]:
+    """Five lines: which plan, which model, how much training, what privacy, which strategy."""
+    stages = ", ".join(f"{stage.rounds} of {stage.mode} ({_amount(stage.local)})" for stage in plan.stages)
+    asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
+    term = plan.strategy.client_term
+    parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
+    return [
+        f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task} into {', '.join(plan.labels)}",
+        f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}",
+        f"{plan.rounds} rounds: {stages}",
+        _privacy(plan),
+        f"strategy {' → '.join(parts)}; asks to be told: {', '.join(asks) or 'nothing beside the updates'}",
+    ]
+
+
+def _amount(local: Any) -> str:
+    steps = f"{local.epochs:g} epochs" if local.epochs is not None else f"{local.steps} steps"
+    return f"{steps}, batches of {local.batch_size:g}"
+
+
+def _privacy(plan: Plan) -> str:
+    if not isinstance(plan.privacy, RecordPrivacy):
+        return "NO differential privacy for records"
+    return f"differential privacy for every record: ε = {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"
+
+
+def changes(before: Plan, after: Plan) -> list[str]:
+    """One line for each key whose value differs: `key: old → new`."""
+    old, new = dict(_flat(before.model_dump(mode="json"))), dict(_flat(after.model_dump(mode="json")))
+    keys = [*old, *(key for key in new if key not in old)]
+    return [
+        f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
+        for key in keys
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if _is_nested(value) else None
+    if items is None:
+        yield key, value
+        return
+    for name, inner in items:
+        yield from _flat(inner, f"{key}.{name}" if key else str(name))
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether a list holds tables: one of plain values is shown as a whole."""
+    return isinstance(value, list) and any(isinstance(inner, dict) for inner in value)

@@ -1,0 +1,115 @@
+"""An organisation's site, made: its folder with key pair, strict policy and ledger; and what it says about records and model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from cotune.client.base import find_base_here
+from cotune.client.credentials import read_private_key
+from cotune.client.site import Site, SiteFile
+from cotune.models.device import pick_device
+from cotune.models.durable import write_durably
+from cotune.models.errors import DataError, RunError
+from cotune.models.formats import DataConfig
+from cotune.models.holdings import HoldingsFile, Portion
+from cotune.models.names import check_name
+from cotune.models.tasks import task_named
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy, dump_policy
+
+__all__ = ["fingerprint_of", "make_site", "name_base", "name_records"]
+
+
+def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None = None) -> Site:
+    """A new site, for its owner alone. key: a private key as ssh-keygen makes it, to be copied; None: a new one (ECDSA, P-384).
+
+    site.json is written last: what a crash has left is no site, and may be made again with the key that is there. Raises
+    PlanError for a name that is none, DeviceError for a device that is not here, RunError for a site or a key that is there
+    already, and for a folder that cannot be written.
+    """
+    check_name(name)
+    pick_device(device)
+    if (folder / "site.json").exists() or (key is not None and (folder / "node.key").exists()):
+        raise RunError(f"{folder} is a site already: expected a new folder; its key and ledger are not written over")
+    own = None if key is None else read_private_key(key)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        _write_keys(folder, name, own)
+        if not (folder / "policy.toml").exists():
+            write_durably(folder / "policy.toml", dump_policy(Policy()).encode())
+        write_durably(folder / "site.json", SiteFile(organisation=name, device=device).model_dump_json(indent=1).encode())
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise RunError(f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it") from None
+    site = Site(folder)
+    site.ledger()
+    return site
+
+
+def _write_keys(folder: Path, name: str, own: ec.EllipticCurvePrivateKey | None) -> None:
+    """The private key first: a public one without it would be of no use."""
+    file = folder / "node.key"
+    key = own or (read_private_key(file) if file.exists() else ec.generate_private_key(ec.SECP384R1()))
+    write_durably(file, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))  # with mode 0600
+    line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    write_durably(folder / "node.pub", line + f" {name}\n".encode())
+
+
+def fingerprint_of(site: Site) -> str:
+    """SHA-256 (hex) over the public key (PEM, SubjectPublicKeyInfo), as the coordinator sees it. Raises RunError."""
+    public = read_private_key(site.folder / "node.key").public_key()
+    return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def name_records(site: Site, plan: Plan, data: str | None, *, text: str | None = None, label: str | None = None) -> int:
+    """Writes data.json, once the records were read; columns that are not given are the plan's. Returns how many there are.
+
+    data: a file, a folder of images, or package:NAME; None: what data.json says already. Raises DataError, also when it says
+    nothing, or is about another task.
+    """
+    document = site.folder / "data.json"
+    if data is None and document.exists():
+        held = site.holdings(plan.labels)
+        if held.task != plan.task:
+            raise DataError(
+                f"the site describes its records as for {held.task}, expected {plan.task} as in the plan: name others with --data"
+            )
+        return len(held)
+    if data is None:
+        raise DataError(f"{site.folder} does not say where the records are: name their file with --data")
+    source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
+    columns = {task_named(plan.task).key: text, "label": label}
+    config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
+    try:
+        described = HoldingsFile(task=plan.task, data=DataConfig(**config), portions=(Portion(path=None),))
+    except ValueError:
+        raise DataError(f"the columns {text!r} and {label!r} cannot be had: expected two different ones") from None
+    return _write_once_read(document, described, plan)
+
+
+def _write_once_read(document: Path, described: HoldingsFile, plan: Plan) -> int:
+    """A description that does not fit leaves the one before as it was."""
+    draft = document.with_name("data.json.draft")
+    try:
+        write_durably(draft, described.model_dump_json(indent=1).encode())
+        count = len(HoldingsFile.read(draft, plan.labels, lenient=True))
+        os.replace(draft, document)
+    except DataError as error:
+        raise DataError(str(error).replace("--set data.", "--")) from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return count
+
+
+def name_base(site: Site, plan: Plan, folder: Path) -> Site:
+    """Writes to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
+    file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
+    find_base_here(plan, file)
+    write_durably(site.folder / "site.json", file.model_dump_json(indent=1).encode())
+    return Site(site.folder)

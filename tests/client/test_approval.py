@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cotune.client.approval import Approvals
+from cotune.client.outline import changes, outline
+from cotune.client.site import Site
+from cotune.client.training import train_round
+from cotune.models.errors import Declined, RunError
+from cotune.models.sharing import State
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy, changed_policy
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+
+EACH = changed_policy(Policy.permissive(), {"training.approval": "each"})
+
+
+def test_nothing_is_touched_for_a_plan_that_nobody_has_approved(
+    make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, site = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}), make_site(policy=EACH)
+    state = state_for(plan)
+
+    def untouched(*_: Any, **__: Any) -> Any:
+        raise AssertionError("no record is read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Site, "holdings", untouched)
+        with pytest.raises(Declined, match=f"cotune client approve {site.folder} {plan.plan_id[:12]}") as declined:
+            train_round(plan, site, 1, state)
+    assert declined.value.public == "declined: its rule training.approval does not allow this plan"
+    assert not site.ledger_file.exists()
+    assert Approvals(site).pending() == [plan]
+    Approvals(site).approve(plan, "by hand")
+    assert Approvals(site).pending() == []
+    assert train_round(plan, site, 1, state).round == 1  # without a restart
+
+
+def test_where_the_policy_wants_no_approval(make_plan: MakePlan, make_site: MakeSite) -> None:
+    approvals = Approvals(make_site())
+    approvals.check(make_plan(), Policy.permissive())
+    assert approvals.pending() == []
+
+
+def test_an_approval_is_for_one_plan_alone(make_plan: MakePlan, make_site: MakeSite) -> None:
+    approvals = Approvals(make_site(policy=EACH))
+    approvals.approve(make_plan(), "by hand")
+    approvals.check(make_plan(), EACH)
+    with pytest.raises(Declined):
+        approvals.check(make_plan(rounds=4), EACH)
+
+
+def test_approvals_are_kept_in_order_and_once(make_plan: MakePlan, make_site: MakeSite) -> None:
+    site = make_site(policy=EACH)
+    one, other = make_plan(), make_plan(rounds=4)
+    for plan in (one, other, one):
+        Approvals(site).approve(plan, "by hand")
+    assert Approvals(site).ids() == [one.plan_id, other.plan_id]
+    assert Approvals(site).last() == other
+    assert [json.loads(line)["how"] for line in (site.folder / "approved.jsonl").read_text().splitlines()] == ["by hand"] * 2
+
+
+def test_a_server_cannot_fill_the_disk_with_plans(make_plan: MakePlan, make_site: MakeSite) -> None:
+    approvals = Approvals(make_site(policy=EACH))
+    for seed in range(25):
+        with pytest.raises(Declined):
+            approvals.check(make_plan(seed=seed), EACH)
+    assert len(approvals.pending()) == 20
+
+
+def test_plans_are_found_by_the_beginning_of_their_ids(make_plan: MakePlan, make_site: MakeSite) -> None:
+    approvals = Approvals(make_site(policy=EACH))
+    with pytest.raises(RunError, match="0 plans wait for approval: expected the id of one; waiting: none"):
+        approvals.find()
+    plans = [make_plan(seed=seed) for seed in range(2)]
+    for plan in plans:
+        with pytest.raises(Declined):
+            approvals.check(plan, EACH)
+    assert approvals.find(plans[0].plan_id[:12]) == plans[0]
+    with pytest.raises(RunError, match=f"2 plans wait for approval: .* waiting: .*{plans[1].plan_id[:12]}"):
+        approvals.find()
+    for prefix in ("zz", "../x", "*"):
+        with pytest.raises(RunError, match="0 plans begin with"):
+            approvals.find(prefix)
+    approvals.approve(plans[0], "by hand")
+    assert approvals.find() == plans[1]
+
+
+def test_a_plan_that_was_changed_on_disk_is_not_shown_as_the_one_that_came(make_plan: MakePlan, make_site: MakeSite) -> None:
+    site, plan = make_site(policy=EACH), make_plan()
+    with pytest.raises(Declined):
+        Approvals(site).check(plan, EACH)
+    [file] = (site.folder / "plans").iterdir()
+    file.write_text(make_plan(rounds=9).canonical())
+    with pytest.raises(RunError, match="is not the plan that came under this id"):
+        Approvals(site).find(plan.plan_id)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "3"])
+def test_a_damaged_list_approves_nothing(make_plan: MakePlan, make_site: MakeSite, content: str) -> None:
+    site = make_site(policy=EACH)
+    (site.folder / "approved.jsonl").write_text(content)
+    with pytest.raises(RunError, match=r"approved\.jsonl is damaged"):
+        Approvals(site).check(make_plan(), EACH)
+
+
+def test_a_plan_in_five_lines(make_plan: MakePlan) -> None:
+    lines = outline(make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}, strategy="fedprox"))
+    assert len(lines) == 5
+    assert "3 rounds: 3 of head (4 steps, batches of 0.2)" in lines[2]
+    assert "ε = 2 at δ = 0.001" in lines[3]
+    assert "examples → mean → proximal" in lines[4]
+    assert "NO differential privacy" in outline(make_plan())[3]
+
+
+def test_what_differs_between_two_plans(make_plan: MakePlan) -> None:
+    before, after = make_plan(), make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}, labels=("bad", "good"))
+    lines = changes(before, after)
+    assert "labels: ['bad', 'good', 'so'] → ['bad', 'good']" in lines
+    assert "privacy: none → absent" in lines
+    assert "privacy.epsilon: absent → 2.0" in lines
+    assert changes(before, before) == []
+    assert not any(line.startswith("model") for line in lines)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
+from flwr.supercore.task_identity import TaskIdentity
+from transformers import pipeline
+
+from cotune.client.app import app
+from cotune.client.audit_log import AuditLog
+from cotune.client.finished import keep_finished
+from cotune.client.personal import PERSONAL
+from cotune.client.site import Site
+from cotune.client.training import train_round
+from cotune.models.errors import Declined, ModelError, RunError
+from cotune.models.sharing import State
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy, changed_policy
+from cotune.strategies.wire import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+StateFor = Callable[..., State]
+
+
+def finished(plan: Plan, state: State, *, round: int = 3, admitted: int = 0) -> Request:
+    """The request of the end, of a plan with three rounds."""
+    return Request(plan.canonical(), round, "clinic", {name: tensor + 0.25 for name, tensor in state.items()}, admitted)
+
+
+def test_the_model_is_a_folder_that_transformers_loads(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(), make_site()
+    request = finished(plan, state_for(plan))
+    folder = keep_finished(request, plan, site)
+    assert folder == site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
+    classify = pipeline("text-classification", str(folder))
+    [told] = classify("great table")
+    assert told["label"] in plan.labels
+    for name, tensor in request.state.items():
+        assert torch.equal(classify.model.state_dict()[name], tensor)
+    assert not site.ledger_file.exists()
+
+
+def test_the_same_model_again_changes_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(), make_site()
+    request = finished(plan, state_for(plan))
+    weights = keep_finished(request, plan, site) / "model.safetensors"
+    before = weights.stat()
+    assert keep_finished(request, plan, site) == weights.parent
+    assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    other = Request(plan.canonical(), 3, "clinic", {name: tensor + 1 for name, tensor in request.state.items()})
+    keep_finished(other, plan, site)
+    assert weights.stat().st_ino != before.st_ino
+
+
+def test_the_own_part_is_joined(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(train="lora", strategy="fedsa", rounds=1), make_site()
+    state = state_for(plan)
+    train_round(plan, site, 1, state)
+    own = site.newest(plan.plan_id, PERSONAL)
+    assert own
+    shared = {name: tensor for name, tensor in state.items() if ".lora_A." in name}
+    keep_finished(Request(plan.canonical(), 1, "clinic", shared, 1), plan, site)
+    model = model_of(plan, "cpu")
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state(own).items())
+
+
+def test_a_plan_that_nobody_has_approved_leaves_nothing(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    plan = make_plan()
+    for rules in ({"training.approval": "each"}, {"training.base_models": ["00" * 32]}):
+        site = make_site(policy=changed_policy(Policy.permissive(), rules))
+        with pytest.raises(Declined, match=next(iter(rules)).replace(".", r"\.")):
+            keep_finished(finished(plan, state_for(plan)), plan, site)
+        assert not (site.folder / "models").exists()
+
+
+def test_what_is_no_finished_model(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(), make_site()
+    state = state_for(plan)
+    with pytest.raises(RunError, match="a model came after round 2: expected the finished one, after round 3"):
+        keep_finished(finished(plan, state, round=2), plan, site)
+    name = next(iter(state))
+    with pytest.raises(RunError, match="is not finite"):
+        keep_finished(finished(plan, {**state, name: state[name] + float("nan")}), plan, site)
+    with pytest.raises(ModelError, match="expected a parameter of this model"):
+        keep_finished(finished(plan, {**state, "other": torch.zeros(1)}), plan, site)
+    assert not (site.folder / "models").exists()
+
+
+def ask(request: Request, site: Site) -> Message:
+    [content] = encode_requests(request.plan, request.round, request.state, [Recipient(request.organisation)])
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    message = Message(content, 2, MessageType.EVALUATE, group_id=str(request.round))
+    message.metadata.__dict__["_message_id"] = "7"
+    config = UserConfig({"site": str(site.folder), "server": "fed:9092"})
+    return app(message, Context(run_id=1, node_id=2, node_config=config, state=RecordDict(), run_config=UserConfig()))
+
+
+def test_the_answer_is_a_receipt_and_the_log_names_the_folder(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untouched(*_: Any, **__: Any) -> Any:
+        raise AssertionError("no record is read")
+
+    plan, site = make_plan(), make_site()
+    request = finished(plan, state_for(plan))
+    monkeypatch.setattr(Site, "holdings", untouched)
+    reply = ask(request, site)
+    assert decode_receipt(reply.content) == Receipt("clinic", plan.plan_id, received_digest(request.state))
+    assert list(reply.content) == ["receipt"]
+    [entry] = AuditLog(site.folder).entries()
+    assert (entry["what"], entry["server"], entry["round"]) == ("receipt", "fed:9092", 3)
+    assert json.loads((site.folder / "models").joinpath(entry["model"], "cotune.json").read_text())["plan_id"] == plan.plan_id
+    refused = ask(finished(plan, state_for(plan), round=2), site)
+    assert refused.error.reason == "it did not train; the reason is in its own log"

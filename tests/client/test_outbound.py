@@ -1,0 +1,308 @@
+"""One test for each thing that must not leave: an honest update, changed in that way, is stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cotune.client.outbound import Blocked, check_reason, check_receipt, check_update
+from cotune.client.refusal import UNSAID
+from cotune.client.site import Site
+from cotune.client.training import train_round
+from cotune.models.errors import Declined, RunError
+from cotune.models.sharing import State
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy, dump_policy
+from cotune.strategies.wire import (
+    Receipt,
+    Recipient,
+    Request,
+    decode_request,
+    encode_receipt,
+    encode_requests,
+    encode_update,
+    received_digest,
+)
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+StateFor = Callable[..., State]
+PRIVATE = {"epsilon": 2.0, "delta": 1e-3}
+
+
+class Case:
+    """A request, and the encoded update that answers it; of round 1."""
+
+    def __init__(self, plan: Plan, site: Site, state: State) -> None:
+        [content] = encode_requests(plan.canonical(), 1, state, [Recipient(site.organisation)])
+        self.plan, self.site, self.request = plan, site, decode_request(content)
+        self.content = encode_update(train_round(plan, site, 1, dict(self.request.state)), plan.plan_id)
+
+    def check(self) -> None:
+        check_update(self.content, self.request, self.plan, self.site)
+
+    def header(self, **fields: Any) -> None:
+        self.content["update"] = ConfigRecord({**self.content["update"], **fields})  # type: ignore[dict-item]
+
+    def arrays(self, name: str, **arrays: Array) -> None:
+        self.content[name] = ArrayRecord({**self.content[name], **arrays})  # type: ignore[dict-item]
+
+    @property
+    def some(self) -> tuple[str, np.ndarray[Any, Any]]:
+        """A parameter and its delta."""
+        record = self.content["delta"]
+        assert isinstance(record, ArrayRecord)
+        name = sorted(record)[0]
+        return name, record[name].numpy().copy()
+
+
+@pytest.fixture
+def case(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> Case:
+    plan = make_plan(privacy=PRIVATE)
+    return Case(plan, make_site(), state_for(plan))
+
+
+def test_an_honest_update_may_leave(case: Case) -> None:
+    case.check()
+
+
+def another_record(case: Case) -> None:
+    case.content["extra"] = ConfigRecord({"patient": 17})
+
+
+def another_field(case: Case) -> None:
+    case.header(patient=17)
+
+
+def another_parameter(case: Case) -> None:
+    case.arrays("delta", **{"bert.embeddings.word_embeddings.weight": Array(np.zeros((3, 2), dtype=np.float32))})
+
+
+def a_missing_parameter(case: Case) -> None:
+    name, _ = case.some
+    case.content["delta"] = ArrayRecord({key: value for key, value in case.content["delta"].items() if key != name})  # type: ignore[misc]
+
+
+def another_shape(case: Case) -> None:
+    name, values = case.some
+    case.arrays("delta", **{name: Array(values[..., None])})
+
+
+def another_type(case: Case) -> None:
+    name, values = case.some
+    case.arrays("delta", **{name: Array(values.astype(np.float64))})
+
+
+def not_finite(case: Case) -> None:
+    name, values = case.some
+    values.flat[0] = math.nan
+    case.arrays("delta", **{name: Array(values)})
+
+
+def too_long(case: Case) -> None:
+    name, values = case.some
+    values.flat[0] = 1.01e4
+    case.arrays("delta", **{name: Array(values)})
+
+
+def bytes_behind_an_array(case: Case) -> None:
+    name, values = case.some
+    whole = Array(values)
+    case.arrays("delta", **{name: Array(whole.dtype, tuple(whole.shape), whole.stype, whole.data + b"the records")})
+
+
+def more_records_than_the_rule_says(case: Case) -> None:
+    case.header(examples=59)
+
+
+def more_steps(case: Case) -> None:
+    case.header(steps=5)
+
+
+def less_epsilon(case: Case) -> None:
+    case.header(epsilon=0.01)
+
+
+def no_epsilon(case: Case) -> None:
+    case.header(epsilon=-1.0)
+
+
+def another_organisation(case: Case) -> None:
+    case.header(organisation="bank")
+
+
+def another_round(case: Case) -> None:
+    case.header(round=2)
+
+
+def another_plan(case: Case) -> None:
+    case.header(plan_id="ab" * 32)
+
+
+def another_state(case: Case) -> None:
+    case.header(received="ab" * 32)
+
+
+def a_told_metric(case: Case) -> None:
+    case.content["told"] = ConfigRecord({"correct": 17.0})
+
+
+def statistics(case: Case) -> None:
+    name, values = case.some
+    case.content["statistics"] = ArrayRecord({f"fisher/{name}": Array(values)})
+
+
+def stated_noise(case: Case) -> None:
+    case.content["noise_variance"] = MetricRecord({name: 1.0 for name in case.content["delta"]})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        another_record,
+        another_field,
+        another_parameter,
+        a_missing_parameter,
+        another_shape,
+        another_type,
+        not_finite,
+        too_long,
+        bytes_behind_an_array,
+        more_records_than_the_rule_says,
+        more_steps,
+        less_epsilon,
+        no_epsilon,
+        another_organisation,
+        another_round,
+        another_plan,
+        another_state,
+        a_told_metric,
+        statistics,
+        stated_noise,
+    ],
+)
+def test_what_must_not_leave(case: Case, spoil: Callable[[Case], None]) -> None:
+    spoil(case)
+    with pytest.raises(RunError) as raised:
+        case.check()
+    assert "\n" not in str(raised.value)
+
+
+def told_by(policy: Policy, **rules: Any) -> Policy:
+    return policy.model_copy(update={"tell": policy.tell.model_copy(update=rules)})
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [("exact", {60}), ("rounded", {60}), ("declared", {1000}), ("noised", None)],
+)
+def test_the_number_of_records_is_what_the_rule_says(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, rule: str, told: set[int] | None
+) -> None:
+    plan = make_plan(privacy=PRIVATE)
+    policy = told_by(Policy.permissive(), example_count=rule, declared_examples=1000)
+    case = Case(plan, make_site(policy=policy), state_for(plan))
+    case.check()
+    said = case.content["update"]["examples"]
+    assert told is None or said in told
+    assert isinstance(said, int)
+    case.header(examples=said + 7)
+    with pytest.raises(Blocked, match=r"which is not what the rule tell\.example_count says"):
+        case.check()
+
+
+def test_what_was_allowed_when_it_was_trained_and_is_not_any_more(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    plan = make_plan(privacy=PRIVATE, tell={"local_metrics": True})
+    case = Case(plan, make_site(), state_for(plan))
+    case.check()
+    assert set(case.content["told"]) == {"correct", "records"}
+    (case.site.folder / "policy.toml").write_text(dump_policy(told_by(Policy.permissive(), local_metrics="none")))
+    with pytest.raises(Blocked, match="tells 'correct', which plan and policy do not agree on"):
+        case.check()
+
+
+def test_what_is_personal_never_leaves(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    """Under FedSA B and the head are trained and stay: a delta of one of them is surplus."""
+    plan = make_plan(train="lora", strategy="fedsa")
+    case = Case(plan, make_site(), state_for(plan))
+    case.check()
+    assert all(".lora_A." in name for name in case.content["delta"])
+    name, _ = case.some
+    other = name.replace(".lora_A.", ".lora_B.")
+    case.arrays("delta", **{other: Array(np.zeros(tuple(case.request.state[other].shape), dtype=np.float32))})
+    with pytest.raises(Blocked, match=r"has .*lora_B.* too much"):
+        case.check()
+
+
+def test_a_smaller_rank_leaves_in_its_own_shape_alone(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan(train="lora", strategy="flexlora", lora={"smaller_ranks": True})
+    case = Case(plan, make_site(policy=Policy.permissive(rank=1)), state_for(plan))
+    case.check()
+    name = next(name for name in case.content["delta"] if ".lora_A." in name)
+    whole = np.zeros(tuple(case.request.state[name].shape), dtype=np.float32)
+    assert whole.shape[0] == 2
+    case.arrays("delta", **{name: Array(whole)})
+    with pytest.raises(Blocked, match=r"has the shape \(2, 16\), expected \(1, 16\)"):
+        case.check()
+
+
+def test_statistics_leave_where_both_agree(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan(strategy={"fusion": "fisher"})
+    case = Case(plan, make_site(), state_for(plan))
+    case.check()
+    del case.content["statistics"]
+    with pytest.raises(Blocked, match="other statistics"):
+        case.check()
+
+
+def test_a_receipt_holds_nothing_else(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(), make_site()
+    request = Request(plan.canonical(), 3, site.organisation, state_for(plan))
+    honest = Receipt(site.organisation, plan.plan_id, received_digest(request.state))
+    check_receipt(encode_receipt(honest), request, plan, site)
+    content = encode_receipt(honest)
+    content["told"] = ConfigRecord({"accuracy": 0.9})
+    for broken in (content, encode_receipt(Receipt("bank", plan.plan_id, honest.received))):
+        with pytest.raises(Blocked, match="the receipt is not that of this request alone"):
+            check_receipt(broken, request, plan, site)
+
+
+def test_words_that_may_be_told() -> None:
+    check_reason(UNSAID)
+    for table, rules in Policy().model_dump().items():
+        for rule in rules:
+            check_reason(Declined(f"{table}.{rule}", "60 records").public)
+
+
+@given(st.text())
+def test_other_words_may_not(words: str) -> None:
+    for reason in (words, f"{UNSAID}{words} ", f"declined: its rule {words} does not allow this plan"):
+        with pytest.raises(Blocked):
+            check_reason(reason)
+
+
+@pytest.mark.parametrize("content", [RecordDict(), RecordDict({"update": ConfigRecord({})})])
+def test_what_is_no_update_at_all(case: Case, content: RecordDict) -> None:
+    case.content = content
+    with pytest.raises(RunError):
+        case.check()
+
+
+def test_noise_that_both_agree_on_may_be_stated(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan = make_plan(privacy=PRIVATE, strategy={"weighting": "noise_aware"})
+    case = Case(plan, make_site(), state_for(plan))
+    case.check()
+    assert torch.tensor(list(case.content["noise_variance"].values())).gt(0).all()  # type: ignore[arg-type]
+    (case.site.folder / "policy.toml").write_text(dump_policy(told_by(Policy.permissive(), noise_level=False)))
+    with pytest.raises(Blocked, match="states its noise where plan and policy do not agree on it"):
+        case.check()

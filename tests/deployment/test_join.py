@@ -1,0 +1,90 @@
+"""One organisation with the commands that it types, and a real SuperLink: from its first look to leaving."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotune.client.audit_log import AuditLog
+from cotune.plan.invitation import Invitation
+from cotune.server.run_folder import RunFolder
+from cotune.simulations.workers import import_all
+
+import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
+from loopback import Federation, federation, prepare_run, until  # noqa: E402
+
+ALLOWED = ("training.min_examples=0", "training.min_batch=0", "training.record_privacy=false")
+
+
+@pytest.fixture(scope="module")
+def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    with federation(tmp_path_factory.mktemp("federation") / "loopback", 0) as made:
+        yield made
+
+
+def cotune(*words: str | Path, code: int = 0) -> str:
+    """`cotune client WORDS`; what it printed."""
+    command = [sys.executable, "-m", "cotune.cli.main", "client", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_an_organisation_joins_trains_and_leaves(fed: Federation, tmp_path: Path) -> None:
+    first, second = (prepare_run(tmp_path / name / f"run-{name}", 1, rounds=2) for name in ("a", "b"))
+    site, authority = tmp_path / "site", (fed.folder / "ca-certfile.pem").read_text()
+    document = tmp_path / "federation.toml"
+    document.write_text(Invitation("tests", fed.address, authority, first.plan).to_toml(), encoding="utf-8")
+    cotune("init", site, "--name", first.file.participants[0].name, "--device", "cpu")
+    bases = [run.plan.model.base_hash for run in (first, second)]
+    rules = (*ALLOWED, f"training.base_models={json.dumps(bases)}")
+    cotune("policy", site, *(word for rule in rules for word in ("--set", rule)))
+
+    records = tmp_path / "a" / "sentences.csv"
+    assert "its key is not registered" in cotune("check", site, document, "--data", records, code=1)
+    fed.keys[:] = [site / "node"]
+    fed.register()
+    shown = cotune("check", site, document)
+    assert "the server lets this organisation in; the server's certificate is good for 0 days" in shown
+
+    node = fed.start("join", sys.executable, "-m", "cotune.cli.main", "client", "join", site, document)
+    log = fed.folder / "join.log"
+    until(lambda: " connected" in log.read_text(encoding="utf-8"))
+    assert "the node of this site is connected" in cotune("check", site, document)
+    fed.submit(first.path)
+    until(lambda: first.finished)
+    assert [entry["participants"] for entry in first.load().history] == [[first.file.participants[0].name]] * 2
+
+    assert second.plan.plan_id != first.plan.plan_id
+    fed.submit(second.path)  # a plan that nobody here has approved
+    until(lambda: "cotune client approve" in log.read_text(encoding="utf-8"))
+    cotune("approve", site, "--yes")
+    fed.submit(prepare_again(second))
+    until(lambda: any(entry["plan_id"] == second.plan.plan_id for entry in sent(site, "update")))
+
+    node.send_signal(signal.SIGTERM)
+    assert node.wait(20) == 0
+    assert fed.online() == 0
+    assert [entry["round"] for entry in sent(site, "update")][:2] == [1, 2]
+    assert all(entry["server"] == fed.address for entry in sent(site, "update"))
+    assert sent(site, "refusal")[0]["said"] == "declined: its rule training.approval does not allow this plan"
+    assert not any(path.stat().st_mode & 0o077 for path in site.rglob("*") if path.is_file())
+
+
+def prepare_again(run: RunFolder) -> Path:
+    """The same plan, from the start, in another folder."""
+    again = run.path.with_name("again")
+    RunFolder.create(again, run.plan, run.file)
+    return again
+
+
+def sent(site: Path, what: str) -> list[dict[str, Any]]:
+    return [entry for entry in AuditLog(site).entries() if entry["what"] == what]
