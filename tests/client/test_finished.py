@@ -70,9 +70,7 @@ def test_the_own_part_is_joined(make_plan: MakePlan, make_site: MakeSite, state_
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state(own).items())
 
 
-def test_a_plan_that_nobody_has_approved_leaves_nothing(
-    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
-) -> None:
+def test_a_plan_that_nobody_has_approved_leaves_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan()
     for rules in ({"training.approval": "each"}, {"training.base_models": ["00" * 32]}):
         site = make_site(policy=changed_policy(Policy.permissive(), rules))

@@ -161,7 +161,7 @@ def statistics(case: Case) -> None:
 
 
 def stated_noise(case: Case) -> None:
-    case.content["noise_variance"] = MetricRecord({name: 1.0 for name in case.content["delta"]})
+    case.content["noise_variance"] = MetricRecord(dict.fromkeys(case.content["delta"], 1.0))
 
 
 @pytest.mark.parametrize(
