@@ -28,6 +28,12 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return "the connection to the SuperLink is back"
         case "delivered":
             return f"{who} has the finished model"
+        case "undelivered":
+            return f"{who} lacks the finished model: {fields['reason']}; --resume hands it out again"
+        case "late_update_received":
+            return f"round {round}: {who} answered late, to round {fields['of_round']}: its update counts less"
+        case "late_update_ignored":
+            return f"round {round}: {who} answered too late, to round {fields['of_round']}: not used"
         case "superlink_lost":
             return "the SuperLink does not answer; the run waits for it: see whether `cotune server start` still runs"
         case "superlink_back":

@@ -29,7 +29,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Plays the unfinished rounds of the folder that the run configuration names as `run`; of a real run, which another process
-    must not play meanwhile, hands the model out and reports too. Raises RunError.
+    must not play meanwhile, hands the model out too, and writes its report. Raises RunError.
     """
     path = str(context.run_config.get("run") or "")
     if not path:

@@ -6,9 +6,7 @@ is None in the summary, and no sentence of the report is about it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from cotune.models.durable import write_durably
@@ -16,16 +14,17 @@ from cotune.models.export import export_model
 from cotune.models.holdings import HoldingsFile
 from cotune.models.tasks import majority
 from cotune.plan.model import model_of
-from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.statement import stated
+from cotune.server.delivery import confirmed
 from cotune.server.events import read_events
 from cotune.server.report import write_report
 from cotune.server.run_folder import Progress, RunFolder
+from cotune.server.selection import left_out
 from cotune.server.step import served_of
 from cotune.server.summary import dumps, identity, performance
 
-__all__ = ["bytes_of", "conclude", "delivered", "epsilon_stated"]
+__all__ = ["bytes_of", "conclude", "epsilon_stated"]
 
 _NOT_KNOWN = ("examples", "labels", "alone", "personal", "gain", "delta", "noise_multiplier", "sample_rate", "steps", "own")
 
@@ -54,13 +53,12 @@ def _export(folder: RunFolder, progress: Progress) -> None:
 def summarise(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """The summary of a real run as plain values (schema 1)."""
     events = read_events(folder.path / "events.jsonl") if (folder.path / "events.jsonl").exists() else []
-    given = delivered(folder.path)
     return {
         **identity(folder, progress),
         "federation": folder.file.federation,
         "privacy": _privacy(folder, progress),
         "test": _test(folder, progress),
-        "organisations": [_organisation(folder.plan, who.name, progress, events, given) for who in folder.file.participants],
+        "organisations": [_organisation(folder, who.name, progress, events) for who in folder.file.participants],
         **performance(progress, sum(float(entry["seconds"]) for entry in progress.history)),
         "reproduce": [f"cotune server run {folder.file.federation}"],
     }
@@ -99,32 +97,23 @@ def epsilon_stated(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(value) for entry in history for name, value in entry["epsilon"].items()}
 
 
-def _organisation(
-    plan: Plan, name: str, progress: Progress, events: Iterable[Mapping[str, Any]], given: frozenset[str]
-) -> dict[str, Any]:
+def _organisation(folder: RunFolder, name: str, progress: Progress, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    privacy = folder.plan.privacy
     return {
         "name": name,
         **dict.fromkeys(_NOT_KNOWN),
         "epsilon_spent": epsilon_stated(progress.history).get(name),
-        "epsilon_allowed": plan.privacy.epsilon if isinstance(plan.privacy, RecordPrivacy) else None,
+        "epsilon_allowed": privacy.epsilon if isinstance(privacy, RecordPrivacy) else None,
         "rounds": sum(name in entry["participants"] for entry in progress.history),
         "bytes_up": bytes_of(events, name),
         "dropped": sum(dropped["organisation"] == name for entry in progress.history for dropped in entry["dropped"]),
-        "quarantined": sum(name in entry.get("quarantined", ()) for entry in progress.history),
-        "left_out": name in progress.history[-1].get("left_out", ()),
-        "delivered": name in given,
+        "quarantined": sum(name in entry["quarantined"] for entry in progress.history),
+        "left_out": name in left_out(folder.plan, progress.history),
+        "delivered": name in confirmed(folder),
     }
 
 
 def bytes_of(events: Iterable[Mapping[str, Any]], name: str) -> int:
     """Of the updates of an organisation that were received, interrupted rounds included."""
     own = (event for event in events if event.get("organisation") == name)
-    return sum(int(event["bytes"]) for event in own if event["event"] == "update_received")
-
-
-def delivered(run: Path) -> frozenset[str]:
-    """The organisations that confirmed that they have the finished model."""
-    try:
-        return frozenset(json.loads((run / "delivered.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return frozenset()  # it is handed out again
+    return sum(int(event["bytes"]) for event in own if event["event"] in ("update_received", "late_update_received"))

@@ -144,7 +144,7 @@ def carry_out(folder: RunFolder, executor: Executor, tell: Listener, pace: Pace 
         _stop(folder, executor, pace)
         raise
     if ending.event == "run_failed":
-        raise RunError(f"{ending.reason}; continue with --resume")
+        raise RunError(ending.reason if "--resume" in ending.reason else f"{ending.reason}; continue with --resume")
 
 
 @dataclass(frozen=True)

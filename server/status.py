@@ -9,11 +9,13 @@ from typing import Any
 from cotune.models.errors import RunError
 from cotune.privacy.rounding import round_up
 from cotune.server.certificates import check
-from cotune.server.conclusion import bytes_of, delivered, epsilon_stated
+from cotune.server.conclusion import bytes_of, epsilon_stated
+from cotune.server.delivery import confirmed
 from cotune.server.events import read_events
 from cotune.server.federation import FederationFolder
 from cotune.server.members import Member
 from cotune.server.run_folder import RunFolder
+from cotune.server.selection import left_out
 from cotune.server.superlink import Control
 
 __all__ = ["OrganisationStatus", "RunStatus", "Status", "connections", "look"]
@@ -165,9 +167,9 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
         return "revoked"
     if run is None or name not in [who.name for who in run.file.participants]:
         return "not in a run yet" if run is None else "not in this run"
-    if history and name in history[-1].get("left_out", ()):
+    if name in left_out(run.plan, history):
         return "left out after refused updates"
-    if name in delivered(run.path):
+    if name in confirmed(run):
         return "has the finished model"
     for event in reversed(events):
         if event.get("organisation") == name and (said := _said(event)):
@@ -185,5 +187,11 @@ def _said(event: Mapping[str, Any]) -> str:
             return f"refused in round {event['round']}: {event['reason']}"
         case "update_dropped":
             return f"dropped in round {event['round']}: {event['reason']}"
+        case "late_update_received":
+            return f"answered late, to round {event['of_round']}"
+        case "late_update_ignored":
+            return f"answered too late, to round {event['of_round']}"
+        case "undelivered":
+            return f"lacks the finished model: {event['reason']}"
         case _:
             return ""

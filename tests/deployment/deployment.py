@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import random
 import signal
@@ -24,8 +23,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from cotune.client.set_up import make_site
+from cotune.plan.load import load_plan
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.events import read_events
+from cotune.server.federation import ServerConfig
+from cotune.server.founding import found
+from cotune.server.members import read_public_key
 from cotune.server.run_folder import Progress, RunFolder
 
 __all__ = ["Deployment", "deployment", "until", "weights"]
@@ -86,8 +90,10 @@ class Deployment:
         self.start(name, "client", "join", self.site(name), self.fed / "federation.toml", *data)
 
     def online(self) -> set[str]:
-        found = json.loads(self.cotune("server", "status", self.fed, "--json"))
-        return {organisation["name"] for organisation in found["organisations"] if organisation["online"]}
+        """By what the server has said last of each."""
+        words = [line.split() for line in self.log("server").splitlines()]
+        told = {line[1]: line[3] for line in words if line[2:3] == ["is"] and line[3:4] in (["online"], ["offline"])}
+        return {name for name, state in told.items() if state == "online"}
 
     def run(self, *options: str) -> None:
         """Begins a run."""
@@ -171,7 +177,7 @@ def _environment() -> dict[str, str]:
 
 @contextmanager
 def deployment(
-    folder: Path, *organisations: str, plan: dict[str, Any] | None = None, options: tuple[str, ...] = ()
+    folder: Path, *organisations: str, plan: dict[str, Any] | None = None, database: bool = True
 ) -> Iterator[Deployment]:
     """A federation that is set up, its server started and its organisations joined. plan: tables over the default's."""
     made = Deployment(folder, organisations)
@@ -180,23 +186,18 @@ def deployment(
     for number, name in enumerate((*organisations, "test")):
         _write_sentences(folder / f"{name}.csv", number)
     port, superlink_port = _free_ports(2)
-    ports = ("--port", str(port), "--superlink-port", str(superlink_port))
-    made.cotune(
-        "server",
-        "init",
-        made.fed,
-        "--plan",
-        folder / "plan.toml",
-        "--host",
-        "localhost",
-        *ports,
-        "--test",
-        folder / "test.csv",
-        *options,
+    config = ServerConfig(
+        name="faults",
+        hosts=("localhost",),
+        port=port,
+        superlink_port=superlink_port,
+        database=database,
+        test=folder / "test.csv",
     )
+    federation = found(made.fed, load_plan(folder / "plan.toml"), config)
     for name in organisations:
-        made.cotune("client", "init", made.site(name), "--name", name)
-        made.cotune("server", "invite", made.fed, name, made.site(name) / "node.pub")
+        make_site(made.site(name), name, device="cpu")
+        federation.members.invite(name, read_public_key(made.site(name) / "node.pub"))
         _allow(made.site(name) / "policy.toml")
     try:
         made.start_server()

@@ -34,9 +34,9 @@ class Kind:
     undisturbed: dict[str, bytes] | None
 
 
-def _kind(folder: Path, name: str, privacy: object, *options: str) -> Iterator[Kind]:
+def _kind(folder: Path, name: str, privacy: object, *, database: bool = True) -> Iterator[Kind]:
     plan = {"rounds": ROUNDS, "local": LOCAL, "privacy": privacy}
-    with deployment(folder / name, "north", "south", plan=plan, options=options) as fed:
+    with deployment(folder / name, "north", "south", plan=plan, database=database) as fed:
         if privacy != "none":
             yield Kind(name, fed, None)
             return
@@ -51,7 +51,7 @@ def with_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
 
 @pytest.fixture(scope="module")
 def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
-    yield from _kind(tmp_path_factory.mktemp("faults"), "in memory", "none", "--memory")
+    yield from _kind(tmp_path_factory.mktemp("faults"), "in memory", "none", database=False)
 
 
 def _training(fed: Deployment) -> bool:

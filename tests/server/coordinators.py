@@ -7,20 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
 from cotune.models.errors import RunError
 from cotune.plan.load import parse_plan
 from cotune.server.federation import FederationFolder, ServerConfig
 from cotune.server.founding import found
 from cotune.server.superlink import Node, RunState
+from tests.server.wild import LINES
 
 Step = Callable[[int], RunState | None]  # what a state call answers; it may write events, or raise
-
-
-def public_key() -> str:
-    return ec.generate_private_key(ec.SECP384R1()).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
 def founded(path: Path, base: Path, *names: str, test: Path | None = None, **changes: Any) -> FederationFolder:
@@ -35,8 +29,8 @@ def founded(path: Path, base: Path, *names: str, test: Path | None = None, **cha
     }
     config = ServerConfig(name="toy", hosts=("127.0.0.1",), device="cpu", test=test)
     federation = found(path, parse_plan({**table, **changes}), config)
-    for name in names:
-        federation.members.invite(name, public_key())
+    for name, line in zip(names, LINES, strict=False):
+        federation.members.invite(name, line)
     return federation
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import pipeline
 
 from cotune.models.holdings import HoldingsFile
-from cotune.server.conclusion import conclude, delivered
+from cotune.server.conclusion import conclude
 from cotune.server.evaluation import evaluate
 from cotune.server.events import read_events
 from cotune.server.new_run import real_run
@@ -21,9 +21,10 @@ from cotune.server.run_folder import RunFolder
 from cotune.server.step import served_of
 from cotune.strategies.wire import Request
 from tests.conftest import sentences, write_csv
-from tests.server.conftest import Answer, federation, model_of, update
+from tests.server.conftest import Answer, model_of, update
 from tests.server.coordinators import founded
 from tests.server.test_report import Page
+from tests.server.wild import wild
 
 Base = Callable[[str], Path]
 Summary = dict[str, Any]
@@ -61,7 +62,7 @@ def played(tmp_path: Path, base_model: Base) -> Callable[..., RunFolder]:
         document = folder.path / "test" / "data.json"
         held = HoldingsFile.read(document, folder.plan.labels) if records else None
         judge = lambda state: evaluate(model, state, held, "float32") if held else None  # noqa: E731
-        run_rounds(federation(folder.plan, answers), folder, model, judge)
+        run_rounds(wild(folder, answers), folder, model, judge)
         return folder
 
     return play
@@ -69,7 +70,7 @@ def played(tmp_path: Path, base_model: Base) -> Callable[..., RunFolder]:
 
 def test_of_organisations_it_knows_what_they_sent_and_stated(played: Callable[..., RunFolder]) -> None:
     folder = played(privacy={"epsilon": 8.0})
-    (folder.path / "delivered.json").write_text(json.dumps(["zurich"]))
+    (folder.path / "delivered.json").write_text(json.dumps({"zurich": "2026-01-01T00:00:00+00:00"}))
     summary = conclude(folder)
     zurich, basel = summary["organisations"]
     assert {key for key in zurich if zurich[key] is None} == NOT_KNOWN
@@ -135,10 +136,3 @@ def test_concluding_again_writes_the_same(played: Callable[..., RunFolder]) -> N
     folder = played(privacy={"epsilon": 8.0})
     first, second = conclude(folder), conclude(folder)
     assert {**first, "peak_memory_bytes": 0} == {**second, "peak_memory_bytes": 0}
-
-
-@pytest.mark.parametrize("content", [None, b"{", b"3"])
-def test_a_list_of_deliveries_that_is_lost_or_damaged_names_nobody(tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / "delivered.json").write_bytes(content)
-    assert delivered(tmp_path) == frozenset()

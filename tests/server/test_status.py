@@ -98,9 +98,9 @@ def test_the_last_word_of_each_organisation(federation: FederationFolder) -> Non
 
 
 def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> None:
-    run = real_run(federation)
-    finish(run, 1, participants=["a", "b"], left_out=["c"])
-    (run.path / "delivered.json").write_text(json.dumps(["a"]))
+    run = real_run(federation, ["server.strikes=1"])
+    finish(run, 1, participants=["a", "b"], quarantined=["c"])
+    (run.path / "delivered.json").write_text(json.dumps({"a": "2026-01-01T00:00:00+00:00"}))
     words = [o.word for o in look(federation, None).organisations]
     assert words == ["has the finished model", "not asked yet", "left out after refused updates"]
 
