@@ -23,6 +23,7 @@ from cotune.strategies.wire import payload_bytes
 __all__ = ["Asking"]
 
 _POLL_SECONDS = 0.1
+_LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
 _MOST_TIMES = 3  # that an organisation is asked in a round
 _AGAIN_SECONDS = 2.0  # before a lost one is asked again, and twice as long before the third time
 _LATEST = "the round was complete before it answered"
@@ -82,7 +83,8 @@ class Asking:
             if told != here and self._post.looked():
                 told = here
                 self._tell("waiting", round=self._round, connected=here, needed=needed, absent=_without(people, here))
-            if time.monotonic() - self._began > self._config.wait_seconds:
+            waited = time.monotonic() - self._began
+            if waited > self._config.wait_seconds and (self._post.looked() or waited > _LOOK_SECONDS):
                 raise RunError(
                     f"round {self._round} has {len(here)} of {len(people)} organisations connected after"
                     f" {self._config.wait_seconds:g} seconds, expected at least {needed} (server.quorum); not there:"

@@ -32,6 +32,7 @@ _POLLS_PER_SECOND = 50.0  # of all organisations together
 _LONGEST_WAIT_SECONDS = 10.0  # before a call that failed is made again
 _AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
 _HELD_UP_SECONDS = 5.0  # who hangs for so long holds up nobody else any more
+_CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused, and Flower ends the process then
 _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
 
 Tell = Callable[..., None]
@@ -128,16 +129,22 @@ class Threaded:
 
     def __init__(self, grid: Grid, addresses: Addresses, tell: Tell) -> None:
         self._grid, self._addresses, self._tell = grid, addresses, tell
-        self._letters: SimpleQueue[tuple[Letter | BaseException, bool]] = SimpleQueue()  # whether it is one of those at a time
+        self._letters: SimpleQueue[tuple[Letter, bool]] = SimpleQueue()  # whether it is one of those at a time
         self._hands = threading.Semaphore(_AT_A_TIME)
         self._under_way: dict[tuple[int, str], threading.Event] = {}
-        self._closed = threading.Event()
+        self._closed, self._stopped = threading.Event(), threading.Event()
         self._found: Mapping[str, int] = {}
         self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
-        threading.Thread(target=self._watch, name="cotune-watch", daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._start("watch", self._watch)
+
+    def _start(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads.append(threading.Thread(target=work, args=arguments, name=f"cotune-{name}", daemon=True))
+        self._threads[-1].start()
 
     def connected(self) -> Mapping[str, int]:
-        self._tell_of_the_connection()
+        self._check()
         return self._found
 
     def looked(self) -> float:
@@ -149,14 +156,17 @@ class Threaded:
                 started = time.monotonic()
                 self._found = self._addresses.connected()
                 self._looked = started
-            except RunNotRunningException as error:
-                self._letters.put((error, False))
+            except RunNotRunningException:
+                self._stopped.set()
                 return
             except Exception as error:
                 self._failure = _words(error)
             self._closed.wait(_WATCH_SECONDS)
 
-    def _tell_of_the_connection(self) -> None:
+    def _check(self) -> None:
+        """Tells when the connection is lost, or back. Raises RunError when the run was stopped."""
+        if self._stopped.is_set():
+            raise RunError("the run was stopped at the SuperLink: expected it to go on; continue it with --resume")
         away = time.monotonic() - max(self._looked, self._began) > _SILENT_SECONDS
         if away and not self._away:
             self._tell(
@@ -168,8 +178,7 @@ class Threaded:
 
     def send(self, round: int, organisation: str, message: Message) -> None:
         over = self._under_way[round, organisation] = threading.Event()
-        arguments = (round, organisation, message, over)
-        threading.Thread(target=self._carry, args=arguments, name=f"cotune-{organisation}", daemon=True).start()
+        self._start(organisation, self._carry, round, organisation, message, over)
 
     def _carry(self, round: int, organisation: str, message: Message, over: threading.Event) -> None:
         held = False
@@ -180,8 +189,8 @@ class Threaded:
                 letter, held = self._answer(round, organisation, numbers[0], over)
             else:
                 letter = Letter(round, organisation, None, "the SuperLink did not take its request")
-        except RunNotRunningException as error:
-            self._letters.put((error, False))
+        except RunNotRunningException:
+            self._stopped.set()
             return
         except Exception as error:
             letter = Letter(round, organisation, None, f"its request could not be handed over: {_words(error)}")
@@ -206,13 +215,12 @@ class Threaded:
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
         wait = 0.0 if last else seconds
         while True:
+            self._check()
             try:
                 letter, held = self._letters.get(timeout=wait) if wait else self._letters.get_nowait()
             except Empty:
                 return
             wait = 0.0
-            if isinstance(letter, BaseException):
-                raise RunError("the run was stopped at the SuperLink: expected it to go on; continue it with --resume")
             self._under_way.pop((letter.round, letter.organisation), None)
             try:
                 yield letter
@@ -226,8 +234,12 @@ class Threaded:
             self._under_way.pop(key).set()
 
     def close(self) -> None:
+        """Ends the threads, but for those that hang: they end with the process."""
         self._closed.set()
         self.forget(max((round for round, _ in self._under_way), default=0))
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _letter(round: int, organisation: str, reply: Message) -> Letter:
