@@ -129,10 +129,10 @@ class _Shown:
         if entry.get("what") != "update":
             why = str(entry.get("reason", "see the log"))
             return f"[yellow]round {escape(round)}: no update was sent[/yellow]: {escape(why)}"
-        spent = (
-            "no privacy" if entry.get("epsilon") is None else f"ε {round_up(entry['epsilon'])} of {entry['epsilon_allowed']:g}"
-        )
-        return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent} spent"
+        spent = "without privacy"
+        if entry.get("epsilon") is not None:
+            spent = f"ε {round_up(entry['epsilon'])} of {entry['epsilon_allowed']:g} spent"
+        return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent}"
 
 
 def approve(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client import app as client_app
 from cotune.client.app import app
+from cotune.client.audit_log import AuditLog, content_digest
 from cotune.client.site import Site
+from cotune.client.training import train_round
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy
-from cotune.strategies.wire import Recipient, decode_update, encode_requests, state_digest
+from cotune.privacy.policy import Policy, changed_policy
+from cotune.strategies.updates import Update
+from cotune.strategies.wire import Recipient, decode_update, encode_requests, payload_bytes, state_digest
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -270,3 +274,59 @@ def test_a_repeated_request_gets_the_same_answer(make_plan: MakePlan, make_site:
     assert all(torch.equal(one.delta[name], other.delta[name]) for name in state)
     assert one.epsilon == other.epsilon
     assert len(site.ledger().spent()) == 1
+
+
+# --- the last look, and the log of what was sent
+
+
+def test_what_leaves_is_in_the_log_before_it_leaves(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}), make_site()
+    reply = ask(request(plan, state_for(plan)), {"site": str(site.folder), "server": "fed.example.org:9092"})
+    update = decode_update(reply.content, plan.plan_id)
+    [entry] = AuditLog(site.folder).entries()
+    assert (entry["what"], entry["server"]) == ("update", "fed.example.org:9092")
+    assert (entry["plan_id"], entry["plan"], entry["round"]) == (plan.plan_id, plan.name, 1)
+    assert (entry["epsilon"], entry["epsilon_allowed"], entry["declared"]) == (update.epsilon, 2.0, 60)
+    assert entry["bytes"] == sum(entry["records"].values()) == payload_bytes(reply.content)
+    assert entry["sha256"] == content_digest(reply.content)
+
+
+def test_a_simulated_site_keeps_no_log(plan: Plan, state: State, make_site: MakeSite) -> None:
+    site = make_site(simulated=True)
+    assert not ask(request(plan, state, site=str(site.folder)), SIMULATED).has_error()
+    assert not (site.folder / "audit.jsonl").exists()
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_what_was_not_agreed_on_is_stopped(
+    plan: Plan, state: State, make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, simulated: bool
+) -> None:
+    """As if a mistake in training let a metric through."""
+
+    def leaky(*arguments: Any, **options: Any) -> Update:
+        return dataclasses.replace(train_round(*arguments, **options), told={"records": 60.0})
+
+    site = make_site(simulated=simulated)
+    monkeypatch.setattr(client_app, "train_round", leaky)
+    got = reason(ask(request(plan, state, site=str(site.folder)), SIMULATED if simulated else {"site": str(site.folder)}))
+    if simulated:
+        assert "nothing was sent: the update tells 'records', which plan and policy do not agree on" in got
+    else:
+        assert got == SANITISED
+        [entry] = AuditLog(site.folder).entries()
+        assert (entry["what"], entry["said"]) == ("blocked", SANITISED)
+        assert "the update tells 'records'" in entry["reason"]
+
+
+def test_nothing_leaves_that_cannot_be_entered(plan: Plan, state: State, make_site: MakeSite) -> None:
+    site = make_site()
+    (site.folder / "audit.jsonl").mkdir()
+    assert reason(ask(request(plan, state), {"site": str(site.folder)})) == SANITISED
+
+
+def test_a_refusal_is_in_the_log_with_its_reason(plan: Plan, state: State, make_site: MakeSite) -> None:
+    site = make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
+    said = reason(ask(request(plan, state), {"site": str(site.folder)}))
+    [entry] = AuditLog(site.folder).entries()
+    assert (entry["what"], entry["said"]) == ("refusal", said)
+    assert "the plan has 3 rounds, expected at most 2" in entry["reason"]
