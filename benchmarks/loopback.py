@@ -151,12 +151,6 @@ class Federation:
             (app / name).write_text(content, encoding="utf-8")
         return int(self._flwr("run", app, "loopback", "--run-config", f'run="{run}"', "--format", "json")["run-id"])
 
-    def status(self, run_id: int) -> str:
-        """As `flwr list` shows it: running, or finished:completed."""
-        with self._control() as calls:
-            state = calls.state(run_id)
-        return "" if state is None else ":".join(filter(None, (state.status, state.outcome)))
-
     def _control(self) -> AbstractContextManager[Control]:
         return control(self.address, self.certificates)
 

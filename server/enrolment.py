@@ -14,6 +14,7 @@ from cotune.server.superlink import Node
 __all__ = ["Enrolment", "Registry", "reconcile"]
 
 _EVERY_SECONDS = 2.0
+_PATIENCE = 6  # failures before a word is said: a SuperLink that was restarted is back by then
 
 Say = Callable[[str], None]
 
@@ -63,7 +64,7 @@ class Enrolment:
         self._connect, self._members, self._say = connect, members, say
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
         self._online: set[str] = set()
-        self._reached, self._trouble = False, ""
+        self._reached, self._failures = False, 0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -83,15 +84,15 @@ class Enrolment:
         try:
             online = reconcile(registry, self._members(), self._say)
         except Exception as error:  # who may join must be followed whatever happens, and nobody sees a thread end
-            if self._reached and str(error) != self._trouble and not self._stop.is_set():
+            self._failures += 1
+            if self._reached and self._failures == _PATIENCE and not self._stop.is_set():
                 self._say(f"the SuperLink does not know at present who may join: {error}")
-            self._trouble = str(error)
             return
         if not self._reached:
             self._say("ready: organisations can join")
-        elif self._trouble:
+        elif self._failures >= _PATIENCE:
             self._say("the SuperLink knows who may join")
-        self._reached, self._trouble = True, ""
+        self._reached, self._failures = True, 0
         for name in sorted(online ^ self._online):
             self._say(f"{name} is {'online' if name in online else 'offline'}")
         self._online = online
