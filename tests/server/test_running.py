@@ -219,6 +219,28 @@ def test_no_second_process_plays_before_the_first_has_ended(
     assert holder.wait(10) == -ended_by
 
 
+def test_a_process_that_died_is_noticed_before_the_superlink_does(
+    run: RunFolder, held: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    def dies(run_id: int) -> RunState:
+        holder = held("hearing")
+        run.events.tell("run_started", rounds=2)
+        threading.Timer(0.1, holder.kill).start()
+        return GOING
+
+    def concludes(run_id: int) -> RunState:
+        run.events.tell("run_concluded")
+        return GOING
+
+    superlink = FakeSuperLink([[dies, *[going] * 1000], [concludes]])
+    assert [(event, fields.get("reason")) for event, fields in heard(run, superlink)] == [
+        ("run_started", None),
+        ("run_lost", "its process died"),
+        ("run_concluded", None),
+    ]
+    assert (len(superlink.started), superlink.stopped) == (2, [101])
+
+
 def test_a_process_that_ends_by_itself_is_left_to_it(run: RunFolder) -> None:
     with (run.path / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
