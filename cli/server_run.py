@@ -68,7 +68,7 @@ def _begin(
     from cotune.server.running import check_none_unfinished
 
     executor.running()  # raises, in one sentence, where the server does not run
-    check_none_unfinished(federation, leave=leave)
+    check_none_unfinished(federation, executor, leave=leave)
     begun = real_run(federation, override, name)
     if begun.plan.plan_id != federation.plan.plan_id:
         console.print(

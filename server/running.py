@@ -73,17 +73,23 @@ def newest(federation: FederationFolder, name: str | None = None) -> RunFolder:
     return RunFolder(runs[-1])
 
 
-def check_none_unfinished(federation: FederationFolder, *, leave: bool) -> None:
+def check_none_unfinished(federation: FederationFolder, executor: Executor, *, leave: bool) -> None:
     """Before a new run. leave: an unfinished run that nobody plays may stay behind. Raises RunError."""
-    for path in federation.runs():
-        if is_played(path):
+    runs = list(federation.runs())
+    for path in runs:
+        if is_played(path) or (path == runs[-1] and _is_handed_over(RunFolder(path), executor)):
             raise RunError(
                 f"the run {path.name} is going on: follow it with --resume, and stop it there before you begin another"
             )
-    if not leave and (runs := list(federation.runs())) and not RunFolder(runs[-1]).finished:
+    if runs and not leave and not RunFolder(runs[-1]).finished:
         raise RunError(
             f"the run {runs[-1].name} is not finished: go on with it (--resume), or leave it and begin another (--new)"
         )
+
+
+def _is_handed_over(folder: RunFolder, executor: Executor) -> bool:
+    ticket = _read(folder)
+    return ticket is not None and _under_way(folder, ticket, executor) is not None
 
 
 def is_played(run: Path) -> bool:
