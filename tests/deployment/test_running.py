@@ -23,7 +23,7 @@ from cotune.server.federation import ServerConfig
 from cotune.server.founding import found
 from cotune.server.members import read_public_key
 from tests.conftest import sentences, write_csv
-from tests.deployment.test_supervisor import Served, free_port, serving, until
+from tests.deployment.test_supervisor import Served, free_port, runs, serving, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # within flwr
 
@@ -140,7 +140,7 @@ def test_a_run_is_stopped_by_ctrl_c_and_gone_on_with(coordinator: Coordinator) -
     player = coordinator.player()
     begun.send_signal(signal.SIGINT)
     assert begun.wait(60) == 130, log()
-    assert not player.is_running()
+    assert not runs(player)
     assert "--resume" in log().splitlines()[-1]
     again = coordinator.start("stopped.log", "server", "run", path, "--resume")
     assert again.wait(120) == 0, log()
