@@ -38,9 +38,11 @@ _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that 
 Tell = Callable[..., None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Letter:
-    """What came of one request. reply: None where none will come; then `lost` says why, and it may be asked again."""
+    """What came of one request. reply: None where none will come; then `lost` says why, and it may be asked again. Whoever has
+    read a reply takes it out, so that it is not held any longer.
+    """
 
     round: int
     organisation: str
@@ -101,17 +103,18 @@ class Direct:
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
         for (round, name), number in list(self._earlier.items()):
-            for reply in self._grid.pull_messages([number]):
+            letter = Letter(round, name, _fetched(self._grid, number))
+            if letter.reply is not None:
                 del self._earlier[round, name]
-                yield _letter(round, name, reply)
+                yield letter
                 return
         for name in list(self._waiting) if last else list(itertools.islice(self._waiting, 1)):
-            for reply in self._grid.pull_messages([self._waiting[name]]):
+            letter = Letter(self._round, name, _fetched(self._grid, self._waiting[name]))
+            if letter.reply is not None:
                 del self._waiting[name]
-                yield _letter(self._round, name, reply)
+                yield letter
                 if not last:
                     return
-                del reply
         if not last:
             time.sleep(min(seconds, _DIRECT_POLL_SECONDS))
 
@@ -155,7 +158,7 @@ class Threaded:
             try:
                 started = time.monotonic()
                 self._found = self._addresses.connected()
-                self._looked = started
+                self._looked, self._failure = started, ""
             except RunNotRunningException:
                 self._stopped.set()
                 return
@@ -201,9 +204,10 @@ class Threaded:
         while not over.wait(wait):
             held = self._hands.acquire(timeout=_HELD_UP_SECONDS)
             try:
-                for reply in self._grid.pull_messages([number]):
-                    letter, held, kept = _letter(round, organisation, reply), False, held
-                    return letter, kept
+                reply = _fetched(self._grid, number)
+                if reply is not None:
+                    kept, held = held, False
+                    return _letter(round, organisation, reply), kept
                 wait = max(_POLL_SECONDS, len(self._under_way) / _POLLS_PER_SECOND)
             except Exception:  # the SuperLink is busy, or starting; `_watch` tells of it
                 wait = min(_LONGEST_WAIT_SECONDS, max(_POLL_SECONDS, 2 * wait))
@@ -240,6 +244,13 @@ class Threaded:
         deadline = time.monotonic() + _CLOSE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _fetched(grid: Grid, number: str) -> Message | None:
+    """The answer to a message, if it is there."""
+    for reply in grid.pull_messages([number]):
+        return reply
+    return None
 
 
 def _letter(round: int, organisation: str, reply: Message) -> Letter:

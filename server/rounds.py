@@ -205,44 +205,42 @@ def _gather(run: _Run, asking: Asking, round: int, verify: Verify, tally: Tally,
 def _admit(run: _Run, letter: Letter, verify: Verify, round: int, tally: Tally) -> Update | None:
     """The update in a letter, if it may enter the model; otherwise the organisation is shown, with the reason."""
     name, events = letter.organisation, run.folder.events
-    update = _opened(run, letter, verify, round, tally)
+    update, size = _opened(run, letter, verify, round, tally)
     if update is None:
         return None
-    assert letter.reply is not None
-    size = payload_bytes(letter.reply.content)
     tally.admit(name, update, size)
     events.tell("update_received", round=round, organisation=name, bytes=size, steps=update.steps, epsilon=update.epsilon)
     return update
 
 
-def _opened(run: _Run, letter: Letter, verify: Verify, round: int, tally: Tally) -> Update | None:
-    assert letter.reply is not None
+def _opened(run: _Run, letter: Letter, verify: Verify, round: int, tally: Tally) -> tuple[Update | None, int]:
+    """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
+    reply, letter.reply = letter.reply, None
+    assert reply is not None
     name, tell = letter.organisation, run.folder.events.tell
-    opened = verify(letter.reply, name)
+    opened = verify(reply, name)
     if opened.update is not None:
-        return opened.update
+        return opened.update, payload_bytes(reply.content)
     if letter.round == round:
         tally.dropped[name] = opened.reason
     if not opened.refused:
         tell("update_dropped", round=letter.round, organisation=name, reason=opened.reason)
-        return None
-    file = run.quarantine.keep(letter.reply.content, name, letter.round, opened.reason)
+        return None, 0
+    file = run.quarantine.keep(reply.content, name, letter.round, opened.reason)
     tally.quarantined.append(name)
     tell("update_quarantined", round=letter.round, organisation=name, reason=opened.reason, file=file)
-    return None
+    return None, 0
 
 
 def _receive_late(run: _Run, letter: Letter, round: int, tally: Tally) -> None:
     """An answer of an earlier round: put aside for the end of this one, or shown as ignored."""
     name, tell = letter.organisation, run.folder.events.tell
-    assert letter.reply is not None
     verify = run.lateness.verify_of(letter.round)
-    if verify is None:
+    if verify is None or name in tally.left_out:
         tell("late_update_ignored", round=round, organisation=name, of_round=letter.round)
         return
-    update = _opened(run, letter, verify, round, tally)
+    update, size = _opened(run, letter, verify, round, tally)
     if update is not None:
-        size = payload_bytes(letter.reply.content)
         run.lateness.put(update)
         tally.late.append({"organisation": name, "round": letter.round})
         tally.bytes_up += size
