@@ -23,7 +23,7 @@ from cotune.simulations.compare import compare
 from cotune.simulations.comparison import Combination, Variation
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from digits import write_digits  # type: ignore[import-not-found]  # its architecture is registered by this import, and by the workers'
+from digits import write_digits  # its architecture is registered by this import, and by the workers'
 
 MEASURED = "<!-- below: written by benchmarks/strategies.py -->"
 DIGITS = str(Path(__file__).resolve().parent / "digits.py")

@@ -23,6 +23,7 @@ from cotune.strategies.wire import payload_bytes
 __all__ = ["Asking"]
 
 _POLL_SECONDS = 0.1
+_LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
 _MOST_TIMES = 3  # that an organisation is asked in a round
 _AGAIN_SECONDS = 2.0  # before a lost one is asked again, and twice as long before the third time
 _LATEST = "the round was complete before it answered"
@@ -78,17 +79,22 @@ class Asking:
 
     def _await_quorum(self) -> None:
         people, needed, told = list(self._contents), math.ceil(self._tally.needed), None
-        while len(here := [name for name in people if name in self._post.connected()]) < needed:
+        while len(here := self._connected(people)) < needed:
             if told != here and self._post.looked():
                 told = here
                 self._tell("waiting", round=self._round, connected=here, needed=needed, absent=_without(people, here))
-            if time.monotonic() - self._began > self._config.wait_seconds:
+            waited = time.monotonic() - self._began
+            if waited > self._config.wait_seconds and (self._post.looked() or waited > _LOOK_SECONDS):
                 raise RunError(
                     f"round {self._round} has {len(here)} of {len(people)} organisations connected after"
                     f" {self._config.wait_seconds:g} seconds, expected at least {needed} (server.quorum); not there:"
                     f" {', '.join(_without(people, here))[:500]}"
                 )
             time.sleep(min(_POLL_SECONDS, 0.02))
+
+    def _connected(self, people: list[str]) -> list[str]:
+        connected = self._post.connected()
+        return [name for name in people if name in connected]
 
     def _ask(self) -> None:
         """Whoever is connected, and was not asked or was lost."""

@@ -44,15 +44,21 @@ class Child:
         if log.exists():
             log.replace(self._previous)
 
-    def tend(self) -> None:
-        """Starts it where it is due. Raises RunError when it ends at once, again and again, or cannot be started."""
+    def tend(self) -> bool:
+        """Starts it where it is due, and returns whether it did.
+
+        Raises RunError when it ends at once, again and again, or cannot be started.
+        """
         if self._process is None:
-            if self._clock() >= self._again:
-                self._start()
-        elif (code := self._process.poll()) is not None:
+            if self._clock() < self._again:
+                return False
+            self._start()
+            return True
+        if (code := self._process.poll()) is not None:
             self._ended(code)
         else:
             self._shorten_log()
+        return False
 
     @property
     def leader(self) -> int | None:
@@ -109,6 +115,7 @@ def running(children: Iterable[Child]) -> Iterator[psutil.Process]:
 def stop(children: Iterable[Child], grace: float) -> None:
     """Ends them, and all that they have started: asked first, and after `grace` seconds not any more."""
     kept = list(children)
-    end(running(kept), grace)
+    for _ in range(2):  # what they have started while they were ended
+        end(running(kept), grace)
     for child in kept:
         child.reap()

@@ -18,7 +18,8 @@ from flwr.serverapp import Grid
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.server.addresses import members_of
-from cotune.server.post import Letter, Post, post_of
+from cotune.server.carriers import post_of
+from cotune.server.post import Letter, Post
 from cotune.server.run_folder import RunFolder
 from cotune.server.selection import left_out
 from cotune.server.step import served_of
@@ -69,7 +70,7 @@ class _Delivery:
         self._idle, self._waiting = dict(contents), dict[str, RecordDict]()
         self._times = dict.fromkeys(contents, 0)
         self._not_before = dict.fromkeys(contents, 0.0)
-        self._began = time.monotonic()
+        self._began, self._looked = time.monotonic(), False
 
     def play(self) -> list[str]:
         lacking = list(self._times)
@@ -86,9 +87,10 @@ class _Delivery:
         seconds, patience = time.monotonic() - self._began, self._folder.plan.server.absent_seconds
         if self._waiting:
             return seconds > patience + _EXPORT_SECONDS
-        return not self._idle or seconds > patience
+        return not self._idle or (self._looked and seconds > patience)
 
     def _send(self) -> None:
+        self._looked = self._post.looked() > 0
         connected = self._post.connected()
         for name in [name for name in self._idle if name in connected and time.monotonic() >= self._not_before[name]]:
             content = self._waiting[name] = self._idle.pop(name)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol, Self
 
+from cotune.models.errors import RunError
 from cotune.server.members import Member
 from cotune.server.superlink import Node
 
 __all__ = ["Enrolment", "Registry", "reconcile"]
 
 _EVERY_SECONDS = 2.0
+_PATIENCE = 6  # failures before a word is said: a SuperLink that was restarted is back by then
 
 Say = Callable[[str], None]
 
@@ -28,20 +30,29 @@ class Registry(Protocol):
 def reconcile(registry: Registry, members: Iterable[Member], say: Say) -> set[str]:
     """Registers the members that are not yet, and removes every other key. Returns the names of those that are online.
 
-    Raises RunError where the registry does.
+    members: whoever was revoked included. Raises RunError where the registry does.
     """
-    named = {member.key: member.name for member in members}
+    everybody = {member.key: member for member in members}
+    named = {key: member.name for key, member in everybody.items() if member.revoked is None}
     nodes = registry.nodes()
     for node in nodes:
         if node.key not in named:
             registry.unregister(node.id)
-            say("a key that is not a member's is shut out")
-    present = {node.key for node in nodes}
+            say(f"{everybody[node.key].name if node.key in everybody else 'a key of nobody'} is shut out")
+    _let_in(registry, {key: name for key, name in named.items() if key not in {node.key for node in nodes}}, say)
+    return {named[node.key] for node in nodes if node.online and node.key in named}
+
+
+def _let_in(registry: Registry, named: Mapping[bytes, str], say: Say) -> None:
+    refused = list[RunError]()
     for key, name in named.items():
-        if key not in present:
+        try:
             registry.register(key, name)
             say(f"{name} may join")
-    return {named[node.key] for node in nodes if node.online and node.key in named}
+        except RunError as error:  # the others still may
+            refused.append(error)
+    if refused:
+        raise refused[0]
 
 
 class Enrolment:
@@ -53,7 +64,7 @@ class Enrolment:
         self._connect, self._members, self._say = connect, members, say
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
         self._online: set[str] = set()
-        self._reached, self._trouble = False, ""
+        self._reached, self._failures = False, 0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -73,15 +84,15 @@ class Enrolment:
         try:
             online = reconcile(registry, self._members(), self._say)
         except Exception as error:  # who may join must be followed whatever happens, and nobody sees a thread end
-            if self._reached and str(error) != self._trouble and not self._stop.is_set():
+            self._failures += 1
+            if self._reached and self._failures == _PATIENCE and not self._stop.is_set():
                 self._say(f"the SuperLink does not know at present who may join: {error}")
-            self._trouble = str(error)
             return
         if not self._reached:
             self._say("ready: organisations can join")
-        elif self._trouble:
+        elif self._failures >= _PATIENCE:
             self._say("the SuperLink knows who may join")
-        self._reached, self._trouble = True, ""
+        self._reached, self._failures = True, 0
         for name in sorted(online ^ self._online):
             self._say(f"{name} is {'online' if name in online else 'offline'}")
         self._online = online

@@ -42,7 +42,7 @@ def what_leaves(plan: Plan) -> Iterator[str]:
     """One phrase for everything that a plan asks organisations to send."""
     trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
     if plan.keeps_personal:
-        trained = "one half of the adapters; the other half and the head stay"
+        trained = "one half of the adapters (the other half and the head stay with you)"
     yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_protection(plan)}"
     yield "beside it a number of records, as `tell.example_count` in your policy has it, the number of steps, and the ε spent"
     yield from (_SENT[payload] for payload in plan.strategy.sends)
@@ -50,8 +50,6 @@ def what_leaves(plan: Plan) -> Iterator[str]:
         yield "how many of your records the received model classifies rightly, every round"
     if plan.tell.label_histogram:
         yield "how many of your records each class has, once"
-    if plan.strategy.client_term is not None:
-        yield f"what the client term {plan.strategy.client_term.name} sends, if it sends anything"
 
 
 def _protection(plan: Plan) -> str:

@@ -65,10 +65,10 @@ def end(processes: Iterable[psutil.Process], grace: float) -> int:
     """Asks them to end, and after `grace` seconds does not ask any more. Returns how many there were."""
     asked = list(processes)
     for process in asked:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             process.terminate()
     for process in (stubborn := _after(grace, asked)):
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             process.kill()
     _after(grace, stubborn)
     return len(asked)

@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 import tomli_w
@@ -54,10 +54,15 @@ def supervise(folder: FederationFolder, say: Say) -> None:
     Raises RunError for certificates that organisations would refuse, a port that is taken, another supervisor of the folder,
     a folder that cannot be written, and a process that ends at once, again and again.
     """
+
+    def told(line: str) -> None:
+        with suppress(OSError):  # a terminal that was closed must not keep what runs from being ended
+            say(line)
+
     try:
         folder.superlink.mkdir(mode=0o700, exist_ok=True)
         with keep_others_off(folder.superlink), _stop_signals() as stopped:
-            _supervise(folder, say, stopped)
+            _supervise(folder, told, stopped)
     except OSError as error:
         raise RunError(
             f"{folder.superlink} cannot be used ({error.strerror or error}): check the permissions and the space there"
@@ -75,11 +80,12 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
     children = _children(folder, say)
     say(f"starting {folder.config.name} at {address_of(folder.config)}")
     try:
-        with Enrolment(lambda: control(folder.superlink_address, folder.certificates), folder.members.active, say):
+        with Enrolment(lambda: control(folder.superlink_address, folder.certificates), folder.members.all, say):
             while not stopped():
                 for child in children:
-                    child.tend()
-                    record.keep(running(children))
+                    if child.tend():
+                        record.keep(running(children))
+                record.keep(running(children))
                 time.sleep(_LOOK_SECONDS)
     finally:
         say("stopping")
@@ -88,18 +94,18 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
 
 
 def _children(folder: FederationFolder, say: Say) -> list[Child]:
-    environment, certificates, port = _environment(folder), folder.certificates, folder.config.superlink_port
+    environment, shown = _environment(folder), folder.certificates
     superlink = [
-        *(_binary("flower-superlink", environment), "--host", "127.0.0.1", "--port", str(port)),
-        *("--ssl-ca-certfile", str(certificates / "ca.crt")),
-        *("--ssl-certfile", str(certificates / "server.crt"), "--ssl-keyfile", str(certificates / "server.key")),
+        *(_binary("flower-superlink", environment), "--host", "127.0.0.1", "--port", str(folder.config.superlink_port)),
+        *("--ssl-ca-certfile", str(shown / "ca.crt")),
+        *("--ssl-certfile", str(shown / "server.crt"), "--ssl-keyfile", str(shown / "server.key")),
         *("--enable-supernode-auth", "--isolation", "process", "--disable-runtime-dependency-installation"),
         *(("--database", str(folder.superlink / "state.sqlite")) if folder.config.database else ()),
     ]
     front = [sys.executable, "-m", "cotune.server.front", str(folder.superlink / "front.toml")]
     executor = [
         *(_binary("flower-superexec", environment), "--runtime-api-address", folder.superlink_address),
-        *("--root-certificates", str(certificates / "ca.crt")),
+        *("--root-certificates", str(shown / "ca.crt")),
     ]
     commands = {"SuperLink": superlink, "front": front, "executor": executor}
     return [

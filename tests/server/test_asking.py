@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
+from flwr.supercore.run import RunNotRunningException
 
 from cotune.models.errors import RunError
-from cotune.server import asking, post
+from cotune.server import asking, carriers
 from cotune.server.federation import FederationFolder
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import Progress, RunFolder
@@ -30,8 +31,8 @@ NAMES = ("org-1", "org-2", "org-3")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post, "_WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(post, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(carriers, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(asking, "_AGAIN_SECONDS", 0.02)
 
@@ -201,7 +202,7 @@ def test_one_that_hangs_holds_up_neither_the_others_nor_the_end(new_run: NewRun)
 def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(post, "_SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(carriers, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
     found, until = grid.get_nodes, time.monotonic() + 0.5
@@ -217,6 +218,43 @@ def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
         {"event": "connection_lost", "reason": "OSError: connection refused"},
         {"event": "connection_back"},
     ]
+
+
+def test_a_connection_that_is_lost_during_a_round_is_told_of(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carriers, "_SILENT_SECONDS", 0.1)
+    folder = real(new_run("org-1", rounds=1))
+    grid = wild(folder, everybody(1.0))
+    found, asked = grid.get_nodes, threading.Event()
+
+    def breaks_off() -> Any:
+        if asked.wait(0.0) and not told(folder, "connection_lost"):
+            raise OSError("connection refused")
+        return found()
+
+    monkeypatch.setattr(grid, "get_nodes", breaks_off)
+    grid.delay = {"org-1": 0.5}
+    grid.on_push = lambda name, message: asked.set()
+    assert play(folder, grid).round == 1
+    assert [event["event"] for event in told(folder, "connection_lost", "connection_back")] == [
+        "connection_lost",
+        "connection_back",
+    ]
+
+
+@pytest.mark.parametrize("method", ["get_nodes", "push_messages", "pull_messages"])
+def test_a_run_that_is_stopped_at_the_superlink_ends_and_can_be_resumed(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    folder = real(new_run("org-1", rounds=1))
+    grid = wild(folder, everybody(1.0))
+
+    def refuses(*_: Any) -> Any:
+        raise RunNotRunningException
+
+    monkeypatch.setattr(grid, method, refuses)
+    with pytest.raises(RunError, match="the run was stopped at the SuperLink.*continue it with --resume"):
+        play(folder, grid)
+    assert play(folder, wild(folder, everybody(1.0))).round == 1
 
 
 # --- whatever the order, the same model

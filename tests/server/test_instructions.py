@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from cotune.plan.invitation import Invitation
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
@@ -44,12 +42,8 @@ def test_what_leaves_is_what_the_plan_asks_for() -> None:
     assert len(open_) == 4
 
 
-@pytest.mark.parametrize(
-    ("strategy", "phrase"),
-    [
-        ({"weighting": "noise_aware"}, "how much privacy noise"),
-        ({"client_term": "scaffold"}, "what the client term scaffold sends"),
-    ],
-)
-def test_what_a_strategy_wants_is_named(strategy: dict[str, str], phrase: str) -> None:
-    assert any(phrase in said for said in what_leaves(plan_of(strategy=strategy)))
+def test_what_a_strategy_wants_is_named_and_what_is_kept_is_not() -> None:
+    assert any("how much privacy noise" in said for said in what_leaves(plan_of(strategy={"weighting": "noise_aware"})))
+    private = list(what_leaves(plan_of(train="lora", lora={"factors": "ab", "keep": "b"})))
+    assert "one half of the adapters (the other half and the head stay with you)" in private[0]
+    assert len(list(what_leaves(plan_of(strategy={"client_term": "scaffold"})))) == 2  # its control variates stay

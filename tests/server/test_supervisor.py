@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cotune.models.errors import RunError
 from cotune.plan.load import parse_plan
 from cotune.server import certificates, supervisor
+from cotune.server.child import Child, running
 from cotune.server.federation import FederationFolder, ServerConfig
 from cotune.server.founding import found
 from cotune.server.supervisor import supervise
@@ -87,3 +90,26 @@ def test_programs_are_those_of_this_python_and_say_nothing_home(folder: Federati
     )
     with pytest.raises(RunError, match="flower-nothing is not installed beside"):
         supervisor._binary("flower-nothing", environment)
+
+
+def test_a_terminal_that_was_closed_does_not_stop_it_from_ending_what_runs(
+    folder: FederationFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(line: str) -> None:
+        raise BrokenPipeError
+
+    sleeper = Child("sleeper", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "a.log", os.environ, closed)
+    broken = Child("broken", ["/nowhere"], tmp_path / "b.log", os.environ, closed)
+    monkeypatch.setattr(supervisor, "_children", lambda folder, say: [sleeper, broken])
+    ended: list[int] = []
+    real = supervisor.stop
+
+    def stop(children: Sequence[Child], grace: float) -> None:
+        ended.extend(process.pid for process in running(children))
+        real(children, grace)
+
+    monkeypatch.setattr(supervisor, "stop", stop)
+    with pytest.raises(RunError, match="^the broken cannot be started"):
+        supervise(folder, closed)
+    (number,) = ended
+    assert not psutil.pid_exists(number)
