@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,7 @@ def _begin(
     from cotune.server.running import check_none_unfinished
 
     executor.running()  # raises, in one sentence, where the server does not run
-    check_none_unfinished(federation, leave=leave)
+    check_none_unfinished(federation, executor, leave=leave)
     begun = real_run(federation, override, name)
     if begun.plan.plan_id != federation.plan.plan_id:
         console.print(
@@ -129,13 +130,17 @@ def status(
         if as_json:
             typer.echo(json.dumps(asdict(now()), indent=1, ensure_ascii=False))
             return
-        found = now()
-        with Live(_page(found), console=console, auto_refresh=False) if watch else nullcontext() as live:
-            while live is not None:
-                live.update(_page(found), refresh=True)
-                time.sleep(_WATCH_SECONDS)
-                found = now()
-        console.print(_page(found))
+        if watch:
+            _watch(console, now)
+        else:
+            console.print(_page(now()))
+
+
+def _watch(console: Console, now: Callable[[], Status]) -> None:
+    with suppress(KeyboardInterrupt), Live(_page(now()), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(_WATCH_SECONDS)
+            live.update(_page(now()), refresh=True)
 
 
 def _page(found: Status) -> Group:

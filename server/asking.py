@@ -79,7 +79,7 @@ class Asking:
 
     def _await_quorum(self) -> None:
         people, needed, told = list(self._contents), math.ceil(self._tally.needed), None
-        while len(here := [name for name in people if name in self._post.connected()]) < needed:
+        while len(here := self._connected(people)) < needed:
             if told != here and self._post.looked():
                 told = here
                 self._tell("waiting", round=self._round, connected=here, needed=needed, absent=_without(people, here))
@@ -91,6 +91,10 @@ class Asking:
                     f" {', '.join(_without(people, here))[:500]}"
                 )
             time.sleep(min(_POLL_SECONDS, 0.02))
+
+    def _connected(self, people: list[str]) -> list[str]:
+        connected = self._post.connected()
+        return [name for name in people if name in connected]
 
     def _ask(self) -> None:
         """Whoever is connected, and was not asked or was lost."""

@@ -18,7 +18,8 @@ from flwr.serverapp import Grid
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.server.addresses import members_of
-from cotune.server.post import Letter, Post, post_of
+from cotune.server.carriers import post_of
+from cotune.server.post import Letter, Post
 from cotune.server.run_folder import RunFolder
 from cotune.server.selection import left_out
 from cotune.server.step import served_of

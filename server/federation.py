@@ -85,7 +85,7 @@ class FederationFolder:
     def runs(self) -> Iterator[Path]:
         """The folders of runs, the newest last."""
         found = (self.path / "runs").glob("*/run.json")
-        yield from sorted((file.parent for file in found), key=lambda path: path.name)
+        yield from (file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file)))  # written once
 
 
 def write_config(path: Path, config: ServerConfig) -> None:

@@ -1,46 +1,30 @@
-"""Messages to organisations and their answers, over a Flower grid that may be slow, hang or fail.
-
-In a real run every organisation's request is carried by a thread of its own, so that whoever hangs holds up nobody else, nor the
-end of a round or of the process. In a simulation the calls are made at once, in this thread, one organisation after the other.
+"""Messages to organisations and their answers. In a simulation the calls are made at once, one organisation after the other;
+a real run's post is carried by threads (carriers.py).
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import RunNotRunningException
 
-from cotune.models.errors import RunError
-from cotune.server.addresses import Addresses, addresses_of
-from cotune.server.run_folder import RunFolder
+from cotune.server.addresses import Addresses
 
-__all__ = ["Direct", "Letter", "Post", "Threaded", "post_of"]
+__all__ = ["Direct", "Letter", "Post", "fetched"]
 
-_WATCH_SECONDS = 0.5  # between two looks at who is connected
-_SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach: its client itself retries for ever
-_DIRECT_POLL_SECONDS = 0.02
-_POLL_SECONDS = 0.1  # between two looks for one answer; with many organisations longer
-_POLLS_PER_SECOND = 50.0  # of all organisations together
-_LONGEST_WAIT_SECONDS = 10.0  # before a call that failed is made again
-_AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
-_HELD_UP_SECONDS = 5.0  # who hangs for so long holds up nobody else any more
-_CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused, and Flower ends the process then
-_LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
-
-Tell = Callable[..., None]
+_POLL_SECONDS = 0.02
 
 
-@dataclass(frozen=True)
+@dataclass
 class Letter:
-    """What came of one request. reply: None where none will come; then `lost` says why, and it may be asked again."""
+    """What came of one request. reply: None where none will come; then `lost` says why, and it may be asked again. Whoever has
+    read a reply takes it out, so that it is not held any longer.
+    """
 
     round: int
     organisation: str
@@ -72,11 +56,6 @@ class Post(Protocol):
     def close(self) -> None: ...
 
 
-def post_of(grid: Grid, folder: RunFolder) -> Post:
-    addresses = addresses_of(grid, folder)
-    return Threaded(grid, addresses, folder.events.tell) if folder.file.federation else Direct(grid, addresses)
-
-
 class Direct:
     """In this thread: the first organisation's answer, then the second's; one answer is held at a time."""
 
@@ -101,19 +80,20 @@ class Direct:
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
         for (round, name), number in list(self._earlier.items()):
-            for reply in self._grid.pull_messages([number]):
+            letter = Letter(round, name, fetched(self._grid, number))
+            if letter.reply is not None:
                 del self._earlier[round, name]
-                yield _letter(round, name, reply)
+                yield letter
                 return
         for name in list(self._waiting) if last else list(itertools.islice(self._waiting, 1)):
-            for reply in self._grid.pull_messages([self._waiting[name]]):
+            letter = Letter(self._round, name, fetched(self._grid, self._waiting[name]))
+            if letter.reply is not None:
                 del self._waiting[name]
-                yield _letter(self._round, name, reply)
+                yield letter
                 if not last:
                     return
-                del reply
         if not last:
-            time.sleep(min(seconds, _DIRECT_POLL_SECONDS))
+            time.sleep(min(seconds, _POLL_SECONDS))
 
     def forget(self, round: int) -> None:
         self._earlier = {key: number for key, number in self._earlier.items() if key[0] > round}
@@ -124,129 +104,8 @@ class Direct:
         """There is nothing to end."""
 
 
-class Threaded:
-    """In threads of its own, which end with the process however they hang."""
-
-    def __init__(self, grid: Grid, addresses: Addresses, tell: Tell) -> None:
-        self._grid, self._addresses, self._tell = grid, addresses, tell
-        self._letters: SimpleQueue[tuple[Letter, bool]] = SimpleQueue()  # whether it is one of those at a time
-        self._hands = threading.Semaphore(_AT_A_TIME)
-        self._under_way: dict[tuple[int, str], threading.Event] = {}
-        self._closed, self._stopped = threading.Event(), threading.Event()
-        self._found: Mapping[str, int] = {}
-        self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
-        self._threads: list[threading.Thread] = []
-        self._start("watch", self._watch)
-
-    def _start(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        self._threads.append(threading.Thread(target=work, args=arguments, name=f"cotune-{name}", daemon=True))
-        self._threads[-1].start()
-
-    def connected(self) -> Mapping[str, int]:
-        self._check()
-        return self._found
-
-    def looked(self) -> float:
-        return self._looked
-
-    def _watch(self) -> None:
-        while not self._closed.is_set():
-            try:
-                started = time.monotonic()
-                self._found = self._addresses.connected()
-                self._looked = started
-            except RunNotRunningException:
-                self._stopped.set()
-                return
-            except Exception as error:
-                self._failure = _words(error)
-            self._closed.wait(_WATCH_SECONDS)
-
-    def _check(self) -> None:
-        """Tells when the connection is lost, or back. Raises RunError when the run was stopped."""
-        if self._stopped.is_set():
-            raise RunError("the run was stopped at the SuperLink: expected it to go on; continue it with --resume")
-        away = time.monotonic() - max(self._looked, self._began) > _SILENT_SECONDS
-        if away and not self._away:
-            self._tell(
-                "connection_lost", reason=self._failure or f"the SuperLink has not answered for {_SILENT_SECONDS:g} seconds"
-            )
-        elif self._away and not away:
-            self._tell("connection_back")
-        self._away = away
-
-    def send(self, round: int, organisation: str, message: Message) -> None:
-        over = self._under_way[round, organisation] = threading.Event()
-        self._start(organisation, self._carry, round, organisation, message, over)
-
-    def _carry(self, round: int, organisation: str, message: Message, over: threading.Event) -> None:
-        held = False
-        try:
-            numbers = list(self._grid.push_messages([message]))
-            del message
-            if numbers and numbers[0]:
-                letter, held = self._answer(round, organisation, numbers[0], over)
-            else:
-                letter = Letter(round, organisation, None, "the SuperLink did not take its request")
-        except RunNotRunningException:
-            self._stopped.set()
-            return
-        except Exception as error:
-            letter = Letter(round, organisation, None, f"its request could not be handed over: {_words(error)}")
-        self._letters.put((letter, held))
-
-    def _answer(self, round: int, organisation: str, number: str, over: threading.Event) -> tuple[Letter, bool]:
-        wait = 0.0
-        while not over.wait(wait):
-            held = self._hands.acquire(timeout=_HELD_UP_SECONDS)
-            try:
-                for reply in self._grid.pull_messages([number]):
-                    letter, held, kept = _letter(round, organisation, reply), False, held
-                    return letter, kept
-                wait = max(_POLL_SECONDS, len(self._under_way) / _POLLS_PER_SECOND)
-            except Exception:  # the SuperLink is busy, or starting; `_watch` tells of it
-                wait = min(_LONGEST_WAIT_SECONDS, max(_POLL_SECONDS, 2 * wait))
-            finally:
-                if held:
-                    self._hands.release()
-        return Letter(round, organisation, None, "the round was over"), False
-
-    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
-        wait = 0.0 if last else seconds
-        while True:
-            self._check()
-            try:
-                letter, held = self._letters.get(timeout=wait) if wait else self._letters.get_nowait()
-            except Empty:
-                return
-            wait = 0.0
-            self._under_way.pop((letter.round, letter.organisation), None)
-            try:
-                yield letter
-            finally:
-                del letter
-                if held:
-                    self._hands.release()
-
-    def forget(self, round: int) -> None:
-        for key in [key for key in list(self._under_way) if key[0] <= round]:
-            self._under_way.pop(key).set()
-
-    def close(self) -> None:
-        """Ends the threads, but for those that hang: they end with the process."""
-        self._closed.set()
-        self.forget(max((round for round, _ in self._under_way), default=0))
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-
-def _letter(round: int, organisation: str, reply: Message) -> Letter:
-    if reply.has_error() and reply.error.code in _LOST:
-        return Letter(round, organisation, None, f"its node was lost (error {reply.error.code})")
-    return Letter(round, organisation, reply)
-
-
-def _words(error: Any) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def fetched(grid: Grid, number: str) -> Message | None:
+    """The answer to a message, if it is there."""
+    for reply in grid.pull_messages([number]):
+        return reply
+    return None

@@ -20,19 +20,16 @@ from cotune.models.tasks import Metrics
 from cotune.plan.statistics import statistic_shapes
 from cotune.server.addresses import REVOKED, members_of
 from cotune.server.asking import Asking
+from cotune.server.carriers import post_of
 from cotune.server.client_level import ClientLevelPrivacy
-from cotune.server.inbox import Inbox, Turns
-from cotune.server.lateness import Lateness
+from cotune.server.gathering import Gathering
 from cotune.server.members import Member
-from cotune.server.post import Letter, Post, post_of
-from cotune.server.quarantine import Quarantine
+from cotune.server.post import Post
 from cotune.server.run_folder import Participant, Progress, RunFolder
 from cotune.server.selection import enough, left_out, select
 from cotune.server.step import Score, context_of, enter_round, move, sent_beside, served
 from cotune.server.tally import Tally
 from cotune.server.verification import Verify
-from cotune.strategies.combination import Combination, WeightedFusion
-from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, encode_requests, payload_bytes, received_digest
 
 __all__ = ["run_rounds"]
@@ -50,9 +47,7 @@ class _Run:
     evaluate: Evaluate
     score: Score | None
     client_level: ClientLevelPrivacy | None
-    inbox: Inbox
-    lateness: Lateness
-    quarantine: Quarantine
+    gathering: Gathering
 
 
 def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate, score: Score | None = None) -> Progress:
@@ -73,10 +68,8 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
         rounds=plan.rounds,
         resumed_after=progress.round,
     )
-    late = Lateness(plan.server, Inbox(folder.path / "inbox" / "late"))
-    inbox, quarantine = Inbox(folder.path / "inbox"), Quarantine(folder.path / "quarantine")
     with closing(post_of(grid, folder)) as post:
-        return _rounds(_Run(folder, post, model, evaluate, score, client_level, inbox, late, quarantine), progress)
+        return _rounds(_Run(folder, post, model, evaluate, score, client_level, Gathering(folder, post)), progress)
 
 
 def _rounds(run: _Run, progress: Progress) -> Progress:
@@ -91,7 +84,6 @@ def _rounds(run: _Run, progress: Progress) -> Progress:
             folder.events.tell("run_failed", round=round, reason=str(error))
             raise
         folder.save(progress)
-        run.inbox.clear()
         folder.events.tell("round_finished", **progress.history[-1])
     folder.events.tell("run_finished", rounds=total)
     return progress
@@ -133,7 +125,7 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     )
     asking = Asking(run.post, plan.server, round, contents, enough(plan, len(people)), tally, folder.events.tell)
     del contents
-    _gather(run, asking, round, verify, tally, combination)
+    run.gathering.gather(asking, round, verify, tally, combination)
     tally.check_quorum(plan, round)
     if client_level:
         client_level.charge(round)
@@ -174,76 +166,3 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
 def _recipients(folder: RunFolder, people: list[Participant], before: Progress) -> list[Recipient]:
     last = {name: entry["round"] for entry in before.history for name in entry["participants"]}
     return [Recipient(p.name, last.get(p.name, 0), str(folder.path / p.site) if p.site else "") for p in people]
-
-
-def _gather(run: _Run, asking: Asking, round: int, verify: Verify, tally: Tally, combination: Combination) -> None:
-    """Adds the updates as they come, each in its turn."""
-    turns = Turns(tally.people, run.inbox)
-    run.lateness.open(round, verify)
-    for letter in asking.letters():
-        if letter.round != round:
-            _receive_late(run, letter, round, tally)
-        else:
-            update = _admit(run, letter, verify, round, tally)
-            organisation = letter.organisation
-            del letter
-            for ready in turns.settle(organisation, update):
-                update = None
-                combination.add(ready)
-                del ready
-            del update
-    for ready in turns.rest():
-        combination.add(ready)
-        del ready
-    if isinstance(combination, WeightedFusion):
-        for ready in run.lateness.take([person.name for person in run.folder.file.participants]):
-            combination.add(ready, round - ready.round)
-            del ready
-    run.post.forget(run.lateness.oldest(round))
-
-
-def _admit(run: _Run, letter: Letter, verify: Verify, round: int, tally: Tally) -> Update | None:
-    """The update in a letter, if it may enter the model; otherwise the organisation is shown, with the reason."""
-    name, events = letter.organisation, run.folder.events
-    update = _opened(run, letter, verify, round, tally)
-    if update is None:
-        return None
-    assert letter.reply is not None
-    size = payload_bytes(letter.reply.content)
-    tally.admit(name, update, size)
-    events.tell("update_received", round=round, organisation=name, bytes=size, steps=update.steps, epsilon=update.epsilon)
-    return update
-
-
-def _opened(run: _Run, letter: Letter, verify: Verify, round: int, tally: Tally) -> Update | None:
-    assert letter.reply is not None
-    name, tell = letter.organisation, run.folder.events.tell
-    opened = verify(letter.reply, name)
-    if opened.update is not None:
-        return opened.update
-    if letter.round == round:
-        tally.dropped[name] = opened.reason
-    if not opened.refused:
-        tell("update_dropped", round=letter.round, organisation=name, reason=opened.reason)
-        return None
-    file = run.quarantine.keep(letter.reply.content, name, letter.round, opened.reason)
-    tally.quarantined.append(name)
-    tell("update_quarantined", round=letter.round, organisation=name, reason=opened.reason, file=file)
-    return None
-
-
-def _receive_late(run: _Run, letter: Letter, round: int, tally: Tally) -> None:
-    """An answer of an earlier round: put aside for the end of this one, or shown as ignored."""
-    name, tell = letter.organisation, run.folder.events.tell
-    assert letter.reply is not None
-    verify = run.lateness.verify_of(letter.round)
-    if verify is None:
-        tell("late_update_ignored", round=round, organisation=name, of_round=letter.round)
-        return
-    update = _opened(run, letter, verify, round, tally)
-    if update is not None:
-        size = payload_bytes(letter.reply.content)
-        run.lateness.put(update)
-        tally.late.append({"organisation": name, "round": letter.round})
-        tally.bytes_up += size
-        tell("late_update_received", round=round, organisation=name, of_round=letter.round, bytes=size)

@@ -73,17 +73,23 @@ def newest(federation: FederationFolder, name: str | None = None) -> RunFolder:
     return RunFolder(runs[-1])
 
 
-def check_none_unfinished(federation: FederationFolder, *, leave: bool) -> None:
+def check_none_unfinished(federation: FederationFolder, executor: Executor, *, leave: bool) -> None:
     """Before a new run. leave: an unfinished run that nobody plays may stay behind. Raises RunError."""
-    for path in federation.runs():
-        if is_played(path):
+    runs = list(federation.runs())
+    for path in runs:
+        if is_played(path) or (path == runs[-1] and _is_handed_over(RunFolder(path), executor)):
             raise RunError(
                 f"the run {path.name} is going on: follow it with --resume, and stop it there before you begin another"
             )
-    if not leave and (runs := list(federation.runs())) and not RunFolder(runs[-1]).finished:
+    if runs and not leave and not RunFolder(runs[-1]).finished:
         raise RunError(
             f"the run {runs[-1].name} is not finished: go on with it (--resume), or leave it and begin another (--new)"
         )
+
+
+def _is_handed_over(folder: RunFolder, executor: Executor) -> bool:
+    ticket = _read(folder)
+    return ticket is not None and _under_way(folder, ticket, executor) is not None
 
 
 def is_played(run: Path) -> bool:
@@ -158,20 +164,21 @@ class _Ending:
 
 def _watch(folder: RunFolder, executor: Executor, ticket: Ticket, tell: Listener, pace: Pace) -> _Ending:
     """Tells what happens until the attempt ends."""
-    offset, progress, reachable = ticket.offset, False, True
+    offset, begun, progress, reachable = ticket.offset, False, False, True
     while True:
         reason, reached = _reason_for_end(executor, ticket)  # asked first: whatever was written before is read below
         if reached != reachable:
             reachable = reached
             tell("superlink_back" if reached else "superlink_lost", {})
+        held = is_played(folder.path) if begun else True
         events, offset = follow(folder.events.path, offset)
         for fields in events:
             event = _told(fields, tell)
-            progress = progress or event == "round_finished"
+            begun, progress = begun or event == "run_started", progress or event == "round_finished"
             if event in _LAST_WORDS:
                 return _Ending(event, str(fields.get("reason", "")), progress)
-        if reason is not None:
-            return _Ending(None, reason, progress)
+        if reason is not None or not held:
+            return _Ending(None, reason or "its process died", progress)
         time.sleep(pace.poll)
 
 
@@ -240,7 +247,12 @@ def _under_way(folder: RunFolder, ticket: Ticket, executor: Executor) -> int | N
         running = executor.running()  # the SuperLink is this federation's alone, and plays one run at a time
         return running[-1] if running else None
     state = executor.state(ticket.run_id)
-    return None if state is None or state.status == "finished" else ticket.run_id
+    if state is None or state.status == "finished":
+        return None
+    if any(event.get("event") == "run_started" for event in events) and not is_played(folder.path):
+        executor.stop(ticket.run_id)  # its process died, which the SuperLink notices after a minute
+        return None
+    return ticket.run_id
 
 
 def _await_end(folder: RunFolder, pace: Pace) -> None:

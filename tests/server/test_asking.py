@@ -16,7 +16,7 @@ from flwr.app import Message
 from flwr.supercore.run import RunNotRunningException
 
 from cotune.models.errors import RunError
-from cotune.server import asking, post
+from cotune.server import asking, carriers
 from cotune.server.federation import FederationFolder
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import Progress, RunFolder
@@ -31,8 +31,8 @@ NAMES = ("org-1", "org-2", "org-3")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post, "_WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(post, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(carriers, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(asking, "_AGAIN_SECONDS", 0.02)
 
@@ -202,7 +202,7 @@ def test_one_that_hangs_holds_up_neither_the_others_nor_the_end(new_run: NewRun)
 def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(post, "_SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(carriers, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
     found, until = grid.get_nodes, time.monotonic() + 0.5
@@ -221,7 +221,7 @@ def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
 
 
 def test_a_connection_that_is_lost_during_a_round_is_told_of(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post, "_SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(carriers, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
     found, asked = grid.get_nodes, threading.Event()

@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.models.errors import RunError
-from cotune.server import asking, delivery, post
+from cotune.server import asking, carriers, delivery
 from cotune.server.app import main
 from cotune.server.delivery import confirmed, deliver
 from cotune.server.federation import FederationFolder
@@ -28,8 +28,8 @@ NAMES = ("org-1", "org-2", "org-3")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
-        (post, "_WATCH_SECONDS"),
-        (post, "_POLL_SECONDS"),
+        (carriers, "_WATCH_SECONDS"),
+        (carriers, "_POLL_SECONDS"),
         (asking, "_POLL_SECONDS"),
         (delivery, "_POLL_SECONDS"),
         (delivery, "_AGAIN_SECONDS"),

@@ -10,7 +10,7 @@ import torch
 
 from cotune.models.errors import PlanError
 from cotune.plan.load import parse_plan
-from cotune.server import asking, post
+from cotune.server import asking, carriers
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import Progress, RunFolder
 from cotune.strategies.wire import Request
@@ -23,7 +23,7 @@ FOLD = {"late": "fold", "max_staleness": 1, "quorum": 0.5, "deadline_seconds": 0
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((post, "_WATCH_SECONDS"), (post, "_POLL_SECONDS"), (asking, "_POLL_SECONDS")):
+    for module, name in ((carriers, "_WATCH_SECONDS"), (carriers, "_POLL_SECONDS"), (asking, "_POLL_SECONDS")):
         monkeypatch.setattr(module, name, 0.01)
 
 

@@ -14,6 +14,7 @@ from jinja2 import UndefinedError
 
 from cotune.server import charts, figures
 from cotune.server.report import render_report, write_report
+from cotune.server.verdict import judge
 
 Summary = dict[str, Any]
 VOID = {"meta", "link", "br"}  # the elements of the page that HTML does not close
@@ -410,3 +411,21 @@ def test_a_stopped_run_says_why(summary: Summary) -> None:
     page = render_report(summary)
     assert "This run ended before its last round." in page
     assert "Round 4 would exceed the client-level ε = 3." in page
+
+
+def test_models_that_only_their_organisations_see_are_not_judged(summary: Summary) -> None:
+    summary["test"] |= dict.fromkeys(["majority", "alone", "federated", "pooled"])
+    verdict = judge(summary)
+    assert verdict.answer == "Not measured"
+    assert verdict.sentence == "every organisation has a model of its own, and how good it is only the organisation can see."
+
+
+def test_a_real_run_of_many_classes_has_a_report(summary: Summary) -> None:
+    summary |= {"engine": "superlink", "labels": [f"class {i}" for i in range(40)]}
+    for each in summary["organisations"]:
+        each |= {"labels": None, "examples": None, "alone": None, "gain": None, "bytes_up": 4620, "dropped": 0}
+        each |= {"quarantined": 1, "left_out": True, "delivered": False}
+    summary["test"] |= {"alone": None, "pooled": None}
+    page = Page(render_report(summary))
+    assert page.row("org-2") == ["2 of 3, then left out", "6.50 of 8.00", "4.6 kB", "0", "1", "not confirmed"]
+    assert "worth joining" not in page.text

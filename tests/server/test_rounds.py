@@ -225,7 +225,7 @@ def test_the_order_of_the_replies_does_not_change_a_bit_of_the_result(new_run: N
         noise = {name: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * scale) for name, t in request.state.items()}
         return update(request, noise, examples=int(request.organisation[-1]) * 7)
 
-    monkeypatch.setattr(post, "_DIRECT_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(post, "_POLL_SECONDS", 0.001)
     results = []
     for order in itertools.permutations(names):
         monkeypatch.setattr(Delayed, "order", order)

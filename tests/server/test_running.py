@@ -219,6 +219,28 @@ def test_no_second_process_plays_before_the_first_has_ended(
     assert holder.wait(10) == -ended_by
 
 
+def test_a_process_that_died_is_noticed_before_the_superlink_does(
+    run: RunFolder, held: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    def dies(run_id: int) -> RunState:
+        holder = held("hearing")
+        run.events.tell("run_started", rounds=2)
+        threading.Timer(0.1, holder.kill).start()
+        return GOING
+
+    def concludes(run_id: int) -> RunState:
+        run.events.tell("run_concluded")
+        return GOING
+
+    superlink = FakeSuperLink([[dies, *[going] * 1000], [concludes]])
+    assert [(event, fields.get("reason")) for event, fields in heard(run, superlink)] == [
+        ("run_started", None),
+        ("run_lost", "its process died"),
+        ("run_concluded", None),
+    ]
+    assert (len(superlink.started), superlink.stopped) == (2, [101])
+
+
 def test_a_process_that_ends_by_itself_is_left_to_it(run: RunFolder) -> None:
     with (run.path / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -243,10 +265,10 @@ def test_interrupted_it_stops_the_run_and_its_process(run: RunFolder, held: Call
 
 def test_a_run_is_left_behind_only_where_that_is_said(federation: FederationFolder, run: RunFolder) -> None:
     with pytest.raises(RunError, match=r"one is not finished: go on with it \(--resume\), or leave it .* \(--new\)"):
-        check_none_unfinished(federation, leave=False)
-    check_none_unfinished(federation, leave=True)
+        check_none_unfinished(federation, FakeSuperLink(), leave=False)
+    check_none_unfinished(federation, FakeSuperLink(), leave=True)
     run.stop("enough")
-    check_none_unfinished(federation, leave=False)
+    check_none_unfinished(federation, FakeSuperLink(), leave=False)
 
 
 @pytest.mark.parametrize("leave", [True, False])
@@ -255,16 +277,24 @@ def test_a_run_that_goes_on_is_never_left_behind(
 ) -> None:
     held("hearing")
     with pytest.raises(RunError, match="the run one is going on"):
-        check_none_unfinished(federation, leave=leave)
+        check_none_unfinished(federation, FakeSuperLink(), leave=leave)
+
+
+def test_a_run_that_was_handed_over_and_has_not_begun_is_never_left_behind(federation: FederationFolder, run: RunFolder) -> None:
+    superlink = FakeSuperLink([[going]])
+    hand_over(run, superlink, PACE)
+    with pytest.raises(RunError, match="the run one is going on"):
+        check_none_unfinished(federation, superlink, leave=True)
+    check_none_unfinished(federation, superlink, leave=True)  # by now it has failed
 
 
 def test_the_newest_run_is_gone_on_with_or_the_one_that_is_named(federation: FederationFolder) -> None:
     with pytest.raises(RunError, match="has no run to go on with"):
         newest(federation)
-    for name in ("20260101-a", "20260102-b"):
+    for name in ("begun-first", "another"):
         real_run(federation, name=name)
-    assert newest(federation).path.name == "20260102-b"
-    assert newest(federation, "20260101-a").path.name == "20260101-a"
+    assert newest(federation).path.name == "another"
+    assert newest(federation, "begun-first").path.name == "begun-first"
     with pytest.raises(RunError, match="no run called 'c'"):
         newest(federation, "c")
 

@@ -1,0 +1,95 @@
+"""A round's answers: each opened, verified, and added in its turn; what is not as agreed is shown and kept aside."""
+
+from __future__ import annotations
+
+from cotune.server.asking import Asking
+from cotune.server.inbox import Inbox, Turns
+from cotune.server.lateness import Lateness
+from cotune.server.post import Letter, Post
+from cotune.server.quarantine import Quarantine
+from cotune.server.run_folder import RunFolder
+from cotune.server.tally import Tally
+from cotune.server.verification import Verify
+from cotune.strategies.combination import Combination, WeightedFusion
+from cotune.strategies.updates import Update
+from cotune.strategies.wire import payload_bytes
+
+__all__ = ["Gathering"]
+
+
+class Gathering:
+    """Of one run."""
+
+    def __init__(self, folder: RunFolder, post: Post) -> None:
+        self._post, self._events = post, folder.events
+        self._names = [participant.name for participant in folder.file.participants]
+        self._inbox, self._quarantine = Inbox(folder.path / "inbox"), Quarantine(folder.path / "quarantine")
+        self._lateness = Lateness(folder.plan.server, Inbox(folder.path / "inbox" / "late"))
+
+    def gather(self, asking: Asking, round: int, verify: Verify, tally: Tally, combination: Combination) -> None:
+        """Adds the updates as they come, each in its turn."""
+        turns = Turns(tally.people, self._inbox)
+        self._lateness.open(round, verify)
+        for letter in asking.letters():
+            if letter.round != round:
+                self._receive_late(letter, round, tally)
+            else:
+                update = self._admit(letter, verify, round, tally)
+                organisation = letter.organisation
+                del letter
+                for ready in turns.settle(organisation, update):
+                    update = None
+                    combination.add(ready)
+                    del ready
+                del update
+        for ready in turns.rest():
+            combination.add(ready)
+            del ready
+        if isinstance(combination, WeightedFusion):
+            for ready in self._lateness.take(self._names):
+                combination.add(ready, round - ready.round)
+                del ready
+        self._inbox.clear()
+        self._post.forget(self._lateness.oldest(round))
+
+    def _admit(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> Update | None:
+        """The update in a letter, if it may enter the model; otherwise the organisation is shown, with the reason."""
+        name, events = letter.organisation, self._events
+        update, size = self._opened(letter, verify, round, tally)
+        if update is None:
+            return None
+        tally.admit(name, update, size)
+        events.tell("update_received", round=round, organisation=name, bytes=size, steps=update.steps, epsilon=update.epsilon)
+        return update
+
+    def _opened(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> tuple[Update | None, int]:
+        """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
+        reply, letter.reply = letter.reply, None
+        assert reply is not None
+        name, tell = letter.organisation, self._events.tell
+        opened = verify(reply, name)
+        if opened.update is not None:
+            return opened.update, payload_bytes(reply.content)
+        if letter.round == round:
+            tally.dropped[name] = opened.reason
+        if not opened.refused:
+            tell("update_dropped", round=letter.round, organisation=name, reason=opened.reason)
+            return None, 0
+        file = self._quarantine.keep(reply.content, name, letter.round, opened.reason)
+        tally.quarantined.append(name)
+        tell("update_quarantined", round=letter.round, organisation=name, reason=opened.reason, file=file)
+        return None, 0
+
+    def _receive_late(self, letter: Letter, round: int, tally: Tally) -> None:
+        """An answer of an earlier round: put aside for the end of this one, or shown as ignored."""
+        name, tell = letter.organisation, self._events.tell
+        verify = self._lateness.verify_of(letter.round)
+        if verify is None or name in tally.left_out:
+            tell("late_update_ignored", round=round, organisation=name, of_round=letter.round)
+            return
+        update, size = self._opened(letter, verify, round, tally)
+        if update is not None:
+            self._lateness.put(update)
+            tally.late.append({"organisation": name, "round": letter.round})
+            tally.bytes_up += size
+            tell("late_update_received", round=round, organisation=name, of_round=letter.round, bytes=size)
