@@ -309,7 +309,7 @@ def _fault(response: httpx.Response) -> FleetError:
     if status == httpx.codes.FORBIDDEN:
         return RequestOver("the run is over, or not for this node")
     if status == httpx.codes.NOT_FOUND:
-        return FleetError("what answers there is no Flower server: expected the address of the federation's public port")
+        return FleetError("the server has nothing at this place: expected the public port of a federation at this address")
     return FleetError(f"the server answered with status {status}")
 
 

@@ -42,10 +42,10 @@ def test_nothing_is_touched_for_a_plan_that_nobody_has_approved(
     assert train_round(plan, site, 1, state).round == 1  # without a restart
 
 
-def test_where_the_policy_wants_no_approval(make_plan: MakePlan, make_site: MakeSite) -> None:
-    approvals = Approvals(make_site())
-    approvals.check(make_plan(), Policy.permissive())
-    assert approvals.pending() == []
+def test_where_nobody_is_to_be_asked(make_plan: MakePlan, make_site: MakeSite) -> None:
+    for site, policy in ((make_site(), Policy.permissive()), (make_site("simulated", simulated=True), EACH)):
+        Approvals(site).check(make_plan(), policy)
+        assert Approvals(site).pending() == []
 
 
 def test_an_approval_is_for_one_plan_alone(make_plan: MakePlan, make_site: MakeSite) -> None:

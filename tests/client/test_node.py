@@ -24,7 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client import node as node_module
 from cotune.client.audit_log import AuditLog
-from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, TooMuch, _keep_alive, _limited
+from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
 from cotune.client.node import Node, run_node
 from cotune.client.observe import observing
 from cotune.client.refusal import UNSAID
@@ -220,16 +220,6 @@ def test_an_observer_is_told_what_people_want_to_know(tmp_path: Path, stop: thre
     with observing(lambda what, about: seen.append(f"{what} {about.get('round') or about.get('reason', '')}".strip())):
         stay(Node(tmp_path, FakeWorker(), stop), broken, FakeFleet(stop, request(2), archive=zipped("evil.py")))
     assert seen == ["connected", "begun 1", "answered 1", "disconnected broken", "connected", "begun 2", "answered 2"]
-
-
-def test_a_message_without_end_is_not_taken() -> None:
-    pull = _limited(lambda _: bytes(60), 100)
-    assert len(pull("a")) == 60
-    with pytest.raises(TooMuch, match="more than 100 bytes"):
-        pull("b")
-    tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(100_001)])
-    with pytest.raises(TooMuch, match="more than 100,000 parts"):
-        Fleet(object(), NODE).open(Request(request().header, tree))  # type: ignore[arg-type]
 
 
 def test_another_run_may_begin_at_round_one(tmp_path: Path, stop: threading.Event) -> None:

@@ -1,0 +1,108 @@
+"""Calls to a server that is made up: what they say when it refuses, and what they never take."""
+
+from __future__ import annotations
+
+import time
+from email.utils import formatdate
+from typing import Any
+
+import httpx
+import pytest
+from flwr.app import Message, MessageType, RecordDict
+from flwr.proto.fleet_pb2 import DeactivateNodeResponse
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
+from flwr.supercore.task_identity import TaskIdentity
+
+from cotune.client import fleet as fleet_module
+from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, TooMuch
+
+NODE = 5
+
+
+class FakeClient:
+    """Flower's client of the Fleet API; refuses with `response` if there is one."""
+
+    def __init__(self, response: httpx.Response | None = None) -> None:
+        self.called, self._response = list[str](), response
+
+    def DeactivateNode(self, _: Any) -> DeactivateNodeResponse:
+        self.called.append("leave")
+        return DeactivateNodeResponse()
+
+    def SendNodeHeartbeat(self, _: Any) -> SendNodeHeartbeatResponse:
+        self.called.append("beat")
+        return SendNodeHeartbeatResponse(success=True)
+
+    def PullObject(self, _: Any) -> PullObjectResponse:
+        self.called.append("pull")
+        return PullObjectResponse(object_found=True, object_available=True, object_content=bytes(60))
+
+    def PullMessages(self, _: Any) -> Any:
+        assert self._response is not None
+        raise httpx.HTTPStatusError("refused", request=httpx.Request("POST", "https://fed:9092"), response=self._response)
+
+
+def fleet(client: FakeClient) -> Fleet:
+    return Fleet(client, NODE)  # type: ignore[arg-type]
+
+
+def test_no_heartbeat_comes_after_the_node_has_left() -> None:
+    """It would be online for another minute, and the next one with its key would be refused."""
+    client = FakeClient()
+    left = fleet(client)
+    assert left.heartbeat()
+    left.leave()
+    assert left.heartbeat()
+    assert client.called == ["beat", "leave"]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        (401, NotKnown, "expected one that the coordinator has registered"),
+        (412, NotKnown, "its key is not registered .*, or a node with the same key is online already"),
+        (403, RequestOver, "the run is over, or not for this node"),
+        (404, FleetError, "expected the public port of a federation"),
+        (500, FleetError, "status 500"),
+    ],
+)
+def test_what_a_status_means(status: int, kind: type[FleetError], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        fleet(FakeClient(httpx.Response(status))).receive()
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(3600, "60 minutes behind"), (-600, "10 minutes ahead of"), (20, "")])
+def test_clocks_that_are_apart_are_named(seconds: int, said: str) -> None:
+    answer = httpx.Response(401, headers={"date": formatdate(time.time() + seconds, usegmt=True)})
+    with pytest.raises(NotKnown) as raised:
+        fleet(FakeClient(answer)).receive()
+    assert ("; this machine's is" in str(raised.value)) == bool(said)
+    assert said in str(raised.value)
+
+
+def request(*, age: float = 0.0, tree: ObjectTree | None = None) -> Request:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    header = Message(RecordDict(), NODE, MessageType.TRAIN, ttl=60.0)
+    header.metadata.created_at = time.time() - age
+    return Request(header, tree or ObjectTree(object_id="root"))
+
+
+@pytest.mark.parametrize(("age", "seconds"), [(0.0, 60.0), (50.0, 10.0), (7200.0, 60.0), (-7200.0, 60.0)])
+def test_what_is_announced_has_time_left_whatever_the_clock_says(age: float, seconds: float) -> None:
+    assert request(age=age).seconds == pytest.approx(seconds, abs=1.0)
+
+
+def test_a_message_of_endless_parts_is_not_begun() -> None:
+    tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(100_001)])
+    with pytest.raises(TooMuch, match="more than 100,000 parts"):
+        fleet(FakeClient()).open(request(tree=tree))
+
+
+def test_a_message_of_endless_bytes_is_left_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient()
+    monkeypatch.setattr(fleet_module, "_MOST_BYTES", 600)
+    tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(1000)])
+    with pytest.raises(TooMuch, match="more than 600 bytes"):
+        fleet(client).open(request(tree=tree))
+    assert len(client.called) < 100  # several are under way at a time
