@@ -135,10 +135,9 @@ class Deployment:
     def kill(self, what: str) -> None:
         process = until(lambda: self._found(what), what=what)
         process.kill()
-        with suppress(psutil.NoSuchProcess):
-            process.wait(20)
         if what in self.processes:
             self.processes[what].wait()
+        until(lambda: not _runs(process), what=f"the end of {what}")
 
     def _found(self, what: str) -> psutil.Process | None:
         with suppress(LookupError, psutil.NoSuchProcess):
@@ -157,11 +156,18 @@ class Deployment:
                 process.wait()
 
 
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _below(pid: int, words: str) -> psutil.Process:
     """Raises LookupError."""
     for process in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if words in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+            if words in " ".join(process.cmdline()) and _runs(process):
                 return process
     raise LookupError(words)
 
