@@ -51,8 +51,8 @@ Say = Callable[[str], None]
 def supervise(folder: FederationFolder, say: Say) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP; nothing that it has started is left then. say: is told every event, in a line.
 
-    Raises RunError for certificates that organisations would refuse, a damaged list of members, a port that is taken, another supervisor of the folder,
-    a folder that cannot be written, and a process that ends at once, again and again.
+    Raises RunError for certificates that organisations would refuse, a damaged list of members, a port that is taken,
+    another supervisor of the folder, a folder that cannot be written, and a process that ends at once, again and again.
     """
 
     def told(line: str) -> None:
