@@ -51,8 +51,8 @@ Say = Callable[[str], None]
 def supervise(folder: FederationFolder, say: Say) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP; nothing that it has started is left then. say: is told every event, in a line.
 
-    Raises RunError for certificates that organisations would refuse, a port that is taken, another supervisor of the folder,
-    a folder that cannot be written, and a process that ends at once, again and again.
+    Raises RunError for certificates that organisations would refuse, a damaged list of members, a port that is taken,
+    another supervisor of the folder, a folder that cannot be written, and a process that ends at once, again and again.
     """
 
     def told(line: str) -> None:
@@ -71,6 +71,7 @@ def supervise(folder: FederationFolder, say: Say) -> None:
 
 def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) -> None:
     _tell_expiry(certificates.check(folder.certificates, folder.config.hosts[0]), say)
+    folder.members.all()  # a list that is damaged is told now, and not when nobody can join
     record = Record(folder.superlink / "processes.json", say)
     if left := end(record.left(), _GRACE_SECONDS):
         say(f"ended {left} processes that a killed `cotune server start` had left")

@@ -65,6 +65,12 @@ def test_a_certificate_that_ends_soon_is_a_warning(folder: FederationFolder, day
     assert any("WARNING" in line and "`cotune server renew`" in line for line in said) == warned
 
 
+def test_a_damaged_list_of_members_is_one_sentence(folder: FederationFolder) -> None:
+    (folder.path / "members.json").write_text("{")
+    with pytest.raises(RunError, match=r"members.json is damaged"):
+        supervise(folder, print)
+
+
 def test_a_folder_that_cannot_be_used_is_one_sentence(folder: FederationFolder) -> None:
     folder.superlink.rmdir()
     folder.superlink.write_text("")
