@@ -5,8 +5,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy import statement as statements
+from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.statement import statement
 
 
