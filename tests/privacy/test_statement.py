@@ -5,6 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotune.privacy import statement as statements
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.statement import statement
 
@@ -59,3 +60,12 @@ def test_what_was_told_in_clear_is_not_covered() -> None:
 def test_clipping_per_layer_is_said() -> None:
     said = " ".join(statement(RecordPrivacy(clipping="per_layer"), {"clinic": (1.0, 1e-5)}))
     assert "clipped to the norm 1, in equal shares for each parameter tensor; Gaussian noise" in said
+
+
+def test_of_a_real_run_it_says_what_was_stated_and_by_how_many() -> None:
+    text = " ".join(statements.stated(RecordPrivacy(epsilon=8.0), {"a": 2.491, "b": 1.0}, silent=1))
+    assert "the highest stated is 2.50; 1 of 3 stated nothing" in text
+    assert "ε at most 8 and δ = 1/n^1.1" in text
+    assert "cannot check it" in text
+    assert "none was stated." in " ".join(statements.stated(RecordPrivacy(), {}, silent=3))
+    assert statements.stated(None, {}) == statement(None, {})
