@@ -7,6 +7,7 @@ is at the i-th node; with fewer nodes than organisations, nodes serve several.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,14 +17,22 @@ from cotune.server.federation import FederationFolder
 from cotune.server.members import Member
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["REVOKED", "Addresses", "Registered", "Simulated", "addresses_of", "members_of"]
+__all__ = ["REVOKED", "Addresses", "Node", "Registered", "Simulated", "addresses_of", "members_of"]
 
 REVOKED = "its invitation was revoked"
 
 
+@dataclass(frozen=True)
+class Node:
+    """since: when it last connected, as the SuperLink says it."""
+
+    id: int
+    since: str = ""
+
+
 class Addresses(Protocol):
-    def connected(self) -> Mapping[str, int]:
-        """Organisation -> node id, of those that are connected now. Asks the grid, and may fail as that does."""
+    def connected(self) -> Mapping[str, Node]:
+        """Organisation -> node, of those that are connected now. Asks the grid, and may fail as that does."""
         ...
 
 
@@ -33,8 +42,8 @@ class Simulated:
     def __init__(self, grid: Grid, names: Iterable[str]) -> None:
         self._grid, self._names = grid, tuple(names)
 
-    def connected(self) -> dict[str, int]:
-        nodes = sorted(self._grid.get_node_ids())
+    def connected(self) -> dict[str, Node]:
+        nodes = [Node(number) for number in sorted(self._grid.get_node_ids())]
         return {name: nodes[i % len(nodes)] for i, name in enumerate(self._names)} if nodes else {}
 
 
@@ -44,11 +53,11 @@ class Registered:
     def __init__(self, grid: Grid, federation: Path) -> None:
         self._grid, self._federation = grid, federation
 
-    def connected(self) -> dict[str, int]:
+    def connected(self) -> dict[str, Node]:
         """Raises RunError for a damaged list of members."""
         names = {member.key: member.name for member in members_of(self._federation).values()}
         nodes = [node for node in self._grid.get_nodes() if node.status in ("", "online")]
-        return {names[node.public_key]: node.node_id for node in nodes if node.public_key in names}
+        return {names[node.public_key]: Node(node.node_id, node.last_activated_at) for node in nodes if node.public_key in names}
 
 
 def members_of(federation: Path) -> dict[str, Member]:

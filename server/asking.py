@@ -16,6 +16,7 @@ from flwr.app import Message, MessageType, RecordDict
 
 from cotune.models.errors import RunError
 from cotune.plan.schema import RoundsConfig
+from cotune.server.addresses import Node
 from cotune.server.post import Letter, Post
 from cotune.server.tally import Tally
 from cotune.strategies.wire import payload_bytes
@@ -56,6 +57,8 @@ class Asking:
         self._idle = dict.fromkeys(contents)  # who has not answered for good, and is to be asked
         self._waiting: set[str] = set()  # who is asked and may answer yet
         self._lost: dict[str, _Lost] = {}
+        self._since: dict[str, str] = {}  # when those who are asked had connected
+        self._looked = 0.0
         self._began = time.monotonic()
 
     def letters(self) -> Iterator[Letter]:
@@ -67,6 +70,7 @@ class Asking:
         while not self._over():
             last = self._seconds_left() <= 0
             self._ask()
+            self._ask_again()
             for letter in self._post.receive(_POLL_SECONDS, last=last):
                 if self._settles(letter):
                     yield letter
@@ -104,9 +108,22 @@ class Asking:
             if name in connected:
                 del self._idle[name]
                 self._waiting.add(name)
-                self._times[name] += 1
-                self._tally.bytes_down += payload_bytes(self._contents[name])
-                self._post.send(self._round, name, self._message(name, connected[name]))
+                self._send(name, connected[name])
+
+    def _ask_again(self) -> None:
+        """Whoever has connected anew since it was asked: its request may be lost, as Flower hands each over once."""
+        if self._post.looked() == self._looked:
+            return
+        self._looked = self._post.looked()
+        for name, node in self._post.connected().items():
+            if name in self._waiting and node.since != self._since[name] and self._times[name] < _MOST_TIMES:
+                self._send(name, node)
+
+    def _send(self, name: str, node: Node) -> None:
+        self._times[name] += 1
+        self._since[name] = node.since
+        self._tally.bytes_down += payload_bytes(self._contents[name])
+        self._post.send(self._round, name, self._message(name, node.id))
 
     def _may_be_asked(self, name: str) -> bool:
         if name not in self._lost:
@@ -125,6 +142,8 @@ class Asking:
         name = letter.organisation
         if letter.round != self._round:
             return letter.reply is not None
+        if name not in self._waiting:
+            return False  # it was asked twice, and has answered
         self._waiting.discard(name)
         if letter.reply is not None:
             self._answered(name)

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import RunNotRunningException
 
 from cotune.models.errors import RunError
-from cotune.server.addresses import Addresses, addresses_of
+from cotune.server.addresses import Addresses, Node, addresses_of
 from cotune.server.post import Direct, Letter, Post, fetched
 from cotune.server.run_folder import RunFolder
 
@@ -50,7 +50,7 @@ class Threaded:
         self._hands = threading.Semaphore(_AT_A_TIME)
         self._under_way: dict[tuple[int, str], threading.Event] = {}
         self._closed, self._stopped = threading.Event(), threading.Event()
-        self._found: Mapping[str, int] = {}
+        self._found: Mapping[str, Node] = {}
         self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
         self._threads: list[threading.Thread] = []
         self._start("watch", self._watch)
@@ -60,7 +60,7 @@ class Threaded:
         self._threads.append(threading.Thread(target=work, args=arguments, name=f"cotune-{name}", daemon=True))
         self._threads[-1].start()
 
-    def connected(self) -> Mapping[str, int]:
+    def connected(self) -> Mapping[str, Node]:
         self._check()
         return self._found
 
@@ -94,7 +94,7 @@ class Threaded:
         self._away = away
 
     def send(self, round: int, organisation: str, message: Message) -> None:
-        over = self._under_way[round, organisation] = threading.Event()
+        over = self._under_way.setdefault((round, organisation), threading.Event())
         self._start(organisation, self._carry, round, organisation, message, over)
 
     def _carry(self, round: int, organisation: str, message: Message, over: threading.Event) -> None:
@@ -139,7 +139,8 @@ class Threaded:
             except Empty:
                 return
             wait = 0.0
-            self._under_way.pop((letter.round, letter.organisation), None)
+            if letter.reply is not None and (letter.round, letter.organisation) in self._under_way:
+                self._under_way.pop((letter.round, letter.organisation)).set()
             try:
                 yield letter
             finally:

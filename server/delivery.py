@@ -96,7 +96,7 @@ class _Delivery:
             content = self._waiting[name] = self._idle.pop(name)
             self._times[name] += 1
             ttl = self._folder.plan.server.absent_seconds + _EXPORT_SECONDS
-            message = Message(content, connected[name], MessageType.EVALUATE, ttl=ttl, group_id=str(self._round))
+            message = Message(content, connected[name].id, MessageType.EVALUATE, ttl=ttl, group_id=str(self._round))
             self._post.send(self._round, name, message)
 
     def _arrived(self, letter: Letter) -> bool:

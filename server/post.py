@@ -13,7 +13,7 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from cotune.server.addresses import Addresses
+from cotune.server.addresses import Addresses, Node
 
 __all__ = ["Direct", "Letter", "Post", "fetched"]
 
@@ -33,16 +33,16 @@ class Letter:
 
 
 class Post(Protocol):
-    def connected(self) -> Mapping[str, int]:
-        """Organisation -> node id of those that were connected at the last look."""
+    def connected(self) -> Mapping[str, Node]:
+        """Organisation -> node of those that were connected at the last look."""
         ...
 
     def looked(self) -> float:
-        """When that was (monotonic)."""
+        """When that was (monotonic), above 0; always the same where nobody comes and goes."""
         ...
 
     def send(self, round: int, organisation: str, message: Message) -> None:
-        """Hands a request over, or begins to."""
+        """Hands a request over, or begins to; once more where the first may be lost: whichever is answered first counts."""
         ...
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
@@ -65,11 +65,11 @@ class Direct:
         self._waiting: dict[str, str] = {}  # organisation -> id of its message
         self._earlier: dict[tuple[int, str], str] = {}  # the same of rounds before
 
-    def connected(self) -> Mapping[str, int]:
+    def connected(self) -> Mapping[str, Node]:
         return self._addresses.connected()
 
     def looked(self) -> float:
-        return time.monotonic()
+        return 1.0
 
     def send(self, round: int, organisation: str, message: Message) -> None:
         if round != self._round:

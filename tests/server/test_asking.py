@@ -168,6 +168,26 @@ def test_what_is_lost_three_times_is_left_and_the_run_goes_on(new_run: NewRun, f
     assert grid.pushed["org-2"] == 3
 
 
+def test_whoever_connects_anew_is_asked_again_as_its_request_may_be_lost(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    grid.swallowed["org-2"] = 1
+    grid.on_push = lambda name, message: grid.since.update({name: "a little later"})
+    assert_moved(play(folder, grid).state, initial(folder), by=3.0)
+    assert grid.pushed["org-2"] == 2
+
+
+def test_an_organisation_that_answers_twice_counts_once(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=2))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    grid.delay = dict.fromkeys(NAMES, 0.2)
+    grid.on_push = lambda name, message: grid.since.update({name: message.metadata.group_id})
+    progress = play(folder, grid)
+    assert [entry["participants"] for entry in progress.history] == [list(NAMES)] * 2
+    assert_moved(progress.state, initial(folder), by=6.0)
+    assert sum(grid.pushed.values()) > 6
+
+
 def test_a_lost_node_that_stays_away_is_absent(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"absent_seconds": 0.2}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))

@@ -53,6 +53,8 @@ class WildGrid(InProcessGrid):
         self.node_of: dict[str, int] = {}
         self.names: list[str] = []
         self.offline: set[str] = set()
+        self.since: dict[str, str] = {}
+        self.swallowed: Counter[str] = Counter()  # requests that never reach it
         self.pushed: Counter[str] = Counter()
         self.pushes_fail: Counter[str] = Counter()  # organisation -> how often yet
         self.not_taken: Counter[str] = Counter()
@@ -67,7 +69,7 @@ class WildGrid(InProcessGrid):
 
     def get_nodes(self) -> list[NodeInfo]:
         found = [
-            NodeInfo(node_id=self.node_of[name], public_key=PEMS[i], status="online", name=f"node {i}")
+            NodeInfo(node_id=self.node_of[name], public_key=PEMS[i], status="online", last_activated_at=self.since.get(name, ""))
             for i, name in enumerate(self.names)
             if name not in self.offline
         ]
@@ -84,6 +86,8 @@ class WildGrid(InProcessGrid):
             raise OSError("database is locked")
         if self._uses_up(self.not_taken, name):
             return [""]
+        if self._uses_up(self.swallowed, name):
+            return ["nobody's"]
         (number,) = super().push_messages([message])
         self._ready[number] = time.monotonic() + self.delay.get(name, 0.0)
         return [number]
