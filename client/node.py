@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.bundle import reason_to_refuse
@@ -139,12 +139,13 @@ class Node:
         return True
 
     def _accept(self, fleet: Fleet, request: Request) -> None:
-        """Keeps a request; one that nobody waits for any more is dropped."""
+        """Keeps a request; one that nobody waits for any more is dropped. The finished model may be that of an earlier round."""
         self._deadline = time.monotonic() + request.seconds
         round = int(request.round) if request.round.isdecimal() else 0
-        if round < self._newest.get(request.run, 0):
-            return self._drop(fleet, f"round {self._newest[request.run]} has come already")
-        self._newest[request.run] = round
+        newest = self._newest.get(request.run, 0)
+        if round < newest and request.header.metadata.message_type == MessageType.TRAIN:
+            return self._drop(fleet, f"round {newest} has come already")
+        self._newest[request.run] = max(round, newest)
         self._began = time.monotonic()
         try:
             write_durably(self._request_file, request.to_bytes())

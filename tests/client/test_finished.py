@@ -82,8 +82,8 @@ def test_a_plan_that_nobody_has_approved_leaves_nothing(make_plan: MakePlan, mak
 def test_what_is_no_finished_model(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan, site = make_plan(), make_site()
     state = state_for(plan)
-    with pytest.raises(RunError, match="a model came after round 2: expected the finished one, after round 3"):
-        keep_finished(finished(plan, state, round=2), plan, site)
+    with pytest.raises(RunError, match="a finished model came after round 4: expected one of the plan's 3 rounds"):
+        keep_finished(finished(plan, state, round=4), plan, site)
     name = next(iter(state))
     with pytest.raises(RunError, match="is not finite"):
         keep_finished(finished(plan, {**state, name: state[name] + float("nan")}), plan, site)
@@ -116,5 +116,5 @@ def test_the_answer_is_a_receipt_and_the_log_names_the_folder(
     [entry] = AuditLog(site.folder).entries()
     assert (entry["what"], entry["server"], entry["round"]) == ("receipt", "fed:9092", 3)
     assert json.loads((site.folder / "models").joinpath(entry["model"], "cotune.json").read_text())["plan_id"] == plan.plan_id
-    refused = ask(finished(plan, state_for(plan), round=2), site)
+    refused = ask(finished(plan, state_for(plan), round=4), site)
     assert refused.error.reason == "it did not train; the reason is in its own log"

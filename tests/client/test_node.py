@@ -45,10 +45,12 @@ def zipped(*names: str) -> bytes:
 BUNDLE = zipped("pyproject.toml")
 
 
-def request(round: int = 1, *, run: int = RUN, age: float = 0.0, node: int = NODE, ttl: float = 60.0) -> Request:
+def request(
+    round: int = 1, *, run: int = RUN, age: float = 0.0, node: int = NODE, ttl: float = 60.0, kind: str = MessageType.TRAIN
+) -> Request:
     """Sent `age` seconds ago by this machine's clock, to live for `ttl`."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, 1
-    header = Message(RecordDict(), node, MessageType.TRAIN, ttl=ttl, group_id=str(round))
+    header = Message(RecordDict(), node, kind, ttl=ttl, group_id=str(round))
     header.metadata.created_at = time.time() - age
     header.metadata.__dict__["_message_id"] = f"message-{round}"
     return Request(header, ObjectTree(object_id=f"message-{round}"))
@@ -220,6 +222,12 @@ def test_an_observer_is_told_what_people_want_to_know(tmp_path: Path, stop: thre
     with observing(lambda what, about: seen.append(f"{what} {about.get('round') or about.get('reason', '')}".strip())):
         stay(Node(tmp_path, FakeWorker(), stop), broken, FakeFleet(stop, request(2), archive=zipped("evil.py")))
     assert seen == ["connected", "begun 1", "answered 1", "disconnected broken", "connected", "begun 2", "answered 2"]
+
+
+def test_the_finished_model_may_be_that_of_an_earlier_round(tmp_path: Path, stop: threading.Event) -> None:
+    fleet, worker = FakeFleet(stop, request(3), request(2, kind=MessageType.EVALUATE)), FakeWorker()
+    serve(tmp_path, stop, fleet, worker)
+    assert worker.given == ["3", "2"]
 
 
 def test_another_run_may_begin_at_round_one(tmp_path: Path, stop: threading.Event) -> None:
