@@ -96,8 +96,13 @@ class Deployment:
         return {name for name, state in told.items() if state == "online"}
 
     def run(self, *options: str) -> None:
-        """Begins a run."""
+        """Begins a run, or goes on with the last; returns when its folder is there."""
+        before = self._runs() if "--resume" not in options else []
         self.start("run", "server", "run", self.fed, *options)
+        until(lambda: len(self._runs()) > len(before) or self.processes["run"].poll(), what="the folder of the run")
+
+    def _runs(self) -> list[Path]:
+        return sorted((self.fed / "runs").glob("*/run.json"))
 
     def finish(self, seconds: float = 2 * _PATIENCE) -> RunFolder:
         """Waits for `server run` to end well. Raises AssertionError."""
@@ -106,12 +111,12 @@ class Deployment:
         return self.newest()
 
     def newest(self) -> RunFolder:
-        return RunFolder(max((self.fed / "runs").glob("*/run.json")).parent)
+        return RunFolder(self._runs()[-1].parent)
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         """Of the newest run."""
-        files = sorted((self.fed / "runs").glob("*/events.jsonl"))
-        return [event for event in (read_events(files[-1]) if files else []) if not names or event["event"] in names]
+        file = self._runs()[-1].parent / "events.jsonl"
+        return [event for event in (read_events(file) if file.exists() else []) if not names or event["event"] in names]
 
     def reached(self, event: str, round: int) -> Callable[[], bool]:
         return lambda: any(each.get("round", 0) >= round for each in self.events(event))

@@ -57,6 +57,7 @@ def test_everything_is_killed_once(fed: Deployment, undisturbed: dict[str, bytes
         bring_back(fed, what)
     run = fed.finish()
     history = run.load().history
+    assert len({event["at"] for event in fed.events("run_started")}) >= 3  # by the ServerApp that was killed, and those after it
     assert [entry["round"] for entry in history] == list(range(1, ROUNDS + 1))
     assert all(entry["participants"] == ["north", "south"] for entry in history)
     assert weights(run.load()) == undisturbed
