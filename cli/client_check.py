@@ -157,10 +157,14 @@ def _show_check(console: Console, site: Site, found: Checked) -> None:
 
 def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwise: str = "") -> None:
     """Every rule that does not allow a plan, with the command that would. otherwise: what to say where it is no rule's doing."""
+    from cotune.client.outline import printable
+
     if not rules:
         console.print(f"[bold red]{escape(otherwise)}[/bold red]", soft_wrap=True)
     for broken in rules:
-        console.print(f"[bold red]declined by the rule {broken.rule}[/bold red]: {escape(broken.problem)}", soft_wrap=True)
+        console.print(
+            f"[bold red]declined by the rule {broken.rule}[/bold red]: {escape(printable(broken.problem))}", soft_wrap=True
+        )
         command = allowing(site, broken)
         if command is not None:
             console.print(f"  to allow it: {escape(command)}", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,9 +106,12 @@ class _Shown:
         self._console, self._problem = console, ""
 
     def __call__(self, what: str, about: dict[str, Any]) -> None:
+        from cotune.client.outline import printable
+
         line = getattr(self, f"_{what}", lambda **_: None)(**about)
         if line is not None:
-            self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}", soft_wrap=True)
+            with suppress(OSError):  # a closed pipe is no reason to stop training
+                self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(line)}", soft_wrap=True)
 
     def _connected(self, node: int) -> str:
         self._problem = ""
@@ -170,6 +174,7 @@ def sent(
 ) -> None:
     """Show what has left this organisation, and check that nothing was changed in the list."""
     from cotune.client.audit_log import AuditLog
+    from cotune.client.outline import printable
     from cotune.client.site import Site
 
     log = AuditLog(Site(site.expanduser()).folder)
@@ -179,7 +184,7 @@ def sent(
         return
     console = Console(highlight=False)
     for entry in entries:
-        console.print(escape(_line(entry)), soft_wrap=True)
+        console.print(escape(printable(_line(entry))), soft_wrap=True)
     console.print(f"{len(entries)} lines, none changed; SHA-256 of the last: {head}", soft_wrap=True)
 
 

@@ -210,8 +210,9 @@ class Node:
         seconds = time.monotonic() - self._began
         fleet.send(reply, seconds)
         _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)
-        tell("answered", round=request.round, seconds=seconds, entry=self._own_entry or self._last_entry())
+        entry = self._own_entry or self._last_entry()
         self._forget(fleet, request)
+        tell("answered", round=request.round, seconds=seconds, entry=entry)
 
     def _last_entry(self) -> dict[str, Any]:
         """What the worker has entered about its answer."""

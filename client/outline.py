@@ -8,7 +8,7 @@ from typing import Any
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
 
-__all__ = ["changes", "outline"]
+__all__ = ["changes", "outline", "printable"]
 
 
 def outline(plan: Plan) -> list[str]:
@@ -17,13 +17,19 @@ def outline(plan: Plan) -> list[str]:
     asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
     parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
-    return [
+    lines = [
         f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task} into {', '.join(plan.labels)}",
         f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}",
         f"{plan.rounds} rounds: {stages}",
         _privacy(plan),
         f"strategy {' → '.join(parts)}; asks to be told: {', '.join(asks) or 'nothing beside the updates'}",
     ]
+    return [printable(line) for line in lines]
+
+
+def printable(text: str) -> str:
+    """With every character that a terminal would obey written out: a plan must not hide on the screen what it says."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _amount(local: Any) -> str:
@@ -42,7 +48,7 @@ def changes(before: Plan, after: Plan) -> list[str]:
     old, new = dict(_flat(before.model_dump(mode="json"))), dict(_flat(after.model_dump(mode="json")))
     keys = [*old, *(key for key in new if key not in old)]
     return [
-        f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}"
+        printable(f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}")
         for key in keys
         if old.get(key, "absent") != new.get(key, "absent")
     ]

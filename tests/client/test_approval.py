@@ -127,3 +127,10 @@ def test_what_differs_between_two_plans(make_plan: MakePlan) -> None:
     assert "privacy.epsilon: absent → 2.0" in lines
     assert changes(before, before) == []
     assert not any(line.startswith("model") for line in lines)
+
+
+def test_a_plan_cannot_hide_on_the_screen_what_it_says(make_plan: MakePlan) -> None:
+    before, after = make_plan(), make_plan(labels=("bad", "go\x1b[2Kod", "s\ro\n"))
+    for line in [*outline(after), *changes(before, after)]:
+        assert line.isprintable()
+    assert "go\\x1b[2Kod" in outline(after)[0]
