@@ -124,6 +124,9 @@ class _Shown:
     def _begun(self, round: str) -> str:
         return f"round {escape(round)} begins"
 
+    def _again(self, round: str, reason: str) -> str:
+        return f"[yellow]round {escape(round)} begins again[/yellow]: {escape(reason)}"
+
     def _dropped(self, round: str, reason: str) -> str:
         return f"round {escape(round)} is not answered: {escape(reason)}"
 
@@ -134,8 +137,8 @@ class _Shown:
             why = str(entry.get("reason", "see the log"))
             return f"[yellow]round {escape(round)}: no update was sent[/yellow]: {escape(why)}"
         spent = "without privacy"
-        if entry.get("epsilon") is not None:
-            spent = f"ε {round_up(entry['epsilon'])} of {entry['epsilon_allowed']:g} spent"
+        if entry.get("epsilon_spent") is not None:
+            spent = f"ε {round_up(entry['epsilon_spent'])} of {entry['epsilon_allowed']:g} spent"
         return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent}"
 
 

@@ -83,9 +83,10 @@ def _answered(message: Message, context: Context, work: Callable[[Request, Plan,
 def _update(request: Request, plan: Plan, site: Site) -> _Answer:
     trained = train_round(plan, site, request.round, dict(request.state), admitted=request.admitted, sent=request.sent)
     content = encode_update(trained, plan.plan_id)
-    update = check_update(content, request, plan, site)
+    update, account = check_update(content, request, plan, site)
     about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MOST_NAMES], "epsilon": update.epsilon}
     if isinstance(plan.privacy, RecordPrivacy):
+        about["epsilon_spent"] = account.epsilon()
         about["epsilon_allowed"] = site.policy().budget.epsilon_for(plan.privacy.epsilon)
     return "update", content, about
 

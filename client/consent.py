@@ -14,7 +14,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
 
-__all__ = ["Broken", "broken_rules", "check_consent", "limit_gpu_memory"]
+__all__ = ["Broken", "broken_rules", "check_base_model", "check_consent", "limit_gpu_memory"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
     """
     for broken in broken_rules(plan, policy, examples, hours):
         raise Declined(broken.rule, broken.problem)
+
+
+def check_base_model(plan: Plan, policy: Policy) -> None:
+    """Raises Declined for a base model that the policy does not name."""
+    for broken in _not_allowed(plan, policy):
+        if broken.rule == "training.base_models":
+            raise Declined(broken.rule, broken.problem)
 
 
 def broken_rules(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> Iterator[Broken]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from cotune.client.approval import Approvals
 from cotune.client.base import model_here
-from cotune.client.consent import broken_rules
+from cotune.client.consent import check_base_model
 from cotune.client.personal import Personal
 from cotune.client.site import Site
 from cotune.models.durable import write_durably
-from cotune.models.errors import Declined, RunError
+from cotune.models.errors import RunError
 from cotune.models.export import export_model
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
@@ -30,9 +30,7 @@ def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
     """
     policy = site.policy()
     Approvals(site).check(plan, policy)
-    for broken in broken_rules(plan, policy, examples=0):
-        if broken.rule == "training.base_models":
-            raise Declined(broken.rule, broken.problem)
+    check_base_model(plan, policy)
     if not 1 <= request.round <= plan.rounds:  # a run may end before its last round, with what it has
         raise RunError(f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds")
     folder = site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"

@@ -86,7 +86,7 @@ class Node:
         self._request_file, self._id_file = folder / "request.pb", folder / "id"
         self._deadline = 0.0  # of the request, by the clock that never jumps
         self._request, self._known = self._kept_request(), self._kept_id()
-        self._given = False
+        self._opened = self._given = self._again = False  # its content was asked for; the worker has it; for the second time
         self._reply: Message | None = None
         self._own_entry: dict[str, Any] = {}  # of the log of what was sent, where the node itself answers
         self._began = self._active = time.monotonic()  # the request; when there was something to do last
@@ -166,7 +166,9 @@ class Node:
 
     def _give(self, fleet: Fleet, request: Request) -> None:
         try:
-            self._worker.give(fleet.open(request))
+            message = fleet.open(request)
+            self._opened = True
+            self._worker.give(message)
             self._given = True
             _log.info("round %s of run %s begins", request.round, request.run)
             tell("begun", round=request.round)
@@ -192,14 +194,23 @@ class Node:
         try:
             self._reply = self._worker.answer(_POLL_SECONDS)
         except ResidentDied as error:
-            _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
-            self._refuse(request, UNSAID, str(error))
+            self._died(request, error)
         if self._reply is None and time.monotonic() > self._deadline + _OVERDUE_SECONDS:
             newer = fleet.receive()
             if newer is not None:
                 self._drop(fleet, "its time has long passed, and another one waits; what it was to spend counts as spent")
                 self._request = newer
                 self._accept(fleet, newer)
+
+    def _died(self, request: Request, error: ResidentDied) -> None:
+        """A process that was killed costs time, and with privacy what it had reserved; one that dies of its work would die
+        again.
+        """
+        _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
+        if self._again:
+            return self._refuse(request, UNSAID, str(error))
+        self._again, self._given = True, False
+        tell("again", round=request.round, reason=str(error))
 
     def _is_late(self) -> bool:
         return time.monotonic() >= self._deadline
@@ -226,8 +237,9 @@ class Node:
 
     def _forget(self, fleet: Fleet, request: Request) -> None:
         """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
-        opened = self._given
-        self._request, self._given, self._reply, self._own_entry = None, False, None, {}
+        opened = self._opened
+        self._request, self._reply, self._own_entry = None, None, {}
+        self._opened = self._given = self._again = False
         with suppress(OSError):
             self._request_file.unlink()
         if opened:

@@ -49,13 +49,16 @@ class Blocked(RunError):
         )
 
 
-def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) -> Update:
-    """The update that the message holds. Raises Blocked, RunError for what cannot be read as one."""
+def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) -> tuple[Update, Account]:
+    """The update that the message holds, and the account that it was compared with.
+
+    Raises Blocked, RunError for what cannot be read as one.
+    """
     update, policy = decode_update(content, plan.plan_id), site.policy()
     account = Account(plan, policy, site, site.holdings(plan.labels))
     for problem in _problems(content, update, request, account, model_here(plan, site)):
         raise Blocked(problem)
-    return update
+    return update, account
 
 
 def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site) -> None:

@@ -53,7 +53,9 @@ class Refusal:
 
 
 _CALL = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")  # no query, no escapes, no dots: nothing that two parsers may read differently
-_PASSED = frozenset({b"accept", b"accept-encoding", b"content-encoding", b"content-length", b"content-type", b"user-agent"})
+_PASSED = frozenset(
+    {b"accept", b"accept-encoding", b"content-encoding", b"content-length", b"content-type", b"date", b"user-agent"}
+)
 
 
 def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:

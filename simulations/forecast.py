@@ -144,7 +144,7 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
         beside = shared if term is not None and term.info("client_term").needs.receives else {}
         requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names], beside)
         arrays = {name: torch.zeros(shape) for name, shape in statistic_shapes(plan, model, shared).items()}
-        update = encode_update(Update(names[0], 1, shared, 1, 1, statistics=arrays), plan.plan_id)
+        update = encode_update(Update(names[0], 1, shared, 1, 1, statistics=arrays, received="0" * 64), plan.plan_id)
         yield StageForecast(
             stage.mode,
             stage.rounds,

@@ -97,10 +97,10 @@ class FakeFleet(Fleet):
 
 
 class FakeWorker:
-    """Answers at the second time of asking, or dies for the rounds that are named."""
+    """Answers at the second time of asking, or dies at the rounds that are named, so many times."""
 
-    def __init__(self, dies: tuple[str, ...] = ()) -> None:
-        self.given, self._dies, self._asked = list[str](), dies, 0
+    def __init__(self, dies: tuple[str, ...] = (), times: int = 1000) -> None:
+        self.given, self._dies, self._times, self._asked = list[str](), dies, times, 0
         self._message: Message | None = None
 
     def give(self, message: Message) -> None:
@@ -109,7 +109,8 @@ class FakeWorker:
 
     def answer(self, seconds: float) -> Message | None:
         assert self._message is not None
-        if self.given[-1] in self._dies:
+        if self.given[-1] in self._dies and self._times:
+            self._times -= 1
             raise ResidentDied("the training process ended with -9")
         self._asked += 1
         return self._message if self._asked == 2 else None
@@ -236,9 +237,18 @@ def test_another_run_may_begin_at_round_one(tmp_path: Path, stop: threading.Even
     assert worker.given == ["3", "1"]
 
 
-def test_a_worker_that_dies_costs_its_answer_only(tmp_path: Path, stop: threading.Event) -> None:
+def test_a_worker_that_is_killed_does_its_work_again(tmp_path: Path, stop: threading.Event) -> None:
+    fleet, worker = FakeFleet(stop, request(1)), FakeWorker(dies=("1",), times=1)
+    serve(tmp_path, stop, fleet, worker)
+    assert worker.given == ["1", "1"]
+    assert [call for call in fleet.calls if call.startswith(("open", "confirm"))] == ["open 1", "open 1", "confirm 1"]
+    assert fleet.sent[0].has_content()
+
+
+def test_a_worker_that_dies_of_its_work_costs_that_answer_only(tmp_path: Path, stop: threading.Event) -> None:
     fleet, worker = FakeFleet(stop, request(1), request(2)), FakeWorker(dies=("1",))
     serve(tmp_path, stop, fleet, worker)
+    assert worker.given == ["1", "1", "2"]
     assert fleet.sent[0].error.reason == UNSAID
     assert fleet.sent[1].has_content()
 
