@@ -26,26 +26,13 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from cotune.plan.load import parse_plan
 from cotune.server.certificates import new_authority
 from cotune.server.run_folder import RunFolder
-from cotune.server.superlink import Control, control
+from cotune.server.superlink import APP, Control, control
 from cotune.simulations.sites import make_run, prepare
 
 __all__ = ["Federation", "federation", "free_port", "prepare_run", "until", "write_model", "write_sentences"]
 
 _Found = TypeVar("_Found")
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", "the", "a", "is", "very", "it"]
-_APP = """
-[project]
-name = "cotune"
-version = "0.1.0"
-license = "Apache-2.0"
-[tool.flwr.app]
-publisher = "cotune"
-[tool.flwr.app.components]
-serverapp = "cotune.server.app:app"
-clientapp = "cotune.client.app:app"
-[tool.flwr.app.config]
-run = ""
-"""
 NODE = """
 import logging, sys
 from pathlib import Path
@@ -149,7 +136,7 @@ class Federation:
         """Starts a run folder's run on the SuperLink. bundled: files in the bundle beside its configuration."""
         app = self.folder / f"app-{run.name}"
         app.mkdir()
-        for name, content in {"pyproject.toml": _APP, **(bundled or {})}.items():
+        for name, content in {"pyproject.toml": APP.decode(), **(bundled or {})}.items():
             (app / name).write_text(content, encoding="utf-8")
         return int(self._flwr("run", app, "loopback", "--run-config", f'run="{run}"', "--format", "json")["run-id"])
 
