@@ -324,6 +324,28 @@ def test_nothing_leaves_that_cannot_be_entered(plan: Plan, state: State, make_si
     assert reason(ask(request(plan, state), {"site": str(site.folder)})) == SANITISED
 
 
+@pytest.mark.parametrize("text", [{"labels": ["bad", "\ud800"]}, {"model": {"base": "\udfff"}}])
+def test_a_plan_of_half_characters_is_refused_and_entered(
+    plan: Plan, state: State, make_site: MakeSite, text: dict[str, Any]
+) -> None:
+    """It cannot be hashed, and what is raised here would go to the server of a stock node."""
+    site, content = make_site(), request(plan, state)
+    table = json.loads(plan.canonical())
+    table |= {key: {**table[key], **value} if isinstance(value, dict) else value for key, value in text.items()}
+    header(plan=json.dumps(table))(content)
+    assert reason(ask(content, {"site": str(site.folder)})) == SANITISED
+    [entry] = AuditLog(site.folder).entries()
+    assert (entry["what"], entry["said"]) == ("refusal", SANITISED)
+    assert "half a character" in entry["reason"]
+
+
+def test_a_plan_of_endless_depth_is_refused_and_entered(plan: Plan, state: State, make_site: MakeSite) -> None:
+    site, content = make_site(), request(plan, state)
+    header(plan="[" * 100_000)(content)
+    assert reason(ask(content, {"site": str(site.folder)})) == SANITISED
+    assert [entry["what"] for entry in AuditLog(site.folder).entries()] == ["refusal"]
+
+
 def test_a_refusal_is_in_the_log_with_its_reason(plan: Plan, state: State, make_site: MakeSite) -> None:
     site = make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
     said = reason(ask(request(plan, state), {"site": str(site.folder)}))
