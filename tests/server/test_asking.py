@@ -423,3 +423,24 @@ def test_the_history_is_plain_json_in_the_order_of_the_organisations(new_run: Ne
     [entry] = play(folder, grid).history
     assert entry["participants"] == list(NAMES)
     assert json.loads(json.dumps(entry)) == entry
+
+
+# --- asked twice
+
+
+def test_whoever_is_lost_at_one_request_may_answer_another(new_run: NewRun) -> None:
+    """Its node connects anew twice, so that three requests are under way; the first is reported lost, the third is answered."""
+    folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0))
+    grid.lost["org-2"] = 1
+
+    def connects_anew(name: str, message: Message) -> None:
+        grid.delay["org-2"] = 0.1 if grid.pushed["org-2"] < 3 else 0.5
+        grid.swallowed["org-2"] = int(grid.pushed["org-2"] == 2)
+        grid.since["org-2"] = f"time {grid.pushed['org-2']}"
+
+    grid.on_push = connects_anew
+    progress = play(folder, grid)
+    assert dropped(progress) == [{}]
+    assert grid.pushed["org-2"] == 3
+    assert_moved(progress.state, initial(folder), by=2.0)
