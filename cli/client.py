@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,7 @@ def _show_ledger(console: Console, found: dict[str, Any]) -> None:
     for data in found["data_sets"]:
         allowed = f"of {data['epsilon_total']:g} " if data["epsilon_total"] < 1e6 else ""  # a simulated organisation has no limit
         spent = f"ε {round_up(data['epsilon'])} {allowed}spent at δ = {data['delta']:.1e}"
-        left = f", {data['epsilon_left']:.2f} left" if allowed else ""
+        left = f", {math.floor(100 * data['epsilon_left']) / 100:.2f} left" if allowed else ""  # never more than there is
         name, seen = f"[bold]data set {data['fingerprint'][:12]}…[/bold]", data["first_seen"][:10]
         console.print(f"{name}: {data['records']:,} records, first seen {seen}")
         console.print(f"  {spent}{left}")
@@ -119,6 +120,5 @@ def _shown(value: object) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-app.command()(client_check.check)
-for command in (client_join.init, client_join.join, client_join.approve, client_join.sent):
+for command in (client_join.init, client_check.check, client_join.join, client_join.approve, client_join.sent):
     app.command()(command)

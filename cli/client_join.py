@@ -16,7 +16,7 @@ from rich.markup import escape
 from cotune.cli.client_check import Data, Label, Model, SiteFolder, Text, keep_what_is_named, show_broken
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
-from cotune.server.figures import duration, size
+from cotune.server.figures import SPACE, duration, size
 
 if TYPE_CHECKING:
     from cotune.client.site import Site
@@ -99,18 +99,16 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
 
 
 class _Shown:
-    """One line for each thing that happens at the node; why it is not connected is said once, until that changes."""
+    """One line for each thing that happens at the node; why it is not connected, or sends nothing, is said until that changes."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._problem = console, ""
+        self._console, self._problem, self._withheld = console, "", ""
 
     def __call__(self, what: str, about: dict[str, Any]) -> None:
-        from cotune.client.outline import printable
-
         line = getattr(self, f"_{what}", lambda **_: None)(**about)
         if line is not None:
             with suppress(OSError):  # a closed pipe is no reason to stop training
-                self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(line)}")
+                self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {_printable(line)}")
 
     def _connected(self, node: int) -> str:
         self._problem = ""
@@ -120,8 +118,8 @@ class _Shown:
         known, self._problem = self._problem, reason
         return None if known == reason else f"[yellow]not connected[/yellow]: {escape(reason)}; it is tried again and again"
 
-    def _begun(self, round: str) -> str:
-        return f"round {escape(round)} begins"
+    def _begun(self, round: str, trains: bool) -> str | None:
+        return f"round {escape(round)} begins" if trains else None  # else it gets the finished model
 
     def _again(self, round: str, reason: str) -> str:
         return f"[yellow]round {escape(round)} begins again[/yellow]: {escape(reason)}"
@@ -133,12 +131,16 @@ class _Shown:
         if entry.get("what") == "receipt":
             return f"the finished model is in {escape(str(entry.get('model')))}"
         if entry.get("what") != "update":
-            why = str(entry.get("reason", "see the log"))
-            return f"[yellow]round {escape(round)}: no update was sent[/yellow]: {escape(why)}"
-        spent = "without privacy"
+            return self._nothing_sent(round, str(entry.get("reason", "see the log")))
+        self._withheld, spent = "", "without privacy"
         if entry.get("epsilon_spent") is not None:
             spent = f"ε {round_up(entry['epsilon_spent'])} of {entry['epsilon_allowed']:g} spent"
         return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent}"
+
+    def _nothing_sent(self, round: str, why: str) -> str:
+        known, self._withheld = self._withheld, why
+        told = "for the same reason" if known == why else escape(why)
+        return f"[yellow]round {escape(round)}: no update was sent[/yellow]: {told}"
 
 
 def approve(
@@ -176,7 +178,6 @@ def sent(
 ) -> None:
     """Show what has left this organisation, and check that nothing was changed in the list."""
     from cotune.client.audit_log import AuditLog
-    from cotune.client.outline import printable
     from cotune.client.site import Site
 
     log = AuditLog(Site(site.expanduser()).folder)
@@ -186,7 +187,7 @@ def sent(
         return
     console = screen()
     for entry in entries:
-        console.print(escape(printable(_line(entry))))
+        console.print(escape(_printable(_line(entry))))
     console.print(f"{len(entries)} lines, none changed; SHA-256 of the last: {head}")
 
 
@@ -197,3 +198,10 @@ def _line(entry: dict[str, Any]) -> str:
         epsilon = "" if entry.get("epsilon") is None else f", ε {round_up(entry['epsilon'])} stated"
         return f"{when} {entry['what']}{plan}, round {round}: {size(entry['bytes'])}{epsilon}, SHA-256 {entry['sha256'][:16]}…"
     return f"{when} {entry['what']}{plan}, round {round}: {entry.get('reason') or entry.get('said', '')}"
+
+
+def _printable(line: str) -> str:
+    """Written as a line: what strangers sent cannot steer the terminal; the space before a unit is an ordinary one."""
+    from cotune.client.outline import printable
+
+    return printable(line.replace(SPACE, " "))
