@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from cotune.cli import client_check, client_join
 from cotune.cli.client_check import SiteFolder
+from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 
 app = typer.Typer(no_args_is_help=True, help="An organisation's own side: its site, policy and ledger; joining a federation.")
@@ -36,7 +38,7 @@ def ledger(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
-        _show_ledger(Console(highlight=False), found)
+        _show_ledger(screen(), found)
 
 
 def _show_ledger(console: Console, found: dict[str, Any]) -> None:
@@ -45,31 +47,33 @@ def _show_ledger(console: Console, found: dict[str, Any]) -> None:
     for data in found["data_sets"]:
         allowed = f"of {data['epsilon_total']:g} " if data["epsilon_total"] < 1e6 else ""  # a simulated organisation has no limit
         spent = f"ε {round_up(data['epsilon'])} {allowed}spent at δ = {data['delta']:.1e}"
-        left = f", {data['epsilon_left']:.2f} left" if allowed else ""
+        left = f", {math.floor(100 * data['epsilon_left']) / 100:.2f} left" if allowed else ""  # never more than there is
         name, seen = f"[bold]data set {data['fingerprint'][:12]}…[/bold]", data["first_seen"][:10]
-        console.print(f"{name}: {data['records']:,} records, first seen {seen}", soft_wrap=True)
-        console.print(f"  {spent}{left}", soft_wrap=True)
+        console.print(f"{name}: {data['records']:,} records, first seen {seen}")
+        console.print(f"  {spent}{left}")
         for other, common in data["shares_records_with"].items():
             console.print(f"  shares {common:,} records with {other[:12]}…, whose charges count here too")
         if data["unprotected"]:
             plans = ", ".join(dict.fromkeys(f"{left['plan']} ({left['what']})" for left in data["unprotected"]))
             times = f"{len(data['unprotected'])} times something left without any privacy"
-            console.print(f"  [bold red]{times}: {escape(plans)}. No ε bounds that.[/bold red]", soft_wrap=True)
+            console.print(f"  [bold red]{times}: {escape(plans)}. No ε bounds that.[/bold red]")
         if data["runs"]:
             console.print(_runs(data))
     if found["unassigned"]:
         console.print(f"{len(found['unassigned'])} charges of an older cotune name no data set, and count for every one")
     if found["head"]:
-        console.print(f"head of the log: {found['head']}", soft_wrap=True)
+        console.print(f"head of the log: {found['head']}")
 
 
 def _runs(data: dict[str, Any]) -> Table:
-    table = Table("  run", "plan", box=None, header_style="bold", pad_edge=False)
+    """Narrow enough for 80 columns; a long name of a plan is folded."""
+    table = Table("  run", box=None, header_style="bold", pad_edge=False)
+    table.add_column("plan", overflow="fold")
     for heading in ("rounds", "steps", "interrupted", "ε by itself", "last"):
         table.add_column(heading, justify="right")
     for run in data["runs"]:
         figures = (str(run["rounds"]), f"{run['steps']:,}", str(run["interrupted"]), round_up(run["epsilon"]))
-        table.add_row(f"  {run['plan_id'][:12]}…", escape(run["plan"]), *figures, run["last"][:16].replace("T", " "))
+        table.add_row(f"  {run['plan_id'][:12]}", escape(run["plan"]), *figures, run["last"][:10])
     return table
 
 
@@ -116,6 +120,5 @@ def _shown(value: object) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-app.command()(client_check.check)
-for command in (client_join.init, client_join.join, client_join.approve, client_join.sent):
+for command in (client_join.init, client_check.check, client_join.join, client_join.approve, client_join.sent):
     app.command()(command)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
@@ -49,7 +50,7 @@ def check(
     from cotune.client.connection import try_connection, versions
     from cotune.client.site import Site
 
-    opened, console = Site(site.expanduser()), Console(highlight=False)
+    opened, console = Site(site.expanduser()), screen()
     invitation, plan = _read(federation)
     with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
         opened = keep_what_is_named(opened, plan, data, text, label, model)
@@ -123,17 +124,15 @@ def _about(invitation: Invitation) -> dict[str, Any]:
 
 def _show_federation(console: Console, about: dict[str, Any], found: dict[str, str]) -> None:
     console.print(f"[bold]{escape(about['name'])}[/bold] at {about['address']}: plan {about['plan']} ({about['plan_id'][:12]}…)")
-    console.print(
-        f"fingerprint of its federation.toml, to compare with the coordinator's: {about['fingerprint']}", soft_wrap=True
-    )
+    console.print(f"fingerprint of its federation.toml, to compare with the coordinator's: {about['fingerprint']}")
     installed = ", ".join(f"{name} {number}" for name, number in found.items())
-    console.print(f"protocol {about['protocol']}; installed here: {installed}", soft_wrap=True)
+    console.print(f"protocol {about['protocol']}; installed here: {installed}")
 
 
 def _show_check(console: Console, site: Site, found: Checked) -> None:
     console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
     if found.warning:
-        console.print(f"[bold yellow]{escape(found.warning)}[/bold yellow]", soft_wrap=True)
+        console.print(f"[bold yellow]{escape(found.warning)}[/bold yellow]")
     if found.declined:
         show_broken(console, site, found.broken, found.declined)
         return
@@ -160,19 +159,17 @@ def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwi
     from cotune.client.outline import printable
 
     if not rules:
-        console.print(f"[bold red]{escape(otherwise)}[/bold red]", soft_wrap=True)
+        console.print(f"[bold red]{escape(otherwise)}[/bold red]")
     for broken in rules:
-        console.print(
-            f"[bold red]declined by the rule {broken.rule}[/bold red]: {escape(printable(broken.problem))}", soft_wrap=True
-        )
+        console.print(f"[bold red]declined by the rule {broken.rule}[/bold red]: {escape(printable(broken.problem))}")
         command = allowing(site, broken)
         if command is not None:
-            console.print(f"  to allow it: {escape(command)}", soft_wrap=True)
+            console.print(f"  to allow it: {escape(command)}")
 
 
 def _show_connection(console: Console, tried: Tried) -> None:
     if tried.problem is not None:
-        console.print(f"[bold red]not connected[/bold red]: {escape(tried.problem)}", soft_wrap=True)
+        console.print(f"[bold red]not connected[/bold red]: {escape(tried.problem)}")
         return
     how = "the node of this site is connected" if tried.joined else "the server lets this organisation in"
     console.print(f"{how}; the server's certificate is good for {tried.days_left} days")

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from cotune.cli.client_check import Data, Label, Model, SiteFolder, Text, keep_what_is_named, show_broken
+from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
-from cotune.server.figures import duration, size
+from cotune.server.figures import SPACE, duration, size
 
 if TYPE_CHECKING:
     from cotune.client.site import Site
@@ -36,16 +37,14 @@ def init(
     from cotune.client.set_up import fingerprint_of, make_site
 
     made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
-    folder, console = shlex.quote(str(made.folder)), Console(highlight=False)
-    console.print(f"{folder} is the site of [bold]{name}[/bold]; it holds a private key, so keep it to yourself", soft_wrap=True)
-    console.print(
-        f"1. send {folder}/node.pub to the coordinator, who invites you; SHA-256 of the key, to compare:", soft_wrap=True
-    )
-    console.print(f"   {fingerprint_of(made)}", soft_wrap=True)
-    console.print("2. look at the federation.toml that you get:", soft_wrap=True)
-    console.print(f"   cotune client check {folder} federation.toml --data records.csv", soft_wrap=True)
-    console.print(f"3. change {folder}/policy.toml where it is stricter than you want; then", soft_wrap=True)
-    console.print(f"   cotune client join {folder} federation.toml", soft_wrap=True)
+    folder, console = shlex.quote(str(made.folder)), screen()
+    console.print(f"{folder} is the site of [bold]{name}[/bold]; it holds a private key, so keep it to yourself")
+    console.print(f"1. send {folder}/node.pub to the coordinator, who invites you; SHA-256 of the key, to compare:")
+    console.print(f"   {fingerprint_of(made)}")
+    console.print("2. look at the federation.toml that you get:")
+    console.print(f"   cotune client check {folder} federation.toml --data records.csv")
+    console.print(f"3. change {folder}/policy.toml where it is stricter than you want; then")
+    console.print(f"   cotune client join {folder} federation.toml")
 
 
 def join(
@@ -69,7 +68,7 @@ def join(
 
     os.umask(0o077)  # what is written into a site is the organisation's own
     logging.getLogger("cotune").setLevel(logging.ERROR)  # what people want to know is shown below, once
-    invitation, console = read_invitation(federation.expanduser()), Console(highlight=False)
+    invitation, console = read_invitation(federation.expanduser()), screen()
     opened = keep_what_is_named(Site(site.expanduser()), invitation.plan, data, text, label, model)
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
@@ -89,7 +88,7 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
     from cotune.client.outline import outline
 
     for line in outline(plan):
-        console.print(escape(line), soft_wrap=True)
+        console.print(escape(line))
     policy, holdings = site.policy(), site.holdings(plan.labels)
     broken = tuple(broken_rules(plan, policy, len(holdings), Account(plan, policy, site, holdings).hours()))
     if broken:
@@ -100,18 +99,16 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
 
 
 class _Shown:
-    """One line for each thing that happens at the node; why it is not connected is said once, until that changes."""
+    """One line for each thing that happens at the node; why it is not connected, or sends nothing, is said until that changes."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._problem = console, ""
+        self._console, self._problem, self._withheld = console, "", ""
 
     def __call__(self, what: str, about: dict[str, Any]) -> None:
-        from cotune.client.outline import printable
-
         line = getattr(self, f"_{what}", lambda **_: None)(**about)
         if line is not None:
             with suppress(OSError):  # a closed pipe is no reason to stop training
-                self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(line)}", soft_wrap=True)
+                self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {_printable(line)}")
 
     def _connected(self, node: int) -> str:
         self._problem = ""
@@ -121,8 +118,8 @@ class _Shown:
         known, self._problem = self._problem, reason
         return None if known == reason else f"[yellow]not connected[/yellow]: {escape(reason)}; it is tried again and again"
 
-    def _begun(self, round: str) -> str:
-        return f"round {escape(round)} begins"
+    def _begun(self, round: str, trains: bool) -> str | None:
+        return f"round {escape(round)} begins" if trains else None  # else it gets the finished model
 
     def _again(self, round: str, reason: str) -> str:
         return f"[yellow]round {escape(round)} begins again[/yellow]: {escape(reason)}"
@@ -134,12 +131,16 @@ class _Shown:
         if entry.get("what") == "receipt":
             return f"the finished model is in {escape(str(entry.get('model')))}"
         if entry.get("what") != "update":
-            why = str(entry.get("reason", "see the log"))
-            return f"[yellow]round {escape(round)}: no update was sent[/yellow]: {escape(why)}"
-        spent = "without privacy"
+            return self._nothing_sent(round, str(entry.get("reason", "see the log")))
+        self._withheld, spent = "", "without privacy"
         if entry.get("epsilon_spent") is not None:
             spent = f"ε {round_up(entry['epsilon_spent'])} of {entry['epsilon_allowed']:g} spent"
         return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent}"
+
+    def _nothing_sent(self, round: str, why: str) -> str:
+        known, self._withheld = self._withheld, why
+        told = "for the same reason" if known == why else escape(why)
+        return f"[yellow]round {escape(round)}: no update was sent[/yellow]: {told}"
 
 
 def approve(
@@ -152,18 +153,18 @@ def approve(
     from cotune.client.outline import changes, outline
     from cotune.client.site import Site
 
-    opened, console = Site(site.expanduser()), Console(highlight=False)
+    opened, console = Site(site.expanduser()), screen()
     approvals = Approvals(opened)
     plan, last = approvals.find(plan_id), approvals.last()
     if plan.plan_id in approvals.ids():
         console.print(f"the plan {escape(plan.name)} ({plan.plan_id[:12]}…) is approved already")
         return
     for line in outline(plan):
-        console.print(escape(line), soft_wrap=True)
+        console.print(escape(line))
     if last is not None:
         console.print(f"what differs from {escape(last.name)} ({last.plan_id[:12]}…), approved last:")
         for line in changes(last, plan):
-            console.print(f"  {escape(line)}", soft_wrap=True)
+            console.print(f"  {escape(line)}")
     if not yes and not typer.confirm("Approve it?"):
         console.print("not approved; it is asked for in vain")
         raise typer.Exit(1)
@@ -177,7 +178,6 @@ def sent(
 ) -> None:
     """Show what has left this organisation, and check that nothing was changed in the list."""
     from cotune.client.audit_log import AuditLog
-    from cotune.client.outline import printable
     from cotune.client.site import Site
 
     log = AuditLog(Site(site.expanduser()).folder)
@@ -185,10 +185,10 @@ def sent(
     if as_json:
         typer.echo(json.dumps({"entries": entries, "head": head}, indent=1, ensure_ascii=False))
         return
-    console = Console(highlight=False)
+    console = screen()
     for entry in entries:
-        console.print(escape(printable(_line(entry))), soft_wrap=True)
-    console.print(f"{len(entries)} lines, none changed; SHA-256 of the last: {head}", soft_wrap=True)
+        console.print(escape(_printable(_line(entry))))
+    console.print(f"{len(entries)} lines, none changed; SHA-256 of the last: {head}")
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -198,3 +198,10 @@ def _line(entry: dict[str, Any]) -> str:
         epsilon = "" if entry.get("epsilon") is None else f", ε {round_up(entry['epsilon'])} stated"
         return f"{when} {entry['what']}{plan}, round {round}: {size(entry['bytes'])}{epsilon}, SHA-256 {entry['sha256'][:16]}…"
     return f"{when} {entry['what']}{plan}, round {round}: {entry.get('reason') or entry.get('said', '')}"
+
+
+def _printable(line: str) -> str:
+    """Written as a line: what strangers sent cannot steer the terminal; the space before a unit is an ordinary one."""
+    from cotune.client.outline import printable
+
+    return printable(line.replace(SPACE, " "))

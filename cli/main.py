@@ -87,10 +87,7 @@ def run() -> None:
         print(f"cotune: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print(
-            "cotune: stopped; finished rounds are kept: --resume, or the same comparison again, goes on from there",
-            file=sys.stderr,
-        )
+        print(f"cotune: stopped{_kept()}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if debug:
@@ -100,6 +97,19 @@ def run() -> None:
             file=sys.stderr,
         )
         sys.exit(70)
+
+
+def _kept() -> str:
+    """What an interrupted command leaves, and how it is continued."""
+    match [word for word in sys.argv[1:] if not word.startswith("-")]:
+        case ["simulate", *_]:
+            return "; finished rounds are kept: `cotune simulate --resume` with the run's folder goes on after them"
+        case ["compare", *_]:
+            return "; finished runs are kept: the same command again goes on from there"
+        case ["server", "run", *_]:
+            return "; finished rounds are kept: the same command with --resume goes on after them"
+        case _:
+            return ""
 
 
 if __name__ == "__main__":

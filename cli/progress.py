@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -40,7 +42,7 @@ def showing_progress(console: Console) -> Iterator[None]:
 @contextmanager
 def showing_remote_progress(console: Console) -> Iterator[Listener]:
     """Gives what shows the events of a run that another process plays."""
-    with _Live(console) if console.is_terminal else _Lines(console) as display:
+    with _Live(console, timing=()) if console.is_terminal else _Lines(console) as display:
 
         def tell(event: str, fields: dict[str, Any]) -> None:
             if line := remote_line(event, fields):
@@ -54,8 +56,8 @@ class _Lines:
     """One line per thing worth knowing; for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.told, self.began, self.rounds = console, 0.0, time.monotonic(), 0
-        self.first = 0
+        self.console, self.told, self.rounds = console, 0.0, 0
+        self.seconds: list[float] = []  # of each round so far; clocks tell nothing of a run that was played before it is shown
 
     def __enter__(self) -> _Lines:
         return self
@@ -68,14 +70,13 @@ class _Lines:
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
         if event == "run_started":
-            self.began, self.rounds, self.first = time.monotonic(), fields["rounds"], fields["resumed_after"]
-            after = f", going on after round {self.first}" if self.first else ""
+            self.rounds, self.seconds = fields["rounds"], []
+            after = f", going on after round {fields['resumed_after']}" if fields["resumed_after"] else ""
             self.print(f"run {fields['folder']}")
             self.print(f"plan {fields['plan']} ({fields['plan_id'][:12]}…): {fields['rounds']} rounds{after}")
         elif event == "round_finished":
+            self.seconds.append(fields["seconds"])
             self.print(_round_line(fields, self.rounds, self._remaining(fields["round"])))
-            if fields["round"] == self.first + 1:
-                self.began = time.monotonic()
         elif event == "update_dropped":
             self.print(f"round {fields['round']}: {fields['organisation']} left out: {fields['reason']}")
         elif event == "run_stopped":
@@ -87,8 +88,7 @@ class _Lines:
 
     def _remaining(self, round: int) -> float | None:
         """By the rounds so far, but for the first, which encodes the records; None while that is the only one."""
-        played = round - self.first - 1
-        return (time.monotonic() - self.began) / played * (self.rounds - round) if played else None
+        return mean(self.seconds[1:]) * (self.rounds - round) if self.seconds[1:] else None
 
     def step(self, what: str, details: dict[str, Any]) -> None:
         if what == "features" and (time.monotonic() - self.told > _FEATURE_SECONDS or details["done"] == details["total"]):
@@ -99,15 +99,11 @@ class _Lines:
 class _Live(_Lines):
     """The same lines above a bar that shows who is doing what right now."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(
+        self, console: Console, timing: tuple[ProgressColumn, ...] = (TimeElapsedColumn(), TimeRemainingColumn())
+    ) -> None:
         super().__init__(console)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *timing)
         self.progress = Progress(*columns, console=console, transient=True)
         self.bars: dict[str, TaskID] = {}
         self.baseline = ""

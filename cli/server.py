@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from cotune.cli.screen import screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.server.members import Member
@@ -59,12 +60,12 @@ def init(
         device=device,
     )
     made = found(folder, loaded, config)
-    console = Console(highlight=False)
-    console.print(f"{escape(str(made.path))} is the federation [bold]{escape(config.name)}[/bold]", soft_wrap=True)
-    console.print(f"labels: {escape(', '.join(made.plan.labels))}", soft_wrap=True)
-    console.print(f"give {escape(str(made.path / 'federation.toml'))} and JOIN.md to every organisation;", soft_wrap=True)
-    console.print(f"its fingerprint, to be compared by telephone: {made.invitation.fingerprint}", soft_wrap=True)
-    console.print(f"next: cotune server start {escape(str(folder))}", soft_wrap=True)
+    console = screen()
+    console.print(f"{escape(str(made.path))} is the federation [bold]{escape(config.name)}[/bold]")
+    console.print(f"labels: {escape(', '.join(made.plan.labels))}")
+    console.print(f"give {escape(str(made.path / 'federation.toml'))} and JOIN.md to every organisation;")
+    console.print(f"its fingerprint, to be compared by telephone: {made.invitation.fingerprint}")
+    console.print(f"next: cotune server start {escape(str(folder))}")
 
 
 @app.command()
@@ -75,10 +76,10 @@ def start(folder: Federation) -> None:
     from cotune.server.federation import FederationFolder
     from cotune.server.supervisor import supervise
 
-    console = Console(highlight=False)
+    console = screen()
     supervise(
         FederationFolder(folder),
-        lambda line: console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] {escape(line)}", soft_wrap=True),
+        lambda line: console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] {escape(line)}"),
     )
 
 
@@ -133,7 +134,7 @@ def members(folder: Federation, as_json: Annotated[bool, typer.Option("--json", 
         return
     typer.echo(f"{opened.config.name}; fingerprint of federation.toml: {fingerprint}")
     if found:
-        Console(highlight=False).print(_table(found))
+        screen().print(_table(found))
     else:
         typer.echo("nobody is invited so far: cotune server invite FED NAME KEY.pub")
 

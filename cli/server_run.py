@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import instant, percent, size
 
@@ -49,7 +50,7 @@ def run(
     from cotune.server.running import carry_out, hand_over, newest, only_follower
     from cotune.server.superlink import control
 
-    federation, console = FederationFolder(folder), Console(highlight=False)
+    federation, console = FederationFolder(folder), screen()
     with only_follower(federation), control(federation.superlink_address, federation.certificates) as executor:
         played = newest(federation, out) if resume else _begin(console, federation, executor, override or [], out, leave=new)
         if detach:
@@ -92,7 +93,7 @@ def _show_result(console: Console, played: RunFolder) -> None:
     console.print(f"{len(summary['rounds'])} rounds, {size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down")
     for file in ("report.html", "summary.json", "model"):
         if (played.path / file).exists():
-            console.print(f"{file:<13} {played.path / file}", soft_wrap=True)
+            console.print(f"{file:<13} {played.path / file}")
 
 
 def _organisations(summary: dict[str, Any]) -> Table:
@@ -121,7 +122,7 @@ def status(
     from cotune.server.status import connections, look
     from cotune.server.superlink import control
 
-    federation, console = FederationFolder(folder), Console(highlight=False)
+    federation, console = FederationFolder(folder), screen()
     with control(federation.superlink_address, federation.certificates) as asked:
 
         def now() -> Status:
@@ -167,11 +168,14 @@ def _run_lines(found: Status) -> list[Text]:
 
 
 def _members(found: Status) -> Table:
-    table = Table("organisation", "invited", "connection", header_style="bold", pad_edge=False, box=None)
+    """Narrow enough for 80 columns: who was invited when, and with which key, is `list`'s to say."""
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    table.add_column("organisation", overflow="fold")
+    table.add_column("connection")
     for heading in ("last round", "ε stated", "sent"):
         table.add_column(heading, justify="right")
-    table.add_column("last word")
+    table.add_column("last word", overflow="fold")
     for o in found.organisations:
         figures = (str(o.last_round or "–"), "–" if o.epsilon is None else round_up(o.epsilon), size(o.bytes_up))
-        table.add_row(escape(o.name), o.invited[:10], o.connection, *figures, escape(o.word))
+        table.add_row(escape(o.name), o.connection, *figures, escape(o.word))
     return table

@@ -171,7 +171,7 @@ class Node:
             self._worker.give(message)
             self._given = True
             _log.info("round %s of run %s begins", request.round, request.run)
-            tell("begun", round=request.round)
+            tell("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
         except FleetError:
             raise
         except Exception as error:  # what a stranger sent may be malformed in any way

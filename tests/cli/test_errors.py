@@ -217,6 +217,8 @@ def test_stopped_by_hand_it_says_how_to_go_on(started: Started, folder: Path) ->
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "cotune: stopped; finished rounds are kept: --resume, or the same comparison again, goes on from there\n"
+    assert err == (
+        "cotune: stopped; finished rounds are kept: `cotune simulate --resume` with the run's folder goes on after them\n"
+    )
     events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sum(event["event"] == "round_finished" for event in events) >= 2

@@ -94,7 +94,7 @@ def test_a_killed_comparison_leaves_nobody_and_goes_on(
 def test_an_interrupt_ends_the_workers_too(plan_file: Path, tmp_path: Path, cotune: Callable[..., BaseProcess]) -> None:
     assert interrupt(cotune, plan_file, tmp_path / "out", 0, signal.SIGINT) == 130
     told = (tmp_path / "cotune.log").read_text(encoding="utf-8").splitlines()
-    assert told[-1] == "cotune: stopped; finished rounds are kept: --resume, or the same comparison again, goes on from there"
+    assert told[-1] == "cotune: stopped; finished runs are kept: the same command again goes on from there"
 
 
 def test_a_process_that_dies_costs_its_cell_only(plan_file: Path, tmp_path: Path) -> None:
