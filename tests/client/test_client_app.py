@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,6 +327,23 @@ def test_what_leaves_is_in_the_log_before_it_leaves(make_plan: MakePlan, make_si
     assert (entry["epsilon"], entry["epsilon_allowed"], entry["declared"]) == (update.epsilon, 2.0, 60)
     assert entry["bytes"] == sum(entry["records"].values()) == payload_bytes(reply.content)
     assert entry["sha256"] == content_digest(reply.content)
+
+
+def test_what_a_round_leaves_in_the_site_is_for_its_owner_alone(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    """Ledger, log, outbox and what is kept from round to round, whatever the mask of the process."""
+    plan = make_plan(train="lora", strategy="fedsa", privacy={"epsilon": 8.0, "delta": 1e-3})
+    state, site = state_for(plan), make_site()
+    there = set(site.folder.rglob("*"))
+    before = os.umask(0o022)
+    try:
+        assert not ask(request(plan, state), {"site": str(site.folder)}).has_error()
+    finally:
+        os.umask(before)
+    made = {file for file in site.folder.rglob("*") if file.is_file()} - there
+    assert {file.relative_to(site.folder).parts[0] for file in made} >= {"ledger.sqlite", "audit.jsonl", "outbox", "kept"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in made} == {0o600}
 
 
 def test_a_simulated_site_keeps_no_log(plan: Plan, state: State, make_site: MakeSite) -> None:
