@@ -391,6 +391,22 @@ def test_an_update_in_the_name_of_another_is_refused(new_run: NewRun) -> None:
     assert dropped(progress) == [{"org-2": "it is from org-1, expected org-2"}]
 
 
+def test_what_nobody_asked_for_is_refused_and_no_words_reach_the_terminal_as_they_are(new_run: NewRun) -> None:
+    folder = real(new_run("org-1", "org-2", "org-3", rounds=1, server={"quorum": 0.3}))
+
+    def chats(request: Request) -> Any:
+        return update(request, adding(1.0)(request).delta, told={"my opinion": 1.0})  # type: ignore[union-attr]
+
+    def paints(request: Request) -> Any:
+        return update(request, {**adding(1.0)(request).delta, "\x1b[2J\nall is well": torch.zeros(1)})  # type: ignore[union-attr]
+
+    progress = play(folder, wild(folder, {"org-1": adding(1.0), "org-2": chats, "org-3": paints}))
+    assert dropped(progress)[0] == {
+        "org-2": "it tells 'my opinion', which the plan does not ask for",
+        "org-3": "it has 1 parameters too many and lacks 0 ( [2J all is well)",
+    }
+
+
 @pytest.mark.parametrize(("count", "expected"), [(4, "5 to 20"), (21, "5 to 20")])
 def test_a_count_outside_what_was_agreed_with_the_member_is_refused(new_run: NewRun, count: int, expected: str) -> None:
     folder = real(new_run("org-1", "org-2", rounds=1), examples={"org-2": (5, 20)})
