@@ -80,10 +80,14 @@ def _rounds(run: _Run, progress: Progress) -> Progress:
             if reason is not None:
                 return _stop(folder, progress, reason)
             progress = _play(run, progress, round)
+            folder.save(progress)
         except (RunError, PrivacyError) as error:
             folder.events.tell("run_failed", round=round, reason=str(error))
             raise
-        folder.save(progress)
+        except OSError as error:
+            reason = f"round {round} cannot go on ({error}): make room, or mend the permissions, then continue with --resume"
+            folder.events.tell("run_failed", round=round, reason=reason)
+            raise RunError(reason) from None
         folder.events.tell("round_finished", **progress.history[-1])
     folder.events.tell("run_finished", rounds=total)
     return progress

@@ -24,7 +24,7 @@ from cotune.strategies.wire import Request
 from tests.server.conftest import Answer, NewRun, adding, model_of, update
 from tests.server.test_rounds import assert_moved, initial, raises, same
 from tests.server.test_rounds import play as simulate
-from tests.server.wild import WildGrid, files, real, told, wild
+from tests.server.wild import WildGrid, files, full_disk, real, told, wild
 
 NAMES = ("org-1", "org-2", "org-3")
 
@@ -49,7 +49,8 @@ def noise(request: Request) -> Any:
     """Sums of such different sizes depend on their order."""
     number = int(request.organisation[-1])
     rng = np.random.default_rng([request.round, number])
-    draws = {n: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * 1000.0**number) for n, t in request.state.items()}
+    scale = 1000.0**number
+    draws = {n: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * scale) for n, t in sorted(request.state.items())}
     return update(request, draws, examples=number * 7)
 
 
@@ -444,3 +445,24 @@ def test_whoever_is_lost_at_one_request_may_answer_another(new_run: NewRun) -> N
     assert dropped(progress) == [{}]
     assert grid.pushed["org-2"] == 3
     assert_moved(progress.state, initial(folder), by=2.0)
+
+
+# --- a full disk
+
+
+@pytest.mark.parametrize("most", [0, 200, 300, 600, 1000, 1400, 1800])
+def test_a_disk_that_is_full_ends_the_run_in_a_sentence_and_it_goes_on_from_there(new_run: NewRun, most: int) -> None:
+    """Whichever file does not fit: events, an update that came before its turn, one that was refused, the checkpoint."""
+    answers = {"org-1": noise, "org-2": noise, "org-3": wrong_shape}
+    changes = {"rounds": 2, "server": {"max_update_norm": 1e12}}
+    whole, folder = real(new_run(*NAMES, **changes)), real(new_run(*NAMES, **changes))
+    expected = play(whole, wild(whole, answers))
+    grid = wild(folder, answers)
+    grid.delay = {"org-1": 0.05}
+    with full_disk(most), pytest.raises(RunError, match=r"(cannot be written|cannot go on) .*make room.*--resume"):
+        play(folder, grid)
+    again = RunFolder(folder.path)
+    progress = play(again, wild(again, answers))
+    assert same(progress.state, expected.state)
+    assert [entry["quarantined"] for entry in progress.history] == [["org-3"]] * 2
+    assert [event["round"] for event in told(folder, "round_finished")][-1] == 2
