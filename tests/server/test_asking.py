@@ -447,6 +447,36 @@ def test_whoever_is_lost_at_one_request_may_answer_another(new_run: NewRun) -> N
     assert_moved(progress.state, initial(folder), by=2.0)
 
 
+def test_an_answer_that_is_lost_on_the_way_is_asked_for_again(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    grid.handovers_fail["org-2"] = 1
+    assert_moved(play(folder, grid).state, initial(folder), by=3.0)
+    assert grid.pushed == {"org-1": 1, "org-2": 2, "org-3": 1}
+
+
+def test_whoever_has_not_answered_is_asked_again_when_the_superlink_is_back(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been killed between marking an answer as handed over and handing it over."""
+    monkeypatch.setattr(carriers, "_AWAY_SECONDS", 0.3)
+    folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0))
+    grid.swallowed["org-2"] = 1
+    found, asked = grid.get_nodes, threading.Event()
+
+    def away() -> Any:
+        if asked.is_set():
+            asked.clear()
+            time.sleep(0.4)
+        return found()
+
+    monkeypatch.setattr(grid, "get_nodes", away)
+    grid.on_push = lambda name, message: asked.set() if grid.pushed[name] == 1 and name == "org-2" else None
+    assert_moved(play(folder, grid).state, initial(folder), by=2.0)
+    assert grid.pushed["org-2"] == 2
+
+
 # --- a full disk
 
 

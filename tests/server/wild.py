@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Error, Message
@@ -62,6 +63,7 @@ class WildGrid(InProcessGrid):
         self.not_taken: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()  # answered with Flower's error 5
         self.pulls_fail: Counter[str] = Counter()
+        self.handovers_fail: Counter[str] = Counter()  # the answer is gone then
         self.delay: dict[str, float] = {}  # seconds before an answer is there
         self.hangs: dict[str, threading.Event] = {}  # a pull hangs until it is set
         self.on_push: Callable[[str, Message], None] = lambda name, message: None
@@ -103,7 +105,10 @@ class WildGrid(InProcessGrid):
         if name in self.hangs:
             self.hangs[name].wait()
         if self._uses_up(self.pulls_fail, name):
-            raise OSError("HTTP 500")
+            raise _error_500("pull-messages")
+        if self._uses_up(self.handovers_fail, name):
+            del self._pending[number]
+            raise _error_500("pull-object")
         if self._uses_up(self.lost, name):
             del self._pending[number]
             return [Message(Error(5, "node unavailable"), reply_to=message)]
@@ -119,6 +124,11 @@ class WildGrid(InProcessGrid):
     def _uses_up(self, counter: Counter[str], name: str) -> bool:
         counter[name] -= 1
         return counter[name] >= 0
+
+
+def _error_500(call: str) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", f"https://127.0.0.1:9093/v1/runtime/{call}")
+    return httpx.HTTPStatusError("HTTP 500", request=request, response=httpx.Response(500, request=request))
 
 
 def wild(folder: RunFolder, answers: Mapping[str, Answer]) -> WildGrid:
