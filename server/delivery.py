@@ -125,10 +125,12 @@ class _Delivery:
         """Why an answer is no receipt for this model; "" where it is one."""
         if reply.has_error():
             return one_line(reply.error.reason or "") or f"error {reply.error.code}"
+        if not reply.has_content():
+            return "its answer is empty"
         try:
             receipt = decode_receipt(reply.content)
         except RunError as error:
-            return str(error)
+            return one_line(str(error))
         found = (receipt.organisation, receipt.plan_id, receipt.received)
         if found != (name, self._folder.plan.plan_id, self._received):
             return "its receipt is for another model or organisation"

@@ -68,15 +68,17 @@ class Verify:
     def __call__(self, reply: Message, organisation: str) -> Opened:
         if reply.has_error():
             return Opened(None, one_line(reply.error.reason or "") or f"error {reply.error.code}")
+        if not reply.has_content():
+            return Opened(None, "its answer is empty")
         size = payload_bytes(reply.content)
         if size > self._most_bytes:
             return Opened(None, f"it has {size} bytes, expected at most {self._most_bytes}", refused=True)
         try:
             update = decode_update(reply.content, self._plan.plan_id)
         except RunError as error:
-            return Opened(None, str(error), refused=True)
+            return Opened(None, one_line(str(error)), refused=True)
         reason = self._refuse(update, organisation=organisation, examples=self._examples(organisation))
-        return Opened(update) if reason is None else Opened(None, reason, refused=True)
+        return Opened(update) if reason is None else Opened(None, one_line(reason), refused=True)
 
     def _examples(self, organisation: str) -> tuple[int, int]:
         most = self._plan.server.max_examples

@@ -477,6 +477,35 @@ def test_whoever_has_not_answered_is_asked_again_when_the_superlink_is_back(
     assert grid.pushed["org-2"] == 2
 
 
+# --- answers that are none
+
+
+def test_an_empty_answer_is_dropped_and_the_run_goes_on(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = real(new_run(*NAMES, rounds=1))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    answer = grid._answer
+
+    def empty(message: Message) -> Message:
+        reply = answer(message)
+        if grid._name(message) == "org-2":
+            reply.__dict__["_content"] = None  # as Flower inflates a message without a body
+        return reply
+
+    monkeypatch.setattr(grid, "_answer", empty)
+    assert dropped(play(folder, grid)) == [{"org-2": "its answer is empty"}]
+
+
+def test_what_a_stranger_names_cannot_write_on_the_screen(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1))
+
+    def rude(request: Request) -> Any:
+        return update(request, {"\x1b[2J\x1b[31mall is well\r\n" + "x" * 1000: torch.ones(1)})
+
+    [[reason]] = [list(each.values()) for each in dropped(play(folder, wild(folder, {**everybody(1.0, 3.0), "org-3": rude})))]
+    assert reason.isprintable()
+    assert "all is well" in reason
+
+
 # --- a full disk
 
 
