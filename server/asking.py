@@ -7,7 +7,6 @@ reached any more; and at the latest `server.deadline_seconds` after it began.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -83,7 +82,7 @@ class Asking:
         self._close()
 
     def _await_quorum(self) -> None:
-        people, needed, told = list(self._contents), math.ceil(self._tally.needed), None
+        people, needed, told = list(self._contents), self._tally.needed, None
         while len(here := self._connected(people)) < needed:
             if told != here and self._post.looked():
                 told = here
