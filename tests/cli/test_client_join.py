@@ -190,7 +190,7 @@ def test_rules_are_set_and_checked_before_they_are_written(cotune: Cotune, site:
 
 
 def test_a_plan_that_waits_is_shown_and_approved(cotune: Cotune, site: Path, plan: Plan) -> None:
-    assert "0 plans wait for approval" in cotune("client", "approve", site, "--yes").err
+    assert "no plan waits for approval" in cotune("client", "approve", site, "--yes").err
     approvals = Approvals(Site(site))
     approvals.approve(plan, "test")
     changed = plan.model_copy(update={"rounds": 9})
