@@ -73,7 +73,7 @@ def _runs(data: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     for run in data["runs"]:
         figures = (str(run["rounds"]), f"{run['steps']:,}", str(run["interrupted"]), round_up(run["epsilon"]))
-        table.add_row(f"  {run['plan_id'][:12]}", escape(run["plan"]), *figures, run["last"][:10])
+        table.add_row(f"  {run['plan_id'][:12]}…", escape(run["plan"]), *figures, run["last"][:10])
     return table
 
 

@@ -78,10 +78,13 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
     """A federation.toml with its plan, or a plan by itself: a TOML file, or in the folder of a run."""
     import tomllib
 
+    from cotune.models.errors import PlanError
     from cotune.plan.invitation import read_invitation
     from cotune.plan.load import load_plan
 
     path = Path(source).expanduser()
+    if path.suffix == ".toml" and not path.exists():
+        raise PlanError(f"{source} does not exist: expected the federation.toml that the coordinator gave you, or a plan")
     document = path / "plan.toml" if (path / "plan.toml").exists() else path
     try:
         is_invitation = {"protocol", "server"} <= tomllib.loads(document.read_text(encoding="utf-8")).keys()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cotune.client.site import Site
     from cotune.plan.schema import Plan
 
-__all__ = ["approve", "init", "join", "sent"]
+__all__ = ["Shown", "approve", "init", "join", "sent"]
 
 
 def init(
@@ -75,7 +75,7 @@ def join(
     authority = opened.folder / "node" / "ca.crt"
     write_durably(authority, invitation.certificates)
     console.print(f"joining {escape(invitation.name)} at {invitation.address} as {opened.organisation}; Ctrl-C leaves it")
-    with observing(_Shown(console)):
+    with observing(Shown(console)):
         run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")
     console.print("left the federation; what was spent is in the ledger, and the same command joins again")
 
@@ -98,7 +98,7 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
         find_base_here(plan, site.file)
 
 
-class _Shown:
+class Shown:
     """One line for each thing that happens at the node; why it is not connected, or sends nothing, is said until that changes."""
 
     def __init__(self, console: Console) -> None:
@@ -139,8 +139,8 @@ class _Shown:
 
     def _nothing_sent(self, round: str, why: str) -> str:
         known, self._withheld = self._withheld, why
-        told = "for the same reason" if known == why else escape(why)
-        return f"[yellow]round {escape(round)}: no update was sent[/yellow]: {told}"
+        told = ", for the same reason" if known == why else f": {escape(why)}"
+        return f"[yellow]round {escape(round)}: no update was sent[/yellow]{told}"
 
 
 def approve(

@@ -79,7 +79,7 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        print(f"cotune: {error.format_message()}; see --help", file=sys.stderr)
+        print(f"cotune: {error.format_message().removesuffix('.')}; see --help", file=sys.stderr)
         sys.exit(error.exit_code)
     except CotuneError as error:
         if debug:

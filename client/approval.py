@@ -84,6 +84,8 @@ class Approvals:
         ]
         if len(wanted) == 1:
             return self._read(wanted[0])
+        if not wanted and not prefix:
+            raise RunError("no plan waits for approval: one does once it was asked for, or join with its federation.toml")
         known = ", ".join(f"{plan.plan_id[:12]} ({plan.name})" for plan in self.pending()) or "none"
         what = f"{len(wanted)} plans begin with {prefix[:64]!r}" if prefix else f"{len(wanted)} plans wait for approval"
         raise RunError(f"{what}: expected the id of one; waiting: {known}")

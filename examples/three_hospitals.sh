@@ -5,8 +5,8 @@
 #     pip install -c constraints.txt -e ".[demo]"
 #     examples/three_hospitals.sh [FOLDER]
 #
-# hospital-a allows the plan. hospital-b wants to spend less than the plan would: it joins with an ε of its own; its node is killed
-# in the middle of the run and comes back. hospital-c allows an ε that is too small for any plan of the kind: it declines, by itself.
+# hospital-a allows the plan, and tells how many records it has. hospital-b wants to spend less than the plan would: it joins with an ε of its own; its node is killed
+# in the middle of the run and comes back. hospital-c allows less ε than the plan asks for: it declines, by itself.
 # The exit code is 0 only if all of that has happened.
 set -euo pipefail
 
@@ -76,7 +76,7 @@ organisation() { # its letter, and what its policy allows beside the base model
     run cotune server invite fed "hospital-$1" "site-$1/node.pub"
     run cotune client policy "site-$1" --set "training.base_models=[\"$base\"]" --set "$2"
 }
-organisation a budget.epsilon_per_run=3
+organisation a tell.example_count=exact
 organisation b budget.own_epsilon=1.5
 organisation c budget.epsilon_per_run=0.5
 

@@ -10,18 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from cotune.models.errors import ModelError
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
 from cotune.models.table import Table
 from cotune.models.tasks import Task, TaskName, task_named
+
+if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
+    from transformers import PreTrainedModel
 
 __all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "dropout_settings", "find_base", "load_model", "quiet"]
 

@@ -6,9 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from pydantic import Field, field_validator
 from torch import nn
 
@@ -19,7 +16,7 @@ from cotune.models.table import Table
 
 __all__ = ["Factors", "LoraConfig", "adapters_of", "inject", "merge_adapters"]
 
-_AUTO_TARGETS = {**PEFT_TARGETS, "distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
+_OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
 
 _PREPENDED = "its vectors stand before every text of a batch, so that Opacus finds no gradient per record for them"
 Factors = Literal["b", "ab", "alternate"]
@@ -77,6 +74,9 @@ class LoraConfig(Table):
 
 def inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
     """Puts peft's LoRA layers into the module, with every A drawn from the shared seed and every B zero. Raises ModelError."""
+    from peft import LoraConfig as PeftLoraConfig  # takes seconds to import, which commands that load no model need not wait for
+    from peft import inject_adapter_in_model
+
     targets = _last_layers(_target_modules(loaded, lora), lora.layers)
     transposed = type(loaded.module.get_submodule(targets[0])).__name__ == "Conv1D"  # GPT-2's linear layers
     config = PeftLoraConfig(
@@ -96,8 +96,10 @@ def inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
 
 def _target_modules(loaded: LoadedModel, lora: LoraConfig) -> list[str]:
     """Full names of the linear modules to adapt; the head and the pooling layer are left out."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+
     kind = loaded.module.config.model_type
-    wanted = _AUTO_TARGETS.get(kind, ()) if lora.targets == "auto" else lora.targets
+    wanted = {**PEFT_TARGETS, **_OWN_TARGETS}.get(kind, ()) if lora.targets == "auto" else lora.targets
     modules = dict(loaded.module.named_modules())
     embeddings = sorted(n for n, m in modules.items() if isinstance(m, nn.Embedding) and n.split(".")[-1] in wanted)
     if embeddings:

@@ -90,7 +90,7 @@ def read_records(config: DataConfig, path: Path | None = None, task: TaskName = 
         status = file.stat()
         real = os.path.realpath(file)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{name} does not exist (looked for {file.absolute()}): check data.source") from error
+        raise DataError(f"{name} does not exist (looked for {file.absolute()}): check data.source (or --data, --test)") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{name!r} cannot be opened ({reason_of(error)}): check data.source and permissions") from error
     if stat.S_ISDIR(status.st_mode) and is_one_source(file, task):

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from torch import Tensor, device, nn
 from torch.nn import functional
 
@@ -98,6 +97,8 @@ class Metrics:
 
 def score(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Metrics:
     """Metrics of predicted against true class numbers; a class that is never predicted has precision 0."""
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support  # its import takes a second
+
     precision, recall, f1, _ = precision_recall_fscore_support(
         truth, predicted, labels=list(range(classes)), average="macro", zero_division=0
     )

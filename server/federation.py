@@ -55,8 +55,9 @@ class FederationFolder:
         except ValidationError as error:
             raise RunError(f"{first_mistake(error, ServerConfig, 'server.toml')} ({file})") from None
         except (OSError, ValueError) as error:
+            reason = f"server.toml: {error.strerror if isinstance(error, OSError) else error}"
             raise RunError(
-                f"{path} is not the folder of a federation ({error}): expected one that `cotune server init` made"
+                f"{path} is not the folder of a federation ({reason}): expected one that `cotune server init` made"
             ) from None
         self.members = Members(self.path / "members.json")
 

@@ -44,7 +44,7 @@ def what_leaves(plan: Plan) -> Iterator[str]:
     if plan.keeps_personal:
         trained = "one half of the adapters (the other half and the head stay with you)"
     yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_protection(plan)}"
-    yield "beside it a number of records, as `tell.example_count` in your policy has it, the number of steps, and the ε spent"
+    yield "beside it a number of records, as your rule `tell.example_count` has it, the number of steps, and the ε of it at most"
     yield from (_SENT[payload] for payload in plan.strategy.sends)
     if plan.tell.local_metrics:
         yield "how many of your records the received model classifies rightly, every round"

@@ -39,8 +39,17 @@ def render_report(summary: Summary) -> str:
         epsilon_chart=epsilon_chart(summary),
         label_keys=() if is_real(summary) else label_keys(summary),
         label_bar=lambda organisation: label_bar(summary, organisation["labels"]),
-        dropped=[(r["round"], each) for r in summary["rounds"] for each in r["dropped"]],
+        dropped=_dropped(summary),
     )
+
+
+def _dropped(summary: Summary) -> dict[tuple[str, str], list[int]]:
+    """(organisation, reason) -> the rounds: whoever declines a plan does so in each of them."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for entry in summary["rounds"]:
+        for each in entry["dropped"]:
+            found.setdefault((each["organisation"], each["reason"]), []).append(entry["round"])
+    return found
 
 
 def write_report(summary: Summary, path: Path) -> None:

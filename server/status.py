@@ -170,8 +170,13 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
         return "not in a run yet" if run is None else "not in this run"
     if name in left_out(run.plan, history):
         return "left out after refused updates"
-    if name in confirmed(run):
-        return "has the finished model"
+    has_model, said = name in confirmed(run), _last_said(name, events)
+    if has_model and not any(name in entry["participants"] for entry in history):
+        return f"{said}; has the finished model"
+    return "has the finished model" if has_model else said
+
+
+def _last_said(name: str, events: Sequence[Mapping[str, Any]]) -> str:
     for event in reversed(events):
         if event.get("organisation") == name and (said := _said(event)):
             return said

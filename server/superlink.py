@@ -143,6 +143,11 @@ def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
     except httpx.HTTPStatusError as error:
         raise _Refused(error.response.status_code, error.response.text[:200]) from None
     except httpx.HTTPError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise RunError(
+                "another server than this federation's answers at the SuperLink's port: stop it, or choose another superlink_port"
+                " in server.toml and start again"
+            ) from None
         raise RunError(
             f"the SuperLink cannot be reached ({error}): expected one that `cotune server start` keeps running"
         ) from None

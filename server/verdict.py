@@ -114,7 +114,7 @@ def _privacy_note(summary: Summary) -> Iterator[str]:
     spent = [o["epsilon_spent"] for o in summary["organisations"] if o["epsilon_spent"] is not None]
     if is_private(summary) and privacy["epsilon"] is not None:
         delta = f" at δ = {privacy['delta']} for an organisation with n examples" if privacy["delta"] else ""
-        verb = "states to have spent" if is_real(summary) else "spent"
+        verb = "states" if is_real(summary) else "spent"
         most = f"; the most that any organisation {verb} is {round_up(max(spent))}" if spent else ""
         yield f"Differential privacy for every single record: the plan allows ε = {privacy['epsilon']:g}{delta}{most}."
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from cotune.cli.client_join import Shown
 from cotune.client.approval import Approvals
 from cotune.client.audit_log import AuditLog
 from cotune.client.set_up import fingerprint_of
@@ -190,7 +192,7 @@ def test_rules_are_set_and_checked_before_they_are_written(cotune: Cotune, site:
 
 
 def test_a_plan_that_waits_is_shown_and_approved(cotune: Cotune, site: Path, plan: Plan) -> None:
-    assert "0 plans wait for approval" in cotune("client", "approve", site, "--yes").err
+    assert "no plan waits for approval" in cotune("client", "approve", site, "--yes").err
     approvals = Approvals(Site(site))
     approvals.approve(plan, "test")
     changed = plan.model_copy(update={"rounds": 9})
@@ -219,6 +221,28 @@ def test_what_was_sent_is_shown_and_checked(cotune: Cotune, site: Path) -> None:
     changed = cotune("client", "sent", site)
     assert (changed.code, changed.out) == (1, "")
     assert "line 2 does not follow from the line before" in changed.err
+
+
+def test_a_node_says_a_thing_once_until_it_changes() -> None:
+    console = Console(width=200, record=True, force_terminal=False, highlight=False)
+    shown = Shown(console)
+    for round in ("1", "2"):
+        shown("begun", {"round": round, "trains": True})
+        shown("answered", {"round": round, "seconds": 1.0, "entry": {"what": "refusal", "reason": "the rule budget says no"}})
+    update = {"what": "update", "bytes": 5100, "epsilon_spent": 0.941, "epsilon_allowed": 3.0}
+    shown("answered", {"round": "3", "seconds": 1.0, "entry": update})
+    shown("answered", {"round": "4", "seconds": 1.0, "entry": {"what": "refusal", "reason": "the rule budget says no"}})
+    shown("begun", {"round": "4", "trains": False})
+    shown("answered", {"round": "4", "seconds": 1.0, "entry": {"what": "receipt", "model": "site/models/toy"}})
+    assert [line[20:] for line in console.export_text().splitlines()] == [
+        "round 1 begins",
+        "round 1: no update was sent: the rule budget says no",
+        "round 2 begins",
+        "round 2: no update was sent, for the same reason",
+        "round 3 is answered: 5.1 kB sent after 1.0 s, ε 0.95 of 3 spent",
+        "round 4: no update was sent: the rule budget says no",
+        "the finished model is in site/models/toy",
+    ]
 
 
 def test_join_stays_says_once_what_is_wrong_and_ends_well(

@@ -70,6 +70,28 @@ def test_status_as_json(cotune: Cotune, fed: FederationFolder) -> None:
     assert (found["run"], found["server_reachable"]) == (None, False)
 
 
+def test_in_a_pipe_no_line_is_broken_and_no_word_cut(
+    cotune: Cotune, fed: FederationFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    run = real_run(fed, name="one")
+    run.events.tell("update_dropped", round=1, organisation="hospital-b", reason="declined: its rule privacy does not allow it")
+    lines = [line.split() for line in cotune("server", "status", fed.path).out.splitlines()]
+    told = "hospital-b unknown – – 0 B dropped in round 1: declined: its rule privacy does not allow it"
+    assert told.split() in lines
+
+
+def test_the_time_left_is_that_of_the_rounds_even_if_they_are_told_at_once() -> None:
+    console = Console(width=200, record=True, force_terminal=False, highlight=False)
+    whole = {"stage": "head", "participants": ["a"], "metrics": None, "epsilon": {}, "bytes_up": 1, "bytes_down": 1}
+    with showing_remote_progress(console) as tell:
+        tell("run_started", {"folder": "f", "plan": "p", "plan_id": "ab" * 32, "rounds": 5, "resumed_after": 0})
+        for round, seconds in ((1, 100.0), (2, 2.0), (3, 4.0)):
+            tell("round_finished", {**whole, "round": round, "seconds": seconds})
+    left = [line.rpartition(", ")[2].replace("\u00a0", " ") for line in console.export_text().splitlines()[2:]]
+    assert left == ["1 B down", "6.0 s left", "6.0 s left"]  # 3 · 2 s, and 2 · 3 s: the first round loads models
+
+
 def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
     console = Console(width=200, record=True, force_terminal=False, highlight=False)
     with showing_remote_progress(console) as tell:

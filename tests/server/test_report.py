@@ -257,6 +257,8 @@ def test_a_dropped_update_is_shown_with_its_reason(summary: Summary) -> None:
     assert "None: every update that was sent was used." in read(summary).text
     summary["rounds"][1]["dropped"] = [{"organisation": "org-2", "reason": "norm 41.2, expected at most 10"}]
     assert "Round 2, org-2 : norm 41.2, expected at most 10" in read(summary).text
+    summary["rounds"][0]["dropped"] = [{"organisation": "org-2", "reason": "norm 41.2, expected at most 10"}]
+    assert "Rounds 1, 2, org-2 : norm 41.2, expected at most 10" in read(summary).text
 
 
 def test_privacy_is_stated_and_quantified(summary: Summary) -> None:

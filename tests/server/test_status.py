@@ -105,6 +105,15 @@ def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> 
     assert words == ["has the finished model", "not asked yet", "left out after refused updates"]
 
 
+def test_whoever_gave_nothing_is_not_only_said_to_have_the_model(federation: FederationFolder) -> None:
+    run = real_run(federation)
+    run.events.tell("update_dropped", round=1, organisation="a", reason="declined: its rule privacy does not allow this plan")
+    finish(run, 1, participants=["b", "c"])
+    (run.path / "delivered.json").write_text(json.dumps({"a": "2026-01-01T00:00:00+00:00"}))
+    declined = "dropped in round 1: declined: its rule privacy does not allow this plan"
+    assert of(look(federation, None), "a").word == f"{declined}; has the finished model"
+
+
 def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: FederationFolder) -> None:
     run = real_run(federation, name="one")
 
