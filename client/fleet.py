@@ -241,19 +241,23 @@ def _keep_alive(reply: Message) -> None:
 
 @contextmanager
 def connected(
-    address: str, root_certificates: bytes | None, key: EllipticCurvePrivateKey, known: int | None = None
+    address: str,
+    root_certificates: bytes | None,
+    key: EllipticCurvePrivateKey,
+    known: int | None = None,
+    anew: bool = False,
 ) -> Iterator[Fleet]:
     """A connection with heartbeats, over TLS always. root_certificates: PEM; None: those that this machine trusts.
 
     known: the node id of a connection that broke off; it goes on at once, where a new one would be refused until the server has
-    missed the old one's heartbeats (60 s).
+    missed the old one's heartbeats (60 s). anew: it leaves first, so that the server sees it come back, and asks it again.
     Raises FleetError.
     """
     with FleetHttpClient.from_server_address(
         address, False, root_certificates, interceptors=[NodeAuthHttpInterceptor(key, key.public_key())]
     ) as client:
         _distrust(client)
-        fleet = Fleet(client, _enter(client, key, known))
+        fleet = Fleet(client, _enter(client, key, known, anew))
         heartbeats = HeartbeatSender(fleet.heartbeat)
         heartbeats.start()
         try:
@@ -300,9 +304,11 @@ class _Bounded(httpx.SyncByteStream):
         self._stream.close()
 
 
-def _enter(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | None) -> int:
+def _enter(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | None, anew: bool) -> int:
     if known is not None and _is_known(client, known):
-        return known
+        if not anew:
+            return known
+        _call(client.DeactivateNode, DeactivateNodeRequest(node_id=known))
     request = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
     node_id: int = _call(client.ActivateNode, request).node_id
     return node_id

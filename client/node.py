@@ -4,7 +4,7 @@ Nothing that the server sends is executed. Training runs in a process of its own
 meanwhile and a crash costs one answer. A request is kept until it is answered: a node that was killed goes on with it.
 
 node/request.pb    in the site: the request that is being answered, without its content
-node/id            the node's number at the server, while it is online
+node/id            the node's number at the server, while it is online, and where that is: a copy of the site is another node
 node/lock          held by the process that serves the site
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import platform
 import random
 import signal
 import threading
@@ -42,7 +43,7 @@ _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 10.0  # before it connects aga
 _OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
 _log = logging.getLogger(__name__)
 
-Connect = Callable[[int | None], AbstractContextManager[Fleet]]
+Connect = Callable[[int | None, bool], AbstractContextManager[Fleet]]  # as `connected`: known, anew
 
 
 class Worker(Protocol):
@@ -84,8 +85,10 @@ class Node:
     def __init__(self, folder: Path, worker: Worker, stop: threading.Event, sent: AuditLog | None = None) -> None:
         self._worker, self._stop, self._sent = worker, stop, sent
         self._request_file, self._id_file = folder / "request.pb", folder / "id"
+        self._place = f"{platform.node()} {folder.resolve()}"
         self._deadline = 0.0  # of the request, by the clock that never jumps
         self._request, self._known = self._kept_request(), self._kept_id()
+        self._in_doubt = True  # whether the server may have handed over a request that never arrived: it does so once
         self._opened = self._given = self._again = False  # its content was asked for; the worker has it; for the second time
         self._reply: Message | None = None
         self._own_entry: dict[str, Any] = {}  # of the log of what was sent, where the node itself answers
@@ -99,7 +102,7 @@ class Node:
         while not self._stop.wait(wait):
             started = time.monotonic()
             try:
-                with connect(self._known) as fleet:
+                with connect(self._known, self._in_doubt and self._request is None) as fleet:
                     self._enter(fleet)
                     self.serve(fleet)
                     self._leave(fleet)
@@ -125,7 +128,7 @@ class Node:
     def _step(self, fleet: Fleet) -> bool:
         """The next thing to do; False where there is none."""
         if self._request is None:
-            self._request = fleet.receive()
+            self._request = self._receive(fleet)
             if self._request is None:
                 return False
             self._accept(fleet, self._request)
@@ -137,6 +140,12 @@ class Node:
             self._begin(fleet, self._request)
         self._active = time.monotonic()
         return True
+
+    def _receive(self, fleet: Fleet) -> Request | None:
+        self._in_doubt = True
+        request = fleet.receive()
+        self._in_doubt = False
+        return request
 
     def _accept(self, fleet: Fleet, request: Request) -> None:
         """Keeps a request; one that nobody waits for any more is dropped. The finished model may be that of an earlier round."""
@@ -196,7 +205,7 @@ class Node:
         except ResidentDied as error:
             self._died(request, error)
         if self._reply is None and time.monotonic() > self._deadline + _OVERDUE_SECONDS:
-            newer = fleet.receive()
+            newer = self._receive(fleet)
             if newer is not None:
                 self._drop(fleet, "its time has long passed, and another one waits; what it was to spend counts as spent")
                 self._request = newer
@@ -249,9 +258,9 @@ class Node:
     def _enter(self, fleet: Fleet) -> None:
         _log.info("connected as node %s", fleet.node_id)
         tell("connected", node=fleet.node_id)
-        self._known = fleet.node_id
+        self._known, self._in_doubt = fleet.node_id, False
         try:
-            write_durably(self._id_file, str(fleet.node_id).encode())
+            write_durably(self._id_file, f"{fleet.node_id} {self._place}".encode())
         except OSError as error:
             _log.error("the site cannot be written (%s): make room, or mend its permissions", error)
         if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:
@@ -279,7 +288,8 @@ class Node:
 
     def _kept_id(self) -> int | None:
         try:
-            return int(self._id_file.read_text(encoding="utf-8"))
+            number, _, place = self._id_file.read_text(encoding="utf-8").partition(" ")
+            return int(number) if place == self._place else None
         except (FileNotFoundError, ValueError):
             return None
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import logging
 import os
+import platform
 import threading
 import time
 import zipfile
@@ -314,7 +315,7 @@ def test_it_waits_longer_after_each_failure_up_to_ten_seconds(tmp_path: Path, ca
     stop = Impatient(12)
 
     @contextmanager
-    def refused(known: int | None) -> Iterator[Fleet]:
+    def refused(known: int | None, anew: bool) -> Iterator[Fleet]:
         raise NotKnown("the server does not let this node in")
         yield
 
@@ -327,13 +328,13 @@ def test_it_waits_longer_after_each_failure_up_to_ten_seconds(tmp_path: Path, ca
     assert caplog.text.count("the server does not let this node in; the next attempt is in") == 12
 
 
-def stay(node: Node, *fleets: FakeFleet) -> list[int | None]:
-    """Which node ids the node came with."""
-    came, waiting = list[int | None](), list(fleets)
+def stay(node: Node, *fleets: FakeFleet) -> list[tuple[int | None, bool]]:
+    """Which node ids the node came with, and whether it left first."""
+    came, waiting = list[tuple[int | None, bool]](), list(fleets)
 
     @contextmanager
-    def connect(known: int | None) -> Iterator[Fleet]:
-        came.append(known)
+    def connect(known: int | None, anew: bool) -> Iterator[Fleet]:
+        came.append((known, anew))
         yield waiting.pop(0)
 
     node.stay(connect)
@@ -341,10 +342,16 @@ def stay(node: Node, *fleets: FakeFleet) -> list[int | None]:
 
 
 def test_it_comes_back_by_its_number_and_leaves_when_stopped(tmp_path: Path, stop: threading.Event) -> None:
-    broken, after = FakeFleet(stop, request(), receive=[FleetError("broken")]), FakeFleet(stop, request())
-    assert stay(Node(tmp_path, FakeWorker(), stop), broken, after) == [None, NODE]
+    broken, after = FakeFleet(stop, request(), send=[FleetError("broken")]), FakeFleet(stop, request())
+    assert stay(Node(tmp_path, FakeWorker(), stop), broken, after) == [(None, True), (NODE, False)]
     assert after.calls[-2:] == ["confirm 1", "leave"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_request_that_may_have_been_lost_on_its_way_is_asked_for_again(tmp_path: Path, stop: threading.Event) -> None:
+    """The server hands it over once: whoever comes back after that call leaves first, so that the server sees it."""
+    broken, after = FakeFleet(stop, request(), receive=[FleetError("broken")]), FakeFleet(stop, request())
+    assert stay(Node(tmp_path, FakeWorker(), stop), broken, after) == [(None, True), (NODE, True)]
 
 
 def test_it_outlives_what_nobody_thought_of(tmp_path: Path, stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
@@ -354,9 +361,12 @@ def test_it_outlives_what_nobody_thought_of(tmp_path: Path, stop: threading.Even
     assert "KeyError" in caplog.text
 
 
-def test_a_killed_node_comes_back_by_its_number(tmp_path: Path, stop: threading.Event) -> None:
-    (tmp_path / "id").write_text("9", encoding="utf-8")
-    assert stay(Node(tmp_path, FakeWorker(), stop), FakeFleet(stop)) == [9]
+@pytest.mark.parametrize(("place", "known"), [(".", 9), ("copy", None)])
+def test_a_killed_node_comes_back_by_its_number_and_a_copy_of_its_site_does_not(
+    tmp_path: Path, stop: threading.Event, place: str, known: int | None
+) -> None:
+    (tmp_path / "id").write_text(f"9 {platform.node()} {(tmp_path / place).resolve()}", encoding="utf-8")
+    assert stay(Node(tmp_path, FakeWorker(), stop), FakeFleet(stop)) == [(known, True)]
 
 
 def test_a_server_set_up_anew_does_not_get_an_answer_for_the_old_one(tmp_path: Path, stop: threading.Event) -> None:
