@@ -219,13 +219,13 @@ def quiet() -> Iterator[None]:
 
 
 def _check_no_code_is_named(settings: Any) -> None:
-    """transformers can fetch kernels from the hub and run them, if a configuration, which no hash of weights covers, names some."""
+    """transformers can fetch kernels from the hub and run them, if a configuration names some; no hash of weights covers that."""
     if isinstance(settings, dict):
         for key, value in settings.items():
             if key.endswith("_implementation") and "/" in json.dumps(value):
                 raise ModelError(
-                    f"the base model's config.json names code of the Hugging Face hub ({key} = {json.dumps(value)[:80]}), which is"
-                    " not run: expected eager or sdpa; remove that line"
+                    f"the base model's config.json names code of the Hugging Face hub ({key} = {json.dumps(value)[:80]}), which"
+                    " is not run: expected eager or sdpa; remove that line"
                 )
             _check_no_code_is_named(value)
 
