@@ -167,7 +167,7 @@ def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwi
         )
         command = allowing(site, broken)
         if command is not None:
-            console.print(f"  to allow it: {escape(command)}", soft_wrap=True)
+            console.print(f"  to allow it: {escape(printable(command))}", soft_wrap=True)
 
 
 def _show_connection(console: Console, tried: Tried) -> None:
