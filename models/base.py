@@ -221,7 +221,20 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
+def _check_no_code_is_named(settings: Any) -> None:
+    """transformers can fetch kernels from the hub and run them, if a configuration names some; no hash of weights covers that."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key.endswith("_implementation") and "/" in json.dumps(value):
+                raise ModelError(
+                    f"the base model's config.json names code of the Hugging Face hub ({key} = {json.dumps(value)[:80]}), which"
+                    " is not run: expected eager or sdpa; remove that line"
+                )
+            _check_no_code_is_named(value)
+
+
 def _configure(path: Path, labels: tuple[str, ...]) -> Any:
+    _check_no_code_is_named(json.loads((path / "config.json").read_bytes()))
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}

@@ -131,7 +131,7 @@ class Members:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        with FileLock(self._file.with_suffix(".lock")):
+        with FileLock(self._file.with_suffix(".lock"), mode=0o600):
             yield
 
 

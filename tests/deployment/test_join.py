@@ -41,7 +41,7 @@ def cotune(*words: str | Path, code: int = 0) -> str:
 
 def test_an_organisation_joins_trains_and_leaves(fed: Federation, tmp_path: Path) -> None:
     first, second = (prepare_run(tmp_path / name / f"run-{name}", 1, rounds=2) for name in ("a", "b"))
-    site, authority = tmp_path / "site", (fed.folder / "ca-certfile.pem").read_text()
+    site, authority = tmp_path / "site", (fed.certificates / "ca.crt").read_text(encoding="ascii")
     document = tmp_path / "federation.toml"
     document.write_text(Invitation("tests", fed.address, authority, first.plan).to_toml(), encoding="utf-8")
     cotune("init", site, "--name", first.file.participants[0].name, "--device", "cpu")

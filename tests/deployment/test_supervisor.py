@@ -176,6 +176,7 @@ def test_members_come_and_go_killed_processes_come_back_and_a_killed_start_is_cl
             assert all(served.program(other) == before[other] for other in PROGRAMS if other != name)
         until(lambda: served.keys() == served.members(), served.log)
         app = served.begin_a_run(waiting_run)
+        token = app.cmdline()[app.cmdline().index("--token") + 1]
         until(lambda: str(app.pid) in (folder.superlink / "processes.json").read_text(), served.log)
         left = {app, *filter(None, map(served.program, PROGRAMS))}
         assert len(left) == 4
@@ -187,6 +188,18 @@ def test_members_come_and_go_killed_processes_come_back_and_a_killed_start_is_cl
             assert not any(runs(process) for process in left)
             assert again.keys() == again.members()
             again.stop()
+    check_that_logs_hold_no_secrets(folder, token)
+
+
+def check_that_logs_hold_no_secrets(folder: FederationFolder, token: str) -> None:
+    """Neither the token of the run's process nor a private key; and nobody else reads what the processes keep."""
+    written = "".join(log.read_text(errors="replace") for log in folder.superlink.glob("*.log*"))
+    secrets = [token, *(key.read_text().splitlines()[1] for key in folder.certificates.glob("*.key"))]
+    assert len(written) > 1000
+    assert len(secrets) == 3
+    assert not [secret for secret in secrets if secret in written]
+    kept = [folder.path, *(file for file in folder.path.rglob("*") if file.name != ".lock")]
+    assert {file.stat().st_mode & 0o077 for file in kept} == {0}
 
 
 def test_a_superlink_that_keeps_all_in_memory_is_told_again_and_a_run_ends_with_its_server(

@@ -204,6 +204,23 @@ def test_the_hash_depends_on_all_safetensors_and_their_names_only(folder: Path, 
 EVIL = "import pathlib\npathlib.Path({marker!r}).touch()\nclass Evil:\n    pass\n"
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"attn_implementation": "somebody/kernel"},
+        {"_attn_implementation": "paged|somebody/kernel@main:f"},
+        {"text_config": {"attn_implementation": "somebody/kernel"}},
+        {"attn_implementation": {"text_config": "somebody/kernel"}},
+        {"experts_implementation": "somebody/kernel"},
+    ],
+)
+def test_kernels_of_the_hub_are_not_fetched(folder: Path, setting: dict[str, Any]) -> None:
+    """The hash of a base model is that of its weights: whoever names a place to get it from may have changed the rest."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
+    assert "names code of the Hugging Face hub" in refusal(folder)
+
+
 @pytest.mark.parametrize("kind", ["bert", "evil"])
 def test_code_in_the_folder_is_not_executed(folder: Path, tmp_path: Path, kind: str) -> None:
     marker = tmp_path / "executed"
