@@ -167,11 +167,7 @@ def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwi
         console.print(f"[bold red]declined by the rule {broken.rule}[/bold red]: {escape(printable(broken.problem))}")
         command = allowing(site, broken)
         if command is not None:
-<<<<<<< HEAD
-            console.print(f"  to allow it: {escape(command)}")
-=======
-            console.print(f"  to allow it: {escape(printable(command))}", soft_wrap=True)
->>>>>>> wt-security
+            console.print(f"  to allow it: {escape(printable(command))}")
 
 
 def _show_connection(console: Console, tried: Tried) -> None:
