@@ -408,6 +408,17 @@ def test_what_nobody_asked_for_is_refused_and_no_words_reach_the_terminal_as_the
     }
 
 
+def test_what_the_plan_asks_for_is_taken(new_run: NewRun) -> None:
+    folder = real(new_run("org-1", rounds=1, tell={"label_histogram": True, "local_metrics": True}))
+    words = {**{f"label {label}": 3.0 for label in folder.plan.labels}, "correct": 2.0, "records": 9.0}
+
+    def tells(request: Request) -> Any:
+        return update(request, adding(1.0)(request).delta, told=words)  # type: ignore[union-attr]
+
+    [entry] = play(folder, wild(folder, {"org-1": tells})).history
+    assert entry["told"] == {"org-1": words}
+
+
 @pytest.mark.parametrize(("count", "expected"), [(4, "5 to 20"), (21, "5 to 20")])
 def test_a_count_outside_what_was_agreed_with_the_member_is_refused(new_run: NewRun, count: int, expected: str) -> None:
     folder = real(new_run("org-1", "org-2", rounds=1), examples={"org-2": (5, 20)})
