@@ -34,7 +34,7 @@ from safetensors.torch import save
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
-from cotune.models.sharing import State
+from cotune.models.sharing import State, named_under
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.events import Events
@@ -162,7 +162,7 @@ class RunFolder:
             raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
         if plan_id != self.plan.plan_id:
             raise RunError(f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml")
-        return Progress(round, _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), history, clip_norm)
+        return Progress(round, named_under("state/", tensors), named_under("memory/", tensors), history, clip_norm)
 
     def history(self) -> tuple[dict[str, Any], ...]:
         """The rounds that are finished, also while another process plays; tensors are not read. Raises RunError as `load`."""
@@ -210,7 +210,3 @@ def _take(file: IO[str]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _with_prefix(tensors: State, prefix: str) -> State:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
