@@ -273,14 +273,14 @@ class Node:
             return kept
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             _log.warning("%s is damaged (%s): it is left out", self._request_file, error)
             return None
 
     def _kept_id(self) -> int | None:
         try:
             return int(self._id_file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
 
 
@@ -298,8 +298,12 @@ def _check_address(address: str) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keeps a second node off a site."""
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "a") as file:
+    try:
+        folder.mkdir(exist_ok=True)
+        file = open(folder / "lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
         except OSError:

@@ -384,6 +384,13 @@ def test_two_nodes_for_one_site(tmp_path: Path, key: Path) -> None:
             run_node(tmp_path, "127.0.0.1:1", key=key)
 
 
+def test_a_site_that_cannot_be_written(tmp_path: Path, key: Path) -> None:
+    (tmp_path / "site.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "node").write_text("a file in the way")
+    with pytest.raises(RunError, match=r"node cannot be written \(File exists\): make room, or mend its permissions"):
+        run_node(tmp_path, "127.0.0.1:1", key=key)
+
+
 @pytest.mark.parametrize("address", ["example.org", "https://example.org:443", ":443", "example.org:https"])
 def test_an_address_that_is_none(tmp_path: Path, key: Path, address: str) -> None:
     (tmp_path / "site.json").write_text("{}", encoding="utf-8")
