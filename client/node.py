@@ -174,6 +174,8 @@ class Node:
             tell("begun", round=request.round)
         except FleetError:
             raise
+        except ResidentDied as error:
+            self._died(request, error)
         except Exception as error:  # what a stranger sent may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
             self._refuse(request, UNSAID, f"the request cannot be read: {error}")

@@ -245,6 +245,19 @@ def test_a_worker_that_is_killed_does_its_work_again(tmp_path: Path, stop: threa
     assert fleet.sent[0].has_content()
 
 
+def test_a_worker_that_is_killed_while_it_is_given_its_work_does_it_again(tmp_path: Path, stop: threading.Event) -> None:
+    class Killed(FakeWorker):
+        def give(self, message: Message) -> None:
+            super().give(message)
+            if len(self.given) == 1:
+                raise ResidentDied("the training process ended with -9")
+
+    fleet, worker = FakeFleet(stop, request(1)), Killed()
+    serve(tmp_path, stop, fleet, worker)
+    assert worker.given == ["1", "1"]
+    assert fleet.sent[0].has_content()
+
+
 def test_a_worker_that_dies_of_its_work_costs_that_answer_only(tmp_path: Path, stop: threading.Event) -> None:
     fleet, worker = FakeFleet(stop, request(1), request(2)), FakeWorker(dies=("1",))
     serve(tmp_path, stop, fleet, worker)
