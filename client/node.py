@@ -183,6 +183,8 @@ class Node:
             tell("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
         except FleetError:
             raise
+        except ResidentDied as error:
+            self._died(request, error)
         except Exception as error:  # what a stranger sent may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
             self._refuse(request, UNSAID, f"the request cannot be read: {error}")
@@ -282,7 +284,7 @@ class Node:
             return kept
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             _log.warning("%s is damaged (%s): it is left out", self._request_file, error)
             return None
 
@@ -290,7 +292,7 @@ class Node:
         try:
             number, _, place = self._id_file.read_text(encoding="utf-8").partition(" ")
             return int(number) if place == self._place else None
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
 
 
@@ -308,8 +310,12 @@ def _check_address(address: str) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keeps a second node off a site."""
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "a") as file:
+    try:
+        folder.mkdir(exist_ok=True)
+        file = open(folder / "lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
         except OSError:

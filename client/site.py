@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cotune.models.durable import write_durably
+from cotune.models.durable import remove_parts, write_durably
 from cotune.models.errors import DataError, RunError
 from cotune.models.holdings import Holdings, HoldingsFile
 from cotune.privacy.ledger import Ledger
@@ -83,7 +83,9 @@ class Site:
     def keep(self, update: Update, plan_id: str) -> None:
         """Puts a finished update into the outbox, durably, in place of the one before."""
         content = update_bytes(update, plan_id=plan_id)
-        write_durably(self.folder / "outbox" / "update.safetensors", content)
+        file = self.folder / "outbox" / "update.safetensors"
+        remove_parts(file)
+        write_durably(file, content)
 
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
         """Keeps a run's tensors after a round, durably. what: a folder of their own. since: the round that they go on from."""

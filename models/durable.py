@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_durably"]
+__all__ = ["remove_parts", "write_durably"]
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -23,6 +24,12 @@ def write_durably(path: Path, content: bytes) -> None:
         os.unlink(part)
         raise
     _sync_folder(path.parent)
+
+
+def remove_parts(path: Path) -> None:
+    """What killed processes have left of a file that they were writing; for a file that no other process writes now."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

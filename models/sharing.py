@@ -20,7 +20,7 @@ from cotune.models.errors import ModelError
 from cotune.models.lora import Factors, LoraConfig, adapters_of, inject
 from cotune.models.tasks import TaskName
 
-__all__ = ["LoraConfig", "SharedModel", "State", "TrainMode", "resident"]
+__all__ = ["LoraConfig", "SharedModel", "State", "TrainMode", "named_under", "resident"]
 
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 TrainMode = Literal["head", "lora", "full"]
@@ -120,6 +120,11 @@ def _is_trained(name: str, factors: Factors, round: int) -> bool:
 def _is_embedding(name: str) -> bool:
     """Tables of tokens and positions; of a ViT, its class token and patches too."""
     return any(part in ("embeddings", "wte", "wpe", "embed_tokens", "word_embeddings") for part in name.split("."))
+
+
+def named_under(prefix: str, tensors: Mapping[str, Tensor]) -> State:
+    """Those whose names begin with the prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @lru_cache(maxsize=1)

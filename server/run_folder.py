@@ -32,9 +32,9 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from cotune.models.durable import write_durably
+from cotune.models.durable import remove_parts, write_durably
 from cotune.models.errors import RunError
-from cotune.models.sharing import State
+from cotune.models.sharing import State, named_under
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.events import Events
@@ -141,7 +141,9 @@ class RunFolder:
         about = {"round": progress.round, "plan_id": self.plan.plan_id, "history": list(progress.history)}
         about |= {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
         content = save(tensors, metadata={"checkpoint": json.dumps(about)})
-        write_durably(self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors", content)
+        file = self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors"
+        remove_parts(file)
+        write_durably(file, content)
         for round, path in sorted(self._checkpoints().items()):
             if self.plan.keep_checkpoints and round <= progress.round - self.plan.keep_checkpoints:
                 path.unlink(missing_ok=True)
@@ -161,8 +163,11 @@ class RunFolder:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
         if plan_id != self.plan.plan_id:
-            raise RunError(f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml")
-        return Progress(round, _with_prefix(tensors, "state/"), _with_prefix(tensors, "memory/"), history, clip_norm)
+            raise RunError(
+                f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml;"
+                " a run goes on with the version of cotune that began it"
+            )
+        return Progress(round, named_under("state/", tensors), named_under("memory/", tensors), history, clip_norm)
 
     def history(self) -> tuple[dict[str, Any], ...]:
         """The rounds that are finished, also while another process plays; tensors are not read. Raises RunError as `load`."""
@@ -210,7 +215,3 @@ def _take(file: IO[str]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _with_prefix(tensors: State, prefix: str) -> State:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

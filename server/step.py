@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cotune.models.sharing import SharedModel, State
+from cotune.models.sharing import SharedModel, State, named_under
 from cotune.plan.model import shared_names
 from cotune.plan.schema import Plan
 from cotune.server.run_folder import Progress
@@ -73,7 +73,7 @@ def move(plan: Plan, before: Progress, state: State, fused: Delta | Fused, conte
 
 def served(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
     """The model to judge and to hand out: θ, or what the server optimiser makes of it."""
-    return plan.strategy.new_server_optimizer().serve(state, _part(memory, "optimizer"))
+    return plan.strategy.new_server_optimizer().serve(state, named_under("optimizer/", memory))
 
 
 def served_of(plan: Plan, progress: Progress) -> State:
@@ -82,11 +82,7 @@ def served_of(plan: Plan, progress: Progress) -> State:
 
 
 def _remembered(before: Progress, part: str) -> dict[str, Tensor]:
-    return _part(before.memory, part)
-
-
-def _part(memory: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{part}/"): tensor for name, tensor in memory.items() if name.startswith(f"{part}/")}
+    return named_under(f"{part}/", before.memory)
 
 
 def _named(part: str, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cotune.models.sharing import named_under
 from cotune.strategies.updates import Update
 
 __all__ = ["read_update", "update_bytes"]
@@ -37,12 +37,8 @@ def read_update(file: Path, **expected: Any) -> Update | None:
                 return None
             plain = {f.name: about[f.name] for f in fields(Update) if f.name not in ("delta", "statistics")}
             found: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-            return Update(delta=_part(found, "delta/"), statistics=_part(found, "statistics/"), **plain)
+            return Update(delta=named_under("delta/", found), statistics=named_under("statistics/", found), **plain)
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(str(error)) from None
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

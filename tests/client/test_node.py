@@ -246,6 +246,19 @@ def test_a_worker_that_is_killed_does_its_work_again(tmp_path: Path, stop: threa
     assert fleet.sent[0].has_content()
 
 
+def test_a_worker_that_is_killed_while_it_is_given_its_work_does_it_again(tmp_path: Path, stop: threading.Event) -> None:
+    class Killed(FakeWorker):
+        def give(self, message: Message) -> None:
+            super().give(message)
+            if len(self.given) == 1:
+                raise ResidentDied("the training process ended with -9")
+
+    fleet, worker = FakeFleet(stop, request(1)), Killed()
+    serve(tmp_path, stop, fleet, worker)
+    assert worker.given == ["1", "1"]
+    assert fleet.sent[0].has_content()
+
+
 def test_a_worker_that_dies_of_its_work_costs_that_answer_only(tmp_path: Path, stop: threading.Event) -> None:
     fleet, worker = FakeFleet(stop, request(1), request(2)), FakeWorker(dies=("1",))
     serve(tmp_path, stop, fleet, worker)
@@ -392,6 +405,13 @@ def test_two_nodes_for_one_site(tmp_path: Path, key: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="another node serves .*: stop it first"):
             run_node(tmp_path, "127.0.0.1:1", key=key)
+
+
+def test_a_site_that_cannot_be_written(tmp_path: Path, key: Path) -> None:
+    (tmp_path / "site.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "node").write_text("a file in the way")
+    with pytest.raises(RunError, match=r"node cannot be written \(File exists\): make room, or mend its permissions"):
+        run_node(tmp_path, "127.0.0.1:1", key=key)
 
 
 @pytest.mark.parametrize("address", ["example.org", "https://example.org:443", ":443", "example.org:https"])

@@ -54,7 +54,7 @@ def test_an_organisation_joins_trains_and_leaves(fed: Federation, tmp_path: Path
     fed.keys[:] = [site / "node"]
     fed.register()
     shown = cotune("check", site, document)
-    assert "the server lets this organisation in; the server's certificate is good for 0 days" in shown
+    assert "the server lets this organisation in; the server's certificate is good for 364 days" in shown
 
     node = fed.start("join", sys.executable, "-m", "cotune.cli.main", "client", "join", site, document)
     log = fed.folder / "join.log"

@@ -12,7 +12,7 @@ from torch import Tensor
 from cotune.models.base import ModelConfig
 from cotune.models.errors import ModelError
 from cotune.models.lora import merge_adapters
-from cotune.models.sharing import LoraConfig, SharedModel, State, TrainMode, resident
+from cotune.models.sharing import LoraConfig, SharedModel, State, TrainMode, named_under, resident
 from cotune.models.tasks import example_losses, logits
 from cotune.models.text_task import Batch, collator, encode
 
@@ -308,3 +308,10 @@ def test_a_process_keeps_one_model(base_model: Callable[[str], Path]) -> None:
     assert not torch.equal(everything(get(seed=2))["classifier.weight"], head)
     assert torch.equal(everything(get())["classifier.weight"], head)  # loaded again: the same
     assert get(labels=("a", "b", "c")).loaded.module.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_tensors_under_a_prefix_go_by_the_rest_of_their_names() -> None:
+    one, other = torch.zeros(1), torch.ones(1)
+    found = named_under("a/", {"a/x": one, "a/b/a/y": other, "b/a/x": one, "a": one})
+    assert list(found) == ["x", "b/a/y"]
+    assert found["x"] is one

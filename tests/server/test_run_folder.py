@@ -170,11 +170,14 @@ def test_a_round_that_could_not_be_written_leaves_the_round_before(new_run: NewR
     assert_same(RunFolder(folder.path).load(), progress(1))
 
 
-def test_what_a_killed_process_left_half_written_is_ignored(new_run: NewRun) -> None:
+def test_what_a_killed_process_left_half_written_is_ignored_and_goes_when_the_round_is_written(new_run: NewRun) -> None:
     folder = new_run(rounds=5)
     folder.save(progress(1))
-    (folder.path / "checkpoints" / ".round-00002.safetensors.k3xq.part").write_bytes(b"half of")
+    part = folder.path / "checkpoints" / ".round-00002.safetensors.k3xq.part"
+    part.write_bytes(b"half of")
     assert_same(RunFolder(folder.path).load(), progress(1))
+    folder.save(progress(2))
+    assert not part.exists()  # each is as large as the model
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""An update that comes after its round, between real processes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.deployment.deployment import deployment, until
+
+pytestmark = pytest.mark.faults
+
+FOLD = {"late": "fold", "max_staleness": 1, "quorum": 0.5, "deadline_seconds": 12.0}
+
+
+def test_an_update_that_is_late_is_folded_into_the_next_round(tmp_path: Path) -> None:
+    """north's training stands still until round 2 has begun; it sends its update of round 1 all the same, then that of round 2."""
+    with deployment(tmp_path, "north", "south", plan={"rounds": 3, "privacy": "none", "server": FOLD}) as fed:
+        fed.run()
+        fed.finish()  # everybody has loaded the model by now
+        trainer = fed.find("trainer:north")
+        trainer.send_signal(signal.SIGSTOP)
+        fed.run()
+        until(fed.reached("round_started", 2))
+        time.sleep(1.0)
+        trainer.send_signal(signal.SIGCONT)
+        first, second, third = fed.finish().load().history
+    assert [each["organisation"] for each in first["dropped"]] == ["north"]
+    assert second["late"] == [{"organisation": "north", "round": 1}]
+    assert second["participants"] == third["participants"] == ["north", "south"]
+    assert [entry["quarantined"] for entry in (first, second, third)] == [[], [], []]
