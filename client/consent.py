@@ -35,11 +35,11 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
         raise Declined(broken.rule, broken.problem)
 
 
-def check_plan(plan: Plan, policy: Policy, hours: float = 0.0) -> None:
+def check_plan(plan: Plan, policy: Policy) -> None:
     """The same for the rules that ask nothing of the records: to be checked before those are read, as even a failure to read them
     may tell of one.
     """
-    for broken in _of_plan(plan, policy, hours):
+    for broken in _of_plan(plan, policy, hours=0.0):
         raise Declined(broken.rule, broken.problem)
 
 
