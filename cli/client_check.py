@@ -176,5 +176,5 @@ def _show_connection(console: Console, tried: Tried) -> None:
         return
     how = "the server lets this organisation in"
     if tried.served:
-        how = "the server answers; a node of this site runs, and says itself whether it is connected"
+        how = "the server answers; whether the node of this site is connected, it says itself (`cotune client join`)"
     console.print(f"{how}; the server's certificate is good for {tried.days_left} days")
