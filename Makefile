@@ -21,7 +21,7 @@ test: install
 	$(BIN)/python -m pytest
 
 test-faults: install
-	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -m faults tests/deployment
+	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -m long tests/deployment
 
 check: install
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check

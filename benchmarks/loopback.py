@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_ssh_public_key
@@ -26,25 +26,13 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from cotune.plan.load import parse_plan
 from cotune.server.certificates import new_authority
 from cotune.server.run_folder import RunFolder
-from cotune.server.superlink import Control, control
+from cotune.server.superlink import APP, Control, control
 from cotune.simulations.sites import make_run, prepare
 
-__all__ = ["Federation", "federation", "prepare_run", "until"]
+__all__ = ["Federation", "federation", "free_port", "prepare_run", "until", "write_model", "write_sentences"]
 
+_Found = TypeVar("_Found")
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", "the", "a", "is", "very", "it"]
-_APP = """
-[project]
-name = "cotune"
-version = "0.1.0"
-license = "Apache-2.0"
-[tool.flwr.app]
-publisher = "cotune"
-[tool.flwr.app.components]
-serverapp = "cotune.server.app:app"
-clientapp = "cotune.client.app:app"
-[tool.flwr.app.config]
-run = ""
-"""
 NODE = """
 import logging, sys
 from pathlib import Path
@@ -57,13 +45,14 @@ if __name__ == "__main__":
 """
 
 
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Raises TimeoutError."""
+def until(condition: Callable[[], _Found], seconds: float = 180.0) -> _Found:
+    """What the condition gives once it is true. Raises TimeoutError."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds:g} seconds")
         time.sleep(0.05)
+    return found
 
 
 @dataclass(frozen=True)
@@ -140,14 +129,14 @@ class Federation:
     def start_stock_node(self, number: int, site: Path) -> subprocess.Popen[bytes]:
         """Flower's own."""
         certificates = ("--root-certificates", self.certificates / "ca.crt", "--auth-supernode-private-key", self.keys[number])
-        config = ("--node-config", f'site="{site}"', "--port", str(_free_port()))
+        config = ("--node-config", f'site="{site}"', "--port", str(free_port()))
         return self.start(f"node-{number}", "flower-supernode", "--superlink", self.address, *certificates, *config)
 
     def submit(self, run: Path, bundled: dict[str, str] | None = None) -> int:
         """Starts a run folder's run on the SuperLink. bundled: files in the bundle beside its configuration."""
         app = self.folder / f"app-{run.name}"
         app.mkdir()
-        for name, content in {"pyproject.toml": _APP, **(bundled or {})}.items():
+        for name, content in {"pyproject.toml": APP.decode(), **(bundled or {})}.items():
             (app / name).write_text(content, encoding="utf-8")
         return int(self._flwr("run", app, "loopback", "--run-config", f'run="{run}"', "--format", "json")["run-id"])
 
@@ -177,7 +166,7 @@ class Federation:
 def federation(folder: Path, organisations: int, *options: str | Path) -> Iterator[Federation]:
     """Certificates and keys, a running SuperLink with these options, and the keys registered there."""
     (folder / "flwr").mkdir(parents=True)
-    made = Federation(folder, _free_port(), [_write_key(folder / f"key-{i}") for i in range(organisations)], {})
+    made = Federation(folder, free_port(), [_write_key(folder / f"key-{i}") for i in range(organisations)], {})
     new_authority(made.certificates, ())
     config = f'[superlink.loopback]\naddress = "{made.address}"\nroot-certificates = "{made.certificates / "ca.crt"}"\n'
     (folder / "flwr" / "config.toml").write_text(config)
@@ -195,8 +184,8 @@ def prepare_run(folder: Path, organisations: int, rounds: int, steps: int = 2) -
     plan = {
         "rounds": rounds,
         "privacy": "none",
-        "model": {"base": str(_write_model(folder.parent / "model")), "max_length": 16, "pooling": "mean"},
-        "data": {"source": str(_write_sentences(folder.parent / "sentences.csv"))},
+        "model": {"base": str(write_model(folder.parent / "model")), "max_length": 16, "pooling": "mean"},
+        "data": {"source": str(write_sentences(folder.parent / "sentences.csv"))},
         "local": {"learning_rate": 1.0, "batch_size": 0.5, "steps": steps},
         "server": {"quorum": 0.5},
         "simulation": {"clients": organisations, "partition": "iid"},
@@ -204,7 +193,7 @@ def prepare_run(folder: Path, organisations: int, rounds: int, steps: int = 2) -
     return make_run(prepare(parse_plan(plan), "cpu"), folder, "superlink", "cpu")
 
 
-def _write_model(folder: Path) -> Path:
+def write_model(folder: Path) -> Path:
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=len(_WORDS), max_position_embeddings=32, **size), add_pooling_layer=False).save_pretrained(
         folder
@@ -216,8 +205,8 @@ def _write_model(folder: Path) -> Path:
     return folder
 
 
-def _write_sentences(file: Path) -> Path:
-    rng, rows = random.Random(0), ["text,label"]
+def write_sentences(file: Path, seed: int = 0) -> Path:
+    rng, rows = random.Random(seed), ["text,label"]
     for i in range(240):
         label = ("good", "bad")[i % 2]
         own = _WORDS[4:6] if label == "good" else _WORDS[6:8]
@@ -226,7 +215,7 @@ def _write_sentences(file: Path) -> Path:
     return file
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -56,6 +56,7 @@ class _Asked:
     request: Request | None = None
     plan: Plan | None = None
     site: Site | None = None
+    log: AuditLog | None = None
 
 
 _Answer = tuple[str, RecordDict, dict[str, Any]]  # what it is, its content, and what the log says about it
@@ -65,9 +66,10 @@ def _answered(message: Message, context: Context, work: Callable[[Request, Plan,
     """A failure is answered, not raised: the text of an exception may hold data and would go to the server."""
     asked = _Asked(str(context.node_config.get("server") or ""))
     try:
+        asked.log = _log_of(context)
         asked.request = decode_request(message.content)
         asked.site = _site(asked.request, context)
-        asked.plan = parse_plan(json.loads(asked.request.plan))
+        asked.plan = _plan(asked.request)
         what, content, about = work(asked.request, asked.plan, asked.site)
         sizes = record_sizes(content)
         _enter(asked, what, records=sizes, bytes=sum(sizes.values()), sha256=lambda: content_digest(content), **about)
@@ -78,6 +80,16 @@ def _answered(message: Message, context: Context, work: Callable[[Request, Plan,
     except Exception as error:
         _log.exception("request failed")
         return _refusal(message, asked, error, f"{type(error).__name__}: {error}")
+
+
+def _plan(request: Request) -> Plan:
+    """Raises PlanError; RunError for a text that is not one of Unicode, and so has no hash."""
+    plan = parse_plan(json.loads(request.plan))
+    try:
+        plan.canonical().encode()
+    except UnicodeEncodeError:
+        raise RunError("the plan holds half a character: expected Unicode text") from None
+    return plan
 
 
 def _update(request: Request, plan: Plan, site: Site) -> _Answer:
@@ -112,23 +124,38 @@ def _site(request: Request, context: Context) -> Site:
     return site
 
 
+def _log_of(context: Context) -> AuditLog | None:
+    """Of the node's own site, whatever the request says; a simulated organisation keeps none."""
+    given = context.node_config.get("site")
+    site = None if given is None else Site(Path(str(given)))
+    return None if site is None or site.file.simulated else AuditLog(site.folder)
+
+
 def _refusal(message: Message, asked: _Asked, error: Exception, detail: str) -> Message:
     """A simulated organisation says everything; a real one only which rule declined, or that something failed."""
     if asked.site is not None and asked.site.file.simulated:
         return refusal(message, detail)
-    said = error.public if isinstance(error, Declined) else UNSAID
+    said = _sayable(error)
     try:
-        check_reason(said)
         _enter(asked, "blocked" if isinstance(error, Blocked) else "refusal", said=said, reason=detail)
-    except CotuneError as problem:
-        _log.error("%s", problem)
+    except Exception as problem:  # a plan may hold what cannot be written; raised, it would go to the server
+        _log.error("the log of what was sent lacks a refusal: %s", problem)
         said = UNSAID
     return refusal(message, said)
 
 
+def _sayable(error: Exception) -> str:
+    said = error.public if isinstance(error, Declined) else UNSAID
+    try:
+        check_reason(said)
+    except Blocked:
+        return UNSAID
+    return said
+
+
 def _enter(asked: _Asked, what: str, *, sha256: Callable[[], str] | None = None, **about: Any) -> None:
-    """In the log of what was sent; a simulated organisation keeps none."""
-    if asked.site is None or asked.site.file.simulated:
+    """In the log of what was sent."""
+    if asked.log is None:
         return
     if asked.plan is not None:
         about = {"plan_id": asked.plan.plan_id, "plan": asked.plan.name, **about}
@@ -136,4 +163,4 @@ def _enter(asked: _Asked, what: str, *, sha256: Callable[[], str] | None = None,
         about = {"round": asked.request.round, **about}
     if sha256 is not None:
         about["sha256"] = sha256()
-    AuditLog(asked.site.folder).append(what, server=asked.server, **about)
+    asked.log.append(what, server=asked.server, **about)

@@ -24,7 +24,8 @@ from cotune.strategies.wire import payload_bytes
 __all__ = ["AuditLog", "content_digest", "record_sizes"]
 
 _START = "0" * 64  # the hash before the first line
-_LONGEST_LINE = 64 * 1024
+_LONGEST_LINE = 64 * 1024  # bytes; what is read to find the last line
+_LONGEST_TEXT, _LONGEST_ITEM = 1000, 100  # characters of a value, and of one in a list: much of it a server may choose
 
 
 class AuditLog:
@@ -52,8 +53,8 @@ class AuditLog:
         """What a power cut has left of a line before stays, as a line of its own."""
         before = _last_line(descriptor)
         unfinished = b"\n" if before and not before.endswith(b"\n") else b""
-        chained = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **about, "before": _hash(before)}
-        return unfinished + json.dumps(chained, ensure_ascii=False).encode() + b"\n"
+        chained = {"at": datetime.now(UTC).isoformat(timespec="seconds"), **_shortened(about), "before": _hash(before)}
+        return unfinished + json.dumps(chained, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
     def entries(self) -> list[dict[str, Any]]:
         """All lines, checked. Raises RunError for one that is not as it was written."""
@@ -92,6 +93,17 @@ class AuditLog:
             return []
         except OSError as error:
             raise RunError(f"{self.file} cannot be read ({error.strerror}): mend the permissions of the site") from None
+
+
+def _shortened(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A line longer than what is read of the one before would break the chain."""
+
+    def short(value: Any, most: int = _LONGEST_TEXT) -> Any:
+        if isinstance(value, list):
+            return [short(item, _LONGEST_ITEM) for item in value]
+        return value[:most] if isinstance(value, str) else value
+
+    return {name: short(value) for name, value in about.items()}
 
 
 def _write_whole(descriptor: int, content: bytes) -> None:

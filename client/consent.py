@@ -14,7 +14,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
 
-__all__ = ["Broken", "broken_rules", "check_base_model", "check_consent", "limit_gpu_memory"]
+__all__ = ["Broken", "broken_rules", "check_base_model", "check_consent", "check_plan", "limit_gpu_memory"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,14 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
         raise Declined(broken.rule, broken.problem)
 
 
+def check_plan(plan: Plan, policy: Policy, hours: float = 0.0) -> None:
+    """The same for the rules that ask nothing of the records: to be checked before those are read, as even a failure to read them
+    may tell of one.
+    """
+    for broken in _of_plan(plan, policy, hours):
+        raise Declined(broken.rule, broken.problem)
+
+
 def check_base_model(plan: Plan, policy: Policy) -> None:
     """Raises Declined for a base model that the policy does not name."""
     for broken in _not_allowed(plan, policy):
@@ -44,11 +52,18 @@ def check_base_model(plan: Plan, policy: Policy) -> None:
 
 def broken_rules(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> Iterator[Broken]:
     """All of them. What depends on the number of records comes last: an earlier answer says nothing about it."""
+    yield from _of_plan(plan, policy, hours)
+    if isinstance(plan.privacy, RecordPrivacy):
+        yield from _too_large_delta(plan.privacy, policy, examples)
+    yield from _too_few(plan, policy, examples)
+
+
+def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
     yield from _not_allowed(plan, policy)
     yield from _too_wide(plan, policy)
     yield from _too_long(plan, policy, hours)
     if isinstance(plan.privacy, RecordPrivacy):
-        yield from _over_budget(plan.privacy, policy, examples)
+        yield from _over_budget(plan.privacy, policy)
         if plan.strategy.compares_noise and not policy.tell.noise_level:
             name = plan.strategy.weighting.name
             yield Broken(
@@ -60,7 +75,6 @@ def broken_rules(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) 
         yield Broken("training.record_privacy", "the plan says privacy = none, expected record-level differential privacy", False)
     yield from _telling(plan, policy)
     yield from _telling_size(plan, policy)
-    yield from _too_few(plan, policy, examples)
 
 
 def _telling(plan: Plan, policy: Policy) -> Iterator[Broken]:
@@ -151,12 +165,15 @@ def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Broken]:
             )
 
 
-def _over_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Broken]:
-    rules = policy.budget
-    wanted, allowed = privacy.delta_for(examples), delta_of(rules.delta_per_run, examples)
+def _too_large_delta(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Broken]:
+    wanted, allowed = privacy.delta_for(examples), delta_of(policy.budget.delta_per_run, examples)
     if wanted > allowed:
         problem = f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
         yield Broken("budget.delta_per_run", problem, privacy.delta)
+
+
+def _over_budget(privacy: RecordPrivacy, policy: Policy) -> Iterator[Broken]:
+    rules = policy.budget
     run = rules.epsilon_for(privacy.epsilon)
     if run > rules.epsilon_per_run:
         yield Broken(

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -104,14 +105,18 @@ def _work(pipe: Connection, folder: Path, server: str, level: int) -> None:
 
 def _answer(message: Message, folder: Path, server: str = "") -> Message:
     from cotune.client.app import app
+    from cotune.client.audit_log import AuditLog
+    from cotune.models.errors import RunError
 
     about = message.metadata
     site = UserConfig({"site": str(folder), "server": server})
     context = Context(about.run_id, about.dst_node_id, site, RecordDict(), UserConfig())
     try:
         return app(message, context)
-    except Exception:
+    except Exception as error:  # such as a message of a kind that is not served
         _log.exception("the message could not be answered")
+        with suppress(RunError):  # what is refused without it says nothing of the records
+            AuditLog(folder).append("refusal", server=server, said=UNSAID, reason=f"{type(error).__name__}: {error}")
         return refusal(message, UNSAID)
 
 

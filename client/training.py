@@ -12,7 +12,7 @@ from cotune.client.account import Account
 from cotune.client.approval import Approvals
 from cotune.client.base import model_here
 from cotune.client.budget import check_examples
-from cotune.client.consent import check_consent, limit_gpu_memory
+from cotune.client.consent import check_consent, check_plan, limit_gpu_memory
 from cotune.client.correction import Correction
 from cotune.client.guard import Guard
 from cotune.client.noise import stated_noise
@@ -52,6 +52,7 @@ def train_round(
     digest = received_digest(state, sent)
     policy = site.policy()
     Approvals(site).check(plan, policy)
+    check_plan(plan, policy)
     holdings = site.holdings(plan.labels)
     check_consent(plan, policy, len(holdings))
     finished = site.kept(plan.plan_id, round, digest)

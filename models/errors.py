@@ -55,7 +55,7 @@ class PrivacyError(CotuneError):
 class Declined(PrivacyError):
     """A rule of the organisation's own does not allow what a plan asks for.
 
-    The sentence is for the organisation; `public` names the rule alone, and may be told to the server.
+    The sentence is for the organisation; `public` names the rule alone, and may be told where the records do not decide it.
     """
 
     def __init__(self, rule: str, reason: str) -> None:

@@ -57,8 +57,16 @@ class Document(Table):
 
     format: int = Field(description="of this file")
     protocol: int = Field(description="of the messages; the same everywhere")
-    name: str = Field(description="of the federation")
+    name: str = Field(max_length=100, description="of the federation")
     server: Server
+
+    @field_validator("name")
+    @classmethod
+    def _shown_as_it_is(cls, value: str) -> str:
+        """It is printed to terminals, which obey some characters."""
+        if not value.isprintable():
+            raise ValueError("expected printable characters only")
+        return value
 
 
 class Invitation:

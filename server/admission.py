@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -30,13 +30,15 @@ def reason_to_refuse(
     most_steps: int | None = None,
     examples: tuple[int, int] | None = None,
     received: str | None = None,
+    told: Collection[str] | None = None,
 ) -> str | None:
     """What is wrong with an update, in words; None when it may enter.
 
     shapes: the parameters that the round shares, with their tensors. noise_needed: every update must state its noise, above 0.
     loss_needed: and tell its loss. smaller: adapters that may come with a smaller rank. statistics: the arrays that the fusion
     wants beside the delta, with their shapes. steps_of: examples -> steps, where these follow from those. most_steps: the plan's.
-    examples: between which numbers the declared one must be. received: the digest of what the round was trained from.
+    examples: between which numbers the declared one must be. received: the digest of what the round was trained from. told: the
+    names of what may be told beside the update; None: whatever.
     """
     if update.organisation != organisation:
         return f"it is from {update.organisation[:80]}, expected {organisation}"
@@ -52,6 +54,9 @@ def reason_to_refuse(
         return f"it states {update.steps} steps, expected {steps_of(update.examples)} with {update.examples} examples"
     if most_steps is not None and not 1 <= update.steps <= most_steps:
         return f"it states {update.steps} steps, expected 1 to {most_steps}"
+    surplus = sorted(update.told.keys() - set(told)) if told is not None else []
+    if surplus:
+        return f"it tells {surplus[0][:80]!r}, which the plan does not ask for"
     return (
         _wrong_tensors(update.delta, shapes, smaller)
         or _wrong_values(update.delta, max_norm)

@@ -7,8 +7,8 @@ reached any more; and at the latest `server.deadline_seconds` after it began.
 
 from __future__ import annotations
 
-import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -55,7 +55,7 @@ class Asking:
         self._contents, self._enough = dict(contents), enough
         self._times = dict.fromkeys(contents, 0)
         self._idle = dict.fromkeys(contents)  # who has not answered for good, and is to be asked
-        self._waiting: set[str] = set()  # who is asked and may answer yet
+        self._waiting: Counter[str] = Counter()  # who is asked and may answer yet -> how many requests are under way
         self._lost: dict[str, _Lost] = {}
         self._since: dict[str, str] = {}  # when those who are asked had connected
         self._looked = 0.0
@@ -82,7 +82,7 @@ class Asking:
         self._close()
 
     def _await_quorum(self) -> None:
-        people, needed, told = list(self._contents), math.ceil(self._tally.needed), None
+        people, needed, told = list(self._contents), self._tally.needed, None
         while len(here := self._connected(people)) < needed:
             if told != here and self._post.looked():
                 told = here
@@ -107,7 +107,6 @@ class Asking:
         for name in ready:
             if name in connected:
                 del self._idle[name]
-                self._waiting.add(name)
                 self._send(name, connected[name])
 
     def _ask_again(self) -> None:
@@ -121,6 +120,7 @@ class Asking:
 
     def _send(self, name: str, node: Node) -> None:
         self._times[name] += 1
+        self._waiting[name] += 1
         self._since[name] = node.since
         self._tally.bytes_down += payload_bytes(self._contents[name])
         self._post.send(self._round, name, self._message(name, node.id))
@@ -142,12 +142,14 @@ class Asking:
         name = letter.organisation
         if letter.round != self._round:
             return letter.reply is not None
-        if name not in self._waiting:
+        if name not in self._contents:
             return False  # it was asked twice, and has answered
-        self._waiting.discard(name)
         if letter.reply is not None:
             self._answered(name)
             return True
+        self._waiting -= Counter([name])
+        if name in self._waiting:
+            return False  # it was asked twice, and may answer the other request
         self._idle[name], self._lost[name] = None, _Lost(letter.lost)
         if self._times[name] >= _MOST_TIMES:
             self._drop(name, f"{letter.lost}, {_MOST_TIMES} times")
@@ -156,6 +158,7 @@ class Asking:
     def _answered(self, name: str) -> None:
         self._idle.pop(name, None)
         self._contents.pop(name, None)
+        self._waiting.pop(name, None)
 
     def _drop(self, name: str, reason: str) -> None:
         self._answered(name)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.run import RunNotRunningException
@@ -28,6 +31,7 @@ _SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is o
 _POLL_SECONDS = 0.1  # between two looks for one answer; with many organisations longer
 _POLLS_PER_SECOND = 50.0  # of all organisations together
 _LONGEST_WAIT_SECONDS = 10.0  # before a call that failed is made again
+_AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
 _AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
 _HELD_UP_SECONDS = 5.0  # who hangs for so long holds up nobody else any more
 _CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused, and Flower ends the process then
@@ -52,6 +56,7 @@ class Threaded:
         self._closed, self._stopped = threading.Event(), threading.Event()
         self._found: Mapping[str, Node] = {}
         self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
+        self._returns, self._doubts = 0, Counter[str]()  # times that all answers, and one's, may have been lost on the way
         self._threads: list[threading.Thread] = []
         self._start("watch", self._watch)
 
@@ -61,8 +66,10 @@ class Threaded:
         self._threads[-1].start()
 
     def connected(self) -> Mapping[str, Node]:
+        """Whose answer may have been lost on the way counts as connected anew: Flower hands over each answer only once."""
         self._check()
-        return self._found
+        lost = {name: self._returns + self._doubts[name] for name in self._found}
+        return {name: replace(node, since=f"{node.since} {lost[name]}") for name, node in self._found.items()}
 
     def looked(self) -> float:
         return self._looked
@@ -72,6 +79,8 @@ class Threaded:
             try:
                 started = time.monotonic()
                 self._found = self._addresses.connected()
+                if self._looked and time.monotonic() - self._looked > _AWAY_SECONDS:
+                    self._returns += 1
                 self._looked, self._failure = started, ""
             except RunNotRunningException:
                 self._stopped.set()
@@ -123,7 +132,8 @@ class Threaded:
                     kept, held = held, False
                     return _letter(round, organisation, reply), kept
                 wait = max(_POLL_SECONDS, len(self._under_way) / _POLLS_PER_SECOND)
-            except Exception:  # the SuperLink is busy, or starting; `_watch` tells of it
+            except Exception as error:  # the SuperLink is busy, or starting; `_watch` tells of it
+                self._doubts[organisation] += _may_be_gone(error)
                 wait = min(_LONGEST_WAIT_SECONDS, max(_POLL_SECONDS, 2 * wait))
             finally:
                 if held:
@@ -165,6 +175,11 @@ def _letter(round: int, organisation: str, reply: Message) -> Letter:
     if reply.has_error() and reply.error.code in _LOST:
         return Letter(round, organisation, None, f"its node was lost (error {reply.error.code})")
     return Letter(round, organisation, reply)
+
+
+def _may_be_gone(error: Exception) -> bool:
+    """Whether an answer had been handed over when a call failed: not where it was the call that asks for it."""
+    return not (isinstance(error, httpx.HTTPStatusError) and error.request.url.path.endswith("/pull-messages"))
 
 
 def _words(error: Any) -> str:

@@ -32,6 +32,7 @@ _POLL_SECONDS = 0.1
 _EXPORT_SECONDS = 600.0  # how long an organisation may take to write its model
 _MOST_TIMES = 3
 _AGAIN_SECONDS = 2.0
+_LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
 
 
 def confirmed(folder: RunFolder) -> dict[str, str]:
@@ -54,6 +55,7 @@ def deliver(grid: Grid, folder: RunFolder) -> list[str]:
     progress, members = folder.load(), members_of(Path(folder.file.federation))
     without = {*left_out(folder.plan, progress.history), *confirmed(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
+    folder.events.tell("delivery_started", organisations=lacking)
     if not progress.round or not lacking:
         return []
     state = served_of(folder.plan, progress)
@@ -87,7 +89,7 @@ class _Delivery:
         seconds, patience = time.monotonic() - self._began, self._folder.plan.server.absent_seconds
         if self._waiting:
             return seconds > patience + _EXPORT_SECONDS
-        return not self._idle or (self._looked and seconds > patience)
+        return not self._idle or seconds > (patience if self._looked else max(patience, _LOOK_SECONDS))
 
     def _send(self) -> None:
         self._looked = self._post.looked() > 0
@@ -123,10 +125,12 @@ class _Delivery:
         """Why an answer is no receipt for this model; "" where it is one."""
         if reply.has_error():
             return one_line(reply.error.reason or "") or f"error {reply.error.code}"
+        if not reply.has_content():
+            return "its answer is empty"
         try:
             receipt = decode_receipt(reply.content)
         except RunError as error:
-            return str(error)
+            return one_line(str(error))
         found = (receipt.organisation, receipt.plan_id, receipt.received)
         if found != (name, self._folder.plan.plan_id, self._received):
             return "its receipt is for another model or organisation"

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cotune.models.errors import RunError
+
 __all__ = ["Events", "Listener", "follow", "listening", "read_events"]
 
 Listener = Callable[[str, dict[str, Any]], None]  # (event, its fields)
@@ -36,13 +38,21 @@ class Events:
         self.path, self.silent, self._lock, self._begun = path, silent, threading.Lock(), False
 
     def tell(self, event: str, **fields: Any) -> None:
+        """Raises RunError where the file cannot be written."""
         line = json.dumps(
             {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, ensure_ascii=False
         )
         with self._lock:
-            self._begin()
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+            try:
+                self._begin()
+                with self.path.open("a", encoding="utf-8") as stream:
+                    stream.write(line + "\n")
+            except OSError as error:
+                self._begun = False  # a part of the line may be there
+                raise RunError(
+                    f"{self.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue"
+                    " with --resume"
+                ) from None
         if not self.silent:
             for listener in tuple(_listeners):
                 listener(event, fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cotune.server.asking import Asking
 from cotune.server.inbox import Inbox, Turns
-from cotune.server.lateness import Lateness
+from cotune.server.lateness import Late, Lateness
 from cotune.server.post import Letter, Post
 from cotune.server.quarantine import Quarantine
 from cotune.server.run_folder import RunFolder
@@ -25,6 +25,7 @@ class Gathering:
         self._names = [participant.name for participant in folder.file.participants]
         self._inbox, self._quarantine = Inbox(folder.path / "inbox"), Quarantine(folder.path / "quarantine")
         self._lateness = Lateness(folder.plan.server, Inbox(folder.path / "inbox" / "late"))
+        self._answered: set[Late] = set()
 
     def gather(self, asking: Asking, round: int, verify: Verify, tally: Tally, combination: Combination) -> None:
         """Adds the updates as they come, each in its turn."""
@@ -34,6 +35,7 @@ class Gathering:
             if letter.round != round:
                 self._receive_late(letter, round, tally)
             else:
+                self._answered.add((round, letter.organisation))
                 update = self._admit(letter, verify, round, tally)
                 organisation = letter.organisation
                 del letter
@@ -50,7 +52,9 @@ class Gathering:
                 combination.add(ready, round - ready.round)
                 del ready
         self._inbox.clear()
-        self._post.forget(self._lateness.oldest(round))
+        oldest = self._lateness.oldest(round)
+        self._post.forget(oldest)
+        self._answered = {each for each in self._answered if each[0] >= oldest}
 
     def _admit(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> Update | None:
         """The update in a letter, if it may enter the model; otherwise the organisation is shown, with the reason."""
@@ -81,8 +85,13 @@ class Gathering:
         return None, 0
 
     def _receive_late(self, letter: Letter, round: int, tally: Tally) -> None:
-        """An answer of an earlier round: put aside for the end of this one, or shown as ignored."""
+        """An answer of an earlier round: put aside for the end of this one, or shown as ignored. Whoever was asked twice counts
+        once.
+        """
         name, tell = letter.organisation, self._events.tell
+        if (letter.round, name) in self._answered:
+            return
+        self._answered.add((letter.round, name))
         verify = self._lateness.verify_of(letter.round)
         if verify is None or name in tally.left_out:
             tell("late_update_ignored", round=round, organisation=name, of_round=letter.round)

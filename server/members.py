@@ -17,10 +17,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from cotune.models.durable import write_durably
-from cotune.models.errors import RunError
+from cotune.models.errors import PlanError, RunError
 from cotune.models.names import check_name
 
 __all__ = ["Member", "Members", "read_public_key"]
@@ -30,11 +30,19 @@ class Member(BaseModel):
     """One organisation. public_key: one line as OpenSSH writes it. examples: between which numbers its declared count must be."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
+    name: str  # that of folders and files too, so it is checked again where the list was edited by hand
     public_key: str
     invited: str
     revoked: str | None = None
     examples: tuple[int, int] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        try:
+            return check_name(value)
+        except PlanError as error:
+            raise ValueError(str(error)) from None
 
     @property
     def key(self) -> bytes:
@@ -72,7 +80,7 @@ class Members:
             return _Document.model_validate_json(self._file.read_bytes()).members
         except FileNotFoundError:
             return ()
-        except (OSError, ValidationError, ValueError) as error:
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
             reason = type(error).__name__
             raise RunError(
                 f"{self._file} is damaged ({reason}): expected the list of members; restore it from a backup"

@@ -21,6 +21,7 @@ from cotune.models.durable import write_durably
 __all__ = ["Quarantine"]
 
 _MOST_BYTES = 64 * 2**20  # of the arrays of one update; of a larger one only the description is kept
+_MOST_ARRAYS = 100_000  # likewise: their names are a part of the file
 _MOST_FILES = 10  # of one organisation; the oldest go
 _MOST_TEXT = 200  # characters of a name or a value in a header
 _MOST_ENTRIES = 1000  # in a description
@@ -49,7 +50,7 @@ class Quarantine:
             "arrays": _headers(content),
             "records": {key[:_MOST_TEXT]: _words(r) for key, r in content.items() if not isinstance(r, ArrayRecord)},
         }
-        kept = arrays if size <= _MOST_BYTES else {}
+        kept = arrays if size + sum(map(len, arrays)) <= _MOST_BYTES and len(arrays) <= _MOST_ARRAYS else {}
         tensors = {name: np.frombuffer(data, np.uint8) for name, data in kept.items()}
         file = self.folder / f"round-{round:05d}-{organisation}.safetensors"
         write_durably(file, save(tensors, metadata={"quarantine": json.dumps(about, ensure_ascii=False)}))

@@ -6,6 +6,7 @@ never holds more than a few beside the running sum, unless the weighting must co
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -80,10 +81,14 @@ def _rounds(run: _Run, progress: Progress) -> Progress:
             if reason is not None:
                 return _stop(folder, progress, reason)
             progress = _play(run, progress, round)
+            folder.save(progress)
         except (RunError, PrivacyError) as error:
             folder.events.tell("run_failed", round=round, reason=str(error))
             raise
-        folder.save(progress)
+        except OSError as error:
+            reason = f"round {round} cannot go on ({error}): make room, or mend the permissions, then continue with --resume"
+            folder.events.tell("run_failed", round=round, reason=reason)
+            raise RunError(reason) from None
         folder.events.tell("round_finished", **progress.history[-1])
     folder.events.tell("run_finished", rounds=total)
     return progress
@@ -159,7 +164,7 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
         raise RunError(f"nobody may take part any more: all of {', '.join(without)[:500]} are left out; start a new run")
     people = select(folder, round, without)
     closing = enough(plan, len(people))
-    needed = max(1, plan.server.quorum * closing) if people else 0
+    needed = max(1, math.ceil(plan.server.quorum * closing - 1e-9)) if people else 0  # 0.55 · 20 is 11, and a little more
     return people, Tally([person.name for person in people], needed, left_out=without)
 
 

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -40,6 +41,9 @@ from cotune.server.events import Events
 from cotune.strategies.plugins import content_of, read_file
 
 __all__ = ["Participant", "Progress", "RunFile", "RunFolder", "keep_others_off"]
+
+
+_LOOK_SECONDS = 0.02  # between two attempts at a lock
 
 
 class Participant(BaseModel):
@@ -182,14 +186,30 @@ class RunFolder:
 
 
 @contextmanager
-def keep_others_off(path: Path) -> Iterator[None]:
-    """Keeps a second process off a folder during the block. Raises RunError."""
-    with open(path / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
-        except OSError:
-            raise RunError(f"another process is working on {path}: wait for it, or stop it first") from None
+def keep_others_off(path: Path, patience: float = 0.5) -> Iterator[None]:
+    """Keeps a second process off a folder during the block. patience: seconds, as one that only looks holds it for a moment.
+
+    Raises RunError, also where the folder cannot be written.
+    """
+    try:
+        file = open(path / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}): make room for it, or mend its permissions") from None
+    with file:
+        until = time.monotonic() + patience
+        while not _take(file):
+            if time.monotonic() >= until:
+                raise RunError(f"another process is working on {path}: wait for it, or stop it first")
+            time.sleep(_LOOK_SECONDS)
         yield
+
+
+def _take(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
+    except OSError:
+        return False
+    return True
 
 
 def _with_prefix(tensors: State, prefix: str) -> State:

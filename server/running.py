@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _MOST_TRIES = 5  # without a finished round between them
+_FIRST_WORDS = ("run_started", "delivery_started")  # of a process that holds the lock
 _LAST_WORDS = ("run_concluded", "run_failed")
 
 
@@ -97,7 +98,7 @@ def is_played(run: Path) -> bool:
     if not (run / ".lock").exists():
         return False
     try:
-        with keep_others_off(run):
+        with keep_others_off(run, patience=0.0):
             return False
     except RunError:
         return True
@@ -106,7 +107,10 @@ def is_played(run: Path) -> bool:
 @contextmanager
 def only_follower(federation: FederationFolder) -> Iterator[None]:
     """During the block no other process hands over or follows runs of the federation. Raises RunError."""
-    (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
+    try:
+        (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{federation.path} cannot be written ({error.strerror}): mend its permissions") from None
     with keep_others_off(federation.path / "runs"):
         yield
 
@@ -174,7 +178,7 @@ def _watch(folder: RunFolder, executor: Executor, ticket: Ticket, tell: Listener
         events, offset = follow(folder.events.path, offset)
         for fields in events:
             event = _told(fields, tell)
-            begun, progress = begun or event == "run_started", progress or event == "round_finished"
+            begun, progress = begun or event in _FIRST_WORDS, progress or event == "round_finished"
             if event in _LAST_WORDS:
                 return _Ending(event, str(fields.get("reason", "")), progress)
         if reason is not None or not held:
@@ -249,7 +253,7 @@ def _under_way(folder: RunFolder, ticket: Ticket, executor: Executor) -> int | N
     state = executor.state(ticket.run_id)
     if state is None or state.status == "finished":
         return None
-    if any(event.get("event") == "run_started" for event in events) and not is_played(folder.path):
+    if any(event.get("event") in _FIRST_WORDS for event in events) and not is_played(folder.path):
         executor.stop(ticket.run_id)  # its process died, which the SuperLink notices after a minute
         return None
     return ticket.run_id
@@ -295,5 +299,11 @@ def _read(folder: RunFolder) -> Ticket | None:
 
 
 def _write(folder: RunFolder, ticket: Ticket) -> Ticket:
-    write_durably(folder.path / "superlink.json", json.dumps(ticket.model_dump(), indent=1).encode())
+    try:
+        write_durably(folder.path / "superlink.json", json.dumps(ticket.model_dump(), indent=1).encode())
+    except OSError as error:
+        raise RunError(
+            f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
+            " --resume"
+        ) from None
     return ticket

@@ -25,6 +25,7 @@ _PHASES = {
     "waiting": "waiting for organisations",
     "run_finished": "handing out the model",
     "run_stopped": "handing out the model",
+    "delivery_started": "handing out the model",
     "run_concluded": "finished",
     "run_failed": "failed",
 }

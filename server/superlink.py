@@ -31,9 +31,9 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from cotune.models.errors import RunError
 
-__all__ = ["Control", "Node", "RunState", "control"]
+__all__ = ["APP", "Control", "Node", "RunState", "control"]
 
-_APP = b"""
+APP = b"""
 [project]
 name = "cotune"
 version = "0.1.0"
@@ -91,7 +91,7 @@ class Control:
 
     def start(self, run: Path) -> int:
         """Hands the folder of a run to the executor. Returns the run's id."""
-        content, _ = build_fab_from_files({"pyproject.toml": _APP})
+        content, _ = build_fab_from_files({"pyproject.toml": APP})
         bundle = Fab(hashlib.sha256(content).hexdigest(), content, {})
         config = user_config_to_proto(UserConfig({"run": str(run)}))
         answer = _call(self._client.StartRun, StartRunRequest(fab=fab_to_proto(bundle), override_config=config))

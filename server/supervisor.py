@@ -3,7 +3,7 @@
 superlink/ in the federation's folder:
 processes.json              what runs, for whoever comes after a supervisor that was killed
 superlink.log front.log executor.log    what they say; .1: of the start before
-state.sqlite                messages on their way, unless they are kept in memory
+state.sqlite                messages on their way, unless they are kept in memory; begun anew with every start
 front.toml flwr/            settings of the front; what else Flower keeps
 """
 
@@ -78,6 +78,8 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
     for host, port in (("127.0.0.1", folder.config.superlink_port), (folder.config.listen, folder.config.port)):
         listen(host, port).close()
     _write_settings(folder)
+    for file in folder.superlink.glob("state.sqlite*"):  # never compacted; what a killed start was at is asked for anew
+        file.unlink()
     children = _children(folder, say)
     say(f"starting {folder.config.name} at {address_of(folder.config)}")
     try:

@@ -18,7 +18,7 @@ class Tally:
     """people: who is to be asked, in the order in which updates are added. needed: how many updates the quorum is."""
 
     people: list[str]
-    needed: float
+    needed: int
     left_out: list[str] = field(default_factory=list)
     participants: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)  # organisation -> reason
@@ -44,7 +44,7 @@ class Tally:
             return
         reasons = "; ".join(f"{name}: {self.dropped[name]}" for name in self.people if name in self.dropped)
         raise RunError(
-            f"round {round} got {len(self.participants)} of {len(self.people)} updates, expected at least {self.needed:g}"
+            f"round {round} got {len(self.participants)} of {len(self.people)} updates, expected at least {self.needed}"
             f" (server.quorum = {plan.server.quorum:g}); {reasons[:1000]}"
         )
 
@@ -61,9 +61,9 @@ class Tally:
             "participants": [name for name in self.people if name in came],
             "dropped": [{"organisation": name, "reason": reason} for name, reason in self._in_order(self.dropped).items()],
             "quarantined": sorted(self.quarantined),
-            "absent": self.absent,
+            "absent": [name for name in self.people if name in self.absent],
             "left_out": self.left_out,
-            "late": self.late,
+            "late": sorted(self.late, key=lambda late: (late["round"], late["organisation"])),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": round(seconds, 3),

@@ -63,26 +63,35 @@ class Verify:
             noise_needed=plan.privacy != "none" and plan.strategy.compares_noise,
             loss_needed="loss" in plan.strategy.sends,
             received=received,
+            told=_may_be_told(plan),
         )
 
     def __call__(self, reply: Message, organisation: str) -> Opened:
         if reply.has_error():
             return Opened(None, one_line(reply.error.reason or "") or f"error {reply.error.code}")
+        if not reply.has_content():
+            return Opened(None, "its answer is empty")
         size = payload_bytes(reply.content)
         if size > self._most_bytes:
             return Opened(None, f"it has {size} bytes, expected at most {self._most_bytes}", refused=True)
         try:
             update = decode_update(reply.content, self._plan.plan_id)
         except RunError as error:
-            return Opened(None, str(error), refused=True)
+            return Opened(None, one_line(str(error)), refused=True)  # it may repeat a stranger's words
         reason = self._refuse(update, organisation=organisation, examples=self._examples(organisation))
-        return Opened(update) if reason is None else Opened(None, reason, refused=True)
+        return Opened(update) if reason is None else Opened(None, one_line(reason), refused=True)
 
     def _examples(self, organisation: str) -> tuple[int, int]:
         most = self._plan.server.max_examples
         member = self._members.get(organisation)
         least, own = (member.examples if member else None) or (1, most)
         return max(1, least), min(most, own)
+
+
+def _may_be_told(plan: Plan) -> set[str]:
+    """What the plan asks to be told; each organisation decides for itself whether it does."""
+    names = {f"label {label}" for label in plan.labels} if plan.tell.label_histogram else set()
+    return names | ({"correct", "records"} if plan.tell.local_metrics else set()) | ({"loss"} & set(plan.strategy.sends))
 
 
 def one_line(text: str) -> str:

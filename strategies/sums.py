@@ -11,6 +11,7 @@ contribution, as if it had been broadcast:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 
 import torch
@@ -47,8 +48,8 @@ def mean_of(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def norm(delta: Delta) -> float:
-    """‖Δ‖₂ over all parameters, in float64."""
-    return float(sum(float(tensor.to(torch.float64).pow(2).sum()) for tensor in delta.values()) ** 0.5)
+    """‖Δ‖₂ over all parameters, in float64; the same whatever their order, which a file or a sender may change."""
+    return math.sqrt(math.fsum(float(tensor.to(torch.float64).pow(2).sum()) for tensor in delta.values()))
 
 
 def total(sums: dict[str, Tensor], contribution: Mapping[str, Tensor]) -> None:

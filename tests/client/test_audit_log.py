@@ -30,6 +30,16 @@ def test_each_line_holds_the_hash_of_the_line_before(tmp_path: Path) -> None:
     assert stat.S_IMODE(log.file.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("letter", ["a", "\U0001f3e5", "\x00", "\ud800"])
+def test_no_words_of_a_server_break_the_chain(tmp_path: Path, letter: str) -> None:
+    """Fifty long names, and a long reason: each line must be found again when the next one is written."""
+    log = AuditLog(tmp_path)
+    for round in range(2):
+        log.append("update", round=round, told=[200_000 * letter] * 50, reason=200_000 * letter)
+    assert [entry["round"] for entry in log.entries()] == [0, 1]
+    assert log.last()["reason"] == 1000 * letter
+
+
 def changed(lines: list[bytes]) -> list[bytes]:
     return [lines[0].replace(b'"round": 0', b'"round": 9'), *lines[1:]]
 

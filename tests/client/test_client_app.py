@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,13 +176,49 @@ def test_a_real_site_says_only_that_it_failed(
 def test_a_real_site_names_the_rule_that_declines_and_nothing_else(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    allowed = Policy.permissive()
-    strict = allowed.model_copy(update={"training": allowed.training.model_copy(update={"min_examples": 61})})
-    plan, site = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}), make_site(policy=strict)
+    plan = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3})
+    site = make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
     with caplog.at_level(logging.WARNING):
         got = reason(ask(request(plan, state_for(plan)), {"site": str(site.folder)}))
-    assert got == "declined: its rule training.min_examples does not allow this plan"
-    assert "the data set has 60 records, expected at least 61" in caplog.text  # for the organisation's own eyes
+    assert got == "declined: its rule training.max_rounds does not allow this plan"
+    assert "the plan has 3 rounds, expected at most 2" in caplog.text  # for the organisation's own eyes
+
+
+@pytest.mark.parametrize(
+    ("rules", "local", "delta", "problem"),
+    [
+        ({"training.min_examples": 61}, {}, 1e-3, "the data set has 60 records, expected at least 61"),
+        ({"training.min_batch": 64}, {"batch_size": 0.2}, 1e-3, "a batch would have 12 records, expected at least 64"),
+        ({"budget.delta_per_run": "1/n^1.1"}, {}, 0.014, "the plan asks for δ = 0.014, expected at most 0.011"),
+        ({}, {}, 0.02, "expected at most 1/60"),
+    ],
+)
+def test_plan_after_plan_a_server_does_not_learn_how_many_records_there_are(
+    make_plan: MakePlan,
+    make_site: MakeSite,
+    state_for: StateFor,
+    caplog: pytest.LogCaptureFixture,
+    rules: dict[str, Any],
+    local: dict[str, Any],
+    delta: float,
+    problem: str,
+) -> None:
+    """Whether one of these rules declines depends on the number: what is told must be the same as for any other failure."""
+    plan = make_plan(privacy={"epsilon": 2.0, "delta": delta}, local={"batch_size": 12, "steps": 2, **local})
+    site = make_site(policy=changed_policy(Policy.permissive(), rules))
+    with caplog.at_level(logging.WARNING):
+        assert reason(ask(request(plan, state_for(plan)), {"site": str(site.folder)})) == SANITISED
+    assert problem in caplog.text
+    assert problem in AuditLog(site.folder).last()["reason"]
+
+
+def test_whether_records_can_be_read_is_not_told_to_a_plan_that_is_declined(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    plan = make_plan()
+    state, site = state_for(plan), make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
+    (site.folder / "data.json").unlink()
+    assert "training.max_rounds" in reason(ask(request(plan, state), {"site": str(site.folder)}))
 
 
 @pytest.mark.parametrize("privacy", ["none", {"epsilon": 2.0, "delta": 1e-3}])
@@ -291,6 +329,23 @@ def test_what_leaves_is_in_the_log_before_it_leaves(make_plan: MakePlan, make_si
     assert entry["sha256"] == content_digest(reply.content)
 
 
+def test_what_a_round_leaves_in_the_site_is_for_its_owner_alone(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    """Ledger, log, outbox and what is kept from round to round, whatever the mask of the process."""
+    plan = make_plan(train="lora", strategy="fedsa", privacy={"epsilon": 8.0, "delta": 1e-3})
+    state, site = state_for(plan), make_site()
+    there = set(site.folder.rglob("*"))
+    before = os.umask(0o022)
+    try:
+        assert not ask(request(plan, state), {"site": str(site.folder)}).has_error()
+    finally:
+        os.umask(before)
+    made = {file for file in site.folder.rglob("*") if file.is_file()} - there
+    assert {file.relative_to(site.folder).parts[0] for file in made} >= {"ledger.sqlite", "audit.jsonl", "outbox", "kept"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in made} == {0o600}
+
+
 def test_a_simulated_site_keeps_no_log(plan: Plan, state: State, make_site: MakeSite) -> None:
     site = make_site(simulated=True)
     assert not ask(request(plan, state, site=str(site.folder)), SIMULATED).has_error()
@@ -322,6 +377,28 @@ def test_nothing_leaves_that_cannot_be_entered(plan: Plan, state: State, make_si
     site = make_site()
     (site.folder / "audit.jsonl").mkdir()
     assert reason(ask(request(plan, state), {"site": str(site.folder)})) == SANITISED
+
+
+@pytest.mark.parametrize("text", [{"labels": ["bad", "\ud800"]}, {"model": {"base": "\udfff"}}])
+def test_a_plan_of_half_characters_is_refused_and_entered(
+    plan: Plan, state: State, make_site: MakeSite, text: dict[str, Any]
+) -> None:
+    """It cannot be hashed, and what is raised here would go to the server of a stock node."""
+    site, content = make_site(), request(plan, state)
+    table = json.loads(plan.canonical())
+    table |= {key: {**table[key], **value} if isinstance(value, dict) else value for key, value in text.items()}
+    header(plan=json.dumps(table))(content)
+    assert reason(ask(content, {"site": str(site.folder)})) == SANITISED
+    [entry] = AuditLog(site.folder).entries()
+    assert (entry["what"], entry["said"]) == ("refusal", SANITISED)
+    assert "half a character" in entry["reason"]
+
+
+def test_a_plan_of_endless_depth_is_refused_and_entered(plan: Plan, state: State, make_site: MakeSite) -> None:
+    site, content = make_site(), request(plan, state)
+    header(plan="[" * 100_000)(content)
+    assert reason(ask(content, {"site": str(site.folder)})) == SANITISED
+    assert [entry["what"] for entry in AuditLog(site.folder).entries()] == ["refusal"]
 
 
 def test_a_refusal_is_in_the_log_with_its_reason(plan: Plan, state: State, make_site: MakeSite) -> None:

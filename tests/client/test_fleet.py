@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import time
+from collections.abc import Iterator
 from email.utils import formatdate
 from typing import Any
 
@@ -13,6 +15,7 @@ from flwr.proto.fleet_pb2 import DeactivateNodeResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from cotune.client import fleet as fleet_module
 from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, TooMuch
@@ -106,3 +109,60 @@ def test_a_message_of_endless_bytes_is_left_at_the_limit(monkeypatch: pytest.Mon
     with pytest.raises(TooMuch, match="more than 600 bytes"):
         fleet(client).open(request(tree=tree))
     assert len(client.called) < 100  # several are under way at a time
+
+
+# --- a server that does with the node's calls what it likes
+
+
+class Endless(httpx.SyncByteStream):
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            self.given += 1
+            yield bytes(2**20)
+
+
+def served(answer: httpx.Response) -> tuple[Fleet, list[httpx.URL]]:
+    """A node at a server that answers every call so, and the places that were asked."""
+    asked = list[httpx.URL]()
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url)
+        return answer if request.url.host == "fed" else httpx.Response(200)
+
+    client = FleetHttpClient("https://fed:9092")
+    client._client = httpx.Client(transport=httpx.MockTransport(handle), follow_redirects=True)
+    fleet_module._distrust(client)
+    return Fleet(client, NODE), asked
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_server_cannot_send_a_node_to_another_place(status: int) -> None:
+    """It would reach what only the organisation's own network does."""
+    node, asked = served(httpx.Response(status, headers={"location": "http://intranet/delete-everything"}))
+    with pytest.raises(FleetError, match=f"the server answered with status {status}"):
+        node.receive()
+    assert [url.host for url in asked] == ["fed"]
+
+
+def test_an_endless_answer_is_left_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "_MOST_ANSWER_BYTES", 3 * 2**20)
+    content = Endless()
+    node, _ = served(httpx.Response(200, stream=content))
+    with pytest.raises(FleetError, match="its answer has more than 3,145,728 bytes"):
+        node.receive()
+    assert content.given == 4
+
+
+def test_a_compressed_answer_is_not_unpacked() -> None:
+    packed = gzip.compress(bytes(2**20))
+    node, _ = served(httpx.Response(200, headers={"content-encoding": "gzip"}, stream=httpx.ByteStream(packed)))
+    with pytest.raises(FleetError, match="its answer is compressed"):
+        node.receive()
+
+
+def test_an_answer_of_the_usual_kind_is_taken() -> None:
+    node, _ = served(httpx.Response(200, stream=httpx.ByteStream(b"")))
+    assert node.receive() is None

@@ -10,6 +10,7 @@ import pytest
 from flwr.app import Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from cotune.client.audit_log import AuditLog
 from cotune.client.refusal import UNSAID
 from cotune.client.resident import Resident, ResidentDied
 from cotune.client.site import Site
@@ -46,9 +47,12 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
     (content,) = encode_requests(plan.canonical(), 1, state_for(plan), [Recipient("clinic")])
     resident.give(message(content))
     assert decode_update(answer(resident).content, plan.plan_id).organisation == "clinic"
+    log = AuditLog(resident._folder)
     for unfit in (message(RecordDict()), message(content, MessageType.QUERY)):  # malformed, and of a kind that is not served
         resident.give(unfit)
         assert answer(resident).error.reason == UNSAID
+        assert log.last()["what"] == "refusal"
+    assert len(log.entries()) == 3  # every reply is in the log of what was sent
     before = resident.pid
     assert before is not None
     os.kill(before, signal.SIGTERM)  # of the node alone is asked to stop

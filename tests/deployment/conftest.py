@@ -9,8 +9,8 @@ import pytest
 
 _INTRODUCTION = """# What may be killed, and what becomes of the run
 
-Real processes on one machine, over TLS and with keys: `make test-faults`. Every line is a run of its own: five rounds of two
-organisations on a tiny model, struck in the third. "Seconds" are from the fault to the end of the run, start of new processes
+Real processes on one machine, over TLS and with keys: `make test-faults`. Every line is a run of its own: four rounds of two
+organisations on a tiny model, struck in the second. "Seconds" are from the fault to the end of the run, start of new processes
 included; they vary with the machine. "The same" compares every bit of the final model with that of a run in which nothing
 happened, where no privacy noise makes every run another; then the ledgers have been checked to hold every step.
 
@@ -25,8 +25,8 @@ class Page:
 
     lines: list[str] = field(default_factory=list)
 
-    def add(self, fault: str, moment: str, kind: str, seconds: float, complete: bool, same: bool) -> None:
-        model = ("the same" if same else "ANOTHER") if not kind.startswith("ε") else "charged"
+    def add(self, fault: str, moment: str, kind: str, seconds: float, complete: bool, same: bool | None) -> None:
+        model = {True: "the same", False: "ANOTHER", None: "noisy; charged"}[same]
         self.lines.append(f"| {fault} | {moment} | {kind} | {seconds:.0f} | {'yes' if complete else 'NO'} | {model} |")
 
 

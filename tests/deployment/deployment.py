@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import tomli_w
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cotune.client.set_up import make_site
 from cotune.plan.load import load_plan
@@ -31,21 +23,14 @@ from cotune.server.federation import ServerConfig
 from cotune.server.founding import found
 from cotune.server.members import read_public_key
 from cotune.server.run_folder import Progress, RunFolder
+from cotune.simulations.workers import import_all
+
+import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
+from loopback import free_port, until, write_model, write_sentences  # noqa: E402
 
 __all__ = ["Deployment", "deployment", "until", "weights"]
 
-_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", "the", "a", "is", "very", "it"]
 _PATIENCE = 180.0  # seconds for anything to happen, on a machine that does other things too
-
-
-def until(condition: Callable[[], Any], seconds: float = _PATIENCE, *, what: str = "") -> Any:
-    """What the condition gives once it is true. Raises TimeoutError."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what or condition} not within {seconds:g} seconds")
-        time.sleep(0.05)
-    return found
 
 
 @dataclass
@@ -63,14 +48,6 @@ class Deployment:
     def site(self, name: str) -> Path:
         return self.folder / name
 
-    def cotune(self, *words: str | Path, expected: int = 0) -> str:
-        """What a command printed. Raises AssertionError for another exit code."""
-        done = subprocess.run(
-            _command(*words), cwd=self.folder, env=_environment(), capture_output=True, text=True, timeout=_PATIENCE
-        )
-        assert done.returncode == expected, f"cotune {words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
-
     def start(self, name: str, *words: str | Path) -> subprocess.Popen[bytes]:
         """A command that stays; what it prints goes to <name>.log."""
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -83,7 +60,7 @@ class Deployment:
     def start_server(self) -> None:
         before = self.log("server").count("ready")
         self.start("server", "server", "start", self.fed)
-        until(lambda: self.log("server").count("ready") > before, what="the server")
+        until(lambda: self.log("server").count("ready") > before)
 
     def join(self, name: str) -> None:
         data = () if (self.site(name) / "data.json").exists() else ("--data", self.folder / f"{name}.csv")
@@ -97,11 +74,11 @@ class Deployment:
 
     def run(self, *options: str) -> None:
         """Begins a run, or goes on with the last; returns when its folder is there."""
-        before = self._runs() if "--resume" not in options else []
+        before = self.runs() if "--resume" not in options else []
         self.start("run", "server", "run", self.fed, *options)
-        until(lambda: len(self._runs()) > len(before) or self.processes["run"].poll(), what="the folder of the run")
+        until(lambda: len(self.runs()) > len(before) or self.processes["run"].poll())
 
-    def _runs(self) -> list[Path]:
+    def runs(self) -> list[Path]:
         return sorted((self.fed / "runs").glob("*/run.json"))
 
     def finish(self, seconds: float = 2 * _PATIENCE) -> RunFolder:
@@ -111,11 +88,11 @@ class Deployment:
         return self.newest()
 
     def newest(self) -> RunFolder:
-        return RunFolder(self._runs()[-1].parent)
+        return RunFolder(self.runs()[-1].parent)
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         """Of the newest run."""
-        file = self._runs()[-1].parent / "events.jsonl"
+        file = self.runs()[-1].parent / "events.jsonl"
         return [event for event in (read_events(file) if file.exists() else []) if not names or event["event"] in names]
 
     def reached(self, event: str, round: int) -> Callable[[], bool]:
@@ -138,11 +115,11 @@ class Deployment:
         return _below(self.processes["server"].pid, words[what])
 
     def kill(self, what: str) -> None:
-        process = until(lambda: self._found(what), what=what)
+        process = until(lambda: self._found(what))
         process.kill()
         if what in self.processes:
             self.processes[what].wait()
-        until(lambda: not _runs(process), what=f"the end of {what}")
+        until(lambda: not _runs(process))
 
     def _found(self, what: str) -> psutil.Process | None:
         with suppress(LookupError, psutil.NoSuchProcess):
@@ -195,13 +172,12 @@ def deployment(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.toml").write_text(tomli_w.dumps(_plan(folder, plan or {})), encoding="utf-8")
     for number, name in enumerate((*organisations, "test")):
-        _write_sentences(folder / f"{name}.csv", number)
-    port, superlink_port = _free_ports(2)
+        write_sentences(folder / f"{name}.csv", number)
     config = ServerConfig(
         name="faults",
         hosts=("localhost",),
-        port=port,
-        superlink_port=superlink_port,
+        port=free_port(),
+        superlink_port=free_port(),
         database=database,
         test=folder / "test.csv",
     )
@@ -214,7 +190,7 @@ def deployment(
         made.start_server()
         for name in organisations:
             made.join(name)
-        until(lambda: made.online() == set(organisations), what="all organisations online")
+        until(lambda: made.online() == set(organisations))
         yield made
     finally:
         made.stop()
@@ -230,7 +206,7 @@ def _plan(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "rounds": 3,
         "labels": ["bad", "good"],
         "privacy": "none",
-        "model": {"base": str(_write_model(folder / "base")), "max_length": 16, "pooling": "mean"},
+        "model": {"base": str(write_model(folder / "base")), "max_length": 16, "pooling": "mean"},
         "data": {"source": "records.csv"},
         "local": {"learning_rate": 1.0, "batch_size": 0.5, "steps": 2},
         "server": {"quorum": 1.0, "absent_seconds": 120.0, "deadline_seconds": 240.0},
@@ -238,37 +214,6 @@ def _plan(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         plan[key] = {**plan[key], **value} if isinstance(value, dict) and isinstance(plan.get(key), dict) else value
     return plan
-
-
-def _write_model(folder: Path) -> Path:
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(_WORDS), max_position_embeddings=32, **size), add_pooling_layer=False).save_pretrained(
-        folder
-    )
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(_WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    return folder
-
-
-def _write_sentences(file: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["text", "label"])
-        for i in range(120):
-            label = ("good", "bad")[i % 2]
-            own = _WORDS[4:6] if label == "good" else _WORDS[6:8]
-            writer.writerow([" ".join([*rng.choices(_WORDS[8:], k=4), rng.choice(own)]), label])
-
-
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def weights(progress: Progress) -> dict[str, bytes]:

@@ -52,7 +52,7 @@ def test_everything_is_killed_once(fed: Deployment, undisturbed: dict[str, bytes
     }
     fed.run()
     for round, what in kills.items():
-        until(fed.reached("round_started", round), what=f"round {round}")
+        until(fed.reached("round_started", round))
         fed.kill(what)
         bring_back(fed, what)
     run = fed.finish()

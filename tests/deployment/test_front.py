@@ -151,6 +151,20 @@ def test_an_unknown_key_is_turned_away_with_the_words_of_the_superlink(federatio
     assert "[code: 2004]" in log.read_text()
 
 
+def test_a_revoked_key_is_turned_away_like_an_unknown_one(federation: Federation) -> None:
+    key, log = key_pair(federation.folder, "revoked"), federation.folder / "revoked.log"
+    registered = federation.flwr("supernode", "register", f"{key}.pub", "inner", "--name", "revoked", "--format", "json")
+    assert registered.returncode == 0, registered.stdout + registered.stderr
+    number = str(json.loads(registered.stdout)["node-id"])
+    removed = federation.flwr("supernode", "unregister", number, "inner")
+    assert removed.returncode == 0, removed.stdout + removed.stderr
+    trust = ("--root-certificates", str(federation.folder / "certificates" / "ca.crt"))
+    command = supernode(federation, *trust, "--auth-supernode-private-key", str(key))
+    with process(log, federation.environment, *command) as running:
+        assert running.wait(PATIENCE) != 0
+    assert "[code: 2004]" in log.read_text()
+
+
 def test_the_control_api_is_not_there(federation: Federation) -> None:
     inside, outside = federation.flwr("list", "inner"), federation.flwr("list", "outer")
     assert inside.returncode == 0, inside.stdout + inside.stderr
@@ -174,6 +188,17 @@ def test_a_second_front_on_the_port_ends_with_a_sentence(federation: Federation)
     assert second.returncode == 1
     assert second.stderr.splitlines()[-1].startswith(f"port {federation.front_port} of 127.0.0.1 is taken")
     assert "Traceback" not in second.stderr
+
+
+def test_no_private_key_is_in_any_log(federation: Federation) -> None:
+    """After everything above: those of the server, of its authority, and of the organisations."""
+    folder = federation.folder
+    keys = [*folder.glob("certificates/*.key"), *(public.with_suffix("") for public in folder.glob("*.pub"))]
+    secret = [line for key in keys for line in key.read_text().splitlines() if not line.startswith("-----")]
+    written = "".join(log.read_text(errors="replace") for log in folder.glob("*.log"))
+    assert len(keys) >= 4
+    assert "front" in written or "404" in written
+    assert not [line for line in secret if line in written]
 
 
 def test_the_front_ends_when_it_is_told_to(federation: Federation) -> None:

@@ -18,7 +18,10 @@ from cotune.simulations.workers import import_all
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
 from loopback import Federation, federation, prepare_run, until  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the training processes in /proc")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the training processes in /proc"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from cotune.server.members import read_public_key
 from tests.conftest import sentences, write_csv
 from tests.deployment.test_supervisor import Served, free_port, runs, serving, until
 
-pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # within flwr
+pytestmark = pytest.mark.long
 
 COTUNE = (sys.executable, "-m", "cotune.cli.main")
 

@@ -26,7 +26,7 @@ from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.superlink import control
 from cotune.server.supervisor import supervise
 
-pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # within flwr
+pytestmark = pytest.mark.long
 
 PROGRAMS = {"SuperLink": "flower-superlink", "front": "cotune.server.front", "executor": "flower-superexec"}
 

@@ -92,6 +92,8 @@ def test_another_protocol_is_told_before_anything_else() -> None:
         ("format = 1", "format = 2", "has the format 2, expected 1"),
         ("format = 1", "", 'lacks "format"'),
         ('name = "tumours"', "", 'lacks "name"'),
+        ('name = "tumours"', 'name = "tumours\\u001b[2J"', "expected printable characters only"),
+        ('name = "tumours"', f'name = "{101 * "x"}"', "at most 100 characters"),
         ("[server]", "[server]\ntoken = 3", 'unknown key "server.token"'),
         ("[plan]", "[plan]\nrunds = 3", "unknown key"),
         ("[plan]", "[[plan]]", "has no plan"),

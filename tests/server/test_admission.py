@@ -127,6 +127,17 @@ def test_the_declared_count_is_held_to_its_range(declared: int, reason: str | No
     assert found == reason
 
 
+def test_what_the_plan_does_not_ask_for_is_not_kept_for_ever() -> None:
+    """It would stand in the history, with every checkpoint."""
+    update = Update(**{**vars(GOOD), "told": {"loss": 1.0, "my opinion": 2.0}})
+
+    def refused(told: set[str]) -> str | None:
+        return reason_to_refuse(update, organisation="org-1", round=3, shapes=SHAPES, max_norm=1.0e4, told=told)
+
+    assert refused({"loss", "my opinion"}) is None
+    assert refused({"loss"}) == "it tells 'my opinion', which the plan does not ask for"
+
+
 def test_an_update_must_name_the_model_that_it_was_trained_from() -> None:
     def found(received: str) -> str | None:
         update = Update(**{**vars(GOOD), "received": received})

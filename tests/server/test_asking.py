@@ -24,7 +24,7 @@ from cotune.strategies.wire import Request
 from tests.server.conftest import Answer, NewRun, adding, model_of, update
 from tests.server.test_rounds import assert_moved, initial, raises, same
 from tests.server.test_rounds import play as simulate
-from tests.server.wild import WildGrid, files, real, told, wild
+from tests.server.wild import WildGrid, files, full_disk, real, told, wild
 
 NAMES = ("org-1", "org-2", "org-3")
 
@@ -49,7 +49,8 @@ def noise(request: Request) -> Any:
     """Sums of such different sizes depend on their order."""
     number = int(request.organisation[-1])
     rng = np.random.default_rng([request.round, number])
-    draws = {n: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * 1000.0**number) for n, t in request.state.items()}
+    scale = 1000.0**number
+    draws = {n: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * scale) for n, t in sorted(request.state.items())}
     return update(request, draws, examples=number * 7)
 
 
@@ -391,6 +392,22 @@ def test_an_update_in_the_name_of_another_is_refused(new_run: NewRun) -> None:
     assert dropped(progress) == [{"org-2": "it is from org-1, expected org-2"}]
 
 
+def test_what_nobody_asked_for_is_refused_and_no_words_reach_the_terminal_as_they_are(new_run: NewRun) -> None:
+    folder = real(new_run("org-1", "org-2", "org-3", rounds=1, server={"quorum": 0.3}))
+
+    def chats(request: Request) -> Any:
+        return update(request, adding(1.0)(request).delta, told={"my opinion": 1.0})  # type: ignore[union-attr]
+
+    def paints(request: Request) -> Any:
+        return update(request, {**adding(1.0)(request).delta, "\x1b[2J\nall is well": torch.zeros(1)})  # type: ignore[union-attr]
+
+    progress = play(folder, wild(folder, {"org-1": adding(1.0), "org-2": chats, "org-3": paints}))
+    assert dropped(progress)[0] == {
+        "org-2": "it tells 'my opinion', which the plan does not ask for",
+        "org-3": "it has 1 parameters too many and lacks 0 ( [2J all is well)",
+    }
+
+
 @pytest.mark.parametrize(("count", "expected"), [(4, "5 to 20"), (21, "5 to 20")])
 def test_a_count_outside_what_was_agreed_with_the_member_is_refused(new_run: NewRun, count: int, expected: str) -> None:
     folder = real(new_run("org-1", "org-2", rounds=1), examples={"org-2": (5, 20)})
@@ -423,3 +440,104 @@ def test_the_history_is_plain_json_in_the_order_of_the_organisations(new_run: Ne
     [entry] = play(folder, grid).history
     assert entry["participants"] == list(NAMES)
     assert json.loads(json.dumps(entry)) == entry
+
+
+# --- asked twice
+
+
+def test_whoever_is_lost_at_one_request_may_answer_another(new_run: NewRun) -> None:
+    """Its node connects anew twice, so that three requests are under way; the first is reported lost, the third is answered."""
+    folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0))
+    grid.lost["org-2"] = 1
+
+    def connects_anew(name: str, message: Message) -> None:
+        grid.delay["org-2"] = 0.1 if grid.pushed["org-2"] < 3 else 0.5
+        grid.swallowed["org-2"] = int(grid.pushed["org-2"] == 2)
+        grid.since["org-2"] = f"time {grid.pushed['org-2']}"
+
+    grid.on_push = connects_anew
+    progress = play(folder, grid)
+    assert dropped(progress) == [{}]
+    assert grid.pushed["org-2"] == 3
+    assert_moved(progress.state, initial(folder), by=2.0)
+
+
+def test_an_answer_that_is_lost_on_the_way_is_asked_for_again(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    grid.handovers_fail["org-2"] = 1
+    assert_moved(play(folder, grid).state, initial(folder), by=3.0)
+    assert grid.pushed == {"org-1": 1, "org-2": 2, "org-3": 1}
+
+
+def test_whoever_has_not_answered_is_asked_again_when_the_superlink_is_back(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been killed between marking an answer as handed over and handing it over."""
+    monkeypatch.setattr(carriers, "_AWAY_SECONDS", 0.3)
+    folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0))
+    grid.swallowed["org-2"] = 1
+    found, asked = grid.get_nodes, threading.Event()
+
+    def away() -> Any:
+        if asked.is_set():
+            asked.clear()
+            time.sleep(0.4)
+        return found()
+
+    monkeypatch.setattr(grid, "get_nodes", away)
+    grid.on_push = lambda name, message: asked.set() if grid.pushed[name] == 1 and name == "org-2" else None
+    assert_moved(play(folder, grid).state, initial(folder), by=2.0)
+    assert grid.pushed["org-2"] == 2
+
+
+# --- answers that are none
+
+
+def test_an_empty_answer_is_dropped_and_the_run_goes_on(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = real(new_run(*NAMES, rounds=1))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    answer = grid._answer
+
+    def empty(message: Message) -> Message:
+        reply = answer(message)
+        if grid._name(message) == "org-2":
+            reply.__dict__["_content"] = None  # as Flower inflates a message without a body
+        return reply
+
+    monkeypatch.setattr(grid, "_answer", empty)
+    assert dropped(play(folder, grid)) == [{"org-2": "its answer is empty"}]
+
+
+def test_what_a_stranger_names_cannot_write_on_the_screen(new_run: NewRun) -> None:
+    folder = real(new_run(*NAMES, rounds=1))
+
+    def rude(request: Request) -> Any:
+        return update(request, {"\x1b[2J\x1b[31mall is well\r\n" + "x" * 1000: torch.ones(1)})
+
+    [[reason]] = [list(each.values()) for each in dropped(play(folder, wild(folder, {**everybody(1.0, 3.0), "org-3": rude})))]
+    assert reason.isprintable()
+    assert "all is well" in reason
+
+
+# --- a full disk
+
+
+@pytest.mark.parametrize("most", [0, 200, 300, 600, 1000, 1400, 1800])
+def test_a_disk_that_is_full_ends_the_run_in_a_sentence_and_it_goes_on_from_there(new_run: NewRun, most: int) -> None:
+    """Whichever file does not fit: events, an update that came before its turn, one that was refused, the checkpoint."""
+    answers = {"org-1": noise, "org-2": noise, "org-3": wrong_shape}
+    changes = {"rounds": 2, "server": {"max_update_norm": 1e12}}
+    whole, folder = real(new_run(*NAMES, **changes)), real(new_run(*NAMES, **changes))
+    expected = play(whole, wild(whole, answers))
+    grid = wild(folder, answers)
+    grid.delay = {"org-1": 0.05}
+    with full_disk(most), pytest.raises(RunError, match=r"(cannot be written|cannot go on) .*make room.*--resume"):
+        play(folder, grid)
+    again = RunFolder(folder.path)
+    progress = play(again, wild(again, answers))
+    assert same(progress.state, expected.state)
+    assert [entry["quarantined"] for entry in progress.history] == [["org-3"]] * 2
+    assert [event["round"] for event in told(folder, "round_finished")][-1] == 2

@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.models.errors import RunError
+from cotune.server import app as server_app
 from cotune.server import asking, carriers, delivery
 from cotune.server.app import main
 from cotune.server.delivery import confirmed, deliver
@@ -92,6 +93,19 @@ def test_whoever_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) -> 
     assert sorted(confirmed(folder)) == list(NAMES)
 
 
+def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "_LOOK_SECONDS", 0.3)
+    folder = finished(new_run)
+    grid = receiving(folder)
+
+    def away() -> Any:
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(grid, "get_nodes", away)
+    assert deliver(grid, folder) == list(NAMES)
+    assert told(folder, "delivery_started") == [{"event": "delivery_started", "organisations": list(NAMES)}]
+
+
 def test_whoever_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2, server={"strikes": 1, "quorum": 0.5}))
     grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(1.0), "org-3": wrong_shape})
@@ -157,16 +171,17 @@ def test_the_app_leaves_a_run_alone_that_another_process_plays(new_run: NewRun) 
     assert not folder.events.path.exists()
 
 
-def test_what_nobody_thought_of_becomes_an_event_and_what_was_told_is_told_once(new_run: NewRun) -> None:
+def test_what_nobody_thought_of_becomes_an_event_and_what_was_told_is_told_once(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = real(new_run(*NAMES, server={"wait_seconds": 0.0, "quorum": 1.0}))
     grid = receiving(folder)
     grid.offline = set(NAMES)
     with pytest.raises(RunError):
         main(grid, context(folder))
     assert len(told(folder, "run_failed")) == 1
-    (folder.path / "inbox").write_text("a file where a folder should be")
-    (folder.path / "checkpoints").write_text("the same")
-    with pytest.raises(OSError, match="."):
+    monkeypatch.setattr(server_app, "play", lambda grid, folder: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
         main(receiving(folder), context(folder))
     [_, failed] = told(folder, "run_failed")
     assert failed["round"] == 1

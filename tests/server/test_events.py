@@ -15,6 +15,7 @@ from cotune.server.events import Events, follow, listening, read_events
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import RunFolder
 from tests.server.conftest import NewRun, adding, federation, model_of
+from tests.server.wild import full_disk
 
 FIELDS = {
     "run_started": {"folder", "plan", "plan_id", "rounds", "resumed_after"},
@@ -86,6 +87,16 @@ def test_a_last_line_that_a_crash_cut_short_is_ended_and_skipped(path: Path) -> 
     Events(path).tell("third")
     assert [event["event"] for event in read_events(path)] == ["first", "third"]
     assert len(path.read_bytes().splitlines()) == 3
+
+
+def test_a_line_that_a_full_disk_cut_short_does_not_spoil_the_next(path: Path) -> None:
+    events = Events(path)
+    events.tell("first")
+    with full_disk(path.stat().st_size + 20), pytest.raises(RunError, match=r"events\.jsonl cannot be written \(.*make room"):
+        events.tell("second")
+    assert path.read_bytes()[-20:].startswith(b'{"at"')
+    events.tell("third")
+    assert [event["event"] for event in read_events(path)] == ["first", "third"]
 
 
 @settings(max_examples=60, deadline=None)

@@ -128,3 +128,24 @@ def test_what_late_updates_cannot_be_folded_into_is_refused_with_a_way_out(chang
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "fedprox"])
 def test_running_means_can_take_late_updates(strategy: str) -> None:
     assert parse_plan({**TABLE, "strategy": strategy}).server.late == "fold"
+
+
+def test_a_late_update_that_comes_twice_is_folded_in_once(new_run: NewRun) -> None:
+    """org-2 is asked twice in round 1, as it connects anew, and the pulls of both its answers hang until round 2."""
+    folder = real(new_run("org-1", "org-2", rounds=2, server=FOLD))
+    grid = wild(folder, {"org-1": adding(1.0, 10), "org-2": by_round(-4.0, 5.0, 30)})
+    hang = grid.hangs["org-2"] = threading.Event()
+
+    def releases(who: str, message: Any) -> None:
+        if message.metadata.group_id == "1":
+            grid.since["org-2"] = "a little later"
+        else:
+            grid.delay["org-1"] = 0.4
+            hang.set()
+
+    grid.on_push = releases
+    progress = play(folder, grid)
+    assert grid.pushed["org-2"] == 3
+    weight = 30 / math.sqrt(2)
+    assert_moved(progress.state, initial(folder), by=1 + (10 * 1 + 30 * 5 + weight * -4) / (40 + weight))
+    assert [entry["late"] for entry in progress.history] == [[], [{"organisation": "org-2", "round": 1}]]

@@ -96,6 +96,22 @@ def test_a_list_with_one_key_twice_is_damaged(tmp_path: Path) -> None:
         Members(tmp_path / "members.json").active()
 
 
+@pytest.mark.parametrize("name", ["../../etc", "a/b", "", "A", "a\nb", ".", "con\x00"])
+def test_a_name_that_was_put_in_by_hand_is_checked_again(tmp_path: Path, name: str) -> None:
+    """It becomes the name of files."""
+    member = {"name": name, "public_key": KEYS[0], "invited": "2026-01-01"}
+    (tmp_path / "members.json").write_text(json.dumps({"members": [member]}))
+    with pytest.raises(RunError, match="is damaged"):
+        Members(tmp_path / "members.json").active()
+
+
+def test_a_key_that_was_put_in_by_hand_and_is_none(tmp_path: Path) -> None:
+    member = {"name": "a", "public_key": "ssh-unheard-of AAAA", "invited": "2026-01-01"}
+    (tmp_path / "members.json").write_text(json.dumps({"members": [member]}))
+    with pytest.raises(RunError, match="is damaged"):
+        Members(tmp_path / "members.json").active()
+
+
 def test_a_public_key_is_read_without_its_comment(tmp_path: Path) -> None:
     (tmp_path / "node.pub").write_text(f"{KEYS[0]} somebody@somewhere\n")
     assert read_public_key(tmp_path / "node.pub") == KEYS[0]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -234,6 +237,22 @@ def test_a_second_process_is_kept_off_until_the_first_ends_however_it_ends(new_r
         first.wait()
     with folder.locked(), pytest.raises(RunError), RunFolder(folder.path).locked():
         pytest.fail("the lock was given twice")
+
+
+def test_one_that_only_looks_keeps_nobody_off(new_run: NewRun) -> None:
+    folder = new_run()
+    with open(folder.path / ".lock", "a") as looking:
+        fcntl.flock(looking, fcntl.LOCK_EX)
+        threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with folder.locked():
+            pass
+
+
+def test_a_folder_that_is_gone_is_said(new_run: NewRun) -> None:
+    folder = new_run()
+    shutil.rmtree(folder.path)
+    with pytest.raises(RunError, match="cannot be written .*No such file or directory"), folder.locked():
+        pass
 
 
 def test_the_lock_is_let_go_after_an_error(new_run: NewRun) -> None:

@@ -30,6 +30,7 @@ from cotune.server.running import (
 )
 from cotune.server.superlink import RunState
 from tests.server.coordinators import FakeSuperLink, Step, away, founded
+from tests.server.wild import full_disk
 
 PACE = Pace(poll=0.01, again=0.01, grace=0.3)
 GOING = RunState("running")
@@ -219,12 +220,15 @@ def test_no_second_process_plays_before_the_first_has_ended(
     assert holder.wait(10) == -ended_by
 
 
+@pytest.mark.parametrize("first", ["run_started", "delivery_started"])
 def test_a_process_that_died_is_noticed_before_the_superlink_does(
-    run: RunFolder, held: Callable[[str], subprocess.Popen[str]]
+    run: RunFolder, held: Callable[[str], subprocess.Popen[str]], first: str
 ) -> None:
+    """Also one that only hands out the model of a run whose rounds are all finished."""
+
     def dies(run_id: int) -> RunState:
         holder = held("hearing")
-        run.events.tell("run_started", rounds=2)
+        run.events.tell(first)
         threading.Timer(0.1, holder.kill).start()
         return GOING
 
@@ -234,11 +238,18 @@ def test_a_process_that_died_is_noticed_before_the_superlink_does(
 
     superlink = FakeSuperLink([[dies, *[going] * 1000], [concludes]])
     assert [(event, fields.get("reason")) for event, fields in heard(run, superlink)] == [
-        ("run_started", None),
+        (first, None),
         ("run_lost", "its process died"),
         ("run_concluded", None),
     ]
     assert (len(superlink.started), superlink.stopped) == (2, [101])
+
+
+def test_a_full_disk_is_said_before_anything_is_handed_over(run: RunFolder) -> None:
+    superlink = FakeSuperLink([[going]])
+    with full_disk(10), pytest.raises(RunError, match="cannot be written .*make room for it.*--resume"):
+        hand_over(run, superlink, PACE)
+    assert superlink.started == []
 
 
 def test_a_process_that_ends_by_itself_is_left_to_it(run: RunFolder) -> None:

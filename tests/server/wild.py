@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Error, Message
@@ -60,6 +63,7 @@ class WildGrid(InProcessGrid):
         self.not_taken: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()  # answered with Flower's error 5
         self.pulls_fail: Counter[str] = Counter()
+        self.handovers_fail: Counter[str] = Counter()  # the answer is gone then
         self.delay: dict[str, float] = {}  # seconds before an answer is there
         self.hangs: dict[str, threading.Event] = {}  # a pull hangs until it is set
         self.on_push: Callable[[str, Message], None] = lambda name, message: None
@@ -101,7 +105,10 @@ class WildGrid(InProcessGrid):
         if name in self.hangs:
             self.hangs[name].wait()
         if self._uses_up(self.pulls_fail, name):
-            raise OSError("HTTP 500")
+            raise _error_500("pull-messages")
+        if self._uses_up(self.handovers_fail, name):
+            del self._pending[number]
+            raise _error_500("pull-object")
         if self._uses_up(self.lost, name):
             del self._pending[number]
             return [Message(Error(5, "node unavailable"), reply_to=message)]
@@ -117,6 +124,11 @@ class WildGrid(InProcessGrid):
     def _uses_up(self, counter: Counter[str], name: str) -> bool:
         counter[name] -= 1
         return counter[name] >= 0
+
+
+def _error_500(call: str) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", f"https://127.0.0.1:9093/v1/runtime/{call}")
+    return httpx.HTTPStatusError("HTTP 500", request=request, response=httpx.Response(500, request=request))
 
 
 def wild(folder: RunFolder, answers: Mapping[str, Answer]) -> WildGrid:
@@ -135,3 +147,14 @@ def told(folder: RunFolder, *events: str) -> list[dict[str, Any]]:
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """No file of this process grows beyond so many bytes; of a write that would, the first part is there, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tarfile
 from typing import Any, cast
 
 import numpy as np
@@ -160,9 +161,20 @@ def archive() -> bytes:
     return stream.getvalue()
 
 
+def tar() -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as made:
+        content = saved(np.zeros(3, np.float32))
+        member = tarfile.TarInfo("../../w.npy")
+        member.size = len(content)
+        made.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
+        (tar(), "cannot be read"),
         (b"", "cannot be read"),
         (b"not an array", "cannot be read"),
         (saved(np.zeros(3, np.float32))[:-4], "cannot be read"),
