@@ -37,7 +37,7 @@ def test_runs_are_those_with_a_description_and_the_newest_is_last(tmp_path: Path
         (None, "is not the folder of a federation"),
         ("name = ", "is not the folder of a federation"),
         ('name = "x"\nhosts = []\n', "server.toml has hosts"),
-        ('name = "x"\nhosts = ["a"]\nprot = 3\n', 'unknown key "prot"; did you mean \'port\''),
+        ('name = "x"\nhosts = ["a"]\nprot = 3\n', "unknown key \"prot\"; did you mean 'port'"),
         ('name = "x"\nhosts = ["a"]\nport = 0\n', "server.toml has port = 0"),
         ('hosts = ["a"]\n', 'lacks "name"'),
     ],
