@@ -67,9 +67,10 @@ def _show_ledger(console: Console, found: dict[str, Any]) -> None:
 
 def _runs(data: dict[str, Any]) -> Table:
     """Narrow enough for 80 columns; a long name of a plan is folded."""
-    table = Table("  run", box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("  run", no_wrap=True)
     table.add_column("plan", overflow="fold")
-    for heading in ("rounds", "steps", "interrupted", "ε by itself", "last"):
+    for heading in ("rounds", "steps", "cut off", "ε alone", "last"):
         table.add_column(heading, justify="right")
     for run in data["runs"]:
         figures = (str(run["rounds"]), f"{run['steps']:,}", str(run["interrupted"]), round_up(run["epsilon"]))

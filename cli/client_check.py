@@ -174,5 +174,7 @@ def _show_connection(console: Console, tried: Tried) -> None:
     if tried.problem is not None:
         console.print(f"[bold red]not connected[/bold red]: {escape(tried.problem)}")
         return
-    how = "the node of this site is connected" if tried.joined else "the server lets this organisation in"
+    how = "the server lets this organisation in"
+    if tried.served:
+        how = "the server answers; whether the node of this site is connected, it says itself (`cotune client join`)"
     console.print(f"{how}; the server's certificate is good for {tried.days_left} days")

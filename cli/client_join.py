@@ -166,7 +166,7 @@ def approve(
         for line in changes(last, plan):
             console.print(f"  {escape(line)}")
     if not yes and not typer.confirm("Approve it?"):
-        console.print("not approved; it is asked for in vain")
+        console.print("not approved: whenever it is asked for, it is declined")
         raise typer.Exit(1)
     approvals.approve(plan, f"cotune client approve {plan.plan_id[:12]}")
     console.print("approved: it is trained on when it is asked for next, as far as the policy allows")

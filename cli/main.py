@@ -86,6 +86,9 @@ def run() -> None:
             raise
         print(f"cotune: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except typer.Abort:
+        print("cotune: stopped, as the question was not answered; --yes answers it beforehand", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"cotune: stopped{_kept()}", file=sys.stderr)
         sys.exit(130)

@@ -126,7 +126,8 @@ def status(
     with control(federation.superlink_address, federation.certificates) as asked:
 
         def now() -> Status:
-            return look(federation, connections(federation.members.all(), asked))
+            connected = connections(federation.members.all(), asked)
+            return look(federation, connected, plays=connected is None or bool(asked.running()))
 
         if as_json:
             typer.echo(json.dumps(asdict(now()), indent=1, ensure_ascii=False))

@@ -22,20 +22,20 @@ __all__ = ["Tried", "try_connection", "versions"]
 class Tried:
     """expires: ISO 8601, of the server's certificate. problem: why this organisation would not get in; None: it would.
 
-    joined: whether its node is online already.
+    served: a node of this site runs, and holds the key at the server; whether it is connected, it says itself.
     """
 
     address: str
     problem: str | None
     expires: str | None = None
     days_left: int | None = None
-    joined: bool = False
+    served: bool = False
 
 
 def try_connection(site: Site, address: str, certificates: bytes | None) -> Tried:
     """Connects with the organisation's key, and leaves at once. Raises RunError for a key that cannot be used.
 
-    A node that serves this site holds the key at the server, so that nobody else is let in with it: then it counts.
+    While a node serves this site nobody else is let in with its key: then only the server is looked at.
     """
     key = read_private_key(site.folder / "node.key")
     try:
@@ -44,7 +44,7 @@ def try_connection(site: Site, address: str, certificates: bytes | None) -> Trie
         return Tried(address, str(error))
     tried = Tried(address, None, expires.isoformat(timespec="seconds"), (expires - datetime.now(UTC)).days)
     if _is_served(site.folder / "node" / "lock"):
-        return Tried(**{**vars(tried), "joined": True})
+        return Tried(**{**vars(tried), "served": True})
     try:
         with connected(address, certificates, key) as fleet:
             fleet.leave()

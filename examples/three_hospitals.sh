@@ -89,10 +89,10 @@ cotune client join site-b fed/federation.toml --data b.csv > b.log 2>&1 &
 node_of_b=$!
 cotune client join site-c fed/federation.toml --data c.csv > c.log 2>&1 &
 
-say "The run; after two rounds hospital-b is killed, and comes back"
+say "The run; in the third round hospital-b is killed while it trains, and comes back"
 run cotune server run fed &
 coordinator=$!
-until ls fed/runs/*/checkpoints/round-00002.safetensors > /dev/null 2>&1; do
+until grep -q "round 3 begins" b.log; do
     kill -0 "$coordinator"
     sleep 0.1
 done

@@ -30,6 +30,8 @@ _PHASES = {
     "run_failed": "failed",
 }
 
+_OVER = ("run_concluded", "run_failed")
+
 History = Sequence[Mapping[str, Any]]  # of the finished rounds
 
 
@@ -50,7 +52,8 @@ class OrganisationStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """round: the last that is finished. phase: by the last event that says one. accuracy: on the coordinator's test set."""
+    """round: the last that is finished. phase: by the last event that says one, unless nobody plays the run. accuracy: on the
+    coordinator's test set."""
 
     run: str
     folder: str
@@ -88,8 +91,9 @@ def connections(members: Sequence[Member], control: Control) -> dict[str, str] |
     return {member.name: "online" if member.key in online else "offline" for member in members if member.revoked is None}
 
 
-def look(federation: FederationFolder, connected: Mapping[str, str] | None) -> Status:
-    """connected: see `connections`; None where the server does not run. Raises RunError for damaged files."""
+def look(federation: FederationFolder, connected: Mapping[str, str] | None, *, plays: bool = True) -> Status:
+    """connected: see `connections`; None where the server does not run. plays: whether it has a run that is not over, as far as
+    is known. Raises RunError for damaged files."""
     run, history, events = _newest(federation)
     members = federation.members.all()
     expires, problem = _certificate(federation)
@@ -99,7 +103,7 @@ def look(federation: FederationFolder, connected: Mapping[str, str] | None) -> S
         server_reachable=connected is not None,
         certificate_expires=expires,
         certificate_problem=problem,
-        run=None if run is None else _run(run, history, events),
+        run=None if run is None else _run(run, history, events, plays=plays),
         organisations=tuple(organisations),
     )
 
@@ -119,9 +123,10 @@ def _certificate(federation: FederationFolder) -> tuple[str | None, str | None]:
         return None, str(error)
 
 
-def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]]) -> RunStatus:
+def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]], *, plays: bool) -> RunStatus:
     telling = [event for event in events if event["event"] in _PHASES or event["event"] == "round_started"]
     last = telling[-1] if telling else {"event": ""}
+    phase = "not begun" if not telling else _PHASES.get(last["event"], "under way")
     tested = [entry["metrics"]["accuracy"] for entry in history if entry["metrics"]]
     return RunStatus(
         run=run.file.run,
@@ -131,7 +136,7 @@ def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]]) 
         created=run.file.created,
         round=len(history),
         rounds=run.plan.rounds,
-        phase="not begun" if not telling else _PHASES.get(last["event"], "under way"),
+        phase=phase if plays or last["event"] in _OVER else "interrupted: `cotune server run --resume` goes on",
         reason=last.get("reason") if last["event"] == "run_failed" else run.stopped,
         last_event=events[-1]["event"] if events else None,
         last_at=events[-1]["at"] if events else None,

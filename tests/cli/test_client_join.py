@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import socket
 import stat
@@ -191,13 +192,17 @@ def test_rules_are_set_and_checked_before_they_are_written(cotune: Cotune, site:
     assert cotune("client", "policy", "--set", "training.max_rounds=5").code == 2
 
 
-def test_a_plan_that_waits_is_shown_and_approved(cotune: Cotune, site: Path, plan: Plan) -> None:
+def test_a_plan_that_waits_is_shown_and_approved(cotune: Cotune, site: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no plan waits for approval" in cotune("client", "approve", site, "--yes").err
     approvals = Approvals(Site(site))
     approvals.approve(plan, "test")
     changed = plan.model_copy(update={"rounds": 9})
     with pytest.raises(Exception, match="nobody has approved the plan"):
         approvals.check(changed, Policy())
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))  # as under cron
+    unanswered = cotune("client", "approve", site)
+    assert (unanswered.code, approvals.ids()) == (1, [plan.plan_id])
+    assert unanswered.err.endswith("cotune: stopped, as the question was not answered; --yes answers it beforehand\n")
     shown = cotune("client", "approve", site, "--yes")
     assert shown.code == 0, shown.err
     assert "rounds: 2 → 9" in shown.out

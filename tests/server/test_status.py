@@ -105,6 +105,16 @@ def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> 
     assert words == ["has the finished model", "not asked yet", "left out after refused updates"]
 
 
+def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) -> None:
+    run = real_run(federation)
+    run.events.tell("run_started", rounds=2)
+    for event, phase in (("waiting", "interrupted"), ("run_concluded", "finished")):
+        run.events.tell(event)
+        status = look(federation, {}, plays=False).run
+        assert status is not None
+        assert status.phase.startswith(phase)
+
+
 def test_whoever_gave_nothing_is_not_only_said_to_have_the_model(federation: FederationFolder) -> None:
     run = real_run(federation)
     run.events.tell("update_dropped", round=1, organisation="a", reason="declined: its rule privacy does not allow this plan")
