@@ -10,7 +10,7 @@ import pytest
 
 from tests.deployment.deployment import deployment, until
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.long
 
 FOLD = {"late": "fold", "max_staleness": 1, "quorum": 0.5, "deadline_seconds": 12.0}
 
