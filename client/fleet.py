@@ -52,13 +52,13 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from cotune.client.bounded import distrust
 from cotune.client.reach import explained
 
 __all__ = ["Fleet", "FleetError", "NotKnown", "Request", "RequestOver", "TooMuch", "connected"]
 
 _MOST_BYTES = 4 * 2**30
 _MOST_OBJECTS = 100_000  # Flower cuts arrays into pieces of 5 MiB, each an object
-_MOST_ANSWER_BYTES = 64 * 2**20  # of one answer: a piece of an array, a bundle, or the names of all objects of a message
 
 _Answer = TypeVar("_Answer")
 
@@ -256,7 +256,7 @@ def connected(
     with FleetHttpClient.from_server_address(
         address, False, root_certificates, interceptors=[NodeAuthHttpInterceptor(key, key.public_key())]
     ) as client:
-        _distrust(client)
+        distrust(client._client)
         fleet = Fleet(client, _enter(client, key, known, anew))
         heartbeats = HeartbeatSender(fleet.heartbeat)
         heartbeats.start()
@@ -265,43 +265,6 @@ def connected(
         finally:
             if heartbeats.is_running:
                 heartbeats.stop()
-
-
-def _distrust(client: FleetHttpClient) -> None:
-    """A server may not send the node's calls on to another place, inside the organisation's network for one, nor fill its memory.
-
-    Compressed answers are not taken: a small one may be endless.
-    """
-    calls = client._client
-    calls.follow_redirects = False
-    calls.headers["accept-encoding"] = "identity"
-    calls.event_hooks = {"response": [_bound]}
-
-
-def _bound(response: httpx.Response) -> None:
-    """Called before anything of the answer but its head was read."""
-    if response.headers.get("content-encoding", "identity") != "identity":
-        raise httpx.RemoteProtocolError("its answer is compressed: expected a server that does as it is asked")
-    assert isinstance(response.stream, httpx.SyncByteStream)
-    response.stream = _Bounded(response.stream)
-
-
-class _Bounded(httpx.SyncByteStream):
-    """The content of an answer, up to the limit."""
-
-    def __init__(self, stream: httpx.SyncByteStream) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[bytes]:
-        taken = 0
-        for piece in self._stream:
-            taken += len(piece)
-            if taken > _MOST_ANSWER_BYTES:
-                raise httpx.RemoteProtocolError(f"its answer has more than {_MOST_ANSWER_BYTES:,} bytes: expected a smaller one")
-            yield piece
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 def _enter(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | None, anew: bool) -> int:

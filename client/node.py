@@ -10,7 +10,6 @@ node/lock          held by the process that serves the site
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import platform
 import random
@@ -34,6 +33,7 @@ from cotune.client.refusal import UNSAID, refusal
 from cotune.client.resident import Resident, ResidentDied
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, RunError
+from cotune.models.lock import only_one
 
 __all__ = ["Node", "run_node"]
 
@@ -312,14 +312,9 @@ def _alone(folder: Path) -> Iterator[None]:
     """Keeps a second node off a site."""
     try:
         folder.mkdir(exist_ok=True)
-        file = open(folder / "lock", "a")  # noqa: SIM115
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
-        except OSError:
-            raise RunError(f"another node serves {folder.parent}: stop it first, or leave it to its work") from None
+    with only_one(folder / "lock", f"another node serves {folder.parent}: stop it first, or leave it to its work"):
         yield
 
 

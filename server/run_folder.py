@@ -17,15 +17,13 @@ model/ summary.json report.html    at the end
 
 from __future__ import annotations
 
-import fcntl
 import json
-import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +32,7 @@ from safetensors.torch import save
 
 from cotune.models.durable import remove_parts, write_durably
 from cotune.models.errors import RunError
+from cotune.models.lock import only_one
 from cotune.models.sharing import State, named_under
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
@@ -41,9 +40,6 @@ from cotune.server.events import Events
 from cotune.strategies.plugins import content_of, read_file
 
 __all__ = ["Participant", "Progress", "RunFile", "RunFolder", "keep_others_off"]
-
-
-_LOOK_SECONDS = 0.02  # between two attempts at a lock
 
 
 class Participant(BaseModel):
@@ -196,22 +192,5 @@ def keep_others_off(path: Path, patience: float = 0.5) -> Iterator[None]:
 
     Raises RunError, also where the folder cannot be written.
     """
-    try:
-        file = open(path / ".lock", "a")  # noqa: SIM115
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}): make room for it, or mend its permissions") from None
-    with file:
-        until = time.monotonic() + patience
-        while not _take(file):
-            if time.monotonic() >= until:
-                raise RunError(f"another process is working on {path}: wait for it, or stop it first")
-            time.sleep(_LOOK_SECONDS)
+    with only_one(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", patience=patience):
         yield
-
-
-def _take(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however it ends
-    except OSError:
-        return False
-    return True

@@ -1,15 +1,11 @@
 """A run on the SuperLink, from the coordinator's side: handed over, followed, handed over again where it was lost, stopped.
 
 The SuperLink's executor plays a run in a process of its own, which holds the lock of the run's folder while it plays; that lock
-is the last word on whether it does. superlink.json in the folder says what the SuperLink was asked for last. Whoever follows a
-run may be killed and come back: the run goes on meanwhile.
+(players.py) is the last word on whether it does. Whoever follows a run may be killed and come back: the run goes on meanwhile.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,19 +14,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.server.events import Listener, follow
 from cotune.server.federation import FederationFolder
+from cotune.server.players import await_end, is_played
 from cotune.server.run_folder import RunFolder, keep_others_off
 from cotune.server.superlink import RunState
+from cotune.server.ticket import Ticket, read_ticket, write_ticket
 
 __all__ = [
-    *("Executor", "Pace", "Ticket"),
-    *("carry_out", "check_none_unfinished", "hand_over", "is_played", "newest", "only_follower"),
+    *("Executor", "Pace"),
+    *("carry_out", "check_none_unfinished", "hand_over", "newest", "only_follower"),
 ]
 
 _MOST_TRIES = 5  # without a finished round between them
@@ -54,15 +48,6 @@ class Pace:
     poll: float = 0.5
     again: float = 2.0  # doubled with every try
     grace: float = 10.0
-
-
-class Ticket(BaseModel):
-    """superlink.json: one attempt at a run. run_id: None where the SuperLink was asked and its answer is not known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    submitted: str
-    offset: int  # where the attempt begins in events.jsonl, in bytes
-    run_id: int | None = None
 
 
 def newest(federation: FederationFolder, name: str | None = None) -> RunFolder:
@@ -89,19 +74,8 @@ def check_none_unfinished(federation: FederationFolder, executor: Executor, *, l
 
 
 def _is_handed_over(folder: RunFolder, executor: Executor) -> bool:
-    ticket = _read(folder)
+    ticket = read_ticket(folder)
     return ticket is not None and _under_way(folder, ticket, executor) is not None
-
-
-def is_played(run: Path) -> bool:
-    """Whether a process holds the lock of the run's folder."""
-    if not (run / ".lock").exists():
-        return False
-    try:
-        with keep_others_off(run, patience=0.0):
-            return False
-    except RunError:
-        return True
 
 
 @contextmanager
@@ -117,16 +91,16 @@ def only_follower(federation: FederationFolder) -> Iterator[None]:
 
 def hand_over(folder: RunFolder, executor: Executor, pace: Pace | None = None) -> Ticket:
     """The attempt that is under way; or else a new one, once nobody plays the run any more. Raises RunError."""
-    ticket = _read(folder)
+    ticket = read_ticket(folder)
     if ticket is not None:
         run_id = _under_way(folder, ticket, executor)
         if run_id is not None:
-            return _write(folder, ticket.model_copy(update={"run_id": run_id}))
-    _await_end(folder, pace or Pace())
+            return write_ticket(folder, ticket.model_copy(update={"run_id": run_id}))
+    await_end(folder.path, (pace or Pace()).grace)
     _, offset = follow(folder.events.path)
     asked = Ticket(submitted=datetime.now(UTC).isoformat(timespec="seconds"), offset=offset)
-    _write(folder, asked)
-    return _write(folder, asked.model_copy(update={"run_id": executor.start(folder.path)}))
+    write_ticket(folder, asked)
+    return write_ticket(folder, asked.model_copy(update={"run_id": executor.start(folder.path)}))
 
 
 def carry_out(folder: RunFolder, executor: Executor, tell: Listener, pace: Pace | None = None) -> None:
@@ -235,11 +209,11 @@ def _await_superlink(executor: Executor, tell: Listener, pace: Pace) -> None:
 def _stop(folder: RunFolder, executor: Executor, pace: Pace) -> None:
     """Ends the present attempt, at the SuperLink and on this machine."""
     with suppress(RunError):  # the SuperLink is away, or has ended the run itself
-        ticket = _read(folder)
+        ticket = read_ticket(folder)
         known = () if ticket is None or ticket.run_id is None else (ticket.run_id,)
         for run_id in known or executor.running():
             executor.stop(run_id)
-    _await_end(folder, pace)
+    await_end(folder.path, pace.grace)
 
 
 def _under_way(folder: RunFolder, ticket: Ticket, executor: Executor) -> int | None:
@@ -257,53 +231,3 @@ def _under_way(folder: RunFolder, ticket: Ticket, executor: Executor) -> int | N
         executor.stop(ticket.run_id)  # its process died, which the SuperLink notices after a minute
         return None
     return ticket.run_id
-
-
-def _await_end(folder: RunFolder, pace: Pace) -> None:
-    """Until nobody plays the run: a process that the SuperLink has given up is asked to end. Raises RunError."""
-    for ask in (None, signal.SIGINT, signal.SIGKILL):
-        if ask is not None:
-            for process in _players(folder.path):
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(ask)
-        deadline = time.monotonic() + pace.grace
-        while is_played(folder.path):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(min(pace.poll, 0.1))
-        else:
-            return
-    raise RunError(f"a process that this user may not end is working on {folder.path}: end it, then continue with --resume")
-
-
-def _players(run: Path) -> list[psutil.Process]:
-    """The processes that have the run's lock open."""
-    lock, found = str(run / ".lock"), []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and any(file.path == lock for file in process.open_files()):
-                found.append(process)
-    return found
-
-
-def _read(folder: RunFolder) -> Ticket | None:
-    """Raises RunError for a damaged file."""
-    try:
-        return Ticket.model_validate_json((folder.path / "superlink.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
-        raise RunError(
-            f"{folder.path / 'superlink.json'} is damaged ({type(error).__name__}): remove it once no process plays the run"
-        ) from None
-
-
-def _write(folder: RunFolder, ticket: Ticket) -> Ticket:
-    try:
-        write_durably(folder.path / "superlink.json", json.dumps(ticket.model_dump(), indent=1).encode())
-    except OSError as error:
-        raise RunError(
-            f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
-            " --resume"
-        ) from None
-    return ticket

@@ -17,7 +17,9 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from cotune.client import bounded as bounded_module
 from cotune.client import fleet as fleet_module
+from cotune.client.bounded import distrust
 from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, TooMuch
 
 NODE = 5
@@ -134,7 +136,7 @@ def served(answer: httpx.Response) -> tuple[Fleet, list[httpx.URL]]:
 
     client = FleetHttpClient("https://fed:9092")
     client._client = httpx.Client(transport=httpx.MockTransport(handle), follow_redirects=True)
-    fleet_module._distrust(client)
+    distrust(client._client)
     return Fleet(client, NODE), asked
 
 
@@ -148,7 +150,7 @@ def test_a_server_cannot_send_a_node_to_another_place(status: int) -> None:
 
 
 def test_an_endless_answer_is_left_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "_MOST_ANSWER_BYTES", 3 * 2**20)
+    monkeypatch.setattr(bounded_module, "_MOST_ANSWER_BYTES", 3 * 2**20)
     content = Endless()
     node, _ = served(httpx.Response(200, stream=content))
     with pytest.raises(FleetError, match="its answer has more than 3,145,728 bytes"):

@@ -18,13 +18,13 @@ from cotune.models.errors import RunError
 from cotune.server.events import Events
 from cotune.server.federation import FederationFolder
 from cotune.server.new_run import real_run
+from cotune.server.players import is_played
 from cotune.server.run_folder import RunFolder
 from cotune.server.running import (
     Pace,
     carry_out,
     check_none_unfinished,
     hand_over,
-    is_played,
     newest,
     only_follower,
 )
