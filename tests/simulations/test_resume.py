@@ -323,11 +323,13 @@ def test_a_second_process_on_the_same_run_is_refused(toy_plan: NewPlan, cotune: 
     first = cotune("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
     while not told(run, "round_started", round=1):
         time.sleep(0.005)
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGSTOP)  # it is not to be ready before the second one has looked
     with pytest.raises(RunError, match="another process is working on"):
         resume(run)
     second = cotune("simulate", "--resume", run)
     second.join(60)
-    assert first.exitcode is None, "the first process was too fast"
+    os.kill(first.pid, signal.SIGCONT)
     assert second.exitcode == 1
     assert "cotune: another process is working on" in log.read_text(encoding="utf-8")
     finish(first, log)
