@@ -6,6 +6,7 @@ or of the process.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -32,6 +33,7 @@ _POLL_SECONDS = 0.1  # between two looks for one answer; with many organisations
 _POLLS_PER_SECOND = 50.0  # of all organisations together
 _LONGEST_WAIT_SECONDS = 10.0  # before a call that failed is made again
 _AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
+_SLOW_SECONDS = 20.0  # to fetch an answer: it may have been cut off while it was sent, and Flower waits for the rest for 190 s
 _AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
 _HELD_UP_SECONDS = 5.0  # who hangs for so long holds up nobody else any more
 _CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused, and Flower ends the process then
@@ -53,6 +55,7 @@ class Threaded:
         self._letters: SimpleQueue[tuple[Letter, bool]] = SimpleQueue()  # whether it is one of those at a time
         self._hands = threading.Semaphore(_AT_A_TIME)
         self._under_way: dict[tuple[int, str], threading.Event] = {}
+        self._fetching: dict[tuple[str, str], float] = {}  # whose answer to which request -> since when
         self._closed, self._stopped = threading.Event(), threading.Event()
         self._found: Mapping[str, Node] = {}
         self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
@@ -82,12 +85,19 @@ class Threaded:
                 if self._looked and time.monotonic() - self._looked > _AWAY_SECONDS:
                     self._returns += 1
                 self._looked, self._failure = started, ""
+                self._doubt_the_slow()
             except RunNotRunningException:
                 self._stopped.set()
                 return
             except Exception as error:
                 self._failure = _words(error)
             self._closed.wait(_WATCH_SECONDS)
+
+    def _doubt_the_slow(self) -> None:
+        for key, since in list(self._fetching.items()):
+            if time.monotonic() - since > _SLOW_SECONDS:
+                self._fetching[key] = math.inf  # once
+                self._doubts[key[0]] += 1
 
     def _check(self) -> None:
         """Tells when the connection is lost, or back. Raises RunError when the run was stopped."""
@@ -127,6 +137,7 @@ class Threaded:
         while not over.wait(wait):
             held = self._hands.acquire(timeout=_HELD_UP_SECONDS)
             try:
+                self._fetching[organisation, number] = time.monotonic()
                 reply = fetched(self._grid, number)
                 if reply is not None:
                     kept, held = held, False
@@ -136,6 +147,7 @@ class Threaded:
                 self._doubts[organisation] += _may_be_gone(error)
                 wait = min(_LONGEST_WAIT_SECONDS, max(_POLL_SECONDS, 2 * wait))
             finally:
+                self._fetching.pop((organisation, number), None)
                 if held:
                     self._hands.release()
         return Letter(round, organisation, None, "the round was over"), False

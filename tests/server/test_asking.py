@@ -482,6 +482,22 @@ def test_an_answer_that_is_lost_on_the_way_is_asked_for_again(new_run: NewRun) -
     assert grid.pushed == {"org-1": 1, "org-2": 2, "org-3": 1}
 
 
+def test_an_answer_that_was_cut_off_while_it_was_sent_is_asked_for_again(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a node that was killed: Flower goes on to wait for the rest of it, and the node has sent it anew long since."""
+    monkeypatch.setattr(carriers, "_SLOW_SECONDS", 0.2)
+    folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
+    grid = wild(folder, everybody(1.0, 3.0, 5.0))
+    release = grid.hangs["org-2"] = threading.Event()
+    grid.hangs_at.add("org-2")
+    try:
+        assert_moved(play(folder, grid).state, initial(folder), by=3.0)
+    finally:
+        release.set()
+    assert grid.pushed == {"org-1": 1, "org-2": 2, "org-3": 1}
+
+
 def test_whoever_has_not_answered_is_asked_again_when_the_superlink_is_back(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
