@@ -14,6 +14,10 @@ organisations on a tiny model, struck in the second. "Seconds" are from the faul
 included; they vary with the machine. "The same" compares every bit of the final model with that of a run in which nothing
 happened, where no privacy noise makes every run another; then the ledgers have been checked to hold every step.
 
+`trainer:north` is an organisation's training process, `north` its node, `server` is `cotune server start`, which keeps `superlink`,
+`superexec` (Flower's executor) and `front` running, `serverapp` plays the run, and `run` is `cotune server run`. What is not supervised was
+started again by the same command.
+
 | fault | while | messages | seconds | all in all rounds | final model |
 |---|---|---|---:|---|---|
 """
