@@ -82,8 +82,9 @@ class AuditLog:
     def last(self) -> dict[str, Any]:
         """The last line, unchecked; empty where there is none."""
         try:
-            return dict(json.loads(self._lines()[-1]))
-        except (IndexError, ValueError, TypeError, RunError):
+            with self.file.open("rb") as file:
+                return dict(json.loads(_last_line(file.fileno())))
+        except (OSError, ValueError, TypeError):
             return {}
 
     def _lines(self) -> list[bytes]:
