@@ -59,7 +59,7 @@ def deliver(grid: Grid, folder: RunFolder) -> list[str]:
     if not progress.round or not lacking:
         return []
     state = served_of(folder.plan, progress)
-    last = {name: entry["round"] for entry in progress.history for name in entry["participants"]}
+    last = progress.admitted
     recipients = [Recipient(name, last.get(name, 0)) for name in lacking]
     contents = dict(zip(lacking, encode_requests(folder.plan.canonical(), progress.round, state, recipients), strict=True))
     with closing(post_of(grid, folder)) as post:

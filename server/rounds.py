@@ -169,5 +169,5 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
 
 
 def _recipients(folder: RunFolder, people: list[Participant], before: Progress) -> list[Recipient]:
-    last = {name: entry["round"] for entry in before.history for name in entry["participants"]}
+    last = before.admitted
     return [Recipient(p.name, last.get(p.name, 0), str(folder.path / p.site) if p.site else "") for p in people]

@@ -74,6 +74,11 @@ class Progress:
     history: tuple[dict[str, Any], ...] = ()  # one entry per round, as in summary.json
     clip_norm: float | None = None  # of the next round, under client-level privacy
 
+    @property
+    def admitted(self) -> dict[str, int]:
+        """Organisation -> the last round whose update of it is in the model."""
+        return {name: int(entry["round"]) for entry in self.history for name in entry["participants"]}
+
 
 class RunFolder:
     """The folder, with its plan. Raises RunError when it is not the folder of a run."""
