@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import tomli_w
@@ -28,8 +28,9 @@ from cotune.simulations.workers import import_all
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
 from loopback import free_port, until, write_model, write_sentences  # noqa: E402
 
-__all__ = ["Deployment", "deployment", "until", "weights"]
+__all__ = ["Deployment", "deployment", "weights"]
 
+_Found = TypeVar("_Found")
 _PATIENCE = 180.0  # seconds for anything to happen, on a machine that does other things too
 
 
@@ -60,7 +61,7 @@ class Deployment:
     def start_server(self) -> None:
         before = self.log("server").count("ready")
         self.start("server", "server", "start", self.fed)
-        until(lambda: self.log("server").count("ready") > before)
+        self.wait(lambda: self.log("server").count("ready") > before)
 
     def join(self, name: str) -> None:
         data = () if (self.site(name) / "data.json").exists() else ("--data", self.folder / f"{name}.csv")
@@ -76,19 +77,44 @@ class Deployment:
         """Begins a run, or goes on with the last; returns when its folder is there."""
         before = self.runs() if "--resume" not in options else []
         self.start("run", "server", "run", self.fed, *options)
-        until(lambda: len(self.runs()) > len(before) or self.processes["run"].poll())
+        self.wait(lambda: len(self.runs()) > len(before))
 
     def runs(self) -> list[Path]:
         return sorted((self.fed / "runs").glob("*/run.json"))
 
     def finish(self, seconds: float = 2 * _PATIENCE) -> RunFolder:
         """Waits for `server run` to end well. Raises AssertionError."""
-        code = self.processes["run"].wait(seconds)
-        assert code == 0, self.log("run")
+        self.wait(lambda: self.processes["run"].poll() == 0, seconds)
         return self.newest()
 
     def newest(self) -> RunFolder:
         return RunFolder(self.runs()[-1].parent)
+
+    def wait(self, condition: Callable[[], _Found], seconds: float = _PATIENCE) -> _Found:
+        """What the condition gives once it is true. Raises AssertionError, with what everybody has said, where it does not come
+        true, or `server run` has failed meanwhile.
+        """
+
+        def met() -> _Found:
+            found = condition()
+            assert found or not self._failed(), f"`server run` has failed\n{self.said()}"
+            return found
+
+        try:
+            return until(met, seconds)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.said()}") from None
+
+    def _failed(self) -> bool:
+        """Not where it was killed."""
+        return "run" in self.processes and (self.processes["run"].poll() or 0) > 0
+
+    def said(self, lines: int = 15) -> str:
+        """The last lines of all logs and events: what somebody who cannot come here needs to see."""
+        codes = {name: process.poll() for name, process in self.processes.items()}
+        states = [f"{name}: {'runs' if code is None else f'has ended with {code}'}" for name, code in codes.items()]
+        files = sorted(file for file in self.folder.rglob("*") if file.name.endswith((".log", ".log.1", "events.jsonl")))
+        return "\n".join([*states, *(f"--- {file}\n{_last_lines(file, lines)}" for file in files)])
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         """Of the newest run."""
@@ -115,7 +141,7 @@ class Deployment:
         return _below(self.processes["server"].pid, words[what])
 
     def kill(self, what: str) -> None:
-        process = until(lambda: self._found(what))
+        process = self.wait(lambda: self._found(what))
         process.kill()
         if what in self.processes:
             self.processes[what].wait()
@@ -136,6 +162,10 @@ class Deployment:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _last_lines(file: Path, lines: int) -> str:
+    return "\n".join(line[:400] for line in file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -190,7 +220,7 @@ def deployment(
         made.start_server()
         for name in organisations:
             made.join(name)
-        until(lambda: made.online() == set(organisations))
+        made.wait(lambda: made.online() == set(organisations))
         yield made
     finally:
         made.stop()

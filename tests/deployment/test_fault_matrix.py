@@ -15,7 +15,7 @@ import pytest
 from cotune.client.bookkeeping import overview
 from cotune.client.site import Site
 from tests.deployment.conftest import Page
-from tests.deployment.deployment import Deployment, deployment, until, weights
+from tests.deployment.deployment import Deployment, deployment, weights
 from tests.deployment.test_faults import bring_back
 
 pytestmark = pytest.mark.long
@@ -91,7 +91,7 @@ def strike(kind: Kind, page: Page, what: str, when: str, fault: Callable[[], Non
     """A run with the fault in it; it must end as if nothing had been."""
     fed = kind.fed
     fed.run(*options)
-    until(lambda: WHEN[when](fed))
+    fed.wait(lambda: WHEN[when](fed))
     struck = time.monotonic()
     fault()
     run = fed.finish()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deployment.deployment import Deployment, deployment, until, weights
+from tests.deployment.deployment import Deployment, deployment, weights
 
 ROUNDS = 10
 PLAN = {"rounds": ROUNDS, "local": {"learning_rate": 0.5, "batch_size": 0.5, "steps": 20}}
@@ -43,7 +43,7 @@ def test_everything_is_killed_once(fed: Deployment, undisturbed: dict[str, bytes
     kills = ("trainer:north", "south", "front", "serverapp", "superexec", "superlink", "server", "run")
     fed.run()
     for round, what in enumerate(kills, start=1):
-        until(fed.reached("round_started", round))
+        fed.wait(fed.reached("round_started", round))
         fed.kill(what)
         bring_back(fed, what)
     run = fed.finish()

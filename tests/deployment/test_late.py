@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment.deployment import deployment, until
+from tests.deployment.deployment import deployment
 
 pytestmark = pytest.mark.long
 
@@ -23,7 +23,7 @@ def test_an_update_that_is_late_is_folded_into_the_next_round(tmp_path: Path) ->
         trainer = fed.find("trainer:north")
         trainer.send_signal(signal.SIGSTOP)
         fed.run()
-        until(fed.reached("round_started", 2))
+        fed.wait(fed.reached("round_started", 2))
         time.sleep(1.0)
         trainer.send_signal(signal.SIGCONT)
         first, second, third = fed.finish().load().history
