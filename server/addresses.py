@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from cotune.server.federation import FederationFolder
 from cotune.server.members import Member
-from cotune.server.run_folder import RunFolder
 
-__all__ = ["REVOKED", "Addresses", "Node", "Registered", "Simulated", "addresses_of", "members_of"]
+__all__ = ["REVOKED", "Addresses", "Node", "Registered", "Simulated", "members_of"]
 
 REVOKED = "its invitation was revoked"
 
@@ -47,25 +47,23 @@ class Simulated:
         return {name: nodes[i % len(nodes)] for i, name in enumerate(self._names)} if nodes else {}
 
 
-class Registered:
-    """By the keys in the federation's list of members. grid: of a SuperLink with authentication of its nodes."""
+class Nodes(Protocol):
+    def get_nodes(self) -> Iterable[NodeInfo]: ...
 
-    def __init__(self, grid: Grid, federation: Path) -> None:
-        self._grid, self._federation = grid, federation
+
+class Registered:
+    """By the keys in the federation's list of members. line: to a SuperLink with authentication of its nodes."""
+
+    def __init__(self, line: Nodes, federation: Path) -> None:
+        self._line, self._federation = line, federation
 
     def connected(self) -> dict[str, Node]:
         """Raises RunError for a damaged list of members."""
         names = {member.key: member.name for member in members_of(self._federation).values()}
-        nodes = [node for node in self._grid.get_nodes() if node.status in ("", "online")]
+        nodes = [node for node in self._line.get_nodes() if node.status in ("", "online")]
         return {names[node.public_key]: Node(node.node_id, node.last_activated_at) for node in nodes if node.public_key in names}
 
 
 def members_of(federation: Path) -> dict[str, Member]:
     """Those that may take part, by name. Read anew every time: an invitation may be revoked during a run."""
     return {member.name: member for member in FederationFolder(federation).members.active()}
-
-
-def addresses_of(grid: Grid, folder: RunFolder) -> Addresses:
-    if folder.file.federation:
-        return Registered(grid, Path(folder.file.federation))
-    return Simulated(grid, [participant.name for participant in folder.file.participants])

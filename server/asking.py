@@ -39,7 +39,9 @@ class _Lost:
 
 
 class Asking:
-    """contents: organisation -> its request, in the order of the organisations. enough: updates that close the round."""
+    """contents: organisation -> its request, in the order of the organisations. most_bytes: of an answer. enough: updates that
+    close the round.
+    """
 
     def __init__(
         self,
@@ -47,12 +49,13 @@ class Asking:
         config: RoundsConfig,
         round: int,
         contents: Mapping[str, RecordDict],
+        most_bytes: int,
         enough: int,
         tally: Tally,
         tell: Tell,
     ) -> None:
         self._post, self._config, self._round, self._tally, self._tell = post, config, round, tally, tell
-        self._contents, self._enough = dict(contents), enough
+        self._contents, self._most_bytes, self._enough = dict(contents), most_bytes, enough
         self._times = dict.fromkeys(contents, 0)
         self._idle = dict.fromkeys(contents)  # who has not answered for good, and is to be asked
         self._waiting: Counter[str] = Counter()  # who is asked and may answer yet -> how many requests are under way
@@ -123,7 +126,7 @@ class Asking:
         self._waiting[name] += 1
         self._since[name] = node.since
         self._tally.bytes_down += payload_bytes(self._contents[name])
-        self._post.send(self._round, name, self._message(name, node.id))
+        self._post.send(self._round, name, self._message(name, node.id), self._most_bytes)
 
     def _may_be_asked(self, name: str) -> bool:
         if name not in self._lost:
@@ -141,10 +144,10 @@ class Asking:
         """Whether the letter is an answer; one of an organisation that was lost is noted here."""
         name = letter.organisation
         if letter.round != self._round:
-            return letter.reply is not None
+            return letter.answers
         if name not in self._contents:
             return False  # it was asked twice, and has answered
-        if letter.reply is not None:
+        if letter.answers:
             self._answered(name)
             return True
         self._waiting -= Counter([name])

@@ -1,7 +1,7 @@
-"""The post of a real run: a grid whose calls may be slow, hang or fail.
+"""The post of a real run: a line whose calls may be slow, hang or fail.
 
-Every organisation's request is carried by a thread of its own, so that whoever hangs holds up nobody else, nor the end of a round
-or of the process.
+Requests are handed over, and answers fetched, by threads of their own, so that whoever hangs holds up nobody else, nor the end of
+a round or of the process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -21,52 +22,72 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import RunNotRunningException
 
 from cotune.models.errors import RunError
-from cotune.server.addresses import Addresses, Node, addresses_of
-from cotune.server.post import Direct, Letter, Post, fetched
+from cotune.server.addresses import Addresses, Node, Registered, Simulated
+from cotune.server.line import Line, line_of
+from cotune.server.post import Direct, Letter, Post
 from cotune.server.run_folder import RunFolder
+from cotune.strategies.pieces import CutOff, TooMuch
 
 __all__ = ["Threaded", "post_of"]
 
 _WATCH_SECONDS = 0.5  # between two looks at who is connected
-_SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach: its client itself retries for ever
-_POLL_SECONDS = 0.1  # between two looks for one answer; with many organisations longer
-_POLLS_PER_SECOND = 50.0  # of all organisations together
-_LONGEST_WAIT_SECONDS = 10.0  # before a call that failed is made again
+_SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach
+_POLL_SECONDS = 0.1  # between two looks for answers
+_LONGEST_WAIT_SECONDS = 2.0  # before a look that failed is made again
 _AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
-_SLOW_SECONDS = 20.0  # to fetch an answer: it may have been cut off while it was sent, and Flower waits for the rest for 190 s
+_SLOW_SECONDS = 20.0  # to fetch an answer: it may have been cut off while it was sent
 _AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
 _HELD_UP_SECONDS = 5.0  # who hangs for so long holds up nobody else any more
-_CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused, and Flower ends the process then
+_CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
 _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
 
 Tell = Callable[..., None]
 
 
 def post_of(grid: Grid, folder: RunFolder) -> Post:
-    addresses = addresses_of(grid, folder)
-    return Threaded(grid, addresses, folder.events.tell) if folder.file.federation else Direct(grid, addresses)
+    if not folder.file.federation:
+        return Direct(grid, Simulated(grid, [participant.name for participant in folder.file.participants]))
+    line = line_of(grid)
+    return Threaded(line, Registered(line, Path(folder.file.federation)), folder.events.tell)
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A request that may be answered. since: when its answer began to be fetched; infinite once that was found slow."""
+
+    round: int
+    organisation: str
+    most_bytes: int
+    since: float | None = None
 
 
 class Threaded:
     """In threads of its own, which end with the process however they hang."""
 
-    def __init__(self, grid: Grid, addresses: Addresses, tell: Tell) -> None:
-        self._grid, self._addresses, self._tell = grid, addresses, tell
+    def __init__(self, line: Line, addresses: Addresses, tell: Tell) -> None:
+        self._line, self._addresses, self._tell = line, addresses, tell
         self._letters: SimpleQueue[tuple[Letter, bool]] = SimpleQueue()  # whether it is one of those at a time
-        self._hands = threading.Semaphore(_AT_A_TIME)
-        self._under_way: dict[tuple[int, str], threading.Event] = {}
-        self._fetching: dict[tuple[str, str], float] = {}  # whose answer to which request -> since when
+        self._hands, self._turn = threading.Semaphore(_AT_A_TIME), threading.Lock()
+        self._asked: dict[str, _Asked] = {}  # number -> request
         self._closed, self._stopped = threading.Event(), threading.Event()
         self._found: Mapping[str, Node] = {}
         self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
         self._returns, self._doubts = 0, Counter[str]()  # times that all answers, and one's, may have been lost on the way
         self._threads: list[threading.Thread] = []
         self._start("watch", self._watch)
+        self._start("collect", self._collect)
 
     def _start(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        self._threads.append(threading.Thread(target=work, args=arguments, name=f"cotune-{name}", daemon=True))
-        self._threads[-1].start()
+        thread = threading.Thread(target=self._until_stopped, args=(work, *arguments), name=f"cotune-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _until_stopped(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except RunNotRunningException:
+            self._stopped.set()
 
     def connected(self) -> Mapping[str, Node]:
         """Whose answer may have been lost on the way counts as connected anew: Flower hands over each answer only once."""
@@ -78,26 +99,26 @@ class Threaded:
         return self._looked
 
     def _watch(self) -> None:
+        refused = False
         while not self._closed.is_set():
             try:
                 started = time.monotonic()
                 self._found = self._addresses.connected()
-                if self._looked and time.monotonic() - self._looked > _AWAY_SECONDS:
+                if self._looked and (refused or time.monotonic() - self._looked > _AWAY_SECONDS):
                     self._returns += 1
-                self._looked, self._failure = started, ""
+                self._looked, self._failure, refused = started, "", False
                 self._doubt_the_slow()
             except RunNotRunningException:
-                self._stopped.set()
-                return
+                raise
             except Exception as error:
-                self._failure = _words(error)
+                self._failure, refused = _words(error), refused or isinstance(error, httpx.ConnectError)
             self._closed.wait(_WATCH_SECONDS)
 
     def _doubt_the_slow(self) -> None:
-        for key, since in list(self._fetching.items()):
-            if time.monotonic() - since > _SLOW_SECONDS:
-                self._fetching[key] = math.inf  # once
-                self._doubts[key[0]] += 1
+        for asked in list(self._asked.values()):
+            if asked.since is not None and time.monotonic() - asked.since > _SLOW_SECONDS:
+                asked.since = math.inf  # once
+                self._doubts[asked.organisation] += 1
 
     def _check(self) -> None:
         """Tells when the connection is lost, or back. Raises RunError when the run was stopped."""
@@ -112,45 +133,80 @@ class Threaded:
             self._tell("connection_back")
         self._away = away
 
-    def send(self, round: int, organisation: str, message: Message) -> None:
-        over = self._under_way.setdefault((round, organisation), threading.Event())
-        self._start(organisation, self._carry, round, organisation, message, over)
+    def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
+        self._start(organisation, self._hand_over, _Asked(round, organisation, most_bytes), message)
 
-    def _carry(self, round: int, organisation: str, message: Message, over: threading.Event) -> None:
-        held = False
+    def _hand_over(self, asked: _Asked, message: Message) -> None:
+        """One after the other: what several requests have in common is sent once."""
+        turn = self._turn.acquire(timeout=_HELD_UP_SECONDS)
         try:
-            numbers = list(self._grid.push_messages([message]))
-            del message
-            if numbers and numbers[0]:
-                letter, held = self._answer(round, organisation, numbers[0], over)
-            else:
-                letter = Letter(round, organisation, None, "the SuperLink did not take its request")
+            number = self._line.push(message)
         except RunNotRunningException:
-            self._stopped.set()
-            return
+            raise
         except Exception as error:
-            letter = Letter(round, organisation, None, f"its request could not be handed over: {_words(error)}")
-        self._letters.put((letter, held))
+            return self._lose(asked, f"its request could not be handed over: {_words(error)}")
+        finally:
+            if turn:
+                self._turn.release()
+        if not number:
+            return self._lose(asked, "the SuperLink did not take its request")
+        self._asked[number] = asked
 
-    def _answer(self, round: int, organisation: str, number: str, over: threading.Event) -> tuple[Letter, bool]:
-        wait = 0.0
-        while not over.wait(wait):
-            held = self._hands.acquire(timeout=_HELD_UP_SECONDS)
+    def _lose(self, asked: _Asked, reason: str) -> None:
+        self._letters.put((Letter(asked.round, asked.organisation, None, reason), False))
+
+    def _collect(self) -> None:
+        wait = _POLL_SECONDS
+        while not self._closed.wait(wait):
+            waiting = {number: asked for number, asked in list(self._asked.items()) if asked.since is None}
             try:
-                self._fetching[organisation, number] = time.monotonic()
-                reply = fetched(self._grid, number)
-                if reply is not None:
-                    kept, held = held, False
-                    return _letter(round, organisation, reply), kept
-                wait = max(_POLL_SECONDS, len(self._under_way) / _POLLS_PER_SECOND)
+                found = self._line.announced(list(waiting)) if waiting else {}
+                wait = _POLL_SECONDS
+            except RunNotRunningException:
+                raise
             except Exception as error:  # the SuperLink is busy, or starting; `_watch` tells of it
-                self._doubts[organisation] += _may_be_gone(error)
-                wait = min(_LONGEST_WAIT_SECONDS, max(_POLL_SECONDS, 2 * wait))
-            finally:
-                self._fetching.pop((organisation, number), None)
-                if held:
-                    self._hands.release()
-        return Letter(round, organisation, None, "the round was over"), False
+                if _may_be_gone(error):
+                    self._doubts.update(asked.organisation for asked in waiting.values())
+                wait = min(_LONGEST_WAIT_SECONDS, 2 * wait)
+                continue
+            for number in found.keys() & waiting.keys():
+                waiting[number].since = time.monotonic()
+                self._start(waiting[number].organisation, self._fetch, number, waiting[number], found[number])
+
+    def _fetch(self, number: str, asked: _Asked, answer: Any) -> None:
+        held = self._hands.acquire(timeout=_HELD_UP_SECONDS)
+        try:
+            letter = self._letter(asked, answer)
+            if letter is None:
+                asked.since = None
+            else:
+                self._asked.pop(number, None)
+                self._letters.put((letter, held))
+                held = False
+        finally:
+            if held:
+                self._hands.release()
+
+    def _letter(self, asked: _Asked, answer: Any) -> Letter | None:
+        """None where the answer is to be looked for again."""
+        lost = refused = ""
+        try:
+            reply = self._line.fetch(answer, asked.most_bytes)
+            if reply is None:
+                return None
+            if not reply.has_error() or reply.error.code not in _LOST:
+                return Letter(asked.round, asked.organisation, reply)
+            lost = f"its node was lost (error {reply.error.code})"
+        except RunNotRunningException:
+            raise
+        except TooMuch as error:
+            refused = str(error)
+        except CutOff as error:
+            lost = f"its answer was cut off: {error}"
+        except Exception as error:
+            self._doubts[asked.organisation] += _may_be_gone(error)
+            return None
+        return Letter(asked.round, asked.organisation, None, lost, refused)
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
         wait = 0.0 if last else seconds
@@ -161,8 +217,8 @@ class Threaded:
             except Empty:
                 return
             wait = 0.0
-            if letter.reply is not None and (letter.round, letter.organisation) in self._under_way:
-                self._under_way.pop((letter.round, letter.organisation)).set()
+            if letter.answers:
+                self._settle(letter.round, letter.organisation)
             try:
                 yield letter
             finally:
@@ -170,28 +226,33 @@ class Threaded:
                 if held:
                     self._hands.release()
 
+    def _settle(self, round: int, organisation: str) -> None:
+        """Whatever else it was asked in this round needs no answer."""
+        for number, asked in list(self._asked.items()):
+            if (asked.round, asked.organisation) == (round, organisation):
+                self._asked.pop(number, None)
+
     def forget(self, round: int) -> None:
-        for key in [key for key in list(self._under_way) if key[0] <= round]:
-            self._under_way.pop(key).set()
+        for number, asked in list(self._asked.items()):
+            if asked.round <= round:
+                self._asked.pop(number, None)
 
     def close(self) -> None:
         """Ends the threads, but for those that hang: they end with the process."""
         self._closed.set()
-        self.forget(max((round for round, _ in self._under_way), default=0))
+        self._asked.clear()
         deadline = time.monotonic() + _CLOSE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _letter(round: int, organisation: str, reply: Message) -> Letter:
-    if reply.has_error() and reply.error.code in _LOST:
-        return Letter(round, organisation, None, f"its node was lost (error {reply.error.code})")
-    return Letter(round, organisation, reply)
-
-
 def _may_be_gone(error: Exception) -> bool:
-    """Whether an answer had been handed over when a call failed: not where it was the call that asks for it."""
-    return not (isinstance(error, httpx.HTTPStatusError) and error.request.url.path.endswith("/pull-messages"))
+    """Whether an answer may have been handed over when a call failed: not where the call did not get there, nor where it was
+    refused before anything was handed over.
+    """
+    if isinstance(error, httpx.HTTPStatusError):
+        return not error.request.url.path.endswith("/pull-messages")
+    return not isinstance(error, httpx.ConnectError)
 
 
 def _words(error: Any) -> str:

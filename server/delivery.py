@@ -30,6 +30,7 @@ __all__ = ["confirmed", "deliver"]
 
 _POLL_SECONDS = 0.1
 _EXPORT_SECONDS = 600.0  # how long an organisation may take to write its model
+_MOST_BYTES = 2**20  # of a receipt
 _MOST_TIMES = 3
 _AGAIN_SECONDS = 2.0
 _LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
@@ -99,11 +100,14 @@ class _Delivery:
             self._times[name] += 1
             ttl = self._folder.plan.server.absent_seconds + _EXPORT_SECONDS
             message = Message(content, connected[name].id, MessageType.EVALUATE, ttl=ttl, group_id=str(self._round))
-            self._post.send(self._round, name, message)
+            self._post.send(self._round, name, message, _MOST_BYTES)
 
     def _arrived(self, letter: Letter) -> bool:
         """Whether the organisation has confirmed; one that was lost is tried again."""
         name, content = letter.organisation, self._waiting.pop(letter.organisation)
+        if letter.refused:
+            self._undelivered(name, letter.refused)
+            return False
         if letter.reply is None:
             if self._times[name] >= _MOST_TIMES:
                 self._undelivered(name, letter.lost)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flwr.app import RecordDict
+
 from cotune.server.asking import Asking
 from cotune.server.inbox import Inbox, Turns
 from cotune.server.lateness import Late, Lateness
@@ -9,7 +11,7 @@ from cotune.server.post import Letter, Post
 from cotune.server.quarantine import Quarantine
 from cotune.server.run_folder import RunFolder
 from cotune.server.tally import Tally
-from cotune.server.verification import Verify
+from cotune.server.verification import Opened, Verify
 from cotune.strategies.combination import Combination, WeightedFusion
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import payload_bytes
@@ -69,17 +71,16 @@ class Gathering:
     def _opened(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> tuple[Update | None, int]:
         """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
         reply, letter.reply = letter.reply, None
-        assert reply is not None
         name, tell = letter.organisation, self._events.tell
-        opened = verify(reply, name)
-        if opened.update is not None:
+        opened = Opened(None, letter.refused, refused=True) if reply is None else verify(reply, name)
+        if opened.update is not None and reply is not None:
             return opened.update, payload_bytes(reply.content)
         if letter.round == round:
             tally.dropped[name] = opened.reason
         if not opened.refused:
             tell("update_dropped", round=letter.round, organisation=name, reason=opened.reason)
             return None, 0
-        file = self._quarantine.keep(reply.content, name, letter.round, opened.reason)
+        file = self._quarantine.keep(reply.content if reply else RecordDict(), name, letter.round, opened.reason)
         tally.quarantined.append(name)
         tell("update_quarantined", round=letter.round, organisation=name, reason=opened.reason, file=file)
         return None, 0

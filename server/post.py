@@ -22,14 +22,19 @@ _POLL_SECONDS = 0.02
 
 @dataclass
 class Letter:
-    """What came of one request. reply: None where none will come; then `lost` says why, and it may be asked again. Whoever has
-    read a reply takes it out, so that it is not held any longer.
+    """What came of one request. reply: None where none will come; then `lost` says why, and it may be asked again, or `refused`
+    why the answer was not taken. Whoever has read a reply takes it out, so that it is not held any longer.
     """
 
     round: int
     organisation: str
     reply: Message | None
     lost: str = ""
+    refused: str = ""
+
+    @property
+    def answers(self) -> bool:
+        return self.reply is not None or bool(self.refused)
 
 
 class Post(Protocol):
@@ -41,8 +46,10 @@ class Post(Protocol):
         """When that was (monotonic), above 0; always the same where nobody comes and goes."""
         ...
 
-    def send(self, round: int, organisation: str, message: Message) -> None:
-        """Hands a request over, or begins to; once more where the first may be lost: whichever is answered first counts."""
+    def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
+        """Hands a request over, or begins to; once more where the first may be lost: whichever is answered first counts.
+        most_bytes: of its answer; a larger one is not taken.
+        """
         ...
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
@@ -71,7 +78,7 @@ class Direct:
     def looked(self) -> float:
         return 1.0
 
-    def send(self, round: int, organisation: str, message: Message) -> None:
+    def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
         if round != self._round:
             self._earlier |= {(self._round, name): number for name, number in self._waiting.items()}
             self._round, self._waiting = round, {}

@@ -128,7 +128,8 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
         received=received_digest(state, sent),
         members=members,
     )
-    asking = Asking(run.post, plan.server, round, contents, enough(plan, len(people)), tally, folder.events.tell)
+    closing = enough(plan, len(people))
+    asking = Asking(run.post, plan.server, round, contents, verify.most_bytes, closing, tally, folder.events.tell)
     del contents
     run.gathering.gather(asking, round, verify, tally, combination)
     tally.check_quorum(plan, round)

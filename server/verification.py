@@ -31,7 +31,7 @@ class Opened:
 
 
 class Verify:
-    """What answers of one round are held to.
+    """What answers of one round are held to. most_bytes: of one.
 
     shapes: what the round shares. sent: bytes of a request. received: digest of what it holds. members: in a real run, those that
     may take part, with the numbers of records that they may declare.
@@ -49,7 +49,7 @@ class Verify:
         members: Mapping[str, Member],
     ) -> None:
         self._plan, self._round, self._members = plan, context.round, members
-        self._most_bytes = most_bytes(sent, statistics)
+        self.most_bytes = most_bytes(sent, statistics)
         local = plan.stage_of(context.round).local
         self._refuse = partial(
             reason_to_refuse,
@@ -72,8 +72,8 @@ class Verify:
         if not reply.has_content():
             return Opened(None, "its answer is empty")
         size = payload_bytes(reply.content)
-        if size > self._most_bytes:
-            return Opened(None, f"it has {size} bytes, expected at most {self._most_bytes}", refused=True)
+        if size > self.most_bytes:
+            return Opened(None, f"it has {size} bytes, expected at most {self.most_bytes}", refused=True)
         try:
             update = decode_update(reply.content, self._plan.plan_id)
         except RunError as error:

@@ -118,8 +118,8 @@ class WildGrid(InProcessGrid):
         return super().pull_messages([number])
 
     def ready_now(self) -> None:
-        """Whatever was delayed is there."""
-        self._ready = dict.fromkeys(self._ready, 0.0)
+        """Whatever was delayed for ever is there."""
+        self._ready = {number: 0.0 if at > 1e8 else at for number, at in self._ready.items()}
 
     def _name(self, message: Message) -> str:
         return next(name for name, node in self.node_of.items() if node == message.metadata.dst_node_id)

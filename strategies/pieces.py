@@ -1,0 +1,83 @@
+"""A message that arrives in pieces, as Flower sends it: each an object of its own, and announced before it is all there.
+
+Flower's own way waits a second before it asks again for a piece that is not there yet, and for hours for one that never comes.
+All of Flower's internals that both sides need are in this file.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from itertools import islice
+
+from flwr.app import Message
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    pull_and_inflate_object_from_tree,
+)
+
+__all__ = ["CutOff", "NotThere", "TooMuch", "gather"]
+
+NotThere = ObjectUnavailableError  # to be raised for a piece that may yet come
+
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.02, 0.5  # before a piece that is not there is asked for again
+_MOST_PIECES = 100_000  # Flower cuts arrays into pieces of 5 MiB
+
+
+class TooMuch(Exception):
+    """The message is larger than it may be."""
+
+
+class CutOff(Exception):
+    """The rest of the message is gone, or does not come."""
+
+
+def gather(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, silence: float) -> Message:
+    """The message, with its number. No more than `most_bytes` and a piece are ever taken.
+
+    tree: its pieces. pull: of a piece's id, called from several threads. silence: seconds without any piece that are waited for.
+    Raises TooMuch, CutOff, and what `pull` raises.
+    """
+    if sum(1 for _ in islice(iterate_object_tree(tree), _MOST_PIECES + 1)) > _MOST_PIECES:
+        raise TooMuch(f"it has more than {_MOST_PIECES:,} parts: expected those of a model")
+    try:
+        message = pull_and_inflate_object_from_tree(
+            tree,
+            _Bounded(pull, most_bytes, silence),
+            lambda _: None,
+            return_type=Message,
+            max_time=None,
+            max_tries_per_object=None,
+            initial_backoff=_FIRST_WAIT_SECONDS,
+            backoff_cap=_LONGEST_WAIT_SECONDS,
+        )
+    except ObjectPullError as error:
+        raise CutOff(f"a part of it is gone ({error})") from None
+    message.metadata.__dict__["_message_id"] = tree.object_id  # not part of a message's own content
+    return message
+
+
+class _Bounded:
+    """The same, up to so many bytes, and so many seconds without one."""
+
+    def __init__(self, pull: Callable[[str], bytes], most_bytes: int, silence: float) -> None:
+        self._pull, self._most_bytes, self._silence = pull, most_bytes, silence
+        self._taken, self._came, self._lock = 0, time.monotonic(), threading.Lock()
+
+    def __call__(self, number: str) -> bytes:
+        try:
+            content = self._pull(number)
+        except NotThere:
+            if time.monotonic() - self._came > self._silence:
+                raise CutOff(f"no part of it has come for {self._silence:g} seconds") from None
+            raise
+        with self._lock:
+            self._taken += len(content)
+            self._came = time.monotonic()
+            if self._taken > self._most_bytes:
+                raise TooMuch(f"it has more than {self._most_bytes:,} bytes: expected a model of a smaller size")
+        return content
