@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from itertools import islice
 from typing import Any, TypeVar
 
 import httpx
@@ -38,27 +37,22 @@ from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    ObjectPushError,
-    pull_and_inflate_object_from_tree,
-    push_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, push_objects
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from cotune.client.bounded import distrust
 from cotune.client.reach import explained
+from cotune.strategies.pieces import CutOff, TooMuch, gather
 
-__all__ = ["Fleet", "FleetError", "NotKnown", "Request", "RequestOver", "TooMuch", "connected"]
+__all__ = ["CutOff", "Fleet", "FleetError", "NotKnown", "Request", "RequestOver", "TooMuch", "connected"]
 
-_MOST_BYTES = 4 * 2**30
-_MOST_OBJECTS = 100_000  # Flower cuts arrays into pieces of 5 MiB, each an object
+_MOST_BYTES = 4 * 2**30  # of a request: more than any plan's
+_SILENCE_SECONDS = 10.0  # for the rest of a request that the server is uploading
 
 _Answer = TypeVar("_Answer")
 
@@ -73,10 +67,6 @@ class NotKnown(FleetError):
 
 class RequestOver(FleetError):
     """The server does not want this request answered any more."""
-
-
-class TooMuch(Exception):
-    """A request that is larger than any plan's could be."""
 
 
 @dataclass(frozen=True)
@@ -142,22 +132,10 @@ class Fleet:
     def open(self, request: Request) -> Message:
         """The whole message. It may be opened again until it is confirmed.
 
-        Raises RequestOver when its content is gone, TooMuch when it is too large: no more than the limit is ever taken.
+        Raises CutOff when the rest of it does not come, TooMuch when it is too large: no more than the limit is ever taken.
         """
-        if sum(1 for _ in islice(iterate_object_tree(request.tree), _MOST_OBJECTS + 1)) > _MOST_OBJECTS:
-            raise TooMuch(f"the request has more than {_MOST_OBJECTS:,} parts: expected those of a model")
         pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, request.run)
-        try:
-            message = pull_and_inflate_object_from_tree(
-                request.tree,
-                _limited(pull, _MOST_BYTES),
-                lambda _: None,
-                return_type=Message,
-            )
-        except ObjectPullError as error:
-            raise RequestOver(str(error)) from None
-        message.metadata.__dict__["_message_id"] = request.tree.object_id  # not part of a message's own content
-        return message
+        return gather(request.tree, pull, _MOST_BYTES, _SILENCE_SECONDS)
 
     def bundle(self, run: int) -> bytes:
         """The bundle (FAB) that a run was started with: a zip archive."""
@@ -213,22 +191,6 @@ class Fleet:
     @staticmethod
     def _calling(method: Callable[[Any], _Answer]) -> Callable[[Any], _Answer]:
         return lambda request: _call(method, request)
-
-
-def _limited(pull: Callable[[str], bytes], most: int) -> Callable[[str], bytes]:
-    """The same, until so many bytes have come; called from several threads."""
-    taken, lock = 0, threading.Lock()
-
-    def limited(object_id: str) -> bytes:
-        nonlocal taken
-        content = pull(object_id)
-        with lock:
-            taken += len(content)
-            if taken > most:
-                raise TooMuch(f"the request has more than {most:,} bytes: expected a model of a smaller size")
-        return content
-
-    return limited
 
 
 def _keep_alive(reply: Message) -> None:

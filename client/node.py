@@ -27,7 +27,7 @@ from flwr.app import Message, MessageType
 from cotune.client.audit_log import AuditLog
 from cotune.client.bundle import reason_to_refuse
 from cotune.client.credentials import read_certificates, read_private_key
-from cotune.client.fleet import Fleet, FleetError, Request, RequestOver, connected
+from cotune.client.fleet import CutOff, Fleet, FleetError, Request, RequestOver, connected
 from cotune.client.observe import tell
 from cotune.client.refusal import UNSAID, refusal
 from cotune.client.resident import Resident, ResidentDied
@@ -183,11 +183,19 @@ class Node:
             tell("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
         except FleetError:
             raise
+        except CutOff as error:
+            self._ask_anew(fleet, error)
         except ResidentDied as error:
             self._died(request, error)
         except Exception as error:  # what a stranger sent may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
             self._refuse(request, UNSAID, f"the request cannot be read: {error}")
+
+    def _ask_anew(self, fleet: Fleet, error: CutOff) -> None:
+        """The server's call was cut off, as by a SuperLink that was killed: whoever connects anew is asked again."""
+        self._drop(fleet, f"{error}; it is to be asked again")
+        self._in_doubt = True
+        raise FleetError("a request did not come whole")
 
     def _refuse(self, request: Request, said: str, reason: str) -> None:
         """Answers without the worker. said: to the server. reason: for the organisation's own log of what was sent."""

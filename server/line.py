@@ -1,8 +1,8 @@
-"""The line to the SuperLink: a run's messages there, and the answers back. Only this file knows Flower's Runtime API.
+"""The line to the SuperLink: messages there, and the answers back. Flower's Runtime API is known to this file alone.
 
-Flower's own grid makes a call that failed again without a word, so that nobody learns what was lost with the first; waits a second
-for a piece that is not there yet; and takes an answer however large it is. Here a call that fails raises, and the calls and
-their order are the same.
+Flower's own grid makes a call that failed again without a word, so that nobody learns what was lost with the first; it waits a
+second for a piece that is not there yet, and takes an answer however large it is. Here a call that fails raises, and the calls
+and their order are the same.
 """
 
 from __future__ import annotations

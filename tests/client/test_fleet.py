@@ -98,12 +98,6 @@ def test_what_is_announced_has_time_left_whatever_the_clock_says(age: float, sec
     assert request(age=age).seconds == pytest.approx(seconds, abs=1.0)
 
 
-def test_a_message_of_endless_parts_is_not_begun() -> None:
-    tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(100_001)])
-    with pytest.raises(TooMuch, match="more than 100,000 parts"):
-        fleet(FakeClient()).open(request(tree=tree))
-
-
 def test_a_message_of_endless_bytes_is_left_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     client = FakeClient()
     monkeypatch.setattr(fleet_module, "_MOST_BYTES", 600)

@@ -25,7 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client import node as node_module
 from cotune.client.audit_log import AuditLog
-from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
+from cotune.client.fleet import CutOff, Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
 from cotune.client.node import Node, run_node
 from cotune.client.observe import observing
 from cotune.client.refusal import UNSAID
@@ -365,6 +365,16 @@ def test_a_request_that_may_have_been_lost_on_its_way_is_asked_for_again(tmp_pat
     """The server hands it over once: whoever comes back after that call leaves first, so that the server sees it."""
     broken, after = FakeFleet(stop, request(), receive=[FleetError("broken")]), FakeFleet(stop, request())
     assert stay(Node(tmp_path, FakeWorker(), stop), broken, after) == [(None, True), (NODE, True)]
+
+
+def test_a_request_that_did_not_come_whole_is_asked_for_again(tmp_path: Path, stop: threading.Event) -> None:
+    """The server was killed as it sent it: the rest never comes, and what is not confirmed is not waited for."""
+    half, worker = FakeFleet(stop, request(), open=[CutOff("no part of it has come")]), FakeWorker()
+    whole = FakeFleet(stop, request())
+    assert stay(Node(tmp_path, worker, stop), half, whole) == [(None, True), (NODE, True)]
+    assert "confirm 1" not in half.calls
+    assert worker.given == ["1"]
+    assert len(whole.sent) == 1
 
 
 def test_it_outlives_what_nobody_thought_of(tmp_path: Path, stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,109 @@
+"""A message in pieces: whole or not at all, whatever is late, missing or too much."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.task_identity import TaskIdentity
+
+from cotune.strategies import pieces
+from cotune.strategies.pieces import CutOff, NotThere, TooMuch, gather
+
+MOST, SILENCE = 2**20, 5.0
+
+
+@pytest.fixture
+def message() -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    arrays = ArrayRecord({f"layer {i}": Array(np.full(100, i, np.float32)) for i in range(20)})
+    return Message(RecordDict({"state": arrays}), 5, MessageType.TRAIN, ttl=60.0)
+
+
+def parts(message: Message) -> dict[str, bytes]:
+    return {number: part.deflate() for number, part in get_all_nested_objects(message).items()}
+
+
+def late(there: dict[str, bytes], times: int, error: Callable[[str], Exception] = NotThere) -> Callable[[str], bytes]:
+    """Each piece comes when it was asked for so many times before."""
+    asked, lock = Counter[str](), threading.Lock()
+
+    def pull(number: str) -> bytes:
+        with lock:
+            asked[number] += 1
+        if asked[number] <= times:
+            raise error(number)
+        return there[number]
+
+    return pull
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_a_message_is_as_it_was_sent_however_often_its_pieces_are_asked_for(message: Message, times: int) -> None:
+    found = gather(get_object_tree(message), late(parts(message), times), MOST, SILENCE)
+    assert found.content == message.content
+    assert found.metadata.message_id == get_object_tree(message).object_id
+
+
+def test_the_rest_of_a_message_that_does_not_come_is_not_waited_for_for_ever(message: Message) -> None:
+    there = parts(message)
+    lacking = list(there)[-1]
+
+    def pull(number: str) -> bytes:
+        if number == lacking:
+            raise NotThere(number)
+        return there[number]
+
+    with pytest.raises(CutOff, match=r"no part of it has come for 0\.2 seconds"):
+        gather(get_object_tree(message), pull, MOST, 0.2)
+
+
+def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer in all than the silence that ends it."""
+    monkeypatch.setattr(pieces, "_LONGEST_WAIT_SECONDS", 0.02)
+    there, began, lock = parts(message), time.monotonic(), threading.Lock()
+    due = {number: 0.05 * i for i, number in enumerate(there)}
+
+    def pull(number: str) -> bytes:
+        with lock:
+            if time.monotonic() - began < due[number]:
+                raise NotThere(number)
+        return there[number]
+
+    assert gather(get_object_tree(message), pull, MOST, 1.0).content == message.content
+    assert time.monotonic() - began > 1.0
+
+
+def test_a_piece_that_is_gone_ends_it(message: Message) -> None:
+    pull = late(parts(message), 1, lambda number: ObjectPullError(number, "the object could not be found."))
+    with pytest.raises(CutOff, match="a part of it is gone"):
+        gather(get_object_tree(message), pull, MOST, SILENCE)
+
+
+def test_a_message_of_endless_parts_is_not_begun() -> None:
+    tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(100_001)])
+    asked = list[str]()
+    with pytest.raises(TooMuch, match="more than 100,000 parts"):
+        gather(tree, lambda number: bytes(len(asked)), MOST, SILENCE)
+    assert asked == []
+
+
+def test_a_message_of_endless_bytes_is_left_at_the_limit() -> None:
+    tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(1000)])
+    asked = list[str]()
+
+    def pull(number: str) -> bytes:
+        asked.append(number)
+        return bytes(60)
+
+    with pytest.raises(TooMuch, match="more than 600 bytes"):
+        gather(tree, pull, 600, SILENCE)
+    assert len(asked) < 100  # several are under way at a time
