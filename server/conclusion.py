@@ -20,8 +20,8 @@ from cotune.server.delivery import confirmed
 from cotune.server.events import read_events
 from cotune.server.report import write_report
 from cotune.server.run_folder import Progress, RunFolder
-from cotune.server.selection import left_out
 from cotune.server.step import served_of
+from cotune.server.strikes import left_out
 from cotune.server.summary import dumps, identity, performance
 
 __all__ = ["bytes_of", "conclude", "epsilon_stated"]
@@ -108,7 +108,7 @@ def _organisation(folder: RunFolder, name: str, progress: Progress, events: Iter
         "bytes_up": bytes_of(events, name),
         "dropped": sum(dropped["organisation"] == name for entry in progress.history for dropped in entry["dropped"]),
         "quarantined": sum(name in entry["quarantined"] for entry in progress.history),
-        "left_out": name in left_out(folder.plan, progress.history),
+        "left_out": name in left_out(folder, progress.history),
         "delivered": name in confirmed(folder),
     }
 

@@ -21,8 +21,8 @@ from cotune.server.addresses import members_of
 from cotune.server.carriers import post_of
 from cotune.server.post import Letter, Post
 from cotune.server.run_folder import RunFolder
-from cotune.server.selection import left_out
 from cotune.server.step import served_of
+from cotune.server.strikes import left_out
 from cotune.server.verification import one_line
 from cotune.strategies.wire import Recipient, decode_receipt, encode_requests, received_digest
 
@@ -54,7 +54,7 @@ def deliver(grid: Grid, folder: RunFolder) -> list[str]:
     Those who are not connected are waited for `server.absent_seconds` long. Whoever was left out or revoked gets none.
     """
     progress, members = folder.load(), members_of(Path(folder.file.federation))
-    without = {*left_out(folder.plan, progress.history), *confirmed(folder)}
+    without = {*left_out(folder, progress.history), *confirmed(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
     folder.events.tell("delivery_started", organisations=lacking)
     if not progress.round or not lacking:

@@ -27,8 +27,9 @@ from cotune.server.gathering import Gathering
 from cotune.server.members import Member
 from cotune.server.post import Post
 from cotune.server.run_folder import Participant, Progress, RunFolder
-from cotune.server.selection import enough, left_out, select
+from cotune.server.selection import enough, select
 from cotune.server.step import Score, context_of, enter_round, move, sent_beside, served
+from cotune.server.strikes import left_out, remember
 from cotune.server.tally import Tally
 from cotune.server.verification import Verify
 from cotune.strategies.wire import Recipient, encode_requests, payload_bytes, received_digest
@@ -132,6 +133,8 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     asking = Asking(run.post, plan.server, round, contents, verify.most_bytes, closing, tally, folder.events.tell)
     del contents
     run.gathering.gather(asking, round, verify, tally, combination)
+    if len(tally.participants) < tally.needed:
+        remember(folder, tally.quarantined)
     tally.check_quorum(plan, round)
     if client_level:
         client_level.charge(round)
@@ -150,16 +153,12 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
     Raises RunError when nobody is left.
     """
     folder, plan = run.folder, run.folder.plan
-    struck = left_out(plan, before.history)
+    struck = left_out(folder, before.history)
     revoked = [p.name for p in folder.file.participants if folder.file.federation and p.name not in members]
-    for name in struck:
-        if name not in left_out(plan, before.history[:-1]):
-            reason = f"{plan.server.strikes} of its updates were refused"
-            folder.events.tell("organisation_left_out", round=round, organisation=name, reason=reason)
     known = before.history[-1].get("left_out", []) if before.history else []
-    for name in revoked:
-        if name not in known:
-            folder.events.tell("organisation_left_out", round=round, organisation=name, reason=REVOKED)
+    for names, reason in ((struck, f"{plan.server.strikes} of its updates were refused"), (revoked, REVOKED)):
+        for name in [name for name in names if name not in known]:
+            folder.events.tell("organisation_left_out", round=round, organisation=name, reason=reason)
     without = sorted({*struck, *revoked})
     if len(without) >= len(folder.file.participants):
         raise RunError(f"nobody may take part any more: all of {', '.join(without)[:500]} are left out; start a new run")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +15,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.randomness import keyed_generator, seeded_generator
 from cotune.server.run_folder import Participant, RunFolder
 
-__all__ = ["check_sample_size", "enough", "left_out", "select"]
+__all__ = ["check_sample_size", "enough", "select"]
 
 
 def select(folder: RunFolder, round: int, without: Collection[str] = ()) -> list[Participant]:
@@ -52,12 +50,6 @@ def _drawn(plan: Plan, round: int, people: Sequence[Participant]) -> list[Partic
 def enough(plan: Plan, asked: int) -> int:
     """How many updates close a round: those of all that were asked, or of the first so many."""
     return min(asked, plan.server.sample_size) if plan.server.over_selection else asked
-
-
-def left_out(plan: Plan, history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Who has had as many updates refused as the plan allows, by the rounds that are finished."""
-    strikes = Counter(name for entry in history for name in entry.get("quarantined", ()))
-    return sorted(name for name, count in strikes.items() if 0 < plan.server.strikes <= count)
 
 
 def check_sample_size(plan: Plan, organisations: int) -> None:

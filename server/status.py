@@ -15,7 +15,7 @@ from cotune.server.events import read_events
 from cotune.server.federation import FederationFolder
 from cotune.server.members import Member
 from cotune.server.run_folder import RunFolder
-from cotune.server.selection import left_out
+from cotune.server.strikes import left_out
 from cotune.server.superlink import Control
 
 __all__ = ["OrganisationStatus", "RunStatus", "Status", "connections", "look"]
@@ -173,7 +173,7 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
         return "revoked"
     if run is None or name not in [who.name for who in run.file.participants]:
         return "not in a run yet" if run is None else "not in this run"
-    if name in left_out(run.plan, history):
+    if name in left_out(run, history):
         return "left out after refused updates"
     has_model, said = name in confirmed(run), _last_said(name, events)
     if has_model and not any(name in entry["participants"] for entry in history):

@@ -43,7 +43,7 @@ def gather(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, sile
     Raises TooMuch, CutOff, and what `pull` raises.
     """
     if sum(1 for _ in islice(iterate_object_tree(tree), _MOST_PIECES + 1)) > _MOST_PIECES:
-        raise TooMuch(f"it has more than {_MOST_PIECES:,} parts: expected those of a model")
+        raise TooMuch(f"it has more than {_MOST_PIECES:,} parts, the most that were expected")
     try:
         message = pull_and_inflate_object_from_tree(
             tree,
@@ -79,5 +79,5 @@ class _Bounded:
             self._taken += len(content)
             self._came = time.monotonic()
             if self._taken > self._most_bytes:
-                raise TooMuch(f"it has more than {self._most_bytes:,} bytes: expected a model of a smaller size")
+                raise TooMuch(f"it has more than {self._most_bytes:,} bytes, the most that were expected")
         return content

@@ -392,6 +392,17 @@ def test_an_update_in_the_name_of_another_is_refused(new_run: NewRun) -> None:
     assert dropped(progress) == [{"org-2": "it is from org-1, expected org-2"}]
 
 
+def test_an_answer_that_was_too_large_to_be_taken_is_a_strike(new_run: NewRun) -> None:
+    folder = real(new_run("org-1", "org-2", rounds=3, server={"quorum": 0.5, "strikes": 2}))
+    grid = wild(folder, everybody(1.0, 3.0))
+    grid.too_much = {"org-2"}
+    progress = play(folder, grid)
+    assert dropped(progress)[0] == {"org-2": "it has more than 1,048,576 bytes, the most that were expected"}
+    assert [entry["quarantined"] for entry in progress.history] == [["org-2"], ["org-2"], []]
+    assert grid.pushed == {"org-1": 3, "org-2": 2}  # asked once in each round, and not after so many
+    assert files(folder.path / "quarantine") == ["round-00001-org-2.safetensors", "round-00002-org-2.safetensors"]
+
+
 def test_what_nobody_asked_for_is_refused_and_no_words_reach_the_terminal_as_they_are(new_run: NewRun) -> None:
     folder = real(new_run("org-1", "org-2", "org-3", rounds=1, server={"quorum": 0.3}))
 

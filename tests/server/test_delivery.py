@@ -93,6 +93,15 @@ def test_whoever_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) -> 
     assert sorted(confirmed(folder)) == list(NAMES)
 
 
+def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
+    folder = finished(new_run)
+    grid = receiving(folder)
+    grid.too_much = {"org-2"}
+    assert deliver(grid, folder) == ["org-2"]
+    [event] = told(folder, "undelivered")
+    assert event["reason"] == "it has more than 1,048,576 bytes, the most that were expected"
+
+
 def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "_LOOK_SECONDS", 0.3)
     folder = finished(new_run)

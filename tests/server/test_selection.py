@@ -7,7 +7,7 @@ import pytest
 
 from cotune.models.errors import PlanError
 from cotune.plan.load import parse_plan
-from cotune.server.selection import check_sample_size, enough, left_out, select
+from cotune.server.selection import check_sample_size, enough, select
 from tests.server.conftest import NewRun
 
 PEOPLE = tuple(f"org-{i}" for i in range(10))
@@ -84,9 +84,3 @@ def test_leaving_somebody_out_changes_no_draw_of_the_others(new_run: NewRun) -> 
     for round in range(1, 20):
         everybody = [person.name for person in select(folder, round)]
         assert [p.name for p in select(folder, round, {"org-3"})] == [name for name in everybody if name != "org-3"]
-
-
-def test_so_many_refused_updates_leave_an_organisation_out(new_run: NewRun) -> None:
-    history = [{"quarantined": ["a", "b"]}, {"quarantined": ["a"]}, {}, {"quarantined": ["c", "a", "b"]}]
-    for strikes, out in ((0, []), (1, ["a", "b", "c"]), (2, ["a", "b"]), (3, ["a"]), (4, [])):
-        assert left_out(new_run(server={"strikes": strikes}).plan, history) == out

@@ -1,0 +1,39 @@
+"""Who has had too many updates refused, and is left out of a run.
+
+strikes.json    organisation -> its refused updates in rounds that failed; those of finished rounds are in the checkpoints
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cotune.models.durable import write_durably
+from cotune.models.errors import RunError
+from cotune.server.run_folder import RunFolder
+
+__all__ = ["left_out", "remember"]
+
+
+def left_out(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Who has had as many updates refused as the plan allows. history: the rounds that are finished. Raises RunError."""
+    strikes = _of_failed_rounds(folder) + Counter(name for entry in history for name in entry.get("quarantined", ()))
+    return sorted(name for name, count in strikes.items() if 0 < folder.plan.server.strikes <= count)
+
+
+def remember(folder: RunFolder, names: Iterable[str]) -> None:
+    """That a round failed in which updates of these were refused: or a round that needs everybody would fail for ever."""
+    if strikes := Counter(names):
+        write_durably(folder.path / "strikes.json", json.dumps(_of_failed_rounds(folder) + strikes, ensure_ascii=False).encode())
+
+
+def _of_failed_rounds(folder: RunFolder) -> Counter[str]:
+    file = folder.path / "strikes.json"
+    try:
+        return Counter({str(name): int(count) for name, count in json.loads(file.read_bytes()).items()})
+    except FileNotFoundError:
+        return Counter()
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise RunError(f"{file} is damaged: expected organisations with numbers; remove it to begin counting anew") from None
