@@ -13,8 +13,8 @@ from cotune.client.site import Site
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.models.export import export_model
-from cotune.models.sharing import State
 from cotune.plan.schema import Plan
+from cotune.strategies.updates import not_finite
 from cotune.strategies.wire import Request, received_digest
 
 __all__ = ["keep_finished"]
@@ -37,18 +37,13 @@ def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
     about = {"plan_id": plan.plan_id, "received": received_digest(request.state, request.sent)}
     if _read(folder / _ABOUT) != about:
         model, state = model_here(plan, site), dict(request.state)
-        _check_finite(state)
+        if broken := not_finite(state):
+            raise RunError(f"the finished model is not finite in {broken[:80]}: expected finite parameters")
         model.load(state)
         Personal(plan, site, model, request.round, request.admitted).joined(state)
         export_model(model, folder)
         write_durably(folder / _ABOUT, json.dumps(about).encode())
     return folder
-
-
-def _check_finite(state: State) -> None:
-    broken = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
-    if broken:
-        raise RunError(f"the finished model is not finite in {broken[0][:80]}: expected finite parameters")
 
 
 def _read(file: Path) -> object:

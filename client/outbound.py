@@ -24,7 +24,7 @@ from cotune.plan.schema import Plan
 from cotune.plan.statistics import statistic_shapes
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.policy import Policy
-from cotune.strategies.updates import Update
+from cotune.strategies.updates import Update, not_finite
 from cotune.strategies.wire import (
     Receipt,
     Request,
@@ -98,7 +98,7 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
     expected = statistic_shapes(plan, model, names) if allowed else {}
     if {name: tuple(tensor.shape) for name, tensor in update.statistics.items()} != expected:
         yield "the update holds other statistics of the records than plan and policy agree on"
-    if not all(bool(tensor.isfinite().all()) for tensor in update.statistics.values()):
+    if not_finite(update.statistics):
         yield "its statistics are not finite"
 
 
@@ -113,7 +113,7 @@ def _wrong_delta(update: Update, request: Request, account: Account, model: Shar
     for name, tensor in update.delta.items():
         if tuple(tensor.shape) != expected.get(name):
             yield f"{name} has the shape {tuple(tensor.shape)}, expected {expected.get(name)}"
-    if not all(bool(tensor.isfinite().all()) for tensor in update.delta.values()):
+    if not_finite(update.delta):
         yield "the update is not finite"
     norm, most = _norm(update.delta.values()), account.plan.server.max_update_norm
     if norm > most:

@@ -32,7 +32,7 @@ from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps
 from cotune.privacy.dp_sgd import Batch, StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
-from cotune.strategies.updates import Update, difference
+from cotune.strategies.updates import Update, difference, not_finite
 from cotune.strategies.wire import received_digest
 
 __all__ = ["train_round"]
@@ -103,9 +103,8 @@ def _check_state(state: State, names: Sequence[str]) -> None:
     lacking = [name for name in names if name not in state]
     if lacking:
         raise RunError(f"the request's state lacks {lacking[0]}: expected every parameter that the stage trains")
-    broken = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
-    if broken:
-        raise RunError(f"the request's state is not finite in {broken[0]}: expected finite parameters")
+    if broken := not_finite(state):
+        raise RunError(f"the request's state is not finite in {broken[:80]}: expected finite parameters")
 
 
 def _check_sent(sent: Mapping[str, Tensor], state: State) -> None:
@@ -116,8 +115,8 @@ def _check_sent(sent: Mapping[str, Tensor], state: State) -> None:
                 f"the request sends {name[:80]} {tuple(tensor.shape)} beside the state: expected a parameter of the state, in its"
                 " shape"
             )
-        if not bool(tensor.isfinite().all()):
-            raise RunError(f"the request sends {name[:80]} with values that are not finite: expected finite ones")
+    if broken := not_finite(sent):
+        raise RunError(f"the request sends {broken[:80]} with values that are not finite: expected finite ones")
 
 
 def _train_privately(
@@ -241,5 +240,5 @@ def _follow(reports: Iterator[StepReport], organisation: str, round: int, spent:
 
 def _check_finite(delta: Mapping[str, Tensor]) -> None:
     """A diverged model is not sent."""
-    if not all(bool(d.isfinite().all()) for d in delta.values()):
+    if not_finite(delta):
         raise RunError("the local model is not finite any more: expected finite parameters; lower local.learning_rate")

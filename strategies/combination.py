@@ -19,7 +19,7 @@ from cotune.models.errors import RunError
 from cotune.strategies.parts import PartInfo, Visibility
 from cotune.strategies.round import Fused, RoundContext, Weighed
 from cotune.strategies.sums import Contribution, norm, total
-from cotune.strategies.updates import Delta, Update
+from cotune.strategies.updates import Delta, Update, not_finite
 
 __all__ = ["Combination", "WeightedFusion"]
 
@@ -58,7 +58,7 @@ class WeightedFusion:
 
         Raises RunError for an update with values that are not finite. A rule that compares updates takes none that are late.
         """
-        if not all(bool(tensor.isfinite().all()) for tensor in update.delta.values()):
+        if not_finite(update.delta):
             raise RunError(f"the update of {update.organisation[:80]} is not finite: expected finite values")
         self._count += 1
         if self._streams:

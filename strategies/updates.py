@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Delta", "Update", "apply_delta", "difference"]
+__all__ = ["Delta", "Update", "apply_delta", "difference", "not_finite"]
 
 Delta = Mapping[str, Tensor]  # parameter name -> Δθ of that parameter
 
@@ -40,6 +40,11 @@ class Update:
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:
     """Δθ = θ_new − θ_old for every parameter of `new`."""
     return {name: tensor - old[name] for name, tensor in new.items()}
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is infinite or not a number; None where there is none."""
+    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
 
 
 def apply_delta(state: Mapping[str, Tensor], delta: Delta) -> dict[str, Tensor]:
