@@ -37,7 +37,7 @@ _LONGEST_WAIT_SECONDS = 2.0  # before a look that failed is made again
 _AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
 _SLOW_SECONDS = 20.0  # to fetch an answer: it may have been cut off while it was sent
 _AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
-_HELD_UP_SECONDS = 5.0  # who hangs for so long holds up nobody else any more
+_HELD_UP_SECONDS = 30.0  # who hangs for so long holds up nobody else any more
 _CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
 _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
 
