@@ -1,0 +1,119 @@
+"""docs/deploy/nginx.conf in the place of the front: organisations take part through it, and nothing else passes. Needs nginx."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from cotune.simulations.workers import import_all
+
+import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
+from loopback import Federation, federation, free_port, prepare_run, until  # noqa: E402
+
+pytestmark = [pytest.mark.long, pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")]
+GIVEN = Path(__file__).parents[2] / "docs" / "deploy" / "nginx.conf"
+
+
+@dataclass(frozen=True)
+class Fronted:
+    """inside: at the SuperLink's own port; outside: at nginx's."""
+
+    inside: Federation
+    outside: Federation
+
+
+@pytest.fixture(scope="module")
+def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronted]:
+    folder = tmp_path_factory.mktemp("nginx")
+    with federation(folder, 2) as inside:
+        outside = replace(inside, port=free_port())
+        (folder / "nginx.conf").write_text(_configuration(inside, outside.port), encoding="utf-8")
+        inside.start("nginx", "nginx", "-p", folder, "-c", folder / "nginx.conf", "-g", "daemon off;")
+        until(lambda: _listens(outside.port), 30.0)
+        yield Fronted(inside, outside)
+
+
+def _configuration(inside: Federation, port: int) -> str:
+    """As it is given, with the ports and certificates of the test."""
+    site = GIVEN.read_text(encoding="utf-8")
+    for given, here in (("9092", port), ("127.0.0.1:8000", inside.address), ("/etc/cotune/certificates", inside.certificates)):
+        assert given in site
+        site = site.replace(given, str(here))
+    kept = "".join(f"{name}_temp_path {inside.folder}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (inside.folder / "site.conf").write_text(site, encoding="utf-8")
+    logs = f"access_log {inside.folder}/access.log;\n{kept}include {inside.folder}/site.conf;\n"
+    return f"pid {inside.folder}/nginx.pid;\nerror_log stderr;\nevents {{}}\nhttp {{\n{logs}}}\n"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_run_through_nginx(fed: Fronted) -> None:
+    run = prepare_run(fed.inside.folder / "run", 2, rounds=3)
+    for i, participant in enumerate(run.file.participants):
+        fed.outside.start_node(i, run.path / participant.site)
+    until(lambda: fed.inside.online() == 2)
+    fed.inside.submit(run.path)
+    until(lambda: run.finished)
+    assert [len(entry["participants"]) for entry in run.load().history] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/control/list-runs"),
+        ("POST", "/v1/runtime/get-nodes"),
+        ("POST", "/"),
+        ("GET", "/v1/fleet/pull-messages"),
+        ("POST", "/v1/fleet/../control/list-runs"),
+        ("POST", "/v1/fleet/%2e%2e/control/list-runs"),
+        ("POST", "/v1/fleet//pull-messages"),
+        ("POST", "//v1/fleet/pull-messages"),
+        ("POST", "/v1/fleet/pull-messages?run=1"),
+        ("POST", "/v1/fleet/PULL"),
+    ],
+)
+def test_nothing_else_is_there(fed: Fronted, method: str, path: str) -> None:
+    assert asked(fed, method, path) == 404
+
+
+def test_a_fleet_call_of_nobody_reaches_the_superlink(fed: Fronted) -> None:
+    assert asked(fed, "POST", "/v1/fleet/pull-messages") == 401
+
+
+def test_content_of_no_stated_length_is_refused(fed: Fronted) -> None:
+    assert asked(fed, "POST", "/v1/fleet/pull-messages", {"transfer-encoding": "chunked"}, b"0\r\n\r\n") == 400
+
+
+def test_content_beyond_the_limit_is_refused(fed: Fronted) -> None:
+    assert asked(fed, "POST", "/v1/fleet/push-object", {"content-length": str(2**30)}, b"") == 413
+
+
+def test_plain_http_gets_the_sentence(fed: Fronted) -> None:
+    with closing(http.client.HTTPConnection("127.0.0.1", fed.outside.port, timeout=30)) as calls:
+        calls.request("POST", "/v1/fleet/pull-messages", body=b"")
+        answer = calls.getresponse()
+        assert answer.status == 400
+        assert b"this port speaks TLS" in answer.read()
+
+
+def asked(fed: Fronted, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b"") -> int:
+    """The status; the path goes as it is written."""
+    trusted = ssl.create_default_context(cafile=str(fed.inside.certificates / "ca.crt"))
+    with closing(http.client.HTTPSConnection("127.0.0.1", fed.outside.port, context=trusted, timeout=30)) as calls:
+        calls.putrequest(method, path, skip_accept_encoding=True)
+        calls.putheader("content-type", "application/protobuf")
+        for name, value in (headers or {"content-length": str(len(body))}).items():
+            calls.putheader(name, value)
+        calls.endheaders(body or None)
+        return calls.getresponse().status
