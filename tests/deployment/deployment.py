@@ -87,6 +87,12 @@ class Deployment:
         self.wait(lambda: self.processes["run"].poll() == 0, seconds)
         return self.newest()
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether `server run` does, however."""
+        with suppress(subprocess.TimeoutExpired):
+            self.processes["run"].wait(seconds)
+        return self.processes["run"].poll() is not None
+
     def newest(self) -> RunFolder:
         return RunFolder(self.runs()[-1].parent)
 
@@ -141,13 +147,13 @@ class Deployment:
         return _below(self.processes["server"].pid, words[what])
 
     def kill(self, what: str) -> None:
-        process = self.wait(lambda: self._found(what))
+        process = self.wait(lambda: self.found(what))
         process.kill()
         if what in self.processes:
             self.processes[what].wait()
         until(lambda: not _runs(process))
 
-    def _found(self, what: str) -> psutil.Process | None:
+    def found(self, what: str) -> psutil.Process | None:
         with suppress(LookupError, psutil.NoSuchProcess):
             return self.find(what)
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -89,14 +90,17 @@ WHEN: dict[str, Callable[[Deployment], bool]] = {
 
 def strike(kind: Kind, page: Page, what: str, when: str, fault: Callable[[], None], *options: str) -> None:
     """A run with the fault in it; it must end as if nothing had been."""
-    fed = kind.fed
-    fed.run(*options)
-    fed.wait(lambda: WHEN[when](fed))
+    kind.fed.run(*options)
+    kind.fed.wait(lambda: WHEN[when](kind.fed))
     struck = time.monotonic()
     fault()
-    run = fed.finish()
+    check_end(kind, page, what, when, struck)
+
+
+def check_end(kind: Kind, page: Page, what: str, when: str, struck: float) -> None:
+    run = kind.fed.finish()
     seconds, history = time.monotonic() - struck, run.load().history
-    complete = [entry["participants"] for entry in history] == [list(fed.organisations)] * ROUNDS
+    complete = [entry["participants"] for entry in history] == [list(kind.fed.organisations)] * ROUNDS
     same = None if kind.undisturbed is None else weights(run.load()) == kind.undisturbed
     page.add(what, when, kind.name, seconds, complete, same)
     assert complete
@@ -145,6 +149,21 @@ def test_everybody_is_killed_at_once(with_database: Kind, page: Page) -> None:
             bring_back(fed, what)
 
     strike(with_database, page, "kill -9 of everybody", "training", fault)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kept", ["with_database", "in_memory"])
+def test_killed_again_and_again(request: pytest.FixtureRequest, page: Page, kept: str, seed: int) -> None:
+    """Whoever runs, at any moment, until the run is over."""
+    kind, rng, times = request.getfixturevalue(kept), random.Random(seed), 0
+    kind.fed.run()
+    struck = time.monotonic()
+    while not kind.fed.ends_within(rng.uniform(0.5, 10.0)):
+        what = rng.choice(WHAT)
+        if kind.fed.found(what) is not None:
+            kill(kind, what)()
+            times += 1
+    check_end(kind, page, f"kill -9 of anybody, {times} times", "at any time", struck)
 
 
 @pytest.mark.parametrize(("what", "when"), list(itertools.product(("trainer:north", "north"), ("training", "sending"))))
