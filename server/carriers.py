@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -26,7 +27,7 @@ from cotune.server.addresses import Addresses, Node, Registered, Simulated
 from cotune.server.line import Line, line_of
 from cotune.server.post import Direct, Letter, Post
 from cotune.server.run_folder import RunFolder
-from cotune.strategies.pieces import CutOff, TooMuch
+from cotune.strategies.pieces import CutOff, Malformed, TooMuch
 
 __all__ = ["Threaded", "post_of"]
 
@@ -61,13 +62,37 @@ class _Asked:
     since: float | None = None
 
 
+class _Turns:
+    """One after the other. Whoever hangs is overtaken by one, not by all at once: each would send all that is not there yet."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._holder: object | None = None
+        self._since = 0.0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        ours = object()
+        with self._free:
+            while self._holder and (left := self._since + _HELD_UP_SECONDS - time.monotonic()) > 0:
+                self._free.wait(left)
+            self._holder, self._since = ours, time.monotonic()
+        try:
+            yield
+        finally:
+            with self._free:
+                if self._holder is ours:
+                    self._holder = None
+                    self._free.notify()
+
+
 class Threaded:
     """In threads of its own, which end with the process however they hang."""
 
     def __init__(self, line: Line, addresses: Addresses, tell: Tell) -> None:
         self._line, self._addresses, self._tell = line, addresses, tell
         self._letters: SimpleQueue[tuple[Letter, bool]] = SimpleQueue()  # whether it is one of those at a time
-        self._hands, self._turn = threading.Semaphore(_AT_A_TIME), threading.Lock()
+        self._hands, self._turns = threading.Semaphore(_AT_A_TIME), _Turns()
         self._asked: dict[str, _Asked] = {}  # number -> request
         self._closed, self._stopped = threading.Event(), threading.Event()
         self._found: Mapping[str, Node] = {}
@@ -138,16 +163,15 @@ class Threaded:
 
     def _hand_over(self, asked: _Asked, message: Message) -> None:
         """One after the other: what several requests have in common is sent once."""
-        turn = self._turn.acquire(timeout=_HELD_UP_SECONDS)
         try:
-            number = self._line.push(message)
+            with self._turns.taken():
+                if self._closed.is_set():
+                    return
+                number = self._line.push(message)
         except RunNotRunningException:
             raise
         except Exception as error:
             return self._lose(asked, f"its request could not be handed over: {_words(error)}")
-        finally:
-            if turn:
-                self._turn.release()
         if not number:
             return self._lose(asked, "the SuperLink did not take its request")
         self._asked[number] = asked
@@ -199,7 +223,7 @@ class Threaded:
             lost = f"its node was lost (error {reply.error.code})"
         except RunNotRunningException:
             raise
-        except TooMuch as error:
+        except (TooMuch, Malformed) as error:
             refused = str(error)
         except CutOff as error:
             lost = f"its answer was cut off: {error}"
@@ -252,7 +276,7 @@ def _may_be_gone(error: Exception) -> bool:
     """
     if isinstance(error, httpx.HTTPStatusError):
         return not error.request.url.path.endswith("/pull-messages")
-    return not isinstance(error, httpx.ConnectError)
+    return not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
 
 
 def _words(error: Any) -> str:
