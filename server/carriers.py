@@ -36,7 +36,7 @@ _SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is o
 _POLL_SECONDS = 0.1  # between two looks for answers
 _LONGEST_WAIT_SECONDS = 2.0  # before a look that failed is made again
 _AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
-_SLOW_SECONDS = 20.0  # to fetch an answer: it may have been cut off while it was sent
+_SLOW_SECONDS = 20.0  # without a piece of an answer: it may have been cut off while it was sent
 _AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
 _HELD_UP_SECONDS = 5.0  # who hangs for so long holds up nobody else any more
 _CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
@@ -54,12 +54,18 @@ def post_of(grid: Grid, folder: RunFolder) -> Post:
 
 @dataclass(eq=False)
 class _Asked:
-    """A request that may be answered. since: when its answer began to be fetched; infinite once that was found slow."""
+    """A request that may be answered. since: when its answer began to be fetched; infinite once that was found slow. latest: when
+    the last piece of it came.
+    """
 
     round: int
     organisation: str
     most_bytes: int
     since: float | None = None
+    latest: float = 0.0
+
+    def came(self) -> None:
+        self.latest = time.monotonic()
 
 
 class _Turns:
@@ -141,7 +147,7 @@ class Threaded:
 
     def _doubt_the_slow(self) -> None:
         for asked in list(self._asked.values()):
-            if asked.since is not None and time.monotonic() - asked.since > _SLOW_SECONDS:
+            if asked.since is not None and time.monotonic() - max(asked.since, asked.latest) > _SLOW_SECONDS:
                 asked.since = math.inf  # once
                 self._doubts[asked.organisation] += 1
 
@@ -215,7 +221,7 @@ class Threaded:
         """None where the answer is to be looked for again."""
         lost = refused = ""
         try:
-            reply = self._line.fetch(answer, asked.most_bytes)
+            reply = self._line.fetch(answer, asked.most_bytes, asked.came)
             if reply is None:
                 return None
             if not reply.has_error() or reply.error.code not in _LOST:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from cotune.server import carriers
 from cotune.server.addresses import Node
 from cotune.server.carriers import Threaded
 from cotune.server.line import Line
+from cotune.strategies.pieces import TooMuch
 
 
 class FakeLine:
@@ -42,9 +43,31 @@ class FakeLine:
         return {}
 
 
-class Nobody:
+class SlowLine:
+    """An answer comes in so many pieces, with as many seconds before each."""
+
+    def __init__(self, pieces: int, seconds: float) -> None:
+        self._pieces, self._seconds = pieces, seconds
+
+    def push(self, message: Message) -> str:
+        return str(message)
+
+    def announced(self, numbers: Sequence[str]) -> Mapping[str, Any]:
+        return {number: number for number in numbers}
+
+    def fetch(self, answer: str, most_bytes: int, came: Callable[[], None]) -> Message | None:
+        for _ in range(self._pieces):
+            time.sleep(self._seconds)
+            came()
+        raise TooMuch("an answer like any other")
+
+
+class Connected:
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
     def connected(self) -> dict[str, Node]:
-        return {}
+        return {name: Node(number) for number, name in enumerate(self._names)}
 
 
 @contextmanager
@@ -59,7 +82,7 @@ def test_whoever_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pytest
     """Not all at once: each would send what is not there yet of what they have in common."""
     monkeypatch.setattr(carriers, "_HELD_UP_SECONDS", 0.5)
     line, others = FakeLine(), [f"org-{i}" for i in range(6)]
-    with closing(Threaded(cast(Line, line), Nobody(), lambda *_, **__: None)) as post, released(line):
+    with closing(Threaded(cast(Line, line), Connected(), lambda *_, **__: None)) as post, released(line):
         for name in ("first", *others):
             post.send(1, name, cast(Message, name), 100)
         deadline = time.monotonic() + 10.0
@@ -67,3 +90,18 @@ def test_whoever_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pytest
             time.sleep(0.01)
     assert sorted(line.taken) == others
     assert line.most == 1
+
+
+@pytest.mark.parametrize(("pieces", "seconds", "anew"), [(10, 0.1, False), (1, 1.0, True)])
+def test_whose_answer_comes_slowly_is_not_taken_for_one_that_was_cut_off(
+    monkeypatch: pytest.MonkeyPatch, pieces: int, seconds: float, anew: bool
+) -> None:
+    """Who is asked again sends it all again, and is late for the next round."""
+    monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(carriers, "_SLOW_SECONDS", 0.5)
+    line = cast(Line, SlowLine(pieces, seconds))
+    with closing(Threaded(line, Connected("org-1"), lambda *_, **__: None)) as post:
+        post.send(1, "org-1", cast(Message, "first"), 100)
+        (letter,) = post.receive(10.0)
+        assert letter.refused
+        assert (post.connected()["org-1"].since != " 0") is anew  # so many times in doubt
