@@ -188,20 +188,27 @@ class Threaded:
     def _collect(self) -> None:
         wait = _POLL_SECONDS
         while not self._closed.wait(wait):
-            waiting = {number: asked for number, asked in list(self._asked.items()) if asked.since is None}
-            try:
-                found = self._line.announced(list(waiting)) if waiting else {}
-                wait = _POLL_SECONDS
-            except RunNotRunningException:
-                raise
-            except Exception as error:  # the SuperLink is busy, or starting; `_watch` tells of it
-                if _may_be_gone(error):
-                    self._doubts.update(asked.organisation for asked in waiting.values())
-                wait = min(_LONGEST_WAIT_SECONDS, 2 * wait)
-                continue
-            for number in found.keys() & waiting.keys():
-                waiting[number].since = time.monotonic()
-                self._start(waiting[number].organisation, self._fetch, number, waiting[number], found[number])
+            waiting = [(number, asked) for number, asked in list(self._asked.items()) if asked.since is None]
+            some = [dict(waiting[first : first + _AT_A_TIME]) for first in range(0, len(waiting), _AT_A_TIME)]
+            answered = [self._look(few) for few in some]
+            wait = _POLL_SECONDS if all(answered) else min(_LONGEST_WAIT_SECONDS, 2 * wait)
+
+    def _look(self, waiting: Mapping[str, _Asked]) -> bool:
+        """Whether the SuperLink has said who has answered. A few at a time: a call that takes too long loses all answers that it
+        was to announce.
+        """
+        try:
+            found = self._line.announced(list(waiting))
+        except RunNotRunningException:
+            raise
+        except Exception as error:  # it is busy, or starting; `_watch` tells of it
+            if _may_be_gone(error):
+                self._doubts.update(asked.organisation for asked in waiting.values())
+            return False
+        for number in found.keys() & waiting.keys():
+            waiting[number].since = time.monotonic()
+            self._start(waiting[number].organisation, self._fetch, number, waiting[number], found[number])
+        return True
 
     def _fetch(self, number: str, asked: _Asked, answer: Any) -> None:
         held = self._hands.acquire(timeout=_HELD_UP_SECONDS)

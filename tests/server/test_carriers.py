@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, cast
 
+import httpx
 import pytest
 from flwr.app import Message
 
@@ -105,3 +106,28 @@ def test_whose_answer_comes_slowly_is_not_taken_for_one_that_was_cut_off(
         (letter,) = post.receive(10.0)
         assert letter.refused
         assert (post.connected()["org-1"].since != " 0") is anew  # so many times in doubt
+
+
+def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have marked as handed over whatever it was to announce."""
+    monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
+    names = [f"org-{i}" for i in range(9)]
+    line = SlowLine(1, 0.0)
+
+    def announced(numbers: Sequence[str]) -> Mapping[str, Any]:
+        if "org-0" in numbers:
+            raise httpx.ReadTimeout("slow")
+        return {}
+
+    monkeypatch.setattr(line, "announced", announced)
+    with closing(Threaded(cast(Line, line), Connected(*names), lambda *_, **__: None)) as post:
+        for name in names:
+            post.send(1, name, cast(Message, name), 100)
+        deadline = time.monotonic() + 10.0
+        while not (doubted := _doubted(post)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert 1 <= len(doubted) <= 4
+
+
+def _doubted(post: Threaded) -> list[str]:
+    return [name for name, node in post.connected().items() if node.since != " 0"]
