@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -26,7 +27,7 @@ from cotune.server.addresses import Addresses, Node, Registered, Simulated
 from cotune.server.line import Line, line_of
 from cotune.server.post import Direct, Letter, Post
 from cotune.server.run_folder import RunFolder
-from cotune.strategies.pieces import CutOff, TooMuch
+from cotune.strategies.pieces import CutOff, Malformed, TooMuch
 
 __all__ = ["Threaded", "post_of"]
 
@@ -35,7 +36,7 @@ _SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is o
 _POLL_SECONDS = 0.1  # between two looks for answers
 _LONGEST_WAIT_SECONDS = 2.0  # before a look that failed is made again
 _AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
-_SLOW_SECONDS = 20.0  # to fetch an answer: it may have been cut off while it was sent
+_SLOW_SECONDS = 20.0  # without a piece of an answer: it may have been cut off while it was sent
 _AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
 _HELD_UP_SECONDS = 30.0  # who hangs for so long holds up nobody else any more
 _CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
@@ -53,12 +54,42 @@ def post_of(grid: Grid, folder: RunFolder) -> Post:
 
 @dataclass(eq=False)
 class _Asked:
-    """A request that may be answered. since: when its answer began to be fetched; infinite once that was found slow."""
+    """A request that may be answered. since: when its answer began to be fetched; infinite once that was found slow. latest: when
+    the last piece of it came.
+    """
 
     round: int
     organisation: str
     most_bytes: int
     since: float | None = None
+    latest: float = 0.0
+
+    def came(self) -> None:
+        self.latest = time.monotonic()
+
+
+class _Turns:
+    """One after the other. Whoever hangs is overtaken by one, not by all at once: each would send all that is not there yet."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._holder: object | None = None
+        self._since = 0.0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        ours = object()
+        with self._free:
+            while self._holder and (left := self._since + _HELD_UP_SECONDS - time.monotonic()) > 0:
+                self._free.wait(left)
+            self._holder, self._since = ours, time.monotonic()
+        try:
+            yield
+        finally:
+            with self._free:
+                if self._holder is ours:
+                    self._holder = None
+                    self._free.notify()
 
 
 class Threaded:
@@ -67,7 +98,7 @@ class Threaded:
     def __init__(self, line: Line, addresses: Addresses, tell: Tell) -> None:
         self._line, self._addresses, self._tell = line, addresses, tell
         self._letters: SimpleQueue[tuple[Letter, bool]] = SimpleQueue()  # whether it is one of those at a time
-        self._hands, self._turn = threading.Semaphore(_AT_A_TIME), threading.Lock()
+        self._hands, self._turns = threading.Semaphore(_AT_A_TIME), _Turns()
         self._asked: dict[str, _Asked] = {}  # number -> request
         self._closed, self._stopped = threading.Event(), threading.Event()
         self._found: Mapping[str, Node] = {}
@@ -116,7 +147,7 @@ class Threaded:
 
     def _doubt_the_slow(self) -> None:
         for asked in list(self._asked.values()):
-            if asked.since is not None and time.monotonic() - asked.since > _SLOW_SECONDS:
+            if asked.since is not None and time.monotonic() - max(asked.since, asked.latest) > _SLOW_SECONDS:
                 asked.since = math.inf  # once
                 self._doubts[asked.organisation] += 1
 
@@ -138,16 +169,15 @@ class Threaded:
 
     def _hand_over(self, asked: _Asked, message: Message) -> None:
         """One after the other: what several requests have in common is sent once."""
-        turn = self._turn.acquire(timeout=_HELD_UP_SECONDS)
         try:
-            number = self._line.push(message)
+            with self._turns.taken():
+                if self._closed.is_set():
+                    return
+                number = self._line.push(message)
         except RunNotRunningException:
             raise
         except Exception as error:
             return self._lose(asked, f"its request could not be handed over: {_words(error)}")
-        finally:
-            if turn:
-                self._turn.release()
         if not number:
             return self._lose(asked, "the SuperLink did not take its request")
         self._asked[number] = asked
@@ -158,20 +188,27 @@ class Threaded:
     def _collect(self) -> None:
         wait = _POLL_SECONDS
         while not self._closed.wait(wait):
-            waiting = {number: asked for number, asked in list(self._asked.items()) if asked.since is None}
-            try:
-                found = self._line.announced(list(waiting)) if waiting else {}
-                wait = _POLL_SECONDS
-            except RunNotRunningException:
-                raise
-            except Exception as error:  # the SuperLink is busy, or starting; `_watch` tells of it
-                if _may_be_gone(error):
-                    self._doubts.update(asked.organisation for asked in waiting.values())
-                wait = min(_LONGEST_WAIT_SECONDS, 2 * wait)
-                continue
-            for number in found.keys() & waiting.keys():
-                waiting[number].since = time.monotonic()
-                self._start(waiting[number].organisation, self._fetch, number, waiting[number], found[number])
+            waiting = [(number, asked) for number, asked in list(self._asked.items()) if asked.since is None]
+            some = [dict(waiting[first : first + _AT_A_TIME]) for first in range(0, len(waiting), _AT_A_TIME)]
+            answered = [self._look(few) for few in some]
+            wait = _POLL_SECONDS if all(answered) else min(_LONGEST_WAIT_SECONDS, 2 * wait)
+
+    def _look(self, waiting: Mapping[str, _Asked]) -> bool:
+        """Whether the SuperLink has said who has answered. A few at a time: a call that takes too long loses all answers that it
+        was to announce.
+        """
+        try:
+            found = self._line.announced(list(waiting))
+        except RunNotRunningException:
+            raise
+        except Exception as error:  # it is busy, or starting; `_watch` tells of it
+            if _may_be_gone(error):
+                self._doubts.update(asked.organisation for asked in waiting.values())
+            return False
+        for number in found.keys() & waiting.keys():
+            waiting[number].since = time.monotonic()
+            self._start(waiting[number].organisation, self._fetch, number, waiting[number], found[number])
+        return True
 
     def _fetch(self, number: str, asked: _Asked, answer: Any) -> None:
         held = self._hands.acquire(timeout=_HELD_UP_SECONDS)
@@ -191,7 +228,7 @@ class Threaded:
         """None where the answer is to be looked for again."""
         lost = refused = ""
         try:
-            reply = self._line.fetch(answer, asked.most_bytes)
+            reply = self._line.fetch(answer, asked.most_bytes, asked.came)
             if reply is None:
                 return None
             if not reply.has_error() or reply.error.code not in _LOST:
@@ -199,7 +236,7 @@ class Threaded:
             lost = f"its node was lost (error {reply.error.code})"
         except RunNotRunningException:
             raise
-        except TooMuch as error:
+        except (TooMuch, Malformed) as error:
             refused = str(error)
         except CutOff as error:
             lost = f"its answer was cut off: {error}"
@@ -252,7 +289,7 @@ def _may_be_gone(error: Exception) -> bool:
     """
     if isinstance(error, httpx.HTTPStatusError):
         return not error.request.url.path.endswith("/pull-messages")
-    return not isinstance(error, httpx.ConnectError)
+    return not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
 
 
 def _words(error: Any) -> str:

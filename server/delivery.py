@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from flwr.serverapp import Grid
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
-from cotune.server.addresses import members_of
+from cotune.server.addresses import Node, members_of
 from cotune.server.carriers import post_of
 from cotune.server.post import Letter, Post
 from cotune.server.run_folder import RunFolder
@@ -73,6 +74,7 @@ class _Delivery:
         self._idle, self._waiting = dict(contents), dict[str, RecordDict]()
         self._times = dict.fromkeys(contents, 0)
         self._not_before = dict.fromkeys(contents, 0.0)
+        self._under_way, self._since = Counter[str](), dict[str, str]()  # requests; when who is waited for had connected
         self._began, self._looked = time.monotonic(), False
 
     def play(self) -> list[str]:
@@ -96,15 +98,27 @@ class _Delivery:
         self._looked = self._post.looked() > 0
         connected = self._post.connected()
         for name in [name for name in self._idle if name in connected and time.monotonic() >= self._not_before[name]]:
-            content = self._waiting[name] = self._idle.pop(name)
-            self._times[name] += 1
-            ttl = self._folder.plan.server.absent_seconds + _EXPORT_SECONDS
-            message = Message(content, connected[name].id, MessageType.EVALUATE, ttl=ttl, group_id=str(self._round))
-            self._post.send(self._round, name, message, _MOST_BYTES)
+            self._waiting[name] = self._idle.pop(name)
+            self._hand_over(name, connected[name])
+        for name in [name for name in self._waiting if name in connected and self._times[name] < _MOST_TIMES]:
+            if connected[name].since != self._since[name]:  # its request may be lost: Flower hands each over once
+                self._hand_over(name, connected[name])
+
+    def _hand_over(self, name: str, node: Node) -> None:
+        self._times[name] += 1
+        self._under_way[name] += 1
+        self._since[name] = node.since
+        ttl = self._folder.plan.server.absent_seconds + _EXPORT_SECONDS
+        message = Message(self._waiting[name], node.id, MessageType.EVALUATE, ttl=ttl, group_id=str(self._round))
+        self._post.send(self._round, name, message, _MOST_BYTES)
 
     def _arrived(self, letter: Letter) -> bool:
         """Whether the organisation has confirmed; one that was lost is tried again."""
-        name, content = letter.organisation, self._waiting.pop(letter.organisation)
+        name = letter.organisation
+        self._under_way[name] -= 1
+        if not letter.answers and self._under_way[name]:
+            return False  # it was asked twice, and may answer the other request
+        content = self._waiting.pop(name)
         if letter.refused:
             self._undelivered(name, letter.refused)
             return False

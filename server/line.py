@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
@@ -55,8 +56,11 @@ class Line(Protocol):
         """
         ...
 
-    def fetch(self, answer: Any, most_bytes: int) -> Message | None:
-        """The answer, if it is there. Raises TooMuch for more bytes than that, CutOff where the rest of it does not come."""
+    def fetch(self, answer: Any, most_bytes: int, came: Callable[[], None]) -> Message | None:
+        """The answer, if it is there. came: called for every piece of it, by several threads.
+
+        Raises TooMuch for more bytes than that, CutOff where the rest of it does not come, Malformed where it is no message.
+        """
         ...
 
 
@@ -80,7 +84,7 @@ class _GridLine:
     def announced(self, numbers: Sequence[str]) -> Mapping[str, str]:
         return {number: number for number in numbers}
 
-    def fetch(self, answer: str, most_bytes: int) -> Message | None:
+    def fetch(self, answer: str, most_bytes: int, came: Callable[[], None]) -> Message | None:
         return fetched(self._grid, answer)
 
 
@@ -90,6 +94,7 @@ class _RuntimeLine:
     def __init__(self, grid: HttpGrid) -> None:
         self._run = grid.run.run_id
         self._node = Node(node_id=SUPERLINK_NODE_ID)
+        self._ended = threading.Lock()  # held once the process was told to end
         self._client = RuntimeHttpClient.from_server_address(
             grid._addr,
             grid._insecure,
@@ -101,7 +106,7 @@ class _RuntimeLine:
         )
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        nodes: Iterable[NodeInfo] = _call(self._client.GetNodes, GetNodesRequest()).nodes
+        nodes: Iterable[NodeInfo] = self._call(self._client.GetNodes, GetNodesRequest()).nodes
         return nodes
 
     def push(self, message: Message) -> str:
@@ -111,33 +116,53 @@ class _RuntimeLine:
                 messages_list=[message_to_proto(remove_content_from_message(message))],
                 message_object_trees=[get_object_tree(message)],
             )
-            answer = _call(self._client.PushMessages, request)
+            answer = self._call(self._client.PushMessages, request)
             if not answer.message_ids[0]:
                 return ""
-            send = make_push_object_fn_protobuf(_calling(self._client.PushObject), self._node, self._run, answer.session_id)
+            send = make_push_object_fn_protobuf(self._calling(self._client.PushObject), self._node, self._run, answer.session_id)
             push_objects(get_all_nested_objects(message), send, object_ids_to_push=set(answer.objects_to_push))
         return str(answer.message_ids[0])
 
     def announced(self, numbers: Sequence[str]) -> dict[str, ObjectTree]:
-        answer = _call(self._client.PullMessages, PullAppMessagesRequest(message_ids=numbers))
+        answer = self._call(self._client.PullMessages, PullAppMessagesRequest(message_ids=numbers))
         replies = zip(answer.messages_list, answer.message_object_trees, strict=True)
         return {reply.metadata.reply_to_message_id: tree for reply, tree in replies}
 
-    def fetch(self, answer: ObjectTree, most_bytes: int) -> Message:
-        pull = make_pull_object_fn_protobuf(_calling(self._client.PullObject), self._node, self._run)
-        message = gather(answer, _patient(pull), most_bytes, _SILENCE_SECONDS)
+    def fetch(self, answer: ObjectTree, most_bytes: int, came: Callable[[], None]) -> Message:
+        pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, self._run)
+        message = gather(answer, _patient(pull, came), most_bytes, _SILENCE_SECONDS)
         received = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=answer.object_id)
         with suppress(httpx.HTTPError):  # it keeps what nobody needs
-            _call(self._client.ConfirmMessageReceived, received)
+            self._call(self._client.ConfirmMessageReceived, received)
         return message
 
+    def _calling(self, method: Callable[[Any], _Answer]) -> Callable[[Any], _Answer]:
+        return lambda request: self._call(method, request)
 
-def _patient(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    def _call(self, method: Callable[[Any], _Answer], request: Any) -> _Answer:
+        try:
+            return method(request)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.FORBIDDEN:
+                raise RunNotRunningException from None
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:  # it has begun anew, without its memory
+                self._end_process()
+            raise
+
+    def _end_process(self) -> None:
+        """As Flower's own client does: another process is started. Once: a second signal would cut its ending short."""
+        if self._ended.acquire(blocking=False):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _patient(pull: Callable[[str], bytes], came: Callable[[], None]) -> Callable[[str], bytes]:
     """A piece stays where it is while the SuperLink is away, or busy."""
 
     def patient(number: str) -> bytes:
         try:
-            return pull(number)
+            content = pull(number)
+            came()
+            return content
         except httpx.TransportError:
             raise NotThere(number) from None
         except httpx.HTTPStatusError as error:
@@ -146,18 +171,3 @@ def _patient(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
             raise
 
     return patient
-
-
-def _calling(method: Callable[[Any], _Answer]) -> Callable[[Any], _Answer]:
-    return lambda request: _call(method, request)
-
-
-def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
-    try:
-        return method(request)
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code == httpx.codes.FORBIDDEN:
-            raise RunNotRunningException from None
-        if error.response.status_code == httpx.codes.UNAUTHORIZED:  # it has begun anew, without its memory
-            os.kill(os.getpid(), signal.SIGINT)  # as Flower's own client does: another process is started
-        raise

@@ -17,19 +17,25 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectUnavailableError,
-    pull_and_inflate_object_from_tree,
+    inflate_object_from_contents,
+    pull_objects,
 )
 
-__all__ = ["CutOff", "NotThere", "TooMuch", "gather"]
+__all__ = ["CutOff", "Malformed", "NotThere", "TooMuch", "gather"]
 
 NotThere = ObjectUnavailableError  # to be raised for a piece that may yet come
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.02, 0.5  # before a piece that is not there is asked for again
+_SLOW_SECONDS = 2.0  # a call under way for longer brings a piece: that there is none yet is said at once
 _MOST_PIECES = 100_000  # Flower cuts arrays into pieces of 5 MiB
 
 
 class TooMuch(Exception):
     """The message is larger than it may be."""
+
+
+class Malformed(Exception):
+    """What has come is no message."""
 
 
 class CutOff(Exception):
@@ -40,16 +46,14 @@ def gather(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, sile
     """The message, with its number. No more than `most_bytes` and a piece are ever taken.
 
     tree: its pieces. pull: of a piece's id, called from several threads. silence: seconds without any piece that are waited for.
-    Raises TooMuch, CutOff, and what `pull` raises.
+    Raises TooMuch, CutOff, Malformed, and what `pull` raises.
     """
     if sum(1 for _ in islice(iterate_object_tree(tree), _MOST_PIECES + 1)) > _MOST_PIECES:
         raise TooMuch(f"it has more than {_MOST_PIECES:,} parts, the most that were expected")
     try:
-        message = pull_and_inflate_object_from_tree(
-            tree,
+        found = pull_objects(
+            [part.object_id for part in iterate_object_tree(tree)],
             _Bounded(pull, most_bytes, silence),
-            lambda _: None,
-            return_type=Message,
             max_time=None,
             max_tries_per_object=None,
             initial_backoff=_FIRST_WAIT_SECONDS,
@@ -57,7 +61,19 @@ def gather(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, sile
         )
     except ObjectPullError as error:
         raise CutOff(f"a part of it is gone ({error})") from None
-    message.metadata.__dict__["_message_id"] = tree.object_id  # not part of a message's own content
+    return _put_together(tree.object_id, found)
+
+
+def _put_together(number: str, found: dict[str, bytes]) -> Message:
+    try:
+        message = inflate_object_from_contents(number, found)
+    except MemoryError:
+        raise
+    except Exception as error:  # what a stranger has sent may be wrong in any way
+        raise Malformed(f"it cannot be put together from its parts ({type(error).__name__})") from None
+    if not isinstance(message, Message):
+        raise Malformed(f"it is of the kind {type(message).__name__}, expected a message")
+    message.metadata.__dict__["_message_id"] = number  # not part of a message's own content
     return message
 
 
@@ -67,17 +83,27 @@ class _Bounded:
     def __init__(self, pull: Callable[[str], bytes], most_bytes: int, silence: float) -> None:
         self._pull, self._most_bytes, self._silence = pull, most_bytes, silence
         self._taken, self._came, self._lock = 0, time.monotonic(), threading.Lock()
+        self._under_way: dict[int, float] = {}  # thread -> when its call began
 
     def __call__(self, number: str) -> bytes:
+        self._under_way[threading.get_ident()] = time.monotonic()
         try:
             content = self._pull(number)
         except NotThere:
-            if time.monotonic() - self._came > self._silence:
+            if self._is_silent():
                 raise CutOff(f"no part of it has come for {self._silence:g} seconds") from None
             raise
+        finally:
+            del self._under_way[threading.get_ident()]
         with self._lock:
             self._taken += len(content)
             self._came = time.monotonic()
             if self._taken > self._most_bytes:
                 raise TooMuch(f"it has more than {self._most_bytes:,} bytes, the most that were expected")
         return content
+
+    def _is_silent(self) -> bool:
+        """On a slow line one part takes longer than the others may be late."""
+        now, ours = time.monotonic(), threading.get_ident()
+        slow = any(now - began > _SLOW_SECONDS for thread, began in list(self._under_way.items()) if thread != ours)
+        return not slow and now - self._came > self._silence

@@ -21,6 +21,7 @@ from cotune.server import asking, carriers
 from cotune.server.federation import FederationFolder
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import Progress, RunFolder
+from cotune.strategies.pieces import Malformed, TooMuch
 from cotune.strategies.wire import Request
 from tests.server.conftest import Answer, NewRun, adding, model_of, update
 from tests.server.test_rounds import assert_moved, initial, raises, same
@@ -393,12 +394,13 @@ def test_an_update_in_the_name_of_another_is_refused(new_run: NewRun) -> None:
     assert dropped(progress) == [{"org-2": "it is from org-1, expected org-2"}]
 
 
-def test_an_answer_that_was_too_large_to_be_taken_is_a_strike(new_run: NewRun) -> None:
+@pytest.mark.parametrize("trouble", [TooMuch("it has more than 600 bytes"), Malformed("it cannot be put together")])
+def test_an_answer_that_cannot_be_taken_is_a_strike(new_run: NewRun, trouble: Exception) -> None:
     folder = real(new_run("org-1", "org-2", rounds=3, server={"quorum": 0.5, "strikes": 2}))
     grid = wild(folder, everybody(1.0, 3.0))
-    grid.too_much = {"org-2"}
+    grid.unfit["org-2"] = trouble
     progress = play(folder, grid)
-    assert dropped(progress)[0] == {"org-2": "it has more than 1,048,576 bytes, the most that were expected"}
+    assert dropped(progress)[0] == {"org-2": str(trouble)}
     assert [entry["quarantined"] for entry in progress.history] == [["org-2"], ["org-2"], []]
     assert grid.pushed == {"org-1": 3, "org-2": 2}  # asked once in each round, and not after so many
     assert files(folder.path / "quarantine") == ["round-00001-org-2.safetensors", "round-00002-org-2.safetensors"]

@@ -18,6 +18,7 @@ from cotune.server.delivery import confirmed, deliver
 from cotune.server.federation import FederationFolder
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import RunFolder
+from cotune.strategies.pieces import TooMuch
 from cotune.strategies.wire import Receipt, Request, decode_request, encode_receipt, received_digest
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.test_asking import wrong_shape
@@ -96,10 +97,27 @@ def test_whoever_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) -> 
 def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
     folder = finished(new_run)
     grid = receiving(folder)
-    grid.too_much = {"org-2"}
+    grid.unfit["org-2"] = TooMuch("it has more than 1,048,576 bytes, the most that were expected")
     assert deliver(grid, folder) == ["org-2"]
     [event] = told(folder, "undelivered")
     assert event["reason"] == "it has more than 1,048,576 bytes, the most that were expected"
+
+
+def test_whoever_connects_anew_is_handed_it_again(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request may be lost, as Flower hands each over once; or an answer, as it was cut off."""
+    monkeypatch.setattr(delivery, "_EXPORT_SECONDS", 5.0)
+    folder = finished(new_run)
+    grid = receiving(folder)
+    grid.swallowed["org-2"] = 1
+
+    def connects_anew(name: str, message: Message) -> None:
+        grid.since[name] = str(grid.pushed[name])
+
+    grid.on_push = connects_anew
+    grid.delay["org-2"] = 0.5
+    assert deliver(grid, folder) == []
+    assert grid.pushed["org-2"] > 1
+    assert max(grid.pushed.values()) <= 3
 
 
 def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:

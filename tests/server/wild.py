@@ -22,7 +22,6 @@ from cotune.server.events import read_events
 from cotune.server.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.grid import InProcessGrid
-from cotune.strategies.pieces import TooMuch
 from tests.server.conftest import Answer, federation
 
 KEYS = [ec.generate_private_key(ec.SECP384R1()).public_key() for _ in range(5)]
@@ -66,7 +65,7 @@ class WildGrid(InProcessGrid):
         self.pulls_fail: Counter[str] = Counter()
         self.handovers_fail: Counter[str] = Counter()  # the answer is gone then
         self.delay: dict[str, float] = {}  # seconds before an answer is there
-        self.too_much: set[str] = set()  # whose answers are larger than they may be
+        self.unfit: dict[str, Exception] = {}  # whose answers cannot be taken
         self.hangs: dict[str, threading.Event] = {}  # a pull hangs until it is set
         self.hangs_at: set[str] = set()  # of these the first request's alone
         self.on_push: Callable[[str, Message], None] = lambda name, message: None
@@ -109,8 +108,8 @@ class WildGrid(InProcessGrid):
         name = self._name(message)
         if name in self.hangs and (name not in self.hangs_at or number == self._first[name]):
             self.hangs[name].wait()
-        if name in self.too_much:
-            raise TooMuch("it has more than 1,048,576 bytes, the most that were expected")
+        if name in self.unfit:
+            raise self.unfit[name]
         if self._uses_up(self.pulls_fail, name):
             raise _error_500("pull-messages")
         if self._uses_up(self.handovers_fail, name):

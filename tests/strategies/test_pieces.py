@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.strategies import pieces
-from cotune.strategies.pieces import CutOff, NotThere, TooMuch, gather
+from cotune.strategies.pieces import CutOff, Malformed, NotThere, TooMuch, gather
 
 MOST, SILENCE = 2**20, 5.0
 
@@ -80,6 +80,33 @@ def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch
 
     assert gather(get_object_tree(message), pull, MOST, 1.0).content == message.content
     assert time.monotonic() - began > 1.0
+
+
+def test_a_piece_that_is_under_way_on_a_slow_line_is_waited_for(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long: another one, which is late, shows only that nothing else has come meanwhile."""
+    monkeypatch.setattr(pieces, "_SLOW_SECONDS", 0.05)
+    there, came = parts(message), threading.Event()
+    first, second, *_ = there
+
+    def pull(number: str) -> bytes:
+        if number == first:
+            time.sleep(0.6)
+            came.set()
+        if number == second and not came.is_set():
+            raise NotThere(number)
+        return there[number]
+
+    assert gather(get_object_tree(message), pull, MOST, 0.2).content == message.content
+
+
+def test_pieces_that_make_no_message(message: Message) -> None:
+    there, tree = parts(message), get_object_tree(message)
+    (content,) = tree.children
+    with pytest.raises(Malformed, match="it is of the kind RecordDict, expected a message"):
+        gather(content, there.__getitem__, MOST, SILENCE)
+    there[content.object_id] = b"RecordDict of nothing that was announced"
+    with pytest.raises(Malformed, match="cannot be put together from its parts"):
+        gather(tree, there.__getitem__, MOST, SILENCE)
 
 
 def test_a_piece_that_is_gone_ends_it(message: Message) -> None:
