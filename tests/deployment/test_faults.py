@@ -12,7 +12,7 @@ import pytest
 
 from tests.deployment.deployment import Deployment, deployment, weights
 
-ROUNDS = 10
+ROUNDS = 16
 PLAN = {"rounds": ROUNDS, "local": {"learning_rate": 0.5, "batch_size": 0.5, "steps": 20}}
 
 
