@@ -25,7 +25,8 @@ __all__ = ["Asking"]
 
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
-_MOST_TIMES = 3  # that an organisation is asked in a round
+_MOST_LOSSES = 3  # of an organisation in a round
+_MOST_REQUESTS = 10  # to it: it may connect anew again and again
 _AGAIN_SECONDS = 2.0  # before a lost one is asked again, and twice as long before the third time
 _LATEST = "the round was complete before it answered"
 
@@ -56,7 +57,7 @@ class Asking:
     ) -> None:
         self._post, self._config, self._round, self._tally, self._tell = post, config, round, tally, tell
         self._contents, self._most_bytes, self._enough = dict(contents), most_bytes, enough
-        self._times = dict.fromkeys(contents, 0)
+        self._times, self._losses = dict.fromkeys(contents, 0), dict.fromkeys(contents, 0)  # requests to each; lost ones
         self._idle = dict.fromkeys(contents)  # who has not answered for good, and is to be asked
         self._waiting: Counter[str] = Counter()  # who is asked and may answer yet -> how many requests are under way
         self._lost: dict[str, _Lost] = {}
@@ -118,7 +119,7 @@ class Asking:
             return
         self._looked = self._post.looked()
         for name, node in self._post.connected().items():
-            if name in self._waiting and node.since != self._since[name] and self._times[name] < _MOST_TIMES:
+            if name in self._waiting and node.since != self._since[name] and self._times[name] < _MOST_REQUESTS:
                 self._send(name, node)
 
     def _send(self, name: str, node: Node) -> None:
@@ -131,7 +132,7 @@ class Asking:
     def _may_be_asked(self, name: str) -> bool:
         if name not in self._lost:
             return True
-        again = self._lost[name].at + _AGAIN_SECONDS * 2 ** (self._times[name] - 1)
+        again = self._lost[name].at + _AGAIN_SECONDS * 2 ** (self._losses[name] - 1)
         return time.monotonic() >= again and self._post.looked() > self._lost[name].at
 
     def _message(self, name: str, node: int) -> Message:
@@ -154,8 +155,9 @@ class Asking:
         if name in self._waiting:
             return False  # it was asked twice, and may answer the other request
         self._idle[name], self._lost[name] = None, _Lost(letter.lost)
-        if self._times[name] >= _MOST_TIMES:
-            self._drop(name, f"{letter.lost}, {_MOST_TIMES} times")
+        self._losses[name] += 1
+        if self._losses[name] >= _MOST_LOSSES or self._times[name] >= _MOST_REQUESTS:
+            self._drop(name, f"{letter.lost}, {self._losses[name]} times")
         return False
 
     def _answered(self, name: str) -> None:
