@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
 _MOST_LOSSES = 3  # of an organisation in a round
 _MOST_REQUESTS = 10  # to it: it may connect anew again and again
-_AGAIN_SECONDS = 2.0  # before a lost one is asked again, and twice as long before the third time
+_AGAIN_SECONDS = 2.0  # before a lost one is asked again, and twice as long after the second loss
 _LATEST = "the round was complete before it answered"
 
 Tell = Callable[..., None]
