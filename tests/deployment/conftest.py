@@ -10,8 +10,8 @@ import pytest
 _INTRODUCTION = """# What may be killed, and what becomes of the run
 
 Real processes on one machine, over TLS and with keys: `make test-faults`. Every line is a run of its own: four rounds of two
-organisations on a tiny model, struck in the second. "Seconds" are from the fault to the end of the run, start of new processes
-included; they vary with the machine. "The same" compares every bit of the final model with that of a run in which nothing
+organisations on a tiny model, struck in the second, or again and again at random moments until the run is over. "Seconds" are from
+the (first) fault to the end of the run, start of new processes included; they vary with the machine. "The same" compares every bit of the final model with that of a run in which nothing
 happened, where no privacy noise makes every run another; then the ledgers have been checked to hold every step.
 
 `trainer:north` is an organisation's training process, `north` its node, `server` is `cotune server start`, which keeps `superlink`,
