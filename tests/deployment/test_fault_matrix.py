@@ -163,7 +163,8 @@ def test_killed_again_and_again(request: pytest.FixtureRequest, page: Page, kept
         if kind.fed.found(what) is not None:
             kill(kind, what)()
             times += 1
-    check_end(kind, page, f"kill -9 of anybody, {times} times", "at any time", struck)
+    how_often = "once" if times == 1 else f"{times} times"
+    check_end(kind, page, f"kill -9 of anybody, {how_often}", "at any time", struck)
 
 
 @pytest.mark.parametrize(("what", "when"), list(itertools.product(("trainer:north", "north"), ("training", "sending"))))
