@@ -105,9 +105,9 @@ class Federation:
             "--enable-supernode-auth",
             *options,
         )
-        until(self._listens)
+        until(self.listens)
 
-    def _listens(self) -> bool:
+    def listens(self) -> bool:
         with socket.socket() as s:
             return s.connect_ex(("127.0.0.1", self.port)) == 0
 

@@ -185,7 +185,7 @@ class Asking:
             return False
         if not self._idle or admitted + len(self._idle) < needed:
             return True
-        if admitted < needed:
+        if not self._tally.has_quorum:
             return False
         since = max([self._began, *(self._lost[name].at for name in self._idle if name in self._lost)])
         return time.monotonic() - since >= self._config.absent_seconds

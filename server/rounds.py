@@ -133,7 +133,7 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     asking = Asking(run.post, plan.server, round, contents, verify.most_bytes, closing, tally, folder.events.tell)
     del contents
     run.gathering.gather(asking, round, verify, tally, combination)
-    if len(tally.participants) < tally.needed:
+    if not tally.has_quorum:
         remember(folder, tally.quarantined)
     tally.check_quorum(plan, round)
     if client_level:

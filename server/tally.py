@@ -38,9 +38,13 @@ class Tally:
         if update.epsilon is not None:
             self.epsilon[name] = update.epsilon
 
+    @property
+    def has_quorum(self) -> bool:
+        return len(self.participants) >= self.needed
+
     def check_quorum(self, plan: Plan, round: int) -> None:
         """Raises RunError, with who is missing and why, when too few updates came."""
-        if len(self.participants) >= self.needed:
+        if self.has_quorum:
             return
         reasons = "; ".join(f"{name}: {self.dropped[name]}" for name in self.people if name in self.dropped)
         raise RunError(

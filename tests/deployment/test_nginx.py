@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import shutil
-import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import closing
@@ -37,7 +36,7 @@ def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronted]:
         outside = replace(inside, port=free_port())
         (folder / "nginx.conf").write_text(_configuration(inside, outside.port), encoding="utf-8")
         inside.start("nginx", "nginx", "-p", folder, "-c", folder / "nginx.conf", "-g", "daemon off;")
-        until(lambda: _listens(outside.port), 30.0)
+        until(outside.listens, 30.0)
         yield Fronted(inside, outside)
 
 
@@ -51,11 +50,6 @@ def _configuration(inside: Federation, port: int) -> str:
     (inside.folder / "site.conf").write_text(site, encoding="utf-8")
     logs = f"access_log {inside.folder}/access.log;\n{kept}include {inside.folder}/site.conf;\n"
     return f"pid {inside.folder}/nginx.pid;\nerror_log stderr;\nevents {{}}\nhttp {{\n{logs}}}\n"
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_run_through_nginx(fed: Fronted) -> None:
