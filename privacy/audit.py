@@ -10,8 +10,9 @@ are counted: how many of them are right? Two theorems say how many could be, had
   with the ε of the least noise that is refuted. jax_privacy has it for the curve of a single Gaussian only (the oracle of our
   tests), which is another curve when batches are sampled.
 
-Not used, for they are no bounds here: Clopper-Pearson intervals, which need independent scores (those of one run are not); fits
-of a Gaussian; and a correction for only those thresholds that lie on the ROC curve's hull, which was seen first.
+Not used, for they are no bounds here: Clopper-Pearson intervals, which need independent scores (those of a final model are not; for
+an attacker who sees every step see `stepwise`); fits of a Gaussian; and a correction for only those thresholds that lie on the ROC
+curve's hull, which was seen first.
 
 How many guesses are counted is not chosen by looking at the answers: the numbers m, m/2, m/4, … are fixed, and the allowed error
 is divided by the number of all tests (Bonferroni), so that the bounds of an audit hold *together* with the stated confidence.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -34,9 +36,19 @@ from cotune.models.errors import PrivacyError
 from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, deltas, epsilon
 from cotune.privacy.canaries import Coins
 
-__all__ = ["Evidence", "Guess", "evidence", "lower_bound_any", "lower_bound_steps", "perfect_evidence", "require_statistics"]
+__all__ = [
+    "Evidence",
+    "Guess",
+    "evidence",
+    "least_refuted",
+    "lower_bound_any",
+    "lower_bound_steps",
+    "perfect_evidence",
+    "require_statistics",
+]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Curve = Callable[[float], float]  # level of a test -> a lower bound on its error of the second kind
 
 _FEWEST_GUESSES = 16
 _MOST_NOISE = 64.0  # times the claimed σ: a bound from still more noise is no bound worth printing
@@ -139,36 +151,55 @@ def lower_bound_steps(found: Evidence, steps: Sequence[Steps], delta: float, err
     """
     each = error / len(found.guesses)
 
+    def refutes(curve: Curve) -> bool:
+        return any(_is_refuted(curve, found.targets, guess, each) for guess in found.guesses)
+
+    return least_refuted(steps, delta, refutes)
+
+
+def least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[Curve], bool]) -> float:
+    """Return ε at δ of these steps with the least noise whose trade-off curve is refuted; 0 where none is.
+
+    Args:
+        refutes: Whether a curve is refuted. One above a refuted curve must be refuted too.
+
+    Returns:
+        A lower bound on ε, above the claim exactly when the claimed curve itself is refuted. Not below σ = 0.3, or the claimed σ
+        where that is less: the accountant does not go there.
+    """
+
     def scaled(scale: float) -> list[Steps]:
         return [replace(s, noise_multiplier=s.noise_multiplier * scale) for s in steps]
 
-    def refuted(scale: float) -> bool:
-        curve = _trade_off(scaled(scale))
-        return any(_is_refuted(curve, found.targets, guess, each) for guess in found.guesses)
-
     low, high = min(1.0, MIN_NOISE_MULTIPLIER / min(s.noise_multiplier for s in steps)), _MOST_NOISE
-    if not refuted(high):
+    if not refutes(_trade_off(scaled(high))):
         return 0.0
-    if refuted(low):
+    if refutes(_trade_off(scaled(low))):
         return epsilon(scaled(low), delta)
     while high / low > 1.002:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if refuted(middle) else (middle, high)
+        low, high = (low, middle) if refutes(_trade_off(scaled(middle))) else (middle, high)
     return epsilon(scaled(high), delta)
 
 
-def _trade_off(steps: Sequence[Steps]) -> Callable[[float], float]:
+def _trade_off(steps: Sequence[Steps]) -> Curve:
     """α -> a lower bound on the error of the second kind of any test at level α, for one record in or out of these steps.
 
     Dong, Roth, Su, "Gaussian Differential Privacy", 2019, section 2.3: every (ε, δ) of the accountant is two lines below it.
     """
-    found = deltas(steps, _EPSILONS.tolist())
+    found = _privacy_curve(tuple(steps))
     slopes = np.concatenate([-np.exp(_EPSILONS), -np.exp(-_EPSILONS)])
     heights = np.concatenate([1 - found, np.exp(-_EPSILONS) * (1 - found)])
     return lambda alpha: max(0.0, float(np.max(heights + slopes * alpha)))
 
 
-def _is_refuted(curve: Callable[[float], float], targets: int, guess: Guess, error: float) -> bool:
+@lru_cache(maxsize=256)
+def _privacy_curve(steps: tuple[Steps, ...]) -> Array:
+    """δ at each of the supporting ε. Kept, for the searches of all attacks begin at the same noise."""
+    return deltas(steps, _EPSILONS.tolist())
+
+
+def _is_refuted(curve: Curve, targets: int, guess: Guess, error: float) -> bool:
     """Whether so many right guesses have a probability below `error` under the curve; with k = 2 candidates for each guess."""
     right, wrong = guess.right, guess.count - guess.right
     r, h = error * right / targets, error * wrong / targets
