@@ -242,7 +242,7 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
     task, reader, longest = model.loaded.task, model.loaded.reader, model.loaded.max_length
     collate = task.collator(model.module, reader, model.device)
     private = isinstance(plan.privacy, RecordPrivacy)
-    slots = stage.local.physical_batch_size
+    slots = max(2, stage.local.physical_batch_size)
     low_precision = plan.model.precision == "bfloat16" or (
         not private and plan.model.precision == "auto" and model.device.type == "cuda" and bfloat16_is_fast(model.device)
     )
