@@ -137,6 +137,10 @@ class Holdings:
         counts = Counter(stratum_of(records.labels[int(i)]) for records, rows in self.parts for i in rows)
         return {label: counts[label] for label in self.labels}
 
+    @property
+    def units(self) -> list[list[int]]:
+        return [[row] for row in range(len(self))]
+
     def inputs(self) -> list[Input]:
         return [records.inputs[int(i)] for records, rows in self.parts for i in rows]
 
