@@ -10,9 +10,9 @@ are counted: how many of them are right? Two theorems say how many could be, had
   with the ε of the least noise that is refuted. jax_privacy has it for the curve of a single Gaussian only (the oracle of our
   tests), which is another curve when batches are sampled.
 
-Not used, for they are no bounds here: Clopper-Pearson intervals, which need independent scores (those of a final model are not; for
-an attacker who sees every step see `stepwise`); fits of a Gaussian; and a correction for only those thresholds that lie on the ROC
-curve's hull, which was seen first.
+Not used, for they are no bounds here: Clopper-Pearson intervals, which need independent scores (those of a final model are not; of
+an attacker who sees every step they are: see `stepwise`); fits of a Gaussian; and a correction for only those thresholds that lie on
+the hull of the ROC curve, which was seen first.
 
 How many guesses are counted is not chosen by looking at the answers: the numbers m, m/2, m/4, … are fixed, and the allowed error
 is divided by the number of all tests (Bonferroni), so that the bounds of an audit hold *together* with the stated confidence.
@@ -39,6 +39,7 @@ from cotune.privacy.canaries import Coins
 __all__ = [
     "Evidence",
     "Guess",
+    "TradeOff",
     "evidence",
     "least_refuted",
     "lower_bound_any",
@@ -48,7 +49,6 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-Curve = Callable[[float], float]  # level of a test -> a lower bound on its error of the second kind
 
 _FEWEST_GUESSES = 16
 _MOST_NOISE = 64.0  # times the claimed σ: a bound from still more noise is no bound worth printing
@@ -73,6 +73,22 @@ class Evidence:
     targets: int
     guesses: tuple[Guess, ...]
     auc: float
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """α -> a lower bound on the error of the second kind of any test at level α: lines, of which the highest counts.
+
+    Attributes:
+        advantage: An upper bound on 1 − α − β of any test, the total variation distance.
+    """
+
+    heights: Array
+    slopes: Array
+    advantage: float
+
+    def __call__(self, alpha: float) -> float:
+        return max(0.0, float(np.max(self.heights + self.slopes * alpha)))
 
 
 def require_statistics() -> ModuleType:
@@ -151,13 +167,13 @@ def lower_bound_steps(found: Evidence, steps: Sequence[Steps], delta: float, err
     """
     each = error / len(found.guesses)
 
-    def refutes(curve: Curve) -> bool:
+    def refutes(curve: TradeOff) -> bool:
         return any(_is_refuted(curve, found.targets, guess, each) for guess in found.guesses)
 
     return least_refuted(steps, delta, refutes)
 
 
-def least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[Curve], bool]) -> float:
+def least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[TradeOff], bool]) -> float:
     """Return ε at δ of these steps with the least noise whose trade-off curve is refuted; 0 where none is.
 
     Args:
@@ -182,15 +198,15 @@ def least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[Curve
     return epsilon(scaled(high), delta)
 
 
-def _trade_off(steps: Sequence[Steps]) -> Curve:
-    """α -> a lower bound on the error of the second kind of any test at level α, for one record in or out of these steps.
+def _trade_off(steps: Sequence[Steps]) -> TradeOff:
+    """The trade-off curve of one record in or out of these steps.
 
     Dong, Roth, Su, "Gaussian Differential Privacy", 2019, section 2.3: every (ε, δ) of the accountant is two lines below it.
     """
     found = _privacy_curve(tuple(steps))
     slopes = np.concatenate([-np.exp(_EPSILONS), -np.exp(-_EPSILONS)])
     heights = np.concatenate([1 - found, np.exp(-_EPSILONS) * (1 - found)])
-    return lambda alpha: max(0.0, float(np.max(heights + slopes * alpha)))
+    return TradeOff(heights, slopes, float(found[0]))
 
 
 @lru_cache(maxsize=256)
@@ -199,7 +215,7 @@ def _privacy_curve(steps: tuple[Steps, ...]) -> Array:
     return deltas(steps, _EPSILONS.tolist())
 
 
-def _is_refuted(curve: Curve, targets: int, guess: Guess, error: float) -> bool:
+def _is_refuted(curve: TradeOff, targets: int, guess: Guess, error: float) -> bool:
     """Whether so many right guesses have a probability below `error` under the curve; with k = 2 candidates for each guess."""
     right, wrong = guess.right, guess.count - guess.right
     r, h = error * right / targets, error * wrong / targets

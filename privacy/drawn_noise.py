@@ -1,15 +1,15 @@
 """Is the noise that an engine draws what it claims: independent N(0, 1) entries, in units of σC?
 
-Seen from inside, where no record has a gradient: each step then releases its noise and nothing else. A million draws show a standard
-deviation that is 1 % too small, where attacks on canaries need a third of the noise to be missing. Tested are
+Seen from inside, where no record has a gradient: each step then releases its noise and nothing else. A million draws show a
+standard deviation that is 1 % too small, where attacks on canaries need a tenth of the noise to be missing. Tested are
 
 - the variance, as a whole and of each parameter by itself (χ²): too little is a broken claim, too much only a waste;
 - the shape (Kolmogorov and Smirnov);
 - repetition: the correlation of the draws with themselves at every lag up to half of their number (Wiener and Khinchin, by FFT).
-  The draws of two runs that began in the same state of every seeded generator lie one behind the other, so that noise that is used
-  for two steps, two parameters, or again in a second run shows at one of the lags.
+  The draws of two runs that began in the same state of every seeded generator lie one behind the other, so that noise that is
+  used for two steps, two parameters, or again in a second run shows at one of the lags.
 
-A grid of 2⁻²⁰ σC, to which noise is rounded, changes the variance by 2⁻⁴⁰/12 and the distribution by 2⁻²²: nothing that shows here.
+A grid of 2⁻²⁰ σC, to which noise is rounded, changes the variance by 2⁻⁴⁰/12 and the distribution by 2⁻²²: nothing shows here.
 """
 
 from __future__ import annotations

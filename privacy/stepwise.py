@@ -1,17 +1,19 @@
 """What an attacker who sees every step proves about ε: the tight audit of a known direction.
 
-Nasr, Hayes, Steinke, Balle, Tramèr, Jagielski, Carlini, Terzis, "Tight Auditing of Differentially Private Machine Learning", USENIX
-Security 2023, section 4 (white-box access): the attacker sees the noised sum of every step and knows the direction of the target's
-gradient. For a canary that owns a coordinate the score is the logarithm of the likelihood ratio of "in" to "out", the most powerful
-test there is (Neyman and Pearson). So the trade-off curve that is claimed is reached, and not merely bounded.
+Nasr, Hayes, Steinke, Balle, Tramèr, Jagielski, Carlini, Terzis, "Tight Auditing of Differentially Private Machine Learning",
+USENIX Security 2023, section 4 (white-box access): the attacker sees the noised sum of every step and knows the direction of the
+target's gradient. For a canary that owns a coordinate the score is the logarithm of the likelihood ratio of "in" to "out", the most
+powerful test there is (Neyman and Pearson). So the trade-off curve that is claimed is reached, and not merely bounded.
 
 Why Clopper-Pearson intervals hold here, and not for the scores of one final model (`audit`): canaries lie in coordinates of their
-own, in which no record and no other canary has a gradient. What is seen of canary j is x_tj = b_tj·coin_j + σ·z_tj over the steps t,
-where coins, samples b and noise z are all independent of each other. Under the claimed mechanism the scores of the canaries are
-therefore independent, and whether each is above a threshold is a coin of its own: a correct engine is accused with at most the
-stated probability. For an engine that is wrong, the number is a lower bound as far as its scores are independent too.
+own, in which no record and no other canary has a gradient. Of canary j is seen, over the steps t, x_tj = b_tj·coin_j + σ·z_tj, where
+coins, samples b and noise z are all independent of each other. Under the claimed mechanism the scores of the canaries are therefore
+independent, and whether each is above a threshold is a coin of its own: a correct engine is accused with at most the stated
+probability. For an engine that is wrong, the number is a lower bound as far as its scores are independent too.
 
-Thresholds are fixed by the claim before anything is seen; the allowed error is divided among them.
+Two kinds of tests, whose allowed errors add up. The share of right guesses "in, when the score is above 0": every target is guessed
+rightly with a probability of at most (1 + advantage)/2, so their number is below a binomial variable. And both error rates at
+thresholds that the claim fixes before anything is seen.
 """
 
 from __future__ import annotations
@@ -26,10 +28,19 @@ from sklearn.metrics import roc_auc_score
 
 from cotune.models.errors import PrivacyError
 from cotune.privacy.accounting import Steps
-from cotune.privacy.audit import Array, Curve, least_refuted
+from cotune.privacy.audit import Array, TradeOff, least_refuted
 from cotune.privacy.canaries import Coins
 
-__all__ = ["Errors", "Separation", "log_likelihood_ratios", "lower_bound_any", "lower_bound_steps", "perfect", "separation"]
+__all__ = [
+    "Errors",
+    "Separation",
+    "log_likelihood_ratios",
+    "lower_bound_any",
+    "lower_bound_steps",
+    "perfect",
+    "refutes",
+    "separation",
+]
 
 _THRESHOLDS = 9
 
@@ -103,17 +114,16 @@ def lower_bound_any(found: Separation, delta: float, error: float) -> float:
     """Return the largest ε for which (ε, δ)-DP is refuted, whatever the mechanism; at least 0.
 
     Kairouz, Oh, Viswanath, "The Composition Theorem for Differential Privacy", ICML 2015, section 2.1: α + e^ε·β ≥ 1 − δ, and the
-    same with α and β exchanged.
+    same with α and β exchanged; so 1 − α − β ≤ (e^ε − 1 + 2δ)/(e^ε + 1).
 
     Args:
         error: The probability, at most, with which the bound is above the true ε.
     """
-    bounds = [0.0]
-    for alpha, missed in _error_rates(found, error):
-        for first, second in ((alpha, missed), (missed, alpha)):
-            if 1 - delta - first > second:
-                bounds.append(math.log((1 - delta - first) / second))
-    return max(bounds)
+    right = _right_at_least(found, error / 2)
+    ratios = [(right - delta) / (1 - right)] if right < 1 else []
+    for alpha, missed in _error_rates(found, error / 2):
+        ratios += [(1 - delta - alpha) / missed, (1 - delta - missed) / alpha]
+    return math.log(max(1.0, *ratios))
 
 
 def lower_bound_steps(found: Separation, steps: Sequence[Steps], delta: float, error: float) -> float:
@@ -122,12 +132,21 @@ def lower_bound_steps(found: Separation, steps: Sequence[Steps], delta: float, e
     Args:
         error: As in `lower_bound_any`.
     """
-    rates = _error_rates(found, error)
+    return least_refuted(steps, delta, lambda curve: refutes(found, curve, error))
 
-    def refutes(curve: Curve) -> bool:
-        return any(curve(alpha) > missed for alpha, missed in rates)
 
-    return least_refuted(steps, delta, refutes)
+def refutes(found: Separation, curve: TradeOff, error: float) -> bool:
+    """Return whether so good an attack on a mechanism with this trade-off curve has a probability of at most `error`."""
+    if _right_at_least(found, error / 2) > (1 + curve.advantage) / 2:
+        return True
+    return any(curve(alpha) > missed for alpha, missed in _error_rates(found, error / 2))
+
+
+def _right_at_least(found: Separation, error: float) -> float:
+    """A lower bound, by Clopper and Pearson, on the probability of a right guess at the first threshold, 0."""
+    targets = found.members + found.others
+    right = targets - found.errors[0].false_alarms - found.errors[0].misses
+    return float(beta.ppf(error, right, targets - right + 1)) if right else 0.0
 
 
 def _error_rates(found: Separation, error: float) -> list[tuple[float, float]]:

@@ -15,10 +15,12 @@ from cotune.privacy.stepwise import (
     Errors,
     Separation,
     _error_rates,
+    _right_at_least,
     log_likelihood_ratios,
     lower_bound_any,
     lower_bound_steps,
     perfect,
+    refutes,
     separation,
 )
 
@@ -54,6 +56,7 @@ def test_errors_are_counted_by_hand() -> None:
     found = separation(scores, present, 8.0)
     assert found.errors[0] == Errors(2, 1)  # above 0
     assert found.errors[3] == Errors(0, 1)  # above 3: equal is not above
+    assert _right_at_least(found, 0.1) == pytest.approx(stats.beta.ppf(0.1, 1, 4))
     assert len(found.errors) == 9
     assert (found.members, found.others) == (2, 2)
     assert perfect(found).errors[0] == Errors(0, 0)
@@ -72,15 +75,19 @@ def test_error_rates_are_those_of_clopper_and_pearson() -> None:
 def test_a_bound_for_any_mechanism_is_the_ratio_of_the_error_rates() -> None:
     found = Separation(10_000, 10_000, (Errors(10, 5000),), 0.9)
     ((alpha, missed),) = _error_rates(found, 0.05)
-    assert lower_bound_any(found, DELTA, 0.05) == pytest.approx(math.log((1 - DELTA - missed) / alpha))
+    assert lower_bound_any(found, DELTA, 0.1) == pytest.approx(math.log((1 - DELTA - missed) / alpha))
     assert lower_bound_any(Separation(100, 100, (Errors(50, 50),), 0.5), DELTA, 0.05) == 0.0
 
 
-@pytest.mark.parametrize("steps", [ONE_STEP, SAMPLED, Steps(1.391, 1.0, 1)], ids=["full batch", "tweets", "full batch, ε = 3"])
-def test_at_least_sixty_percent_of_the_claim_are_shown(steps: Steps) -> None:
-    """By 2,000 canaries; before, the final model alone showed 3.12 of 8."""
+@pytest.mark.parametrize(
+    ("steps", "targets"),
+    [(ONE_STEP, 2000), (SAMPLED, 2000), (Steps(1.391, 1.0, 1), 2000), (Steps(3.731, 1.0, 1), 10_000)],
+    ids=["full batch", "tweets", "full batch, ε = 3", "full batch, ε = 1"],
+)
+def test_at_least_sixty_percent_of_the_claim_are_shown(steps: Steps, targets: int) -> None:
+    """Before, the final model alone showed 3.12 of 8."""
     claim = epsilon([steps], DELTA)
-    bound = lower_bound_steps(attacked(steps, 2000, 0), [steps], DELTA, 0.01)
+    bound = lower_bound_steps(attacked(steps, targets, 0), [steps], DELTA, 0.01)
     assert 0.6 * claim < bound <= claim
 
 
@@ -98,7 +105,7 @@ def test_an_honest_engine_is_accused_as_rarely_as_stated(steps: Steps) -> None:
     accused = 0
     for seed in range(200):
         found = attacked(steps, 1000, seed)
-        accused += any(curve(alpha) > missed for alpha, missed in _error_rates(found, error))
+        accused += refutes(found, curve, error)
         assert lower_bound_any(found, DELTA, CERTAIN) <= claim
     assert accused <= stats.binom.isf(1e-9, 200, error)
 
