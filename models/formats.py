@@ -39,7 +39,7 @@ class DataConfig(BaseModel):
     unit: str | None = Field(
         default=None,
         min_length=1,
-        description="the column that says whose a record is, such as patient_id; default: privacy.unit",
+        description="the column that says whose a record is; default: called like privacy.unit",
     )
     encoding: str = Field(default="utf-8", description="of a CSV, TSV or JSON file, such as utf-8, latin-1 or utf-16")
     deduplicate: bool = Field(

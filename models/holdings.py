@@ -94,13 +94,16 @@ def write_holdings(
 
 @dataclass(frozen=True)
 class Holdings:
-    """Records held, in a fixed order; labels as class numbers in the plan's order. unit: whom a promise is made to (see `bounded`)."""
+    """Records held, in a fixed order; labels as class numbers in the plan's order.
+
+    unit: whom a promise is made to, see `bounded`; None: nobody, and every row stands for itself.
+    """
 
     parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
     labels: tuple[str, ...]
     task: TaskName = "sequence-classification"
     lenient: bool = False  # whether a record of a class that the plan lacks is one without a loss, instead of an error
-    unit: str | None = None  # None: nobody is promised anything, and every row stands for itself
+    unit: str | None = None
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.parts)
@@ -134,8 +137,8 @@ class Holdings:
         """The records that count under a promise, and the units that it is made to; the holdings as they are without one.
 
         Of a unit from a column, at most `privacy.max_records` records count, chosen by the seed and their own content. Where each
-        record is a unit, records of equal identity are one, of which one counts, and none if they differ (see `units.agree`): then
-        one row of a file, added or removed, changes the records that count by one or none.
+        record is a unit, records of equal identity are one, of which one counts, and none if they differ (see `units.agree`):
+        then one row of a file, added or removed, changes the records that count by one or none.
         Guarantee: which records of a unit count is decided by the records of that unit and the seed alone.
         Raises DataError where the unit is from a column and the records were read without one.
         """
@@ -155,14 +158,14 @@ class Holdings:
     def _unit_names(self, unit: str) -> list[str]:
         if any(len(records.units) != len(records) for records, _ in self.parts):
             raise DataError(
-                f"the plan makes its promise to each {unit} (privacy.unit), and nothing says whose the records are: expected the name"
-                " of their column in data.unit"
+                f"the plan makes its promise to each {unit} (privacy.unit), and nothing says whose the records are: expected the"
+                " name of their column in data.unit"
             )
         return [records.units[int(i)] for records, rows in self.parts for i in rows]
 
     @cached_property
     def units(self) -> list[list[int]]:
-        """The row numbers (0 … n-1) of each unit, ascending; the units by their identity, so that the order of a file is no matter.
+        """The row numbers (0 … n-1) of each unit, ascending; the units by their identity: a file's order is no matter.
 
         Without a promise every row is by itself, in order.
         """

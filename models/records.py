@@ -231,8 +231,8 @@ def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task
     """Images by the class that their folder is named for. `signature` is there for the cache's key."""
     if config.unit is not None:
         raise DataError(
-            f"{name} is a folder of images, which has no column {config.unit!r} (data.unit): expected a CSV or Parquet file with that"
-            " column beside the paths or bytes of the images"
+            f"{name} is a folder of images, which has no column {config.unit!r} (data.unit): expected a CSV or Parquet file with"
+            " that column beside the paths or bytes of the images"
         )
     found = image_folders.labelled_images(Path(path))
     file = DataFile(name, Path(path), b"", config, "image")

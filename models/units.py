@@ -37,9 +37,8 @@ def plain_name(text: str) -> str:
     >>> plain_name(" P-００7 ") == plain_name("p-007")
     True
     """
-    visible = "".join(
-        letter for letter in unicodedata.normalize("NFKC", text) if unicodedata.category(letter) not in ("Cc", "Cf")
-    )
+    composed = unicodedata.normalize("NFKC", text)
+    visible = "".join(letter for letter in composed if letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cf"))
     return " ".join(unicodedata.normalize("NFKC", visible.casefold()).split())
 
 

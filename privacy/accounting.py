@@ -57,7 +57,7 @@ class RecordPrivacy(Table):
     def _unit_is_bounded(self) -> Self:
         if (self.unit == "record") != (self.max_records is None):
             raise ValueError(
-                f'unit = "{self.unit}" with max_records = {self.max_records}: expected a number of records for a unit from a column,'
+                f'unit = "{self.unit}" with max_records = {self.max_records}: expected a number for a unit from a column,'
                 " and none for a record"
             )
         return self

@@ -181,8 +181,11 @@ def test_skipped_records_are_counted_by_reason(tmp_path: Path) -> None:
     once = read(path, deduplicate=True)
     assert pairs(once) == [("c", "y")]
     assert once.skipped == {
-        **{"blank text": 2, "missing label": 1, "broken Unicode": 1},
-        **{"conflicting labels": 3, "duplicate": 1},
+        "blank text": 2,
+        "missing label": 1,
+        "broken Unicode": 1,
+        "conflicting labels": 3,
+        "duplicate": 1,
     }
 
 

@@ -47,7 +47,7 @@ def test_a_unit_has_no_influence_on_another(table: list[Row], seed: int, most: i
     whole, without = holdings(table).bounded(privacy, seed), holdings(of_others).bounded(privacy, seed)
     own = sum(row[2] == "1" for row in table)
     assert len(whole) - len(without) == min(own, most)
-    by_person = {unit: group for unit, group in zip(whole.unit_identities(), whole.units, strict=True)}
+    by_person = dict(zip(whole.unit_identities(), whole.units, strict=True))
     for unit, group in zip(without.unit_identities(), without.units, strict=True):
         found = [kept_row(whole, row) for row in by_person[unit]]
         assert sorted(found) == sorted(kept_row(without, row) for row in group)
