@@ -68,7 +68,7 @@ def check(plan: Plan, site: Site) -> Checked:
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
             " give the plan.toml of a run, or list labels in the plan"
         )
-    policy, holdings = site.policy(), site.holdings(plan.labels)
+    policy, holdings = site.policy(), site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
     checked = Checked(site.organisation, len(holdings), site.file.device, None)
     account = Account(plan, policy, site, holdings)
     if holdings.unknown:

@@ -52,7 +52,7 @@ def train_round(
     policy = site.policy()
     Approvals(site).check(plan, policy)
     check_plan(plan, policy)
-    holdings = site.holdings(plan.labels)
+    holdings = site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
     check_consent(plan, policy, len(holdings))
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,6 @@ from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, PlanError
 from cotune.models.holdings import write_holdings
-from cotune.models.inputs import stratum_of
 from cotune.models.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
@@ -30,6 +29,7 @@ from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.suitability import check_suits
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
+from cotune.simulations.unit_groups import UnitGroups, unit_groups
 
 __all__ = ["Prepared", "make_run", "prepare"]
 
@@ -132,29 +132,44 @@ Portions = tuple[tuple[Path | None, Rows], ...]
 
 
 def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], Portions, Portions]:
-    """(shares, test set, validation set). One file is split over simulated organisations; of several files each is one."""
+    """(shares, test set, validation set). One file is split over simulated organisations; of several files each is one.
+
+    The records of a unit stay together (see `unit_groups`); of one that several files hold, those that would test are left out
+    where another file trains on it.
+    """
     rng = seeded_generator(plan.seed, "partition")
     shares: list[Share] = []
     test: list[tuple[Path | None, Rows]] = []
     validation: list[tuple[Path | None, Rows]] = []
-    for file, found in records.items():
-        strata = [stratum_of(label) for label in found.labels]
-        train, held_out = split_test(strata, plan.test_fraction, rng)
-        test.append((file, held_out))
+    units = {file: unit_groups(found) for file, found in records.items()}
+    for file, own in units.items():
+        train, held_out = split_test(own.strata, plan.test_fraction, rng)
+        test.append((file, own.rows(held_out)))
         if plan.validation_fraction:
-            kept, servers = split_test([strata[i] for i in train], plan.validation_fraction, rng)
-            validation.append((file, train[servers]))
+            kept, servers = split_test([own.strata[i] for i in train], plan.validation_fraction, rng)
+            validation.append((file, own.rows(train[servers])))
             train = train[kept]
         if file is not None:
-            shares.append(Share(organisation_name(file), file, train))
+            shares.append(Share(organisation_name(file), file, own.rows(train)))
         else:
-            parts = partition([strata[i] for i in train], _partition_config(plan), rng)
-            shares += [Share(f"org-{i}", None, train[rows]) for i, rows in enumerate(parts, start=1)]
+            parts = partition([own.strata[i] for i in train], _partition_config(plan), rng)
+            shares += [Share(f"org-{i}", None, own.rows(train[groups])) for i, groups in enumerate(parts, start=1)]
+    if len(units) > 1:
+        validation = _apart(validation, units, [(share.file, share.rows) for share in shares])
+        test = _apart(test, units, [(share.file, share.rows) for share in shares] + validation)
     if not sum(len(rows) for _, rows in test):
         raise DataError(
             f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
         )
     return tuple(shares), tuple(test), tuple(validation)
+
+
+def _apart(
+    held_out: Sequence[tuple[Path | None, Rows]], units: Mapping[Path | None, UnitGroups], used: Sequence[tuple[Path | None, Rows]]
+) -> list[tuple[Path | None, Rows]]:
+    """What is held out, without the units that are used elsewhere."""
+    names = {name for file, rows in used for name in units[file].names_at(rows)}
+    return [(file, units[file].without(rows, names)) for file, rows in held_out]
 
 
 def _partition_config(plan: Plan) -> PartitionConfig:
