@@ -190,8 +190,12 @@ def least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[Trade
     low, high = min(1.0, MIN_NOISE_MULTIPLIER / min(s.noise_multiplier for s in steps)), _MOST_NOISE
     if not refutes(_trade_off(scaled(high))):
         return 0.0
-    if refutes(_trade_off(scaled(low))):
-        return epsilon(scaled(low), delta)
+    if refutes(_trade_off(scaled(1.0))):
+        high = 1.0
+        if refutes(_trade_off(scaled(low))):
+            return epsilon(scaled(low), delta)
+    else:
+        low = 1.0
     while high / low > 1.002:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if refutes(_trade_off(scaled(middle))) else (middle, high)

@@ -165,7 +165,9 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
 
 
 def _apart(
-    held_out: Sequence[tuple[Path | None, Rows]], units: Mapping[Path | None, UnitGroups], used: Sequence[tuple[Path | None, Rows]]
+    held_out: Sequence[tuple[Path | None, Rows]],
+    units: Mapping[Path | None, UnitGroups],
+    used: Sequence[tuple[Path | None, Rows]],
 ) -> list[tuple[Path | None, Rows]]:
     """What is held out, without the units that are used elsewhere."""
     names = {name for file, rows in used for name in units[file].names_at(rows)}
