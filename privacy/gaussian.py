@@ -47,8 +47,11 @@ class Grid:
 
 
 def grid_step(clip_norm: float, noise_multiplier: float) -> float:
-    """Return the grid's step: the power of two at or below 2⁻²⁰·σC, for σ within [1/16, 4]; without noise, as in checks,
-    2⁻⁴⁴·C.""" if not noise_multiplier:
+    """Return the grid's step: the power of two at or below 2⁻²⁰·σC, for σ within [1/16, 4].
+
+    Without noise, as in checks, 2⁻⁴⁴·C.
+    """
+    if not noise_multiplier:
         return float(2.0 ** (math.floor(math.log2(clip_norm)) - _FINENESS_WITHOUT_NOISE))
     followed = min(max(noise_multiplier, _LEAST_NOISE), _MOST_NOISE)
     return float(2.0 ** (math.floor(math.log2(followed * clip_norm)) - _FINENESS))
