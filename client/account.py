@@ -8,6 +8,7 @@ from functools import cached_property
 from cotune.client.budget import Budget, budget_of, noise_multiplier, total_delta
 from cotune.client.site import Site
 from cotune.models.holdings import Holdings
+from cotune.models.units import RECORD
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.ledger import Ledger, Limit
@@ -23,7 +24,7 @@ class Account:
         self.plan, self.policy, self.site, self.holdings = plan, policy, site, holdings
         self.budget: Budget | None = None
         if isinstance(plan.privacy, RecordPrivacy):
-            self.budget = budget_of(plan.privacy, policy, len(holdings))
+            self.budget = budget_of(plan.privacy, policy, len(holdings.units))
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -32,7 +33,7 @@ class Account:
     @cached_property
     def data(self) -> str:
         """The fingerprint of the data set; the ledger knows it from now on."""
-        return self.ledger.know(self.holdings.identities())
+        return self.ledger.know(self.holdings.known_by())
 
     def hours(self) -> float:
         """Of training that this run has taken, as far as its rounds were finished and charged."""
@@ -43,9 +44,10 @@ class Account:
     def plan_noise(self, round: int) -> float:
         """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges nothing."""
         assert self.budget is not None, "without privacy there is no noise"
+        self.ledger.check_unit(self.data, self.holdings.unit or RECORD)
         spent = self.ledger.spent(self.plan.plan_id, self.data)
         before = self.ledger.spent(data=self.data, other_than=self.plan.plan_id)
-        return noise_multiplier(self.plan, self.policy, self.budget, len(self.holdings), round, spent=spent, before=before)
+        return noise_multiplier(self.plan, self.policy, self.budget, len(self.holdings.units), round, spent=spent, before=before)
 
     def reserve(self, round: int, steps: Steps, purpose: str = "training") -> int:
         """Charges steps before they run, durably. Raises Declined when they would exceed what the policy allows."""
@@ -53,8 +55,9 @@ class Account:
         limits = (
             self.budget.limits(plan.plan_id)
             if self.budget
-            else [Limit("budget.epsilon_total", total, total_delta(self.policy, len(self.holdings)))]
+            else [Limit("budget.epsilon_total", total, total_delta(self.policy, len(self.holdings.units)))]
         )
+        self.ledger.promise(self.data, self.holdings.unit or RECORD)
         return self.ledger.reserve(plan.plan_id, round, steps, data=self.data, plan=plan.name, purpose=purpose, limits=limits)
 
     def leave_unprotected(self, round: int, what: str) -> None:

@@ -70,7 +70,7 @@ def check(plan: Plan, site: Site) -> Checked:
             " give the plan.toml of a run, or list labels in the plan"
         )
     policy, holdings = site.policy(), site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
-    checked = Checked(site.organisation, len(holdings), site.file.device, None)
+    checked = Checked(site.organisation, len(holdings.units), site.file.device, None)
     account = Account(plan, policy, site, holdings)
     if holdings.unknown:
         warning = (
@@ -78,7 +78,7 @@ def check(plan: Plan, site: Site) -> Checked:
             " would be trained without a label"
         )
         checked = replace(checked, warning=warning)
-    broken = tuple(broken_rules(plan, policy, len(holdings), account.hours()))
+    broken = tuple(broken_rules(plan, policy, len(holdings.units), account.hours()))
     if broken:
         return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
     try:
@@ -93,7 +93,7 @@ def check(plan: Plan, site: Site) -> Checked:
     except PrivacyError as declined:  # a rule says no, or the run has used up its budget
         return replace(checked, declined=str(declined))
     for stage in plan.stages:
-        check_examples(len(holdings), stage.local, site.organisation)
+        check_examples(len(holdings.units), stage.local, site.organisation)
     find_base_here(plan, site.file)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
@@ -107,7 +107,7 @@ def check(plan: Plan, site: Site) -> Checked:
         delta=account.budget.delta,
         epsilon_spent=epsilon(account.ledger.spent(data=account.data), account.budget.total_delta),
         epsilon_total=account.budget.total_epsilon,
-        stages=tuple(_try(plan, stage, model, len(holdings), sigma) for stage in plan.stages),
+        stages=tuple(_try(plan, stage, model, len(holdings.units), sigma) for stage in plan.stages),
     )
 
 

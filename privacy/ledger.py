@@ -179,6 +179,21 @@ class Ledger:
         """The rounds of a plan for which something was charged, in order."""
         return sorted({c.round for c in self.charges() if c.plan_id == plan_id})
 
+    def check_unit(self, data: str, unit: str) -> None:
+        """Raises PrivacyError where what was charged for a data set, or a linked one, was promised to another unit.
+
+        Each ε is about the unit that it was promised to: the ε of a record is not that of a person, and the two do not add up.
+        """
+        with self._chain.transaction() as log:
+            _check_unit(log.entries, data, unit)
+
+    def promise(self, data: str, unit: str) -> None:
+        """Enters to which unit of a data set everything is promised from now on; raises what `check_unit` raises."""
+        with self._chain.transaction() as log:
+            _check_unit(log.entries, data, unit)
+            if (data, unit) not in ((e.body["data"], e.body["unit"]) for e in log.entries if e.kind == "unit"):
+                log.append("unit", {"data": data, "unit": unit})
+
 
 def _keys(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:
     """The identities of a blob as an array; NumPy leaves out trailing zero bytes, which keeps different ones different."""
@@ -217,6 +232,19 @@ def _counted(entries: Sequence[Entry], data: str | None) -> Iterator[Charge]:
 def _spent(entries: Sequence[Entry], plan_id: str | None, data: str | None, other_than: str | None = None) -> list[Steps]:
     charges = (c for c in _counted(entries, data) if plan_id in (None, c.plan_id))
     return [c.steps for c in charges if c.plan_id != other_than]
+
+
+def _check_unit(entries: Sequence[Entry], data: str, unit: str) -> None:
+    """What was charged before units were entered was promised to records."""
+    linked = {data, *next(d.shares for d in _data_sets(entries) if d.fingerprint == data)}
+    promised = {e.body["data"]: e.body["unit"] for e in entries if e.kind == "unit"}
+    charged = {c.data: "record" for c in _charges(entries) if c.data} | promised
+    others = sorted({of for known, of in charged.items() if known in linked} - {unit})
+    if others:
+        raise PrivacyError(
+            f"the plan promises its privacy to each {unit}, and to each {others[0]} of these data something was promised before:"
+            f' expected a plan with privacy.unit = "{others[0]}", as the two cannot be added up'
+        )
 
 
 def _check_limits(entries: Sequence[Entry], data: str, steps: Steps, limits: Sequence[Limit]) -> None:

@@ -269,3 +269,27 @@ def test_a_ledger_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
     assert [c.state for c in ledger.charges()] == ["settled", "reserved"]
     assert ledger.spent(data=ledger.know(records(1, 2))) == [Steps(1.0, 0.05, 12), ROUND]  # whose records is not known
     assert Ledger(path).rounds("p") == [1, 2]
+
+
+def test_two_units_on_the_same_data_do_not_add_up(tmp_path: Path) -> None:
+    """An ε for each record and one for each person are about different neighbors; the second is refused, whatever came first."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    person, note, other = (bytes([i]) * 16 for i in range(3))
+    by_person, by_note, elsewhere = ledger.know([person, note]), ledger.know([note]), ledger.know([other])
+    ledger.check_unit(by_person, "patient_id")
+    ledger.promise(by_person, "patient_id")
+    ledger.promise(by_person, "patient_id")
+    ledger.check_unit(elsewhere, "record")
+    for refused in (ledger.check_unit, ledger.promise):
+        with pytest.raises(PrivacyError, match="each record.*each patient_id"):
+            refused(by_note, "record")
+    assert [e.body["unit"] for e in ledger.entries() if e.kind == "unit"] == ["patient_id"]
+
+
+def test_charges_from_before_units_were_entered_are_those_of_records(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    by_note, by_person = ledger.know([b"n" * 16]), ledger.know([b"n" * 16, b"p" * 16])
+    ledger.reserve("plan", 1, Steps(1.0, 0.1, 5), data=by_note)
+    ledger.check_unit(by_note, "record")
+    with pytest.raises(PrivacyError, match="privacy.unit"):
+        ledger.promise(by_person, "patient_id")
