@@ -7,6 +7,7 @@ from functools import cached_property
 
 from cotune.client.budget import Budget, budget_of, noise_multiplier, total_delta
 from cotune.client.site import Site
+from cotune.client.total import Total
 from cotune.models.holdings import Holdings
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
@@ -44,8 +45,14 @@ class Account:
         """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges nothing."""
         assert self.budget is not None, "without privacy there is no noise"
         spent = self.ledger.spent(self.plan.plan_id, self.data)
-        before = self.ledger.spent(data=self.data, other_than=self.plan.plan_id)
-        return noise_multiplier(self.plan, self.policy, self.budget, len(self.holdings), round, spent=spent, before=before)
+        histories = self.ledger.histories(self.data, "budget.epsilon_total")
+        return noise_multiplier(self.plan, self.policy, self.budget, len(self.holdings), round, spent=spent, histories=histories)
+
+    def spent_in_total(self) -> float:
+        """ε of all runs on these records, as it counts against the total if this run begins."""
+        assert self.budget is not None, "without privacy nothing is spent"
+        histories = self.ledger.histories(self.data, "budget.epsilon_total")
+        return Total(self.plan.plan_id, self.budget.total_epsilon, self.budget.total_delta, histories).spent()
 
     def reserve(self, round: int, steps: Steps, purpose: str = "training") -> int:
         """Charges steps before they run, durably. Raises Declined when they would exceed what the policy allows."""

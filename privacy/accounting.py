@@ -33,8 +33,8 @@ __all__ = [
     "delta_of",
     "deltas",
     "epsilon",
-    "epsilon_rdp",
     "epsilon_below",
+    "epsilon_rdp",
     "gaussian_delta",
     "gaussian_mu",
     "trade_off",
@@ -159,16 +159,20 @@ def epsilon_below(spent: Iterable[Steps], delta: float) -> float:
 def _epsilon_below(merged: tuple[Steps, ...], delta: float) -> float:
     steps_of_all = sum(s.count for s in merged)
     interval = min(_COARSE, max(0.2 * _spread(merged) / math.sqrt(steps_of_all), _FINEST))  # rounding adds up over the steps
-    parts = [
-        privacy_loss_distribution.from_gaussian_mechanism(
-            steps.noise_multiplier,
-            value_discretization_interval=interval,
-            sampling_prob=min(steps.sample_rate, 1.0),
-            pessimistic_estimate=False,
-        ).self_compose(steps.count)
-        for steps in merged
-    ]
+    interval = 2.0 ** math.floor(math.log2(interval))  # few different grids, so that a single step is computed once
+    parts = [_step_below(s.noise_multiplier, s.sample_rate, interval).self_compose(s.count) for s in merged]
     return float(reduce(lambda whole, part: whole.compose(part), parts).get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=16)
+def _step_below(sigma: float, rate: float, interval: float) -> Any:
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        sigma,
+        value_discretization_interval=interval,
+        sampling_prob=min(rate, 1.0),
+        pessimistic_estimate=False,
+        use_connect_dots=False,
+    )
 
 
 def trade_off(spent: Iterable[Steps]) -> Callable[[float], float]:

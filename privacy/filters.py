@@ -24,16 +24,24 @@ from scipy.optimize import brentq, minimize_scalar
 from cotune.models.errors import PrivacyError
 from cotune.privacy.accounting import Steps, epsilon, epsilon_below
 
-__all__ = ["check_accountants", "composition", "epsilon_filter", "epsilon_over_runs", "filter_order", "renyi", "renyi_epsilon"]
+__all__ = [
+    "check_accountants",
+    "composition",
+    "epsilon_filter",
+    "epsilon_over_runs",
+    "epsilon_renyi",
+    "filter_order",
+    "renyi",
+    "renyi_epsilon",
+]
 
 _HIGHEST_LIMIT, _USUAL_LIMIT = 100.0, 8.0  # ε; a limit above the first is none, and takes the order of the second
-_LOWEST_ORDER = 1.05  # dp-accounting's conversion is not stable closer to 1
-_ORDERS = (*(1 + k / 10 for k in range(1, 10)), *range(2, 65), 96, 128, 256, 512, 1024)
+_ORDERS = (*range(2, 65), 96, 128, 256, 512, 1024)  # integers: their divergence is a finite sum, which always converges
 _ROUNDING = 1e-6  # absolute, in ε: of two sums of floating-point numbers
 
 
-def filter_order(limit: float, delta: float) -> float:
-    """The one order α at which a filter for a limit of ε at δ adds up, to one digit after the point.
+def filter_order(limit: float, delta: float) -> int:
+    """The one order α at which a filter for a limit of ε at δ adds up: an integer, 2 or more.
 
     It is the best one for a Gaussian mechanism that uses up the limit, and depends on these two public numbers only. A limit
     above ε = 100 limits nothing; its order is that of ε = 8.
@@ -42,7 +50,7 @@ def filter_order(limit: float, delta: float) -> float:
 
 
 @lru_cache(maxsize=1024)
-def _filter_order(limit: float, delta: float) -> float:
+def _filter_order(limit: float, delta: float) -> int:
     def best(mu: float) -> tuple[float, float]:
         """(ε, α) of a Gaussian mechanism of sensitivity μ; the search is over log(α - 1)."""
         found = minimize_scalar(
@@ -51,7 +59,7 @@ def _filter_order(limit: float, delta: float) -> float:
         return float(found.fun), 1 + math.exp(float(found.x))
 
     mu = float(brentq(lambda mu: best(mu)[0] - limit, 1e-6, 1e3, xtol=1e-9))
-    return max(round(best(mu)[1], 1), _LOWEST_ORDER)
+    return max(round(best(mu)[1]), 2)
 
 
 def renyi(steps: Iterable[Steps], order: float) -> float:
@@ -107,7 +115,7 @@ def epsilon_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: 
 def composition(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float) -> str:
     """How `epsilon_over_runs` composes these runs, in words: "pld", or "renyi filter, order α"."""
     charged = sum(any(s.count for s in steps) for steps in runs.values())
-    return "pld" if charged <= 1 else f"renyi filter, order {filter_order(limit, delta / 2):g}"
+    return "pld" if charged <= 1 else f"renyi filter, order {filter_order(limit, delta / 2)}"
 
 
 def epsilon_renyi(steps: Iterable[Steps], delta: float) -> float:
@@ -128,6 +136,7 @@ def check_accountants(steps: Sequence[Steps], delta: float) -> None:
     below, above = epsilon_below(steps, delta), epsilon_renyi(steps, delta)
     if not below - _ROUNDING <= claimed <= above + _ROUNDING:
         raise PrivacyError(
-            f"the accountants disagree about {len(steps)} charges at δ = {delta:.2g}: PLD says ε = {claimed:.6g}, expected at least"
-            f" {below:.6g} (rounded down) and at most {above:.6g} (Rényi); nothing is charged: check the installed dp-accounting"
+            f"the accountants disagree about {len(steps)} charges at δ = {delta:.2g}: PLD says ε = {claimed:.6g}, expected"
+            f" at least {below:.6g} (rounded down) and at most {above:.6g} (Rényi); nothing is charged: check the"
+            " installed dp-accounting"
         )
