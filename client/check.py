@@ -22,7 +22,7 @@ from cotune.models.device import peak_memory_bytes
 from cotune.models.errors import Declined, PlanError, PrivacyError
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan, Stage
-from cotune.privacy.accounting import RecordPrivacy, epsilon
+from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 
 __all__ = ["Checked", "StageCheck", "check"]
@@ -105,7 +105,7 @@ def check(plan: Plan, site: Site) -> Checked:
         noise_multiplier=sigma,
         epsilon=account.budget.epsilon,
         delta=account.budget.delta,
-        epsilon_spent=epsilon(account.ledger.spent(data=account.data), account.budget.total_delta),
+        epsilon_spent=account.spent_in_total(),
         epsilon_total=account.budget.total_epsilon,
         stages=tuple(_try(plan, stage, model, len(holdings.units), sigma) for stage in plan.stages),
     )

@@ -178,14 +178,12 @@ class Holdings:
         keys = self._unit_keys
         return [keys[group[0]] for group in self.units]
 
-    def known_by(self) -> list[bytes]:
-        """What a ledger is to know the holdings by: their units, and the records of units that are more than a record.
+    def further_identities(self) -> list[bytes]:
+        """Of units that are more than a record: their records, whether they count or not.
 
-        By its records, counted or not, a data set is linked to those that were charged under another unit.
+        By them a ledger links a data set to those that were charged under another unit.
         """
-        if self.unit in (None, RECORD) or self.whole is None:
-            return self.unit_identities()
-        return [*self.unit_identities(), *sorted(set(self.whole.identities()))]
+        return [] if self.unit in (None, RECORD) or self.whole is None else self.whole.identities()
 
     @cached_property
     def _unit_keys(self) -> list[bytes]:

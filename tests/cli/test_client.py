@@ -41,7 +41,7 @@ def test_the_ledger_is_exported(cotune: Cotune, site: Path, folder: Path) -> Non
     assert [e["steps"] for e in exported["data_sets"][0]["events"]] == [
         c.steps.count for c in Ledger(site / "ledger.sqlite").charges()
     ]
-    assert {e["kind"] for e in exported["entries"]} == {"data", "unit", "reserve", "settle"}
+    assert {e["kind"] for e in exported["entries"]} == {"data", "reserve", "settle"}
 
 
 def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, site: Path) -> None:
