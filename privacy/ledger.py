@@ -176,7 +176,7 @@ class Ledger:
         return sorted({c.round for c in self.charges() if c.plan_id == plan_id})
 
     def check_unit(self, data: str) -> None:
-        """Raises PrivacyError where a charge for the data set would be refused, as its records were charged under another unit."""
+        """Raises PrivacyError where no charge would be accepted, as these records were charged under another unit."""
         with self._chain.transaction() as log:
             _check_unit(log.entries, data)
 
