@@ -15,7 +15,6 @@ from cotune.client.base import find_base_here, model_here
 from cotune.client.budget import check_examples
 from cotune.client.consent import Broken, broken_rules, limit_gpu_memory
 from cotune.client.guard import Guard
-from cotune.client.rows import Rows
 from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
@@ -128,14 +127,13 @@ def _try(plan: Plan, stage: Stage, model: SharedModel, examples: int, sigma: flo
         setting.module,
         optimizer_of(stage.local, model, names, parameters),
         setting.loss,
-        Rows(setting.rows),
-        collate=setting.collate,
+        units=setting.units,
+        batches=setting.batches,
         noise_multiplier=sigma,
         clip_norm=plan.privacy.clip_norm,
         sample_rate=1.0,
+        expected_batch=float(setting.rows),
         steps=1,
-        physical_batch=setting.physical_batch,
-        mode=setting.clipping,
         clipping=plan.privacy.clipping,
     )
     began = time.perf_counter()
