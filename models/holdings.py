@@ -213,10 +213,6 @@ class Holdings:
     def _held_labels(self) -> list[Label]:
         return [records.labels[int(i)] for records, rows in self.parts for i in rows]
 
-    @property
-    def units(self) -> list[list[int]]:
-        return [[row] for row in range(len(self))]
-
     def inputs(self) -> list[Input]:
         return [records.inputs[int(i)] for records, rows in self.parts for i in rows]
 
