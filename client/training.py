@@ -53,13 +53,13 @@ def train_round(
     Approvals(site).check(plan, policy)
     check_plan(plan, policy)
     holdings = site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
-    check_consent(plan, policy, len(holdings))
+    check_consent(plan, policy, len(holdings.units))
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:
         return finished
     account = Account(plan, policy, site, holdings)
-    check_consent(plan, policy, len(holdings), account.hours())
-    check_examples(len(holdings), stage.local, site.organisation)
+    check_consent(plan, policy, len(holdings.units), account.hours())
+    check_examples(len(holdings.units), stage.local, site.organisation)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
     model.load(state)
@@ -77,7 +77,7 @@ def train_round(
     if isinstance(plan.privacy, RecordPrivacy):
         sigma = account.plan_noise(round)  # refuses before anything is charged
         told = _tell(teller, setting, holdings, round)
-        declared = teller.examples(len(holdings), round)
+        declared = teller.examples(len(holdings.units), round)
         noise = stated_noise(account, sigma, stage, optimizer, {name: named[name] for name in personal.shared}, declared)
         with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
             steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
@@ -90,7 +90,7 @@ def train_round(
     delta = own_rank.sent(difference(model.state(personal.shared), received))
     _check_finite(delta)
     statistics = statistics_of(plan, model, personal.shared, setting)
-    examples = teller.examples(len(holdings), round)
+    examples = teller.examples(len(holdings.units), round)
     update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics, digest)
     correction.keep(round, stage, delta)
     personal.keep()
@@ -168,7 +168,7 @@ def _tell(teller: Teller, setting: Setting, holdings: Holdings, round: int) -> d
     return {
         **teller.histogram(counts, round),
         **teller.metrics(lambda: _correct(setting), round),
-        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), len(holdings), round),
+        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), len(holdings.units), round),
     }
 
 

@@ -6,8 +6,7 @@ that they are the same whoever asks and computed once.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +103,7 @@ class Holdings:
     task: TaskName = "sequence-classification"
     lenient: bool = False  # whether a record of a class that the plan lacks is one without a loss, instead of an error
     unit: str | None = None
+    whole: Holdings | None = field(default=None, repr=False)  # before it was bounded
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.parts)
@@ -144,7 +144,7 @@ class Holdings:
         """
         if privacy == "none":
             return self
-        whole = replace(self, unit=privacy.unit)
+        whole = replace(self, unit=privacy.unit, whole=self)
         inputs, labels, identities = self.inputs(), self._held_labels, whole.unit_identities()
         kept = np.zeros(len(self), dtype=bool)
         for unit, group in zip(identities, whole.units, strict=True):
@@ -178,6 +178,13 @@ class Holdings:
         keys = self._unit_keys
         return [keys[group[0]] for group in self.units]
 
+    def further_identities(self) -> list[bytes]:
+        """Of units that are more than a record: their records, whether they count or not.
+
+        By them a ledger links a data set to those that were charged under another unit.
+        """
+        return [] if self.unit in (None, RECORD) or self.whole is None else self.whole.identities()
+
     @cached_property
     def _unit_keys(self) -> list[bytes]:
         """The identity of each row's unit."""
@@ -185,13 +192,22 @@ class Holdings:
             return self.identities()
         return [identity_of_person(name) for name in self._unit_names(self.unit)]
 
-    def label_counts(self) -> dict[str, int]:
-        """How many records each class has, every record counting once: of tags by its `stratum_of`.
+    @cached_property
+    def weights(self) -> list[float]:
+        """What each row counts for, so that every unit counts for one: one over the records of its unit."""
+        sizes = {row: len(group) for group in self.units for row in group}
+        return [1 / sizes[row] for row in range(len(self))]
 
-        What is told of these counts under privacy relies on it: one record changes one of them by one.
+    def label_counts(self) -> dict[str, float]:
+        """How many units each class has, every unit counting for one, parted among its records; of tags by their `stratum_of`.
+
+        What is told of these counts under privacy relies on it: one unit changes them by one at most, in L1 and so in L2.
         """
-        counts = Counter(stratum_of(label) for label in self._held_labels)
-        return {label: counts[label] for label in self.labels}
+        counts = dict.fromkeys(self.labels, 0.0)
+        for label, weight in zip(self._held_labels, self.weights, strict=True):
+            if (name := stratum_of(label)) in counts:
+                counts[name] += weight
+        return counts
 
     @property
     def _held_labels(self) -> list[Label]:

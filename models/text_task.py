@@ -123,10 +123,20 @@ def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[i
 
 
 def made_up_rows(tokenizer: Any) -> list[list[int]]:
-    """Three rows of ordinary tokens: a short one, a long one, and a single token."""
+    """Three rows of ordinary tokens: a short one, a long one, and a single token; with the special ones that every text has."""
     special = set(tokenizer.all_special_ids)
     usable = [i for i in range(min(len(tokenizer), 500)) if i not in special]
-    return [usable[:3], usable[3:10], usable[10:11]]
+    before, after = _around(tokenizer, usable[0])
+    return [[*before, *row, *after] for row in (usable[:3], usable[3:10], usable[10:11])]
+
+
+def _around(tokenizer: Any, token: int) -> tuple[list[int], list[int]]:
+    """The special tokens before and after the words of every text: those that a text of one word and an empty one share."""
+    empty, one = (list(tokenizer(text)["input_ids"]) for text in ("", tokenizer.convert_ids_to_tokens(token)))
+    start = 0
+    while start < len(empty) and empty[start] == one[start]:
+        start += 1
+    return empty[:start], empty[start:]
 
 
 def each_or_none(read: Callable[[Sequence[_Given]], list[_Read]], given: Sequence[_Given]) -> list[_Read | None]:

@@ -33,7 +33,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, deltas, epsilon
+from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, epsilon, trade_off
 from cotune.privacy.canaries import Coins
 
 __all__ = [
@@ -49,10 +49,10 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+TradeOff = Callable[[float], float]  # see `accounting.trade_off`
 
 _FEWEST_GUESSES = 16
 _MOST_NOISE = 64.0  # times the claimed σ: a bound from still more noise is no bound worth printing
-_EPSILONS: Array = np.concatenate([np.zeros(1), np.geomspace(1e-3, 60.0, 300)])  # where a trade-off curve is supported
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,6 @@ class Evidence:
     targets: int
     guesses: tuple[Guess, ...]
     auc: float
-
-
-@dataclass(frozen=True)
-class TradeOff:
-    """α -> a lower bound on the error of the second kind of any test at level α: lines, of which the highest counts.
-
-    Attributes:
-        advantage: An upper bound on 1 − α − β of any test, the total variation distance.
-    """
-
-    heights: Array
-    slopes: Array
-    advantage: float
-
-    def __call__(self, alpha: float) -> float:
-        return max(0.0, float(np.max(self.heights + self.slopes * alpha)))
 
 
 def require_statistics() -> ModuleType:
@@ -184,39 +168,31 @@ def least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[Trade
         where that is less: the accountant does not go there.
     """
 
-    def scaled(scale: float) -> list[Steps]:
-        return [replace(s, noise_multiplier=s.noise_multiplier * scale) for s in steps]
+    def scaled(scale: float) -> tuple[Steps, ...]:
+        return tuple(replace(s, noise_multiplier=s.noise_multiplier * scale) for s in steps)
+
+    def refuted(scale: float) -> bool:
+        return refutes(_curve(scaled(scale)))
 
     low, high = min(1.0, MIN_NOISE_MULTIPLIER / min(s.noise_multiplier for s in steps)), _MOST_NOISE
-    if not refutes(_trade_off(scaled(high))):
+    if not refuted(high):
         return 0.0
-    if refutes(_trade_off(scaled(1.0))):
+    if refuted(1.0):
         high = 1.0
-        if refutes(_trade_off(scaled(low))):
+        if refuted(low):
             return epsilon(scaled(low), delta)
     else:
         low = 1.0
     while high / low > 1.002:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if refutes(_trade_off(scaled(middle))) else (middle, high)
+        low, high = (low, middle) if refuted(middle) else (middle, high)
     return epsilon(scaled(high), delta)
 
 
-def _trade_off(steps: Sequence[Steps]) -> TradeOff:
-    """The trade-off curve of one record in or out of these steps.
-
-    Dong, Roth, Su, "Gaussian Differential Privacy", 2019, section 2.3: every (ε, δ) of the accountant is two lines below it.
-    """
-    found = _privacy_curve(tuple(steps))
-    slopes = np.concatenate([-np.exp(_EPSILONS), -np.exp(-_EPSILONS)])
-    heights = np.concatenate([1 - found, np.exp(-_EPSILONS) * (1 - found)])
-    return TradeOff(heights, slopes, float(found[0]))
-
-
 @lru_cache(maxsize=256)
-def _privacy_curve(steps: tuple[Steps, ...]) -> Array:
-    """δ at each of the supporting ε. Kept, for the searches of all attacks begin at the same noise."""
-    return deltas(steps, _EPSILONS.tolist())
+def _curve(steps: tuple[Steps, ...]) -> TradeOff:
+    """The trade-off curve of these steps. Kept, for the searches of all attacks begin at the same noise."""
+    return trade_off(steps)
 
 
 def _is_refuted(curve: TradeOff, targets: int, guess: Guess, error: float) -> bool:

@@ -137,9 +137,18 @@ def lower_bound_steps(found: Separation, steps: Sequence[Steps], delta: float, e
 
 def refutes(found: Separation, curve: TradeOff, error: float) -> bool:
     """Return whether so good an attack on a mechanism with this trade-off curve has a probability of at most `error`."""
-    if _right_at_least(found, error / 2) > (1 + curve.advantage) / 2:
+    if _right_at_least(found, error / 2) > (1 + _advantage(curve)) / 2:
         return True
     return any(curve(alpha) > missed for alpha, missed in _error_rates(found, error / 2))
+
+
+def _advantage(curve: TradeOff) -> float:
+    """An upper bound on 1 − α − β of any test. The curve is its own inverse: α + β is least where both are equal."""
+    low, high = 0.0, 0.5
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if curve(middle) >= middle else (low, middle)
+    return 1 - 2 * low
 
 
 def _right_at_least(found: Separation, error: float) -> float:

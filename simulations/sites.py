@@ -19,7 +19,7 @@ from cotune.models.base import base_labels, find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, PlanError
-from cotune.models.holdings import write_holdings
+from cotune.models.holdings import Holdings, write_holdings
 from cotune.models.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
@@ -36,11 +36,12 @@ __all__ = ["Prepared", "make_run", "prepare"]
 
 @dataclass(frozen=True)
 class Share:
-    """The training records of one organisation: rows of a file."""
+    """The training records of one organisation: rows of a file. units: to how many the plan's promise is made."""
 
     name: str
     file: Path | None
     rows: Rows
+    units: int
     epsilon: float | None = None  # its own, where it wants to spend less than the plan allows
     rank: int | None = None  # of adapters, its own where it is smaller than the plan's
 
@@ -82,7 +83,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
     for share in shares:
         for stage in resolved.stages:
-            check_examples(len(share.rows), stage.local, share.name)
+            check_examples(share.units, stage.local, share.name)
     check_suits(resolved, len(shares), server_data=plan.validation_fraction > 0)
     noise = _noise(resolved, shares)
     check_stages(resolved, model_of(resolved, device))
@@ -142,7 +143,7 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
     test: list[tuple[Path | None, Rows]] = []
     validation: list[tuple[Path | None, Rows]] = []
     units = {file: unit_groups(found) for file, found in records.items()}
-    for file, own in units.items():
+    for (file, own), found in zip(units.items(), records.values(), strict=True):
         train, held_out = split_test(own.strata, plan.test_fraction, rng)
         test.append((file, own.rows(held_out)))
         if plan.validation_fraction:
@@ -150,10 +151,10 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
             validation.append((file, own.rows(train[servers])))
             train = train[kept]
         if file is not None:
-            shares.append(Share(organisation_name(file), file, own.rows(train)))
+            shares.append(_share(plan, found, organisation_name(file), file, own.rows(train)))
         else:
             parts = partition([own.strata[i] for i in train], _partition_config(plan), rng)
-            shares += [Share(f"org-{i}", None, own.rows(train[groups])) for i, groups in enumerate(parts, start=1)]
+            shares += [_share(plan, found, f"org-{i}", None, own.rows(train[groups])) for i, groups in enumerate(parts, start=1)]
     if len(units) > 1:
         validation = _apart(validation, units, [(share.file, share.rows) for share in shares])
         test = _apart(test, units, [(share.file, share.rows) for share in shares] + validation)
@@ -162,6 +163,11 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
             f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
         )
     return tuple(shares), tuple(test), tuple(validation)
+
+
+def _share(plan: Plan, records: Records, name: str, file: Path | None, rows: Rows) -> Share:
+    held = Holdings(((records, rows),), plan.labels, plan.task).bounded(plan.privacy, plan.seed)
+    return Share(name, file, rows, len(held.units))
 
 
 def _apart(
@@ -190,7 +196,7 @@ def _noise(plan: Plan, shares: tuple[Share, ...]) -> dict[str, float]:
 
 
 def _noise_of(plan: Plan, privacy: RecordPrivacy, share: Share) -> float:
-    policy, examples = Policy.permissive(share.epsilon), len(share.rows)
+    policy, examples = Policy.permissive(share.epsilon), share.units
     return noise_multiplier(plan, policy, budget_of(privacy, policy, examples), examples, 1)
 
 

@@ -23,8 +23,8 @@ __all__ = ["UnitGroups", "unit_groups"]
 class UnitGroups:
     """The rows of a file by unit, in the order in which units come first.
 
-    strata: the class of each group, that of most of its records (of equally many, the alphabetically first). names: by which a unit
-    is known in another file.
+    strata: the class of each group, that of most of its records (of equally many, the alphabetically first). names: by which a
+    unit is known in another file.
     """
 
     groups: tuple[tuple[int, ...], ...]

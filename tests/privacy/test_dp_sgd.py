@@ -22,8 +22,9 @@ from cotune.models.features import feature_head
 from cotune.models.sharing import LoraConfig, SharedModel, TrainMode
 from cotune.models.tasks import example_losses
 from cotune.models.text_task import collator
-from cotune.privacy.dp_sgd import Batch, Batches, LossPerExample, StepReport, check_clipping, check_row_bits, private_steps
+from cotune.privacy.dp_sgd import Batch, LossPerExample, StepReport, check_clipping, check_row_bits, private_steps
 from cotune.privacy.randomness import PoissonSampler
+from tests.support.batches import in_batches, stack
 
 KINDS = ("bert", "distilbert", "gpt2", "llama", "qwen2")
 LABELS = ("bad", "good", "so")
@@ -68,27 +69,6 @@ def points(count: int, inputs: int = 4, scale: float = 1.0, seed: int = 0) -> li
     return [{"x": torch.randn(inputs, generator=generator) * scale, "y": torch.tensor(i % 3)} for i in range(count)]
 
 
-def stack(records: list[Any]) -> Batch:
-    return {key: torch.stack([record[key] for record in records]) for key in records[0]}
-
-
-def blank(like: Batch) -> Batch:
-    return {key: torch.tensor(-100) if key == "y" else torch.zeros_like(value) for key, value in like.items()}
-
-
-def in_batches(records: Sequence[Any], slots: int, collate: Callable[[list[Any]], Batch] = stack) -> Batches:
-    """Batches of so many slots, the last ones blank."""
-
-    def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
-        for start in range(0, len(rows), slots):
-            positions = range(start, min(start + slots, len(rows)))
-            items = [records[rows[p]] for p in positions]
-            fill = [blank(items[0])] * (slots - len(items)) if "x" in items[0] else []
-            yield positions, collate([*items, *fill])
-
-    return batches
-
-
 def cross_entropy(module: nn.Module) -> LossPerExample:
     return lambda batch: functional.cross_entropy(module(batch["x"]), batch["y"], reduction="none")
 
@@ -108,7 +88,7 @@ def train(
 ) -> tuple[list[StepReport], list[Tensor]]:
     """Runs steps of plain SGD; returns the reports and −movement / lr, which is the update direction summed over the steps."""
     chosen = {"noise_multiplier": 0.0, "clip_norm": 1.0, "sample_rate": 1.0, "steps": 1, "slots": 64, **settings}
-    batches = in_batches(records, chosen.pop("slots"), collate)
+    batches = in_batches(records, chosen.pop("slots"), collate, fill="x" in records[0])
     units = chosen.pop("units", [[row] for row in range(len(records))])
     chosen.setdefault("expected_batch", chosen["sample_rate"] * len(units))
     params = trained(module)
@@ -224,7 +204,7 @@ def test_architectures_clip_each_text_by_itself(base_model: Callable[[str], Path
     clip = median_norm(model.module, loss, alone)
     expected = clipped_sum(model.module, loss, alone, clip)
     assert norm(expected) > 0.1 * clip  # something real is compared
-    batches = in_batches(records, 4, collate)
+    batches = in_batches(records, 4, collate, fill=False)
     assert check_clipping(model.module, loss, batches=batches, alone=alone, clip_norm=clip) < 1e-5
     _, direction = train(model.module, loss, records, collate=collate, clip_norm=clip, slots=4)
     assert relative_error([d * len(records) for d in direction], expected) < 1e-5

@@ -9,8 +9,7 @@ import pytest
 from scipy import stats
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.audit import _trade_off
+from cotune.privacy.accounting import Steps, epsilon, trade_off
 from cotune.privacy.stepwise import (
     Errors,
     Separation,
@@ -101,7 +100,7 @@ def test_a_tenth_of_the_noise_missing_is_seen() -> None:
 @pytest.mark.parametrize("steps", [ONE_STEP, Steps(1.2, 0.2, 10)])
 def test_an_honest_engine_is_accused_as_rarely_as_stated(steps: Steps) -> None:
     """Of 200 audits with 70 % confidence at most 60 on average, and none by the certain bound for any mechanism."""
-    curve, claim, error = _trade_off([steps]), epsilon([steps], DELTA), 0.3
+    curve, claim, error = trade_off([steps]), epsilon([steps], DELTA), 0.3
     accused = 0
     for seed in range(200):
         found = attacked(steps, 1000, seed)
