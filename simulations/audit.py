@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from cotune.models.holdings import Holdings, HoldingsFile
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy import stepwise
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, RecordPrivacy, Steps, epsilon, trade_off
 from cotune.privacy.audit import Evidence, evidence, lower_bound_any, lower_bound_steps, perfect_evidence, require_statistics
 from cotune.privacy.canaries import fair_coins
 from cotune.privacy.drawn_noise import DrawnNoise
 from cotune.privacy.policy import Policy
 from cotune.privacy.randomness import private_generator
-from cotune.privacy.stepwise import Separation, perfect, separation
+from cotune.privacy.stepwise import Separation, perfect, refutes, separation
 from cotune.server.run_folder import RunFolder
 from cotune.simulations.adversarial import Probe
 from cotune.simulations.audited_training import AuditedTraining, Targets
@@ -228,6 +228,12 @@ def _attack(name: str, found: Evidence, steps: Sequence[Steps], delta: float, er
 
 def _stepwise(found: Separation, steps: Sequence[Steps], delta: float, error: float) -> Attack:
     """The attack of who sees every step; both of its bounds follow from the same intervals."""
-    power = stepwise.lower_bound_steps(perfect(found), steps, delta, error)
     lower = stepwise.lower_bound_any(found, delta, error), stepwise.lower_bound_steps(found, steps, delta, error)
-    return Attack("canaries, every step", found.members + found.others, found.auc, *lower, power)
+    return Attack("canaries, every step", found.members + found.others, found.auc, *lower, _power(found, steps, delta, error))
+
+
+def _power(found: Separation, steps: Sequence[Steps], delta: float, error: float) -> float:
+    """What an attack without a mistake would prove at least: ε of half the noise, where it refutes that."""
+    half = [replace(s, noise_multiplier=s.noise_multiplier / 2) for s in steps]
+    refuted = min(s.noise_multiplier for s in half) >= MIN_NOISE_MULTIPLIER and refutes(perfect(found), trade_off(half), error)
+    return max(stepwise.lower_bound_any(perfect(found), delta, error), epsilon(half, delta) if refuted else 0.0)
