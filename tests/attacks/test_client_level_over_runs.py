@@ -15,7 +15,7 @@ from cotune.models.errors import PrivacyError
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.server.client_level import ClientLevelPrivacy, account_of
 from cotune.server.run_folder import Participant, Progress, RunFile, RunFolder
-from tests.server.conftest import NewRun, new_run  # noqa: F401
+from tests.server.conftest import NewRun
 
 UNIFORM = {"weighting": "uniform"}
 
@@ -40,7 +40,7 @@ def play(folder: RunFolder) -> int:
 
 
 def test_a_second_run_of_a_federation_does_not_start_at_zero(
-    new_run: NewRun,  # noqa: F811
+    new_run: NewRun,
     tmp_path: Path,
 ) -> None:
     home = tmp_path / "federation"
