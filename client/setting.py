@@ -15,6 +15,7 @@ from cotune.models.device import bfloat16_is_fast
 from cotune.models.errors import DataError, PrivacyError
 from cotune.models.features import FeatureHead, encode_batch, feature_head
 from cotune.models.holdings import Holdings
+from cotune.models.independence import check_independence
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, example_losses, logits
 from cotune.models.text_task import IGNORED
@@ -96,6 +97,8 @@ def check_stages(plan: Plan, model: SharedModel) -> None:
     for stage in plan.stages:
         model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
         on_features = stage.mode == "head" and feature_head(model) is not None
+        if isinstance(plan.privacy, RecordPrivacy):
+            check_independence(model, stage.mode, plan.model.precision, slots=stage.local.physical_batch_size + 1)
         if isinstance(plan.privacy, RecordPrivacy) and not on_features:
             check_gradients(_on_examples(plan, stage, model, nothing), plan.privacy, stage.mode)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cotune.models.batching import bucket_of_length
+from cotune.models.batching import LENGTHS, bucket_of_length
 from cotune.models.errors import ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
@@ -102,8 +102,8 @@ class SequenceClassification:
     def collator(self, module: nn.Module, reader: Any, to: torch.device) -> Collate:
         return collator(module, reader, to, self.blank)
 
-    def bucket(self, example: Example, max_length: int) -> int:
-        return bucket_of_length(len(example["input_ids"]), max_length)
+    def bucket(self, example: Example, max_length: int, lengths: Sequence[int] = LENGTHS) -> int:
+        return bucket_of_length(len(example["input_ids"]), max_length, lengths)
 
     def order(self, example: Example) -> tuple[Any, ...]:
         return -len(example["input_ids"]), example["input_ids"]
