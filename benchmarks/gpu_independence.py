@@ -56,12 +56,13 @@ def made(config: Any, auto: Any, attention: str, device: str) -> nn.Module:
             setattr(config, key, 0.0)
     config.num_labels = 3
     torch.manual_seed(0)
-    module: nn.Module = auto.from_config(config, attn_implementation=attention).to(device)
+    module: Any = auto.from_config(config, attn_implementation=attention).to(device)
     table = module.get_input_embeddings()
     with torch.no_grad():
         if isinstance(table, nn.Embedding):
             table.weight[LOUD] *= 1000
-    return module.train()
+    found: nn.Module = module.train()
+    return found
 
 
 def trainable(module: nn.Module) -> None:
@@ -105,7 +106,7 @@ def batches(vision: bool, slots: int, length: int, device: str) -> list[tuple[di
 
 def answers(module: nn.Module, batch: dict[str, Tensor], low: bool, kind: str) -> dict[str, list[Tensor]]:
     """Tensors whose rows belong to slots: features, logits and gradients."""
-    inner = module._module if isinstance(module, GradSampleModule) else module
+    inner: Any = module._module if isinstance(module, GradSampleModule) else module
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if kind in ("roberta", "vit"):
         inputs.pop("position_ids", None)
@@ -116,12 +117,12 @@ def answers(module: nn.Module, batch: dict[str, Tensor], low: bool, kind: str) -
             features = base(**inputs).last_hidden_state[:, :2].float()
         logits = module(**inputs).logits.float()
         losses = functional.cross_entropy(logits, batch["labels"], ignore_index=-100, reduction="none")
-    losses.sum().backward()
-    gradients = [p.grad_sample.float() for p in module.parameters() if p.requires_grad]
-    for p in module.parameters():
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    parameters: list[Any] = [p for p in module.parameters() if p.requires_grad]
+    gradients = [p.grad_sample.float() for p in parameters]
+    for p in parameters:
         p.grad = None
-        if hasattr(p, "grad_sample"):
-            p.grad_sample = None
+        p.grad_sample = None
     return {"features": [features], "logits": [logits.detach()], "gradients": gradients}
 
 

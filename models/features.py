@@ -30,8 +30,8 @@ from cotune.models.durable import write_durably
 from cotune.models.inputs import Input, content_of
 from cotune.models.probes import lengths_of, mixes
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Batch, Example, logits
-from cotune.models.text_task import IGNORED
+from cotune.models.tasks import Example, logits
+from cotune.models.text_task import IGNORED, Batch
 
 __all__ = [
     "FEATURE_SLOTS",

@@ -28,7 +28,8 @@ __all__ = ["MAX_PADDING_ERROR", "check_bits", "check_independence", "check_paddi
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
 _FAILURES = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, IndexError)
-_checked: WeakKeyDictionary[SharedModel, dict[tuple[object, ...], str | float | None]] = WeakKeyDictionary()
+_padding: WeakKeyDictionary[SharedModel, float | str] = WeakKeyDictionary()  # the error, or why it cannot be told
+_mixing: WeakKeyDictionary[SharedModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
 def check_independence(
@@ -91,14 +92,14 @@ def check_bits(model: SharedModel, answer: PerSlot, lengths: Sequence[int], slot
 def _examples_mix(
     model: SharedModel, mode: TrainMode, dtype: torch.dtype, per_slot: PerSlot | None, slots: int, lengths: Sequence[int]
 ) -> bool:
-    known = _checked.setdefault(model, {})
+    known = _mixing.setdefault(model, {})
     key = (mode, dtype, slots, tuple(lengths), per_slot is None, torch.get_num_threads())
     if key not in known:
         try:
             known[key] = any(mixes(model, _answer(model, dtype, per_slot), length, slots) for length in lengths)
         except _FAILURES as raised:
             raise PrivacyError(_apart(model, _reason(raised))) from None
-    return bool(known[key])
+    return known[key]
 
 
 def _answer(model: SharedModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
@@ -115,17 +116,16 @@ def _answer(model: SharedModel, dtype: torch.dtype, per_slot: PerSlot | None) ->
 
 def check_padding(model: SharedModel) -> None:
     """Raises PrivacyError when the model, or its feature, reads the padding of a record. Tried once per model."""
-    known = _checked.setdefault(model, {})
-    if "padding" not in known:
+    if model not in _padding:
         try:
-            known["padding"] = padding_error(model, model.loaded.task.samples(model.loaded.reader))
+            _padding[model] = padding_error(model, model.loaded.task.samples(model.loaded.reader))
         except _FAILURES as raised:
-            known["padding"] = _reason(raised)
-    error = known["padding"]
+            _padding[model] = _reason(raised)
+    error = _padding[model]
     kind = model.loaded.module.config.model_type
     if isinstance(error, str):
         raise PrivacyError(_apart(model, error))
-    if error is None or not error <= MAX_PADDING_ERROR:
+    if not error <= MAX_PADDING_ERROR:
         raise PrivacyError(
             f"the architecture {kind} reads padding: a record padded to the length of its batch differs from itself alone by"
             f" {error:.2g} (relative), expected at most {MAX_PADDING_ERROR:g}; use another base model, such as bert, distilbert,"

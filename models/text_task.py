@@ -139,7 +139,7 @@ def _around(tokenizer: Any, token: int) -> tuple[list[int], list[int]]:
     return empty[:start], empty[start:]
 
 
-def each_or_none(read: Callable[[Sequence[_Given]], list[_Read]], given: Sequence[_Given]) -> list[_Read | None]:
+def each_or_none(read: Callable[[Sequence[_Given]], Sequence[_Read]], given: Sequence[_Given]) -> list[_Read | None]:
     """What `read` makes of each; None for one that it raises for, which tells nobody that it is there.
 
     All are read at once, for speed. Where that raises, each is read by itself.
@@ -153,7 +153,7 @@ def each_or_none(read: Callable[[Sequence[_Given]], list[_Read]], given: Sequenc
         return [_one_or_none(read, one) for one in given]
 
 
-def _one_or_none(read: Callable[[Sequence[_Given]], list[_Read]], one: _Given) -> _Read | None:
+def _one_or_none(read: Callable[[Sequence[_Given]], Sequence[_Read]], one: _Given) -> _Read | None:
     try:
         return read([one])[0]
     except BaseException as error:
