@@ -46,7 +46,8 @@ def _show_ledger(console: Console, found: dict[str, Any]) -> None:
         console.print(f"{escape(found['organisation'])} has spent nothing: no data set was trained on with differential privacy")
     for data in found["data_sets"]:
         allowed = f"of {data['epsilon_total']:g} " if data["epsilon_total"] < 1e6 else ""  # a simulated organisation has no limit
-        spent = f"ε {round_up(data['epsilon'])} {allowed}spent at δ = {data['delta']:.1e}"
+        how = "" if data["composition"] == "pld" else f" ({data['composition']})"  # over several runs it bounds more, and says so
+        spent = f"ε {round_up(data['epsilon'])} {allowed}spent at δ = {data['delta']:.1e}{how}"
         left = f", {math.floor(100 * data['epsilon_left']) / 100:.2f} left" if allowed else ""  # never more than there is
         name, seen = f"[bold]data set {data['fingerprint'][:12]}…[/bold]", data["first_seen"][:10]
         console.print(f"{name}: {data['records']:,} records, first seen {seen}")

@@ -14,6 +14,7 @@ from cotune.cli import audit as audit_command
 from cotune.cli import client as client_commands
 from cotune.cli import compare as compare_command
 from cotune.cli import plan as plan_commands
+from cotune.cli import privacy as privacy_commands
 from cotune.cli import server as server_commands
 from cotune.cli import server_run
 from cotune.cli import simulate as simulate_command
@@ -33,6 +34,7 @@ app.add_typer(client_commands.app, name="client")
 server_commands.app.command("run")(server_run.run)
 server_commands.app.command("status")(server_run.status)
 app.add_typer(server_commands.app, name="server")
+app.add_typer(privacy_commands.app, name="privacy")
 app.add_typer(strategy_commands.app, name="strategies")
 app.command("simulate")(simulate_command.simulate)
 app.command("compare")(compare_command.compare)

@@ -7,7 +7,9 @@ from functools import cached_property
 
 from cotune.client.budget import Budget, budget_of, noise_multiplier, total_delta
 from cotune.client.site import Site
+from cotune.client.total import Total
 from cotune.models.holdings import Holdings
+from cotune.models.units import RECORD
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.ledger import Ledger, Limit
@@ -23,7 +25,7 @@ class Account:
         self.plan, self.policy, self.site, self.holdings = plan, policy, site, holdings
         self.budget: Budget | None = None
         if isinstance(plan.privacy, RecordPrivacy):
-            self.budget = budget_of(plan.privacy, policy, len(holdings))
+            self.budget = budget_of(plan.privacy, policy, len(holdings.units))
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -32,7 +34,8 @@ class Account:
     @cached_property
     def data(self) -> str:
         """The fingerprint of the data set; the ledger knows it from now on."""
-        return self.ledger.know(self.holdings.identities())
+        held = self.holdings
+        return self.ledger.know(held.unit_identities(), unit=held.unit or RECORD, also=held.further_identities())
 
     def hours(self) -> float:
         """Of training that this run has taken, as far as its rounds were finished and charged."""
@@ -43,9 +46,18 @@ class Account:
     def plan_noise(self, round: int) -> float:
         """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges nothing."""
         assert self.budget is not None, "without privacy there is no noise"
+        self.ledger.check_unit(self.data)
         spent = self.ledger.spent(self.plan.plan_id, self.data)
-        before = self.ledger.spent(data=self.data, other_than=self.plan.plan_id)
-        return noise_multiplier(self.plan, self.policy, self.budget, len(self.holdings), round, spent=spent, before=before)
+        histories = self.ledger.histories(self.data, "budget.epsilon_total")
+        return noise_multiplier(
+            self.plan, self.policy, self.budget, len(self.holdings.units), round, spent=spent, histories=histories
+        )
+
+    def spent_in_total(self) -> float:
+        """ε of all runs on these records, as it counts against the total if this run begins."""
+        assert self.budget is not None, "without privacy nothing is spent"
+        histories = self.ledger.histories(self.data, "budget.epsilon_total")
+        return Total(self.plan.plan_id, self.budget.total_epsilon, self.budget.total_delta, histories).spent()
 
     def reserve(self, round: int, steps: Steps, purpose: str = "training") -> int:
         """Charges steps before they run, durably. Raises Declined when they would exceed what the policy allows."""
@@ -53,7 +65,7 @@ class Account:
         limits = (
             self.budget.limits(plan.plan_id)
             if self.budget
-            else [Limit("budget.epsilon_total", total, total_delta(self.policy, len(self.holdings)))]
+            else [Limit("budget.epsilon_total", total, total_delta(self.policy, len(self.holdings.units)))]
         )
         return self.ledger.reserve(plan.plan_id, round, steps, data=self.data, plan=plan.name, purpose=purpose, limits=limits)
 

@@ -1,4 +1,4 @@
-"""What an organisation's ledger says, for its own people and for auditors: per data set, per run, ε and what is left."""
+"""What an organization's ledger says, for its own people and for auditors: per data set, per run, ε and what is left."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from dataclasses import asdict
 from typing import Any
 
 from cotune.client.site import Site
-from cotune.privacy.accounting import delta_of, epsilon
+from cotune.privacy.accounting import Steps, delta_of, epsilon, gaussian_mu, true_positive_rate
 from cotune.privacy.chain import Entry
+from cotune.privacy.filters import composition, epsilon_over_runs
 from cotune.privacy.ledger import Charge, DataSet, Ledger
+from cotune.privacy.verification import FORMAT
 
 __all__ = ["export", "overview"]
 
 
 def overview(site: Site) -> dict[str, Any]:
-    """The ledger as plain values; ε is composed anew from the charges, at the policy's δ for each data set.
+    """The ledger as plain values; ε is composed anew from the charges, at the smallest δ that was in force for each data set.
 
-    epsilon is that of what was noised; `unprotected` lists what left beside it without any privacy, which no ε bounds. Raises
-    PrivacyError for a ledger that is damaged, and makes none where there is none.
+    composition says how: "pld" for one run, "renyi filter, order α" over several, whose plans may have been chosen after seeing
+    answers (see `privacy.filters`). epsilon is that of what was noised; `unprotected` lists what left beside it without any
+    privacy, which no ε bounds. Raises PrivacyError for a ledger that is damaged, and makes none where there is none.
     """
     if not site.ledger_file.exists():
         return {"organisation": site.organisation, "head": None, "data_sets": [], "unassigned": []}
@@ -42,21 +45,24 @@ def export(site: Site) -> dict[str, Any]:
         for table in found["data_sets"]:
             table["events"] = [_event(charge) for charge in ledger.counted(table["fingerprint"])]
         found["entries"] = [asdict(entry) for entry in ledger.entries()]
-    return {"format": "cotune ledger 1", **found}
+    return {"format": FORMAT, **found}
 
 
 def _data_set(site: Site, ledger: Ledger, data: DataSet) -> dict[str, Any]:
     rules = site.policy().budget
-    delta, counted = delta_of(rules.delta_total, data.records), ledger.counted(data.fingerprint)
-    linked = {data.fingerprint, *data.shares}
-    spent = epsilon([c.steps for c in counted], delta)
+    [history, *_], counted = ledger.histories(data.fingerprint, "budget.epsilon_total"), ledger.counted(data.fingerprint)
+    delta = history.delta if history.delta < 1 else delta_of(rules.delta_total, data.records)
+    linked = {"", data.fingerprint, *data.shares}
+    spent = epsilon_over_runs(history.runs, rules.epsilon_total, delta)
     return {
         "fingerprint": data.fingerprint,
         "records": data.records,
+        "unit": data.unit,
         "first_seen": data.first_seen,
         "shares_records_with": data.shares,
         "delta": delta,
         "epsilon": spent,
+        "composition": composition(history.runs, rules.epsilon_total, delta),
         "epsilon_total": rules.epsilon_total,
         "epsilon_left": max(0.0, rules.epsilon_total - spent),
         "unprotected": [_left(e) for e in ledger.entries() if e.kind == "unprotected" and e.body["data"] in linked],
@@ -71,6 +77,7 @@ def _left(entry: Entry) -> dict[str, Any]:
 
 def _run(plan_id: str, counted: list[Charge], delta: float) -> dict[str, Any]:
     own = [c for c in counted if c.plan_id == plan_id]
+    steps = [c.steps for c in own]
     return {
         "plan_id": plan_id,
         "plan": next((c.plan for c in own if c.plan), ""),
@@ -79,8 +86,14 @@ def _run(plan_id: str, counted: list[Charge], delta: float) -> dict[str, Any]:
         "interrupted": sum(c.state == "reserved" for c in own),
         "first": own[0].at,
         "last": own[-1].at,
-        "epsilon": epsilon([c.steps for c in own], delta),
+        "epsilon": epsilon(steps, delta),
+        **_trade_off(steps),
     }
+
+
+def _trade_off(steps: list[Steps]) -> dict[str, float]:
+    """What ε and δ of one run do not say: its whole trade-off curve in two figures."""
+    return {"gaussian_mu": gaussian_mu(steps), "true_positive_rate": true_positive_rate(steps, 0.01)}
 
 
 def _event(charge: Charge) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cotune.client.total import Total
 from cotune.models.errors import DataError, Declined, PrivacyError
 from cotune.plan.schema import LocalTraining, Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate, delta_of, epsilon
-from cotune.privacy.ledger import Limit
+from cotune.privacy.ledger import History, Limit
 from cotune.privacy.policy import Policy
 from cotune.privacy.rounding import round_up
 
@@ -92,62 +93,61 @@ def noise_multiplier(
     round: int,
     *,
     spent: Sequence[Steps] = (),
-    before: Sequence[Steps] = (),
+    histories: Sequence[History] = (),
 ) -> float:
     """σ for the rounds from `round` on: calibrated once for all steps of all rounds, and kept as long as it suffices.
 
-    spent: charges of this run. before: charges of other runs on the same data. More than planned may have been spent: a crash in
-    the middle of a round counts. Then the rest of the budget is spread over the remaining steps. Raises Declined when the run
-    does not fit into what is left of the total, PrivacyError when its rest is so small that the update would be mere noise.
+    spent: charges of this run. histories: of every data set that shares a record with this one, this run's charges included.
+    More than planned may have been spent: a crash in the middle of a round counts. Then the rest of the budget is spread over the
+    remaining steps. Raises Declined when the run does not fit into what is left of the total, PrivacyError when its rest is so
+    small that the update would be mere noise.
     """
     sigma = calibrate(
         planned_steps(plan, examples), epsilon=budget.epsilon, delta=budget.delta, spent=planned_telling(plan, policy)
     )
     remaining, telling = planned_steps(plan, examples, round), planned_telling(plan, policy, round)
+    total = Total(plan.plan_id, budget.total_epsilon, budget.total_delta, histories)
 
-    def after(noise: float, others: Sequence[Steps], delta: float) -> float:
-        return epsilon([*others, *spent, *telling, *(Steps(noise, q, count) for q, count in remaining)], delta)
+    def to_come(noise: float) -> list[Steps]:
+        return [*telling, *(Steps(noise, q, count) for q, count in remaining)]
 
     needed = sigma
-    if after(sigma, (), budget.delta) > budget.epsilon:
+    if epsilon([*spent, *to_come(sigma)], budget.delta) > budget.epsilon:
         needed = calibrate(remaining, epsilon=budget.epsilon, delta=budget.delta, spent=[*spent, *telling])
-    if after(needed, before, budget.total_delta) > budget.total_epsilon:
-        if not spent:
-            raise _too_much_in_total(plan, budget, examples, sigma, [*before, *telling])
-        charged = [*before, *spent, *telling]
-        in_total = calibrate(remaining, epsilon=budget.total_epsilon, delta=budget.total_delta, spent=charged)
-        needed = max(needed, in_total)
+    if total.after(to_come(needed)) > total.epsilon:
+        if not spent and (total.others or budget.epsilon > total.epsilon):
+            raise _too_much_in_total(plan, budget, examples, sigma, total, telling)
+        needed = total.smallest_noise(to_come, needed, 1.01 * max(needed, _MOST_NOISE * sigma))
     if needed > _MOST_NOISE * sigma:
         raise PrivacyError(
-            f"interrupted rounds have used up nearly all of ε = {budget.epsilon:g}: the rest would need {needed / sigma:.0f}"
-            f" times the planned noise, expected at most {_MOST_NOISE:g} times; leave the rest to the others, or allow more ε"
+            f"interrupted rounds have used up nearly all of ε = {budget.epsilon:g}: the rest would need more than"
+            f" {_MOST_NOISE:g} times the planned noise, expected at most that; leave the rest to the others, or allow more ε"
         )
     return needed
 
 
-def _too_much_in_total(plan: Plan, budget: Budget, examples: int, sigma: float, before: list[Steps]) -> Declined:
+def _too_much_in_total(
+    plan: Plan, budget: Budget, examples: int, sigma: float, total: Total, telling: Sequence[Steps]
+) -> Declined:
     """The refusal of a run that does not fit: what was asked, what is left, and how many rounds would fit."""
-    rounds, rest = plan.rounds, budget.total_epsilon - epsilon(before, budget.total_delta)
+    spent = total.spent()
     return Declined(
         "budget.epsilon_total",
-        f"the plan asks for ε = {budget.epsilon:g} in {rounds} rounds, and {max(rest, 0.0):.2f} of the total"
-        f" {budget.total_epsilon:g} are left for this data set (spent: {round_up(epsilon(before, budget.total_delta))}, at δ ="
-        f" {budget.total_delta:.2g}): with this plan's noise at most {_fitting(plan, budget, examples, sigma, before)} of its"
-        " rounds would fit; set budget.own_epsilon to spend less, or raise budget.epsilon_total in policy.toml",
+        f"the plan asks for ε = {budget.epsilon:g} in {plan.rounds} rounds, and {max(total.epsilon - spent, 0.0):.2f} of the"
+        f" total {total.epsilon:g} are left for this data set (spent over all runs: {round_up(spent)}, at δ ="
+        f" {total.delta:.2g}): with this plan's noise at most {_fitting(plan, examples, sigma, total, telling)} of its rounds"
+        " would fit; set budget.own_epsilon to spend less, or raise budget.epsilon_total in policy.toml",
     )
 
 
-def _fitting(plan: Plan, budget: Budget, examples: int, sigma: float, before: list[Steps]) -> int:
+def _fitting(plan: Plan, examples: int, sigma: float, total: Total, telling: Sequence[Steps]) -> int:
     """The largest number of first rounds of the plan that fit into the total at σ; by bisection, ε grows with the rounds."""
-    total = plan.rounds
     every = [
         (stage.local.sample_rate(examples), stage.local.steps_of(examples)) for stage in plan.stages for _ in range(stage.rounds)
     ]
-    low, high = 0, total
+    low, high = 0, plan.rounds
     while low < high:
         middle = (low + high + 1) // 2
-        steps = [Steps(sigma, q, count) for q, count in every[:middle]]
-        low, high = (
-            (middle, high) if epsilon([*before, *steps], budget.total_delta) <= budget.total_epsilon else (low, middle - 1)
-        )
+        steps = [*telling, *(Steps(sigma, q, count) for q, count in every[:middle])]
+        low, high = (middle, high) if total.after(steps) <= total.epsilon else (low, middle - 1)
     return low

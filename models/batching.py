@@ -9,8 +9,9 @@ would learn by the kernel that runs then whether all others in its batch are of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-__all__ = ["FINE_LENGTHS", "LENGTHS", "bucket_of_length", "fixed_batches"]
+__all__ = ["FINE_LENGTHS", "LENGTHS", "bucket_of_length", "fixed_batches", "tight_batches"]
 
 # Of batches of few records, as steps of DP-SGD have them: few lengths, or most slots would be blank.
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -51,3 +52,13 @@ def fixed_batches(rows: Sequence[int], bucket_of: Callable[[int], int], slots: i
     for bucket in sorted(held):
         for start in range(0, len(held[bucket]), slots - 1):
             yield held[bucket][start : start + slots - 1], bucket
+
+
+def tight_batches(rows: Sequence[int], order_of: Callable[[int], Any], size: int) -> Iterator[list[int]]:
+    """Yield batches of like rows, at most `size` each, where no privacy is promised: their shapes follow the rows.
+
+    order_of: Row number -> a key by which like rows stand together (`Task.order`).
+    """
+    ordered = sorted(rows, key=order_of)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]

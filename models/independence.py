@@ -21,7 +21,7 @@ from cotune.models.errors import PrivacyError
 from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
 from cotune.models.probes import PerSlot, lengths_of, mixes, stretched
 from cotune.models.sharing import SharedModel, TrainMode
-from cotune.models.tasks import Example, example_losses, logits
+from cotune.models.tasks import Example, logits
 from cotune.models.text_task import Batch
 
 __all__ = ["MAX_PADDING_ERROR", "check_bits", "check_independence", "check_padding", "padding_error"]
@@ -103,13 +103,13 @@ def _examples_mix(
 
 
 def _answer(model: SharedModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
-    """Logits, losses and gradients of each slot, in an arithmetic."""
+    """Logits and gradients of each slot, in an arithmetic."""
 
     def answer(batch: Batch) -> Sequence[Tensor]:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             with torch.no_grad():
-                forward = [logits(model.module, batch), example_losses(model.module, batch)]
-            return [*forward, *(per_slot(batch) if per_slot else ())]
+                scores = logits(model.module, batch)
+            return [scores, *(per_slot(batch) if per_slot else ())]
 
     return answer
 

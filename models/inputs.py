@@ -12,11 +12,16 @@ from collections import Counter
 
 from cotune.models.images import Image
 
-__all__ = ["Input", "Label", "content_of", "identity_of", "names_in", "stratum_of"]
+__all__ = ["Input", "Label", "content_of", "identity_of", "names_in", "plain", "stratum_of"]
 
 Input = str | tuple[str, ...] | Image
 Label = str | tuple[str, ...]
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
+_IGNORABLE = frozenset(
+    chr(code)
+    for first, last in ((0x34F, 0x34F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x3164, 0x3164), (0xFE00, 0xFE0F))
+    for code in range(first, last + 1)
+) | frozenset(map(chr, range(0xE0000, 0xE1000)))  # Unicode's Default_Ignorable_Code_Point beyond the category Cf
 
 
 def content_of(value: Input | Label) -> bytes:
@@ -28,16 +33,38 @@ def content_of(value: Input | Label) -> bytes:
 
 
 def identity_of(given: Input) -> bytes:
-    """16 bytes that stay the same when a file is shuffled, exported anew or labelled anew.
+    """16 bytes that stay the same when a file is shuffled, exported anew, labeled anew or retyped a little.
 
-    SHA-256 over a text in Unicode's composed form with single spaces, whether it is kept as one or as its words; over the decoded
-    pixels and the size of an image. A corrected label is still the same record.
+    SHA-256 over the plain form of a text (see `plain`), whether it is kept as one or as its words; over the decoded pixels and
+    the size of an image. A corrected label is still the same record. Whoever can guess a text can recognize its identity: what
+    is stored or exported is keyed first (see `privacy.ledger`).
     """
     if isinstance(given, Image):
         return given.digest[:16]
     text = given if isinstance(given, str) else " ".join(given)
-    plain = " ".join(unicodedata.normalize("NFC", text).split())
-    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).digest()[:16]
+    return hashlib.sha256(plain(text).encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def plain(text: str) -> str:
+    """A text without what a reader does not see or would not call a difference.
+
+    Compatibility forms are unified (NFKC), case is folded, control and format characters (zero-width ones, directions, soft
+    hyphens, variation selectors) are dropped, white space becomes single spaces, and punctuation at both ends goes, unless
+    nothing else is there.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    seen = "".join(" " if char.isspace() else char for char in folded if char.isspace() or not _is_invisible(char))
+    words = " ".join(unicodedata.normalize("NFKC", seen).split())
+    return words.strip("".join({char for char in words if _is_punctuation(char)} | {" "})) or words
+
+
+def _is_invisible(char: str) -> bool:
+    """Control and format characters, and those that Unicode says are ignored where they cannot be shown."""
+    return unicodedata.category(char) in ("Cc", "Cf") or char in _IGNORABLE
+
+
+def _is_punctuation(char: str) -> bool:
+    return unicodedata.category(char).startswith("P")
 
 
 def names_in(label: Label) -> tuple[str, ...]:

@@ -1,40 +1,65 @@
 """How much privacy a sequence of DP-SGD steps spends, and how much noise a budget asks for.
 
-Everything is decided by the privacy-loss-distribution accountant of Google's dp-accounting (Doroshenko et al., "Connect the
-Dots", PETS 2022), composed over every step that ran. Neighbouring data sets differ by adding or removing one record.
+Within one run everything is decided by the privacy-loss-distribution (PLD) accountant of Google's dp-accounting (Doroshenko et
+al., "Connect the Dots", PETS 2022), composed over every step that ran. Across runs, whose plans may have been chosen after seeing
+earlier answers, a Rényi filter decides (see `filters`). Neighboring data sets differ by adding or removing one record.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
+from functools import lru_cache, reduce
+from typing import Any, Literal, Self
 
 import numpy as np
 from dp_accounting import dp_event
-from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from scipy.optimize import brentq
+from scipy.special import log_ndtr
 
 from cotune.models.errors import PrivacyError
 from cotune.models.table import Table
 
-__all__ = ["RecordPrivacy", "Steps", "calibrate", "check_delta", "delta_of", "deltas", "epsilon", "epsilon_rdp"]
+__all__ = [
+    "RecordPrivacy",
+    "Steps",
+    "calibrate",
+    "check_delta",
+    "delta_of",
+    "deltas",
+    "epsilon",
+    "epsilon_below",
+    "epsilon_rdp",
+    "gaussian_delta",
+    "gaussian_mu",
+    "trade_off",
+    "true_positive_rate",
+]
 
 MAX_NOISE_MULTIPLIER = 1000.0  # σ above this drowns any signal: the budget counts as out of reach
 MIN_NOISE_MULTIPLIER = 0.3  # below this the PLD grid becomes huge and the guarantee meaningless
 _FINE, _COARSE = 5e-4, 2e-3  # width of the grid of privacy losses; each gives an upper bound, the fine one a tight one
+_FINEST = 1e-5  # of the grid of the lower bound: a finer one takes seconds
 _TOLERANCE = 1e-3  # relative, of a calibrated σ
+_EPSILONS = np.concatenate([np.zeros(1), np.geomspace(1e-3, 60.0, 300)])  # where a trade-off curve is supported
+_SMALLEST_DELTA = 1e-10  # of the privacy curve: below, the accountant's truncation of the tails is no longer negligible
 
 
 class RecordPrivacy(Table):
     """What every organisation promises each of its records (the `privacy` table of a plan)."""
 
-    mode: Literal["record"] = Field("record", description="the unit of privacy: one labelled record")
+    mode: Literal["record"] = Field("record", description="promised within each organization, by noise in its training")
+    unit: str = Field(
+        "record", min_length=1, max_length=100, description="whom it is promised to: each record, or each value of a column"
+    )
+    max_records: int | None = Field(
+        None, ge=1, le=10_000, description="records of a unit that count at most; only for another unit than record"
+    )
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organisation over the whole run")
     delta: float | str = Field("1/n^1.1", description='δ: a number, or "1/n^p" with n the organisation\'s records')
     clip_norm: float = Field(1.0, gt=0, description="C, bound on the L2 norm of one record's gradient")
@@ -46,6 +71,15 @@ class RecordPrivacy(Table):
     @classmethod
     def _delta_is_usable(cls, value: float | str) -> float | str:
         return check_delta(value)
+
+    @model_validator(mode="after")
+    def _unit_is_bounded(self) -> Self:
+        if (self.unit == "record") != (self.max_records is None):
+            raise ValueError(
+                f'unit = "{self.unit}" with max_records = {self.max_records}: expected a number for a unit from a column,'
+                " and none for a record"
+            )
+        return self
 
     def delta_for(self, examples: int) -> float:
         """δ for an organisation with `examples` records.
@@ -125,6 +159,94 @@ def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:
     for steps in _merge(spent):
         accountant.compose(steps.event())
     return float(accountant.get_epsilon(delta))
+
+
+def epsilon_below(spent: Iterable[Steps], delta: float) -> float:
+    """A lower bound on ε of all the steps together at δ: PLD accounting in which every privacy loss is rounded down.
+
+    For cross-checks of `epsilon`, which rounds up: the truth lies between them.
+    """
+    merged = _merge(spent)
+    return _epsilon_below(merged, delta) if merged else 0.0
+
+
+@lru_cache(maxsize=1024)
+def _epsilon_below(merged: tuple[Steps, ...], delta: float) -> float:
+    steps_of_all = sum(s.count for s in merged)
+    interval = min(_COARSE, max(0.2 * _spread(merged) / math.sqrt(steps_of_all), _FINEST))  # rounding adds up over the steps
+    interval = 2.0 ** math.floor(math.log2(interval))  # few different grids, so that a single step is computed once
+    parts = [_step_below(s.noise_multiplier, s.sample_rate, interval).self_compose(s.count) for s in merged]
+    return float(reduce(lambda whole, part: whole.compose(part), parts).get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=16)
+def _step_below(sigma: float, rate: float, interval: float) -> Any:
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        sigma,
+        value_discretization_interval=interval,
+        sampling_prob=min(rate, 1.0),
+        pessimistic_estimate=False,
+        use_connect_dots=False,
+    )
+
+
+def trade_off(spent: Iterable[Steps]) -> Callable[[float], float]:
+    """α -> a lower bound on the error of the second kind of any test at level α, for one record in or out of these steps.
+
+    Dong, Roth, Su, "Gaussian Differential Privacy", 2019, https://arxiv.org/abs/1905.02383, section 2.3: every (ε, δ) of the
+    accountant is two lines below the curve.
+    """
+    found = deltas(spent, _EPSILONS.tolist())
+    slopes = np.concatenate([-np.exp(_EPSILONS), -np.exp(-_EPSILONS)])
+    heights = np.concatenate([1 - found, np.exp(-_EPSILONS) * (1 - found)])
+    return lambda alpha: max(0.0, float(np.max(heights + slopes * alpha)))
+
+
+def true_positive_rate(spent: Iterable[Steps], false_positive_rate: float) -> float:
+    """The share of the members, at most, that an attack finds when it takes this share of the non-members for members.
+
+    An upper bound over all attacks, for one record in or out of these steps: 1 - f(false positive rate), with f the trade-off
+    curve of the accountant (see `trade_off`). Without steps it is the false positive rate itself: guessing.
+    Raises ValueError for a rate outside of [0, 1].
+    """
+    if not 0 <= false_positive_rate <= 1:
+        raise ValueError(f"expected a false positive rate in [0, 1], got {false_positive_rate}")
+    merged = _merge(spent)
+    return 1 - trade_off(merged)(false_positive_rate) if merged else false_positive_rate
+
+
+def gaussian_mu(spent: Iterable[Steps]) -> float:
+    """The smallest μ for which telling N(0, 1) from N(μ, 1) is no harder than telling one record in from out of these steps.
+
+    "No harder" is checked at 301 values of ε from 0 to 60, as far as δ there is at least 1e-10: the Gaussian curve of μ, δ(ε) =
+    Φ(μ/2 - ε/μ) - exp(ε)·Φ(-μ/2 - ε/μ), lies on or above that of the accountant, which is an upper bound itself (Dong, Roth, Su,
+    "Gaussian Differential Privacy", 2019, corollary 2.13). So it is an upper bound on that range, and of a Gaussian mechanism
+    without sampling it is √steps/σ. It says nothing about events rarer than 1e-10. 0 for no steps.
+    """
+    merged = _merge(spent)
+    if not merged:
+        return 0.0
+    found = deltas(merged, _EPSILONS.tolist())
+    mu = 0.0
+    for eps, delta in zip(_EPSILONS.tolist(), found.tolist(), strict=True):
+        if delta >= _SMALLEST_DELTA and gaussian_delta(mu, eps) < delta:
+            mu = _mu_through(eps, min(delta, 1 - 1e-15), mu)
+    return mu
+
+
+def gaussian_delta(mu: float, eps: float) -> float:
+    """δ(ε) of a Gaussian mechanism whose sensitivity is μ noise standard deviations (Balle & Wang, ICML 2018, theorem 8)."""
+    if mu == 0:
+        return 0.0
+    return float(np.exp(log_ndtr(mu / 2 - eps / mu)) - np.exp(eps + log_ndtr(-mu / 2 - eps / mu)))
+
+
+def _mu_through(eps: float, delta: float, low: float) -> float:
+    """The μ whose Gaussian curve passes through (ε, δ); above `low`."""
+    high = max(2 * low, 1.0)
+    while gaussian_delta(high, eps) < delta:
+        high *= 2
+    return float(brentq(lambda mu: gaussian_delta(mu, eps) - delta, low, high, xtol=1e-12)) * (1 + 1e-9)
 
 
 def _merge(spent: Iterable[Steps]) -> tuple[Steps, ...]:

@@ -31,7 +31,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, deltas, epsilon
+from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, epsilon, trade_off
 from cotune.privacy.canaries import Coins
 
 __all__ = ["Evidence", "Guess", "evidence", "lower_bound_any", "lower_bound_steps", "perfect_evidence", "require_statistics"]
@@ -40,7 +40,6 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _FEWEST_GUESSES = 16
 _MOST_NOISE = 64.0  # times the claimed σ: a bound from still more noise is no bound worth printing
-_EPSILONS: Array = np.concatenate([np.zeros(1), np.geomspace(1e-3, 60.0, 300)])  # where a trade-off curve is supported
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def lower_bound_steps(found: Evidence, steps: Sequence[Steps], delta: float, err
         return [replace(s, noise_multiplier=s.noise_multiplier * scale) for s in steps]
 
     def refuted(scale: float) -> bool:
-        curve = _trade_off(scaled(scale))
+        curve = trade_off(scaled(scale))
         return any(_is_refuted(curve, found.targets, guess, each) for guess in found.guesses)
 
     low, high = min(1.0, MIN_NOISE_MULTIPLIER / min(s.noise_multiplier for s in steps)), _MOST_NOISE
@@ -155,17 +154,6 @@ def lower_bound_steps(found: Evidence, steps: Sequence[Steps], delta: float, err
         middle = (low * high) ** 0.5
         low, high = (low, middle) if refuted(middle) else (middle, high)
     return epsilon(scaled(high), delta)
-
-
-def _trade_off(steps: Sequence[Steps]) -> Callable[[float], float]:
-    """α -> a lower bound on the error of the second kind of any test at level α, for one record in or out of these steps.
-
-    Dong, Roth, Su, "Gaussian Differential Privacy", 2019, section 2.3: every (ε, δ) of the accountant is two lines below it.
-    """
-    found = deltas(steps, _EPSILONS.tolist())
-    slopes = np.concatenate([-np.exp(_EPSILONS), -np.exp(-_EPSILONS)])
-    heights = np.concatenate([1 - found, np.exp(-_EPSILONS) * (1 - found)])
-    return lambda alpha: max(0.0, float(np.max(heights + slopes * alpha)))
 
 
 def _is_refuted(curve: Callable[[float], float], targets: int, guess: Guess, error: float) -> bool:

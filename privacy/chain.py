@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,10 +21,10 @@ from typing import Any
 from cotune.models.durable import write_durably
 from cotune.models.errors import PrivacyError
 
-__all__ = ["Chain", "Entry", "Log", "entry_hash"]
+__all__ = ["START", "Chain", "Entry", "Log", "entry_hash"]
 
-VERSION = 2
-_START = "0" * 64  # the hash before the first entry
+VERSION = 3
+START = "0" * 64  # the hash before the first entry
 _CHARGES = """
 CREATE VIEW charges AS
 SELECT r.id AS id, r.at AS at, r.body ->> '$.data' AS data, r.body ->> '$.plan_id' AS plan_id, r.body ->> '$.round' AS round,
@@ -67,7 +67,7 @@ class Log:
 
     @property
     def head(self) -> str:
-        return self.entries[-1].hash if self.entries else _START
+        return self.entries[-1].hash if self.entries else START
 
     def append(self, kind: str, body: Mapping[str, Any], at: str | None = None) -> Entry:
         id = len(self.entries) + 1
@@ -85,9 +85,18 @@ class Chain:
     Raises PrivacyError for whatever is wrong with the file: it is never repaired, replaced or written over.
     """
 
-    def __init__(self, path: Path, migrations: Mapping[str, Callable[[Log, str], None]] | None = None) -> None:
-        """migrations: a table of the schema before this one -> what appends its content, now under the given name, to the log."""
-        self.path, self.anchor, self._migrations = path, path.with_name(f"{path.name}.head"), migrations or {}
+    def __init__(
+        self,
+        path: Path,
+        migrations: Mapping[str, Callable[[Log, str], None]] | None = None,
+        carry: Callable[[Log, Sequence[Entry]], None] | None = None,
+    ) -> None:
+        """migrations: a table of the first schema -> what appends its content, now under the given name, to the log.
+
+        carry: appends what the entries of the second schema say to the log.
+        """
+        self.path, self.anchor = path, path.with_name(f"{path.name}.head")
+        self._migrations, self._carry = migrations or {}, carry
         with self.transaction():
             pass
 
@@ -134,26 +143,42 @@ class Chain:
             raise self._unusable(f"it has the schema {version}, this cotune knows {VERSION}: update cotune")
         if version == VERSION:
             return Log(db, self._verified(db))
+        if version == VERSION - 1 and self._carry is not None:
+            return self._carried(db, self._carry)
         tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables and tables != set(self._migrations):
             raise self._unusable("it is a database of another kind")
         if self._anchored()[0]:
             raise self._unusable("it is empty or older than the anchor beside it says")
-        self._write_anchor(0, _START)  # before the first entry is committed: from then on the anchor must be there
+        self._write_anchor(0, START)  # before the first entry is committed: from then on the anchor must be there
         for table in tables:
             db.execute(f'ALTER TABLE "{table}" RENAME TO "{table}_before_{VERSION}"')
+        log = self._begin(db)
+        for table in sorted(tables):
+            self._migrations[table](log, f"{table}_before_{VERSION}")
+        return log
+
+    def _begin(self, db: sqlite3.Connection) -> Log:
         for statement in _SCHEMA:
             db.execute(statement)
         db.execute(f"PRAGMA user_version = {VERSION}")
-        log = Log(db, [])
-        for table in sorted(tables):
-            self._migrations[table](log, f"{table}_before_{VERSION}")
+        return Log(db, [])
+
+    def _carried(self, db: sqlite3.Connection, carry: Callable[[Log, Sequence[Entry]], None]) -> Log:
+        """The second schema's log, verified, in a new one. What it knew records by is deleted: it was not keyed."""
+        entries = self._verified(db)
+        self._write_anchor(0, START)
+        db.execute("PRAGMA secure_delete = ON")
+        for statement in ("DROP VIEW charges", "DROP TABLE entries", "DROP TABLE members"):
+            db.execute(statement)
+        log = self._begin(db)
+        carry(log, entries)
         return log
 
     def _verified(self, db: sqlite3.Connection) -> list[Entry]:
         """All entries, each with the hash that it must have; the anchored one among them."""
         entries: list[Entry] = []
-        previous = _START
+        previous = START
         for expected, (id, at, kind, body, hash) in enumerate(db.execute("SELECT * FROM entries ORDER BY id"), start=1):
             if id != expected or hash != entry_hash(previous, id, at, kind, body):
                 raise self._unusable(f"entry {expected} is not as it was written: somebody or something changed the file")
@@ -162,7 +187,7 @@ class Chain:
         count, anchored = self._anchored()
         if count is None:
             raise self._unusable(f"its anchor {self.anchor.name} is gone")
-        if count > len(entries) or (entries[count - 1].hash if count else _START) != anchored:
+        if count > len(entries) or (entries[count - 1].hash if count else START) != anchored:
             raise self._unusable(f"it holds {len(entries)} entries, and its anchor says {count}: an older copy was put back")
         return entries
 

@@ -1,4 +1,4 @@
-"""An organisation's durable account of what it spent, per data set: on its own disk, written before a record is touched.
+"""An organization's durable account of what it spent, per data set: on its own disk, written before a record is touched.
 
 A charge is *reserved* with the worst case before training starts, and *settled* to the steps that really ran. A crash in between
 leaves the reservation standing: it counts as spent. Stored are accounting events (σ, q, steps, mechanism), never an ε, so that
@@ -6,93 +6,79 @@ composition stays tight over rounds, runs, plans, restarts and years.
 
 A data set is known by its records, whatever their order and file. What was spent on a data set is every charge on every data set
 that shares a record with it: so a grown data set goes on where the smaller one stood, and no record is charged too little.
+
+Records are known by HMACs under a secret of the site, in a file beside the ledger: who guesses a text cannot look it up.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from cotune.models.errors import Declined, PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.models.errors import PrivacyError
+from cotune.privacy.accounting import Steps
 from cotune.privacy.chain import Chain, Entry, Log
-from cotune.privacy.rounding import round_up
+from cotune.privacy.charges import Charge, DataSet, History, charges_of, counted_for, data_sets_of, histories_of, linked_to
+from cotune.privacy.limits import Limit, check_charge
+from cotune.privacy.migration import carry_entries, carry_table
+from cotune.privacy.site_key import IDENTITY, SiteKey
 
-__all__ = ["Charge", "DataSet", "Ledger", "Limit", "fingerprint"]
-
-_IDENTITY = 16  # bytes per record
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A data set that the ledger has seen. shares: other data sets -> how many records they have in common."""
-
-    fingerprint: str
-    records: int
-    first_seen: str
-    shares: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Charge:
-    """What was spent at once: steps at their worst case while reserved, those that ran once settled.
-
-    data: the fingerprint of the data set; "" for a charge that counts against all of them. purpose: "training", or what was told.
-    """
-
-    id: int
-    at: str
-    data: str
-    plan_id: str
-    plan: str
-    round: int
-    steps: Steps
-    purpose: str
-    state: Literal["reserved", "settled"]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Composing a new charge with those before must stay within ε at δ. plan_id: only charges of that plan; None: all."""
-
-    rule: str
-    epsilon: float
-    delta: float
-    plan_id: str | None = None
-
-
-def fingerprint(identities: Iterable[bytes]) -> str:
-    """SHA-256 over the records' identities in their own order: the same for a shuffled or newly exported file."""
-    return hashlib.sha256(b"".join(sorted(identities))).hexdigest()
+__all__ = ["Charge", "DataSet", "History", "Ledger", "Limit"]
 
 
 class Ledger:
-    """The account in one file. Safe to use from several processes: every transaction sees all charges before it."""
+    """The account in one file. Safe to use from several processes: every transaction sees all charges before it.
+
+    Raises PrivacyError for a ledger whose key is gone or another one: without it, known records would look new.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._chain = Chain(path, {"charges": _migrate_charges})
+        self.path, self.key_file = path, path.with_name("ledger.key")
+        self._chain = Chain(path, {"charges": carry_table}, carry_entries)
+        self._key = self._opened_key()
 
-    def know(self, identities: Sequence[bytes]) -> str:
-        """The fingerprint of a data set, which is entered with its links when it is new."""
-        blob, name = b"".join(sorted(identities)), fingerprint(identities)
+    def _opened_key(self) -> SiteKey:
+        """The key that the ledger was begun with; drawn when it begins."""
         with self._chain.transaction() as log:
-            if name not in (e.body["fingerprint"] for e in log.entries if e.kind == "data"):
+            known = next((str(e.body["check"]) for e in log.entries if e.kind == "key"), None)
+            key = SiteKey.made(self.key_file) if known is None else SiteKey.read(self.key_file)
+            if known is None:
+                log.append("key", {"check": key.check})
+            elif known != key.check:
+                raise PrivacyError(
+                    f"{self.key_file} is not the key that the privacy ledger {self.path} was begun with: expected that one, as no"
+                    " record can be recognized without it and nothing is trained; restore it from a backup"
+                )
+            return key
+
+    def know(self, identities: Sequence[bytes], *, unit: str = "record", also: Iterable[bytes] = ()) -> str:
+        """The fingerprint of a data set, which is entered with its links when it is new.
+
+        Args:
+            identities: one for each unit of privacy, unkeyed; of any length.
+            unit: what an identity stands for: "record", or the name of a column.
+            also: further identities by which the same people are recognized, such as those of a unit's records: they link data
+                sets of different units, and are not counted.
+        """
+        own, further = self._key.identities(identities), self._key.identities(also)
+        blob = b"".join(sorted({*own, *further})) if further else b"".join(sorted(own))
+        name = hashlib.sha256(blob).hexdigest()
+        with self._chain.transaction() as log:
+            if name not in data_sets_of(log.entries):
                 shares = {other: common for other, common in self._common(log, blob) if common}
                 log.db.execute("INSERT INTO members VALUES (?, ?)", (name, blob))
-                log.append("data", {"fingerprint": name, "records": len(identities), "shares": shares})
+                log.append("data", {"fingerprint": name, "records": len(identities), "shares": shares, "unit": unit})
         return name
 
     def _common(self, log: Log, blob: bytes) -> Iterator[tuple[str, int]]:
         """Every data set of the ledger, with the number of its records that are in `blob`; one in memory at a time."""
         own = _keys(blob)
-        for name in sorted({str(e.body["fingerprint"]) for e in log.entries if e.kind == "data"}):
+        for name in sorted(data_sets_of(log.entries)):
             row = log.db.execute("SELECT identities FROM members WHERE fingerprint = ?", (name,)).fetchone()
             if row is None or hashlib.sha256(row[0]).hexdigest() != name:
                 raise PrivacyError(
@@ -114,19 +100,22 @@ class Ledger:
     ) -> int:
         """Charges the steps before they run; durable when this returns. Returns the number of the charge.
 
-        Raises Declined, and charges nothing, when a limit would be exceeded; PrivacyError for what no mechanism can be.
+        Raises Declined, and charges nothing, when a limit would be exceeded for a record of this data set or of any that shares
+        one with it; PrivacyError for what no mechanism can be, where two accountants contradict each other, and where the same
+        records were charged before under another unit of privacy.
         """
         if not (steps.noise_multiplier > 0 and 0 < steps.sample_rate <= 1 and steps.count >= 0):
             raise PrivacyError(f"{steps} cannot be charged: expected noise above 0, a sample rate in (0, 1] and 0 steps or more")
         with self._chain.transaction() as log:
-            _check_limits(log.entries, data, steps, limits)
+            _check_unit(log.entries, data)
+            check_charge(log.entries, data, plan_id, steps, limits)
             body = {"plan_id": plan_id, "plan": plan, "round": round, "data": data, "purpose": purpose, **asdict(steps)}
-            return log.append("reserve", body).id
+            return log.append("reserve", body | {"limits": [asdict(limit) for limit in limits]}).id
 
     def settle(self, charge: int, steps_run: int, seconds: float = 0.0) -> None:
         """Lowers a reservation to the steps that really ran. Raises PrivacyError for more steps than were reserved."""
         with self._chain.transaction() as log:
-            found = next((c for c in _charges(log.entries) if c.id == charge and c.state == "reserved"), None)
+            found = next((c for c in charges_of(log.entries) if c.id == charge and c.state == "reserved"), None)
             if found is None or not 0 <= steps_run <= found.steps.count:
                 raise PrivacyError(
                     f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many"
@@ -146,24 +135,30 @@ class Ledger:
     def told(self, plan_id: str, data: str, what: str) -> list[float] | None:
         """What was told before; None: nothing."""
         for e in self.entries():
-            if e.kind == "told" and (e.body["plan_id"], e.body["data"], e.body["what"]) == (plan_id, data, what):
+            same = e.kind == "told" and (e.body["plan_id"], e.body["what"]) == (plan_id, what)
+            if same and e.body["data"] in (data, ""):  # "": told before the ledger had a key
                 return list(e.body["values"])
         return None
 
     def charges(self) -> list[Charge]:
         """All charges, in order."""
         with self._chain.transaction() as log:
-            return list(_charges(log.entries))
+            return list(charges_of(log.entries))
 
     def counted(self, data: str) -> list[Charge]:
         """The charges that count for a data set, in order."""
         with self._chain.transaction() as log:
-            return list(_counted(log.entries, data))
+            return list(counted_for(log.entries, data))
 
     def data_sets(self) -> list[DataSet]:
         """All data sets, in the order in which they were first seen; the links in both directions."""
         with self._chain.transaction() as log:
-            return _data_sets(log.entries)
+            return list(data_sets_of(log.entries).values())
+
+    def histories(self, data: str, rule: str = "", plan_id: str | None = None) -> list[History]:
+        """What counts for each data set that shares a record with this one, itself first; with the smallest δ of a limit."""
+        with self._chain.transaction() as log:
+            return histories_of(log.entries, data, rule, plan_id)
 
     def entries(self) -> list[Entry]:
         """The whole log, verified."""
@@ -173,72 +168,32 @@ class Ledger:
     def spent(self, plan_id: str | None = None, data: str | None = None, *, other_than: str | None = None) -> list[Steps]:
         """The charges (of one plan, or of all others; that count for one data set), reservations at their worst case."""
         with self._chain.transaction() as log:
-            return _spent(log.entries, plan_id, data, other_than)
+            found = (c for c in counted_for(log.entries, data) if plan_id in (None, c.plan_id))
+            return [c.steps for c in found if c.plan_id != other_than]
 
     def rounds(self, plan_id: str) -> list[int]:
         """The rounds of a plan for which something was charged, in order."""
         return sorted({c.round for c in self.charges() if c.plan_id == plan_id})
 
+    def check_unit(self, data: str) -> None:
+        """Raises PrivacyError where no charge would be accepted, as these records were charged under another unit."""
+        with self._chain.transaction() as log:
+            _check_unit(log.entries, data)
+
 
 def _keys(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:
     """The identities of a blob as an array; NumPy leaves out trailing zero bytes, which keeps different ones different."""
-    return np.frombuffer(blob, dtype=f"S{_IDENTITY}")
+    return np.frombuffer(blob, dtype=f"S{IDENTITY}")
 
 
-def _charges(entries: Sequence[Entry]) -> Iterator[Charge]:
-    settled = {e.body["charge"]: e.body for e in entries if e.kind == "settle"}
-    for e in entries:
-        if e.kind == "reserve":
-            b, end = e.body, settled.get(e.id)
-            count = end["steps"] if end else b["count"]
-            steps = Steps(b["noise_multiplier"], b["sample_rate"], count)
-            state: Literal["reserved", "settled"] = "settled" if end else "reserved"
-            seconds = end["seconds"] if end else 0.0
-            yield Charge(e.id, e.at, b["data"], b["plan_id"], b["plan"], b["round"], steps, b["purpose"], state, seconds)
-
-
-def _data_sets(entries: Sequence[Entry]) -> list[DataSet]:
-    found: dict[str, DataSet] = {}
-    for e in entries:
-        if e.kind == "data":
-            new = DataSet(e.body["fingerprint"], e.body["records"], e.at, dict(e.body["shares"]))
-            for other, common in new.shares.items():
-                found[other].shares[new.fingerprint] = common
-            found[new.fingerprint] = new
-    return list(found.values())
-
-
-def _counted(entries: Sequence[Entry], data: str | None) -> Iterator[Charge]:
-    """The charges that count for a data set: its own, those of data sets that share a record with it, those of unknown data."""
-    linked = {d.fingerprint: {"", data, *d.shares} for d in _data_sets(entries)}.get(data or "", {"", data})
-    return (c for c in _charges(entries) if data is None or c.data in linked)
-
-
-def _spent(entries: Sequence[Entry], plan_id: str | None, data: str | None, other_than: str | None = None) -> list[Steps]:
-    charges = (c for c in _counted(entries, data) if plan_id in (None, c.plan_id))
-    return [c.steps for c in charges if c.plan_id != other_than]
-
-
-def _check_limits(entries: Sequence[Entry], data: str, steps: Steps, limits: Sequence[Limit]) -> None:
-    for limit in limits:
-        before = _spent(entries, limit.plan_id, data)
-        after = epsilon([*before, steps], limit.delta)
-        if after > limit.epsilon:
-            left = max(0.0, limit.epsilon - epsilon(before, limit.delta))
-            raise Declined(
-                limit.rule,
-                f"{steps.count} steps would bring this data set to ε = {round_up(after)} at δ = {limit.delta:.2g}, expected"
-                f" at most {limit.epsilon:g}, of which {left:.2f} are left: raise {limit.rule} in policy.toml, or stay out",
+def _check_unit(entries: Sequence[Entry], data: str) -> None:
+    """Charges under different units of privacy do not add up: a person's records were charged as if they were strangers."""
+    known = data_sets_of(entries)
+    charged = {c.data for c in charges_of(entries)}
+    for other in linked_to(entries, data):
+        if data in known and other in charged and other in known and known[other].unit != known[data].unit:
+            raise PrivacyError(
+                f'data set {data[:12]} protects each "{known[data].unit}", and {other[:12]}, which shares records with it, was'
+                f' charged for each "{known[other].unit}": expected one unit of privacy, as charges under two do not add up; go'
+                f' on with "{known[other].unit}"'
             )
-
-
-def _migrate_charges(log: Log, table: str) -> None:
-    """Schema 1 had a table of charges without data sets: they count against every data set."""
-    rows = log.db.execute(
-        f"SELECT plan_id, round, noise_multiplier, sample_rate, steps, state, at FROM {table} ORDER BY id"
-    ).fetchall()
-    for plan_id, round, sigma, rate, steps, state, at in rows:
-        body: dict[str, Any] = {"plan_id": plan_id, "plan": "", "round": round, "data": "", "purpose": "training"}
-        entry = log.append("reserve", body | {"noise_multiplier": sigma, "sample_rate": rate, "count": steps}, at)
-        if state == "settled":
-            log.append("settle", {"charge": entry.id, "steps": steps, "seconds": 0.0}, at)

@@ -43,7 +43,7 @@ def plan_for(kind: str, mode: str, tmp_path: Path, **tables: Any) -> Plan:
 @pytest.mark.parametrize("mode", ["head", "full"])
 def test_an_architecture_that_reads_padding_is_refused_before_a_run(kind: str, mode: str, tmp_path: Path) -> None:
     plan = plan_for(kind, mode, tmp_path)
-    with pytest.raises(PrivacyError, match="padding|side by side"):
+    with pytest.raises(PrivacyError):
         check_stages(plan, model_of(plan, "cpu"))
 
 

@@ -15,7 +15,17 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate, epsilon, epsilon_rdp
+from cotune.privacy.accounting import (
+    RecordPrivacy,
+    Steps,
+    calibrate,
+    epsilon,
+    epsilon_below,
+    epsilon_rdp,
+    gaussian_mu,
+    trade_off,
+    true_positive_rate,
+)
 
 DELTA = 1e-5
 few = settings(max_examples=8, deadline=None)
@@ -168,6 +178,62 @@ def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise_and_delta(
     assert epsilon([Steps(sigma, q * factor, count)], DELTA) > base
     assert epsilon([Steps(sigma * factor, q, count)], DELTA) < base
     assert epsilon([Steps(sigma, q, count)], DELTA * factor) < base
+
+
+@few
+@given(sigma=st.floats(0.7, 50.0), q=st.one_of(rates, st.just(1.0)), count=counts)
+def test_rounding_down_is_never_above(sigma: float, q: float, count: int) -> None:
+    steps = [Steps(sigma, q, count)]
+    assert 0 <= epsilon_below(steps, DELTA) <= epsilon(steps, DELTA)
+
+
+@pytest.mark.parametrize("sigma", [0.7, 2.0, 30.0])
+def test_rounding_down_stays_below_the_exact_value_and_near_it(sigma: float) -> None:
+    exact = solve(lambda e: gaussian_delta(e, sigma), DELTA)
+    assert exact * 0.93 <= epsilon_below([Steps(sigma, 1.0, 1)], DELTA) <= exact + 1e-9
+
+
+# --- the trade-off curve
+
+
+@pytest.mark.parametrize(("sigma", "count"), [(0.5, 1), (2.0, 1), (4.0, 16), (50.0, 1)])
+def test_the_mu_of_the_gaussian_mechanism_is_its_own(sigma: float, count: int) -> None:
+    exact = math.sqrt(count) / sigma
+    assert exact - 1e-9 <= gaussian_mu([Steps(sigma, 1.0, count)]) <= exact * 1.01
+
+
+@few
+@given(sigma=sigmas, q=rates, count=counts)
+def test_the_gaussian_curve_of_mu_lies_above_that_of_the_accountant(sigma: float, q: float, count: int) -> None:
+    """Oracle: ε at several δ by the accountant is at most that of a Gaussian mechanism with σ = 1/μ."""
+    steps = [Steps(sigma, q, count)]
+    mu = gaussian_mu(steps)
+    for delta in (1e-3, 1e-5, 1e-7):
+        assert epsilon(steps, delta) <= solve(lambda e: gaussian_delta(e, 1 / mu), delta) * (1 + 1e-3) + 1e-6
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("rate", [0.001, 0.01, 0.2])
+def test_the_true_positive_rate_of_the_gaussian_mechanism_is_that_of_the_best_test(sigma: float, rate: float) -> None:
+    """Neyman and Pearson: Φ(Φ⁻¹(rate) + 1/σ)."""
+    exact = float(norm.cdf(norm.ppf(rate) + 1 / sigma))
+    assert exact - 1e-6 <= true_positive_rate([Steps(sigma, 1.0, 1)], rate) <= exact * 1.05
+
+
+@few
+@given(sigma=sigmas, q=rates, count=counts, rate=st.floats(0.0, 1.0))
+def test_no_attack_guesses_worse_than_by_chance_or_better_than_always(sigma: float, q: float, count: int, rate: float) -> None:
+    steps = [Steps(sigma, q, count)]
+    found = true_positive_rate(steps, rate)
+    assert rate - 1e-9 <= found <= 1
+    assert found == 1 - trade_off(steps)(rate)
+
+
+def test_nothing_spent_means_guessing() -> None:
+    assert gaussian_mu([]) == gaussian_mu([Steps(1.0, 0.1, 0)]) == 0.0
+    assert true_positive_rate([], 0.01) == 0.01
+    with pytest.raises(ValueError, match="expected"):
+        true_positive_rate([], 1.01)
 
 
 def assert_smallest(

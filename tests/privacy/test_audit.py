@@ -10,11 +10,10 @@ import pytest
 from scipy import stats
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.accounting import Steps, epsilon, trade_off
 from cotune.privacy.audit import (
     Evidence,
     Guess,
-    _trade_off,
     evidence,
     lower_bound_any,
     lower_bound_steps,
@@ -121,7 +120,7 @@ def test_randomised_response_stays_under_its_epsilon() -> None:
 
 
 def test_the_curve_of_one_gaussian_step_is_that_of_gaussian_differential_privacy() -> None:
-    curve = _trade_off([Steps(0.8, 1.0, 1)])
+    curve = trade_off([Steps(0.8, 1.0, 1)])
     for alpha in (1e-6, 1e-3, 0.1, 0.5, 0.9, 1.0):
         exact = stats.norm.cdf(stats.norm.ppf(1 - alpha) - 1 / 0.8)
         assert exact - 5e-3 <= curve(alpha) <= exact + 1e-12

@@ -25,7 +25,7 @@ FORCE = "DROP TRIGGER entries_stay; DROP TRIGGER entries_remain;"
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A ledger with three rounds of one data set."""
+    """A ledger with its key, and three rounds of one data set."""
     ledger = Ledger(tmp_path / "ledger.sqlite")
     data = ledger.know([bytes([i]) * 16 for i in range(5)])
     for round in (1, 2, 3):
@@ -41,12 +41,12 @@ def sql(path: Path, script: str) -> None:
 @pytest.mark.parametrize(
     "tampering",
     [
-        "UPDATE entries SET body = replace(body, '\"noise_multiplier\":1.0', '\"noise_multiplier\":9.0') WHERE id = 2",
+        "UPDATE entries SET body = replace(body, '\"noise_multiplier\":1.0', '\"noise_multiplier\":9.0') WHERE id = 3",
         "UPDATE entries SET body = replace(body, '20', '02') WHERE kind = 'settle'",
         "UPDATE entries SET at = '2020-01-01' WHERE id = 2",
         "UPDATE entries SET kind = 'note' WHERE id = 4",
         "DELETE FROM entries WHERE id = 3",
-        "DELETE FROM entries WHERE id > 5",  # the last ones: the chain alone would not show it
+        "DELETE FROM entries WHERE id > 6",  # the last ones: the chain alone would not show it
         "DELETE FROM entries",
         "UPDATE entries SET id = 99 WHERE id = 7",
     ],
@@ -76,7 +76,7 @@ def test_an_older_copy_put_back_is_refused(path: Path) -> None:
     for side in ("-wal", "-shm"):
         path.with_name(path.name + side).unlink(missing_ok=True)
     shutil.copy(old, path)
-    with pytest.raises(PrivacyError, match=r"it holds 7 entries, and its anchor says 8: an older copy was put back"):
+    with pytest.raises(PrivacyError, match=r"it holds 8 entries, and its anchor says 9: an older copy was put back"):
         Ledger(path)
 
 
@@ -127,7 +127,7 @@ def test_a_crash_between_commit_and_anchor_is_no_tampering(path: Path) -> None:
     anchor.write_bytes(before)
     assert len(Ledger(path).spent()) == 4
     Ledger(path).reserve("plan", 5, ROUND)
-    assert json.loads(anchor.read_bytes())["entries"] == 9
+    assert json.loads(anchor.read_bytes())["entries"] == 10
 
 
 def test_an_aborted_transaction_leaves_nothing(path: Path) -> None:
@@ -157,7 +157,7 @@ def test_any_changed_byte_of_an_entry_shows(path: Path, tmp_path_factory: pytest
         shutil.copy(path.with_name(name), copy.with_name(name))
     with closing(sqlite3.connect(copy)) as db, db:
         db.executescript(FORCE)
-        id = data.draw(st.integers(1, 7))
+        id = data.draw(st.integers(1, 8))
         column = data.draw(st.sampled_from(["at", "kind", "body", "hash"]))
         [text] = db.execute(f"SELECT {column} FROM entries WHERE id = ?", (id,)).fetchone()
         at = data.draw(st.integers(0, len(text) - 1))

@@ -1,0 +1,72 @@
+"""`cotune privacy verify`: an exported ledger, computed anew by whoever holds the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cotune.cli.screen import screen
+from cotune.privacy.rounding import round_up
+
+app = typer.Typer(no_args_is_help=True, help="What an exported privacy ledger proves.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `verify` a subcommand while it is the only one."""
+
+
+@app.command()
+def verify(
+    export: Annotated[Path, typer.Argument(help="A file that `cotune client ledger SITE --export FILE` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+) -> None:
+    """Compute an exported ledger anew: its hash chain, its charges, and ε by several accountants. Exit code 1: it is wrong."""
+    from cotune.models.errors import DataError
+    from cotune.privacy import verification
+
+    try:
+        content = json.loads(export.expanduser().read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{export} cannot be read ({error}): expected an exported ledger") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{export} holds no table: expected an exported ledger")
+    found = verification.verify(content)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show(screen(), found)
+    if not found["valid"]:
+        raise typer.Exit(1)
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    for data in found["data_sets"]:
+        console.print(
+            f"[bold]data set {escape(data['fingerprint'][:12])}…[/bold]: ε {round_up(data['epsilon'])} by {data['composition']}"
+            f" at δ = {data['delta']:.1e}, stated {round_up(data['epsilon_stated'])}"
+        )
+        console.print(_runs(data))
+    if found["head"]:
+        console.print(f"{found['entries']} entries, head of the log: {escape(found['head'])}")
+    for problem in found["problems"]:
+        console.print(f"[bold red]{escape(problem)}[/bold red]")
+    verdict = "the export holds" if found["valid"] else "[bold red]the export does not hold[/bold red]"
+    console.print(f"{verdict}; compare the head with one that was kept elsewhere")
+
+
+def _runs(data: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("  run", no_wrap=True)
+    for heading in ("ε by PLD", "at least", "ε by Rényi"):
+        table.add_column(heading, justify="right")
+    for run in data["runs"]:
+        figures = (round_up(run[key]) for key in ("epsilon", "epsilon_at_least", "epsilon_renyi"))
+        table.add_row(f"  {escape(run['plan_id'][:12])}…", *figures)
+    return table

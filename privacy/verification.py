@@ -1,0 +1,144 @@
+"""An exported ledger, computed anew from its log alone: nothing that it states beside the log is believed.
+
+The hash chain shows whether an entry was changed; the charges of the log are composed by the PLD accountant within a run and by
+the Rényi filter over several, and each run is held against a second accountant. All of it is compared with what is stated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cotune.models.errors import DataError, PrivacyError
+from cotune.privacy.accounting import Steps, epsilon, epsilon_below
+from cotune.privacy.chain import START, Entry, entry_hash
+from cotune.privacy.charges import DataSet, History, counted_for, data_sets_of, histories_of
+from cotune.privacy.filters import check_accountants, composition, epsilon_over_runs, epsilon_renyi
+
+__all__ = ["FORMAT", "verify"]
+
+FORMAT = "cotune ledger 2"
+_TOLERANCE = 1e-3  # relative, in ε: another version of dp-accounting may round otherwise
+
+
+def verify(export: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows from the log, and in `problems` each way in which the export disagrees with it; empty: it holds.
+
+    Returns plain values: head, entries (their number), data_sets (ε by each accountant, and as stated), problems, valid.
+    Raises DataError for what is no exported ledger.
+    """
+    try:
+        entries = [Entry(**entry) for entry in export["entries"]]
+        problems = [*_chain_problems(entries, export["head"]), *_missing(entries, export["data_sets"])]
+        tables = [_data_set(entries, stated) for stated in export["data_sets"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"this is no exported ledger of the format {FORMAT!r} ({type(error).__name__}: {error}): expected the file that"
+            " `cotune client ledger SITE --export FILE` writes"
+        ) from None
+    problems += [problem for table in tables for problem in table.pop("problems")]
+    return {
+        "valid": not problems,
+        "head": entries[-1].hash if entries else None,
+        "entries": len(entries),
+        "data_sets": tables,
+        "problems": problems,
+    }
+
+
+def _chain_problems(entries: Sequence[Entry], head: str | None) -> Iterator[str]:
+    previous = START
+    for expected, e in enumerate(entries, start=1):
+        body = json.dumps(e.body, sort_keys=True, separators=(",", ":"))
+        if e.id != expected or e.hash != entry_hash(previous, e.id, e.at, e.kind, body):
+            yield f"entry {expected} is not as it was written: its hash does not follow from it and the entry before"
+            return
+        previous = e.hash
+    if head != (previous if entries else None):
+        yield f"the head is stated as {str(head)[:12]}, and the log ends with {previous[:12]}"
+
+
+def _missing(entries: Sequence[Entry], stated: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for name in data_sets_of(entries):
+        if name not in {table["fingerprint"] for table in stated}:
+            yield f"data set {name[:12]} is in the log, and the export does not list it"
+
+
+def _data_set(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """One data set, from the log; what is stated is only compared with, but for δ where no charge names one, and the limit."""
+    name, limit = stated["fingerprint"], float(stated["epsilon_total"])
+    history = histories_of(entries, name, "budget.epsilon_total")[0]
+    delta = history.delta if history.delta < 1 else float(stated["delta"])
+    total = epsilon_over_runs(history.runs, limit, delta)
+    everything = [s for steps in history.runs.values() for s in steps]
+    runs = [_run(run, steps, delta) for run, steps in history.runs.items()]
+    problems = [
+        *_not_in_the_log(entries, stated),
+        *_differences(stated, {"delta": delta, "epsilon": total, "epsilon_left": max(0.0, limit - total)}),
+        *_differing_runs(stated, runs),
+        *_contradictions(history, delta),
+    ]
+    if (words := composition(history.runs, limit, delta)) != stated["composition"]:
+        problems.append(f'it is composed by "{stated["composition"]}", expected "{words}"')
+    if total > limit * (1 + _TOLERANCE):
+        problems.append(f"ε = {total:.4g} is above the limit {limit:g}")
+    return {
+        "fingerprint": name,
+        "delta": delta,
+        "epsilon_total": limit,
+        "composition": words,
+        "epsilon": total,
+        "epsilon_stated": stated["epsilon"],
+        "epsilon_pld": epsilon(everything, delta),
+        "epsilon_renyi": epsilon_renyi(everything, delta),
+        "runs": runs,
+        "problems": [f"data set {name[:12]}: {problem}" for problem in problems],
+    }
+
+
+def _run(plan_id: str, steps: Sequence[Steps], delta: float) -> dict[str, Any]:
+    return {
+        "plan_id": plan_id,
+        "epsilon": epsilon(steps, delta),
+        "epsilon_at_least": epsilon_below(steps, delta),
+        "epsilon_renyi": epsilon_renyi(steps, delta),
+    }
+
+
+def _not_in_the_log(entries: Sequence[Entry], stated: Mapping[str, Any]) -> Iterator[str]:
+    """Records, links and events are stated as the log has them."""
+    found = data_sets_of(entries).get(stated["fingerprint"], DataSet("", 0, "", {}))
+    if (found.records, found.shares) != (stated["records"], stated["shares_records_with"]):
+        yield "its number of records or its links are not those of the log"
+    events = [asdict(charge) for charge in counted_for(entries, stated["fingerprint"])]
+    if [{key: event[key] for key in found} for event, found in zip(stated["events"], events, strict=False)] != events or len(
+        events
+    ) != len(stated["events"]):
+        yield f"{len(stated['events'])} events are stated, which are not the {len(events)} charges of the log"
+
+
+def _differences(stated: Mapping[str, Any], found: Mapping[str, float]) -> Iterator[str]:
+    for key, value in found.items():
+        if not math.isclose(float(stated[key]), value, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE if key != "delta" else 0.0):
+            yield f"{key} is stated as {stated[key]:.6g}, and follows as {value:.6g}"
+
+
+def _differing_runs(stated: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    claims = {run["plan_id"]: run for run in stated["runs"]}
+    if set(claims) != {run["plan_id"] for run in runs}:
+        yield "its runs are not those of the log"
+    for run in runs:
+        if run["plan_id"] in claims:
+            for problem in _differences(claims[run["plan_id"]], {"epsilon": run["epsilon"]}):
+                yield f"run {run['plan_id'][:12]}: {problem}"
+
+
+def _contradictions(history: History, delta: float) -> Iterator[str]:
+    for plan_id, steps in history.runs.items():
+        try:
+            check_accountants(steps, delta)
+        except PrivacyError as error:
+            yield f"run {plan_id[:12]}: {error}"
