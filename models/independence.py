@@ -62,11 +62,14 @@ def check_independence(
     on_features = mode == "head" and feature_head(model) is not None
     low = precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(model.device))
     for dtype in (torch.bfloat16, torch.float32) if precision == "auto" and low else (_dtype(low),):
-        broken = (
-            features_mix(model, dtype)
-            if on_features
-            else _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
-        )
+        try:
+            broken = (
+                features_mix(model, dtype)
+                if on_features
+                else _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
+            )
+        except _FAILURES as raised:
+            raise PrivacyError(_apart(model, _reason(raised))) from None
         if not broken:
             return dtype
     raise PrivacyError(
@@ -93,12 +96,10 @@ def _examples_mix(
     model: SharedModel, mode: TrainMode, dtype: torch.dtype, per_slot: PerSlot | None, slots: int, lengths: Sequence[int]
 ) -> bool:
     known = _mixing.setdefault(model, {})
-    key = (mode, dtype, slots, tuple(lengths), per_slot is None, torch.get_num_threads())
+    trained = tuple(name for name, p in model.parameters() if p.requires_grad)
+    key = (mode, dtype, slots, tuple(lengths), per_slot is None, trained, torch.get_num_threads())
     if key not in known:
-        try:
-            known[key] = any(mixes(model, _answer(model, dtype, per_slot), length, slots) for length in lengths)
-        except _FAILURES as raised:
-            raise PrivacyError(_apart(model, _reason(raised))) from None
+        known[key] = any(mixes(model, _answer(model, dtype, per_slot), length, slots) for length in lengths)
     return known[key]
 
 
