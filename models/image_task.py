@@ -80,7 +80,7 @@ class ImageClassification:
         """A black image, without a label."""
         return {"image": torch.zeros(3, *reader.shape()), "labels": IGNORED}
 
-    def bucket(self, example: Example, max_length: int) -> int:
+    def bucket(self, example: Example, max_length: int, lengths: Sequence[int] = ()) -> int:
         """All images are of one size."""
         return 1
 
