@@ -78,9 +78,7 @@ class AuditedTraining:
         names = trained_names(self.plan, model, round)
         parameters = model.train_only(names)
         batch = stage.local.sample_rate(len(self.holdings)) * len(self.holdings)
-        setting = setting_of(
-            self.plan, stage, model, self.holdings, self.state, self.organisation, expected_batch=batch
-        )
+        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation, expected_batch=batch)
         before = model.state(names)
         self._train(stage, setting, names, parameters)
         after = model.state(names)

@@ -42,7 +42,9 @@ def norm(tensors: list[Tensor]) -> float:
     sigma=st.floats(0.3, 1000.0),
     seed=st.integers(0, 99),
 )
-def test_a_contribution_is_at_most_the_clip_norm(clipping: Clipping, exponent: float, clip: float, sigma: float, seed: int) -> None:
+def test_a_contribution_is_at_most_the_clip_norm(
+    clipping: Clipping, exponent: float, clip: float, sigma: float, seed: int
+) -> None:
     found = [g.nan_to_num(posinf=3e38, neginf=-3e38) for g in gradients(1, seed, exponent)]
     assert norm(summed(found, clip, sigma, clipping)) <= clip
 

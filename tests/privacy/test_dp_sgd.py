@@ -188,9 +188,7 @@ TOKENS = [[4, 14], [16, 8, 12, 19, 20, 10], [17, 13], [7, 7, 15, 24, 16, 6, 13],
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", TRAINED)
-def test_architectures_clip_each_text_by_itself(
-    base_model: Callable[[str], Path], kind: str, what: str
-) -> None:
+def test_architectures_clip_each_text_by_itself(base_model: Callable[[str], Path], kind: str, what: str) -> None:
     """Texts of unequal length, padded into physical batches, against each text alone without padding."""
     train_mode, freeze_a, freeze_embeddings = TRAINED[what]
     lora = lora_config(kind, freeze_a) if train_mode == "lora" else None
@@ -593,9 +591,7 @@ def averaged_by_weight(module: nn.Module) -> LossPerExample:
 
 @pytest.mark.parametrize("clip", [1e-2, 1.0, 100.0])
 @pytest.mark.parametrize("mixing", [centered, averaged_by_weight])
-def test_a_loss_that_mixes_examples_is_found(
-    clip: float, mixing: Callable[[nn.Module], LossPerExample]
-) -> None:
+def test_a_loss_that_mixes_examples_is_found(clip: float, mixing: Callable[[nn.Module], LossPerExample]) -> None:
     module = seeded(Toy)
     assert check(module, mixing(module), points(5), clip) > 0.01
 

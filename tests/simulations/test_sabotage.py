@@ -129,9 +129,7 @@ def check_noise(steps: Steps) -> None:
     """Where no record has a gradient, a step is noise: each coordinate N(0, (σC)²), independent."""
     sigma, clip = 1.3, 0.5
     module = nn.Linear(100, 200, bias=False)
-    found = release(
-        steps, [{"x": torch.zeros(100), "y": torch.tensor(0)}], module, noise_multiplier=sigma, clip_norm=clip
-    )
+    found = release(steps, [{"x": torch.zeros(100), "y": torch.tensor(0)}], module, noise_multiplier=sigma, clip_norm=clip)
     z = found.double().numpy() / (sigma * clip)
     low, high = stats.chi2.ppf([RARE / 2, 1 - RARE / 2], len(z))
     assert low <= float(z @ z) <= high, f"the noise's standard deviation is {z.std():.3f} times σC"

@@ -19,7 +19,9 @@ def blank(like: Batch) -> Batch:
     return {key: torch.tensor(-100) if key == "y" else torch.zeros_like(value) for key, value in like.items()}
 
 
-def in_batches(records: Sequence[Any], slots: int, collate: Callable[[list[Any]], Batch] = stack, *, fill: bool = True) -> Batches:
+def in_batches(
+    records: Sequence[Any], slots: int, collate: Callable[[list[Any]], Batch] = stack, *, fill: bool = True
+) -> Batches:
     """Batches of so many slots, the last ones blank; without `fill` as many as there are rows."""
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
