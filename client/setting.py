@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.weak import WeakIdKeyDictionary
 
 from cotune.client.observe import tell
 from cotune.models.batching import fixed_batches, tight_batches
@@ -17,20 +16,20 @@ from cotune.models.device import bfloat16_is_fast
 from cotune.models.errors import DataError, PrivacyError
 from cotune.models.features import FeatureHead, encode_batch, feature_head
 from cotune.models.holdings import Holdings
+from cotune.models.independence import check_independence
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, example_losses, logits
 from cotune.models.text_task import IGNORED
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.dp_sgd import Batch, Batches, check_clipping, check_row_bits
-from cotune.privacy.per_example import Unit
+from cotune.privacy.per_example import Unit, per_example
 
 __all__ = ["Setting", "check_gradients", "check_stages", "made_up_setting", "optimizer_of", "setting_of"]
 
 _MOST_SLOTS = 512  # rows of features in a batch
 _MOST_ENTRIES = 2**24  # of the gradients of a batch of features
 _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
-_same_bits = WeakIdKeyDictionary()  # first trained parameter -> the (trained names, slots, threads) that were found to be sound
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Setting:
         exact: The same in float32.
         correct: A batch -> which slots the module classifies rightly.
         samples: The same setting on three made-up rows, to check gradients with.
-        slots: Of a batch.
+        keep_apart: Raises PrivacyError where a row's numbers depend on more than the row.
     """
 
     module: nn.Module
@@ -58,7 +57,7 @@ class Setting:
     exact: Callable[[Batch], Tensor]
     correct: Callable[[Batch], Tensor]
     samples: Callable[[], Setting]
-    slots: int
+    keep_apart: Callable[[], None]
 
     def everything(self) -> Iterator[tuple[int, Batch]]:
         """All rows once: how many slots of a batch are filled, and the batch."""
@@ -90,7 +89,7 @@ def setting_of(
             plan.model.precision,
             lambda done, total: tell("features", organisation=name, done=done, total=total),
         )
-        return _on_features(head, features, holdings.targets, model.device, expected_batch, holdings.units)
+        return _on_features(plan, model, head, features, holdings.targets, expected_batch, holdings.units)
     return _on_examples(plan, stage, model, holdings.examples(model), holdings.units)
 
 
@@ -103,7 +102,7 @@ def made_up_setting(plan: Plan, stage: Stage, model: SharedModel, records: int) 
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
         vectors = encode_batch(model, samples, plan.model.precision)
-        return _on_features(head, vectors[numbers], [i % 2 for i in numbers], model.device, float(records), units)
+        return _on_features(plan, model, head, vectors[numbers], [i % 2 for i in numbers], float(records), units)
     return _on_examples(plan, stage, model, [samples[i] for i in numbers], units)
 
 
@@ -133,7 +132,7 @@ def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> floa
     """Return the relative error of the clipped sum over made-up rows against gradients taken one row at a time, without padding.
 
     Raises:
-        PrivacyError: When it is more than rounding, or when a row's gradient depends on its place in a batch or on its neighbors:
+        PrivacyError: When it is more than rounding, or when a row's numbers depend on its place in a batch or on its neighbors:
             then this model cannot be trained privately in this mode and arithmetic.
     """
     made_up = setting.samples()
@@ -146,7 +145,6 @@ def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> floa
             clip_norm=privacy.clip_norm,
             clipping=privacy.clipping,
         )
-        same = _has_same_bits(made_up)
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
         reason = (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
         raise PrivacyError(
@@ -158,36 +156,26 @@ def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> floa
             f"the clipped gradients of this model are wrong by {error:.2g} (relative) in train = {mode}, expected at most"
             f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model"
         )
-    if not same:
-        raise PrivacyError(
-            f"in train = {mode} a record's gradient depends on the other records of its batch in this model's arithmetic, expected"
-            " the same bits: set model.precision = float32, or use another model"
-        )
+    setting.keep_apart()
     return error
 
 
-def _has_same_bits(made_up: Setting) -> bool:
-    """Whether rows have the same gradients, to the bit, in every slot and beside every neighbor. Asked once per model and group."""
-    trained = {name: p for name, p in made_up.module.named_parameters() if p.requires_grad}
-    known: set[Any] = _same_bits.setdefault(next(iter(trained.values())), set())
-    key = (tuple(trained), made_up.slots, torch.get_num_threads())
-    if key not in known and check_row_bits(
-        made_up.module, made_up.loss, batches=made_up.batches, rows=range(made_up.rows), slots=made_up.slots
-    ):
-        known.add(key)
-    return key in known
-
-
 def _on_features(
+    plan: Plan,
+    model: SharedModel,
     head: FeatureHead,
     features: Tensor,
     targets: Sequence[int],
-    device: torch.device,
     expected_batch: float,
     units: Sequence[Unit],
 ) -> Setting:
     labels = torch.tensor(targets)
+    unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
+    if bool(unreadable.any()):
+        features = features.nan_to_num(nan=0.0)
+        labels[unreadable] = IGNORED
     slots = _slots_for(head, expected_batch)
+    device = model.device
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         for start in range(0, len(rows), slots):
@@ -212,7 +200,15 @@ def _on_features(
 
     def samples() -> Setting:
         vectors = torch.linspace(-1, 1, 3 * features.shape[1]).reshape(3, -1)
-        return _on_features(head, vectors, [0, 1, 0], device, expected_batch, [[0], [1], [2]])
+        return _on_features(plan, model, head, vectors, [0, 1, 0], expected_batch, [[0], [1], [2]])
+
+    def keep_apart() -> None:
+        check_independence(model, "head", plan.model.precision)
+        if not check_row_bits(head, loss, batches=samples().batches, rows=range(3), slots=slots):
+            raise PrivacyError(
+                f"the gradient of a head on {features.shape[1]} features depends on the records beside it, expected the same"
+                " bits: use a base model whose hidden size is a multiple of 16"
+            )
 
     return Setting(
         module=head,
@@ -224,7 +220,7 @@ def _on_features(
         exact=loss,
         correct=correct,
         samples=samples,
-        slots=slots,
+        keep_apart=keep_apart,
     )
 
 
@@ -279,8 +275,16 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
         exact=exact,
         correct=correct,
         samples=lambda: _on_examples(plan, stage, model, task.samples(reader), [[0], [1], [2]]),
-        slots=slots,
+        keep_apart=lambda: _keep_apart(model, stage, plan.model.precision if low_precision else "float32", slots),
     )
+
+
+def _keep_apart(model: SharedModel, stage: Stage, precision: str, slots: int) -> None:
+    def per_slot(batch: Batch) -> Sequence[Tensor]:
+        with per_example(model.module, lambda rows: example_losses(model.module, rows)) as of:
+            return of.gradients(batch)[1]
+
+    check_independence(model, stage.mode, precision, per_slot, slots=slots)
 
 
 def optimizer_of(

@@ -1,9 +1,9 @@
 """What one unit contributes to a sum: its gradient, clipped to the norm C and rounded to a grid.
 
-Contract: whatever finite gradient a unit has, its contribution is a vector of whole grid steps with an L2 norm of at most C over all
-trained parameters, and a function of that gradient alone; the sum of contributions is exact. A unit more or less therefore changes
-the sum by exactly its contribution. Flat clipping: Abadi et al., CCS 2016, algorithm 1. Per layer: each parameter tensor by itself
-to C/√L, so that all L together stay within C (McMahan et al., ICLR 2018, section 3.2).
+Contract: whatever finite gradient a unit has, its contribution is a vector of whole grid steps with an L2 norm of at most C over
+all trained parameters, and a function of that gradient alone; the sum of contributions is exact. A unit more or less therefore
+changes the sum by exactly its contribution. Flat clipping: Abadi et al., CCS 2016, algorithm 1. Per layer: each parameter tensor
+by itself to C/√L, so that all L together stay within C (McMahan et al., ICLR 2018, section 3.2).
 """
 
 from __future__ import annotations

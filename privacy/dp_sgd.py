@@ -1,13 +1,14 @@
 """DP-SGD (Abadi et al., CCS 2016, algorithm 1): clip each unit's gradient, add noise, step. Gradients of single rows are Opacus'.
 
-Contract of `private_steps`: every step's update direction is (Σ_i Q(c_i) + round(σC·N(0, I))) / B, where i runs over a Poisson sample
-with rate q of the units, c_i is the gradient of unit i's loss (the sum over its rows) over all trained parameters, clipped to the
-norm C, and Q rounds it to the grid of `gaussian`, so that ‖Q(c_i)‖ ≤ C. σ is the noise multiplier, B the expected batch, a public
-number. A unit more or less changes the sum by Q(c_i) exactly, and nothing else: that is what the accounting assumes. An empty sample
-takes a step too (noise only). The noise comes from `private_generator`; a test may inject another generator, which no plan can reach.
+Contract of `private_steps`: every step's update direction is (Σ_i Q(c_i) + round(σC·N(0, I))) / B, where i runs over a Poisson
+sample with rate q of the units, c_i is the gradient of unit i's loss (the sum over its rows) over all trained parameters,
+clipped to the norm C, and Q rounds it to the grid of `gaussian`, so that ‖Q(c_i)‖ ≤ C. σ is the noise multiplier, B the expected
+batch, a public number. A unit more or less changes the sum by Q(c_i) exactly, and nothing else: that is what the accounting
+assumes. An empty sample takes a step too (noise only). The noise comes from `private_generator`; a test may inject another
+generator, which no plan can reach.
 
-Why no ghost clipping: it finds norms from products and lets autograd form the sum, in which a row whose positions nearly cancel can
-leave 56,843 times the clip norm in rounding errors. Here each clipped gradient exists before it is added.
+Why no ghost clipping: it finds norms from products and lets autograd form the sum, in which a row whose positions nearly cancel
+can leave 56,843 times the clip norm in rounding errors. Here each clipped gradient exists before it is added.
 """
 
 from __future__ import annotations
@@ -119,9 +120,9 @@ def check_clipping(
 ) -> float:
     """Relative error of the clipped sum over some rows against gradients taken one row at a time, by autograd.
 
-    A model family for which Opacus is silently wrong (a parameter used outside its module's forward), a loss that mixes rows, and an
-    architecture that mixes a row with its padding show here: callers refuse to train above a small threshold. Changes nothing in the
-    module.
+    A model family for which Opacus is silently wrong (a parameter used outside its module's forward), a loss that mixes rows,
+    and an architecture that mixes a row with its padding show here: callers refuse to train above a small threshold. Changes
+    nothing in the module.
 
     Args:
         batches: As of `private_steps`, for the row numbers 0 … len(alone) − 1.
@@ -148,9 +149,9 @@ def check_clipping(
 def check_row_bits(module: nn.Module, loss: LossPerExample, *, batches: Batches, rows: Sequence[int], slots: int) -> bool:
     """Return whether a row's gradient has the same bits wherever it stands in a batch and whatever stands beside it.
 
-    Each row is looked at alone in its batch, in every slot beside copies of itself, and in the last slot beside the other rows of
-    its bucket. An arithmetic whose kernels treat slots unlike (rows that are not aligned in memory, shapes that depend on what is in
-    a batch) shows here.
+    Each row is looked at alone in its batch, in every slot beside copies of itself, and in the last slot beside the other rows
+    of its bucket. An arithmetic whose kernels treat slots unlike (rows that are not aligned in memory, shapes that depend on
+    what is in a batch) shows here.
 
     Args:
         rows: Numbers of made-up rows.

@@ -1,14 +1,16 @@
 """The Gaussian mechanism on a grid: sums of quantized contributions, and noise that is rounded to the same grid.
 
-Continuous noise in floating point tells in its low bits which sum it was added to (Mironov, "On Significance of the Least Significant
-Bits for Differential Privacy", CCS 2012). Here nothing has low bits: every contribution is rounded to a whole number of grid steps,
-whole numbers are added without any rounding, and the noise, drawn in float64, is rounded to whole steps before it is added. What is
-released is round(S + z) = S + round(z) for a sum S of whole numbers: a function of the exact Gaussian mechanism S + z, which
-therefore is as private as that. The sensitivity is that of the quantized contributions; `grid_of` says how it stays within C.
+Continuous noise in floating point tells in its low bits which sum it was added to (Mironov, "On Significance of the Least
+Significant Bits for Differential Privacy", CCS 2012). Here nothing has low bits: every contribution is rounded to a whole number
+of grid steps, whole numbers are added without any rounding, and the noise, drawn in float64, is rounded to whole steps before it
+is added. What is released is round(S + z) = S + round(z) for a sum S of whole numbers: a function of the exact Gaussian
+mechanism S + z, which therefore is as private as that. The sensitivity is that of the quantized contributions; `grid_of` says
+how it stays within C.
 
-What remains of floating point: z is a float64 and not a real number. A grid step is 2⁻²¹ to 2⁻²⁰ of the noise's standard deviation,
-so that each step is hit by about 2³² of the sampler's values, whatever the sum. A discrete Gaussian (Canonne, Kamath, Steinke, NeurIPS
-2020) would remove that rest too, at the price of a rejection sampler in exact arithmetic for every coordinate of every step.
+What remains of floating point: z is a float64 and not a real number. A grid step is 2⁻²¹ to 2⁻²⁰ of the noise's standard
+deviation, so that each step is hit by about 2³² of the sampler's values, whatever the sum. A discrete Gaussian (Canonne, Kamath,
+Steinke, NeurIPS 2020) would remove that rest too, at the price of a rejection sampler in exact arithmetic for every coordinate
+of every step.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ class Grid:
 
 
 def grid_step(clip_norm: float, noise_multiplier: float) -> float:
-    """Return the grid's step: the power of two at or below 2⁻²⁰·σC, for σ within [1/16, 4]; without noise, as in checks, 2⁻⁴⁴·C."""
+    """Return the grid's step: the power of two at or below 2⁻²⁰·σC, for σ within [1/16, 4].
+
+    Without noise, as in checks, 2⁻⁴⁴·C.
+    """
     if not noise_multiplier:
         return float(2.0 ** (math.floor(math.log2(clip_norm)) - _FINENESS_WITHOUT_NOISE))
     followed = min(max(noise_multiplier, _LEAST_NOISE), _MOST_NOISE)
