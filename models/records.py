@@ -21,9 +21,9 @@ from pathlib import Path
 from cotune.models import image_folders
 from cotune.models.errors import DataError, nearest
 from cotune.models.formats import READERS, DataConfig, DataFile, is_unicode, reason_of, word_of
-from cotune.models.inputs import Input, Label, content_of, identity_of, names_in
+from cotune.models.inputs import Input, Label, content_of, identity_of, names_in, plain
 from cotune.models.tasks import Task, TaskName, task_named
-from cotune.models.units import agree, grouped, plain_name
+from cotune.models.units import agree, grouped
 
 __all__ = ["DataConfig", "Records", "check_labels", "is_one_source", "organisation_files", "organisation_name", "read_records"]
 
@@ -40,7 +40,7 @@ class Records:
 
     labels: stripped strings (1.0 reads "1", true reads "true"). source: the name to show. skipped: how many records of
     the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate", …). units: whose each record
-    is, by its plain name (see `units.plain_name`); empty where no column says it.
+    is, by its plain name (see `inputs.plain`); empty where no column says it.
     """
 
     inputs: tuple[Input, ...] = field(repr=False)  # private: never in a log by accident
@@ -300,7 +300,7 @@ def _record(file: DataFile, task: Task, number: int, given: object, label: objec
 def _unit_of(file: DataFile, number: int, value: object) -> str:
     """The plain name of a record's unit; "" where it is missing or cannot be one: a single record must not stop the others."""
     try:
-        name = plain_name(word_of(file, str(file.config.unit), number, value))
+        name = plain(word_of(file, str(file.config.unit), number, value))
     except DataError:
         return ""
     return name if is_unicode(name) else ""

@@ -94,7 +94,7 @@ def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[st
         )
     if test is None:
         return plan.labels
-    found = check_labels(read_records(plan.data, test, plan.task), plan.labels or None)
+    found = check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels or None)
     return plan.labels or (of_base if set(of_base) == set(found) else found)
 
 
