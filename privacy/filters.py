@@ -30,6 +30,7 @@ __all__ = [
     "epsilon_filter",
     "epsilon_over_runs",
     "epsilon_renyi",
+    "epsilon_spent",
     "filter_order",
     "renyi",
     "renyi_epsilon",
@@ -110,6 +111,15 @@ def epsilon_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: 
     if len(charged) <= 1:
         return epsilon(charged[0], delta / 2) if charged else 0.0
     return epsilon_filter([s for steps in charged for s in steps], limit, delta / 2)
+
+
+def epsilon_spent(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float) -> float:
+    """ε at δ that these runs have really cost: for one run the PLD at all of δ, as no second one has followed.
+
+    For several runs it is that of `epsilon_over_runs`, which decides what may still be charged in either case.
+    """
+    charged = [list(steps) for steps in runs.values() if any(s.count for s in steps)]
+    return epsilon(charged[0], delta) if len(charged) == 1 else epsilon_over_runs(runs, limit, delta)
 
 
 def composition(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float) -> str:
