@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _HIGHEST_LIMIT, _USUAL_LIMIT = 100.0, 8.0  # ε; a limit above the first is none, and takes the order of the second
-_ORDERS = (*range(2, 65), 96, 128, 256, 512, 1024)  # integers: their divergence is a finite sum, which always converges
+_ORDERS = (*range(2, 17), 20, 24, 32, 48, 64, 96, 128, 256, 512)  # integers: their divergence is a finite sum, which converges
 _ROUNDING = 1e-6  # absolute, in ε: of two sums of floating-point numbers
 
 
