@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from cotune.plan.invitation import Invitation
     from cotune.plan.schema import Plan
 
-__all__ = ["Data", "Label", "Model", "SiteFolder", "Text", "allowing", "check", "keep_what_is_named"]
+__all__ = ["Data", "Label", "Model", "SiteFolder", "Text", "Unit", "allowing", "check", "keep_what_is_named"]
 
 SiteFolder = Annotated[Path, typer.Argument(help="The organisation's site: a folder that `cotune client init` made.")]
 Data = Annotated[str | None, typer.Option(help="Where the records are: a file, or a folder of images. Kept in the site.")]
 Text = Annotated[str | None, typer.Option(help="The column that holds the text (or image), where it is not the plan's.")]
 Label = Annotated[str | None, typer.Option(help="The column that holds the label, where it is not the plan's.")]
+Unit = Annotated[str | None, typer.Option(help="The column that says whose a record is, where it is not the plan's.")]
 Model = Annotated[Path | None, typer.Option(help="A folder with the plan's base model, where it has another place here.")]
 
 
@@ -39,6 +40,7 @@ def check(
     data: Data = None,
     text: Text = None,
     label: Label = None,
+    unit: Unit = None,
     model: Model = None,
     offline: Annotated[bool, typer.Option("--offline", help="Do not try to connect.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
@@ -53,7 +55,7 @@ def check(
     opened, console = Site(site.expanduser()), screen()
     invitation, plan = _read(federation)
     with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
-        opened = keep_what_is_named(opened, plan, data, text, label, model)
+        opened = keep_what_is_named(opened, plan, data, text, label, unit, model)
         found = check_plan(plan, opened)
         tried = None
         if invitation is not None and not offline:
@@ -96,11 +98,13 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
     return invitation, invitation.plan
 
 
-def keep_what_is_named(site: Site, plan: Plan, data: str | None, text: str | None, label: str | None, model: Path | None) -> Site:
+def keep_what_is_named(
+    site: Site, plan: Plan, data: str | None, text: str | None, label: str | None, unit: str | None, model: Path | None
+) -> Site:
     """Writes into the site where records and base model are, as far as the command line says so."""
     from cotune.client.set_up import name_base, name_records
 
-    name_records(site, plan, data, text=text, label=label)
+    name_records(site, plan, data, text=text, label=label, unit=unit)
     return site if model is None else name_base(site, plan, model)
 
 

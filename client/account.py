@@ -9,6 +9,7 @@ from cotune.client.budget import Budget, budget_of, noise_multiplier, total_delt
 from cotune.client.site import Site
 from cotune.client.total import Total
 from cotune.models.holdings import Holdings
+from cotune.models.units import RECORD
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.ledger import Ledger, Limit
@@ -24,7 +25,7 @@ class Account:
         self.plan, self.policy, self.site, self.holdings = plan, policy, site, holdings
         self.budget: Budget | None = None
         if isinstance(plan.privacy, RecordPrivacy):
-            self.budget = budget_of(plan.privacy, policy, len(holdings))
+            self.budget = budget_of(plan.privacy, policy, len(holdings.units))
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -33,7 +34,8 @@ class Account:
     @cached_property
     def data(self) -> str:
         """The fingerprint of the data set; the ledger knows it from now on."""
-        return self.ledger.know(self.holdings.identities())
+        held = self.holdings
+        return self.ledger.know(held.unit_identities(), unit=held.unit or RECORD, also=held.further_identities())
 
     def hours(self) -> float:
         """Of training that this run has taken, as far as its rounds were finished and charged."""
@@ -44,9 +46,12 @@ class Account:
     def plan_noise(self, round: int) -> float:
         """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges nothing."""
         assert self.budget is not None, "without privacy there is no noise"
+        self.ledger.check_unit(self.data)
         spent = self.ledger.spent(self.plan.plan_id, self.data)
         histories = self.ledger.histories(self.data, "budget.epsilon_total")
-        return noise_multiplier(self.plan, self.policy, self.budget, len(self.holdings), round, spent=spent, histories=histories)
+        return noise_multiplier(
+            self.plan, self.policy, self.budget, len(self.holdings.units), round, spent=spent, histories=histories
+        )
 
     def spent_in_total(self) -> float:
         """ε of all runs on these records, as it counts against the total if this run begins."""
@@ -60,7 +65,7 @@ class Account:
         limits = (
             self.budget.limits(plan.plan_id)
             if self.budget
-            else [Limit("budget.epsilon_total", total, total_delta(self.policy, len(self.holdings)))]
+            else [Limit("budget.epsilon_total", total, total_delta(self.policy, len(self.holdings.units)))]
         )
         return self.ledger.reserve(plan.plan_id, round, steps, data=self.data, plan=plan.name, purpose=purpose, limits=limits)
 

@@ -15,7 +15,6 @@ from cotune.client.base import find_base_here, model_here
 from cotune.client.budget import check_examples
 from cotune.client.consent import Broken, broken_rules, limit_gpu_memory
 from cotune.client.guard import Guard
-from cotune.client.rows import Rows
 from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
@@ -69,8 +68,8 @@ def check(plan: Plan, site: Site) -> Checked:
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
             " give the plan.toml of a run, or list labels in the plan"
         )
-    policy, holdings = site.policy(), site.holdings(plan.labels)
-    checked = Checked(site.organisation, len(holdings), site.file.device, None)
+    policy, holdings = site.policy(), site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
+    checked = Checked(site.organisation, len(holdings.units), site.file.device, None)
     account = Account(plan, policy, site, holdings)
     if holdings.unknown:
         warning = (
@@ -78,7 +77,7 @@ def check(plan: Plan, site: Site) -> Checked:
             " would be trained without a label"
         )
         checked = replace(checked, warning=warning)
-    broken = tuple(broken_rules(plan, policy, len(holdings), account.hours()))
+    broken = tuple(broken_rules(plan, policy, len(holdings.units), account.hours()))
     if broken:
         return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
     try:
@@ -93,7 +92,7 @@ def check(plan: Plan, site: Site) -> Checked:
     except PrivacyError as declined:  # a rule says no, or the run has used up its budget
         return replace(checked, declined=str(declined))
     for stage in plan.stages:
-        check_examples(len(holdings), stage.local, site.organisation)
+        check_examples(len(holdings.units), stage.local, site.organisation)
     find_base_here(plan, site.file)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
@@ -107,7 +106,7 @@ def check(plan: Plan, site: Site) -> Checked:
         delta=account.budget.delta,
         epsilon_spent=account.spent_in_total(),
         epsilon_total=account.budget.total_epsilon,
-        stages=tuple(_try(plan, stage, model, len(holdings), sigma) for stage in plan.stages),
+        stages=tuple(_try(plan, stage, model, len(holdings.units), sigma) for stage in plan.stages),
     )
 
 
@@ -128,14 +127,13 @@ def _try(plan: Plan, stage: Stage, model: SharedModel, examples: int, sigma: flo
         setting.module,
         optimizer_of(stage.local, model, names, parameters),
         setting.loss,
-        Rows(setting.rows),
-        collate=setting.collate,
+        units=setting.units,
+        batches=setting.batches,
         noise_multiplier=sigma,
         clip_norm=plan.privacy.clip_norm,
         sample_rate=1.0,
+        expected_batch=float(setting.rows),
         steps=1,
-        physical_batch=setting.physical_batch,
-        mode=setting.clipping,
         clipping=plan.privacy.clipping,
     )
     began = time.perf_counter()

@@ -100,6 +100,7 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Broken]:
         "tasks": [plan.task],
         "base_models": [base or "a base model without a hash"],  # what is not allowed is not even fetched
         "train_modes": [stage.mode for stage in plan.stages],
+        "units": [plan.privacy.unit] if isinstance(plan.privacy, RecordPrivacy) else [],
         "weightings": [plan.strategy.weighting.name],
         "fusions": [plan.strategy.fusion.name],
         "client_terms": [] if plan.strategy.client_term is None else [plan.strategy.client_term.name],
@@ -111,9 +112,19 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Broken]:
             known = ", ".join(allowed) or "nothing so far"
             yield Broken(
                 f"training.{key}",
-                f"the plan asks for {item}, expected one of: {known}; add it to the rule to allow it",
+                _promised(item, known)
+                if key == "units"
+                else f"the plan asks for {item}, expected one of: {known}; add it to the rule to allow it",
                 None if key == "base_models" and base is None else [*allowed, *lacking],
             )
+
+
+def _promised(unit: str, known: str) -> str:
+    """Why a plan must not promise its privacy to this unit."""
+    problem = f"the plan promises its privacy to each {unit}, expected to each one of: {known}"
+    if unit != "record":
+        return f"{problem}; add it to the rule where it stands for a person"
+    return f'{problem}; where each record is a person, add "record" to the rule, else ask for a plan with privacy.unit'
 
 
 def _too_wide(plan: Plan, policy: Policy) -> Iterator[Broken]:

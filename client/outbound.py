@@ -61,7 +61,7 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
     Raises Blocked, RunError for what cannot be read as one.
     """
     update, policy = decode_update(content, plan.plan_id), site.policy()
-    account = Account(plan, policy, site, site.holdings(plan.labels))
+    account = Account(plan, policy, site, site.holdings(plan.labels).bounded(plan.privacy, plan.seed))
     for problem in _problems(content, update, request, account, model_here(plan, site)):
         raise Blocked(problem)
     return update, account
@@ -138,7 +138,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
     """What is said beside the delta: count, steps, ε, noise, and whatever else is told."""
-    plan, policy, count = account.plan, account.policy, len(account.holdings)
+    plan, policy, count = account.plan, account.policy, len(account.holdings.units)
     if not _is_as_ruled(update.examples, account):
         yield f"the update declares {update.examples} records, which is not what the rule tell.example_count says"
     if update.steps != plan.stage_of(round).local.steps_of(count):
@@ -167,7 +167,7 @@ def _may_be_told(plan: Plan, policy: Policy) -> set[str]:
 
 
 def _is_as_ruled(told: int, account: Account) -> bool:
-    rules, count = account.policy.tell, len(account.holdings)
+    rules, count = account.policy.tell, len(account.holdings.units)
     if rules.example_count == "exact":
         return told == count
     if rules.example_count == "declared":

@@ -40,7 +40,10 @@ def _amount(local: Any) -> str:
 def _privacy(plan: Plan) -> str:
     if not isinstance(plan.privacy, RecordPrivacy):
         return "NO differential privacy for records"
-    return f"differential privacy for every record: ε = {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"
+    whom = plan.privacy.unit
+    if plan.privacy.max_records is not None:
+        whom = f"{whom}, of whom at most {plan.privacy.max_records} records count"
+    return f"differential privacy for every {whom}: ε = {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"
 
 
 def changes(before: Plan, after: Plan) -> list[str]:

@@ -67,7 +67,9 @@ def fingerprint_of(site: Site) -> str:
     return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def name_records(site: Site, plan: Plan, data: str | None, *, text: str | None = None, label: str | None = None) -> int:
+def name_records(
+    site: Site, plan: Plan, data: str | None, *, text: str | None = None, label: str | None = None, unit: str | None = None
+) -> int:
     """Writes data.json, once the records were read; columns that are not given are the plan's. Returns how many there are.
 
     data: a file, a folder of images, or package:NAME; None: what data.json says already. Raises DataError, also when it says
@@ -84,12 +86,13 @@ def name_records(site: Site, plan: Plan, data: str | None, *, text: str | None =
     if data is None:
         raise DataError(f"{site.folder} does not say where the records are: name their file with --data")
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
-    columns = {task_named(plan.task).key: text, "label": label}
+    columns = {task_named(plan.task).key: text, "label": label, "unit": unit}
     config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
     try:
         described = HoldingsFile(task=plan.task, data=DataConfig(**config), portions=(Portion(path=None),))
     except ValueError:
-        raise DataError(f"the columns {text!r} and {label!r} cannot be had: expected two different ones") from None
+        named = ", ".join(repr(name) for name in columns.values() if name is not None)
+        raise DataError(f"the columns {named} cannot be had: expected different ones") from None
     return _write_once_read(document, described, plan)
 
 

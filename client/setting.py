@@ -1,9 +1,9 @@
-"""What a stage trains on at an organisation: a module, its records as rows, how they become batches, the loss of each example."""
+"""What a stage trains on at an organization: a module, its rows, how they become batches, the loss of each row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,40 +11,71 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.client.observe import tell
+from cotune.models.batching import fixed_batches, tight_batches
 from cotune.models.device import bfloat16_is_fast
 from cotune.models.errors import DataError, PrivacyError
 from cotune.models.features import FeatureHead, encode_batch, feature_head
 from cotune.models.holdings import Holdings
+from cotune.models.independence import check_independence
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, example_losses, logits
 from cotune.models.text_task import IGNORED
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
-from cotune.privacy.dp_sgd import Batch, ClippingMode, check_clipping
+from cotune.privacy.dp_sgd import Batch, Batches, check_clipping, check_row_bits
+from cotune.privacy.per_example import Unit, per_example
 
 __all__ = ["Setting", "check_gradients", "check_stages", "made_up_setting", "optimizer_of", "setting_of"]
 
-_FEATURE_BATCH = 4096  # gradients of a head on features are small
-_MAX_GRADIENT_ERROR = 1e-3  # of the clipped sum; correct modes are below 1e-5 in float32
+_MOST_SLOTS = 512  # rows of features in a batch
+_MOST_ENTRIES = 2**24  # of the gradients of a batch of features
+_MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a stage trains on: a module, its records, how they become batches, and the loss of each example."""
+    """What a stage trains on.
+
+    Attributes:
+        rows: How many there are.
+        units: The row numbers of each unit of privacy.
+        batches: Row numbers -> batches, see `privacy.per_example.Batches`; under privacy of fixed shapes with blank slots.
+        alone: A row number -> a batch of that row alone, without padding.
+        loss: A batch -> the loss of each slot, of its row alone; zero for blank slots.
+        exact: The same in float32.
+        correct: A batch -> which slots the module classifies rightly.
+        samples: The same setting on three made-up rows, to check gradients with.
+        keep_apart: Raises PrivacyError where a row's numbers depend on more than the row.
+    """
 
     module: nn.Module
-    rows: Sequence[Any]
-    collate: Callable[[Sequence[Any]], Batch]
+    rows: int
+    units: Sequence[Unit]
+    batches: Batches
+    alone: Callable[[int], Batch]
     loss: Callable[[Batch], Tensor]
-    samples: Callable[[], list[Batch]]  # made-up batches of one, to check gradients with
-    exact: Callable[[Batch], Tensor]  # the same loss in float32, to check gradients with
-    correct: Callable[[Batch], int]  # how many records of a batch the module classifies rightly
-    clipping: ClippingMode
-    physical_batch: int
+    exact: Callable[[Batch], Tensor]
+    correct: Callable[[Batch], Tensor]
+    samples: Callable[[], Setting]
+    keep_apart: Callable[[], None]
+
+    def everything(self) -> Iterator[tuple[int, Batch]]:
+        """All rows once: how many slots of a batch are filled, and the batch."""
+        for positions, batch in self.batches(range(self.rows)):
+            yield len(positions), batch
 
 
-def setting_of(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings, state: State, name: str) -> Setting:
-    """The stage's setting on the records of the organisation `name`; the model must be set to `state`."""
+def setting_of(
+    plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings, state: State, name: str, *, expected_batch: float
+) -> Setting:
+    """Return the stage's setting on the records of the organization `name`; the model must be set to `state`.
+
+    Args:
+        expected_batch: Rows of a step, a public number: it decides the shape of batches of features.
+
+    Raises:
+        DataError: For records that are described as those of another task.
+    """
     if holdings.task != plan.task:
         raise DataError(
             f"{name} describes its records as for {holdings.task}, expected {plan.task} as in the plan: mend its description of"
@@ -58,23 +89,21 @@ def setting_of(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings,
             plan.model.precision,
             lambda done, total: tell("features", organisation=name, done=done, total=total),
         )
-        return _on_features(head, features, holdings.targets, model.device)
-    return _on_examples(plan, stage, model, holdings)
+        return _on_features(plan, model, head, features, holdings.targets, expected_batch, holdings.units)
+    return _on_examples(plan, stage, model, holdings.examples(model), holdings.units)
 
 
 def made_up_setting(plan: Plan, stage: Stage, model: SharedModel, records: int) -> Setting:
-    """The stage's setting on so many made-up records, as long as the plan allows: what it costs, without any record."""
+    """Return the stage's setting on so many made-up records, as long as the plan allows: what it costs, without any record."""
     task, reader = model.loaded.task, model.loaded.reader
-    nothing = Holdings((), plan.labels, plan.task)
     samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
-    rows = [samples[i % len(samples)] for i in range(records)]
+    numbers = [i % len(samples) for i in range(records)]
+    units = [[i] for i in range(records)]
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
         vectors = encode_batch(model, samples, plan.model.precision)
-        return _on_features(
-            head, vectors[[i % len(samples) for i in range(records)]], [i % 2 for i in range(records)], model.device
-        )
-    return replace(_on_examples(plan, stage, model, nothing), rows=rows)
+        return _on_features(plan, model, head, vectors[numbers], [i % 2 for i in numbers], float(records), units)
+    return _on_examples(plan, stage, model, [samples[i] for i in numbers], units)
 
 
 def _lengthened(example: Example, length: int) -> Example:
@@ -87,27 +116,35 @@ def _lengthened(example: Example, length: int) -> Example:
 
 
 def check_stages(plan: Plan, model: SharedModel) -> None:
-    """Before a run: every stage has something to train, and under privacy its gradients are clipped record by record.
+    """Check before a run that every stage has something to train, and under privacy that its gradients are those of single rows.
 
-    Raises ModelError or PrivacyError. A head on features is a small model without surprises; it is checked when it is trained.
+    Raises:
+        ModelError, PrivacyError: In a sentence that names the train mode.
     """
     model.load({})
-    nothing = Holdings((), plan.labels, plan.task)
     for stage in plan.stages:
         model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
-        on_features = stage.mode == "head" and feature_head(model) is not None
-        if isinstance(plan.privacy, RecordPrivacy) and not on_features:
-            check_gradients(_on_examples(plan, stage, model, nothing), plan.privacy, stage.mode)
+        if isinstance(plan.privacy, RecordPrivacy):
+            check_gradients(made_up_setting(plan, stage, model, 3), plan.privacy, stage.mode)
 
 
 def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> float:
-    """The relative error of the clipped sum over made-up records against gradients taken one record at a time.
+    """Return the relative error of the clipped sum over made-up rows against gradients taken one row at a time, without padding.
 
-    Raises PrivacyError when it is more than rounding: then this model cannot be trained privately in this mode.
+    Raises:
+        PrivacyError: When it is more than rounding, or when a row's numbers depend on its place in a batch or on its neighbors:
+            then this model cannot be trained privately in this mode and arithmetic.
     """
-    clip, clipping = privacy.clip_norm, privacy.clipping
+    made_up = setting.samples()
     try:
-        error = check_clipping(setting.module, setting.exact, setting.samples(), clip, setting.clipping, clipping=clipping)
+        error = check_clipping(
+            made_up.module,
+            made_up.exact,
+            batches=made_up.batches,
+            alone=[made_up.alone(row) for row in range(made_up.rows)],
+            clip_norm=privacy.clip_norm,
+            clipping=privacy.clipping,
+        )
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
         reason = (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
         raise PrivacyError(
@@ -117,65 +154,143 @@ def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> floa
     if not error <= _MAX_GRADIENT_ERROR:
         raise PrivacyError(
             f"the clipped gradients of this model are wrong by {error:.2g} (relative) in train = {mode}, expected at most"
-            f" {_MAX_GRADIENT_ERROR:g}: use another train mode or model"
+            f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model"
         )
+    setting.keep_apart()
     return error
 
 
-def _on_features(head: FeatureHead, features: Tensor, targets: list[int], device: torch.device) -> Setting:
+def _on_features(
+    plan: Plan,
+    model: SharedModel,
+    head: FeatureHead,
+    features: Tensor,
+    targets: Sequence[int],
+    expected_batch: float,
+    units: Sequence[Unit],
+) -> Setting:
     labels = torch.tensor(targets)
+    unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
+    if bool(unreadable.any()):
+        features = features.nan_to_num(nan=0.0)
+        labels[unreadable] = IGNORED
+    slots = _slots_for(head, expected_batch)
+    device = model.device
 
-    def collate(rows: Sequence[int]) -> Batch:
+    def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
+        for start in range(0, len(rows), slots):
+            positions = range(start, min(start + slots, len(rows)))
+            yield positions, filled([rows[p] for p in positions], slots)
+
+    def filled(rows: Sequence[int], size: int) -> Batch:
         index = torch.as_tensor(rows)
-        return {"features": features[index].to(device), "labels": labels[index].to(device)}
+        vectors = torch.zeros(size, features.shape[1])
+        vectors[: len(rows)] = features[index]
+        numbers = torch.full((size,), IGNORED)
+        numbers[: len(rows)] = labels[index]
+        return {"features": vectors.to(device), "labels": numbers.to(device)}
 
     def loss(batch: Batch) -> Tensor:
-        return functional.cross_entropy(head(batch["features"]).logits.float(), batch["labels"], reduction="none")
+        scores = head(batch["features"]).logits.float()
+        return functional.cross_entropy(scores, batch["labels"], reduction="none", ignore_index=IGNORED)
 
-    def samples() -> list[Batch]:
-        rows = torch.linspace(-1, 1, 3 * features.shape[1], device=device).reshape(3, 1, -1)
-        return [{"features": row, "labels": torch.tensor([i % 2], device=device)} for i, row in enumerate(rows)]
+    def correct(batch: Batch) -> Tensor:
+        right: Tensor = head(batch["features"]).logits.argmax(dim=1) == batch["labels"]
+        return right | (batch["labels"] == IGNORED)
 
-    def correct(batch: Batch) -> int:
-        return int((head(batch["features"]).logits.argmax(dim=1) == batch["labels"]).sum())
+    def samples() -> Setting:
+        vectors = torch.linspace(-1, 1, 3 * features.shape[1]).reshape(3, -1)
+        return _on_features(plan, model, head, vectors, [0, 1, 0], expected_batch, [[0], [1], [2]])
 
-    return Setting(head, range(len(labels)), collate, loss, samples, loss, correct, "hooks", _FEATURE_BATCH)
+    def keep_apart() -> None:
+        check_independence(model, "head", plan.model.precision)
+        if not check_row_bits(head, loss, batches=samples().batches, rows=range(3), slots=slots):
+            raise PrivacyError(
+                f"the gradient of a head on {features.shape[1]} features depends on the records beside it, expected the same"
+                " bits: use a base model whose hidden size is a multiple of 16"
+            )
 
-
-def _on_examples(plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings) -> Setting:
-    task, reader = model.loaded.task, model.loaded.reader
-    collate = task.collator(model.module, reader, model.device)
-    low_precision = stage.mode != "full" and (  # ghost clipping finds norms by products: in bfloat16 they would not bound
-        plan.model.precision == "bfloat16"
-        or (plan.model.precision == "auto" and model.device.type == "cuda" and bfloat16_is_fast(model.device))
+    return Setting(
+        module=head,
+        rows=len(labels),
+        units=units,
+        batches=batches,
+        alone=lambda row: filled([row], 1),
+        loss=loss,
+        exact=loss,
+        correct=correct,
+        samples=samples,
+        keep_apart=keep_apart,
     )
+
+
+def _slots_for(head: FeatureHead, expected_batch: float) -> int:
+    """A power of two, for about as many rows as a step has: from public numbers alone."""
+    entries = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    most = min(_MOST_SLOTS, max(16, _MOST_ENTRIES // max(1, entries)))
+    slots = 16
+    while slots * 2 <= most and slots < expected_batch:
+        slots *= 2
+    return slots
+
+
+def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Example], units: Sequence[Unit]) -> Setting:
+    task, reader, longest = model.loaded.task, model.loaded.reader, model.loaded.max_length
+    collate = task.collator(model.module, reader, model.device)
+    private = isinstance(plan.privacy, RecordPrivacy)
+    slots = max(2, stage.local.physical_batch_size)
+    low_precision = plan.model.precision == "bfloat16" or (
+        not private and plan.model.precision == "auto" and model.device.type == "cuda" and bfloat16_is_fast(model.device)
+    )
+
+    def batches(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
+        places = range(len(numbers))
+        if private:
+            for positions, length in fixed_batches(places, lambda p: task.bucket(rows[numbers[p]], longest), slots):
+                yield positions, collate([rows[numbers[p]] for p in positions], length, slots)
+            return
+        for positions in tight_batches(places, lambda p: task.order(rows[numbers[p]]), slots):
+            yield positions, collate([rows[numbers[p]] for p in positions])
 
     def loss(batch: Batch) -> Tensor:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
             return example_losses(model.module, batch)
 
-    def samples() -> list[Batch]:
-        """With the padding that they have in one batch: they are put together again."""
-        together = collate(task.samples(reader))
-        return [{key: value[i : i + 1] for key, value in together.items()} for i in range(len(together["labels"]))]
-
     def exact(batch: Batch) -> Tensor:
         return example_losses(model.module, batch)
 
-    def correct(batch: Batch) -> int:
-        """Records, whatever the task: of tags, all words of a record must be told rightly."""
+    def correct(batch: Batch) -> Tensor:
+        """Rows, whatever the task: of tags, all words of a record must be told rightly."""
         labels = batch["labels"]
         right = (logits(model.module, batch).argmax(dim=-1) == labels) | (labels == IGNORED)
-        return int(right.reshape(len(right), -1).all(dim=1).sum())
+        return right.reshape(len(right), -1).all(dim=1)
 
-    clipping: ClippingMode = "ghost" if stage.mode == "full" else "hooks"
-    rows = holdings.examples(model)
-    return Setting(model.module, rows, collate, loss, samples, exact, correct, clipping, stage.local.physical_batch_size)
+    return Setting(
+        module=model.module,
+        rows=len(rows),
+        units=units,
+        batches=batches,
+        alone=lambda row: collate([rows[row]]),
+        loss=loss,
+        exact=exact,
+        correct=correct,
+        samples=lambda: _on_examples(plan, stage, model, task.samples(reader), [[0], [1], [2]]),
+        keep_apart=lambda: _keep_apart(model, stage, plan.model.precision if low_precision else "float32", slots),
+    )
+
+
+def _keep_apart(model: SharedModel, stage: Stage, precision: str, slots: int) -> None:
+    def per_slot(batch: Batch) -> Sequence[Tensor]:
+        with per_example(model.module, lambda rows: example_losses(model.module, rows)) as of:
+            return of.gradients(batch)[1]
+
+    check_independence(model, stage.mode, precision, per_slot, slots=slots)
 
 
 def optimizer_of(
     local: LocalTraining, model: SharedModel, names: list[str], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
+    """Return the stage's optimizer, with the head in a group of its own rate."""
     head = [p for n, p in zip(names, parameters, strict=True) if not n.startswith(model.prefix)]
     encoder = [p for n, p in zip(names, parameters, strict=True) if n.startswith(model.prefix)]
     head_rate = local.head_learning_rate if encoder and local.head_learning_rate else local.learning_rate

@@ -39,12 +39,12 @@ def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setting: Setting
     """The mean over the records of each record's squared gradient: the diagonal of the empirical Fisher information."""
     parameters = [own[name] for name in names]
     squares = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-    for row in setting.rows:
-        loss = setting.exact(setting.collate([row])).sum()
+    for row in range(setting.rows):
+        loss = setting.exact(setting.alone(row)).sum()
         for square, gradient in zip(squares, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if gradient is not None:
                 square += gradient.double().square()
-    return {name: square / len(setting.rows) for name, square in zip(names, squares, strict=True)}
+    return {name: square / setting.rows for name, square in zip(names, squares, strict=True)}
 
 
 @torch.no_grad()
@@ -59,15 +59,13 @@ def _grams(model: SharedModel, names: Sequence[str], setting: Setting) -> dict[s
         grams[name] = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
         hooks.append(layer.register_forward_pre_hook(_adding(grams[name], with_bias, mask)))
     try:
-        for start in range(0, len(setting.rows), setting.physical_batch):
-            rows = [setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))]
-            batch = setting.collate(rows)
+        for _, batch in setting.everything():
             mask.now = batch.get("attention_mask")
             setting.exact(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: gram / len(setting.rows) for name, gram in grams.items()}
+    return {name: gram / setting.rows for name, gram in grams.items()}
 
 
 class _Mask:

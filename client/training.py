@@ -19,7 +19,6 @@ from cotune.client.noise import stated_noise
 from cotune.client.observe import tell
 from cotune.client.personal import Personal
 from cotune.client.ranks import OwnRank
-from cotune.client.rows import Rows
 from cotune.client.setting import Setting, check_gradients, optimizer_of, setting_of
 from cotune.client.site import Site
 from cotune.client.statistics import statistics_of
@@ -30,7 +29,7 @@ from cotune.models.sharing import State
 from cotune.plan.model import trained_names
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, Steps
-from cotune.privacy.dp_sgd import Batch, StepReport, private_steps
+from cotune.privacy.dp_sgd import StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.strategies.updates import Update, difference, not_finite
 from cotune.strategies.wire import received_digest
@@ -53,14 +52,14 @@ def train_round(
     policy = site.policy()
     Approvals(site).check(plan, policy)
     check_plan(plan, policy)
-    holdings = site.holdings(plan.labels)
-    check_consent(plan, policy, len(holdings))
+    holdings = site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
+    check_consent(plan, policy, len(holdings.units))
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:
         return finished
     account = Account(plan, policy, site, holdings)
-    check_consent(plan, policy, len(holdings), account.hours())
-    check_examples(len(holdings), stage.local, site.organisation)
+    check_consent(plan, policy, len(holdings.units), account.hours())
+    check_examples(len(holdings.units), stage.local, site.organisation)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
     model.load(state)
@@ -70,14 +69,15 @@ def train_round(
     correction, own_rank = Correction(plan, site, admitted, sent), OwnRank(plan, stage, policy, model)
     received = own_rank.held(model, personal.joined(state))
     parameters = model.train_only(names)
-    setting = setting_of(plan, stage, model, holdings, state, site.organisation)
+    batch = stage.local.sample_rate(len(holdings)) * len(holdings)
+    setting = setting_of(plan, stage, model, holdings, state, site.organisation, expected_batch=batch)
     optimizer, named = optimizer_of(stage.local, model, names, parameters), dict(zip(names, parameters, strict=True))
     guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
     teller = Teller(account)
     if isinstance(plan.privacy, RecordPrivacy):
         sigma = account.plan_noise(round)  # refuses before anything is charged
         told = _tell(teller, setting, holdings, round)
-        declared = teller.examples(len(holdings), round)
+        declared = teller.examples(len(holdings.units), round)
         noise = stated_noise(account, sigma, stage, optimizer, {name: named[name] for name in personal.shared}, declared)
         with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
             steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
@@ -90,7 +90,7 @@ def train_round(
     delta = own_rank.sent(difference(model.state(personal.shared), received))
     _check_finite(delta)
     statistics = statistics_of(plan, model, personal.shared, setting)
-    examples = teller.examples(len(holdings), round)
+    examples = teller.examples(len(holdings.units), round)
     update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics, digest)
     correction.keep(round, stage, delta)
     personal.keep()
@@ -131,21 +131,20 @@ def _train_privately(
 ) -> int:
     """Returns the steps taken. The ledger is charged before a record enters a batch."""
     check_gradients(setting, privacy, stage.mode)
-    rate, planned = stage.local.sample_rate(len(setting.rows)), stage.local.steps_of(len(setting.rows))
+    rate, planned = stage.local.sample_rate(len(setting.units)), stage.local.steps_of(len(setting.units))
     charge = account.reserve(round, Steps(sigma, rate, planned))
     began = time.monotonic()
     reports = private_steps(
         setting.module,
         optimizer,
         setting.loss,
-        Rows(setting.rows),
-        collate=setting.collate,
+        units=setting.units,
+        batches=setting.batches,
         noise_multiplier=sigma,
         clip_norm=privacy.clip_norm,
         sample_rate=rate,
+        expected_batch=rate * len(setting.units),
         steps=planned,
-        physical_batch=setting.physical_batch,
-        mode=setting.clipping,
         clipping=privacy.clipping,
     )
     taken = _follow(_in_time(reports, account), account.site.organisation, round, account.epsilon(), guard)
@@ -169,27 +168,22 @@ def _tell(teller: Teller, setting: Setting, holdings: Holdings, round: int) -> d
     return {
         **teller.histogram(counts, round),
         **teller.metrics(lambda: _correct(setting), round),
-        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), len(holdings), round),
+        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), len(holdings.units), round),
     }
 
 
 @torch.no_grad()
 def _correct(setting: Setting) -> tuple[int, int]:
     """How many records the module classifies rightly, of how many."""
-    return sum(setting.correct(batch) for batch in _batches(setting)), len(setting.rows)
+    return sum(int(setting.correct(batch)[:filled].sum()) for filled, batch in setting.everything()), setting.rows
 
 
 @torch.no_grad()
 def _total_loss(setting: Setting, ceiling: float) -> float:
     """Σ min(ℓ_i, ceiling); a record whose loss is not a number counts for the ceiling, as a failure would tell of it."""
-    losses = (setting.loss(batch).double().nan_to_num(nan=ceiling, posinf=ceiling) for batch in _batches(setting))
-    return sum(float(loss.clamp(0.0, ceiling).sum()) for loss in losses)
-
-
-def _batches(setting: Setting) -> Iterator[Batch]:
-    """All records, as many at a time as fit."""
-    for start in range(0, len(setting.rows), setting.physical_batch):
-        yield setting.collate([setting.rows[i] for i in range(start, min(start + setting.physical_batch, len(setting.rows)))])
+    losses = (setting.loss(batch)[:filled] for filled, batch in setting.everything())
+    known = (loss.double().nan_to_num(nan=ceiling, posinf=ceiling) for loss in losses)
+    return sum(float(loss.clamp(0.0, ceiling).sum()) for loss in known)
 
 
 def _train_plainly(
@@ -197,8 +191,8 @@ def _train_plainly(
 ) -> int:
     """The same batches by Poisson sampling, but reproducible, and without clipping and noise. An empty batch takes no step."""
     generator = seeded_generator(plan.seed, "batches", site.organisation, round)
-    rate = stage.local.sample_rate(len(setting.rows))
-    sampler = PoissonSampler(len(setting.rows), rate, stage.local.steps_of(len(setting.rows)), generator)
+    rate = stage.local.sample_rate(setting.rows)
+    sampler = PoissonSampler(setting.rows, rate, stage.local.steps_of(setting.rows), generator)
     return _follow(_plain_steps(setting, optimizer, sampler), site.organisation, round, None, guard)
 
 
@@ -206,9 +200,8 @@ def _plain_steps(setting: Setting, optimizer: torch.optim.Optimizer, sampler: Po
     for step, batch in enumerate(sampler, start=1):
         optimizer.zero_grad()
         total = 0.0
-        for start in range(0, len(batch), setting.physical_batch):
-            rows = [setting.rows[i] for i in batch[start : start + setting.physical_batch]]
-            loss = setting.loss(setting.collate(rows)).sum() / len(batch)
+        for _, rows in setting.batches(batch):
+            loss = setting.loss(rows).sum() / len(batch)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if batch:

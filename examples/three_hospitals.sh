@@ -70,11 +70,11 @@ run cotune server init fed --plan plan.toml --host localhost --port "$port" --su
 cotune server start fed > server.log 2>&1 &
 
 base=$(python -c 'import tomllib; print(tomllib.load(open("fed/federation.toml", "rb"))["plan"]["model"]["base_hash"])')
-organisation() { # its letter, and what its policy allows beside the base model
+organisation() { # its letter, and what its policy allows beside the base model, and that each record is a person
     say "hospital-$1: a key, strict rules, and what it allows: $2"
     run cotune client init "site-$1" --name "hospital-$1"
     run cotune server invite fed "hospital-$1" "site-$1/node.pub"
-    run cotune client policy "site-$1" --set "training.base_models=[\"$base\"]" --set "$2"
+    run cotune client policy "site-$1" --set "training.base_models=[\"$base\"]" --set 'training.units=["record"]' --set "$2"
 }
 organisation a tell.example_count=exact
 organisation b budget.own_epsilon=1.5

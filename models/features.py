@@ -23,16 +23,31 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
+from cotune.models.batching import fixed_batches
 from cotune.models.device import bfloat16_is_fast
 from cotune.models.durable import write_durably
 from cotune.models.inputs import Input, content_of
+from cotune.models.probes import lengths_of, mixes
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Example, logits
+from cotune.models.tasks import Batch, Example, logits
+from cotune.models.text_task import IGNORED
 
-__all__ = ["FeatureHead", "cache_folder", "encode_batch", "feature_head", "features_of"]
+__all__ = [
+    "FEATURE_SLOTS",
+    "FeatureHead",
+    "arithmetic",
+    "cache_folder",
+    "encode_batch",
+    "feature_head",
+    "features_mix",
+    "features_of",
+    "vectors_of",
+]
 
-_BATCH = 64  # records per forward pass
+FEATURE_SLOTS = 64  # rows of every forward pass: a public constant
+_FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)
 _readings: WeakKeyDictionary[SharedModel, str | None] = WeakKeyDictionary()
+_mixing: WeakKeyDictionary[SharedModel, dict[tuple[torch.dtype, int], bool]] = WeakKeyDictionary()
 Progress = Callable[[int, int], None]  # (records encoded, records in all)
 
 
@@ -85,28 +100,43 @@ def features_of(
 ) -> Tensor:
     """What the head reads for each input, in float32 on the CPU: (n, d). Read from disk where these were computed before.
 
-    Computed in one canonical order and batching, so that the values depend on the inputs, the model and the arithmetic alone. The
-    model must be set to `state`.
+    A row depends on its input, the model and the arithmetic alone, to the bit: batches are of fixed shapes (see `batching`), and
+    with precision = auto an arithmetic that mixes rows nevertheless is not used. The row of an input that cannot be encoded is
+    NaN. The model must be set to `state`.
     """
     reading = _reading(model)
     assert reading is not None, "feature_head said that there are none"
-    dtype = _arithmetic(precision, model.device)
+    dtype = arithmetic(model, precision)
     file = cache_folder() / "features" / f"{_key(model, inputs, state, reading, dtype)}.safetensors"
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):  # several processes of one run want the same features: one computes
             found = _read(file, len(inputs))
             if found is None:
-                found = _compute(model, inputs, precision, progress)
+                found = _compute(model, inputs, dtype, progress)
                 _write(file, found)
             return found
-    return _compute(model, inputs, precision, progress)  # nowhere to write: compute every time
+    return _compute(model, inputs, dtype, progress)  # nowhere to write: compute every time
 
 
-def _arithmetic(precision: str, device: torch.device) -> torch.dtype:
+def arithmetic(model: SharedModel, precision: str) -> torch.dtype:
+    """What features are computed in. auto: bfloat16 where it is fast and no record's feature depends on others."""
     if precision == "auto":
-        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
+        fast = bfloat16_is_fast(model.device)
+        return torch.bfloat16 if fast and not features_mix(model, torch.bfloat16) else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def features_mix(model: SharedModel, dtype: torch.dtype) -> bool:
+    """Whether, in this arithmetic, on this device and with this many threads, a feature changes in any bit with the records
+    beside it, in any shape of batch that there is. Found out once per model.
+    """
+    known, key = _mixing.setdefault(model, {}), (dtype, torch.get_num_threads())
+    if key not in known:
+        known[key] = any(
+            mixes(model, lambda batch: [vectors_of(model, batch, dtype)], length, FEATURE_SLOTS) for length in lengths_of(model)
+        )
+    return known[key]
 
 
 def _key(model: SharedModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> str:
@@ -114,7 +144,7 @@ def _key(model: SharedModel, inputs: Sequence[Input], state: State, reading: str
     digest = hashlib.sha256()
     loaded = model.loaded
     parts = (
-        "1",
+        "2",
         loaded.folder.content_hash,
         str(loaded.frozen),
         reading,
@@ -170,50 +200,63 @@ def _write(file: Path, features: Tensor) -> None:
     write_durably(file, save({"features": features}))
 
 
-@torch.no_grad()
 def encode_batch(model: SharedModel, examples: Sequence[Example], precision: str) -> Tensor:
-    """What the head reads for one batch of examples: (b, d) in float32 on the CPU. Computed, not looked up."""
-    reading = _reading(model)
-    assert reading is not None, "feature_head said that there are none"
-    low = _arithmetic(precision, model.device) == torch.bfloat16
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
-        return _read_vectors(model, examples, reading).float().cpu()
+    """What the head reads for each example: (b, d) in float32 on the CPU. Computed, not looked up."""
+    return _encode(model, examples, arithmetic(model, precision), None)
 
 
-def _compute(model: SharedModel, inputs: Sequence[Input], precision: str, progress: Progress | None) -> Tensor:
-    distinct = list(dict.fromkeys(inputs))  # equal inputs have equal features, whatever batch they would be in
+def _encode(model: SharedModel, examples: Sequence[Example], dtype: torch.dtype, progress: Progress | None) -> Tensor:
     loaded = model.loaded
-    examples = loaded.task.examples(loaded.reader, loaded.max_length, distinct, [0] * len(distinct))
-    order = sorted(range(len(examples)), key=lambda i: (loaded.task.order(examples[i]), i))  # like ones together: little padding
-    features: Tensor | None = None
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
-        vectors = encode_batch(model, [examples[i] for i in rows], precision)
-        if features is None:
+    collate = loaded.task.collator(model.module, loaded.reader, model.device)
+    features, done = torch.empty(0, 0), 0
+
+    def bucket(row: int) -> int:
+        return loaded.task.bucket(examples[row], loaded.max_length)
+
+    for rows, length in fixed_batches(range(len(examples)), bucket, FEATURE_SLOTS):
+        batch = collate([examples[i] for i in rows], length, FEATURE_SLOTS)
+        vectors = vectors_of(model, batch, dtype)[: len(rows)]
+        vectors[(batch["labels"][: len(rows)] == IGNORED).cpu()] = torch.nan
+        if not done:
             features = torch.empty(len(examples), vectors.shape[1])
         features[rows] = vectors
+        done += len(rows)
         if progress:
-            progress(min(start + _BATCH, len(order)), len(order))
-    if features is None:
-        return torch.empty(0, 0)
+            progress(done, len(examples))
+    return features
+
+
+def _compute(model: SharedModel, inputs: Sequence[Input], dtype: torch.dtype, progress: Progress | None) -> Tensor:
+    distinct = list(dict.fromkeys(inputs))  # equal inputs have equal features: they are computed once
+    loaded = model.loaded
+    examples = loaded.task.examples(loaded.reader, loaded.max_length, distinct, [0] * len(distinct))
+    features = _encode(model, examples, dtype, progress)
     place = {given: i for i, given in enumerate(distinct)}
     return features[[place[given] for given in inputs]]
 
 
-def _read_vectors(model: SharedModel, examples: Sequence[Example], reading: str) -> Tensor:
-    """The vector that `reading` names, for each example: (b, d)."""
+@torch.no_grad()
+def vectors_of(model: SharedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """What the head reads in each row of a batch: (b, d) in float32 on the CPU."""
+    reading = _reading(model)
+    assert reading is not None, "feature_head said that there are none"
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return _read_vectors(model, batch, reading).float().cpu()
+
+
+def _read_vectors(model: SharedModel, batch: Batch, reading: str) -> Tensor:
+    """The vector that `reading` names, in each row of a batch: (b, d)."""
     loaded = model.loaded
-    batch = loaded.task.collator(model.module, loaded.reader, model.device)(examples)
-    batch.pop("labels")
-    output = getattr(model.module, loaded.module.base_model_prefix)(**batch)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    output = getattr(model.module, loaded.module.base_model_prefix)(**inputs)
     if reading == "pooled":
         return cast(Tensor, output.pooler_output)
     hidden = cast(Tensor, output.last_hidden_state)
     if reading == "first":
         return hidden[:, 0]
-    pad = loaded.reader.pad_token_id  # a text may spell it: the head reads the last token that is another one
-    last = [max((i for i, token in enumerate(e["input_ids"]) if token != pad), default=0) for e in examples]
-    return hidden[torch.arange(len(last)), torch.tensor(last)]
+    shown = inputs["input_ids"] != loaded.reader.pad_token_id  # a text may spell it: the head reads the last that is another one
+    positions = torch.arange(shown.shape[1], device=shown.device)
+    return hidden[torch.arange(len(shown), device=shown.device), (shown * positions).argmax(dim=1)]
 
 
 def _reading(model: SharedModel) -> str | None:
@@ -226,12 +269,15 @@ def _reading(model: SharedModel) -> str | None:
 @torch.no_grad()
 def _find_reading(model: SharedModel) -> str | None:
     loaded = model.loaded
-    examples = loaded.task.samples(loaded.reader)
-    expected = logits(model.module, loaded.task.collator(model.module, loaded.reader, model.device)(examples))
+    batch = loaded.task.collator(model.module, loaded.reader, model.device)(loaded.task.samples(loaded.reader))
+    try:
+        expected = logits(model.module, batch)
+    except _FAILURES:  # the first use of the model tells why
+        return None
     head = FeatureHead(model)
     for reading in ("pooled", "first", "last"):
-        with contextlib.suppress(AttributeError, TypeError, KeyError, RuntimeError, ValueError):
-            got = head(_read_vectors(model, examples, reading).float()).logits.float()
+        with contextlib.suppress(*_FAILURES):
+            got = head(_read_vectors(model, batch, reading).float()).logits.float()
             if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-4):
                 return reading
     return None

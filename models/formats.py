@@ -36,8 +36,15 @@ class DataConfig(BaseModel):
     text: str = Field(default="text", min_length=1, description="the column that holds the text, or the words of one")
     image: str = Field(default="image", min_length=1, description="the column that holds an image: its path, or (Parquet) bytes")
     label: str = Field(default="label", min_length=1, description="the column that holds the label, or the tag of each word")
+    unit: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the column that says whose a record is; default: called like privacy.unit",
+    )
     encoding: str = Field(default="utf-8", description="of a CSV, TSV or JSON file, such as utf-8, latin-1 or utf-16")
-    deduplicate: bool = Field(default=False, description="keep only the first of the records that have the same input")
+    deduplicate: bool = Field(
+        default=False, description="of records with the same input keep the first, or none if their labels differ"
+    )
 
     @field_validator("encoding")
     @classmethod
@@ -49,10 +56,10 @@ class DataConfig(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _two_columns(self) -> DataConfig:
-        for key in ("text", "image"):
-            if getattr(self, key) == self.label:
-                raise ValueError(f"{key} and label are both {self.label!r}: expected two different columns")
+    def _different_columns(self) -> DataConfig:
+        for key, other in (("text", "label"), ("image", "label"), ("unit", "label"), ("unit", "text"), ("unit", "image")):
+            if getattr(self, key) == getattr(self, other):
+                raise ValueError(f"{key} and {other} are both {getattr(self, key)!r}: expected two different columns")
         return self
 
 
@@ -75,6 +82,11 @@ class DataFile:
         """The columns of the inputs and of the labels."""
         return str(getattr(self.config, self.key)), self.config.label
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those, and the column of the units where there is one."""
+        return self.wanted if self.config.unit is None else (*self.wanted, self.config.unit)
+
 
 Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
 
@@ -96,7 +108,7 @@ def _csv(file: DataFile, separator: str) -> Columns:
             " fields that hold a separator, a quote or a line break"
         ) from error
     names = [str(name).strip() for name in frame.iloc[0]]
-    return names, {name: frame[names.index(name)].iloc[1:].tolist() for name in file.wanted if name in names}
+    return names, {name: frame[names.index(name)].iloc[1:].tolist() for name in file.columns if name in names}
 
 
 def _json(file: DataFile) -> Columns:
@@ -116,7 +128,7 @@ def _json(file: DataFile) -> Columns:
     if not rows:
         raise DataError(f"{file.name} holds no records: expected one object per line, as in {_example(file)}")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return names, {name: [row.get(name) for row in rows] for name in file.wanted if name in names}
+    return names, {name: [row.get(name) for row in rows] for name in file.columns if name in names}
 
 
 def _loads(file: DataFile, text: str, first_line: int) -> Any:
@@ -131,7 +143,7 @@ def _loads(file: DataFile, text: str, first_line: int) -> Any:
 
 
 def _example(file: DataFile) -> str:
-    return json.dumps(dict.fromkeys(file.wanted, "…"), ensure_ascii=False)
+    return json.dumps(dict.fromkeys(file.columns, "…"), ensure_ascii=False)
 
 
 def _parquet(file: DataFile) -> Columns:
@@ -144,7 +156,7 @@ def _parquet(file: DataFile) -> Columns:
     try:
         opened = parquet.ParquetFile(BufferReader(file.raw))
         names = list(opened.schema_arrow.names)
-        present = [name for name in file.wanted if names.count(name) == 1]
+        present = [name for name in file.columns if names.count(name) == 1]
         # Dataset.from_parquet would copy the file to a cache, and take "[1]" in its path for a pattern.
         table = Dataset(InMemoryTable(opened.read(columns=present)), fingerprint="unused")
         for name, feature in dict(table.features).items():

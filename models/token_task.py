@@ -18,7 +18,7 @@ from transformers import AutoModelForTokenClassification
 from cotune.models.errors import DataError, ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
-from cotune.models.text_task import IGNORED, Example, SequenceClassification, made_up_rows
+from cotune.models.text_task import IGNORED, Example, SequenceClassification, each_or_none, made_up_rows
 
 __all__ = ["TokenClassification"]
 
@@ -64,14 +64,24 @@ class TokenClassification(SequenceClassification):
         return tokenizer
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
-        if not inputs:
-            return []
-        texts = [" ".join(words) for words in inputs]
-        read = reader(texts, truncation=True, max_length=max_length, padding=False, return_offsets_mapping=True)
-        return [
-            _example(list(ids) or [reader.pad_token_id], _starts(words, offsets), tags)
-            for ids, offsets, words, tags in zip(read["input_ids"], read["offset_mapping"], inputs, targets, strict=True)
-        ]
+        def read(sentences: Sequence[Any]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+            texts = [" ".join(words) for words in sentences]
+            found = reader(texts, truncation=True, max_length=max_length, padding=False, return_offsets_mapping=True)
+            return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+
+        rows = zip(each_or_none(read, inputs), inputs, targets, strict=True)
+        return [self._example(reader, max_length, tokens, words, tags) for tokens, words, tags in rows]
+
+    def _example(self, reader: Any, max_length: int, tokens: Any, words: Sequence[str], tags: Sequence[int]) -> Example:
+        """One with another number of tags than words is a blank row, too: which are whose is not told."""
+        if tokens is None or len(words) != len(tags):
+            return {**self.blank(reader, max_length), "starts": [None] * len(tags)}
+        ids, offsets = tokens
+        return _example(list(ids) or [reader.pad_token_id], _starts(words, offsets), tags)
+
+    def blank(self, reader: Any, length: int) -> Example:
+        ids = super().blank(reader, length)["input_ids"]
+        return {"input_ids": ids, "labels": [IGNORED] * len(ids), "starts": []}
 
     def samples(self, reader: Any) -> list[Example]:
         """Every other token is a word of its own."""

@@ -194,6 +194,18 @@ class Plan(Table):
 
     @model_validator(mode="before")
     @classmethod
+    def _unit_names_its_column(cls, table: Any) -> Any:
+        """Where `data` does not name the column of the units, it is called like the unit."""
+        if not isinstance(table, Mapping):
+            return table
+        privacy, data = table.get("privacy"), table.get("data")
+        unit = privacy.get("unit") if isinstance(privacy, Mapping) else getattr(privacy, "unit", None)
+        if unit in (None, "record") or not isinstance(data, Mapping) or data.get("unit") is not None:
+            return table
+        return {**table, "data": {**data, "unit": unit}}
+
+    @model_validator(mode="before")
+    @classmethod
     def _stages_inherit(cls, table: Any) -> Any:
         """A stage's `local` says only what differs from the plan's; so does simulation.pooled."""
         if not isinstance(table, dict):

@@ -12,13 +12,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
@@ -53,7 +53,13 @@ _SMALLEST_DELTA = 1e-10  # of the privacy curve: below, the accountant's truncat
 class RecordPrivacy(Table):
     """What every organisation promises each of its records (the `privacy` table of a plan)."""
 
-    mode: Literal["record"] = Field("record", description="the unit of privacy: one labelled record")
+    mode: Literal["record"] = Field("record", description="promised within each organization, by noise in its training")
+    unit: str = Field(
+        "record", min_length=1, max_length=100, description="whom it is promised to: each record, or each value of a column"
+    )
+    max_records: int | None = Field(
+        None, ge=1, le=10_000, description="records of a unit that count at most; only for another unit than record"
+    )
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organisation over the whole run")
     delta: float | str = Field("1/n^1.1", description='δ: a number, or "1/n^p" with n the organisation\'s records')
     clip_norm: float = Field(1.0, gt=0, description="C, bound on the L2 norm of one record's gradient")
@@ -65,6 +71,15 @@ class RecordPrivacy(Table):
     @classmethod
     def _delta_is_usable(cls, value: float | str) -> float | str:
         return check_delta(value)
+
+    @model_validator(mode="after")
+    def _unit_is_bounded(self) -> Self:
+        if (self.unit == "record") != (self.max_records is None):
+            raise ValueError(
+                f'unit = "{self.unit}" with max_records = {self.max_records}: expected a number for a unit from a column,'
+                " and none for a record"
+            )
+        return self
 
     def delta_for(self, examples: int) -> float:
         """δ for an organisation with `examples` records.

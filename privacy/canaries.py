@@ -10,16 +10,15 @@ divided by, does not tell who is in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from cotune.privacy.dp_sgd import Batch, LossPerExample
+from cotune.privacy.per_example import Batch, Batches, LossPerExample, Unit
 
 __all__ = ["Coins", "Planted", "fair_coins", "new_canaries", "plant"]
 
@@ -49,25 +48,9 @@ class Planted:
 
     module: nn.Module
     canaries: Tensor  # the parameters, one for each after the first
-    rows: Dataset[Any]
-    collate: Callable[[list[Any]], Batch]
+    units: Sequence[Unit]
+    batches: Batches
     loss: LossPerExample
-
-
-class _Rows(Dataset[Any]):
-    """Pairs of a real row and what it stands for: itself, nobody, or a canary (whose real row lends its shape only)."""
-
-    def __init__(self, records: Sequence[Any], records_in: Coins, canaries_in: Coins) -> None:
-        self.records, self.records_in, self.canaries_in = records, records_in, canaries_in
-
-    def __len__(self) -> int:
-        return len(self.records) + len(self.canaries_in)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        canary = index - len(self.records)
-        if canary >= 0:
-            return self.records[0], canary + 1 if self.canaries_in[canary] else _NOBODY
-        return (self.records[index], _RECORD) if self.records_in[index] else (self.records[0], _NOBODY)
 
 
 def new_canaries(count: int, device: torch.device) -> nn.Embedding:
@@ -79,29 +62,49 @@ def new_canaries(count: int, device: torch.device) -> nn.Embedding:
 
 def plant(
     module: nn.Module,
-    records: Sequence[Any],
-    collate: Callable[[Sequence[Any]], Batch],
+    units: Sequence[Unit],
+    batches: Batches,
     loss: LossPerExample,
     *,
     canaries: nn.Embedding,
     canaries_in: Coins,
-    records_in: Coins,
+    units_in: Coins,
     clip_norm: float,
 ) -> Planted:
-    """Puts the canaries beside the records, and takes the records out that are not to be in.
+    """Put canaries, each a unit of one row, beside the units, and take the units out that are not to be in.
 
-    canaries_in: (m,), which canaries are in. records_in: (n,), which records are; there must be at least one record. Guarantee: a
-    row that is in for itself has the loss, and the gradient in the module, that it would have without canaries; a canary's
-    gradient is 100·C in its own parameter and zero elsewhere; a row that is held out has a gradient of zero.
+    A canary's row lends its shape from the first unit's first row. Rows of canaries have numbers after those of all units.
+
+    Args:
+        canaries_in: (m,), which canaries are in.
+        units_in: (n,), which units are; there must be at least one unit.
+
+    Guarantee: a unit that is in has the losses, and the gradient in the module, that it would have without canaries; a canary's
+    gradient is 100·C in its own parameter and zero elsewhere; what is held out has a gradient of zero.
+
+    Raises:
+        ValueError: For coins that do not fit the canaries or the units.
     """
-    if len(canaries_in) != canaries.num_embeddings - 1 or len(records_in) != len(records):
+    if len(canaries_in) != canaries.num_embeddings - 1 or len(units_in) != len(units):
         raise ValueError(
-            f"expected a coin for each of {canaries.num_embeddings - 1} canaries and {len(records)} records,"
-            f" got {len(canaries_in)} and {len(records_in)}"
+            f"expected a coin for each of {canaries.num_embeddings - 1} canaries and {len(units)} units,"
+            f" got {len(canaries_in)} and {len(units_in)}"
         )
+    lender = units[0][0]
+    first = 1 + max(row for unit in units for row in unit)  # number of the first canary's row
+    absent = {row for unit, present in zip(units, units_in, strict=True) if not present for row in unit}
 
-    def collate_all(rows: list[Any]) -> Batch:
-        return {**collate([row for row, _ in rows]), _KEY: torch.tensor([number for _, number in rows])}
+    def standing_for(row: int) -> int:
+        """Itself, nobody, or a canary by its number."""
+        if row < first:
+            return _NOBODY if row in absent else _RECORD
+        return row - first + 1 if canaries_in[row - first] else _NOBODY
+
+    def batches_of_all(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
+        for positions, batch in batches([row if row < first else lender for row in rows]):
+            numbers = torch.full((len(next(iter(batch.values()))),), _NOBODY)
+            numbers[: len(positions)] = torch.tensor([standing_for(rows[p]) for p in positions])
+            yield positions, {**batch, _KEY: numbers}
 
     def loss_of_all(batch: Batch) -> Tensor:
         of_record = loss({key: value for key, value in batch.items() if key != _KEY})
@@ -109,5 +112,5 @@ def plant(
         of_canary = _STEEPNESS * clip_norm * canaries(number.clamp(min=0)).squeeze(-1)
         return torch.where(number == _RECORD, of_record, torch.where(number > 0, of_canary, torch.zeros_like(of_canary)))
 
-    rows = _Rows(records, records_in, canaries_in)
-    return Planted(_Beside(module, canaries), canaries.weight, rows, collate_all, loss_of_all)
+    everybody = [*units, *([first + i] for i in range(len(canaries_in)))]
+    return Planted(_Beside(module, canaries), canaries.weight, everybody, batches_of_all, loss_of_all)

@@ -175,6 +175,11 @@ class Ledger:
         """The rounds of a plan for which something was charged, in order."""
         return sorted({c.round for c in self.charges() if c.plan_id == plan_id})
 
+    def check_unit(self, data: str) -> None:
+        """Raises PrivacyError where no charge would be accepted, as these records were charged under another unit."""
+        with self._chain.transaction() as log:
+            _check_unit(log.entries, data)
+
 
 def _keys(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:
     """The identities of a blob as an array; NumPy leaves out trailing zero bytes, which keeps different ones different."""

@@ -49,6 +49,9 @@ class TrainingRules(Table):
         "each", description="each: a plan is trained on only after somebody here has approved it; none: whatever the rules allow"
     )
     record_privacy: bool = Field(True, description="true: a plan without record-level differential privacy is declined")
+    units: tuple[str, ...] = Field(
+        (), description="whom a plan may promise its privacy to: a unit such as patient_id; record, where each record is a person"
+    )
     min_examples: int = Field(500, ge=0, description="records that a data set must have")
     min_batch: float = Field(64, ge=0, description="expected records per step at least")
     max_rounds: int = Field(200, ge=1, description="rounds of one plan")
@@ -102,6 +105,7 @@ class Policy(Table):
             training=TrainingRules(
                 approval="none",
                 record_privacy=False,
+                units=_EVERYTHING,
                 min_examples=0,
                 min_batch=0,
                 max_rounds=10**6,

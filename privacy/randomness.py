@@ -2,7 +2,7 @@
 
 torch's CPU generator keeps only 32 bits of any seed (`manual_seed(5)` and `manual_seed(5 + 2**32)` are the same stream), so that
 noise drawn from it could be found by trying all seeds. Noise and Poisson sampling under differential privacy are drawn from
-ChaCha20 keyed with 256 bits of OS entropy instead. Floating-point effects of continuous noise (Mironov, CCS 2012) remain.
+ChaCha20 keyed with 256 bits of OS entropy instead. What noise in floating point would tell is the matter of `gaussian`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import secrets
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from randomgen import ChaCha
 from torch.utils.data import Sampler
 
-__all__ = ["PoissonSampler", "derive_seed", "keyed_generator", "private_generator", "seeded_generator", "standard_normal"]
+__all__ = ["PoissonSampler", "derive_seed", "keyed_generator", "private_generator", "seeded_generator"]
 
 
 def private_generator() -> np.random.Generator:
@@ -43,11 +42,6 @@ def derive_seed(*parts: int | str) -> int:
     """
     text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def standard_normal(generator: np.random.Generator, like: torch.Tensor) -> torch.Tensor:
-    """Independent N(0, 1) entries with the shape and device of `like`, in float32."""
-    return torch.from_numpy(generator.standard_normal(tuple(like.shape), dtype=np.float32)).to(like.device)
 
 
 class PoissonSampler(Sampler[list[int]]):

@@ -26,7 +26,6 @@ from cotune.strategies.updates import Delta, difference
 __all__ = ["AuditedTraining", "Targets"]
 
 _STEP = 1e-2  # of the delta, to either side, in the difference quotient of the losses
-_GRADIENT_ENTRIES = 2**24  # of the canaries' parameters, held for one physical batch
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ class AuditedTraining:
         model.load(self.state)
         names = trained_names(self.plan, model, round)
         parameters = model.train_only(names)
-        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation)
+        batch = stage.local.sample_rate(len(self.holdings)) * len(self.holdings)
+        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation, expected_batch=batch)
         before = model.state(names)
         self._train(stage, setting, names, parameters)
         after = model.state(names)
@@ -90,29 +90,28 @@ class AuditedTraining:
     def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:
         planted = plant(
             setting.module,
-            setting.rows,
-            setting.collate,
+            setting.units,
+            setting.batches,
             setting.loss,
             canaries=self.canaries,
             canaries_in=self.targets.canaries_in,
-            records_in=self.targets.present(len(setting.rows)),
+            units_in=self.targets.present(len(setting.units)),
             clip_norm=self.privacy.clip_norm,
         )
         optimizer = optimizer_of(stage.local, self.model, names, parameters)
         optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
-        rate = stage.local.sample_rate(len(setting.rows))
+        rate = stage.local.sample_rate(len(setting.units))
         reports = private_steps(
             planted.module,
             optimizer,
             planted.loss,
-            planted.rows,
-            collate=planted.collate,
+            units=planted.units,
+            batches=planted.batches,
             noise_multiplier=self.sigma,
             clip_norm=self.privacy.clip_norm,
             sample_rate=rate,
-            steps=stage.local.steps_of(len(setting.rows)),
-            physical_batch=min(setting.physical_batch, max(1, _GRADIENT_ENTRIES // len(planted.canaries))),
-            mode=setting.clipping,
+            expected_batch=rate * len(planted.units),
+            steps=stage.local.steps_of(len(setting.units)),
             clipping=self.privacy.clipping,
         )
         for _ in reports:
@@ -122,17 +121,20 @@ class AuditedTraining:
     def _alignment(
         self, setting: Setting, parameters: dict[str, nn.Parameter], before: State, delta: Delta
     ) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """<Δ, −∇ℓ_i(θ)> for each target record, θ being what the round began with: how much Δ was to its liking.
+        """<Δ, −∇ℓ_i(θ)> for each target unit, θ being what the round began with: how much Δ was to its liking.
 
         By a central difference of the losses along Δ, which asks nothing of the architecture.
         """
+        targets = [setting.units[int(i)] for i in self.targets.records]
+        rows = [row for unit in targets for row in unit]
+        owners = np.repeat(np.arange(len(targets)), [len(unit) for unit in targets])
 
         def losses(along: float) -> np.ndarray[Any, np.dtype[np.float64]]:
             for name, parameter in parameters.items():
                 parameter.copy_(before[name] + along * delta[name])
-            rows = [setting.rows[int(i)] for i in self.targets.records]
-            size = setting.physical_batch
-            batches = [setting.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-            return np.concatenate([setting.exact(batch).double().cpu().numpy() for batch in batches])
+            found = np.zeros(len(rows))
+            for positions, batch in setting.batches(rows):
+                found[list(positions)] = setting.exact(batch)[: len(positions)].double().cpu().numpy()
+            return np.bincount(owners, weights=found, minlength=len(targets))
 
         return (losses(-_STEP) - losses(_STEP)) / (2 * _STEP)

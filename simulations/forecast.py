@@ -120,7 +120,7 @@ def _client_privacy(prepared: Prepared, parameters: int) -> ClientForecast | Non
 def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
     plan, found = prepared.plan, []
     for share in prepared.shares:
-        n = len(share.rows)
+        n = share.units
         planned = planned_steps(plan, n)
         steps, batch = sum(count for _, count in planned), planned[-1][0] * n
         if isinstance(plan.privacy, RecordPrivacy):
@@ -148,7 +148,7 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
         yield StageForecast(
             stage.mode,
             stage.rounds,
-            max(stage.local.steps_of(len(share.rows)) for share in prepared.shares),
+            max(stage.local.steps_of(share.units) for share in prepared.shares),
             sum(tensor.numel() for tensor in shared.values()),
             payload_bytes(update) * len(names),
             sum(payload_bytes(request) for request in requests),

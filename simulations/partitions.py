@@ -1,5 +1,7 @@
 """Split one pooled data set over simulated organisations, and hold some of it out for testing.
 
+What is split are units (see `unit_groups`): an example is all that stays together, and has one class.
+
 Every scheme is a matrix of shares, groups × clients: a group's shuffled rows are cut where its cumulative shares fall.
 - iid, quantity: all rows are one group.
 - dirichlet: a group per class, each with its own shares, which skews labels and sizes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +19,7 @@ from cotune.models.base import base_labels, find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, PlanError
-from cotune.models.holdings import write_holdings
-from cotune.models.inputs import stratum_of
+from cotune.models.holdings import Holdings, write_holdings
 from cotune.models.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
@@ -30,17 +29,19 @@ from cotune.privacy.randomness import seeded_generator
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.suitability import check_suits
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
+from cotune.simulations.unit_groups import UnitGroups, unit_groups
 
 __all__ = ["Prepared", "make_run", "prepare"]
 
 
 @dataclass(frozen=True)
 class Share:
-    """The training records of one organisation: rows of a file."""
+    """The training records of one organisation: rows of a file. units: to how many the plan's promise is made."""
 
     name: str
     file: Path | None
     rows: Rows
+    units: int
     epsilon: float | None = None  # its own, where it wants to spend less than the plan allows
     rank: int | None = None  # of adapters, its own where it is smaller than the plan's
 
@@ -82,7 +83,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
     for share in shares:
         for stage in resolved.stages:
-            check_examples(len(share.rows), stage.local, share.name)
+            check_examples(share.units, stage.local, share.name)
     check_suits(resolved, len(shares), server_data=plan.validation_fraction > 0)
     noise = _noise(resolved, shares)
     check_stages(resolved, model_of(resolved, device))
@@ -132,29 +133,51 @@ Portions = tuple[tuple[Path | None, Rows], ...]
 
 
 def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], Portions, Portions]:
-    """(shares, test set, validation set). One file is split over simulated organisations; of several files each is one."""
+    """(shares, test set, validation set). One file is split over simulated organisations; of several files each is one.
+
+    The records of a unit stay together (see `unit_groups`); of one that several files hold, those that would test are left out
+    where another file trains on it.
+    """
     rng = seeded_generator(plan.seed, "partition")
     shares: list[Share] = []
     test: list[tuple[Path | None, Rows]] = []
     validation: list[tuple[Path | None, Rows]] = []
-    for file, found in records.items():
-        strata = [stratum_of(label) for label in found.labels]
-        train, held_out = split_test(strata, plan.test_fraction, rng)
-        test.append((file, held_out))
+    units = {file: unit_groups(found) for file, found in records.items()}
+    for (file, own), found in zip(units.items(), records.values(), strict=True):
+        train, held_out = split_test(own.strata, plan.test_fraction, rng)
+        test.append((file, own.rows(held_out)))
         if plan.validation_fraction:
-            kept, servers = split_test([strata[i] for i in train], plan.validation_fraction, rng)
-            validation.append((file, train[servers]))
+            kept, servers = split_test([own.strata[i] for i in train], plan.validation_fraction, rng)
+            validation.append((file, own.rows(train[servers])))
             train = train[kept]
         if file is not None:
-            shares.append(Share(organisation_name(file), file, train))
+            shares.append(_share(plan, found, organisation_name(file), file, own.rows(train)))
         else:
-            parts = partition([strata[i] for i in train], _partition_config(plan), rng)
-            shares += [Share(f"org-{i}", None, train[rows]) for i, rows in enumerate(parts, start=1)]
+            parts = partition([own.strata[i] for i in train], _partition_config(plan), rng)
+            shares += [_share(plan, found, f"org-{i}", None, own.rows(train[groups])) for i, groups in enumerate(parts, start=1)]
+    if len(units) > 1:
+        validation = _apart(validation, units, [(share.file, share.rows) for share in shares])
+        test = _apart(test, units, [(share.file, share.rows) for share in shares] + validation)
     if not sum(len(rows) for _, rows in test):
         raise DataError(
             f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
         )
     return tuple(shares), tuple(test), tuple(validation)
+
+
+def _share(plan: Plan, records: Records, name: str, file: Path | None, rows: Rows) -> Share:
+    held = Holdings(((records, rows),), plan.labels, plan.task).bounded(plan.privacy, plan.seed)
+    return Share(name, file, rows, len(held.units))
+
+
+def _apart(
+    held_out: Sequence[tuple[Path | None, Rows]],
+    units: Mapping[Path | None, UnitGroups],
+    used: Sequence[tuple[Path | None, Rows]],
+) -> list[tuple[Path | None, Rows]]:
+    """What is held out, without the units that are used elsewhere."""
+    names = {name for file, rows in used for name in units[file].names_at(rows)}
+    return [(file, units[file].without(rows, names)) for file, rows in held_out]
 
 
 def _partition_config(plan: Plan) -> PartitionConfig:
@@ -173,7 +196,7 @@ def _noise(plan: Plan, shares: tuple[Share, ...]) -> dict[str, float]:
 
 
 def _noise_of(plan: Plan, privacy: RecordPrivacy, share: Share) -> float:
-    policy, examples = Policy.permissive(share.epsilon), len(share.rows)
+    policy, examples = Policy.permissive(share.epsilon), share.units
     return noise_multiplier(plan, policy, budget_of(privacy, policy, examples), examples, 1)
 
 

@@ -85,7 +85,7 @@ def _in_clear(folder: RunFolder) -> bool:
 
 def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:
     """(ε spent, δ) of an organisation, from its ledger."""
-    delta = privacy.delta_for(len(share.rows))
+    delta = privacy.delta_for(share.units)
     return epsilon(Site(folder.path / "sites" / share.name).ledger().spent(), delta), delta
 
 
@@ -112,7 +112,7 @@ def _organisation(
     federated: Metrics,
     personal: Metrics | None,
 ) -> dict[str, Any]:
-    plan, examples = folder.plan, len(share.rows)
+    plan, examples = folder.plan, share.units
     reached = personal if plan.keeps_personal else federated
     private = isinstance(plan.privacy, RecordPrivacy)
     charges = _training(folder, share) if private else []

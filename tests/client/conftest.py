@@ -36,13 +36,14 @@ def _one_model_at_a_time() -> Iterator[None]:
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    """A CSV of 60 labelled sentences."""
+    """A CSV of 60 labelled sentences, no two alike."""
     rng = random.Random(0)
     rows = ["text,label"]
-    for i in range(EXAMPLES):
-        label = LABELS[i % 3]
+    while len(rows) <= EXAMPLES:
+        label = LABELS[(len(rows) - 1) % 3]
         words = [*rng.choices(["the", "is", "a", "very", "it"], k=rng.randint(1, 6)), *rng.choices(WORDS[label], k=2)]
-        rows.append(f"{' '.join(words)},{label}")
+        row = f"{' '.join(words)},{label}"
+        rows += [] if row in rows else [row]
     file = tmp_path / "records.csv"
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return file

@@ -16,10 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 from cotune.client import setting
-from cotune.client.setting import Setting, check_stages, setting_of
+from cotune.client.setting import Setting, check_gradients, check_stages, setting_of
 from cotune.models.errors import DataError, ModelError, PrivacyError
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records
@@ -28,7 +27,8 @@ from cotune.models.tasks import logits
 from cotune.plan.load import parse_plan
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.dp_sgd import check_clipping, private_steps
+from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.dp_sgd import private_steps
 from tests.conftest import ARCHITECTURES, COLOURS, TAGS, write_csv, write_images
 
 LR = 1024.0  # large: the movement is then not lost in the rounding of the parameters
@@ -54,17 +54,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
 ]
 MakePlan = Callable[..., Plan]
-
-
-class Rows(Dataset[Any]):
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
 
 
 @pytest.fixture
@@ -127,12 +116,12 @@ def prepared(plan: Plan) -> tuple[SharedModel, list[nn.Parameter], Setting]:
     state = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()}
     model.load(state)
     parameters = model.train_only(names)
-    return model, parameters, setting_of(plan, stage, model, everything(plan), state, "clinic")
+    return model, parameters, setting_of(plan, stage, model, everything(plan), state, "clinic", expected_batch=4)
 
 
 def one_at_a_time(given: Setting, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
     """The gradient of each record, alone in its batch and without padding."""
-    batches = [given.collate([row]) for row in given.rows]
+    batches = [given.alone(row) for row in range(given.rows)]
     return [[g.double() for g in torch.autograd.grad(given.loss(batch).sum(), parameters)] for batch in batches]
 
 
@@ -147,17 +136,16 @@ def moved(given: Setting, parameters: list[nn.Parameter], clip: float) -> list[T
         given.module,
         torch.optim.SGD(parameters, lr=LR),
         given.loss,
-        Rows(given.rows),
-        collate=given.collate,
+        units=given.units,
+        batches=given.batches,
         noise_multiplier=0.0,
         clip_norm=clip,
         sample_rate=1.0,
+        expected_batch=float(given.rows),
         steps=1,
-        physical_batch=min(given.physical_batch, 3),
-        mode=given.clipping,
     )
     assert len(list(steps)) == 1
-    return [(b - p.detach().double()) * len(given.rows) / LR for b, p in zip(before, parameters, strict=True)]
+    return [(b - p.detach().double()) * given.rows / LR for b, p in zip(before, parameters, strict=True)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -180,7 +168,8 @@ def test_the_clipped_sum_is_that_of_one_record_at_a_time(new_plan: MakePlan, kin
 def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, kind: str, task: str, mode: str) -> None:
     plan = new_plan(kind, task, **MODES[mode])
     _, _, given = prepared(plan)
-    assert check_clipping(given.module, given.exact, given.samples(), 1.0, given.clipping) < 1e-5
+    assert isinstance(plan.privacy, RecordPrivacy)
+    assert check_gradients(given, plan.privacy, mode) < 1e-5
     check_stages(plan, model_of(plan, "cpu"))
 
 
@@ -240,7 +229,7 @@ def test_records_described_for_another_task_are_refused(new_plan: MakePlan) -> N
     with pytest.raises(
         DataError, match="clinic describes its records as for sequence-classification, expected token-classification"
     ):
-        setting_of(tokens, tokens.stage_of(1), model_of(tokens, "cpu"), everything(texts), {}, "clinic")
+        setting_of(tokens, tokens.stage_of(1), model_of(tokens, "cpu"), everything(texts), {}, "clinic", expected_batch=4)
 
 
 # --- what is told of records counts records
@@ -262,16 +251,16 @@ def test_of_tags_a_record_counts_once(new_plan: MakePlan) -> None:
     ("kind", "task"), [("bert", "sequence-classification"), ("bert", "token-classification"), ("vit", "image-classification")]
 )
 def test_a_record_is_right_when_all_of_it_is(new_plan: MakePlan, kind: str, task: str) -> None:
-    _, _, given = prepared(new_plan(kind, task, train="full"))
-    batch = given.collate(given.rows)
+    _, _, given = prepared(new_plan(kind, task, train="full", local={"physical_batch_size": 8}))
+    ((filled, batch),) = given.everything()
     with torch.no_grad():
         best = logits(given.module, batch_without(batch)).argmax(dim=-1)
     batch["labels"] = torch.where(batch["labels"] == -100, batch["labels"], best)
-    assert given.correct(batch) == 7
+    assert int(given.correct(batch)[:filled].sum()) == 7
     wrong = batch["labels"].clone()
     place = (1, int((wrong[1] != -100).nonzero()[0])) if wrong.dim() == 2 else (1,)
     wrong[place] = (wrong[place] + 1) % 3
-    assert given.correct({**batch, "labels": wrong}) == 6
+    assert int(given.correct({**batch, "labels": wrong})[:filled].sum()) == 6
 
 
 def batch_without(batch: dict[str, Tensor]) -> dict[str, Tensor]:

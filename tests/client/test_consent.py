@@ -33,6 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # rule -> (policy's
     "training.record_privacy": ({"training": {"record_privacy": True}}, {"privacy": "none"}),
     "training.tasks": ({"training": {"tasks": ("token-classification",)}}, {}),
     "training.base_models": ({"training": {"base_models": ("00" * 32,)}}, {}),
+    "training.units": ({"training": {"units": ("patient_id",)}}, {}),
     "training.train_modes": ({"training": {"train_modes": ("head",)}}, {"train": "lora"}),
     "training.weightings": ({"training": {"weightings": ("uniform",)}}, {}),
     "training.fusions": ({"training": {"fusions": ()}}, {}),
@@ -75,7 +76,9 @@ def test_every_rule_declines_and_nothing_is_spent(
 def test_a_policy_that_names_what_the_plan_asks_for_allows_it(make_plan: MakePlan) -> None:
     base = find_base(make_plan().model).content_hash
     plan = make_plan(privacy=PRIVATE, model={"base_hash": base})
-    strict = Policy.model_validate({"training": {"base_models": [base], "min_examples": 60, "min_batch": 12}})
+    strict = Policy.model_validate(
+        {"training": {"base_models": [base], "units": ["record"], "min_examples": 60, "min_batch": 12}}
+    )
     check_consent(plan, strict, 60)
     with pytest.raises(Declined, match=r"training\.base_models: the plan asks for a base model without a hash"):
         check_consent(make_plan(privacy=PRIVATE), strict, 60)

@@ -104,16 +104,16 @@ def test_the_noise_is_for_one_records_ceiling(make_plan: MakePlan, make_site: Ma
 
 
 def test_no_record_changes_the_clipped_sum_by_more_than_the_ceiling(
-    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
 ) -> None:
     """Also one whose loss is not a number, or endless."""
     plan, site = make_plan(strategy=WEIGHTED), make_site()
     model = model_of(plan, "cpu")
     state = state_for(plan)
     model.load(state)
-    setting = training.setting_of(plan, plan.stages[0], model, site.holdings(plan.labels), state, "clinic")
+    setting = training.setting_of(plan, plan.stages[0], model, site.holdings(plan.labels), state, "clinic", expected_batch=8)
     strange = torch.cat([torch.tensor([math.nan, math.inf, 7.0, 0.5]), torch.zeros(56)])
-    monkeypatch.setattr(training, "_batches", lambda _: [strange])
+    object.__setattr__(setting, "batches", lambda rows: [(rows, strange)])
     object.__setattr__(setting, "loss", lambda batch: batch)
     assert training._total_loss(setting, 2.0) == 6.5
 

@@ -191,7 +191,7 @@ def test_other_optimizers_start_afresh_in_every_round(
     state = state_for(plan)
     for round in (1, 2):
         delta = train_round(plan, make_site(), round, state).delta
-        assert float(delta["classifier.weight"].abs().min()) == pytest.approx(0.01, rel=1e-3)
+        assert float(delta["classifier.weight"].abs().min()) == pytest.approx(0.01, rel=1e-2)
 
 
 @pytest.mark.parametrize("privacy", ["none", PRIVATE])

@@ -174,13 +174,19 @@ def test_other_encodings(tmp_path: Path, encoding: str, suffix: str) -> None:
 
 
 def test_skipped_records_are_counted_by_reason(tmp_path: Path) -> None:
-    rows = [("a", "x"), (" \t", "x"), ("", ""), ("b", "  "), ("a", "y"), ("a", "x"), ("\ud83d", "x"), ("c", "y")]
+    rows = [("a", "x"), (" \t", "x"), ("", ""), ("b", "  "), ("a", "y"), ("a", "x"), ("\ud83d", "x"), ("c", "y"), ("c", "y")]
     path = write(tmp_path / "a.jsonl", lines(rows, ascii_only=True))
-    assert pairs(read(path)) == [("a", "x"), ("a", "y"), ("a", "x"), ("c", "y")]
+    assert pairs(read(path)) == [("a", "x"), ("a", "y"), ("a", "x"), ("c", "y"), ("c", "y")]
     assert read(path).skipped == {"blank text": 2, "missing label": 1, "broken Unicode": 1}
     once = read(path, deduplicate=True)
-    assert pairs(once) == [("a", "x"), ("c", "y")]
-    assert once.skipped == {"blank text": 2, "missing label": 1, "broken Unicode": 1, "duplicate": 2}
+    assert pairs(once) == [("c", "y")]
+    assert once.skipped == {
+        "blank text": 2,
+        "missing label": 1,
+        "broken Unicode": 1,
+        "conflicting labels": 3,
+        "duplicate": 1,
+    }
 
 
 def test_a_key_may_lack_in_some_json_records(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.privacy.canaries import Planted, fair_coins, new_canaries, plant
-from cotune.privacy.dp_sgd import Batch, ClippingMode, private_steps
+from cotune.privacy.dp_sgd import Batch, private_steps
+from tests.support.batches import in_batches, stack
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -21,12 +22,10 @@ CANARIES_IN = np.array([True, False, True, True, False])
 RECORDS_IN = np.array([True, True, False, False, True, False])
 
 
-def stack(rows: Any) -> Batch:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
 class Toy:
     """A linear classifier, six records, five canaries."""
+
+    slots = 64
 
     def __init__(self, canaries_in: np.ndarray = CANARIES_IN, records_in: np.ndarray = RECORDS_IN, scale: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -36,29 +35,26 @@ class Toy:
         self.records = [{"x": torch.randn(4, generator=generator) * scale, "y": torch.tensor(i % 3)} for i in range(6)]
         self.planted: Planted = plant(
             self.module,
-            self.records,
-            stack,
+            [[i] for i in range(6)],
+            lambda rows: in_batches(self.records, self.slots)(rows),
             self.loss,
             canaries=new_canaries(5, torch.device("cpu")),
             canaries_in=canaries_in,
-            records_in=records_in,
+            units_in=records_in,
             clip_norm=CLIP,
         )
 
     def loss(self, batch: Batch) -> Tensor:
         return functional.cross_entropy(self.module(batch["x"]), batch["y"], reduction="none")
 
-    def step(self, mode: ClippingMode, physical_batch: int = 64) -> tuple[Tensor, list[Tensor]]:
+    def step(self, slots: int = 64) -> tuple[Tensor, list[Tensor]]:
         """The sum of one step without noise over all rows: of the canaries, and of the module."""
         before = [p.detach().clone() for p in (self.planted.canaries, *self.module.parameters())]
         optimizer = torch.optim.SGD([self.planted.canaries, *self.module.parameters()], lr=11.0)  # 6 + 5 rows: B = 11
-        settings: dict[str, Any] = {"noise_multiplier": 0.0, "clip_norm": CLIP, "sample_rate": 1.0, "steps": 1}
         p = self.planted
-        list(
-            private_steps(
-                p.module, optimizer, p.loss, p.rows, collate=p.collate, physical_batch=physical_batch, mode=mode, **settings
-            )
-        )
+        settings: dict[str, Any] = {"noise_multiplier": 0.0, "clip_norm": CLIP, "sample_rate": 1.0, "steps": 1}
+        self.slots = slots
+        list(private_steps(p.module, optimizer, p.loss, units=p.units, batches=p.batches, expected_batch=11.0, **settings))
         after = [p.detach() for p in (self.planted.canaries, *self.module.parameters())]
         moved = [b - a for b, a in zip(before, after, strict=True)]
         return moved[0][:, 0], moved[1:]
@@ -69,38 +65,35 @@ class Toy:
         return [g * min(1.0, CLIP / norm) for g in gradients]
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
-@pytest.mark.parametrize("physical_batch", [1, 4, 64])
-def test_a_canary_that_is_in_contributes_exactly_the_clip_norm(mode: ClippingMode, physical_batch: int) -> None:
-    canaries, _ = Toy().step(mode, physical_batch)
+@pytest.mark.parametrize("slots", [1, 4, 64])
+def test_a_canary_that_is_in_contributes_exactly_the_clip_norm(slots: int) -> None:
+    canaries, _ = Toy().step(slots)
     expected = torch.tensor([0.0, *(CLIP if present else 0.0 for present in CANARIES_IN)])
     assert torch.allclose(canaries, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_records_contribute_what_they_would_without_canaries(mode: ClippingMode, scale: float) -> None:
+def test_records_contribute_what_they_would_without_canaries(scale: float) -> None:
     toy = Toy(scale=scale)
     wanted = [sum(parts) for parts in zip(*(toy.clipped(int(i)) for i in np.flatnonzero(RECORDS_IN)), strict=True)]
-    _, found = toy.step(mode)
+    _, found = toy.step()
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, torch.as_tensor(other), atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_with_everybody_held_out_nothing_moves(mode: ClippingMode) -> None:
-    canaries, module = Toy(np.zeros(5, bool), np.zeros(6, bool)).step(mode)
+def test_with_everybody_held_out_nothing_moves() -> None:
+    canaries, module = Toy(np.zeros(5, bool), np.zeros(6, bool)).step()
     assert not canaries.any()
     assert not any(p.any() for p in module)
 
 
 def test_the_number_of_rows_does_not_tell_who_is_in() -> None:
-    sizes = {len(Toy(fair_coins(5, np.random.default_rng(i)), RECORDS_IN).planted.rows) for i in range(5)}  # type: ignore[arg-type]
+    sizes = {len(Toy(fair_coins(5, np.random.default_rng(i)), RECORDS_IN).planted.units) for i in range(5)}
     assert sizes == {11}
 
 
 def test_a_coin_for_each_and_no_more() -> None:
-    with pytest.raises(ValueError, match="expected a coin for each of 5 canaries and 6 records, got 4 and 6"):
+    with pytest.raises(ValueError, match="expected a coin for each of 5 canaries and 6 units, got 4 and 6"):
         Toy(canaries_in=np.ones(4, bool))
 
 

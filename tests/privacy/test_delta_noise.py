@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from cotune.privacy.delta_noise import LocalOptimizer, delta_noise_variance
 from cotune.privacy.dp_sgd import Batch, private_steps
+from tests.support.batches import in_batches
 
 torch.set_num_threads(1)
 
@@ -90,14 +91,13 @@ def trained(optimizer: LocalOptimizer, module: nn.Module, loss: Any, records: An
         module,
         KINDS[optimizer.kind](module.parameters(), **settings),
         loss,
-        records,
-        collate=collate,
+        units=[[i] for i in range(len(records))],
+        batches=in_batches(records, 1000, collate, fill=False),
         noise_multiplier=1.5,
         clip_norm=1.0,
         sample_rate=0.25,
+        expected_batch=0.25 * len(records),
         steps=15,
-        physical_batch=1000,
-        mode="hooks",
         generator=np.random.default_rng(seed),
         sampling=np.random.default_rng(seed + 1000),
     )

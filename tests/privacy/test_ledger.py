@@ -397,3 +397,17 @@ def test_a_damaged_ledger_of_the_second_schema_is_not_taken_over(tmp_path: Path)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM entries").fetchone() == (5,)
         assert db.execute("SELECT identities FROM members").fetchone() == (UNKEYED,)
+
+
+def test_two_units_on_the_same_data_do_not_add_up(tmp_path: Path) -> None:
+    """An ε for each record and one for each person are about different neighbors; the second is refused, whatever came first."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    person, note, other = (bytes([i]) * 16 for i in range(3))
+    by_person, by_note = ledger.know([person], unit="patient_id", also=[note]), ledger.know([note])
+    ledger.reserve("plan", 1, Steps(1.0, 0.1, 5), data=by_person)
+    ledger.check_unit(by_person)
+    ledger.check_unit(ledger.know([other]))
+    with pytest.raises(PrivacyError, match="patient_id"):
+        ledger.check_unit(by_note)
+    with pytest.raises(PrivacyError, match="patient_id"):
+        ledger.reserve("another plan", 1, Steps(1.0, 0.1, 5), data=by_note)

@@ -136,13 +136,13 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     model.load({})
     names = model.names(stage.mode)
     parameters = model.train_only(names)
-    setting = audited_training.setting_of(plan, stage, model, holdings, {}, share.name)
+    setting = audited_training.setting_of(plan, stage, model, holdings, {}, share.name, expected_batch=8)
     before = model.state(names)
     generator = torch.Generator().manual_seed(0)
     delta = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in before.items()}
     expected = []
     for i in (0, 3, 7):
-        gradients = torch.autograd.grad(setting.exact(setting.collate([setting.rows[i]])).sum(), parameters)
+        gradients = torch.autograd.grad(setting.exact(setting.alone(i)).sum(), parameters)
         expected.append(-sum(float((g * delta[n]).sum()) for n, g in zip(names, gradients, strict=True)))
     assert plan.privacy != "none"
     targets = audited_training.Targets(np.zeros(0, bool), np.array([0, 3, 7]), np.ones(3, bool))

@@ -120,7 +120,7 @@ def test_a_run_folder_says_who_holds_what(toy_plan: NewPlan, tmp_path: Path) -> 
         ({"simulation": {"clients": 50}}, DataError, "use fewer clients"),
         ({"simulation": {"partition": "dirichlett:1"}}, PlanError, "did you mean 'dirichlet"),
         ({"simulation": {"partition": "shards:9"}}, DataError, "needs 9 classes, and the data has 3"),
-        ({"local": {"batch_size": 150}}, DataError, "org-1 has 102 examples, fewer than a batch needs"),
+        ({"local": {"batch_size": 150}}, DataError, "org-1 has 103 examples, fewer than a batch needs"),
         ({"local": {"batch_size": 0.001}}, DataError, "fewer than a batch needs"),
         ({"model": {"base": "/nowhere/model"}}, ModelError, "/nowhere/model is not a folder"),
         ({"model": {"base_hash": "0" * 64}}, ModelError, "expected 0000000000000000"),

@@ -76,7 +76,8 @@ def test_tags_are_learnt_and_the_model_is_a_plain_one(new_plan: Callable[..., Pl
     assert gain(result.summary) > 0.05
     words = [len(w) for w, _ in tagged(240)]
     assert sum(sum(o["labels"].values()) for o in result.summary["organisations"]) < sum(words)  # words, not records
-    assert sum(o["examples"] for o in result.summary["organisations"]) + result.summary["test"]["examples"] == 240
+    twice = 1 if privacy != "none" else 0  # one text is there twice, and counts once where something is promised to it
+    assert sum(o["examples"] for o in result.summary["organisations"]) + result.summary["test"]["examples"] == 240 - twice
     if privacy == "none":
         tell = pipeline("token-classification", str(result.folder / "model"), ignore_labels=[])
         said = {entry["word"]: entry["entity"] for entry in tell("the great table is awful")}

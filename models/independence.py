@@ -1,0 +1,220 @@
+"""Whether a model treats every record by itself: the same alone and padded, the same to the bit in any company.
+
+Clipping bounds what a record contributes, not what it does to the contributions of others. An architecture that attends to its
+padding (FNet), or an arithmetic whose rounding depends on the batch, lets one record move the gradients of many, by far more than
+the clip norm. Both are tried before a run, on made-up records, and refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from cotune.models.batching import LENGTHS
+from cotune.models.device import bfloat16_is_fast
+from cotune.models.errors import PrivacyError
+from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
+from cotune.models.probes import PerSlot, lengths_of, mixes, stretched
+from cotune.models.sharing import SharedModel, TrainMode
+from cotune.models.tasks import Example, example_losses, logits
+from cotune.models.text_task import Batch
+
+__all__ = ["MAX_PADDING_ERROR", "check_bits", "check_independence", "check_padding", "padding_error"]
+
+MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
+_FAILURES = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, IndexError)
+_checked: WeakKeyDictionary[SharedModel, dict[tuple[object, ...], str | float | None]] = WeakKeyDictionary()
+
+
+def check_independence(
+    model: SharedModel,
+    mode: TrainMode,
+    precision: str,
+    per_slot: PerSlot | None = None,
+    *,
+    slots: int = FEATURE_SLOTS,
+    lengths: Sequence[int] | None = None,
+) -> torch.dtype:
+    """Before records are trained on under privacy: none of them may reach another. Tried once per model and process.
+
+    Args:
+        model: Set to any state, its trainable parameters chosen.
+        mode: What is trained. With "head" and a head on features, the features are tried, in their own shapes.
+        precision: "float32", "bfloat16", or "auto" for bfloat16 where it is fast and independent.
+        per_slot: A batch -> each slot's gradient of every trained parameter, (slots, ...), in the way that will train. Called
+            under autocast where bfloat16 is tried.
+        slots: Rows of the batches that will train, the blank one included.
+        lengths: Lengths of those batches; all that the model has, where not given.
+
+    Returns:
+        The arithmetic in which no record reaches another: with "auto" it may be float32 where bfloat16 would be fast.
+
+    Raises:
+        PrivacyError: When padding reaches a record, or when no admissible arithmetic keeps records apart.
+    """
+    check_padding(model)  # of the features, too
+    on_features = mode == "head" and feature_head(model) is not None
+    low = precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(model.device))
+    for dtype in (torch.bfloat16, torch.float32) if precision == "auto" and low else (_dtype(low),):
+        broken = (
+            features_mix(model, dtype)
+            if on_features
+            else _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
+        )
+        if not broken:
+            return dtype
+    raise PrivacyError(
+        f"with train = {mode} in {str(dtype).removeprefix('torch.')} on this {model.device.type}, a record's numbers change with"
+        " the records beside it, expected the same bits: use model.precision = float32, one thread (OMP_NUM_THREADS=1) or another"
+        " device"
+    )
+
+
+def _dtype(low: bool) -> torch.dtype:
+    return torch.bfloat16 if low else torch.float32
+
+
+def check_bits(model: SharedModel, answer: PerSlot, lengths: Sequence[int], slots: int) -> None:
+    """Raises PrivacyError when what `answer` says of a record changes in any bit with its slot or with the records beside it."""
+    if any(mixes(model, answer, length, slots) for length in lengths):
+        raise PrivacyError(
+            "a record's numbers change with the records beside it, expected the same bits: use model.precision = float32 or"
+            " another device"
+        )
+
+
+def _examples_mix(
+    model: SharedModel, mode: TrainMode, dtype: torch.dtype, per_slot: PerSlot | None, slots: int, lengths: Sequence[int]
+) -> bool:
+    known = _checked.setdefault(model, {})
+    key = (mode, dtype, slots, tuple(lengths), per_slot is None, torch.get_num_threads())
+    if key not in known:
+        try:
+            known[key] = any(mixes(model, _answer(model, dtype, per_slot), length, slots) for length in lengths)
+        except _FAILURES as raised:
+            raise PrivacyError(_apart(model, _reason(raised))) from None
+    return bool(known[key])
+
+
+def _answer(model: SharedModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
+    """Logits, losses and gradients of each slot, in an arithmetic."""
+
+    def answer(batch: Batch) -> Sequence[Tensor]:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.no_grad():
+                forward = [logits(model.module, batch), example_losses(model.module, batch)]
+            return [*forward, *(per_slot(batch) if per_slot else ())]
+
+    return answer
+
+
+def check_padding(model: SharedModel) -> None:
+    """Raises PrivacyError when the model, or its feature, reads the padding of a record. Tried once per model."""
+    known = _checked.setdefault(model, {})
+    if "padding" not in known:
+        try:
+            known["padding"] = padding_error(model, model.loaded.task.samples(model.loaded.reader))
+        except _FAILURES as raised:
+            known["padding"] = _reason(raised)
+    error = known["padding"]
+    kind = model.loaded.module.config.model_type
+    if isinstance(error, str):
+        raise PrivacyError(_apart(model, error))
+    if error is None or not error <= MAX_PADDING_ERROR:
+        raise PrivacyError(
+            f"the architecture {kind} reads padding: a record padded to the length of its batch differs from itself alone by"
+            f" {error:.2g} (relative), expected at most {MAX_PADDING_ERROR:g}; use another base model, such as bert, distilbert,"
+            " roberta or llama"
+        )
+
+
+def _reason(raised: BaseException) -> str:
+    return (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
+
+
+def _apart(model: SharedModel, reason: str) -> str:
+    return (
+        f"the architecture {model.loaded.module.config.model_type} cannot take records of any content side by side ({reason}):"
+        " expected one that reads each record by itself, such as bert, distilbert, roberta or llama; use another base model"
+    )
+
+
+@torch.no_grad()
+def padding_error(model: SharedModel, examples: Sequence[Example], slots: int = 8) -> float:
+    """How far padding and company move a record, in float32.
+
+    Every example is compared alone and unpadded with itself in a batch of `slots` rows, in each length up to four times its own:
+    its logits, and its feature where the head reads one. That is done twice, the second time with a loud padding token, as a
+    state may have one though a base model's is zero.
+
+    Returns:
+        The largest ‖padded − alone‖ / ‖alone‖, 0 for a task without padding.
+    """
+    feature_head(model)  # finds out what the head reads while the model is as it came
+    quiet = _padding_error(model, examples, slots)
+    with _loud_padding(model):
+        return max(quiet, _padding_error(model, examples, slots))
+
+
+def _padding_error(model: SharedModel, examples: Sequence[Example], slots: int) -> float:
+    loaded, worst = model.loaded, 0.0
+    collate = loaded.task.collator(model.module, loaded.reader, model.device)
+    for example in (e for given in examples for e in _grown(given, loaded.max_length)):
+        alone = _numbers(model, collate([example]))
+        for length in _paddings(model, example):
+            padded = _numbers(model, collate([*examples[:1], example], length, slots))
+            for one, other in zip(alone, padded, strict=True):
+                worst = max(worst, _distance(one[0], other[1]))
+    return worst
+
+
+@contextmanager
+def _loud_padding(model: SharedModel) -> Iterator[None]:
+    """For the time of the block, the padding token's embedding is as long as those of others are together."""
+    pad = getattr(model.loaded.reader, "pad_token_id", None)
+    weight = getattr(model.loaded.module.get_input_embeddings(), "weight", None) if pad is not None else None
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        yield
+        return
+    before = weight[pad].clone()
+    weight[pad] = weight.abs().sum(dim=0)
+    try:
+        yield
+    finally:
+        weight[pad] = before
+
+
+def _grown(example: Example, longest: int) -> list[Example]:
+    """The example, and itself at a length at which blocks and windows come into play."""
+    if "input_ids" not in example:
+        return [example]
+    return [example, stretched(example, min(20, longest))]
+
+
+def _paddings(model: SharedModel, example: Example) -> list[int]:
+    """The bucket of an example, and the next longer ones, of which no record of its length would be a part."""
+    bucket = model.loaded.task.bucket(example, model.loaded.max_length)
+    if "input_ids" not in example:
+        return [bucket]
+    longest = min(model.loaded.max_length, 4 * len(example["input_ids"]))
+    return [bucket, *(length for length in LENGTHS if bucket < length <= longest)]
+
+
+def _numbers(model: SharedModel, batch: Batch) -> list[Tensor]:
+    found = [logits(model.module, batch).cpu()]
+    if feature_head(model) is not None:
+        found.append(vectors_of(model, batch, torch.float32))
+    return found
+
+
+def _distance(alone: Tensor, padded: Tensor) -> float:
+    """Relative; of tokens' scores, those at the positions that the record has."""
+    padded = padded[: len(alone)] if alone.dim() > 1 else padded
+    size = float(alone.double().norm())
+    distance = float((padded.double() - alone.double()).norm())
+    return distance / size if size > 0 and math.isfinite(distance) else (0.0 if distance == 0 else math.inf)

@@ -1,0 +1,125 @@
+"""Made-up records in made-up company: whether a record's numbers are the same, to the bit, wherever in a batch it stands.
+
+Rows of a matrix product are added up in an order that a kernel chooses by shape, thread and position. What holds on one machine
+need not hold on the next, so it is tried, with the shapes, the arithmetic and the device that are going to be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cotune.models.batching import LENGTHS
+from cotune.models.sharing import SharedModel
+from cotune.models.text_task import IGNORED, Batch, Example
+
+__all__ = ["PerSlot", "lengths_of", "mixes", "probe_batches"]
+
+PerSlot = Callable[
+    [Batch], Sequence[Tensor]
+]  # a batch -> tensors (slots, ...), each row of which is about the record in the slot
+
+
+def lengths_of(model: SharedModel) -> tuple[int, ...]:
+    """Every bucket that a record of this model can be in: (1,) for images."""
+    loaded = model.loaded
+    (example, *_) = loaded.task.samples(loaded.reader)
+    if "input_ids" not in example:
+        return (loaded.task.bucket(example, loaded.max_length),)
+    counts = (*(n for n in LENGTHS if n < loaded.max_length), loaded.max_length)
+    return tuple(sorted({loaded.task.bucket({**example, "input_ids": [0] * n}, loaded.max_length) for n in counts}))
+
+
+def mixes(model: SharedModel, answer: PerSlot, length: int, slots: int) -> bool:
+    """Whether what `answer` says of a record changes in any bit with its slot or with the records beside it.
+
+    One record is tried in every slot: beside long, short and extreme ones, and beside blank rows.
+    """
+    reference: list[Tensor] | None = None
+    for batch, places in probe_batches(model, length, slots):
+        rows = [_bits(tensor)[places] for tensor in answer(batch)]
+        reference = reference or [row[:1] for row in rows]
+        if not all(bool((row == first).all()) for row, first in zip(rows, reference, strict=True)):
+            return True
+    return False
+
+
+def probe_batches(model: SharedModel, length: int, slots: int) -> Iterator[tuple[Batch, list[int]]]:
+    """Two batches of one shape, and the slots in which they hold the probe: those that are even, and those that are odd.
+
+    The last slot is blank, as in `fixed_batches`.
+    """
+    loaded = model.loaded
+    collate = loaded.task.collator(model.module, loaded.reader, model.device)
+    probe, *crowd = _examples(model, length)
+    quiet = [loaded.task.blank(loaded.reader, length), crowd[1]]
+    for parity, others in ((0, crowd), (1, quiet)):
+        slot = range(slots - 1)
+        rows = [probe if i % 2 == parity else others[i // 2 % len(others)] for i in slot]
+        places = [i for i in slot if i % 2 == parity]
+        if places:
+            yield _shaken(collate(rows, length, slots), places), places
+
+
+def _examples(model: SharedModel, length: int) -> list[Example]:
+    """A probe, and records that it may meet: one of full length, the shortest, the loudest, and one of special tokens."""
+    loaded = model.loaded
+    samples: list[Example] = loaded.task.samples(loaded.reader)
+    if "input_ids" not in samples[0]:
+        return [samples[2], *samples[:2]]
+    loudest, spelled = _loudest(model), _special(model, length)
+    rows = (
+        stretched(samples[0], max(1, length - 2)),
+        stretched(samples[1], length),
+        stretched(samples[0], 1),
+        stretched({"input_ids": [loudest], "labels": _labels(samples[0])}, length),
+        stretched({"input_ids": spelled, "labels": _labels(samples[0])}, length),
+    )
+    return list(rows)
+
+
+def _labels(example: Example) -> Any:
+    return [1] if isinstance(example["labels"], list) else 1
+
+
+def stretched(example: Example, length: int) -> Example:
+    """An example of exactly that many tokens: its own, cut off or repeated (labels with them), and the last as it was."""
+    ids, labels = example["input_ids"], example["labels"]
+    times = -(-length // len(ids))
+    rows = (ids * times)[: length - 1] + ids[-1:] if length > 1 else ids[:1]
+    if isinstance(labels, list):
+        labels = (labels * (-(-length // len(labels))))[:length]
+        labels[0] = max(labels[0], 0) if labels[0] != IGNORED else 0
+    return {"input_ids": rows, "labels": labels}
+
+
+def _loudest(model: SharedModel) -> int:
+    """The token of the longest embedding."""
+    table = model.loaded.module.get_input_embeddings()
+    weight: Any = getattr(table, "weight", None)
+    return int(weight.detach().norm(dim=1).argmax()) if isinstance(weight, Tensor) and weight.dim() == 2 else 0
+
+
+def _special(model: SharedModel, length: int) -> list[int]:
+    """Special tokens, which a text may spell."""
+    table = getattr(model.loaded.module.config, "vocab_size", None)
+    return [i for i in model.loaded.reader.all_special_ids if table is None or i < table][:length] or [0]
+
+
+def _shaken(batch: Batch, places: Sequence[int]) -> Batch:
+    """Images beside the probe become a thousand times as bright; tokens are as loud as they get."""
+    if "pixel_values" in batch:
+        beside = torch.ones(len(batch["labels"]), dtype=torch.bool)
+        beside[list(places)] = False
+        beside[-1] = False
+        batch["pixel_values"][beside] *= 1000.0
+    return batch
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """(b, bytes): two values that compare as equal may differ in them, and NaNs be the same."""
+    rows = tensor.detach().cpu().contiguous().reshape(len(tensor), -1)
+    return rows.view(torch.uint8)

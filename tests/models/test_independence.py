@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cotune.models import independence
+from cotune.models.base import ModelConfig, load_model
+from cotune.models.batching import fixed_batches
+from cotune.models.errors import PrivacyError
+from cotune.models.features import arithmetic, features_of
+from cotune.models.independence import MAX_PADDING_ERROR, check_bits, check_independence, padding_error
+from cotune.models.probes import lengths_of
+from cotune.models.sharing import SharedModel
+from cotune.models.tasks import logits
+from cotune.models.text_task import Batch
+from tests.conftest import ARCHITECTURES, VOCABULARY
+from tests.models.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
+
+Make = Callable[..., SharedModel]
+WORDS = [word for word in VOCABULARY if not word.startswith("[")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, shared: Make) -> Callable[[str], SharedModel]:
+    """kind -> one model, kept."""
+    made: dict[str, SharedModel] = {}
+
+    def make(kind: str) -> SharedModel:
+        if kind not in made:
+            made[kind] = shared(kind) if kind in ARCHITECTURES else loaded_from(folder_of(kind, tmp_path_factory.mktemp(kind)))
+        return made[kind]
+
+    return make
+
+
+def error_of(model: SharedModel) -> float:
+    return padding_error(model, model.loaded.task.samples(model.loaded.reader))
+
+
+# --- padding
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "roberta", "albert"])
+def test_what_hides_its_padding_is_admitted(models: Callable[[str], SharedModel], kind: str) -> None:
+    model = models(kind)
+    assert error_of(model) < MAX_PADDING_ERROR / 5
+    for mode in ("head", "full"):
+        assert check_independence(model, mode, "float32", slots=5, lengths=[8, 24]) == torch.float32  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", READ_PADDING)
+def test_what_reads_its_padding_shows(models: Callable[[str], SharedModel], kind: str) -> None:
+    assert error_of(models(kind)) > 10 * MAX_PADDING_ERROR
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_what_reads_its_padding_is_refused(models: Callable[[str], SharedModel], kind: str, mode: Any) -> None:
+    with pytest.raises(PrivacyError):
+        check_independence(models(kind), mode, "float32", slots=5, lengths=[8])
+
+
+def test_trying_changes_nothing_in_the_model(models: Callable[[str], SharedModel]) -> None:
+    model = models("roberta")
+    names = [name for name, _ in model.parameters()]
+    before = model.state(names)
+    error_of(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state(names).items())
+
+
+def test_images_have_no_padding(base_model: Callable[[str], Path]) -> None:
+    model = image_model(base_model)
+    assert error_of(model) < MAX_PADDING_ERROR
+    assert check_independence(model, "head", "bfloat16") == torch.bfloat16
+
+
+def image_model(base_model: Callable[[str], Path]) -> SharedModel:
+    loaded = load_model(ModelConfig(base=str(base_model("vit"))), ("a", "b"), 1, "image-classification")
+    return SharedModel(loaded, None, 1, torch.device("cpu"))
+
+
+def test_tags_are_independent(base_model: Callable[[str], Path]) -> None:
+    loaded = load_model(ModelConfig(base=str(base_model("bert")), max_length=32), ("O", "B"), 1, "token-classification")
+    model = SharedModel(loaded, None, 1, torch.device("cpu"))
+    assert error_of(model) < MAX_PADDING_ERROR
+    check_independence(model, "full", "float32", slots=5, lengths=[8, 16])
+
+
+# --- bits
+
+
+def scores(model: SharedModel) -> Callable[[Batch], Sequence[Tensor]]:
+    @torch.no_grad()
+    def answer(batch: Batch) -> Sequence[Tensor]:
+        return [logits(model.module, batch)]
+
+    return answer
+
+
+def normalized_over_the_batch(given: Tensor) -> Tensor:
+    return given - given.mean(dim=0)
+
+
+def scaled_to_the_largest(given: Tensor) -> Tensor:
+    """As dynamic quantization does."""
+    return (given / given.abs().max() * 127).round()
+
+
+def told_by_position(given: Tensor) -> Tensor:
+    return torch.cat([given[:-2], given[-2:].nextafter(torch.tensor(9.0))])
+
+
+@pytest.mark.parametrize("fault", [normalized_over_the_batch, scaled_to_the_largest, told_by_position])
+def test_what_mixes_rows_is_found(models: Callable[[str], SharedModel], fault: Callable[[Tensor], Tensor]) -> None:
+    model, plain = models("bert"), scores(models("bert"))
+    check_bits(model, plain, [8, 16], 7)
+    with pytest.raises(PrivacyError):
+        check_bits(model, lambda batch: [fault(plain(batch)[0])], [8, 16], 7)
+
+
+def test_gradients_that_mix_are_refused_and_auto_falls_back(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """per_slot is called in the arithmetic that is tried."""
+    model = shared("bert")
+
+    def mixing_in_bfloat16(batch: Batch) -> list[Tensor]:
+        gradient = torch.randn(len(batch["labels"]), 3, generator=torch.Generator().manual_seed(1))
+        return [gradient if torch.is_autocast_enabled("cpu") else torch.ones_like(gradient)]
+
+    monkeypatch.setattr(independence, "bfloat16_is_fast", lambda _: True)
+    options: Any = {"per_slot": mixing_in_bfloat16, "slots": 5, "lengths": [8]}
+    assert check_independence(model, "full", "auto", **options) == torch.float32
+    with pytest.raises(PrivacyError):
+        check_independence(model, "full", "bfloat16", **options)
+    assert check_independence(model, "full", "auto", slots=5, lengths=[8]) == torch.bfloat16
+
+
+def test_features_fall_back_when_bfloat16_mixes(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cotune.models import features
+
+    monkeypatch.setattr(features, "bfloat16_is_fast", lambda _: True)
+    assert arithmetic(shared("bert"), "auto") == torch.bfloat16
+    monkeypatch.setattr(features, "mixes", lambda *_: True)
+    assert arithmetic(shared("bert"), "auto") == torch.float32
+
+
+def test_every_length_that_a_record_can_have_is_tried(shared: Make, base_model: Callable[[str], Path]) -> None:
+    assert lengths_of(shared("bert")) == (8, 16, 24, 32)
+    assert lengths_of(shared("bert", max_length=20)) == (8, 16, 20)
+    assert lengths_of(image_model(base_model)) == (1,)
+
+
+# --- with and without one record, the others have the same bits
+
+TEXTS = st.lists(
+    st.lists(st.sampled_from([*WORDS, "[PAD]", "[SEP]"]), min_size=1, max_size=31).map(" ".join), min_size=2, max_size=9
+)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "roberta"])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=TEXTS, data=st.data())
+def test_without_one_record_the_others_have_the_same_features(
+    models: Callable[[str], SharedModel], kind: str, precision: str, texts: list[str], data: st.DataObject, no_cache: None
+) -> None:
+    model = models(kind)
+    model.load({})
+    gone = data.draw(st.integers(0, len(texts) - 1))
+    order = data.draw(st.permutations([i for i in range(len(texts)) if i != gone]))
+    whole = features_of(model, texts, {}, precision)
+    rest = features_of(model, [texts[i] for i in order], {}, precision)
+    assert torch.equal(rest, whole[list(order)])
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "roberta"])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=TEXTS, data=st.data())
+def test_without_one_record_the_others_have_the_same_logits(
+    models: Callable[[str], SharedModel], kind: str, low: bool, texts: list[str], data: st.DataObject
+) -> None:
+    model = models(kind)
+    gone = data.draw(st.integers(0, len(texts) - 1))
+    rest = [text for i, text in enumerate(texts) if i != gone]
+    whole = fixed_logits(model, texts, low)
+    del whole[gone]
+    assert all(torch.equal(one, other) for one, other in zip(fixed_logits(model, rest, low), whole, strict=True))
+
+
+@pytest.fixture
+def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Features are computed every time."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "file" / "cache"))
+
+
+@torch.no_grad()
+def fixed_logits(model: SharedModel, texts: list[str], low: bool) -> list[Tensor]:
+    task, reader = model.loaded.task, model.loaded.reader
+    examples = task.examples(reader, model.loaded.max_length, texts, [0] * len(texts))
+    collate = task.collator(model.module, reader, model.device)
+    found: dict[int, Tensor] = {}
+    for rows, length in fixed_batches(range(len(texts)), lambda i: task.bucket(examples[i], model.loaded.max_length), 6):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            given = logits(model.module, collate([examples[i] for i in rows], length, 6))
+        found |= dict(zip(rows, given, strict=False))
+    return [found[i] for i in range(len(texts))]

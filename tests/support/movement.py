@@ -1,0 +1,39 @@
+"""What a data set adds to one step of DP-SGD: the movement of a linear model, with noise that is the same for every data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cotune.privacy.dp_sgd import Batch, private_steps
+from tests.support.batches import in_batches
+
+
+def movement(features: Tensor, targets: Sequence[int], units: Sequence[Sequence[int]], clip_norm: float) -> Tensor:
+    """The noised sum of all units' contributions: minus what a step of SGD at a rate of 1 moves, where everybody is sampled.
+
+    features: (n, d), of a head for two classes.
+    """
+    module = nn.Linear(features.shape[1], 2)
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    records: list[Batch] = [{"x": x, "y": torch.tensor(y)} for x, y in zip(features, targets, strict=True)]
+    steps = private_steps(
+        module,
+        torch.optim.SGD(module.parameters(), lr=1.0),
+        lambda batch: functional.cross_entropy(module(batch["x"]), batch["y"], reduction="none", ignore_index=-100),
+        units=units,
+        batches=in_batches(records, 8),
+        noise_multiplier=1.0,
+        clip_norm=clip_norm,
+        sample_rate=1.0,
+        expected_batch=1.0,
+        steps=1,
+        generator=np.random.default_rng(0),
+    )
+    assert len(list(steps)) == 1
+    return -torch.cat([p.detach().flatten() for p in module.parameters()])
