@@ -15,6 +15,7 @@ from cotune.models.batching import bucket_of_length
 from cotune.models.errors import ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
+from cotune.models.reach import check_tokens, longest_row
 
 __all__ = [
     "IGNORED",
@@ -84,6 +85,10 @@ class SequenceClassification:
                 raise ModelError("the base model's tokenizer has neither a padding nor an end token: expected one of them")
             reader.pad_token = reader.eos_token
         module.config.pad_token_id = reader.pad_token_id
+        check_tokens(reader, module)
+
+    def longest(self, reader: Any, module: Any, wanted: int) -> int:
+        return longest_row(reader, module, wanted)
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         def read(texts: Sequence[Any]) -> list[list[int]]:
