@@ -59,10 +59,13 @@ class Setting:
     samples: Callable[[], Setting]
     keep_apart: Callable[[], None]
 
-    def everything(self) -> Iterator[tuple[int, Batch]]:
-        """All rows once: how many slots of a batch are filled, and the batch."""
+    def everything(self) -> Iterator[tuple[Tensor, Batch]]:
+        """All rows once: what each filled slot of a batch counts for, on the CPU, so that a unit counts for one; the batch."""
+        weights = torch.zeros(self.rows, dtype=torch.float64)
+        for unit in self.units:
+            weights[list(unit)] = 1 / len(unit)
         for positions, batch in self.batches(range(self.rows)):
-            yield len(positions), batch
+            yield weights[list(positions)], batch
 
 
 def setting_of(

@@ -38,14 +38,14 @@ class Teller:
             return max(1, math.floor(count / step + 0.5) * step)
         return max(1, math.floor(self._once("example count", [count], round)[0] + 0.5))
 
-    def histogram(self, counts: Sequence[int], round: int) -> dict[str, float]:
+    def histogram(self, counts: Sequence[float], round: int) -> dict[str, float]:
         """Label -> how many records have it, with noise: once per run; empty unless plan and policy want it."""
         if not (self.plan.tell.label_histogram and self.policy.tell.label_histogram == "noised"):
             return {}
         noised = self._once("label histogram", counts, round)
         return {f"label {label}": value for label, value in zip(self.plan.labels, noised, strict=True)}
 
-    def metrics(self, correct: Callable[[], tuple[int, int]], round: int) -> dict[str, float]:
+    def metrics(self, correct: Callable[[], tuple[float, int]], round: int) -> dict[str, float]:
         """Records that the received model classifies rightly, of how many; empty unless plan and policy want it.
 
         correct: computes both. One record changes both by one at most: the sensitivity of the pair is √2.
@@ -82,7 +82,7 @@ class Teller:
             raise RunError(f"the received model's loss is {mean}: expected a finite one, as the plan weighs updates by it")
         return {"loss": mean}
 
-    def _once(self, what: str, values: Sequence[int], round: int) -> list[float]:
+    def _once(self, what: str, values: Sequence[float], round: int) -> list[float]:
         """Noised values that are drawn once per run: durable before they are told."""
         ledger, data = self.account.ledger, self.account.data
         known = ledger.told(self.plan.plan_id, data, what)

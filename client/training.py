@@ -173,17 +173,21 @@ def _tell(teller: Teller, setting: Setting, holdings: Holdings, round: int) -> d
 
 
 @torch.no_grad()
-def _correct(setting: Setting) -> tuple[int, int]:
-    """How many records the module classifies rightly, of how many."""
-    return sum(int(setting.correct(batch)[:filled].sum()) for filled, batch in setting.everything()), setting.rows
+def _correct(setting: Setting) -> tuple[float, int]:
+    """How many units the module classifies rightly, of how many; of a unit, the fraction of its records."""
+    right = (float(setting.correct(batch)[: len(weights)].double().cpu() @ weights) for weights, batch in setting.everything())
+    return sum(right), len(setting.units)
 
 
 @torch.no_grad()
 def _total_loss(setting: Setting, ceiling: float) -> float:
-    """Σ min(ℓ_i, ceiling); a record whose loss is not a number counts for the ceiling, as a failure would tell of it."""
-    losses = (setting.loss(batch)[:filled] for filled, batch in setting.everything())
-    known = (loss.double().nan_to_num(nan=ceiling, posinf=ceiling) for loss in losses)
-    return sum(float(loss.clamp(0.0, ceiling).sum()) for loss in known)
+    """Σ min(ℓ_i, ceiling), of a unit the mean over its records, so that it changes the sum by the ceiling at most.
+
+    A record whose loss is not a number counts for the ceiling, as a failure would tell of it.
+    """
+    losses = ((setting.loss(batch)[: len(weights)].double().cpu(), weights) for weights, batch in setting.everything())
+    known = ((loss.nan_to_num(nan=ceiling, posinf=ceiling).clamp(0.0, ceiling), weights) for loss, weights in losses)
+    return sum(float(loss @ weights) for loss, weights in known)
 
 
 def _train_plainly(
