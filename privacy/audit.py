@@ -10,9 +10,9 @@ are counted: how many of them are right? Two theorems say how many could be, had
   with the ε of the least noise that is refuted. jax_privacy has it for the curve of a single Gaussian only (the oracle of our
   tests), which is another curve when batches are sampled.
 
-Not used, for they are no bounds here: Clopper-Pearson intervals, which need independent scores (those of a final model are not; of
-an attacker who sees every step they are: see `stepwise`); fits of a Gaussian; and a correction for only those thresholds that lie on
-the hull of the ROC curve, which was seen first.
+Not used, for they are no bounds here: Clopper-Pearson intervals, which need independent scores (those of a final
+model are not; of an attacker who sees every step they are: see `stepwise`); fits of a Gaussian; and a correction for only those
+thresholds that lie on the hull of the ROC curve, which was seen first.
 
 How many guesses are counted is not chosen by looking at the answers: the numbers m, m/2, m/4, … are fixed, and the allowed error
 is divided by the number of all tests (Bonferroni), so that the bounds of an audit hold *together* with the stated confidence.

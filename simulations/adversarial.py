@@ -1,8 +1,8 @@
 """Do adversarial states make a record contribute more than it may? The attacks that once broke the claim, on a plan's own model.
 
 For states that a malicious server could send, and for unlike records of the organization, the plan's own steps are taken with and
-without one unit, from the records on: D, D without i, and i alone. The noise is drawn by the same generator each time, so that what
-differs is what the records did. Three things must hold, whatever the state:
+without one unit, from the records on: D, D without i, and i alone. The noise is drawn by the same generator each time, so that
+what differs is what the records did. Three things must hold, whatever the state:
 
 - a unit moves the sum by C at most;
 - it does so by itself: S(D) − S(D∖i) = S({i}). Padding, neighbors in a batch and rounding errors that grow with other records'
