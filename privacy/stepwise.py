@@ -1,19 +1,21 @@
 """What an attacker who sees every step proves about ε: the tight audit of a known direction.
 
 Nasr, Hayes, Steinke, Balle, Tramèr, Jagielski, Carlini, Terzis, "Tight Auditing of Differentially Private Machine Learning",
-USENIX Security 2023, section 4 (white-box access): the attacker sees the noised sum of every step and knows the direction of the
-target's gradient. For a canary that owns a coordinate the score is the logarithm of the likelihood ratio of "in" to "out", the
-most powerful test there is (Neyman and Pearson). So the trade-off curve that is claimed is reached, and not merely bounded.
+USENIX Security 2023, section 4 (white-box access): the attacker sees the noised sum of every step and knows the direction of
+the target's gradient. For a canary that owns a coordinate the score is the logarithm of the likelihood ratio of "in" to
+"out", the most powerful test there is (Neyman and Pearson). So the trade-off curve that is claimed is reached, and not merely
+bounded.
 
-Why Clopper-Pearson intervals hold here, and not for the scores of one final model (`audit`): canaries lie in coordinates of their
-own, in which no record and no other canary has a gradient. Of canary j is seen, over the steps t, x_tj = b_tj·coin_j + σ·z_tj,
-where coins, samples b and noise z are all independent of each other. Under the claimed mechanism the scores of the canaries are
-therefore independent, and whether each is above a threshold is a coin of its own: a correct engine is accused with at most the stated
-probability. For an engine that is wrong, the number is a lower bound as far as its scores are independent too.
+Why Clopper-Pearson intervals hold here, and not for the scores of one final model (`audit`): canaries lie in coordinates of
+their own, in which no record and no other canary has a gradient. Of canary j is seen, over the steps t, x_tj = b_tj·coin_j +
+σ·z_tj, where coins, samples b and noise z are all independent of each other. Under the claimed mechanism the scores of the
+canaries are therefore independent, and whether each is above a threshold is a coin of its own: a correct engine is accused
+with at most the stated probability. For an engine that is wrong, the number is a lower bound as far as its scores are
+independent too.
 
 Two kinds of tests, whose allowed errors add up. The share of right guesses "in, when the score is above 0": every target is
-guessed rightly with a probability of at most (1 + advantage)/2, so their number is below a binomial variable. And both error rates at
-thresholds that the claim fixes before anything is seen.
+guessed rightly with a probability of at most (1 + advantage)/2, so their number is below a binomial variable. And both error
+rates at thresholds that the claim fixes before anything is seen.
 """
 
 from __future__ import annotations
