@@ -17,8 +17,8 @@ from cotune.models.errors import ModelError
 
 __all__ = ["HUB_FILES", "check_named_weights", "content_hash", "deciding_files", "revision_of"]
 
-# Weights and their index, configuration, tokenizer, preprocessor, chat templates: whatever transformers opens. Code and pickles are
-# never opened, and a README decides nothing.
+# Weights and their index, configuration, tokenizer, preprocessor, chat templates: whatever transformers opens. Code and pickles
+# are never opened, and a README decides nothing.
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
 _POOLING = "1_Pooling/config.json"
 HUB_FILES = [f"*{suffix}" for suffix in _SUFFIXES]  # what is fetched from the hub; the patterns reach into folders

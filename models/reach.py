@@ -24,9 +24,9 @@ def check_tokens(reader: Any, module: Any) -> None:
     largest = max(_numbers(reader))
     if largest >= rows:
         raise ModelError(
-            f"the base model's tokenizer has the token number {largest}, and its embedding table has {rows} rows: expected numbers"
-            " below that, as a record with such a token would fail; resize the model with resize_token_embeddings(), or use"
-            " another padding token"
+            f"the base model's tokenizer has the token number {largest}, and its embedding table has {rows} rows: expected"
+            " numbers below that, as a record with such a token would fail; resize the model with resize_token_embeddings(), or"
+            " use another padding token"
         )
 
 

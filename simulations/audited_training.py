@@ -174,6 +174,6 @@ class AuditedTraining:
             found = np.zeros(len(rows))
             for positions, batch in setting.batches(rows):
                 found[list(positions)] = setting.exact(batch)[: len(positions)].double().cpu().numpy()
-            return np.bincount(owners, weights=found, minlength=len(targets))
+            return np.asarray(np.bincount(owners, weights=found, minlength=len(targets)), dtype=np.float64)
 
         return (losses(-_STEP) - losses(_STEP)) / (2 * _STEP)
