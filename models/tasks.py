@@ -49,6 +49,9 @@ class Task(Protocol):
     def fit(self, reader: Any, module: Any) -> None:
         """Makes reader and model agree. Raises ModelError when they cannot."""
 
+    def longest(self, reader: Any, module: Any, wanted: int) -> int:
+        """How many tokens of a record, of the wanted number at most, the model reads."""
+
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         """What the collator takes, for each record."""
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from cotune.models.errors import ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
+from cotune.models.reach import check_tokens, longest_row
 
 __all__ = ["IGNORED", "Batch", "Example", "SequenceClassification", "collator", "encode", "made_up_rows"]
 
@@ -60,6 +61,10 @@ class SequenceClassification:
                 raise ModelError("the base model's tokenizer has neither a padding nor an end token: expected one of them")
             reader.pad_token = reader.eos_token
         module.config.pad_token_id = reader.pad_token_id
+        check_tokens(reader, module)
+
+    def longest(self, reader: Any, module: Any, wanted: int) -> int:
+        return longest_row(reader, module, wanted)
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         ids = encode(reader, inputs, max_length)

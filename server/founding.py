@@ -75,12 +75,12 @@ def address_of(config: ServerConfig) -> str:
 
 
 def _resolved(plan: Plan, config: ServerConfig) -> Plan:
-    """The plan with the base model's hash and the class names."""
+    """The plan with the base model's hash and commit, and the class names."""
     base = find_base(plan.model)
     labels = _labels(plan, config.test, base_labels(base.path))
     local = Path(plan.model.base).expanduser()
     named = str(local.resolve()) if local.exists() else plan.model.base
-    model = plan.model.model_copy(update={"base": named, "base_hash": base.content_hash})
+    model = plan.model.model_copy(update={"base": named, **base.pins})
     return plan.model_copy(update={"labels": labels, "model": model})
 
 
