@@ -35,7 +35,7 @@ class ClientPrivacy(Table):
         None,
         gt=0,
         le=1000,
-        description="ε allowed over all runs of a federation, fixed by the first; default: as much as one run",
+        description="ε allowed over all runs of a federation, fixed by the first; default: that of one run",
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ, below one over the number of organisations")
     clip_norm: float = Field(1.0, gt=0, description="C, bound on an organisation's update, in L2 norm; adaptive: at first")

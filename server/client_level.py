@@ -69,7 +69,8 @@ class ClientLevelPrivacy:
         return (
             f"round {progress.round + 1} would exceed the client-level ε = {self.privacy.epsilon:g}, or that of all runs of this"
             f" federation: interrupted rounds count, and ε = {round_up(self.account.spent())} is spent in this run,"
-            f" {round_up(self.account.spent_in_all_runs())} in all at δ = {self.account.delta_of_all_runs():g}; the run ends with the model after round {progress.round}"
+            f" {round_up(self.account.spent_in_all_runs())} in all at δ = {self.account.delta_of_all_runs():g};"
+            f" the run ends with the model after round {progress.round}"
         )
 
     def new_mean(self, shapes: Mapping[str, Tensor], before: Progress) -> PrivateMean:

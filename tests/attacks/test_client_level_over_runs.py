@@ -93,7 +93,7 @@ def test_a_name_that_is_used_again_is_another_run(new_run: NewRun, tmp_path: Pat
     account = account_of(again, again.plan.client_privacy)
     assert account.charges() == []
     assert play(again) > 0
-    assert [len(charged) for charged in account.runs().values()][0] == played
+    assert next(len(charged) for charged in account.runs().values()) == played
     assert len(account.runs()) == 2
 
 
