@@ -87,7 +87,7 @@ def test_a_malformed_line_leaves_the_others_as_they_are(tmp_path: Path, name: st
 
 def test_several_malformed_lines_are_counted(tmp_path: Path) -> None:
     source = tmp_path / "tags.csv"
-    source.write_text('text,label\na,B\n1,2,O\n\nb,O\n1,2,3\n"c,O\nd,O\n', encoding="utf-8")
+    source.write_text('text,label\na,B\n1,2,O\n\n1,2,3\nb,O\n"c,O\nd,O\n', encoding="utf-8")
     held = HoldingsFile.read(described(tmp_path, source, "sequence-classification", DataConfig(source="x")), TAGS, lenient=True)
     assert list(held.inputs()) == ["a", "b"]
     assert held.parts[0][0].skipped == {"unreadable": 3}
