@@ -59,10 +59,9 @@ class Setting:
     samples: Callable[[], Setting]
     keep_apart: Callable[[], None]
 
-    def everything(self) -> Iterator[tuple[int, Batch]]:
-        """All rows once: how many slots of a batch are filled, and the batch."""
-        for positions, batch in self.batches(range(self.rows)):
-            yield len(positions), batch
+    def everything(self) -> Iterator[tuple[Sequence[int], Batch]]:
+        """All rows once: the numbers of the rows in the first slots of a batch, and the batch."""
+        yield from self.batches(range(self.rows))
 
 
 def setting_of(

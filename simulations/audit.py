@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cotune.client.account import Account
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.site import Site
 from cotune.models.errors import DataError, PlanError, PrivacyError, nearest
@@ -107,8 +108,10 @@ def audit_plan(
     name = _chosen(organisation, [share.name for share in prepared.shares])
     share = next(share for share in prepared.shares if share.name == name)
     holdings = Holdings(((prepared.records[share.file], share.rows),), prepared.plan.labels, prepared.plan.task)
-    policy = Policy.permissive(share.epsilon)
-    return _audit(prepared.plan, policy, holdings, name, canaries, rounds, confidence, device)
+    resolved = prepared.plan
+    return _audit(
+        resolved, share.policy(resolved), share.public_examples(resolved), holdings, name, canaries, rounds, confidence, device
+    )
 
 
 def audit_run(
@@ -126,8 +129,12 @@ def audit_run(
     name = _chosen(organisation, [who.name for who in folder.file.participants])
     site = next(who.site for who in folder.file.participants if who.name == name)
     holdings = HoldingsFile.read(folder.path / site / "data.json", folder.plan.labels)
-    policy = Site(folder.path / site).policy()
-    return _audit(folder.plan, policy, holdings, name, canaries, rounds, confidence, device or folder.file.device)
+    at = Site(folder.path / site)
+    policy = at.policy()
+    told = Account(folder.plan, policy, at, holdings.bounded(folder.plan.privacy, folder.plan.seed), draws=False)
+    return _audit(
+        folder.plan, policy, told.public_examples, holdings, name, canaries, rounds, confidence, device or folder.file.device
+    )
 
 
 def _check(plan: Plan) -> None:
@@ -144,21 +151,30 @@ def _chosen(organisation: str | None, names: Sequence[str]) -> str:
 
 
 def _audit(
-    plan: Plan, policy: Policy, holdings: Holdings, name: str, canaries: int, rounds: int | None, confidence: float, device: str
+    plan: Plan,
+    policy: Policy,
+    examples: int,
+    holdings: Holdings,
+    name: str,
+    canaries: int,
+    rounds: int | None,
+    confidence: float,
+    device: str,
 ) -> AuditResult:
+    """examples: the public number of records, from which rate, batch, σ and δ follow as in training."""
     began = time.monotonic()
     assert isinstance(plan.privacy, RecordPrivacy)
-    planned, examples = plan.rounds, len(holdings)
+    planned, held = plan.rounds, len(holdings)
     if rounds is not None and not 1 <= rounds <= planned:
         raise PlanError(f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}")
     for stage in plan.stages:
         check_examples(examples, stage.local, name)
     coins = private_generator()
-    records = np.sort(coins.choice(examples, size=min(examples, canaries), replace=False))
+    records = np.sort(coins.choice(held, size=min(held, canaries), replace=False))
     targets = Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
     budget = budget_of(plan.privacy, policy, examples)
     sigma, delta = noise_multiplier(plan, policy, budget, examples, 1), budget.delta
-    training = AuditedTraining(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device))
+    training = AuditedTraining(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device), examples)
     for round in range(1, (rounds or planned) + 1):
         training.play(round)
     found = {
@@ -170,7 +186,7 @@ def _audit(
         plan=plan.name,
         plan_id=plan.plan_id,
         organisation=name,
-        examples=examples,
+        examples=held,
         rounds=rounds or planned,
         rounds_planned=planned,
         steps=sum(s.count for s in steps),

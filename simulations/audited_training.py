@@ -59,9 +59,10 @@ class AuditedTraining:
         targets: Targets,
         sigma: float,
         model: SharedModel,
+        examples: int,
     ) -> None:
         self.plan, self.privacy, self.holdings, self.organisation = plan, privacy, holdings, organisation
-        self.targets, self.sigma, self.model = targets, sigma, model
+        self.targets, self.sigma, self.model, self.examples = targets, sigma, model, examples
         self.canaries = new_canaries(len(targets.canaries_in), model.device)
         self.state: State = {}
         self.record_scores = np.zeros(len(targets.records))
@@ -77,7 +78,7 @@ class AuditedTraining:
         model.load(self.state)
         names = trained_names(self.plan, model, round)
         parameters = model.train_only(names)
-        batch = stage.local.sample_rate(len(self.holdings)) * len(self.holdings)
+        batch = stage.local.sample_rate(self.examples) * self.examples
         setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation, expected_batch=batch)
         before = model.state(names)
         self._train(stage, setting, names, parameters)
@@ -100,7 +101,7 @@ class AuditedTraining:
         )
         optimizer = optimizer_of(stage.local, self.model, names, parameters)
         optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
-        rate = stage.local.sample_rate(len(setting.units))
+        rate = stage.local.sample_rate(self.examples)
         reports = private_steps(
             planted.module,
             optimizer,
@@ -110,8 +111,8 @@ class AuditedTraining:
             noise_multiplier=self.sigma,
             clip_norm=self.privacy.clip_norm,
             sample_rate=rate,
-            expected_batch=rate * len(planted.units),
-            steps=stage.local.steps_of(len(setting.units)),
+            expected_batch=rate * (self.examples + len(planted.units) - len(setting.units)),
+            steps=stage.local.steps_of(self.examples),
             clipping=self.privacy.clipping,
         )
         for _ in reports:
