@@ -77,6 +77,8 @@ def check(plan: Plan, site: Site) -> Checked:
             " would be trained without a label"
         )
         checked = replace(checked, warning=warning)
+    elif warning := _far_from_true(account):
+        checked = replace(checked, warning=warning)
     broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
     if broken:
         return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
@@ -107,6 +109,17 @@ def check(plan: Plan, site: Site) -> Checked:
         epsilon_spent=account.spent_in_total(),
         epsilon_total=account.budget.total_epsilon,
         stages=tuple(_try(plan, stage, model, account.public_examples, sigma) for stage in plan.stages),
+    )
+
+
+def _far_from_true(account: Account) -> str | None:
+    """A declared number that is far from the true one costs accuracy: batches are smaller, or the noise larger than need be."""
+    declared, held = account.public_examples, account.true_examples
+    if account.policy.tell.example_count != "declared" or held / 2 <= declared <= 1.1 * held:
+        return None
+    return (
+        f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"
+        " batches and noise follow from it"
     )
 
 

@@ -62,7 +62,7 @@ class RecordPrivacy(Table):
     )
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organisation over the whole run")
     delta: float | str = Field("1/n^1.5", description='δ: a number, or "1/n^p" with n the organisation\'s records')
-    clip_norm: float = Field(1.0, gt=0, description="C, bound on the L2 norm of one record's gradient")
+    clip_norm: float = Field(1.0, ge=1e-6, le=1e3, description="C, bound on the L2 norm of one record's gradient")
     clipping: Literal["flat", "per_layer"] = Field(
         "flat", description="the gradient as a whole, or each parameter tensor to C/√L; per_layer: head and lora only"
     )
