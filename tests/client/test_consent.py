@@ -167,6 +167,6 @@ def test_a_delta_for_the_total_that_limits_nothing_is_refused(
     make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]
 ) -> None:
     plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy(budget={"delta_total": 0.9}))
-    with pytest.raises(PrivacyError, match=r"budget\.delta_total = 0\.9 gives δ = 0\.9 for 60 examples; expected at most 0\.0017"):
+    with pytest.raises(PrivacyError, match=r"budget\.delta_total = 0\.9 gives δ = 0\.9 for 60 examples; expected at most 0\.017"):
         train_round(plan, site, 1, state_for(plan))
     assert not site.ledger_file.exists()

@@ -93,10 +93,10 @@ def test_the_noise_is_for_one_records_ceiling(make_plan: MakePlan, make_site: Ma
     """Σ min(ℓ, 2) = 60, σ·c = 2·2 and 60 declared: mean 1 and deviation 4/60."""
     policy = tells(local_loss="noised", loss_ceiling=2.0, noise_multiplier=2.0)
     plan, site = make_plan(privacy={**PRIVATE, "epsilon": 50.0}, strategy=WEIGHTED, rounds=1), make_site(policy=policy)
-    account = Account(plan, policy, site, site.holdings(plan.labels))
+    account = Account(plan, policy, site, site.holdings(plan.labels), generator=np.random.default_rng(0))
     account.reserve = lambda *_: 0  # type: ignore[method-assign]
     account.ledger.settle = lambda *_: None  # type: ignore[method-assign, assignment]
-    teller, asked = Teller(account, generator=np.random.default_rng(0)), []
+    teller, asked = Teller(account), []
     draws = [teller.loss(lambda c: asked.append(c) or 60.0, 60, 1)["loss"] for _ in range(4000)]  # type: ignore[func-returns-value]
     assert set(asked) == {2.0}
     assert np.mean(draws) == pytest.approx(1.0, abs=0.005)
@@ -115,7 +115,8 @@ def test_no_record_changes_the_clipped_sum_by_more_than_the_ceiling(
     strange = torch.cat([torch.tensor([math.nan, math.inf, 7.0, 0.5]), torch.zeros(56)])
     object.__setattr__(setting, "batches", lambda rows: [(rows, strange)])
     object.__setattr__(setting, "loss", lambda batch: batch)
-    assert training._total_loss(setting, 2.0) == 6.5
+    assert training._total_loss(setting, [1.0] * 60, 2.0) == 6.5
+    assert training._total_loss(setting, [0.5] * 60, 2.0) == 3.25  # of people with two records each
 
 
 def test_in_the_clear_the_ledger_says_so(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:

@@ -209,7 +209,7 @@ def test_empty_batches(make_plan: MakePlan, make_site: MakeSite, state_for: Stat
 
 
 def test_a_diverged_model_is_not_sent(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(local={"learning_rate": 3e38, "momentum": 0.99, "steps": 40}), make_site()
+    plan, site = make_plan(local={"learning_rate": 1e3, "weight_decay": 10.0, "steps": 40}), make_site()
     with pytest.raises(RunError, match="not finite any more"):
         train_round(plan, site, 1, state_for(plan))
     assert not (site.folder / "outbox").exists()
