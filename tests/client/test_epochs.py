@@ -10,7 +10,6 @@ import pytest
 from cotune.client.budget import planned_steps
 from cotune.client.site import Site
 from cotune.client.training import train_round
-from cotune.models.errors import Declined
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import epsilon
