@@ -59,9 +59,13 @@ class Setting:
     samples: Callable[[], Setting]
     keep_apart: Callable[[], None]
 
-    def everything(self) -> Iterator[tuple[Sequence[int], Batch]]:
-        """All rows once: the numbers of the rows in the first slots of a batch, and the batch."""
-        yield from self.batches(range(self.rows))
+    def everything(self) -> Iterator[tuple[Tensor, Batch]]:
+        """All rows once: what each filled slot of a batch counts for, on the CPU, so that a unit counts for one; the batch."""
+        weights = torch.zeros(self.rows, dtype=torch.float64)
+        for unit in self.units:
+            weights[list(unit)] = 1 / len(unit)
+        for positions, batch in self.batches(range(self.rows)):
+            yield weights[list(positions)], batch
 
 
 def setting_of(

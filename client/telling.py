@@ -29,7 +29,7 @@ class Teller:
         noised = self.account.once("label histogram", counts)
         return {f"label {label}": value for label, value in zip(self.plan.labels, noised, strict=True)}
 
-    def metrics(self, correct: Callable[[], tuple[float, float]], round: int) -> dict[str, float]:
+    def metrics(self, correct: Callable[[], tuple[float, int]], round: int) -> dict[str, float]:
         """Records that the received model classifies rightly, of how many; empty unless plan and policy want it.
 
         correct: computes both. One unit changes both by one at most: the sensitivity of the pair is √2.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -172,36 +171,30 @@ def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepRe
 
 def _tell(teller: Teller, setting: Setting, account: Account, round: int) -> dict[str, float]:
     """What else the organisation says, about its records and the received model."""
-    counts, weights = list(account.holdings.label_counts().values()), account.holdings.weights
+    counts = list(account.holdings.label_counts().values())
     return {
         **teller.histogram(counts),
-        **teller.metrics(lambda: _correct(setting, weights), round),
-        **teller.loss(lambda ceiling: _total_loss(setting, weights, ceiling), account.true_examples, round),
+        **teller.metrics(lambda: _correct(setting), round),
+        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), account.true_examples, round),
     }
 
 
 @torch.no_grad()
-def _correct(setting: Setting, weights: Sequence[float]) -> tuple[float, float]:
-    """How many units' records the module classifies rightly, of how many; every unit counts for one (see `Holdings.weights`)."""
-    right = (setting.correct(batch)[: len(rows)].double().cpu() @ _of(weights, rows) for rows, batch in setting.everything())
-    return sum(float(part) for part in right), math.fsum(weights)
+def _correct(setting: Setting) -> tuple[float, int]:
+    """How many units the module classifies rightly, of how many; of a unit, the fraction of its records."""
+    right = (float(setting.correct(batch)[: len(weights)].double().cpu() @ weights) for weights, batch in setting.everything())
+    return sum(right), len(setting.units)
 
 
 @torch.no_grad()
-def _total_loss(setting: Setting, weights: Sequence[float], ceiling: float) -> float:
-    """Σ min(ℓ_i, ceiling), every unit counting for one.
+def _total_loss(setting: Setting, ceiling: float) -> float:
+    """Σ min(ℓ_i, ceiling), of a unit the mean over its records, so that it changes the sum by the ceiling at most.
 
     A record whose loss is not a number counts for the ceiling, as a failure would tell of it.
     """
-    total = 0.0
-    for rows, batch in setting.everything():
-        losses = setting.loss(batch)[: len(rows)].double().cpu().nan_to_num(nan=ceiling, posinf=ceiling)
-        total += float(losses.clamp(0.0, ceiling) @ _of(weights, rows))
-    return total
-
-
-def _of(weights: Sequence[float], rows: Sequence[int]) -> Tensor:
-    return torch.tensor([weights[row] for row in rows], dtype=torch.float64)
+    losses = ((setting.loss(batch)[: len(weights)].double().cpu(), weights) for weights, batch in setting.everything())
+    known = ((loss.nan_to_num(nan=ceiling, posinf=ceiling).clamp(0.0, ceiling), weights) for loss, weights in losses)
+    return sum(float(loss @ weights) for loss, weights in known)
 
 
 def _train_plainly(

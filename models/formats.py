@@ -46,6 +46,10 @@ class DataConfig(BaseModel):
         default=False, description="of records with the same input keep the first, or none if their labels differ"
     )
 
+    def without_units(self) -> DataConfig:
+        """For records of which nobody need say whose they are, such as a coordinator's test set."""
+        return self.model_copy(update={"unit": None})
+
     @field_validator("encoding")
     @classmethod
     def _known_encoding(cls, value: str) -> str:

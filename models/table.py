@@ -59,7 +59,7 @@ def _most_telling(error: ValidationError) -> Any:
     """Unions report one error per member: prefer the one from the member that was meant (a table, or a word)."""
     errors = sorted(error.errors(), key=lambda e: e["loc"][:1] == ("train",))  # stages repeat what is wrong in [local]
     same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
-    return max(same, key=lambda e: (len(e["loc"]), e["type"] == "literal_error"))
+    return max(same, key=lambda e: (len(e["loc"]), e["type"] == "literal_error" and not isinstance(e["input"], dict)))
 
 
 def _is_union_tag(part: Any) -> bool:

@@ -7,13 +7,12 @@ decided here about a unit is decided by that unit's own records, so that no unit
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 from cotune.models.inputs import Input, Label, content_of
 
-__all__ = ["RECORD", "UnitRule", "agree", "chosen", "grouped", "identity_of_person", "plain_name"]
+__all__ = ["RECORD", "UnitRule", "agree", "chosen", "grouped", "identity_of_person"]
 
 RECORD = "record"  # the name of the unit that is one record
 _BYTES = 16  # of an identity
@@ -31,19 +30,8 @@ class UnitRule(Protocol):
         """How many records of a unit count at most; None for RECORD."""
 
 
-def plain_name(text: str) -> str:
-    """The name of a unit in one spelling: compatibility forms, case, white space and invisible characters do not tell two apart.
-
-    >>> plain_name(" P-００7 ") == plain_name("p-007")
-    True
-    """
-    composed = unicodedata.normalize("NFKC", text)
-    visible = "".join(letter for letter in composed if letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cf"))
-    return " ".join(unicodedata.normalize("NFKC", visible.casefold()).split())
-
-
 def identity_of_person(name: str) -> bytes:
-    """16 bytes that stay the same in every export: SHA-256 over a unit's name, apart from all identities of records."""
+    """16 bytes that stay the same in every export: SHA-256 over a plain name, apart from those of records."""
     return hashlib.sha256(b"cotune unit\0" + name.encode("utf-8", "surrogatepass")).digest()[:_BYTES]
 
 

@@ -29,7 +29,7 @@ def clip_factors(gradients: Sequence[Tensor], clip_norm: float, clipping: Clippi
         gradients: (k, *shape) for each parameter; finite. Norms are taken in float64, where no float32 entry overflows.
         clip_norm: C > 0.
     """
-    squares = [g.reshape(len(g), -1).to(torch.float64).square_().sum(dim=1) for g in gradients]
+    squares = [g.reshape(len(g), -1).to(torch.float64, copy=True).square_().sum(dim=1) for g in gradients]
     if clipping == "flat":
         whole = torch.stack(squares).sum(dim=0).sqrt_()
         return [_factor(whole, clip_norm)] * len(gradients)

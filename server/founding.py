@@ -80,7 +80,7 @@ def _resolved(plan: Plan, config: ServerConfig) -> Plan:
     labels = _labels(plan, config.test, base_labels(base.path))
     local = Path(plan.model.base).expanduser()
     named = str(local.resolve()) if local.exists() else plan.model.base
-    model = plan.model.model_copy(update={"base": named, "base_hash": base.content_hash})
+    model = plan.model.model_copy(update={**base.pins, "base": named})
     return plan.model_copy(update={"labels": labels, "model": model})
 
 
@@ -93,7 +93,7 @@ def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[st
         )
     if test is None:
         return plan.labels
-    found = check_labels(read_records(plan.data, test, plan.task), plan.labels or None)
+    found = check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels or None)
     return plan.labels or (of_base if set(of_base) == set(found) else found)
 
 

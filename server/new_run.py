@@ -10,7 +10,7 @@ from pathlib import Path
 from cotune.models.durable import write_durably
 from cotune.models.errors import PlanError, RunError
 from cotune.models.holdings import HoldingsFile, Portion
-from cotune.models.records import DataConfig, check_labels, read_records
+from cotune.models.records import check_labels, read_records
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
 from cotune.server.federation import FederationFolder
@@ -52,7 +52,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
         raise RunError("the federation has no members: invite one first (`cotune server invite`)")
     check_suits(plan, len(people), server_data=False)
     if test := _test_file(federation):
-        check_labels(read_records(_of_test(plan), test, plan.task), plan.labels)
+        check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels)
     path = _folder(federation, plan, name)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     device, home = federation.config.device, str(federation.path)
@@ -80,13 +80,8 @@ def _test_file(federation: FederationFolder) -> Path | None:
     return None if test is None else (federation.path / test).resolve()
 
 
-def _of_test(plan: Plan) -> DataConfig:
-    """As the plan reads records, but nobody need say whose those of a test set are."""
-    return plan.data.model_copy(update={"unit": None})
-
-
 def _write_test(federation: FederationFolder, plan: Plan, path: Path) -> None:
     """All of its records, read as the plan reads records."""
     if file := _test_file(federation):
-        document = HoldingsFile(task=plan.task, data=_of_test(plan), portions=(Portion(path=file),))
+        document = HoldingsFile(task=plan.task, data=plan.data.without_units(), portions=(Portion(path=file),))
         write_durably(path / "test" / "data.json", document.model_dump_json(indent=1).encode())

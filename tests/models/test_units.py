@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from cotune.models.errors import DataError
 from cotune.models.formats import DataConfig
 from cotune.models.holdings import Holdings
+from cotune.models.inputs import plain
 from cotune.models.records import Records, read_records
 from cotune.models.tasks import TaskName
-from cotune.models.units import plain_name
 from cotune.privacy.accounting import RecordPrivacy
 from tests.conftest import tagged, write_images
 
@@ -27,7 +27,7 @@ def holdings(*files: list[Row]) -> Holdings:
     parts = []
     for rows in files:
         texts, labels, whose = zip(*rows, strict=True) if rows else ((), (), ())
-        records = Records(texts, labels, "records", units=tuple(map(plain_name, whose)))
+        records = Records(texts, labels, "records", units=tuple(map(plain, whose)))
         parts.append((records, np.arange(len(rows))))
     return Holdings(tuple(parts), ("x", "y"))
 
@@ -102,9 +102,9 @@ def test_without_a_promise_every_row_is_by_itself() -> None:
 
 
 def test_spellings_of_one_person() -> None:
-    for other in ("P-7 ", "p-7", "Ｐ-７", "p-7\u200b", "\x07P-7"):
-        assert plain_name(other) == plain_name("p-7")
-    assert plain_name("p-7") != plain_name("p-8")
+    for other in ("P-7 ", "p-7", "Ｐ-７", "p-7\u200b", "\x07P-7", "p-7\ufe0f", "p-7."):
+        assert plain(other) == plain("p-7")
+    assert plain("p-7") != plain("p-8")
 
 
 def test_a_person_and_a_text_are_never_the_same() -> None:

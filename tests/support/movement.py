@@ -14,7 +14,7 @@ from tests.support.batches import in_batches
 
 
 def movement(features: Tensor, targets: Sequence[int], units: Sequence[Sequence[int]], clip_norm: float) -> Tensor:
-    """The noised sum of all units' contributions: minus what a step of SGD at a rate of 1 moves, where everybody is sampled.
+    """Return the noised sum of all units' contributions: minus what a step of SGD at a rate of 1 moves, where everybody is sampled.
 
     features: (n, d), of a head for two classes.
     """
