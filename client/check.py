@@ -77,8 +77,8 @@ def check(plan: Plan, site: Site) -> Checked:
             " would be trained without a label"
         )
         checked = replace(checked, warning=warning)
-    elif warning := _far_from_true(account):
-        checked = replace(checked, warning=warning)
+    elif (far := _far_from_true(account)) is not None:
+        checked = replace(checked, warning=far)
     broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
     if broken:
         return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
