@@ -60,6 +60,11 @@ def _show_ledger(console: Console, found: dict[str, Any]) -> None:
             console.print(f"  [bold red]{times}: {escape(plans)}. No ε bounds that.[/bold red]")
         if data["runs"]:
             console.print(_runs(data))
+            worst = max(data["runs"], key=lambda run: float(run["true_positive_rate"]))
+            share = f"at most {math.ceil(1000 * worst['true_positive_rate']) / 10:g} % of the members"
+            console.print(
+                f"  from any one run, an attack with 1 % false alarms finds {share} (μ {round_up(worst['gaussian_mu'])})"
+            )
     if found["unassigned"]:
         console.print(f"{len(found['unassigned'])} charges of an older cotune name no data set, and count for every one")
     if found["head"]:

@@ -8,7 +8,7 @@ from typing import Any
 from cotune.client.site import Site
 from cotune.privacy.accounting import Steps, delta_of, epsilon, gaussian_mu, true_positive_rate
 from cotune.privacy.chain import Entry
-from cotune.privacy.filters import composition, epsilon_over_runs
+from cotune.privacy.filters import composition, epsilon_over_runs, epsilon_spent
 from cotune.privacy.ledger import Charge, DataSet, Ledger
 from cotune.privacy.verification import FORMAT
 
@@ -53,7 +53,7 @@ def _data_set(site: Site, ledger: Ledger, data: DataSet) -> dict[str, Any]:
     [history, *_], counted = ledger.histories(data.fingerprint, "budget.epsilon_total"), ledger.counted(data.fingerprint)
     delta = history.delta if history.delta < 1 else delta_of(rules.delta_total, data.records)
     linked = {"", data.fingerprint, *data.shares}
-    spent = epsilon_over_runs(history.runs, rules.epsilon_total, delta)
+    counted_as = epsilon_over_runs(history.runs, rules.epsilon_total, delta)
     return {
         "fingerprint": data.fingerprint,
         "records": data.records,
@@ -61,10 +61,10 @@ def _data_set(site: Site, ledger: Ledger, data: DataSet) -> dict[str, Any]:
         "first_seen": data.first_seen,
         "shares_records_with": data.shares,
         "delta": delta,
-        "epsilon": spent,
+        "epsilon": epsilon_spent(history.runs, rules.epsilon_total, delta),
         "composition": composition(history.runs, rules.epsilon_total, delta),
         "epsilon_total": rules.epsilon_total,
-        "epsilon_left": max(0.0, rules.epsilon_total - spent),
+        "epsilon_left": max(0.0, rules.epsilon_total - counted_as),
         "unprotected": [_left(e) for e in ledger.entries() if e.kind == "unprotected" and e.body["data"] in linked],
         "runs": [_run(plan_id, counted, delta) for plan_id in dict.fromkeys(c.plan_id for c in counted)],
     }

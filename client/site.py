@@ -6,6 +6,7 @@ policy.toml       what it allows; without one, the strict defaults
 node.key .pub     by which a server knows it
 plans/            the plans that came, and in approved.jsonl those that it has approved (approval.py)
 ledger.sqlite     the privacy it has spent
+ledger.key        the secret by which the ledger knows records
 audit.jsonl       what it has sent (audit_log.py)
 node/             what its node keeps while it works (node.py)
 outbox/           the last finished update, so that a crash after training costs nothing

@@ -1,14 +1,12 @@
-"""The base model: found, checked and loaded from safetensors only; identified by the hash of its weights; it never travels."""
+"""The base model: found, checked and loaded from safetensors only; identified by the hash of its files; it never travels."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
+from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, revision_of
 from cotune.models.errors import ModelError
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
 from cotune.models.table import Table
@@ -29,14 +28,18 @@ if TYPE_CHECKING:  # takes seconds to import, which commands that load no model 
 __all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "dropout_settings", "find_base", "load_model", "quiet"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model"]  # never code, never pickles
 
 
 class ModelConfig(Table):
     """Which pretrained model, and how it reads records (the `model` table of a plan)."""
 
     base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
-    base_hash: str | None = Field(None, description="SHA-256 of the base model's safetensors; checked when given")
+    base_hash: str | None = Field(
+        None, description="SHA-256 of the base model's weights, configuration and tokenizer; checked when given"
+    )
+    revision: str | None = Field(
+        None, description="of a hub id: the commit, tag or branch that is fetched; a federation's plan pins the commit"
+    )
     pooling: Literal["auto", "mean", "native"] = Field(
         "auto",
         description="how token vectors become one: the architecture's own way, or the mean (auto: as the folder says)",
@@ -50,11 +53,16 @@ class ModelConfig(Table):
 
 @dataclass(frozen=True)
 class BaseModelFolder:
-    """A checked folder. `content_hash`: SHA-256 over the names and contents of its safetensors files."""
+    """A checked folder.
+
+    content_hash: SHA-256 over the names and contents of the files that decide what is computed (`base_files.deciding_files`).
+    revision: the commit, where the folder is a snapshot of the Hugging Face hub.
+    """
 
     name: str
     path: Path
     content_hash: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,24 +79,24 @@ class LoadedModel:
 
 def find_base(config: ModelConfig) -> BaseModelFolder:
     """Finds the folder, checks that it holds a configuration and safetensors, and hashes it. Raises ModelError."""
-    path = _locate(config.base)
+    path = _locate(config.base, config.revision)
     _check_folder(path, config.base)
-    folder = BaseModelFolder(config.base, path, _content_hash(tuple(sorted(path.glob("*.safetensors")))))
+    folder = BaseModelFolder(config.base, path, content_hash(path), revision_of(path))
     if config.base_hash not in (None, folder.content_hash):
         raise ModelError(
             f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
-            " plan: get the same weights as the other organisations"
+            " plan: get the same weights, configuration and tokenizer as the other organisations"
         )
     return folder
 
 
-def _locate(base: str) -> Path:
+def _locate(base: str, revision: str | None) -> Path:
     if base.startswith("package:"):
         return _package_model(base.removeprefix("package:"))
     path = Path(base).expanduser()
     if path.exists() or base.startswith((".", "/", "~")):
         return path.resolve()
-    return _from_hub(base)
+    return _from_hub(base, revision)
 
 
 def _package_model(package: str) -> Path:
@@ -101,12 +109,12 @@ def _package_model(package: str) -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _from_hub(base: str) -> Path:
+def _from_hub(base: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(base, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(base, revision=revision, allow_patterns=HUB_FILES))
     except (HFValidationError, OSError, ValueError) as error:  # hub errors and connection errors are OSErrors
         reason = str(error).strip().splitlines()[0][:160]
         raise ModelError(
@@ -133,6 +141,7 @@ def _check_folder(path: Path, name: str) -> None:
                 " *.safetensors; convert it with save_pretrained(safe_serialization=True) on a machine you trust"
             )
         raise ModelError(f"the base model {name} has no weights: expected *.safetensors in its folder")
+    check_named_weights(path)
 
 
 def _peft_type(path: Path) -> str:
@@ -140,20 +149,6 @@ def _peft_type(path: Path) -> str:
         return str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") or "of unknown type")
     except (OSError, ValueError, AttributeError):
         return "of unknown type"
-
-
-@lru_cache(maxsize=16)
-def _content_hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
-    total = hashlib.sha256()
-    for file, _, _ in files:
-        with open(file, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{Path(file).name}:{digest}\n".encode())
-    return total.hexdigest()
-
-
-def _content_hash(files: tuple[Path, ...]) -> str:
-    return _content_hash_of(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
 def load_model(
@@ -175,6 +170,7 @@ def load_model(
             if not _head_is_for(folder.path, labels, type(module).__name__):
                 _draw_head(module)
         does.fit(reader, module)
+        longest = does.longest(reader, module, config.max_length)
     except ModelError:
         raise
     except Exception as error:
@@ -183,8 +179,7 @@ def load_model(
             f"the base model {config.base} cannot be loaded as {_a(does.described)} ({reason}): expected an architecture with a"
             f" {does.model_class().__name__.removeprefix('AutoModel')} class in transformers, its safetensors and {does.needs}"
         ) from None
-    longest = getattr(model_config, "max_position_embeddings", None) or config.max_length
-    return LoadedModel(module, reader, folder, frozen, min(config.max_length, int(longest)), does)
+    return LoadedModel(module, reader, folder, frozen, longest, does)
 
 
 def _a(noun: str) -> str:

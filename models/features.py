@@ -17,20 +17,21 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from cotune.models.batching import fixed_batches
+from cotune.models.batching import FINE_LENGTHS, fixed_batches
 from cotune.models.device import bfloat16_is_fast
 from cotune.models.durable import write_durably
 from cotune.models.inputs import Input, content_of
 from cotune.models.probes import lengths_of, mixes
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Batch, Example, logits
-from cotune.models.text_task import IGNORED
+from cotune.models.tasks import Example, logits
+from cotune.models.text_task import IGNORED, Batch
 
 __all__ = [
     "FEATURE_SLOTS",
@@ -129,14 +130,38 @@ def arithmetic(model: SharedModel, precision: str) -> torch.dtype:
 
 def features_mix(model: SharedModel, dtype: torch.dtype) -> bool:
     """Whether, in this arithmetic, on this device and with this many threads, a feature changes in any bit with the records
-    beside it, in any shape of batch that there is. Found out once per model.
+    beside it, in any shape of batch that there is. Found out once per model and machine: that they do not is kept on disk.
     """
     known, key = _mixing.setdefault(model, {}), (dtype, torch.get_num_threads())
     if key not in known:
-        known[key] = any(
-            mixes(model, lambda batch: [vectors_of(model, batch, dtype)], length, FEATURE_SLOTS) for length in lengths_of(model)
+        file = cache_folder() / "independence" / _where(model, dtype)
+        known[key] = not file.exists() and any(
+            mixes(model, lambda batch: [vectors_of(model, batch, dtype)], length, FEATURE_SLOTS)
+            for length in lengths_of(model, FINE_LENGTHS)
         )
+        if not known[key]:
+            with contextlib.suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
     return known[key]
+
+
+def _where(model: SharedModel, dtype: torch.dtype) -> str:
+    """Identifies all that decides which kernels compute a feature, and in which shapes."""
+    loaded, device = model.loaded, model.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    parts = (
+        loaded.folder.content_hash,
+        loaded.frozen,
+        model.lora.model_dump_json() if model.lora else "",
+        _reading(model),
+        dtype,
+        lengths_of(model, FINE_LENGTHS),
+        FEATURE_SLOTS,
+        (torch.__version__, transformers.__version__),
+        (device.type, machine, torch.get_num_threads()),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _key(model: SharedModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> str:
@@ -211,7 +236,7 @@ def _encode(model: SharedModel, examples: Sequence[Example], dtype: torch.dtype,
     features, done = torch.empty(0, 0), 0
 
     def bucket(row: int) -> int:
-        return loaded.task.bucket(examples[row], loaded.max_length)
+        return loaded.task.bucket(examples[row], loaded.max_length, FINE_LENGTHS)
 
     for rows, length in fixed_batches(range(len(examples)), bucket, FEATURE_SLOTS):
         batch = collate([examples[i] for i in rows], length, FEATURE_SLOTS)

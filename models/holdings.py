@@ -58,7 +58,7 @@ class HoldingsFile(BaseModel):
             ) from None
         parts = []
         for portion in document.portions:
-            records = read_records(document.data, portion.path, document.task)
+            records = read_records(document.data, portion.path, document.task, lenient=lenient)
             parts.append((records, _rows(file, portion, len(records))))
         return Holdings(tuple(parts), labels, document.task, lenient)
 

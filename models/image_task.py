@@ -62,6 +62,10 @@ class ImageClassification:
                 f"the base model reads {module.config.num_channels} channels: expected 3 (RGB); use another base model"
             )
 
+    def longest(self, reader: ImageReader, module: Any, wanted: int) -> int:
+        """An image is no row of tokens."""
+        return wanted
+
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         return [{"image": image, "labels": target} for image, target in zip(inputs, targets, strict=True)]
 
@@ -76,7 +80,7 @@ class ImageClassification:
         """A black image, without a label."""
         return {"image": torch.zeros(3, *reader.shape()), "labels": IGNORED}
 
-    def bucket(self, example: Example, max_length: int) -> int:
+    def bucket(self, example: Example, max_length: int, lengths: Sequence[int] = ()) -> int:
         """All images are of one size."""
         return 1
 

@@ -21,14 +21,15 @@ from cotune.models.errors import PrivacyError
 from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
 from cotune.models.probes import PerSlot, lengths_of, mixes, stretched
 from cotune.models.sharing import SharedModel, TrainMode
-from cotune.models.tasks import Example, example_losses, logits
+from cotune.models.tasks import Example, logits
 from cotune.models.text_task import Batch
 
 __all__ = ["MAX_PADDING_ERROR", "check_bits", "check_independence", "check_padding", "padding_error"]
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
 _FAILURES = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, IndexError)
-_checked: WeakKeyDictionary[SharedModel, dict[tuple[object, ...], str | float | None]] = WeakKeyDictionary()
+_padding: WeakKeyDictionary[SharedModel, float | str] = WeakKeyDictionary()  # the error, or why it cannot be told
+_mixing: WeakKeyDictionary[SharedModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
 def check_independence(
@@ -61,11 +62,14 @@ def check_independence(
     on_features = mode == "head" and feature_head(model) is not None
     low = precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(model.device))
     for dtype in (torch.bfloat16, torch.float32) if precision == "auto" and low else (_dtype(low),):
-        broken = (
-            features_mix(model, dtype)
-            if on_features
-            else _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
-        )
+        try:
+            broken = (
+                features_mix(model, dtype)
+                if on_features
+                else _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
+            )
+        except _FAILURES as raised:
+            raise PrivacyError(_apart(model, _reason(raised))) from None
         if not broken:
             return dtype
     raise PrivacyError(
@@ -91,41 +95,38 @@ def check_bits(model: SharedModel, answer: PerSlot, lengths: Sequence[int], slot
 def _examples_mix(
     model: SharedModel, mode: TrainMode, dtype: torch.dtype, per_slot: PerSlot | None, slots: int, lengths: Sequence[int]
 ) -> bool:
-    known = _checked.setdefault(model, {})
-    key = (mode, dtype, slots, tuple(lengths), per_slot is None, torch.get_num_threads())
+    known = _mixing.setdefault(model, {})
+    trained = tuple(name for name, p in model.parameters() if p.requires_grad)
+    key = (mode, dtype, slots, tuple(lengths), per_slot is None, trained, torch.get_num_threads())
     if key not in known:
-        try:
-            known[key] = any(mixes(model, _answer(model, dtype, per_slot), length, slots) for length in lengths)
-        except _FAILURES as raised:
-            raise PrivacyError(_apart(model, _reason(raised))) from None
-    return bool(known[key])
+        known[key] = any(mixes(model, _answer(model, dtype, per_slot), length, slots) for length in lengths)
+    return known[key]
 
 
 def _answer(model: SharedModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
-    """Logits, losses and gradients of each slot, in an arithmetic."""
+    """Logits and gradients of each slot, in an arithmetic."""
 
     def answer(batch: Batch) -> Sequence[Tensor]:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             with torch.no_grad():
-                forward = [logits(model.module, batch), example_losses(model.module, batch)]
-            return [*forward, *(per_slot(batch) if per_slot else ())]
+                scores = logits(model.module, batch)
+            return [scores, *(per_slot(batch) if per_slot else ())]
 
     return answer
 
 
 def check_padding(model: SharedModel) -> None:
     """Raises PrivacyError when the model, or its feature, reads the padding of a record. Tried once per model."""
-    known = _checked.setdefault(model, {})
-    if "padding" not in known:
+    if model not in _padding:
         try:
-            known["padding"] = padding_error(model, model.loaded.task.samples(model.loaded.reader))
+            _padding[model] = padding_error(model, model.loaded.task.samples(model.loaded.reader))
         except _FAILURES as raised:
-            known["padding"] = _reason(raised)
-    error = known["padding"]
+            _padding[model] = _reason(raised)
+    error = _padding[model]
     kind = model.loaded.module.config.model_type
     if isinstance(error, str):
         raise PrivacyError(_apart(model, error))
-    if error is None or not error <= MAX_PADDING_ERROR:
+    if not error <= MAX_PADDING_ERROR:
         raise PrivacyError(
             f"the architecture {kind} reads padding: a record padded to the length of its batch differs from itself alone by"
             f" {error:.2g} (relative), expected at most {MAX_PADDING_ERROR:g}; use another base model, such as bert, distilbert,"

@@ -23,14 +23,15 @@ PerSlot = Callable[
 ]  # a batch -> tensors (slots, ...), each row of which is about the record in the slot
 
 
-def lengths_of(model: SharedModel) -> tuple[int, ...]:
-    """Every bucket that a record of this model can be in: (1,) for images."""
+def lengths_of(model: SharedModel, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
+    """Every bucket, out of these lengths, that a record of this model can be in: (1,) for images."""
     loaded = model.loaded
     (example, *_) = loaded.task.samples(loaded.reader)
     if "input_ids" not in example:
         return (loaded.task.bucket(example, loaded.max_length),)
-    counts = (*(n for n in LENGTHS if n < loaded.max_length), loaded.max_length)
-    return tuple(sorted({loaded.task.bucket({**example, "input_ids": [0] * n}, loaded.max_length) for n in counts}))
+    longest = loaded.max_length
+    counts = (*(n for n in lengths if n < longest), longest)
+    return tuple(sorted({loaded.task.bucket({**example, "input_ids": [0] * n}, longest, lengths) for n in counts}))
 
 
 def mixes(model: SharedModel, answer: PerSlot, length: int, slots: int) -> bool:

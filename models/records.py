@@ -83,7 +83,9 @@ class Records:
         return digest.hexdigest()
 
 
-def read_records(config: DataConfig, path: Path | None = None, task: TaskName = "sequence-classification") -> Records:
+def read_records(
+    config: DataConfig, path: Path | None = None, task: TaskName = "sequence-classification", *, lenient: bool = False
+) -> Records:
     """Read one file: `path`, or else `config.source`. The same unchanged file is parsed once per process.
 
     For images it may be a folder with a sub-folder for each class. A record with a blank text, no label or broken Unicode
@@ -101,13 +103,13 @@ def read_records(config: DataConfig, path: Path | None = None, task: TaskName = 
         raise DataError(f"{name!r} cannot be opened ({reason_of(error)}): check data.source and permissions") from error
     if stat.S_ISDIR(status.st_mode) and is_one_source(file, task):
         with _PARSING:
-            return _parse_folder(real, name, image_folders.signature(file), config, task)
+            return _parse_folder(real, name, image_folders.signature(file), config, task, lenient)
     if stat.S_ISDIR(status.st_mode):
         raise DataError(f"{name} is a folder, expected one organisation's file: name one of the files in it")
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{name} is a pipe or a device, expected a file: save the records to a file first")
     with _PARSING:  # of clients in threads, the second waits for what the first one reads
-        return _parse(real, name, status.st_mtime_ns, status.st_size, config, task)
+        return _parse(real, name, status.st_mtime_ns, status.st_size, config, task, lenient)
 
 
 def organisation_files(folder: Path, task: TaskName = "sequence-classification") -> dict[str, Path]:
@@ -205,7 +207,7 @@ _PARSING = threading.Lock()
 
 
 @lru_cache(maxsize=CACHED_FILES)
-def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, task: TaskName) -> Records:
+def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, task: TaskName, lenient: bool = False) -> Records:
     """Read and clean a file. `mtime_ns` and `size` are there for the cache's key: a changed file is read again."""
     suffix = Path(path).suffix.lower()
     key = task_named(task).key
@@ -223,11 +225,13 @@ def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, t
     inputs, labels = file.wanted
     for entry, column in zip((key, "label", "unit"), file.columns, strict=False):
         _check_column(file, entry, column, names)
-    return _clean(file, task_named(task), values[inputs], values[labels], values.get(config.unit) if config.unit else None)
+    return _clean(
+        file, task_named(task), values[inputs], values[labels], values.get(config.unit) if config.unit else None, lenient=lenient
+    )
 
 
 @lru_cache(maxsize=CACHED_FILES)
-def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task: TaskName) -> Records:
+def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task: TaskName, lenient: bool = False) -> Records:
     """Images by the class that their folder is named for. `signature` is there for the cache's key."""
     if config.unit is not None:
         raise DataError(
@@ -236,7 +240,7 @@ def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task
         )
     found = image_folders.labelled_images(Path(path))
     file = DataFile(name, Path(path), b"", config, "image")
-    return _clean(file, task_named(task), [image for image, _ in found], [label for _, label in found])
+    return _clean(file, task_named(task), [image for image, _ in found], [label for _, label in found], lenient=lenient)
 
 
 def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -> None:
@@ -251,14 +255,22 @@ def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -
 
 
 def _clean(
-    file: DataFile, task: Task, inputs: Sequence[object], labels: Sequence[object], units: Sequence[object] | None = None
+    file: DataFile,
+    task: Task,
+    inputs: Sequence[object],
+    labels: Sequence[object],
+    units: Sequence[object] | None = None,
+    *,
+    lenient: bool = False,
 ) -> Records:
+    """lenient: a record that cannot be read is left out, as a failure would tell that somebody holds it."""
     if not inputs:
         raise DataError(f"{file.name} holds the names of its columns and no records: add some, or name another file")
     found: list[Row] = []
     skipped: Counter[str] = Counter()
     for number, (raw_input, raw_label, raw_unit) in enumerate(zip(inputs, labels, units or [None] * len(inputs), strict=True), 1):
-        record, unit = task.record(file, number, raw_input, raw_label), _unit_of(file, number, raw_unit)
+        record = _record(file, task, number, raw_input, raw_label, lenient=lenient)
+        unit = _unit_of(file, number, raw_unit)
         if isinstance(record, str):
             skipped[record] += 1
         elif units is not None and not unit:
@@ -273,6 +285,16 @@ def _clean(
         )
     given, named, whose = zip(*kept, strict=True)
     return Records(given, named, file.name, dict(skipped), whose if units is not None else ())
+
+
+def _record(file: DataFile, task: Task, number: int, given: object, label: object, *, lenient: bool) -> tuple[Input, Label] | str:
+    """The record, or the reason to leave it out. Raises DataError for one that cannot be read, unless lenient."""
+    try:
+        return task.record(file, number, given, label)
+    except DataError:
+        if not lenient:
+            raise
+        return "unreadable"
 
 
 def _unit_of(file: DataFile, number: int, value: object) -> str:

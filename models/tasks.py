@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, cast
 from torch import Tensor, device, nn
 from torch.nn import functional
 
+from cotune.models.batching import LENGTHS
 from cotune.models.formats import DataFile
 from cotune.models.image_task import ImageClassification
 from cotune.models.inputs import Input, Label
@@ -49,6 +50,9 @@ class Task(Protocol):
     def fit(self, reader: Any, module: Any) -> None:
         """Makes reader and model agree. Raises ModelError when they cannot."""
 
+    def longest(self, reader: Any, module: Any, wanted: int) -> int:
+        """How many tokens of a record, of the wanted number at most, the model reads."""
+
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         """What the collator takes, for each record; for one that cannot be encoded, a blank example (see `blank`)."""
 
@@ -58,8 +62,8 @@ class Task(Protocol):
     def blank(self, reader: Any, length: int) -> Example:
         """What stands in a slot of a batch that has no record: at most `length` long, and labeled IGNORED."""
 
-    def bucket(self, example: Example, max_length: int) -> int:
-        """The length of the batches that an example is in, decided by it alone (see `batching`)."""
+    def bucket(self, example: Example, max_length: int, lengths: Sequence[int] = LENGTHS) -> int:
+        """The length, out of these, of the batches that an example is in: decided by it alone (see `batching`)."""
 
     def collator(self, module: nn.Module, reader: Any, to: device) -> Collate:
         """Examples -> a batch on the device, with "labels"; of a fixed shape where one is given."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cotune.models.batching import bucket_of_length
+from cotune.models.batching import LENGTHS, bucket_of_length
 from cotune.models.errors import ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
+from cotune.models.reach import check_tokens, longest_row
 
 __all__ = [
     "IGNORED",
@@ -84,6 +85,10 @@ class SequenceClassification:
                 raise ModelError("the base model's tokenizer has neither a padding nor an end token: expected one of them")
             reader.pad_token = reader.eos_token
         module.config.pad_token_id = reader.pad_token_id
+        check_tokens(reader, module)
+
+    def longest(self, reader: Any, module: Any, wanted: int) -> int:
+        return longest_row(reader, module, wanted)
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         def read(texts: Sequence[Any]) -> list[list[int]]:
@@ -102,8 +107,8 @@ class SequenceClassification:
     def collator(self, module: nn.Module, reader: Any, to: torch.device) -> Collate:
         return collator(module, reader, to, self.blank)
 
-    def bucket(self, example: Example, max_length: int) -> int:
-        return bucket_of_length(len(example["input_ids"]), max_length)
+    def bucket(self, example: Example, max_length: int, lengths: Sequence[int] = LENGTHS) -> int:
+        return bucket_of_length(len(example["input_ids"]), max_length, lengths)
 
     def order(self, example: Example) -> tuple[Any, ...]:
         return -len(example["input_ids"]), example["input_ids"]
@@ -139,7 +144,7 @@ def _around(tokenizer: Any, token: int) -> tuple[list[int], list[int]]:
     return empty[:start], empty[start:]
 
 
-def each_or_none(read: Callable[[Sequence[_Given]], list[_Read]], given: Sequence[_Given]) -> list[_Read | None]:
+def each_or_none(read: Callable[[Sequence[_Given]], Sequence[_Read]], given: Sequence[_Given]) -> list[_Read | None]:
     """What `read` makes of each; None for one that it raises for, which tells nobody that it is there.
 
     All are read at once, for speed. Where that raises, each is read by itself.
@@ -153,7 +158,7 @@ def each_or_none(read: Callable[[Sequence[_Given]], list[_Read]], given: Sequenc
         return [_one_or_none(read, one) for one in given]
 
 
-def _one_or_none(read: Callable[[Sequence[_Given]], list[_Read]], one: _Given) -> _Read | None:
+def _one_or_none(read: Callable[[Sequence[_Given]], Sequence[_Read]], one: _Given) -> _Read | None:
     try:
         return read([one])[0]
     except BaseException as error:

@@ -31,6 +31,9 @@ class ClientPrivacy(Table):
     """What every organisation is promised about its taking part (the `client_privacy` table of a plan)."""
 
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed over the whole run")
+    epsilon_total: float | None = Field(
+        None, gt=0, le=1000, description="ε allowed over all runs of a federation; default: as much as one run"
+    )
     delta: float = Field(1e-5, gt=0, lt=1, description="δ, below one over the number of organisations")
     clip_norm: float = Field(1.0, gt=0, description="C, bound on an organisation's update, in L2 norm; adaptive: at first")
     clipping: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: C follows a quantile of the norms")

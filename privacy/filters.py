@@ -30,13 +30,14 @@ __all__ = [
     "epsilon_filter",
     "epsilon_over_runs",
     "epsilon_renyi",
+    "epsilon_spent",
     "filter_order",
     "renyi",
     "renyi_epsilon",
 ]
 
 _HIGHEST_LIMIT, _USUAL_LIMIT = 100.0, 8.0  # ε; a limit above the first is none, and takes the order of the second
-_ORDERS = (*range(2, 65), 96, 128, 256, 512, 1024)  # integers: their divergence is a finite sum, which always converges
+_ORDERS = (*range(2, 17), 20, 24, 32, 48, 64, 96, 128, 256, 512)  # integers: their divergence is a finite sum, which converges
 _ROUNDING = 1e-6  # absolute, in ε: of two sums of floating-point numbers
 
 
@@ -110,6 +111,15 @@ def epsilon_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: 
     if len(charged) <= 1:
         return epsilon(charged[0], delta / 2) if charged else 0.0
     return epsilon_filter([s for steps in charged for s in steps], limit, delta / 2)
+
+
+def epsilon_spent(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float) -> float:
+    """ε at δ that these runs have really cost: for one run the PLD at all of δ, as no second one has followed.
+
+    For several runs it is that of `epsilon_over_runs`, which decides what may still be charged in either case.
+    """
+    charged = [list(steps) for steps in runs.values() if any(s.count for s in steps)]
+    return epsilon(charged[0], delta) if len(charged) == 1 else epsilon_over_runs(runs, limit, delta)
 
 
 def composition(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float) -> str:

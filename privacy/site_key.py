@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from cotune.models.durable import write_durably
 from cotune.models.errors import PrivacyError
 
 __all__ = ["IDENTITY", "SiteKey"]
@@ -28,13 +27,7 @@ class SiteKey:
     def made(cls, path: Path) -> SiteKey:
         """The key in the file, which is drawn and written durably where there is none; readable by its owner only."""
         if not path.exists():
-            descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")  # mode 0600
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(secrets.token_bytes(_KEY))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.rename(part, path)
-            _sync_folder(path.parent)
+            write_durably(path, secrets.token_bytes(_KEY))
         return cls.read(path)
 
     @classmethod
@@ -59,14 +52,6 @@ class SiteKey:
 
     def _keyed(self, message: bytes) -> bytes:
         return hmac.digest(self._key, message, hashlib.sha256)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unusable(path: Path, reason: str) -> PrivacyError:

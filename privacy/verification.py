@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from cotune.models.errors import DataError, PrivacyError
 from cotune.privacy.accounting import Steps, epsilon, epsilon_below
 from cotune.privacy.chain import START, Entry, entry_hash
-from cotune.privacy.charges import DataSet, History, counted_for, data_sets_of, histories_of
-from cotune.privacy.filters import check_accountants, composition, epsilon_over_runs, epsilon_renyi
+from cotune.privacy.charges import Charge, DataSet, History, counted_for, data_sets_of, histories_of
+from cotune.privacy.filters import check_accountants, composition, epsilon_over_runs, epsilon_renyi, epsilon_spent
 
 __all__ = ["FORMAT", "verify"]
 
 FORMAT = "cotune ledger 2"
+_EVENT = ("id", "plan_id", "noise_multiplier", "sample_rate", "steps")
 _TOLERANCE = 1e-3  # relative, in ε: another version of dp-accounting may round otherwise
 
 
@@ -73,11 +73,12 @@ def _data_set(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, 
     history = histories_of(entries, name, "budget.epsilon_total")[0]
     delta = history.delta if history.delta < 1 else float(stated["delta"])
     total = epsilon_over_runs(history.runs, limit, delta)
+    spent = epsilon_spent(history.runs, limit, delta)
     everything = [s for steps in history.runs.values() for s in steps]
     runs = [_run(run, steps, delta) for run, steps in history.runs.items()]
     problems = [
         *_not_in_the_log(entries, stated),
-        *_differences(stated, {"delta": delta, "epsilon": total, "epsilon_left": max(0.0, limit - total)}),
+        *_differences(stated, {"delta": delta, "epsilon": spent, "epsilon_left": max(0.0, limit - total)}),
         *_differing_runs(stated, runs),
         *_contradictions(history, delta),
     ]
@@ -90,7 +91,7 @@ def _data_set(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, 
         "delta": delta,
         "epsilon_total": limit,
         "composition": words,
-        "epsilon": total,
+        "epsilon": spent,
         "epsilon_stated": stated["epsilon"],
         "epsilon_pld": epsilon(everything, delta),
         "epsilon_renyi": epsilon_renyi(everything, delta),
@@ -113,11 +114,16 @@ def _not_in_the_log(entries: Sequence[Entry], stated: Mapping[str, Any]) -> Iter
     found = data_sets_of(entries).get(stated["fingerprint"], DataSet("", 0, "", {}))
     if (found.records, found.shares) != (stated["records"], stated["shares_records_with"]):
         yield "its number of records or its links are not those of the log"
-    events = [asdict(charge) for charge in counted_for(entries, stated["fingerprint"])]
-    if [{key: event[key] for key in found} for event, found in zip(stated["events"], events, strict=False)] != events or len(
-        events
-    ) != len(stated["events"]):
-        yield f"{len(stated['events'])} events are stated, which are not the {len(events)} charges of the log"
+    charges = [_event(charge) for charge in counted_for(entries, stated["fingerprint"])]
+    events = [{key: event[key] for key in _EVENT} for event in stated["events"]]
+    if events != charges:
+        yield f"{len(events)} events are stated, which are not the {len(charges)} charges of the log"
+
+
+def _event(charge: Charge) -> dict[str, Any]:
+    """What an event states of a charge, as far as ε follows from it."""
+    values = (charge.id, charge.plan_id, charge.steps.noise_multiplier, charge.steps.sample_rate, charge.steps.count)
+    return dict(zip(_EVENT, values, strict=True))
 
 
 def _differences(stated: Mapping[str, Any], found: Mapping[str, float]) -> Iterator[str]:

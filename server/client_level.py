@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +20,11 @@ __all__ = ["ClientLevelPrivacy", "account_of", "client_level_noise"]
 
 
 def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
-    """The account in a run's folder."""
-    return ClientLevelAccount(folder.path / "client-privacy.jsonl", privacy.epsilon, privacy.delta)
+    """Return the account of the run: the federation's, or its own where it is a simulation."""
+    home = Path(folder.file.federation) if folder.file.federation else folder.path
+    run = folder.file.run if folder.file.federation else ""
+    total = max(privacy.epsilon, privacy.epsilon_total or privacy.epsilon)
+    return ClientLevelAccount(home / "client-privacy.jsonl", privacy.epsilon, privacy.delta, run, total)
 
 
 def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:
@@ -54,8 +58,9 @@ class ClientLevelPrivacy:
         if self.account.allows(self.noise.charge):
             return None
         return (
-            f"round {progress.round + 1} would exceed the client-level ε = {self.privacy.epsilon:g}: interrupted rounds count,"
-            f" and ε = {round_up(self.account.spent())} is spent; the run ends with the model after round {progress.round}"
+            f"round {progress.round + 1} would exceed the client-level ε = {self.privacy.epsilon:g}, or that of all runs of this"
+            f" federation: interrupted rounds count, and ε = {round_up(self.account.spent())} is spent in this run,"
+            f" {round_up(self.account.spent_in_all_runs())} in all; the run ends with the model after round {progress.round}"
         )
 
     def new_mean(self, shapes: Mapping[str, Tensor], before: Progress) -> PrivateMean:

@@ -4,7 +4,7 @@ plan.toml               the resolved plan, and beside it the files of its own ru
 run.json                who takes part, when and how it was started
 events.jsonl            what happened, line by line
 checkpoints/            one file per finished round: model, server optimiser, history
-client-privacy.jsonl    with client-level privacy: its account
+client-privacy.jsonl    with client-level privacy: its account; of a real run it is in the federation's folder
 selection.key           with amplification by sampling: the secret that draws who takes part
 stopped.json            why the run ended before its last round, if it did
 inbox/                  during a round: updates that came before their turn

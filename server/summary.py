@@ -60,11 +60,14 @@ def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | No
     if privacy is None:
         return None
     noise = client_level_noise(plan, len(folder.file.participants))
-    charged = [steps for _, steps in account_of(folder, privacy).charges()]
+    account = account_of(folder, privacy)
+    charged = [steps for _, steps in account.charges()]
     return {
         "epsilon": privacy.epsilon,
         "delta": privacy.delta,
         "epsilon_spent": epsilon(charged, privacy.delta),
+        "epsilon_spent_in_all_runs": account.spent_in_all_runs(),
+        "runs": len(account.runs()),
         "rounds_charged": len(charged),
         "noise_multiplier": noise.charge.noise_multiplier,
         "clipping": privacy.clipping,

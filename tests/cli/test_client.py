@@ -41,7 +41,26 @@ def test_the_ledger_is_exported(cotune: Cotune, site: Path, folder: Path) -> Non
     assert [e["steps"] for e in exported["data_sets"][0]["events"]] == [
         c.steps.count for c in Ledger(site / "ledger.sqlite").charges()
     ]
-    assert {e["kind"] for e in exported["entries"]} == {"data", "reserve", "settle"}
+    assert {e["kind"] for e in exported["entries"]} == {"key", "data", "reserve", "settle"}
+
+
+def test_an_export_is_verified(cotune: Cotune, site: Path, folder: Path) -> None:
+    cotune("client", "ledger", site, "--export", "out.json")
+    shown = cotune("privacy", "verify", "out.json")
+    assert (shown.code, shown.err) == (0, "")
+    assert "the export holds" in shown.out
+    exported = json.loads((folder / "out.json").read_text())
+    assert exported["head"] in shown.out.replace("\n", "")
+    found = json.loads(cotune("privacy", "verify", "out.json", "--json").out)
+    assert (found["valid"], found["head"]) == (True, exported["head"])
+
+    exported["data_sets"][0]["epsilon"] /= 2
+    (folder / "out.json").write_text(json.dumps(exported))
+    assert cotune("privacy", "verify", "out.json").code == 1
+    assert not json.loads(cotune("privacy", "verify", "out.json", "--json").out)["valid"]
+    (folder / "out.json").write_text("[]")
+    refused = cotune("privacy", "verify", "out.json")
+    assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
 
 
 def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, site: Path) -> None:

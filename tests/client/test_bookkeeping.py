@@ -13,7 +13,9 @@ import pytest
 
 from cotune.client.bookkeeping import export, overview
 from cotune.client.site import Site
-from cotune.privacy.accounting import Steps, delta_of, epsilon
+from cotune.privacy.accounting import Steps, delta_of, epsilon, gaussian_mu, true_positive_rate
+from cotune.privacy.filters import epsilon_filter, filter_order
+from cotune.privacy.ledger import Limit
 from cotune.privacy.policy import BudgetRules, Policy
 
 MakeSite = Callable[..., Site]
@@ -40,10 +42,13 @@ def test_the_overview_is_composed_from_the_events(site: Site) -> None:
     delta = delta_of("1/n^1.1", 1000)
     events = [Steps(1.1, 0.02, 60), Steps(1.5, 0.02, 20), Steps(20.0, 1.0, 1)]
     assert (small["records"], small["delta"]) == (1000, delta)
-    assert small["epsilon"] == epsilon(events, delta)
+    assert small["epsilon"] == epsilon_filter(
+        events, 8.0, delta / 2
+    )  # three runs: the second may have been chosen after the first
+    assert small["composition"] == f"renyi filter, order {filter_order(8.0, delta / 2)}"
     assert small["epsilon_left"] == 8.0 - small["epsilon"]
     assert grown["shares_records_with"] == {small["fingerprint"]: 1000}
-    assert grown["epsilon"] == epsilon(events, delta_of("1/n^1.1", 1500))
+    assert grown["epsilon"] == epsilon_filter(events, 8.0, delta_of("1/n^1.1", 1500) / 2)
     runs = {run["plan_id"][0]: run for run in small["runs"]}
     assert [(r["plan"], r["rounds"], r["steps"], r["interrupted"]) for r in runs.values()] == [
         ("tweets", 3, 60, 0),
@@ -51,6 +56,20 @@ def test_the_overview_is_composed_from_the_events(site: Site) -> None:
         ("other", 1, 0, 0),
     ]
     assert runs["a"]["epsilon"] == epsilon(events[:1], delta)
+    assert runs["a"]["gaussian_mu"] == gaussian_mu(events[:1])
+    assert runs["a"]["true_positive_rate"] == true_positive_rate(events[:1], 0.01)
+
+
+def test_a_single_run_is_composed_by_pld(make_site: MakeSite) -> None:
+    """What it has cost is said at δ; half of δ is kept for a second run in what may still be charged."""
+    site = make_site(policy=Policy(budget=BudgetRules(epsilon_total=8.0)))
+    ledger, steps, delta = site.ledger(), Steps(1.1, 0.02, 60), 1e-5
+    data = ledger.know([i.to_bytes(16, "big") for i in range(1000)])
+    ledger.reserve("a" * 64, 1, steps, data=data, limits=[Limit("budget.epsilon_total", 8.0, delta)])
+    [found] = overview(site)["data_sets"]
+    assert (found["delta"], found["composition"]) == (delta, "pld")  # the δ that was in force, not that of a rule
+    assert found["epsilon"] == epsilon([steps], delta)
+    assert found["epsilon_left"] == 8.0 - epsilon([steps], delta / 2)
 
 
 def test_a_site_that_never_trained_has_no_ledger_and_gets_none(make_site: MakeSite) -> None:
@@ -68,7 +87,7 @@ def test_an_auditor_needs_dp_accounting_alone(site: Site, tmp_path: Path) -> Non
     command = [sys.executable, "-W", "ignore", "-c", blocked + program, str(file)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     for line, data in zip(said, overview(site)["data_sets"], strict=False):
-        fingerprint, _, spent, _, delta = line.split()
+        fingerprint, _, spent, _, delta, *_ = line.split()
         assert (fingerprint, float(delta)) == (data["fingerprint"], data["delta"])
         assert float(spent) == pytest.approx(data["epsilon"], rel=0.01)
     assert said[-1] == f"head {overview(site)['head']}"

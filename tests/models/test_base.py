@@ -183,13 +183,23 @@ def test_the_hash_changes_with_one_byte_of_the_weights(folder: Path) -> None:
     assert find_base(config).content_hash == before
 
 
-def test_the_hash_depends_on_all_safetensors_and_their_names_only(folder: Path, tmp_path: Path) -> None:
+def test_the_hash_is_of_all_that_decides_and_of_nothing_else(folder: Path, tmp_path: Path) -> None:
     def hash_of(path: Path) -> str:
         return find_base(ModelConfig(base=str(path))).content_hash
 
     before = hash_of(folder)
-    edit(folder / "config.json", hidden_dropout_prob=0.3)
     (folder / "README.md").write_text("changed")
+    (folder / "training_args.bin").write_bytes(b"changed")
+    assert hash_of(folder) == before
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "1_Pooling/config.json"):
+        file = folder / name
+        content = file.read_bytes() if file.exists() else None
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes((content or b"{}") + b"\n")
+        assert hash_of(folder) != before, name
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
     assert hash_of(folder) == before
     moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     assert hash_of(moved) == before

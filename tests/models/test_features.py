@@ -186,6 +186,27 @@ def test_no_texts_no_features(shared: Make) -> None:
     assert len(features(shared("bert"), ())) == 0
 
 
+def test_a_text_that_cannot_be_encoded_has_no_feature_and_disturbs_no_other(shared: Make, texts: tuple[str, ...]) -> None:
+    """Such a tokenizer would otherwise tell that somebody holds the text."""
+    model = shared("bert")
+    expected, reader = features(model, texts), model.loaded.reader
+
+    class Moody:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(reader, name)
+
+        def __call__(self, given: Any, **options: Any) -> Any:
+            if any("awful" in text for text in ([given] if isinstance(given, str) else given)):
+                raise OverflowError("no")
+            return reader(given, **options)
+
+    object.__setattr__(model.loaded, "reader", Moody())
+    with_nothing = features(model, (*texts, "an awful day"))
+    assert bool(with_nothing[[2, 5]].isnan().all())
+    others = [0, 1, 3, 4]
+    assert torch.equal(with_nothing[others], expected[others])
+
+
 def test_progress_is_told(shared: Make) -> None:
     told: list[tuple[int, int]] = []
     model = shared("bert")

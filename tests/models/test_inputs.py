@@ -4,17 +4,53 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from cotune.models.images import opened
-from cotune.models.inputs import Label, content_of, identity_of, names_in, stratum_of
+from cotune.models.inputs import Label, content_of, identity_of, names_in, plain, stratum_of
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("Fine.", "fine"),
+        ("«Fine»!", "fine"),
+        ("fi\u00adne\u200b", "fine"),
+        ("\ufb01ne", "fine"),  # the ligature
+        ("STRASSE", "stra\u00dfe"),
+        ("a\x07b\u2060", "ab"),
+        ("a\u0085b", "a b"),
+        ("\u2764\ufe0f", "\u2764"),
+        ("(a) b", "a) b"),
+        ("a.b", "a.b"),
+        ("...", "..."),
+        ("?", "?"),
+        ("", ""),
+    ],
+)
+def test_the_plain_form_is_what_a_reader_sees(text: str, same: str) -> None:
+    assert plain(text) == plain(same)
+    assert identity_of(text) == identity_of(same)
+
+
+@pytest.mark.parametrize(("one", "other"), [("a.b", "ab"), ("fine", "fines"), ("...", "?"), ("a b", "ab"), ("1.5 mg", "15 mg")])
+def test_what_a_reader_tells_apart_stays_apart(one: str, other: str) -> None:
+    assert identity_of(one) != identity_of(other)
+
+
+@given(text=st.text(max_size=40))
+def test_the_plain_form_is_plain(text: str) -> None:
+    assert plain(plain(text)) == plain(text)
+    assert plain(f" {text}\u200b") == plain(text)
 
 
 def test_an_identity_survives_spaces_and_unicode_forms() -> None:
-    plain = hashlib.sha256("café au lait".encode()).digest()[:16]
+    expected = hashlib.sha256("café au lait".encode()).digest()[:16]
     for text in ("café au lait", "  cafe\u0301  au\tlait\n", ("café", "au", "lait"), ("cafe\u0301", " au ", "lait")):
-        assert identity_of(text) == plain
-    assert identity_of("cafe au lait") != plain
+        assert identity_of(text) == expected
+    assert identity_of("cafe au lait") != expected
 
 
 def test_the_identity_of_an_image_is_that_of_its_pixels(tmp_path: Path) -> None:

@@ -57,3 +57,21 @@ def test_a_damaged_account_is_not_taken_for_an_empty_one(tmp_path: Path, content
     for use in (mine.charges, mine.spent, lambda: mine.charge(2, ROUND)):
         with pytest.raises(PrivacyError, match="cannot be read"):
             use()
+
+
+def test_several_runs_share_one_account(tmp_path: Path) -> None:
+    path = tmp_path / "account.jsonl"
+    most = epsilon([Steps(2.0, 1.0, 3)], 1e-5)
+    first = ClientLevelAccount(path, most, 1e-5, "first")
+    second = ClientLevelAccount(path, most, 1e-5, "second")
+    for round in (1, 2, 3):
+        first.charge(round, ROUND)
+    assert second.charges() == []
+    assert second.spent() == 0.0
+    assert not second.allows(ROUND)
+    with pytest.raises(PrivacyError):
+        second.charge(1, ROUND)
+    wider = ClientLevelAccount(path, most, 1e-5, "second", total=3 * most)
+    wider.charge(1, ROUND)
+    assert wider.spent() < first.spent() < wider.spent_in_all_runs()
+    assert set(wider.runs()) == {"first", "second"}

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cotune.models.errors import Declined, PrivacyError
+from cotune.privacy import filters
 from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.chain import entry_hash
 from cotune.privacy.filters import epsilon_over_runs
 from cotune.privacy.ledger import Ledger, Limit
 
@@ -252,7 +257,64 @@ except Declined:
     assert max(reached[0], reached[2]) <= 3.0 < min(reached[1], reached[3])
 
 
-# --- the schema before this one
+def test_a_limit_holds_for_every_data_set_that_shares_a_record(ledger: Ledger) -> None:
+    """The middle one is charged, and the outer ones have spent before: each alone leaves room, but not for all."""
+    left, middle, right = (ledger.know(records(*numbers)) for numbers in ((1, 2), (2, 3), (3, 4)))
+    limit = Limit("budget.epsilon_total", epsilon([ROUND] * 3, 5e-6) + 1e-9, 1e-5)
+    ledger.reserve("plan", 1, ROUND, data=left, limits=[limit])
+    ledger.reserve("plan", 2, ROUND, data=left, limits=[limit])
+    ledger.reserve("plan", 3, ROUND, data=middle, limits=[limit])
+    with pytest.raises(Declined):  # the left one has spent three
+        ledger.reserve("plan", 4, ROUND, data=middle, limits=[limit])
+    with pytest.raises(Declined):  # the middle one would count four
+        ledger.reserve("plan", 5, ROUND, data=right, limits=[limit])
+    ledger.reserve("plan", 6, ROUND, data=ledger.know(records(4, 5)), limits=[limit])  # shares no record with the middle one
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sets=st.lists(st.sets(st.integers(0, 5), min_size=1, max_size=4), min_size=2, max_size=6),
+    deltas=st.lists(st.sampled_from([1e-3, 1e-5, 1e-7]), min_size=6, max_size=6),
+)
+def test_no_record_spends_more_than_the_limit(
+    tmp_path_factory: pytest.TempPathFactory, sets: list[set[int]], deltas: list[float]
+) -> None:
+    """Whatever data sets are charged in whatever order, at whatever δ: every record stays within ε at its own smallest δ."""
+    ledger, promised, spent = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite"), {}, {}  # type: ignore[var-annotated]
+    steps = Steps(1.0, 1.0, 1)
+    for number, (members, delta) in enumerate(zip(sets, deltas, strict=False), start=1):
+        try:
+            limit = Limit("budget.epsilon_total", 8.0, delta)
+            ledger.reserve("plan", number, steps, data=ledger.know(records(*members)), limits=[limit])
+        except Declined:
+            continue
+        for record in members:
+            promised[record] = min(promised.get(record, 1.0), delta)
+            spent[record] = [*spent.get(record, []), steps]
+    for record, charged in spent.items():
+        assert epsilon(charged, promised[record]) <= 8.0
+
+
+def test_what_was_charged_under_another_unit_is_refused(ledger: Ledger) -> None:
+    texts = ledger.know(records(1, 2, 3))
+    ledger.reserve("a", 1, ROUND, data=texts)
+    patients = ledger.know([b"anna", b"bert"], unit="patient_id", also=records(1, 2, 3))
+    assert [d.shares for d in ledger.data_sets()] == [{patients: 3}, {texts: 3}]
+    assert [(d.records, d.unit) for d in ledger.data_sets()] == [(3, "record"), (2, "patient_id")]
+    with pytest.raises(PrivacyError, match='go on with "record"'):
+        ledger.reserve("b", 1, ROUND, data=patients)
+    other = ledger.know([b"carl"], unit="patient_id", also=records(4))
+    ledger.reserve("b", 1, ROUND, data=other)  # nobody's records were charged otherwise
+
+
+def test_accountants_that_disagree_charge_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters, "epsilon", lambda steps, delta: 0.5 * epsilon(steps, delta))
+    with pytest.raises(PrivacyError, match="the accountants disagree"):
+        ledger.reserve("a", 1, ROUND, limits=[Limit("budget.epsilon_per_run", 8.0, 1e-5, "a")])
+    assert ledger.spent() == []
+
+
+# --- the schemas before this one
 
 
 def test_a_ledger_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
@@ -271,6 +333,70 @@ def test_a_ledger_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
     assert [c.state for c in ledger.charges()] == ["settled", "reserved"]
     assert ledger.spent(data=ledger.know(records(1, 2))) == [Steps(1.0, 0.05, 12), ROUND]  # whose records is not known
     assert Ledger(path).rounds("p") == [1, 2]
+
+
+SECOND = (
+    "CREATE TABLE entries (id INTEGER PRIMARY KEY, at TEXT NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL, hash TEXT NOT NULL)",
+    "CREATE TABLE members (fingerprint TEXT PRIMARY KEY, identities BLOB NOT NULL)",
+    "CREATE TRIGGER entries_stay BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'entries are never changed'); END",
+    "CREATE TRIGGER entries_remain BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'entries are never deleted'); END",
+    "CREATE VIEW charges AS SELECT id FROM entries",
+    "PRAGMA user_version = 2",
+)
+UNKEYED = b"0123456789abcdef"
+
+
+def second_schema(path: Path) -> str:
+    """A ledger of the second schema: one data set of one record, two rounds, a value that was told. Returns its head."""
+    name = hashlib.sha256(UNKEYED).hexdigest()
+    charge = {"plan_id": "p", "plan": "toy", "round": 1, "data": name, "purpose": "training", **asdict(ROUND)}
+    bodies: list[tuple[str, dict[str, object]]] = [
+        ("data", {"fingerprint": name, "records": 1, "shares": {}}),
+        ("reserve", charge),
+        ("settle", {"charge": 2, "steps": 12, "seconds": 1.0}),
+        ("reserve", {**charge, "round": 2}),
+        ("told", {"plan_id": "p", "data": name, "what": "example count", "values": [99.5]}),
+    ]
+    head = "0" * 64
+    with closing(sqlite3.connect(path)) as db, db:
+        for statement in SECOND:
+            db.execute(statement)
+        db.execute("INSERT INTO members VALUES (?, ?)", (name, UNKEYED))
+        for id, (kind, body) in enumerate(bodies, start=1):
+            text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+            head = entry_hash(head, id, "then", kind, text)
+            db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (id, "then", kind, text, head))
+    path.with_name("ledger.sqlite.head").write_text(json.dumps({"entries": len(bodies), "hash": head}))
+    return head
+
+
+def test_a_ledger_of_the_second_schema_counts_against_every_data_set(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    head = second_schema(path)
+    ledger = Ledger(path)
+    assert ledger.entries()[0].body == {"schema": 2, "entries": 5, "head": head}
+    assert ledger.data_sets() == []
+    new = ledger.know([UNKEYED])  # not known again
+    assert Ledger(path).spent(data=new) == [Steps(1.0, 0.05, 12), ROUND]
+    assert [(c.at, c.plan, c.state) for c in ledger.charges()] == [("then", "toy", "settled"), ("then", "toy", "reserved")]
+    assert ledger.told("p", new, "example count") == [99.5]  # not drawn again
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = path.read_bytes()
+    assert UNKEYED not in content
+    assert hashlib.sha256(UNKEYED).hexdigest().encode() not in content
+
+
+def test_a_damaged_ledger_of_the_second_schema_is_not_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    second_schema(path)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.executescript("DROP TRIGGER entries_stay; UPDATE entries SET at = 'now' WHERE id = 3")
+    with pytest.raises(PrivacyError, match="entry 3 is not as it was written"):
+        Ledger(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM entries").fetchone() == (5,)
+        assert db.execute("SELECT identities FROM members").fetchone() == (UNKEYED,)
 
 
 def test_two_units_on_the_same_data_do_not_add_up(tmp_path: Path) -> None:

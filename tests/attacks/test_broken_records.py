@@ -1,0 +1,61 @@
+"""Attack: a record that makes a site fail tells that somebody holds it.
+
+A sentence with one tag too few, or a broken image, ended the round of exactly the site that held it, before anything was
+charged. At a real site such a record is left out now, like one without a label; who simulates is still told of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cotune.models.errors import DataError
+from cotune.models.holdings import HoldingsFile, Portion
+from cotune.models.records import DataConfig
+from cotune.models.tasks import TaskName
+
+TAGS = ("B", "O")
+
+
+def described(folder: Path, source: Path, task: TaskName, data: DataConfig) -> Path:
+    file = folder / "data.json"
+    file.write_text(HoldingsFile(task=task, data=data, portions=(Portion(path=source),)).model_dump_json())
+    return file
+
+
+def sentences(folder: Path, *broken: dict[str, list[str]]) -> Path:
+    rows = [{"text": ["a", "road"], "label": ["O", "B"]}, {"text": ["fine"], "label": ["O"]}, *broken]
+    source = folder / "tags.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return source
+
+
+def test_a_wrong_number_of_tags_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    data = DataConfig(source="tags.jsonl")
+    one = described(tmp_path, sentences(tmp_path), "token-classification", data)
+    without = HoldingsFile.read(one, TAGS, lenient=True)
+    (tmp_path / "b").mkdir()
+    source = sentences(tmp_path / "b", {"text": ["two", "words"], "label": ["O"]})
+    other = described(tmp_path / "b", source, "token-classification", data)
+    with_it = HoldingsFile.read(other, TAGS, lenient=True)
+    assert with_it.inputs() == without.inputs()
+    assert with_it.targets == without.targets
+    assert with_it.parts[0][0].skipped == {"unreadable": 1}
+    with pytest.raises(DataError):
+        HoldingsFile.read(other, TAGS)
+
+
+def test_a_broken_image_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot an image")
+    source = tmp_path / "images.csv"
+    source.write_text("image,label\ngood.png,red\nbroken.png,blue\n", encoding="utf-8")
+    file = described(tmp_path, source, "image-classification", DataConfig(source="images.csv", image="image"))
+    held = HoldingsFile.read(file, ("blue", "red"), lenient=True)
+    assert len(held) == 1
+    with pytest.raises(DataError):
+        HoldingsFile.read(file, ("blue", "red"))
