@@ -73,10 +73,16 @@ class Claim:
         table = asdict(self)
         return {**table, "public": list(self.public), "not_covered": list(self.not_covered)}
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Return the table of a report: (name, text)."""
+    def rows(self) -> list[list[str]]:
+        """Return the table of a report: [name, text]."""
+        return [list(row) for row in self._rows()]
+
+    def _rows(self) -> list[tuple[str, str]]:
         return [
-            ("Unit of privacy", self.unit if self.max_records is None else f"{self.unit}, at most {self.max_records} records each"),
+            (
+                "Unit of privacy",
+                self.unit if self.max_records is None else f"{self.unit}, at most {self.max_records} records each",
+            ),
             ("Neighboring data sets", self.neighbors),
             ("Adversary", self.adversary),
             ("Mechanism", self.mechanism),
@@ -143,7 +149,10 @@ def _figure_rows(figures: Figures | None) -> list[tuple[str, str]]:
     if figures is None:
         return []
     return [
-        ("ε, δ", f"ε = {round_up(figures.epsilon)} at δ = {figures.delta:.1e}; {round_up(figures.epsilon_at_small_delta)} at 1e-06"),
+        (
+            "ε, δ",
+            f"ε = {round_up(figures.epsilon)} at δ = {figures.delta:.1e}; {round_up(figures.epsilon_at_small_delta)} at 1e-06",
+        ),
         ("Gaussian μ", round_up(figures.gaussian_mu)),
         (
             "Attack",

@@ -1,8 +1,9 @@
-"""Private selection: only the best of a random number of runs is published (Papernot & Steinke, "Hyperparameter Tuning with Renyi
-Differential Privacy", ICLR 2022, https://arxiv.org/abs/2110.03620).
+"""Private selection: only the best of a random number of runs is published.
 
-Valid only where the number of runs and all that the others gave stay secret, and where the score is part of what one run releases,
-or computed from that and public records.
+Papernot & Steinke, "Hyperparameter Tuning with Renyi Differential Privacy", ICLR 2022, https://arxiv.org/abs/2110.03620.
+
+Valid only where the number of runs and all that the others gave stay secret, and where the score is part of what one run
+releases, or computed from that and public records.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ def selection_epsilon(divergences: Mapping[float, float], mean: float, delta: fl
     """
     _check(mean)
     extra = 2 * min((1 - 1 / order) * value + math.log(mean) / order for order, value in divergences.items())
-    return min(
-        renyi_epsilon(value + math.log(mean) / (order - 1) + extra, order, delta) for order, value in divergences.items()
-    )
+    return min(renyi_epsilon(value + math.log(mean) / (order - 1) + extra, order, delta) for order, value in divergences.items())
 
 
 def draw_repetitions(mean: float, generator: np.random.Generator) -> int:

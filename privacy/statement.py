@@ -20,7 +20,7 @@ _AGAINST = (
     "took part."
 )
 _LIMITS = (
-    "Where the unit is a record, several records of the same person are as many records: the protection of the person is weaker. "
+    "Where the unit is a record, several records of the same person are as many records: the person is protected less. "
     "The settings (rates, clip norm, rounds) must not have been chosen by looking at these data. How long steps and answers take "
     "is not covered. Sum and noise are rounded to a grid, so that low bits tell nothing; the noise is still a rounded "
     "floating-point normal, not an exact discrete Gaussian."
@@ -71,10 +71,10 @@ def all_models_statement(together: float, *, pooled: bool) -> str:
 def together_statement(runs: int, together: float | None, delta: float | None) -> str:
     """What a comparison says of all its runs. together: their ε at δ; None where one of them had no privacy."""
     if together is None or delta is None:
-        return f"No ε covers this table: of its {runs} runs some were trained without privacy."
+        return f"No ε covers this table: of its {runs} runs some had no privacy, or none was finished."
     return (
-        f"All {runs} runs together: ε = {round_up(together)} at δ = {delta:.1e}, for any single record, as long as the values were "
-        "fixed before the first run. No ε covers worst and spread, which may be computed from exact label counts."
+        f"All {runs} runs together: ε = {round_up(together)} at δ = {delta:.1e}, for any single record, as long as the values "
+        "were fixed before the first run. No ε covers worst and spread, which may be computed from exact label counts."
     )
 
 

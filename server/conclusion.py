@@ -28,7 +28,19 @@ from cotune.server.summary import dumps, identity, performance
 __all__ = ["bytes_of", "conclude", "epsilon_stated"]
 
 _TOLD = "what an organization's own policy lets out without noise"
-_NOT_KNOWN = ("epsilon_all_models", "examples", "labels", "alone", "personal", "gain", "delta", "noise_multiplier", "sample_rate", "steps", "own")
+_NOT_KNOWN = (
+    "epsilon_all_models",
+    "examples",
+    "labels",
+    "alone",
+    "personal",
+    "gain",
+    "delta",
+    "noise_multiplier",
+    "sample_rate",
+    "steps",
+    "own",
+)
 
 
 def conclude(folder: RunFolder) -> dict[str, Any]:

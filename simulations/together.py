@@ -1,7 +1,7 @@
 """What all models that were trained on the same records give away together: a run and its baselines, or all runs of a comparison.
 
-Everything that is trained is fixed before anything is answered, by the plan or by the grid, so that the steps compose as one list:
-no filter is needed (compare `cotune.privacy.filters`).
+Everything that is trained is fixed before anything is answered, by the plan or by the grid, so that the steps compose as one
+list: no filter is needed (compare `cotune.privacy.filters`).
 """
 
 from __future__ import annotations

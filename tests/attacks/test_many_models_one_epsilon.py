@@ -48,14 +48,16 @@ def test_a_comparison_states_the_epsilon_of_all_runs(plan_file: Path, tmp_path: 
     varied = [parse_variation("strategy.weighting=examples,uniform")]
     found = compare(plan_file, varied, seeds=2, overrides=["privacy={epsilon=8}"], out=tmp_path / "out", jobs=1, device="cpu")
     written = json.loads((tmp_path / "out" / "results.json").read_bytes())
-    assert found.epsilon_together is not None and found.epsilon_together > 2 * 8
+    assert found.epsilon_together is not None
+    assert found.epsilon_together > 2 * 8
     assert written["epsilon_together"] == found.epsilon_together
 
 
 def test_no_epsilon_covers_a_comparison_with_a_run_without_privacy(plan_file: Path, tmp_path: Path) -> None:
     varied = [parse_variation('privacy="none",{epsilon=8}')]
     found = compare(plan_file, varied, seeds=1, out=tmp_path / "out", jobs=1, device="cpu")
-    assert found.private and found.epsilon_together is None
+    assert found.private
+    assert found.epsilon_together is None
 
 
 def test_runs_of_equal_organizations_compose_like_one_list() -> None:
