@@ -64,6 +64,12 @@ class BaseModelFolder:
     content_hash: str
     revision: str | None = None
 
+    @property
+    def pins(self) -> dict[str, str]:
+        """The entries of a plan's `model` table that fix the folder."""
+        pinned = {} if self.revision is None else {"revision": self.revision}
+        return {"base_hash": self.content_hash, **pinned}
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -169,8 +175,8 @@ def load_model(
             module, frozen = _build(folder.path, model_config, mean, does)
             if not _head_is_for(folder.path, labels, type(module).__name__):
                 _draw_head(module)
-        does.fit(reader, module)
-        longest = does.longest(reader, module, config.max_length)
+            does.fit(reader, module)
+            longest = does.longest(reader, module, config.max_length)
     except ModelError:
         raise
     except Exception as error:
@@ -217,7 +223,7 @@ def quiet() -> Iterator[None]:
 
 
 def _check_no_code_is_named(settings: Any) -> None:
-    """transformers can fetch kernels from the hub and run them, if a configuration names some; no hash of weights covers that."""
+    """transformers can fetch kernels from the hub and run them, if a configuration names some; no hash of files covers that."""
     if isinstance(settings, dict):
         for key, value in settings.items():
             if key.endswith("_implementation") and "/" in json.dumps(value):

@@ -15,10 +15,10 @@ from typing import Any
 
 from cotune.models.errors import ModelError
 
-__all__ = ["HUB_FILES", "check_named_weights", "content_hash", "deciding_files", "revision_of"]
+__all__ = ["HUB_FILES", "check_named_weights", "content_hash", "decides", "deciding_files", "revision_of"]
 
-# Weights and their index, configuration, tokenizer, preprocessor, chat templates: whatever transformers opens. Code and pickles are
-# never opened, and a README decides nothing.
+# Weights and their index, configuration, tokenizer, preprocessor, chat templates: whatever transformers opens. Code and pickles
+# are never opened, and a README decides nothing.
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
 _POOLING = "1_Pooling/config.json"
 HUB_FILES = [f"*{suffix}" for suffix in _SUFFIXES]  # what is fetched from the hub; the patterns reach into folders
@@ -26,14 +26,15 @@ HUB_FILES = [f"*{suffix}" for suffix in _SUFFIXES]  # what is fetched from the h
 
 def deciding_files(folder: Path) -> dict[str, Path]:
     """Name within the folder -> file, in the order of names; links are followed."""
-    found = {file.name: file for file in folder.iterdir() if _decides(file)}
+    found = {file.name: file for file in folder.iterdir() if decides(file.name) and file.is_file()}
     if (folder / _POOLING).is_file():
         found[_POOLING] = folder / _POOLING
     return dict(sorted(found.items()))
 
 
-def _decides(file: Path) -> bool:
-    return file.suffix in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+def decides(name: str) -> bool:
+    """Whether a file of that name at the top of a model's folder is part of the model."""
+    return name.endswith(_SUFFIXES) and not name.startswith(".")
 
 
 def content_hash(folder: Path) -> str:

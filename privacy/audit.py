@@ -10,8 +10,9 @@ are counted: how many of them are right? Two theorems say how many could be, had
   with the ε of the least noise that is refuted. jax_privacy has it for the curve of a single Gaussian only (the oracle of our
   tests), which is another curve when batches are sampled.
 
-Not used, for they are no bounds here: Clopper-Pearson intervals, which need independent scores (those of one run are not); fits
-of a Gaussian; and a correction for only those thresholds that lie on the ROC curve's hull, which was seen first.
+Not used, for they are no bounds here: Clopper-Pearson intervals, which need independent scores (those of a final
+model are not; of an attacker who sees every step they are: see `stepwise`); fits of a Gaussian; and a correction for only those
+thresholds that lie on the hull of the ROC curve, which was seen first.
 
 How many guesses are counted is not chosen by looking at the answers: the numbers m, m/2, m/4, … are fixed, and the allowed error
 is divided by the number of all tests (Bonferroni), so that the bounds of an audit hold *together* with the stated confidence.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -34,9 +36,20 @@ from cotune.models.errors import PrivacyError
 from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, epsilon, trade_off
 from cotune.privacy.canaries import Coins
 
-__all__ = ["Evidence", "Guess", "evidence", "lower_bound_any", "lower_bound_steps", "perfect_evidence", "require_statistics"]
+__all__ = [
+    "Evidence",
+    "Guess",
+    "TradeOff",
+    "evidence",
+    "least_refuted",
+    "lower_bound_any",
+    "lower_bound_steps",
+    "perfect_evidence",
+    "require_statistics",
+]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+TradeOff = Callable[[float], float]  # see `accounting.trade_off`
 
 _FEWEST_GUESSES = 16
 _MOST_NOISE = 64.0  # times the claimed σ: a bound from still more noise is no bound worth printing
@@ -138,25 +151,51 @@ def lower_bound_steps(found: Evidence, steps: Sequence[Steps], delta: float, err
     """
     each = error / len(found.guesses)
 
-    def scaled(scale: float) -> list[Steps]:
-        return [replace(s, noise_multiplier=s.noise_multiplier * scale) for s in steps]
+    def refutes(curve: TradeOff) -> bool:
+        return any(_is_refuted(curve, found.targets, guess, each) for guess in found.guesses)
+
+    return least_refuted(steps, delta, refutes)
+
+
+def least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[TradeOff], bool]) -> float:
+    """Return ε at δ of these steps with the least noise whose trade-off curve is refuted; 0 where none is.
+
+    Args:
+        refutes: Whether a curve is refuted. One above a refuted curve must be refuted too.
+
+    Returns:
+        A lower bound on ε, above the claim exactly when the claimed curve itself is refuted. Not below σ = 0.3, or the claimed σ
+        where that is less: the accountant does not go there.
+    """
+
+    def scaled(scale: float) -> tuple[Steps, ...]:
+        return tuple(replace(s, noise_multiplier=s.noise_multiplier * scale) for s in steps)
 
     def refuted(scale: float) -> bool:
-        curve = trade_off(scaled(scale))
-        return any(_is_refuted(curve, found.targets, guess, each) for guess in found.guesses)
+        return refutes(_curve(scaled(scale)))
 
     low, high = min(1.0, MIN_NOISE_MULTIPLIER / min(s.noise_multiplier for s in steps)), _MOST_NOISE
     if not refuted(high):
         return 0.0
-    if refuted(low):
-        return epsilon(scaled(low), delta)
+    if refuted(1.0):
+        high = 1.0
+        if refuted(low):
+            return epsilon(scaled(low), delta)
+    else:
+        low = 1.0
     while high / low > 1.002:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if refuted(middle) else (middle, high)
     return epsilon(scaled(high), delta)
 
 
-def _is_refuted(curve: Callable[[float], float], targets: int, guess: Guess, error: float) -> bool:
+@lru_cache(maxsize=256)
+def _curve(steps: tuple[Steps, ...]) -> TradeOff:
+    """The trade-off curve of these steps. Kept, for the searches of all attacks begin at the same noise."""
+    return trade_off(steps)
+
+
+def _is_refuted(curve: TradeOff, targets: int, guess: Guess, error: float) -> bool:
     """Whether so many right guesses have a probability below `error` under the curve; with k = 2 candidates for each guess."""
     right, wrong = guess.right, guess.count - guess.right
     r, h = error * right / targets, error * wrong / targets

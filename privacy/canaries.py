@@ -70,14 +70,16 @@ def plant(
     canaries_in: Coins,
     units_in: Coins,
     clip_norm: float,
+    rows_each: int = 1,
 ) -> Planted:
-    """Put canaries, each a unit of one row, beside the units, and take the units out that are not to be in.
+    """Put canaries, each a unit of `rows_each` rows, beside the units, and take the units out that are not to be in.
 
     A canary's row lends its shape from the first unit's first row. Rows of canaries have numbers after those of all units.
 
     Args:
         canaries_in: (m,), which canaries are in.
         units_in: (n,), which units are; there must be at least one unit.
+        rows_each: Rows of a canary, each with the canary's gradient: clipped by itself, it would contribute so many times C.
 
     Guarantee: a unit that is in has the losses, and the gradient in the module, that it would have without canaries; a canary's
     gradient is 100·C in its own parameter and zero elsewhere; what is held out has a gradient of zero.
@@ -98,7 +100,8 @@ def plant(
         """Itself, nobody, or a canary by its number."""
         if row < first:
             return _NOBODY if row in absent else _RECORD
-        return row - first + 1 if canaries_in[row - first] else _NOBODY
+        canary = (row - first) // rows_each
+        return canary + 1 if canaries_in[canary] else _NOBODY
 
     def batches_of_all(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         for positions, batch in batches([row if row < first else lender for row in rows]):
@@ -112,5 +115,6 @@ def plant(
         of_canary = _STEEPNESS * clip_norm * canaries(number.clamp(min=0)).squeeze(-1)
         return torch.where(number == _RECORD, of_record, torch.where(number > 0, of_canary, torch.zeros_like(of_canary)))
 
-    everybody = [*units, *([first + i] for i in range(len(canaries_in)))]
+    own = (range(first + i * rows_each, first + (i + 1) * rows_each) for i in range(len(canaries_in)))
+    everybody = [*units, *own]
     return Planted(_Beside(module, canaries), canaries.weight, everybody, batches_of_all, loss_of_all)

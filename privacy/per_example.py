@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from opacus.grad_sample import GradSampleHooks
@@ -149,4 +148,4 @@ def _finite_rows(of: PerExample, rows: int, batch: Batch) -> tuple[list[Tensor],
         finite = torch.stack([g.reshape(rows, -1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
         for g in gradients:
             g[~finite] = 0.0
-    return gradients, float(cast(Tensor, losses[:rows].double().sum()))
+    return gradients, float(losses[:rows].double().sum())

@@ -80,8 +80,7 @@ def _resolved(plan: Plan, config: ServerConfig) -> Plan:
     labels = _labels(plan, config.test, base_labels(base.path))
     local = Path(plan.model.base).expanduser()
     named = str(local.resolve()) if local.exists() else plan.model.base
-    pinned = {"base_hash": base.content_hash, "revision": base.revision or plan.model.revision}
-    model = plan.model.model_copy(update={**pinned, "base": named})
+    model = plan.model.model_copy(update={**base.pins, "base": named})
     return plan.model_copy(update={"labels": labels, "model": model})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,22 @@ from cotune.models.errors import DataError, PlanError, PrivacyError, nearest
 from cotune.models.holdings import Holdings, HoldingsFile
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy import stepwise
+from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, RecordPrivacy, Steps, epsilon, trade_off
 from cotune.privacy.audit import Evidence, evidence, lower_bound_any, lower_bound_steps, perfect_evidence, require_statistics
 from cotune.privacy.canaries import fair_coins
+from cotune.privacy.drawn_noise import DrawnNoise
 from cotune.privacy.policy import Policy
 from cotune.privacy.randomness import private_generator
+from cotune.privacy.stepwise import Separation, perfect, refutes, separation
 from cotune.server.run_folder import RunFolder
+from cotune.simulations.adversarial import Probe
 from cotune.simulations.audited_training import AuditedTraining, Targets
 from cotune.simulations.sites import prepare
 
 __all__ = ["Attack", "AuditResult", "audit_plan", "audit_run"]
 
-_TESTS = 4  # two attacks, two theorems: each may be wrong with a quarter of the allowed probability
+_TESTS = 6  # two attacks by two theorems, that on every step, the noise: each takes a sixth of the allowed probability
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,10 @@ class Attack:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """The claim (ε at δ of `steps` steps) and what the attacks prove. The bounds hold together with `confidence`."""
+    """The claim (ε at δ of `steps` steps) and what the attacks prove. The bounds hold together with `confidence`.
+
+    noise: what was drawn, in each stage. states: what adversarial states led to; exact, without any chance.
+    """
 
     plan: str
     plan_id: str
@@ -67,6 +74,8 @@ class AuditResult:
     delta: float
     confidence: float
     attacks: tuple[Attack, ...]
+    noise: tuple[DrawnNoise, ...]
+    states: tuple[Probe, ...]
     seconds: float
 
     @property
@@ -82,10 +91,29 @@ class AuditResult:
     @property
     def broken(self) -> bool:
         """Whether the claim is refuted."""
-        return self.at_least > self.epsilon
+        return self.at_least > self.epsilon or bool(self.faults)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What was found wrong inside the steps, in sentences."""
+        drawn = [fault for noise in self.noise for fault in noise.faults]
+        led = [
+            f"{probe.state}: a record moves the sum by {probe.contribution:.6g} C, through others by {probe.influence:.2g} C, and"
+            f" {probe.off_grid:.0%} of what is released is off the grid"
+            for probe in self.states
+            if probe.broken
+        ]
+        return (*drawn, *led)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"schema": 1, **asdict(self), "at_least": self.at_least, "power": self.power, "broken": self.broken}
+        return {
+            "schema": 2,
+            **asdict(self),
+            "at_least": self.at_least,
+            "power": self.power,
+            "faults": self.faults,
+            "broken": self.broken,
+        }
 
 
 def audit_plan(
@@ -107,6 +135,7 @@ def audit_plan(
     name = _chosen(organisation, [share.name for share in prepared.shares])
     share = next(share for share in prepared.shares if share.name == name)
     holdings = Holdings(((prepared.records[share.file], share.rows),), prepared.plan.labels, prepared.plan.task)
+    holdings = holdings.bounded(prepared.plan.privacy, prepared.plan.seed)
     policy = Policy.permissive(share.epsilon)
     return _audit(prepared.plan, policy, holdings, name, canaries, rounds, confidence, device)
 
@@ -126,6 +155,7 @@ def audit_run(
     name = _chosen(organisation, [who.name for who in folder.file.participants])
     site = next(who.site for who in folder.file.participants if who.name == name)
     holdings = HoldingsFile.read(folder.path / site / "data.json", folder.plan.labels)
+    holdings = holdings.bounded(folder.plan.privacy, folder.plan.seed)
     policy = Site(folder.path / site).policy()
     return _audit(folder.plan, policy, holdings, name, canaries, rounds, confidence, device or folder.file.device)
 
@@ -148,7 +178,7 @@ def _audit(
 ) -> AuditResult:
     began = time.monotonic()
     assert isinstance(plan.privacy, RecordPrivacy)
-    planned, examples = plan.rounds, len(holdings)
+    planned, examples = plan.rounds, len(holdings.units)
     if rounds is not None and not 1 <= rounds <= planned:
         raise PlanError(f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}")
     for stage in plan.stages:
@@ -158,7 +188,8 @@ def _audit(
     targets = Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
     budget = budget_of(plan.privacy, policy, examples)
     sigma, delta = noise_multiplier(plan, policy, budget, examples, 1), budget.delta
-    training = AuditedTraining(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device))
+    error = (1 - confidence) / _TESTS
+    training = AuditedTraining(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device), error)
     for round in range(1, (rounds or planned) + 1):
         training.play(round)
     found = {
@@ -166,6 +197,9 @@ def _audit(
         "records": evidence(training.record_scores, targets.records_in, coins),
     }
     steps = [Steps(sigma, rate, count) for rate, count in training.taken.items()]
+    claim = epsilon(steps, delta)
+    attacks = [_attack(kind, e, steps, delta, error) for kind, e in found.items()]
+    attacks.append(_stepwise(separation(training.step_scores, targets.canaries_in, claim), steps, delta, error))
     return AuditResult(
         plan=plan.name,
         plan_id=plan.plan_id,
@@ -176,10 +210,12 @@ def _audit(
         steps=sum(s.count for s in steps),
         noise_multiplier=sigma,
         clip_norm=plan.privacy.clip_norm,
-        epsilon=epsilon(steps, delta),
+        epsilon=claim,
         delta=delta,
         confidence=confidence,
-        attacks=tuple(_attack(kind, e, steps, delta, (1 - confidence) / _TESTS) for kind, e in found.items()),
+        attacks=tuple(attacks),
+        noise=tuple(training.noise),
+        states=tuple(training.probes),
         seconds=time.monotonic() - began,
     )
 
@@ -188,3 +224,16 @@ def _attack(name: str, found: Evidence, steps: Sequence[Steps], delta: float, er
     perfect = lower_bound_steps(perfect_evidence(found.targets), steps, delta, error)
     lower = lower_bound_any(found, delta, error), lower_bound_steps(found, steps, delta, error)
     return Attack(name, found.targets, found.auc, *lower, perfect)
+
+
+def _stepwise(found: Separation, steps: Sequence[Steps], delta: float, error: float) -> Attack:
+    """The attack of who sees every step; both of its bounds follow from the same intervals."""
+    lower = stepwise.lower_bound_any(found, delta, error), stepwise.lower_bound_steps(found, steps, delta, error)
+    return Attack("canaries, every step", found.members + found.others, found.auc, *lower, _power(found, steps, delta, error))
+
+
+def _power(found: Separation, steps: Sequence[Steps], delta: float, error: float) -> float:
+    """What an attack without a mistake would prove at least: ε of half the noise, where it refutes that."""
+    half = [replace(s, noise_multiplier=s.noise_multiplier / 2) for s in steps]
+    refuted = min(s.noise_multiplier for s in half) >= MIN_NOISE_MULTIPLIER and refutes(perfect(found), trade_off(half), error)
+    return max(stepwise.lower_bound_any(perfect(found), delta, error), epsilon(half, delta) if refuted else 0.0)

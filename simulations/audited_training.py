@@ -1,6 +1,6 @@
 """The training that an audit attacks: the organisation's own rounds, with canaries and held-out records among its own.
 
-Whoever attacks sees every delta, and the model that each round began with.
+Whoever attacks sees every delta, and the model that each round began with; who sees more, the noised sum of every step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cotune.client.setting import Setting, optimizer_of, setting_of
 from cotune.models.holdings import Holdings
@@ -19,12 +19,17 @@ from cotune.models.sharing import SharedModel, State
 from cotune.plan.model import trained_names
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
-from cotune.privacy.canaries import Coins, new_canaries, plant
+from cotune.privacy.canaries import Coins, Planted, new_canaries, plant
 from cotune.privacy.dp_sgd import private_steps
+from cotune.privacy.drawn_noise import DrawnNoise
+from cotune.privacy.stepwise import log_likelihood_ratios
+from cotune.simulations.adversarial import Probe, probe_states
+from cotune.simulations.released import Mechanism, draw_noise, watch
 from cotune.strategies.updates import Delta, difference
 
 __all__ = ["AuditedTraining", "Targets"]
 
+_IDLE = 4096  # coordinates in which nobody has a gradient
 _STEP = 1e-2  # of the delta, to either side, in the difference quotient of the losses
 
 
@@ -59,12 +64,18 @@ class AuditedTraining:
         targets: Targets,
         sigma: float,
         model: SharedModel,
+        error: float,
     ) -> None:
         self.plan, self.privacy, self.holdings, self.organisation = plan, privacy, holdings, organisation
         self.targets, self.sigma, self.model = targets, sigma, model
+        self.error = error / len(plan.stages)  # allowed for the test of the noise, in each stage
         self.canaries = new_canaries(len(targets.canaries_in), model.device)
         self.state: State = {}
         self.record_scores = np.zeros(len(targets.records))
+        self.step_scores = np.zeros(len(targets.canaries_in))  # log-likelihood ratios, of who sees every step
+        self.noise: list[DrawnNoise] = []  # of each stage
+        self.probes: list[Probe] = []
+        self._looked_at: Stage | None = None
         self.taken: Counter[float] = Counter()  # sample rate -> steps that were taken with it
 
     def canary_scores(self) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -80,6 +91,9 @@ class AuditedTraining:
         batch = stage.local.sample_rate(len(self.holdings)) * len(self.holdings)
         setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation, expected_batch=batch)
         before = model.state(names)
+        if stage != self._looked_at:
+            self._look_inside(stage, setting, names)
+            self._looked_at = stage
         self._train(stage, setting, names, parameters)
         after = model.state(names)
         self.record_scores += self._alignment(
@@ -87,20 +101,40 @@ class AuditedTraining:
         )
         self.state |= after
 
-    def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:
-        planted = plant(
+    def _planted(self, setting: Setting, canaries: nn.Embedding, canaries_in: Coins) -> Planted:
+        return plant(
             setting.module,
             setting.units,
             setting.batches,
             setting.loss,
-            canaries=self.canaries,
-            canaries_in=self.targets.canaries_in,
+            canaries=canaries,
+            canaries_in=canaries_in,
             units_in=self.targets.present(len(setting.units)),
             clip_norm=self.privacy.clip_norm,
+            rows_each=self.privacy.max_records or 1,
         )
+
+    def _mechanism(self, stage: Stage, setting: Setting) -> Mechanism:
+        """B counts the canaries too, and nothing else follows them."""
+        rate = stage.local.sample_rate(len(setting.units))
+        batch = rate * (len(setting.units) + len(self.targets.canaries_in))
+        return Mechanism(self.sigma, self.privacy.clip_norm, rate, batch, self.privacy.clipping)
+
+    def _look_inside(self, stage: Stage, setting: Setting, names: list[str]) -> None:
+        """Once in each stage: the noise of its steps, and what adversarial states do."""
+        mechanism = self._mechanism(stage, setting)
+        idle = new_canaries(_IDLE, self.model.device)  # more coordinates to draw noise in
+        planted = self._planted(setting, idle, np.zeros(_IDLE, dtype=bool))
+        noise = draw_noise(private_steps, planted.module, planted.loss, setting.units, planted.batches, mechanism, self.error)
+        self.noise.append(noise)
+        self.probes += probe_states(private_steps, self.plan, stage, self.model, names, self.state, self.holdings, mechanism)
+
+    def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:
+        planted = self._planted(setting, self.canaries, self.targets.canaries_in)
+        mechanism = self._mechanism(stage, setting)
         optimizer = optimizer_of(stage.local, self.model, names, parameters)
         optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
-        rate = stage.local.sample_rate(len(setting.units))
+        watch(optimizer, planted.canaries, mechanism.expected_batch, lambda sums: self._see(sums, mechanism))
         reports = private_steps(
             planted.module,
             optimizer,
@@ -109,13 +143,18 @@ class AuditedTraining:
             batches=planted.batches,
             noise_multiplier=self.sigma,
             clip_norm=self.privacy.clip_norm,
-            sample_rate=rate,
-            expected_batch=rate * len(planted.units),
+            sample_rate=mechanism.sample_rate,
+            expected_batch=mechanism.expected_batch,
             steps=stage.local.steps_of(len(setting.units)),
             clipping=self.privacy.clipping,
         )
         for _ in reports:
-            self.taken[rate] += 1
+            self.taken[mechanism.sample_rate] += 1
+
+    def _see(self, sums: Tensor, mechanism: Mechanism) -> None:
+        """The sums of one step in the canaries' coordinates."""
+        seen = sums[1:, 0].cpu().numpy() / mechanism.clip_norm
+        self.step_scores += log_likelihood_ratios(seen, mechanism.noise_multiplier, mechanism.sample_rate)
 
     @torch.no_grad()
     def _alignment(
@@ -135,6 +174,6 @@ class AuditedTraining:
             found = np.zeros(len(rows))
             for positions, batch in setting.batches(rows):
                 found[list(positions)] = setting.exact(batch)[: len(positions)].double().cpu().numpy()
-            return np.bincount(owners, weights=found, minlength=len(targets))
+            return np.asarray(np.bincount(owners, weights=found, minlength=len(targets)), dtype=np.float64)
 
         return (losses(-_STEP) - losses(_STEP)) / (2 * _STEP)

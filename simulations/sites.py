@@ -77,8 +77,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     records = _read(plan)
     labels = _labels(plan, records, base_labels(base.path))
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
-    pinned = {"base_hash": base.content_hash, "revision": base.revision or plan.model.revision}
-    model = plan.model.model_copy(update={**pinned, "base": _absolute(plan.model.base)})
+    model = plan.model.model_copy(update={**base.pins, "base": _absolute(plan.model.base)})
     resolved = plan.model_copy(update={"labels": labels, "data": data, "model": model})
     shares, test, validation = _split(resolved, records)
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from cotune.models import base_files
 from cotune.models.base import ModelConfig, base_labels, find_base, load_model
 from cotune.models.errors import ModelError
 
@@ -183,30 +185,96 @@ def test_the_hash_changes_with_one_byte_of_the_weights(folder: Path) -> None:
     assert find_base(config).content_hash == before
 
 
-def test_the_hash_is_of_all_that_decides_and_of_nothing_else(folder: Path, tmp_path: Path) -> None:
-    def hash_of(path: Path) -> str:
-        return find_base(ModelConfig(base=str(path))).content_hash
+def hash_of(path: Path) -> str:
+    return find_base(ModelConfig(base=str(path))).content_hash
 
+
+DECIDING = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "bpe.codes",
+    "spiece.model",
+    "source.spm",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "modules.json",
+    "1_Pooling/config.json",
+    "model.safetensors.index.json",
+    "more.safetensors",
+)
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_the_hash_covers_whatever_decides_what_a_record_becomes(folder: Path, name: str) -> None:
+    """Whether such a file is there, and every byte of it."""
+    file = folder / name
+    file.unlink(missing_ok=True)
+    hashes = [hash_of(folder)] if name != "config.json" else []
+    file.parent.mkdir(exist_ok=True)
+    for content in ("{}", "{ }"):
+        file.write_text(content)
+        hashes.append(hash_of(folder))
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_the_hash_covers_every_file_that_a_tokenizer_of_transformers_is_read_from() -> None:
+    """As its sources name them: classes that need a package more cannot be imported."""
+    sources = (Path(transformers.__file__).parent / "models").glob("*/tokenization_*.py")
+    tables = [re.search(r"VOCAB_FILES_NAMES = \{(.*?)\}", file.read_text(encoding="utf-8"), re.DOTALL) for file in sources]
+    names = {name for table in tables if table for name in re.findall(r":\s*\"([^\"]+)\"", table[1])}
+    assert {"tokenizer.json", "vocab.txt", "bpe.codes"} <= names
+    assert [name for name in names if not base_files.decides(name)] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", ".gitattributes", "modeling.py", "pytorch_model.bin", "onnx/model.onnx"])
+def test_the_hash_leaves_out_what_is_never_opened(folder: Path, name: str) -> None:
     before = hash_of(folder)
-    (folder / "README.md").write_text("changed")
-    (folder / "training_args.bin").write_bytes(b"changed")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("changed")
     assert hash_of(folder) == before
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "1_Pooling/config.json"):
-        file = folder / name
-        content = file.read_bytes() if file.exists() else None
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes((content or b"{}") + b"\n")
-        assert hash_of(folder) != before, name
-        file.unlink()
-        if content is not None:
-            file.write_bytes(content)
-    assert hash_of(folder) == before
+
+
+def test_the_hash_is_that_of_every_copy(folder: Path, tmp_path: Path) -> None:
+    """Wherever it is, and also where files are links, as the hub's snapshots have them."""
+    before = hash_of(folder)
     moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     assert hash_of(moved) == before
-    shutil.copy(moved / "model.safetensors", moved / "more.safetensors")
-    assert hash_of(moved) != before
-    (moved / "model.safetensors").unlink()
-    assert hash_of(moved) != before
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in moved.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert hash_of(linked) == before
+    (moved / "vocab.txt").write_text("a")
+    swapped = hash_of(moved)
+    (moved / "vocab.txt").rename(moved / "merges.txt")
+    assert len({before, swapped, hash_of(moved)}) == 3
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "sub/model.safetensors", "model.bin"])
+def test_weights_beyond_the_hash_are_not_loaded(folder: Path, name: str) -> None:
+    edit(folder / "config.json", transformers_weights=name)
+    assert "the hash covers no others" in refusal(folder)
+
+
+def test_shards_beyond_the_hash_are_not_loaded(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"embeddings.weight": "../one.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "the hash covers no others" in refusal(folder)
+
+
+def test_a_snapshot_of_the_hub_shows_its_commit(folder: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    found = find_base(ModelConfig(base=str(shutil.copytree(folder, tmp_path / "snapshots" / commit))))
+    assert found.revision == commit
+    assert found.pins == {"base_hash": found.content_hash, "revision": commit}
+    assert find_base(ModelConfig(base=str(folder))).pins == {"base_hash": found.content_hash}
 
 
 # --- nothing in the folder is executed
@@ -225,7 +293,7 @@ EVIL = "import pathlib\npathlib.Path({marker!r}).touch()\nclass Evil:\n    pass\
     ],
 )
 def test_kernels_of_the_hub_are_not_fetched(folder: Path, setting: dict[str, Any]) -> None:
-    """The hash of a base model is that of its weights: whoever names a place to get it from may have changed the rest."""
+    """Code that is fetched from elsewhere is covered by no hash."""
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
     assert "names code of the Hugging Face hub" in refusal(folder)

@@ -45,15 +45,15 @@ def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[dict[
     assert (result.examples, result.steps, result.noise_multiplier) == (seen.examples, seen.steps, seen.noise_multiplier)
     assert (result.epsilon, result.delta) == (pytest.approx(seen.epsilon_planned), seen.delta)
     assert (result.rounds, result.rounds_planned) == (2, 2)
-    for settings in called:
+    trained = [settings for settings in called if settings["steps"] == 5]  # others look at noise and adversarial states
+    for settings in trained:
         assert settings["sample_rate"] == 0.5
         assert settings["noise_multiplier"] == seen.noise_multiplier
         assert settings["clip_norm"] == 1.0
-        assert settings["steps"] == 5
         assert "generator" not in settings
         assert "sampling" not in settings
-    assert len(called) == 2
-    assert [(a.name, a.targets) for a in result.attacks] == [("canaries", 64), ("records", 64)]
+    assert len(trained) == 2
+    assert [(a.name, a.targets) for a in result.attacks] == [("canaries", 64), ("records", 64), ("canaries, every step", 64)]
     assert all(0 <= a.auc <= 1 and math.isfinite(a.at_least) and a.at_least <= a.power for a in result.attacks)
 
 
@@ -114,7 +114,7 @@ def test_without_noise_nearly_every_canary_is_seen(toy_plan: NewPlan, monkeypatc
     monkeypatch.setattr(audited_training, "private_steps", without_noise)
     plan = toy_plan(**{**SMALL, "privacy": {"epsilon": 1}})
     result = audit_plan(plan, canaries=2000, rounds=1, confidence=CERTAIN, device="cpu")
-    canaries, records = result.attacks
+    canaries, records, _ = result.attacks
     assert canaries.auc > 0.95  # but for those that no batch drew
     assert result.broken
     assert records.targets == result.examples

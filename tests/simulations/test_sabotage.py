@@ -3,9 +3,10 @@
 sabotage                                        caught by
 (1) gradients are not clipped                   check_contribution, and the audit
 (2) a quarter of the noise                      check_noise, and the audit
-(3) noise that a plan's seed predicts           check_unpredictable (an audit cannot see it: it does not know the seed)
+(3) noise that a plan's seed predicts           check_unpredictable, and the audit
 (4) shuffled batches under Poisson accounting   check_sampling (an audit does not see it)
 (5) a fresh accountant in every round           check_composition (an audit counts the steps itself: it does not see it)
+(6) noise 1 % too small                         the audit's test of the drawn noise (no attack on canaries sees it)
 
 Thresholds are quantiles of exact distributions at one in a billion; those of the audit hold with a confidence of 1 − 10⁻⁷.
 """
@@ -64,7 +65,12 @@ SEED = 7  # of the plan
 
 def predictable_noise(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
     """(3) From the plan's seed, by the generator that everything reproducible comes from."""
-    return private_steps(*arguments, generator=seeded_generator(SEED, "noise"), **settings)
+    return private_steps(*arguments, **{**settings, "generator": seeded_generator(SEED, "noise")})
+
+
+def nearly_all_of_the_noise(*arguments: Any, noise_multiplier: float, **settings: Any) -> Iterator[StepReport]:
+    """(6)"""
+    return private_steps(*arguments, noise_multiplier=noise_multiplier * 0.99, **settings)
 
 
 class _Shuffled(PoissonSampler):
@@ -285,4 +291,20 @@ def test_the_audit(toy_plan: NewPlan, steps: Steps, broken: bool) -> None:
     plan = toy_plan(privacy={"epsilon": 2, "delta": 1e-5}, rounds=1, local={"steps": 3, "momentum": 0.0, "batch_size": 0.98})
     result = audited(steps, plan)
     assert result.broken == broken
+    assert (result.at_least > result.epsilon) == broken
     assert result.power > 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "fault"),
+    [(nearly_all_of_the_noise, "too little noise: 0.99"), (predictable_noise, "the noise repeats itself")],
+    ids=["99 % of the noise", "predictable noise"],
+)
+def test_the_audit_of_the_drawn_noise(toy_plan: NewPlan, steps: Steps, fault: str) -> None:
+    """Half a million draws: a deviation of 1 % lies ten standard errors away, six are refused."""
+    plan = toy_plan(privacy={"epsilon": 2, "delta": 1e-5}, rounds=1, local={"steps": 1, "momentum": 0.0, "batch_size": 0.98})
+    with patch.object(audited_training, "private_steps", steps):
+        result = audit_plan(plan, canaries=64, confidence=1 - 1e-7, device="cpu")
+    assert result.broken
+    assert any(fault in found for found in result.faults)
+    assert result.at_least <= result.epsilon
