@@ -69,13 +69,15 @@ def compare(
 
 def show(console: Console, found: Comparison) -> None:
     """The tables at the end, one for each facet."""
-    from cotune.simulations.comparison_report import facets_of, words
+    from cotune.simulations.comparison_report import facets_of, together, words
 
     for facet, rows in facets_of(found):
         console.print(_table(found, facet, rows, costs=console.width >= _WIDE))
     for cell in found.failed:
         console.print(f"[bold red]failed[/bold red]: {escape(words(cell.settings))}, seed {cell.seed}: {escape(cell.reason)}")
     console.print("± and p: 95 % interval and paired t-test over the seeds, p corrected by Holm's method for each table")
+    if found.private:
+        console.print(together(found))
     for file in ("compare.html", "results.csv", "results.json"):
         console.print(f"{file:<13} {found.folder / file}", soft_wrap=True)
 

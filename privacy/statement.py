@@ -8,7 +8,7 @@ from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.client_level import ClientPrivacy, RoundNoise
 from cotune.privacy.rounding import round_up
 
-__all__ = ["client_statement", "stated", "statement"]
+__all__ = ["all_models_statement", "client_statement", "stated", "statement", "together_statement"]
 
 _CLEAR = "the local metrics, which organisations told as they are, without noise; "
 _MEANING = (
@@ -20,9 +20,10 @@ _AGAINST = (
     "took part."
 )
 _LIMITS = (
-    "Several records of the same person are as many records: the protection of the person is weaker. The settings (rates, clip "
-    "norm, rounds) must not have been chosen by looking at these data. The noise is drawn in floating-point arithmetic, whose "
-    "known side channels are not closed."
+    "Where the unit is a record, several records of the same person are as many records: the person is protected less. "
+    "The settings (rates, clip norm, rounds) must not have been chosen by looking at these data. How long steps and answers take "
+    "is not covered. Sum and noise are rounded to a grid, so that low bits tell nothing; the noise is still a rounded "
+    "floating-point normal, not an exact discrete Gaussian."
 )
 
 
@@ -51,6 +52,30 @@ def statement(
         f"server and counts as public. {_LIMITS} The test set of this simulation and the baselines trained beside it are not "
         "covered.",
     ]
+
+
+def all_models_statement(together: float, *, pooled: bool) -> str:
+    """What a simulation says beside the ε of the run: that its comparisons are trained on the same records.
+
+    together: ε of the federated model and of an organization's own, the largest. pooled: whether all data were pooled as well.
+    """
+    return (
+        "This report compares several models of the same records. The federated model and the one that each organisation trained "
+        f"alone cost ε = {round_up(together)} together, the most that any organisation spent at its δ; they were fixed before "
+        "training, so that their steps compose as one list. No ε covers figures that are computed from training records as they "
+        "are: numbers of records, label counts, the majority class, accuracies on records like an organisation's own"
+        + (", and the model of all data pooled, which is trained without privacy." if pooled else ".")
+    )
+
+
+def together_statement(runs: int, together: float | None, delta: float | None) -> str:
+    """What a comparison says of all its runs. together: their ε at δ; None where one of them had no privacy."""
+    if together is None or delta is None:
+        return f"No ε covers this table: of its {runs} runs some had no privacy, or none was finished."
+    return (
+        f"All {runs} runs together: ε = {round_up(together)} at δ = {delta:.1e}, for any single record, as long as the values "
+        "were fixed before the first run. No ε covers worst and spread, which may be computed from exact label counts."
+    )
 
 
 def stated(

@@ -15,6 +15,7 @@ from cotune.models.holdings import HoldingsFile
 from cotune.models.tasks import majority
 from cotune.plan.model import model_of
 from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.claim import claim_of
 from cotune.privacy.statement import stated
 from cotune.server.delivery import confirmed
 from cotune.server.events import read_events
@@ -26,7 +27,20 @@ from cotune.server.summary import dumps, identity, performance
 
 __all__ = ["bytes_of", "conclude", "epsilon_stated"]
 
-_NOT_KNOWN = ("examples", "labels", "alone", "personal", "gain", "delta", "noise_multiplier", "sample_rate", "steps", "own")
+_TOLD = "what an organization's own policy lets out without noise"
+_NOT_KNOWN = (
+    "epsilon_all_models",
+    "examples",
+    "labels",
+    "alone",
+    "personal",
+    "gain",
+    "delta",
+    "noise_multiplier",
+    "sample_rate",
+    "steps",
+    "own",
+)
 
 
 def conclude(folder: RunFolder) -> dict[str, Any]:
@@ -67,11 +81,15 @@ def summarise(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     privacy, spent = folder.plan.privacy, epsilon_stated(progress.history)
     known = privacy if isinstance(privacy, RecordPrivacy) else None
+    claim = claim_of(known, None, not_covered=(_TOLD, "the coordinator's test set")) if known else None
     return {
         "mode": "record" if known else "none",
         "epsilon": known.epsilon if known else None,
         "delta": str(known.delta) if known else None,
         "clip_norm": known.clip_norm if known else None,
+        "claim": claim.as_dict() if claim else None,
+        "claim_table": claim.rows() if claim else [],
+        "epsilon_all_models": None,
         "statement": stated(
             known,
             spent,

@@ -192,5 +192,6 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
         bytes_down=summary["bytes"]["down"],
         seconds=summary["seconds"],
         epsilon=max(spent, default=None),
+        deltas=tuple(each["delta"] for each in summary["organisations"] if each["delta"] is not None),
         curve=tuple((entry["round"], entry["metrics"]["accuracy"]) for entry in summary["rounds"] if entry["metrics"]),
     )

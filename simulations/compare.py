@@ -17,9 +17,10 @@ from cotune.server.events import Listener
 from cotune.server.run_folder import keep_others_off
 from cotune.server.summary import dumps
 from cotune.simulations.cells import Cell, baseline_of, cells_of, is_finished, measure, place_of
-from cotune.simulations.comparison import Comparison, Variation, combine
+from cotune.simulations.comparison import Comparison, Measured, Variation, combine
 from cotune.simulations.comparison_report import write_comparison
 from cotune.simulations.room import Room
+from cotune.simulations.together import epsilon_of_runs, steps_of_folder
 from cotune.simulations.workers import Task, import_all, play_beside, play_here
 from cotune.strategies.plugins import source_of
 
@@ -67,9 +68,20 @@ def compare(
             any(cell.plan.privacy != "none" for cell in cells),
             tuple(measured),
             combine(measured, chosen),
+            *_together(cells, places, measured),
         )
         _write(found)
     return found
+
+
+def _together(
+    cells: Sequence[Cell], places: Mapping[str, Path], measured: Sequence[Measured]
+) -> tuple[float, float] | tuple[None, None]:
+    """ε of all runs, failed ones too, and the smallest δ of any; None where a run had no privacy, or pooled the data without."""
+    deltas = [delta for cell in measured for delta in cell.deltas]
+    if not deltas or any(cell.plan.privacy == "none" or "pooled" in cell.plan.simulation.baselines for cell in cells):
+        return None, None
+    return epsilon_of_runs([steps_of_folder(places[cell.name]) for cell in cells], min(deltas)), min(deltas)
 
 
 def _make(folder: Path) -> None:
@@ -160,6 +172,8 @@ def _as_dict(found: Comparison) -> dict[str, Any]:
         "vary": {variation.key: list(variation.values) for variation in found.variations},
         "baseline": found.baseline,
         "seeds": list(found.seeds),
+        "epsilon_together": found.epsilon_together,
+        "delta_together": found.delta_together,
         "rows": rows,
         "cells": [{**asdict(cell), "settings": dict(cell.settings)} for cell in found.cells],
     }

@@ -51,6 +51,7 @@ class Measured:
     bytes_down: int | None = None
     seconds: float | None = None
     epsilon: float | None = None
+    deltas: tuple[float, ...] = ()  # of the organizations
     curve: tuple[tuple[int, float], ...] = ()  # (round, test accuracy)
     folder: str = ""
 
@@ -123,6 +124,8 @@ class Comparison:
     private: bool
     cells: tuple[Measured, ...]
     rows: tuple[Combination, ...]
+    epsilon_together: float | None = None  # of all runs, for any single record; None where no ε covers them all
+    delta_together: float | None = None
 
     @property
     def failed(self) -> tuple[Measured, ...]:

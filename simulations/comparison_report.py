@@ -7,12 +7,13 @@ from itertools import groupby
 from pathlib import Path
 
 from cotune.models.durable import write_durably
+from cotune.privacy.statement import together_statement
 from cotune.server.charts import COLOURS, MOST_DOTS, Chart, Key, Line, Point, Scale, round_ticks, value_scale, value_ticks
 from cotune.server.figures import percent, signed
 from cotune.server.report import page_environment
 from cotune.simulations.comparison import Combination, Comparison, Estimate, Measured, Settings, estimate
 
-__all__ = ["CAVEATS", "facets_of", "points", "render_comparison", "verdict", "write_comparison"]
+__all__ = ["CAVEATS", "facets_of", "points", "render_comparison", "together", "verdict", "write_comparison"]
 
 _NAME = "compare.html.j2"
 CAVEATS = (
@@ -33,11 +34,16 @@ def render_comparison(found: Comparison) -> str:
         found=found,
         compared=found.variations[0].key,
         facets=[(words(facet), rows, _curves(i, rows)) for i, (facet, rows) in enumerate(facets_of(found))],
-        caveats=(*CAVEATS, *((PRIVATE,) if found.private else ())),
+        caveats=(*CAVEATS, *((PRIVATE, together(found)) if found.private else ())),
         points=points,
         verdict=verdict,
         words=words,
     )
+
+
+def together(found: Comparison) -> str:
+    """What all runs give away."""
+    return together_statement(len(found.cells), found.epsilon_together, found.delta_together)
 
 
 def write_comparison(found: Comparison, path: Path) -> None:

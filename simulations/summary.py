@@ -12,15 +12,23 @@ from cotune.models.tasks import Metrics, majority
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
-from cotune.privacy.statement import statement
+from cotune.privacy.claim import Claim, claim_of, figures_of, worst
+from cotune.privacy.statement import all_models_statement, statement
 from cotune.server.run_folder import Progress, RunFolder
 from cotune.server.step import served_of
 from cotune.server.summary import identity, performance
 from cotune.simulations.fairness import own_accuracies
 from cotune.simulations.personal import mean_metrics, personal_metrics, personal_states
 from cotune.simulations.sites import Prepared, Share
+from cotune.simulations.together import steps_of_models
 
 __all__ = ["summarise"]
+
+_EXACT = (  # figures of a simulation that are computed from training records as they are
+    "the numbers and label counts of records, the majority class, and accuracies on records like an organization's own",
+    "the model of all data pooled, which is trained without privacy",
+    "the test records",
+)
 
 
 def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Metrics], seconds: float) -> dict[str, Any]:
@@ -34,7 +42,7 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
     own = own_accuracies(prepared, model, served, personal_states(folder, served) if plan.keeps_personal else {})
     return {
         **identity(folder, progress),
-        "privacy": _privacy(folder, prepared),
+        "privacy": _privacy(folder, prepared, pooled is not None),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
             "majority": _majority(folder, prepared).as_dict(),
@@ -56,7 +64,7 @@ def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Met
     }
 
 
-def _privacy(folder: RunFolder, prepared: Prepared) -> dict[str, Any]:
+def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, Any]:
     privacy, client_level = folder.plan.privacy, folder.plan.client_privacy is not None
     if not isinstance(privacy, RecordPrivacy):
         return {
@@ -64,16 +72,41 @@ def _privacy(folder: RunFolder, prepared: Prepared) -> dict[str, Any]:
             "epsilon": None,
             "delta": None,
             "clip_norm": None,
+            "claim": None,
+            "claim_table": [],
+            "epsilon_all_models": None,
             "statement": statement(None, {}, client_level=client_level),
         }
     spent = {s.name: _spent(folder, s, privacy) for s in prepared.shares}
+    together = max(_all_models(folder, s, privacy) for s in prepared.shares)
+    claim = _claim(folder, prepared, privacy)
     return {
         "mode": "record",
         "epsilon": privacy.epsilon,
         "delta": str(privacy.delta),
         "clip_norm": privacy.clip_norm,
-        "statement": statement(privacy, spent, clear_metrics=_in_clear(folder)),
+        "claim": claim.as_dict(),
+        "claim_table": claim.rows(),
+        "epsilon_all_models": together,
+        "statement": [
+            *statement(privacy, spent, clear_metrics=_in_clear(folder)),
+            all_models_statement(together, pooled=pooled),
+        ],
     }
+
+
+def _claim(folder: RunFolder, prepared: Prepared, privacy: RecordPrivacy) -> Claim:
+    figures = {}
+    for share in prepared.shares:
+        spent, delta = _charged(folder, share), privacy.delta_for(share.public_examples(folder.plan))
+        figures[share.name] = figures_of(spent, delta)
+    clear = ("the local metrics, which organizations told as they are",) if _in_clear(folder) else ()
+    return claim_of(privacy, worst(figures), not_covered=(*clear, *_EXACT))
+
+
+def _all_models(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> float:
+    """ε of the federated model and of the model that the organization trained alone, together."""
+    return epsilon(steps_of_models(folder.path, share.name), privacy.delta_for(share.public_examples(folder.plan)))
 
 
 def _in_clear(folder: RunFolder) -> bool:
@@ -86,7 +119,11 @@ def _in_clear(folder: RunFolder) -> bool:
 def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:
     """(ε spent, δ) of an organisation, from its ledger."""
     delta = privacy.delta_for(share.public_examples(folder.plan))
-    return epsilon(Site(folder.path / "sites" / share.name).ledger().spent(), delta), delta
+    return epsilon(_charged(folder, share), delta), delta
+
+
+def _charged(folder: RunFolder, share: Share) -> list[Steps]:
+    return Site(folder.path / "sites" / share.name).ledger().spent()
 
 
 def _training(folder: RunFolder, share: Share) -> list[Steps]:
@@ -127,6 +164,7 @@ def _organisation(
         "gain": reached.accuracy - alone.accuracy if alone and reached else None,
         "epsilon_spent": spent[0],
         "epsilon_allowed": _allowed(plan, share),
+        "epsilon_all_models": _all_models(folder, share, plan.privacy) if isinstance(plan.privacy, RecordPrivacy) else None,
         "delta": spent[1],
         "noise_multiplier": charges[-1].noise_multiplier if charges else None,
         "sample_rate": plan.stages[-1].local.sample_rate(examples),

@@ -29,7 +29,7 @@ def organisation(name: str, alone: float, spent: float, labels: dict[str, int]) 
     return {
         "name": name, "examples": sum(labels.values()), "labels": labels,
         "alone": scores(alone, 0.6, 0.6, 0.6), "gain": 0.734 - alone,
-        "epsilon_spent": spent, "epsilon_allowed": 8.0, "delta": 4.4e-05, "noise_multiplier": 0.937, "sample_rate": 0.0512,
+        "epsilon_spent": spent, "epsilon_all_models": spent, "epsilon_allowed": 8.0, "delta": 4.4e-05, "noise_multiplier": 0.937, "sample_rate": 0.0512,
         "steps": 1234, "rounds": 2,
     }  # fmt: skip
 
@@ -53,7 +53,7 @@ def summary() -> Summary:
         "schema": 1, "run": "20261122-101500-tweets", "plan": "tweets", "plan_id": "ab" * 32,
         "created": "2026-11-22T11:15:00+01:00", "engine": "in-process", "status": "finished", "stopped": None, "client_privacy": None,
         "privacy": {
-            "mode": "record", "epsilon": 8.0, "delta": "1/n^1.1", "clip_norm": 1.0, "statement": ["First part.", "Second part."],
+            "mode": "record", "epsilon": 8.0, "delta": "1/n^1.1", "clip_norm": 1.0, "claim_table": [["Unit of privacy", "<record>"]], "statement": ["First part.", "Second part."],
         },
         "model": {"base": "some/model", "base_hash": "cd" * 32, "parameters": 22700000, "shared_parameters": 1155},
         "labels": ["negative", "neutral", "positive"],
@@ -264,7 +264,7 @@ def test_a_dropped_update_is_shown_with_its_reason(summary: Summary) -> None:
 def test_privacy_is_stated_and_quantified(summary: Summary) -> None:
     page = read(summary)
     assert "First part. Second part." in page.text
-    assert ["org-1", "7.98", "4.4 × 10⁻⁵", "0.937", "0.0512", "1,234"] in page.rows
+    assert ["org-1", "7.98", "7.98", "4.4 × 10⁻⁵", "0.937", "0.0512", "1,234"] in page.rows
     assert "No differential privacy" not in page.text
 
 

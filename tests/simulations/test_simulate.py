@@ -109,7 +109,8 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
         ),
         *("organisations", "rounds", "bytes", "seconds", "peak_memory_bytes", "versions", "reproduce"),
     }
-    assert set(summary["privacy"]) == {"mode", "epsilon", "delta", "clip_norm", "statement"}
+    fields = {"mode", "epsilon", "delta", "clip_norm", "claim", "claim_table", "epsilon_all_models", "statement"}
+    assert set(summary["privacy"]) == fields
     assert set(summary["model"]) == {"base", "base_hash", "parameters", "shared_parameters"}
     assert set(summary["test"]) == {"examples", "majority", "alone", "federated", "pooled"}
     assert set(summary["test"]["alone"]) == {"mean", "each"}
@@ -121,7 +122,18 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
         assert all(0 <= value <= 1 for value in each.values())
     for organisation in summary["organisations"]:
         assert set(organisation) == {
-            *("name", "examples", "labels", "alone", "personal", "gain", "epsilon_spent", "epsilon_allowed", "delta"),
+            *(
+                "name",
+                "examples",
+                "labels",
+                "alone",
+                "personal",
+                "gain",
+                "epsilon_spent",
+                "epsilon_all_models",
+                "epsilon_allowed",
+                "delta",
+            ),
             *("noise_multiplier", "sample_rate", "steps", "rounds", "own"),
         }
     for entry in summary["rounds"]:

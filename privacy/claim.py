@@ -1,0 +1,161 @@
+"""What is promised about a run, as data: the report, the command line and `summary.json` print this one object.
+
+The fields follow NIST SP 800-226, "Guidelines for Evaluating Differential Privacy Guarantees": parameters, unit of privacy,
+neighboring relation, threat model, mechanism, and the hazards that remain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon, gaussian_mu, true_positive_rate
+from cotune.privacy.rounding import round_up
+
+__all__ = ["SMALL_DELTA", "Claim", "Figures", "claim_of", "figures_of", "worst"]
+
+SMALL_DELTA = 1e-6  # δ at which every statement repeats ε, so that statements can be compared
+FALSE_POSITIVE_RATE = 0.01
+_UNCOVERED = (
+    "the time that steps and answers take",
+    "the judgment of whoever approves a plan",
+    "settings that were chosen by looking at these data",
+    "float64 arithmetic of the sampler: the noise is a rounded float64 normal, not an exact discrete Gaussian",
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How much some steps give away.
+
+    Attributes:
+        epsilon: ε at `delta`, an upper bound.
+        delta: δ.
+        epsilon_at_small_delta: ε of the same steps at δ = 1e-6.
+        gaussian_mu: μ of Gaussian differential privacy.
+        true_positive_rate: The share of the members, at most, that an attack finds at 1 % false alarms.
+    """
+
+    epsilon: float
+    delta: float
+    epsilon_at_small_delta: float
+    gaussian_mu: float
+    true_positive_rate: float
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is promised, to whom, against whom, and what is not.
+
+    Attributes:
+        unit: "record", or the column whose values are protected with all of their records.
+        max_records: Records of a unit that count at most; None for a record.
+        figures: Of the organization that spent most; None where it is not known.
+        public: What counts as known to everybody.
+        not_covered: What no figure of this claim bounds.
+    """
+
+    mechanism: str
+    unit: str
+    max_records: int | None
+    neighbors: str
+    adversary: str
+    accountant: str
+    epsilon_allowed: float
+    delta_rule: str
+    figures: Figures | None
+    public: tuple[str, ...]
+    not_covered: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for `privacy.claim` of summary.json."""
+        table = asdict(self)
+        return {**table, "public": list(self.public), "not_covered": list(self.not_covered)}
+
+    def rows(self) -> list[list[str]]:
+        """Return the table of a report: [name, text]."""
+        return [list(row) for row in self._rows()]
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            (
+                "Unit of privacy",
+                self.unit if self.max_records is None else f"{self.unit}, at most {self.max_records} records each",
+            ),
+            ("Neighboring data sets", self.neighbors),
+            ("Adversary", self.adversary),
+            ("Mechanism", self.mechanism),
+            ("Accountant", self.accountant),
+            *_figure_rows(self.figures),
+            ("Public", "; ".join(self.public)),
+            ("Not covered", "; ".join(self.not_covered)),
+        ]
+
+
+def figures_of(spent: Sequence[Steps], delta: float) -> Figures:
+    """Return the figures of all the steps together, at δ and at 1e-6."""
+    return Figures(
+        epsilon(spent, delta),
+        delta,
+        epsilon(spent, SMALL_DELTA),
+        gaussian_mu(spent),
+        true_positive_rate(spent, FALSE_POSITIVE_RATE),
+    )
+
+
+def worst(figures: Mapping[str, Figures]) -> Figures | None:
+    """Return the largest of every figure: the organizations' records are disjoint, so that nothing adds up over them."""
+    if not figures:
+        return None
+    return Figures(*(max(column) for column in zip(*(tuple(asdict(each).values()) for each in figures.values()), strict=True)))
+
+
+def claim_of(
+    privacy: RecordPrivacy, figures: Figures | None, *, number_is_public: bool = False, not_covered: Sequence[str] = ()
+) -> Claim:
+    """Return what a plan's `privacy` table promises.
+
+    Args:
+        figures: Of what was spent (see `worst`), or planned.
+        number_is_public: Whether an organization gives its true number of units away: then a unit is replaced by an empty one.
+        not_covered: What this run shows beside what is always uncovered.
+    """
+    unit = "record" if privacy.unit == "record" else f"all records of one {privacy.unit}"
+    return Claim(
+        mechanism=_mechanism(privacy, unit),
+        unit=privacy.unit,
+        max_records=privacy.max_records,
+        neighbors=f"replace one {unit} by an empty one" if number_is_public else f"add or remove one {unit}",
+        adversary="knows all other records, chooses plan, states and seed, sees everything that leaves the organization",
+        accountant="privacy loss distributions (dp-accounting), over every step of every round, interrupted ones included",
+        epsilon_allowed=privacy.epsilon,
+        delta_rule=str(privacy.delta),
+        figures=figures,
+        public=("the number from which rates, noise and δ follow", "the plan", "who takes part in which round"),
+        not_covered=(*not_covered, *_UNCOVERED),
+    )
+
+
+def _mechanism(privacy: RecordPrivacy, unit: str) -> str:
+    per_layer = ", in equal shares for each parameter tensor" if privacy.clipping == "per_layer" else ""
+    return (
+        f"DP-SGD: each {unit} enters a step by chance (Poisson sampling), its gradient is clipped to the norm"
+        f" {privacy.clip_norm:g}{per_layer}, Gaussian noise is added to the sum on a grid"
+    )
+
+
+def _figure_rows(figures: Figures | None) -> list[tuple[str, str]]:
+    if figures is None:
+        return []
+    return [
+        (
+            "ε, δ",
+            f"ε = {round_up(figures.epsilon)} at δ = {figures.delta:.1e}; {round_up(figures.epsilon_at_small_delta)} at 1e-06",
+        ),
+        ("Gaussian μ", round_up(figures.gaussian_mu)),
+        (
+            "Attack",
+            f"at 1 % false alarms an attacker finds at most {round_up(100 * figures.true_positive_rate)} % of the members",
+        ),
+    ]
