@@ -110,13 +110,13 @@ def test_a_damaged_list_approves_nothing(make_plan: MakePlan, make_site: MakeSit
         Approvals(site).check(make_plan(), EACH)
 
 
-def test_a_plan_in_five_lines(make_plan: MakePlan) -> None:
+def test_a_plan_in_six_lines(make_plan: MakePlan) -> None:
     lines = outline(make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}, strategy="fedprox"))
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert "3 rounds: 3 of head (4 steps, batches of 0.2)" in lines[2]
-    assert "ε = 2 at δ = 0.001" in lines[3]
-    assert "examples → mean → proximal" in lines[4]
-    assert "NO differential privacy" in outline(make_plan())[3]
+    assert any("ε = 2 at δ = 0.001" in line for line in lines)
+    assert any("examples → mean → proximal" in line for line in lines)
+    assert any("NO differential privacy" in line for line in outline(make_plan()))
 
 
 def test_what_differs_between_two_plans(make_plan: MakePlan) -> None:

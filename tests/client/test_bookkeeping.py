@@ -39,7 +39,7 @@ def site(make_site: MakeSite) -> Site:
 def test_the_overview_is_composed_from_the_events(site: Site) -> None:
     found = overview(site)
     small, grown = found["data_sets"]
-    delta = delta_of("1/n^1.1", 1000)
+    delta = delta_of("1/n^1.5", 1000)
     events = [Steps(1.1, 0.02, 60), Steps(1.5, 0.02, 20), Steps(20.0, 1.0, 1)]
     assert (small["records"], small["delta"]) == (1000, delta)
     assert small["epsilon"] == epsilon_filter(
@@ -48,7 +48,7 @@ def test_the_overview_is_composed_from_the_events(site: Site) -> None:
     assert small["composition"] == f"renyi filter, order {filter_order(8.0, delta / 2)}"
     assert small["epsilon_left"] == 8.0 - small["epsilon"]
     assert grown["shares_records_with"] == {small["fingerprint"]: 1000}
-    assert grown["epsilon"] == epsilon_filter(events, 8.0, delta_of("1/n^1.1", 1500) / 2)
+    assert grown["epsilon"] == epsilon_filter(events, 8.0, delta_of("1/n^1.5", 1500) / 2)
     runs = {run["plan_id"][0]: run for run in small["runs"]}
     assert [(r["plan"], r["rounds"], r["steps"], r["interrupted"]) for r in runs.values()] == [
         ("tweets", 3, 60, 0),

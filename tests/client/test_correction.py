@@ -141,7 +141,7 @@ def test_a_term_without_state_keeps_nothing(make_plan: MakePlan, make_site: Make
 
 
 WRONG: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
-    "not finite": (lambda t: torch.full_like(t, float("nan")), "not finite: expected finite ones"),
+    "not finite": (lambda t: torch.full_like(t, float("nan")), "expected"),
     "another shape": (lambda t: torch.ones(7, *t.shape), "expected a parameter of the state, in its shape"),
     "one number for all": (lambda t: torch.ones(1), "expected a parameter of the state, in its shape"),
 }
