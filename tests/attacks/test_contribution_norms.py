@@ -4,7 +4,11 @@ What the audit found, in clip norms where 1 is promised: 46 for a head that was 
 unknowns) to amplify how a long record's padding moves the features of others; 1.017 for LoRA under bfloat16 autocast with honest
 states; 1.32 for FNet, which reads its padding, with an honest random head; 56,843 (LayerNorm weight 1e12) and 26 (1e7) for a
 record of as many X as O tags, whose positions cancel, under ghost clipping in float32.
-MEASURED
+
+The same on commit a605cba, of the models of this file: BERT's head under bfloat16 3.95 at the amplifying head (1.002 at an honest
+one), its LoRA 2.98, Llama's head 1.23 and LoRA 1.002; full fine-tuning at LayerNorm weights of 1e4 1.39 (BERT) and 31.5 (Llama);
+a record whose positions cancel to zero took away all that three others contributed, 3.0 (at 1e4, 1e7 and 1e12). Of images,
+LoRA under bfloat16 gave 1.00004.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +117,21 @@ def norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().pow(2).sum()) for t in tensors))
 
 
-def sensitivity(setting: Setting, clip: float) -> float:
-    """‖sum(D) − sum(D∖i)‖ / C, where i is the last record."""
+def sensitivity(plan: Plan, model: SharedModel, holdings: Holdings, state: State, clip: float) -> float:
+    """‖sum(D) − sum(D∖i)‖ / C, where i is the last record; in the second world nothing was computed with it."""
+    setting = setting_at(plan, model, holdings, state)
     whole = clipped_sum(setting, range(setting.rows), clip)
-    rest = clipped_sum(setting, range(setting.rows - 1), clip)
+    without = setting_at(plan, model, shortened(holdings), state)
+    rest = clipped_sum(without, range(without.rows), clip)
+    assert without.rows == setting.rows - 1
     return norm([w - r for w, r in zip(whole, rest, strict=True)]) / clip
+
+
+def shortened(holdings: Holdings) -> Holdings:
+    """The same, from a file that lacks the last record."""
+    records = holdings.parts[0][0]
+    fewer = replace(records, inputs=records.inputs[:-1], labels=records.labels[:-1])
+    return Holdings(((fewer, np.arange(len(fewer))),), holdings.labels, holdings.task)
 
 
 def amplified(model: SharedModel, holdings: Holdings, state: State) -> State:
@@ -157,16 +172,14 @@ def one_long_record(tmp_path: Path) -> Path:
 def test_a_record_contributes_the_clip_norm_at_most(
     long_model: Callable[[str], Path], kind: str, mode: str, precision: str, tmp_path: Path
 ) -> None:
-    """At an honest state, at the head that amplifies, and with steep norms; with many clipped and with all clipped."""
+    """At an honest state, at the head that amplifies, and with steep norms."""
     images = kind == "vit"
     source = write_images(tmp_path / "images", OTHERS + 1) if images else one_long_record(tmp_path)
     task = "image-classification" if images else "sequence-classification"
     plan = plan_of(long_model(kind), source, task, mode, precision, tuple(COLOURS) if images else CLASSES)
     model, holdings, honest = prepared(plan)
     for state in (honest, amplified(model, holdings, honest), steep(honest, 1e4)):
-        setting = setting_at(plan, model, holdings, state)
-        for clip in (1.0, 1e-3):
-            assert sensitivity(setting, clip) <= 1 + 1e-6
+        assert sensitivity(plan, model, holdings, state, 1.0) <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -183,8 +196,8 @@ def test_a_record_whose_positions_cancel_contributes_the_clip_norm_at_most(
     source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     plan = plan_of(long_model("bert"), source, "token-classification", mode, precision, ("O", "X"))
     model, holdings, honest = prepared(plan)
-    setting = setting_at(plan, model, holdings, alike(steep(honest, steepness)))
-    assert sensitivity(setting, 1.0) <= 1 + 1e-6
+    state = alike(steep(honest, steepness))
+    assert sensitivity(plan, model, holdings, state, 1.0) <= 1 + 1e-6
 
 
 def alike(state: State) -> State:
