@@ -91,7 +91,8 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
     for line in outline(plan):
         console.print(escape(line))
     policy, holdings = site.policy(), site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
-    broken = tuple(broken_rules(plan, policy, len(holdings.units), Account(plan, policy, site, holdings).hours()))
+    account = Account(plan, policy, site, holdings, draws=False)
+    broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
     if broken:
         show_broken(console, site, broken)
         console.print("[bold yellow]this plan is declined whenever it is asked for, until the policy allows it[/bold yellow]")

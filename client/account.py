@@ -1,31 +1,110 @@
-"""One run's account at an organisation: its ledger, seen for one plan and one data set."""
+"""One run's account at an organisation: its ledger, seen for one plan and one data set, and the public number of its records."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
+import torch
+
 from cotune.client.budget import Budget, budget_of, noise_multiplier, total_delta
+from cotune.client.consent import unsaid_number
 from cotune.client.site import Site
 from cotune.client.total import Total
+from cotune.models.errors import Declined
 from cotune.models.holdings import Holdings
 from cotune.models.units import RECORD
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.gaussian import add_gaussian_noise
 from cotune.privacy.ledger import Ledger, Limit
 from cotune.privacy.policy import Policy
+from cotune.privacy.randomness import private_generator
+from cotune.privacy.rounding import two_digits
 
 __all__ = ["Account"]
 
+_COUNT = "example count"
+_DELTA = 1e-6  # at which the draw of N is held against the total; under a rule of its own, as a δ of the total's stays for good
+
 
 class Account:
-    """What a run has spent and may spend. budget: None without record-level privacy, where training is not charged."""
+    """What a run has spent and may spend.
 
-    def __init__(self, plan: Plan, policy: Policy, site: Site, holdings: Holdings) -> None:
+    round: that charges are entered for. draws: false where nothing may be charged, for the organization's own eyes: then a number
+    that is yet to be noised or declared is guessed from the true one. generator: only tests give one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        policy: Policy,
+        site: Site,
+        holdings: Holdings,
+        *,
+        round: int = 1,
+        draws: bool = True,
+        generator: np.random.Generator | None = None,
+    ) -> None:
         self.plan, self.policy, self.site, self.holdings = plan, policy, site, holdings
-        self.budget: Budget | None = None
-        if isinstance(plan.privacy, RecordPrivacy):
-            self.budget = budget_of(plan.privacy, policy, len(holdings.units))
+        self.round, self.draws, self._generator = round, draws, generator
+
+    @property
+    def true_examples(self) -> int:
+        """n, in units of privacy. It decides nothing that anybody else can see: see `public_examples`."""
+        return len(self.holdings.units)
+
+    @cached_property
+    def public_examples(self) -> int:
+        """N, at least 1: the number of records as everybody may know it. Sample rate, batch, noise, steps and δ follow from it.
+
+        A noised one is charged, then drawn, then remembered for the rest of the plan. Raises Declined where the policy declares
+        a number and does not say which.
+        """
+        rules, count = self.policy.tell, self.true_examples
+        if rules.example_count == "exact":
+            return max(1, count)
+        if rules.example_count == "rounded":
+            step: int = 10 ** (len(str(count)) - 1)
+            return max(1, math.floor(count / step + 0.5) * step)
+        if rules.example_count == "declared":
+            return rules.declared_examples or self._undeclared()
+        return max(1, math.floor(self._noised_count() + 0.5))
+
+    def _noised_count(self) -> float:
+        known = self._told(_COUNT) if self.draws or self.site.ledger_file.exists() else None
+        if known is None and not self.draws:
+            return self.true_examples
+        return (known or self._draw_count())[0]
+
+    def _draw_count(self) -> list[float]:
+        """Charged before δ is known, which follows from it: against the total, at a δ that is public without it."""
+        total = self.policy.budget.epsilon_total
+        try:
+            return self._drawn(_COUNT, [self.true_examples], [Limit("tell.example_count", total, _DELTA)])
+        except Declined:
+            raise Declined(
+                "budget.epsilon_total",
+                f"too little of the total {total:g} is left to tell the number of records with noise, from which a run's noise"
+                " follows: raise budget.epsilon_total in policy.toml, or declare a number",
+            ) from None
+
+    def _undeclared(self) -> int:
+        if self.draws:
+            raise Declined("tell.declared_examples", unsaid_number())
+        return max(1, two_digits(self.true_examples))
+
+    @cached_property
+    def budget(self) -> Budget | None:
+        """None without record-level privacy, where training is not charged. Raises PrivacyError for a δ that says nothing."""
+        privacy = self.plan.privacy
+        return budget_of(privacy, self.policy, self.public_examples) if isinstance(privacy, RecordPrivacy) else None
+
+    @cached_property
+    def generator(self) -> np.random.Generator:
+        return self._generator or private_generator()
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -44,13 +123,18 @@ class Account:
         return sum(c.seconds for c in self.ledger.charges() if c.plan_id == self.plan.plan_id) / 3600
 
     def plan_noise(self, round: int) -> float:
-        """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges nothing."""
+        """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges no training."""
         assert self.budget is not None, "without privacy there is no noise"
         self.ledger.check_unit(self.data)
-        spent = self.ledger.spent(self.plan.plan_id, self.data)
-        histories = self.ledger.histories(self.data, "budget.epsilon_total")
         return noise_multiplier(
-            self.plan, self.policy, self.budget, len(self.holdings.units), round, spent=spent, histories=histories
+            self.plan,
+            self.policy,
+            self.budget,
+            self.public_examples,
+            round,
+            spent=self.ledger.spent(self.plan.plan_id, self.data),
+            histories=self.ledger.histories(self.data, "budget.epsilon_total"),
+            counted=self.policy.tell.example_count == "noised" and self._told(_COUNT) is not None,
         )
 
     def spent_in_total(self) -> float:
@@ -61,13 +145,31 @@ class Account:
 
     def reserve(self, round: int, steps: Steps, purpose: str = "training") -> int:
         """Charges steps before they run, durably. Raises Declined when they would exceed what the policy allows."""
-        plan, total = self.plan, self.policy.budget.epsilon_total
-        limits = (
-            self.budget.limits(plan.plan_id)
-            if self.budget
-            else [Limit("budget.epsilon_total", total, total_delta(self.policy, len(self.holdings.units)))]
-        )
-        return self.ledger.reserve(plan.plan_id, round, steps, data=self.data, plan=plan.name, purpose=purpose, limits=limits)
+        return self._reserve(round, steps, purpose, self._limits())
+
+    def once(self, what: str, values: Sequence[float]) -> list[float]:
+        """Sums with noise, drawn once per run: charged, then drawn, then remembered, and only then told.
+
+        values: one unit of privacy changes them by one at most, in L2.
+        """
+        return self._told(what) or self._drawn(what, values, self._limits())
+
+    def _drawn(self, what: str, values: Sequence[float], limits: Sequence[Limit]) -> list[float]:
+        charge = self._reserve(self.round, Steps(self.policy.tell.noise_multiplier, 1.0, 1), what, limits)
+        drawn = self.noised(values, 1.0)
+        self.ledger.tell(self.plan.plan_id, self.data, what, drawn)
+        self.ledger.settle(charge, 1)
+        return drawn
+
+    def noised(self, values: Sequence[float], sensitivity: float) -> list[float]:
+        """Sums with Gaussian noise, both on a grid, so that no low bit tells a sum (see `privacy.gaussian`).
+
+        sensitivity: how much one unit of privacy changes the sums at most, in L2. Rounding them to the grid may add one step for
+        each entry, at most 2⁻¹⁸ of the sensitivity, for which the noise is enlarged.
+        """
+        enlarged = sensitivity * (1 + 2.0**-17 * math.sqrt(len(values)))
+        total = torch.tensor(list(values), dtype=torch.float64)
+        return list(add_gaussian_noise(total, enlarged, self.policy.tell.noise_multiplier, self.generator).tolist())
 
     def leave_unprotected(self, round: int, what: str) -> None:
         """Enters what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
@@ -79,7 +181,18 @@ class Account:
         return epsilon(self.ledger.spent(self.plan.plan_id, self.data), self.budget.delta)
 
     def stated_epsilon(self) -> float:
-        """For the server: rounded up to two digits. Where the number of records is not told, the whole budget of the run."""
-        assert self.budget is not None, "without privacy nothing is spent"
-        told = self.epsilon() if self.policy.tell.example_count == "exact" else self.budget.epsilon
-        return math.ceil(told * 100 - 1e-9) / 100
+        """For the server: rounded up to two digits. It follows from N and from charges whose σ every update shows anyway."""
+        return math.ceil(self.epsilon() * 100 - 1e-9) / 100
+
+    def _told(self, what: str) -> list[float] | None:
+        return self.ledger.told(self.plan.plan_id, self.data, what)
+
+    def _reserve(self, round: int, steps: Steps, purpose: str, limits: Sequence[Limit]) -> int:
+        plan = self.plan
+        return self.ledger.reserve(plan.plan_id, round, steps, data=self.data, plan=plan.name, purpose=purpose, limits=limits)
+
+    def _limits(self) -> list[Limit]:
+        if self.budget:
+            return self.budget.limits(self.plan.plan_id)
+        rules = self.policy.budget
+        return [Limit("budget.epsilon_total", rules.epsilon_total, total_delta(self.policy, self.public_examples))]

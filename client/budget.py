@@ -45,10 +45,11 @@ def budget_of(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
 def total_delta(policy: Policy, examples: int) -> float:
     """δ of the policy's total. Raises PrivacyError where it is so large that its ε would limit nothing."""
     delta = delta_of(policy.budget.delta_total, examples)
-    if delta * examples > 1:
+    most = policy.budget.largest_delta(examples)
+    if delta > most:
         raise PrivacyError(
             f"budget.delta_total = {policy.budget.delta_total} gives δ = {delta:.2g} for {examples} examples; expected at most"
-            f' 1/{examples}: choose a smaller δ in policy.toml, such as "1/n^1.1"'
+            f' {most:.2g}: choose a smaller δ in policy.toml, such as "1/n^1.5"'
         )
     return delta
 
@@ -74,14 +75,18 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
     return planned
 
 
-def planned_telling(plan: Plan, policy: Policy, first_round: int = 1) -> list[Steps]:
+def planned_telling(plan: Plan, policy: Policy, first_round: int = 1, *, counted: bool = False) -> list[Steps]:
     """What is to be told with noise from a round on: each a Gaussian mechanism on one or two sums, charged like
-    training."""
+    training.
+
+    counted: whether the number of records is told already.
+    """
     rounds = plan.rounds - first_round + 1
-    once = [policy.tell.example_count == "noised", plan.tell.label_histogram and policy.tell.label_histogram == "noised"]
+    number = policy.tell.example_count == "noised" and not counted  # drawn before the first round, whichever that is
+    histogram = first_round == 1 and plan.tell.label_histogram and policy.tell.label_histogram == "noised"
     metrics = plan.tell.local_metrics and policy.tell.local_metrics == "noised"
     loss = "loss" in plan.strategy.sends and policy.tell.local_loss == "noised"
-    count = (sum(once) if first_round == 1 else 0) + rounds * (metrics + loss)
+    count = number + histogram + rounds * (metrics + loss)
     return [Steps(policy.tell.noise_multiplier, 1.0, count)] if count else []
 
 
@@ -94,9 +99,11 @@ def noise_multiplier(
     *,
     spent: Sequence[Steps] = (),
     histories: Sequence[History] = (),
+    counted: bool = False,
 ) -> float:
     """σ for the rounds from `round` on: calibrated once for all steps of all rounds, and kept as long as it suffices.
 
+    examples: the public number. counted: whether its draw is among what is spent.
     spent: charges of this run. histories: of every data set that shares a record with this one, this run's charges included.
     More than planned may have been spent: a crash in the middle of a round counts. Then the rest of the budget is spread over the
     remaining steps. Raises Declined when the run does not fit into what is left of the total, PrivacyError when its rest is so
@@ -105,7 +112,7 @@ def noise_multiplier(
     sigma = calibrate(
         planned_steps(plan, examples), epsilon=budget.epsilon, delta=budget.delta, spent=planned_telling(plan, policy)
     )
-    remaining, telling = planned_steps(plan, examples, round), planned_telling(plan, policy, round)
+    remaining, telling = planned_steps(plan, examples, round), planned_telling(plan, policy, round, counted=counted)
     total = Total(plan.plan_id, budget.total_epsilon, budget.total_delta, histories)
 
     def to_come(noise: float) -> list[Steps]:
@@ -115,7 +122,7 @@ def noise_multiplier(
     if epsilon([*spent, *to_come(sigma)], budget.delta) > budget.epsilon:
         needed = calibrate(remaining, epsilon=budget.epsilon, delta=budget.delta, spent=[*spent, *telling])
     if total.after(to_come(needed)) > total.epsilon:
-        if not spent and (total.others or budget.epsilon > total.epsilon):
+        if len(spent) <= counted and (total.others or budget.epsilon > total.epsilon):
             raise _too_much_in_total(plan, budget, examples, sigma, total, telling)
         needed = total.smallest_noise(to_come, needed, 1.01 * max(needed, _MOST_NOISE * sigma))
     if needed > _MOST_NOISE * sigma:

@@ -70,14 +70,16 @@ def check(plan: Plan, site: Site) -> Checked:
         )
     policy, holdings = site.policy(), site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
     checked = Checked(site.organisation, len(holdings.units), site.file.device, None)
-    account = Account(plan, policy, site, holdings)
+    account = Account(plan, policy, site, holdings, draws=False)
     if holdings.unknown:
         warning = (
             f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
             " would be trained without a label"
         )
         checked = replace(checked, warning=warning)
-    broken = tuple(broken_rules(plan, policy, len(holdings.units), account.hours()))
+    elif (far := _far_from_true(account)) is not None:
+        checked = replace(checked, warning=far)
+    broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
     if broken:
         return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
     try:
@@ -92,7 +94,7 @@ def check(plan: Plan, site: Site) -> Checked:
     except PrivacyError as declined:  # a rule says no, or the run has used up its budget
         return replace(checked, declined=str(declined))
     for stage in plan.stages:
-        check_examples(len(holdings.units), stage.local, site.organisation)
+        check_examples(account.public_examples, stage.local, site.organisation)
     find_base_here(plan, site.file)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
@@ -106,7 +108,18 @@ def check(plan: Plan, site: Site) -> Checked:
         delta=account.budget.delta,
         epsilon_spent=account.spent_in_total(),
         epsilon_total=account.budget.total_epsilon,
-        stages=tuple(_try(plan, stage, model, len(holdings.units), sigma) for stage in plan.stages),
+        stages=tuple(_try(plan, stage, model, account.public_examples, sigma) for stage in plan.stages),
+    )
+
+
+def _far_from_true(account: Account) -> str | None:
+    """A declared number that is far from the true one costs accuracy: batches are smaller, or the noise larger than need be."""
+    declared, held = account.public_examples, account.true_examples
+    if account.policy.tell.example_count != "declared" or held / 2 <= declared <= 1.1 * held:
+        return None
+    return (
+        f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"
+        " batches and noise follow from it"
     )
 
 

@@ -14,7 +14,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
 
-__all__ = ["Broken", "broken_rules", "check_base_model", "check_consent", "check_plan", "limit_gpu_memory"]
+__all__ = ["Broken", "broken_rules", "check_base_model", "check_consent", "check_plan", "limit_gpu_memory", "unsaid_number"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
     elif policy.training.record_privacy:
         yield Broken("training.record_privacy", "the plan says privacy = none, expected record-level differential privacy", False)
     yield from _telling(plan, policy)
-    yield from _telling_size(plan, policy)
+    yield from _undeclared(policy)
 
 
 def _telling(plan: Plan, policy: Policy) -> Iterator[Broken]:
@@ -146,34 +146,27 @@ def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
         yield Broken("training.max_hours", problem, float(round(2 * hours)) or 1.0)
 
 
-def _telling_size(plan: Plan, policy: Policy) -> Iterator[Broken]:
-    tells = any(stage.local.epochs is not None and stage.local.batch_size >= 1 for stage in plan.stages)
-    if tells and policy.tell.example_count != "exact":
-        yield Broken(
-            "tell.example_count",
-            "the plan has local.epochs, whose number of steps tells how many records there are: expected local.steps, or"
-            " local.batch_size as a fraction",
-            "exact",
-        )
+def unsaid_number() -> str:
+    """What is wrong with a policy that declares a number of records and does not say which."""
+    return "the policy declares a number of records and gives none, expected tell.declared_examples near the true number"
+
+
+def _undeclared(policy: Policy) -> Iterator[Broken]:
+    if policy.tell.example_count == "declared" and policy.tell.declared_examples is None:
+        yield Broken("tell.declared_examples", unsaid_number())
 
 
 def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Broken]:
-    rules, tell = policy.training, policy.tell
+    rules = policy.training
     if examples < rules.min_examples:
         yield Broken(
             "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}", examples
         )
     batches = [stage.local.sample_rate(examples) * examples for stage in plan.stages]
-    for stage, batch in zip(plan.stages, batches, strict=True):
+    for batch in batches:
         if batch < rules.min_batch:
             problem = f"a batch would have {batch:.0f} records, expected at least {rules.min_batch:g}"
             yield Broken("training.min_batch", problem, math.floor(min(batches)))
-        if plan.strategy.compares_noise and tell.example_count == "declared" and tell.declared_examples < stage.local.batch_size:
-            yield Broken(
-                "tell.declared_examples",
-                f"the plan weighs updates by their noise, stated for {tell.declared_examples} records, fewer than a batch has:"
-                " expected a public size near the true one",
-            )
 
 
 def _too_large_delta(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Broken]:
@@ -181,6 +174,10 @@ def _too_large_delta(privacy: RecordPrivacy, policy: Policy, examples: int) -> I
     if wanted > allowed:
         problem = f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
         yield Broken("budget.delta_per_run", problem, privacy.delta)
+    most = policy.budget.largest_delta(examples)
+    if wanted > most:
+        problem = f"the plan asks for δ = {wanted:.2g}, expected at most {most:.2g}: the promise may fail for a record in 1/δ"
+        yield Broken("budget.delta_times_records", problem, min(1.0, float(f"{wanted * examples:.2g}") * 1.1))
 
 
 def _over_budget(privacy: RecordPrivacy, policy: Policy) -> Iterator[Broken]:

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from cotune.client.account import Account
-from cotune.client.budget import planned_steps, planned_telling
 from cotune.plan.schema import LocalTraining, Stage
-from cotune.privacy.accounting import RecordPrivacy, calibrate, delta_of
+from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.delta_noise import LocalOptimizer, delta_noise_variance
 
 __all__ = ["noise_variance", "stated_noise"]
@@ -22,22 +21,16 @@ def stated_noise(
     stage: Stage,
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-    told: int,
 ) -> dict[str, float] | None:
     """Parameter name -> variance of the noise on each coordinate of its delta; None where nothing is to be said.
 
-    sigma: the noise multiplier of the round. told: the number of records that the organisation declares. Where that is not the
-    exact one, σ and batch are those of an organisation of the declared size: the true noise would tell the true size.
+    sigma: the noise multiplier of the round, which follows from public numbers, as all of this does.
     """
-    plan, policy = account.plan, account.policy
+    plan, policy, examples = account.plan, account.policy, account.public_examples
     if not (plan.strategy.compares_noise and policy.tell.noise_level and isinstance(plan.privacy, RecordPrivacy)):
         return None
-    if policy.tell.example_count != "exact":
-        allowed = policy.budget.epsilon_for(plan.privacy.epsilon)
-        delta = min(delta_of(plan.privacy.delta, told), 1 / (told + 1))
-        sigma = calibrate(planned_steps(plan, told), epsilon=allowed, delta=delta, spent=planned_telling(plan, policy))
-    scale = sigma * plan.privacy.clip_norm / (stage.local.sample_rate(told) * told)  # σC/B
-    return noise_variance(stage.local, optimizer, parameters, scale=scale, steps=stage.local.steps_of(told))
+    scale = sigma * plan.privacy.clip_norm / (stage.local.sample_rate(examples) * examples)  # σC/B
+    return noise_variance(stage.local, optimizer, parameters, scale=scale, steps=stage.local.steps_of(examples))
 
 
 def noise_variance(

@@ -39,6 +39,7 @@ __all__ = ["Blocked", "check_reason", "check_receipt", "check_update"]
 
 _OF_RECORDS = {  # rules that the number of records decides: plan after plan, their names would tell it
     ("budget", "delta_per_run"),
+    ("budget", "delta_times_records"),
     ("training", "min_examples"),
     ("training", "min_batch"),
     ("tell", "declared_examples"),
@@ -61,7 +62,8 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
     Raises Blocked, RunError for what cannot be read as one.
     """
     update, policy = decode_update(content, plan.plan_id), site.policy()
-    account = Account(plan, policy, site, site.holdings(plan.labels).bounded(plan.privacy, plan.seed))
+    holdings = site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
+    account = Account(plan, policy, site, holdings, round=request.round)
     for problem in _problems(content, update, request, account, model_here(plan, site)):
         raise Blocked(problem)
     return update, account
@@ -138,8 +140,8 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
     """What is said beside the delta: count, steps, ε, noise, and whatever else is told."""
-    plan, policy, count = account.plan, account.policy, len(account.holdings.units)
-    if not _is_as_ruled(update.examples, account):
+    plan, policy, count = account.plan, account.policy, account.public_examples
+    if update.examples != count:
         yield f"the update declares {update.examples} records, which is not what the rule tell.example_count says"
     if update.steps != plan.stage_of(round).local.steps_of(count):
         yield f"the update states {update.steps} steps, expected {plan.stage_of(round).local.steps_of(count)} as in the plan"
@@ -164,18 +166,6 @@ def _may_be_told(plan: Plan, policy: Policy) -> set[str]:
     if "loss" in plan.strategy.sends and policy.tell.local_loss != "none":
         names |= {"loss"}
     return names
-
-
-def _is_as_ruled(told: int, account: Account) -> bool:
-    rules, count = account.policy.tell, len(account.holdings.units)
-    if rules.example_count == "exact":
-        return told == count
-    if rules.example_count == "declared":
-        return told == rules.declared_examples
-    if rules.example_count == "rounded":  # one digit, and no other is nearer
-        return len(str(told).rstrip("0")) == 1 and 2 * abs(told - count) <= 10 ** (len(str(count)) - 1)
-    noised = account.ledger.told(account.plan.plan_id, account.data, "example count")
-    return noised is not None and told == max(1, math.floor(noised[0] + 0.5))
 
 
 def _same(content: RecordDict, expected: RecordDict) -> bool:

@@ -12,7 +12,7 @@ __all__ = ["changes", "outline", "printable"]
 
 
 def outline(plan: Plan) -> list[str]:
-    """Five lines: which plan, which model, how much training, what privacy, which strategy."""
+    """Six lines: which plan, which model, how much training, at which rates and bounds, what privacy, which strategy."""
     stages = ", ".join(f"{stage.rounds} of {stage.mode} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
@@ -21,6 +21,7 @@ def outline(plan: Plan) -> list[str]:
         f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task} into {', '.join(plan.labels)}",
         f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}",
         f"{plan.rounds} rounds: {stages}",
+        _rates(plan),
         _privacy(plan),
         f"strategy {' → '.join(parts)}; asks to be told: {', '.join(asks) or 'nothing beside the updates'}",
     ]
@@ -37,13 +38,27 @@ def _amount(local: Any) -> str:
     return f"{steps}, batches of {local.batch_size:g}"
 
 
+def _rates(plan: Plan) -> str:
+    """What decides how far a record can move the model, beside its privacy."""
+    stages = [_rate(stage.local) for stage in plan.stages]
+    return f"learning rate {', '.join(dict.fromkeys(stages))}; updates of a norm of at most {plan.server.max_update_norm:g}"
+
+
+def _rate(local: Any) -> str:
+    own_head = "" if local.head_learning_rate is None else f" (head {local.head_learning_rate:g})"
+    return f"{local.learning_rate:g}{own_head} with {local.optimizer}"
+
+
 def _privacy(plan: Plan) -> str:
     if not isinstance(plan.privacy, RecordPrivacy):
         return "NO differential privacy for records"
     whom = plan.privacy.unit
     if plan.privacy.max_records is not None:
         whom = f"{whom}, of whom at most {plan.privacy.max_records} records count"
-    return f"differential privacy for every {whom}: ε = {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"
+    return (
+        f"differential privacy for every {whom}: ε = {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}, each one's gradient"
+        f" clipped to a norm of {plan.privacy.clip_norm:g}"
+    )
 
 
 def changes(before: Plan, after: Plan) -> list[str]:

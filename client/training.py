@@ -24,7 +24,6 @@ from cotune.client.site import Site
 from cotune.client.statistics import statistics_of
 from cotune.client.telling import Teller
 from cotune.models.errors import Declined, RunError
-from cotune.models.holdings import Holdings
 from cotune.models.sharing import State
 from cotune.plan.model import trained_names
 from cotune.plan.schema import Plan, Stage
@@ -35,6 +34,8 @@ from cotune.strategies.updates import Update, difference, not_finite
 from cotune.strategies.wire import received_digest
 
 __all__ = ["train_round"]
+
+_MOST_VALUE = 1e4  # of a parameter; those of usable models are below 100, and extreme ones are how rounding errors are made large
 
 
 def train_round(
@@ -52,14 +53,17 @@ def train_round(
     policy = site.policy()
     Approvals(site).check(plan, policy)
     check_plan(plan, policy)
+    _check_values(state, "state")
+    _check_values(sent, "further tensors")
     holdings = site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
-    check_consent(plan, policy, len(holdings.units))
+    account = Account(plan, policy, site, holdings, round=round)
+    examples = account.public_examples  # what is decided from here on is decided by this number alone
+    check_consent(plan, policy, examples)
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:
         return finished
-    account = Account(plan, policy, site, holdings)
-    check_consent(plan, policy, len(holdings.units), account.hours())
-    check_examples(len(holdings.units), stage.local, site.organisation)
+    check_consent(plan, policy, examples, account.hours())
+    check_examples(examples, stage.local, site.organisation)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
     model.load(state)
@@ -69,28 +73,26 @@ def train_round(
     correction, own_rank = Correction(plan, site, admitted, sent), OwnRank(plan, stage, policy, model)
     received = own_rank.held(model, personal.joined(state))
     parameters = model.train_only(names)
-    batch = stage.local.sample_rate(len(holdings)) * len(holdings)
+    batch = stage.local.sample_rate(examples) * examples
     setting = setting_of(plan, stage, model, holdings, state, site.organisation, expected_batch=batch)
     optimizer, named = optimizer_of(stage.local, model, names, parameters), dict(zip(names, parameters, strict=True))
     guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
     teller = Teller(account)
     if isinstance(plan.privacy, RecordPrivacy):
         sigma = account.plan_noise(round)  # refuses before anything is charged
-        told = _tell(teller, setting, holdings, round)
-        declared = teller.examples(len(holdings.units), round)
-        noise = stated_noise(account, sigma, stage, optimizer, {name: named[name] for name in personal.shared}, declared)
+        told = _tell(teller, setting, account, round)
+        noise = stated_noise(account, sigma, stage, optimizer, {name: named[name] for name in personal.shared})
         with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
             steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
         spent: float | None = account.stated_epsilon()
     else:
         account.leave_unprotected(round, "training")
-        told = _tell(teller, setting, holdings, round)
+        told = _tell(teller, setting, account, round)
         with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
-            steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard), None, None
+            steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard, examples), None, None
     delta = own_rank.sent(difference(model.state(personal.shared), received))
     _check_finite(delta)
     statistics = statistics_of(plan, model, personal.shared, setting)
-    examples = teller.examples(len(holdings.units), round)
     update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics, digest)
     correction.keep(round, stage, delta)
     personal.keep()
@@ -98,25 +100,29 @@ def train_round(
     return update
 
 
+def _check_values(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Before a record is read: what came is finite, and of a size that parameters have."""
+    for name, tensor in tensors.items():
+        most = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not most <= _MOST_VALUE:
+            raise RunError(f"the request's {what} reach {most:.3g} in {name[:80]}: expected values of at most {_MOST_VALUE:g}")
+
+
 def _check_state(state: State, names: Sequence[str]) -> None:
-    """Before anything is charged: the request must hold what the stage trains, and finite values only."""
+    """Before anything is charged: the request must hold what the stage trains."""
     lacking = [name for name in names if name not in state]
     if lacking:
         raise RunError(f"the request's state lacks {lacking[0]}: expected every parameter that the stage trains")
-    if broken := not_finite(state):
-        raise RunError(f"the request's state is not finite in {broken[:80]}: expected finite parameters")
 
 
 def _check_sent(sent: Mapping[str, Tensor], state: State) -> None:
-    """Before anything is charged: what comes beside the state is about its parameters, and finite."""
+    """Before anything is charged: what comes beside the state is about its parameters."""
     for name, tensor in sent.items():
         if name not in state or tensor.shape != state[name].shape:
             raise RunError(
                 f"the request sends {name[:80]} {tuple(tensor.shape)} beside the state: expected a parameter of the state, in its"
                 " shape"
             )
-    if broken := not_finite(sent):
-        raise RunError(f"the request sends {broken[:80]} with values that are not finite: expected finite ones")
 
 
 def _train_privately(
@@ -131,7 +137,8 @@ def _train_privately(
 ) -> int:
     """Returns the steps taken. The ledger is charged before a record enters a batch."""
     check_gradients(setting, privacy, stage.mode)
-    rate, planned = stage.local.sample_rate(len(setting.units)), stage.local.steps_of(len(setting.units))
+    examples = account.public_examples
+    rate, planned = stage.local.sample_rate(examples), stage.local.steps_of(examples)
     charge = account.reserve(round, Steps(sigma, rate, planned))
     began = time.monotonic()
     reports = private_steps(
@@ -143,7 +150,7 @@ def _train_privately(
         noise_multiplier=sigma,
         clip_norm=privacy.clip_norm,
         sample_rate=rate,
-        expected_batch=rate * len(setting.units),
+        expected_batch=rate * examples,
         steps=planned,
         clipping=privacy.clipping,
     )
@@ -162,13 +169,13 @@ def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepRe
             raise Declined("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {most:g}")
 
 
-def _tell(teller: Teller, setting: Setting, holdings: Holdings, round: int) -> dict[str, float]:
+def _tell(teller: Teller, setting: Setting, account: Account, round: int) -> dict[str, float]:
     """What else the organisation says, about its records and the received model."""
-    counts = list(holdings.label_counts().values())
+    counts = list(account.holdings.label_counts().values())
     return {
-        **teller.histogram(counts, round),
+        **teller.histogram(counts),
         **teller.metrics(lambda: _correct(setting), round),
-        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), len(holdings.units), round),
+        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), account.true_examples, round),
     }
 
 
@@ -191,12 +198,19 @@ def _total_loss(setting: Setting, ceiling: float) -> float:
 
 
 def _train_plainly(
-    plan: Plan, stage: Stage, site: Site, round: int, setting: Setting, optimizer: torch.optim.Optimizer, guard: Guard
+    plan: Plan,
+    stage: Stage,
+    site: Site,
+    round: int,
+    setting: Setting,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    examples: int,
 ) -> int:
     """The same batches by Poisson sampling, but reproducible, and without clipping and noise. An empty batch takes no step."""
     generator = seeded_generator(plan.seed, "batches", site.organisation, round)
-    rate = stage.local.sample_rate(setting.rows)
-    sampler = PoissonSampler(setting.rows, rate, stage.local.steps_of(setting.rows), generator)
+    rate, steps = stage.local.sample_rate(examples), stage.local.steps_of(examples)
+    sampler = PoissonSampler(setting.rows, rate, steps, generator)
     return _follow(_plain_steps(setting, optimizer, sampler), site.organisation, round, None, guard)
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import warnings
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
 from functools import partial
@@ -21,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cotune.models.errors import DataError
 
-__all__ = ["READERS", "Columns", "DataConfig", "DataFile", "is_unicode", "reason_of", "word_of"]
+__all__ = ["READERS", "UNREADABLE", "Columns", "DataConfig", "DataFile", "is_unicode", "reason_of", "word_of"]
 
 
 class DataConfig(BaseModel):
@@ -69,13 +73,18 @@ class DataConfig(BaseModel):
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file's bytes, and what an error says about it. key: which entry of the configuration names the column of the inputs."""
+    """A file's bytes, and what an error says about it. key: which entry of the configuration names the column of the inputs.
+
+    lenient: a line that cannot be read is left out and counted in `skipped`, as a failure would tell that somebody holds it.
+    """
 
     name: str
     path: Path
     raw: bytes
     config: DataConfig
     key: str = "text"
+    lenient: bool = False
+    skipped: Counter[str] = field(default_factory=Counter, compare=False)
 
     @property
     def suffix(self) -> str:
@@ -92,6 +101,7 @@ class DataFile:
         return self.wanted if self.config.unit is None else (*self.wanted, self.config.unit)
 
 
+UNREADABLE = "unreadable"  # why a record was left out, see Records.skipped
 Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
 
 # Text formats are not read with the `datasets` library. It infers types, chunk by chunk: the labels "01" and "1" become
@@ -102,7 +112,7 @@ Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns;
 def _csv(file: DataFile, separator: str) -> Columns:
     text = _decode(file)
     try:  # the header is read as a record: pandas would rename a repeated column, and make a surplus field an index
-        frame = pandas.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
+        frame = _frame(file, text, separator)
     except pandas.errors.EmptyDataError as error:
         raise DataError(f"{file.name} holds blank lines only: expected a line of column names, then records") from error
     except ValueError as error:
@@ -115,6 +125,44 @@ def _csv(file: DataFile, separator: str) -> Columns:
     return names, {name: frame[names.index(name)].iloc[1:].tolist() for name in file.columns if name in names}
 
 
+def _frame(file: DataFile, text: str, separator: str, rows: int | None = None) -> pandas.DataFrame:
+    """All fields of a CSV file as text; where lenient, without the lines of too many fields and what a quote never closes."""
+    read = partial(pandas.read_csv, sep=separator, header=None, dtype=str, keep_default_na=False, nrows=rows)
+    if not file.lenient:
+        return read(io.StringIO(text))
+    try:
+        with warnings.catch_warnings(record=True) as found:  # the same engine, so that the other lines stay as they are
+            warnings.simplefilter("always", pandas.errors.ParserWarning)
+            frame = read(io.StringIO(text), on_bad_lines="warn")
+    except pandas.errors.ParserError as error:
+        opened = re.search(r"EOF inside string starting at row (\d+)", str(error))
+        if opened is None or rows is not None:
+            raise
+        file.skipped[UNREADABLE] += 1
+        return _frame(
+            file,
+            text,
+            separator,
+            _rows_before(int(opened[1]), lambda most: read(io.StringIO(text), nrows=most, on_bad_lines="skip")),
+        )
+    left_out = sum(str(warning.message).count("Skipping line") for warning in found)
+    file.skipped.update({UNREADABLE: left_out} if left_out else {})
+    return frame
+
+
+def _rows_before(row: int, read: Callable[[int], object]) -> int:
+    """How many rows can be read before a quote that is never closed: at most `row`, which counts left-out and blank lines too."""
+
+    def fails(most: int) -> bool:
+        try:
+            read(most)
+        except pandas.errors.ParserError:
+            return True
+        return False
+
+    return max(bisect_left(range(1, row + 1), True, key=fails), 1)
+
+
 def _json(file: DataFile) -> Columns:
     """One object per line, or one array of objects."""
     text = _decode(file)
@@ -123,9 +171,12 @@ def _json(file: DataFile) -> Columns:
         found = [(f"record {number}", row) for number, row in enumerate(_loads(file, text, 1), 1)]
     else:  # str.splitlines would also cut at a line separator inside a string
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        found = [(f"line {number}", _loads(file, line, number)) for number, line in lines]
+        found = [(f"line {number}", _loads_line(file, line, number)) for number, line in lines]
     rows: list[dict[str, object]] = []
     for where, row in found:
+        if not isinstance(row, dict) and file.lenient:
+            file.skipped[UNREADABLE] += 1
+            continue
         if not isinstance(row, dict):
             raise DataError(f"{file.name} holds a {type(row).__name__} in {where}, expected an object: {_example(file)}")
         rows.append(row)
@@ -133,6 +184,16 @@ def _json(file: DataFile) -> Columns:
         raise DataError(f"{file.name} holds no records: expected one object per line, as in {_example(file)}")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return names, {name: [row.get(name) for row in rows] for name in file.columns if name in names}
+
+
+def _loads_line(file: DataFile, text: str, number: int) -> Any:
+    """What a line holds; None where it cannot be read, if the file is read leniently."""
+    try:
+        return _loads(file, text, number)
+    except DataError:
+        if not file.lenient:
+            raise
+        return None
 
 
 def _loads(file: DataFile, text: str, first_line: int) -> Any:

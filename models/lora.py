@@ -43,7 +43,7 @@ class LoraConfig(Table):
         "lora", description="lora: s = α/r; rslora: s = α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)"
     )
     rank: int = Field(8, ge=1, le=512, description="r")
-    alpha: float = Field(16.0, gt=0, description="α")
+    alpha: float = Field(16.0, gt=0, le=4096, description="α")
     factors: Factors = Field(
         "b",
         description="which are trained: b (A stays as drawn from the plan's seed: FFA-LoRA, Sun et al., ICLR 2024), ab (both), or"

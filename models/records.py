@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cotune.models import image_folders
 from cotune.models.errors import DataError, nearest
-from cotune.models.formats import READERS, DataConfig, DataFile, is_unicode, reason_of, word_of
+from cotune.models.formats import READERS, UNREADABLE, DataConfig, DataFile, is_unicode, reason_of, word_of
 from cotune.models.inputs import Input, Label, content_of, identity_of, names_in, plain
 from cotune.models.tasks import Task, TaskName, task_named
 from cotune.models.units import agree, grouped
@@ -215,7 +215,7 @@ def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, t
         got = f"ends in {suffix!r}" if suffix else "has no suffix"
         raise DataError(f"{name} {got}, expected one of {_suffixes()}: convert or rename it")
     try:
-        file = DataFile(name, Path(path), Path(path).read_bytes(), config, key)
+        file = DataFile(name, Path(path), Path(path).read_bytes(), config, key, lenient)
     except OSError as error:
         raise DataError(f"{name} cannot be read ({reason_of(error)}): check its permissions") from error
     if not file.raw:
@@ -225,9 +225,7 @@ def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, t
     inputs, labels = file.wanted
     for entry, column in zip((key, "label", "unit"), file.columns, strict=False):
         _check_column(file, entry, column, names)
-    return _clean(
-        file, task_named(task), values[inputs], values[labels], values.get(config.unit) if config.unit else None, lenient=lenient
-    )
+    return _clean(file, task_named(task), values[inputs], values[labels], values.get(config.unit) if config.unit else None)
 
 
 @lru_cache(maxsize=CACHED_FILES)
@@ -239,8 +237,8 @@ def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task
             " that column beside the paths or bytes of the images"
         )
     found = image_folders.labelled_images(Path(path))
-    file = DataFile(name, Path(path), b"", config, "image")
-    return _clean(file, task_named(task), [image for image, _ in found], [label for _, label in found], lenient=lenient)
+    file = DataFile(name, Path(path), b"", config, "image", lenient)
+    return _clean(file, task_named(task), [image for image, _ in found], [label for _, label in found])
 
 
 def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -> None:
@@ -260,16 +258,14 @@ def _clean(
     inputs: Sequence[object],
     labels: Sequence[object],
     units: Sequence[object] | None = None,
-    *,
-    lenient: bool = False,
 ) -> Records:
-    """lenient: a record that cannot be read is left out, as a failure would tell that somebody holds it."""
+    """The usable records; the others are counted by the reason."""
     if not inputs:
         raise DataError(f"{file.name} holds the names of its columns and no records: add some, or name another file")
     found: list[Row] = []
-    skipped: Counter[str] = Counter()
+    skipped = Counter(file.skipped)  # lines that no record could be made of
     for number, (raw_input, raw_label, raw_unit) in enumerate(zip(inputs, labels, units or [None] * len(inputs), strict=True), 1):
-        record = _record(file, task, number, raw_input, raw_label, lenient=lenient)
+        record = _record(file, task, number, raw_input, raw_label)
         unit = _unit_of(file, number, raw_unit)
         if isinstance(record, str):
             skipped[record] += 1
@@ -287,14 +283,14 @@ def _clean(
     return Records(given, named, file.name, dict(skipped), whose if units is not None else ())
 
 
-def _record(file: DataFile, task: Task, number: int, given: object, label: object, *, lenient: bool) -> tuple[Input, Label] | str:
-    """The record, or the reason to leave it out. Raises DataError for one that cannot be read, unless lenient."""
+def _record(file: DataFile, task: Task, number: int, given: object, label: object) -> tuple[Input, Label] | str:
+    """The record, or the reason to leave it out. Raises DataError for one that cannot be read, unless leniently."""
     try:
         return task.record(file, number, given, label)
     except DataError:
-        if not lenient:
+        if not file.lenient:
             raise
-        return "unreadable"
+        return UNREADABLE
 
 
 def _unit_of(file: DataFile, number: int, value: object) -> str:

@@ -22,21 +22,26 @@ from cotune.strategies.strategy import StrategyConfig
 
 __all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage", "TellConfig"]
 
+_LARGEST_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
+_LONGEST_WAIT = 30 * 24 * 3600.0
+
 
 class LocalTraining(Table):
     """How an organisation trains in one round (the `local` table of a plan)."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
-    learning_rate: float = Field(0.5, gt=0)
+    learning_rate: float = Field(0.5, gt=0, le=_LARGEST_RATE)
     head_learning_rate: float | None = Field(
-        None, gt=0, description="for the head where the stage trains more; default: the same"
+        None, gt=0, le=_LARGEST_RATE, description="for the head where the stage trains more; default: the same"
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(0.0, ge=0)
-    batch_size: float = Field(256, gt=0, description="expected records per step; below 1: the fraction of the records")
-    steps: int | None = Field(20, ge=1, description="optimiser steps per round; null where epochs are given")
-    epochs: float | None = Field(None, gt=0, description="instead of steps: passes over the own records per round")
-    physical_batch_size: int = Field(32, ge=1, description="records held in memory at a time; no influence on the result")
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    batch_size: float = Field(256, gt=0, le=1e6, description="expected records per step; below 1: the fraction of the records")
+    steps: int | None = Field(20, ge=1, le=100_000, description="optimiser steps per round; null where epochs are given")
+    epochs: float | None = Field(None, gt=0, le=1000, description="instead of steps: passes over the own records per round")
+    physical_batch_size: int = Field(
+        32, ge=1, le=65_536, description="records held in memory at a time; no influence on the result"
+    )
 
     @field_validator("batch_size")
     @classmethod
@@ -76,7 +81,7 @@ class Stage(Table):
     """Consecutive rounds that train the same group of parameters."""
 
     mode: TrainMode = Field(description="head, lora (adapters and head) or full (encoder and head)")
-    rounds: int = Field(ge=1)
+    rounds: int = Field(ge=1, le=100_000)
     local: LocalTraining = Field(LocalTraining(), description="what differs from the plan's [local]")
     freeze_embeddings: bool = Field(True, description="in full: leave the embedding tables as they are")
 
@@ -86,7 +91,10 @@ class RoundsConfig(Table):
 
     sample_rate: float = Field(1.0, gt=0, le=1, description="probability with which each organisation is asked in a round")
     sample_size: int = Field(
-        0, ge=0, description="exactly so many are asked, drawn without replacement from the plan's seed; 0: by sample_rate"
+        0,
+        ge=0,
+        le=1_000_000,
+        description="exactly so many are asked, drawn without replacement from the plan's seed; 0: by sample_rate",
     )
     quorum: float = Field(0.5, gt=0, le=1, description="fraction of the asked organisations whose updates a round needs")
     over_selection: float = Field(
@@ -95,20 +103,30 @@ class RoundsConfig(Table):
         le=10,
         description="asked beyond sample_size, as a fraction of it; a round closes with its first sample_size updates",
     )
-    deadline_seconds: float = Field(3600.0, gt=0, description="how long a round waits for an organisation that was asked")
+    deadline_seconds: float = Field(
+        3600.0, gt=0, le=_LONGEST_WAIT, description="how long a round waits for an organisation that was asked"
+    )
     absent_seconds: float = Field(
-        60.0, ge=0, description="how long a round waits for those who are not connected, where the others reach the quorum"
+        60.0,
+        ge=0,
+        le=_LONGEST_WAIT,
+        description="how long a round waits for those who are not connected, where the others reach the quorum",
     )
     wait_seconds: float = Field(
-        3600.0, ge=0, description="how long a round waits for the quorum to be connected; then the run stops, to be resumed"
+        3600.0,
+        ge=0,
+        le=_LONGEST_WAIT,
+        description="how long a round waits for the quorum to be connected; then the run stops, to be resumed",
     )
     late: Literal["ignore", "fold"] = Field(
         "ignore", description="of updates that come after their round: fold them into a later one, with less weight"
     )
     max_staleness: int = Field(2, ge=1, le=100, description="with late = fold: rounds that an update may be late")
-    max_update_norm: float = Field(1e4, gt=0, description="updates with a larger L2 norm are refused")
-    max_examples: int = Field(10_000_000, ge=1, description="updates that declare more records are refused")
-    strikes: int = Field(3, ge=0, description="refused updates after which an organisation is left out of the run; 0: never")
+    max_update_norm: float = Field(1e4, gt=0, le=1e6, description="updates with a larger L2 norm are refused")
+    max_examples: int = Field(10_000_000, ge=1, le=10**12, description="updates that declare more records are refused")
+    strikes: int = Field(
+        3, ge=0, le=100_000, description="refused updates after which an organisation is left out of the run; 0: never"
+    )
     visibility: Literal["updates", "sum"] = Field(
         "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"
     )
@@ -139,7 +157,7 @@ class SimulationConfig(Table):
 
     clients: int = Field(4, ge=1, le=10_000, description="organisations that one pooled file is split over")
     partition: str = Field("dirichlet:0.5", description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA or shards:K")
-    min_examples: int = Field(20, ge=1, description="per organisation")
+    min_examples: int = Field(20, ge=1, le=10**9, description="per organisation")
     epsilons: tuple[float, ...] = Field(
         (), description="own ε of each organisation, in their order, where it is smaller than the plan's; empty: the plan's"
     )
@@ -174,7 +192,7 @@ class Plan(Table):
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="of the other records, held by the server: some strategies judge updates by them"
     )
-    keep_checkpoints: int = Field(0, ge=0, description="how many rounds' checkpoints stay on disk; 0: all")
+    keep_checkpoints: int = Field(0, ge=0, le=100_000, description="how many rounds' checkpoints stay on disk; 0: all")
     model: ModelConfig
     data: DataConfig
     lora: LoraConfig = LoraConfig()

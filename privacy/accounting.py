@@ -61,8 +61,8 @@ class RecordPrivacy(Table):
         None, ge=1, le=10_000, description="records of a unit that count at most; only for another unit than record"
     )
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organisation over the whole run")
-    delta: float | str = Field("1/n^1.1", description='δ: a number, or "1/n^p" with n the organisation\'s records')
-    clip_norm: float = Field(1.0, gt=0, description="C, bound on the L2 norm of one record's gradient")
+    delta: float | str = Field("1/n^1.5", description='δ: a number, or "1/n^p" with n the organisation\'s records')
+    clip_norm: float = Field(1.0, ge=1e-6, le=1e3, description="C, bound on the L2 norm of one record's gradient")
     clipping: Literal["flat", "per_layer"] = Field(
         "flat", description="the gradient as a whole, or each parameter tensor to C/√L; per_layer: head and lora only"
     )
@@ -91,7 +91,7 @@ class RecordPrivacy(Table):
         if examples < 2 or delta * examples > 1:
             raise PrivacyError(
                 f"privacy.delta = {self.delta} gives δ = {delta:.2g} for {examples} examples; expected at most 1/{examples}"
-                ' = one over the number of examples: choose a smaller δ, such as "1/n^1.1"'
+                ' = one over the number of examples: choose a smaller δ, such as "1/n^1.5"'
             )
         return delta
 

@@ -3,6 +3,9 @@
 A federation has one account for all its runs: the same organizations take part in them, and whoever watches them sees them all. A
 line is on the disk before the noise is drawn, so that a crash in between counts as spent. Stored are accounting events (z, q,
 count), never an ε. The file is replaced as a whole, fsynced, and never shortened.
+
+A federation's account begins with its limit for all runs and its δ. The first charge fixes both: the order of the Rényi filter
+follows from them, and a later plan, which may have been chosen after seeing answers, must not move it.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ class ClientLevelAccount:
     Attributes:
         allowed: ε that this run's charges may reach, at δ.
         delta: δ of each run. Over several runs together it is 3δ/2: one run counts by PLD at δ, several by a filter at δ/2.
-        run: The run's name among those of the account.
-        total: ε that the charges of all runs may reach together; None: as much as a run alone.
+        run: What the run is known by among those of the account; "": the account is this run's alone, and has no first line.
+        total: ε that the charges of all runs may reach together, by this run's plan; None: as much as a run alone.
     """
 
     path: Path
@@ -45,19 +48,7 @@ class ClientLevelAccount:
         Raises:
             PrivacyError: For a file that is no account.
         """
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            found: dict[str, list[tuple[int, Steps]]] = {}
-            for row in map(json.loads, lines):
-                found.setdefault(str(row.get("run", "")), []).append(_charge(row))
-            return found
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PrivacyError(
-                f"the privacy account {self.path} cannot be read ({error}): expected one JSON object per line; nothing is"
-                " released without it, so restore it from a backup"
-            ) from None
+        return self._read()[1]
 
     def charges(self) -> list[tuple[int, Steps]]:
         """Return (round, what it cost) of this run. Raises PrivacyError for a file that is no account."""
@@ -71,6 +62,25 @@ class ClientLevelAccount:
         """Return ε of the charges of all runs; of one run alone, that of `spent`."""
         return self._of_all({name: [steps for _, steps in charged] for name, charged in self.runs().items()})
 
+    def delta_of_all_runs(self) -> float:
+        """Return δ at which `spent_in_all_runs` holds."""
+        return self.delta if len(self.runs()) <= 1 else 1.5 * self.delta
+
+    def check(self) -> None:
+        """Check that this run's plan keeps to what the first charge of the account fixed, before anybody is asked.
+
+        Raises:
+            PrivacyError: For another δ, or a larger ε for all runs.
+        """
+        total, delta = self._fixed()
+        if self.delta == delta and self._most <= total:
+            return
+        raise PrivacyError(
+            f"the plan asks for client-level ε = {self._most:g} of all runs at δ = {self.delta:g}, and the first run of this"
+            f" federation fixed ε = {total:g} at δ = {delta:g} for good: expected the same δ and no larger ε; to start over, make"
+            " a new federation"
+        )
+
     def allows(self, steps: Steps) -> bool:
         """Return whether one more charge stays within ε, of this run and of all together."""
         runs = {name: [before for _, before in charged] for name, charged in self.runs().items()}
@@ -81,15 +91,16 @@ class ClientLevelAccount:
         """Charge a round, durably when this returns.
 
         Raises:
-            PrivacyError: When ε would be exceeded; nothing is charged then.
+            PrivacyError: When ε would be exceeded, or see `check`; nothing is charged then.
         """
         with FileLock(f"{self.path}.lock"):  # two runs of a federation are two processes
+            self.check()
             if not self.allows(steps):
                 raise PrivacyError(
                     f"round {round} would exceed the client-level ε = {self.allowed:g} of a run, or {self._most:g} of all runs:"
                     " expected a round that fits"
                 )
-            before = self.path.read_bytes() if self.path.exists() else b""
+            before = (self.path.read_bytes() if self.path.exists() else b"") or self._first_line()
             write_durably(self.path, before + json.dumps(self._line(round, steps)).encode() + b"\n")
 
     @property
@@ -98,7 +109,33 @@ class ClientLevelAccount:
 
     def _of_all(self, runs: dict[str, list[Steps]]) -> float:
         charged = [steps for steps in runs.values() if steps]
-        return epsilon(charged[0], self.delta) if len(charged) == 1 else epsilon_over_runs(runs, self._most, self.delta)
+        return epsilon(charged[0], self.delta) if len(charged) == 1 else epsilon_over_runs(runs, *self._fixed())
+
+    def _fixed(self) -> tuple[float, float]:
+        """ε of all runs and δ, as the first charge fixed them; before it, those of this run's plan."""
+        return self._read()[0] or (self._most, self.delta)
+
+    def _read(self) -> tuple[tuple[float, float] | None, dict[str, list[tuple[int, Steps]]]]:
+        """What the first line fixes, where there is one, and the charges of each run."""
+        try:
+            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            fixed = (float(rows[0]["epsilon_total"]), float(rows[0]["delta"])) if self.run and rows else None
+            found: dict[str, list[tuple[int, Steps]]] = {}
+            for row in rows[1:] if fixed else rows:
+                found.setdefault(str(row.get("run", "")), []).append(_charge(row))
+            return fixed, found
+        except FileNotFoundError:
+            return None, {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PrivacyError(
+                f"the privacy account {self.path} cannot be read ({error}): expected one JSON object per line; nothing is"
+                " released without it, so restore it from a backup"
+            ) from None
+
+    def _first_line(self) -> bytes:
+        """What the first charge of a federation fixes; a run's own account has none."""
+        fixed = {"epsilon_total": self._most, "delta": self.delta}
+        return json.dumps(fixed).encode() + b"\n" if self.run else b""
 
     def _line(self, round: int, steps: Steps) -> dict[str, Any]:
         return {

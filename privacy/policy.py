@@ -28,13 +28,20 @@ class BudgetRules(Table):
 
     own_epsilon: float | None = Field(None, gt=0, description="ε for a run, where it is smaller than the plan's: more noise")
     epsilon_per_run: float = Field(3.0, gt=0, description="a plan that would spend more in one run is declined")
-    delta_per_run: float | str = Field("1/n^1.1", description='δ at most: a number or "1/n^p"; a plan with more is declined')
+    delta_per_run: float | str = Field("1/n^1.5", description='δ at most: a number or "1/n^p"; a plan with more is declined')
+    delta_times_records: float = Field(
+        0.1, gt=0, le=1, description="δ times the number of records at most: of so many records all may become known"
+    )
     epsilon_total: float = Field(8.0, gt=0, description="per data set, over all runs and years; what it grew from included")
-    delta_total: float | str = Field("1/n^1.1", description="δ at which epsilon_total is measured")
+    delta_total: float | str = Field("1/n^1.5", description="δ at which epsilon_total is measured")
 
     def epsilon_for(self, planned: float) -> float:
         """ε of a run: the plan's, or the organisation's own where that is smaller."""
         return min(planned, self.own_epsilon or planned)
+
+    def largest_delta(self, examples: int) -> float:
+        """δ that `delta_times_records` allows for so many records."""
+        return self.delta_times_records / max(1, examples) * (1 + 1e-9)
 
     @field_validator("delta_per_run", "delta_total")
     @classmethod
@@ -74,9 +81,11 @@ class TellRules(Table):
     """What may be told to the server beside the update (the `tell` table); what is noised is charged to the ledger."""
 
     example_count: Literal["exact", "rounded", "noised", "declared"] = Field(
-        "declared", description="the weight: as it is, to one digit, with noise, or declared_examples"
+        "noised",
+        description="the number that the server may know, and noise and weight follow from: with noise, once per plan; as in"
+        " declared_examples; or, where the true one is public, as it is or to one digit",
     )
-    declared_examples: int = Field(1, ge=1, description="a number that may be public; 1 says nothing")
+    declared_examples: int | None = Field(None, ge=1, description="a number that may be public, near the true one")
     local_metrics: Literal["none", "noised", "clear"] = Field("none", description="accuracy on the own records before a round")
     local_loss: Literal["none", "noised", "clear"] = Field(
         "none", description="the received model's mean loss, for strategies that weigh by it; noised: where training is, too"
@@ -98,10 +107,15 @@ class Policy(Table):
     tell: TellRules = TellRules()
 
     @classmethod
-    def permissive(cls, epsilon: float | None = None, rank: int | None = None) -> Policy:
-        """A simulated organisation's: allows everything; `epsilon`, `rank`: its own ε for a run, and rank of adapters."""
+    def permissive(cls, epsilon: float | None = None, rank: int | None = None, examples: int | None = None) -> Policy:
+        """A simulated organisation's: allows everything; `epsilon`, `rank`: its own ε for a run, and rank of adapters.
+
+        examples: the number that it declares; None: its true one is public.
+        """
         return cls(
-            budget=BudgetRules(own_epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", epsilon_total=1e6),
+            budget=BudgetRules(
+                own_epsilon=epsilon, epsilon_per_run=1e6, delta_per_run="1/n", delta_times_records=1.0, epsilon_total=1e6
+            ),
             training=TrainingRules(
                 approval="none",
                 record_privacy=False,
@@ -117,7 +131,12 @@ class Policy(Table):
                 client_terms=_EVERYTHING,
             ),
             tell=TellRules(
-                example_count="exact", local_metrics="noised", local_loss="noised", label_histogram="noised", statistics=True
+                example_count="declared" if examples else "exact",
+                declared_examples=examples,
+                local_metrics="noised",
+                local_loss="noised",
+                label_histogram="noised",
+                statistics=True,
             ),
         )
 

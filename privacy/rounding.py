@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["round_up"]
+__all__ = ["round_up", "two_digits"]
 
 
 def round_up(epsilon: float) -> str:
@@ -14,3 +14,13 @@ def round_up(epsilon: float) -> str:
     ('8.00', '8.00')
     """
     return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+
+
+def two_digits(count: int) -> int:
+    """A count rounded down to two significant digits: what a simulated organization declares.
+
+    >>> two_digits(1237), two_digits(99), two_digits(7)
+    (1200, 99, 7)
+    """
+    step: int = 10 ** max(0, len(str(count)) - 2)
+    return count // step * step

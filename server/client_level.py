@@ -20,10 +20,14 @@ __all__ = ["ClientLevelPrivacy", "account_of", "client_level_noise"]
 
 
 def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
-    """Return the account of the run: the federation's, or its own where it is a simulation."""
-    home = Path(folder.file.federation) if folder.file.federation else folder.path
-    run = folder.file.run if folder.file.federation else ""
+    """Return the account of the run: the federation's, or its own where it is a simulation.
+
+    A run of before runs had an id goes on with the account in its own folder.
+    """
+    shared = bool(folder.file.federation and folder.file.id)
+    home = Path(folder.file.federation) if shared else folder.path
     total = max(privacy.epsilon, privacy.epsilon_total or privacy.epsilon)
+    run = folder.file.id if shared else ""
     return ClientLevelAccount(home / "client-privacy.jsonl", privacy.epsilon, privacy.delta, run, total)
 
 
@@ -35,10 +39,15 @@ def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:
 
 
 class ClientLevelPrivacy:
-    """Of one run. Raises PrivacyError when the plan's client-level privacy cannot be given, or its account is lost."""
+    """Of one run.
+
+    Raises PrivacyError when the plan's client-level privacy cannot be given, its account is lost, or the plan asks for another δ
+    or a larger ε for all runs than the federation's first run fixed.
+    """
 
     def __init__(self, folder: RunFolder, privacy: ClientPrivacy) -> None:
         self.privacy, self.account = privacy, account_of(folder, privacy)
+        self.account.check()
         self.noise = client_level_noise(folder.plan, len(folder.file.participants))
 
     @classmethod
@@ -60,7 +69,8 @@ class ClientLevelPrivacy:
         return (
             f"round {progress.round + 1} would exceed the client-level ε = {self.privacy.epsilon:g}, or that of all runs of this"
             f" federation: interrupted rounds count, and ε = {round_up(self.account.spent())} is spent in this run,"
-            f" {round_up(self.account.spent_in_all_runs())} in all; the run ends with the model after round {progress.round}"
+            f" {round_up(self.account.spent_in_all_runs())} in all at δ = {self.account.delta_of_all_runs():g};"
+            f" the run ends with the model after round {progress.round}"
         )
 
     def new_mean(self, shapes: Mapping[str, Tensor], before: Progress) -> PrivateMean:

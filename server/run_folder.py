@@ -18,6 +18,7 @@ model/ summary.json report.html    at the end
 from __future__ import annotations
 
 import json
+import secrets
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ class RunFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     run: str
+    id: str = ""  # drawn by `RunFolder.create`: what accounts know the run by, as a name may be given twice; "": from before
     created: str
     engine: str
     device: str = "auto"
@@ -97,11 +99,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, plan: Plan, file: RunFile) -> RunFolder:
-        """Writes plan.toml and, last, run.json: from then on it is the folder of a run."""
+        """Draws the run's id and writes plan.toml and, last, run.json: from then on it is the folder of a run."""
+        named = file.model_copy(update={"id": secrets.token_hex(16)})
         for name, sha256 in plan.strategy.files.items():
             write_durably(path / name.rpartition(":")[0], content_of(name, sha256))
         write_durably(path / "plan.toml", dump_plan(plan).encode())
-        write_durably(path / "run.json", file.model_dump_json(indent=1).encode())
+        write_durably(path / "run.json", named.model_dump_json(indent=1).encode())
         return cls(path)
 
     @property

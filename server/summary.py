@@ -67,6 +67,7 @@ def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | No
         "delta": privacy.delta,
         "epsilon_spent": epsilon(charged, privacy.delta),
         "epsilon_spent_in_all_runs": account.spent_in_all_runs(),
+        "delta_in_all_runs": account.delta_of_all_runs(),
         "runs": len(account.runs()),
         "rounds_charged": len(charged),
         "noise_multiplier": noise.charge.noise_multiplier,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cotune.client.account import Account
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.site import Site
 from cotune.models.errors import DataError, PlanError, PrivacyError, nearest
@@ -135,9 +136,10 @@ def audit_plan(
     name = _chosen(organisation, [share.name for share in prepared.shares])
     share = next(share for share in prepared.shares if share.name == name)
     holdings = Holdings(((prepared.records[share.file], share.rows),), prepared.plan.labels, prepared.plan.task)
-    holdings = holdings.bounded(prepared.plan.privacy, prepared.plan.seed)
-    policy = Policy.permissive(share.epsilon)
-    return _audit(prepared.plan, policy, holdings, name, canaries, rounds, confidence, device)
+    resolved = prepared.plan
+    holdings = holdings.bounded(resolved.privacy, resolved.seed)
+    policy, examples = share.policy(resolved), share.public_examples(resolved)
+    return _audit(resolved, policy, examples, holdings, name, canaries, rounds, confidence, device)
 
 
 def audit_run(
@@ -156,8 +158,10 @@ def audit_run(
     site = next(who.site for who in folder.file.participants if who.name == name)
     holdings = HoldingsFile.read(folder.path / site / "data.json", folder.plan.labels)
     holdings = holdings.bounded(folder.plan.privacy, folder.plan.seed)
-    policy = Site(folder.path / site).policy()
-    return _audit(folder.plan, policy, holdings, name, canaries, rounds, confidence, device or folder.file.device)
+    at = Site(folder.path / site)
+    policy = at.policy()
+    examples = Account(folder.plan, policy, at, holdings, draws=False).public_examples
+    return _audit(folder.plan, policy, examples, holdings, name, canaries, rounds, confidence, device or folder.file.device)
 
 
 def _check(plan: Plan) -> None:
@@ -174,22 +178,31 @@ def _chosen(organisation: str | None, names: Sequence[str]) -> str:
 
 
 def _audit(
-    plan: Plan, policy: Policy, holdings: Holdings, name: str, canaries: int, rounds: int | None, confidence: float, device: str
+    plan: Plan,
+    policy: Policy,
+    examples: int,
+    holdings: Holdings,
+    name: str,
+    canaries: int,
+    rounds: int | None,
+    confidence: float,
+    device: str,
 ) -> AuditResult:
+    """examples: the public number of records, from which rate, batch, σ and δ follow as in training."""
     began = time.monotonic()
     assert isinstance(plan.privacy, RecordPrivacy)
-    planned, examples = plan.rounds, len(holdings.units)
+    planned, held = plan.rounds, len(holdings.units)
     if rounds is not None and not 1 <= rounds <= planned:
         raise PlanError(f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}")
     for stage in plan.stages:
         check_examples(examples, stage.local, name)
     coins = private_generator()
-    records = np.sort(coins.choice(examples, size=min(examples, canaries), replace=False))
+    records = np.sort(coins.choice(held, size=min(held, canaries), replace=False))
     targets = Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
     budget = budget_of(plan.privacy, policy, examples)
     sigma, delta = noise_multiplier(plan, policy, budget, examples, 1), budget.delta
     error = (1 - confidence) / _TESTS
-    training = AuditedTraining(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device), error)
+    training = AuditedTraining(plan, plan.privacy, holdings, name, targets, sigma, model_of(plan, device), error, examples)
     for round in range(1, (rounds or planned) + 1):
         training.play(round)
     found = {
@@ -204,7 +217,7 @@ def _audit(
         plan=plan.name,
         plan_id=plan.plan_id,
         organisation=name,
-        examples=examples,
+        examples=held,
         rounds=rounds or planned,
         rounds_planned=planned,
         steps=sum(s.count for s in steps),

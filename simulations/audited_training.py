@@ -65,9 +65,10 @@ class AuditedTraining:
         sigma: float,
         model: SharedModel,
         error: float,
+        examples: int,
     ) -> None:
         self.plan, self.privacy, self.holdings, self.organisation = plan, privacy, holdings, organisation
-        self.targets, self.sigma, self.model = targets, sigma, model
+        self.targets, self.sigma, self.model, self.examples = targets, sigma, model, examples
         self.error = error / len(plan.stages)  # allowed for the test of the noise, in each stage
         self.canaries = new_canaries(len(targets.canaries_in), model.device)
         self.state: State = {}
@@ -88,7 +89,7 @@ class AuditedTraining:
         model.load(self.state)
         names = trained_names(self.plan, model, round)
         parameters = model.train_only(names)
-        batch = stage.local.sample_rate(len(self.holdings)) * len(self.holdings)
+        batch = stage.local.sample_rate(self.examples) * self.examples
         setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation, expected_batch=batch)
         before = model.state(names)
         if stage != self._looked_at:
@@ -114,15 +115,15 @@ class AuditedTraining:
             rows_each=self.privacy.max_records or 1,
         )
 
-    def _mechanism(self, stage: Stage, setting: Setting) -> Mechanism:
+    def _mechanism(self, stage: Stage) -> Mechanism:
         """B counts the canaries too, and nothing else follows them."""
-        rate = stage.local.sample_rate(len(setting.units))
-        batch = rate * (len(setting.units) + len(self.targets.canaries_in))
+        rate = stage.local.sample_rate(self.examples)
+        batch = rate * (self.examples + len(self.targets.canaries_in))
         return Mechanism(self.sigma, self.privacy.clip_norm, rate, batch, self.privacy.clipping)
 
     def _look_inside(self, stage: Stage, setting: Setting, names: list[str]) -> None:
         """Once in each stage: the noise of its steps, and what adversarial states do."""
-        mechanism = self._mechanism(stage, setting)
+        mechanism = self._mechanism(stage)
         idle = new_canaries(_IDLE, self.model.device)  # more coordinates to draw noise in
         planted = self._planted(setting, idle, np.zeros(_IDLE, dtype=bool))
         noise = draw_noise(private_steps, planted.module, planted.loss, setting.units, planted.batches, mechanism, self.error)
@@ -131,7 +132,7 @@ class AuditedTraining:
 
     def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:
         planted = self._planted(setting, self.canaries, self.targets.canaries_in)
-        mechanism = self._mechanism(stage, setting)
+        mechanism = self._mechanism(stage)
         optimizer = optimizer_of(stage.local, self.model, names, parameters)
         optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
         watch(optimizer, planted.canaries, mechanism.expected_batch, lambda sums: self._see(sums, mechanism))
@@ -145,7 +146,7 @@ class AuditedTraining:
             clip_norm=self.privacy.clip_norm,
             sample_rate=mechanism.sample_rate,
             expected_batch=mechanism.expected_batch,
-            steps=stage.local.steps_of(len(setting.units)),
+            steps=stage.local.steps_of(self.examples),
             clipping=self.privacy.clipping,
         )
         for _ in reports:

@@ -19,7 +19,6 @@ from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.plan.statistics import statistic_shapes
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
-from cotune.privacy.policy import Policy
 from cotune.privacy.statement import client_statement
 from cotune.server.client_level import client_level_noise
 from cotune.server.step import enter_round
@@ -120,17 +119,17 @@ def _client_privacy(prepared: Prepared, parameters: int) -> ClientForecast | Non
 def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
     plan, found = prepared.plan, []
     for share in prepared.shares:
-        n = share.units
+        held, n = share.units, share.public_examples(plan)
         planned = planned_steps(plan, n)
         steps, batch = sum(count for _, count in planned), planned[-1][0] * n
         if isinstance(plan.privacy, RecordPrivacy):
             sigma, delta = prepared.noise[share.name], plan.privacy.delta_for(n)
-            telling = planned_telling(plan, Policy.permissive(share.epsilon))
+            telling = planned_telling(plan, share.policy(plan))
             spent = epsilon([*telling, *(Steps(sigma, rate, count) for rate, count in planned)], delta)
             allowed = min(plan.privacy.epsilon, share.epsilon or plan.privacy.epsilon)
-            found.append(OrganisationForecast(share.name, n, batch, steps, sigma, allowed, spent, delta))
+            found.append(OrganisationForecast(share.name, held, batch, steps, sigma, allowed, spent, delta))
         else:
-            found.append(OrganisationForecast(share.name, n, batch, steps, None, None, None, None))
+            found.append(OrganisationForecast(share.name, held, batch, steps, None, None, None, None))
     return tuple(found)
 
 
@@ -148,7 +147,7 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
         yield StageForecast(
             stage.mode,
             stage.rounds,
-            max(stage.local.steps_of(share.units) for share in prepared.shares),
+            max(stage.local.steps_of(share.public_examples(plan)) for share in prepared.shares),
             sum(tensor.numel() for tensor in shared.values()),
             payload_bytes(update) * len(names),
             sum(payload_bytes(request) for request in requests),
@@ -165,7 +164,7 @@ def _seconds(prepared: Prepared, model: SharedModel) -> float:
         if stage.mode == "head" and feature_head(model) is not None:
             total += records * _time_per_record(plan, model, examples, None)
         else:
-            sizes = [len(s.rows) for s in prepared.shares]
+            sizes = [s.public_examples(plan) for s in prepared.shares]
             work = stage.rounds * sum(stage.local.sample_rate(n) * n * stage.local.steps_of(n) for n in sizes)
             cost = _CLIPPING_COST[stage.mode] if plan.privacy != "none" else 1.0
             total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_record(plan, model, examples, stage)

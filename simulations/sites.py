@@ -26,6 +26,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.privacy.randomness import seeded_generator
+from cotune.privacy.rounding import two_digits
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.suitability import check_suits
 from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
@@ -44,6 +45,15 @@ class Share:
     units: int
     epsilon: float | None = None  # its own, where it wants to spend less than the plan allows
     rank: int | None = None  # of adapters, its own where it is smaller than the plan's
+
+    def public_examples(self, plan: Plan) -> int:
+        """N: rounded down to two digits, which a simulated organization declares; without privacy the true number."""
+        return two_digits(self.units) if isinstance(plan.privacy, RecordPrivacy) else self.units
+
+    def policy(self, plan: Plan) -> Policy:
+        """Allows everything, with its own ε, rank and public number."""
+        declared = self.public_examples(plan) if isinstance(plan.privacy, RecordPrivacy) else None
+        return Policy.permissive(self.epsilon, self.rank, declared)
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
     for share in shares:
         for stage in resolved.stages:
-            check_examples(share.units, stage.local, share.name)
+            check_examples(share.public_examples(resolved), stage.local, share.name)
     check_suits(resolved, len(shares), server_data=plan.validation_fraction > 0)
     noise = _noise(resolved, shares)
     check_stages(resolved, model_of(resolved, device))
@@ -196,7 +206,7 @@ def _noise(plan: Plan, shares: tuple[Share, ...]) -> dict[str, float]:
 
 
 def _noise_of(plan: Plan, privacy: RecordPrivacy, share: Share) -> float:
-    policy, examples = Policy.permissive(share.epsilon), share.units
+    policy, examples = share.policy(plan), share.public_examples(plan)
     return noise_multiplier(plan, policy, budget_of(privacy, policy, examples), examples, 1)
 
 
@@ -220,6 +230,6 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
 def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
     """A simulated organisation's folder; its ledger and outbox are left alone where they exist."""
     write_holdings(folder / "data.json", plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
-    if len(shares) == 1 and (shares[0].epsilon, shares[0].rank) != (None, None):
-        write_durably(folder / "policy.toml", dump_policy(Policy.permissive(shares[0].epsilon, shares[0].rank)).encode())
+    if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
+        write_durably(folder / "policy.toml", dump_policy(shares[0].policy(plan)).encode())
     write_durably(folder / "site.json", SiteFile(organisation=name, simulated=True, device=device).model_dump_json().encode())

@@ -85,7 +85,7 @@ def _in_clear(folder: RunFolder) -> bool:
 
 def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:
     """(ε spent, δ) of an organisation, from its ledger."""
-    delta = privacy.delta_for(share.units)
+    delta = privacy.delta_for(share.public_examples(folder.plan))
     return epsilon(Site(folder.path / "sites" / share.name).ledger().spent(), delta), delta
 
 
@@ -112,7 +112,7 @@ def _organisation(
     federated: Metrics,
     personal: Metrics | None,
 ) -> dict[str, Any]:
-    plan, examples = folder.plan, share.units
+    plan, examples = folder.plan, share.public_examples(folder.plan)
     reached = personal if plan.keeps_personal else federated
     private = isinstance(plan.privacy, RecordPrivacy)
     charges = _training(folder, share) if private else []
@@ -120,7 +120,7 @@ def _organisation(
     spent = _spent(folder, share, plan.privacy) if isinstance(plan.privacy, RecordPrivacy) else (None, None)
     return {
         "name": share.name,
-        "examples": examples,
+        "examples": share.units,
         "labels": prepared.label_counts(share),
         "alone": alone.as_dict() if alone else None,
         "personal": personal.as_dict() if personal else None,

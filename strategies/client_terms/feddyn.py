@@ -37,7 +37,7 @@ class FedDyn(ClientTerm):
     larger are the steps h/α of the server.
     """
 
-    alpha: Annotated[float, Field(gt=0)] = 0.1
+    alpha: Annotated[float, Field(gt=0, le=1e3)] = 0.1
 
     def correction(
         self, name: str, parameter: Tensor, received: Tensor, kept: Tensor | None, sent: Tensor | None

@@ -22,7 +22,7 @@ class Proximal(ClientTerm):
     mu: μ, per step; local.learning_rate · mu must stay below 2, or the pull itself diverges.
     """
 
-    mu: Annotated[float, Field(gt=0)] = 0.01
+    mu: Annotated[float, Field(gt=0, le=1e3)] = 0.01
 
     def correction(
         self, name: str, parameter: Tensor, received: Tensor, kept: Tensor | None, sent: Tensor | None

@@ -28,7 +28,7 @@ class ServerAdagrad(ServerOptimizer):
     beta1: 0 in the paper's experiments.
     """
 
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Annotated[float, Field(gt=0, le=1e3)] = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.0
     tau: Annotated[float, Field(gt=0)] = 1e-3
     schedule: Schedule = "constant"

@@ -26,7 +26,7 @@ class ServerAdam(ServerOptimizer):
     lr: η, about how far a coordinate moves in a round. tau: τ; a coordinate whose D is smaller moves less.
     """
 
-    lr: Annotated[float, Field(gt=0)] = 0.01
+    lr: Annotated[float, Field(gt=0, le=1e3)] = 0.01
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Annotated[float, Field(gt=0)] = 1e-3

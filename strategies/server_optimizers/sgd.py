@@ -24,7 +24,7 @@ __all__ = ["ServerSGD"]
 class ServerSGD(ServerOptimizer):
     """θ += lr·v with v = momentum·v + D; lr 1 and momentum 0 is FedAvg, momentum above 0 FedAvgM."""
 
-    lr: Annotated[float, Field(gt=0)] = 1.0
+    lr: Annotated[float, Field(gt=0, le=1e3)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     schedule: Schedule = "constant"
     warmup: Warmup = 0

@@ -1,7 +1,7 @@
 """Attack: a record that makes a site fail tells that somebody holds it.
 
 A sentence with one tag too few, or a broken image, ended the round of exactly the site that held it, before anything was
-charged. At a real site such a record is left out now, like one without a label; who simulates is still told of it.
+charged; so did a line that is no JSON, or one with more fields than a CSV file has columns. At a real site such a record is left out now, like one without a label; who simulates is still told of it.
 """
 
 from __future__ import annotations
@@ -59,3 +59,35 @@ def test_a_broken_image_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     assert len(held) == 1
     with pytest.raises(DataError):
         HoldingsFile.read(file, ("blue", "red"))
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "broken"),
+    [
+        ("tags.jsonl", ['{"text": "a", "label": "B"}', '{"text": "b", "label": "O"}'], '{"text": "c"'),
+        ("tags.jsonl", ['{"text": "a", "label": "B"}', '{"text": "b", "label": "O"}'], '["c", "O"]'),
+        ("tags.csv", ["text,label", '"a ""quoted"", b",B', "b,O"], "c,d,O"),
+        ("tags.csv", ["text,label", '"a ""quoted"", b",B', "b,O"], '"c,O'),
+        ("tags.tsv", ["text\tlabel", "a\tB", "b\tO"], "c\td\tO"),
+    ],
+)
+def test_a_malformed_line_leaves_the_others_as_they_are(tmp_path: Path, name: str, good: list[str], broken: str) -> None:
+    source = tmp_path / name
+    config = DataConfig(source=name)
+    source.write_text("\n".join(good), encoding="utf-8")
+    without = HoldingsFile.read(described(tmp_path, source, "sequence-classification", config), TAGS, lenient=True)
+    source.write_text("\n".join([*good, broken]), encoding="utf-8")
+    with_it = HoldingsFile.read(tmp_path / "data.json", TAGS, lenient=True)
+    assert with_it.inputs() == without.inputs()
+    assert with_it.targets == without.targets
+    assert with_it.parts[0][0].skipped == {"unreadable": 1}
+    with pytest.raises(DataError):
+        HoldingsFile.read(tmp_path / "data.json", TAGS)
+
+
+def test_several_malformed_lines_are_counted(tmp_path: Path) -> None:
+    source = tmp_path / "tags.csv"
+    source.write_text('text,label\na,B\n1,2,O\n\n1,2,3\nb,O\n"c,O\nd,O\n', encoding="utf-8")
+    held = HoldingsFile.read(described(tmp_path, source, "sequence-classification", DataConfig(source="x")), TAGS, lenient=True)
+    assert list(held.inputs()) == ["a", "b"]
+    assert held.parts[0][0].skipped == {"unreadable": 3}

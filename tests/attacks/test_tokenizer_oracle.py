@@ -11,11 +11,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cotune.client.site import Site
+from cotune.client.training import train_round
 from cotune.models.base import ModelConfig, find_base, load_model
 from cotune.models.errors import ModelError
+from cotune.models.sharing import State
+from cotune.plan.schema import Plan
 
 LABELS = ("bad", "good", "so")
 WORD = "newdrug"
@@ -44,3 +49,26 @@ def test_a_word_beyond_the_table_is_refused_before_any_record_is_read(asking: Pa
     """No record takes part in this: whether one holds the word cannot show."""
     with pytest.raises(ModelError):
         load_model(ModelConfig(base=str(asking), max_length=16), LABELS, 1)
+
+
+def test_sites_with_and_without_the_word_refuse_alike_before_their_ledger_exists(
+    asking: Path,
+    records: Path,
+    make_plan: Callable[..., Plan],
+    make_site: Callable[..., Site],
+    state_for: Callable[[Plan, int], State],
+) -> None:
+    lines = records.read_text(encoding="utf-8").splitlines()
+    records.write_text("\n".join([*lines, f"the {WORD} is great,good"]) + "\n", encoding="utf-8")
+    count = len(lines) - 1
+    private: dict[str, Any] = {"epsilon": 8.0, "clip_norm": 1.0}
+    state = state_for(make_plan(privacy=private), 1)
+    plan = make_plan(privacy=private, model={"base": str(asking)})
+    refused = []
+    for name, rows in (("with", range(1, count + 1)), ("without", range(count))):
+        site = make_site(name, rows=rows)
+        with pytest.raises(ModelError) as error:
+            train_round(plan, site, 1, state)
+        refused.append((type(error.value), str(error.value)))
+        assert not site.ledger_file.exists()
+    assert refused[0] == refused[1]

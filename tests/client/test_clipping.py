@@ -252,16 +252,15 @@ def test_of_tags_a_record_counts_once(new_plan: MakePlan) -> None:
 )
 def test_a_record_is_right_when_all_of_it_is(new_plan: MakePlan, kind: str, task: str) -> None:
     _, _, given = prepared(new_plan(kind, task, train="full", local={"physical_batch_size": 8}))
-    ((_, batch),) = given.everything()
-    filled = given.rows
+    ((rows, batch),) = given.everything()
     with torch.no_grad():
         best = logits(given.module, batch_without(batch)).argmax(dim=-1)
     batch["labels"] = torch.where(batch["labels"] == -100, batch["labels"], best)
-    assert int(given.correct(batch)[:filled].sum()) == 7
+    assert int(given.correct(batch)[: len(rows)].sum()) == 7
     wrong = batch["labels"].clone()
     place = (1, int((wrong[1] != -100).nonzero()[0])) if wrong.dim() == 2 else (1,)
     wrong[place] = (wrong[place] + 1) % 3
-    assert int(given.correct({**batch, "labels": wrong})[:filled].sum()) == 6
+    assert int(given.correct({**batch, "labels": wrong})[: len(rows)].sum()) == 6
 
 
 def batch_without(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -100,12 +100,24 @@ def test_rules_about_the_number_of_records_answer_last(make_plan: MakePlan) -> N
         assert declined.value.rule == f"training.{next(iter(rules))}"
 
 
-def test_epochs_are_declined_before_the_number_of_records_is_looked_at(make_plan: MakePlan) -> None:
-    plan = make_plan(privacy=PRIVATE, local={"batch_size": 12, "epochs": 1.0, "steps": None})
+def test_a_number_that_nobody_gave_is_asked_for_before_the_records_are(make_plan: MakePlan) -> None:
     broken = policy(training={"min_examples": 100}, tell={"example_count": "declared"})
     with pytest.raises(Declined) as declined:
-        check_consent(plan, broken, 60)
-    assert declined.value.rule == "tell.example_count"
+        check_consent(make_plan(privacy=PRIVATE), broken, 60)
+    assert declined.value.rule == "tell.declared_examples"
+
+
+@pytest.mark.parametrize(("delta", "allowed"), [(1e-3, True), (1.6e-3, True), (1.7e-3, False), (1e-2, False)])
+def test_a_strict_policy_wants_delta_below_a_tenth_over_n(make_plan: MakePlan, delta: float, allowed: bool) -> None:
+    """1/n^1.1 let the promise fail for half a patient: n·δ = .49."""
+    rules = policy(budget={"delta_per_run": 0.016, "delta_times_records": 0.1})
+    plan = make_plan(privacy={"epsilon": 2.0, "delta": delta})
+    if allowed:
+        check_consent(plan, rules, 60)
+        return
+    with pytest.raises(Declined) as declined:
+        check_consent(plan, rules, 60)
+    assert declined.value.rule == "budget.delta_times_records"
 
 
 def test_the_strict_default_allows_no_model(make_plan: MakePlan) -> None:
@@ -155,6 +167,6 @@ def test_a_delta_for_the_total_that_limits_nothing_is_refused(
     make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]
 ) -> None:
     plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy(budget={"delta_total": 0.9}))
-    with pytest.raises(PrivacyError, match=r"budget\.delta_total = 0\.9 gives δ = 0\.9 for 60 examples; expected at most 1/60"):
+    with pytest.raises(PrivacyError, match=r"budget\.delta_total = 0\.9 gives δ = 0\.9 for 60 examples; expected at most 0\.017"):
         train_round(plan, site, 1, state_for(plan))
     assert not site.ledger_file.exists()

@@ -10,7 +10,6 @@ import pytest
 from cotune.client.budget import planned_steps
 from cotune.client.site import Site
 from cotune.client.training import train_round
-from cotune.models.errors import Declined
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import epsilon
@@ -46,20 +45,16 @@ def test_the_steps_follow_from_the_records(
             assert 0.97 * 2.0 < epsilon([s.__class__(s.noise_multiplier, s.sample_rate, 3 * steps) for s in charged], 1e-3) <= 2.0
 
 
-@pytest.mark.parametrize(("count", "batch", "declines"), [("declared", 12, True), ("exact", 12, False), ("declared", 0.2, False)])
-def test_who_does_not_tell_its_size_takes_no_steps_that_do(
+@pytest.mark.parametrize(("declared", "batch", "steps"), [(60, 12, 8), (120, 12, 15), (60, 0.2, 8), (1000, 0.2, 8)])
+def test_steps_follow_from_the_public_number(
     of_epochs: MakePlan,
     make_site: Callable[..., Site],
     state_for: Callable[..., State],
-    count: Any,
+    declared: int,
     batch: float,
-    declines: bool,
+    steps: int,
 ) -> None:
-    policy = Policy.permissive().model_copy(update={"tell": TellRules(example_count=count)})
+    """Epochs over 60 records, of which the number of steps would tell how many there are."""
+    policy = Policy.permissive().model_copy(update={"tell": TellRules(example_count="declared", declared_examples=declared)})
     plan, site = of_epochs(local={"batch_size": batch}), make_site(policy=policy)
-    if not declines:
-        assert train_round(plan, site, 1, state_for(plan)).steps == 8
-        return
-    with pytest.raises(Declined, match="tells how many records there are") as declined:
-        train_round(plan, site, 1, state_for(plan))
-    assert declined.value.rule == "tell.example_count"
+    assert train_round(plan, site, 1, state_for(plan)).steps == steps

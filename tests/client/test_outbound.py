@@ -277,7 +277,13 @@ def test_a_receipt_holds_nothing_else(make_plan: MakePlan, make_site: MakeSite, 
             check_receipt(broken, request, plan, site)
 
 
-OF_RECORDS = ("budget.delta_per_run", "training.min_examples", "training.min_batch", "tell.declared_examples")
+OF_RECORDS = (
+    "budget.delta_per_run",
+    "budget.delta_times_records",
+    "training.min_examples",
+    "training.min_batch",
+    "tell.declared_examples",
+)
 
 
 def test_words_that_may_be_told() -> None:

@@ -12,8 +12,8 @@ import pytest
 from cotune.client.account import Account
 from cotune.client.budget import planned_telling
 from cotune.client.site import Site
-from cotune.client.telling import Teller
 from cotune.client.training import train_round
+from cotune.models.errors import Declined
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import Steps, epsilon
@@ -36,58 +36,120 @@ def account(make_plan: MakePlan, make_site: MakeSite, policy: Policy, **tables: 
 
 
 @pytest.mark.parametrize(
-    ("rules", "count", "told"),
+    ("rules", "held", "told"),
     [
-        ({"example_count": "exact"}, 1234, 1234),
-        ({"example_count": "declared", "declared_examples": 500}, 1234, 500),
-        ({"example_count": "declared"}, 1234, 1),
-        ({"example_count": "rounded"}, 1234, 1000),
-        ({"example_count": "rounded"}, 15, 20),
-        ({"example_count": "rounded"}, 96, 100),
+        ({"example_count": "exact"}, 57, 57),
+        ({"example_count": "declared", "declared_examples": 500}, 57, 500),
+        ({"example_count": "rounded"}, 57, 60),
+        ({"example_count": "rounded"}, 54, 50),
         ({"example_count": "rounded"}, 7, 7),
     ],
 )
-def test_the_example_count(make_plan: MakePlan, make_site: MakeSite, rules: dict[str, Any], count: int, told: int) -> None:
-    mine = account(make_plan, make_site, tells(**rules))
-    assert Teller(mine).examples(count, 1) == told
+def test_the_public_number(make_plan: MakePlan, make_site: MakeSite, rules: dict[str, Any], held: int, told: int) -> None:
+    policy = tells(**rules)
+    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy, rows=range(held))
+    mine = Account(plan, policy, site, site.holdings(plan.labels))
+    assert (mine.public_examples, mine.true_examples) == (told, held)
     assert mine.ledger.charges() == []
 
 
-def test_a_noised_count_is_drawn_once_and_charged_once(make_plan: MakePlan, make_site: MakeSite) -> None:
+def test_a_number_that_is_declared_must_be_given(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    plan, site = make_plan(privacy=PRIVATE), make_site(policy=tells(example_count="declared"))
+    with pytest.raises(Declined) as declined:
+        train_round(plan, site, 1, state_for(plan))
+    assert declined.value.rule == "tell.declared_examples"
+    assert not site.ledger_file.exists()
+
+
+def test_a_noised_number_is_charged_and_drawn_once_per_plan(make_plan: MakePlan, make_site: MakeSite) -> None:
     policy = tells(example_count="noised", noise_multiplier=20.0)
     mine = account(make_plan, make_site, policy)
-    first = Teller(mine).examples(1000, 1)
-    again = account(make_plan, make_site, policy)  # another process
-    assert {Teller(again).examples(1000, round) for round in (1, 2, 3)} == {first}
+    first = mine.public_examples
+    assert {account(make_plan, make_site, policy).public_examples for _ in range(3)} == {first}  # other processes
     assert [(c.purpose, c.steps, c.state) for c in mine.ledger.charges()] == [("example count", Steps(20.0, 1.0, 1), "settled")]
+    other = account(make_plan, make_site, policy, seed=8)
+    assert other.public_examples >= 1
+    assert len(mine.ledger.charges()) == 2
+
+
+def test_a_crash_before_the_number_is_told_counts_as_spent(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """The charge is durable before anything is drawn, and nothing is told that is not remembered."""
+
+    class Crash(np.random.Generator):
+        def standard_normal(self, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+    policy = tells(example_count="noised")
+    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy)
+    broken = Account(plan, policy, site, site.holdings(plan.labels), generator=Crash(np.random.PCG64()))
+    with pytest.raises(KeyboardInterrupt):
+        _ = broken.public_examples
+    again = account(make_plan, make_site, policy)
+    assert again.public_examples >= 1
+    assert [(c.purpose, c.state) for c in again.ledger.charges()] == [("example count", "reserved"), ("example count", "settled")]
+
+
+def test_what_nobody_sees_draws_nothing(make_plan: MakePlan, make_site: MakeSite) -> None:
+    policy = tells(example_count="noised")
+    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy)
+    shown = Account(plan, policy, site, site.holdings(plan.labels), draws=False)
+    assert shown.public_examples == 60
+    assert not site.ledger_file.exists()
+    drawn = account(make_plan, make_site, policy).public_examples
+    assert Account(plan, policy, site, site.holdings(plan.labels), draws=False).public_examples == drawn
+
+
+def test_a_total_that_is_spent_tells_no_number(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """Plans that are refused afterwards could else draw it again and again."""
+    policy = tells(example_count="noised", noise_multiplier=1.0)
+    policy = policy.model_copy(update={"budget": policy.budget.model_copy(update={"epsilon_total": 8.0})})
+
+    def draw(seed: int) -> None:
+        plan = make_plan(privacy=PRIVATE, seed=seed)
+        _ = Account(plan, policy, site, site.holdings(plan.labels)).public_examples
+
+    site = make_site(policy=policy)
+    draw(0)
+    with pytest.raises(Declined, match=r"budget\.epsilon_total"):
+        for seed in range(1, 6):
+            draw(seed)
+    assert epsilon([c.steps for c in site.ledger().charges()], 1e-6) <= 8.0
 
 
 def test_the_noise_is_what_is_charged(make_plan: MakePlan, make_site: MakeSite) -> None:
     """σ on a count; √2·σ on each of the two numbers of the metrics, which one record changes together."""
-    mine = account(make_plan, make_site, tells(local_metrics="noised", noise_multiplier=20.0), tell=ASKS)
-    teller = Teller(mine, generator=np.random.default_rng(0))
-    draws = np.array([[teller._noised(100, 1.0), teller._noised(100, math.sqrt(2))] for _ in range(4000)])
+    policy = tells(local_metrics="noised", noise_multiplier=20.0)
+    plan, site = make_plan(privacy=PRIVATE, tell=ASKS), make_site(policy=policy)
+    mine = Account(plan, policy, site, site.holdings(plan.labels), generator=np.random.default_rng(0))
+    draws = np.array([[*mine.noised([100], 1.0), *mine.noised([100], math.sqrt(2))] for _ in range(4000)])
     assert draws.mean(axis=0) == pytest.approx([100, 100], abs=2.5)
     assert draws.std(axis=0) == pytest.approx([20, 20 * math.sqrt(2)], rel=0.05)
 
 
+def test_no_low_bit_tells_a_sum(make_plan: MakePlan, make_site: MakeSite) -> None:
+    mine = account(make_plan, make_site, tells(noise_multiplier=20.0))
+    told = mine.noised([1 / 3, 2 / 7, 0.1], 1.0)
+    assert all(value * 2**20 == int(value * 2**20) for value in told)
+
+
 def test_nothing_is_told_that_the_plan_does_not_ask_for(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy=PRIVATE)
-    update = train_round(plan, make_site(policy=tells(local_metrics="clear", label_histogram="noised")), 1, state_for(plan))
+    site = make_site(policy=tells(example_count="exact", local_metrics="clear", label_histogram="noised"))
+    update = train_round(plan, site, 1, state_for(plan))
     assert update.told == {}
 
 
 def test_nothing_is_told_that_the_policy_does_not_allow(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE, tell=ASKS), make_site(policy=tells())
+    plan, site = make_plan(privacy=PRIVATE, tell=ASKS), make_site(policy=tells(example_count="declared", declared_examples=55))
     update = train_round(plan, site, 1, state_for(plan))
     assert update.told == {}
-    assert update.examples == 1
+    assert update.examples == 55
     assert [c.purpose for c in site.ledger().charges()] == ["training"]
 
 
 def test_clear_metrics_are_those_of_the_received_model(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy="none", tell=ASKS)
-    site = make_site(policy=tells(local_metrics="clear"))
+    site = make_site(policy=tells(example_count="exact", local_metrics="clear"))
     told = train_round(plan, site, 1, state_for(plan)).told
     assert told["records"] == 60
     assert 0 <= told["correct"] <= 60
@@ -108,8 +170,8 @@ def test_what_is_told_stays_within_the_budget(make_plan: MakePlan, make_site: Ma
         k: v for k, v in told[1].items() if k.startswith("label")
     }
     charges = site.ledger().charges()
-    purposes = ["label histogram", "local metrics", "example count", "training", "local metrics", "training"]
+    purposes = ["example count", "label histogram", "local metrics", "training", "local metrics", "training"]
     assert [c.purpose for c in charges] == purposes
     assert 0.97 * 2.0 <= epsilon([c.steps for c in charges], 1e-3) <= 2.0  # all of it together is calibrated to ε
     assert planned_telling(plan, policy) == [Steps(10.0, 1.0, 4)]
-    assert planned_telling(plan, policy, 2) == [Steps(10.0, 1.0, 1)]
+    assert planned_telling(plan, policy, 2, counted=True) == [Steps(10.0, 1.0, 1)]

@@ -93,10 +93,10 @@ def test_the_noise_is_for_one_records_ceiling(make_plan: MakePlan, make_site: Ma
     """Σ min(ℓ, 2) = 60, σ·c = 2·2 and 60 declared: mean 1 and deviation 4/60."""
     policy = tells(local_loss="noised", loss_ceiling=2.0, noise_multiplier=2.0)
     plan, site = make_plan(privacy={**PRIVATE, "epsilon": 50.0}, strategy=WEIGHTED, rounds=1), make_site(policy=policy)
-    account = Account(plan, policy, site, site.holdings(plan.labels))
+    account = Account(plan, policy, site, site.holdings(plan.labels), generator=np.random.default_rng(0))
     account.reserve = lambda *_: 0  # type: ignore[method-assign]
     account.ledger.settle = lambda *_: None  # type: ignore[method-assign, assignment]
-    teller, asked = Teller(account, generator=np.random.default_rng(0)), []
+    teller, asked = Teller(account), []
     draws = [teller.loss(lambda c: asked.append(c) or 60.0, 60, 1)["loss"] for _ in range(4000)]  # type: ignore[func-returns-value]
     assert set(asked) == {2.0}
     assert np.mean(draws) == pytest.approx(1.0, abs=0.005)

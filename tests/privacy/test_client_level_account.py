@@ -62,7 +62,7 @@ def test_a_damaged_account_is_not_taken_for_an_empty_one(tmp_path: Path, content
 def test_several_runs_share_one_account(tmp_path: Path) -> None:
     path = tmp_path / "account.jsonl"
     most = epsilon([Steps(2.0, 1.0, 3)], 1e-5)
-    first = ClientLevelAccount(path, most, 1e-5, "first")
+    first = ClientLevelAccount(path, most, 1e-5, "first", total=3 * most)
     second = ClientLevelAccount(path, most, 1e-5, "second")
     for round in (1, 2, 3):
         first.charge(round, ROUND)
@@ -75,3 +75,30 @@ def test_several_runs_share_one_account(tmp_path: Path) -> None:
     wider.charge(1, ROUND)
     assert wider.spent() < first.spent() < wider.spent_in_all_runs()
     assert set(wider.runs()) == {"first", "second"}
+    assert wider.delta_of_all_runs() == pytest.approx(1.5e-5)
+
+
+def test_the_first_charge_fixes_the_limit_of_all_runs_and_delta(tmp_path: Path) -> None:
+    path = tmp_path / "account.jsonl"
+    ClientLevelAccount(path, 8.0, 1e-5, "first", total=20.0).charge(1, ROUND)
+    before = path.read_bytes()
+    assert json.loads(before.splitlines()[0]) == {"epsilon_total": 20.0, "delta": 1e-5}
+    for total, delta in ((20.1, 1e-5), (20.0, 1e-6), (20.0, 2e-5)):
+        later = ClientLevelAccount(path, 8.0, delta, "later", total)
+        with pytest.raises(PrivacyError):
+            later.check()
+        with pytest.raises(PrivacyError):
+            later.charge(1, ROUND)
+    assert path.read_bytes() == before
+    ClientLevelAccount(path, 8.0, 1e-5, "later", 19.0).charge(1, ROUND)
+    same = ClientLevelAccount(path, 8.0, 1e-5, "later", 20.0)
+    assert same.spent_in_all_runs() == ClientLevelAccount(path, 8.0, 1e-5, "later", 19.0).spent_in_all_runs()
+
+
+def test_an_account_without_its_first_line_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "account.jsonl"
+    mine = ClientLevelAccount(path, 8.0, 1e-5, "first")
+    mine.charge(1, ROUND)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(PrivacyError):
+        mine.check()

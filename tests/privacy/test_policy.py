@@ -22,8 +22,9 @@ def test_the_defaults_are_strict() -> None:
     assert policy.training.base_models == ()
     assert "full" not in policy.training.train_modes
     assert policy.budget.epsilon_per_run <= 3 < policy.budget.epsilon_total <= 8
-    assert policy.tell.example_count == "declared"
-    assert policy.tell.declared_examples == 1
+    assert policy.tell.example_count == "noised"
+    assert policy.tell.declared_examples is None
+    assert policy.budget.largest_delta(1000) == pytest.approx(1e-4)
     assert (policy.tell.local_metrics, policy.tell.label_histogram, policy.tell.local_loss) == ("none", "none", "none")
     assert not policy.tell.statistics
     assert (policy.training.fusions, policy.training.client_terms) == (("mean",), ())

@@ -146,7 +146,9 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
         expected.append(-sum(float((g * delta[n]).sum()) for n, g in zip(names, gradients, strict=True)))
     assert plan.privacy != "none"
     targets = audited_training.Targets(np.zeros(0, bool), np.array([0, 3, 7]), np.ones(3, bool))
-    training = audited_training.AuditedTraining(plan, plan.privacy, holdings, share.name, targets, 1.0, model)
+    training = audited_training.AuditedTraining(
+        plan, plan.privacy, holdings, share.name, targets, 1.0, model, 0.01, len(holdings.units)
+    )
     found = training._alignment(setting, dict(zip(names, parameters, strict=True)), before, delta)
     assert found == pytest.approx(expected, rel=0.02, abs=2e-3)
 

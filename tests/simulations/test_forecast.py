@@ -6,6 +6,7 @@ import pytest
 
 from cotune.client.site import Site
 from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.rounding import two_digits
 from cotune.simulations.forecast import forecast
 from cotune.simulations.simulate import simulate
 from tests.simulations.conftest import NewPlan
@@ -56,13 +57,14 @@ def test_noise_and_epsilon_are_those_of_the_run(toy_plan: NewPlan, tmp_path: Pat
     plan = toy_plan(privacy={"epsilon": 3.0}, local={"batch_size": 40, "learning_rate": 1.0}, simulation={"baselines": []})
     seen, result = forecast(plan, "cpu"), simulate(plan, tmp_path / "run", device="cpu")
     for o in seen.organisations:
+        declared = two_digits(o.examples)
         charged = Site(result.folder / "sites" / o.name).ledger().spent()
-        assert {(c.noise_multiplier, c.sample_rate) for c in charged} == {(o.noise_multiplier, 40 / o.examples)}
+        assert {(c.noise_multiplier, c.sample_rate) for c in charged} == {(o.noise_multiplier, 40 / declared)}
         assert sum(c.count for c in charged) == o.steps == 15
-        assert o.delta == pytest.approx(o.examples**-1.1)
+        assert o.delta == pytest.approx(declared**-1.5)
         assert o.noise_multiplier is not None
         assert o.delta is not None
-        assert o.epsilon_planned == epsilon([Steps(o.noise_multiplier, 40 / o.examples, 15)], o.delta)
+        assert o.epsilon_planned == epsilon([Steps(o.noise_multiplier, 40 / declared, 15)], o.delta)
         assert o.epsilon_planned <= o.epsilon_allowed == 3.0
         assert o.batch == pytest.approx(40)
 

@@ -13,6 +13,7 @@ from cotune.client.site import Site
 from cotune.models.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.models.holdings import HoldingsFile
 from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.rounding import two_digits
 from cotune.simulations.sites import make_run, prepare
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan
@@ -89,8 +90,8 @@ def test_the_noise_of_each_organisation_is_the_least_that_keeps_its_budget(toy_p
     prepared = prepare(plan)
     assert set(prepared.noise) == {"org-1", "org-2"}
     for share in prepared.shares:
-        n, sigma = len(share.rows), prepared.noise[share.name]
-        delta = n**-1.1
+        n, sigma = two_digits(share.units), prepared.noise[share.name]
+        delta = n**-1.5
         assert epsilon([Steps(sigma, 30 / n, 15)], delta) <= 3.0
         assert epsilon([Steps(sigma * 0.99, 30 / n, 15)], delta) > 3.0
     assert prepare(toy_plan()).noise == {}

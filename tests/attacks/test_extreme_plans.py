@@ -1,0 +1,121 @@
+"""Extreme plans and states. Arithmetic that holds for numbers as training has them was driven out of its range by others.
+
+A LayerNorm weight of 1e12 in the received state made a record whose positions cancel contribute 56,843 clip norms under ghost
+clipping, and 1e7 made it 26; the learning rate and the bound on updates that carried this to the server were in a plan that
+nobody was shown. Now every number of a plan has plausible bounds, an approver sees those that decide how far a record can move
+the model, and states beyond any usable parameter are refused before a record is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cotune.client.outline import outline
+from cotune.client.site import Site, SiteFile
+from cotune.client.training import train_round
+from cotune.models.errors import PlanError, RunError
+from cotune.models.holdings import write_holdings
+from cotune.models.records import DataConfig
+from cotune.models.sharing import State, resident
+from cotune.plan.load import parse_plan
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy, dump_policy
+
+LABELS = ("bad", "good")
+EXTREME = [
+    ("local", "learning_rate", 1e12),
+    ("local", "head_learning_rate", 1e12),
+    ("local", "weight_decay", 1e12),
+    ("local", "momentum", 1.5),
+    ("local", "batch_size", 1e12),
+    ("local", "steps", 10**9),
+    ("local", "epochs", 1e9),
+    ("local", "physical_batch_size", 10**9),
+    ("lora", "alpha", 1e12),
+    ("lora", "rank", 10**6),
+    ("privacy", "clip_norm", 1e12),
+    ("privacy", "clip_norm", 1e-30),
+    ("privacy", "epsilon", 1e6),
+    ("client_privacy", "clip_norm", 1e12),
+    ("server", "max_update_norm", 1e30),
+    ("server", "deadline_seconds", 1e30),
+    ("strategy", "server_optimizer", {"name": "sgd", "lr": 1e12}),
+    ("strategy", "client_term", {"name": "proximal", "mu": 1e12}),
+]
+
+
+@pytest.fixture
+def plan_of(base_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Plan]:
+    source = tmp_path / "records.csv"
+    rows = [f"the number {'great' if i % 2 else 'sad'} {i},{LABELS[i % 2]}" for i in range(40)]
+    source.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
+
+    def make(**tables: Any) -> Plan:
+        resident.cache_clear()
+        given: dict[str, Any] = {
+            "labels": LABELS,
+            "rounds": 2,
+            "train": "full",
+            "model": {"base": str(base_model("bert")), "max_length": 16, "precision": "float32"},
+            "data": {"source": str(source)},
+            "local": {"batch_size": 10, "steps": 2},
+            "privacy": {"epsilon": 3.0},
+        }
+        return parse_plan(given | tables)
+
+    return make
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    folder = tmp_path / "site"
+    write_holdings(folder / "data.json", DataConfig(source=str(tmp_path / "records.csv")), [(None, list(range(40)))])
+    (folder / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
+    (folder / "policy.toml").write_text(dump_policy(Policy.permissive()))
+    return Site(folder)
+
+
+def start(plan: Plan) -> State:
+    model = model_of(plan, "cpu")
+    model.load({})
+    return model.state(model.names("full", freeze_embeddings=True))
+
+
+@pytest.mark.parametrize(("table", "key", "value"), EXTREME)
+def test_no_plan_has_such_a_number(plan_of: Callable[..., Plan], table: str, key: str, value: Any) -> None:
+    with pytest.raises(PlanError, match=key):
+        plan_of(**{table: {key: value}})
+
+
+@pytest.mark.parametrize("value", [1e12, 1e7, -1e12, float("inf"), float("nan")])
+def test_no_such_state_reaches_a_record(plan_of: Callable[..., Plan], site: Site, value: float) -> None:
+    plan = plan_of()
+    state = start(plan)
+    name = next(name for name in state if name.endswith("LayerNorm.weight"))
+    state[name] = torch.full_like(state[name], value)
+    with pytest.raises(RunError, match="expected values of at most"):
+        train_round(plan, site, 1, state)
+    assert not site.ledger_file.exists()
+
+
+def test_nor_does_what_is_sent_beside_it(plan_of: Callable[..., Plan], site: Site) -> None:
+    plan = plan_of()
+    state = start(plan)
+    name = next(iter(state))
+    with pytest.raises(RunError, match="expected values of at most"):
+        train_round(plan, site, 1, state, sent={name: torch.full_like(state[name], 1e7)})
+    assert not site.ledger_file.exists()
+
+
+def test_who_approves_a_plan_is_shown_what_moves_the_model(plan_of: Callable[..., Plan]) -> None:
+    local = {"batch_size": 13, "steps": 17, "learning_rate": 0.123, "head_learning_rate": 4.56}
+    plan = plan_of(local=local, privacy={"epsilon": 2.25, "delta": 3e-7, "clip_norm": 0.789}, server={"max_update_norm": 4321})
+    shown = " ".join(outline(plan))
+    for value in ("13", "17", "0.123", "4.56", "2.25", "3e-07", "0.789", "4321"):
+        assert value in shown
