@@ -185,7 +185,7 @@ class Account:
         return math.ceil(self.epsilon() * 100 - 1e-9) / 100
 
     def _told(self, what: str) -> list[float] | None:
-        return self.ledger.told(self.plan.plan_id, self.data, what)
+        return self.ledger.told(self.plan.plan_id, what)
 
     def _reserve(self, round: int, steps: Steps, purpose: str, limits: Sequence[Limit]) -> int:
         plan = self.plan

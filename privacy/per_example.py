@@ -91,7 +91,8 @@ def unit_gradients(
     """Yield blocks of gradients of whole units: (k, *shape) for each parameter, k units at a time, every unit in one block.
 
     A unit's gradient is the sum of its rows' gradients in float32, in the order of its rows within each batch and of the batches:
-    a function of the unit alone, as each row's gradient is. A row without a finite gradient contributes nothing.
+    a function of the unit alone, as each row's gradient is. A row without a finite gradient contributes nothing, and neither does a
+    unit whose sum is not finite.
 
     Args:
         units: Those of one step, as lists of row numbers.
@@ -124,6 +125,7 @@ def _summed(of: PerExample, units: Sequence[Unit], batches: Batches) -> tuple[li
         for slots, number in _in_turn(owners[torch.as_tensor(positions)]):
             for total, gradient in zip(sums, gradients, strict=True):
                 total[number.to(total.device)] += gradient[slots.to(total.device)]
+    _zero_unless_finite(sums)  # finite rows may add up to more than float32 holds
     return sums, losses
 
 
@@ -144,8 +146,14 @@ def _finite_rows(of: PerExample, rows: int, batch: Batch) -> tuple[list[Tensor],
     """The gradients of the filled slots, zero for a row that has no finite one, and the sum of the rows' losses."""
     losses, whole = of.gradients(batch)
     gradients = [g[:rows] for g in whole]
-    if not all(bool(g.sum().isfinite()) for g in gradients):  # one pass; a sum that overflows only costs a second look
-        finite = torch.stack([g.reshape(rows, -1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
-        for g in gradients:
-            g[~finite] = 0.0
+    _zero_unless_finite(gradients)
     return gradients, float(losses[:rows].double().sum())
+
+
+def _zero_unless_finite(gradients: Sequence[Tensor]) -> None:
+    """Sets those of k gradients, (k, *shape) for each parameter, to zero that are not finite in every entry."""
+    if all(bool(g.sum().isfinite()) for g in gradients):  # one pass; a sum that overflows only costs a second look
+        return
+    finite = torch.stack([g.reshape(len(g), -1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
+    for g in gradients:
+        g[~finite] = 0.0

@@ -119,3 +119,51 @@ def test_who_approves_a_plan_is_shown_what_moves_the_model(plan_of: Callable[...
     shown = " ".join(outline(plan))
     for value in ("13", "17", "0.123", "4.56", "2.25", "3e-07", "0.789", "4321"):
         assert value in shown
+
+
+def test_finite_rows_whose_sum_overflows_are_no_answer_about_a_person(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """In a state within all bounds each row's gradient is near 3e38, and that of a person with three rows is infinite.
+
+    Clipped, it was not a number, and the round failed: a person was there exactly if the site refused.
+    """
+    lines = [f"p{i},the {word} it,{LABELS[i % 2]}" for i, word in enumerate(["great", "sad", "tree", "happy"] * 5)]
+    person = ["z,the great it is,bad", "z,so very great,bad", "z,a great day,bad"]
+    privacy = {"epsilon": 3.0, "unit": "pid", "max_records": 3}
+    for folder, held in (("without", lines), ("with", lines + person)):
+        source = tmp_path / f"{folder}.csv"
+        source.write_text("\n".join(["pid,text,label", *held]) + "\n", encoding="utf-8")
+        resident.cache_clear()
+        plan = parse_plan(
+            {
+                "labels": LABELS,
+                "rounds": 1,
+                "train": "full",
+                "model": {"base": str(base_model("bert")), "max_length": 16, "precision": "float32"},
+                "data": {"source": str(source), "unit": "pid"},
+                "local": {"batch_size": 20, "steps": 1},  # every person is in it
+                "privacy": privacy,
+            }
+        )
+        site = tmp_path / folder
+        write_holdings(site / "data.json", DataConfig(source=str(source), unit="pid"), [(None, list(range(len(held))))])
+        (site / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
+        (site / "policy.toml").write_text(dump_policy(Policy.permissive(examples=20)))
+        state = {name: _steep(name, tensor) for name, tensor in start(plan).items()}
+        assert max(float(tensor.abs().max()) for tensor in state.values()) <= 1e4
+        assert train_round(plan, Site(site), 1, state).examples == 20
+
+
+def _steep(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Weights with which a gradient grows to 3e38: through norms of constants, each a factor of 1e10."""
+    if name.endswith("layer.0.attention.output.LayerNorm.weight"):
+        return torch.zeros_like(tensor)
+    if name.endswith("LayerNorm.weight"):
+        return torch.full_like(tensor, 1e4)
+    if name.endswith("pooler.dense.weight"):
+        return torch.eye(len(tensor)) * 1e4
+    if name.endswith(("intermediate.dense.weight", "output.dense.weight")) and "attention" not in name:
+        return torch.eye(*tensor.shape) * 0.5
+    steep = torch.zeros_like(tensor)
+    if name == "classifier.weight":
+        steep[0, 0::2], steep[0, 1::2] = -1e4, 1e4
+    return steep

@@ -167,3 +167,16 @@ def test_simulated_organizations_declare_two_digits(plan_of: Callable[..., Plan]
     assert share.units == 103
     assert share.public_examples(prepared.plan) == 100
     assert share.policy(prepared.plan).tell.declared_examples == 100
+
+
+def test_a_record_that_comes_between_rounds_draws_no_new_number(
+    plan_of: Callable[..., Plan], records: Path, tmp_path: Path
+) -> None:
+    plan = plan_of(strategy={})
+    told = []
+    for round, count in ((1, 100), (2, 101)):
+        resident.cache_clear()
+        site = site_of(tmp_path / "site", records, count, example_count="noised")
+        told.append(training.train_round(plan, site, round, start(plan)).examples)
+    assert told[0] == told[1]
+    assert [c.purpose for c in site.ledger().charges()].count("example count") == 1

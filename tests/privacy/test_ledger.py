@@ -379,7 +379,7 @@ def test_a_ledger_of_the_second_schema_counts_against_every_data_set(tmp_path: P
     new = ledger.know([UNKEYED])  # not known again
     assert Ledger(path).spent(data=new) == [Steps(1.0, 0.05, 12), ROUND]
     assert [(c.at, c.plan, c.state) for c in ledger.charges()] == [("then", "toy", "settled"), ("then", "toy", "reserved")]
-    assert ledger.told("p", new, "example count") == [99.5]  # not drawn again
+    assert ledger.told("p", "example count") == [99.5]  # not drawn again
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     content = path.read_bytes()
