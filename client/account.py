@@ -27,7 +27,7 @@ from cotune.privacy.rounding import two_digits
 __all__ = ["Account"]
 
 _COUNT = "example count"
-_DELTA = 1e-6  # at which the draw of N is held against the total; under a rule of its own, as a δ of the total's stays for good
+_DELTA = 1e-10  # at which the draw of N is held against the total: below that of any data set, whose δ follows from N
 
 
 class Account:

@@ -129,7 +129,8 @@ def check_clipping(
         alone: The same rows, each as a batch of one slot without padding.
 
     Returns:
-        The largest error over three clip norms; infinity where a row has no gradient, as then nothing would be compared.
+        The largest error over three clip norms, relative to the norms of what is summed, which may cancel; infinity where a row
+        has no gradient, as then nothing would be compared.
     """
     params = [p for p in module.parameters() if p.requires_grad]
     gradients = [torch.autograd.grad(loss(row).sum(), params) for row in alone]
@@ -142,7 +143,7 @@ def check_clipping(
     with per_example(module, loss) as of:
         for clip in (clip_norm, min(norms) / 2, max(norms) * 2):  # all clipped, none clipped: each hides other mistakes
             actual, _ = _clipped_sum(of, units, batches, grid_of(clip, 0.0, entries), clipping)
-            errors.append(_relative_error(actual, _expected_sum(gradients, clip, clipping)))
+            errors.append(_distance(actual, _expected_sum(gradients, clip, clipping)) / sum(min(clip, norm) for norm in norms))
     return max(errors)
 
 
@@ -188,8 +189,6 @@ def _expected_sum(gradients: list[tuple[Tensor, ...]], clip: float, clipping: Cl
     return total
 
 
-def _relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """‖actual − expected‖ / ‖expected‖."""
-    error = sum(float((a.double() - e).pow(2).sum()) for a, e in zip(actual, expected, strict=True))
-    size = sum(float(e.pow(2).sum()) for e in expected)
-    return math.sqrt(error / size) if size else math.inf
+def _distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """‖actual − expected‖."""
+    return math.sqrt(sum(float((a.double() - e).pow(2).sum()) for a, e in zip(actual, expected, strict=True)))
