@@ -91,8 +91,8 @@ def unit_gradients(
     """Yield blocks of gradients of whole units: (k, *shape) for each parameter, k units at a time, every unit in one block.
 
     A unit's gradient is the sum of its rows' gradients in float32, in the order of its rows within each batch and of the batches:
-    a function of the unit alone, as each row's gradient is. A row without a finite gradient contributes nothing, and neither does a
-    unit whose sum is not finite.
+    a function of the unit alone, as each row's gradient is. A row without a finite gradient contributes nothing, and neither
+    does a unit whose sum is not finite.
 
     Args:
         units: Those of one step, as lists of row numbers.
