@@ -45,11 +45,14 @@ def statement(
     return [
         "Record-level differential privacy: for adding or removing any single record of an organisation, what left the "
         f"organisation in this run{', but for its local metrics,' if clear_metrics else ''} is (ε, δ)-differentially private, "
-        f"with ε at most {round_up(most)} of {privacy.epsilon:g} allowed and δ = {privacy.delta} for n records. {_MEANING}",
-        f"{_how(privacy)} ε is composed over every step of every round, interrupted ones included, from the organisations' "
+        f"with ε at most {round_up(most)} of {privacy.epsilon:g} allowed and δ = {privacy.delta} for the public number n of "
+        f"its records. {_MEANING}",
+        f"{_how(privacy)}{_persons(privacy)} ε is composed over every step of every round, interrupted ones included, from the "
+        "organisations' "
         f"ledgers, with the privacy loss distribution accountant of dp-accounting. {_AGAINST}",
-        f"What it does not cover: {_CLEAR if clear_metrics else ''}the number of records of each organisation is told to the "
-        f"server and counts as public. {_LIMITS} The test set of this simulation and the baselines trained beside it are not "
+        f"What it does not cover: {_CLEAR if clear_metrics else ''}the number that each organisation declares for its records is "
+        f"public, and rates, noise, steps and δ follow from it alone. {_LIMITS} The test set of this simulation and the "
+        f"baselines trained beside it are not "
         "covered.",
     ]
 
@@ -94,7 +97,8 @@ def stated(
         "what it sends in this run is (ε, δ)-differentially private, with ε at most "
         f"{privacy.epsilon:g} and δ = {privacy.delta} for n records; its own policy may ask for less. Of the ε that was spent "
         f"{most}{rest}. {_MEANING}",
-        f"{_how(privacy)} Each organisation adds the noise itself, on its own machine, and composes ε from its own ledger, over "
+        f"{_how(privacy)}{_persons(privacy)} Each organisation adds the noise itself, on its own machine, and composes ε from "
+        f"its own ledger, over "
         "every step of every round, interrupted ones included, with the privacy loss distribution accountant of dp-accounting. "
         "The coordinator knows what the organisations state, and cannot check it: an auditor can, from the ledger that each "
         f"keeps. {_AGAINST}",
@@ -116,6 +120,16 @@ def _how(privacy: RecordPrivacy) -> str:
         "How: in every step each record enters the batch by chance (Poisson sampling); the gradient of each record is "
         f"clipped to the norm {privacy.clip_norm:g}{_shares(privacy)}; Gaussian noise from a cryptographic generator, seeded "
         "by the operating system, is added to their sum."
+    )
+
+
+def _persons(privacy: RecordPrivacy) -> str:
+    """What the unit is where it is no record."""
+    if privacy.unit == "record":
+        return ""
+    return (
+        f" Where this speaks of a record, it is all records of one {privacy.unit} together, of which at most"
+        f" {privacy.max_records} count: they are sampled, clipped and charged as one."
     )
 
 
@@ -142,8 +156,9 @@ def client_statement(privacy: ClientPrivacy, noise: RoundNoise, charged: Sequenc
         _amplification(privacy, charged, spent, sample_rate),
         "What it does not cover: which organisations are registered, who took part in which round, and whether a round found "
         "enough of them counts as known; so does what else the folder of the run says about updates (sizes, steps, stated ε), "
-        "which stays with the server. The settings must not have been chosen by looking at the updates. The noise is drawn in "
-        "floating-point arithmetic, whose known side channels are not closed.",
+        "which stays with the server. The settings must not have been chosen by looking at the updates. Sum and noise are "
+        "rounded "
+        "to a grid; the noise is a rounded floating-point normal, not an exact discrete Gaussian.",
     ]
 
 
