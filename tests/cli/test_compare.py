@@ -50,11 +50,11 @@ def test_one_seed_has_no_error_bars(cotune: Cotune, folder: Path) -> None:
 
 
 def test_a_failed_run_is_said_and_is_the_exit_code(cotune: Cotune, folder: Path) -> None:
-    shown = cotune("compare", "toy.toml", "--vary", "local.learning_rate=1,1e30", "--seeds", "1", *QUICK)
+    shown = cotune("compare", "toy.toml", "--vary", "server.max_update_norm=1000,1e-30", "--seeds", "1", *QUICK)
     assert (shown.code, shown.err) == (1, "")
-    assert "2/2 local.learning_rate=1e30, seed=7 failed: round 1 got 0 of 2 updates" in shown.out
-    assert "failed: local.learning_rate = 1e30, seed 7: round 1 got 0 of 2 updates" in shown.out
-    assert re.search(r"^1e30 +– +– +– .* 0 of 1$", shown.out, re.MULTILINE)
+    assert "2/2 server.max_update_norm=1e-30, seed=7 failed: round 1 got 0 of 2 updates" in shown.out
+    assert "failed: server.max_update_norm = 1e-30, seed 7: round 1 got 0 of 2 updates" in shown.out
+    assert re.search(r"^1e-30 +– +– +– .* 0 of 1$", shown.out, re.MULTILINE)
 
 
 def test_mistakes_are_one_sentence(cotune: Cotune, folder: Path) -> None:
@@ -76,9 +76,9 @@ def test_a_live_display_shows_the_same_lines(folder: Path) -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=160, highlight=False, color_system=None)
     with showing_cells(console) as listener:
-        rates = parse_variation("local.learning_rate=1,1e30")
+        rates = parse_variation("server.max_update_norm=1000,1e-30")
         compare("toy.toml", [rates], seeds=1, out=folder / "out", jobs=1, device="cpu", listener=listener)
     shown = stream.getvalue()
     assert "2 runs, 0 of them finished before" in shown
     assert re.search(r"1/2 local.learning_rate=1, seed=7: test accuracy 0\.\d{3}", shown)
-    assert "2/2 local.learning_rate=1e30, seed=7 failed" in shown
+    assert "2/2 server.max_update_norm=1e-30, seed=7 failed" in shown

@@ -54,7 +54,7 @@ def test_a_part_is_explained(cotune: Cotune) -> None:
     assert re.search(r"momentum +number +0.0 +at least 0, below 1", shown.out)
     [part] = json.loads(cotune("strategies", "sgd", "--json").out)
     [lr] = [p for p in part["parameters"] if p["name"] == "lr"]
-    assert lr == {"name": "lr", "type": "number", "default": 1.0, "required": False, "bounds": "above 0"}
+    assert lr == {"name": "lr", "type": "number", "default": 1.0, "required": False, "bounds": "above 0, at most 1000"}
 
 
 def test_a_recipe_is_explained(cotune: Cotune) -> None:

@@ -69,7 +69,7 @@ def test_the_summary_has_each_model_and_the_mean(finished: Result) -> None:
     each = [organisation["personal"]["accuracy"] for organisation in summary["organisations"]]
     assert summary["test"]["federated"]["accuracy"] == pytest.approx(sum(each) / 2)
     assert summary["rounds"][-1]["metrics"]["accuracy"] == pytest.approx(sum(each) / 2)
-    assert min(each) > summary["test"]["majority"]["accuracy"] + 0.1  # they have learnt something
+    assert min(each) > summary["test"]["majority"]["accuracy"] + 0.05  # they have learnt something
     for organisation, accuracy in zip(summary["organisations"], each, strict=True):
         assert organisation["gain"] == pytest.approx(accuracy - organisation["alone"]["accuracy"])
     assert summary["test"]["pooled"]["accuracy"] > summary["test"]["majority"]["accuracy"] + 0.1
