@@ -80,5 +80,5 @@ def test_a_live_display_shows_the_same_lines(folder: Path) -> None:
         compare("toy.toml", [rates], seeds=1, out=folder / "out", jobs=1, device="cpu", listener=listener)
     shown = stream.getvalue()
     assert "2 runs, 0 of them finished before" in shown
-    assert re.search(r"1/2 local.learning_rate=1, seed=7: test accuracy 0\.\d{3}", shown)
+    assert re.search(r"1/2 server.max_update_norm=1000, seed=7: test accuracy 0\.\d{3}", shown)
     assert "2/2 server.max_update_norm=1e-30, seed=7 failed" in shown
