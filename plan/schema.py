@@ -122,7 +122,7 @@ class RoundsConfig(Table):
         "ignore", description="of updates that come after their round: fold them into a later one, with less weight"
     )
     max_staleness: int = Field(2, ge=1, le=100, description="with late = fold: rounds that an update may be late")
-    max_update_norm: float = Field(1e4, gt=0, le=1e6, description="updates with a larger L2 norm are refused")
+    max_update_norm: float = Field(1e4, gt=0, le=1e12, description="updates with a larger L2 norm are refused")
     max_examples: int = Field(10_000_000, ge=1, le=10**12, description="updates that declare more records are refused")
     strikes: int = Field(
         3, ge=0, le=100_000, description="refused updates after which an organisation is left out of the run; 0: never"
