@@ -1,4 +1,4 @@
-"""`cotune privacy verify`: an exported ledger, computed anew by whoever holds the file."""
+"""`cotune privacy verify`: recompute an exported ledger from the file alone."""
 
 from __future__ import annotations
 
