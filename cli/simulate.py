@@ -107,6 +107,9 @@ def show(console: Console, result: Result) -> None:
         console.print(f"[bold red]No {kind}: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:
         console.print(f"[bold]The run was stopped: {escape(summary['stopped'])}.[/bold]")
+    console.print(
+        "[bold]is it worth joining?[/bold] accuracy on each organisation's own held-out records; alone: without privacy"
+    )
     console.print(_own_records(summary))
     _answer(console, summary)
     console.print(_comparison(summary))
@@ -123,31 +126,18 @@ def show(console: Console, result: Result) -> None:
 
 def _own_records(summary: dict[str, Any]) -> Table:
     """What each choice reaches on an organisation's own held-out records, and whether joining and alone differ there."""
-    table = Table("is it worth joining? (own held-out records)", header_style="bold", pad_edge=False, box=None)
     columns, headings = own_columns(summary), {"majority": "majority", "alone_without_privacy": "alone", "adapted": "adapted"}
     headings |= {"alone": "alone, ε" if is_private(summary) else "alone, plan", "federated": "federated"}
-    for key in columns:
-        table.add_column(headings[key], justify="right")
-    for heading in ("joining − alone", "records", "worth it?"):
-        table.add_column(heading, justify="right")
+    table = Table("own records", header_style="bold", pad_edge=False, box=None)
+    for heading in (*(headings[key] for key in columns), "gain", "records", "worth it?"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for o in summary["organisations"]:
-        figures = [f"{o['own'][key]['accuracy']:.3f}" if o["own"] and o["own"][key] else "–" for key in columns]
-        table.add_row(
-            escape(o["name"]), *figures, _difference(o["worth"]), f"{o['own']['records'] if o['own'] else 0:,}", _worth(o)
-        )
+        own, worth = o["own"], o["worth"]
+        figures = [f"{own[key]['accuracy']:.3f}" if own and own[key] else "–" for key in columns]
+        gain = f"{worth['difference']:+.3f}" if worth else "–"
+        answer = worth["answer"].removesuffix(" to tell") if worth else "–"
+        table.add_row(escape(o["name"]), *figures, gain, f"{own['records'] if own else 0:,}", answer)
     return table
-
-
-def _difference(worth: dict[str, Any] | None) -> str:
-    if worth is None:
-        return "–"
-    low, high = worth["interval"]
-    return f"{worth['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-
-
-def _worth(organisation: dict[str, Any]) -> str:
-    worth = organisation["worth"]
-    return "–" if worth is None else f"{worth['answer']}{' (few records)' if worth['few'] else ''}"
 
 
 def _answer(console: Console, summary: dict[str, Any]) -> None:

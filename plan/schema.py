@@ -153,7 +153,7 @@ class TellConfig(Table):
 
 
 class PersonalizeConfig(Table):
-    """How each organization adapts the finished model to itself (the `personalize` table): nothing of it leaves, no ε is spent."""
+    """How organizations adapt the finished model to themselves (the `personalize` table): nothing leaves, no ε is spent."""
 
     methods: tuple[Literal["prior", "head", "mix", "alone"], ...] = Field(
         ("prior", "head", "mix", "alone"),

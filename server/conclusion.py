@@ -108,8 +108,13 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Of the coordinator's own test set; without one, nothing was measured."""
     document, metrics = folder.path / "test" / "data.json", progress.history[-1]["metrics"]
     nothing = {
-        "examples": 0, "majority": None, "alone": None, "alone_without_privacy": None,
-        "federated": metrics, "adapted": None, "pooled": None,
+        "examples": 0,
+        "majority": None,
+        "alone": None,
+        "alone_without_privacy": None,
+        "federated": metrics,
+        "adapted": None,
+        "pooled": None,
     }
     if not document.exists():
         return nothing

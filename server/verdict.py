@@ -74,10 +74,9 @@ def _nobody_knows(test: Summary) -> str:
 def _sentence(summary: Summary) -> str:
     answers, compared = summary["worth"]["answers"], [o["worth"] for o in summary["organisations"] if o["worth"]]
     gains = [100 * each["difference"] for each in compared]
-    counts = (("better", answers["yes"]), ("worse", answers["no"]), ("too close to tell", answers["too close to tell"]))
-    said = ", ".join(f"{word} for {count}" for word, count in counts)
     return (
-        f"each on its own held-out records, joining against training alone is {said} of {len(gains)} organisations:"
+        f"each on its own held-out records, joining is better than training alone for {answers['yes']} of {len(gains)}"
+        f" organisations, worse for {answers['no']} and too close to tell for {answers['too close to tell']}:"
         f" from {signed(min(gains))} to {signed(max(gains))} points of accuracy."
     )
 

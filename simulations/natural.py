@@ -34,7 +34,10 @@ def owners_of(plan: Plan, records: Records, column: str) -> tuple[str, ...]:
     """
     every = plan.data.model_copy(update={"deduplicate": False})
     whole = read_records(every, task=plan.task)
-    named = read_records(every.model_copy(update={"unit": column}), task=plan.task)
+    try:
+        named = read_records(every.model_copy(update={"unit": column}), task=plan.task)
+    except DataError as error:  # it advises about the column of units, as which this one is read
+        raise DataError(str(error).replace("--set data.unit=", "--by ")) from None
     if named.inputs != whole.inputs:
         lacking = abs(len(whole) - len(named))
         raise DataError(

@@ -71,9 +71,7 @@ def test_what_a_baseline_tells_is_what_it_is_judged_by(toy_plan: NewPlan, tmp_pa
 
 def test_where_the_encoder_is_trained_alone_is_also_a_run_without_privacy(toy_plan: NewPlan, tmp_path: Path) -> None:
     own = {"learning_rate": 0.1, "batch_size": 0.5, "steps": 1}
-    plan = toy_plan(
-        train="lora", rounds=1, privacy={"epsilon": 8.0}, local=own, simulation={"baselines": ["alone"]}
-    )
+    plan = toy_plan(train="lora", rounds=1, privacy={"epsilon": 8.0}, local=own, simulation={"baselines": ["alone"]})
     folder, prepared = made(plan, tmp_path / "run")
     names = [f"{kind}/org-{i}" for kind in ("alone", "alone-without-privacy") for i in (1, 2)]
     assert list(run_baselines(folder, prepared)) == names
