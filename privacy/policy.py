@@ -144,7 +144,7 @@ class Policy(Table):
 def read_policy(file: Path) -> Policy:
     """The policy in a TOML file. Raises PlanError, in one sentence, for an unreadable file or an unknown rule."""
     try:
-        return Policy.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        return Policy.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
         raise PlanError(f"{first_mistake(error, Policy, 'policy')} ({file}; see `cotune client policy`)") from None
     except (OSError, ValueError) as error:
