@@ -6,7 +6,8 @@ The steps are taken on made-up records as long as the plan allows; no record is 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -45,14 +46,19 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class Checked:
-    """The verdict. declined: why not, the rule first; then, and without privacy, nothing else was tried."""
+    """The verdict, for the organization's own eyes.
+
+    declined: why not, the rule first; then, and without privacy, nothing else was tried. left_out: how many rows of the files
+    contribute nothing, by reason.
+    """
 
     organisation: str
     examples: int
     device: str
     declined: str | None
     broken: tuple[Broken, ...] = ()  # every rule that does not allow the plan
-    warning: str | None = None
+    warnings: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
     noise_multiplier: float | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -68,17 +74,16 @@ def check(plan: Plan, site: Site) -> Checked:
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
             " give the plan.toml of a run, or list labels in the plan"
         )
-    policy, holdings = site.policy(), site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
-    checked = Checked(site.organisation, len(holdings.units), site.file.device, None)
+    policy, holdings = site.policy(), site.counted(plan)
     account = Account(plan, policy, site, holdings, draws=False)
-    if holdings.unknown:
-        warning = (
-            f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
-            " would be trained without a label"
-        )
-        checked = replace(checked, warning=warning)
-    elif (far := _far_from_true(account)) is not None:
-        checked = replace(checked, warning=far)
+    checked = Checked(
+        site.organisation,
+        len(holdings.units),
+        site.file.device,
+        None,
+        warnings=tuple(_warnings(account)),
+        left_out=holdings.left_out(),
+    )
     broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
     if broken:
         return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
@@ -112,15 +117,22 @@ def check(plan: Plan, site: Site) -> Checked:
     )
 
 
-def _far_from_true(account: Account) -> str | None:
-    """A declared number that is far from the true one costs accuracy: batches are smaller, or the noise larger than need be."""
+def _warnings(account: Account) -> Iterator[str]:
+    """What does not stop a run, and makes it worth less than it could be."""
+    holdings, plan = account.holdings, account.plan
+    if not len(holdings):
+        yield "no record is usable: rounds would be answered with noise alone; look at the file, or name another one with --data"
+    if holdings.unknown:
+        yield (
+            f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
+            " would be trained without a label"
+        )
     declared, held = account.public_examples, account.true_examples
-    if account.policy.tell.example_count != "declared" or held / 2 <= declared <= 1.1 * held:
-        return None
-    return (
-        f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"
-        " batches and noise follow from it"
-    )
+    if account.policy.tell.example_count == "declared" and not held / 2 <= declared <= 1.1 * held:
+        yield (
+            f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"
+            " batches and noise follow from it"
+        )
 
 
 def _try(plan: Plan, stage: Stage, model: SharedModel, examples: int, sigma: float) -> StageCheck:
