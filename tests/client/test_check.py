@@ -74,10 +74,10 @@ def test_the_model_is_as_it_was(make_plan: MakePlan, make_site: MakeSite, state_
 def test_classes_that_the_plan_lacks_are_named_to_the_organisation(make_plan: MakePlan, make_site: MakeSite) -> None:
     """In training they could not be: whether it fails would tell the server of single records."""
     found = check(make_plan(privacy=PRIVATE, labels=("bad", "good", "other")), make_site())
-    assert found.warning is not None
-    assert "1 classes of the records are not among the plan's (bad, good, other)" in found.warning
+    [warning] = found.warnings
+    assert "1 classes of the records are not among the plan's (bad, good, other)" in warning
     assert (found.declined, len(found.stages)) == (None, 1)
-    assert check(make_plan(privacy=PRIVATE), make_site()).warning is None
+    assert check(make_plan(privacy=PRIVATE), make_site()).warnings == ()
 
 
 def test_a_plan_that_ran_here_is_not_promised_again(
