@@ -84,7 +84,7 @@ def test_such_a_round_is_answered_like_any_other(
         train=mode,
         rounds=1,
         tell={"label_histogram": True, "local_metrics": True},
-        strategy={"weighting": "loss_softmax"},
+        strategy={"weighting": "inverse_loss"},
     )
     found, drawn = [], list[tuple[float, float]]()
     honest = dp_sgd.add_gaussian_noise
