@@ -19,7 +19,7 @@ from cotune.client.guard import Guard
 from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
-from cotune.models.errors import Declined, PlanError, PrivacyError
+from cotune.models.errors import DataError, Declined, PlanError, PrivacyError
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
@@ -68,7 +68,7 @@ class Checked:
 
 
 def check(plan: Plan, site: Site) -> Checked:
-    """Raises what training would raise: DataError, ModelError, PrivacyError. A plan without privacy is not tried, only judged."""
+    """Judges the plan and, with privacy, tries it. Raises DataError and ModelError where records or model cannot be read."""
     if not plan.labels:
         raise PlanError(
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
@@ -84,22 +84,15 @@ def check(plan: Plan, site: Site) -> Checked:
         warnings=tuple(_warnings(account)),
         left_out=holdings.left_out(),
     )
-    broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
-    if broken:
-        return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
     try:
-        played = account.ledger.rounds(plan.plan_id) if account.budget else []
-        if played:
-            raise Declined(
-                "privacy.epsilon",
-                f"this plan has run here already (rounds {played[0]}–{played[-1]}), and what it"
-                " spent is spent; it goes on where it stopped, or starts anew with another seed",
-            )
-        sigma = account.plan_noise(1) if account.budget else None
-    except PrivacyError as declined:  # a rule says no, or the run has used up its budget
+        broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
+        if broken:
+            return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
+        sigma = _noise(account)
+        for stage in plan.stages:
+            check_examples(account.public_examples, stage.local, site.organisation)
+    except (PrivacyError, DataError) as declined:  # a rule says no, the budget is used up, or there are too few records
         return replace(checked, declined=str(declined))
-    for stage in plan.stages:
-        check_examples(account.public_examples, stage.local, site.organisation)
     find_base_here(plan, site.file)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
@@ -115,6 +108,20 @@ def check(plan: Plan, site: Site) -> Checked:
         epsilon_total=account.budget.total_epsilon,
         stages=tuple(_try(plan, stage, model, account.public_examples, sigma) for stage in plan.stages),
     )
+
+
+def _noise(account: Account) -> float | None:
+    """σ of the plan's first round; None without privacy. Raises Declined for a plan that has run here."""
+    if account.budget is None:
+        return None
+    played = account.ledger.rounds(account.plan.plan_id)
+    if played:
+        raise Declined(
+            "privacy.epsilon",
+            f"this plan has run here already (rounds {played[0]}–{played[-1]}), and what it"
+            " spent is spent; it goes on where it stopped, or starts anew with another seed",
+        )
+    return account.plan_noise(1)
 
 
 def _warnings(account: Account) -> Iterator[str]:
