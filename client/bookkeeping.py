@@ -57,9 +57,7 @@ def _books(site: Site, *, events: bool) -> tuple[dict[str, Any], list[Entry]]:
     }, entries
 
 
-def _collection(
-    rules: BudgetRules, entries: list[Entry], name: str, known: list[DataSet], *, events: bool
-) -> dict[str, Any]:
+def _collection(rules: BudgetRules, entries: list[Entry], name: str, known: list[DataSet], *, events: bool) -> dict[str, Any]:
     [history] = histories_of(entries, name, "budget.epsilon_total")
     counted = list(counted_for(entries, name))
     elsewhere = charged_elsewhere(entries, name) - {charge.data for charge in counted}

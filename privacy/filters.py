@@ -130,8 +130,8 @@ def epsilon_spent(runs: Mapping[str, Sequence[Steps]], limit: float, delta: floa
 def rate_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float, false_positive_rate: float) -> float:
     """The largest share of the members that an attack on all the runs finds at that rate of false alarms.
 
-    One run: from its trade-off curve. Several: P(S) ≤ (e^ρ·Q(S))^((α-1)/α), where ρ is the filter's Rényi divergence at its order α
-    (Mironov, CSF 2017, https://arxiv.org/abs/1702.07476, proposition 10).
+    One run: from its trade-off curve. Several: P(S) ≤ (e^ρ·Q(S))^((α-1)/α), where ρ is the filter's Rényi divergence at its
+    order α (Mironov, CSF 2017, https://arxiv.org/abs/1702.07476, proposition 10).
     """
     charged = [list(steps) for steps in runs.values() if any(s.count for s in steps)]
     if len(charged) <= 1:

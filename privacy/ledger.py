@@ -5,8 +5,8 @@ leaves the reservation standing: it counts as spent. Stored are accounting event
 composition stays tight over rounds, runs, plans, restarts and years.
 
 All charges count against one total, or in collections (see `privacy.charges`) against one each. Which charges count is decided by
-nothing that a record could change: neither noise nor a refusal tells whether two data sets share one. A record that was charged in
-a collection is left out of all others: `elsewhere` names it beforehand, and no charge is made on data that still hold it.
+nothing that a record could change: neither noise nor a refusal tells whether two data sets share one. A record that was charged
+in a collection is left out of all others: `elsewhere` names it beforehand, and no charge is made on data that still hold it.
 
 Records are known by HMACs under a secret of the site, in a file beside the ledger: who guesses a text cannot look it up.
 """
@@ -161,9 +161,7 @@ class Ledger:
                 )
             log.append("settle", {"charge": charge, "steps": steps_run, "seconds": round(seconds, 3)})
 
-    def unprotected(
-        self, plan_id: str, round: int, what: str, *, data: str, collection: str = "", plan: str = ""
-    ) -> None:
+    def unprotected(self, plan_id: str, round: int, what: str, *, data: str, collection: str = "", plan: str = "") -> None:
         """Enters that something about a data set is leaving without privacy; durable when this returns."""
         with self._chain.transaction() as log:
             body = {"plan_id": plan_id, "plan": plan, "round": round, "what": what, "data": data, "collection": collection}

@@ -134,9 +134,7 @@ def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
             telling = planned_telling(plan, share.policy(plan))
             figures = figures_of([*telling, *(Steps(sigma, rate, count) for rate, count in planned)], delta)
             allowed = min(plan.privacy.epsilon, share.epsilon or plan.privacy.epsilon)
-            found.append(
-                OrganisationForecast(share.name, held, batch, steps, sigma, allowed, figures.epsilon, delta, figures)
-            )
+            found.append(OrganisationForecast(share.name, held, batch, steps, sigma, allowed, figures.epsilon, delta, figures))
         else:
             found.append(OrganisationForecast(share.name, held, batch, steps, None, None, None, None))
     return tuple(found)

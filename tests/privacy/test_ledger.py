@@ -231,7 +231,9 @@ def test_what_was_charged_in_another_collection_is_named_and_refused(ledger: Led
     assert ledger.elsewhere(held, "images") == set()  # known, and not charged
     ledger.reserve("plan", 1, ROUND, data=wards, collection="wards")
     assert ledger.elsewhere([*records(2, 3), zeros], "images") == {*records(2), zeros}
-    assert ledger.elsewhere(records(2, 3), "wards") == ledger.elsewhere(records(2, 3), "") == ledger.elsewhere([], "images") == set()
+    assert (
+        ledger.elsewhere(records(2, 3), "wards") == ledger.elsewhere(records(2, 3), "") == ledger.elsewhere([], "images") == set()
+    )
     both = ledger.know(records(2, 3))
     with pytest.raises(PrivacyError, match="records of another collection"):
         ledger.reserve("plan", 2, ROUND, data=both, collection="images")
@@ -239,12 +241,8 @@ def test_what_was_charged_in_another_collection_is_named_and_refused(ledger: Led
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    sets=st.lists(st.tuples(st.sets(st.integers(0, 8), max_size=5), st.sampled_from(["", "a", "b"])), min_size=1, max_size=6)
-)
-def test_no_record_is_charged_too_little(
-    tmp_path_factory: pytest.TempPathFactory, sets: list[tuple[set[int], str]]
-) -> None:
+@given(sets=st.lists(st.tuples(st.sets(st.integers(0, 8), max_size=5), st.sampled_from(["", "a", "b"])), min_size=1, max_size=6))
+def test_no_record_is_charged_too_little(tmp_path_factory: pytest.TempPathFactory, sets: list[tuple[set[int], str]]) -> None:
     """What counts for a collection is at least what was charged to any one of its records, as far as it was not left out."""
     ledger, charged = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite"), {}  # type: ignore[var-annotated]
     for number, (members, collection) in enumerate(sets, start=1):
@@ -274,7 +272,9 @@ def test_a_limit_is_checked_before_anything_is_charged(ledger: Ledger) -> None:
     assert len(ledger.spent()) == 2
     with pytest.raises(Declined):
         ledger.reserve("plan", 3, ROUND, data=ledger.know(records(3)), limits=[limit])  # other data count, too
-    ledger.reserve("other", 1, ROUND, data=data, limits=[Limit("run", limit.epsilon, delta, "other")])  # another run has a budget of its own
+    ledger.reserve(
+        "other", 1, ROUND, data=data, limits=[Limit("run", limit.epsilon, delta, "other")]
+    )  # another run has a budget of its own
 
 
 def test_processes_together_do_not_exceed_a_limit(ledger: Ledger) -> None:
