@@ -62,9 +62,7 @@ def _show_collection(console: Console, table: dict[str, Any]) -> None:
             console.print(f"  shares {common:,} records with {other[:12]}…")
     if table["runs"]:
         allowed = f"of {table['epsilon_total']:g} " if table["epsilon_total"] < 1e6 else ""  # a simulated one has no limit
-        how = (
-            "" if table["composition"] == "pld" else f" ({table['composition']})"
-        )  # over several runs it bounds more
+        how = "" if table["composition"] == "pld" else f" ({table['composition']})"  # over several runs it bounds more
         left = f", {math.floor(100 * table['epsilon_left']) / 100:.2f} left" if allowed else ""  # never more than there is
         console.print(f"ε {round_up(table['epsilon'])} {allowed}spent at δ = {table['delta']:.1e}{how}{left}")
         again = f"ε {round_up(table['epsilon_at_small_delta'])} at δ = {SMALL_DELTA:g}"
