@@ -62,7 +62,7 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
     Raises Blocked, RunError for what cannot be read as one.
     """
     update, policy = decode_update(content, plan.plan_id), site.policy()
-    holdings = site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
+    holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, round=request.round)
     for problem in _problems(content, update, request, account, model_here(plan, site)):
         raise Blocked(problem)

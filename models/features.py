@@ -241,6 +241,8 @@ def encode_batch(model: SharedModel, examples: Sequence[Example], precision: str
 
 def _encode(model: SharedModel, examples: Sequence[Example], dtype: torch.dtype, progress: Progress | None) -> Tensor:
     loaded = model.loaded
+    if not examples:  # of no record there are none, as wide as others
+        return _encode(model, loaded.task.samples(loaded.reader), dtype, None)[:0]
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
     features, done = torch.empty(0, 0), 0
 

@@ -32,7 +32,7 @@ class BudgetRules(Table):
     delta_times_records: float = Field(
         0.1, gt=0, le=1, description="δ times the number of records at most: of so many records all may become known"
     )
-    epsilon_total: float = Field(8.0, gt=0, description="per data set, over all runs and years; what it grew from included")
+    epsilon_total: float = Field(8.0, gt=0, description="over all runs and years of this site, or of each collection in it")
     delta_total: float | str = Field("1/n^1.5", description="δ at which epsilon_total is measured")
 
     def epsilon_for(self, planned: float) -> float:
