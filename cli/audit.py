@@ -11,13 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.privacy.rounding import round_up
-from cotune.server.figures import duration, percent, scientific
+from cotune.server.figures import SPACE, duration, percent, scientific
 
 if TYPE_CHECKING:
     from cotune.simulations.audit import AuditResult
 
 _SOME = 2_000
 _MANY = 10_000
+_AGAIN = (
+    "Chance accuses a right engine as rarely as the confidence says: audit once more with --confidence 0.9999999, which it will"
+    " hardly break."
+)
 _LIMITS = (
     "What this can and cannot see: a bound above the claim proves it false; one below it proves nothing, for bounds are"
     " sound but not tight: that of who sees every step comes nearest to the claim, the more so with more canaries. Noise that is"
@@ -115,7 +119,7 @@ def _show(console: Console, result: AuditResult) -> None:
         console.print(f"noise of {noise.draws:,} draws: {noise.deviation:.4f} of what is claimed, at most {noise.at_most:.4f}")
     console.print(_states(result))
     console.print(f"claim: ε = {round_up(result.epsilon)} at δ = {scientific(result.delta)}")
-    sure = f"{percent(result.confidence)} confidence for all bounds together"
+    sure = f"{100 * result.confidence:.12g}{SPACE}% confidence for all bounds together"
     for fault in result.faults:
         console.print(f"[bold red]The claim is broken: {escape(fault)}. Do not release what this trains.[/bold red]")
     if result.at_least > result.epsilon:
@@ -123,7 +127,9 @@ def _show(console: Console, result: AuditResult) -> None:
             f"[bold red]The claim is broken: this training spends ε of {_down(result.at_least)} at least ({sure}). Do not release"
             " what it trains.[/bold red]"
         )
-    elif not result.broken:
+    if result.broken:
+        console.print(_AGAIN)
+    else:
         share = percent(int(result.at_least / result.epsilon * 1000) / 1000)
         console.print(f"[bold]no contradiction[/bold]: ε is {_down(result.at_least)} at least, {share} of the claim ({sure})")
         if result.power <= result.epsilon:
