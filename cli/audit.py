@@ -154,9 +154,7 @@ def _states(result: AuditResult) -> Table:
     for heading in ("moves the sum by", "through others", "off the grid"):
         table.add_column(heading, justify="right")
     for probe in result.states:
-        table.add_row(
-            escape(probe.state), f"{probe.contribution:.6f} C", f"{probe.influence:.1g} C", f"{probe.off_grid:.0%}"
-        )
+        table.add_row(escape(probe.state), f"{probe.contribution:.6f} C", f"{probe.influence:.1g} C", f"{probe.off_grid:.0%}")
     return table
 
 

@@ -166,7 +166,9 @@ def audit_run(
     at = Site(folder.path / site)
     policy = at.policy()
     examples = Account(folder.plan, policy, at, holdings, draws=False).public_examples
-    return _audit(folder.plan, policy, examples, holdings, name, canaries, rounds, tight, confidence, device or folder.file.device)
+    return _audit(
+        folder.plan, policy, examples, holdings, name, canaries, rounds, tight, confidence, device or folder.file.device
+    )
 
 
 def _check(plan: Plan) -> None:

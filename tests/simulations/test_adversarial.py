@@ -33,9 +33,7 @@ def twice(*arguments: Any, clip_norm: float, **settings: Any) -> Iterator[StepRe
     )
 
 
-def audited(
-    toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, engine: Any, mode: str, claim: float = 2.0
-) -> AuditResult:
+def audited(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, engine: Any, mode: str, claim: float = 2.0) -> AuditResult:
     monkeypatch.setattr(audited_training, "private_steps", engine)
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.9, "steps": 1}
     lora = {"lora": {"rank": 2}} if mode == "lora" else {}
