@@ -150,7 +150,7 @@ def _probe(
     key = int(private_generator().integers(2**62))
     units = few.units
     everybody = range(len(units))
-    # Contributions are those of the claimed noise, for the grid follows no more than this; under more, float32 could not tell them.
+    # The grid follows no more noise than this, so contributions are the same; under more, float32 would round them.
     exact = replace(mechanism, noise_multiplier=min(mechanism.noise_multiplier, MOST_NOISE), expected_batch=1.0)
 
     def sums(present: Sequence[int], by: Mechanism = exact) -> Tensor:
