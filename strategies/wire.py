@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "Receipt",
     "Recipient",
     "Request",
+    "decode_header",
     "decode_receipt",
     "decode_request",
     "decode_update",
@@ -38,6 +39,7 @@ __all__ = [
 
 PROTOCOL = 4
 _MOST_TOLD = 10_000  # values beside an update: a number per class and a few more
+_MOST_ARRAY_HEAD = 16_384  # bytes before the values of an array, in NumPy's format
 _FLOATS = {"float32": torch.float32}
 
 
@@ -85,8 +87,15 @@ def _header(plan: str, round: int, who: Recipient) -> ConfigRecord:
 
 def decode_request(content: RecordDict) -> Request:
     """Raises RunError, in one sentence, for anything but a well-formed request of this protocol."""
+    header = decode_header(content)
+    _check_records(content, ("request", "state", "sent"))
+    return replace(header, state=_tensors(content, "state"), sent=_tensors(content, "sent"))
+
+
+def decode_header(content: RecordDict) -> Request:
+    """A request without its arrays, which are not looked at. Raises RunError as `decode_request` does."""
     fields = _fields(content, "request", {"plan": str, "round": int, "organisation": str, "admitted": int, "site": str})
-    return Request(**fields, state=_tensors(content, "state"), sent=_tensors(content, "sent"))
+    return Request(**fields, state={})
 
 
 def encode_update(update: Update, plan_id: str) -> RecordDict:
@@ -111,6 +120,7 @@ def encode_update(update: Update, plan_id: str) -> RecordDict:
 
 def decode_update(content: RecordDict, plan_id: str) -> Update:
     """Raises RunError for an update that is malformed or belongs to another plan."""
+    _check_records(content, ("update", "delta", "told", "statistics", "noise_variance"))
     types = {"plan_id": str, "round": int, "organisation": str, "examples": int, "steps": int, "epsilon": float, "received": str}
     fields = _fields(content, "update", types)
     if fields["plan_id"] != plan_id:
@@ -147,7 +157,15 @@ def encode_receipt(receipt: Receipt) -> RecordDict:
 
 def decode_receipt(content: RecordDict) -> Receipt:
     """Raises RunError for anything but a well-formed receipt of this protocol."""
+    _check_records(content, ("receipt",))
     return Receipt(**_fields(content, "receipt", {"organisation": str, "plan_id": str, "received": str}))
+
+
+def _check_records(content: RecordDict, known: Collection[str]) -> None:
+    """Nothing travels beside what is known: it would be carried, kept and shown unread."""
+    surplus = sorted(content.keys() - set(known))
+    if surplus:
+        raise RunError(f"a message holds the record {surplus[0][:80]!r} too much: expected {', '.join(known)} alone")
 
 
 def _variances(content: RecordDict) -> dict[str, float] | None:
@@ -196,6 +214,8 @@ def _tensor(name: str, array: Array) -> Tensor:
         raise RunError(f"the array {name[:80]} cannot be read: expected a NumPy array of float32") from None
     if values.dtype != np.float32 or tuple(values.shape) != tuple(array.shape):
         raise RunError(f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}")
+    if (rest := len(array.data) - values.nbytes) > _MOST_ARRAY_HEAD:
+        raise RunError(f"the array {name[:80]} has {rest:,} bytes beside its values: expected a short header alone")
     return torch.from_numpy(values.copy())
 
 
@@ -207,6 +227,9 @@ def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[st
         raise RunError(
             f"a message of protocol {record.get('protocol')!r:.20} came, expected {PROTOCOL}: use the same cotune everywhere"
         )
+    surplus = sorted(record.keys() - types.keys() - {"protocol"})
+    if surplus:
+        raise RunError(f"the header of a message holds {surplus[0][:80]!r} too much: expected {', '.join(types)} alone")
     for name, kind in types.items():
         if type(record.get(name)) is not kind:
             raise RunError(f"a message has {name} = {record.get(name)!r:.60}: expected {kind.__name__}")
