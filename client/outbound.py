@@ -33,6 +33,7 @@ from cotune.strategies.wire import (
     encode_receipt,
     encode_update,
     received_digest,
+    salt_of,
 )
 
 __all__ = ["Blocked", "check_reason", "check_receipt", "check_update"]
@@ -72,7 +73,7 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
 def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site) -> None:
     """Raises Blocked for anything but the receipt of this request, RunError for what is none."""
     expected = Receipt(site.organisation, plan.plan_id, received_digest(request.state, request.sent))
-    if decode_receipt(content) != expected or not _same(content, encode_receipt(expected)):
+    if decode_receipt(content) != expected or not _same(content, encode_receipt(expected, salt_of(content))):
         raise Blocked("the receipt is not that of this request alone")
 
 
@@ -87,7 +88,7 @@ def check_reason(reason: str) -> None:
 def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: SharedModel) -> Iterator[str]:
     plan, site = account.plan, account.site
     names = shared_names(plan, model, request.round)
-    if not _same(content, encode_update(update, plan.plan_id)):
+    if not _same(content, encode_update(update, plan.plan_id, salt_of(content))):
         yield "the message holds more than an update, or holds it in another form"
     if (update.organisation, update.round) != (site.organisation, request.round):
         yield f"the update is of {update.organisation[:80]} for round {update.round}, not of this organisation for this round"

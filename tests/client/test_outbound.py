@@ -21,15 +21,19 @@ from cotune.models.errors import Declined, RunError
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
+from cotune.strategies import wire
 from cotune.strategies.wire import (
+    SALTED,
     Receipt,
     Recipient,
     Request,
     decode_request,
+    decode_update,
     encode_receipt,
     encode_requests,
     encode_update,
     received_digest,
+    salt_of,
 )
 
 MakePlan = Callable[..., Plan]
@@ -53,15 +57,19 @@ class Case:
         self.content["update"] = ConfigRecord({**self.content["update"], **fields})  # type: ignore[dict-item]
 
     def arrays(self, name: str, **arrays: Array) -> None:
-        self.content[name] = ArrayRecord({**self.content[name], **arrays})  # type: ignore[dict-item]
+        """Under the message's own salt."""
+        salt, salted = salt_of(self.content), dict(self.content.get(name, {}))  # type: ignore[call-overload]
+        for key, array in arrays.items():
+            mask = wire._derived(salt, name, key)
+            salted[key] = Array(array.dtype, tuple(array.shape), SALTED, wire._masked(array.data, mask))
+        self.content[name] = ArrayRecord(salted)
 
     @property
     def some(self) -> tuple[str, np.ndarray[Any, Any]]:
         """A parameter and its delta."""
-        record = self.content["delta"]
-        assert isinstance(record, ArrayRecord)
-        name = sorted(record)[0]
-        return name, record[name].numpy().copy()
+        delta = decode_update(self.content, self.plan.plan_id).delta
+        name = sorted(delta)[0]
+        return name, delta[name].numpy().copy()
 
 
 @pytest.fixture
@@ -157,7 +165,7 @@ def a_told_metric(case: Case) -> None:
 
 def statistics(case: Case) -> None:
     name, values = case.some
-    case.content["statistics"] = ArrayRecord({f"fisher/{name}": Array(values)})
+    case.arrays("statistics", **{f"fisher/{name}": Array(values)})
 
 
 def stated_noise(case: Case) -> None:
@@ -225,7 +233,7 @@ def test_what_was_allowed_when_it_was_trained_and_is_not_any_more(
     plan = make_plan(privacy=PRIVATE, tell={"local_metrics": True})
     case = Case(plan, make_site(), state_for(plan))
     case.check()
-    assert set(case.content["told"]) == {"correct", "records"}
+    assert set(decode_update(case.content, plan.plan_id).told) == {"correct", "records"}
     (case.site.folder / "policy.toml").write_text(dump_policy(told_by(Policy.permissive(), local_metrics="none")))
     with pytest.raises(Blocked, match="tells 'correct', which plan and policy do not agree on"):
         case.check()
@@ -316,7 +324,9 @@ def test_noise_that_both_agree_on_may_be_stated(make_plan: MakePlan, make_site: 
     plan = make_plan(privacy=PRIVATE, strategy={"weighting": "noise_aware"})
     case = Case(plan, make_site(), state_for(plan))
     case.check()
-    assert torch.tensor(list(case.content["noise_variance"].values())).gt(0).all()  # type: ignore[arg-type]
+    stated = decode_update(case.content, plan.plan_id).noise_variance
+    assert stated
+    assert torch.tensor(list(stated.values())).gt(0).all()
     (case.site.folder / "policy.toml").write_text(dump_policy(told_by(Policy.permissive(), noise_level=False)))
     with pytest.raises(Blocked, match="states its noise where plan and policy do not agree on it"):
         case.check()
