@@ -32,7 +32,7 @@ from cotune.server.step import Score, context_of, enter_round, move, sent_beside
 from cotune.server.strikes import left_out, remember
 from cotune.server.tally import Tally
 from cotune.server.verification import Verify
-from cotune.strategies.wire import Recipient, encode_requests, payload_bytes, received_digest
+from cotune.strategies.wire import Recipient, encode_requests, received_digest
 
 __all__ = ["run_rounds"]
 
@@ -125,7 +125,6 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
         context,
         shapes,
         statistic_shapes(plan, run.model, names),
-        sent=max((payload_bytes(content) for content in contents.values()), default=0),
         received=received_digest(state, sent),
         members=members,
     )
