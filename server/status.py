@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cotune.models.errors import RunError
-from cotune.privacy.rounding import round_up
+from cotune.privacy.rounding import rounded_up
 from cotune.server.certificates import check
 from cotune.server.conclusion import bytes_of, epsilon_stated
 from cotune.server.delivery import confirmed
@@ -161,7 +161,7 @@ def _organisation(
         connection="unknown" if connected is None else connected.get(name, "offline"),
         last_round=max(rounds, default=0),
         word=_word(member, run, history, events),
-        epsilon=None if stated is None else float(round_up(stated)),
+        epsilon=None if stated is None else rounded_up(stated),
         bytes_up=bytes_of(events, name),
     )
 
