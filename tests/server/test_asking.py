@@ -357,7 +357,7 @@ def test_after_so_many_refused_updates_an_organisation_is_left_out_also_by_a_run
         "event": "organisation_left_out",
         "round": 3,
         "organisation": "org-3",
-        "reason": "2 of its updates were refused",
+        "reason": "2 of its updates were refused, or did not come in time",
     }
 
 
