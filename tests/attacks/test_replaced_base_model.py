@@ -50,7 +50,7 @@ def test_it_is_refused_and_nothing_is_charged_or_kept(
     plan, site = make_plan(privacy=privacy), make_site()
     state = {**state_for(plan), **encoder_of(plan)}
     assert ask(plan, site, state, kind).error.reason == UNSAID
-    assert "which no round up to 1 trains" in AuditLog(site).last()["reason"]
+    assert "which no round up to 1 trains" in AuditLog(site.folder).last()["reason"]
     assert not site.ledger_file.exists()
     assert not (site.folder / "models").exists()
     assert not (site.folder / "outbox").exists()

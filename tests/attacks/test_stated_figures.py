@@ -21,6 +21,7 @@ from cotune.server.figures import duration, percent, scientific, signed, size
 from cotune.server.report import render_report
 from cotune.server.rounds import run_rounds
 from tests.server.conftest import NewRun, adding, federation, model_of, update
+from tests.server.wild import real, wild
 
 PRIVACY = {"epsilon": 8.0, "delta": 1e-5}
 NUMBERS = st.floats() | st.integers() | st.integers(min_value=10**308, max_value=10**400)
@@ -70,13 +71,9 @@ def test_without_privacy_there_is_no_epsilon_to_state(new_run: NewRun) -> None:
 
 @pytest.mark.parametrize("value", [1e308, math.inf, math.nan, -1e308, 10**400])
 def test_a_run_that_holds_one_already_is_shown(new_run: NewRun, value: float) -> None:
-    folder = new_run("org-1", "org-2", rounds=1, privacy=PRIVACY)
-    progress = run_rounds(
-        federation(folder.plan, {"org-1": stating(epsilon=8.0), "org-2": stating(epsilon=8.0)}),
-        folder,
-        model_of(folder.plan),
-        lambda state: None,
-    )
+    folder = real(new_run("org-1", "org-2", rounds=1, privacy=PRIVACY))
+    grid = wild(folder, {"org-1": stating(epsilon=8.0), "org-2": stating(epsilon=8.0)})
+    progress = run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     progress.history[0]["epsilon"]["org-2"] = value
     summary = json.loads(json.dumps(summarise(folder, progress)))
     assert "org-2" in render_report(summary)
