@@ -177,6 +177,11 @@ def _members(found: Status) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("last word", overflow="fold")
     for o in found.organisations:
-        figures = (str(o.last_round or "–"), "–" if o.epsilon is None else round_up(o.epsilon), size(o.bytes_up), str(o.strikes or "–"))
+        figures = (
+            str(o.last_round or "–"),
+            "–" if o.epsilon is None else round_up(o.epsilon),
+            size(o.bytes_up),
+            str(o.strikes or "–"),
+        )
         table.add_row(escape(o.name), o.connection, *figures, escape(o.word))
     return table

@@ -156,7 +156,10 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
     struck = left_out(folder, before.history)
     revoked = [p.name for p in folder.file.participants if folder.file.federation and p.name not in members]
     known = before.history[-1].get("left_out", []) if before.history else []
-    for names, reason in ((struck, f"{plan.server.strikes} of its updates were refused, or did not come in time"), (revoked, REVOKED)):
+    for names, reason in (
+        (struck, f"{plan.server.strikes} of its updates were refused, or did not come in time"),
+        (revoked, REVOKED),
+    ):
         for name in [name for name in names if name not in known]:
             folder.events.tell("organisation_left_out", round=round, organisation=name, reason=reason)
     without = sorted({*struck, *revoked})

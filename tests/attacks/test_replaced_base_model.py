@@ -80,7 +80,11 @@ def test_a_later_stage_may_bring_what_it_trains_and_an_earlier_round_may_not(
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedex", "flora", "flexlora"])
 def test_what_a_fusion_of_adapters_changes_may_come(make_plan: Callable[..., Plan], strategy: str) -> None:
-    plan = make_plan(train="lora", lora={"rank": 2, "factors": "ab"}, strategy={"fusion": "mean"} if strategy == "fedavg" else {"fusion": strategy})
+    plan = make_plan(
+        train="lora",
+        lora={"rank": 2, "factors": "ab"},
+        strategy={"fusion": "mean"} if strategy == "fedavg" else {"fusion": strategy},
+    )
     model = model_of(plan, "cpu")
     names = set(state_shapes(plan, model, 1))
     weights = {adapter.weight for adapter in model.adapters()}
