@@ -53,7 +53,7 @@ def rewritten_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
 
 
 def state_shapes(plan: Plan, model: SharedModel, round: int) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape, of all that the state may hold in a round: what the rounds up to it share, and what their fusions change.
+    """Parameter -> shape, of all that the state may hold in a round: what rounds up to it share, and what their fusions change.
 
     Everything else is the base model's, on which everybody has agreed.
     """

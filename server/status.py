@@ -38,7 +38,8 @@ History = Sequence[Mapping[str, Any]]  # of the finished rounds
 @dataclass(frozen=True)
 class OrganisationStatus:
     """connection: online, offline, or unknown while the server does not run. last_round: whose update entered the model; 0:
-    none. strikes: refused updates and time-outs in the run. word: what came of it last, in words. epsilon: as it stated it, rounded up; None: it stated none."""
+    none. strikes: refused updates and time-outs in the run. word: what came of it last, in words. epsilon: as it stated it,
+    rounded up; None: it stated none."""
 
     name: str
     invited: str
