@@ -47,8 +47,8 @@ def plan_of(request: Request) -> Plan:
 def expected_shapes(plan: Plan, site: Site, round: int, check: Consent) -> dict[str, tuple[int, ...]]:
     """Parameter -> shape, of what the state of a request for a round may hold (`plan.model.state_shapes`).
 
-    No record is read, and no model is looked for before the plan is approved and the policy allows it. Raises Declined; ModelError
-    for a base model not found here; RunError for a round that is none of the plan's.
+    No record is read; a model is looked for once the plan is approved and the policy allows it. Raises Declined; ModelError for a
+    base model not found here; RunError for a round that is none of the plan's.
     """
     policy = site.policy()
     Approvals(site).check(plan, policy)
