@@ -28,7 +28,7 @@ from cotune.server.child import Child, running, stop
 from cotune.server.enrolment import Enrolment
 from cotune.server.federation import FederationFolder
 from cotune.server.founding import address_of
-from cotune.server.front import listen
+from cotune.server.proxy.server import listen
 from cotune.server.processes import Record, end
 from cotune.server.run_folder import keep_others_off
 from cotune.server.superlink import control
@@ -105,7 +105,7 @@ def _children(folder: FederationFolder, say: Say) -> list[Child]:
         *("--enable-supernode-auth", "--isolation", "process", "--disable-runtime-dependency-installation"),
         *(("--database", str(folder.superlink / "state.sqlite")) if folder.config.database else ()),
     ]
-    front = [sys.executable, "-m", "cotune.server.front", str(folder.superlink / "front.toml")]
+    front = [sys.executable, "-m", "cotune.server.proxy.server", str(folder.superlink / "front.toml")]
     executor = [
         *(_binary("flower-superexec", environment), "--runtime-api-address", folder.superlink_address),
         *("--root-certificates", str(shown / "ca.crt")),

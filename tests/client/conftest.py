@@ -15,7 +15,7 @@ from cotune.models.holdings import write_holdings
 from cotune.models.records import DataConfig
 from cotune.models.sharing import State, resident
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.model import model_of, shared_names
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 
@@ -101,8 +101,7 @@ def state_for() -> Callable[[Plan, int], State]:
         model.load({})
         names: dict[str, None] = {}
         for number in range(1, round + 1):
-            stage = plan.stage_of(number)
-            names |= dict.fromkeys(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+            names |= dict.fromkeys(shared_names(plan, model, number))
         return model.state(names)
 
     return make

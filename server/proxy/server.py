@@ -1,6 +1,6 @@
 """The front: the one public port of a coordinator. It ends TLS, and passes Fleet calls on to a SuperLink on loopback.
 
-`python -m cotune.server.front front.toml` is the process that a supervisor runs; it ends on SIGTERM or SIGINT.
+`python -m cotune.server.proxy.server front.toml` is the process that a supervisor runs; it ends on SIGTERM or SIGINT.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pydantic import Field, ValidationError
 from cotune.models.errors import CotuneError, RunError
 from cotune.models.table import Table, first_mistake
 from cotune.server import certificates
-from cotune.server.exchange import PIECE, Exchange, SuperLink
-from cotune.server.gate import Limits
+from cotune.server.proxy.connection import PIECE, Exchange, SuperLink
+from cotune.server.proxy.rules import Limits
 
 __all__ = ["Front", "FrontConfig", "listen", "read_config", "serve"]
 
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
     """The process of a supervisor: exit code 0 after a signal, otherwise 1 or 2 and one sentence."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if len(arguments) != 1:
-        print("usage: python -m cotune.server.front front.toml", file=sys.stderr)
+        print("usage: python -m cotune.server.proxy.server front.toml", file=sys.stderr)
         return 2
     try:
         serve(read_config(Path(arguments[0])))

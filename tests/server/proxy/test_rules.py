@@ -11,7 +11,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.gate import Limits, passed_on, reason_to_refuse
+from cotune.server.proxy.rules import Limits, passed_on, reason_to_refuse
 
 LIMITS = Limits(body=1024)
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 import h11
 import httpx
 
-from cotune.server.gate import Limits, Refusal, content_length, passed_on, reason_to_refuse
+from cotune.server.proxy.rules import Limits, Refusal, content_length, passed_on, reason_to_refuse
 
 __all__ = ["Exchange", "SuperLink"]
 

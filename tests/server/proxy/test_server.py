@@ -19,8 +19,8 @@ import pytest
 
 from cotune.models.errors import RunError
 from cotune.server.certificates import new_authority
-from cotune.server.front import Front, FrontConfig, read_config
-from cotune.server.gate import Limits
+from cotune.server.proxy.server import Front, FrontConfig, read_config
+from cotune.server.proxy.rules import Limits
 
 CALL = "/v1/fleet/push-object"
 
