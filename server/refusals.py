@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cotune.models.durable import write_durably
 
-__all__ = ["Refused", "Refusals", "read_refusals"]
+__all__ = ["Refusals", "Refused", "read_refusals"]
 
 _EVERY_SECONDS = 1.0  # the file is not written more often
 

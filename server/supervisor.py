@@ -29,8 +29,8 @@ from cotune.server.child import Child, running, stop
 from cotune.server.enrolment import Enrolment
 from cotune.server.federation import FederationFolder
 from cotune.server.founding import address_of
-from cotune.server.proxy.server import listen
 from cotune.server.processes import Record, end
+from cotune.server.proxy.server import listen
 from cotune.server.run_folder import keep_others_off
 from cotune.server.superlink import control
 

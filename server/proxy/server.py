@@ -123,7 +123,7 @@ class Front:
             return
         tasks.append(task := asyncio.create_task(self._converse(connection, client, slot)))
         self._exchanges[task] = None
-        task.add_done_callback(lambda task: self._end(task, client, slot))
+        task.add_done_callback(lambda task: self._end(task, connection, client, slot))
 
     def _evict(self, task: asyncio.Task[None], client: str) -> None:
         line = f"{self.limits.strangers} connections of strangers, or too many of one address: the oldest of {client} makes room"
@@ -132,8 +132,9 @@ class Front:
             exchange.cut()
         task.cancel()
 
-    def _end(self, task: asyncio.Task[None], client: str, slot: Slot) -> None:
-        del self._exchanges[task]
+    def _end(self, task: asyncio.Task[None], connection: socket.socket, client: str, slot: Slot) -> None:
+        if self._exchanges.pop(task) is None:
+            connection.close()  # perhaps it was evicted before the task had begun
         self.guard.slots.leave(slot)
         if not task.cancelled() and (error := task.exception()):
             self.guard.log.tell("failed", f"a connection of {client} failed ({type(error).__name__}: {error})")
