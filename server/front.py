@@ -56,7 +56,7 @@ def read_config(path: Path) -> FrontConfig:
 
 
 class Keys:
-    """Whose a public key is, by members.json as it is now: read again when it has changed, and kept as it was where it is damaged."""
+    """Whose a public key is, by members.json as it is now: read again when it has changed; a damaged one changes nothing."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._members = file, Members(file)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from cotune.models.durable import write_durably
 
-__all__ = ["Refusals", "Refused", "read_refusals"]
+__all__ = ["Refusals", "Refused", "Watch", "read_refusals"]
 
 _EVERY_SECONDS = 1.0  # the file is not written more often
 
@@ -56,3 +57,21 @@ def read_refusals(file: Path) -> Mapping[str, Refused]:
         return _Document.model_validate_json(file.read_bytes()).members
     except (OSError, ValueError):
         return {}
+
+
+class Watch:
+    """A listener to the events of a run: whenever somebody is dropped, or a round is over, it tells of what the front has refused
+    meanwhile, so that the sender is named in the run whose messages it was after. tell: as of `Events`.
+    """
+
+    def __init__(self, file: Path, tell: Callable[..., None]) -> None:
+        self._file, self._tell = file, tell
+        self._seen = {member: refused.count for member, refused in read_refusals(file).items()}
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        if event not in ("update_dropped", "round_finished"):
+            return
+        for member, refused in read_refusals(self._file).items():
+            if (more := refused.count - self._seen.get(member, 0)) > 0:
+                self._seen[member] = refused.count
+                self._tell("messages_refused", organisation=member, count=more, reason=refused.reason)

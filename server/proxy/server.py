@@ -1,4 +1,4 @@
-"""The front: the one public port of a coordinator. It ends TLS, knows the members, and passes their Fleet calls on to a SuperLink.
+"""The front: the one public port of a coordinator. It ends TLS, knows the members, and passes their Fleet calls to a SuperLink.
 
 It is told everything that it needs, so that it stays small, and apart from the rest: `Setup`.
 """
@@ -12,7 +12,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -35,8 +35,8 @@ log = logging.getLogger("cotune.front")
 class Setup:
     """What a front is made of.
 
-    host, port: where it listens; port 0: any that is free. context: the certificate that it shows. superlink_port, trusted: of the
-    SuperLink on 127.0.0.1, and whose certificate is believed there. known: whose keys are members'. refused: told of the member
+    host, port: where it listens; port 0: any that is free. context: of the certificate that it shows. superlink_port, trusted: of
+    the SuperLink on 127.0.0.1, and whose certificate is believed there. known: whose keys are members'. refused: told of the member
     whose announcement was refused, and why. proxied: all connections come from a proxy of the server's own, which counts them.
     """
 
@@ -47,7 +47,7 @@ class Setup:
     trusted: ssl.SSLContext
     known: Known
     refused: Callable[[str, str], None] = lambda member, reason: None
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     proxied: bool = False
 
 

@@ -19,7 +19,7 @@ __all__ = ["Slot", "Slots", "group_of"]
 
 @dataclass(eq=False)
 class Slot:
-    """A connection. address: None where all come through a proxy of the server's own. evict: cuts it. member: once it is known."""
+    """A connection. address: None where all come through a proxy of the server's own. member: once it is known."""
 
     address: str | None
     evict: Callable[[], None]

@@ -87,7 +87,9 @@ def test_it_is_started_again_whatever_its_exit_code_and_waits_longer_each_time(
         child.tend()
         assert child.leader is None  # not yet
         clock.now += 10
-    assert said == [f"the worker has ended with code 0 (it has said nothing); it is started again in {wait} s" for wait in ("0.5", "1", "2")]
+    assert said == [
+        f"the worker has ended with code 0 (it has said nothing); it is started again in {wait} s" for wait in ("0.5", "1", "2")
+    ]
 
 
 def test_one_that_ends_at_once_again_and_again_is_given_up_with_its_last_words(

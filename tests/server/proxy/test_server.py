@@ -367,9 +367,11 @@ def test_strangers_of_a_members_address_make_room_too(folder: Path, upstream: Up
 
 def test_a_connection_that_says_nothing_is_cut_soon(folder: Path, upstream: Upstream) -> None:
     """patience is long: what cuts it is the limit of the first byte."""
-    with running(folder, upstream.port, first_byte=0.2, patience=600) as front:
-        with socket.create_connection(("127.0.0.1", front.port), 60) as connection:
-            assert is_cut(connection)
+    with (
+        running(folder, upstream.port, first_byte=0.2, patience=600) as front,
+        socket.create_connection(("127.0.0.1", front.port), 60) as connection,
+    ):
+        assert is_cut(connection)
 
 
 def test_one_member_cannot_hold_all_connections(folder: Path, upstream: Upstream) -> None:
