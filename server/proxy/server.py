@@ -37,7 +37,8 @@ class Setup:
 
     host, port: where it listens; port 0: any that is free. context: of the certificate that it shows. superlink_port, trusted: of
     the SuperLink on 127.0.0.1, and whose certificate is believed there. known: whose keys are members'. refused: told of the
-    member whose announcement was refused, and why. proxied: all connections come from a proxy of the server's own, which counts them.
+    member whose announcement was refused, and why. proxied: all connections come from a proxy of the server's own, which counts
+    them.
     """
 
     host: str
