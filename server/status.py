@@ -205,6 +205,8 @@ def _said(event: Mapping[str, Any]) -> str:
             return f"answered late, to round {event['of_round']}"
         case "late_update_ignored":
             return f"answered too late, to round {event['of_round']}"
+        case "messages_refused":
+            return f"{event['count']} messages refused at the front: {event['reason']}"
         case "undelivered":
             return f"lacks the finished model: {event['reason']}"
         case _:

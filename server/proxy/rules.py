@@ -1,4 +1,4 @@
-"""What may pass from the public port to the SuperLink: calls of Flower's Fleet API, and nothing else.
+"""What may pass from the public port to the SuperLink, by a request's head: calls of Flower's Fleet API, and nothing else.
 
 The SuperLink serves Fleet, Control and Runtime on one port, and its Control API asks nobody who they are.
 """
@@ -10,39 +10,53 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import h11
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from cotune.models.table import Table
+__all__ = ["Limits", "Refusal", "call_of", "content_length", "passed_on", "reason_to_refuse"]
 
-__all__ = ["Limits", "Refusal", "content_length", "passed_on", "reason_to_refuse"]
+KIB, MIB = 2**10, 2**20
 
 
-class Limits(Table):
-    """How much a client may take, whoever it is: nothing is authenticated before the SuperLink.
+class Limits(BaseModel):
+    """How much a client may take. Until its key and signature are checked it may take a head, and no content.
 
-    Flower cuts tensors into chunks of 5 MiB, each in a request of its own, so that `body` need not grow with the model.
+    Flower cuts tensors into chunks of 5 MiB, each in a request of its own, so that no limit need grow with the model.
     """
 
-    head: int = Field(16 * 1024, ge=1024)  # bytes of a request's line and headers
-    body: int = Field(16 * 1024 * 1024, ge=1024)  # bytes of a request's content
-    connections: int = Field(256, ge=1)  # at a time; each needs two file descriptors
-    connections_per_address: int = Field(64, ge=1)  # a SuperNode holds up to ten or so
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    head: int = Field(16 * KIB, ge=1024)  # bytes of a request's line and headers
+    body: int = Field(4 * KIB, ge=64)  # bytes of a request's content, but for the next two calls
+    push_messages: int = Field(MIB, ge=64)  # the announcement of a reply: a header, and the tree of its objects
+    push_object: int = Field(6 * MIB, ge=64)  # one object: a chunk of 5 MiB, and what Flower writes around it
+    tree: int = Field(4096, ge=8)  # objects of a reply; the SuperLink's database stands still for .5 ms for each
+    in_flight: int = Field(256 * MIB, ge=64)  # bytes of content on their way at a time: the SuperLink holds them in memory
+    in_flight_per_member: int = Field(24 * MIB, ge=64)  # Flower sends two objects at a time
+    connections: int = Field(256, ge=1)  # of members at a time; each needs two file descriptors
+    connections_per_member: int = Field(64, ge=1)  # a node holds up to ten or so
+    strangers: int = Field(64, ge=1)  # connections that no member has signed a request on yet; the oldest makes room
+    connections_per_address: int = Field(64, ge=1)  # an IPv6 network /64 is one address
+    first_byte: float = Field(5.0, gt=0)  # seconds for it
     patience: float = Field(30.0, gt=0)  # seconds for a handshake, for a next head to be complete, and for any content
-    bytes_per_second: int = Field(16 * 1024, ge=1)  # the slowest that content may come or be taken
+    bytes_per_second: int = Field(16 * KIB, ge=1)  # the slowest that content may come or be taken
+    queue: float = Field(10.0, ge=0)  # seconds that a request waits while too much is in flight
     answer: float = Field(120.0, gt=0)  # seconds for the SuperLink to answer; Flower's clients wait for 30
-    linger: float = Field(
-        5.0, gt=0
-    )  # seconds to take what a refused client still sends: a connection cut at once loses the answer
+    linger: float = Field(5.0, gt=0)  # seconds to drop what a refused client still sends: cut at once, it loses the answer
     grace: float = Field(10.0, ge=0)  # seconds for requests under way when the front stops
 
     def seconds_for(self, size: int) -> float:
         """How long so many bytes may take on the way."""
         return self.patience + size / self.bytes_per_second
 
+    def body_of(self, call: str) -> tuple[str, int]:
+        """The limit's name, and the most bytes of content of a call."""
+        name = {"push-messages": "push_messages", "push-object": "push_object"}.get(call, "body")
+        return name, int(getattr(self, name))
+
 
 @dataclass(frozen=True)
 class Refusal:
-    """An HTTP status, and a sentence for whoever reads the other side's log.
+    """An HTTP status, and a sentence for whoever reads the other side's log. code: Flower's own, where it has one.
 
     Flower takes 403 for a run that has ended, ends at 401, and tries again after 429, 502, 503 and 504: none of them is for
     what will never pass.
@@ -50,12 +64,12 @@ class Refusal:
 
     status: int
     reason: str
+    code: int | None = None
 
 
-_CALL = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")  # no query, no escapes, no dots: nothing that two parsers may read differently
-_PASSED = frozenset(
-    {b"accept", b"accept-encoding", b"content-encoding", b"content-length", b"content-type", b"date", b"user-agent"}
-)
+_CALL = re.compile(rb"/v1/fleet/([a-z]+(?:-[a-z]+)*)")  # no query, escapes or dots: nothing that two parsers may read differently
+_PASSED = frozenset({b"accept", b"content-length", b"content-type", b"date", b"user-agent"})
+_REFUSED = (b"transfer-encoding", b"content-encoding", b"upgrade", b"expect")
 
 
 def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
@@ -67,15 +81,21 @@ def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
     if sum(len(name) + len(value) for name, value in request.headers) > limits.head:  # h11 measures incomplete heads only
         return Refusal(431, f"the headers have more than {limits.head} bytes: raise limits.head at the server")
     names = [name for name, _ in request.headers]
-    for name in (b"transfer-encoding", b"upgrade", b"expect"):
+    for name in _REFUSED:
         if name in names:
             return Refusal(400, f"the header {name.decode()} is not accepted: send the content with its Content-Length")
     if names.count(b"content-length") != 1:
         return Refusal(411, f"there are {names.count(b'content-length')} headers Content-Length, expected one")
-    size = content_length(request)
-    if size > limits.body:
-        return Refusal(413, f"the content has {size} bytes, expected at most {limits.body}: raise limits.body at the server")
+    size, (name_of_limit, most) = content_length(request), limits.body_of(call_of(request))
+    if size > most:
+        return Refusal(413, f"the content has {size} bytes, expected at most {most}: raise limits.{name_of_limit} at the server")
     return None
+
+
+def call_of(request: h11.Request) -> str:
+    """The name of the call, such as push-object; empty where it is none of the Fleet API."""
+    found = _CALL.fullmatch(request.target)
+    return found[1].decode() if found else ""
 
 
 def content_length(request: h11.Request) -> int:

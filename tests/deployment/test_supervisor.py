@@ -28,7 +28,7 @@ from cotune.server.supervisor import supervise
 
 pytestmark = pytest.mark.long
 
-PROGRAMS = {"SuperLink": "flower-superlink", "front": "cotune.server.proxy.server", "executor": "flower-superexec"}
+PROGRAMS = {"SuperLink": "flower-superlink", "front": "cotune.server.front", "executor": "flower-superexec"}
 
 
 def until(condition: Callable[[], bool], log: Path, seconds: float = 120.0) -> None:

@@ -1,0 +1,125 @@
+"""The front as a process: `python -m cotune.server.front front.toml`, which ends on SIGTERM or SIGINT.
+
+It gives `server/proxy` what that needs of the rest: certificates, the list of members, and a place where refusals are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from cotune.models.errors import CotuneError, RunError
+from cotune.models.table import Table, first_mistake
+from cotune.server import certificates
+from cotune.server.members import Members
+from cotune.server.proxy.rules import Limits
+from cotune.server.proxy.server import Setup, serve
+from cotune.server.refusals import Refusals
+
+__all__ = ["FrontConfig", "Keys", "read_config", "setup"]
+
+log = logging.getLogger("cotune.front")
+
+
+class FrontConfig(Table):
+    """front.toml; paths are relative to it. The SuperLink shows the certificate of the same folder, which is for loopback too."""
+
+    certificates: Path  # a folder as `new_authority` writes it
+    members: Path  # members.json: nobody else may call
+    superlink_port: int = Field(ge=1, le=65535)  # on 127.0.0.1
+    host: str = "0.0.0.0"  # the address to listen at; "::" for IPv6 and IPv4
+    port: int = Field(9092, ge=0, le=65535)  # 0: any that is free
+    proxied: bool = False  # only nginx, or the like, on this machine connects here, and counts connections
+    refusals: Path | None = None  # the file in which members whose announcements were refused are kept
+    limits: Limits = Limits()
+
+
+def read_config(path: Path) -> FrontConfig:
+    """Raises RunError for a file that cannot be read, is not TOML, or has a key that is unknown or wrong."""
+    try:
+        config = FrontConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}): expected the front's configuration") from None
+    except ValueError as error:
+        mistake = first_mistake(error, FrontConfig, "front's configuration") if isinstance(error, ValidationError) else f"{error}"
+        raise RunError(f"{path}: {mistake}") from None
+    paths = {"certificates": path.parent / config.certificates, "members": path.parent / config.members}
+    if config.refusals is not None:
+        paths["refusals"] = path.parent / config.refusals
+    return config.model_copy(update=paths)
+
+
+class Keys:
+    """Whose a public key is, by members.json as it is now: read again when it has changed; a damaged one changes nothing."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._members = file, Members(file)
+        self._state: tuple[int, int, int] | None = None
+        self._names: dict[bytes, str] = {}
+
+    def __call__(self, key: bytes) -> str | None:
+        state = self._look()
+        if state != self._state:
+            self._state = state
+            try:
+                self._names = {member.key: member.name for member in self._members.active()}
+            except RunError as error:
+                log.error("%s", error)
+        return self._names.get(key)
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def setup(config: FrontConfig) -> Setup:
+    """Raises RunError for certificates that organizations would not accept, and a damaged list of members."""
+    expiry = certificates.check(config.certificates)
+    log.info("the certificate expires on %s", f"{expiry:%Y-%m-%d}")
+    Members(config.members).all()
+    return Setup(
+        config.host,
+        config.port,
+        _server_context(config.certificates),
+        config.superlink_port,
+        ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
+        Keys(config.members),
+        Refusals(config.refusals).note if config.refusals else lambda member, reason: None,
+        config.limits,
+        config.proxied,
+    )
+
+
+def _server_context(folder: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or later
+    context.load_cert_chain(folder / "server.crt", folder / "server.key")
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    return context
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The process of a supervisor: exit code 0 after a signal, otherwise 1 or 2 and one sentence."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if len(arguments) != 1:
+        print("usage: python -m cotune.server.front front.toml", file=sys.stderr)
+        return 2
+    try:
+        serve(setup(read_config(Path(arguments[0]))))
+    except CotuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
