@@ -103,7 +103,7 @@ class _Selection:
         listener("selection_started", {"folder": str(self.folder), "delta": self.candidates.delta, **about})
         tasks = [
             task_of(self.candidates.cells[drawn], f"run {i}", self.private / "runs" / f"{i:05d}", device)
-            for i, drawn in enumerate(draws, start=1)
+            for i, drawn in enumerate(draws)
         ]
         _play(tasks, jobs, device, imports)
         return self._release(draws, [task.folder for task in tasks])
