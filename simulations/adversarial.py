@@ -26,7 +26,7 @@ from cotune.models.sharing import SharedModel, State
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.gaussian import MOST_NOISE, grid_step
 from cotune.privacy.randomness import derive_seed, private_generator
-from cotune.simulations.released import Engine, Mechanism, released
+from cotune.simulations.released import Engine, Mechanism, Subject, released
 
 __all__ = ["LARGEST", "TOLERANCE", "Probe", "probe_states"]
 
@@ -159,11 +159,7 @@ def _probe(
         rows = [row for number in present or [0] for row in units[number]]
         setting = setting_of(plan, stage, model, _only(few, rows), state, "audit", expected_batch=mechanism.expected_batch)
         found = released(
-            engine,
-            setting.module,
-            setting.loss,
-            setting.units if present else [],
-            setting.batches,
+            Subject(engine, setting.module, setting.loss, setting.units if present else [], setting.batches),
             replace(by, sample_rate=1.0),
             steps=1,
             generator=np.random.default_rng(key),
