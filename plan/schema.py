@@ -21,7 +21,7 @@ from cotune.strategies.recipes import expand
 from cotune.strategies.schedules import Schedule, decay
 from cotune.strategies.strategy import StrategyConfig
 
-__all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage", "TellConfig"]
+__all__ = ["LocalTraining", "PersonalizeConfig", "Plan", "RoundsConfig", "SimulationConfig", "Stage", "TellConfig"]
 
 _LARGEST_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
 _LONGEST_WAIT = 30 * 24 * 3600.0
@@ -178,11 +178,24 @@ class TellConfig(Table):
     label_histogram: bool = Field(False, description="how many records each class has, once per run")
 
 
+class PersonalizeConfig(Table):
+    """How organizations adapt the finished model to themselves (the `personalize` table): nothing leaves, no ε is spent."""
+
+    methods: tuple[Literal["prior", "head", "mix", "alone"], ...] = Field(
+        ("prior", "head", "mix", "alone"),
+        description="tried beside the model as it came, on own records; empty: nothing is adapted",
+    )
+    folds: int = Field(5, ge=2, le=20, description="parts that the own records are cut into, to choose a method by")
+
+
 class SimulationConfig(Table):
     """Only for simulations (the `simulation` table of a plan)."""
 
     clients: int = Field(4, ge=1, le=10_000, description="organisations that one pooled file is split over")
-    partition: str = Field("dirichlet:0.5", description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA or shards:K")
+    partition: str = Field(
+        "dirichlet:0.5",
+        description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA, shards:K, or column:NAME (as a column of the file says)",
+    )
     min_examples: int = Field(20, ge=1, le=10**9, description="per organisation")
     epsilons: tuple[float, ...] = Field(
         (), description="own ε of each organisation, in their order, where it is smaller than the plan's; empty: the plan's"
@@ -191,9 +204,12 @@ class SimulationConfig(Table):
         (), description="rank of adapters that each organisation trains, in their order, at most lora.rank; empty: that"
     )
     baselines: tuple[Literal["alone", "pooled"], ...] = Field(
-        ("alone", "pooled"), description="what the federated model is compared with; each costs training time"
+        ("alone", "pooled"),
+        description="what the federated model is compared with: alone is trained twice, with the same privacy and without any",
     )
-    pooled: LocalTraining | None = Field(None, description="how the pooled model is trained, where not like [local]")
+    pooled: LocalTraining | None = Field(
+        None, description="how models without privacy are trained for comparison, where not like [local]"
+    )
 
     @field_validator("epsilons")
     @classmethod
@@ -228,6 +244,7 @@ class Plan(Table):
     strategy: StrategyConfig = StrategyConfig()
     server: RoundsConfig = RoundsConfig()
     tell: TellConfig = TellConfig()
+    personalize: PersonalizeConfig = PersonalizeConfig()
     simulation: SimulationConfig = SimulationConfig()
 
     @model_validator(mode="before")

@@ -95,7 +95,7 @@ def accuracy_chart(summary: Summary) -> Chart | None:
     points = tuple(Point(rounds.along(r), y.down(100 * v), f"Round {r}: {percent(v)}") for r, v in measured.items())
     return Chart(
         name="accuracy",
-        title="Test accuracy after each round (%)",
+        title="Accuracy on the common test set after each round (%)",
         description=f"{points[0].text}. {points[-1].text}. " + ". ".join(f"{name}: {percent(v)}" for _, name, v in levels),
         legend=(
             Key("c0 strong", "federated", percent(summary["test"]["federated"]["accuracy"])),
@@ -165,12 +165,14 @@ def _styles(count: int) -> list[str]:
 def _baselines(test: Summary) -> list[tuple[str, str, float]]:
     """(style, name, accuracy) of each baseline that was measured."""
     alone = test["alone"] and test["alone"]["mean"]
-    all_three = (
+    without = test["alone_without_privacy"] and test["alone_without_privacy"]["mean"]
+    all_of_them = (
         ("c2 pattern1", "all data pooled, no privacy", test["pooled"]),
         ("c1 pattern2", "alone, mean", alone),
+        ("c3 pattern4", "alone without privacy, mean", without),
         ("c5 pattern3", "majority class", test["majority"]),
     )
-    return [(style, name, metrics["accuracy"]) for style, name, metrics in all_three if metrics is not None]
+    return [(style, name, metrics["accuracy"]) for style, name, metrics in all_of_them if metrics is not None]
 
 
 def _level(style: str, y: float) -> Line:

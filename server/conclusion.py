@@ -36,6 +36,9 @@ _NOT_KNOWN = (
     "alone",
     "personal",
     "gain",
+    "common",
+    "worth",
+    "adaptation",
     "delta",
     "noise_multiplier",
     "sample_rate",
@@ -72,6 +75,8 @@ def summarise(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         **identity(folder, progress),
         "federation": folder.file.federation,
         "privacy": _privacy(folder, progress),
+        "partition": None,
+        "worth": None,
         "test": _test(folder, progress),
         "organisations": [_organisation(folder, who.name, progress, events) for who in folder.file.participants],
         **performance(progress, sum(float(entry["seconds"]) for entry in progress.history)),
@@ -103,7 +108,15 @@ def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Of the coordinator's own test set; without one, nothing was measured."""
     document, metrics = folder.path / "test" / "data.json", progress.history[-1]["metrics"]
-    nothing = {"examples": 0, "majority": None, "alone": None, "federated": metrics, "pooled": None}
+    nothing = {
+        "examples": 0,
+        "majority": None,
+        "alone": None,
+        "alone_without_privacy": None,
+        "federated": metrics,
+        "adapted": None,
+        "pooled": None,
+    }
     if not document.exists():
         return nothing
     test = HoldingsFile.read(document, folder.plan.labels)

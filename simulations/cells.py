@@ -185,7 +185,7 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
         raise RunError(
             f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder"
         ) from None
-    own = [each["own"]["accuracy"] for each in summary["organisations"] if each["own"]]
+    own = [each["own"]["accuracy"] for each in summary["organisations"] if each["own"] and each["own"]["federated"]]
     spent = [each["epsilon_spent"] for each in summary["organisations"] if each["epsilon_spent"] is not None]
     return replace(
         common,
