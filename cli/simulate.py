@@ -128,8 +128,9 @@ def _own_records(summary: dict[str, Any]) -> Table:
     """What each choice reaches on an organisation's own held-out records, and whether joining and alone differ there."""
     columns, headings = own_columns(summary), {"majority": "majority", "alone_without_privacy": "alone", "adapted": "adapted"}
     headings |= {"alone": "alone, ε" if is_private(summary) else "alone, plan", "federated": "federated"}
-    table = Table("own records", header_style="bold", pad_edge=False, box=None)
-    for heading in (*(headings[key] for key in columns), "gain", "records", "worth it?"):
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    table.add_column("organisation", overflow="fold")
+    for heading in (*(headings[key] for key in columns), "gain", "records", "worth it"):
         table.add_column(heading, justify="right", no_wrap=True)
     for o in summary["organisations"]:
         own, worth = o["own"], o["worth"]
