@@ -66,8 +66,8 @@ def all_models_statement(together: float, *, pooled: bool) -> str:
         "This report compares several models of the same records. The federated model and the one that each organisation trained "
         f"alone with the same privacy cost ε = {round_up(together)} together, the most that any organisation spent at its δ; "
         'they were fixed before training, so that their steps compose as one list. No ε covers the columns "alone without '
-        'privacy" and "adapted": these models are fitted to an organisation\'s records without noise, and would stay with it. No ε '
-        "covers what is computed from records as they are: numbers of records, label counts, the majority class, and every "
+        'privacy" and "adapted": these models are fitted to an organisation\'s records without noise, and would stay with it. '
+        "No ε covers what is computed from records as they are: numbers of records, label counts, the majority class, and every "
         "figure on test records, an organisation's own held-out ones included, which no model was trained on"
         + ("; nor the model of all data pooled, which is trained without privacy." if pooled else ".")
     )
