@@ -86,7 +86,7 @@ def fit_head(model: SharedModel, features: Tensor, targets: Tensor, *, start: St
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call,arg-type]
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
     found = model.state(names)
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise RunError("the head that was fitted to the own records is not finite: expected finite features")
@@ -118,5 +118,5 @@ def _scale_and_shift(scores: Tensor, targets: Tensor) -> tuple[float, Tensor]:
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call,arg-type]
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
     return float(log_scale.detach().exp()), shift.detach()

@@ -116,6 +116,19 @@ class RoundsConfig(Table):
     deadline_seconds: float = Field(
         3600.0, gt=0, le=_LONGEST_WAIT, description="how long a round waits for an organisation that was asked"
     )
+    patience: float = Field(
+        10.0,
+        ge=0,
+        le=1e6,
+        description="once half of the asked organisations have answered, the others are waited for so many times their median"
+        " time; whoever needs longer gets a strike; 0: always deadline_seconds",
+    )
+    least_seconds: float = Field(
+        300.0,
+        gt=0,
+        le=_LONGEST_WAIT,
+        description="an organisation that was asked is waited for at least so long, whatever patience says",
+    )
     absent_seconds: float = Field(
         60.0,
         ge=0,
@@ -135,7 +148,10 @@ class RoundsConfig(Table):
     max_update_norm: float = Field(1e4, gt=0, le=1e12, description="updates with a larger L2 norm are refused")
     max_examples: int = Field(10_000_000, ge=1, le=10**12, description="updates that declare more records are refused")
     strikes: int = Field(
-        3, ge=0, le=100_000, description="refused updates after which an organisation is left out of the run; 0: never"
+        3,
+        ge=0,
+        le=100_000,
+        description="refused updates and time-outs after which an organisation is left out of the run; 0: never",
     )
     visibility: Literal["updates", "sum"] = Field(
         "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"

@@ -16,6 +16,7 @@ __all__ = [
     *("accuracy_chart", "epsilon_chart", "label_bar", "label_keys", "round_ticks", "value_scale", "value_ticks"),
 ]
 
+_MOST_DRAWN = 1e12  # ε: older runs admitted whatever was stated
 COLOURS = 6  # in the page's palette, which colour-blind readers can tell apart
 MOST_DOTS = 30  # on one line; more run into each other on a phone
 
@@ -111,10 +112,12 @@ def accuracy_chart(summary: Summary) -> Chart | None:
 
 
 def epsilon_chart(summary: Summary) -> Chart | None:
-    """ε spent by each organisation after each round, and what it allows; None without privacy or before any spending."""
+    """ε spent by each organisation after each round, and what it allows; None without privacy, before any spending, or where one
+    is stated that no chart could show.
+    """
     rounds = _round_scale(summary)
     spent = [value for r in summary["rounds"] for value in r["epsilon"].values()]
-    if not is_private(summary) or not spent:
+    if not is_private(summary) or not spent or not all(abs(value) <= _MOST_DRAWN for value in spent):
         return None
     allowed = sorted({o["epsilon_allowed"] for o in summary["organisations"] if o["epsilon_allowed"] is not None})
     y = value_scale([0, *spent, *allowed])

@@ -6,6 +6,7 @@ is None in the summary, and no sentence of the report is about it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -125,7 +126,15 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 
 def epsilon_stated(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Organisation -> ε as it stated it last."""
-    return {name: float(value) for entry in history for name, value in entry["epsilon"].items()}
+    return {name: _number(value) for entry in history for name, value in entry["epsilon"].items()}
+
+
+def _number(value: float) -> float:
+    """Older runs admitted whatever was stated; an integer in JSON may be larger than any float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _organisation(folder: RunFolder, name: str, progress: Progress, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from pydantic import ValidationError
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.setting import check_stages
 from cotune.client.site import SiteFile
-from cotune.models.base import base_labels, find_base
+from cotune.models.base import find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, PlanError
 from cotune.models.holdings import Holdings, write_holdings
+from cotune.models.model_settings import base_labels
 from cotune.models.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
