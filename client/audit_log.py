@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 
 from cotune.models.errors import RunError
+from cotune.plan.signatures import content_digest
 from cotune.strategies.wire import payload_bytes
 
 __all__ = ["AuditLog", "content_digest", "record_sizes"]
@@ -129,17 +130,3 @@ def _last_line(descriptor: int) -> bytes:
 def record_sizes(content: RecordDict) -> dict[str, int]:
     """Record -> bytes of its names and values, before Flower's own framing."""
     return {name: payload_bytes(RecordDict({name: record})) for name, record in content.items()}
-
-
-def content_digest(content: RecordDict) -> str:
-    """SHA-256 over every record's name and kind, and the names and values in it."""
-    digest = hashlib.sha256()
-    for name, record in sorted(content.items()):
-        digest.update(f"{name}:{type(record).__name__}\n".encode())
-        if isinstance(record, ArrayRecord):
-            for key, array in sorted(record.items()):
-                digest.update(f"{key}:{array.dtype}:{tuple(array.shape)}\n".encode())
-                digest.update(array.data)
-        else:
-            digest.update("".join(f"{key}:{record[key]!r}\n" for key in sorted(record)).encode())
-    return digest.hexdigest()

@@ -36,7 +36,7 @@ __all__ = [
     "state_digest",
 ]
 
-PROTOCOL = 4
+PROTOCOL = 5
 _MOST_TOLD = 10_000  # values beside an update: a number per class and a few more
 _FLOATS = {"float32": torch.float32}
 

@@ -305,7 +305,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "other round": (lambda r: update(r, ones(r), round=r.round + 1), "it is for round"),
     "other name": (lambda r: update(r, ones(r), organisation="good-1"), "it is from good-1, expected bad"),
     "no examples": (lambda r: update(r, ones(r), examples=0), "it declares 0 examples"),
-    "protocol": (lambda r: record(r, protocol=99), "protocol 99 came, expected 4"),
+    "protocol": (lambda r: record(r, protocol=99), "protocol 99 came, expected 5"),
     "type": (lambda r: record(r, examples="many"), "examples = 'many': expected int"),
     "noise": (lambda r: update(r, ones(r), noise_variance={"classifier.bias": 1.0}), "it states noise for 1 parameters"),
     "float64": (lambda r: record(r, {"classifier.bias": Array(np.ones(3))}), "has the type float64"),

@@ -206,9 +206,9 @@ def test_an_update_for_another_plan_is_refused() -> None:
     assert message == "an update for plan aaaaaaaaaaaa came, expected one for bbbbbbbbbbbb"
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 3, 5, "4", 4.5, b"4", None])
+@pytest.mark.parametrize("protocol", [0, 1, 4, 6, "5", 5.5, b"5", None])
 def test_another_protocol_is_refused(protocol: Any) -> None:
-    assert "expected 4: use the same cotune everywhere" in refusal(with_field("protocol", protocol))
+    assert "expected 5: use the same cotune everywhere" in refusal(with_field("protocol", protocol))
 
 
 @pytest.mark.parametrize(
