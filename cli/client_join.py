@@ -64,6 +64,7 @@ def join(
     from cotune.client.node import run_node
     from cotune.client.observe import observing
     from cotune.client.site import Site
+    from cotune.client.trust import Trust
     from cotune.models.durable import write_durably
     from cotune.plan.invitation import read_invitation
 
@@ -74,7 +75,7 @@ def join(
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
     authority = opened.folder / "node" / "ca.crt"
-    write_durably(authority, invitation.certificates)
+    write_durably(authority, Trust.join(opened.folder, invitation).certificates())
     console.print(f"joining {escape(invitation.name)} at {invitation.address} as {opened.organisation}; Ctrl-C leaves it")
     with observing(Shown(console)):
         run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")

@@ -1,4 +1,6 @@
-"""What an organisation has sent, line by line, on its own disk before it leaves: audit.jsonl in the site.
+"""What an organisation was asked for, and what it has sent, line by line, on its own disk before it leaves: audit.jsonl in the site.
+
+A request is entered as it was signed, before anything is done for it: it proves what the server has asked for.
 
 Each line holds the SHA-256 of the line before it: a line that was changed, removed or put in shows. Lines cut off at the end do
 not, unless the last hash was noted elsewhere. It may hold more than arrived: what was handed over may have been lost on its way.
@@ -11,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class AuditLog:
         self.file = site / "audit.jsonl"
 
     def append(self, what: str, **about: Any) -> None:
-        """Durable when this returns. what: update, refusal, receipt or blocked. Raises RunError where it cannot be written."""
+        """Durable when this returns. what: request, update, refusal, receipt, blocked or keys. Raises RunError where it cannot be written."""
         try:
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             try:
@@ -87,6 +89,16 @@ class AuditLog:
                 return dict(json.loads(_last_line(file.fileno())))
         except (OSError, ValueError, TypeError):
             return {}
+
+    def newest_first(self) -> Iterator[dict[str, Any]]:
+        """The lines from the last to the first, unchecked; what is no line of the log is left out."""
+        for line in reversed(self._lines()):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                yield entry
 
     def _lines(self) -> list[bytes]:
         try:

@@ -118,9 +118,7 @@ class Trail:
     def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
         assert self._federation is not None
         keys = [load_pem_public_key(m.key) for m in self._federation.members.all() if m.name == organization]
-        return any(
-            isinstance(key, EllipticCurvePublicKey) and signed_by_node(statement, signed.signature, key) for key in keys
-        )
+        return any(isinstance(key, EllipticCurvePublicKey) and signed_by_node(statement, signed.signature, key) for key in keys)
 
 
 def _answer_to(kind: str) -> str:
@@ -144,4 +142,6 @@ def read_trail(run: Path) -> list[dict[str, Any]]:
     try:
         return read_events(run / "trail.jsonl")
     except OSError as error:
-        raise RunError(f"{run} has no trail ({error.strerror}): expected the folder of a run whose requests were signed") from None
+        raise RunError(
+            f"{run} has no trail ({error.strerror}): expected the folder of a run whose requests were signed"
+        ) from None

@@ -18,6 +18,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
+from tests.support.signing import trusting
 
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 
@@ -87,6 +88,8 @@ def make_site(tmp_path: Path, records: Path) -> Callable[..., Site]:
         described = SiteFile(organisation=name, simulated=simulated, device="cpu")
         (folder / "site.json").write_text(described.model_dump_json())
         (folder / "policy.toml").write_text(dump_policy(policy or Policy.permissive()))
+        if not simulated:
+            trusting(folder)
         return Site(folder)
 
     return make

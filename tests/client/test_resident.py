@@ -17,6 +17,7 @@ from cotune.client.site import Site
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
 from cotune.strategies.wire import Recipient, decode_update, encode_requests
+from tests.support.signing import sign_request
 
 
 def message(content: RecordDict, kind: str = MessageType.TRAIN) -> Message:
@@ -45,6 +46,7 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
 ) -> None:
     plan = make_plan()
     (content,) = encode_requests(plan.canonical(), 1, state_for(plan), [Recipient("clinic")])
+    sign_request(content)
     resident.give(message(content))
     assert decode_update(answer(resident).content, plan.plan_id).organisation == "clinic"
     log = AuditLog(resident._folder)
@@ -52,7 +54,12 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
         resident.give(unfit)
         assert answer(resident).error.reason == UNSAID
         assert log.last()["what"] == "refusal"
-    assert len(log.entries()) == 3  # every reply is in the log of what was sent
+    assert [e["what"] for e in log.entries()] == [
+        "request",
+        "update",
+        "refusal",
+        "refusal",
+    ]  # every reply is in the log of what was sent
     before = resident.pid
     assert before is not None
     os.kill(before, signal.SIGTERM)  # of the node alone is asked to stop

@@ -15,6 +15,7 @@ from cotune.plan.schema import Plan
 from cotune.server import certificates
 from cotune.server.federation import FederationFolder, ServerConfig
 from cotune.server.founding import address_of, found, renew
+from cotune.server.signing import public_hex, read_signing_key
 from tests.conftest import sentences, write_csv
 
 LABELS = ["bad", "good", "so"]
@@ -26,7 +27,6 @@ def first(updates):
     return dict(updates[0].delta)
 """
 
-from cotune.server.signing import public_hex, read_signing_key
 
 @pytest.fixture
 def plan(base_model: Callable[[str], Path]) -> Callable[..., Plan]:
