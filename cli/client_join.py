@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from cotune.cli.client_check import Data, Label, Model, SiteFolder, Text, Unit, keep_what_is_named, show_broken
 from cotune.cli.screen import screen
+from cotune.cli.trail import verify_sent
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, size
 
@@ -178,11 +179,16 @@ def approve(
 def sent(
     site: SiteFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the signatures of requests and answers.")] = False,
+    trail: Annotated[Path | None, typer.Option(help="Compare it with a run's trail.jsonl, from the coordinator.")] = None,
 ) -> None:
-    """Show what has left this organisation, and check that nothing was changed in the list."""
+    """Show what was asked for and what has left this organization, and check that nothing was changed in the list."""
     from cotune.client.audit_log import AuditLog
     from cotune.client.site import Site
 
+    if verify or trail is not None:
+        verify_sent(Site(site.expanduser()), trail)
+        return
     log = AuditLog(Site(site.expanduser()).folder)
     entries, head = log.entries(), log.head
     if as_json:
@@ -200,6 +206,8 @@ def _line(entry: dict[str, Any]) -> str:
     if entry["what"] in ("update", "receipt"):
         epsilon = "" if entry.get("epsilon") is None else f", ε {round_up(entry['epsilon'])} stated"
         return f"{when} {entry['what']}{plan}, round {round}: {size(entry['bytes'])}{epsilon}, SHA-256 {entry['sha256'][:16]}…"
+    if entry["what"] == "request":
+        return f"{when} request{plan}, round {round}: signed by {str(entry.get('key'))[:16]}…"
     return f"{when} {entry['what']}{plan}, round {round}: {entry.get('reason') or entry.get('said', '')}"
 
 

@@ -93,7 +93,9 @@ def _accept(asked: _Asked, kind: str) -> None:
     """Enters a request that is the one that was signed, and that the site's limits allow. Raises RunError, Declined."""
     if asked.signed is None or asked.log is None:
         return
-    assert asked.request is not None and asked.plan is not None and asked.site is not None
+    assert asked.request is not None
+    assert asked.plan is not None
+    assert asked.site is not None
     check_request(asked.signed, kind, asked.request, asked.plan, asked.log)
     check_limits(asked.signed, asked.site.policy(), asked.log)
     _enter(asked, "request", **asked.signed.entry())

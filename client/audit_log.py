@@ -1,4 +1,4 @@
-"""What an organisation was asked for, and what it has sent, line by line, on its own disk before it leaves: audit.jsonl in the site.
+"""What an organisation was asked for and what it has sent, line by line, on its own disk before it leaves: site/audit.jsonl.
 
 A request is entered as it was signed, before anything is done for it: it proves what the server has asked for.
 
@@ -37,8 +37,18 @@ class AuditLog:
     def __init__(self, site: Path) -> None:
         self.file = site / "audit.jsonl"
 
+    @classmethod
+    def at(cls, file: Path) -> AuditLog:
+        """A copy of a log, wherever it is."""
+        log = cls(file.parent)
+        log.file = file
+        return log
+
     def append(self, what: str, **about: Any) -> None:
-        """Durable when this returns. what: request, update, refusal, receipt, blocked or keys. Raises RunError where it cannot be written."""
+        """Durable when this returns. what: request, update, refusal, receipt, blocked or keys.
+
+        Raises RunError where it cannot be written.
+        """
         try:
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             try:

@@ -1,4 +1,4 @@
-"""A request as its server has signed it: verified before anything is read of it, loaded or charged, and answered under a signature.
+"""A request as its server has signed it: verified before anything of it is loaded or charged, and answered under a signature.
 
 What is refused: no signature, or one of another key; a request of another federation, for another organization, of another kind;
 one whose plan, round or arrays are not those that were signed; and one that was asked before another that was accepted. The last
@@ -95,7 +95,7 @@ def check_request(requested: Requested, kind: str, request: Request, plan: Plan,
     last = _last(log, statement.federation)
     if last is not None and statement != last and statement.serial <= last.serial:
         raise RunError(
-            f"the request of {statement.at} for round {statement.round} is an old one: expected one signed after that of {last.at}"
+            f"the request of {statement.at} for round {statement.round} is an old one: expected one signed after {last.at}"
         )
 
 

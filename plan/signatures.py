@@ -80,9 +80,9 @@ class Statement:
 class RequestStatement(Statement):
     """What decides about a request.
 
-    federation, run, plan: ids. kind: `TRAIN` or `FINISHED`. admitted: as in the request. received: `received_digest` of the arrays.
-    cohort, roster: how many took part in the round before, and `roster_digest` of their keys. serial: greater than that of every
-    earlier request of the federation. at: UTC, to the second.
+    federation, run, plan: ids. kind: `TRAIN` or `FINISHED`. admitted: as in the request. received: `received_digest` of its
+    arrays. cohort, roster: how many took part in the round before, and `roster_digest` of their keys. serial: greater than that
+    of every earlier request of the federation. at: UTC, to the second.
     """
 
     federation: str

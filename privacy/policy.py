@@ -63,7 +63,7 @@ class TrainingRules(Table):
     min_batch: float = Field(64, ge=0, description="expected records per step at least")
     max_rounds: int = Field(200, ge=1, description="rounds of one plan")
     max_rounds_per_day: int | None = Field(
-        None, ge=1, description="rounds begun on one day (UTC), of all plans; absent: no limit"
+        None, ge=1, description="rounds of all plans on one day (UTC); absent: no limit"
     )
     min_cohort: int = Field(1, ge=1, description="organizations in the round before, by the list that the server signs, at least")
     max_hours: float = Field(24.0, gt=0, description="of training for one plan, by this machine's clock")

@@ -1,6 +1,7 @@
 """The key that signs a federation's requests, and the number that each of them has.
 
 certificates/signing.key    Ed25519, PEM; its public half is in federation.toml
+certificates/signing-former.pub    the public halves of those that were replaced, as hex, one a line
 certificates/serial         the last number that was given to a request: none is given twice, nor a smaller one later
 """
 
@@ -17,9 +18,10 @@ from filelock import FileLock
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 
-__all__ = ["SIGNING_KEY", "new_signing_key", "next_serial", "public_hex", "read_signing_key"]
+__all__ = ["FORMER", "SIGNING_KEY", "new_signing_key", "next_serial", "public_hex", "public_keys", "read_signing_key"]
 
 SIGNING_KEY = "signing.key"
+FORMER = "signing-former.pub"
 _SERIAL = "serial"
 
 
@@ -42,8 +44,8 @@ def read_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateKey
         key = load_pem_private_key(file.read_bytes(), None)
     except FileNotFoundError:
         raise RunError(
-            f"the federation has no key to sign its requests with ({file}), and organizations refuse what is not signed: make one by"
-            f" `cotune server renew {folder.parent}`, and give the new federation.toml to every organization"
+            f"the federation has no key to sign its requests with ({file}), and organizations refuse what is not signed: make one"
+            f" by `cotune server renew {folder.parent}`, and give the new federation.toml to every organization"
         ) from None
     except (OSError, ValueError, TypeError):
         key = None
@@ -55,6 +57,13 @@ def read_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateKey
 def public_hex(key: Ed25519PrivateKey) -> str:
     """The public half, as federation.toml has it."""
     return key.public_key().public_bytes_raw().hex()
+
+
+def public_keys(folder: Path) -> list[str]:
+    """The present signing key and those before it, as hex. Raises RunError."""
+    file = folder / FORMER
+    former = file.read_text(encoding="ascii").split() if file.exists() else []
+    return [public_hex(read_signing_key(folder)), *former]
 
 
 def next_serial(folder: Path, now: Callable[[], float] = time.time) -> int:

@@ -35,10 +35,10 @@ from cotune.plan.signatures import (
 from cotune.server.events import Events, read_events
 from cotune.server.federation import FederationFolder
 from cotune.server.run_folder import RunFolder
-from cotune.server.signing import next_serial, read_signing_key
+from cotune.server.signing import next_serial, public_keys, read_signing_key
 from cotune.strategies.wire import Recipient
 
-__all__ = ["Trail", "cohort_of", "read_trail"]
+__all__ = ["Trail", "cohort_of", "keys_of", "read_trail"]
 
 _COHORT_RULE = "training.min_cohort"  # whoever declines by it would take part
 
@@ -121,6 +121,21 @@ class Trail:
         return any(isinstance(key, EllipticCurvePublicKey) and signed_by_node(statement, signed.signature, key) for key in keys)
 
 
+def keys_of(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurvePublicKey]]]:
+    """The keys by which signatures of a run are checked: the federation's, and each organization's, former ones included.
+
+    Raises RunError for a simulation, which signs nothing.
+    """
+    if not folder.file.federation:
+        raise RunError(f"{folder.path} is a simulation, which signs nothing: expected a run of a federation")
+    federation, nodes = FederationFolder(Path(folder.file.federation)), dict[str, list[EllipticCurvePublicKey]]()
+    for member in federation.members.all():
+        key = load_pem_public_key(member.key)
+        if isinstance(key, EllipticCurvePublicKey):
+            nodes.setdefault(member.name, []).append(key)
+    return public_keys(federation.certificates), nodes
+
+
 def _answer_to(kind: str) -> str:
     return {TRAIN: UPDATE, FINISHED: RECEIPT}[kind]
 
@@ -138,10 +153,10 @@ def cohort_of(history: tuple[Mapping[str, Any], ...], asked: Iterable[str]) -> l
 
 
 def read_trail(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's trail. Raises RunError where it has none."""
+    """The lines of a trail: of the folder of a run, or of a copy of its file. Raises RunError where there is none."""
     try:
-        return read_events(run / "trail.jsonl")
+        return read_events(run / "trail.jsonl" if run.is_dir() else run)
     except OSError as error:
         raise RunError(
-            f"{run} has no trail ({error.strerror}): expected the folder of a run whose requests were signed"
+            f"{run} has no trail ({error.strerror}): expected that of a run of a federation"
         ) from None
