@@ -79,13 +79,19 @@ def sign_request(
 
 
 def countersign(
-    content: RecordDict, request: RecordDict, name: str, key: EllipticCurvePrivateKey, kind: str = UPDATE, **changes: str
+    content: RecordDict,
+    asked_by: RecordDict,
+    name: str,
+    key: EllipticCurvePrivateKey,
+    kind_of_reply: str = UPDATE,
+    /,
+    **changes: str,
 ) -> None:
     """Signs an answer to a request as an organisation does; nothing where the request is not signed. changes: of the statement."""
-    _, signed = detach(request)
+    _, signed = detach(asked_by)
     if signed is None:
         return
     asked = RequestStatement.parse(signed.text)
-    said = {"request": asked.digest, "sender": name, "kind": kind, "sha256": content_digest(content), "trusts": 64 * "0"}
+    said = {"request": asked.digest, "sender": name, "kind": kind_of_reply, "sha256": content_digest(content), "trusts": 64 * "0"}
     statement = ReplyStatement(**{**said, **changes})
     attach(content, statement, sign(statement, key))
