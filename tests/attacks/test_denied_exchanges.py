@@ -8,6 +8,7 @@ side. An answer that nobody had signed entered the model.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,14 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
 
 
 def cotune(*words: object) -> int:
+    """The exit code of a command."""
+    before, sys.argv = sys.argv, ["cotune", *map(str, words)]
     try:
-        command([str(word) for word in words])
+        command()
     except SystemExit as end:
         return int(end.code or 0)
+    finally:
+        sys.argv = before
     return 0
 
 
