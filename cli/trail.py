@@ -25,8 +25,8 @@ def verify_trail(
     from cotune.client.audit_log import AuditLog
     from cotune.models.errors import RunError
     from cotune.plan.trail import compare, of_coordinator, of_organization
-    from cotune.server.trail import keys_of, read_trail
     from cotune.server.run_folder import RunFolder
+    from cotune.server.trail import keys_of, read_trail
 
     folder, entries = RunFolder(run.expanduser().resolve()), AuditLog.at(site_log.expanduser()).entries()
     server, nodes = keys_of(folder)

@@ -157,6 +157,4 @@ def read_trail(run: Path) -> list[dict[str, Any]]:
     try:
         return read_events(run / "trail.jsonl" if run.is_dir() else run)
     except OSError as error:
-        raise RunError(
-            f"{run} has no trail ({error.strerror}): expected that of a run of a federation"
-        ) from None
+        raise RunError(f"{run} has no trail ({error.strerror}): expected that of a run of a federation") from None

@@ -121,9 +121,7 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
         (site.folder / "node.key").write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
         node = grid.node_of[name]
         config = UserConfig({"site": str(site.folder)})
-        grid._contexts[node] = Context(
-            run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config=UserConfig()
-        )
+        grid._contexts[node] = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config=UserConfig())
     run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     assert deliver(grid, folder) == []
     assert sorted(confirmed(folder)) == list(NAMES)
@@ -153,9 +151,7 @@ def rewritten(log: Path, change: Callable[[dict[str, Any]], dict[str, Any] | Non
     return forged.file
 
 
-def test_both_ends_of_an_honest_run_agree(
-    played: tuple[RunFolder, dict[str, Site]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_ends_of_an_honest_run_agree(played: tuple[RunFolder, dict[str, Site]], capsys: pytest.CaptureFixture[str]) -> None:
     folder, sites = played
     for site in sites.values():
         assert cotune("server", "verify-trail", folder.path, "--site-log", site.folder / "audit.jsonl") == 0
@@ -201,7 +197,7 @@ def test_a_server_that_denies_a_request_is_contradicted(played: tuple[RunFolder,
     folder, sites = played
     trail = folder.path / "trail.jsonl"
     lines = trail.read_text().splitlines(keepends=True)
-    asked = next(i for i, line in enumerate(lines) if '"event": "request"' in line and r'\"recipient\":\"clinic\"' in line)
+    asked = next(i for i, line in enumerate(lines) if '"event": "request"' in line and r"\"recipient\":\"clinic\"" in line)
     trail.write_text("".join(lines[:asked] + lines[asked + 1 :]))
     assert cotune("client", "sent", sites["clinic"].folder, "--trail", trail) == 1
     assert cotune("client", "sent", sites["bank"].folder, "--trail", trail) == 0

@@ -8,7 +8,6 @@ other had asked or sent. Each case below trained, and charged one round, there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,5 +186,3 @@ def test_a_site_that_knows_no_key_takes_nothing(plan: Plan, site: Site, state_fo
     assert ask(content, site).has_error()
     assert is_untouched(site)
     assert "cotune client join" in AuditLog(site.folder).last()["reason"]
-
-
