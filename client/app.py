@@ -1,12 +1,12 @@
 """The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here.
 
-The last thing that happens to every answer: it is checked once more (outbound.py), and entered in the organisation's own log of
+The first thing that happens to every request: who approved its plan, and what it may hold (received.py). The last thing that
+happens to every answer: it is checked once more (outbound.py), and entered in the organisation's own log of
 what it has sent (audit_log.py).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,22 +17,24 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.client.audit_log import AuditLog, record_sizes
+from cotune.client.consent import check_base_model, check_plan
 from cotune.client.finished import keep_finished
 from cotune.client.outbound import Blocked, check_reason, check_receipt, check_update
+from cotune.client.received import Consent, check_received, expected_shapes, plan_of
 from cotune.client.refusal import UNSAID, refusal
-from cotune.client.requested import Requested, check_limits, check_request, countersign, verified
+from cotune.client.requested import Requested, check_arrays, check_limits, check_request, countersign, verified
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.errors import CotuneError, Declined, RunError
-from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.plan.signatures import FINISHED, TRAIN, content_digest
 from cotune.privacy.accounting import RecordPrivacy
-from cotune.strategies.wire import Receipt, Request, decode_request, encode_receipt, encode_update, received_digest
+from cotune.strategies.wire import Receipt, Request, decode_header, decode_request, encode_receipt, encode_update, received_digest
 
 __all__ = ["app"]
 
 _log = logging.getLogger(__name__)
+_CONSENT: dict[str, Consent] = {TRAIN: check_plan, FINISHED: check_base_model}
 _MOST_NAMES = 50  # of what was told, in a line of the log
 
 app = ClientApp()
@@ -73,10 +75,14 @@ def _answered(message: Message, context: Context, kind: str, work: Callable[[Req
         received = message.content
         if asked.log is not None:
             received, asked.signed = verified(received, asked.log.file.parent)
-        asked.request = decode_request(received)
+        asked.request = decode_header(received)
         asked.site = _site(asked.request, context)
-        asked.plan = _plan(asked.request)
-        _accept(asked, kind)
+        asked.plan = plan_of(asked.request)
+        _check_signed(asked, kind)
+        expected = expected_shapes(asked.plan, asked.site, asked.request.round, _CONSENT[kind])
+        asked.request = decode_request(received)
+        check_received(asked.request, asked.plan, expected)
+        _accept(asked)
         what, content, about = work(asked.request, asked.plan, asked.site)
         sizes = record_sizes(content)
         _enter(asked, what, records=sizes, bytes=sum(sizes.values()), **about, **_countersigned(asked, what, content))
@@ -89,14 +95,21 @@ def _answered(message: Message, context: Context, kind: str, work: Callable[[Req
         return _refusal(message, asked, error, f"{type(error).__name__}: {error}")
 
 
-def _accept(asked: _Asked, kind: str) -> None:
-    """Enters a request that is the one that was signed, and that the site's limits allow. Raises RunError, Declined."""
+def _check_signed(asked: _Asked, kind: str) -> None:
+    """Whether the header is the one that was signed, before an array is read. Raises RunError."""
+    if asked.signed is not None and asked.log is not None:
+        assert asked.request is not None
+        assert asked.plan is not None
+        check_request(asked.signed, kind, asked.request, asked.plan, asked.log)
+
+
+def _accept(asked: _Asked) -> None:
+    """Enters a request whose arrays are those that were signed, and that the site's limits allow. Raises RunError, Declined."""
     if asked.signed is None or asked.log is None:
         return
     assert asked.request is not None
-    assert asked.plan is not None
     assert asked.site is not None
-    check_request(asked.signed, kind, asked.request, asked.plan, asked.log)
+    check_arrays(asked.signed, asked.request)
     check_limits(asked.signed, asked.site.policy(), asked.log)
     _enter(asked, "request", **asked.signed.entry())
 
@@ -107,16 +120,6 @@ def _countersigned(asked: _Asked, what: str, content: RecordDict) -> dict[str, A
     if asked.signed is None or asked.site is None:
         return {"sha256": digest}
     return {"sha256": digest, **countersign(content, what, digest, asked.signed, asked.site.folder)}
-
-
-def _plan(request: Request) -> Plan:
-    """Raises PlanError; RunError for a text that is not one of Unicode, and so has no hash."""
-    plan = parse_plan(json.loads(request.plan))
-    try:
-        plan.canonical().encode()
-    except UnicodeEncodeError:
-        raise RunError("the plan holds half a character: expected Unicode text") from None
-    return plan
 
 
 def _update(request: Request, plan: Plan, site: Site) -> _Answer:

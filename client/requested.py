@@ -32,7 +32,7 @@ from cotune.plan.signatures import (
 from cotune.privacy.policy import Policy
 from cotune.strategies.wire import Request, received_digest
 
-__all__ = ["Requested", "check_limits", "check_request", "countersign", "verified"]
+__all__ = ["Requested", "check_arrays", "check_limits", "check_request", "countersign", "verified"]
 
 _MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
 
@@ -79,7 +79,7 @@ def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> 
 
 
 def check_request(requested: Requested, kind: str, request: Request, plan: Plan, log: AuditLog) -> None:
-    """Raises RunError for a request that is not the one that was signed, and for one that was asked before the last accepted."""
+    """Raises RunError for a header that is not the one that was signed, and for one that was asked before the last accepted."""
     statement = requested.statement
     found = {
         "kind": kind,
@@ -87,7 +87,6 @@ def check_request(requested: Requested, kind: str, request: Request, plan: Plan,
         "round": request.round,
         "admitted": request.admitted,
         "plan": plan.plan_id,
-        "received": received_digest(request.state, request.sent),
     }
     for name, value in found.items():
         if getattr(statement, name) != value:
@@ -97,6 +96,12 @@ def check_request(requested: Requested, kind: str, request: Request, plan: Plan,
         raise RunError(
             f"the request of {statement.at} for round {statement.round} is an old one: expected one signed after {last.at}"
         )
+
+
+def check_arrays(requested: Requested, request: Request) -> None:
+    """Raises RunError for arrays that are not those that were signed."""
+    if received_digest(request.state, request.sent) != requested.statement.received:
+        raise RunError("the request holds other arrays than were signed: expected those of its server")
 
 
 def check_limits(requested: Requested, policy: Policy, log: AuditLog, now: datetime | None = None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cotune.models.errors import RunError
 from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy
 from cotune.server.admission import most_bytes, reason_to_refuse
 from cotune.server.members import Member
 from cotune.strategies.round import RoundContext
@@ -33,7 +34,7 @@ class Opened:
 class Verify:
     """What answers of one round are held to. most_bytes: of one.
 
-    shapes: what the round shares. sent: bytes of a request. received: digest of what it holds. members: in a real run, those that
+    shapes: what the round shares. received: digest of what a request holds. members: in a real run, those that
     may take part, with the numbers of records that they may declare.
     """
 
@@ -44,12 +45,12 @@ class Verify:
         shapes: Mapping[str, Tensor],
         statistics: Mapping[str, tuple[int, ...]],
         *,
-        sent: int,
         received: str,
         members: Mapping[str, Member],
     ) -> None:
         self._plan, self._round, self._members = plan, context.round, members
-        self.most_bytes = most_bytes(sent, statistics)
+        own = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
+        self.most_bytes = most_bytes(len(plan.canonical().encode()), own, statistics)
         local = plan.stage_of(context.round).local
         self._refuse = partial(
             reason_to_refuse,
@@ -64,6 +65,8 @@ class Verify:
             loss_needed="loss" in plan.strategy.sends,
             received=received,
             told=_may_be_told(plan),
+            most_told=float(plan.server.max_examples),
+            epsilon=plan.privacy.epsilon if isinstance(plan.privacy, RecordPrivacy) else None,
         )
 
     def __call__(self, reply: Message, organisation: str) -> Opened:

@@ -36,8 +36,8 @@ SANITISED = "it did not train; the reason is in its own log"  # whatever it was:
 SIMULATED = {"partition-id": 0, "num-partitions": 1}
 
 
-def ask(content: RecordDict, node_config: dict[str, Any]) -> Message:
-    """Signs a request, and sends it to the ClientApp of a node with this configuration."""
+def ask(content: RecordDict, node_config: dict[str, Any], *, signed: bool = False) -> Message:
+    """Signs a request, and sends it to the ClientApp of a node with this configuration. signed: whether its answer stays so."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     if "site" in node_config:
         sign_request(content)
@@ -45,6 +45,8 @@ def ask(content: RecordDict, node_config: dict[str, Any]) -> Message:
     message.metadata.__dict__["_message_id"] = "7"  # as Flower's own grids do
     context = Context(run_id=1, node_id=NODE, node_config=UserConfig(node_config), state=RecordDict(), run_config=UserConfig())
     reply = app(message, context)
+    if not signed and reply.has_content():
+        reply.content, _ = detach(reply.content)
     assert reply.metadata.reply_to_message_id == "7"
     return reply
 
@@ -323,13 +325,13 @@ def test_a_repeated_request_gets_the_same_answer(make_plan: MakePlan, make_site:
 
 def test_what_leaves_is_in_the_log_before_it_leaves(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan, site = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}), make_site()
-    reply = ask(request(plan, state_for(plan)), {"site": str(site.folder), "server": "fed.example.org:9092"})
-    update = decode_update(reply.content, plan.plan_id)
+    reply = ask(request(plan, state_for(plan)), {"site": str(site.folder), "server": "fed.example.org:9092"}, signed=True)
+    content, signed = detach(reply.content)
+    update = decode_update(content, plan.plan_id)
     asked, entry = AuditLog(site.folder).entries()
     assert (asked["what"], entry["what"], entry["server"]) == ("request", "update", "fed.example.org:9092")
     assert (entry["plan_id"], entry["plan"], entry["round"]) == (plan.plan_id, plan.name, 1)
     assert (entry["epsilon"], entry["epsilon_allowed"], entry["declared"]) == (update.epsilon, 2.0, 60)
-    content, signed = detach(reply.content)
     assert entry["bytes"] == sum(entry["records"].values()) == payload_bytes(content)
     assert entry["sha256"] == content_digest(content)
     assert signed is not None
@@ -414,6 +416,6 @@ def test_a_plan_of_endless_depth_is_refused_and_entered(plan: Plan, state: State
 def test_a_refusal_is_in_the_log_with_its_reason(plan: Plan, state: State, make_site: MakeSite) -> None:
     site = make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
     said = reason(ask(request(plan, state), {"site": str(site.folder)}))
-    _, entry = AuditLog(site.folder).entries()
+    [entry] = AuditLog(site.folder).entries()
     assert (entry["what"], entry["said"]) == ("refusal", said)
     assert "the plan has 3 rounds, expected at most 2" in entry["reason"]

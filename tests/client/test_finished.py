@@ -20,7 +20,7 @@ from cotune.models.errors import Declined, ModelError, RunError
 from cotune.models.sharing import State
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import FINISHED
+from cotune.plan.signatures import FINISHED, detach
 from cotune.privacy.policy import Policy, changed_policy
 from cotune.strategies.wire import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
 from tests.support.signing import sign_request
@@ -114,7 +114,7 @@ def test_the_answer_is_a_receipt_and_the_log_names_the_folder(
     request = finished(plan, state_for(plan))
     monkeypatch.setattr(Site, "holdings", untouched)
     reply = ask(request, site)
-    assert decode_receipt(reply.content) == Receipt("clinic", plan.plan_id, received_digest(request.state))
+    assert decode_receipt(detach(reply.content)[0]) == Receipt("clinic", plan.plan_id, received_digest(request.state))
     assert set(reply.content) == {"receipt", "signed"}
     _, entry = AuditLog(site.folder).entries()
     assert (entry["what"], entry["server"], entry["round"]) == ("receipt", "fed:9092", 3)

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from cotune.models.sharing import SharedModel, resident
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
+from cotune.plan.signatures import detach
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.grid import InProcessGrid
 from cotune.strategies.updates import Update
@@ -64,7 +65,7 @@ def federation(
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        request = decode_request(message.content)
+        request = decode_request(detach(message.content)[0])
         answer = answers[request.organisation](request)
         content = encode_update(answer, plan.plan_id) if isinstance(answer, Update) else answer
         if key_of and request.organisation in key_of:

@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.models.errors import RunError
-from cotune.plan.signatures import RECEIPT
+from cotune.plan.signatures import RECEIPT, detach
 from cotune.server import app as server_app
 from cotune.server import asking, carriers, delivery
 from cotune.server.app import main
@@ -56,7 +56,7 @@ def receiving(folder: RunFolder, *seen: list[Request], **answers: Callable[[Requ
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        request = decode_request(message.content)
+        request = decode_request(detach(message.content)[0])
         for requests in seen:
             requests.append(request)
         answer = answers.get(request.organisation.replace("-", "_"), receipt(folder))
