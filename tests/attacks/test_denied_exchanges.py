@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from flwr.app import ConfigRecord, Context, RecordDict, UserConfig
+from flwr.app import ConfigRecord, Context, Message, RecordDict, UserConfig
 
 from cotune.cli.main import run as command
 from cotune.client.app import app
@@ -122,6 +123,14 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
         node = grid.node_of[name]
         config = UserConfig({"site": str(site.folder)})
         grid._contexts[node] = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config=UserConfig())
+    answered, one = grid._answer, threading.Lock()
+
+    def in_turn(message: Message) -> Message:
+        """They share this process and its model: real ones have a process each."""
+        with one:
+            return answered(message)
+
+    grid._answer = in_turn  # type: ignore[method-assign]
     run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     assert deliver(grid, folder) == []
     assert sorted(confirmed(folder)) == list(NAMES)
