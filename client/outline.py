@@ -58,7 +58,8 @@ def _longest(plan: Plan) -> str:
 
 def _rate(local: Any) -> str:
     own_head = "" if local.head_learning_rate is None else f" (head {local.head_learning_rate:g})"
-    return f"{local.learning_rate:g}{own_head} with {local.optimizer}"
+    falling = "" if local.schedule == "constant" else f", falling over the rounds ({local.schedule})"
+    return f"{local.learning_rate:g}{own_head} with {local.optimizer}{falling}"
 
 
 def _privacy(plan: Plan) -> str:

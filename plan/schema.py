@@ -18,6 +18,7 @@ from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.client_level import ClientPrivacy
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.recipes import expand
+from cotune.strategies.schedules import Schedule, decay
 from cotune.strategies.strategy import StrategyConfig
 
 __all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage", "TellConfig"]
@@ -34,6 +35,7 @@ class LocalTraining(Table):
     head_learning_rate: float | None = Field(
         None, gt=0, le=_LARGEST_RATE, description="for the head where the stage trains more; default: the same"
     )
+    schedule: Schedule = Field("constant", description="how the rates fall over the rounds of a stage; within a round they stay")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(0.0, ge=0, le=10)
     batch_size: float = Field(256, gt=0, le=1e6, description="expected records per step; below 1: the fraction of the records")
@@ -64,6 +66,14 @@ class LocalTraining(Table):
                 f"expected either steps or epochs, got steps = {self.steps} and epochs = {self.epochs}: leave one out"
             )
         return self
+
+    def in_round(self, done: int, rounds: int) -> Self:
+        """Return the training of the round after `done` of a stage's `rounds`: with the rates that the schedule gives it."""
+        if self.schedule == "constant":
+            return self
+        part = decay(self.schedule, done, rounds)
+        head = None if self.head_learning_rate is None else self.head_learning_rate * part
+        return self.model_copy(update={"learning_rate": self.learning_rate * part, "head_learning_rate": head})
 
     def sample_rate(self, examples: int) -> float:
         """q, the probability with which each of `examples` records enters a batch."""
@@ -328,12 +338,13 @@ class Plan(Table):
         return (Stage(mode=self.train, rounds=self.rounds, local=self.local),)
 
     def stage_of(self, round: int) -> Stage:
-        """The stage that a round (from 1) belongs to."""
+        """Return the stage that a round (from 1) belongs to, its local training with the learning rates of that round."""
         last = 0
         for stage in self.stages:
+            done = round - 1 - last
             last += stage.rounds
             if 1 <= round <= last:
-                return stage
+                return stage.model_copy(update={"local": stage.local.in_round(done, stage.rounds)})
         raise ValueError(f"expected a round from 1 to {last}, got {round}")
 
     @property

@@ -155,6 +155,17 @@ def test_stage_of() -> None:
     assert one.stages[0].local == one.local
 
 
+def test_rates_fall_over_the_rounds_of_each_stage() -> None:
+    """Linear: 1 − t/S of the full rate after t of a stage's S rounds; each stage starts at its own full rate."""
+    local = {"learning_rate": 4.0, "head_learning_rate": 8.0, "schedule": "linear"}
+    stages = [{"mode": "head", "rounds": 2}, {"mode": "lora", "rounds": 4, "local": {"learning_rate": 2.0}}]
+    falling = plan(train=stages, local={**COMMON, **local})
+    rates = [falling.stage_of(round).local for round in range(1, 7)]
+    assert [of.learning_rate for of in rates] == [4.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+    assert [of.head_learning_rate for of in rates] == [8.0, 4.0, 8.0, 6.0, 4.0, 2.0]
+    assert falling.stages[1].local.learning_rate == 2.0
+
+
 @pytest.mark.parametrize("round", [-1, 0, 7, 100])
 def test_there_is_no_stage_for_other_rounds(round: int) -> None:
     with pytest.raises(ValueError, match=f"expected a round from 1 to 6, got {round}"):
