@@ -19,6 +19,7 @@ from cotune.plan.schema import Plan
 from cotune.server import certificates
 from cotune.server.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.instructions import instructions
+from cotune.server.robust_default import with_robust_default
 from cotune.strategies.plugins import content_of
 
 __all__ = ["address_of", "found", "renew"]
@@ -34,7 +35,7 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
     if path.exists() or path.is_symlink():
         raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
     pick_device(config.device)
-    resolved = _resolved(plan, config)
+    resolved = with_robust_default(_resolved(plan, config))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
