@@ -100,7 +100,7 @@ def _wrong_values(delta: Mapping[str, Tensor], max_norm: float) -> str | None:
     if not_finite(delta):
         return "it has values that are not finite"
     norm = math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in delta.values()))
-    return f"its norm is {norm:.3g}, expected at most {max_norm:.4g}" if norm > max_norm else None
+    return f"its norm is {norm:.3g}, expected at most {max_norm:g}" if norm > max_norm else None
 
 
 def _wrong_noise(update: Update, *, needed: bool) -> str | None:
