@@ -10,25 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cotune.models.tasks import Metrics
-from cotune.server.run_folder import Progress
 from cotune.strategies.combination import Combination, UpdateLook, WeightedFusion
 
-__all__ = ["accuracy_before", "fell", "looks_of", "seen", "suspects"]
+__all__ = ["fell", "looks_of", "seen", "suspects"]
 
 _DIGITS = 6
 
 
-def accuracy_before(before: Progress) -> float | None:
-    """Of the model that the round begins with; None where it was not tested, as before the first."""
-    for entry in reversed(before.history):
-        if entry.get("applied", True):
-            return float(entry["metrics"]["accuracy"]) if entry["metrics"] else None
-    return None
-
-
-def fell(before: float | None, after: Metrics | None, most: float) -> bool:
+def fell(before: Mapping[str, float] | None, after: Metrics | None, most: float) -> bool:
     """Whether the accuracy has fallen by more than `most` (a fraction of the test set)."""
-    return before is not None and after is not None and before - after.accuracy > most + 1e-9
+    return before is not None and after is not None and before["accuracy"] - after.accuracy > most + 1e-9
 
 
 def looks_of(combination: Combination) -> dict[str, UpdateLook]:

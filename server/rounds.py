@@ -19,7 +19,7 @@ from cotune.models.errors import PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics
 from cotune.plan.statistics import statistic_shapes
-from cotune.server.accuracy_guard import accuracy_before, fell, looks_of, seen, suspects
+from cotune.server.accuracy_guard import fell, looks_of, seen, suspects
 from cotune.server.addresses import REVOKED, members_of
 from cotune.server.asking import Asking
 from cotune.server.carriers import post_of
@@ -142,12 +142,14 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
         client_level.charge(round)
     moved, memory = move(plan, before, state, combination.result(), context)
     metrics, looks = run.evaluate(served(plan, moved, memory)), looks_of(combination)
-    applied = not fell(_accuracy_before(run, before, state), metrics, plan.server.max_accuracy_drop)
+    kept = _metrics_before(run, before, state)
+    applied = not fell(kept, metrics, plan.server.max_accuracy_drop)
     entry = tally.entry(round, stage.mode, metrics, time.monotonic() - started)
     entry |= {"applied": applied, **seen(looks, tally.people), "suspects": [] if applied else suspects(looks)}
     _tell_of_small_weights(folder, before, round, entry["weights"])
     if not applied:
         moved, memory = dict(state), dict(before.memory)
+        entry |= {"metrics": kept, "metrics_not_applied": entry["metrics"]}
         folder.events.tell("round_not_applied", round=round, accuracy=metrics and metrics.accuracy, suspects=entry["suspects"])
     clip_norm = None
     if client_level and private_mean:
@@ -156,14 +158,15 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     return Progress(round, moved, memory, (*before.history, entry), clip_norm)
 
 
-def _accuracy_before(run: _Run, before: Progress, state: State) -> float | None:
-    """Before the first round that of the model as everybody received it, where a test set is at hand."""
+def _metrics_before(run: _Run, before: Progress, state: State) -> Mapping[str, float] | None:
+    """Of the model that the round begins with: before the first that of the one that everybody received."""
     if run.folder.plan.server.max_accuracy_drop >= 1:
         return None
-    if any(entry.get("applied", True) for entry in before.history):
-        return accuracy_before(before)
+    if before.history:
+        found: Mapping[str, float] | None = before.history[-1]["metrics"]
+        return found
     metrics = run.evaluate(served(run.folder.plan, state, before.memory))
-    return None if metrics is None else metrics.accuracy
+    return None if metrics is None else metrics.as_dict()
 
 
 def _tell_of_small_weights(folder: RunFolder, before: Progress, round: int, weights: Mapping[str, float]) -> None:
