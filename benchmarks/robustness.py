@@ -2,8 +2,8 @@
 
     python benchmarks/robustness.py --out docs/results/robustness.md
 
-Tweets, ε = 8, the head on kept features, four organizations with 61, 20, 11 and 8 % of the records, labels alike; the attacker has
-20 %. Every round goes through the product's loop: admission with its bounds, weighting, fusion, step, and for `default` the guard
+Tweets, ε = 8, the head on kept features, four organizations with 61, 20, 11 and 8 % of the records, labels alike; the attacker
+has 20 %. Every round goes through the product's loop: admission with its bounds, weighting, fusion, step, and for `default` the guard
 by the coordinator's test set. The members' DP-SGD is computed in closed form, as the gradient of a linear head's row is an outer
 product: the same clipping, sampling and noise as `privacy.dp_sgd`, without its grid, at a hundredth of the time.
 
@@ -13,6 +13,7 @@ What stands above the marker in the page is by people and stays.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -93,12 +94,14 @@ def read(seed: int) -> Data:
     vectors = holdings.features(model, {}, plan.model.precision).numpy()
     rows = np.random.default_rng(seed).permutation(np.concatenate([np.asarray(share.rows) for share in prepared.shares]))
     ends = np.cumsum([0, *SIZES]) * len(rows)
-    parts = tuple(rows[int(a) : int(b)] for a, b in zip(ends, ends[1:], strict=False))
+    parts = tuple(rows[int(a) : int(b)] for a, b in itertools.pairwise(ends))
     features = np.hstack([vectors, np.ones((len(vectors), 1), np.float32)])
     return Data(plan, features, np.array(holdings.targets), parts, np.asarray(prepared.test[0][1]))
 
 
-def trained(data: Data, plan: Plan, part: int, start: np.ndarray, poison: str, noise: float, rng: np.random.Generator) -> np.ndarray:
+def trained(
+    data: Data, plan: Plan, part: int, start: np.ndarray, poison: str, noise: float, rng: np.random.Generator
+) -> np.ndarray:
     """Δ of a member after a round of DP-SGD. start: classes × (d + 1)."""
     local, rows = plan.stages[0].local, data.parts[part]
     features, labels = data.features[rows], data.labels[rows]
@@ -114,7 +117,9 @@ def trained(data: Data, plan: Plan, part: int, start: np.ndarray, poison: str, n
         wrong = softmax(features[chosen] @ weight.T)
         wrong[np.arange(len(chosen)), labels[chosen]] -= 1
         wrong *= np.minimum(1, 1 / np.maximum(np.linalg.norm(wrong, axis=1) * lengths[chosen], 1e-30))[:, None]
-        gradient = (wrong.T @ features[chosen] + noise * rng.standard_normal(start.shape, np.float32)) / (local.batch_size * len(rows))
+        gradient = (wrong.T @ features[chosen] + noise * rng.standard_normal(start.shape, np.float32)) / (
+            local.batch_size * len(rows)
+        )
         velocity = local.momentum * velocity + gradient
         weight = weight - local.learning_rate * velocity
     return weight - start

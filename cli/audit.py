@@ -11,11 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.privacy.rounding import round_up
-from cotune.server.figures import duration, percent, scientific
+from cotune.server.figures import SPACE, duration, percent, scientific
 
 if TYPE_CHECKING:
     from cotune.simulations.audit import AuditResult
 
+_SOME = 2_000
+_MANY = 10_000
+_AGAIN = (
+    "Chance accuses a right engine as rarely as the confidence says: audit once more with --confidence 0.9999999, which it will"
+    " hardly break."
+)
 _LIMITS = (
     "What this can and cannot see: a bound above the claim proves it false; one below it proves nothing, for bounds are"
     " sound but not tight: that of who sees every step comes nearest to the claim, the more so with more canaries. Noise that is"
@@ -31,8 +37,19 @@ def audit(
         str, typer.Argument(metavar="PLAN_OR_RUN", help="A preset, a TOML file, or the folder of a run.")
     ] = "tweets",
     organisation: Annotated[str | None, typer.Option(help="Whose records; default: the first organisation's.")] = None,
-    canaries: Annotated[int, typer.Option(min=32, max=100_000, help="How many, and at most how many records to attack.")] = 2000,
+    canaries: Annotated[
+        int | None,
+        typer.Option(
+            min=32, max=100_000, help="How many, and at most how many records to attack; default: 2,000, with --tight 10,000."
+        ),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds to audit; default: all of the plan's.")] = None,
+    tight: Annotated[
+        bool,
+        typer.Option(
+            "--tight", help="Audit one step of all records instead of the plan's own steps: bounds come nearest to the claim."
+        ),
+    ] = False,
     confidence: Annotated[float, typer.Option(min=0.5, max=1.0, help="With which all bounds hold together; below 1.")] = 0.95,
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
@@ -43,6 +60,9 @@ def audit(
     """Measure a lower bound on the ε that training really spends; exit with 1 if it is above the claim."""
     if confidence >= 1:
         raise typer.BadParameter("expected a confidence below 1, such as 0.95: nothing is certain")
+    if tight and rounds is not None:
+        raise typer.BadParameter("--tight audits one step in each stage of the plan: leave --rounds out")
+    targets = canaries or (_MANY if tight else _SOME)
     run = (Path(subject) / "run.json").exists()
     if run and override:
         raise typer.BadParameter("a run is audited as it was: --set is for plans")
@@ -53,15 +73,22 @@ def audit(
     with Console(stderr=True, quiet=as_json).status("training with canaries"):
         if run:
             result = audit_run(
-                Path(subject), organisation=organisation, canaries=canaries, rounds=rounds, confidence=confidence, device=device
+                Path(subject),
+                organisation=organisation,
+                canaries=targets,
+                rounds=rounds,
+                tight=tight,
+                confidence=confidence,
+                device=device,
             )
         else:
             plan = load_plan(subject, override or [])
             result = audit_plan(
                 plan,
                 organisation=organisation,
-                canaries=canaries,
+                canaries=targets,
                 rounds=rounds,
+                tight=tight,
                 confidence=confidence,
                 device=device or "auto",
             )
@@ -76,13 +103,13 @@ def audit(
 
 
 def _show(console: Console, result: AuditResult) -> None:
-    part = f"{result.rounds} of {result.rounds_planned} rounds" if result.rounds < result.rounds_planned else "all rounds"
     console.print(
-        f"[bold]{escape(result.plan)}[/bold]: {escape(result.organisation)}, {result.examples:,} examples, {part},"
-        f" {result.steps} steps, σ = {result.noise_multiplier:.3f}, {duration(result.seconds)}"
+        f"[bold]{escape(result.plan)}[/bold]: {escape(result.organisation)}, {result.examples:,} examples, {_part(result)},"
+        f" σ = {result.noise_multiplier:.3f}, {duration(result.seconds)}"
     )
+    console.print("ε is at least, for any mechanism or for these steps; what no mistake would show:")
     table = Table("attack", header_style="bold", pad_edge=False, box=None)
-    for heading in ("targets", "AUC", "ε ≥, any mechanism", "ε ≥, these steps", "can show"):
+    for heading in ("targets", "AUC", "any mechanism", "these steps", "can show"):
         table.add_column(heading, justify="right")
     for attack in result.attacks:
         bounds = (_down(bound) for bound in (attack.at_least_any, attack.at_least, attack.power))
@@ -90,13 +117,9 @@ def _show(console: Console, result: AuditResult) -> None:
     console.print(table)
     for noise in result.noise:
         console.print(f"noise of {noise.draws:,} draws: {noise.deviation:.4f} of what is claimed, at most {noise.at_most:.4f}")
-    for probe in result.states:
-        console.print(
-            f"state, {escape(probe.state)}: a unit moves the sum by {probe.contribution:.6f} C, through others by"
-            f" {probe.influence:.1g} C; off the grid: {probe.off_grid:.0%}"
-        )
+    console.print(_states(result))
     console.print(f"claim: ε = {round_up(result.epsilon)} at δ = {scientific(result.delta)}")
-    sure = f"{percent(result.confidence)} confidence for all bounds together"
+    sure = f"{100 * result.confidence:.12g}{SPACE}% confidence for all bounds together"
     for fault in result.faults:
         console.print(f"[bold red]The claim is broken: {escape(fault)}. Do not release what this trains.[/bold red]")
     if result.at_least > result.epsilon:
@@ -104,14 +127,35 @@ def _show(console: Console, result: AuditResult) -> None:
             f"[bold red]The claim is broken: this training spends ε of {_down(result.at_least)} at least ({sure}). Do not release"
             " what it trains.[/bold red]"
         )
-    elif not result.broken:
-        console.print(f"[bold]no contradiction[/bold]: ε is {_down(result.at_least)} at least ({sure})")
+    if result.broken:
+        console.print(_AGAIN)
+    else:
+        share = percent(int(result.at_least / result.epsilon * 1000) / 1000)
+        console.print(f"[bold]no contradiction[/bold]: ε is {_down(result.at_least)} at least, {share} of the claim ({sure})")
         if result.power <= result.epsilon:
             console.print(
                 "No attack on so few targets could refute so large an ε: use more --canaries, or --set privacy.epsilon=1."
             )
     for limit in _LIMITS:
         console.print(limit)
+
+
+def _part(result: AuditResult) -> str:
+    """Which steps were audited."""
+    if result.tight:
+        return f"{result.steps} step{'s' * (result.steps > 1)} of all records"
+    part = f"{result.rounds} of {result.rounds_planned} rounds" if result.rounds < result.rounds_planned else "all rounds"
+    return f"{part}, {result.steps} steps"
+
+
+def _states(result: AuditResult) -> Table:
+    """What a unit did in adversarial states."""
+    table = Table("state", header_style="bold", pad_edge=False, box=None)
+    for heading in ("moves the sum by", "through others", "off the grid"):
+        table.add_column(heading, justify="right")
+    for probe in result.states:
+        table.add_row(escape(probe.state), f"{probe.contribution:.6f} C", f"{probe.influence:.1g} C", f"{probe.off_grid:.0%}")
+    return table
 
 
 def _down(bound: float) -> str:

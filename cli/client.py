@@ -26,7 +26,7 @@ def ledger(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
     export: Annotated[Path | None, typer.Option(help="Write everything that an auditor needs to this file, as JSON.")] = None,
 ) -> None:
-    """Show the privacy that was spent, per data set and run, and what is left."""
+    """Show the privacy that was spent, over all runs and by each, and what is left."""
     from cotune.client import bookkeeping
     from cotune.client.site import Site
     from cotune.models.durable import write_durably
@@ -42,33 +42,37 @@ def ledger(
 
 
 def _show_ledger(console: Console, found: dict[str, Any]) -> None:
-    if not found["data_sets"]:
-        console.print(f"{escape(found['organisation'])} has spent nothing: no data set was trained on with differential privacy")
-    for data in found["data_sets"]:
-        allowed = f"of {data['epsilon_total']:g} " if data["epsilon_total"] < 1e6 else ""  # a simulated organisation has no limit
-        how = "" if data["composition"] == "pld" else f" ({data['composition']})"  # over several runs it bounds more, and says so
-        spent = f"ε {round_up(data['epsilon'])} {allowed}spent at δ = {data['delta']:.1e}{how}"
-        left = f", {math.floor(100 * data['epsilon_left']) / 100:.2f} left" if allowed else ""  # never more than there is
-        name, seen = f"[bold]data set {data['fingerprint'][:12]}…[/bold]", data["first_seen"][:10]
-        console.print(f"{name}: {data['records']:,} records, first seen {seen}")
-        console.print(f"  {spent}{left}")
-        for other, common in data["shares_records_with"].items():
-            console.print(f"  shares {common:,} records with {other[:12]}…, whose charges count here too")
-        if data["unprotected"]:
-            plans = ", ".join(dict.fromkeys(f"{left['plan']} ({left['what']})" for left in data["unprotected"]))
-            times = f"{len(data['unprotected'])} times something left without any privacy"
-            console.print(f"  [bold red]{times}: {escape(plans)}. No ε bounds that.[/bold red]")
-        if data["runs"]:
-            console.print(_runs(data))
-            worst = max(data["runs"], key=lambda run: float(run["true_positive_rate"]))
-            share = f"at most {math.ceil(1000 * worst['true_positive_rate']) / 10:g} % of the members"
-            console.print(
-                f"  from any one run, an attack with 1 % false alarms finds {share} (μ {round_up(worst['gaussian_mu'])})"
-            )
-    if found["unassigned"]:
-        console.print(f"{len(found['unassigned'])} charges of an older cotune name no data set, and count for every one")
+    if not any(table["runs"] or table["unprotected"] for table in found["collections"]):
+        console.print(f"{escape(found['organisation'])} has spent nothing: no record was trained on with differential privacy")
+    for table in found["collections"]:
+        if table["collection"]:
+            console.print(f"[bold]collection {escape(table['collection'])}[/bold], with all that was charged in none")
+        _show_collection(console, table)
     if found["head"]:
         console.print(f"head of the log: {found['head']}")
+
+
+def _show_collection(console: Console, table: dict[str, Any]) -> None:
+    from cotune.privacy.claim import SMALL_DELTA, attack_line
+
+    for data in table["data_sets"]:
+        name, seen = f"[bold]data set {data['fingerprint'][:12]}…[/bold]", data["first_seen"][:10]
+        console.print(f"{name}: {data['records']:,} records, first seen {seen}")
+        for other, common in data["shares_records_with"].items():
+            console.print(f"  shares {common:,} records with {other[:12]}…")
+    if table["runs"]:
+        allowed = f"of {table['epsilon_total']:g} " if table["epsilon_total"] < 1e6 else ""  # a simulated one has no limit
+        how = "" if table["composition"] == "pld" else f" ({table['composition']})"  # over several runs it bounds more
+        left = f", {math.floor(100 * table['epsilon_left']) / 100:.2f} left" if allowed else ""  # never more than there is
+        console.print(f"ε {round_up(table['epsilon'])} {allowed}spent at δ = {table['delta']:.1e}{how}{left}")
+        again = f"ε {round_up(table['epsilon_at_small_delta'])} at δ = {SMALL_DELTA:g}"
+        console.print(f"{again}; {attack_line(table['true_positive_rate'])}")
+    if table["unprotected"]:
+        plans = ", ".join(dict.fromkeys(f"{left['plan']} ({left['what']})" for left in table["unprotected"]))
+        times = f"{len(table['unprotected'])} times something left without any privacy"
+        console.print(f"[bold red]{times}: {escape(plans)}. No ε bounds that.[/bold red]")
+    if table["runs"]:
+        console.print(_runs(table))
 
 
 def _runs(data: dict[str, Any]) -> Table:
@@ -76,10 +80,11 @@ def _runs(data: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("  run", no_wrap=True)
     table.add_column("plan", overflow="fold")
-    for heading in ("rounds", "steps", "cut off", "ε alone", "last"):
+    for heading in ("rounds", "steps", "cut off", "ε alone", "μ", "last"):
         table.add_column(heading, justify="right")
     for run in data["runs"]:
-        figures = (str(run["rounds"]), f"{run['steps']:,}", str(run["interrupted"]), round_up(run["epsilon"]))
+        counts = (str(run["rounds"]), f"{run['steps']:,}", str(run["interrupted"]))
+        figures = (*counts, round_up(run["epsilon"]), round_up(run["gaussian_mu"]))
         table.add_row(f"  {run['plan_id'][:12]}…", escape(run["plan"]), *figures, run["last"][:10])
     return table
 

@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from cotune.plan.invitation import Invitation
     from cotune.plan.schema import Plan
 
-__all__ = ["Data", "Label", "Model", "SiteFolder", "Text", "Unit", "allowing", "check", "keep_what_is_named"]
+__all__ = ["Collection", "Data", "Label", "Model", "SiteFolder", "Text", "Unit", "allowing", "check", "keep_what_is_named"]
 
 SiteFolder = Annotated[Path, typer.Argument(help="The organisation's site: a folder that `cotune client init` made.")]
 Data = Annotated[str | None, typer.Option(help="Where the records are: a file, or a folder of images. Kept in the site.")]
 Text = Annotated[str | None, typer.Option(help="The column that holds the text (or image), where it is not the plan's.")]
 Label = Annotated[str | None, typer.Option(help="The column that holds the label, where it is not the plan's.")]
 Unit = Annotated[str | None, typer.Option(help="The column that says whose a record is, where it is not the plan's.")]
+Collection = Annotated[
+    str | None, typer.Option(help="The collection that the records of --data are in, with an ε total of its own.")
+]
 Model = Annotated[Path | None, typer.Option(help="A folder with the plan's base model, where it has another place here.")]
 
 
@@ -41,6 +44,7 @@ def check(
     text: Text = None,
     label: Label = None,
     unit: Unit = None,
+    collection: Collection = None,
     model: Model = None,
     offline: Annotated[bool, typer.Option("--offline", help="Do not try to connect.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
@@ -55,7 +59,7 @@ def check(
     opened, console = Site(site.expanduser()), screen()
     invitation, plan = _read(federation)
     with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
-        opened = keep_what_is_named(opened, plan, data, text, label, unit, model)
+        opened = keep_what_is_named(opened, plan, data, text, label, unit, collection, model)
         found = check_plan(plan, opened)
         tried = None
         if invitation is not None and not offline:
@@ -99,12 +103,19 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
 
 
 def keep_what_is_named(
-    site: Site, plan: Plan, data: str | None, text: str | None, label: str | None, unit: str | None, model: Path | None
+    site: Site,
+    plan: Plan,
+    data: str | None,
+    text: str | None,
+    label: str | None,
+    unit: str | None,
+    collection: str | None,
+    model: Path | None,
 ) -> Site:
     """Writes into the site where records and base model are, as far as the command line says so."""
     from cotune.client.set_up import name_base, name_records
 
-    name_records(site, plan, data, text=text, label=label, unit=unit)
+    name_records(site, plan, data, text=text, label=label, unit=unit, collection=collection)
     return site if model is None else name_base(site, plan, model)
 
 
@@ -137,9 +148,13 @@ def _show_federation(console: Console, about: dict[str, Any], found: dict[str, s
 
 
 def _show_check(console: Console, site: Site, found: Checked) -> None:
+    from cotune.client.outline import printable
+
     console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
-    if found.warning:
-        console.print(f"[bold yellow]{escape(found.warning)}[/bold yellow]")
+    for reason, count in found.left_out.items():
+        console.print(f"  left out, {escape(printable(reason))}: {count:,}")
+    for warning in found.warnings:
+        console.print(f"[bold yellow]{escape(printable(warning))}[/bold yellow]")
     if found.declined:
         show_broken(console, site, found.broken, found.declined)
         return

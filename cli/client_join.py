@@ -13,7 +13,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cotune.cli.client_check import Data, Label, Model, SiteFolder, Text, Unit, keep_what_is_named, show_broken
+from cotune.cli.client_check import (
+    Collection,
+    Data,
+    Label,
+    Model,
+    SiteFolder,
+    Text,
+    Unit,
+    keep_what_is_named,
+    show_broken,
+)
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, size
@@ -54,6 +64,7 @@ def join(
     text: Text = None,
     label: Label = None,
     unit: Unit = None,
+    collection: Collection = None,
     model: Model = None,
 ) -> None:
     """Approve the plan in a federation.toml, connect, and train when asked; stays until stopped with Ctrl-C or SIGTERM."""
@@ -70,7 +81,7 @@ def join(
     os.umask(0o077)  # what is written into a site is the organisation's own
     logging.getLogger("cotune").setLevel(logging.ERROR)  # what people want to know is shown below, once
     invitation, console = read_invitation(federation.expanduser()), screen()
-    opened = keep_what_is_named(Site(site.expanduser()), invitation.plan, data, text, label, unit, model)
+    opened = keep_what_is_named(Site(site.expanduser()), invitation.plan, data, text, label, unit, collection, model)
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
     authority = opened.folder / "node" / "ca.crt"
@@ -90,7 +101,7 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
 
     for line in outline(plan):
         console.print(escape(line))
-    policy, holdings = site.policy(), site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
+    policy, holdings = site.policy(), site.counted(plan)
     account = Account(plan, policy, site, holdings, draws=False)
     broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
     if broken:

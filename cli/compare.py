@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
 if TYPE_CHECKING:
-    from cotune.simulations.comparison import Combination, Comparison, Settings
+    from cotune.simulations.comparison import Combination, Comparison, Settings, Variation
 
 
 _WIDE = 100  # characters; a narrower terminal leaves bytes and time to the page
@@ -29,42 +29,65 @@ def compare(
             metavar="KEY=V1,V2", help="A key of the plan and its values; repeatable. The first key is the one compared."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many: the plan's own and those after it.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many: the plan's own and those after it; default: 5.", show_default=False)
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="The value that others are compared with; default: the first.")] = None,
     data: Annotated[str | None, typer.Option(help="Your records, as for simulate.")] = None,
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of every plan; repeatable.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the comparison; default: compare/<plan>.")] = None,
+    private_selection: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RUNS",
+            help="Release the best of a secret number of runs (RUNS on average) and nothing of the others; ε covers the choice.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison; default: compare/<plan>; of a selection: selected/<plan>.")
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs beside each other; default: as cores and memory allow, 1 on a GPU.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Play every combination under every seed and show what differs; finished runs are kept, the same command goes on."""
-    from cotune.cli.compare_progress import showing_cells
     from cotune.simulations.cells import parse_variation
-    from cotune.simulations.compare import compare as play
 
     console = Console(highlight=False)
     variations = [parse_variation(text) for text in vary or []]
     source = plan or ("tweets" if data is None else "text")
     given = [*([] if data is None else [f"data.source={json.dumps(data)}"]), *(override or [])]
+    common: dict[str, Any] = {"overrides": given, "out": out, "jobs": jobs, "device": device}
+    if private_selection is not None:
+        if seeds not in (None, 1) or baseline is not None:
+            raise typer.BadParameter(
+                "a private selection takes no --seeds and no --baseline: another seed would test on records that train"
+            )
+        _select(console, source, variations, private_selection, common)
+        return
+    _compare(console, source, variations, {"seeds": 5 if seeds is None else seeds, "baseline": baseline, **common})
+
+
+def _compare(console: Console, source: str, variations: list[Variation], options: dict[str, Any]) -> None:
+    from cotune.cli.compare_progress import showing_cells
+    from cotune.simulations.compare import compare as play
+
     with showing_cells(console) as listener:
-        found = play(
-            source,
-            variations,
-            seeds=seeds,
-            baseline=baseline,
-            overrides=given,
-            out=out,
-            jobs=jobs,
-            device=device,
-            listener=listener,
-        )
+        found = play(source, variations, listener=listener, **options)
     show(console, found)
     if found.failed:
         raise typer.Exit(1)
+
+
+def _select(console: Console, source: str, variations: list[Variation], expected_runs: float, options: dict[str, Any]) -> None:
+    from cotune.cli.selection_lines import show_selected, showing_selection
+    from cotune.simulations.selection import select
+
+    with showing_selection(console) as listener:
+        found, folder = select(source, variations, expected_runs=expected_runs, listener=listener, **options)
+    show_selected(console, found, folder)
 
 
 def show(console: Console, found: Comparison) -> None:

@@ -13,6 +13,7 @@ from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
+    from cotune.privacy.claim import Figures
     from cotune.simulations.forecast import ClientForecast, Forecast
 
 app = typer.Typer(help="Make and check plans.", no_args_is_help=True)
@@ -63,9 +64,22 @@ def _show(console: Console, seen: Forecast) -> None:
     if plan.privacy == "none":
         kind = "differential privacy" if plan.client_privacy is None else "record-level differential privacy"
         console.print(f"[bold red]No {kind}: the plan says privacy = none.[/bold red]")
+    if seen.figures is not None:
+        _show_claim(console, seen.figures)
     if seen.client_privacy is not None:
         _show_client_privacy(console, seen.client_privacy)
     console.print(f"about {duration(seen.seconds)} on this machine; nothing was trained")
+
+
+def _show_claim(console: Console, figures: Figures) -> None:
+    """What the plan promises for each record, of the organization that spends most."""
+    from cotune.privacy.claim import SMALL_DELTA, attack_line
+
+    at_small_delta, mu = round_up(figures.epsilon_at_small_delta), round_up(figures.gaussian_mu)
+    console.print(
+        f"for each record: ε = {at_small_delta} at δ = {SMALL_DELTA:g}, Gaussian μ = {mu};"
+        f" {attack_line(figures.true_positive_rate)}"
+    )
 
 
 def _show_client_privacy(console: Console, seen: ClientForecast) -> None:

@@ -47,12 +47,13 @@ def verify(
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
-    for data in found["data_sets"]:
+    for table in found["collections"]:
+        name = f"[bold]collection {escape(table['collection'])}[/bold]: " if table["collection"] else ""
         console.print(
-            f"[bold]data set {escape(data['fingerprint'][:12])}…[/bold]: ε {round_up(data['epsilon'])} by {data['composition']}"
-            f" at δ = {data['delta']:.1e}, stated {round_up(data['epsilon_stated'])}"
+            f"{name}ε {round_up(table['epsilon'])} by {table['composition']} at δ = {table['delta']:.1e}, stated"
+            f" {round_up(table['epsilon_stated'])}"
         )
-        console.print(_runs(data))
+        console.print(_runs(table))
     if found["head"]:
         console.print(f"{found['entries']} entries, head of the log: {escape(found['head'])}")
     for problem in found["problems"]:

@@ -174,11 +174,16 @@ def _members(found: Status) -> Table:
     table = Table(header_style="bold", pad_edge=False, box=None)
     table.add_column("organisation", overflow="fold")
     table.add_column("connection")
-    for heading in ("last round", "weight", "ε stated", "sent"):
+    for heading in ("last round", "weight", "ε stated", "sent", "strikes"):
         table.add_column(heading, justify="right")
     table.add_column("last word", overflow="fold")
     for o in found.organisations:
-        weight = "–" if o.weight is None else f"{100 * o.weight:.3g} %"
-        figures = (str(o.last_round or "–"), weight, "–" if o.epsilon is None else round_up(o.epsilon), size(o.bytes_up))
+        figures = (
+            str(o.last_round or "–"),
+            "–" if o.weight is None else f"{100 * o.weight:.3g} %",
+            "–" if o.epsilon is None else round_up(o.epsilon),
+            size(o.bytes_up),
+            str(o.strikes or "–"),
+        )
         table.add_row(escape(o.name), o.connection, *figures, escape(o.word))
     return table

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
-from cotune.server.verdict import is_personal
+from cotune.server.verdict import few_note, is_personal, is_private, judge, own_columns, partition_note
 
 if TYPE_CHECKING:
     from cotune.plan.schema import Plan
@@ -32,7 +32,10 @@ def simulate(
     label: Annotated[Text, typer.Option(help="Column with the class, or with the words' tags.")] = None,
     model: Annotated[Text, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")] = None,
     clients: Annotated[int | None, typer.Option(help="How many organisations the file is split over.")] = None,
-    partition: Annotated[Text, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA or shards:K.")] = None,
+    partition: Annotated[Text, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or column:NAME.")] = None,
+    by: Annotated[
+        Text, typer.Option(help="Column that names each record's organisation: short for --partition column:NAME.")
+    ] = None,
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
     ] = None,
@@ -42,9 +45,11 @@ def simulate(
     device: Annotated[Text, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
 ) -> None:
     """Simulate a federation on this machine, and see whether it pays off."""
-    given = (plan, data, task, text, label, model, clients, partition, override, out, engine, device)
+    given = (plan, data, task, text, label, model, clients, partition, by, override, out, engine, device)
     if resume is not None and any(value is not None and value != [] for value in given):
         raise typer.BadParameter("a run is continued as it was started: --resume takes no plan, engine, device or overrides")
+    if by is not None and (partition is not None or clients is not None):
+        raise typer.BadParameter("--by says who holds which records: it goes without --partition and --clients")
     from cotune.cli.progress import showing_progress
     from cotune.simulations import simulate as simulations
 
@@ -53,7 +58,7 @@ def simulate(
         with showing_progress(console):
             result = simulations.resume(resume)
     else:
-        chosen = _plan(plan, data, task, text, label, model, clients, partition, override or [])
+        chosen = _plan(plan, data, task, text, label, model, clients, partition if by is None else f"column:{by}", override or [])
         with showing_progress(console):
             result = simulations.simulate(chosen, out, engine=engine or "in-process", device=device or "auto")
     show(console, result)
@@ -102,6 +107,11 @@ def show(console: Console, result: Result) -> None:
         console.print(f"[bold red]No {kind}: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:
         console.print(f"[bold]The run was stopped: {escape(summary['stopped'])}.[/bold]")
+    console.print(
+        "[bold]is it worth joining?[/bold] accuracy on each organisation's own held-out records; alone: without privacy"
+    )
+    console.print(_own_records(summary))
+    _answer(console, summary)
     console.print(_comparison(summary))
     console.print(_organisations(summary))
     traffic = f"{size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down"
@@ -114,15 +124,46 @@ def show(console: Console, result: Result) -> None:
         console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
 
 
+def _own_records(summary: dict[str, Any]) -> Table:
+    """What each choice reaches on an organisation's own held-out records, and whether joining and alone differ there."""
+    columns, headings = own_columns(summary), {"majority": "majority", "alone_without_privacy": "alone", "adapted": "adapted"}
+    headings |= {"alone": "alone, ε" if is_private(summary) else "alone, plan", "federated": "federated"}
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    table.add_column("organisation", overflow="fold")
+    for heading in (*(headings[key] for key in columns), "gain", "records", "worth it"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for o in summary["organisations"]:
+        own, worth = o["own"], o["worth"]
+        figures = [f"{own[key]['accuracy']:.3f}" if own and own[key] else "–" for key in columns]
+        gain = f"{worth['difference']:+.3f}" if worth else "–"
+        answer = worth["answer"].removesuffix(" to tell") if worth else "–"
+        table.add_row(escape(o["name"]), *figures, gain, f"{own['records'] if own else 0:,}", answer)
+    return table
+
+
+def _answer(console: Console, summary: dict[str, Any]) -> None:
+    """The verdict, and what it depends on; of the report's notes, the first ones."""
+    verdict = judge(summary)
+    console.print(f"[bold]{verdict.answer}:[/bold] {escape(verdict.sentence)}")
+    if summary["worth"] is not None:
+        for note in (*few_note(summary), *partition_note(summary)):
+            console.print(escape(note))
+
+
 def _comparison(summary: dict[str, Any]) -> Table:
     test, private = summary["test"], summary["privacy"]["mode"] != "none"
-    table = Table(f"is it worth joining? ({test['examples']:,} test examples)", header_style="bold", pad_edge=False, box=None)
+    table = Table(
+        f"everybody's records mixed ({test['examples']:,} test examples)", header_style="bold", pad_edge=False, box=None
+    )
     for heading in ("accuracy", "precision", "recall", "F1"):
         table.add_column(heading, justify="right")
     alone = "each organisation alone, mean" + (" (same privacy)" if private else "")
+    without = (test["alone_without_privacy"] or {}).get("mean")
     rows = [("majority class", test["majority"]), (alone, (test["alone"] or {}).get("mean"))]
     rows += [
+        ("each organisation alone, mean (without privacy)", without),
         (f"federated ({'own models, mean of ' if is_personal(summary) else ''}this run)", test["federated"]),
+        ("federated, adapted by each organisation, mean", (test["adapted"] or {}).get("mean")),
         ("all data pooled, without privacy (the bound)", test["pooled"]),
     ]
     for name, metrics in rows:
@@ -135,10 +176,9 @@ def _comparison(summary: dict[str, Any]) -> Table:
 def _organisations(summary: dict[str, Any]) -> Table:
     private = summary["privacy"]["mode"] != "none"
     table = Table("organisation", header_style="bold", pad_edge=False, box=None)
-    for heading in ("examples", "alone", "gain", *(("ε spent", "ε allowed") if private else ())):
+    for heading in ("examples", "rounds", *(("ε spent", "ε allowed") if private else ())):
         table.add_column(heading, justify="right")
     for o in summary["organisations"]:
-        alone = (f"{o['alone']['accuracy']:.3f}", f"{o['gain']:+.3f}") if o["alone"] else ("–", "–")
         privacy = (round_up(o["epsilon_spent"]), f"{o['epsilon_allowed']:g}") if private else ()
-        table.add_row(escape(o["name"]), f"{o['examples']:,}", *alone, *privacy)
+        table.add_row(escape(o["name"]), f"{o['examples']:,}", str(o["rounds"]), *privacy)
     return table

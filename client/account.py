@@ -116,6 +116,11 @@ class Account:
         held = self.holdings
         return self.ledger.know(held.unit_identities(), unit=held.unit or RECORD, also=held.further_identities())
 
+    @property
+    def collection(self) -> str:
+        """Where in the ledger the run counts; as the site's description of its records says."""
+        return self.holdings.collection
+
     def hours(self) -> float:
         """Of training that this run has taken, as far as its rounds were finished and charged."""
         if not self.site.ledger_file.exists():
@@ -125,22 +130,22 @@ class Account:
     def plan_noise(self, round: int) -> float:
         """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges no training."""
         assert self.budget is not None, "without privacy there is no noise"
-        self.ledger.check_unit(self.data)
+        self.ledger.check_unit(self.data, self.collection)
         return noise_multiplier(
             self.plan,
             self.policy,
             self.budget,
             self.public_examples,
             round,
-            spent=self.ledger.spent(self.plan.plan_id, self.data),
-            histories=self.ledger.histories(self.data, "budget.epsilon_total"),
+            spent=self.ledger.spent(self.plan.plan_id, self.collection),
+            histories=self.ledger.histories(self.collection, "budget.epsilon_total"),
             counted=self.policy.tell.example_count == "noised" and self._told(_COUNT) is not None,
         )
 
     def spent_in_total(self) -> float:
-        """ε of all runs on these records, as it counts against the total if this run begins."""
+        """ε of all runs that count with this one, as it counts against the total if this run begins."""
         assert self.budget is not None, "without privacy nothing is spent"
-        histories = self.ledger.histories(self.data, "budget.epsilon_total")
+        histories = self.ledger.histories(self.collection, "budget.epsilon_total")
         return Total(self.plan.plan_id, self.budget.total_epsilon, self.budget.total_delta, histories).spent()
 
     def reserve(self, round: int, steps: Steps, purpose: str = "training") -> int:
@@ -173,12 +178,13 @@ class Account:
 
     def leave_unprotected(self, round: int, what: str) -> None:
         """Enters what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
-        self.ledger.unprotected(self.plan.plan_id, round, what, data=self.data, plan=self.plan.name)
+        plan = self.plan
+        self.ledger.unprotected(plan.plan_id, round, what, data=self.data, collection=self.collection, plan=plan.name)
 
     def epsilon(self) -> float:
         """ε of this run's charges at the run's δ."""
         assert self.budget is not None, "without privacy nothing is spent"
-        return epsilon(self.ledger.spent(self.plan.plan_id, self.data), self.budget.delta)
+        return epsilon(self.ledger.spent(self.plan.plan_id, self.collection), self.budget.delta)
 
     def stated_epsilon(self) -> float:
         """For the server: rounded up to two digits. It follows from N and from charges whose σ every update shows anyway."""
@@ -189,7 +195,8 @@ class Account:
 
     def _reserve(self, round: int, steps: Steps, purpose: str, limits: Sequence[Limit]) -> int:
         plan = self.plan
-        return self.ledger.reserve(plan.plan_id, round, steps, data=self.data, plan=plan.name, purpose=purpose, limits=limits)
+        where = {"data": self.data, "collection": self.collection}
+        return self.ledger.reserve(plan.plan_id, round, steps, **where, plan=plan.name, purpose=purpose, limits=limits)
 
     def _limits(self) -> list[Limit]:
         if self.budget:

@@ -1,12 +1,12 @@
 """The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here.
 
-The last thing that happens to every answer: it is checked once more (outbound.py), and entered in the organisation's own log of
+The first thing that happens to every request: who approved its plan, and what it may hold (received.py). The last thing that
+happens to every answer: it is checked once more (outbound.py), and entered in the organisation's own log of
 what it has sent (audit_log.py).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +17,17 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.client.audit_log import AuditLog, content_digest, record_sizes
+from cotune.client.consent import check_base_model, check_plan
 from cotune.client.finished import keep_finished
 from cotune.client.outbound import Blocked, check_reason, check_receipt, check_update
+from cotune.client.received import Consent, check_received, expected_shapes, plan_of
 from cotune.client.refusal import UNSAID, refusal
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.errors import CotuneError, Declined, RunError
-from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
-from cotune.strategies.wire import Receipt, Request, decode_request, encode_receipt, encode_update, received_digest
+from cotune.strategies.wire import Receipt, Request, decode_header, decode_request, encode_receipt, encode_update, received_digest
 
 __all__ = ["app"]
 
@@ -39,13 +40,13 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round."""
-    return _answered(message, context, _update)
+    return _answered(message, context, check_plan, _update)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """The finished model is kept; what is answered is a receipt, and no figure."""
-    return _answered(message, context, _receipt)
+    return _answered(message, context, check_base_model, _receipt)
 
 
 @dataclass
@@ -62,14 +63,17 @@ class _Asked:
 _Answer = tuple[str, RecordDict, dict[str, Any]]  # what it is, its content, and what the log says about it
 
 
-def _answered(message: Message, context: Context, work: Callable[[Request, Plan, Site], _Answer]) -> Message:
+def _answered(message: Message, context: Context, check: Consent, work: Callable[[Request, Plan, Site], _Answer]) -> Message:
     """A failure is answered, not raised: the text of an exception may hold data and would go to the server."""
     asked = _Asked(str(context.node_config.get("server") or ""))
     try:
         asked.log = _log_of(context)
-        asked.request = decode_request(message.content)
+        asked.request = decode_header(message.content)
         asked.site = _site(asked.request, context)
-        asked.plan = _plan(asked.request)
+        asked.plan = plan_of(asked.request)
+        expected = expected_shapes(asked.plan, asked.site, asked.request.round, check)
+        asked.request = decode_request(message.content)
+        check_received(asked.request, asked.plan, expected)
         what, content, about = work(asked.request, asked.plan, asked.site)
         sizes = record_sizes(content)
         _enter(asked, what, records=sizes, bytes=sum(sizes.values()), sha256=lambda: content_digest(content), **about)
@@ -80,16 +84,6 @@ def _answered(message: Message, context: Context, work: Callable[[Request, Plan,
     except Exception as error:
         _log.exception("request failed")
         return _refusal(message, asked, error, f"{type(error).__name__}: {error}")
-
-
-def _plan(request: Request) -> Plan:
-    """Raises PlanError; RunError for a text that is not one of Unicode, and so has no hash."""
-    plan = parse_plan(json.loads(request.plan))
-    try:
-        plan.canonical().encode()
-    except UnicodeEncodeError:
-        raise RunError("the plan holds half a character: expected Unicode text") from None
-    return plan
 
 
 def _update(request: Request, plan: Plan, site: Site) -> _Answer:

@@ -20,7 +20,7 @@ _MOST_NOISE = 4.0  # times the calibrated σ; an update with more is nearly pure
 
 @dataclass(frozen=True)
 class Budget:
-    """What an organisation allows: ε at δ for one run, and in total for its data set over all runs."""
+    """What an organisation allows: ε at δ for one run, and in total over all runs."""
 
     epsilon: float
     delta: float
@@ -104,7 +104,7 @@ def noise_multiplier(
     """σ for the rounds from `round` on: calibrated once for all steps of all rounds, and kept as long as it suffices.
 
     examples: the public number. counted: whether its draw is among what is spent.
-    spent: charges of this run. histories: of every data set that shares a record with this one, this run's charges included.
+    spent: charges of this run. histories: of every collection that its charges concern, this run's included.
     More than planned may have been spent: a crash in the middle of a round counts. Then the rest of the budget is spread over the
     remaining steps. Raises Declined when the run does not fit into what is left of the total, PrivacyError when its rest is so
     small that the update would be mere noise.
@@ -141,7 +141,7 @@ def _too_much_in_total(
     return Declined(
         "budget.epsilon_total",
         f"the plan asks for ε = {budget.epsilon:g} in {plan.rounds} rounds, and {max(total.epsilon - spent, 0.0):.2f} of the"
-        f" total {total.epsilon:g} are left for this data set (spent over all runs: {round_up(spent)}, at δ ="
+        f" total {total.epsilon:g} are left (spent over all runs: {round_up(spent)}, at δ ="
         f" {total.delta:.2g}): with this plan's noise at most {_fitting(plan, examples, sigma, total, telling)} of its rounds"
         " would fit; set budget.own_epsilon to spend less, or raise budget.epsilon_total in policy.toml",
     )

@@ -6,7 +6,8 @@ The steps are taken on made-up records as long as the plan allows; no record is 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,7 +19,7 @@ from cotune.client.guard import Guard
 from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
-from cotune.models.errors import Declined, PlanError, PrivacyError
+from cotune.models.errors import DataError, Declined, PlanError, PrivacyError
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
@@ -45,14 +46,19 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class Checked:
-    """The verdict. declined: why not, the rule first; then, and without privacy, nothing else was tried."""
+    """The verdict, for the organization's own eyes.
+
+    declined: why not, the rule first; then, and without privacy, nothing else was tried. left_out: how many rows of the files
+    contribute nothing, by reason.
+    """
 
     organisation: str
     examples: int
     device: str
     declined: str | None
     broken: tuple[Broken, ...] = ()  # every rule that does not allow the plan
-    warning: str | None = None
+    warnings: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
     noise_multiplier: float | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -62,39 +68,31 @@ class Checked:
 
 
 def check(plan: Plan, site: Site) -> Checked:
-    """Raises what training would raise: DataError, ModelError, PrivacyError. A plan without privacy is not tried, only judged."""
+    """Judges the plan and, with privacy, tries it. Raises DataError and ModelError where records or model cannot be read."""
     if not plan.labels:
         raise PlanError(
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
             " give the plan.toml of a run, or list labels in the plan"
         )
-    policy, holdings = site.policy(), site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
-    checked = Checked(site.organisation, len(holdings.units), site.file.device, None)
+    policy, holdings = site.policy(), site.counted(plan)
     account = Account(plan, policy, site, holdings, draws=False)
-    if holdings.unknown:
-        warning = (
-            f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
-            " would be trained without a label"
-        )
-        checked = replace(checked, warning=warning)
-    elif (far := _far_from_true(account)) is not None:
-        checked = replace(checked, warning=far)
-    broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
-    if broken:
-        return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
+    checked = Checked(
+        site.organisation,
+        len(holdings.units),
+        site.file.device,
+        None,
+        warnings=tuple(_warnings(account)),
+        left_out=holdings.left_out(),
+    )
     try:
-        played = account.ledger.rounds(plan.plan_id) if account.budget else []
-        if played:
-            raise Declined(
-                "privacy.epsilon",
-                f"this plan has run here already (rounds {played[0]}–{played[-1]}), and what it"
-                " spent is spent; it goes on where it stopped, or starts anew with another seed",
-            )
-        sigma = account.plan_noise(1) if account.budget else None
-    except PrivacyError as declined:  # a rule says no, or the run has used up its budget
+        broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
+        if broken:
+            return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
+        sigma = _noise(account)
+        for stage in plan.stages:
+            check_examples(account.public_examples, stage.local, site.organisation)
+    except (PrivacyError, DataError) as declined:  # a rule says no, the budget is used up, or there are too few records
         return replace(checked, declined=str(declined))
-    for stage in plan.stages:
-        check_examples(account.public_examples, stage.local, site.organisation)
     find_base_here(plan, site.file)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
@@ -112,15 +110,36 @@ def check(plan: Plan, site: Site) -> Checked:
     )
 
 
-def _far_from_true(account: Account) -> str | None:
-    """A declared number that is far from the true one costs accuracy: batches are smaller, or the noise larger than need be."""
-    declared, held = account.public_examples, account.true_examples
-    if account.policy.tell.example_count != "declared" or held / 2 <= declared <= 1.1 * held:
+def _noise(account: Account) -> float | None:
+    """σ of the plan's first round; None without privacy. Raises Declined for a plan that has run here."""
+    if account.budget is None:
         return None
-    return (
-        f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"
-        " batches and noise follow from it"
-    )
+    played = account.ledger.rounds(account.plan.plan_id)
+    if played:
+        raise Declined(
+            "privacy.epsilon",
+            f"this plan has run here already (rounds {played[0]}–{played[-1]}), and what it"
+            " spent is spent; it goes on where it stopped, or starts anew with another seed",
+        )
+    return account.plan_noise(1)
+
+
+def _warnings(account: Account) -> Iterator[str]:
+    """What does not stop a run, and makes it worth less than it could be."""
+    holdings, plan = account.holdings, account.plan
+    if not len(holdings):
+        yield "no record is usable: rounds would be answered with noise alone; look at the file, or name another one with --data"
+    if holdings.unknown:
+        yield (
+            f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
+            " would be trained without a label"
+        )
+    declared, held = account.public_examples, account.true_examples
+    if account.policy.tell.example_count == "declared" and not held / 2 <= declared <= 1.1 * held:
+        yield (
+            f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"
+            " batches and noise follow from it"
+        )
 
 
 def _try(plan: Plan, stage: Stage, model: SharedModel, examples: int, sigma: float) -> StageCheck:

@@ -47,7 +47,8 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from cotune.client.bounded import distrust
 from cotune.client.reach import explained
-from cotune.strategies.pieces import CutOff, TooMuch, gather
+from cotune.strategies.parcel import Parcel
+from cotune.strategies.pieces import CutOff, TooMuch, collect
 
 __all__ = ["CutOff", "Fleet", "FleetError", "NotKnown", "Request", "RequestOver", "TooMuch", "connected"]
 
@@ -129,13 +130,16 @@ class Fleet:
         response = _call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         return Request._first_of(response) if response.messages_list else None
 
-    def open(self, request: Request) -> Message:
-        """The whole message. It may be opened again until it is confirmed.
+    def open(self, request: Request) -> Parcel:
+        """The whole message, in its pieces. It may be opened again until it is confirmed.
 
-        Raises CutOff when the rest of it does not come, TooMuch when it is too large: no more than the limit is ever taken.
+        Raises CutOff when the rest of it does not come, TooMuch when it is too large: no more than the limit is ever taken;
+        Malformed when it is no message.
         """
         pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, request.run)
-        return gather(request.tree, pull, _MOST_BYTES, _SILENCE_SECONDS)
+        parcel = collect(request.tree, pull, _MOST_BYTES, _SILENCE_SECONDS)
+        parcel.header("")  # whoever is given it can answer it
+        return parcel
 
     def bundle(self, run: int) -> bytes:
         """The bundle (FAB) that a run was started with: a zip archive."""

@@ -34,6 +34,7 @@ from cotune.client.resident import Resident, ResidentDied
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, RunError
 from cotune.models.lock import only_one
+from cotune.strategies.parcel import Parcel
 
 __all__ = ["Node", "run_node"]
 
@@ -49,7 +50,7 @@ Connect = Callable[[int | None, bool], AbstractContextManager[Fleet]]  # as `con
 class Worker(Protocol):
     """Who answers: a Resident."""
 
-    def give(self, message: Message) -> None: ...
+    def give(self, parcel: Parcel) -> None: ...
     def answer(self, seconds: float) -> Message | None: ...
 
 
@@ -175,9 +176,9 @@ class Node:
 
     def _give(self, fleet: Fleet, request: Request) -> None:
         try:
-            message = fleet.open(request)
+            parcel = fleet.open(request)
             self._opened = True
-            self._worker.give(message)
+            self._worker.give(parcel)
             self._given = True
             _log.info("round %s of run %s begins", request.round, request.run)
             tell("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)

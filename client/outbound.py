@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
@@ -34,6 +35,7 @@ from cotune.strategies.wire import (
     encode_receipt,
     encode_update,
     received_digest,
+    salt_of,
 )
 
 __all__ = ["Blocked", "check_reason", "check_receipt", "check_update"]
@@ -58,12 +60,11 @@ class Blocked(RunError):
 
 
 def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) -> tuple[Update, Account]:
-    """The update that the message holds, and the account that it was compared with.
-
-    Raises Blocked, RunError for what cannot be read as one.
-    """
-    update, policy = decode_update(content, plan.plan_id), site.policy()
-    holdings = site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
+    """The update that the message holds, and the account that it was compared with. Raises Blocked."""
+    with _own_message():
+        update = decode_update(content, plan.plan_id)
+    policy = site.policy()
+    holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, round=request.round)
     for problem in _problems(content, update, request, account, model_here(plan, site)):
         raise Blocked(problem)
@@ -71,10 +72,21 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
 
 
 def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site) -> None:
-    """Raises Blocked for anything but the receipt of this request, RunError for what is none."""
+    """Raises Blocked for anything but the receipt of this request."""
     expected = Receipt(site.organisation, plan.plan_id, received_digest(request.state, request.sent))
-    if decode_receipt(content) != expected or not _same(content, encode_receipt(expected)):
+    with _own_message():
+        found = decode_receipt(content)
+    if found != expected or not _same(content, encode_receipt(expected, salt_of(content))):
         raise Blocked("the receipt is not that of this request alone")
+
+
+@contextmanager
+def _own_message() -> Iterator[None]:
+    """What this machine has made and nobody could read is not for a server either."""
+    try:
+        yield
+    except RunError as error:
+        raise Blocked(str(error)) from None
 
 
 def check_reason(reason: str) -> None:
@@ -88,7 +100,7 @@ def check_reason(reason: str) -> None:
 def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: SharedModel) -> Iterator[str]:
     plan, site = account.plan, account.site
     names = shared_names(plan, model, request.round)
-    if not _same(content, encode_update(update, plan.plan_id)):
+    if not _same(content, encode_update(update, plan.plan_id, salt_of(content))):
         yield "the message holds more than an update, or holds it in another form"
     if (update.organisation, update.round) != (site.organisation, request.round):
         yield f"the update is of {update.organisation[:80]} for round {update.round}, not of this organisation for this round"

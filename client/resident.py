@@ -18,6 +18,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict, UserConfig
 
 from cotune.client.refusal import UNSAID, refusal
+from cotune.strategies.parcel import Malformed, Parcel, TooMuch
 
 __all__ = ["Resident", "ResidentDied"]
 
@@ -29,7 +30,10 @@ class ResidentDied(Exception):
 
 
 class Resident:
-    """Answers one message at a time for the site in `folder`. server: who asks, as its own log of what was sent names it."""
+    """Answers one message at a time for the site in `folder`. server: who asks, as its own log of what was sent names it.
+
+    Messages come to it in their pieces: what they may become is decided where the model is (received.py).
+    """
 
     def __init__(self, folder: Path, server: str = "") -> None:
         self._folder, self._server, self._busy = folder, server, False
@@ -50,7 +54,7 @@ class Resident:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def give(self, message: Message) -> None:
+    def give(self, parcel: Parcel) -> None:
         """Starts work on a message, in a new process if the old one has ended, or is at a message that nobody waits for any more.
 
         Raises ResidentDied.
@@ -60,7 +64,7 @@ class Resident:
             self._process, self._pipe = self._start()
         self._busy = True
         try:
-            self._pipe.send(message)
+            self._pipe.send(parcel)
         except OSError:
             raise self._died() from None
 
@@ -97,27 +101,31 @@ def _work(pipe: Connection, folder: Path, server: str, level: int) -> None:
 
     while True:
         try:
-            message = pipe.recv()
+            parcel = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(message, folder, server))
+        pipe.send(_answer(parcel, folder, server))
 
 
-def _answer(message: Message, folder: Path, server: str = "") -> Message:
+def _answer(parcel: Parcel, folder: Path, server: str = "") -> Message:
     from cotune.client.app import app
     from cotune.client.audit_log import AuditLog
+    from cotune.client.received import opened
+    from cotune.client.site import Site
     from cotune.models.errors import RunError
 
-    about = message.metadata
+    header = parcel.header("")
+    about = header.metadata
     site = UserConfig({"site": str(folder), "server": server})
     context = Context(about.run_id, about.dst_node_id, site, RecordDict(), UserConfig())
     try:
-        return app(message, context)
+        return app(opened(parcel, Site(folder)), context)
     except Exception as error:  # such as a message of a kind that is not served
-        _log.exception("the message could not be answered")
+        foreseen = isinstance(error, TooMuch | Malformed)
+        _log.error("the message could not be answered: %s", error, exc_info=None if foreseen else error)
         with suppress(RunError):  # what is refused without it says nothing of the records
             AuditLog(folder).append("refusal", server=server, said=UNSAID, reason=f"{type(error).__name__}: {error}")
-        return refusal(message, UNSAID)
+        return refusal(header, UNSAID)
 
 
 def _end_with_parent() -> None:

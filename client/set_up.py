@@ -68,14 +68,32 @@ def fingerprint_of(site: Site) -> str:
 
 
 def name_records(
-    site: Site, plan: Plan, data: str | None, *, text: str | None = None, label: str | None = None, unit: str | None = None
+    site: Site,
+    plan: Plan,
+    data: str | None,
+    *,
+    text: str | None = None,
+    label: str | None = None,
+    unit: str | None = None,
+    collection: str | None = None,
 ) -> int:
     """Writes data.json, once the records were read; columns that are not given are the plan's. Returns how many there are.
 
-    data: a file, a folder of images, or package:NAME; None: what data.json says already. Raises DataError, also when it says
-    nothing, or is about another task.
+    Somebody is here to read what is wrong: other than in a round, records of which none is usable are refused.
+
+    Args:
+        data: A file, a folder of images, or package:NAME; None: what data.json says already.
+        collection: The collection that they are in (see docs/ledger.md); None: none.
+
+    Raises:
+        DataError: Also when data.json says nothing, or is about another task.
+        PlanError: For a collection's name that is none.
     """
+    if collection is not None:
+        check_name(collection)
     document = site.folder / "data.json"
+    if data is None and collection is not None:
+        raise DataError(f"--collection {collection} says where the records of --data count: expected both")
     if data is None and document.exists():
         held = site.holdings(plan.labels)
         if held.task != plan.task:
@@ -89,7 +107,9 @@ def name_records(
     columns = {task_named(plan.task).key: text, "label": label, "unit": unit}
     config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
     try:
-        described = HoldingsFile(task=plan.task, data=DataConfig(**config), portions=(Portion(path=None),))
+        described = HoldingsFile(
+            task=plan.task, data=DataConfig(**config), portions=(Portion(path=None),), collection=collection or ""
+        )
     except ValueError:
         named = ", ".join(repr(name) for name in columns.values() if name is not None)
         raise DataError(f"the columns {named} cannot be had: expected different ones") from None
@@ -102,6 +122,9 @@ def _write_once_read(document: Path, described: HoldingsFile, plan: Plan) -> int
     try:
         write_durably(draft, described.model_dump_json(indent=1).encode())
         count = len(HoldingsFile.read(draft, plan.labels, lenient=True))
+        if not count:
+            HoldingsFile.read(draft, plan.labels)  # read strictly, it says why
+            raise DataError("none of the records is usable: expected some; look at the file")
         os.replace(draft, document)
     except DataError as error:
         raise DataError(str(error).replace("--set data.", "--")) from None

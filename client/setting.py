@@ -172,7 +172,7 @@ def _on_features(
     expected_batch: float,
     units: Sequence[Unit],
 ) -> Setting:
-    labels = torch.tensor(targets)
+    labels = torch.tensor(targets, dtype=torch.long)  # of no records, too
     unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
     if bool(unreadable.any()):
         features = features.nan_to_num(nan=0.0)

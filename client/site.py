@@ -29,6 +29,7 @@ from torch import Tensor
 from cotune.models.durable import remove_parts, write_durably
 from cotune.models.errors import DataError, RunError
 from cotune.models.holdings import Holdings, HoldingsFile
+from cotune.plan.schema import Plan
 from cotune.privacy.ledger import Ledger
 from cotune.privacy.policy import Policy, read_policy
 from cotune.strategies.update_file import read_update, update_bytes
@@ -66,6 +67,13 @@ class Site:
     def holdings(self, labels: tuple[str, ...]) -> Holdings:
         """The organisation's own records."""
         return HoldingsFile.read(self.folder / "data.json", labels, lenient=not self.file.simulated)
+
+    def counted(self, plan: Plan) -> Holdings:
+        """Those that count under the plan's promise: of no other collection, and of a unit no more than it may have."""
+        held = self.holdings(plan.labels)
+        if held.collection and self.ledger_file.exists():
+            held = held.apart(self.ledger().elsewhere, plan.privacy)
+        return held.bounded(plan.privacy, plan.seed)
 
     def policy(self) -> Policy:
         """policy.toml. Without one, a simulated organisation allows everything, a real one nothing but the strict defaults."""

@@ -1,4 +1,4 @@
-"""The total that an organization allows over all runs, for every data set that shares a record with the one trained on."""
+"""The total that an organization allows over all runs, in every collection that a run's charges concern."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ _TOLERANCE = 1e-3  # relative, of a noise multiplier
 
 @dataclass(frozen=True)
 class Total:
-    """ε at δ for a run and all others on the same records.
+    """ε at δ for a run and all others that count with it.
 
-    histories: of every data set that shares a record with this one, itself first, with this run's charges so far; none: nothing
-    was ever charged.
+    histories: of every collection that the run's charges concern, with those made so far; none: nothing was ever charged.
     """
 
     plan_id: str
@@ -30,11 +29,11 @@ class Total:
 
     @property
     def others(self) -> bool:
-        """Whether another run was charged for any of these records."""
+        """Whether another run was charged there."""
         return any(set(history.runs) - {self.plan_id} for history in self.histories)
 
     def after(self, steps: Sequence[Steps]) -> float:
-        """ε that the run's further steps would bring the most burdened of these data sets to."""
+        """ε that the run's further steps would bring the most burdened of these collections to."""
         return max(
             epsilon_over_runs(history.with_steps(self.plan_id, steps), self.epsilon, min(self.delta, history.delta))
             for history in self.histories or [History("", {})]

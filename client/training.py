@@ -55,7 +55,7 @@ def train_round(
     check_plan(plan, policy)
     _check_values(state, "state")
     _check_values(sent, "further tensors")
-    holdings = site.holdings(plan.labels).bounded(plan.privacy, plan.seed)
+    holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, round=round)
     examples = account.public_examples  # what is decided from here on is decided by this number alone
     check_consent(plan, policy, examples)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, revision_of
 from cotune.models.errors import ModelError
+from cotune.models.model_settings import base_labels, read_settings
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
 from cotune.models.table import Table
 from cotune.models.tasks import Task, TaskName, task_named
@@ -25,7 +27,7 @@ from cotune.models.tasks import Task, TaskName, task_named
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from transformers import PreTrainedModel
 
-__all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "base_labels", "dropout_settings", "find_base", "load_model", "quiet"]
+__all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "dropout_settings", "find_base", "load_model", "quiet"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
@@ -194,7 +196,7 @@ def _a(noun: str) -> str:
 
 def _head_is_for(path: Path, labels: tuple[str, ...], architecture: str) -> bool:
     """Whether a head in the folder, if there is one, was trained for these labels; if it does not say, their number decides."""
-    trained = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or [architecture]
+    trained = read_settings(path).get("architectures") or [architecture]
     return architecture in trained and base_labels(path) in ((), labels)
 
 
@@ -235,20 +237,23 @@ def _check_no_code_is_named(settings: Any) -> None:
 
 
 def _configure(path: Path, labels: tuple[str, ...]) -> Any:
-    _check_no_code_is_named(json.loads((path / "config.json").read_bytes()))
+    _check_no_code_is_named(read_settings(path))
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = None  # how another task's labels were read, such as regression
     for key in dropout_settings(config):
         setattr(config, key, 0.0)
     return config
 
 
 def dropout_settings(config: Any) -> dict[str, float]:
-    """The dropout probabilities of a configuration, by their keys."""
-    other_names = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
+    """Return the probabilities of a configuration with which training leaves something out, by their keys.
+
+    Dropout (`hidden_dropout_prob`, `attn_pdrop`), stochastic depth (`drop_path_rate`) and whole layers (`layerdrop`).
+    """
     found = config.to_dict().items()
-    return {key: value for key, value in found if ("dropout" in key or key in other_names) and isinstance(value, float)}
+    return {key: value for key, value in found if ("drop" in key) and isinstance(value, float)}
 
 
 def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: Task) -> bool:
@@ -278,12 +283,22 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task) -> tuple[Pre
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
     _check_complete(report, f"{module.base_model_prefix}.", frozen)
-    for layer in module.modules():
-        if isinstance(layer, nn.Dropout):  # some heads have one that no setting names
-            layer.p = 0.0
     module.requires_grad_(False)
-    module.train()
+    _make_deterministic(module)
     return module, frozen
+
+
+def _make_deterministic(module: nn.Module) -> None:
+    """Leave nothing in training to chance, under whatever name: dropout, stochastic depth, dropped layers, masks, jitter.
+
+    All of it is done by modules in training mode; only plain layers with parameters of their own stay in it, as Opacus takes
+    gradients of single rows from those alone. Batch normalization uses the statistics of the base model, and does not move them.
+    """
+    module.eval()
+    for layer in module.modules():
+        own_parameters = any(True for _ in layer.parameters(recurse=False))
+        if own_parameters and not any(True for _ in layer.children()) and not isinstance(layer, _BatchNorm):
+            layer.train()
 
 
 def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...]) -> None:
@@ -295,10 +310,3 @@ def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...]) -> None:
             f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"
             " in another shape: expected config.json and weights of the same model; download the folder again"
         )
-
-
-def base_labels(path: Path) -> tuple[str, ...]:
-    """The label names that a folder's configuration declares, in the order of its head; empty for generic ones."""
-    names = json.loads((path / "config.json").read_text()).get("id2label") or {}
-    ordered = tuple(str(names[key]) for key in sorted(names, key=int))
-    return () if all(name.startswith("LABEL_") for name in ordered) else ordered

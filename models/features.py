@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -53,9 +54,17 @@ Progress = Callable[[int, int], None]  # (records encoded, records in all)
 
 
 def cache_folder() -> Path:
-    """Where features are kept between runs: $COTUNE_CACHE, or cotune/ in the user's cache folder."""
+    """Where features are kept between runs: $COTUNE_CACHE, or cotune/ in the user's cache folder.
+
+    For a user without a home, a folder of that user alone among the temporary files.
+    """
     given = os.environ.get("COTUNE_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cotune"
+    if given:
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cotune"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"cotune-{os.getuid()}"
 
 
 class _Stub(nn.Module):
@@ -232,6 +241,8 @@ def encode_batch(model: SharedModel, examples: Sequence[Example], precision: str
 
 def _encode(model: SharedModel, examples: Sequence[Example], dtype: torch.dtype, progress: Progress | None) -> Tensor:
     loaded = model.loaded
+    if not examples:  # of no record there are none, as wide as others
+        return _encode(model, loaded.task.samples(loaded.reader), dtype, None)[:0]
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
     features, done = torch.empty(0, 0), 0
 

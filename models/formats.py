@@ -13,6 +13,7 @@ import warnings
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cotune.models.errors import DataError
 
-__all__ = ["READERS", "UNREADABLE", "Columns", "DataConfig", "DataFile", "is_unicode", "reason_of", "word_of"]
+__all__ = ["JSON_SUFFIXES", "READERS", "UNREADABLE", "Columns", "DataConfig", "DataFile", "is_unicode", "reason_of", "word_of"]
 
 
 class DataConfig(BaseModel):
@@ -127,7 +128,15 @@ def _csv(file: DataFile, separator: str) -> Columns:
 
 def _frame(file: DataFile, text: str, separator: str, rows: int | None = None) -> pandas.DataFrame:
     """All fields of a CSV file as text; where lenient, without the lines of too many fields and what a quote never closes."""
-    read = partial(pandas.read_csv, sep=separator, header=None, dtype=str, keep_default_na=False, nrows=rows)
+    read = partial(
+        pandas.read_csv,
+        sep=separator,
+        header=None,
+        dtype=object,  # fields as they stand; half a character cannot be kept otherwise
+        keep_default_na=False,
+        nrows=rows,
+        encoding_errors="surrogatepass",
+    )
     if not file.lenient:
         return read(io.StringIO(text))
     try:
@@ -167,7 +176,7 @@ def _json(file: DataFile) -> Columns:
     """One object per line, or one array of objects."""
     text = _decode(file)
     found: list[tuple[str, Any]]
-    if text.lstrip().startswith("["):
+    if text.lstrip().startswith("[") and not (file.lenient and _is_lines(text)):
         found = [(f"record {number}", row) for number, row in enumerate(_loads(file, text, 1), 1)]
     else:  # str.splitlines would also cut at a line separator inside a string
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -180,10 +189,21 @@ def _json(file: DataFile) -> Columns:
         if not isinstance(row, dict):
             raise DataError(f"{file.name} holds a {type(row).__name__} in {where}, expected an object: {_example(file)}")
         rows.append(row)
-    if not rows:
+    if not rows and not file.lenient:
         raise DataError(f"{file.name} holds no records: expected one object per line, as in {_example(file)}")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return names, {name: [row.get(name) for row in rows] for name in file.columns if name in names}
+    wanted = file.columns if file.lenient else [name for name in file.columns if name in names]
+    return names, {name: [row.get(name) for row in rows] for name in wanted}
+
+
+def _is_lines(text: str) -> bool:
+    """Whether the first line is a value by itself, with others below: a list there is one bad record, not the file."""
+    first, *others = [line for line in text.split("\n") if line.strip()]
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return bool(others)
 
 
 def _loads_line(file: DataFile, text: str, number: int) -> Any:
@@ -254,8 +274,15 @@ READERS: dict[str, Callable[[DataFile], Columns]] = {
 }
 
 
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")  # formats without a table of columns
+
+
 def _decode(file: DataFile) -> str:
+    """The file's text. Where lenient, a byte that is none of it becomes half a character, by which its record is left out."""
     encoding = file.config.encoding
+    if file.lenient and not file.raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        with suppress(UnicodeError):
+            return file.raw.decode(encoding, "surrogateescape").replace("\0", "\udc00").removeprefix("\ufeff")
     binary = f"{file.name} is not text (it holds NUL bytes): expected {file.suffix} content, so export it again"
     try:
         text = file.raw.decode(encoding)

@@ -6,6 +6,8 @@ that they are the same whoever asks and computed once.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,8 @@ from cotune.models.units import RECORD, UnitRule, agree, chosen, grouped, identi
 
 __all__ = ["Holdings", "HoldingsFile", "Portion", "write_holdings"]
 
+_SURPLUS = "more than max_records of their unit"
+
 
 class Portion(BaseModel):
     """Rows of one file; `rows`: the name of a .npy file with their numbers beside the document; None: all of them."""
@@ -42,6 +46,7 @@ class HoldingsFile(BaseModel):
     task: TaskName = "sequence-classification"  # what the records are read as
     data: DataConfig
     portions: tuple[Portion, ...]
+    collection: str = ""  # which total their charges count against (see privacy/charges.py); "": every one
 
     @classmethod
     def read(cls, file: Path, labels: tuple[str, ...], *, lenient: bool = False) -> Holdings:
@@ -60,7 +65,7 @@ class HoldingsFile(BaseModel):
         for portion in document.portions:
             records = read_records(document.data, portion.path, document.task, lenient=lenient)
             parts.append((records, _rows(file, portion, len(records))))
-        return Holdings(tuple(parts), labels, document.task, lenient)
+        return Holdings(tuple(parts), labels, document.task, lenient, collection=document.collection)
 
 
 def _rows(file: Path, portion: Portion, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -95,7 +100,8 @@ def write_holdings(
 class Holdings:
     """Records held, in a fixed order; labels as class numbers in the plan's order.
 
-    unit: whom a promise is made to, see `bounded`; None: nobody, and every row stands for itself.
+    unit: whom a promise is made to, see `bounded`; None: nobody, and every row stands for itself. collection: the one of the
+    organization's that they are in. dropped: how many rows of the files are not among them, by reason.
     """
 
     parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
@@ -104,6 +110,8 @@ class Holdings:
     lenient: bool = False  # whether a record of a class that the plan lacks is one without a loss, instead of an error
     unit: str | None = None
     whole: Holdings | None = field(default=None, repr=False)  # before it was bounded
+    collection: str = ""
+    dropped: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.parts)
@@ -146,14 +154,48 @@ class Holdings:
             return self
         whole = replace(self, unit=privacy.unit, whole=self)
         inputs, labels, identities = self.inputs(), self._held_labels, whole.unit_identities()
-        kept = np.zeros(len(self), dtype=bool)
+        kept, dropped = np.zeros(len(self), dtype=bool), Counter[str]()
         for unit, group in zip(identities, whole.units, strict=True):
             records = [(inputs[row], labels[row]) for row in group]
-            if privacy.unit != RECORD or agree(records):
-                kept[[group[i] for i in chosen(unit, records, privacy.max_records or 1, seed)]] = True
+            if privacy.unit == RECORD and not agree(records):
+                dropped["copies that differ"] += len(group)
+                continue
+            counting = chosen(unit, records, privacy.max_records or 1, seed)
+            kept[[group[i] for i in counting]] = True
+            dropped[_SURPLUS if privacy.unit != RECORD else "copies"] += len(group) - len(counting)
+        return whole._only(kept, dropped)
+
+    def apart(self, elsewhere: Callable[[Sequence[bytes], str], set[bytes]], privacy: UnitRule | Literal["none"]) -> Holdings:
+        """Without the units that have a record, or themselves, in another of the organization's collections.
+
+        elsewhere: identities, the name of this collection -> those that are in another one (see `privacy.ledger`). They
+        contribute nothing here, like a record that cannot be read: nobody sees from outside that they are in the file.
+        """
+        if not self.collection:
+            return self
+        ours = self if privacy == "none" else replace(self, unit=privacy.unit)
+        known = elsewhere([*ours.unit_identities(), *self.identities()], self.collection)
+        kept, identities = np.ones(len(self), dtype=bool), self.identities()
+        for unit, group in zip(ours.unit_identities(), ours.units, strict=True):
+            if unit in known or any(identities[row] in known for row in group):
+                kept[group] = False
+        return self._only(kept, {"in another collection": int((~kept).sum())})
+
+    def _only(self, kept: np.ndarray[Any, np.dtype[np.bool_]], dropped: Mapping[str, int]) -> Holdings:
+        """Some of the rows, in their order; how many were dropped now, by reason."""
         ends = np.cumsum([len(rows) for _, rows in self.parts])
         held = zip(self.parts, np.split(kept, ends[:-1]), strict=True)
-        return replace(whole, parts=tuple((records, rows[counts]) for (records, rows), counts in held))
+        parts = tuple((records, rows[counts]) for (records, rows), counts in held)
+        return replace(self, parts=parts, dropped=dict(Counter(self.dropped) + Counter(dropped)))
+
+    def left_out(self) -> dict[str, int]:
+        """How many rows of the files contribute nothing to training, by the reason; for the organization's own eyes."""
+        found = Counter(self.dropped)
+        for records, _ in self.parts:
+            found.update(records.skipped)
+        known = set(self.labels)
+        found["label unknown to the plan"] = sum(isinstance(label, str) and label not in known for label in self._held_labels)
+        return {reason: count for reason, count in found.items() if count}
 
     def _unit_names(self, unit: str) -> list[str]:
         if any(len(records.units) != len(records) for records, _ in self.parts):

@@ -50,17 +50,17 @@ class ImageClassification:
         return ImageReader(folder)
 
     def fit(self, reader: ImageReader, module: Any) -> None:
-        shape, wanted = reader.shape(), getattr(module.config, "image_size", None)
+        settings = getattr(module.config, "vision_config", module.config)  # CLIP and SigLIP have a configuration for each half
+        shape, wanted = reader.shape(), getattr(settings, "image_size", None)
         wanted = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted or shape)
         if shape != wanted:
             raise ModelError(
                 f"the base model reads images of {wanted[0]} × {wanted[1]} pixels, and its preprocessor_config.json makes them"
                 f" {shape[0]} × {shape[1]}: expected the same; mend one of the two files"
             )
-        if module.config.num_channels != 3:
-            raise ModelError(
-                f"the base model reads {module.config.num_channels} channels: expected 3 (RGB); use another base model"
-            )
+        channels = getattr(settings, "num_channels", 3)
+        if channels != 3:
+            raise ModelError(f"the base model reads {channels} channels: expected 3 (RGB); use another base model")
 
     def longest(self, reader: ImageReader, module: Any, wanted: int) -> int:
         """An image is no row of tokens."""

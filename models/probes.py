@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cotune.models.batching import LENGTHS
+from cotune.models.errors import ModelError
 from cotune.models.sharing import SharedModel
 from cotune.models.text_task import IGNORED, Batch, Example
 
@@ -89,6 +90,8 @@ def _labels(example: Example) -> Any:
 def stretched(example: Example, length: int) -> Example:
     """An example of exactly that many tokens: its own, cut off or repeated (labels with them), and the last as it was."""
     ids, labels = example["input_ids"], example["labels"]
+    if not ids:
+        raise ModelError("the base model's tokenizer makes no token of a text: expected at least one; use another base model")
     times = -(-length // len(ids))
     rows = (ids * times)[: length - 1] + ids[-1:] if length > 1 else ids[:1]
     if isinstance(labels, list):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cotune.models import image_folders
 from cotune.models.errors import DataError, nearest
-from cotune.models.formats import READERS, UNREADABLE, DataConfig, DataFile, is_unicode, reason_of, word_of
+from cotune.models.formats import JSON_SUFFIXES, READERS, UNREADABLE, DataConfig, DataFile, is_unicode, reason_of, word_of
 from cotune.models.inputs import Input, Label, content_of, identity_of, names_in, plain
 from cotune.models.tasks import Task, TaskName, task_named
 from cotune.models.units import agree, grouped
@@ -92,6 +92,10 @@ def read_records(
     (half of a surrogate pair) is skipped and counted. A CSV field is a word as it stands: "NA" and "None" are labels there,
     and only an empty field is missing.
     Raises DataError if the file cannot be read, lacks a column or holds no usable record.
+
+    lenient: whether it is known from outside that reading failed. Then nothing that one record decides makes it fail: what cannot
+    be read is left out and counted, and a file may hold no usable record, or none at all. A file that as a whole cannot be read
+    (one without the columns, a damaged archive) still raises.
     """
     name, file = _locate(config, path)
     try:
@@ -101,7 +105,7 @@ def read_records(
         raise DataError(f"{name} does not exist (looked for {file.absolute()}): check data.source (or --data, --test)") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{name!r} cannot be opened ({reason_of(error)}): check data.source and permissions") from error
-    if stat.S_ISDIR(status.st_mode) and is_one_source(file, task):
+    if stat.S_ISDIR(status.st_mode) and (is_one_source(file, task) or (lenient and task_named(task).key == "image")):
         with _PARSING:
             return _parse_folder(real, name, image_folders.signature(file), config, task, lenient)
     if stat.S_ISDIR(status.st_mode):
@@ -218,13 +222,14 @@ def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, t
         file = DataFile(name, Path(path), Path(path).read_bytes(), config, key, lenient)
     except OSError as error:
         raise DataError(f"{name} cannot be read ({reason_of(error)}): check its permissions") from error
-    if not file.raw:
+    if not file.raw and not (lenient and suffix in JSON_SUFFIXES):  # of JSON lines, that is no record
         columns = " and ".join(map(repr, file.wanted))
         raise DataError(f"{name} is empty (0 bytes): expected records with the columns {columns}")
     names, values = READERS[suffix](file)
     inputs, labels = file.wanted
     for entry, column in zip((key, "label", "unit"), file.columns, strict=False):
-        _check_column(file, entry, column, names)
+        if not (lenient and suffix in JSON_SUFFIXES):  # there, which columns there are is what the records say
+            _check_column(file, entry, column, names)
     return _clean(file, task_named(task), values[inputs], values[labels], values.get(config.unit) if config.unit else None)
 
 
@@ -260,7 +265,7 @@ def _clean(
     units: Sequence[object] | None = None,
 ) -> Records:
     """The usable records; the others are counted by the reason."""
-    if not inputs:
+    if not inputs and not file.lenient:
         raise DataError(f"{file.name} holds the names of its columns and no records: add some, or name another file")
     found: list[Row] = []
     skipped = Counter(file.skipped)  # lines that no record could be made of
@@ -274,12 +279,12 @@ def _clean(
         else:
             found.append((*record, unit))
     kept = _without_duplicates(found, skipped) if file.config.deduplicate else found
-    if not kept:
+    if not kept and not file.lenient:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise DataError(
             f"{file.name} holds {len(inputs)} records and none is usable ({reasons}): check data.{file.key} and data.label"
         )
-    given, named, whose = zip(*kept, strict=True)
+    given, named, whose = zip(*kept, strict=True) if kept else ((), (), ())
     return Records(given, named, file.name, dict(skipped), whose if units is not None else ())
 
 

@@ -123,7 +123,7 @@ class Invitation:
 def read_invitation(file: Path) -> Invitation:
     """Raises RunError for a file that cannot be read, PlanError for what is not a federation.toml of this protocol."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise RunError(f"{file} cannot be read ({error}): expected the federation.toml that the coordinator gave you") from None
     return Invitation.from_toml(text)

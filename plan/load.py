@@ -86,7 +86,7 @@ def dump_plan(plan: Plan) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # as editors on Windows write it
     except FileNotFoundError:
         raise PlanError(
             f"the plan {path} does not exist: expected a TOML file; `cotune plan new tweets > my.toml` makes one"

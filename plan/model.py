@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.models.errors import PrivacyError
 from cotune.models.sharing import SharedModel, resident
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
+from cotune.strategies.plugins import is_code
 
-__all__ = ["model_of", "shared_names", "trained_names"]
+__all__ = ["model_of", "rewritten_names", "shared_names", "state_shapes", "trained_names"]
 
 
 def model_of(plan: Plan, device: str) -> SharedModel:
@@ -35,6 +38,40 @@ def shared_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
     if not plan.keeps_personal:
         return names
     return [name for name in names if name.startswith(model.prefix) and ".lora_B." not in name]
+
+
+def rewritten_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
+    """What the fusion may change beside what organizations train: other factors of adapters, or the weights that they adapt.
+
+    A fusion that is code is not opened here, so that it may be any of them.
+    """
+    if plan.stage_of(round).mode != "lora":
+        return []
+    fusion = plan.strategy.fusion
+    kinds = ("a", "b", "weight") if is_code(fusion.name) else fusion.info("fusion").needs.rewrites
+    return [getattr(adapter, kind) for adapter in model.adapters() for kind in kinds]
+
+
+def state_shapes(plan: Plan, model: SharedModel, round: int) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape, of all that the state may hold in a round: what rounds up to it share, and what their fusions change.
+
+    Everything else is the base model's, on which everybody has agreed.
+    """
+    own = dict(model.parameters())
+    names = (
+        name
+        for number in _rounds_that_differ(plan, round)
+        for name in [*shared_names(plan, model, number), *rewritten_names(plan, model, number)]
+    )
+    return {name: tuple(own[name].shape) for name in names}
+
+
+def _rounds_that_differ(plan: Plan, round: int) -> Iterator[int]:
+    """Of each stage up to a round its first two: which factors of adapters are trained may depend on whether a round is odd."""
+    first = 1
+    for stage in plan.stages:
+        yield from range(first, min(first + min(stage.rounds, 2), round + 1))
+        first += stage.rounds
 
 
 def _refuse_batch_norm(model: SharedModel) -> None:

@@ -21,7 +21,7 @@ from cotune.strategies.recipes import expand
 from cotune.strategies.schedules import Schedule, decay
 from cotune.strategies.strategy import StrategyConfig
 
-__all__ = ["LocalTraining", "Plan", "RoundsConfig", "SimulationConfig", "Stage", "TellConfig"]
+__all__ = ["LocalTraining", "PersonalizeConfig", "Plan", "RoundsConfig", "SimulationConfig", "Stage", "TellConfig"]
 
 _LARGEST_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
 _LONGEST_WAIT = 30 * 24 * 3600.0
@@ -116,6 +116,19 @@ class RoundsConfig(Table):
     deadline_seconds: float = Field(
         3600.0, gt=0, le=_LONGEST_WAIT, description="how long a round waits for an organisation that was asked"
     )
+    patience: float = Field(
+        10.0,
+        ge=0,
+        le=1e6,
+        description="once half of the asked organisations have answered, the others are waited for so many times their median"
+        " time; whoever needs longer gets a strike; 0: always deadline_seconds",
+    )
+    least_seconds: float = Field(
+        300.0,
+        gt=0,
+        le=_LONGEST_WAIT,
+        description="an organisation that was asked is waited for at least so long, whatever patience says",
+    )
     absent_seconds: float = Field(
         60.0,
         ge=0,
@@ -133,7 +146,10 @@ class RoundsConfig(Table):
     )
     max_staleness: int = Field(2, ge=1, le=100, description="with late = fold: rounds that an update may be late")
     max_update_norm: float | None = Field(
-        None, gt=0, le=1e12, description="updates with a larger L2 norm are refused; absent: as far as training can go by the plan"
+        None,
+        gt=0,
+        le=1e12,
+        description="updates with a larger L2 norm are refused; absent: as far as training can go by the plan",
     )
     max_accuracy_drop: float = Field(
         0.1,
@@ -143,7 +159,10 @@ class RoundsConfig(Table):
     )
     max_examples: int = Field(10_000_000, ge=1, le=10**12, description="updates that declare more records are refused")
     strikes: int = Field(
-        3, ge=0, le=100_000, description="refused updates after which an organisation is left out of the run; 0: never"
+        3,
+        ge=0,
+        le=100_000,
+        description="refused updates and time-outs after which an organisation is left out of the run; 0: never",
     )
     visibility: Literal["updates", "sum"] = Field(
         "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"
@@ -170,11 +189,24 @@ class TellConfig(Table):
     label_histogram: bool = Field(False, description="how many records each class has, once per run")
 
 
+class PersonalizeConfig(Table):
+    """How organizations adapt the finished model to themselves (the `personalize` table): nothing leaves, no ε is spent."""
+
+    methods: tuple[Literal["prior", "head", "mix", "alone"], ...] = Field(
+        ("prior", "head", "mix", "alone"),
+        description="tried beside the model as it came, on own records; empty: nothing is adapted",
+    )
+    folds: int = Field(5, ge=2, le=20, description="parts that the own records are cut into, to choose a method by")
+
+
 class SimulationConfig(Table):
     """Only for simulations (the `simulation` table of a plan)."""
 
     clients: int = Field(4, ge=1, le=10_000, description="organisations that one pooled file is split over")
-    partition: str = Field("dirichlet:0.5", description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA or shards:K")
+    partition: str = Field(
+        "dirichlet:0.5",
+        description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA, shards:K, or column:NAME (as a column of the file says)",
+    )
     min_examples: int = Field(20, ge=1, le=10**9, description="per organisation")
     epsilons: tuple[float, ...] = Field(
         (), description="own ε of each organisation, in their order, where it is smaller than the plan's; empty: the plan's"
@@ -183,9 +215,12 @@ class SimulationConfig(Table):
         (), description="rank of adapters that each organisation trains, in their order, at most lora.rank; empty: that"
     )
     baselines: tuple[Literal["alone", "pooled"], ...] = Field(
-        ("alone", "pooled"), description="what the federated model is compared with; each costs training time"
+        ("alone", "pooled"),
+        description="what the federated model is compared with: alone is trained twice, with the same privacy and without any",
     )
-    pooled: LocalTraining | None = Field(None, description="how the pooled model is trained, where not like [local]")
+    pooled: LocalTraining | None = Field(
+        None, description="how models without privacy are trained for comparison, where not like [local]"
+    )
 
     @field_validator("epsilons")
     @classmethod
@@ -220,6 +255,7 @@ class Plan(Table):
     strategy: StrategyConfig = StrategyConfig()
     server: RoundsConfig = RoundsConfig()
     tell: TellConfig = TellConfig()
+    personalize: PersonalizeConfig = PersonalizeConfig()
     simulation: SimulationConfig = SimulationConfig()
 
     @model_validator(mode="before")

@@ -1,6 +1,11 @@
 """What a ledger's log says: its charges and data sets, and what counts for which.
 
 The same for the ledger itself and for whoever holds an exported log: pure functions of the entries.
+
+All charges count against one total, whichever data sets they were made on. If only those counted that share a record, refusals
+and noise would tell whether they do. An owner may keep records in *collections*, each with a total of its own: a charge made in a
+collection counts there, one made in none ("") counts in all. Collections hold different records, since a record that was charged
+in one is left out of all others (see `privacy.ledger`), so that a record's charges are those of one collection and of none.
 """
 
 from __future__ import annotations
@@ -12,7 +17,20 @@ from typing import Literal
 from cotune.privacy.accounting import Steps
 from cotune.privacy.chain import Entry
 
-__all__ = ["Charge", "DataSet", "History", "charges_of", "counted_for", "data_sets_of", "histories_of", "linked_to"]
+__all__ = [
+    "Charge",
+    "DataSet",
+    "History",
+    "charged_elsewhere",
+    "charges_of",
+    "collections_of",
+    "concerned_by",
+    "counted_for",
+    "data_sets_of",
+    "histories_of",
+]
+
+_COUNTED = ("reserve", "unprotected")  # kinds of entries that are in a collection
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,8 @@ class DataSet:
 class Charge:
     """What was spent at once: steps at their worst case while reserved, those that ran once settled.
 
-    data: the fingerprint of the data set; "" for a charge that counts against all of them. purpose: "training", or what was told.
+    data: the fingerprint of the data set; "" where an older cotune named none. purpose: "training", or what was told.
+    collection: where it counts; "": in all.
     """
 
     id: int
@@ -46,17 +65,18 @@ class Charge:
     purpose: str
     state: Literal["reserved", "settled"]
     seconds: float
+    collection: str = ""
 
 
 @dataclass(frozen=True)
 class History:
-    """All that counts for the records of one data set.
+    """All that counts for the records of one collection.
 
-    data: its fingerprint. runs: id of a run -> what it was charged, in the order of the first charges. delta: the smallest δ at
-    which a total was ever checked for it or for a data set that shares a record with it; 1 for none.
+    collection: its name. runs: id of a run -> what it was charged, in the order of the first charges. delta: the smallest δ at
+    which a limit was ever checked there; 1 for none.
     """
 
-    data: str
+    collection: str
     runs: Mapping[str, tuple[Steps, ...]]
     delta: float = 1.0
 
@@ -75,7 +95,8 @@ def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
             steps = Steps(b["noise_multiplier"], b["sample_rate"], count)
             state: Literal["reserved", "settled"] = "settled" if end else "reserved"
             seconds = end["seconds"] if end else 0.0
-            yield Charge(e.id, e.at, b["data"], b["plan_id"], b["plan"], b["round"], steps, b["purpose"], state, seconds)
+            about = (b["data"], b["plan_id"], b["plan"], b["round"], steps, b["purpose"], state, seconds)
+            yield Charge(e.id, e.at, *about, collection=b.get("collection", ""))
 
 
 def data_sets_of(entries: Sequence[Entry]) -> dict[str, DataSet]:
@@ -90,35 +111,36 @@ def data_sets_of(entries: Sequence[Entry]) -> dict[str, DataSet]:
     return found
 
 
-def linked_to(entries: Sequence[Entry], data: str) -> list[str]:
-    """The data sets whose records a charge on `data` concerns: itself, and all that share a record with it.
-
-    No transitive closure is needed: a record is charged only through data sets that hold it. A charge on unknown data ("")
-    concerns every data set.
-    """
-    known = data_sets_of(entries)
-    if not data:
-        return ["", *known]
-    return [data, *(known[data].shares if data in known else ())]
+def collections_of(entries: Sequence[Entry]) -> list[str]:
+    """The collections of which something was charged or has left, in order; [""] where all was in none."""
+    named = dict.fromkeys(e.body["collection"] for e in entries if e.kind in _COUNTED and e.body.get("collection"))
+    return list(named) or [""]
 
 
-def counted_for(entries: Sequence[Entry], data: str | None) -> Iterator[Charge]:
-    """The charges that count for a data set: its own, those of data sets that share a record with it, those of unknown data.
-
-    None: all charges.
-    """
-    linked = {"", *linked_to(entries, data)} if data else {data}
-    return (c for c in charges_of(entries) if data is None or c.data in linked)
+def concerned_by(entries: Sequence[Entry], collection: str) -> list[str]:
+    """The collections whose totals a charge concerns: its own; made in none, every one."""
+    return [collection] if collection else collections_of(entries)
 
 
-def histories_of(entries: Sequence[Entry], data: str, rule: str = "", plan_id: str | None = None) -> list[History]:
-    """What counts for each data set that a charge on `data` concerns, `data` first.
+def charged_elsewhere(entries: Sequence[Entry], collection: str) -> set[str]:
+    """Data sets that were charged in another collection than this one; none for the records of no collection."""
+    charges = charges_of(entries) if collection else ()
+    return {charge.data for charge in charges if charge.data and charge.collection not in ("", collection)}
+
+
+def counted_for(entries: Sequence[Entry], collection: str | None) -> Iterator[Charge]:
+    """The charges that count for the records of a collection: those in it, and those in none. None: all charges."""
+    return (c for c in charges_of(entries) if collection is None or c.collection in ("", collection))
+
+
+def histories_of(entries: Sequence[Entry], collection: str, rule: str = "", plan_id: str | None = None) -> list[History]:
+    """What counts in each collection that a charge in `collection` concerns.
 
     rule, plan_id: those of the limit whose smallest δ is looked up.
     """
     return [
         History(name, _runs(counted_for(entries, name)), _smallest_delta(entries, name, rule, plan_id))
-        for name in linked_to(entries, data)
+        for name in concerned_by(entries, collection)
     ]
 
 
@@ -129,8 +151,8 @@ def _runs(charges: Iterable[Charge]) -> dict[str, tuple[Steps, ...]]:
     return runs
 
 
-def _smallest_delta(entries: Sequence[Entry], data: str, rule: str, plan_id: str | None) -> float:
-    """δ of a record never grows: the smallest one under which something was charged to a data set that may hold it."""
-    linked = {"", *linked_to(entries, data)}
-    before = (limit for e in entries if e.kind == "reserve" and e.body["data"] in linked for limit in e.body.get("limits", ()))
+def _smallest_delta(entries: Sequence[Entry], collection: str, rule: str, plan_id: str | None) -> float:
+    """δ of a record never grows: the smallest one under which something was charged to its collection."""
+    charged = (e.body for e in entries if e.kind == "reserve" and e.body.get("collection", "") in ("", collection))
+    before = (limit for body in charged for limit in body.get("limits", ()))
     return min((limit["delta"] for limit in before if (limit["rule"], limit["plan_id"]) == (rule, plan_id)), default=1.0)

@@ -13,7 +13,7 @@ from typing import Any
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon, gaussian_mu, true_positive_rate
 from cotune.privacy.rounding import round_up
 
-__all__ = ["SMALL_DELTA", "Claim", "Figures", "claim_of", "figures_of", "worst"]
+__all__ = ["FALSE_POSITIVE_RATE", "SMALL_DELTA", "Claim", "Figures", "attack_line", "claim_of", "figures_of", "worst"]
 
 SMALL_DELTA = 1e-6  # δ at which every statement repeats ε, so that statements can be compared
 FALSE_POSITIVE_RATE = 0.01
@@ -154,8 +154,11 @@ def _figure_rows(figures: Figures | None) -> list[tuple[str, str]]:
             f"ε = {round_up(figures.epsilon)} at δ = {figures.delta:.1e}; {round_up(figures.epsilon_at_small_delta)} at 1e-06",
         ),
         ("Gaussian μ", round_up(figures.gaussian_mu)),
-        (
-            "Attack",
-            f"at 1 % false alarms an attacker finds at most {round_up(100 * figures.true_positive_rate)} % of the members",
-        ),
+        ("Attack", attack_line(figures.true_positive_rate)),
     ]
+
+
+def attack_line(true_positive_rate: float) -> str:
+    """Return what an attack finds at most, in words; of the share of the members, rounded up."""
+    share = round_up(100 * true_positive_rate)
+    return f"at {100 * FALSE_POSITIVE_RATE:g} % false alarms an attacker finds at most {share} % of the members"

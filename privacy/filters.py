@@ -22,7 +22,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq, minimize_scalar
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon, epsilon_below
+from cotune.privacy.accounting import Steps, epsilon, epsilon_below, true_positive_rate
 
 __all__ = [
     "check_accountants",
@@ -32,6 +32,7 @@ __all__ = [
     "epsilon_renyi",
     "epsilon_spent",
     "filter_order",
+    "rate_over_runs",
     "renyi",
     "renyi_epsilon",
 ]
@@ -113,13 +114,31 @@ def epsilon_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: 
     return epsilon_filter([s for steps in charged for s in steps], limit, delta / 2)
 
 
-def epsilon_spent(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float) -> float:
+def epsilon_spent(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float, *, at: float | None = None) -> float:
     """ε at δ that these runs have really cost: for one run the PLD at all of δ, as no second one has followed.
 
-    For several runs it is that of `epsilon_over_runs`, which decides what may still be charged in either case.
+    For several runs it is that of `epsilon_over_runs`, which decides what may still be charged in either case. at: another δ to
+    say it at; the order of the filter stays the one that the limit has fixed.
     """
     charged = [list(steps) for steps in runs.values() if any(s.count for s in steps)]
-    return epsilon(charged[0], delta) if len(charged) == 1 else epsilon_over_runs(runs, limit, delta)
+    if len(charged) <= 1:
+        return epsilon(charged[0], at or delta) if charged else 0.0
+    order = filter_order(limit, delta / 2)
+    return renyi_epsilon(renyi([s for steps in charged for s in steps], order), order, (at or delta) / 2)
+
+
+def rate_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float, false_positive_rate: float) -> float:
+    """The largest share of the members that an attack on all the runs finds at that rate of false alarms.
+
+    One run: from its trade-off curve. Several: P(S) ≤ (e^ρ·Q(S))^((α-1)/α), where ρ is the filter's Rényi divergence at its
+    order α (Mironov, CSF 2017, https://arxiv.org/abs/1702.07476, proposition 10).
+    """
+    charged = [list(steps) for steps in runs.values() if any(s.count for s in steps)]
+    if len(charged) <= 1:
+        return true_positive_rate([s for steps in charged for s in steps], false_positive_rate)
+    order = filter_order(limit, delta / 2)
+    divergence = renyi([s for steps in charged for s in steps], order)
+    return math.exp(min(0.0, (1 - 1 / order) * (divergence + math.log(false_positive_rate))))
 
 
 def composition(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float) -> str:

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from cotune.models.errors import PrivacyError
 
-__all__ = ["Grid", "add_gaussian_noise", "grid_of", "grid_step", "quantized_clip"]
+__all__ = ["MOST_NOISE", "Grid", "add_gaussian_noise", "grid_of", "grid_step", "quantized_clip"]
 
 _FINENESS = 20  # a step is at most 2^-20 of the noise's standard deviation
 _FINENESS_WITHOUT_NOISE = 44
 _LEAST_NOISE = 2.0**-4  # σ below which the grid no longer follows the noise: C / step then stays below 2^24, exact in float32
-_MOST_NOISE = 4.0  # σ above which it does not either: rounding stays small against C
+MOST_NOISE = 4.0  # σ above which it does not either: rounding stays small against C
 _MARGIN = 1 - 2.0**-20  # of float32 arithmetic on contributions, whose relative error is below 2^-22
 
 
@@ -53,7 +53,7 @@ def grid_step(clip_norm: float, noise_multiplier: float) -> float:
     """
     if not noise_multiplier:
         return float(2.0 ** (math.floor(math.log2(clip_norm)) - _FINENESS_WITHOUT_NOISE))
-    followed = min(max(noise_multiplier, _LEAST_NOISE), _MOST_NOISE)
+    followed = min(max(noise_multiplier, _LEAST_NOISE), MOST_NOISE)
     return float(2.0 ** (math.floor(math.log2(followed * clip_norm)) - _FINENESS))
 
 

@@ -1,11 +1,12 @@
-"""An organization's durable account of what it spent, per data set: on its own disk, written before a record is touched.
+"""An organization's durable account of what it spent: on its own disk, written before a record is touched.
 
 A charge is *reserved* with the worst case before training starts, and *settled* to the steps that really ran. A crash in between
 leaves the reservation standing: it counts as spent. Stored are accounting events (σ, q, steps, mechanism), never an ε, so that
 composition stays tight over rounds, runs, plans, restarts and years.
 
-A data set is known by its records, whatever their order and file. What was spent on a data set is every charge on every data set
-that shares a record with it: so a grown data set goes on where the smaller one stood, and no record is charged too little.
+All charges count against one total, or in collections (see `privacy.charges`) against one each. Which charges count is decided by
+nothing that a record could change: neither noise nor a refusal tells whether two data sets share one. A record that was charged
+in a collection is left out of all others: `elsewhere` names it beforehand, and no charge is made on data that still hold it.
 
 Records are known by HMACs under a secret of the site, in a file beside the ledger: who guesses a text cannot look it up.
 """
@@ -23,7 +24,17 @@ import numpy as np
 from cotune.models.errors import PrivacyError
 from cotune.privacy.accounting import Steps
 from cotune.privacy.chain import Chain, Entry, Log
-from cotune.privacy.charges import Charge, DataSet, History, charges_of, counted_for, data_sets_of, histories_of, linked_to
+from cotune.privacy.charges import (
+    Charge,
+    DataSet,
+    History,
+    charged_elsewhere,
+    charges_of,
+    concerned_by,
+    counted_for,
+    data_sets_of,
+    histories_of,
+)
 from cotune.privacy.limits import Limit, check_charge
 from cotune.privacy.migration import carry_entries, carry_table
 from cotune.privacy.site_key import IDENTITY, SiteKey
@@ -62,8 +73,8 @@ class Ledger:
         Args:
             identities: one for each unit of privacy, unkeyed; of any length.
             unit: what an identity stands for: "record", or the name of a column.
-            also: further identities by which the same people are recognized, such as those of a unit's records: they link data
-                sets of different units, and are not counted.
+            also: further identities by which the same people are recognized, such as those of a unit's records; they are not
+                counted.
         """
         own, further = self._key.identities(identities), self._key.identities(also)
         blob = b"".join(sorted({*own, *further})) if further else b"".join(sorted(own))
@@ -75,17 +86,42 @@ class Ledger:
                 log.append("data", {"fingerprint": name, "records": len(identities), "shares": shares, "unit": unit})
         return name
 
+    def elsewhere(self, identities: Sequence[bytes], collection: str) -> set[bytes]:
+        """Those of some unkeyed identities that were charged in another collection than this one: to be left out here.
+
+        Of the records of no collection ("") none is: their charges count everywhere.
+        """
+        own = np.array(self._key.identities(identities), dtype=f"S{IDENTITY}")
+        found = np.zeros(len(own), dtype=bool)
+        with self._chain.transaction() as log:
+            for name in sorted(charged_elsewhere(log.entries, collection)):
+                found |= np.isin(own, _keys(self._members(log, name)))
+        return {identity for identity, there in zip(identities, found, strict=True) if there}
+
+    def _members(self, log: Log, name: str) -> bytes:
+        """The keyed identities of a data set, as they were entered."""
+        row = log.db.execute("SELECT identities FROM members WHERE fingerprint = ?", (name,)).fetchone()
+        if row is None or hashlib.sha256(row[0]).hexdigest() != name:
+            raise PrivacyError(
+                f"the privacy ledger {self.path} lacks or has changed the records of data set {name[:12]}: expected them as"
+                " they were entered; nothing is trained without them, so restore the file from a backup"
+            )
+        return bytes(row[0])
+
     def _common(self, log: Log, blob: bytes) -> Iterator[tuple[str, int]]:
         """Every data set of the ledger, with the number of its records that are in `blob`; one in memory at a time."""
         own = _keys(blob)
         for name in sorted(data_sets_of(log.entries)):
-            row = log.db.execute("SELECT identities FROM members WHERE fingerprint = ?", (name,)).fetchone()
-            if row is None or hashlib.sha256(row[0]).hexdigest() != name:
+            yield name, len(np.intersect1d(own, _keys(self._members(log, name))))
+
+    def _check_apart(self, log: Log, data: str, collection: str) -> None:
+        """Raises PrivacyError where a record of the data set was charged in another collection since it was looked up."""
+        for name in sorted(charged_elsewhere(log.entries, collection)):
+            if data and len(np.intersect1d(_keys(self._members(log, data)), _keys(self._members(log, name)))):
                 raise PrivacyError(
-                    f"the privacy ledger {self.path} lacks or has changed the records of data set {name[:12]}: expected them as"
-                    " they were entered; nothing is trained without them, so restore the file from a backup"
+                    f"data set {data[:12]} holds records of another collection than {collection}, which data set {name[:12]} is"
+                    " in: expected them to be left out; nothing is charged"
                 )
-            yield name, len(np.intersect1d(own, _keys(row[0])))
 
     def reserve(
         self,
@@ -94,23 +130,26 @@ class Ledger:
         steps: Steps,
         *,
         data: str = "",
+        collection: str = "",
         plan: str = "",
         purpose: str = "training",
         limits: Sequence[Limit] = (),
     ) -> int:
         """Charges the steps before they run; durable when this returns. Returns the number of the charge.
 
-        Raises Declined, and charges nothing, when a limit would be exceeded for a record of this data set or of any that shares
-        one with it; PrivacyError for what no mechanism can be, where two accountants contradict each other, and where the same
-        records were charged before under another unit of privacy.
+        Raises Declined, and charges nothing, when a limit would be exceeded in the collection (in none: in any); PrivacyError for
+        what no mechanism can be, where two accountants contradict each other, where the collection was charged before under
+        another unit of privacy, and for records of another collection.
         """
         if not (steps.noise_multiplier > 0 and 0 < steps.sample_rate <= 1 and steps.count >= 0):
             raise PrivacyError(f"{steps} cannot be charged: expected noise above 0, a sample rate in (0, 1] and 0 steps or more")
         with self._chain.transaction() as log:
-            _check_unit(log.entries, data)
-            check_charge(log.entries, data, plan_id, steps, limits)
+            _check_unit(log.entries, data, collection)
+            self._check_apart(log, data, collection)
+            check_charge(log.entries, collection, plan_id, steps, limits)
             body = {"plan_id": plan_id, "plan": plan, "round": round, "data": data, "purpose": purpose, **asdict(steps)}
-            return log.append("reserve", body | {"limits": [asdict(limit) for limit in limits]}).id
+            body |= {"collection": collection, "limits": [asdict(limit) for limit in limits]}
+            return log.append("reserve", body).id
 
     def settle(self, charge: int, steps_run: int, seconds: float = 0.0) -> None:
         """Lowers a reservation to the steps that really ran. Raises PrivacyError for more steps than were reserved."""
@@ -122,10 +161,11 @@ class Ledger:
                 )
             log.append("settle", {"charge": charge, "steps": steps_run, "seconds": round(seconds, 3)})
 
-    def unprotected(self, plan_id: str, round: int, what: str, *, data: str, plan: str = "") -> None:
+    def unprotected(self, plan_id: str, round: int, what: str, *, data: str, collection: str = "", plan: str = "") -> None:
         """Enters that something about a data set is leaving without privacy; durable when this returns."""
         with self._chain.transaction() as log:
-            log.append("unprotected", {"plan_id": plan_id, "plan": plan, "round": round, "what": what, "data": data})
+            body = {"plan_id": plan_id, "plan": plan, "round": round, "what": what, "data": data, "collection": collection}
+            log.append("unprotected", body)
 
     def tell(self, plan_id: str, data: str, what: str, values: Sequence[float]) -> None:
         """Remembers what was told to the server once and for all, noise included."""
@@ -144,40 +184,35 @@ class Ledger:
         with self._chain.transaction() as log:
             return list(charges_of(log.entries))
 
-    def counted(self, data: str) -> list[Charge]:
-        """The charges that count for a data set, in order."""
-        with self._chain.transaction() as log:
-            return list(counted_for(log.entries, data))
-
     def data_sets(self) -> list[DataSet]:
         """All data sets, in the order in which they were first seen; the links in both directions."""
         with self._chain.transaction() as log:
             return list(data_sets_of(log.entries).values())
 
-    def histories(self, data: str, rule: str = "", plan_id: str | None = None) -> list[History]:
-        """What counts for each data set that shares a record with this one, itself first; with the smallest δ of a limit."""
+    def histories(self, collection: str = "", rule: str = "", plan_id: str | None = None) -> list[History]:
+        """What counts in each collection that a charge in this one concerns; with the smallest δ of a limit."""
         with self._chain.transaction() as log:
-            return histories_of(log.entries, data, rule, plan_id)
+            return histories_of(log.entries, collection, rule, plan_id)
 
     def entries(self) -> list[Entry]:
         """The whole log, verified."""
         with self._chain.transaction() as log:
             return list(log.entries)
 
-    def spent(self, plan_id: str | None = None, data: str | None = None, *, other_than: str | None = None) -> list[Steps]:
-        """The charges (of one plan, or of all others; that count for one data set), reservations at their worst case."""
+    def spent(self, plan_id: str | None = None, collection: str | None = None) -> list[Steps]:
+        """The charges (of one plan; that may concern a record of the collection), reservations at their worst case."""
         with self._chain.transaction() as log:
-            found = (c for c in counted_for(log.entries, data) if plan_id in (None, c.plan_id))
-            return [c.steps for c in found if c.plan_id != other_than]
+            found = counted_for(log.entries, collection or None)
+            return [c.steps for c in found if plan_id in (None, c.plan_id)]
 
     def rounds(self, plan_id: str) -> list[int]:
         """The rounds of a plan for which something was charged, in order."""
         return sorted({c.round for c in self.charges() if c.plan_id == plan_id})
 
-    def check_unit(self, data: str) -> None:
-        """Raises PrivacyError where no charge would be accepted, as these records were charged under another unit."""
+    def check_unit(self, data: str, collection: str = "") -> None:
+        """Raises PrivacyError where no charge would be accepted, as the collection was charged under another unit."""
         with self._chain.transaction() as log:
-            _check_unit(log.entries, data)
+            _check_unit(log.entries, data, collection)
 
 
 def _keys(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:
@@ -185,14 +220,17 @@ def _keys(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:
     return np.frombuffer(blob, dtype=f"S{IDENTITY}")
 
 
-def _check_unit(entries: Sequence[Entry], data: str) -> None:
-    """Charges under different units of privacy do not add up: a person's records were charged as if they were strangers."""
+def _check_unit(entries: Sequence[Entry], data: str, collection: str) -> None:
+    """Charges under different units of privacy do not add up: a person's records were charged as if they were strangers.
+
+    That is so whichever records they are: an exception for data that share none would tell whether they do.
+    """
     known = data_sets_of(entries)
-    charged = {c.data for c in charges_of(entries)}
-    for other in linked_to(entries, data):
-        if data in known and other in charged and other in known and known[other].unit != known[data].unit:
-            raise PrivacyError(
-                f'data set {data[:12]} protects each "{known[data].unit}", and {other[:12]}, which shares records with it, was'
-                f' charged for each "{known[other].unit}": expected one unit of privacy, as charges under two do not add up; go'
-                f' on with "{known[other].unit}"'
-            )
+    for name in concerned_by(entries, collection):
+        for charge in counted_for(entries, name):
+            if data in known and charge.data in known and known[charge.data].unit != known[data].unit:
+                raise PrivacyError(
+                    f'data set {data[:12]} protects each "{known[data].unit}", and {charge.data[:12]}, which counts against the'
+                    f' same total, was charged for each "{known[charge.data].unit}": expected one unit of privacy, as charges'
+                    f' under two do not add up; go on with "{known[charge.data].unit}", or, for other records, in a collection'
+                )

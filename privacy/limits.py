@@ -34,18 +34,20 @@ class Limit:
         return epsilon(runs.get(self.plan_id, ()), delta)
 
 
-def check_charge(entries: Sequence[Entry], data: str, plan_id: str, steps: Steps, limits: Sequence[Limit]) -> None:
-    """Raises Declined when a limit would be exceeded for the data set or any that shares a record with it.
+def check_charge(entries: Sequence[Entry], collection: str, plan_id: str, steps: Steps, limits: Sequence[Limit]) -> None:
+    """Raises Declined when a limit would be exceeded for a collection that the charge concerns.
 
-    Every record is looked at through every data set that holds it, with all charges that may have touched it, and at the smallest
-    δ that was ever promised there. Raises PrivacyError when two accountants contradict each other about the run.
+    Each is looked at with all charges that may have touched one of its records, and at the smallest δ that was ever promised
+    there: what is decided here follows from the charges and from no record. Raises PrivacyError when two accountants contradict
+    each other about the run.
     """
     for limit in limits:
-        for history in histories_of(entries, data, limit.rule, limit.plan_id):
+        for history in histories_of(entries, collection, limit.rule, limit.plan_id):
             _check_limit(limit, history, plan_id, steps)
     if limits:
-        run = histories_of(entries, data)[0].with_steps(plan_id, [steps])[plan_id]
-        check_accountants(run, min(limit.delta for limit in limits))
+        delta = min(limit.delta for limit in limits)
+        for history in histories_of(entries, collection):
+            check_accountants(history.with_steps(plan_id, [steps])[plan_id], delta)
 
 
 def _check_limit(limit: Limit, history: History, plan_id: str, steps: Steps) -> None:
@@ -53,7 +55,7 @@ def _check_limit(limit: Limit, history: History, plan_id: str, steps: Steps) -> 
     after = limit.reached(history.with_steps(plan_id, [steps]), delta)
     if after > limit.epsilon:
         left = max(0.0, limit.epsilon - limit.reached(history.runs, delta))
-        which = f"data set {history.data[:12]}" if history.data else "this data set"
+        which = f"the collection {history.collection}" if history.collection else "this organization"
         raise Declined(
             limit.rule,
             f"{steps.count} steps would bring {which} to ε = {round_up(after)} at δ = {delta:.2g}, expected at most"

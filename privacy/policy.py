@@ -32,7 +32,7 @@ class BudgetRules(Table):
     delta_times_records: float = Field(
         0.1, gt=0, le=1, description="δ times the number of records at most: of so many records all may become known"
     )
-    epsilon_total: float = Field(8.0, gt=0, description="per data set, over all runs and years; what it grew from included")
+    epsilon_total: float = Field(8.0, gt=0, description="over all runs and years of this site, or of each collection in it")
     delta_total: float | str = Field("1/n^1.5", description="δ at which epsilon_total is measured")
 
     def epsilon_for(self, planned: float) -> float:
@@ -144,7 +144,7 @@ class Policy(Table):
 def read_policy(file: Path) -> Policy:
     """The policy in a TOML file. Raises PlanError, in one sentence, for an unreadable file or an unknown rule."""
     try:
-        return Policy.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        return Policy.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
         raise PlanError(f"{first_mistake(error, Policy, 'policy')} ({file}; see `cotune client policy`)") from None
     except (OSError, ValueError) as error:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, Context, Decimal
 
-__all__ = ["round_up", "two_digits"]
+__all__ = ["round_up", "rounded_up", "two_digits"]
+
+_EXACT = 1e12  # below, two digits after the point are
 
 
 def round_up(epsilon: float) -> str:
-    """ε with two digits after the point, never below what it is.
+    """ε with two digits after the point, never below what it is; whatever was stated or kept can be shown.
 
-    >>> round_up(7.991), round_up(8.0)
-    ('8.00', '8.00')
+    >>> round_up(7.991), round_up(8.0), round_up(1e308), round_up(float("nan"))
+    ('8.00', '8.00', '1.01e+308', '∞')
     """
-    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+    if not _is_finite(epsilon):
+        return "−∞" if epsilon < 0 else "∞"  # what is not a number bounds nothing
+    if abs(epsilon) < _EXACT:
+        return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+    rounded = Context(prec=3, rounding=ROUND_CEILING).create_decimal(Decimal(epsilon))
+    return f"{rounded:e}"
+
+
+def rounded_up(epsilon: float) -> float:
+    """The same as a number."""
+    return math.ceil(epsilon * 100 - 1e-9) / 100 if _is_finite(epsilon) and abs(epsilon) < _EXACT else epsilon
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # an integer may be larger than any float
 
 
 def two_digits(count: int) -> int:

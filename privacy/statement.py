@@ -8,7 +8,7 @@ from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.client_level import ClientPrivacy, RoundNoise
 from cotune.privacy.rounding import round_up
 
-__all__ = ["all_models_statement", "client_statement", "stated", "statement", "together_statement"]
+__all__ = ["all_models_statement", "client_statement", "selection_statement", "stated", "statement", "together_statement"]
 
 _CLEAR = "the local metrics, which organisations told as they are, without noise; "
 _MEANING = (
@@ -64,10 +64,12 @@ def all_models_statement(together: float, *, pooled: bool) -> str:
     """
     return (
         "This report compares several models of the same records. The federated model and the one that each organisation trained "
-        f"alone cost ε = {round_up(together)} together, the most that any organisation spent at its δ; they were fixed before "
-        "training, so that their steps compose as one list. No ε covers figures that are computed from training records as they "
-        "are: numbers of records, label counts, the majority class, accuracies on records like an organisation's own"
-        + (", and the model of all data pooled, which is trained without privacy." if pooled else ".")
+        f"alone with the same privacy cost ε = {round_up(together)} together, the most that any organisation spent at its δ; "
+        'they were fixed before training, so that their steps compose as one list. No ε covers the columns "alone without '
+        'privacy" and "adapted": these models are fitted to an organisation\'s records without noise, and would stay with it. '
+        "No ε covers what is computed from records as they are: numbers of records, label counts, the majority class, and every "
+        "figure on test records, an organisation's own held-out ones included, which no model was trained on"
+        + ("; nor the model of all data pooled, which is trained without privacy." if pooled else ".")
     )
 
 
@@ -76,9 +78,31 @@ def together_statement(runs: int, together: float | None, delta: float | None) -
     if together is None or delta is None:
         return f"No ε covers this table: of its {runs} runs some had no privacy, or none was finished."
     return (
-        f"All {runs} runs together: ε = {round_up(together)} at δ = {delta:.1e}, for any single record, as long as the values "
-        "were fixed before the first run. No ε covers worst and spread, which may be computed from exact label counts."
+        f"All {runs} runs together: ε = {round_up(together)} at δ = {delta:.1e}, for any single record in the runs that train on "
+        "it, as long as the values were fixed before the first run. No ε covers what the accuracies tell of the records that "
+        "test, which are others under another seed, nor worst and spread, which may be computed from exact label counts."
     )
+
+
+def selection_statement(
+    epsilon: float, delta: float, one_run: float, *, plans: int, expected_runs: float, unit: str
+) -> list[str]:
+    """Paragraphs about the output of a private selection. one_run: ε at the same δ of one run of the costliest plan."""
+    who = "record" if unit == "record" else f"{unit}, with all its records,"
+    return [
+        "Record-level differential privacy of what is released (this plan, its model and its test figures): "
+        f"ε = {round_up(epsilon)} at δ = {delta:.1e}, for adding or removing any single {who} of the training data of an "
+        f"organization. One run without a choice would cost ε = {round_up(one_run)}. {_MEANING}",
+        f"How: the number of runs was drawn from a geometric distribution with mean {expected_runs:g}, and is kept secret; each "
+        f"run drew one of {plans} plans, all equally likely; the one with the highest test accuracy is released, and what the "
+        "others gave was removed. ε follows from the Rényi divergence of the costliest plan (Papernot & Steinke, ICLR 2022, "
+        "theorem 2).",
+        "What it does not cover: the test records, which are the same in all runs and count as public; the class names and the "
+        "number that each organization declares; how long the selection took; and a second selection on the same records, whose "
+        "ε comes on top, also where one was begun and given up. It holds as long as nobody outside learns what the runs that "
+        "were not chosen gave, or how many there were, and as long as the plans to choose from were not themselves chosen by "
+        "looking at these data. The noise is a rounded floating-point normal, not an exact discrete Gaussian.",
+    ]
 
 
 def stated(

@@ -9,31 +9,49 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from cotune.models.errors import DataError, PrivacyError
 from cotune.privacy.accounting import Steps, epsilon, epsilon_below
 from cotune.privacy.chain import START, Entry, entry_hash
-from cotune.privacy.charges import Charge, DataSet, History, counted_for, data_sets_of, histories_of
-from cotune.privacy.filters import check_accountants, composition, epsilon_over_runs, epsilon_renyi, epsilon_spent
+from cotune.privacy.charges import (
+    Charge,
+    DataSet,
+    History,
+    collections_of,
+    counted_for,
+    data_sets_of,
+    histories_of,
+)
+from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, figures_of
+from cotune.privacy.filters import (
+    check_accountants,
+    composition,
+    epsilon_over_runs,
+    epsilon_renyi,
+    epsilon_spent,
+    rate_over_runs,
+)
 
 __all__ = ["FORMAT", "verify"]
 
-FORMAT = "cotune ledger 2"
+FORMAT = "cotune ledger 3"
 _EVENT = ("id", "plan_id", "noise_multiplier", "sample_rate", "steps")
+_OF_A_RUN = ("epsilon", "epsilon_at_small_delta", "gaussian_mu", "true_positive_rate")
 _TOLERANCE = 1e-3  # relative, in ε: another version of dp-accounting may round otherwise
 
 
 def verify(export: Mapping[str, Any]) -> dict[str, Any]:
     """What follows from the log, and in `problems` each way in which the export disagrees with it; empty: it holds.
 
-    Returns plain values: head, entries (their number), data_sets (ε by each accountant, and as stated), problems, valid.
+    Returns plain values: head, entries (their number), collections (ε by each accountant, and as stated), problems, valid.
     Raises DataError for what is no exported ledger.
     """
     try:
         entries = [Entry(**entry) for entry in export["entries"]]
-        problems = [*_chain_problems(entries, export["head"]), *_missing(entries, export["data_sets"])]
-        tables = [_data_set(entries, stated) for stated in export["data_sets"]]
+        problems = [*_chain_problems(entries, export["head"]), *_missing(entries, export["collections"])]
+        tables = [_collection(entries, stated) for stated in export["collections"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"this is no exported ledger of the format {FORMAT!r} ({type(error).__name__}: {error}): expected the file that"
@@ -44,7 +62,7 @@ def verify(export: Mapping[str, Any]) -> dict[str, Any]:
         "valid": not problems,
         "head": entries[-1].hash if entries else None,
         "entries": len(entries),
-        "data_sets": tables,
+        "collections": tables,
         "problems": problems,
     }
 
@@ -62,14 +80,19 @@ def _chain_problems(entries: Sequence[Entry], head: str | None) -> Iterator[str]
 
 
 def _missing(entries: Sequence[Entry], stated: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the log knows, and no table states."""
+    names = [table["collection"] for table in stated]
+    if sorted(names) != sorted(collections_of(entries) if entries else []):
+        yield f"the collections are stated as {names}, which are not those of the log"
+    listed = {data["fingerprint"] for table in stated for data in table["data_sets"]}
     for name in data_sets_of(entries):
-        if name not in {table["fingerprint"] for table in stated}:
+        if name not in listed:
             yield f"data set {name[:12]} is in the log, and the export does not list it"
 
 
-def _data_set(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, Any]:
-    """One data set, from the log; what is stated is only compared with, but for δ where no charge names one, and the limit."""
-    name, limit = stated["fingerprint"], float(stated["epsilon_total"])
+def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """One collection, from the log; what is stated is only compared with, but for δ where no charge names one, and the limit."""
+    name, limit = stated["collection"], float(stated["epsilon_total"])
     history = histories_of(entries, name, "budget.epsilon_total")[0]
     delta = history.delta if history.delta < 1 else float(stated["delta"])
     total = epsilon_over_runs(history.runs, limit, delta)
@@ -79,6 +102,7 @@ def _data_set(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, 
     problems = [
         *_not_in_the_log(entries, stated),
         *_differences(stated, {"delta": delta, "epsilon": spent, "epsilon_left": max(0.0, limit - total)}),
+        *_differences(stated, _figures(history, limit, delta)),
         *_differing_runs(stated, runs),
         *_contradictions(history, delta),
     ]
@@ -87,7 +111,7 @@ def _data_set(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, 
     if total > limit * (1 + _TOLERANCE):
         problems.append(f"ε = {total:.4g} is above the limit {limit:g}")
     return {
-        "fingerprint": name,
+        "collection": name,
         "delta": delta,
         "epsilon_total": limit,
         "composition": words,
@@ -96,25 +120,35 @@ def _data_set(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, 
         "epsilon_pld": epsilon(everything, delta),
         "epsilon_renyi": epsilon_renyi(everything, delta),
         "runs": runs,
-        "problems": [f"data set {name[:12]}: {problem}" for problem in problems],
+        "problems": [f"collection {name}: {problem}" if name else problem for problem in problems],
+    }
+
+
+def _figures(history: History, limit: float, delta: float) -> dict[str, float]:
+    """What is stated of all runs beside ε at δ."""
+    return {
+        "epsilon_at_small_delta": epsilon_spent(history.runs, limit, delta, at=SMALL_DELTA),
+        "true_positive_rate": rate_over_runs(history.runs, limit, delta, FALSE_POSITIVE_RATE),
     }
 
 
 def _run(plan_id: str, steps: Sequence[Steps], delta: float) -> dict[str, Any]:
     return {
         "plan_id": plan_id,
-        "epsilon": epsilon(steps, delta),
+        **{name: value for name, value in asdict(figures_of(steps, delta)).items() if name != "delta"},
         "epsilon_at_least": epsilon_below(steps, delta),
         "epsilon_renyi": epsilon_renyi(steps, delta),
     }
 
 
 def _not_in_the_log(entries: Sequence[Entry], stated: Mapping[str, Any]) -> Iterator[str]:
-    """Records, links and events are stated as the log has them."""
-    found = data_sets_of(entries).get(stated["fingerprint"], DataSet("", 0, "", {}))
-    if (found.records, found.shares) != (stated["records"], stated["shares_records_with"]):
-        yield "its number of records or its links are not those of the log"
-    charges = [_event(charge) for charge in counted_for(entries, stated["fingerprint"])]
+    """Data sets, records, links and events are stated as the log has them."""
+    known = data_sets_of(entries)
+    for data in stated["data_sets"]:
+        found = known.get(data["fingerprint"], DataSet("", 0, "", {}))
+        if (found.records, found.shares, found.unit) != (data["records"], data["shares_records_with"], data["unit"]):
+            yield f"of data set {data['fingerprint'][:12]} the number of records, its unit or its links are not those of the log"
+    charges = [_event(charge) for charge in counted_for(entries, stated["collection"])]
     events = [{key: event[key] for key in _EVENT} for event in stated["events"]]
     if events != charges:
         yield f"{len(events)} events are stated, which are not the {len(charges)} charges of the log"
@@ -138,7 +172,7 @@ def _differing_runs(stated: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]
         yield "its runs are not those of the log"
     for run in runs:
         if run["plan_id"] in claims:
-            for problem in _differences(claims[run["plan_id"]], {"epsilon": run["epsilon"]}):
+            for problem in _differences(claims[run["plan_id"]], {name: run[name] for name in _OF_A_RUN}):
                 yield f"run {run['plan_id'][:12]}: {problem}"
 
 

@@ -12,6 +12,8 @@ from cotune.strategies.updates import Update, not_finite
 
 __all__ = ["most_bytes", "reason_to_refuse"]
 
+_ARRAY_HEAD = 1024  # bytes that an array has beside its values and its name, and some to spare
+_ROUNDED_UP = 0.0100001  # an ε is stated with two digits after the point, and never below what it is
 _MOST_LOSS = 1e6  # nats: no model that trains at all is so wrong, and powers of more would overflow
 
 
@@ -31,6 +33,8 @@ def reason_to_refuse(
     examples: tuple[int, int] | None = None,
     received: str | None = None,
     told: Collection[str] | None = None,
+    most_told: float = math.inf,
+    epsilon: float | None = math.inf,
 ) -> str | None:
     """What is wrong with an update, in words; None when it may enter.
 
@@ -38,7 +42,8 @@ def reason_to_refuse(
     loss_needed: and tell its loss. smaller: adapters that may come with a smaller rank. statistics: the arrays that the fusion
     wants beside the delta, with their shapes. steps_of: examples -> steps, where these follow from those. most_steps: the plan's.
     examples: between which numbers the declared one must be. received: the digest of what the round was trained from. told: the
-    names of what may be told beside the update; None: whatever.
+    names of what may be told beside the update; None: whatever. most_told: how large a told number may be, but for a loss.
+    epsilon: the plan's, which no stated one exceeds; None: none may be stated.
     """
     if update.organisation != organisation:
         return f"it is from {update.organisation[:80]}, expected {organisation}"
@@ -58,17 +63,37 @@ def reason_to_refuse(
     if surplus:
         return f"it tells {surplus[0][:80]!r}, which the plan does not ask for"
     return (
-        _wrong_tensors(update.delta, shapes, smaller)
+        _wrong_figures(update, most_told, epsilon)
+        or _wrong_tensors(update.delta, shapes, smaller)
         or _wrong_values(update.delta, max_norm)
-        or _wrong_noise(update, needed=noise_needed)
+        or _wrong_noise(update, needed=noise_needed, most=max_norm**2)
         or (_wrong_loss(update) if loss_needed else None)
         or _wrong_statistics(update.statistics, statistics or {})
     )
 
 
-def most_bytes(sent: int, statistics: Mapping[str, tuple[int, ...]]) -> int:
-    """How large an answer may be: four times the request and the arrays that are asked for beside the delta, and 1 MiB."""
-    return 4 * (sent + sum(4 * math.prod(shape) for shape in statistics.values())) + 2**20
+def most_bytes(plan: int, shapes: Mapping[str, tuple[int, ...]], statistics: Mapping[str, tuple[int, ...]]) -> int:
+    """How large an answer may be, on its way and put together: the arrays that are asked for, and 1 MiB.
+
+    plan: the length of its text, which names all that may be told. shapes: of the delta.
+    """
+    arrays = [*shapes.items(), *statistics.items()]
+    return sum(4 * math.prod(shape) + _ARRAY_HEAD + 4 * len(name) for name, shape in arrays) + 4 * plan + 2**20
+
+
+def _wrong_figures(update: Update, most_told: float, epsilon: float | None) -> str | None:
+    """Whatever is only shown, and shown for ever: in a range that can be true."""
+    stated = update.epsilon
+    if stated is not None and epsilon is None:
+        return f"it states ε = {stated:g}, which a plan without privacy does not have"
+    if stated is not None and epsilon is not None and not 0 <= stated <= epsilon + _ROUNDED_UP:
+        return f"it states ε = {stated:g}, expected 0 to {epsilon:g}, which the plan allows"
+    for name, value in update.told.items():
+        if name == "loss" and not 0 <= value <= _MOST_LOSS:
+            return f"it tells a loss of {value:g}, expected 0 to {_MOST_LOSS:g}"
+        if name != "loss" and not abs(value) <= most_told:  # sums with noise may be below 0
+            return f"it tells {name[:80]!r} = {value:g}, expected -{most_told:g} to {most_told:g}"
+    return None
 
 
 def _wrong_tensors(delta: Mapping[str, Tensor], shapes: Mapping[str, Tensor], smaller: Sequence[Adapter]) -> str | None:
@@ -103,24 +128,22 @@ def _wrong_values(delta: Mapping[str, Tensor], max_norm: float) -> str | None:
     return f"its norm is {norm:.3g}, expected at most {max_norm:g}" if norm > max_norm else None
 
 
-def _wrong_noise(update: Update, *, needed: bool) -> str | None:
+def _wrong_noise(update: Update, *, needed: bool, most: float) -> str | None:
     """A stated noise is believed: who states too little counts for more, but for no more than a thousandth of the
-    median noise would."""
+    median noise would. most: of a single entry, whose noise is a part of the update and so within its norm."""
     stated = update.noise_variance
     if stated is None:
         return "it does not state the noise that its privacy added, which the weighting of the plan needs" if needed else None
     if stated.keys() != update.delta.keys():
         return f"it states noise for {len(stated)} parameters, expected it for the {len(update.delta)} of its delta"
-    wrong = [n for n, v in stated.items() if not 0 <= v < math.inf or (needed and v == 0)]
+    wrong = [n for n, v in stated.items() if not 0 <= v <= most or (needed and v == 0)]
     more = "more than 0" if needed else "0 or more"
+    more += f", at most {most:g}" if any(math.isfinite(stated[n]) and stated[n] > most for n in wrong) else ""
     return f"it states the noise variance {stated[wrong[0]]} for {wrong[0]}, expected a finite number, {more}" if wrong else None
 
 
 def _wrong_loss(update: Update) -> str | None:
-    if "loss" not in update.told:
-        return "it does not tell the loss that the strategy of the plan needs"
-    loss = update.told["loss"]
-    return None if 0 <= loss <= _MOST_LOSS else f"it tells a loss of {loss:g}, expected 0 to {_MOST_LOSS:g}"
+    return None if "loss" in update.told else "it does not tell the loss that the strategy of the plan needs"
 
 
 def _wrong_statistics(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> str | None:

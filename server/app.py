@@ -17,7 +17,8 @@ from cotune.plan.model import model_of
 from cotune.server.conclusion import conclude
 from cotune.server.delivery import deliver
 from cotune.server.evaluation import evaluate, present_judge
-from cotune.server.events import read_events
+from cotune.server.events import listening, read_events
+from cotune.server.refusals import Watch
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import RunFolder
 
@@ -37,7 +38,8 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(Path(path))
     if not folder.file.federation:
         return play(grid, folder)  # whoever simulates holds the folder's lock
-    with folder.locked(), _failures_told(folder):
+    watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events.tell)
+    with folder.locked(), _failures_told(folder), listening(watch):
         if not folder.finished:
             play(grid, folder)
         deliver(grid, folder)

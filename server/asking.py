@@ -2,7 +2,9 @@
 
 A round begins when as many organisations are connected as its quorum needs. It is over when everybody has answered, or enough
 have; when the quorum stands and those who are missing have stayed away for `server.absent_seconds`; when the quorum cannot be
-reached any more; and at the latest `server.deadline_seconds` after it began.
+reached any more; and at the latest `server.deadline_seconds` after it began. In a real run nobody is waited for much longer than
+the others took: once the quorum and half of those who are asked have answered, whoever has had `server.patience` times their
+median, and `server.least_seconds`, has timed out.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from statistics import median
 
 from flwr.app import Message, MessageType, RecordDict
 
@@ -36,12 +39,12 @@ Tell = Callable[..., None]
 @dataclass
 class _Lost:
     reason: str
-    at: float = field(default_factory=time.monotonic)
+    at: float
 
 
 class Asking:
     """contents: organisation -> its request, in the order of the organisations. most_bytes: of an answer. enough: updates that
-    close the round.
+    close the round. real: whether organizations work side by side, so that their times can be compared. clock: seconds.
     """
 
     def __init__(
@@ -54,7 +57,13 @@ class Asking:
         enough: int,
         tally: Tally,
         tell: Tell,
+        *,
+        real: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._real, self._clock = real, clock
+        self._asked_at: dict[str, float] = {}
+        self._took: dict[str, float] = {}  # seconds, of those who have answered
         self._post, self._config, self._round, self._tally, self._tell = post, config, round, tally, tell
         self._contents, self._most_bytes, self._enough = dict(contents), most_bytes, enough
         self._times, self._losses = dict.fromkeys(contents, 0), dict.fromkeys(contents, 0)  # requests to each; lost ones
@@ -63,18 +72,19 @@ class Asking:
         self._lost: dict[str, _Lost] = {}
         self._since: dict[str, str] = {}  # when those who are asked had connected
         self._looked = 0.0
-        self._began = time.monotonic()
+        self._began = clock()
 
     def letters(self) -> Iterator[Letter]:
         """The answers as they come, also those of earlier rounds; letters of this round have a reply each. Whoever sent none is
         in the tally's `dropped` at the end. Raises RunError when too few are connected for too long.
         """
         self._await_quorum()
-        self._began = time.monotonic()
+        self._began = self._clock()
         while not self._over():
             last = self._seconds_left() <= 0
             self._ask()
             self._ask_again()
+            self._give_up()
             for letter in self._post.receive(_POLL_SECONDS, last=last):
                 if self._settles(letter):
                     yield letter
@@ -91,7 +101,7 @@ class Asking:
             if told != here and self._post.looked():
                 told = here
                 self._tell("waiting", round=self._round, connected=here, needed=needed, absent=_without(people, here))
-            waited = time.monotonic() - self._began
+            waited = self._clock() - self._began
             if waited > self._config.wait_seconds and (self._post.looked() or waited > _LOOK_SECONDS):
                 raise RunError(
                     f"round {self._round} has {len(here)} of {len(people)} organisations connected after"
@@ -125,7 +135,7 @@ class Asking:
     def _send(self, name: str, node: Node) -> None:
         self._times[name] += 1
         self._waiting[name] += 1
-        self._since[name] = node.since
+        self._since[name], self._asked_at[name] = node.since, self._clock()
         self._tally.bytes_down += payload_bytes(self._contents[name])
         self._post.send(self._round, name, self._message(name, node.id), self._most_bytes)
 
@@ -133,7 +143,7 @@ class Asking:
         if name not in self._lost:
             return True
         again = self._lost[name].at + _AGAIN_SECONDS * 2 ** (self._losses[name] - 1)
-        return time.monotonic() >= again and self._post.looked() > self._lost[name].at
+        return self._clock() >= again and self._post.looked() > self._lost[name].at
 
     def _message(self, name: str, node: int) -> Message:
         seconds = max(1.0, self._seconds_left())
@@ -149,12 +159,13 @@ class Asking:
         if name not in self._contents:
             return False  # it was asked twice, and has answered
         if letter.answers:
+            self._took[name] = self._clock() - self._asked_at[name]
             self._answered(name)
             return True
         self._waiting -= Counter([name])
         if name in self._waiting:
             return False  # it was asked twice, and may answer the other request
-        self._idle[name], self._lost[name] = None, _Lost(letter.lost)
+        self._idle[name], self._lost[name] = None, _Lost(letter.lost, self._clock())
         self._losses[name] += 1
         if self._losses[name] >= _MOST_LOSSES or self._times[name] >= _MOST_REQUESTS:
             self._drop(name, f"{letter.lost}, {self._losses[name]} times")
@@ -164,6 +175,30 @@ class Asking:
         self._idle.pop(name, None)
         self._contents.pop(name, None)
         self._waiting.pop(name, None)
+
+    def _give_up(self) -> None:
+        """Whoever has had enough time, by that of the others."""
+        seconds = self._patience()
+        for name in [n for n in self._times if n in self._waiting and self._clock() - self._asked_at[n] >= seconds]:
+            self._time_out(name, seconds)
+
+    def _patience(self) -> float:
+        """Seconds for one request. The median of those whose updates were admitted is no single one's to choose."""
+        config, came = self._config, self._tally.participants
+        if not (self._real and config.patience and self._half_came and self._tally.has_quorum):
+            return config.deadline_seconds
+        usual = median(self._took[name] for name in came)
+        return min(config.deadline_seconds, max(config.least_seconds, config.patience * usual))
+
+    @property
+    def _half_came(self) -> bool:
+        """Where fewer answer, the fault may be the coordinator's own."""
+        return 2 * len(self._tally.participants) >= len(self._tally.people)
+
+    def _time_out(self, name: str, seconds: float) -> None:
+        if self._real and self._half_came:
+            self._tally.timed_out.append(name)
+        self._drop(name, f"no reply within {seconds:g} seconds")
 
     def _drop(self, name: str, reason: str) -> None:
         self._answered(name)
@@ -175,7 +210,7 @@ class Asking:
         return len(self._tally.participants) >= self._enough
 
     def _seconds_left(self) -> float:
-        return self._began + self._config.deadline_seconds - time.monotonic()
+        return self._began + self._config.deadline_seconds - self._clock()
 
     def _over(self) -> bool:
         admitted, needed = len(self._tally.participants), self._tally.needed
@@ -188,13 +223,15 @@ class Asking:
         if not self._tally.has_quorum:
             return False
         since = max([self._began, *(self._lost[name].at for name in self._idle if name in self._lost)])
-        return time.monotonic() - since >= self._config.absent_seconds
+        return self._clock() - since >= self._config.absent_seconds
 
     def _close(self) -> None:
         """Whoever is still missing is shown, with the reason."""
-        seconds = f"no reply within {self._config.deadline_seconds:g} seconds"
         for name in [name for name in self._times if name in self._waiting]:
-            self._drop(name, _LATEST if self._complete else seconds)
+            if self._complete:
+                self._drop(name, _LATEST)
+            else:
+                self._time_out(name, self._config.deadline_seconds)
         for name in list(self._idle):
             if name in self._lost or not self._complete:
                 self._tally.absent.append(name)

@@ -16,6 +16,7 @@ __all__ = [
     *("accuracy_chart", "epsilon_chart", "label_bar", "label_keys", "round_ticks", "value_scale", "value_ticks"),
 ]
 
+_MOST_DRAWN = 1e12  # ε: older runs admitted whatever was stated
 COLOURS = 6  # in the page's palette, which colour-blind readers can tell apart
 MOST_DOTS = 30  # on one line; more run into each other on a phone
 
@@ -94,7 +95,7 @@ def accuracy_chart(summary: Summary) -> Chart | None:
     points = tuple(Point(rounds.along(r), y.down(100 * v), f"Round {r}: {percent(v)}") for r, v in measured.items())
     return Chart(
         name="accuracy",
-        title="Test accuracy after each round (%)",
+        title="Accuracy on the common test set after each round (%)",
         description=f"{points[0].text}. {points[-1].text}. " + ". ".join(f"{name}: {percent(v)}" for _, name, v in levels),
         legend=(
             Key("c0 strong", "federated", percent(summary["test"]["federated"]["accuracy"])),
@@ -111,10 +112,12 @@ def accuracy_chart(summary: Summary) -> Chart | None:
 
 
 def epsilon_chart(summary: Summary) -> Chart | None:
-    """ε spent by each organisation after each round, and what it allows; None without privacy or before any spending."""
+    """ε spent by each organisation after each round, and what it allows; None without privacy, before any spending, or where one
+    is stated that no chart could show.
+    """
     rounds = _round_scale(summary)
     spent = [value for r in summary["rounds"] for value in r["epsilon"].values()]
-    if not is_private(summary) or not spent:
+    if not is_private(summary) or not spent or not all(abs(value) <= _MOST_DRAWN for value in spent):
         return None
     allowed = sorted({o["epsilon_allowed"] for o in summary["organisations"] if o["epsilon_allowed"] is not None})
     y = value_scale([0, *spent, *allowed])
@@ -162,12 +165,14 @@ def _styles(count: int) -> list[str]:
 def _baselines(test: Summary) -> list[tuple[str, str, float]]:
     """(style, name, accuracy) of each baseline that was measured."""
     alone = test["alone"] and test["alone"]["mean"]
-    all_three = (
+    without = test["alone_without_privacy"] and test["alone_without_privacy"]["mean"]
+    all_of_them = (
         ("c2 pattern1", "all data pooled, no privacy", test["pooled"]),
         ("c1 pattern2", "alone, mean", alone),
+        ("c3 pattern4", "alone without privacy, mean", without),
         ("c5 pattern3", "majority class", test["majority"]),
     )
-    return [(style, name, metrics["accuracy"]) for style, name, metrics in all_three if metrics is not None]
+    return [(style, name, metrics["accuracy"]) for style, name, metrics in all_of_them if metrics is not None]
 
 
 def _level(style: str, y: float) -> Line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -22,6 +23,11 @@ ATTEMPTS = 5
 LARGEST_LOG_BYTES = 32 * 2**20
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 _GRACE_SECONDS = 2.0  # for what a process that has ended leaves behind
+_LOOKED_AT_BYTES, _LAST_LINES, _LONGEST_LINE = 16384, 40, 300  # of a log
+_NOTHING = "it has said nothing"
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Warning)\b.*|.*\b(ERROR|CRITICAL)\b.*")
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_FRAME = re.compile(r"[\u2500-\u257f]|\^{2,}|~{2,}|[^\x20-\x7e\u00a0-\uffff]")  # box drawings, carets, control characters
 
 
 class Child:
@@ -40,6 +46,7 @@ class Child:
         self._say, self._clock = say, clock
         self._process: subprocess.Popen[bytes] | None = None
         self._started, self._again, self._early = 0.0, clock(), 0
+        self._proven = False
         self._previous = log.with_name(f"{log.name}.1")
         if log.exists():
             log.replace(self._previous)
@@ -47,18 +54,21 @@ class Child:
     def tend(self) -> bool:
         """Starts it where it is due, and returns whether it did.
 
-        Raises RunError when it ends at once, again and again, or cannot be started.
+        Raises RunError when it ends at once, again and again, or cannot be started, unless it is never given up.
         """
         if self._process is None:
             if self._clock() < self._again:
                 return False
-            self._start()
-            return True
+            return self._start()
         if (code := self._process.poll()) is not None:
             self._ended(code)
         else:
             self._shorten_log()
         return False
+
+    def never_give_up(self) -> None:
+        """Everything was ready once: what ends it now passes, such as a database that a backup has locked, or an attack."""
+        self._proven = True
 
     @property
     def leader(self) -> int | None:
@@ -70,7 +80,7 @@ class Child:
         if self._process is not None and self._process.poll() is not None:
             self._process = None
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
         self._started = self._clock()
         try:
             descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -80,18 +90,26 @@ class Child:
                     stdout=log, stderr=log, start_new_session=True, umask=0o077,
                 )  # fmt: skip
         except OSError as error:
-            raise RunError(f"the {self.name} cannot be started ({error}): check the permissions and the space there") from None
+            problem = f"the {self.name} cannot be started ({error})"
+            if not self._proven:
+                raise RunError(f"{problem}: check the permissions and the space there") from None
+            self._try_again(problem)
+            return False
+        return True
 
     def _ended(self, code: int) -> None:
         how = f"was ended by signal {-code}" if code < 0 else f"has ended with code {code}"
         end(running([self]), _GRACE_SECONDS)  # without it they serve nobody
         self._process = None
         self._early = self._early + 1 if self._clock() - self._started < AT_ONCE_SECONDS else 0
-        if self._early >= ATTEMPTS:
+        if self._early >= ATTEMPTS and not self._proven:
             raise RunError(f"the {self.name} {how} {ATTEMPTS} times in a row, at once: {self._last_line()} ({self._log})")
-        wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** max(0, self._early - 1))
+        self._try_again(f"the {self.name} {how} ({self._last_line()})")
+
+    def _try_again(self, problem: str) -> None:
+        wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** min(10, max(0, self._early - 1)))
         self._again = self._clock() + wait
-        self._say(f"the {self.name} {how}; it is started again in {wait:g} s")
+        self._say(f"{problem}; it is started again in {wait:g} s")
 
     def _shorten_log(self) -> None:
         with suppress(OSError):  # no reason to end what runs
@@ -101,10 +119,28 @@ class Child:
 
     def _last_line(self) -> str:
         try:
-            lines = self._log.read_bytes()[-4096:].decode(errors="replace").split("\n")
+            with self._log.open("rb") as log:
+                log.seek(max(0, self._log.stat().st_size - _LOOKED_AT_BYTES))
+                return meaningful_line(log.read().decode(errors="replace"))
         except OSError:
-            lines = []
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it has said nothing")
+            return _NOTHING
+
+
+def meaningful_line(text: str) -> str:
+    """The last line that says why a process has ended: what was raised where there is one, otherwise the last that has words.
+
+    >>> meaningful_line("Traceback:\\n  File x\\nValueError: no room\\nFor more information check: https://x")
+    'ValueError: no room'
+    """
+    lines = [shown for line in text.splitlines() if (shown := _shown(line))]
+    raised = next((line for line in reversed(lines[-_LAST_LINES:]) if _RAISED.match(line)), None)
+    return (raised or (lines[-1] if lines else _NOTHING))[:_LONGEST_LINE]
+
+
+def _shown(line: str) -> str:
+    """Without colors and frames; nothing for a line without words, and for one that only says where to read on."""
+    plain = _FRAME.sub("", _COLOR.sub("", line)).strip()
+    return "" if not re.search(r"\w{2}", plain) or plain.startswith("For more information check") else plain
 
 
 def running(children: Iterable[Child]) -> Iterator[psutil.Process]:

@@ -6,6 +6,7 @@ is None in the summary, and no sentence of the report is about it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,6 +36,9 @@ _NOT_KNOWN = (
     "alone",
     "personal",
     "gain",
+    "common",
+    "worth",
+    "adaptation",
     "delta",
     "noise_multiplier",
     "sample_rate",
@@ -71,6 +75,8 @@ def summarise(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         **identity(folder, progress),
         "federation": folder.file.federation,
         "privacy": _privacy(folder, progress),
+        "partition": None,
+        "worth": None,
         "test": _test(folder, progress),
         "organisations": [_organisation(folder, who.name, progress, events) for who in folder.file.participants],
         **performance(progress, sum(float(entry["seconds"]) for entry in progress.history)),
@@ -102,7 +108,15 @@ def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Of the coordinator's own test set; without one, nothing was measured."""
     document, metrics = folder.path / "test" / "data.json", progress.history[-1]["metrics"]
-    nothing = {"examples": 0, "majority": None, "alone": None, "federated": metrics, "pooled": None}
+    nothing = {
+        "examples": 0,
+        "majority": None,
+        "alone": None,
+        "alone_without_privacy": None,
+        "federated": metrics,
+        "adapted": None,
+        "pooled": None,
+    }
     if not document.exists():
         return nothing
     test = HoldingsFile.read(document, folder.plan.labels)
@@ -112,7 +126,15 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 
 def epsilon_stated(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Organisation -> ε as it stated it last."""
-    return {name: float(value) for entry in history for name, value in entry["epsilon"].items()}
+    return {name: _number(value) for entry in history for name, value in entry["epsilon"].items()}
+
+
+def _number(value: float) -> float:
+    """Older runs admitted whatever was stated; an integer in JSON may be larger than any float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _organisation(folder: RunFolder, name: str, progress: Progress, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -74,6 +74,11 @@ class Enrolment:
         self._stop.set()
         self._thread.join(_EVERY_SECONDS)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the SuperLink has ever let the members in."""
+        return self._reached
+
     def _run(self) -> None:
         with self._connect() as registry:
             while not self._stop.is_set():

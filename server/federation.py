@@ -51,7 +51,7 @@ class FederationFolder:
         self.path = path.expanduser().resolve()
         file = self.path / "server.toml"
         try:
-            self.config = ServerConfig.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+            self.config = ServerConfig.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
         except ValidationError as error:
             raise RunError(f"{first_mistake(error, ServerConfig, 'server.toml')} ({file})") from None
         except (OSError, ValueError) as error:

@@ -8,10 +8,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cotune.models.base import base_labels, find_base
+from cotune.models.base import find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import PlanError, RunError
+from cotune.models.model_settings import base_labels
 from cotune.models.records import check_labels, read_records
 from cotune.plan.invitation import Invitation
 from cotune.plan.load import dump_plan

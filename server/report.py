@@ -17,7 +17,7 @@ from cotune.models.durable import write_durably
 from cotune.privacy.rounding import round_up
 from cotune.server.charts import accuracy_chart, epsilon_chart, label_bar, label_keys
 from cotune.server.figures import duration, instant, percent, scientific, signed, size
-from cotune.server.verdict import Summary, is_private, is_real, judge, results
+from cotune.server.verdict import Summary, is_private, is_real, judge, own_columns, results
 
 __all__ = ["page_environment", "render_report", "write_report"]
 
@@ -35,6 +35,7 @@ def render_report(summary: Summary) -> str:
         real=is_real(summary),
         verdict=judge(summary),
         results=results(summary),
+        own_columns={} if is_real(summary) else own_columns(summary),
         accuracy_chart=accuracy_chart(summary),
         epsilon_chart=epsilon_chart(summary),
         label_keys=() if is_real(summary) else label_keys(summary),

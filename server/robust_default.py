@@ -44,7 +44,9 @@ def notes_of(plan: Plan, members: Sequence[Member]) -> list[str]:
             " --examples LOW:HIGH`"
         )
     if plan.strategy.fusion.name == "robust" and len(members) < FEWEST:
-        notes.append(f"{len(members)} organizations cannot tell which of them lies: a poisoned update moves the model; {FEWEST} can")
+        notes.append(
+            f"{len(members)} organizations cannot tell which of them lies: a poisoned update moves the model; {FEWEST} can"
+        )
     if plan.strategy.fusion.name == "mean" and plan.client_privacy is None:
         notes.append("the fusion mean lets one organization move the model wherever it likes, within the norm that is allowed")
     return notes

@@ -33,7 +33,7 @@ from cotune.server.step import Score, context_of, enter_round, move, sent_beside
 from cotune.server.strikes import left_out, remember
 from cotune.server.tally import Tally
 from cotune.server.verification import Verify
-from cotune.strategies.wire import Recipient, encode_requests, payload_bytes, received_digest
+from cotune.strategies.wire import Recipient, encode_requests, received_digest
 
 __all__ = ["run_rounds"]
 
@@ -127,16 +127,16 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
         context,
         shapes,
         statistic_shapes(plan, run.model, names),
-        sent=max((payload_bytes(content) for content in contents.values()), default=0),
         received=received_digest(state, sent),
         members=members,
     )
     closing = enough(plan, len(people))
-    asking = Asking(run.post, plan.server, round, contents, verify.most_bytes, closing, tally, folder.events.tell)
+    real = bool(folder.file.federation)
+    asking = Asking(run.post, plan.server, round, contents, verify.most_bytes, closing, tally, folder.events.tell, real=real)
     del contents
     run.gathering.gather(asking, round, verify, tally, combination)
     if not tally.has_quorum:
-        remember(folder, tally.quarantined)
+        remember(folder, [*tally.quarantined, *tally.timed_out])
     tally.check_quorum(plan, round)
     if client_level:
         client_level.charge(round)
@@ -186,7 +186,10 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
     struck = left_out(folder, before.history)
     revoked = [p.name for p in folder.file.participants if folder.file.federation and p.name not in members]
     known = before.history[-1].get("left_out", []) if before.history else []
-    for names, reason in ((struck, f"{plan.server.strikes} of its updates were refused"), (revoked, REVOKED)):
+    for names, reason in (
+        (struck, f"{plan.server.strikes} of its updates were refused, or did not come in time"),
+        (revoked, REVOKED),
+    ):
         for name in [name for name in names if name not in known]:
             folder.events.tell("organisation_left_out", round=round, organisation=name, reason=reason)
     without = sorted({*struck, *revoked})

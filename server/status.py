@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cotune.models.errors import RunError
-from cotune.privacy.rounding import round_up
+from cotune.privacy.rounding import rounded_up
 from cotune.server.certificates import check
 from cotune.server.conclusion import bytes_of, epsilon_stated, weight_of
 from cotune.server.delivery import confirmed
@@ -15,7 +15,7 @@ from cotune.server.events import read_events
 from cotune.server.federation import FederationFolder
 from cotune.server.members import Member
 from cotune.server.run_folder import RunFolder
-from cotune.server.strikes import left_out
+from cotune.server.strikes import left_out, strikes_of
 from cotune.server.superlink import Control
 
 __all__ = ["OrganisationStatus", "RunStatus", "Status", "connections", "look"]
@@ -38,7 +38,8 @@ History = Sequence[Mapping[str, Any]]  # of the finished rounds
 @dataclass(frozen=True)
 class OrganisationStatus:
     """connection: online, offline, or unknown while the server does not run. last_round: whose update entered the model; 0:
-    none. weight: its share in the last round that it took part in. word: what came of it last, in words. epsilon: as it stated it, rounded up; None: it stated none."""
+    none. weight: its share in the last round that it took part in. strikes: refused updates and time-outs in the run. word: what
+    came of it last, in words. epsilon: as it stated it, rounded up; None: it stated none."""
 
     name: str
     invited: str
@@ -49,6 +50,7 @@ class OrganisationStatus:
     epsilon: float | None
     bytes_up: int
     weight: float | None = None
+    strikes: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,10 @@ def _organisation(
         connection="unknown" if connected is None else connected.get(name, "offline"),
         last_round=max(rounds, default=0),
         word=_word(member, run, history, events),
-        epsilon=None if stated is None else float(round_up(stated)),
+        epsilon=None if stated is None else rounded_up(stated),
         bytes_up=bytes_of(events, name),
         weight=weight_of(history, name),
+        strikes=0 if run is None else strikes_of(run, history)[name],
     )
 
 
@@ -176,7 +179,7 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
     if run is None or name not in [who.name for who in run.file.participants]:
         return "not in a run yet" if run is None else "not in this run"
     if name in left_out(run, history):
-        return "left out after refused updates"
+        return "left out after refused updates or time-outs"
     has_model, said = name in confirmed(run), _last_said(name, events)
     if has_model and not any(name in entry["participants"] for entry in history):
         return f"{said}; has the finished model"
@@ -204,6 +207,8 @@ def _said(event: Mapping[str, Any]) -> str:
             return f"answered late, to round {event['of_round']}"
         case "late_update_ignored":
             return f"answered too late, to round {event['of_round']}"
+        case "messages_refused":
+            return f"{event['count']} messages refused at the front: {event['reason']}"
         case "undelivered":
             return f"lacks the finished model: {event['reason']}"
         case _:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from cotune.models.sharing import SharedModel, State, named_under
-from cotune.plan.model import shared_names
+from cotune.plan.model import rewritten_names, shared_names
 from cotune.plan.schema import Plan
 from cotune.server.run_folder import Progress
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
@@ -24,16 +24,8 @@ def enter_round(model: SharedModel, plan: Plan, state: State, round: int) -> tup
     """The state, with what this round adds to it at its present values; and the names that the organisations share."""
     model.load(state)
     names = shared_names(plan, model, round)
-    wanted = [*names, *_rewritten(plan, model, round)]
+    wanted = [*names, *rewritten_names(plan, model, round)]
     return {**state, **model.state([name for name in wanted if name not in state])}, names
-
-
-def _rewritten(plan: Plan, model: SharedModel, round: int) -> Iterable[str]:
-    """What the fusion changes beside what the organisations train: other factors of adapters, or the weights that they adapt."""
-    if plan.stage_of(round).mode != "lora":
-        return []
-    kinds = plan.strategy.fusion.info("fusion").needs.rewrites
-    return [getattr(adapter, kind) for adapter in model.adapters() for kind in kinds]
 
 
 def context_of(

@@ -1,6 +1,6 @@
-"""Who has had too many updates refused, and is left out of a run.
+"""Who has had too many updates refused, or has let too many rounds wait in vain, and is left out of a run.
 
-strikes.json    organisation -> its refused updates in rounds that failed; those of finished rounds are in the checkpoints
+strikes.json    organisation -> its strikes in rounds that failed; those of finished rounds are in the checkpoints
 """
 
 from __future__ import annotations
@@ -14,17 +14,25 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["left_out", "remember"]
+__all__ = ["left_out", "remember", "strikes_of"]
 
 
 def left_out(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Who has had as many updates refused as the plan allows. history: the rounds that are finished. Raises RunError."""
+    """Who has as many strikes as the plan allows. history: the rounds that are finished. Raises RunError."""
+    return sorted(name for name, count in strikes_of(folder, history).items() if 0 < folder.plan.server.strikes <= count)
+
+
+def strikes_of(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """Refused updates and time-outs of each organisation; an answer that came after all, and was folded in, is none."""
+    late = {(entry["round"], entry["organisation"]) for each in history for entry in each.get("late", ())}
     strikes = _of_failed_rounds(folder) + Counter(name for entry in history for name in entry.get("quarantined", ()))
-    return sorted(name for name, count in strikes.items() if 0 < folder.plan.server.strikes <= count)
+    return strikes + Counter(
+        name for entry in history for name in entry.get("timed_out", ()) if (entry["round"], name) not in late
+    )
 
 
 def remember(folder: RunFolder, names: Iterable[str]) -> None:
-    """That a round failed in which updates of these were refused: or a round that needs everybody would fail for ever."""
+    """That a round failed in which these got a strike each: or a round that needs everybody would fail for ever."""
     if strikes := Counter(names):
         write_durably(folder.path / "strikes.json", json.dumps(_of_failed_rounds(folder) + strikes, ensure_ascii=False).encode())
 

@@ -5,6 +5,7 @@ processes.json              what runs, for whoever comes after a supervisor that
 superlink.log front.log executor.log    what they say; .1: of the start before
 state.sqlite                messages on their way, unless they are kept in memory; begun anew with every start
 front.toml flwr/            settings of the front; what else Flower keeps
+refused.json                whose announcements the front has refused
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from cotune.server.child import Child, running, stop
 from cotune.server.enrolment import Enrolment
 from cotune.server.federation import FederationFolder
 from cotune.server.founding import address_of
-from cotune.server.front import listen
 from cotune.server.processes import Record, end
+from cotune.server.proxy.server import listen
 from cotune.server.run_folder import keep_others_off
 from cotune.server.superlink import control
 
@@ -52,7 +53,8 @@ def supervise(folder: FederationFolder, say: Say) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP; nothing that it has started is left then. say: is told every event, in a line.
 
     Raises RunError for certificates that organisations would refuse, a damaged list of members, a port that is taken,
-    another supervisor of the folder, a folder that cannot be written, and a process that ends at once, again and again.
+    another supervisor of the folder, a folder that cannot be written, and a process that ends at once, again and again, before
+    all were ready; afterwards none is given up.
     """
 
     def told(line: str) -> None:
@@ -83,8 +85,11 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
     children = _children(folder, say)
     say(f"starting {folder.config.name} at {address_of(folder.config)}")
     try:
-        with Enrolment(lambda: control(folder.superlink_address, folder.certificates), folder.members.all, say):
+        with Enrolment(lambda: control(folder.superlink_address, folder.certificates), folder.members.all, say) as enrolment:
             while not stopped():
+                if enrolment.ready:
+                    for child in children:
+                        child.never_give_up()
                 for child in children:
                     if child.tend():
                         record.keep(running(children))
@@ -133,6 +138,8 @@ def _write_settings(folder: FederationFolder) -> None:
     (folder.superlink / "flwr").mkdir(mode=0o700, exist_ok=True)
     front = {
         "certificates": str(folder.certificates),
+        "members": str(folder.path / "members.json"),
+        "refusals": str(folder.superlink / "refused.json"),
         "superlink_port": folder.config.superlink_port,
         "host": folder.config.listen,
         "port": folder.config.port,

@@ -23,6 +23,7 @@ class Tally:
     participants: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)  # organisation -> reason
     quarantined: list[str] = field(default_factory=list)
+    timed_out: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     late: list[dict[str, Any]] = field(default_factory=list)
     epsilon: dict[str, float] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Tally:
             "participants": [name for name in self.people if name in came],
             "dropped": [{"organisation": name, "reason": reason} for name, reason in self._in_order(self.dropped).items()],
             "quarantined": sorted(self.quarantined),
+            "timed_out": sorted(self.timed_out),
             "absent": [name for name in self.people if name in self.absent],
             "left_out": self.left_out,
             "late": sorted(self.late, key=lambda late: (late["round"], late["organisation"])),

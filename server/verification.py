@@ -14,6 +14,7 @@ from torch import Tensor
 from cotune.models.errors import RunError
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import longest_update
+from cotune.privacy.accounting import RecordPrivacy
 from cotune.server.admission import most_bytes, reason_to_refuse
 from cotune.server.members import Member
 from cotune.strategies.round import RoundContext
@@ -35,7 +36,7 @@ class Opened:
 class Verify:
     """What answers of one round are held to. most_bytes: of one.
 
-    shapes: what the round shares. sent: bytes of a request. received: digest of what it holds. members: in a real run, those that
+    shapes: what the round shares. received: digest of what a request holds. members: in a real run, those that
     may take part, with the numbers of records that they may declare.
     """
 
@@ -46,16 +47,16 @@ class Verify:
         shapes: Mapping[str, Tensor],
         statistics: Mapping[str, tuple[int, ...]],
         *,
-        sent: int,
         received: str,
         members: Mapping[str, Member],
     ) -> None:
         self._plan, self._round, self._members = plan, context.round, members
-        self.most_bytes = most_bytes(sent, statistics)
         stage = plan.stage_of(context.round)
         local, start = stage.local, math.sqrt(math.fsum(float(t.double().pow(2).sum()) for t in shapes.values()))
         entries = sum(tensor.numel() for tensor in shapes.values())
         self._longest = partial(longest_update, plan, stage, entries=entries, start=start)
+        own = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
+        self.most_bytes = most_bytes(len(plan.canonical().encode()), own, statistics)
         self._refuse = partial(
             reason_to_refuse,
             round=context.round,
@@ -68,6 +69,8 @@ class Verify:
             loss_needed="loss" in plan.strategy.sends,
             received=received,
             told=_may_be_told(plan),
+            most_told=float(plan.server.max_examples),
+            epsilon=plan.privacy.epsilon if isinstance(plan.privacy, RecordPrivacy) else None,
         )
 
     def __call__(self, reply: Message, organisation: str) -> Opened:
@@ -84,7 +87,9 @@ class Verify:
             return Opened(None, one_line(str(error)), refused=True)  # it may repeat a stranger's words
         allowed = self._examples(organisation)
         longest = self._longest(examples=min(max(update.examples, allowed[0]), allowed[1]))
-        reason = self._refuse(update, organisation=organisation, examples=allowed, max_norm=math.inf if longest is None else longest)
+        reason = self._refuse(
+            update, organisation=organisation, examples=allowed, max_norm=math.inf if longest is None else longest
+        )
         return Opened(update) if reason is None else Opened(None, one_line(reason), refused=True)
 
     def _examples(self, organisation: str) -> tuple[int, int]:

@@ -24,9 +24,9 @@ from cotune.models.features import feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
 from cotune.plan.schema import Plan, Stage
-from cotune.privacy.gaussian import grid_step
+from cotune.privacy.gaussian import MOST_NOISE, grid_step
 from cotune.privacy.randomness import derive_seed, private_generator
-from cotune.simulations.released import Engine, Mechanism, released
+from cotune.simulations.released import Engine, Mechanism, Subject, released
 
 __all__ = ["LARGEST", "TOLERANCE", "Probe", "probe_states"]
 
@@ -150,19 +150,17 @@ def _probe(
     key = int(private_generator().integers(2**62))
     units = few.units
     everybody = range(len(units))
+    # The grid follows no more noise than this, so contributions are the same; under more, float32 would round them.
+    exact = replace(mechanism, noise_multiplier=min(mechanism.noise_multiplier, MOST_NOISE), expected_batch=1.0)
 
-    def sums(present: Sequence[int], batch: float = 1.0) -> Tensor:
+    def sums(present: Sequence[int], by: Mechanism = exact) -> Tensor:
         """The noised sum of one step in which these units are; without units the noise alone."""
         model.load(state)
         rows = [row for number in present or [0] for row in units[number]]
         setting = setting_of(plan, stage, model, _only(few, rows), state, "audit", expected_batch=mechanism.expected_batch)
         found = released(
-            engine,
-            setting.module,
-            setting.loss,
-            setting.units if present else [],
-            setting.batches,
-            replace(mechanism, sample_rate=1.0, expected_batch=batch),
+            Subject(engine, setting.module, setting.loss, setting.units if present else [], setting.batches),
+            replace(by, sample_rate=1.0),
             steps=1,
             generator=np.random.default_rng(key),
         )
@@ -172,13 +170,13 @@ def _probe(
     whole = sums(everybody)
     contributions = []
     influences = []
-    off_grid = [_off_grid(sums(everybody, mechanism.expected_batch), mechanism)]
+    off_grid = [_off_grid(sums(everybody, mechanism), mechanism)]
     for left_out in sorted({everybody[0], everybody[-1]}):
         others = [number for number in everybody if number != left_out]
         moved = whole - sums(others)
         contributions.append(float(moved.norm()) / mechanism.clip_norm)
         influences.append(float((moved - (sums([left_out]) - noise)).norm()) / mechanism.clip_norm)
-        off_grid.append(_off_grid(sums(others, mechanism.expected_batch), mechanism))
+        off_grid.append(_off_grid(sums(others, mechanism), mechanism))
     return Probe(name, max(contributions), max(influences), max(off_grid))
 
 

@@ -24,7 +24,7 @@ from cotune.privacy.dp_sgd import private_steps
 from cotune.privacy.drawn_noise import DrawnNoise
 from cotune.privacy.stepwise import log_likelihood_ratios
 from cotune.simulations.adversarial import Probe, probe_states
-from cotune.simulations.released import Mechanism, draw_noise, watch
+from cotune.simulations.released import Mechanism, Subject, draw_noise, watch
 from cotune.strategies.updates import Delta, difference
 
 __all__ = ["AuditedTraining", "Targets"]
@@ -126,8 +126,8 @@ class AuditedTraining:
         mechanism = self._mechanism(stage)
         idle = new_canaries(_IDLE, self.model.device)  # more coordinates to draw noise in
         planted = self._planted(setting, idle, np.zeros(_IDLE, dtype=bool))
-        noise = draw_noise(private_steps, planted.module, planted.loss, setting.units, planted.batches, mechanism, self.error)
-        self.noise.append(noise)
+        subject = Subject(private_steps, planted.module, planted.loss, setting.units, planted.batches)
+        self.noise.append(draw_noise(subject, mechanism, self.error))
         self.probes += probe_states(private_steps, self.plan, stage, self.model, names, self.state, self.holdings, mechanism)
 
     def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:

@@ -20,6 +20,7 @@ from cotune.plan.schema import Plan
 from cotune.server.events import Listener
 from cotune.server.run_folder import RunFile
 from cotune.simulations.comparison import Measured, Settings, Variation
+from cotune.simulations.promise import Promise, promise_of
 from cotune.simulations.sites import prepare
 
 __all__ = ["Cell", "baseline_of", "cells_of", "is_finished", "measure", "parse_variation", "place_of"]
@@ -36,10 +37,15 @@ class Cell:
     plan: Plan
     plan_id: str
     data: str
+    promise: Promise
+
+    @property
+    def combination(self) -> str:
+        return _words(self.settings)
 
     @property
     def name(self) -> str:
-        return f"{_words(self.settings)}, seed={self.plan.seed}"
+        return f"{self.combination}, seed={self.plan.seed}"
 
 
 def parse_variation(text: str) -> Variation:
@@ -132,7 +138,7 @@ def _checked(settings: Settings, plan: Plan, device: str) -> Cell:
         prepared = prepare(plan, device)
     except CotuneError as error:
         raise PlanError(f"{_words(settings)}, seed={plan.seed}: {error}") from None
-    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint)
+    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared))
 
 
 def _check_distinct(cells: Sequence[Cell]) -> None:
@@ -179,7 +185,7 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
         raise RunError(
             f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder"
         ) from None
-    own = [each["own"]["accuracy"] for each in summary["organisations"] if each["own"]]
+    own = [each["own"]["accuracy"] for each in summary["organisations"] if each["own"] and each["own"]["federated"]]
     spent = [each["epsilon_spent"] for each in summary["organisations"] if each["epsilon_spent"] is not None]
     return replace(
         common,

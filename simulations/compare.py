@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from cotune.server.summary import dumps
 from cotune.simulations.cells import Cell, baseline_of, cells_of, is_finished, measure, place_of
 from cotune.simulations.comparison import Comparison, Measured, Variation, combine
 from cotune.simulations.comparison_report import write_comparison
+from cotune.simulations.playing import play_all, task_of
 from cotune.simulations.room import Room
 from cotune.simulations.together import epsilon_of_runs, steps_of_folder
-from cotune.simulations.workers import Task, import_all, play_beside, play_here
-from cotune.strategies.plugins import source_of
+from cotune.simulations.workers import import_all
 
 __all__ = ["compare"]
 
@@ -46,7 +45,7 @@ def compare(
     jobs: processes beside each other; None: as many as cores and memory allow, one on a GPU; 1: this process. imports: modules
     (by name, or by path) that a worker imports first, such as one that registers an architecture. A cell that fails while it runs
     is a result like any other; a combination that cannot be had is refused before any runs, by PlanError. Raises RunError when
-    another process works on the folder.
+    another process works on the folder, or it holds a private selection.
     """
     import_all(imports)
     chosen = baseline_of(variations, baseline)
@@ -54,6 +53,7 @@ def compare(
     folder = (out or Path("compare") / cells[0].plan.name).expanduser().resolve()
     _make(folder)
     with keep_others_off(folder):
+        _check_no_selection(folder)
         places = {cell.name: place_of(folder, cell) for cell in cells}
         todo = [cell for cell in cells if not is_finished(places[cell.name], cell)]
         listener("comparison_started", {"folder": str(folder), "cells": len(cells), "finished": len(cells) - len(todo)})
@@ -91,9 +91,12 @@ def _make(folder: Path) -> None:
         raise RunError(f"the folder {folder} cannot be written ({error.strerror}): choose another with --out") from None
 
 
-def _task(cell: Cell, place: Path, device: str) -> Task:
-    files = tuple(source_of(name, sha256) for name, sha256 in cell.plan.strategy.files.items())
-    return Task(cell.name, cell.plan.canonical(), cell.plan.rounds, place, device, files)
+def _check_no_selection(folder: Path) -> None:
+    if (folder / "private").exists() or (folder / "released").exists():
+        raise RunError(
+            f"{folder} holds a private selection, beside which the figures of all runs must not stand: choose another folder with"
+            " --out"
+        )
 
 
 def _play(
@@ -106,15 +109,11 @@ def _play(
     listener: Listener,
 ) -> dict[str, str]:
     """Plays the cells, in this process or in several; returns why those that failed did."""
-    for cell in todo:
-        if not (places[cell.name] / "run.json").exists():  # killed before it was the folder of a run
-            shutil.rmtree(places[cell.name], ignore_errors=True)
-    tasks = [_task(cell, places[cell.name], device) for cell in todo]
+    tasks = [task_of(cell, cell.name, places[cell.name], device) for cell in todo]
     room, reasons = Room.here(len(tasks), jobs, device), {}
     for path in finished:
         room.saw(_summary(path)["peak_memory_bytes"])
-    alone = room.most == 1
-    for task, reason in _here(tasks, listener) if alone else play_beside(tasks, imports, room.jobs, room.threads, listener):
+    for task, reason in play_all(tasks, room, imports, listener):
         if reason:
             reasons[task.name] = reason
             listener("cell_failed", {"cell": task.name, "reason": reason})
@@ -124,12 +123,6 @@ def _play(
             accuracy, seconds = summary["test"]["federated"]["accuracy"], summary["seconds"]
             listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
     return reasons
-
-
-def _here(tasks: Sequence[Task], listener: Listener) -> Iterator[tuple[Task, str]]:
-    for task in tasks:
-        listener("cell_started", task.started)
-        yield task, play_here(task, listener)
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from cotune.plan.model import model_of
 from cotune.plan.schema import Plan, Stage
 from cotune.plan.statistics import statistic_shapes
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.claim import Figures, figures_of, worst
 from cotune.privacy.statement import client_statement
 from cotune.server.client_level import client_level_noise
 from cotune.server.step import enter_round
@@ -44,6 +45,7 @@ class OrganisationForecast:
     epsilon_allowed: float | None
     epsilon_planned: float | None
     delta: float | None
+    figures: Figures | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Forecast:
     stages: tuple[StageForecast, ...]
     seconds: float
     client_privacy: ClientForecast | None = None
+
+    @property
+    def figures(self) -> Figures | None:
+        """Of record-level privacy, the largest of any organization's; None without it."""
+        return worst({o.name: o.figures for o in self.organisations if o.figures is not None})
 
 
 def forecast(plan: Plan, device: str = "auto") -> Forecast:
@@ -125,9 +132,9 @@ def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
         if isinstance(plan.privacy, RecordPrivacy):
             sigma, delta = prepared.noise[share.name], plan.privacy.delta_for(n)
             telling = planned_telling(plan, share.policy(plan))
-            spent = epsilon([*telling, *(Steps(sigma, rate, count) for rate, count in planned)], delta)
+            figures = figures_of([*telling, *(Steps(sigma, rate, count) for rate, count in planned)], delta)
             allowed = min(plan.privacy.epsilon, share.epsilon or plan.privacy.epsilon)
-            found.append(OrganisationForecast(share.name, held, batch, steps, sigma, allowed, spent, delta))
+            found.append(OrganisationForecast(share.name, held, batch, steps, sigma, allowed, figures.epsilon, delta, figures))
         else:
             found.append(OrganisationForecast(share.name, held, batch, steps, None, None, None, None))
     return tuple(found)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cotune.models.errors import DataError, PlanError, nearest
 
-__all__ = ["PartitionConfig", "partition", "split_test"]
+__all__ = ["PartitionConfig", "deal_alike", "partition", "split_test"]
 
 Rows = NDArray[np.int64]  # indices into the pooled records, ascending
 Shares = NDArray[np.float64]  # groups × clients, each row adds up to 1
@@ -108,6 +108,28 @@ def split_test(labels: Sequence[str], fraction: float, rng: np.random.Generator)
     if not testing.any():
         raise DataError(f"no class among {len(labels)} examples has two, to test on one: add data or check data.label")
     return np.flatnonzero(~testing).astype(np.int64), np.flatnonzero(testing).astype(np.int64)
+
+
+def deal_alike(held: Sequence[Sequence[str]], labels: Sequence[str], rng: np.random.Generator) -> list[Rows]:
+    """The rows of further examples, dealt to clients in the proportions in which they hold each class.
+
+    As clients of one pooled file differ in their classes alone, what each gets is like what it holds: as if its own records had
+    been split, class by class. Disjoint, together all of `labels` whose class somebody holds, each list ascending.
+
+    Args:
+        held: For each client, the classes of its examples.
+        labels: The classes of the further examples.
+    """
+    names = sorted({name for own in held for name in own})
+    code = {name: number for number, name in enumerate(names)}
+    owned = np.stack([np.bincount([code[name] for name in own], minlength=len(names)) for own in held], axis=1)
+    parts: list[list[Rows]] = [[] for _ in held]
+    for name, own in zip(names, owned, strict=True):
+        rows = rng.permutation(np.flatnonzero([label == name for label in labels]))
+        ends = np.rint(np.cumsum(own) / own.sum() * len(rows)).astype(np.int64)
+        for part, piece in zip(parts, np.split(rows, ends[:-1]), strict=True):
+            part.append(piece)
+    return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
 
 
 def _codes(labels: Sequence[str]) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from cotune.privacy.dp_sgd import StepReport
 from cotune.privacy.drawn_noise import DrawnNoise, Run, examine
 from cotune.privacy.per_example import Batches, LossPerExample, Unit
 
-__all__ = ["Engine", "Mechanism", "draw_noise", "released", "watch"]
+__all__ = ["Engine", "Mechanism", "Subject", "draw_noise", "released", "watch"]
 
 Engine = Callable[..., Iterator[StepReport]]  # the signature of `private_steps`
 
@@ -47,6 +47,25 @@ class Mechanism:
     clipping: Clipping
 
 
+@dataclass(frozen=True)
+class Subject:
+    """An engine, and what it trains on which units.
+
+    Attributes:
+        engine: Takes private steps.
+        module: Is trained.
+        loss: Of a batch, per record.
+        units: Rows of each unit.
+        batches: Rows -> batches of them.
+    """
+
+    engine: Engine
+    module: nn.Module
+    loss: LossPerExample
+    units: Sequence[Unit]
+    batches: Batches
+
+
 def watch(optimizer: torch.optim.Optimizer, parameter: Tensor, batch: float, seen: Callable[[Tensor], None]) -> None:
     """Call `seen` in every step of the optimizer with the sum B·g that reaches a parameter, in float64."""
 
@@ -57,17 +76,7 @@ def watch(optimizer: torch.optim.Optimizer, parameter: Tensor, batch: float, see
     optimizer.register_step_pre_hook(before_step)
 
 
-def released(
-    engine: Engine,
-    module: nn.Module,
-    loss: LossPerExample,
-    units: Sequence[Unit],
-    batches: Batches,
-    mechanism: Mechanism,
-    *,
-    steps: int,
-    **more: Any,
-) -> list[list[Tensor]]:
+def released(subject: Subject, mechanism: Mechanism, *, steps: int, **more: Any) -> list[list[Tensor]]:
     """Run an engine without moving the module.
 
     Args:
@@ -76,7 +85,7 @@ def released(
     Returns:
         For each step the noised sums of the trained parameters, in float64 on the CPU, in units of the gradient.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = [p for p in subject.module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.0)
     found: list[list[Tensor]] = []
 
@@ -85,12 +94,12 @@ def released(
         found.append([total.double().mul_(mechanism.expected_batch).cpu() for total in sums])
 
     optimizer.register_step_pre_hook(before_step)
-    reports = engine(
-        module,
+    reports = subject.engine(
+        subject.module,
         optimizer,
-        loss,
-        units=units,
-        batches=batches,
+        subject.loss,
+        units=subject.units,
+        batches=subject.batches,
         noise_multiplier=mechanism.noise_multiplier,
         clip_norm=mechanism.clip_norm,
         sample_rate=mechanism.sample_rate,
@@ -104,15 +113,7 @@ def released(
     return found
 
 
-def draw_noise(
-    engine: Engine,
-    module: nn.Module,
-    loss: LossPerExample,
-    units: Sequence[Unit],
-    batches: Batches,
-    mechanism: Mechanism,
-    error: float,
-) -> DrawnNoise:
+def draw_noise(subject: Subject, mechanism: Mechanism, error: float) -> DrawnNoise:
     """Test the noise of an engine on real batches whose loss is zero, so that nothing else is released.
 
     Two runs that begin in the same state of every generator that a plan could seed: what is drawn must be another noise.
@@ -120,13 +121,13 @@ def draw_noise(
     Args:
         error: As of `drawn_noise.examine`.
     """
-    entries = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    entries = sum(p.numel() for p in subject.module.parameters() if p.requires_grad)
     steps = min(_MOST_STEPS, max(2, _DRAWS // entries))
     scale = mechanism.noise_multiplier * mechanism.clip_norm
+    idle = replace(subject, loss=lambda batch: 0.0 * subject.loss(batch), units=subject.units[:_UNITS])
 
     def run() -> Run:
-        sums = released(engine, module, lambda batch: 0.0 * loss(batch), units[:_UNITS], batches, mechanism, steps=steps)
-        parts = zip(*sums, strict=True)
+        parts = zip(*released(idle, mechanism, steps=steps), strict=True)
         return [torch.stack([s.reshape(-1).div_(scale).float() for s in part]).numpy() for part in parts]
 
     runs = []

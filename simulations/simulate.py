@@ -21,6 +21,7 @@ from cotune.server.summary import dumps
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.engines import check_engine, play_on
 from cotune.simulations.personal import export_each
+from cotune.simulations.personalized import personalize
 from cotune.simulations.sites import Prepared, make_run, prepare
 from cotune.simulations.summary import summarise
 
@@ -80,7 +81,8 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Result:
     began = time.monotonic()
     results = run_baselines(folder, prepared)
     _export(folder)
-    summary = summarise(folder, prepared, results, seconds + time.monotonic() - began)
+    personalized = personalize(folder, prepared, served_of(folder.plan, folder.load()))
+    summary = summarise(folder, prepared, results, personalized, seconds + time.monotonic() - began)
     write_durably(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
     return Result(folder.path, json.loads(dumps(summary)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,12 @@ from pydantic import ValidationError
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.setting import check_stages
 from cotune.client.site import SiteFile
-from cotune.models.base import base_labels, find_base
+from cotune.models.base import find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, PlanError
 from cotune.models.holdings import Holdings, write_holdings
+from cotune.models.model_settings import base_labels
 from cotune.models.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
@@ -29,7 +30,8 @@ from cotune.privacy.randomness import seeded_generator
 from cotune.privacy.rounding import two_digits
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.suitability import check_suits
-from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
+from cotune.simulations.natural import column_of, owners_of
+from cotune.simulations.partitions import PartitionConfig, Rows, deal_alike, partition, split_test
 from cotune.simulations.unit_groups import UnitGroups, unit_groups
 
 __all__ = ["Prepared", "make_run", "prepare"]
@@ -45,6 +47,7 @@ class Share:
     units: int
     epsilon: float | None = None  # its own, where it wants to spend less than the plan allows
     rank: int | None = None  # of adapters, its own where it is smaller than the plan's
+    held_out: Rows = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # rows of its file that test, and none trains on
 
     def public_examples(self, plan: Plan) -> int:
         """N: rounded down to two digits, which a simulated organization declares; without privacy the true number."""
@@ -153,26 +156,65 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
     test: list[tuple[Path | None, Rows]] = []
     validation: list[tuple[Path | None, Rows]] = []
     units = {file: unit_groups(found) for file, found in records.items()}
-    for (file, own), found in zip(units.items(), records.values(), strict=True):
+    for file, name, own, found in _pools(plan, records, units):
         train, held_out = split_test(own.strata, plan.test_fraction, rng)
         test.append((file, own.rows(held_out)))
         if plan.validation_fraction:
             kept, servers = split_test([own.strata[i] for i in train], plan.validation_fraction, rng)
             validation.append((file, own.rows(train[servers])))
             train = train[kept]
-        if file is not None:
-            shares.append(_share(plan, found, organisation_name(file), file, own.rows(train)))
+        if name is not None:
+            shares.append(replace(_share(plan, found, name, file, own.rows(train)), held_out=test[-1][1]))
         else:
-            parts = partition([own.strata[i] for i in train], _partition_config(plan), rng)
-            shares += [_share(plan, found, f"org-{i}", None, own.rows(train[groups])) for i, groups in enumerate(parts, start=1)]
+            shares += _dealt(plan, found, own, train, held_out, rng)
     if len(units) > 1:
         validation = _apart(validation, units, [(share.file, share.rows) for share in shares])
         test = _apart(test, units, [(share.file, share.rows) for share in shares] + validation)
+        shares = [replace(share, held_out=rows) for share, (_, rows) in zip(shares, test, strict=True)]
     if not sum(len(rows) for _, rows in test):
         raise DataError(
             f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
         )
     return tuple(shares), tuple(test), tuple(validation)
+
+
+def _pools(
+    plan: Plan, records: Mapping[Path | None, Records], units: Mapping[Path | None, UnitGroups]
+) -> Iterator[tuple[Path | None, str | None, UnitGroups, Records]]:
+    """(file, organization, its units, the file's records); the organization is None where its records are dealt out."""
+    column = column_of(plan)
+    if column is not None and None not in records:
+        raise PlanError(
+            f'the plan has simulation.partition = "{plan.simulation.partition}" for a folder with one file per organization:'
+            " expected one file with that column, or no partition"
+        )
+    for file, found in records.items():
+        if file is not None or column is None:
+            yield file, None if file is None else organisation_name(file), units[file], found
+            continue
+        for name, own in units[file].by(owners_of(plan, found, column)).items():
+            yield file, _checked_size(plan, name, own), own, found
+
+
+def _checked_size(plan: Plan, name: str, own: UnitGroups) -> str:
+    if len(own.groups) < plan.simulation.min_examples:
+        raise DataError(
+            f"{name} has {len(own.groups)} records by {plan.simulation.partition}, and simulation.min_examples is"
+            f" {plan.simulation.min_examples}: leave it out of the file, or use a smaller min_examples"
+        )
+    return name
+
+
+def _dealt(
+    plan: Plan, records: Records, own: UnitGroups, train: Rows, held_out: Rows, rng: np.random.Generator
+) -> Iterator[Share]:
+    """The organizations that a pooled file is split over; each holds out test records that are like its own."""
+    parts = partition([own.strata[i] for i in train], _partition_config(plan), rng)
+    held = [[own.strata[i] for i in train[groups]] for groups in parts]
+    tests = deal_alike(held, [own.strata[i] for i in held_out], seeded_generator(plan.seed, "own test"))
+    for number, (groups, testing) in enumerate(zip(parts, tests, strict=True), start=1):
+        share = _share(plan, records, f"org-{number}", None, own.rows(train[groups]))
+        yield replace(share, held_out=own.rows(held_out[testing]))
 
 
 def _share(plan: Plan, records: Records, name: str, file: Path | None, rows: Rows) -> Share:

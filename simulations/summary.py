@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cotune.client.site import Site
@@ -14,54 +14,119 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.claim import Claim, claim_of, figures_of, worst
 from cotune.privacy.statement import all_models_statement, statement
+from cotune.server.evaluation import predict
 from cotune.server.run_folder import Progress, RunFolder
 from cotune.server.step import served_of
 from cotune.server.summary import identity, performance
-from cotune.simulations.fairness import own_accuracies
+from cotune.simulations.baselines import ALONE, ALONE_WITHOUT_PRIVACY, Judged
 from cotune.simulations.personal import mean_metrics, personal_metrics, personal_states
+from cotune.simulations.personalized import Personalized
 from cotune.simulations.sites import Prepared, Share
 from cotune.simulations.together import steps_of_models
+from cotune.simulations.worth import TestSet, organisation_worth, overall_worth, own_majority
 
 __all__ = ["summarise"]
 
+_METRICS = ("accuracy", "precision", "recall", "f1")
+
 _EXACT = (  # figures of a simulation that are computed from training records as they are
-    "the numbers and label counts of records, the majority class, and accuracies on records like an organization's own",
-    "the model of all data pooled, which is trained without privacy",
-    "the test records",
+    "the numbers and label counts of records, and the majority class",
+    "models that are trained without privacy: all data pooled, alone without privacy, and federated, adapted to own records",
+    "the test records, an organization's own held-out ones among them",
 )
 
 
-def summarise(folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Metrics], seconds: float) -> dict[str, Any]:
+def summarise(
+    folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Judged], personalized: Personalized, seconds: float
+) -> dict[str, Any]:
     """The summary of a finished run as plain values. ε is composed from the organisations' ledgers, not from the plan."""
     plan, progress = folder.plan, folder.load()
     metrics = Metrics(**progress.history[-1]["metrics"])
-    alone = {name.removeprefix("alone/"): m for name, m in baselines.items() if name.startswith("alone/")}
+    alone = {name.removeprefix("alone/"): m.metrics for name, m in baselines.items() if name.startswith("alone/")}
     pooled = baselines.get("pooled")
-    served, model = served_of(plan, progress), model_of(plan, folder.file.device)
-    personal = personal_metrics(folder, served) if plan.keeps_personal else {}
-    own = own_accuracies(prepared, model, served, personal_states(folder, served) if plan.keeps_personal else {})
+    personal = personal_metrics(folder, served_of(plan, progress)) if plan.keeps_personal else {}
+    test = TestSet(prepared)
+    choices = _choices(folder, prepared, progress, baselines, personalized)
+    organisations = [
+        {
+            **_organisation(folder, prepared, s, progress, alone.get(s.name), personal.get(s.name)),
+            **organisation_worth(test, s, choices[s.name]),
+            "adaptation": _adaptation(personalized, s),
+        }
+        for s in prepared.shares
+    ]
+    for each in organisations:
+        each["gain"] = each["worth"] and each["worth"]["difference"]
     return {
         **identity(folder, progress),
         "privacy": _privacy(folder, prepared, pooled is not None),
+        "partition": partition_of(prepared),
+        "worth": overall_worth(organisations),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
             "majority": _majority(folder, prepared).as_dict(),
-            "alone": {"mean": mean_metrics(list(alone.values())).as_dict(), "each": {n: m.as_dict() for n, m in alone.items()}}
-            if alone
-            else None,
+            "alone": _each({n: m.as_dict() for n, m in alone.items()}),
+            "alone_without_privacy": _common(organisations, "alone_without_privacy"),
             "federated": metrics.as_dict(),
-            "pooled": pooled.as_dict() if pooled else None,
+            "adapted": _common(organisations, "adapted"),
+            "pooled": pooled.metrics.as_dict() if pooled else None,
         },
-        "organisations": [
-            {
-                **_organisation(folder, prepared, s, progress, alone.get(s.name), metrics, personal.get(s.name)),
-                "own": _own(own[s.name]),
-            }
-            for s in prepared.shares
-        ],
+        "organisations": organisations,
         **performance(progress, seconds),
         "reproduce": [f"cotune simulate {folder.path / 'plan.toml'}"],
     }
+
+
+def _choices(
+    folder: RunFolder,
+    prepared: Prepared,
+    progress: Progress,
+    baselines: Mapping[str, Judged],
+    personalized: Personalized,
+) -> dict[str, dict[str, Sequence[int]]]:
+    """Organization -> column -> what that model tells on the common test set."""
+    plan, served = folder.plan, served_of(folder.plan, progress)
+    test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
+    model = model_of(plan, folder.file.device)
+    own = personal_states(folder, served) if plan.keeps_personal else {}
+    common = () if plan.keeps_personal else tuple(predict(model, served, test, plan.model.precision))
+    found: dict[str, dict[str, Sequence[int]]] = {}
+    for share in prepared.shares:
+        told = predict(model, own[share.name], test, plan.model.precision) if share.name in own else common
+        alone, private = baselines.get(f"{ALONE}/{share.name}"), isinstance(plan.privacy, RecordPrivacy)
+        without = baselines.get(f"{ALONE_WITHOUT_PRIVACY}/{share.name}") or (None if private else alone)
+        columns = {
+            "majority": (own_majority(prepared, share),) * len(test.truth),
+            "alone": alone and alone.told,
+            "alone_without_privacy": personalized.alone.get(share.name) or (without and without.told),
+            "federated": told,
+            "adapted": personalized.told.get(share.name),
+        }
+        found[share.name] = {name: answers for name, answers in columns.items() if answers}
+    return found
+
+
+def _adaptation(personalized: Personalized, share: Share) -> dict[str, Any] | None:
+    """How an organization has adapted the model, and what each method reached on the parts of its records that judged."""
+    found = personalized.adapted.get(share.name)
+    return None if found is None else {"method": found.method, "described": found.described, "tried": found.tried}
+
+
+def partition_of(prepared: Prepared) -> str:
+    """How records were shared out: the plan's scheme, or "files"."""
+    return prepared.plan.simulation.partition if None in prepared.records else "files"
+
+
+def _each(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+    if not metrics:
+        return None
+    return {"mean": mean_metrics([Metrics(**m) for m in metrics.values()]).as_dict(), "each": dict(metrics)}
+
+
+def _common(organisations: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any] | None:
+    """Of each organization on the common test set, without intervals."""
+    known = {each["name"]: each["common"][column] for each in organisations if each["common"][column] is not None}
+    return _each({name: {key: table[key] for key in _METRICS} for name, table in known.items()})
 
 
 def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, Any]:
@@ -146,11 +211,9 @@ def _organisation(
     share: Share,
     progress: Progress,
     alone: Metrics | None,
-    federated: Metrics,
     personal: Metrics | None,
 ) -> dict[str, Any]:
     plan, examples = folder.plan, share.public_examples(folder.plan)
-    reached = personal if plan.keeps_personal else federated
     private = isinstance(plan.privacy, RecordPrivacy)
     charges = _training(folder, share) if private else []
     took_part = [e["round"] for e in progress.history if share.name in e["participants"]]
@@ -161,7 +224,6 @@ def _organisation(
         "labels": prepared.label_counts(share),
         "alone": alone.as_dict() if alone else None,
         "personal": personal.as_dict() if personal else None,
-        "gain": reached.accuracy - alone.accuracy if alone and reached else None,
         "epsilon_spent": spent[0],
         "epsilon_allowed": _allowed(plan, share),
         "epsilon_all_models": _all_models(folder, share, plan.privacy) if isinstance(plan.privacy, RecordPrivacy) else None,
@@ -171,10 +233,6 @@ def _organisation(
         "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps_of(examples) for r in took_part),
         "rounds": len(took_part),
     }
-
-
-def _own(accuracy: float | None) -> dict[str, float] | None:
-    return None if accuracy is None else {"accuracy": accuracy}
 
 
 def _allowed(plan: Plan, share: Share) -> float | None:

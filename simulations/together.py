@@ -13,7 +13,7 @@ from cotune.client.site import Site
 from cotune.privacy.accounting import Steps
 from cotune.privacy.filters import renyi, renyi_epsilon
 
-__all__ = ["epsilon_of_runs", "steps_of_folder", "steps_of_models"]
+__all__ = ["divergences", "epsilon_of_runs", "steps_of_folder", "steps_of_models"]
 
 _ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)
 
@@ -44,6 +44,12 @@ def epsilon_of_runs(runs: Iterable[Sequence[Sequence[Steps]]], delta: float) -> 
         runs: For each run, for each of its organizations, what it was charged.
         delta: δ of the whole.
     """
-    known = [[list(steps) for steps in run] for run in runs]
-    totals = {order: sum(max((renyi(steps, order) for steps in run), default=0.0) for run in known) for order in _ORDERS}
+    curves = [divergences(run) for run in runs]
+    totals = {order: sum(curve[order] for curve in curves) for order in _ORDERS}
     return min(renyi_epsilon(total, order, delta) for order, total in totals.items())
+
+
+def divergences(organizations: Iterable[Sequence[Steps]]) -> dict[float, float]:
+    """Return for each order the largest Rényi divergence among lists of charges, of which a record is in one at most."""
+    charged = [list(steps) for steps in organizations]
+    return {order: max((renyi(steps, order) for steps in charged), default=0.0) for order in _ORDERS}

@@ -40,6 +40,17 @@ class UnitGroups:
         wanted = {int(row) for row in rows}
         return {name for name, group in zip(self.names, self.groups, strict=True) if wanted.intersection(group)}
 
+    def by(self, owners: Sequence[str]) -> dict[str, UnitGroups]:
+        """The groups of each owner of rows, by name: a group is with the one that has most of it (of equally many, the first)."""
+        whose = [Counter(owners[row] for row in group) for group in self.groups]
+        owner = [min(counts, key=lambda name: (-counts[name], name)) for counts in whose]
+        return {name: self._only([i for i, each in enumerate(owner) if each == name]) for name in sorted(set(owner))}
+
+    def _only(self, chosen: Sequence[int]) -> UnitGroups:
+        kept = [(self.groups[i], self.strata[i], self.names[i]) for i in chosen]
+        groups, strata, names = zip(*kept, strict=True)
+        return UnitGroups(groups, strata, names)
+
     def without(self, rows: Rows, names: Collection[str | bytes]) -> Rows:
         """The rows that belong to none of the named units."""
         others = {row for name, group in zip(self.names, self.groups, strict=True) if name in names for row in group}

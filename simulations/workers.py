@@ -12,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -61,6 +62,7 @@ def play_here(task: Task, listener: Listener) -> str:
             if (task.folder / "run.json").exists():
                 resume(task.folder)
             else:
+                shutil.rmtree(task.folder, ignore_errors=True)  # killed before it was the folder of a run
                 for name in task.files:
                     read_file(name, Path())
                 simulate(parse_plan(json.loads(task.plan)), task.folder, device=task.device)

@@ -17,11 +17,12 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectUnavailableError,
-    inflate_object_from_contents,
     pull_objects,
 )
 
-__all__ = ["CutOff", "Malformed", "NotThere", "TooMuch", "gather"]
+from cotune.strategies.parcel import Malformed, Parcel, TooMuch
+
+__all__ = ["CutOff", "Malformed", "NotThere", "TooMuch", "collect", "gather"]
 
 NotThere = ObjectUnavailableError  # to be raised for a piece that may yet come
 
@@ -30,23 +31,23 @@ _SLOW_SECONDS = 2.0  # a call under way for longer brings a piece: that there is
 _MOST_PIECES = 100_000  # Flower cuts arrays into pieces of 5 MiB
 
 
-class TooMuch(Exception):
-    """The message is larger than it may be."""
-
-
-class Malformed(Exception):
-    """What has come is no message."""
-
-
 class CutOff(Exception):
     """The rest of the message is gone, or does not come."""
 
 
 def gather(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, silence: float) -> Message:
-    """The message, with its number. No more than `most_bytes` and a piece are ever taken.
+    """The message, with its number; otherwise as `collect`.
+
+    Raises TooMuch also where it would be larger than `most_bytes` once it is put together, before that is done; Malformed.
+    """
+    return collect(tree, pull, most_bytes, silence).message(most_bytes)
+
+
+def collect(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, silence: float) -> Parcel:
+    """All pieces of a message. No more than `most_bytes` and a piece are ever taken.
 
     tree: its pieces. pull: of a piece's id, called from several threads. silence: seconds without any piece that are waited for.
-    Raises TooMuch, CutOff, Malformed, and what `pull` raises.
+    Raises TooMuch, CutOff, and what `pull` raises.
     """
     if sum(1 for _ in islice(iterate_object_tree(tree), _MOST_PIECES + 1)) > _MOST_PIECES:
         raise TooMuch(f"it has more than {_MOST_PIECES:,} parts, the most that were expected")
@@ -61,20 +62,7 @@ def gather(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, sile
         )
     except ObjectPullError as error:
         raise CutOff(f"a part of it is gone ({error})") from None
-    return _put_together(tree.object_id, found)
-
-
-def _put_together(number: str, found: dict[str, bytes]) -> Message:
-    try:
-        message = inflate_object_from_contents(number, found)
-    except MemoryError:
-        raise
-    except Exception as error:  # what a stranger has sent may be wrong in any way
-        raise Malformed(f"it cannot be put together from its parts ({type(error).__name__})") from None
-    if not isinstance(message, Message):
-        raise Malformed(f"it is of the kind {type(message).__name__}, expected a message")
-    message.metadata.__dict__["_message_id"] = number  # not part of a message's own content
-    return message
+    return Parcel(tree.object_id, found)
 
 
 class _Bounded:

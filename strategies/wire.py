@@ -2,19 +2,27 @@
 
 A request holds the plan (canonical JSON) and the state of the shared model; an update holds the delta, the declared weight, and
 what ties both to plan, round and organisation. Every field has one name and one type, checked on arrival.
+
+No object of one message is an object of another: Flower's store knows objects by the hash of their content and shares them
+between nodes, so that whoever can guess a content can get in its way (docs/decisions/0013-object-store.md). Each message has a
+random salt in its header, from which every record and array of it is made unlike all others; the salt hides nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.constant import SType
 from torch import Tensor
 
 from cotune.models.errors import RunError
@@ -25,6 +33,7 @@ __all__ = [
     "Receipt",
     "Recipient",
     "Request",
+    "decode_header",
     "decode_receipt",
     "decode_request",
     "decode_update",
@@ -33,11 +42,17 @@ __all__ = [
     "encode_update",
     "payload_bytes",
     "received_digest",
+    "salt_of",
     "state_digest",
 ]
 
-PROTOCOL = 4
+PROTOCOL = 5
+SALTED = "cotune.salted"  # how an array is written: NumPy's format, masked
+_SALT = "cotune/salt"  # no name of a parameter, and of nothing that is told
+_SALT_BYTES = 32
+_IN_EVERY_HEADER = {"protocol", "salt", "own"}
 _MOST_TOLD = 10_000  # values beside an update: a number per class and a few more
+_MOST_ARRAY_HEAD = 16_384  # bytes before the values of an array, in NumPy's format
 _FLOATS = {"float32": torch.float32}
 
 
@@ -74,22 +89,55 @@ def encode_requests(
     recipients: Sequence[Recipient],
     sent: Mapping[str, Tensor] | None = None,
 ) -> list[RecordDict]:
-    """One request per recipient; they share one copy of the arrays."""
-    arrays, beside = _arrays(state), _arrays(sent or {})
-    return [RecordDict({"state": arrays, "sent": beside, "request": _header(plan, round, who)}) for who in recipients]
+    """One request per recipient; they share one copy of the arrays, and their salt."""
+    salt = _new_salt()
+    shared = {"state": _arrays(state, salt, "state")}
+    if sent:
+        shared["sent"] = _arrays(sent, salt, "sent")
+    return [RecordDict({**shared, "request": _header(plan, round, who, salt)}) for who in recipients]
 
 
-def _header(plan: str, round: int, who: Recipient) -> ConfigRecord:
-    return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, **asdict(who)})
+def _header(plan: str, round: int, who: Recipient, salt: bytes) -> ConfigRecord:
+    """own: as the salt of the arrays is known to the others."""
+    return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, **asdict(who), "salt": salt, "own": _new_salt()})
+
+
+def _new_salt() -> bytes:
+    return secrets.token_bytes(_SALT_BYTES)
+
+
+def salt_of(content: RecordDict) -> bytes:
+    """The salt of an update or a receipt, for whoever encodes the same again. Raises RunError where there is none."""
+    for key in ("update", "receipt"):
+        if isinstance(record := content.get(key), ConfigRecord):
+            return _salt(record)
+    raise RunError("a message came without its header: expected a ConfigRecord named update or receipt")
+
+
+def _salt(record: ConfigRecord) -> bytes:
+    salt = record.get("salt")
+    if not isinstance(salt, bytes) or len(salt) != _SALT_BYTES:
+        raise RunError(f"a message has salt = {salt!r:.60}: expected {_SALT_BYTES} bytes")
+    return salt
 
 
 def decode_request(content: RecordDict) -> Request:
     """Raises RunError, in one sentence, for anything but a well-formed request of this protocol."""
+    header = decode_header(content)
+    _check_records(content, ("request", "state", "sent"))
+    sent = _tensors(content, "sent", "request") if "sent" in content else {}
+    return replace(header, state=_tensors(content, "state", "request"), sent=sent)
+
+
+def decode_header(content: RecordDict) -> Request:
+    """A request without its arrays, which are not looked at. Raises RunError as `decode_request` does."""
     fields = _fields(content, "request", {"plan": str, "round": int, "organisation": str, "admitted": int, "site": str})
-    return Request(**fields, state=_tensors(content, "state"), sent=_tensors(content, "sent"))
+    return Request(**fields, state={})
 
 
-def encode_update(update: Update, plan_id: str) -> RecordDict:
+def encode_update(update: Update, plan_id: str, salt: bytes | None = None) -> RecordDict:
+    """salt: of a message that is encoded again; otherwise a new one."""
+    salt = salt or _new_salt()
     record: dict[str, Any] = {
         "protocol": PROTOCOL,
         "plan_id": plan_id,
@@ -99,18 +147,23 @@ def encode_update(update: Update, plan_id: str) -> RecordDict:
         "steps": update.steps,
         "epsilon": -1.0 if update.epsilon is None else update.epsilon,
         "received": update.received,
+        "salt": salt,
     }
-    told = ConfigRecord({name: float(value) for name, value in update.told.items()})
-    content = RecordDict({"delta": _arrays(update.delta), "update": ConfigRecord(record), "told": told})
+    content = RecordDict({"delta": _arrays(update.delta, salt, "delta"), "update": ConfigRecord(record)})
+    if update.told:
+        told = {name: float(value) for name, value in update.told.items()}
+        content["told"] = ConfigRecord({**told, _SALT: _derived(salt, "told")})
     if update.statistics:
-        content["statistics"] = _arrays(update.statistics)
+        content["statistics"] = _arrays(update.statistics, salt, "statistics")
     if update.noise_variance is not None:
-        content["noise_variance"] = MetricRecord({name: float(v) for name, v in update.noise_variance.items()})
+        noise = {name: float(v) for name, v in update.noise_variance.items()}
+        content["noise_variance"] = MetricRecord({**noise, _SALT: list(_derived(salt, "noise_variance"))})
     return content
 
 
 def decode_update(content: RecordDict, plan_id: str) -> Update:
     """Raises RunError for an update that is malformed or belongs to another plan."""
+    _check_records(content, ("update", "delta", "told", "statistics", "noise_variance"))
     types = {"plan_id": str, "round": int, "organisation": str, "examples": int, "steps": int, "epsilon": float, "received": str}
     fields = _fields(content, "update", types)
     if fields["plan_id"] != plan_id:
@@ -121,13 +174,13 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
     return Update(
         organisation=fields["organisation"],
         round=fields["round"],
-        delta=_tensors(content, "delta"),
+        delta=_tensors(content, "delta", "update"),
         examples=fields["examples"],
         steps=fields["steps"],
         epsilon=None if stated < 0 else stated,
         told=_told(content),
         noise_variance=_variances(content),
-        statistics=_tensors(content, "statistics") if "statistics" in content else {},
+        statistics=_tensors(content, "statistics", "update") if "statistics" in content else {},
         received=fields["received"],
     )
 
@@ -141,13 +194,22 @@ class Receipt:
     received: str
 
 
-def encode_receipt(receipt: Receipt) -> RecordDict:
-    return RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, **asdict(receipt)})})
+def encode_receipt(receipt: Receipt, salt: bytes | None = None) -> RecordDict:
+    """salt: as of an update."""
+    return RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, **asdict(receipt), "salt": salt or _new_salt()})})
 
 
 def decode_receipt(content: RecordDict) -> Receipt:
     """Raises RunError for anything but a well-formed receipt of this protocol."""
+    _check_records(content, ("receipt",))
     return Receipt(**_fields(content, "receipt", {"organisation": str, "plan_id": str, "received": str}))
+
+
+def _check_records(content: RecordDict, known: Collection[str]) -> None:
+    """Nothing travels beside what is known: it would be carried, kept and shown unread."""
+    surplus = sorted(content.keys() - set(known))
+    if surplus:
+        raise RunError(f"a message holds the record {surplus[0][:80]!r} too much: expected {', '.join(known)} alone")
 
 
 def _variances(content: RecordDict) -> dict[str, float] | None:
@@ -157,7 +219,7 @@ def _variances(content: RecordDict) -> dict[str, float] | None:
     record = content["noise_variance"]
     if not isinstance(record, MetricRecord):
         raise RunError("a message states its noise in another form: expected a MetricRecord named noise_variance")
-    for name, value in record.items():
+    for name, value in _unsalted(record):
         if type(value) is not float or not 0 <= value < math.inf:
             raise RunError(
                 f"an update states the noise variance {value!r:.60} for {name[:80]}: expected a finite number, 0 or more"
@@ -170,25 +232,52 @@ def _told(content: RecordDict) -> dict[str, float]:
     record = content.get("told", ConfigRecord())
     if not isinstance(record, ConfigRecord) or len(record) > _MOST_TOLD:
         raise RunError(f"an update tells something strange: expected a ConfigRecord named told, of at most {_MOST_TOLD} values")
-    for name, value in record.items():
+    for name, value in _unsalted(record):
         if type(value) is not float or not math.isfinite(value):
             raise RunError(f"an update tells {name[:80]!r} = {value!r:.60}: expected a finite number")
     return {name: value for name, value in record.items() if isinstance(value, float)}
 
 
-def _arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+def _unsalted(record: ConfigRecord | MetricRecord) -> Iterator[tuple[str, object]]:
+    return ((name, value) for name, value in record.items() if name != _SALT)
 
 
-def _tensors(content: RecordDict, key: str) -> dict[str, Tensor]:
+def _derived(salt: bytes, *names: str) -> bytes:
+    """32 bytes for one part of a message."""
+    return hashlib.sha256(b"\0".join([salt, *(name.encode() for name in names)])).digest()
+
+
+def _masked(data: bytes, key: bytes) -> bytes:
+    """Every byte of it, as Flower cuts long arrays into objects of their own. The same again gives the data back."""
+    return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(data)
+
+
+def _arrays(tensors: Mapping[str, Tensor], salt: bytes, record: str) -> ArrayRecord:
+    return ArrayRecord({name: _array(tensor, _derived(salt, record, name)) for name, tensor in tensors.items()})
+
+
+def _array(tensor: Tensor, key: bytes) -> Array:
+    plain = Array(tensor.detach().cpu().contiguous().numpy())
+    return Array(plain.dtype, plain.shape, SALTED, _masked(plain.data, key))
+
+
+def _tensors(content: RecordDict, key: str, header: str) -> dict[str, Tensor]:
     record = content.get(key)
     if not isinstance(record, ArrayRecord):
         raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}")
-    return {name: _tensor(name, array) for name, array in record.items()}
+    about = content[header]
+    assert isinstance(about, ConfigRecord), "its fields were read before"
+    salt = _salt(about)
+    return {name: _tensor(name, _plain(array, _derived(salt, key, name))) for name, array in record.items()}
+
+
+def _plain(array: Array, key: bytes) -> Array:
+    """An array that its sender has not salted is taken too: only its own message suffers."""
+    return Array(array.dtype, array.shape, SType.NUMPY, _masked(array.data, key)) if array.stype == SALTED else array
 
 
 def _tensor(name: str, array: Array) -> Tensor:
-    if array.dtype not in _FLOATS or array.stype != "numpy.ndarray":
+    if array.dtype not in _FLOATS or array.stype != SType.NUMPY:
         raise RunError(f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray")
     try:
         values = np.asarray(array.numpy())  # numpy.load with allow_pickle=False; an archive is not an array
@@ -196,6 +285,8 @@ def _tensor(name: str, array: Array) -> Tensor:
         raise RunError(f"the array {name[:80]} cannot be read: expected a NumPy array of float32") from None
     if values.dtype != np.float32 or tuple(values.shape) != tuple(array.shape):
         raise RunError(f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}")
+    if (rest := len(array.data) - values.nbytes) > _MOST_ARRAY_HEAD:
+        raise RunError(f"the array {name[:80]} has {rest:,} bytes beside its values: expected a short header alone")
     return torch.from_numpy(values.copy())
 
 
@@ -207,6 +298,9 @@ def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[st
         raise RunError(
             f"a message of protocol {record.get('protocol')!r:.20} came, expected {PROTOCOL}: use the same cotune everywhere"
         )
+    surplus = sorted(record.keys() - types.keys() - _IN_EVERY_HEADER)
+    if surplus:
+        raise RunError(f"the header of a message holds {surplus[0][:80]!r} too much: expected {', '.join(types)} alone")
     for name, kind in types.items():
         if type(record.get(name)) is not kind:
             raise RunError(f"a message has {name} = {record.get(name)!r:.60}: expected {kind.__name__}")

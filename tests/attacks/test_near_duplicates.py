@@ -1,7 +1,7 @@
 """Attack: the same text again, with a full stop, a zero-width space, another case.
 
 Each of them was a new record with a fresh budget of 8: a person whose text was exported twice spent 16. Records are recognized by
-what a reader sees of them.
+what a reader sees of them, and counted in one collection only.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.account import Account
 from cotune.client.site import Site, SiteFile
-from cotune.models.errors import Declined
-from cotune.models.holdings import write_holdings
+from cotune.models.holdings import Holdings, HoldingsFile, Portion
 from cotune.models.records import DataConfig
 from cotune.plan.load import parse_plan
 from cotune.privacy.accounting import Steps
-from cotune.privacy.ledger import Limit
-from cotune.privacy.policy import Policy, dump_policy
 
+PLAN = parse_plan(
+    {
+        "labels": ("a", "b"),
+        "rounds": 2,
+        "model": {"base": "any"},
+        "data": {"source": "records.csv"},
+        "privacy": {"epsilon": 3.0},
+    }
+)
 TEXTS = ["Der Patient hat Diabetes", "ﬁne café, no complaints", "ward (7) is full"]
 VARIANTS = {
     "full stop": "{}.",
@@ -34,31 +39,30 @@ VARIANTS = {
 }
 
 
-def account(folder: Path, texts: list[str], seed: int = 1) -> Account:
-    """At the site in the folder, whose file of records now holds these texts."""
+def counted(folder: Path, texts: list[str], collection: str) -> Holdings:
+    """What counts at the site in the folder, whose file of records now holds these texts."""
     folder.mkdir(exist_ok=True)
-    source = folder / f"records-{seed}.csv"
+    source = folder / f"{collection}.csv"
     quoted = "".join('"{}",{}\n'.format(text.replace('"', '""'), "ab"[i % 2]) for i, text in enumerate(texts))
     source.write_text("text,label\n" + quoted, encoding="utf-8")
-    write_holdings(folder / "data.json", DataConfig(source=str(source)), [(None, list(range(len(texts))))])
+    described = HoldingsFile(data=DataConfig(source=str(source)), portions=(Portion(path=None),), collection=collection)
+    (folder / "data.json").write_text(described.model_dump_json())
     (folder / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
-    (folder / "policy.toml").write_text(dump_policy(Policy.permissive()))
-    plan = parse_plan(
-        {"labels": ("a", "b"), "rounds": 2, "model": {"base": "any"}, "data": {"source": str(source)}, "seed": seed}
-    )
-    site = Site(folder)
-    return Account(plan, site.policy(), site, site.holdings(plan.labels))
+    return Site(folder).counted(PLAN)
+
+
+def charge(folder: Path, held: Holdings) -> None:
+    ledger = Site(folder).ledger()
+    data = ledger.know(held.unit_identities())
+    ledger.reserve("a", 1, Steps(0.7, 1.0, 1), data=data, collection=held.collection)
 
 
 def assert_known_again(folder: Path, changed: list[str]) -> None:
-    first = account(folder, TEXTS)
-    steps = Steps(0.7, 1.0, 1)
-    limit = Limit("budget.epsilon_total", 8.0, 1e-5)
-    first.ledger.reserve("a", 1, steps, data=first.data, limits=[limit])
-    again = account(folder, changed, seed=2)
-    assert again.ledger.spent(data=again.data) == [steps]
-    with pytest.raises(Declined):
-        again.ledger.reserve("b", 1, steps, data=again.data, limits=[limit])
+    """In another collection, with a budget of its own, none of them counts."""
+    charge(folder, counted(folder, TEXTS, "first"))
+    again = counted(folder, [*changed, "not seen before"], "second")
+    assert again.inputs() == ["not seen before"]
+    assert again.left_out() == {"in another collection": len(changed)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -71,7 +75,6 @@ def test_neither_has_another_case_or_unicode_form(tmp_path: Path) -> None:
 
 
 def test_another_text_has(tmp_path: Path) -> None:
-    first = account(tmp_path / "site", TEXTS)
-    first.ledger.reserve("a", 1, Steps(1.0, 1.0, 1), data=first.data)
-    other = account(tmp_path / "site", ["something else", "and more", "and yet more"], seed=2)
-    assert other.ledger.spent(data=other.data) == []
+    charge(tmp_path / "site", counted(tmp_path / "site", TEXTS, "first"))
+    others = ["something else", "and more", "and yet more"]
+    assert counted(tmp_path / "site", others, "second").inputs() == others

@@ -41,11 +41,11 @@ def records(numbers: range) -> list[bytes]:
     return [number.to_bytes(16, "big") for number in numbers]
 
 
-def exhaust(ledger: Ledger, plan_id: str, data: str, limit: Limit) -> int:
+def exhaust(ledger: Ledger, plan_id: str, data: str, limit: Limit, collection: str = "") -> int:
     """Charges round after round until the ledger refuses; returns how many were charged."""
     for number in range(1, 100):
         try:
-            ledger.reserve(plan_id, number, ROUND, data=data, limits=[limit])
+            ledger.reserve(plan_id, number, ROUND, data=data, collection=collection, limits=[limit])
         except Declined:
             return number - 1
     raise AssertionError("nothing stopped the run")
@@ -68,9 +68,10 @@ def test_what_is_left_of_the_whole_holds_for_every_part(tmp_path: Path) -> None:
     part, whole = ledger.know(records(range(PART))), ledger.know(records(range(WHOLE)))
     other = ledger.know(records(range(WHOLE, WHOLE + PART)))
     limit = Limit(RULE, LIMIT, delta_of("1/n^1.1", WHOLE))
-    exhaust(ledger, "a", part, limit)
+    exhaust(ledger, "a", part, limit, "wards")
+    assert exhaust(ledger, "a", whole, limit, "wards") == 0
     assert exhaust(ledger, "a", whole, limit) == 0
-    assert exhaust(ledger, "a", other, limit) > 0  # records that were in neither
+    assert exhaust(ledger, "a", other, limit, "images") > 0  # records that were in neither, and are said to be others
 
 
 def test_a_part_at_a_real_site_is_declined(tmp_path: Path) -> None:

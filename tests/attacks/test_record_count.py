@@ -15,18 +15,14 @@ from typing import Any
 import pytest
 
 import cotune.client.training as training
-from cotune.client.site import Site, SiteFile
-from cotune.models.holdings import write_holdings
-from cotune.models.records import DataConfig
-from cotune.models.sharing import State, resident
-from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.client.site import Site
+from cotune.models.sharing import resident
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, TellRules, dump_policy
 from cotune.simulations.sites import prepare
 from cotune.strategies.updates import Update
+from tests.support import clinic
 
-LABELS = ("bad", "good", "so")
 ROWS = 121
 
 
@@ -40,7 +36,7 @@ def _one_model_at_a_time() -> Iterator[None]:
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
     file = tmp_path / "records.csv"
-    rows = [f"the number {'great' if i % 2 else 'sad'} {i},{LABELS[i % 3]}" for i in range(ROWS)]
+    rows = [f"the number {'great' if i % 2 else 'sad'} {i},{clinic.LABELS[i % 3]}" for i in range(ROWS)]
     file.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
     return file
 
@@ -49,31 +45,19 @@ def records(tmp_path: Path) -> Path:
 def plan_of(base_model: Callable[[str], Path], records: Path) -> Callable[..., Plan]:
     def make(**tables: Any) -> Plan:
         given: dict[str, Any] = {
-            "labels": LABELS,
             "rounds": 2,
-            "model": {"base": str(base_model("bert")), "max_length": 16, "precision": "float32"},
-            "data": {"source": str(records)},
             "local": {"batch_size": 20, "steps": 2},
             "privacy": {"epsilon": 3.0, "delta": "1/n^1.5"},
             "strategy": {"weighting": "noise_aware"},
         }
-        return parse_plan(given | tables)
+        return clinic.make_plan(base_model("bert"), records, **given | tables)
 
     return make
 
 
 def site_of(folder: Path, records: Path, count: int, **tell: Any) -> Site:
     policy = Policy.permissive().model_copy(update={"tell": TellRules(**tell)})
-    write_holdings(folder / "data.json", DataConfig(source=str(records)), [(None, list(range(count)))])
-    (folder / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
-    (folder / "policy.toml").write_text(dump_policy(policy))
-    return Site(folder)
-
-
-def start(plan: Plan) -> State:
-    model = model_of(plan, "cpu")
-    model.load({})
-    return model.state(model.names(plan.stages[0].mode))
+    return clinic.make_site(folder, records, range(count), policy)
 
 
 @pytest.fixture
@@ -97,7 +81,7 @@ def visible(update: Update) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("declared", [100, 120, 250])
 @pytest.mark.parametrize(
-    "local", [{"batch_size": 20, "steps": 2}, {"batch_size": 0.2, "steps": 2}, {"batch_size": 20, "epochs": 1.0}]
+    "local", [{"batch_size": 20, "steps": 2}, {"batch_size": 0.2, "steps": 2}, {"batch_size": 20, "epochs": 1.0, "steps": None}]
 )
 def test_a_declared_number_decides_all_that_can_be_seen(
     plan_of: Callable[..., Plan],
@@ -111,7 +95,7 @@ def test_a_declared_number_decides_all_that_can_be_seen(
     seen = []
     for count in (ROWS - 1, ROWS):
         site = site_of(tmp_path / str(count), records, count, example_count="declared", declared_examples=declared)
-        seen.append(visible(training.train_round(plan, site, 1, start(plan))))
+        seen.append(visible(training.train_round(plan, site, 1, clinic.state_of(plan))))
     assert seen[0] == seen[1]
     assert seen[0][0] == declared
     assert mechanism[0] == mechanism[1]
@@ -133,7 +117,7 @@ def test_a_noised_number_decides_all_that_can_be_seen(
             "cotune.client.account.Account.noised", lambda self, values, _, shift=shift: [value + shift - 7 for value in values]
         )
         site = site_of(tmp_path / str(count), records, count, example_count="noised")
-        state = start(plan)
+        state = clinic.state_of(plan)
         seen.append([visible(training.train_round(plan, site, round, state)) for round in (1, 2)])
         purposes = [charge.purpose for charge in site.ledger().charges()]
         assert purposes == ["example count", "training", "training"]
@@ -154,7 +138,7 @@ def test_refusals_follow_from_the_public_number(plan_of: Callable[..., Plan], re
             rules = policy.training.model_copy(update={"min_examples": limit})
             (folder / "policy.toml").write_text(dump_policy(policy.model_copy(update={"training": rules})))
             try:
-                training.train_round(plan, site, 1, start(plan))
+                training.train_round(plan, site, 1, clinic.state_of(plan))
                 answers.append("trained")
             except training.Declined as declined:
                 answers.append(str(declined))
@@ -177,6 +161,6 @@ def test_a_record_that_comes_between_rounds_draws_no_new_number(
     for round, count in ((1, 100), (2, 101)):
         resident.cache_clear()
         site = site_of(tmp_path / "site", records, count, example_count="noised")
-        told.append(training.train_round(plan, site, round, start(plan)).examples)
+        told.append(training.train_round(plan, site, round, clinic.state_of(plan)).examples)
     assert told[0] == told[1]
     assert [c.purpose for c in site.ledger().charges()].count("example count") == 1

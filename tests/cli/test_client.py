@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cotune.privacy.claim import attack_line
 from cotune.privacy.ledger import Ledger
 from cotune.privacy.policy import Policy, read_policy
+from cotune.privacy.rounding import round_up
 from tests.cli.conftest import Cotune
 
 PRIVATE = ("--set", "privacy.epsilon=4", "--set", "simulation.baselines=[]", "--set", "rounds=2")
@@ -26,19 +28,22 @@ def test_the_ledger_is_shown(cotune: Cotune, site: Path) -> None:
     shown = cotune("client", "ledger", site)
     assert (shown.code, shown.err) == (0, "")
     found = json.loads(cotune("client", "ledger", site, "--json").out)
-    [data] = found["data_sets"]
-    [run] = data["runs"]
+    [table] = found["collections"]
+    [data], [run] = table["data_sets"], table["runs"]
     assert f"data set {data['fingerprint'][:12]}…: {data['records']} records" in shown.out
     assert re.search(rf"{run['plan_id'][:12]}… +toy +2 +{run['steps']} +0 ", shown.out)
     assert f"head of the log: {found['head']}" in shown.out
     summary = json.loads((site.parents[1] / "summary.json").read_text())
-    assert data["epsilon"] == pytest.approx(summary["organisations"][0]["epsilon_spent"])
+    assert table["epsilon"] == pytest.approx(summary["organisations"][0]["epsilon_spent"])
+    assert attack_line(table["true_positive_rate"]) in shown.out
+    assert f"ε {round_up(table['epsilon_at_small_delta'])} at δ = 1e-06" in shown.out
+    assert table["true_positive_rate"] == run["true_positive_rate"] < 1  # of a single run
 
 
 def test_the_ledger_is_exported(cotune: Cotune, site: Path, folder: Path) -> None:
     assert cotune("client", "ledger", site, "--export", "out.json").code == 0
     exported = json.loads((folder / "out.json").read_text())
-    assert [e["steps"] for e in exported["data_sets"][0]["events"]] == [
+    assert [e["steps"] for e in exported["collections"][0]["events"]] == [
         c.steps.count for c in Ledger(site / "ledger.sqlite").charges()
     ]
     assert {e["kind"] for e in exported["entries"]} == {"key", "data", "reserve", "settle"}
@@ -54,7 +59,7 @@ def test_an_export_is_verified(cotune: Cotune, site: Path, folder: Path) -> None
     found = json.loads(cotune("privacy", "verify", "out.json", "--json").out)
     assert (found["valid"], found["head"]) == (True, exported["head"])
 
-    exported["data_sets"][0]["epsilon"] /= 2
+    exported["collections"][0]["epsilon"] /= 2
     (folder / "out.json").write_text(json.dumps(exported))
     assert cotune("privacy", "verify", "out.json").code == 1
     assert not json.loads(cotune("privacy", "verify", "out.json", "--json").out)["valid"]
@@ -95,7 +100,7 @@ def test_a_plan_is_checked_before_joining(cotune: Cotune, site: Path) -> None:
 def test_a_site_that_spent_nothing_says_so(cotune: Cotune, folder: Path) -> None:
     (folder / "site.json").write_text('{"organisation": "clinic"}')
     assert "clinic has spent nothing" in cotune("client", "ledger", ".").out
-    assert json.loads(cotune("client", "ledger", ".", "--json").out)["data_sets"] == []
+    assert json.loads(cotune("client", "ledger", ".", "--json").out)["collections"] == []
     assert not (folder / "ledger.sqlite").exists()
     assert cotune("client", "ledger", "elsewhere").code == 2
 

@@ -82,3 +82,29 @@ def test_a_live_display_shows_the_same_lines(folder: Path) -> None:
     assert "2 runs, 0 of them finished before" in shown
     assert re.search(r"1/2 server.max_update_norm=1000, seed=7: test accuracy 0\.\d{3}", shown)
     assert "2/2 server.max_update_norm=1e-30, seed=7 failed" in shown
+
+
+def test_a_private_selection_shows_one_plan_and_its_epsilon(cotune: Cotune, folder: Path) -> None:
+    chosen = ("--vary", "local.steps=1,2", "--set", "privacy={epsilon=8}", "--set", "simulation.min_examples=10")
+    shown = cotune("compare", "toy.toml", *chosen, "--private-selection", "1", *QUICK)
+    assert (shown.code, shown.err) == (0, "")
+    results = json.loads((folder / "selected" / "toy" / "released" / "results.json").read_bytes())
+    assert str(folder / "selected" / "toy" / "released") in shown.out
+    assert f"{results['delta']:.1e}" in shown.out
+    assert "local.steps" in shown.out
+    assert "run 0" not in shown.out
+    again = cotune("compare", "toy.toml", *chosen, "--private-selection", "1", *QUICK)
+    assert again.code == 0
+    assert again.out.splitlines()[0].startswith("local.steps")
+
+
+def test_a_private_selection_that_cannot_be_had_is_one_sentence(cotune: Cotune, folder: Path) -> None:
+    for arguments, words in (
+        (("--seeds", "3"), "--seeds"),
+        (("--baseline", "examples"), "--baseline"),
+        (("--set", "privacy='none'"), "no record-level privacy"),
+    ):
+        shown = cotune("compare", "toy.toml", *VARY, *arguments, "--private-selection", "3", *QUICK)
+        assert shown.code == 2
+        assert words in shown.err
+    assert not (folder / "selected").exists()

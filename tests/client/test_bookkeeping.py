@@ -14,7 +14,7 @@ import pytest
 from cotune.client.bookkeeping import export, overview
 from cotune.client.site import Site
 from cotune.privacy.accounting import Steps, delta_of, epsilon, gaussian_mu, true_positive_rate
-from cotune.privacy.filters import epsilon_filter, filter_order
+from cotune.privacy.filters import epsilon_filter, filter_order, renyi, renyi_epsilon
 from cotune.privacy.ledger import Limit
 from cotune.privacy.policy import BudgetRules, Policy
 
@@ -37,27 +37,45 @@ def site(make_site: MakeSite) -> Site:
 
 
 def test_the_overview_is_composed_from_the_events(site: Site) -> None:
-    found = overview(site)
+    [found] = overview(site)["collections"]
     small, grown = found["data_sets"]
-    delta = delta_of("1/n^1.5", 1000)
+    delta = delta_of("1/n^1.5", 1500)  # of the larger one
     events = [Steps(1.1, 0.02, 60), Steps(1.5, 0.02, 20), Steps(20.0, 1.0, 1)]
-    assert (small["records"], small["delta"]) == (1000, delta)
-    assert small["epsilon"] == epsilon_filter(
-        events, 8.0, delta / 2
-    )  # three runs: the second may have been chosen after the first
-    assert small["composition"] == f"renyi filter, order {filter_order(8.0, delta / 2)}"
-    assert small["epsilon_left"] == 8.0 - small["epsilon"]
+    order = filter_order(8.0, delta / 2)
+    assert (small["records"], grown["records"], found["delta"]) == (1000, 1500, delta)
+    assert found["epsilon"] == epsilon_filter(events, 8.0, delta / 2)  # the second run may have been chosen after the first
+    assert found["composition"] == f"renyi filter, order {order}"
+    assert found["epsilon_left"] == 8.0 - found["epsilon"]
+    assert found["epsilon_at_small_delta"] == renyi_epsilon(renyi(events, order), order, 1e-6 / 2) > found["epsilon"]
+    runs = {run["plan_id"][0]: run for run in found["runs"]}
+    assert max(run["true_positive_rate"] for run in runs.values()) < found["true_positive_rate"] < 1
     assert grown["shares_records_with"] == {small["fingerprint"]: 1000}
-    assert grown["epsilon"] == epsilon_filter(events, 8.0, delta_of("1/n^1.5", 1500) / 2)
-    runs = {run["plan_id"][0]: run for run in small["runs"]}
     assert [(r["plan"], r["rounds"], r["steps"], r["interrupted"]) for r in runs.values()] == [
         ("tweets", 3, 60, 0),
         ("other", 1, 20, 1),
         ("other", 1, 0, 0),
     ]
     assert runs["a"]["epsilon"] == epsilon(events[:1], delta)
+    assert runs["a"]["epsilon_at_small_delta"] == epsilon(events[:1], 1e-6)
     assert runs["a"]["gaussian_mu"] == gaussian_mu(events[:1])
     assert runs["a"]["true_positive_rate"] == true_positive_rate(events[:1], 0.01)
+
+
+def test_each_collection_has_a_table_of_its_own(make_site: MakeSite) -> None:
+    """What is in no collection stands in all of them."""
+    site = make_site(policy=Policy(budget=BudgetRules(epsilon_total=8.0)))
+    ledger = site.ledger()
+    names = {}
+    for number, name in enumerate(("", "wards", "images")):
+        names[name] = ledger.know([bytes([number, i]) for i in range(50)])
+        ledger.reserve(f"plan {name}", 1, Steps(1.5, 0.1, 10), data=names[name], collection=name)
+    ledger.unprotected("plan x", 1, "training", data=names["wards"], collection="wards")
+    wards, images = overview(site)["collections"]
+    assert (wards["collection"], images["collection"]) == ("wards", "images")
+    assert [d["fingerprint"] for d in wards["data_sets"]] == [names[""], names["wards"]]
+    assert [d["fingerprint"] for d in images["data_sets"]] == [names[""], names["images"]]
+    assert [run["plan_id"] for run in wards["runs"]] == ["plan ", "plan wards"]
+    assert (len(wards["unprotected"]), len(images["unprotected"])) == (1, 0)
 
 
 def test_a_single_run_is_composed_by_pld(make_site: MakeSite) -> None:
@@ -66,15 +84,17 @@ def test_a_single_run_is_composed_by_pld(make_site: MakeSite) -> None:
     ledger, steps, delta = site.ledger(), Steps(1.1, 0.02, 60), 1e-5
     data = ledger.know([i.to_bytes(16, "big") for i in range(1000)])
     ledger.reserve("a" * 64, 1, steps, data=data, limits=[Limit("budget.epsilon_total", 8.0, delta)])
-    [found] = overview(site)["data_sets"]
+    [found] = overview(site)["collections"]
     assert (found["delta"], found["composition"]) == (delta, "pld")  # the δ that was in force, not that of a rule
     assert found["epsilon"] == epsilon([steps], delta)
     assert found["epsilon_left"] == 8.0 - epsilon([steps], delta / 2)
+    assert found["epsilon_at_small_delta"] == epsilon([steps], 1e-6)
+    assert found["true_positive_rate"] == true_positive_rate([steps], 0.01)
 
 
 def test_a_site_that_never_trained_has_no_ledger_and_gets_none(make_site: MakeSite) -> None:
     site = make_site()
-    assert overview(site) == {"organisation": "clinic", "head": None, "data_sets": [], "unassigned": []}
+    assert overview(site) == {"organisation": "clinic", "head": None, "collections": []}
     assert not site.ledger_file.exists()
 
 
@@ -86,10 +106,10 @@ def test_an_auditor_needs_dp_accounting_alone(site: Site, tmp_path: Path) -> Non
     blocked = "import sys\nsys.modules['cotune'] = None\n"
     command = [sys.executable, "-W", "ignore", "-c", blocked + program, str(file)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    for line, data in zip(said, overview(site)["data_sets"], strict=False):
-        fingerprint, _, spent, _, delta, *_ = line.split()
-        assert (fingerprint, float(delta)) == (data["fingerprint"], data["delta"])
-        assert float(spent) == pytest.approx(data["epsilon"], rel=0.01)
+    [line, _], [table] = said, overview(site)["collections"]
+    _, _, spent, _, delta, *_ = line.split()
+    assert float(delta) == table["delta"]
+    assert float(spent) == pytest.approx(table["epsilon"], rel=0.01)
     assert said[-1] == f"head {overview(site)['head']}"
 
     tampered = export(site)
@@ -102,9 +122,8 @@ def test_an_auditor_needs_dp_accounting_alone(site: Site, tmp_path: Path) -> Non
 
 def test_what_left_without_privacy_is_not_passed_over(site: Site) -> None:
     ledger = site.ledger()
-    small, grown = ledger.data_sets()
+    small, _ = ledger.data_sets()
     ledger.unprotected("d" * 64, 4, "training", data=small.fingerprint, plan="plain")
-    for table in overview(site)["data_sets"]:  # the grown one shares its records
+    for table in (*overview(site)["collections"], *export(site)["collections"]):
         [left] = table["unprotected"]
         assert (left["plan"], left["round"], left["what"]) == ("plain", 4, "training")
-    assert grown.fingerprint in {t["fingerprint"] for t in export(site)["data_sets"]}

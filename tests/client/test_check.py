@@ -10,6 +10,8 @@ from cotune.client.check import check
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.errors import PlanError
+from cotune.models.holdings import HoldingsFile, Portion
+from cotune.models.records import DataConfig
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.policy import Policy
@@ -74,10 +76,10 @@ def test_the_model_is_as_it_was(make_plan: MakePlan, make_site: MakeSite, state_
 def test_classes_that_the_plan_lacks_are_named_to_the_organisation(make_plan: MakePlan, make_site: MakeSite) -> None:
     """In training they could not be: whether it fails would tell the server of single records."""
     found = check(make_plan(privacy=PRIVATE, labels=("bad", "good", "other")), make_site())
-    assert found.warning is not None
-    assert "1 classes of the records are not among the plan's (bad, good, other)" in found.warning
+    [warning] = found.warnings
+    assert "1 classes of the records are not among the plan's (bad, good, other)" in warning
     assert (found.declined, len(found.stages)) == (None, 1)
-    assert check(make_plan(privacy=PRIVATE), make_site()).warning is None
+    assert check(make_plan(privacy=PRIVATE), make_site()).warnings == ()
 
 
 def test_a_plan_that_ran_here_is_not_promised_again(
@@ -90,3 +92,65 @@ def test_a_plan_that_ran_here_is_not_promised_again(
     assert found.declined is not None
     assert "this plan has run here already (rounds 1–2)" in found.declined
     assert check(make_plan(privacy=PRIVATE, seed=8), site).declined is None
+
+
+LEFT_OUT = """text,label,pid
+a tree,good,anna
+"  ",good,anna
+a table,,anna
+the tree,never heard of,carl
+A tree.,good,anna
+the table,bad,bert
+the table,so,bert
+too,many,fields,here
+is it,so,
+it is,so,anna
+so it is,so,anna
+"""
+
+
+def left_out(site: Site, plan: Plan, config: DataConfig) -> dict[str, int]:
+    document = HoldingsFile(data=config, portions=(Portion(path=None),))
+    (site.folder / "data.json").write_text(document.model_dump_json())
+    return dict(check(plan, site).left_out)
+
+
+def test_the_organization_sees_what_is_left_out_and_why(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """Each row that contributes nothing, by the first reason that there is; nobody else is told."""
+    site = make_site(policy=Policy.permissive(examples=60))
+    source = site.folder / "records.csv"
+    source.write_text(LEFT_OUT, encoding="utf-8")
+    first = {"blank text": 1, "missing label": 1, "unreadable": 1, "label unknown to the plan": 1}
+    records = make_plan(privacy=PRIVATE, data={"source": str(source)})
+    assert left_out(site, records, DataConfig(source=str(source))) == first | {"copies that differ": 4}
+    assert left_out(site, records, DataConfig(source=str(source), deduplicate=True)) == first | {
+        "conflicting labels": 2,
+        "copies that differ": 2,  # as they are spelled
+    }
+    people = make_plan(privacy={**PRIVATE, "unit": "pid", "max_records": 2}, data={"source": str(source)})
+    assert left_out(site, people, DataConfig(source=str(source), unit="pid")) == first | {
+        "missing pid": 1,
+        "more than max_records of their unit": 2,
+    }
+
+
+def test_copies_of_a_record_count_once(make_plan: MakePlan, make_site: MakeSite) -> None:
+    site = make_site(policy=Policy.permissive(examples=60))
+    source = site.folder / "records.csv"
+    source.write_text("text,label\na tree,good\na tree,good\nthe tree,so\n", encoding="utf-8")
+    plan = make_plan(privacy=PRIVATE, data={"source": str(source)})
+    assert left_out(site, plan, DataConfig(source=str(source))) == {"copies": 1}
+    assert left_out(site, plan, DataConfig(source=str(source), deduplicate=True)) == {"duplicate": 1}
+
+
+def test_a_site_without_a_usable_record_is_told_so(make_plan: MakePlan, make_site: MakeSite) -> None:
+    site = make_site(policy=Policy.permissive(examples=60))
+    source = site.folder / "records.csv"
+    source.write_text("text,label\n,good\n", encoding="utf-8")
+    plan = make_plan(privacy=PRIVATE, data={"source": str(source)})
+    assert left_out(site, plan, DataConfig(source=str(source))) == {"blank text": 1}
+    found = check(plan, site)
+    assert found.examples == 0
+    assert any("no record is usable" in warning for warning in found.warnings)
+    few = make_site(policy=Policy.permissive())
+    assert left_out(few, plan, DataConfig(source=str(source))) == {"blank text": 1}  # said also where nothing can be tried

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from flwr.app import Message, MessageType, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
@@ -16,20 +17,20 @@ from cotune.client.resident import Resident, ResidentDied
 from cotune.client.site import Site
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
+from cotune.strategies.parcel import Parcel
 from cotune.strategies.wire import Recipient, decode_update, encode_requests
 
 
-def message(content: RecordDict, kind: str = MessageType.TRAIN) -> Message:
+def message(content: RecordDict, kind: str = MessageType.TRAIN) -> Parcel:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     made = Message(content, 2, kind, group_id="1")
-    made.metadata.__dict__["_message_id"] = "7"
-    return made
+    return Parcel(made.object_id, {number: part.deflate() for number, part in get_all_nested_objects(made).items()})
 
 
 def answer(resident: Resident, seconds: float = 60.0) -> Message:
     reply = resident.answer(seconds)
     assert reply is not None
-    assert reply.metadata.reply_to_message_id == "7"
+    assert len(reply.metadata.reply_to_message_id) == 64
     return reply
 
 

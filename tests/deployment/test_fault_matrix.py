@@ -174,7 +174,7 @@ def test_with_privacy_the_ledger_has_at_least_what_was_spent(private: Kind, page
     seed = str(len(page.lines))  # another plan, as this one has had its budget
     strike(private, page, f"kill -9 of {what}", when, kill(private, what), "--set", f"seed={seed}")
     for name in fed.organisations:
-        (data,) = overview(Site(fed.site(name)))["data_sets"]
+        (data,) = overview(Site(fed.site(name)))["collections"]
         (run,) = (run for run in data["runs"] if run["plan_id"] == fed.newest().plan.plan_id)
         assert run["rounds"] == ROUNDS
         assert run["steps"] >= ROUNDS * STEPS

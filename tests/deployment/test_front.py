@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cotune.server.certificates import new_authority
+from cotune.server.members import Members, read_public_key
 
 BINARIES = Path(sys.executable).parent
 PATIENCE = 120.0  # seconds for a process to do what it should; on a shared machine a start can take long
@@ -31,6 +32,10 @@ class Federation:
     superlink_port: int
     front_port: int
     front: subprocess.Popen[bytes]
+
+    @property
+    def members(self) -> Members:
+        return Members(self.folder / "members.json")
 
     def flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(BINARIES / "flwr"), *arguments]
@@ -99,7 +104,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         )
     )
     (folder / "front.toml").write_text(
-        f'certificates = "certificates"\nsuperlink_port = {inner}\nhost = "127.0.0.1"\nport = {outer}\n'
+        f'certificates = "certificates"\nmembers = "members.json"\nsuperlink_port = {inner}\nhost = "127.0.0.1"\nport = {outer}\n'
     )
     environment = {
         **os.environ,
@@ -131,6 +136,7 @@ def supernode(federation: Federation, *arguments: str) -> list[str]:
 
 def test_an_organisation_whose_key_is_registered_joins_through_the_front(federation: Federation) -> None:
     key = key_pair(federation.folder, "hospital-a")
+    federation.members.invite("hospital-a", read_public_key(key.with_suffix(".pub")))
     registered = federation.flwr("supernode", "register", f"{key}.pub", "inner", "--name", "hospital-a")
     assert registered.returncode == 0, registered.stdout + registered.stderr
     trust = ("--root-certificates", str(federation.folder / "certificates" / "ca.crt"))
@@ -155,6 +161,8 @@ def test_a_revoked_key_is_turned_away_like_an_unknown_one(federation: Federation
     key, log = key_pair(federation.folder, "revoked"), federation.folder / "revoked.log"
     registered = federation.flwr("supernode", "register", f"{key}.pub", "inner", "--name", "revoked", "--format", "json")
     assert registered.returncode == 0, registered.stdout + registered.stderr
+    federation.members.invite("revoked", read_public_key(key.with_suffix(".pub")))
+    federation.members.revoke("revoked")
     number = str(json.loads(registered.stdout)["node-id"])
     removed = federation.flwr("supernode", "unregister", number, "inner")
     assert removed.returncode == 0, removed.stdout + removed.stderr

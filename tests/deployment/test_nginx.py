@@ -1,10 +1,11 @@
-"""docs/deploy/nginx.conf in the place of the front: organisations take part through it, and nothing else passes. Needs nginx."""
+"""docs/deploy/nginx.conf before the front: organisations take part through it, and nothing else passes. Needs nginx."""
 
 from __future__ import annotations
 
 import http.client
 import shutil
 import ssl
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cotune.server.members import Members, read_public_key
 from cotune.simulations.workers import import_all
 
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
@@ -34,16 +36,35 @@ def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronted]:
     folder = tmp_path_factory.mktemp("nginx")
     with federation(folder, 2) as inside:
         outside = replace(inside, port=free_port())
-        (folder / "nginx.conf").write_text(_configuration(inside, outside.port), encoding="utf-8")
+        behind = free_port()
+        _start_front(inside, behind)
+        (folder / "nginx.conf").write_text(_configuration(inside, outside.port, behind), encoding="utf-8")
         inside.start("nginx", "nginx", "-p", folder, "-c", folder / "nginx.conf", "-g", "daemon off;")
         until(outside.listens, 30.0)
         yield Fronted(inside, outside)
 
 
-def _configuration(inside: Federation, port: int) -> str:
+def _start_front(inside: Federation, port: int) -> None:
+    """As the file says: on loopback, with the keys of the federation as members."""
+    members = Members(inside.folder / "members.json")
+    for i, key in enumerate(inside.keys):
+        members.invite(f"org-{i + 1}", read_public_key(key.with_suffix(".pub")))
+    (inside.folder / "front.toml").write_text(
+        f'certificates = "certificates"\nmembers = "members.json"\nsuperlink_port = {inside.port}\n'
+        f'host = "127.0.0.1"\nport = {port}\nproxied = true\n'
+    )
+    inside.start("front", sys.executable, "-m", "cotune.server.front", inside.folder / "front.toml")
+    until(replace(inside, port=port).listens, 30.0)
+
+
+def _configuration(inside: Federation, port: int, behind: int) -> str:
     """As it is given, with the ports and certificates of the test."""
     site = GIVEN.read_text(encoding="utf-8")
-    for given, here in (("9092", port), ("127.0.0.1:8000", inside.address), ("/etc/cotune/certificates", inside.certificates)):
+    for given, here in (
+        ("9092", port),
+        ("127.0.0.1:9091", f"127.0.0.1:{behind}"),
+        ("/etc/cotune/certificates", inside.certificates),
+    ):
         assert given in site
         site = site.replace(given, str(here))
     kept = "".join(f"{name}_temp_path {inside.folder}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
@@ -81,7 +102,7 @@ def test_nothing_else_is_there(fed: Fronted, method: str, path: str) -> None:
     assert asked(fed, method, path) == 404
 
 
-def test_a_fleet_call_of_nobody_reaches_the_superlink(fed: Fronted) -> None:
+def test_a_fleet_call_of_nobody_is_refused_by_the_front(fed: Fronted) -> None:
     assert asked(fed, "POST", "/v1/fleet/pull-messages") == 401
 
 

@@ -20,6 +20,7 @@ from cotune.privacy.audit import (
     perfect_evidence,
     require_statistics,
 )
+from tests.support.sums_of_steps import sums_of_steps
 
 DELTA = 1e-5
 CERTAIN = 1e-8  # allowed error: a test that fails is no bad luck
@@ -141,15 +142,14 @@ def test_for_one_gaussian_step_the_bound_is_that_of_jax_privacy(targets: int, mu
 def test_a_mechanism_that_is_what_it_claims_stays_under_the_claim(steps: Steps) -> None:
     """Sampled Gaussian sums as a canary sees them, honestly and with an eighth of the noise."""
     rng = np.random.default_rng(1)
-    present = rng.random(20_000) < 0.5
-    batches = rng.binomial(steps.count, steps.sample_rate, size=20_000)
-    noise = rng.normal(size=20_000) * steps.noise_multiplier * math.sqrt(steps.count)
-    found = evidence(present * batches + noise, present, rng)
+    present, sums = sums_of_steps(steps, 20_000, rng)
+    found = evidence(sums.sum(axis=0), present, rng)
     claim = epsilon([steps], DELTA)
     bound = lower_bound_steps(found, [steps], DELTA, CERTAIN)
     assert 0.05 * claim < bound <= claim
     assert lower_bound_any(found, DELTA, CERTAIN) <= claim
-    with_less = evidence(present * batches + noise / 8, present, rng)
+    present, sums = sums_of_steps(steps, 20_000, rng, noise=1 / 8)
+    with_less = evidence(sums.sum(axis=0), present, rng)
     assert lower_bound_steps(with_less, [steps], DELTA, CERTAIN) > claim
 
 

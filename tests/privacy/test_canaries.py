@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,14 @@ class Toy:
 
     slots = 64
 
-    def __init__(self, canaries_in: np.ndarray = CANARIES_IN, records_in: np.ndarray = RECORDS_IN, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        canaries_in: np.ndarray = CANARIES_IN,
+        records_in: np.ndarray = RECORDS_IN,
+        scale: float = 1.0,
+        rows_each: int = 1,
+        promised_to_rows: bool = False,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.module = nn.Linear(4, 3).train()
         nn.init.zeros_(self.module.weight)
@@ -42,7 +50,10 @@ class Toy:
             canaries_in=canaries_in,
             units_in=records_in,
             clip_norm=CLIP,
+            rows_each=rows_each,
         )
+        if promised_to_rows:
+            self.planted = replace(self.planted, units=[[row] for unit in self.planted.units for row in unit])
 
     def loss(self, batch: Batch) -> Tensor:
         return functional.cross_entropy(self.module(batch["x"]), batch["y"], reduction="none")
@@ -72,9 +83,22 @@ def test_a_canary_that_is_in_contributes_exactly_the_clip_norm(slots: int) -> No
     assert torch.allclose(canaries, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("slots", [1, 4, 64])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_a_canary_of_many_rows_is_one_unit(slots: int, rows: int) -> None:
+    """It contributes C once; an engine that clips each row by itself lets it contribute C for every row."""
+    wanted = torch.tensor([0.0, *(CLIP if present else 0.0 for present in CANARIES_IN)])
+    toy = Toy(rows_each=rows)
+    assert [len(unit) for unit in toy.planted.units] == [1] * 6 + [rows] * 5
+    assert sorted(row for unit in toy.planted.units for row in unit) == list(range(6 + 5 * rows))
+    assert torch.allclose(toy.step(slots)[0], wanted, atol=1e-6)
+    assert torch.allclose(Toy(rows_each=rows, promised_to_rows=True).step(slots)[0], rows * wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_records_contribute_what_they_would_without_canaries(scale: float) -> None:
-    toy = Toy(scale=scale)
+def test_records_contribute_what_they_would_without_canaries(scale: float, rows: int) -> None:
+    toy = Toy(scale=scale, rows_each=rows)
     wanted = [sum(parts) for parts in zip(*(toy.clipped(int(i)) for i in np.flatnonzero(RECORDS_IN)), strict=True)]
     _, found = toy.step()
     for one, other in zip(found, wanted, strict=True):

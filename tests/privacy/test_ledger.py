@@ -186,38 +186,74 @@ def test_a_data_set_is_its_records_in_any_order(ledger: Ledger) -> None:
     assert ledger.know(records(1, 2, 3, 3)) != first  # a record that is there twice is two records
 
 
-def test_what_a_data_set_grew_from_counts(ledger: Ledger) -> None:
+def test_links_are_kept_for_the_owner_and_decide_nothing(ledger: Ledger) -> None:
     small = ledger.know(records(1, 2, 3))
     other = ledger.know(records(7, 8))
     ledger.reserve("a", 1, ROUND, data=small)
     ledger.reserve("b", 1, Steps(2.0, 0.5, 3), data=other)
     grown = ledger.know(records(1, 2, 3, 4, 5))
-    assert ledger.spent(data=grown) == [ROUND]
     ledger.reserve("c", 1, Steps(3.0, 0.5, 1), data=grown)
-    assert ledger.spent(data=small) == [ROUND, Steps(3.0, 0.5, 1)]  # its records were trained on again
-    assert ledger.spent(data=other) == [Steps(2.0, 0.5, 3)]
-    assert ledger.spent(data=grown, other_than="a") == [Steps(3.0, 0.5, 1)]
     assert [d.shares for d in ledger.data_sets()] == [{grown: 3}, {}, {small: 3}]
+    [history] = ledger.histories()
+    assert list(history.runs) == ["a", "b", "c"]  # whichever data they were charged on
+    assert ledger.spent("b") == [Steps(2.0, 0.5, 3)]
 
 
-def test_a_charge_on_unknown_data_counts_for_every_data_set(ledger: Ledger) -> None:
-    ledger.reserve("a", 1, ROUND)
-    assert ledger.spent(data=ledger.know(records(1))) == [ROUND]
+# --- collections
+
+
+def test_a_collection_counts_its_own_charges_and_those_of_none(ledger: Ledger) -> None:
+    everywhere, wards, images = Steps(1.0, 0.1, 1), Steps(1.0, 0.1, 2), Steps(1.0, 0.1, 3)
+    ledger.reserve("a", 1, everywhere)
+    ledger.reserve("a", 2, wards, data=ledger.know(records(1)), collection="wards")
+    ledger.reserve("b", 1, images, data=ledger.know(records(2)), collection="images")
+    assert ledger.spent(collection="wards") == [everywhere, wards]
+    assert ledger.spent(collection="images") == [everywhere, images]
+    assert ledger.spent(collection="new") == [everywhere]
+    assert ledger.spent() == ledger.spent(collection="") == [everywhere, wards, images]
+    assert [(h.collection, list(h.runs)) for h in ledger.histories("wards")] == [("wards", ["a"])]
+    assert [(h.collection, list(h.runs)) for h in ledger.histories("")] == [("wards", ["a"]), ("images", ["a", "b"])]
+
+
+def test_a_charge_in_no_collection_is_held_against_every_one(ledger: Ledger) -> None:
+    limit = Limit("budget.epsilon_total", epsilon([ROUND, ROUND], 5e-6) + 1e-9, 1e-5)
+    for number in (1, 2):
+        ledger.reserve("plan", number, ROUND, data=ledger.know(records(1)), collection="wards", limits=[limit])
+    with pytest.raises(Declined, match="the collection wards"):
+        ledger.reserve("plan", 3, ROUND, data=ledger.know(records(7)), limits=[limit])
+    ledger.reserve("plan", 3, ROUND, data=ledger.know(records(7)), collection="images", limits=[limit])
+
+
+def test_what_was_charged_in_another_collection_is_named_and_refused(ledger: Ledger) -> None:
+    zeros = bytes(16)  # a trailing zero byte is a byte
+    held = [*records(1, 2), zeros]
+    wards = ledger.know(held)
+    assert ledger.elsewhere(held, "images") == set()  # known, and not charged
+    ledger.reserve("plan", 1, ROUND, data=wards, collection="wards")
+    assert ledger.elsewhere([*records(2, 3), zeros], "images") == {*records(2), zeros}
+    assert (
+        ledger.elsewhere(records(2, 3), "wards") == ledger.elsewhere(records(2, 3), "") == ledger.elsewhere([], "images") == set()
+    )
+    both = ledger.know(records(2, 3))
+    with pytest.raises(PrivacyError, match="records of another collection"):
+        ledger.reserve("plan", 2, ROUND, data=both, collection="images")
+    assert ledger.spent() == [ROUND]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sets=st.lists(st.sets(st.integers(0, 8), min_size=1, max_size=5), min_size=1, max_size=5))
-def test_no_record_is_charged_too_little(tmp_path_factory: pytest.TempPathFactory, sets: list[set[int]]) -> None:
-    """What counts for a data set is at least what was charged to any one of its records."""
-    ledger = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite")
-    names = []
-    for number, members in enumerate(sets, start=1):
-        names.append(ledger.know(records(*members)))
-        ledger.reserve("plan", number, Steps(1.0, 0.5, number), data=names[-1])
-    for members, name in zip(sets, names, strict=True):
-        counted = {s.count for s in ledger.spent(data=name)}
-        for record in members:
-            assert counted >= {number for number, other in enumerate(sets, start=1) if record in other}
+@given(sets=st.lists(st.tuples(st.sets(st.integers(0, 8), max_size=5), st.sampled_from(["", "a", "b"])), min_size=1, max_size=6))
+def test_no_record_is_charged_too_little(tmp_path_factory: pytest.TempPathFactory, sets: list[tuple[set[int], str]]) -> None:
+    """What counts for a collection is at least what was charged to any one of its records, as far as it was not left out."""
+    ledger, charged = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite"), {}  # type: ignore[var-annotated]
+    for number, (members, collection) in enumerate(sets, start=1):
+        held = sorted(set(records(*members)) - ledger.elsewhere(records(*members), collection))
+        ledger.reserve("plan", number, Steps(1.0, 0.1, number), data=ledger.know(held), collection=collection)
+        for record in held:
+            charged.setdefault(record, []).append((number, collection))
+    counted = {h.collection: {s.count for s in h.runs["plan"]} for h in ledger.histories("")}
+    for charges in charged.values():
+        assert len({collection for _, collection in charges if collection}) <= 1
+        assert any({number for number, _ in charges} <= numbers for numbers in counted.values())
 
 
 # --- limits
@@ -234,8 +270,11 @@ def test_a_limit_is_checked_before_anything_is_charged(ledger: Ledger) -> None:
     assert declined.value.rule == "budget.epsilon_total"
     assert declined.value.public == "declined: its rule budget.epsilon_total does not allow this plan"
     assert len(ledger.spent()) == 2
-    ledger.reserve("plan", 3, ROUND, data=ledger.know(records(3)), limits=[limit])  # other data have a budget of their own
-    ledger.reserve("other", 1, ROUND, data=data, limits=[Limit("run", limit.epsilon, delta, "other")])  # so has another run
+    with pytest.raises(Declined):
+        ledger.reserve("plan", 3, ROUND, data=ledger.know(records(3)), limits=[limit])  # other data count, too
+    ledger.reserve(
+        "other", 1, ROUND, data=data, limits=[Limit("run", limit.epsilon, delta, "other")]
+    )  # another run has a budget of its own
 
 
 def test_processes_together_do_not_exceed_a_limit(ledger: Ledger) -> None:
@@ -255,20 +294,6 @@ except Declined:
     runs = {name: ledger.spent(name) for name in ("a", "b")}
     reached = [epsilon_over_runs({**runs, name: [*runs[name], *more]}, 3.0, 1e-5) for name in runs for more in ([], [ROUND])]
     assert max(reached[0], reached[2]) <= 3.0 < min(reached[1], reached[3])
-
-
-def test_a_limit_holds_for_every_data_set_that_shares_a_record(ledger: Ledger) -> None:
-    """The middle one is charged, and the outer ones have spent before: each alone leaves room, but not for all."""
-    left, middle, right = (ledger.know(records(*numbers)) for numbers in ((1, 2), (2, 3), (3, 4)))
-    limit = Limit("budget.epsilon_total", epsilon([ROUND] * 3, 5e-6) + 1e-9, 1e-5)
-    ledger.reserve("plan", 1, ROUND, data=left, limits=[limit])
-    ledger.reserve("plan", 2, ROUND, data=left, limits=[limit])
-    ledger.reserve("plan", 3, ROUND, data=middle, limits=[limit])
-    with pytest.raises(Declined):  # the left one has spent three
-        ledger.reserve("plan", 4, ROUND, data=middle, limits=[limit])
-    with pytest.raises(Declined):  # the middle one would count four
-        ledger.reserve("plan", 5, ROUND, data=right, limits=[limit])
-    ledger.reserve("plan", 6, ROUND, data=ledger.know(records(4, 5)), limits=[limit])  # shares no record with the middle one
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -296,15 +321,28 @@ def test_no_record_spends_more_than_the_limit(
 
 
 def test_what_was_charged_under_another_unit_is_refused(ledger: Ledger) -> None:
+    """Whichever records they are: an exception for data that share none would tell whether they do."""
     texts = ledger.know(records(1, 2, 3))
     ledger.reserve("a", 1, ROUND, data=texts)
     patients = ledger.know([b"anna", b"bert"], unit="patient_id", also=records(1, 2, 3))
     assert [d.shares for d in ledger.data_sets()] == [{patients: 3}, {texts: 3}]
     assert [(d.records, d.unit) for d in ledger.data_sets()] == [(3, "record"), (2, "patient_id")]
-    with pytest.raises(PrivacyError, match='go on with "record"'):
-        ledger.reserve("b", 1, ROUND, data=patients)
     other = ledger.know([b"carl"], unit="patient_id", also=records(4))
-    ledger.reserve("b", 1, ROUND, data=other)  # nobody's records were charged otherwise
+    for data in (patients, other):
+        with pytest.raises(PrivacyError, match='go on with "record"'):
+            ledger.check_unit(data)
+        with pytest.raises(PrivacyError, match='go on with "record"'):
+            ledger.reserve("b", 1, ROUND, data=data)
+    ledger.check_unit(texts)
+
+
+def test_collections_may_have_units_of_their_own(ledger: Ledger) -> None:
+    ledger.reserve("a", 1, ROUND, data=ledger.know(records(1, 2, 3)), collection="notes")
+    patients = ledger.know([b"carl"], unit="patient_id", also=records(4))
+    ledger.reserve("b", 1, ROUND, data=patients, collection="wards")
+    with pytest.raises(PrivacyError, match='go on with "record"'):
+        ledger.reserve("b", 2, ROUND, data=patients)
+    assert ledger.elsewhere(records(4), "notes") == set(records(4))  # a person's records, under another unit
 
 
 def test_accountants_that_disagree_charge_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +353,15 @@ def test_accountants_that_disagree_charge_nothing(ledger: Ledger, monkeypatch: p
 
 
 # --- the schemas before this one
+
+
+def test_a_charge_from_before_there_were_collections_counts_in_all(ledger: Ledger) -> None:
+    body = {"plan_id": "old", "plan": "", "round": 1, "data": "", "purpose": "training", **asdict(ROUND)}
+    with ledger._chain.transaction() as log:
+        log.append("reserve", body)
+    ledger.reserve("new", 1, ROUND, collection="wards")
+    assert [len(h.runs) for h in ledger.histories("wards")] == [2]
+    assert len(ledger.spent(collection="images")) == 1
 
 
 def test_a_ledger_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
@@ -331,7 +378,7 @@ def test_a_ledger_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
     ledger = Ledger(path)
     assert ledger.spent() == [Steps(1.0, 0.05, 12), ROUND]
     assert [c.state for c in ledger.charges()] == ["settled", "reserved"]
-    assert ledger.spent(data=ledger.know(records(1, 2))) == [Steps(1.0, 0.05, 12), ROUND]  # whose records is not known
+    assert ledger.spent(collection="wards") == [Steps(1.0, 0.05, 12), ROUND]  # whose records is not known
     assert Ledger(path).rounds("p") == [1, 2]
 
 
@@ -377,7 +424,8 @@ def test_a_ledger_of_the_second_schema_counts_against_every_data_set(tmp_path: P
     assert ledger.entries()[0].body == {"schema": 2, "entries": 5, "head": head}
     assert ledger.data_sets() == []
     new = ledger.know([UNKEYED])  # not known again
-    assert Ledger(path).spent(data=new) == [Steps(1.0, 0.05, 12), ROUND]
+    assert new in {d.fingerprint for d in ledger.data_sets()}
+    assert Ledger(path).spent(collection="wards") == [Steps(1.0, 0.05, 12), ROUND]
     assert [(c.at, c.plan, c.state) for c in ledger.charges()] == [("then", "toy", "settled"), ("then", "toy", "reserved")]
     assert ledger.told("p", "example count") == [99.5]  # not drawn again
     with closing(sqlite3.connect(path)) as db:
@@ -397,17 +445,3 @@ def test_a_damaged_ledger_of_the_second_schema_is_not_taken_over(tmp_path: Path)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM entries").fetchone() == (5,)
         assert db.execute("SELECT identities FROM members").fetchone() == (UNKEYED,)
-
-
-def test_two_units_on_the_same_data_do_not_add_up(tmp_path: Path) -> None:
-    """An ε for each record and one for each person are about different neighbors; the second is refused, whatever came first."""
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    person, note, other = (bytes([i]) * 16 for i in range(3))
-    by_person, by_note = ledger.know([person], unit="patient_id", also=[note]), ledger.know([note])
-    ledger.reserve("plan", 1, Steps(1.0, 0.1, 5), data=by_person)
-    ledger.check_unit(by_person)
-    ledger.check_unit(ledger.know([other]))
-    with pytest.raises(PrivacyError, match="patient_id"):
-        ledger.check_unit(by_note)
-    with pytest.raises(PrivacyError, match="patient_id"):
-        ledger.reserve("another plan", 1, Steps(1.0, 0.1, 5), data=by_note)

@@ -22,6 +22,7 @@ from cotune.privacy.stepwise import (
     refutes,
     separation,
 )
+from tests.support.sums_of_steps import sums_of_steps
 
 DELTA = 1e-5
 CERTAIN = 1e-8  # allowed error: a test that fails is no bad luck
@@ -31,13 +32,8 @@ SAMPLED = Steps(1.885, 0.2, 200)  # ε = 8, as `tweets`
 
 def attacked(steps: Steps, targets: int, seed: int, noise: float = 1.0, sensitivity: float = 1.0) -> Separation:
     """Every step of the sampled Gaussian mechanism, seen from inside; noise: in units of what is claimed."""
-    rng = np.random.default_rng(seed)
-    present = rng.random(targets) < 0.5
-    scores = np.zeros(targets)
-    for _ in range(steps.count):
-        sampled = (rng.random(targets) < steps.sample_rate) & present
-        sums = sampled * sensitivity + rng.normal(size=targets) * steps.noise_multiplier * noise
-        scores += log_likelihood_ratios(sums, steps.noise_multiplier, steps.sample_rate)
+    present, sums = sums_of_steps(steps, targets, np.random.default_rng(seed), noise=noise, sensitivity=sensitivity)
+    scores = sum(log_likelihood_ratios(each, steps.noise_multiplier, steps.sample_rate) for each in sums)
     return separation(scores, present, epsilon([steps], DELTA))
 
 

@@ -23,22 +23,22 @@ DELTA = 1e-5
 
 @pytest.fixture
 def exported(tmp_path: Path) -> dict[str, Any]:
-    """Two data sets, the second grown from the first and charged by a second run; a third with one run, interrupted."""
+    """Two data sets in a collection, the second grown from the first and charged by a second run; one in another, interrupted."""
     (tmp_path / "site.json").write_text(SiteFile(organisation="clinic").model_dump_json())
     (tmp_path / "policy.toml").write_text(dump_policy(Policy(budget=BudgetRules(epsilon_total=8.0))))
     site = Site(tmp_path)
     ledger, total = site.ledger(), Limit("budget.epsilon_total", 8.0, DELTA)
 
-    def reserve(plan: str, round: int, steps: Steps, data: str) -> int:
+    def reserve(plan: str, round: int, steps: Steps, data: str, collection: str = "wards") -> int:
         limits = [total, Limit("budget.epsilon_per_run", 3.0, DELTA, plan * 64)]
-        return ledger.reserve(plan * 64, round, steps, data=data, plan="tweets", limits=limits)
+        return ledger.reserve(plan * 64, round, steps, data=data, collection=collection, plan="tweets", limits=limits)
 
     small = ledger.know([i.to_bytes(16, "big") for i in range(100)])
     for round in (1, 2):
         ledger.settle(reserve("a", round, Steps(1.1, 0.02, 20), small), 20)
     grown = ledger.know([i.to_bytes(16, "big") for i in range(150)])
     ledger.settle(reserve("b", 1, Steps(1.5, 0.02, 20), grown), 18)
-    reserve("c", 1, Steps(2.0, 1.0, 1), ledger.know([i.to_bytes(16, "big") for i in range(500, 600)]))
+    reserve("c", 1, Steps(2.0, 1.0, 1), ledger.know([i.to_bytes(16, "big") for i in range(500, 600)]), "images")
     found: dict[str, Any] = json.loads(json.dumps(export(site)))
     return found
 
@@ -47,10 +47,10 @@ def test_a_true_export_holds(exported: dict[str, Any]) -> None:
     found = verify(exported)
     assert (found["valid"], found["problems"]) == (True, [])
     assert (found["head"], found["entries"]) == (exported["head"], len(exported["entries"]))
-    assert [data["composition"].split(",")[0] for data in found["data_sets"]] == ["renyi filter", "renyi filter", "pld"]
-    for data, stated in zip(found["data_sets"], exported["data_sets"], strict=True):
-        assert data["epsilon"] == data["epsilon_stated"] == stated["epsilon"]
-        for run in data["runs"]:
+    assert [table["composition"].split(",")[0] for table in found["collections"]] == ["renyi filter", "pld"]
+    for table, stated in zip(found["collections"], exported["collections"], strict=True):
+        assert table["epsilon"] == table["epsilon_stated"] == stated["epsilon"]
+        for run in table["runs"]:
             assert run["epsilon_at_least"] <= run["epsilon"] <= run["epsilon_renyi"]
 
 
@@ -84,18 +84,23 @@ def forget(*path: str | int) -> Callable[[dict[str, Any]], None]:
         lie("entries", 2, "at", value="2020-01-01"),
         forget("entries", 3),
         forget("entries", -1),
-        forget("data_sets", 1),
-        lie("data_sets", 0, "epsilon", value=0.5),
-        lie("data_sets", 0, "epsilon_left", value=7.5),
-        lie("data_sets", 0, "delta", value=1e-3),
-        lie("data_sets", 0, "composition", value="pld"),
-        lie("data_sets", 0, "records", value=10**6),
-        lie("data_sets", 0, "shares_records_with", value={}),
-        lie("data_sets", 0, "epsilon_total", value=1.0),
-        lie("data_sets", 0, "events", 0, "noise_multiplier", value=9.0),
-        forget("data_sets", 0, "events", 0),
-        lie("data_sets", 0, "runs", 0, "epsilon", value=0.1),
-        forget("data_sets", 0, "runs", 0),
+        forget("collections", 1),
+        forget("collections", 0, "data_sets", 1),
+        lie("collections", 0, "collection", value="images"),
+        lie("collections", 0, "epsilon", value=0.5),
+        lie("collections", 0, "epsilon_at_small_delta", value=0.5),
+        lie("collections", 0, "true_positive_rate", value=0.05),
+        lie("collections", 0, "runs", 0, "gaussian_mu", value=0.1),
+        lie("collections", 0, "epsilon_left", value=7.5),
+        lie("collections", 0, "delta", value=1e-3),
+        lie("collections", 0, "composition", value="pld"),
+        lie("collections", 0, "data_sets", 0, "records", value=10**6),
+        lie("collections", 0, "data_sets", 0, "shares_records_with", value={}),
+        lie("collections", 0, "epsilon_total", value=1.0),
+        lie("collections", 0, "events", 0, "noise_multiplier", value=9.0),
+        forget("collections", 0, "events", 0),
+        lie("collections", 0, "runs", 0, "epsilon", value=0.1),
+        forget("collections", 0, "runs", 0),
     ],
 )
 def test_every_lie_shows(exported: dict[str, Any], told: Callable[[dict[str, Any]], None]) -> None:
@@ -107,7 +112,7 @@ def test_every_lie_shows(exported: dict[str, Any], told: Callable[[dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"entries": 3}, {"entries": [], "head": None, "data_sets": [{}]}, {"entries": [{"id": 1}]}]
+    "content", [{}, {"entries": 3}, {"entries": [], "head": None, "collections": [{}]}, {"entries": [{"id": 1}]}]
 )
 def test_what_is_no_export_is_one_sentence(content: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="expected the file"):

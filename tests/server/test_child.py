@@ -87,7 +87,9 @@ def test_it_is_started_again_whatever_its_exit_code_and_waits_longer_each_time(
         child.tend()
         assert child.leader is None  # not yet
         clock.now += 10
-    assert said == [f"the worker has ended with code 0; it is started again in {wait} s" for wait in ("0.5", "1", "2")]
+    assert said == [
+        f"the worker has ended with code 0 (it has said nothing); it is started again in {wait} s" for wait in ("0.5", "1", "2")
+    ]
 
 
 def test_one_that_ends_at_once_again_and_again_is_given_up_with_its_last_words(
@@ -105,6 +107,32 @@ def test_one_that_ends_at_once_again_and_again_is_given_up_with_its_last_words(
     assert len(said) == 4
 
 
+def test_once_all_were_ready_one_that_ends_at_once_again_and_again_is_not_given_up(
+    new_child: NewChild, said: list[str], clock: Clock
+) -> None:
+    """As an executor does whose SuperLink answers 500 for as long as a backup holds its database."""
+    child = new_child("sys.exit('ValueError: the database is locked\\nFor more information check: https://x')")
+    child.never_give_up()
+    for _ in range(10):
+        child.tend()
+        tend_until_ended(child, said)
+        clock.now += 30
+    assert all("ValueError: the database is locked" in line for line in said)
+    assert said[-1].endswith("started again in 30 s")
+
+
+def test_once_all_were_ready_one_that_cannot_be_started_is_tried_again(tmp_path: Path, said: list[str], clock: Clock) -> None:
+    program = tmp_path / "program"
+    child = Child("worker", [str(program)], tmp_path / "worker.log", os.environ, said.append, clock)
+    child.never_give_up()
+    assert not child.tend()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o700)
+    clock.now += 60
+    assert child.tend()
+    tend_until_ended(child, said)
+
+
 def test_one_that_has_served_for_a_while_is_never_given_up(new_child: NewChild, said: list[str], clock: Clock) -> None:
     child = new_child("time.sleep(600)")
     for _ in range(7):
@@ -114,7 +142,7 @@ def test_one_that_has_served_for_a_while_is_never_given_up(new_child: NewChild, 
         os.kill(child.leader, signal.SIGKILL)
         tend_until_ended(child, said)
         clock.now += 1
-    assert set(said) == {"the worker was ended by signal 9; it is started again in 0.5 s"}
+    assert set(said) == {"the worker was ended by signal 9 (it has said nothing); it is started again in 0.5 s"}
 
 
 def test_what_it_has_started_ends_with_it(new_child: NewChild, said: list[str], tmp_path: Path) -> None:

@@ -25,12 +25,42 @@ def scores(accuracy: float, precision: float, recall: float, f1: float) -> dict[
     return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
 
 
-def organisation(name: str, alone: float, spent: float, labels: dict[str, int]) -> Summary:
+def measured(accuracy: float) -> Summary:
+    return scores(accuracy, 0.6, 0.6, 0.61) | {
+        "accuracy_interval": [accuracy - 0.02, accuracy + 0.03], "f1_interval": [0.59, 0.64],
+    }  # fmt: skip
+
+
+def choices(alone: float, adapted: float, records: int) -> Summary:
+    return {
+        "records": records, "accuracy": 0.72, "majority": measured(0.5), "alone": measured(alone),
+        "alone_without_privacy": measured(alone + 0.01), "federated": measured(0.72), "adapted": measured(adapted),
+    }  # fmt: skip
+
+
+def organisation(
+    name: str, alone: float, spent: float, labels: dict[str, int], adapted: float = 0.75, answer: str = "yes"
+) -> Summary:
+    own, difference = choices(alone, adapted, 1500), adapted - alone - 0.01
     return {
         "name": name, "examples": sum(labels.values()), "labels": labels,
-        "alone": scores(alone, 0.6, 0.6, 0.6), "gain": 0.734 - alone,
+        "alone": scores(alone, 0.6, 0.6, 0.6), "gain": difference, "own": own, "common": choices(alone - 0.1, adapted - 0.1, 5586),
+        "worth": {
+            "answer": answer, "useful": True, "joined": "adapted", "against": "alone_without_privacy", "difference": difference,
+            "interval": [difference - 0.02, difference + 0.02], "p": 0.0123, "test": "McNemar exact", "few": False,
+        },
+        "adaptation": {"method": "head", "described": "head, penalty 1 / n", "tried": {"federated": 0.7, "head": 0.74}},
         "epsilon_spent": spent, "epsilon_all_models": spent, "epsilon_allowed": 8.0, "delta": 4.4e-05, "noise_multiplier": 0.937, "sample_rate": 0.0512,
         "steps": 1234, "rounds": 2,
+    }  # fmt: skip
+
+
+def worth(yes: int = 0, no: int = 0, close: int = 0) -> Summary:
+    means = {name: scores(value, 0.5, 0.5, 0.5) for name, value in (("majority", 0.5), ("alone", 0.672), ("federated", 0.72))}
+    answer = "it depends" if yes and no else "yes" if yes else "no" if no else "too close to tell"
+    return {
+        "answer": answer, "answers": {"yes": yes, "no": no, "too close to tell": close},
+        "own_means": means | {"alone_without_privacy": scores(0.682, 0.5, 0.5, 0.5), "adapted": scores(0.751, 0.5, 0.5, 0.5)},
     }  # fmt: skip
 
 
@@ -52,6 +82,7 @@ def summary() -> Summary:
     return {
         "schema": 1, "run": "20261122-101500-tweets", "plan": "tweets", "plan_id": "ab" * 32,
         "created": "2026-11-22T11:15:00+01:00", "engine": "in-process", "status": "finished", "stopped": None, "client_privacy": None,
+        "partition": "dirichlet:0.5", "worth": worth(yes=2),
         "privacy": {
             "mode": "record", "epsilon": 8.0, "delta": "1/n^1.1", "clip_norm": 1.0, "claim_table": [["Unit of privacy", "<record>"]], "statement": ["First part.", "Second part."],
         },
@@ -61,7 +92,9 @@ def summary() -> Summary:
             "examples": 5586,
             "majority": scores(0.448, 0.149, 0.333, 0.206),
             "alone": {"mean": scores(0.672, 0.651, 0.639, 0.642), "each": {o["name"]: o["alone"] for o in organisations}},
+            "alone_without_privacy": {"mean": scores(0.69, 0.68, 0.67, 0.66), "each": {}},
             "federated": scores(0.734, 0.713, 0.701, 0.704),
+            "adapted": {"mean": scores(0.7, 0.69, 0.68, 0.67), "each": {}},
             "pooled": scores(0.745, 0.724, 0.712, 0.715),
         },
         "organisations": organisations,
@@ -149,63 +182,68 @@ def test_it_names_the_run(summary: Summary) -> None:
         assert words in page.text
 
 
-def test_the_verdict_gives_gain_and_distance_to_the_bound(summary: Summary) -> None:
+def test_the_verdict_is_about_own_records(summary: Summary) -> None:
     text = read(summary).text
-    assert (
-        "Yes: the federated model reaches 73.4 % accuracy, 6.2 points above the mean of the organisations alone, "
-        "and within 1.1 points of pooling all data without privacy." in text
-    )
-    assert "All 2 organisations gain over training alone: from +3.4 to +9.0 points." in text
+    assert "Yes: each on its own held-out records, joining is better than training alone for 2 of 2 organisations" in text
+    assert "from +4.0 to +9.6 points of accuracy." in text  # 75.0 against 71.0, and against 65.4
+    for said in ("alone with the same privacy 67.2 %", "alone without privacy 68.2 %", "federated and adapted 75.1 %"):
+        assert said in text
     assert "±1.2 points" in text  # 1.96 √(0.734 × 0.266 / 5586) = 0.0116
     assert "the most that any organisation spent is 7.98" in text
-    assert "tie" not in text
+    assert "--vary partition=" in text
 
 
 @pytest.mark.parametrize(
-    ("federated", "verdict"),
-    [
-        (0.66, "No: the federated model reaches 66.0 % accuracy, 1.2 points below the mean of the organisations alone"),
-        (0.672, "No: the federated model reaches 67.2 % accuracy, level with the mean of the organisations alone"),
-        (0.6724, "No: the federated model reaches 67.2 % accuracy, level with the mean of the organisations alone"),
-        (0.75, "Yes: the federated model reaches 75.0 % accuracy, 7.8 points above the mean of the organisations alone, "
-               "and 0.5 points above pooling all data without privacy."),
-        (0.69, "Yes: the federated model reaches 69.0 % accuracy, 1.8 points above the mean of the organisations alone, "
-               "and 5.5 points below pooling all data without privacy."),
-    ],
-)  # fmt: skip
-def test_the_verdict_is_honest(summary: Summary, federated: float, verdict: str) -> None:
-    summary["test"]["federated"]["accuracy"] = federated
-    assert verdict in read(summary).text
+    ("yes", "no", "close", "answer"),
+    [(2, 0, 0, "Yes"), (1, 0, 1, "Yes"), (0, 1, 1, "No"), (1, 1, 0, "It depends"), (0, 0, 2, "Too close to tell")],
+)
+def test_some_who_lose_are_not_outvoted(summary: Summary, yes: int, no: int, close: int, answer: str) -> None:
+    summary["worth"] = worth(yes, no, close)
+    found = judge(summary)
+    assert found.answer == answer
+    assert f"for {yes} of 2 organisations, worse for {no} and too close to tell for {close}" in found.sentence
 
 
-def test_a_model_that_only_gives_the_most_frequent_label_is_not_worth_joining_for(summary: Summary) -> None:
-    summary["test"]["federated"]["accuracy"] = 0.448
-    summary["test"]["alone"]["mean"]["accuracy"] = 0.44
+def test_a_gain_on_mixed_records_does_not_hide_a_loss_on_own_ones(summary: Summary) -> None:
+    """What the report said before: the federated model is far above alone on everybody's records."""
+    summary["worth"] = worth(no=2)
+    for each in summary["organisations"]:
+        each["worth"] |= {"answer": "no", "difference": -0.05}
+    assert summary["test"]["federated"]["accuracy"] > summary["test"]["alone"]["mean"]["accuracy"] + 0.05
+    assert judge(summary).answer == "No"
+
+
+def test_few_records_and_a_natural_partition_are_said(summary: Summary) -> None:
+    summary["organisations"][1]["worth"]["few"] = True
+    summary["partition"] = "column:hospital"
     text = read(summary).text
-    assert "No: the federated model reaches 44.8 % accuracy, 0.8 points above the mean of the organisations alone" in text
-    assert "level with always giving the most frequent label" in text
-
-
-def test_a_gain_within_chance_is_called_a_tie(summary: Summary) -> None:
-    summary["test"]["examples"] = 100  # 1.96 √(0.734 × 0.266 / 100) = 8.7 points, more than the 6.2 gained
-    text = read(summary).text
-    assert "±8.7 points" in text
-    assert "treat it as a tie" in text
+    assert "fewer than 200 test records" in text
+    assert "--vary partition=" not in text
 
 
 def test_the_table_holds_every_number(summary: Summary) -> None:
     page = read(summary)
     assert page.row("Majority class") == ["44.8 %", "14.9 %", "33.3 %", "20.6 %"]
     assert page.row("Each organisation alone (mean, same privacy)") == ["67.2 %", "65.1 %", "63.9 %", "64.2 %"]
+    assert page.row("Each organisation alone (mean, without privacy)") == ["69.0 %", "68.0 %", "67.0 %", "66.0 %"]
+    assert page.row("Federated, adapted by each (mean)") == ["70.0 %", "69.0 %", "68.0 %", "67.0 %"]
     assert page.row("Federated (this run)") == ["73.4 %", "71.3 %", "70.1 %", "70.4 %"]
     assert page.row("All data pooled, without privacy (the bound)") == ["74.5 %", "72.4 %", "71.2 %", "71.5 %"]
     assert "Not measured" not in page.text
 
 
-def test_missing_baselines_are_left_out_with_a_note(summary: Summary) -> None:
-    summary["test"] |= {"alone": None, "pooled": None}
+def unmeasured(summary: Summary) -> None:
+    """Without baselines."""
+    summary["test"] |= {"alone": None, "pooled": None, "alone_without_privacy": None, "adapted": None}
+    summary["worth"] = None
     for each in summary["organisations"]:
-        each |= {"alone": None, "gain": None}
+        each |= {"alone": None, "gain": None, "worth": None, "adaptation": None}
+        for key in ("own", "common"):
+            each[key] |= {"alone": None, "alone_without_privacy": None, "adapted": None}
+
+
+def test_missing_baselines_are_left_out_with_a_note(summary: Summary) -> None:
+    unmeasured(summary)
     page = read(summary)
     assert (
         "Measured: the federated model reaches 73.4 % accuracy, 28.6 points above always giving the most frequent label; "
@@ -215,12 +253,18 @@ def test_missing_baselines_are_left_out_with_a_note(summary: Summary) -> None:
     assert "Not measured in this run: All data pooled" in page.text
     assert not [row for row in page.rows if row[0].startswith(("Each organisation", "All data"))]
     assert page.row("org-1")[:2] == ["–", "–"]
+    assert len(page.row("org-1")) == 5  # the answer and the difference, majority, federated, and the number of records
 
 
 def test_each_organisation_has_its_row(summary: Summary) -> None:
     page = read(summary)
-    assert page.row("org-1") == ["+3.4", "70.0 %", "10,000", page.row("org-1")[3], "7.98 of 8.00", "2 of 3"]
-    assert page.row("org-1")[3].endswith("50 · 10 · 40 %")
+    own, common, contributed, _ = (row[1:] for row in page.rows if row[0] == "org-1")
+    assert own[:2] == ["yes", "+4.0 +2.0 to +6.0 p = 0.012"]
+    assert own[3] == "70.0 % 68.0 % to 73.0 % F1 61.0 % (59.0 % to 64.0 %)"
+    assert (own[6][:6], own[7]) == ("75.0 %", "1,500")
+    assert (common[1][:6], common[4][:6], common[5]) == ("60.0 %", "65.0 %", "5,586")
+    assert contributed == ["10,000", contributed[1], "7.98 of 8.00", "2 of 3"]
+    assert contributed[1].endswith("50 · 10 · 40 %")
     bars = [attrs["aria-label"] for tag, attrs in page.elements if tag == "svg" and attrs.get("class") == "bar"]
     assert [bar and bar.replace("\u00a0", " ") for bar in bars] == [
         "negative: 5,000 (50.0 %), neutral: 1,000 (10.0 %), positive: 4,000 (40.0 %)",
@@ -229,16 +273,20 @@ def test_each_organisation_has_its_row(summary: Summary) -> None:
 
 
 def test_a_loss_and_an_overspent_budget_are_not_hidden(summary: Summary) -> None:
-    summary["organisations"][0] |= {"gain": -0.011, "epsilon_spent": 8.001}
+    summary["organisations"][0] |= {"epsilon_spent": 8.001}
+    summary["organisations"][0]["worth"] |= {"answer": "no", "difference": -0.011}
+    summary["worth"] = worth(yes=1, no=1)
     page = read(summary)
-    assert page.row("org-1")[0] == "−1.1"
-    assert page.row("org-1")[4] == "8.01 of 8.00 – over"  # rounded up: spending never looks smaller than it was
-    assert "1 of 2 organisations gain over training alone: from −1.1 to +9.0 points." in page.text
+    assert page.row("org-1")[0] == "no"
+    assert page.row("org-1")[1].startswith("−1.1")
+    (spent,) = (row[3] for row in page.rows if row[0] == "org-1" and row[1] == "10,000")
+    assert spent == "8.01 of 8.00 – over"  # rounded up: spending never looks smaller than it was
+    assert "from −1.1 to +9.6 points" in page.text
 
 
 def test_an_organisation_without_labelled_examples_has_an_empty_bar(summary: Summary) -> None:
     summary["organisations"][1] |= {"examples": 0, "labels": {}}
-    assert read(summary).row("org-2")[2:4] == ["0", ""]
+    assert ["org-2", "0", ""] in [row[:3] for row in read(summary).rows]
 
 
 def test_many_labels_and_organisations_share_the_colours(summary: Summary) -> None:
@@ -287,7 +335,7 @@ def test_charts_show_the_rounds_the_baselines_and_the_stages(summary: Summary) -
     assert chart is not None
     assert [(key.name, key.value.replace("\u00a0", " ")) for key in chart.legend] == [
         ("federated", "73.4 %"), ("all data pooled, no privacy", "74.5 %"), ("alone, mean", "67.2 %"),
-        ("majority class", "44.8 %"),
+        ("alone without privacy, mean", "69.0 %"), ("majority class", "44.8 %"),
     ]  # fmt: skip
     assert [(band.stage, band.first, band.last, band.x) for band in chart.bands] == [("head", 1, 2, 0.0), ("lora", 3, 3, 66.667)]
     assert chart.y_ticks == ((100.0, "40"), (75.0, "50"), (50.0, "60"), (25.0, "70"), (0.0, "80"))
@@ -416,7 +464,7 @@ def test_a_stopped_run_says_why(summary: Summary) -> None:
 
 
 def test_models_that_only_their_organisations_see_are_not_judged(summary: Summary) -> None:
-    summary["test"] |= dict.fromkeys(["majority", "alone", "federated", "pooled"])
+    summary["test"] |= dict.fromkeys(["majority", "alone", "alone_without_privacy", "federated", "adapted", "pooled"])
     verdict = judge(summary)
     assert verdict.answer == "Not measured"
     assert verdict.sentence == "every organisation has a model of its own, and how good it is only the organisation can see."
@@ -425,9 +473,11 @@ def test_models_that_only_their_organisations_see_are_not_judged(summary: Summar
 def test_a_real_run_of_many_classes_has_a_report(summary: Summary) -> None:
     summary |= {"engine": "superlink", "labels": [f"class {i}" for i in range(40)]}
     for each in summary["organisations"]:
-        each |= {"labels": None, "examples": None, "alone": None, "gain": None, "bytes_up": 4620, "dropped": 0}
+        each |= {"labels": None, "examples": None, "bytes_up": 4620, "dropped": 0}
         each |= {"quarantined": 1, "left_out": True, "delivered": False}
-    summary["test"] |= {"alone": None, "pooled": None}
+        each |= dict.fromkeys(["alone", "gain", "own", "common", "worth", "adaptation"])
+    summary["test"] |= dict.fromkeys(["alone", "alone_without_privacy", "adapted", "pooled"])
+    summary |= {"worth": None, "partition": None}
     page = Page(render_report(summary))
-    assert page.row("org-2") == ["2 of 3, then left out", "6.50 of 8.00", "4.6 kB", "0", "1", "not confirmed"]
+    assert page.row("org-2") == ["2 of 3, then left out", "–", "6.50 of 8.00", "4.6 kB", "0", "1", "not confirmed"]
     assert "worth joining" not in page.text

@@ -122,8 +122,10 @@ def test_a_stage_adds_its_parameters_and_shares_only_its_own(new_run: NewRun) ->
 
 
 def test_the_history_holds_what_happened(new_run: NewRun) -> None:
-    folder = new_run("org-1", "org-2", rounds=2)
-    metrics = iter([Metrics(0.25, 0.5, 0.75, 1.0), Metrics(0.25, 0.5, 0.75, 1.0), Metrics(0.5, 0.5, 0.5, 0.5)])  # first: before all
+    folder = new_run("org-1", "org-2", rounds=2, privacy={"epsilon": 8.0, "delta": 1e-5})
+    metrics = iter(
+        [Metrics(0.25, 0.5, 0.75, 1.0), Metrics(0.25, 0.5, 0.75, 1.0), Metrics(0.5, 0.5, 0.5, 0.5)]
+    )  # first: before all
 
     def spends(request: Request) -> Any:
         delta = {name: torch.ones_like(t) for name, t in request.state.items()}
@@ -307,7 +309,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "other round": (lambda r: update(r, ones(r), round=r.round + 1), "it is for round"),
     "other name": (lambda r: update(r, ones(r), organisation="good-1"), "it is from good-1, expected bad"),
     "no examples": (lambda r: update(r, ones(r), examples=0), "it declares 0 examples"),
-    "protocol": (lambda r: record(r, protocol=99), "protocol 99 came, expected 4"),
+    "protocol": (lambda r: record(r, protocol=99), "protocol 99 came, expected 5"),
     "type": (lambda r: record(r, examples="many"), "examples = 'many': expected int"),
     "noise": (lambda r: update(r, ones(r), noise_variance={"classifier.bias": 1.0}), "it states noise for 1 parameters"),
     "float64": (lambda r: record(r, {"classifier.bias": Array(np.ones(3))}), "has the type float64"),

@@ -102,7 +102,7 @@ def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> 
     finish(run, 1, participants=["a", "b"], quarantined=["c"])
     (run.path / "delivered.json").write_text(json.dumps({"a": "2026-01-01T00:00:00+00:00"}))
     words = [o.word for o in look(federation, None).organisations]
-    assert words == ["has the finished model", "not asked yet", "left out after refused updates"]
+    assert words == ["has the finished model", "not asked yet", "left out after refused updates or time-outs"]
 
 
 def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) -> None:

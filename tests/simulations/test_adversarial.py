@@ -33,12 +33,12 @@ def twice(*arguments: Any, clip_norm: float, **settings: Any) -> Iterator[StepRe
     )
 
 
-def audited(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, engine: Any, mode: str) -> AuditResult:
+def audited(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, engine: Any, mode: str, claim: float = 2.0) -> AuditResult:
     monkeypatch.setattr(audited_training, "private_steps", engine)
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.9, "steps": 1}
     lora = {"lora": {"rank": 2}} if mode == "lora" else {}
     plan = toy_plan(
-        train=mode, rounds=1, privacy={"epsilon": 2, "delta": 1e-5}, local=local, simulation={"baselines": []}, **lora
+        train=mode, rounds=1, privacy={"epsilon": claim, "delta": 1e-5}, local=local, simulation={"baselines": []}, **lora
     )
     return audit_plan(plan, canaries=64, confidence=1 - 1e-7, device="cpu")
 
@@ -52,6 +52,14 @@ def test_no_state_lets_a_record_do_more(toy_plan: NewPlan, monkeypatch: pytest.M
     assert ("a head from a linear system" in names) == (mode == "head")
     assert max(probe.contribution for probe in result.states) > 0.9
     assert all(probe.influence <= 1e-6 and probe.off_grid == 0 for probe in result.states)
+
+
+def test_much_noise_is_not_taken_for_influence(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With σ = 69, float32 rounded the noised sums that were compared: 3e-5 C "through others", and an honest engine was accused."""
+    result = audited(toy_plan, monkeypatch, private_steps, "head", claim=0.05)
+    assert result.noise_multiplier > 50
+    assert result.faults == ()
+    assert all(probe.influence == 0 for probe in result.states)
 
 
 def test_records_that_reach_each_other_are_seen(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:

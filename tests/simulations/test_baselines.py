@@ -59,7 +59,24 @@ def test_alone_is_the_same_training_without_the_others(toy_plan: NewPlan, tmp_pa
         make_site(tmp_path / share.name, share.name, folder.plan, [share], "cpu")
         state, metrics = by_itself(folder.plan, Site(tmp_path / share.name))
         assert same(RunFolder(folder.path / "baselines" / "alone" / share.name).load().state, state)
-        assert results[f"alone/{share.name}"] == metrics
+        assert results[f"alone/{share.name}"].metrics == metrics
+
+
+def test_what_a_baseline_tells_is_what_it_is_judged_by(toy_plan: NewPlan, tmp_path: Path) -> None:
+    folder, prepared = made(toy_plan(simulation={"baselines": ["alone"]}), tmp_path / "run")
+    truth = HoldingsFile.read(folder.path / "test" / "data.json", prepared.plan.labels).truth
+    for judged in run_baselines(folder, prepared).values():
+        assert sum(t == n for t, n in zip(truth, judged.told, strict=True)) / len(truth) == judged.metrics.accuracy
+
+
+def test_where_the_encoder_is_trained_alone_is_also_a_run_without_privacy(toy_plan: NewPlan, tmp_path: Path) -> None:
+    own = {"learning_rate": 0.1, "batch_size": 0.5, "steps": 1}
+    plan = toy_plan(train="lora", rounds=1, privacy={"epsilon": 8.0}, local=own, simulation={"baselines": ["alone"]})
+    folder, prepared = made(plan, tmp_path / "run")
+    names = [f"{kind}/org-{i}" for kind in ("alone", "alone-without-privacy") for i in (1, 2)]
+    assert list(run_baselines(folder, prepared)) == names
+    kinds = {name: RunFolder(folder.path / "baselines" / name).plan.privacy for name in names}
+    assert [kinds[name] == "none" for name in names] == [False, False, True, True]
 
 
 def test_pooled_is_one_organisation_with_all_training_data_without_privacy(toy_plan: NewPlan, tmp_path: Path) -> None:
@@ -79,7 +96,7 @@ def test_pooled_is_one_organisation_with_all_training_data_without_privacy(toy_p
     make_site(tmp_path / "all", "pooled", folder.plan, prepared.shares, "cpu")
     state, metrics = by_itself(baseline.plan, Site(tmp_path / "all"))
     assert same(baseline.load().state, state)
-    assert results == {"pooled": metrics}
+    assert {name: judged.metrics for name, judged in results.items()} == {"pooled": metrics}
 
 
 def test_a_finished_baseline_is_not_trained_again(toy_plan: NewPlan, tmp_path: Path) -> None:

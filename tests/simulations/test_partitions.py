@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cotune.models.errors import DataError, PlanError
-from cotune.simulations.partitions import PartitionConfig, Rows, partition, split_test
+from cotune.simulations.partitions import PartitionConfig, Rows, deal_alike, partition, split_test
 
 
 def split(labels: list[str], seed: int = 0, **config: Any) -> list[Rows]:
@@ -247,3 +247,20 @@ def test_a_fraction_out_of_range(fraction: float) -> None:
 def test_nothing_to_test_on() -> None:
     with pytest.raises(DataError, match="no class among 0 examples"):
         split_test([], 0.5, np.random.default_rng(0))
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abc"), max_size=30), min_size=1, max_size=6).filter(any),
+    st.lists(st.sampled_from("abcd"), max_size=60),
+    st.integers(0, 99),
+)
+def test_further_examples_are_dealt_like_what_is_held(held: list[list[str]], labels: list[str], seed: int) -> None:
+    parts = deal_alike(held, labels, np.random.default_rng(seed))
+    owned = {name for own in held for name in own}
+    assert sorted(row for part in parts for row in part) == [i for i, name in enumerate(labels) if name in owned]
+    for own, part in zip(held, parts, strict=True):
+        for name in owned:
+            share = own.count(name) / sum(each.count(name) for each in held)
+            dealt = sum(labels[row] == name for row in part)
+            assert dealt == pytest.approx(share * labels.count(name), abs=1.0 + 1e-9)
+            assert own.count(name) or not dealt  # nobody is tested on a class that it does not hold

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,9 @@ from cotune.models.holdings import HoldingsFile
 from cotune.models.tasks import TaskName
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
+from cotune.privacy.dp_sgd import StepReport, private_steps
+from cotune.simulations import audited_training
+from cotune.simulations.audit import AuditResult, audit_plan
 from cotune.simulations.simulate import simulate
 from cotune.simulations.sites import Prepared, make_run, prepare
 from tests.conftest import sentences, tagged, write_images
@@ -133,3 +137,37 @@ def test_whose_records_are_must_be_known(plan: Callable[..., Plan]) -> None:
 def test_a_unit_needs_a_bound_and_a_record_none(plan: Callable[..., Plan], privacy: dict[str, object]) -> None:
     with pytest.raises(Exception, match="max_records"):
         plan(privacy={"epsilon": 8.0, **privacy})
+
+
+def test_canaries_of_an_audit_are_persons_too(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with as many records as a person may have; so an engine that bounds records instead of persons is accused.
+
+    It lets five records of a person add up to 5 C: nearly every canary is told rightly.
+    """
+    planted: list[Sequence[Sequence[int]]] = []
+
+    def watched(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
+        planted.append(settings["units"])
+        return private_steps(*arguments, **settings)
+
+    def of_rows(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
+        units = [[row] for unit in settings["units"] for row in unit]
+        return private_steps(*arguments, **{**settings, "units": units})
+
+    def audited(engine: Any) -> AuditResult:
+        monkeypatch.setattr(audited_training, "private_steps", engine)
+        few = plan(rounds=1, privacy={**PRIVATE, "epsilon": 2.0})
+        return audit_plan(few, canaries=1000, tight=True, confidence=1 - 1e-7, device="cpu")
+
+    honest = audited(watched)
+    assert not honest.broken
+    assert max(probe.contribution for probe in honest.states) > 0.5
+    units = planted[-1]
+    assert len(units) == honest.examples + 1000
+    assert max(map(len, units[:-1000])) == 5
+    assert {len(unit) for unit in units[-1000:]} == {5}
+    rows = [row for unit in units for row in unit]
+    assert len(rows) == len(set(rows))
+    accused = audited(of_rows)
+    assert accused.broken
+    assert accused.at_least > accused.epsilon

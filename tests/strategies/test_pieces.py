@@ -102,7 +102,7 @@ def test_a_piece_that_is_under_way_on_a_slow_line_is_waited_for(message: Message
 def test_pieces_that_make_no_message(message: Message) -> None:
     there, tree = parts(message), get_object_tree(message)
     (content,) = tree.children
-    with pytest.raises(Malformed, match="it is of the kind RecordDict, expected a message"):
+    with pytest.raises(Malformed, match="a part of it is of the kind RecordDict, expected Message"):
         gather(content, there.__getitem__, MOST, SILENCE)
     there[content.object_id] = b"RecordDict of nothing that was announced"
     with pytest.raises(Malformed, match="cannot be put together from its parts"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,6 +30,7 @@ from cotune.strategies.wire import (
     encode_update,
     payload_bytes,
     received_digest,
+    salt_of,
     state_digest,
 )
 
@@ -138,6 +140,52 @@ def test_requests_share_one_copy_of_the_arrays() -> None:
     assert [decode_request(content).site for content in contents] == ["", "sites/b", ""]
 
 
+# --- one object, one message
+
+
+def ids(content: RecordDict) -> list[str]:
+    """Of every record, array and chunk."""
+    return [part.object_id for record in content.values() for part in iterate_object_tree(get_object_tree(record))]
+
+
+ZEROS = {"w": torch.zeros(3), "v": torch.zeros(3), "long": torch.zeros(3 * 2**20)}  # more than one chunk of zeros
+
+
+def test_no_object_of_an_update_is_one_of_another_nor_twice_in_it() -> None:
+    update = Update("north", 3, ZEROS, 1, 1, 1.0, {"correct": 1.0}, dict.fromkeys(ZEROS, 0.5), ZEROS)
+    found = [part for _ in range(2) for part in ids(encode_update(update, "plan"))]
+    assert len(found) == len(set(found)) > 2 * 16
+
+
+def test_no_object_of_a_request_is_one_of_another_round_and_no_header_one_of_another_recipient() -> None:
+    rounds = [encode_requests("{}", 1, ZEROS, [Recipient("a"), Recipient("a")], ZEROS) for _ in range(2)]
+    found = [part for one, _ in rounds for part in ids(one)]
+    assert len(found) == len(set(found)) > 16
+    for one, other in rounds:
+        assert not {*ids(RecordDict({"r": one["request"]}))} & {*ids(RecordDict({"r": other["request"]}))}
+
+
+def test_no_receipt_is_another() -> None:
+    receipt = Receipt("north", "plan", "5f")
+    assert ids(encode_receipt(receipt)) != ids(encode_receipt(receipt))
+
+
+def test_what_is_encoded_again_with_its_salt_is_the_same() -> None:
+    update = Update("north", 3, STATE, 1, 1, 1.0, {"correct": 1.0}, dict.fromkeys(STATE, 0.5), STATE)
+    content, receipt = encode_update(update, "plan"), encode_receipt(Receipt("north", "plan", "5f"))
+    assert ids(encode_update(update, "plan", salt_of(content))) == ids(content)
+    assert ids(encode_receipt(Receipt("north", "plan", "5f"), salt_of(receipt))) == ids(receipt)
+
+
+@pytest.mark.parametrize("salt", [None, b"", b"short", "x" * 32])
+def test_a_message_without_a_salt_is_refused(salt: Any) -> None:
+    assert refusal(with_field("salt", salt)).endswith("expected 32 bytes")
+
+
+def test_an_array_under_another_salt_is_refused() -> None:
+    assert "cannot be read" in refusal(with_field("salt", bytes(32)))
+
+
 # --- refusals
 
 
@@ -206,9 +254,9 @@ def test_an_update_for_another_plan_is_refused() -> None:
     assert message == "an update for plan aaaaaaaaaaaa came, expected one for bbbbbbbbbbbb"
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 3, 5, "4", 4.5, b"4", None])
+@pytest.mark.parametrize("protocol", [0, 1, PROTOCOL - 1, PROTOCOL + 1, str(PROTOCOL), PROTOCOL + 0.5, None])
 def test_another_protocol_is_refused(protocol: Any) -> None:
-    assert "expected 4: use the same cotune everywhere" in refusal(with_field("protocol", protocol))
+    assert f"expected {PROTOCOL}: use the same cotune everywhere" in refusal(with_field("protocol", protocol))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,12 @@ def test_no_share_is_above_the_bound_and_the_order_stays(weights: list[float], s
     shares = bounded_shares(weights, most)
     assert sum(shares) == pytest.approx(1)
     assert max(shares) <= most * (1 + 1e-9)
-    assert all(a <= b * (1 + 1e-9) for (v, a) in zip(weights, shares, strict=True) for (w, b) in zip(weights, shares, strict=True) if v <= w)
+    assert all(
+        a <= b * (1 + 1e-9)
+        for (v, a) in zip(weights, shares, strict=True)
+        for (w, b) in zip(weights, shares, strict=True)
+        if v <= w
+    )
 
 
 @given(WEIGHTS)

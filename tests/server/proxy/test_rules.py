@@ -11,7 +11,8 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.gate import Limits, passed_on, reason_to_refuse
+from cotune.server.proxy.identity import signer
+from cotune.server.proxy.rules import Limits, Refusal, call_of, content_length, passed_on, reason_to_refuse
 
 LIMITS = Limits(body=1024)
 
@@ -109,3 +110,30 @@ def test_headers_that_claim_something_about_the_client_stay_behind() -> None:
 
 def test_time_grows_with_the_size() -> None:
     assert Limits(patience=30, bytes_per_second=1024).seconds_for(10 * 1024) == 40
+
+
+@given(st.binary(max_size=300))
+def test_any_head_is_refused_cleanly_or_is_one_that_passes(content: bytes) -> None:
+    read_head(content)
+
+
+@given(st.data())
+def test_a_changed_head_is_refused_cleanly_or_is_one_that_passes(data: st.DataObject) -> None:
+    head = bytearray(b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nflwr-public-key: QQ==\r\n\r\n")
+    for _ in range(data.draw(st.integers(1, 5))):
+        head[data.draw(st.integers(0, len(head) - 1))] = data.draw(st.integers(0, 255))
+    read_head(bytes(head))
+
+
+def read_head(content: bytes) -> None:
+    """As a connection reads it: h11, then the rules, then the signature."""
+    http = h11.Connection(h11.SERVER, max_incomplete_event_size=LIMITS.head)
+    http.receive_data(content)
+    try:
+        event = http.next_event()
+    except h11.RemoteProtocolError:
+        return
+    if isinstance(event, h11.Request) and reason_to_refuse(event, LIMITS) is None:
+        assert call_of(event)
+        assert 0 <= content_length(event) <= LIMITS.body_of(call_of(event))[1]
+        assert isinstance(signer(event.headers, call_of(event), lambda key: None), Refusal)

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.proto.fleet_pb2 import PullMessagesResponse
 
 from cotune.models.errors import RunError
 from cotune.server.certificates import new_authority
-from cotune.server.front import Front, FrontConfig, read_config
-from cotune.server.gate import Limits
+from cotune.server.front import FrontConfig, Keys, read_config, setup
+from cotune.server.members import Members
+from cotune.server.proxy.rules import Limits
+from cotune.server.proxy.server import Front
+from cotune.server.refusals import read_refusals
+from tests.support.calls import announcement, identifier, new_key, public, signed, tree
 
 CALL = "/v1/fleet/push-object"
+NORTH, SOUTH, STRANGER = new_key(), new_key(), new_key()
 
 
 @dataclass
@@ -39,6 +48,9 @@ class Upstream:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("front") / "certificates"
     new_authority(folder, [])
+    members = Members(folder.parent / "members.json")
+    for name, key in (("north", NORTH), ("south", SOUTH)):
+        members.invite(name, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
     return folder
 
 
@@ -105,6 +117,8 @@ class Running:
 def running(folder: Path, superlink_port: int, **limits: float) -> Iterator[Running]:
     config = FrontConfig(
         certificates=folder,
+        members=folder.parent / "members.json",
+        refusals=folder.parent / "refused.json",
         superlink_port=superlink_port,
         host="127.0.0.1",
         port=0,
@@ -114,7 +128,7 @@ def running(folder: Path, superlink_port: int, **limits: float) -> Iterator[Runn
 
     async def play() -> None:
         stopped = asyncio.Event()
-        async with Front(config) as front:
+        async with Front(setup(config)) as front:
             made.append((front.port, asyncio.get_running_loop(), stopped))
             ready.set()
             await stopped.wait()
@@ -146,13 +160,21 @@ def running(folder: Path, superlink_port: int, **limits: float) -> Iterator[Runn
 
 @pytest.fixture
 def front(folder: Path, upstream: Upstream) -> Iterator[Running]:
-    with running(folder, upstream.port, patience=5, body=1024 * 1024) as front:
+    with running(folder, upstream.port, patience=5, push_object=1024 * 1024) as front:
         yield front
 
 
-def post(content: bytes = b"hello", target: str = CALL, extra: str = "", length: int | None = None) -> bytes:
+def post(
+    content: bytes = b"hello",
+    target: str = CALL,
+    extra: str = "",
+    length: int | None = None,
+    key: EllipticCurvePrivateKey | None = NORTH,
+) -> bytes:
+    """key: whose signature it has; None: nobody's."""
     size = len(content) if length is None else length
-    return f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n{extra}\r\n".encode() + content
+    names = "".join(f"{name}: {value}\r\n" for name, value in (signed(key) if key else {}).items())
+    return f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n{names}{extra}\r\n".encode() + content
 
 
 def everything(connection: socket.socket) -> bytes:
@@ -173,7 +195,7 @@ def detail(answer: bytes) -> str:
 
 
 def test_a_call_of_the_fleet_passes_with_what_flower_needs_and_no_more(front: Running, upstream: Upstream) -> None:
-    extra = "Content-Type: application/protobuf\r\nflwr-signature: abc\r\nX-Forwarded-For: 9.9.9.9\r\nConnection: close\r\nCookie: c\r\n"
+    extra = "Content-Type: application/protobuf\r\nX-Forwarded-For: 9.9.9.9\r\nConnection: close\r\nCookie: c\r\n"
     head, _, content = front.ask(post(extra=extra)).partition(b"\r\n\r\n")
     assert (status(head), content) == (200, b"hello")
     assert b"flwr-package-version: 1.41.0" in head.lower()
@@ -181,13 +203,9 @@ def test_a_call_of_the_fleet_passes_with_what_flower_needs_and_no_more(front: Ru
     path, headers, received = upstream.seen[0]
     assert (path, received) == (CALL, b"hello")
     assert headers["host"] == f"127.0.0.1:{upstream.port}"
-    del headers["host"]
-    assert headers == {
-        "content-length": "5",
-        "content-type": "application/protobuf",
-        "flwr-signature": "abc",
-        "x-forwarded-for": "127.0.0.1",
-    }
+    assert headers.keys() - signed(NORTH).keys() == {"host", "content-length", "content-type", "x-forwarded-for"}
+    assert signed(NORTH).keys() <= headers.keys()
+    assert headers["x-forwarded-for"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
@@ -285,7 +303,7 @@ def test_slow_clients_are_cut(folder: Path, upstream: Upstream, sent: bytes) -> 
 
 
 def test_a_handshake_that_never_comes_is_cut(folder: Path, upstream: Upstream) -> None:
-    with running(folder, upstream.port, patience=1) as front:
+    with running(folder, upstream.port, patience=1, first_byte=0.3) as front:
         for sent in (b"", b"\x16", b"\x16\x03\x01\x02\x00\x01"):
             with socket.create_connection(("127.0.0.1", front.port), 10) as connection:
                 connection.sendall(sent)
@@ -302,14 +320,173 @@ def test_plain_http_is_told_that_this_is_tls(front: Running, upstream: Upstream)
     assert upstream.seen == []
 
 
+def served(connection: ssl.SSLSocket, key: EllipticCurvePrivateKey = NORTH) -> ssl.SSLSocket:
+    """After one request of a member on it."""
+    connection.sendall(post(key=key))
+    content = b""
+    while not content.endswith(b"hello"):
+        content += (piece := connection.recv(65536))
+        assert piece, content
+    return connection
+
+
+def is_cut(connection: socket.socket) -> bool:
+    try:
+        return everything(connection) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
 def test_connections_of_one_address_are_limited_and_freed(folder: Path, upstream: Upstream) -> None:
-    with running(folder, upstream.port, connections_per_address=2) as front:
-        first, second = front.connect(), front.connect()
+    with running(folder, upstream.port, connections_per_address=2) as front, ExitStack() as held:
+        first, _ = (served(held.enter_context(front.connect())) for _ in range(2))
         with pytest.raises(OSError, match=r"."):
             front.connect()
         first.close()
         assert status(eventually(lambda: front.ask(post(extra="Connection: close\r\n")))) == 200
-        second.close()
+
+
+def test_a_flood_of_strangers_cuts_the_oldest_of_them_and_no_member(folder: Path, upstream: Upstream) -> None:
+    with running(folder, upstream.port, strangers=3) as front, ExitStack() as held:
+        member = served(held.enter_context(front.connect()))
+        flood = [held.enter_context(socket.create_connection(("127.0.0.1", front.port), 10)) for _ in range(8)]
+        assert all(is_cut(connection) for connection in flood[:5])
+        assert status(front.ask(post(key=SOUTH, extra="Connection: close\r\n"))) == 200
+        served(member)
+
+
+def test_strangers_of_a_members_address_make_room_too(folder: Path, upstream: Upstream) -> None:
+    with running(folder, upstream.port, connections_per_address=3) as front, ExitStack() as held:
+        member = served(held.enter_context(front.connect()))
+        flood = [held.enter_context(socket.create_connection(("127.0.0.1", front.port), 10)) for _ in range(4)]
+        assert all(is_cut(connection) for connection in flood[:2])
+        served(member)
+
+
+def test_a_connection_that_says_nothing_is_cut_soon(folder: Path, upstream: Upstream) -> None:
+    """patience is long: what cuts it is the limit of the first byte."""
+    with (
+        running(folder, upstream.port, first_byte=0.2, patience=600) as front,
+        socket.create_connection(("127.0.0.1", front.port), 60) as connection,
+    ):
+        assert is_cut(connection)
+
+
+def test_one_member_cannot_hold_all_connections(folder: Path, upstream: Upstream) -> None:
+    with running(folder, upstream.port, connections_per_member=2) as front, ExitStack() as held:
+        for _ in range(2):
+            served(held.enter_context(front.connect()))
+        answer = front.ask(post())
+        assert (status(answer), "north" in detail(answer)) == (503, True)
+        assert status(front.ask(post(key=SOUTH, extra="Connection: close\r\n"))) == 200
+
+
+# --- members only
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        signed(STRANGER),
+        signed(NORTH, ago=400),
+        signed(NORTH, ago=-3000),
+        signed(NORTH, over="something else"),
+        {**signed(NORTH), "flwr-signature": signed(SOUTH)["flwr-signature"]},
+        {**signed(NORTH), "flwr-public-key": "no base64 at all"},
+        {**signed(NORTH), "flwr-timestamp": "yesterday"},
+        {**signed(NORTH), "flwr-timestamp": "2026-01-01T00:00:00"},
+    ],
+    ids=["none", "stranger", "old", "future", "another-time", "anothers", "key", "time", "no-zone"],
+)
+def test_of_whoever_is_no_member_not_a_byte_is_read(folder: Path, upstream: Upstream, headers: dict[str, str]) -> None:
+    """The answer comes while the five megabytes that were announced have not even been sent."""
+    extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    with running(folder, upstream.port) as front, front.connect() as connection:
+        connection.sendall(post(b"", length=5 * 2**20, extra=extra, key=None))
+        assert status(connection.recv(65536)) == 401
+    assert upstream.seen == []
+
+
+def test_a_stranger_that_wants_to_join_is_told_so_in_the_superlinks_way(front: Running, upstream: Upstream) -> None:
+    answer = front.ask(post(target="/v1/fleet/activate-node", key=STRANGER))
+    assert status(answer) == 412
+    content = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert content["code"] == 2004
+    assert upstream.seen == []
+
+
+def test_whoever_is_revoked_is_a_stranger_from_then_on(tmp_path: Path, folder: Path, upstream: Upstream) -> None:
+    members, key = Members(tmp_path / "members.json"), new_key()
+    shutil.copytree(folder, tmp_path / "certificates")
+    members.invite("west", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
+    with running(tmp_path / "certificates", upstream.port) as front, front.connect() as connection:
+        served(connection, key)
+        members.revoke("west")
+        connection.sendall(post(key=key))
+        assert status(connection.recv(65536)) == 401
+
+
+def test_a_list_of_members_that_is_damaged_meanwhile_leaves_those_who_were_known(tmp_path: Path) -> None:
+    members, keys = Members(tmp_path / "members.json"), Keys(tmp_path / "members.json")
+    assert keys(public(NORTH)) is None
+    members.invite("north", NORTH.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
+    assert keys(public(NORTH)) == "north"
+    (tmp_path / "members.json").write_text("{")
+    assert keys(public(NORTH)) == "north"
+
+
+@pytest.mark.parametrize(("call", "most"), [("pull-messages", 4096), ("push-messages", 2**20), ("push-object", 6 * 2**20)])
+def test_every_call_has_its_own_limit(folder: Path, upstream: Upstream, call: str, most: int) -> None:
+    with running(folder, upstream.port) as front:
+        assert status(front.ask(post(b"", f"/v1/fleet/{call}", length=most + 1))) == 413
+    assert upstream.seen == []
+
+
+def test_who_sends_more_than_may_be_under_way_waits_and_is_then_told_to_try_again(folder: Path, upstream: Upstream) -> None:
+    upstream.answer.clear()
+    with running(folder, upstream.port, in_flight_per_member=100, queue=0.1) as front, front.connect() as busy:
+        busy.sendall(post(b"x" * 80))
+        assert upstream.read.wait(5)
+        assert status(front.ask(post(b"x" * 80))) == 503
+        with front.connect() as other:
+            other.sendall(post(b"x" * 80, key=SOUTH, extra="Connection: close\r\n"))
+            upstream.answer.set()
+            assert status(everything(other)) == 200
+
+
+# --- what is announced
+
+PUSH = "/v1/fleet/push-messages"
+
+
+def test_an_honest_announcement_passes_as_it_is(front: Running, upstream: Upstream) -> None:
+    content = announcement().SerializeToString()
+    assert status(front.ask(post(content, PUSH, extra="Connection: close\r\n"))) == 200
+    assert upstream.seen[-1][2] == content
+
+
+def test_a_forged_announcement_ends_at_the_front_and_its_member_is_named(front: Running, upstream: Upstream) -> None:
+    before = read_refusals(front.folder.parent / "refused.json").get("south")
+    for forged in (announcement(reply_to_message_id="", src_node_id=1, dst_node_id=17), announcement(tree(100), src_node_id=1)):
+        answer = front.ask(post(forged.SerializeToString(), PUSH, key=SOUTH))
+        assert status(answer) == 400
+    assert upstream.seen == []
+    after = read_refusals(front.folder.parent / "refused.json")["south"]
+    assert after.count > (before.count if before else 0)
+
+
+def test_an_object_that_the_server_has_sent_cannot_be_announced(front: Running, upstream: Upstream) -> None:
+    """The small server answers with what it was sent."""
+    sent = PullMessagesResponse(message_object_trees=[tree(3, first=500)]).SerializeToString()
+    assert status(front.ask(post(sent, "/v1/fleet/pull-messages", extra="Connection: close\r\n"))) == 200
+    theirs = tree(3, first=900)
+    theirs.children[0].children[0].children.add(object_id=identifier(510)).children.add(object_id=identifier(1))
+    assert status(front.ask(post(announcement(theirs).SerializeToString(), PUSH))) == 400
+    honest = announcement(tree(3, first=900)).SerializeToString()
+    assert status(front.ask(post(honest, PUSH, extra="Connection: close\r\n"))) == 200
 
 
 def eventually(act: Callable[[], bytes]) -> bytes:
@@ -337,6 +514,7 @@ def test_a_superlink_that_is_away_or_slow_is_one_to_try_again(folder: Path, upst
 
 def test_a_superlink_of_another_authority_is_not_believed(folder: Path, upstream: Upstream, tmp_path: Path) -> None:
     new_authority(tmp_path / "other", [])
+    shutil.copy(folder.parent / "members.json", tmp_path)
     with running(tmp_path / "other", upstream.port) as front:
         assert status(front.ask(post())) == 502
     assert upstream.seen == []
@@ -367,32 +545,36 @@ def test_stopping_does_not_wait_for_ever(folder: Path, upstream: Upstream) -> No
 
 def enter(config: FrontConfig) -> None:
     async def play() -> None:
-        async with Front(config):
+        async with Front(setup(config)):
             pass
 
     asyncio.run(play())
 
 
 def test_a_port_that_is_taken_is_one_sentence(folder: Path, front: Running) -> None:
-    config = FrontConfig(certificates=folder, superlink_port=1, host="127.0.0.1", port=front.port)
+    config = FrontConfig(
+        certificates=folder, members=folder.parent / "members.json", superlink_port=1, host="127.0.0.1", port=front.port
+    )
     with pytest.raises(RunError, match=f"port {front.port} of 127.0.0.1 is taken: .* choose another port"):
         enter(config)
 
 
 def test_an_address_of_another_machine_is_one_sentence(folder: Path) -> None:
     with pytest.raises(RunError, match="cannot be listened at .*expected an address of this machine"):
-        enter(FrontConfig(certificates=folder, superlink_port=1, host="192.0.2.1", port=0))
+        enter(
+            FrontConfig(certificates=folder, members=folder.parent / "members.json", superlink_port=1, host="192.0.2.1", port=0)
+        )
 
 
 def test_it_does_not_start_with_an_expired_certificate(tmp_path: Path) -> None:
     new_authority(tmp_path, [], now=datetime.now(UTC) - timedelta(days=400))
     with pytest.raises(RunError, match="expired"):
-        enter(FrontConfig(certificates=tmp_path, superlink_port=1, port=0))
+        enter(FrontConfig(certificates=tmp_path, members=tmp_path, superlink_port=1, port=0))
 
 
 def test_its_file_is_read_relative_to_itself(tmp_path: Path) -> None:
     file = tmp_path / "front.toml"
-    file.write_text('certificates = "certificates"\nsuperlink_port = 8000\n[limits]\nbody = 2048\n')
+    file.write_text('certificates = "certificates"\nmembers = "members.json"\nsuperlink_port = 8000\n[limits]\nbody = 2048\n')
     config = read_config(file)
     assert (config.certificates, config.port, config.limits.body) == (tmp_path / "certificates", 9092, 2048)
 
@@ -401,8 +583,9 @@ def test_its_file_is_read_relative_to_itself(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("superlink_port = 1", 'lacks "certificates"'),
-        ('certificates = "c"\nsuperlink_port = 1\nhots = "x"', "did you mean 'host'"),
-        ('certificates = "c"\nsuperlink_port = 70000', "superlink_port = 70000"),
+        ('certificates = "c"\nsuperlink_port = 1', 'lacks "members"'),
+        ('certificates = "c"\nmembers = "m"\nsuperlink_port = 1\nhots = "x"', "did you mean 'host'"),
+        ('certificates = "c"\nmembers = "m"\nsuperlink_port = 70000', "superlink_port = 70000"),
         ("= 1", "front.toml: "),
     ],
 )

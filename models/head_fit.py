@@ -1,0 +1,122 @@
+"""A head fitted to the end on features of an organization's own records, without noise: what never leaves need not be noised.
+
+The penalty pulls the head toward another one (Evgeniou & Pontil, KDD 2004, equation 3; with a start at the shared model, the
+personalization of Li et al., "Ditto", ICML 2021, https://arxiv.org/abs/2012.04221, equation 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cotune.models.errors import RunError
+from cotune.models.features import feature_head
+from cotune.models.sharing import SharedModel, State
+
+__all__ = ["corrected", "fit_head", "head_names", "head_scores", "last_layer"]
+
+_ITERATIONS = 60
+_TOLERANCE = 1e-5
+
+
+def head_names(model: SharedModel) -> list[str]:
+    """The parameters of the head."""
+    return model.names("head")
+
+
+def last_layer(model: SharedModel) -> tuple[str, str] | None:
+    """Weight and bias of the layer that gives the scores; None where the head has no such layer, or one without a bias."""
+    classes = len(model.loaded.module.config.id2label)
+    shapes = {name: p.shape for name, p in model.parameters() if name in set(head_names(model))}
+    for bias, shape in reversed(shapes.items()):
+        weight = f"{bias.removesuffix('bias')}weight"
+        if bias.endswith("bias") and shape == (classes,) and len(shapes.get(weight, ())) == 2:
+            return weight, bias
+    return None
+
+
+def _last_layer_of(model: SharedModel) -> tuple[str, str]:
+    found = last_layer(model)
+    assert found is not None, "whoever corrects a head has looked for its last layer"
+    return found
+
+
+@torch.no_grad()
+def head_scores(model: SharedModel, head: Mapping[str, Tensor], features: Tensor) -> Tensor:
+    """Scores of a head on features (n, d): (n, classes) on the CPU."""
+    model.load(head)
+    reader = feature_head(model)
+    assert reader is not None, "whoever has features has a head on them"
+    found: Tensor = reader(features.to(model.device)).logits.float().cpu()
+    return found
+
+
+def fit_head(model: SharedModel, features: Tensor, targets: Tensor, *, start: State, toward: State, pull: float) -> State:
+    """Return the head that minimizes the mean cross-entropy + pull / 2 · s · ‖head − toward‖², by L-BFGS.
+
+    Args:
+        features: (n, d), without NaN.
+        targets: (n,) class numbers.
+        start: The head to begin with.
+        toward: The head that is pulled to.
+        pull: Strength, in units of s, the mean squared norm of a feature: the same for features of any size.
+
+    Raises:
+        RunError: When the result is not finite.
+    """
+    model.load(start)
+    reader, names = feature_head(model), head_names(model)
+    assert reader is not None, "whoever has features has a head on them"
+    parameters, device = model.train_only(names), model.device
+    anchors = [toward[name].to(device) for name in names]
+    rows, numbers = features.to(device), targets.to(device)
+    strength = pull * float(features.square().sum(dim=1).mean())
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=_ITERATIONS, tolerance_grad=_TOLERANCE, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = functional.cross_entropy(reader(rows).logits.float(), numbers)
+        pairs = zip(parameters, anchors, strict=True)
+        total = total + strength / 2 * torch.stack([(p - a).square().sum() for p, a in pairs]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    found = model.state(names)
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise RunError("the head that was fitted to the own records is not finite: expected finite features")
+    return found
+
+
+def corrected(model: SharedModel, head: State, features: Tensor, targets: Tensor) -> State:
+    """Return the head with its scores scaled and shifted so that they suit an organization's own records.
+
+    The shift corrects for another mix of classes: at its maximum likelihood the mean probability of a class is its frequency, as
+    with the log of the priors' ratio (Saerens et al., Neural Computation 14, 2002), the priors of training being estimated. The
+    scale is a temperature (Guo et al., ICML 2017, section 4.2), as noise makes a head surer than it should be. One record's worth
+    of penalty keeps the shift of a class without records finite. The head must have a last layer (`last_layer`).
+    """
+    weight, bias = _last_layer_of(model)
+    scores = head_scores(model, head, features)
+    scale, shift = _scale_and_shift(scores, targets)
+    return {**head, weight: head[weight] * scale, bias: head[bias] * scale + shift}
+
+
+def _scale_and_shift(scores: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+    log_scale, shift = torch.zeros(1, requires_grad=True), torch.zeros(scores.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_scale, shift], max_iter=_ITERATIONS, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        penalty = (shift.square().sum() + log_scale.square().sum()) / (2 * len(targets))
+        total = functional.cross_entropy(scores * log_scale.exp() + shift, targets) + penalty
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return float(log_scale.detach().exp()), shift.detach()

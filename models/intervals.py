@@ -1,0 +1,169 @@
+"""How far a figure on held-out records can be trusted, and whether two models differ on the same records.
+
+Records of one unit (a patient's, the words of a sentence) are alike, so that what is drawn or counted is units: where every unit
+is one answer, tests and intervals are exact; else units are resampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    *("CONFIDENCE", "FEW", "Answers", "Interval", "Paired"),
+    *("accuracy_interval", "answers_of", "f1_interval", "paired", "wilson"),
+]
+
+CONFIDENCE = 0.95
+FEW = 200  # test records, below which a report warns
+_DRAWS = 2000  # of a bootstrap
+_CHUNK = 2**22  # numbers in memory at a time
+_SEED = 5  # of the resampling: the same answers give the same interval
+
+Interval = tuple[float, float]
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model told on some records.
+
+    Attributes:
+        truth: (n,) class numbers.
+        told: (n,) class numbers.
+        units: (n,) the number of the unit that each answer belongs to.
+        classes: How many classes there are.
+    """
+
+    truth: Numbers
+    told: Numbers
+    units: Numbers
+    classes: int
+
+    @property
+    def single(self) -> bool:
+        """Whether every answer is of a unit of its own."""
+        return len(np.unique(self.units)) == len(self.units)
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """(n,) which answers are right."""
+        right: NDArray[np.bool_] = self.truth == self.told
+        return right
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same records: the difference of their accuracies.
+
+    Attributes:
+        difference: Accuracy of ours minus accuracy of theirs.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        p: Of the two-sided test that there is no difference.
+        test: Its name.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    test: str
+
+    @property
+    def answer(self) -> str:
+        """ "yes" where ours is better, "no" where theirs is, else "too close to tell"."""
+        if self.p >= 1 - CONFIDENCE:
+            return "too close to tell"
+        return "yes" if self.difference > 0 else "no"
+
+
+def wilson(right: int, total: int) -> Interval:
+    """Return the score interval of a proportion (Wilson, J. Am. Stat. Assoc. 22, 1927).
+
+    >>> [round(end, 4) for end in wilson(8, 10)]
+    [0.4902, 0.9433]
+    """
+    from scipy.stats import binomtest
+
+    found = binomtest(right, total).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def accuracy_interval(answers: Answers) -> Interval:
+    """Return Wilson's interval; of units with several answers, the percentiles of a bootstrap over the units."""
+    if answers.single:
+        return wilson(int(answers.right.sum()), len(answers.truth))
+    sums = _resampled(answers.units, np.stack([answers.right, np.ones(len(answers.truth))], axis=1))
+    return _percentiles(sums[:, 0] / sums[:, 1])
+
+
+def f1_interval(answers: Answers) -> Interval:
+    """Return the percentiles of macro F1 over a bootstrap of the units (Efron & Tibshirani, 1993, chapter 13).
+
+    A class that neither is there nor is told in a draw has F1 0, as in `tasks.score`.
+    """
+    classes = np.arange(answers.classes)
+    there, told = answers.truth[:, None] == classes, answers.told[:, None] == classes
+    sums = _resampled(answers.units, np.concatenate([there & told, there, told], axis=1))
+    right, true, given = np.split(sums, 3, axis=1)
+    f1 = np.divide(2 * right, true + given, out=np.zeros_like(right), where=true + given > 0)
+    return _percentiles(f1.mean(axis=1))
+
+
+def paired(ours: Answers, theirs: Answers) -> Paired:
+    """Compare two models on the same records, in the same order.
+
+    Where every unit is one answer: McNemar's exact test (Psychometrika 12, 1947), the two-sided binomial test on the records that
+    exactly one of both tells rightly, and the interval that belongs to it (Clopper & Pearson, 1934). Else a paired bootstrap over
+    the units.
+    """
+    apart = ours.right.astype(np.int64) - theirs.right.astype(np.int64)
+    if ours.single:
+        return _mcnemar(int((apart > 0).sum()), int((apart < 0).sum()), len(apart))
+    sums = _resampled(ours.units, np.stack([apart, np.ones(len(apart))], axis=1))
+    drawn = sums[:, 0] / sums[:, 1]
+    tail = min((drawn <= 0).sum(), (drawn >= 0).sum()) + 1
+    return Paired(float(apart.mean()), *_percentiles(drawn), min(1.0, 2 * float(tail) / (_DRAWS + 1)), "paired bootstrap")
+
+
+def _mcnemar(better: int, worse: int, total: int) -> Paired:
+    from scipy.stats import binomtest
+
+    decided, difference = better + worse, (better - worse) / total
+    if not decided:
+        return Paired(0.0, 0.0, 0.0, 1.0, "McNemar exact")
+    found = binomtest(better, decided)
+    ends = found.proportion_ci(CONFIDENCE, method="exact")
+    low, high = ((2 * float(end) - 1) * decided / total for end in (ends.low, ends.high))
+    return Paired(difference, low, high, float(found.pvalue), "McNemar exact")
+
+
+def _resampled(units: Numbers, columns: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Sums over resampled units: (draws, columns)."""
+    _, place = np.unique(units, return_inverse=True)
+    count = int(place.max()) + 1
+    each = np.zeros((count, columns.shape[1]))
+    np.add.at(each, place, columns.astype(np.float64))
+    kinds, often = np.unique(each, axis=0, return_counts=True)  # units that are alike are drawn together
+    rng, step = np.random.default_rng(_SEED), max(1, _CHUNK // len(kinds))
+    drawn = (rng.multinomial(count, often / count, size=min(step, _DRAWS - start)) for start in range(0, _DRAWS, step))
+    return np.concatenate([each_draw.astype(np.float64) @ kinds for each_draw in drawn])
+
+
+def _percentiles(values: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def answers_of(truth: Sequence[int], told: Sequence[int], units: Sequence[int], classes: int) -> Answers:
+    """Return answers from plain lists."""
+    return Answers(
+        truth=np.asarray(truth, dtype=np.int64),
+        told=np.asarray(told, dtype=np.int64),
+        units=np.asarray(units, dtype=np.int64),
+        classes=classes,
+    )

@@ -1,0 +1,1 @@
+"""The TLS front of a federation: the one public port of a coordinator."""

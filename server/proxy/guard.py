@@ -1,0 +1,56 @@
+"""What all connections of the front share: limits, members, and what has passed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import h11
+
+from cotune.server.proxy.identity import Known, signer
+from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
+from cotune.server.proxy.rules import Limits, Refusal, call_of, reason_to_refuse
+from cotune.server.proxy.slots import Slot, Slots
+from cotune.server.proxy.sparing import Sparing
+from cotune.server.proxy.traffic import Traffic
+
+__all__ = ["Guard"]
+
+log = logging.getLogger("cotune.front")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """known: see `identity.Known`. refused: told of the member whose announcement was refused, and why."""
+
+    limits: Limits
+    known: Known
+    refused: Callable[[str, str], None]
+    slots: Slots
+    traffic: Traffic
+    sent: Sent
+    log: Sparing
+
+    @classmethod
+    def of(cls, limits: Limits, known: Known, refused: Callable[[str, str], None]) -> Guard:
+        return cls(limits, known, refused, Slots(limits), Traffic(limits), Sent(), Sparing(log.warning))
+
+    def admit(self, request: h11.Request, slot: Slot) -> str | Refusal:
+        """The member that has signed a request, which may be read; or why it may not."""
+        if refusal := reason_to_refuse(request, self.limits):
+            return refusal
+        member = signer(request.headers, call_of(request), self.known)
+        if isinstance(member, Refusal):
+            return member
+        full = self.slots.recognize(slot, member)
+        return Refusal(503, full) if full else member
+
+    def look_into(self, content: bytes, member: str) -> Refusal | None:
+        """Of a `push-messages`."""
+        reason = reason_to_refuse_push(content, self.limits.tree, self.sent)
+        if reason is None:
+            return None
+        self.refused(member, reason)
+        self.log.tell(f"push {member}", f"refused what {member} announced: {reason}")
+        return Refusal(400, f"this announcement is refused: {reason}")

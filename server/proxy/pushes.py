@@ -1,0 +1,140 @@
+"""What a member may announce: one reply to a request of the server's, from itself, in a tree as honest replies have.
+
+Flower's SuperLink believes what `push-messages` says. It stores a message of node 1 (the server) as an instruction to whatever
+node it names, and registers a tree of objects whose content nobody has seen: an identifier that is registered with an invented
+child keeps the object that really has it out (docs/decisions/0013-object-store.md).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
+from flwr.proto.message_pb2 import Metadata, ObjectTree
+from google.protobuf.message import DecodeError
+
+from cotune.server.proxy.wire_format import Damaged, TooMany, fields, length_of
+
+__all__ = ["Sent", "reason_to_refuse_push"]
+
+MOST_DEPTH = 5  # message, its content, a record, an array, a chunk of it
+_MOST_HEADER = 16 * 2**10  # bytes of a message without its content: addresses, or an error's words
+_MOST_REMEMBERED = 200_000  # identifiers of what the server has sent, 32 bytes each
+_FEWEST_ALLOWED = 64  # objects, however small the requests are
+_OBJECT = re.compile(r"[0-9a-f]{64}")  # SHA-256, as Flower writes it
+_NODE, _MESSAGE, _TREE, _RUNTIME = 1, 2, 3, 4  # fields of a PushMessagesRequest
+_CHILDREN = 2  # of an ObjectTree
+
+
+class Sent:
+    """What the server has sent to its members, by the answers that have passed here: no reply holds an object of a request.
+
+    All that it knows is forgotten with the process, and the oldest earlier: it only ever adds a reason to refuse.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, None] = {}
+        self._largest = 0
+
+    def remember(self, content: bytes) -> None:
+        """content: of an answer to `pull-messages`. What is none is the SuperLink's fault, and the client's to notice."""
+        try:
+            trees = PullMessagesResponse.FromString(content).message_object_trees
+        except DecodeError:
+            return
+        for tree in trees:
+            found = [bytes.fromhex(part.object_id) for part, _ in _parts(tree) if _OBJECT.fullmatch(part.object_id)]
+            self._largest = max(self._largest, len(found))
+            self._known.update(dict.fromkeys(found))
+        for oldest in list(self._known)[: max(0, len(self._known) - _MOST_REMEMBERED)]:
+            del self._known[oldest]
+
+    def most_objects(self, limit: int) -> int:
+        """Of a reply: it holds at most two arrays for each of the request's (its change, and a statistic), and a few records."""
+        return min(limit, max(_FEWEST_ALLOWED, 2 * self._largest + 32)) if self._largest else limit
+
+    def holds(self, identifiers: Iterable[str]) -> bool:
+        return any(bytes.fromhex(identifier) in self._known for identifier in identifiers)
+
+
+def reason_to_refuse_push(content: bytes, limit: int, sent: Sent) -> str | None:
+    """Why the content of a `push-messages` may not pass; None where it may.
+
+    Args:
+        content: any bytes. They are counted before anything is built from them.
+        limit: the most objects of a reply, whatever was asked.
+        sent: what the server has sent so far.
+    """
+    most = sent.most_objects(limit)
+    try:
+        if reason := _wrong_outline(content, most):
+            return reason
+        request = PushMessagesRequest.FromString(content)
+    except (Damaged, DecodeError):
+        return "it is no announcement of a reply as Flower writes it"
+    [message], [tree] = request.messages_list, request.message_object_trees
+    return _wrong_sender(message.metadata, request.node.node_id) or _wrong_tree(tree, message.metadata.message_id, sent)
+
+
+def _wrong_outline(content: bytes, most: int) -> str | None:
+    """By the lengths of its fields."""
+    found = list(fields(content, 5))
+    numbers = sorted(number for number, _ in found)
+    if numbers not in ([_NODE, _MESSAGE, _TREE], [_NODE, _MESSAGE, _TREE, _RUNTIME]):
+        return f"it has the fields {numbers}, expected a node, one message, its tree, and how long it took"
+    if any(length_of(value) > _MOST_HEADER for number, value in found if number != _TREE):
+        return f"its message has more than {_MOST_HEADER} bytes beside the tree: expected one without content"
+    [tree] = [value for number, value in found if number == _TREE]
+    count = _count(tree if isinstance(tree, bytes) else b"", most)
+    return f"its tree has more than {most} objects" if count > most else None
+
+
+def _count(tree: bytes, most: int) -> int:
+    """The objects of a tree; one above the limit are not looked at. Raises Damaged for what is deeper than any."""
+    count, waiting = 0, [(tree, 1)]
+    while waiting:
+        part, depth = waiting.pop()
+        count += 1
+        if depth > MOST_DEPTH:
+            raise Damaged
+        try:
+            inside = list(fields(part, most + 1))  # its identifier, and children
+        except TooMany:
+            return most + 1
+        waiting += [(value, depth + 1) for number, value in inside if number == _CHILDREN and isinstance(value, bytes)]
+        if count + len(waiting) > most:
+            return most + 1
+    return count
+
+
+def _wrong_sender(about: Metadata, node: int) -> str | None:
+    """node: the SuperLink compares it with the key."""
+    if not about.reply_to_message_id:
+        return "it replies to nothing: only the server sends requests"
+    if about.src_node_id != node or node == SUPERLINK_NODE_ID:
+        return "its source is another node than the one that sends it"
+    if about.dst_node_id != SUPERLINK_NODE_ID:
+        return "its destination is another node: replies go to the server"
+    return None
+
+
+def _wrong_tree(tree: ObjectTree, message: str, sent: Sent) -> str | None:
+    found = [part.object_id for part, _ in _parts(tree)]
+    if not all(_OBJECT.fullmatch(identifier) for identifier in found):
+        return "an object of its tree has no identifier as Flower writes them"
+    if tree.object_id != message:
+        return "its tree is that of another message"
+    if len(found) != len(set(found)):
+        return "an object is in its tree twice"
+    return "its tree holds an object that the server has sent" if sent.holds(found) else None
+
+
+def _parts(tree: ObjectTree) -> Iterator[tuple[ObjectTree, int]]:
+    """Every object, and its depth; without recursion."""
+    waiting = [(tree, 1)]
+    while waiting:
+        part, depth = waiting.pop()
+        yield part, depth
+        waiting += [(child, depth + 1) for child in part.children]

@@ -1,0 +1,109 @@
+"""What may pass from the public port to the SuperLink, by a request's head: calls of Flower's Fleet API, and nothing else.
+
+The SuperLink serves Fleet, Control and Runtime on one port, and its Control API asks nobody who they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import h11
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Limits", "Refusal", "call_of", "content_length", "passed_on", "reason_to_refuse"]
+
+KIB, MIB = 2**10, 2**20
+
+
+class Limits(BaseModel):
+    """How much a client may take. Until its key and signature are checked it may take a head, and no content.
+
+    Flower cuts tensors into chunks of 5 MiB, each in a request of its own, so that no limit need grow with the model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    head: int = Field(16 * KIB, ge=1024)  # bytes of a request's line and headers
+    body: int = Field(4 * KIB, ge=64)  # bytes of a request's content, but for the next two calls
+    push_messages: int = Field(MIB, ge=64)  # the announcement of a reply: a header, and the tree of its objects
+    push_object: int = Field(6 * MIB, ge=64)  # one object: a chunk of 5 MiB, and what Flower writes around it
+    tree: int = Field(4096, ge=8)  # objects of a reply; the SuperLink's database stands still for .5 ms for each
+    in_flight: int = Field(256 * MIB, ge=64)  # bytes of content on their way at a time: the SuperLink holds them in memory
+    in_flight_per_member: int = Field(24 * MIB, ge=64)  # Flower sends two objects at a time
+    connections: int = Field(256, ge=1)  # of members at a time; each needs two file descriptors
+    connections_per_member: int = Field(64, ge=1)  # a node holds up to ten or so
+    strangers: int = Field(64, ge=1)  # connections that no member has signed a request on yet; the oldest makes room
+    connections_per_address: int = Field(64, ge=1)  # an IPv6 network /64 is one address
+    first_byte: float = Field(5.0, gt=0)  # seconds for it
+    patience: float = Field(30.0, gt=0)  # seconds for a handshake, for a next head to be complete, and for any content
+    bytes_per_second: int = Field(16 * KIB, ge=1)  # the slowest that content may come or be taken
+    queue: float = Field(10.0, ge=0)  # seconds that a request waits while too much is in flight
+    answer: float = Field(120.0, gt=0)  # seconds for the SuperLink to answer; Flower's clients wait for 30
+    linger: float = Field(5.0, gt=0)  # seconds to drop what a refused client still sends: cut at once, it loses the answer
+    grace: float = Field(10.0, ge=0)  # seconds for requests under way when the front stops
+
+    def seconds_for(self, size: int) -> float:
+        """How long so many bytes may take on the way."""
+        return self.patience + size / self.bytes_per_second
+
+    def body_of(self, call: str) -> tuple[str, int]:
+        """The limit's name, and the most bytes of content of a call."""
+        name = {"push-messages": "push_messages", "push-object": "push_object"}.get(call, "body")
+        return name, int(getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An HTTP status, and a sentence for whoever reads the other side's log. code: Flower's own, where it has one.
+
+    Flower takes 403 for a run that has ended, ends at 401, and tries again after 429, 502, 503 and 504: none of them is for
+    what will never pass.
+    """
+
+    status: int
+    reason: str
+    code: int | None = None
+
+
+_CALL = re.compile(rb"/v1/fleet/([a-z]+(?:-[a-z]+)*)")  # no query, escapes or dots: nothing that two parsers may read differently
+_PASSED = frozenset({b"accept", b"content-length", b"content-type", b"date", b"user-agent"})
+_REFUSED = (b"transfer-encoding", b"content-encoding", b"upgrade", b"expect")
+
+
+def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
+    """Why a request may not pass; None when it may. It is well-formed: h11 has read it."""
+    if request.method != b"POST" or not _CALL.fullmatch(request.target):
+        return Refusal(404, "there is nothing here but Flower's Fleet API: give this address to a SuperNode")
+    if request.http_version != b"1.1":
+        return Refusal(505, f"this is HTTP/{request.http_version.decode()}, expected HTTP/1.1")
+    if sum(len(name) + len(value) for name, value in request.headers) > limits.head:  # h11 measures incomplete heads only
+        return Refusal(431, f"the headers have more than {limits.head} bytes: raise limits.head at the server")
+    names = [name for name, _ in request.headers]
+    for name in _REFUSED:
+        if name in names:
+            return Refusal(400, f"the header {name.decode()} is not accepted: send the content with its Content-Length")
+    if names.count(b"content-length") != 1:
+        return Refusal(411, f"there are {names.count(b'content-length')} headers Content-Length, expected one")
+    size, (name_of_limit, most) = content_length(request), limits.body_of(call_of(request))
+    if size > most:
+        return Refusal(413, f"the content has {size} bytes, expected at most {most}: raise limits.{name_of_limit} at the server")
+    return None
+
+
+def call_of(request: h11.Request) -> str:
+    """The name of the call, such as push-object; empty where it is none of the Fleet API."""
+    found = _CALL.fullmatch(request.target)
+    return found[1].decode() if found else ""
+
+
+def content_length(request: h11.Request) -> int:
+    """The size that a request declares, in bytes; 0 without."""
+    return next((int(value) for name, value in request.headers if name == b"content-length"), 0)
+
+
+def passed_on(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Those that Flower's calls need, of a request or an answer: all else, such as who the client says it is, stays here."""
+    lowered = ((name.lower(), value) for name, value in headers)
+    return [(name, value) for name, value in lowered if name in _PASSED or name.startswith(b"flwr-")]

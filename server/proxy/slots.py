@@ -1,0 +1,91 @@
+"""Which connections are held: those of members, and a few of whoever has not shown yet that it is one.
+
+Somebody without a key can open connections as fast as it likes. It shares the strangers' slots with nobody for long: a new
+connection takes the place of the oldest stranger of the address that holds most of them, so that a member needs no more than a
+moment to become one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cotune.server.proxy.rules import Limits
+
+__all__ = ["Slot", "Slots", "group_of"]
+
+
+@dataclass(eq=False)
+class Slot:
+    """A connection. address: None where all come through a proxy of the server's own. member: once it is known."""
+
+    address: str | None
+    evict: Callable[[], None]
+    member: str | None = None
+
+
+class Slots:
+    """In the order in which they came."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._held: dict[Slot, None] = {}
+
+    def enter(self, address: str | None, evict: Callable[[], None]) -> Slot | None:
+        """None where the address holds too many already, all of members."""
+        strangers = self._strangers()
+        same = [slot for slot in self._held if address is not None and slot.address == address]
+        if len(same) >= self._limits.connections_per_address:
+            if not self._evict_oldest([slot for slot in same if slot.member is None]):
+                return None
+        elif len(strangers) >= self._limits.strangers:
+            crowd = Counter(slot.address for slot in strangers)
+            most = max(crowd.values())
+            self._evict_oldest([slot for slot in strangers if crowd[slot.address] == most])
+        slot = Slot(address, evict)
+        self._held[slot] = None
+        return slot
+
+    def recognize(self, slot: Slot, member: str) -> str | None:
+        """A member has signed a request on it. Returns why it cannot be kept, if it cannot."""
+        if slot.member == member:
+            return None
+        members = [other for other in self._held if other.member is not None and other is not slot]
+        if len(members) >= self._limits.connections:
+            return f"the members hold {len(members)} connections: raise limits.connections at the server"
+        own = sum(other.member == member for other in members)
+        if slot.address is not None and own >= self._limits.connections_per_member:
+            return f"nodes with the key of {member} hold {own} connections already: is one running elsewhere?"
+        slot.member = member
+        return None
+
+    def leave(self, slot: Slot) -> None:
+        self._held.pop(slot, None)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def _strangers(self) -> list[Slot]:
+        return [slot for slot in self._held if slot.member is None]
+
+    def _evict_oldest(self, slots: list[Slot]) -> bool:
+        if not slots:
+            return False
+        self.leave(slots[0])
+        slots[0].evict()
+        return True
+
+
+def group_of(address: str) -> str:
+    """What counts as one address: of IPv6 the network /64, which anybody has; an IPv4 address within IPv6 is itself."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    if found.ipv4_mapped:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((found, 64), strict=False))

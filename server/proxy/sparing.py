@@ -1,0 +1,44 @@
+"""A log that nobody outside can fill: a few lines of a kind in a minute, and then how many were left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Sparing"]
+
+LINES, SECONDS = 5, 60.0
+_MOST_KINDS = 1000
+
+
+@dataclass
+class _Kind:
+    since: float
+    lines: int = 0
+    left_out: int = 0
+
+
+class Sparing:
+    """log: takes a line. clock: in seconds."""
+
+    def __init__(self, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._log, self._clock = log, clock
+        self._kinds: dict[str, _Kind] = {}
+
+    def tell(self, kind: str, line: str) -> None:
+        """kind: those of one kind share a limit."""
+        now = self._clock()
+        found = self._kinds.get(kind)
+        if found is None or now - found.since >= SECONDS:
+            if found is not None and found.left_out:
+                self._log(f"{found.left_out} more lines like the following were left out")
+            self._kinds.pop(kind, None)
+            found = self._kinds[kind] = _Kind(now)
+            while len(self._kinds) > _MOST_KINDS:
+                del self._kinds[next(iter(self._kinds))]
+        if found.lines < LINES:
+            found.lines += 1
+            self._log(line)
+        else:
+            found.left_out += 1

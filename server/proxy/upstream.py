@@ -1,0 +1,41 @@
+"""The SuperLink behind the front, on this machine's loopback."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator
+
+import h11
+import httpx
+
+from cotune.server.proxy.rules import Limits, passed_on
+
+__all__ = ["SuperLink"]
+
+
+class SuperLink:
+    """Over TLS: with SuperNode authentication it speaks nothing else."""
+
+    def __init__(self, port: int, context: ssl.SSLContext, limits: Limits) -> None:
+        self.url = httpx.URL(f"https://127.0.0.1:{port}")
+        self._timeouts = httpx.Timeout(limits.answer, connect=5.0).as_dict()
+        pool = httpx.Limits(
+            max_connections=limits.connections,
+            max_keepalive_connections=limits.connections,
+            keepalive_expiry=2.0,  # before the 5 s of the SuperLink: it never closes one as a request sets out
+        )
+        self._transport = httpx.AsyncHTTPTransport(verify=context, limits=pool, trust_env=False)
+
+    async def ask(self, request: h11.Request, content: AsyncIterator[bytes] | bytes, client: str) -> httpx.Response:
+        """The answer, with its content still to be read. Raises httpx.TransportError."""
+        asked = httpx.Request(
+            "POST",
+            self.url.copy_with(raw_path=request.target),
+            headers=[*passed_on(request.headers), (b"x-forwarded-for", client.encode())],  # for the SuperLink's log
+            content=content,
+            extensions={"timeout": self._timeouts},
+        )
+        return await self._transport.handle_async_request(asked)
+
+    async def close(self) -> None:
+        await self._transport.aclose()

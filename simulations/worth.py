@@ -1,0 +1,141 @@
+"""Is it worth joining, for each organization: what every choice reaches on its own held-out records, and a paired test of two.
+
+The question is answered on records like the organization's own. On everybody's records mixed, who trains alone is punished for
+classes that it never sees, so that joining looks better than it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.models.holdings import Holdings
+from cotune.models.inputs import names_in
+from cotune.models.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
+from cotune.models.tasks import score
+from cotune.simulations.sites import Prepared, Share
+
+__all__ = ["COLUMNS", "JOINED", "Choices", "TestSet", "organisation_worth", "overall_worth", "own_majority"]
+
+COLUMNS = ("majority", "alone", "alone_without_privacy", "federated", "adapted")  # from the floor up
+JOINED = ("adapted", "federated")  # what an organization has when it joins: the first that was measured
+NOT_JOINED = ("alone_without_privacy", "alone")  # what it has when it does not
+
+Told = Sequence[int]  # class numbers, in the order of the common test set
+Choices = Mapping[str, Told]  # column -> what that model of an organization tells; without those that were not measured
+
+
+class TestSet:
+    """The common test set, and which part of it is whose."""
+
+    __test__ = False  # for pytest
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.plan = prepared.plan
+        parts = tuple((prepared.records[file], rows) for file, rows in prepared.test)
+        held = Holdings(parts, self.plan.labels, self.plan.task)
+        lengths = [1 if isinstance(target, int) else len(target) for target in held.targets]
+        self.truth = np.asarray(held.truth, dtype=np.int64)
+        self._record = np.repeat(np.arange(len(lengths)), lengths)  # of each answer
+        self._place = {
+            (file, int(row)): i for i, (file, row) in enumerate((file, row) for file, rows in prepared.test for row in rows)
+        }
+        names = [(records.units or records.identities)[int(row)] for records, rows in parts for row in rows]
+        number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        self._unit = np.asarray([number[name] for name in names], dtype=np.int64)[self._record]
+
+    def own(self, share: Share) -> NDArray[np.bool_]:
+        """(answers,) those on an organization's own held-out records."""
+        mine = np.zeros(len(self._place), dtype=bool)
+        mine[[self._place[share.file, int(row)] for row in share.held_out]] = True
+        return mine[self._record]
+
+    def records(self, where: NDArray[np.bool_]) -> int:
+        """How many records a part of the answers is of."""
+        return len(np.unique(self._record[where]))
+
+    def answers(self, told: Told, where: NDArray[np.bool_]) -> Answers:
+        """What a model tells on a part of the set."""
+        return Answers(self.truth[where], np.asarray(told, dtype=np.int64)[where], self._unit[where], len(self.plan.labels))
+
+
+def own_majority(prepared: Prepared, share: Share) -> int:
+    """The class number that most of an organization's training records have (with tags: of its words)."""
+    number = {label: i for i, label in enumerate(prepared.plan.labels)}
+    labels = prepared.records[share.file].labels
+    counts = Counter(number[name] for row in share.rows for name in names_in(labels[int(row)]))
+    return max(counts, key=lambda c: (counts[c], -c))
+
+
+def organisation_worth(test: TestSet, share: Share, choices: Choices) -> dict[str, Any]:
+    """Return `own`, `common` and `worth` of summary.json; `own` and `worth` are None without held-out records."""
+    where = test.own(share)
+    return {
+        "own": _figures(test, choices, where) if where.any() else None,
+        "common": _figures(test, choices, np.ones(len(test.truth), dtype=bool)),
+        "worth": _worth(test, choices, where) if where.any() else None,
+    }
+
+
+def _figures(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[str, Any]:
+    """Metrics of every column with their intervals, and the accuracy of the federated model once more."""
+    columns = {name: _metrics(test.answers(choices[name], where)) if name in choices else None for name in COLUMNS}
+    federated = columns["federated"]
+    return {"records": test.records(where), "accuracy": federated and federated["accuracy"], **columns}
+
+
+def _metrics(answers: Answers) -> dict[str, Any]:
+    found = score(answers.truth.tolist(), answers.told.tolist(), answers.classes).as_dict()
+    return {**found, "accuracy_interval": list(accuracy_interval(answers)), "f1_interval": list(f1_interval(answers))}
+
+
+def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[str, Any] | None:
+    """The paired comparison of joining with not joining; None where one of both was not measured."""
+    joined = next((name for name in JOINED if name in choices), None)
+    against = next((name for name in NOT_JOINED if name in choices), None)
+    if joined is None or against is None:
+        return None
+    ours, theirs = test.answers(choices[joined], where), test.answers(choices[against], where)
+    found, constant = paired(ours, theirs), test.answers(choices["majority"], where)
+    useful = bool(ours.right.mean() > constant.right.mean())  # always answering the same is free
+    return {
+        "answer": found.answer if useful or found.answer != "yes" else "no",
+        "useful": useful,
+        "joined": joined,
+        "against": against,
+        "difference": found.difference,
+        "interval": [found.low, found.high],
+        "p": found.p,
+        "test": found.test,
+        "few": len(np.unique(ours.units)) < FEW,
+    }
+
+
+def overall_worth(organisations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """`worth` of summary.json: the answers counted, and the means on own records; None where nobody could be compared."""
+    answers = Counter(each["worth"]["answer"] for each in organisations if each["worth"])
+    if not answers:
+        return None
+    return {
+        "answer": _overall(answers),
+        "answers": {name: answers[name] for name in ("yes", "no", "too close to tell")},
+        "own_means": {name: _mean([each["own"] for each in organisations if each["own"]], name) for name in COLUMNS},
+    }
+
+
+def _overall(answers: Mapping[str, int]) -> str:
+    if answers["yes"] and answers["no"]:
+        return "it depends"
+    if answers["yes"]:
+        return "yes"
+    return "no" if answers["no"] else "too close to tell"
+
+
+def _mean(own: Sequence[Mapping[str, Any]], name: str) -> dict[str, float] | None:
+    tables = [each[name] for each in own if each[name] is not None]
+    keys = ("accuracy", "precision", "recall", "f1")
+    return {key: sum(table[key] for table in tables) / len(tables) for key in keys} if tables else None

@@ -1,0 +1,151 @@
+"""A message in its pieces, measured before it is put together: Flower's arrays list their chunks by index, and may repeat one.
+
+An array of zeros is honestly sent as one chunk, listed many times. So a few kilobytes may stand for gigabytes, and only whoever
+knows what the message is for can say how large it may become. Flower's format of pieces is known to this file alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.constant import HEAD_BODY_DIVIDER
+from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+__all__ = ["Malformed", "Parcel", "TooMuch", "inflated_bytes"]
+
+_MOST_HEAD_BYTES = 4 * 2**20  # of all that is no chunk of an array: parsed, it takes many times as much memory
+
+
+class TooMuch(Exception):
+    """The message is larger than it may be."""
+
+
+class Malformed(Exception):
+    """What has come is no message."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """number: of the message. pieces: object id -> content, as it came."""
+
+    number: str
+    pieces: dict[str, bytes]
+
+    def message(self, most_bytes: int) -> Message:
+        """The message, with its number. It can be asked for once: the pieces are used up, so that they are not held twice.
+
+        Raises TooMuch where its arrays would have more bytes in all than `most_bytes`, before one of them is made; Malformed.
+        """
+        size = inflated_bytes(self.number, self.pieces)
+        if size > most_bytes:
+            raise TooMuch(f"its arrays would have {size:,} bytes, expected at most {most_bytes:,}")
+        try:
+            message = inflate_object_from_contents(self.number, self.pieces)
+        except MemoryError:
+            raise
+        except Exception as error:  # what a stranger has sent may be wrong in any way
+            raise Malformed(f"it cannot be put together from its parts ({type(error).__name__})") from None
+        return _numbered(message, self.number)
+
+    def header(self, record: str) -> Message:
+        """The message with one of its records, of plain values, and with no array. Raises TooMuch, Malformed."""
+        inflated_bytes(self.number, self.pieces)
+        try:
+            _, children, _ = _opened(self.pieces, self.number, "Message")
+            held = {child: RecordDict(self._plain(child, record)) for child in children}
+            message = Message.inflate(self.pieces[self.number], held)  # type: ignore[arg-type]
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise Malformed(f"its header cannot be read ({type(error).__name__})") from None
+        return _numbered(message, self.number)
+
+    def _plain(self, records: str, name: str) -> dict[str, Any]:
+        found = _named(self.pieces, records, "RecordDict").get(name)
+        if found is None or _opened(self.pieces, found)[0] != "ConfigRecord":
+            return {}
+        return {name: ConfigRecord.inflate(self.pieces[found])}
+
+
+def _numbered(message: object, number: str) -> Message:
+    if not isinstance(message, Message):
+        raise Malformed(f"it is of the kind {type(message).__name__}, expected a message")
+    message.metadata.__dict__["_message_id"] = number  # not part of a message's own content
+    return message
+
+
+def inflated_bytes(number: str, pieces: Mapping[str, bytes]) -> int:
+    """How many bytes the arrays of a message have once it is put together, by whatever names they are known.
+
+    Raises TooMuch where all else is more than the limit, Malformed where the pieces are not nested as a message's are.
+    """
+    heads = sum(len(content) for content in pieces.values() if not content.startswith(b"ArrayChunk "))
+    if heads > _MOST_HEAD_BYTES:
+        raise TooMuch(f"its headers have {heads:,} bytes, expected at most {_MOST_HEAD_BYTES:,}")
+    try:
+        return _of_message(pieces, number)
+    except MemoryError:
+        raise
+    except Malformed:
+        raise
+    except Exception as error:  # what a stranger has sent may be wrong in any way
+        raise Malformed(f"it cannot be put together from its parts ({type(error).__name__})") from None
+
+
+def _of_message(pieces: Mapping[str, bytes], number: str) -> int:
+    _, children, _ = _opened(pieces, number, "Message")
+    known: dict[str, int] = {}  # array -> bytes
+    total = 0
+    for records in children:
+        for record, times in Counter(_named(pieces, records, "RecordDict").values()).items():
+            total += times * _of_record(pieces, record, known)
+    return total
+
+
+def _of_record(pieces: Mapping[str, bytes], number: str, known: dict[str, int]) -> int:
+    kind, children, _ = _opened(pieces, number)
+    if kind in ("ConfigRecord", "MetricRecord") and not children:
+        return 0
+    total = 0
+    for array, times in Counter(_named(pieces, number, "ArrayRecord").values()).items():
+        if array not in known:
+            known[array] = _of_array(pieces, array)
+        total += times * known[array]
+    return total
+
+
+def _of_array(pieces: Mapping[str, bytes], number: str) -> int:
+    _, children, body = _opened(pieces, number, "Array")
+    sizes = [_of_chunk(pieces, child) for child in children]
+    return sum(sizes[index] for index in json.loads(bytes(body))["arraychunk_ids"])
+
+
+def _of_chunk(pieces: Mapping[str, bytes], number: str) -> int:
+    _, children, body = _opened(pieces, number, "ArrayChunk")
+    if children:  # they would be put together first
+        raise Malformed("a chunk of it holds other parts")
+    return len(body)
+
+
+def _named(pieces: Mapping[str, bytes], number: str, kind: str) -> dict[str, str]:
+    """What a record holds: name -> object id. All that its head lists is put together, so all of it must have a name."""
+    _, children, body = _opened(pieces, number, kind)
+    named = json.loads(bytes(body))
+    if not isinstance(named, dict) or set(named.values()) != set(children):
+        raise Malformed(f"a {kind} of it holds other parts than it names")
+    return named
+
+
+def _opened(pieces: Mapping[str, bytes], number: str, expected: str = "") -> tuple[str, list[str], memoryview]:
+    """Kind, children and body of a piece."""
+    content = pieces[number]
+    kind, children, _ = get_object_head_values_from_object_content(content)
+    if expected and kind != expected:
+        raise Malformed(f"a part of it is of the kind {kind[:40]}, expected {expected}")
+    return kind, children, memoryview(content)[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]

@@ -1,0 +1,79 @@
+"""A member that is asked, stays connected and never answers.
+
+On commit a605cba it cost every round the whole of `server.deadline_seconds`, an hour by default, and got no strike: a run of ten
+rounds took ten hours longer, and each round of it named the member anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from cotune.plan.schema import RoundsConfig
+from cotune.server import asking, carriers
+from cotune.server.asking import Asking
+from cotune.server.rounds import run_rounds
+from cotune.server.strikes import left_out, strikes_of
+from cotune.server.tally import Tally
+from tests.server.conftest import NewRun, adding, model_of
+from tests.server.wild import real, told, wild
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(carriers, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
+
+
+def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRun) -> None:
+    folder = real(new_run("org-1", "org-2", "org-3", rounds=5, server={"least_seconds": 0.2, "patience": 0.001}))
+    grid = wild(folder, {name: adding(1.0) for name in ("org-1", "org-2", "org-3")})
+    grid.delay = {"org-2": 3600.0}
+    progress = run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    assert [entry["timed_out"] for entry in progress.history] == [["org-2"]] * 3 + [[]] * 2
+    assert [entry["left_out"] for entry in progress.history] == [[]] * 3 + [["org-2"]] * 2
+    assert [d["organisation"] for entry in progress.history for d in entry["dropped"]] == ["org-2"] * 3
+    assert left_out(folder, progress.history) == ["org-2"]
+    assert strikes_of(folder, progress.history) == {"org-2": 3}
+    [event] = told(folder, "organisation_left_out")
+    assert (event["organisation"], event["round"]) == ("org-2", 4)
+
+
+def of(people: list[str], came: dict[str, float], clock: Iterator[float], **config: float) -> Asking:
+    tally = Tally(people, needed=1, participants=list(came))
+    made = Asking(None, RoundsConfig(**config), 1, {}, 0, len(people), tally, print, real=True, clock=lambda: next(clock))  # type: ignore[arg-type]
+    made._took = dict(came)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("came", "seconds"),
+    [
+        ({}, 3600.0),
+        ({"a": 1.0}, 3600.0),  # fewer than half: the fault may be the coordinator's own
+        ({"a": 1.0, "b": 3.0}, 300.0),  # the floor
+        ({"a": 40.0, "b": 60.0}, 500.0),
+        ({"a": 0.0, "b": 60.0, "c": 80.0}, 600.0),  # one that pretends to be fast moves the median little
+        ({"a": 4000.0, "b": 4000.0}, 3600.0),  # never longer than the deadline
+    ],
+)
+def test_how_long_the_others_are_waited_for(came: dict[str, float], seconds: float) -> None:
+    made = of(["a", "b", "c", "d"], came, itertools.count())
+    assert made._patience() == seconds
+
+
+def test_patience_can_be_switched_off() -> None:
+    assert of(["a", "b"], {"a": 1.0}, itertools.count(), patience=0.0)._patience() == 3600.0
+
+
+def test_an_outage_of_the_coordinator_is_nobodys_strike(new_run: NewRun) -> None:
+    """Where hardly anybody answers in time, the fault is not the members'."""
+    folder = real(new_run("org-1", "org-2", "org-3", rounds=1, server={"deadline_seconds": 0.3, "quorum": 0.1}))
+    grid = wild(folder, {name: adding(1.0) for name in ("org-1", "org-2", "org-3")})
+    grid.delay = {"org-2": 3600.0, "org-3": 3600.0}
+    [entry] = run_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
+    assert [d["organisation"] for d in entry["dropped"]] == ["org-2", "org-3"]
+    assert entry["timed_out"] == []

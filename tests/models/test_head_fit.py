@@ -1,0 +1,88 @@
+"""Against the conditions that a minimum fulfills, computed here by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import softmax
+
+from cotune.models.base import ModelConfig
+from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
+from cotune.models.sharing import SharedModel, State, resident
+
+CLASSES = ("bad", "good", "so")
+
+
+@pytest.fixture
+def model(base_model: Callable[[str], Path]) -> SharedModel:
+    return resident(ModelConfig(base=str(base_model("bert")), max_length=16, pooling="mean"), CLASSES, None, 7, "cpu")
+
+
+@pytest.fixture
+def head(model: SharedModel) -> State:
+    model.load({})
+    return model.state(head_names(model))
+
+
+def records(count: int, seed: int = 0, mix: tuple[float, ...] = (1, 1, 1)) -> tuple[Tensor, Tensor]:
+    """Features around a point for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.multinomial(torch.tensor(mix), count, replacement=True, generator=generator)
+    points = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    return points[targets] + 1.5 * torch.randn(count, 16, generator=generator), targets
+
+
+def one_hot(targets: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(targets, 3).float()
+
+
+@pytest.mark.parametrize("pull", [0.01, 0.3])
+def test_a_fitted_head_is_where_the_gradient_vanishes(model: SharedModel, head: State, pull: float) -> None:
+    features, targets = records(80)
+    found = fit_head(model, features, targets, start=head, toward=head, pull=pull)
+    weight, bias = found["classifier.weight"], found["classifier.bias"]
+    strength = pull * float((features**2).sum(dim=1).mean())
+    apart = softmax(features @ weight.T + bias, dim=1) - one_hot(targets)
+    assert (apart.T @ features / 80 + strength * (weight - head["classifier.weight"])).abs().max() < 2e-3
+    assert (apart.mean(dim=0) + strength * (bias - head["classifier.bias"])).abs().max() < 2e-3
+
+
+def test_a_strong_pull_leaves_the_head_and_none_fits_the_records(model: SharedModel, head: State) -> None:
+    features, targets = records(80)
+    held = fit_head(model, features, targets, start=head, toward=head, pull=1e4)
+    assert all((held[name] - head[name]).abs().max() < 1e-3 for name in head)
+    loose = fit_head(model, features, targets, start=head, toward=head, pull=1e-6)
+    assert (head_scores(model, loose, features).argmax(dim=1) == targets).float().mean() > 0.95
+
+
+def test_a_corrected_head_tells_each_class_as_often_as_it_is_there(model: SharedModel, head: State) -> None:
+    features, targets = records(300)
+    shared = fit_head(model, features, targets, start=head, toward=head, pull=0.001)
+    others, skewed = records(200, seed=5, mix=(8, 1, 1))
+    found = corrected(model, shared, others, skewed)
+    told = softmax(head_scores(model, found, others), dim=1).mean(dim=0)
+    there = one_hot(skewed).mean(dim=0)
+    assert (told - there).abs().max() < 0.02  # but for a penalty of one record of 200
+    assert (softmax(head_scores(model, shared, others), dim=1).mean(dim=0) - there).abs().max() > 0.02
+    new, expected = records(2000, seed=6, mix=(8, 1, 1))
+    right = [float((head_scores(model, h, new).argmax(dim=1) == expected).float().mean()) for h in (found, shared)]
+    assert right[0] > right[1]
+
+
+def test_a_class_without_records_keeps_a_finite_score(model: SharedModel, head: State) -> None:
+    features, targets = records(50, mix=(1, 1, 0))
+    found = corrected(model, head, features, targets)
+    assert all(bool(tensor.isfinite().all()) for tensor in found.values())
+    assert softmax(head_scores(model, found, features), dim=1)[:, 2].mean() < 0.1
+
+
+def test_the_last_layer_is_found_or_there_is_none(base_model: Callable[[str], Path]) -> None:
+    def of(kind: str) -> tuple[str, str] | None:
+        return last_layer(resident(ModelConfig(base=str(base_model(kind)), max_length=16), CLASSES, None, 7, "cpu"))
+
+    assert of("distilbert") == ("classifier.weight", "classifier.bias")
+    assert of("gpt2") is None  # its scores have no bias
