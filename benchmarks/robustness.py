@@ -13,6 +13,7 @@ What stands above the marker in the page is by people and stays.
 from __future__ import annotations
 
 import argparse
+import json
 import itertools
 import statistics
 import tempfile
@@ -46,8 +47,8 @@ MEASURED = "<!-- below: written by benchmarks/robustness.py -->"
 SIZES = (0.608, 0.2, 0.113, 0.079)
 ATTACKER = 1  # org-2
 PLAN = (
-    "rounds=5", "local.learning_rate=8.0", "local.momentum=0.9", "local.batch_size=0.2", "local.steps=20", "local.schedule=constant",
-    "simulation.baselines=[]",
+    "rounds=5", "local.learning_rate=8.0", "local.momentum=0.9", "local.batch_size=0.2", "local.steps=20",
+    "local.schedule=constant", "simulation.baselines=[]",
 )  # fmt: skip
 OLD = {"max_update_norm": 1e4, "max_accuracy_drop": 1.0}
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -220,16 +221,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/results/robustness.md"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/robustness.jsonl"), help="keeps what is measured")
     given = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[tuple[str, str], list[tuple[float, float, int]]] = {(a, r): [] for a in ATTACKS for r in RULES}
+    kept = read_kept(given.runs)
     for seed in range(7, 7 + given.seeds):
-        data = read(seed)
+        data = None
         for attack, rule in found:
-            with tempfile.TemporaryDirectory() as folder:
-                found[attack, rule].append(play(data, rule, attack, seed, Path(folder) / "run"))
-            print(seed, attack, rule, found[attack, rule][-1], flush=True)
+            if (seed, attack, rule) not in kept:
+                data = data or read(seed)
+                with tempfile.TemporaryDirectory() as folder:
+                    kept[seed, attack, rule] = play(data, rule, attack, seed, Path(folder) / "run")
+                keep(given.runs, (seed, attack, rule), kept[seed, attack, rule])
+            found[attack, rule].append(kept[seed, attack, rule])
         write(given.out, found, seed - 6)
+
+
+Key = tuple[int, str, str]  # seed, attack, rule
+Result = tuple[float, float, int]
+
+
+def read_kept(file: Path) -> dict[Key, Result]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {tuple(key): tuple(result) for key, result in map(json.loads, lines)}  # type: ignore[misc]
+
+
+def keep(file: Path, key: Key, result: Result) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps([key, result]) + "\n")
 
 
 def write(out: Path, found: Found, seeds: int) -> None:

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from cotune.models.errors import PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics
+from cotune.plan.signatures import TRAIN
 from cotune.plan.statistics import statistic_shapes
 from cotune.server.accuracy_guard import fell, looks_of, seen, suspects
 from cotune.server.addresses import REVOKED, members_of
@@ -32,6 +33,7 @@ from cotune.server.selection import enough, select
 from cotune.server.step import Score, context_of, enter_round, move, sent_beside, served
 from cotune.server.strikes import left_out, remember
 from cotune.server.tally import Tally
+from cotune.server.trail import cohort_of
 from cotune.server.verification import Verify
 from cotune.strategies.wire import Recipient, encode_requests, received_digest
 
@@ -122,12 +124,15 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     contents = dict(
         zip(tally.people, encode_requests(plan.canonical(), round, state, _recipients(folder, people, before), sent), strict=True)
     )
+    recipients = _recipients(folder, people, before)
+    received = received_digest(state, sent)
+    run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort_of(before.history, tally.people))
     verify = Verify(
         plan,
         context,
         shapes,
         statistic_shapes(plan, run.model, names),
-        received=received_digest(state, sent),
+        received=received,
         members=members,
     )
     closing = enough(plan, len(people))
