@@ -3,8 +3,8 @@
     python benchmarks/robustness.py --out docs/results/robustness.md
 
 Tweets, ε = 8, the head on kept features, four organizations with 61, 20, 11 and 8 % of the records, labels alike; the attacker
-has 20 %. Every round goes through the product's loop: admission with its bounds, weighting, fusion, step, and for `default` the guard
-by the coordinator's test set. The members' DP-SGD is computed in closed form, as the gradient of a linear head's row is an outer
+has 20 %. Every round goes through the product's loop: admission with its bounds, weighting, fusion, step, and for `default` the
+guard by the coordinator's test set. The members' DP-SGD is computed in closed form, as the gradient of a linear head's row is an outer
 product: the same clipping, sampling and noise as `privacy.dp_sgd`, without its grid, at a hundredth of the time.
 
 What stands above the marker in the page is by people and stays.
@@ -13,8 +13,8 @@ What stands above the marker in the page is by people and stays.
 from __future__ import annotations
 
 import argparse
-import json
 import itertools
+import json
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
