@@ -31,7 +31,7 @@ def head(model: SharedModel) -> State:
 def records(count: int, seed: int = 0, mix: tuple[float, ...] = (1, 1, 1)) -> tuple[Tensor, Tensor]:
     """Features around a point for each class."""
     generator = torch.Generator().manual_seed(seed)
-    targets = torch.multinomial(torch.tensor(mix), count, replacement=True, generator=generator)
+    targets = torch.multinomial(torch.tensor(mix, dtype=torch.float64), count, replacement=True, generator=generator)
     points = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     return points[targets] + 1.5 * torch.randn(count, 16, generator=generator), targets
 
