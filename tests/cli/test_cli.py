@@ -125,7 +125,7 @@ def test_with_privacy_the_epsilon_of_each_organisation_is_shown(cotune: Cotune, 
     assert "No differential privacy" not in shown.out
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     for o in summary["organisations"]:
-        found = re.search(rf"{o['name']} +{o['examples']} +– +– +([\d.]+) +3\b", shown.out)
+        found = re.search(rf"{o['name']} +{o['examples']} +{o['rounds']} +([\d.]+) +3\b", shown.out)
         assert found
         assert o["epsilon_spent"] <= float(found[1]) <= 3.0  # never shown smaller than it is
     assert re.search(r"round 2/2 .*ε [23]\.\d", shown.out)
