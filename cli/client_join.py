@@ -25,6 +25,7 @@ from cotune.cli.client_check import (
     show_broken,
 )
 from cotune.cli.screen import screen
+from cotune.cli.trail import verify_sent
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, size
 
@@ -75,6 +76,7 @@ def join(
     from cotune.client.node import run_node
     from cotune.client.observe import observing
     from cotune.client.site import Site
+    from cotune.client.trust import Trust
     from cotune.models.durable import write_durably
     from cotune.plan.invitation import read_invitation
 
@@ -85,7 +87,7 @@ def join(
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
     authority = opened.folder / "node" / "ca.crt"
-    write_durably(authority, invitation.certificates)
+    write_durably(authority, Trust.join(opened.folder, invitation).certificates())
     console.print(f"joining {escape(invitation.name)} at {invitation.address} as {opened.organisation}; Ctrl-C leaves it")
     with observing(Shown(console)):
         run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")
@@ -188,11 +190,16 @@ def approve(
 def sent(
     site: SiteFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the signatures of requests and answers.")] = False,
+    trail: Annotated[Path | None, typer.Option(help="Compare it with a run's trail.jsonl, from the coordinator.")] = None,
 ) -> None:
-    """Show what has left this organisation, and check that nothing was changed in the list."""
+    """Show what was asked for and what has left this organization, and check that nothing was changed in the list."""
     from cotune.client.audit_log import AuditLog
     from cotune.client.site import Site
 
+    if verify or trail is not None:
+        verify_sent(Site(site.expanduser()), trail)
+        return
     log = AuditLog(Site(site.expanduser()).folder)
     entries, head = log.entries(), log.head
     if as_json:
@@ -210,6 +217,8 @@ def _line(entry: dict[str, Any]) -> str:
     if entry["what"] in ("update", "receipt"):
         epsilon = "" if entry.get("epsilon") is None else f", ε {round_up(entry['epsilon'])} stated"
         return f"{when} {entry['what']}{plan}, round {round}: {size(entry['bytes'])}{epsilon}, SHA-256 {entry['sha256'][:16]}…"
+    if entry["what"] == "request":
+        return f"{when} request{plan}, round {round}: signed by {str(entry.get('key'))[:16]}…"
     return f"{when} {entry['what']}{plan}, round {round}: {entry.get('reason') or entry.get('said', '')}"
 
 

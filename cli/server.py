@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli import trail
 from cotune.cli.screen import screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
@@ -163,3 +164,6 @@ def renew(folder: Federation, host: Host = None) -> None:
         typer.echo(
             f"the address is another now: give federation.toml to every organisation again; its fingerprint: {fingerprint}"
         )
+
+
+app.command()(trail.verify_trail)

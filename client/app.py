@@ -16,22 +16,25 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from cotune.client.audit_log import AuditLog, content_digest, record_sizes
+from cotune.client.audit_log import AuditLog, record_sizes
 from cotune.client.consent import check_base_model, check_plan
 from cotune.client.finished import keep_finished
 from cotune.client.outbound import Blocked, check_reason, check_receipt, check_update
 from cotune.client.received import Consent, check_received, expected_shapes, plan_of
 from cotune.client.refusal import UNSAID, refusal
+from cotune.client.requested import Requested, check_arrays, check_limits, check_request, countersign, verified
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.errors import CotuneError, Declined, RunError
 from cotune.plan.schema import Plan
+from cotune.plan.signatures import FINISHED, TRAIN, content_digest
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.strategies.wire import Receipt, Request, decode_header, decode_request, encode_receipt, encode_update, received_digest
 
 __all__ = ["app"]
 
 _log = logging.getLogger(__name__)
+_CONSENT: dict[str, Consent] = {TRAIN: check_plan, FINISHED: check_base_model}
 _MOST_NAMES = 50  # of what was told, in a line of the log
 
 app = ClientApp()
@@ -40,13 +43,13 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round."""
-    return _answered(message, context, check_plan, _update)
+    return _answered(message, context, TRAIN, _update)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """The finished model is kept; what is answered is a receipt, and no figure."""
-    return _answered(message, context, check_base_model, _receipt)
+    return _answered(message, context, FINISHED, _receipt)
 
 
 @dataclass
@@ -58,25 +61,31 @@ class _Asked:
     plan: Plan | None = None
     site: Site | None = None
     log: AuditLog | None = None
+    signed: Requested | None = None  # by a real server; a simulated organization is asked without
 
 
 _Answer = tuple[str, RecordDict, dict[str, Any]]  # what it is, its content, and what the log says about it
 
 
-def _answered(message: Message, context: Context, check: Consent, work: Callable[[Request, Plan, Site], _Answer]) -> Message:
+def _answered(message: Message, context: Context, kind: str, work: Callable[[Request, Plan, Site], _Answer]) -> Message:
     """A failure is answered, not raised: the text of an exception may hold data and would go to the server."""
     asked = _Asked(str(context.node_config.get("server") or ""))
     try:
         asked.log = _log_of(context)
-        asked.request = decode_header(message.content)
+        received = message.content
+        if asked.log is not None:
+            received, asked.signed = verified(received, asked.log.file.parent)
+        asked.request = decode_header(received)
         asked.site = _site(asked.request, context)
         asked.plan = plan_of(asked.request)
-        expected = expected_shapes(asked.plan, asked.site, asked.request.round, check)
-        asked.request = decode_request(message.content)
+        _check_signed(asked, kind)
+        expected = expected_shapes(asked.plan, asked.site, asked.request.round, _CONSENT[kind])
+        asked.request = decode_request(received)
         check_received(asked.request, asked.plan, expected)
+        _accept(asked)
         what, content, about = work(asked.request, asked.plan, asked.site)
         sizes = record_sizes(content)
-        _enter(asked, what, records=sizes, bytes=sum(sizes.values()), sha256=lambda: content_digest(content), **about)
+        _enter(asked, what, records=sizes, bytes=sum(sizes.values()), **about, **_countersigned(asked, what, content))
         return Message(content, reply_to=message)
     except CotuneError as error:
         _log.warning("request refused: %s", error)
@@ -84,6 +93,33 @@ def _answered(message: Message, context: Context, check: Consent, work: Callable
     except Exception as error:
         _log.exception("request failed")
         return _refusal(message, asked, error, f"{type(error).__name__}: {error}")
+
+
+def _check_signed(asked: _Asked, kind: str) -> None:
+    """Whether the header is the one that was signed, before an array is read. Raises RunError."""
+    if asked.signed is not None and asked.log is not None:
+        assert asked.request is not None
+        assert asked.plan is not None
+        check_request(asked.signed, kind, asked.request, asked.plan, asked.log)
+
+
+def _accept(asked: _Asked) -> None:
+    """Enters a request whose arrays are those that were signed, and that the site's limits allow. Raises RunError, Declined."""
+    if asked.signed is None or asked.log is None:
+        return
+    assert asked.request is not None
+    assert asked.site is not None
+    check_arrays(asked.signed, asked.request)
+    check_limits(asked.signed, asked.site.policy(), asked.log)
+    _enter(asked, "request", **asked.signed.entry())
+
+
+def _countersigned(asked: _Asked, what: str, content: RecordDict) -> dict[str, Any]:
+    """Signs an answer, and returns what the log says of that; a simulated organization signs nothing."""
+    digest = content_digest(content) if asked.log is not None else ""
+    if asked.signed is None or asked.site is None:
+        return {"sha256": digest}
+    return {"sha256": digest, **countersign(content, what, digest, asked.signed, asked.site.folder)}
 
 
 def _update(request: Request, plan: Plan, site: Site) -> _Answer:
@@ -147,7 +183,7 @@ def _sayable(error: Exception) -> str:
     return said
 
 
-def _enter(asked: _Asked, what: str, *, sha256: Callable[[], str] | None = None, **about: Any) -> None:
+def _enter(asked: _Asked, what: str, **about: Any) -> None:
     """In the log of what was sent."""
     if asked.log is None:
         return
@@ -155,6 +191,4 @@ def _enter(asked: _Asked, what: str, *, sha256: Callable[[], str] | None = None,
         about = {"plan_id": asked.plan.plan_id, "plan": asked.plan.name, **about}
     if asked.request is not None:
         about = {"round": asked.request.round, **about}
-    if sha256 is not None:
-        about["sha256"] = sha256()
     asked.log.append(what, server=asked.server, **about)

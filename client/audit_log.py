@@ -1,4 +1,6 @@
-"""What an organisation has sent, line by line, on its own disk before it leaves: audit.jsonl in the site.
+"""What an organisation was asked for and what it has sent, line by line, on its own disk before it leaves: site/audit.jsonl.
+
+A request is entered as it was signed, before anything is done for it: it proves what the server has asked for.
 
 Each line holds the SHA-256 of the line before it: a line that was changed, removed or put in shows. Lines cut off at the end do
 not, unless the last hash was noted elsewhere. It may hold more than arrived: what was handed over may have been lost on its way.
@@ -11,14 +13,15 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 
 from cotune.models.errors import RunError
+from cotune.plan.signatures import content_digest
 from cotune.strategies.wire import payload_bytes
 
 __all__ = ["AuditLog", "content_digest", "record_sizes"]
@@ -34,8 +37,18 @@ class AuditLog:
     def __init__(self, site: Path) -> None:
         self.file = site / "audit.jsonl"
 
+    @classmethod
+    def at(cls, file: Path) -> AuditLog:
+        """A copy of a log, wherever it is."""
+        log = cls(file.parent)
+        log.file = file
+        return log
+
     def append(self, what: str, **about: Any) -> None:
-        """Durable when this returns. what: update, refusal, receipt or blocked. Raises RunError where it cannot be written."""
+        """Durable when this returns. what: request, update, refusal, receipt, blocked or keys.
+
+        Raises RunError where it cannot be written.
+        """
         try:
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             try:
@@ -87,6 +100,16 @@ class AuditLog:
         except (OSError, ValueError, TypeError):
             return {}
 
+    def newest_first(self) -> Iterator[dict[str, Any]]:
+        """The lines from the last to the first, unchecked; what is no line of the log is left out."""
+        for line in reversed(self._lines()):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                yield entry
+
     def _lines(self) -> list[bytes]:
         try:
             return self.file.read_bytes().splitlines(keepends=True)
@@ -129,17 +152,3 @@ def _last_line(descriptor: int) -> bytes:
 def record_sizes(content: RecordDict) -> dict[str, int]:
     """Record -> bytes of its names and values, before Flower's own framing."""
     return {name: payload_bytes(RecordDict({name: record})) for name, record in content.items()}
-
-
-def content_digest(content: RecordDict) -> str:
-    """SHA-256 over every record's name and kind, and the names and values in it."""
-    digest = hashlib.sha256()
-    for name, record in sorted(content.items()):
-        digest.update(f"{name}:{type(record).__name__}\n".encode())
-        if isinstance(record, ArrayRecord):
-            for key, array in sorted(record.items()):
-                digest.update(f"{key}:{array.dtype}:{tuple(array.shape)}\n".encode())
-                digest.update(array.data)
-        else:
-            digest.update("".join(f"{key}:{record[key]!r}\n" for key in sorted(record)).encode())
-    return digest.hexdigest()

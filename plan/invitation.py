@@ -33,6 +33,7 @@ class Server(Table):
 
     address: str = Field(description="host:port of the coordinator's public port")
     certificates: str = Field(description="PEM: the authority that vouches for the server")
+    signing_key: str = Field(pattern=r"^[0-9a-f]{64}$", description="hex: the Ed25519 key that signs what it asks for")
 
     @field_validator("address")
     @classmethod
@@ -58,6 +59,7 @@ class Document(Table):
     format: int = Field(description="of this file")
     protocol: int = Field(description="of the messages; the same everywhere")
     name: str = Field(max_length=100, description="of the federation")
+    id: str = Field(pattern=r"^[0-9a-f]{32}$", description="of the federation: what it signs holds for no other")
     server: Server
 
     @field_validator("name")
@@ -72,15 +74,16 @@ class Document(Table):
 class Invitation:
     """A federation, as an organisation gets to know it."""
 
-    def __init__(self, name: str, address: str, certificates: str, plan: Plan) -> None:
-        """Raises PlanError for an address or certificates that are none."""
+    def __init__(self, name: str, address: str, certificates: str, plan: Plan, *, id: str, signing_key: str) -> None:
+        """Raises PlanError for an address, certificates, id or signing key that are none."""
         self.plan = plan
         self._document = _checked(
             {
                 "format": _FORMAT,
                 "protocol": PROTOCOL,
                 "name": name,
-                "server": {"address": address, "certificates": certificates},
+                "id": id,
+                "server": {"address": address, "certificates": certificates, "signing_key": signing_key},
             }
         )
 
@@ -99,8 +102,18 @@ class Invitation:
         return self._document.server.certificates.encode()
 
     @property
+    def id(self) -> str:
+        """Of the federation."""
+        return self._document.id
+
+    @property
+    def signing_key(self) -> str:
+        """Of the server, as hex."""
+        return self._document.server.signing_key
+
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of the document: the same for the same server, authority and plan."""
+        """SHA-256 of the document: the same for the same server, authority, signing key and plan."""
         return hashlib.sha256(self.to_toml().encode()).hexdigest()
 
     def to_toml(self) -> str:
@@ -117,7 +130,9 @@ class Invitation:
         if not isinstance(plan, dict):
             raise PlanError("the federation.toml has no plan: get it from the coordinator again")
         document = _checked(table)
-        return cls(document.name, document.server.address, document.server.certificates, parse_plan(plan))
+        server = document.server
+        about = {"id": document.id, "signing_key": server.signing_key}
+        return cls(document.name, server.address, server.certificates, parse_plan(plan), **about)
 
 
 def read_invitation(file: Path) -> Invitation:

@@ -62,6 +62,8 @@ class TrainingRules(Table):
     min_examples: int = Field(500, ge=0, description="records that a data set must have")
     min_batch: float = Field(64, ge=0, description="expected records per step at least")
     max_rounds: int = Field(200, ge=1, description="rounds of one plan")
+    max_rounds_per_day: int | None = Field(None, ge=1, description="rounds of all plans on one day (UTC); absent: no limit")
+    min_cohort: int = Field(1, ge=1, description="organizations in the round before, by the list that the server signs, at least")
     max_hours: float = Field(24.0, gt=0, description="of training for one plan, by this machine's clock")
     max_gpu_memory_gib: float | None = Field(None, gt=0, description="of this process; absent: all there is")
     own_rank: int | None = Field(None, ge=1, description="rank of adapters to train, where it is smaller than the plan's")
@@ -69,7 +71,7 @@ class TrainingRules(Table):
     base_models: tuple[str, ...] = Field((), description="hashes of the models that may be trained, as `plan check` shows them")
     train_modes: tuple[str, ...] = Field(("head", "lora"), description="head, lora, full")
     weightings: tuple[str, ...] = Field(_EVERYTHING, description="of the strategy")
-    fusions: tuple[str, ...] = Field(("mean",), description="of the strategy")
+    fusions: tuple[str, ...] = Field(("mean", "robust"), description="of the strategy")
     client_terms: tuple[str, ...] = Field((), description="of the strategy: what is added to the gradients here, and kept here")
 
     def rank_for(self, planned: int) -> int:

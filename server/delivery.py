@@ -18,12 +18,14 @@ from flwr.serverapp import Grid
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
+from cotune.plan.signatures import FINISHED, RECEIPT
 from cotune.server.addresses import Node, members_of
 from cotune.server.carriers import post_of
 from cotune.server.post import Letter, Post
 from cotune.server.run_folder import RunFolder
 from cotune.server.step import served_of
 from cotune.server.strikes import left_out
+from cotune.server.trail import Trail
 from cotune.server.verification import one_line
 from cotune.strategies.wire import Recipient, decode_receipt, encode_requests, received_digest
 
@@ -64,13 +66,17 @@ def deliver(grid: Grid, folder: RunFolder) -> list[str]:
     last = progress.admitted
     recipients = [Recipient(name, last.get(name, 0)) for name in lacking]
     contents = dict(zip(lacking, encode_requests(folder.plan.canonical(), progress.round, state, recipients), strict=True))
+    trail, received = Trail(folder), received_digest(state)
+    trail.sign(FINISHED, progress.round, contents, recipients, received, progress.history[-1]["participants"])
     with closing(post_of(grid, folder)) as post:
-        return _Delivery(post, folder, progress.round, contents, received_digest(state)).play()
+        return _Delivery(post, folder, progress.round, contents, received, trail).play()
 
 
 class _Delivery:
-    def __init__(self, post: Post, folder: RunFolder, round: int, contents: Mapping[str, RecordDict], received: str) -> None:
-        self._post, self._folder, self._round, self._received = post, folder, round, received
+    def __init__(
+        self, post: Post, folder: RunFolder, round: int, contents: Mapping[str, RecordDict], received: str, trail: Trail
+    ) -> None:
+        self._post, self._folder, self._round, self._received, self._trail = post, folder, round, received, trail
         self._idle, self._waiting = dict(contents), dict[str, RecordDict]()
         self._times = dict.fromkeys(contents, 0)
         self._not_before = dict.fromkeys(contents, 0.0)
@@ -145,6 +151,8 @@ class _Delivery:
             return one_line(reply.error.reason or "") or f"error {reply.error.code}"
         if not reply.has_content():
             return "its answer is empty"
+        if wrong := self._trail.accept(reply, RECEIPT, self._round, name):
+            return one_line(wrong)
         try:
             receipt = decode_receipt(reply.content)
         except RunError as error:

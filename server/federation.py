@@ -33,6 +33,7 @@ class ServerConfig(Table):
     """server.toml."""
 
     name: str = Field(description="of the federation")
+    id: str = Field("", pattern=r"^([0-9a-f]{32})?$", description="drawn once: what the federation signs holds for no other")
     hosts: tuple[str, ...] = Field(min_length=1, description="names and addresses that organisations reach the server by")
     listen: str = Field("0.0.0.0", description="the address that the public port is opened at")
     port: int = Field(9092, ge=1, le=65535, description="the public port")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -20,9 +21,11 @@ from cotune.plan.schema import Plan
 from cotune.server import certificates
 from cotune.server.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.instructions import instructions
+from cotune.server.robust_default import with_robust_default
+from cotune.server.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
 from cotune.strategies.plugins import content_of
 
-__all__ = ["address_of", "found", "renew"]
+__all__ = ["address_of", "found", "renew", "with_id"]
 
 
 def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
@@ -35,7 +38,7 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
     if path.exists() or path.is_symlink():
         raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
     pick_device(config.device)
-    resolved = _resolved(plan, config)
+    resolved = with_robust_default(_resolved(plan, config))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
@@ -53,20 +56,25 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
 
 
 def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
-    """A fresh certificate for the same key; hosts: other ones than before, if any are given.
+    """A fresh certificate for the same key; hosts: other ones than before, if any are given. A federation that has no key to sign
+    requests with, as it is of an older cotune, gets one.
 
-    Returns whether organisations need the new federation.toml, as the first host is another. Raises RunError.
+    Returns whether organizations need the new federation.toml, as the first host or the signing key is another. Raises RunError.
     """
     certificates.renew(folder.certificates, hosts or None)
-    if not hosts or tuple(hosts) == folder.config.hosts:
-        return False
-    before = folder.config
-    folder.config = before.model_copy(update={"hosts": tuple(hosts)})
+    before, signs = folder.config, (folder.certificates / SIGNING_KEY).exists()
+    folder.config = with_id(before.model_copy(update={"hosts": tuple(hosts) or before.hosts}))
     write_config(folder.path, folder.config)
-    if address_of(before) == address_of(folder.config):
+    if signs and before.id and address_of(before) == address_of(folder.config):
         return False
-    _write_handout(folder.path, folder.invitation.plan, folder.config)
+    new_signing_key(folder.certificates)
+    _write_handout(folder.path, folder.plan, folder.config)
     return True
+
+
+def with_id(config: ServerConfig) -> ServerConfig:
+    """The same with an id, where it has none."""
+    return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
 
 
 def address_of(config: ServerConfig) -> str:
@@ -99,7 +107,9 @@ def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[st
 
 
 def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
+    config = with_id(config)
     certificates.new_authority(folder / "certificates", config.hosts)
+    new_signing_key(folder / "certificates")
     for name, sha256 in plan.strategy.files.items():
         write_durably(folder / name.rpartition(":")[0], content_of(name, sha256))
     write_durably(folder / "plan.toml", dump_plan(plan).encode())
@@ -112,6 +122,7 @@ def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
 
 def _write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
     authority = (folder / "certificates" / "ca.crt").read_text(encoding="ascii")
-    invitation = Invitation(config.name, address_of(config), authority, plan)
+    key = public_hex(read_signing_key(folder / "certificates"))
+    invitation = Invitation(config.name, address_of(config), authority, plan, id=config.id, signing_key=key)
     write_durably(folder / "federation.toml", invitation.to_toml().encode())
     write_durably(folder / "JOIN.md", instructions(invitation).encode())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 
+from cotune.plan.signatures import UPDATE
 from cotune.server.asking import Asking
 from cotune.server.inbox import Inbox, Turns
 from cotune.server.lateness import Late, Lateness
@@ -11,7 +12,8 @@ from cotune.server.post import Letter, Post
 from cotune.server.quarantine import Quarantine
 from cotune.server.run_folder import RunFolder
 from cotune.server.tally import Tally
-from cotune.server.verification import Opened, Verify
+from cotune.server.trail import Trail
+from cotune.server.verification import Opened, Verify, one_line
 from cotune.strategies.combination import Combination, WeightedFusion
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import payload_bytes
@@ -27,6 +29,7 @@ class Gathering:
         self._names = [participant.name for participant in folder.file.participants]
         self._inbox, self._quarantine = Inbox(folder.path / "inbox"), Quarantine(folder.path / "quarantine")
         self._lateness = Lateness(folder.plan.server, Inbox(folder.path / "inbox" / "late"))
+        self.trail = Trail(folder)
         self._answered: set[Late] = set()
 
     def gather(self, asking: Asking, round: int, verify: Verify, tally: Tally, combination: Combination) -> None:
@@ -72,7 +75,7 @@ class Gathering:
         """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
         reply, letter.reply = letter.reply, None
         name, tell = letter.organisation, self._events.tell
-        opened = Opened(None, letter.refused, refused=True) if reply is None else verify(reply, name)
+        opened = Opened(None, letter.refused, refused=True) if reply is None else self._verified(reply, letter, verify)
         if opened.update is not None and reply is not None:
             return opened.update, payload_bytes(reply.content)
         if letter.round == round:
@@ -84,6 +87,11 @@ class Gathering:
         tally.quarantined.append(name)
         tell("update_quarantined", round=letter.round, organisation=name, reason=opened.reason, file=file)
         return None, 0
+
+    def _verified(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
+        """An answer is held to its organization's signature first, and to the plan then; a refusal has none."""
+        wrong = self.trail.accept(reply, UPDATE, letter.round, letter.organisation) if reply.has_content() else ""
+        return Opened(None, one_line(wrong), refused=True) if wrong else verify(reply, letter.organisation)
 
     def _receive_late(self, letter: Letter, round: int, tally: Tally) -> None:
         """An answer of an earlier round: put aside for the end of this one, or shown as ignored. Whoever was asked twice counts

@@ -7,6 +7,7 @@ checkpoints/            one file per finished round: model, server optimiser, hi
 client-privacy.jsonl    with client-level privacy: its account; of a real run it is in the federation's folder
 selection.key           with amplification by sampling: the secret that draws who takes part
 stopped.json            why the run ended before its last round, if it did
+trail.jsonl             of a real run: requests and answers with their signatures (trail.py)
 inbox/                  during a round: updates that came before their turn
 quarantine/             updates that were refused, as they came (quarantine.py)
 delivered.json          who has confirmed the finished model (delivery.py)
@@ -79,7 +80,8 @@ class Progress:
     @property
     def admitted(self) -> dict[str, int]:
         """Organisation -> the last round whose update of it is in the model."""
-        return {name: int(entry["round"]) for entry in self.history for name in entry["participants"]}
+        applied = [entry for entry in self.history if entry.get("applied", True)]
+        return {name: int(entry["round"]) for entry in applied for name in entry["participants"]}
 
 
 class RunFolder:

@@ -53,7 +53,9 @@ def invite(folder: Path, address: str) -> Callable[[Plan], Path]:
 
     def write(plan: Plan) -> Path:
         file = folder / "federation.toml"
-        file.write_text(Invitation("tests", address, authority, plan).to_toml(), encoding="utf-8")
+        file.write_text(
+            Invitation("tests", address, authority, plan, id=32 * "a", signing_key=64 * "b").to_toml(), encoding="utf-8"
+        )
         return file
 
     return write

@@ -15,6 +15,7 @@ from cotune.models.sharing import State, resident
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from tests.support import clinic
+from tests.support.signing import trusting
 
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 
@@ -68,7 +69,10 @@ def make_site(tmp_path: Path, records: Path) -> Callable[..., Site]:
         policy: Policy | None = None,
     ) -> Site:
         folder, rules = tmp_path / "sites" / (at or name), policy or Policy.permissive()
-        return clinic.make_site(folder, records, rows, rules, name=name, simulated=simulated)
+        made = clinic.make_site(folder, records, rows, rules, name=name, simulated=simulated)
+        if not simulated:
+            trusting(folder)
+        return made
 
     return make
 

@@ -16,14 +16,16 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client import app as client_app
 from cotune.client.app import app
-from cotune.client.audit_log import AuditLog, content_digest
+from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
+from cotune.plan.signatures import ReplyStatement, RequestStatement, content_digest, detach, signed_by_node
 from cotune.privacy.policy import Policy, changed_policy
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, decode_update, encode_requests, payload_bytes, state_digest
+from tests.support.signing import NODE_KEY, sign_request
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -34,13 +36,17 @@ SANITISED = "it did not train; the reason is in its own log"  # whatever it was:
 SIMULATED = {"partition-id": 0, "num-partitions": 1}
 
 
-def ask(content: RecordDict, node_config: dict[str, Any]) -> Message:
-    """Sends a request to the ClientApp of a node with this configuration."""
+def ask(content: RecordDict, node_config: dict[str, Any], *, signed: bool = False) -> Message:
+    """Signs a request, and sends it to the ClientApp of a node with this configuration. signed: whether its answer stays so."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    if "site" in node_config:
+        sign_request(content)
     message = Message(content, NODE, MessageType.TRAIN, group_id="1")
     message.metadata.__dict__["_message_id"] = "7"  # as Flower's own grids do
     context = Context(run_id=1, node_id=NODE, node_config=UserConfig(node_config), state=RecordDict(), run_config=UserConfig())
     reply = app(message, context)
+    if not signed and reply.has_content():
+        reply.content, _ = detach(reply.content)
     assert reply.metadata.reply_to_message_id == "7"
     return reply
 
@@ -319,14 +325,20 @@ def test_a_repeated_request_gets_the_same_answer(make_plan: MakePlan, make_site:
 
 def test_what_leaves_is_in_the_log_before_it_leaves(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan, site = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}), make_site()
-    reply = ask(request(plan, state_for(plan)), {"site": str(site.folder), "server": "fed.example.org:9092"})
-    update = decode_update(reply.content, plan.plan_id)
-    [entry] = AuditLog(site.folder).entries()
-    assert (entry["what"], entry["server"]) == ("update", "fed.example.org:9092")
+    reply = ask(request(plan, state_for(plan)), {"site": str(site.folder), "server": "fed.example.org:9092"}, signed=True)
+    content, signed = detach(reply.content)
+    update = decode_update(content, plan.plan_id)
+    asked, entry = AuditLog(site.folder).entries()
+    assert (asked["what"], entry["what"], entry["server"]) == ("request", "update", "fed.example.org:9092")
     assert (entry["plan_id"], entry["plan"], entry["round"]) == (plan.plan_id, plan.name, 1)
     assert (entry["epsilon"], entry["epsilon_allowed"], entry["declared"]) == (update.epsilon, 2.0, 60)
-    assert entry["bytes"] == sum(entry["records"].values()) == payload_bytes(reply.content)
-    assert entry["sha256"] == content_digest(reply.content)
+    assert entry["bytes"] == sum(entry["records"].values()) == payload_bytes(content)
+    assert entry["sha256"] == content_digest(content)
+    assert signed is not None
+    statement = ReplyStatement.parse(signed.text)
+    assert statement.request == RequestStatement.parse(asked["statement"]).digest
+    assert (statement.sha256, entry["statement"], entry["signature"]) == (entry["sha256"], signed.text, signed.signature)
+    assert signed_by_node(statement, signed.signature, NODE_KEY.public_key())
 
 
 def test_what_a_round_leaves_in_the_site_is_for_its_owner_alone(
@@ -368,7 +380,7 @@ def test_what_was_not_agreed_on_is_stopped(
         assert "nothing was sent: the update tells 'records', which plan and policy do not agree on" in got
     else:
         assert got == SANITISED
-        [entry] = AuditLog(site.folder).entries()
+        _, entry = AuditLog(site.folder).entries()
         assert (entry["what"], entry["said"]) == ("blocked", SANITISED)
         assert "the update tells 'records'" in entry["reason"]
 

@@ -20,8 +20,10 @@ from cotune.models.errors import Declined, ModelError, RunError
 from cotune.models.sharing import State
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
+from cotune.plan.signatures import FINISHED, detach
 from cotune.privacy.policy import Policy, changed_policy
 from cotune.strategies.wire import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
+from tests.support.signing import sign_request
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -94,6 +96,7 @@ def test_what_is_no_finished_model(make_plan: MakePlan, make_site: MakeSite, sta
 
 def ask(request: Request, site: Site) -> Message:
     [content] = encode_requests(request.plan, request.round, request.state, [Recipient(request.organisation)])
+    sign_request(content, FINISHED)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     message = Message(content, 2, MessageType.EVALUATE, group_id=str(request.round))
     message.metadata.__dict__["_message_id"] = "7"
@@ -111,9 +114,9 @@ def test_the_answer_is_a_receipt_and_the_log_names_the_folder(
     request = finished(plan, state_for(plan))
     monkeypatch.setattr(Site, "holdings", untouched)
     reply = ask(request, site)
-    assert decode_receipt(reply.content) == Receipt("clinic", plan.plan_id, received_digest(request.state))
-    assert list(reply.content) == ["receipt"]
-    [entry] = AuditLog(site.folder).entries()
+    assert decode_receipt(detach(reply.content)[0]) == Receipt("clinic", plan.plan_id, received_digest(request.state))
+    assert set(reply.content) == {"receipt", "signed"}
+    _, entry = AuditLog(site.folder).entries()
     assert (entry["what"], entry["server"], entry["round"]) == ("receipt", "fed:9092", 3)
     assert json.loads((site.folder / "models").joinpath(entry["model"], "cotune.json").read_text())["plan_id"] == plan.plan_id
     refused = ask(finished(plan, state_for(plan), round=4), site)

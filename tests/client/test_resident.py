@@ -17,8 +17,10 @@ from cotune.client.resident import Resident, ResidentDied
 from cotune.client.site import Site
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
+from cotune.plan.signatures import detach
 from cotune.strategies.parcel import Parcel
 from cotune.strategies.wire import Recipient, decode_update, encode_requests
+from tests.support.signing import sign_request
 
 
 def message(content: RecordDict, kind: str = MessageType.TRAIN) -> Parcel:
@@ -46,14 +48,20 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
 ) -> None:
     plan = make_plan()
     (content,) = encode_requests(plan.canonical(), 1, state_for(plan), [Recipient("clinic")])
+    sign_request(content)
     resident.give(message(content))
-    assert decode_update(answer(resident).content, plan.plan_id).organisation == "clinic"
+    assert decode_update(detach(answer(resident).content)[0], plan.plan_id).organisation == "clinic"
     log = AuditLog(resident._folder)
     for unfit in (message(RecordDict()), message(content, MessageType.QUERY)):  # malformed, and of a kind that is not served
         resident.give(unfit)
         assert answer(resident).error.reason == UNSAID
         assert log.last()["what"] == "refusal"
-    assert len(log.entries()) == 3  # every reply is in the log of what was sent
+    assert [e["what"] for e in log.entries()] == [
+        "request",
+        "update",
+        "refusal",
+        "refusal",
+    ]  # every reply is in the log of what was sent
     before = resident.pid
     assert before is not None
     os.kill(before, signal.SIGTERM)  # of the node alone is asked to stop

@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 
 from cotune.client.audit_log import AuditLog
+from cotune.client.site import Site
 from cotune.plan.invitation import Invitation
-from cotune.server.run_folder import RunFolder
+from cotune.server.federation import FederationFolder, ServerConfig, write_config
+from cotune.server.members import read_public_key
+from cotune.server.run_folder import Participant, RunFolder
+from cotune.server.signing import new_signing_key, public_hex, read_signing_key
 from cotune.simulations.workers import import_all
 
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
@@ -43,8 +47,11 @@ def test_an_organisation_joins_trains_and_leaves(fed: Federation, tmp_path: Path
     first, second = (prepare_run(tmp_path / name / f"run-{name}", 1, rounds=2) for name in ("a", "b"))
     site, authority = tmp_path / "site", (fed.certificates / "ca.crt").read_text(encoding="ascii")
     document = tmp_path / "federation.toml"
-    document.write_text(Invitation("tests", fed.address, authority, first.plan).to_toml(), encoding="utf-8")
     cotune("init", site, "--name", first.file.participants[0].name, "--device", "cpu")
+    home = signing(tmp_path / "fed", site)
+    about = {"id": home.config.id, "signing_key": public_hex(read_signing_key(home.certificates))}
+    document.write_text(Invitation("tests", fed.address, authority, first.plan, **about).to_toml(), encoding="utf-8")
+    first, second = (in_federation(run, home) for run in (first, second))
     bases = [run.plan.model.base_hash for run in (first, second)]
     rules = (*ALLOWED, f"training.base_models={json.dumps(bases)}")
     cotune("policy", site, *(word for rule in rules for word in ("--set", rule)))
@@ -85,6 +92,22 @@ def prepare_again(run: RunFolder) -> Path:
     again = run.path.with_name("again")
     RunFolder.create(again, run.plan, run.file)
     return again
+
+
+def signing(folder: Path, site: Path) -> FederationFolder:
+    """A federation with a signing key whose one member is the site's organization."""
+    write_config(folder, ServerConfig(name="tests", id=32 * "a", hosts=("localhost",)))
+    home = FederationFolder(folder)
+    new_signing_key(home.certificates)
+    home.members.invite(Site(site).organisation, read_public_key(site / "node.pub"))
+    return home
+
+
+def in_federation(run: RunFolder, home: FederationFolder) -> RunFolder:
+    """The same run, as one of the federation."""
+    people = tuple(Participant(name=who.name) for who in run.file.participants)
+    file = run.file.model_copy(update={"participants": people, "federation": str(home.path)})
+    return RunFolder.create(home.path / "runs" / run.path.name, run.plan, file)
 
 
 def sent(site: Path, what: str) -> list[dict[str, Any]]:

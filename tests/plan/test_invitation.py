@@ -26,10 +26,11 @@ def authority() -> str:
 
 
 CA = authority()
+SIGNS = {"id": 32 * "a", "signing_key": 64 * "b"}
 
 
 def invitation(address: str = "fed.example.org:9092", plan: str = "text", *overrides: str) -> Invitation:
-    return Invitation("tumours", address, CA, load_plan(plan, overrides))
+    return Invitation("tumours", address, CA, load_plan(plan, overrides), **SIGNS)
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -53,10 +54,12 @@ def test_another_server_authority_or_plan_is_another_fingerprint() -> None:
     others = [
         invitation("fed.example.com:9092"),
         invitation("fed.example.org:9092", "text", "rounds=3"),
-        Invitation("tumours", own.address, authority(), own.plan),
-        Invitation("tumors", own.address, CA, own.plan),
+        Invitation("tumours", own.address, authority(), own.plan, **SIGNS),
+        Invitation("tumors", own.address, CA, own.plan, **SIGNS),
+        Invitation("tumours", own.address, CA, own.plan, **{**SIGNS, "id": 32 * "0"}),
+        Invitation("tumours", own.address, CA, own.plan, **{**SIGNS, "signing_key": 64 * "0"}),
     ]
-    assert len({own.fingerprint, *(other.fingerprint for other in others)}) == 5
+    assert len({own.fingerprint, *(other.fingerprint for other in others)}) == 7
     assert invitation().fingerprint == own.fingerprint
 
 
@@ -77,7 +80,7 @@ def test_what_is_no_address(address: str) -> None:
 def test_what_is_no_certificate() -> None:
     for wrong in ("", "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n", "ca"):
         with pytest.raises(PlanError, match="expected certificates in PEM"):
-            Invitation("x", "h:1", wrong, load_plan("text"))
+            Invitation("x", "h:1", wrong, load_plan("text"), **SIGNS)
 
 
 def test_another_protocol_is_told_before_anything_else() -> None:

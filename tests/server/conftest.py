@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.models.sharing import SharedModel, resident
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
+from cotune.plan.signatures import detach
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.grid import InProcessGrid
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Request, decode_request, encode_update, received_digest
+from tests.support.signing import countersign
 
 torch.set_num_threads(1)  # with more, tiny models spend their time waiting for a core whenever the machine is shared
 
@@ -51,15 +54,22 @@ def model_of(plan: Plan) -> SharedModel:
     return resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
 
 
-def federation(plan: Plan, answers: Mapping[str, Answer], grid: type[InProcessGrid] = InProcessGrid) -> InProcessGrid:
-    """One node per organisation; each answers requests with its function."""
+def federation(
+    plan: Plan,
+    answers: Mapping[str, Answer],
+    grid: type[InProcessGrid] = InProcessGrid,
+    key_of: Mapping[str, EllipticCurvePrivateKey] | None = None,
+) -> InProcessGrid:
+    """One node per organisation; each answers requests with its function, and signs with its key where it has one."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        request = decode_request(message.content)
+        request = decode_request(detach(message.content)[0])
         answer = answers[request.organisation](request)
         content = encode_update(answer, plan.plan_id) if isinstance(answer, Update) else answer
+        if key_of and request.organisation in key_of:
+            countersign(content, message.content, request.organisation, key_of[request.organisation])
         return Message(content, reply_to=message)
 
     return grid(app, len(answers))

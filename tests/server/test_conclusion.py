@@ -99,8 +99,8 @@ def test_without_a_test_set_nobody_claims_an_accuracy(played: Callable[..., RunF
     assert "Not measured: the coordinator has no test set, so nobody knows how good the federated model is." in page.text
     for claim in ("worth joining", "beats", "Gain", "test examples", "this simulation", "None", "Macro precision"):
         assert claim not in page.text, claim
-    assert page.row("zurich")[:2] == ["2 of 2", "2.50 of 8.00"]
-    assert page.row("basel")[:2] == ["1 of 2", "0.75 of 8.00"]
+    assert page.row("zurich")[:3] == ["2 of 2", "100.0 %", "2.50 of 8.00"]
+    assert page.row("basel")[:3] == ["1 of 2", "50.0 %", "0.75 of 8.00"]
 
 
 def test_with_a_test_set_the_model_is_measured_against_the_best_constant(played: Callable[..., RunFolder]) -> None:

@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.models.errors import RunError
+from cotune.plan.signatures import RECEIPT, detach
 from cotune.server import app as server_app
 from cotune.server import asking, carriers, delivery
 from cotune.server.app import main
@@ -22,7 +23,8 @@ from cotune.strategies.pieces import TooMuch
 from cotune.strategies.wire import Receipt, Request, decode_request, encode_receipt, received_digest
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.test_asking import wrong_shape
-from tests.server.wild import WildGrid, real, told, wild
+from tests.server.wild import PRIVATE, WildGrid, real, told, wild
+from tests.support.signing import countersign
 
 NAMES = ("org-1", "org-2", "org-3")
 
@@ -54,11 +56,13 @@ def receiving(folder: RunFolder, *seen: list[Request], **answers: Callable[[Requ
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        request = decode_request(message.content)
+        request = decode_request(detach(message.content)[0])
         for requests in seen:
             requests.append(request)
         answer = answers.get(request.organisation.replace("-", "_"), receipt(folder))
-        return Message(encode_receipt(answer(request)), reply_to=message)
+        content = encode_receipt(answer(request))
+        countersign(content, message.content, request.organisation, PRIVATE[NAMES.index(request.organisation)], RECEIPT)
+        return Message(content, reply_to=message)
 
     return grid
 

@@ -15,6 +15,7 @@ from cotune.plan.schema import Plan
 from cotune.server import certificates
 from cotune.server.federation import FederationFolder, ServerConfig
 from cotune.server.founding import address_of, found, renew
+from cotune.server.signing import public_hex, read_signing_key
 from tests.conftest import sentences, write_csv
 
 LABELS = ["bad", "good", "so"]
@@ -51,7 +52,7 @@ def test_a_federation_is_a_folder_that_only_its_owner_reads(plan: Callable[..., 
     }
     for path in (made.path, *made.path.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
-    assert made.config == config(port=9000)
+    assert made.config == config(port=9000, id=made.config.id)
     assert made.members.all() == ()
     for host in ("fed.example.org", "10.0.0.7", "127.0.0.1"):
         certificates.check(made.certificates, host)
@@ -68,6 +69,8 @@ def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organisations_get(
     assert made.invitation.plan.plan_id == made.plan.plan_id
     assert (made.invitation.name, made.invitation.address) == ("toy", "fed.example.org:9092")
     assert made.invitation.certificates == (made.certificates / "ca.crt").read_bytes()
+    assert made.invitation.id == made.config.id
+    assert made.invitation.signing_key == public_hex(read_signing_key(made.certificates))
 
 
 def test_class_names_are_those_of_the_test_records_where_the_plan_has_none(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from cotune.plan.schema import Plan
 from cotune.server.certificates import new_authority
 from cotune.server.instructions import instructions, what_leaves
 
+SIGNS = {"id": 32 * "a", "signing_key": 64 * "b"}
+
 
 def plan_of(**changes: Any) -> Plan:
     return parse_plan(
@@ -19,7 +21,9 @@ def plan_of(**changes: Any) -> Plan:
 
 def test_the_page_says_whom_to_join_and_what_to_type(tmp_path: Path) -> None:
     new_authority(tmp_path, [])
-    invitation = Invitation("clinics & co", "fed.example.org:9092", (tmp_path / "ca.crt").read_text(), plan_of(rounds=12))
+    invitation = Invitation(
+        "clinics & co", "fed.example.org:9092", (tmp_path / "ca.crt").read_text(), plan_of(rounds=12), **SIGNS
+    )
     page = instructions(invitation)
     assert page.startswith("# Join clinics & co\n")
     commands = re.findall(r"^(?:pip|cotune) [^#\n]*", page, re.MULTILINE)

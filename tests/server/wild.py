@@ -21,10 +21,12 @@ from flwr.proto.node_pb2 import NodeInfo
 from cotune.server.events import read_events
 from cotune.server.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.run_folder import Participant, RunFile, RunFolder
+from cotune.server.signing import new_signing_key
 from cotune.simulations.grid import InProcessGrid
 from tests.server.conftest import Answer, federation
 
-KEYS = [ec.generate_private_key(ec.SECP384R1()).public_key() for _ in range(5)]
+PRIVATE = [ec.generate_private_key(ec.SECP384R1()) for _ in range(5)]
+KEYS = [key.public_key() for key in PRIVATE]
 LINES = [key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() for key in KEYS]
 PEMS = [key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) for key in KEYS]
 
@@ -32,7 +34,8 @@ PEMS = [key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) for ke
 def real(simulated: RunFolder, examples: Mapping[str, tuple[int, int]] | None = None) -> RunFolder:
     """A run with the same plan and organisations, as a federation has it."""
     fed, names = simulated.path.parent / f"fed-{simulated.path.name}", [p.name for p in simulated.file.participants]
-    write_config(fed, ServerConfig(name="fed", hosts=("localhost",)))
+    write_config(fed, ServerConfig(name="fed", id=32 * "f", hosts=("localhost",)))
+    new_signing_key(fed / "certificates")
     members = FederationFolder(fed).members
     for name, line in zip(names, LINES, strict=False):
         members.invite(name, line, (examples or {}).get(name))
@@ -138,7 +141,8 @@ def _error_500(call: str) -> httpx.HTTPStatusError:
 
 
 def wild(folder: RunFolder, answers: Mapping[str, Answer]) -> WildGrid:
-    grid = federation(folder.plan, answers, WildGrid)
+    key_of = dict(zip((p.name for p in folder.file.participants), PRIVATE, strict=False))
+    grid = federation(folder.plan, answers, WildGrid, key_of)
     assert isinstance(grid, WildGrid)
     grid.names = [p.name for p in folder.file.participants]
     grid.node_of = dict(zip(grid.names, sorted(grid.get_node_ids(), reverse=True), strict=True))

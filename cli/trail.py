@@ -1,0 +1,85 @@
+"""`cotune server verify-trail` and `cotune client sent --verify`: what was asked and answered, checked at both ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from cotune.cli.screen import screen
+
+if TYPE_CHECKING:
+    from cotune.client.site import Site
+    from cotune.plan.trail import End, Trails
+
+__all__ = ["verify_sent", "verify_trail"]
+
+
+def verify_trail(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, such as FED/runs/<run>.")],
+    site_log: Annotated[Path, typer.Option("--site-log", help="An organization's audit.jsonl, or a copy of it.")],
+) -> None:
+    """Compare the trail of a run with an organization's log: signatures, and what one of them lacks."""
+    from cotune.client.audit_log import AuditLog
+    from cotune.models.errors import RunError
+    from cotune.plan.trail import compare, of_coordinator, of_organization
+    from cotune.server.run_folder import RunFolder
+    from cotune.server.trail import keys_of, read_trail
+
+    folder, entries = RunFolder(run.expanduser().resolve()), AuditLog.at(site_log.expanduser()).entries()
+    server, nodes = keys_of(folder)
+    unsure = of_organization(entries, server, [key for keys in nodes.values() for key in keys]).for_run(folder.file.id)
+    names = sorted(unsure.recipients())
+    if len(names) != 1:
+        raise RunError(
+            f"{site_log} holds requests of this run to {', '.join(names) or 'nobody'}: expected the log of one organization that"
+            " took part in it"
+        )
+    node = nodes.get(names[0], ())
+    coordinator = of_coordinator(read_trail(folder.path), names[0], server, node)
+    _show(names[0], compare(coordinator, of_organization(entries, server, node).for_run(folder.file.id)))
+
+
+def verify_sent(site: Site, trail: Path | None) -> None:
+    """Checks the signatures in an organization's log and, with a copy of a run's trail.jsonl, that both agree."""
+    from cotune.client.audit_log import AuditLog
+    from cotune.client.keys import public_keys
+    from cotune.client.trust import Trust
+    from cotune.plan.trail import compare, of_coordinator, of_organization
+    from cotune.server.trail import read_trail
+
+    server = [each.signing_key for each in Trust.read(site.folder).generations]
+    node = public_keys(site.folder)
+    own = of_organization(AuditLog(site.folder).entries(), server, node)
+    if trail is None:
+        _show(site.organisation, compare(own, own))
+        return
+    other = of_coordinator(read_trail(trail.expanduser()), site.organisation, server, node)
+    _show(site.organisation, compare(other, _of_the_same_runs(own, other)))
+
+
+def _of_the_same_runs(own: End, other: End) -> End:
+    from cotune.plan.trail import End
+
+    runs = {request.run for request in other.requests.values()}
+    parts = [own.for_run(run) for run in sorted(runs)]
+    requests = {digest: request for part in parts for digest, request in part.requests.items()}
+    replies = {digest: reply for part in parts for digest, reply in part.replies.items()}
+    return End(requests, replies, own.wrong)
+
+
+def _show(name: str, found: Trails) -> None:
+    """Exits with 1 where the two ends contradict each other."""
+    from cotune.client.outline import printable
+
+    console = screen()
+    for line in found.one_sided:
+        console.print(f"at one end only: {escape(printable(line))}")
+    for line in found.contradictions:
+        console.print(f"[bold red]contradiction[/bold red]: {escape(printable(line))}")
+    signed = f"{found.requests} requests and {found.replies} answers of {escape(name)} are signed"
+    console.print(f"{signed}; {len(found.contradictions)} contradictions, {len(found.one_sided)} at one end only")
+    if found.contradictions:
+        raise typer.Exit(1)

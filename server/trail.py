@@ -1,0 +1,160 @@
+"""The coordinator's end of the trail: each request as it was signed, and each answer as its organization has signed it.
+
+trail.jsonl    in the folder of a run: the statements and signatures of requests and answers, in the order in which they were made
+
+The other end is the log of what an organization has sent (`cotune client sent`); `cotune server verify-trail` compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from flwr.app import Message, RecordDict
+
+from cotune.models.errors import RunError
+from cotune.plan.signatures import (
+    FINISHED,
+    RECEIPT,
+    TRAIN,
+    UPDATE,
+    ReplyStatement,
+    RequestStatement,
+    Signed,
+    attach,
+    content_digest,
+    detach,
+    roster_digest,
+    sign,
+    signed_by_node,
+)
+from cotune.server.events import Events, read_events
+from cotune.server.federation import FederationFolder
+from cotune.server.run_folder import RunFolder
+from cotune.server.signing import next_serial, public_keys, read_signing_key
+from cotune.strategies.wire import Recipient
+
+__all__ = ["Trail", "cohort_of", "keys_of", "read_trail"]
+
+_COHORT_RULE = "training.min_cohort"  # whoever declines by it would take part
+
+
+class Trail:
+    """Of one run. A simulation has none: nothing is signed there, and nothing verified."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._run, self._plan_id = folder.file.id, folder.plan.plan_id
+        self._federation = FederationFolder(Path(folder.file.federation)) if folder.file.federation else None
+        self._log = Events(folder.path / "trail.jsonl", silent=True)
+        self._requests: dict[tuple[str, int, str], str] = {}  # kind of the reply, round, organization -> digest of the request
+
+    def sign(
+        self,
+        kind: str,
+        round: int,
+        contents: Mapping[str, RecordDict],
+        recipients: Iterable[Recipient],
+        received: str,
+        cohort: Iterable[str],
+    ) -> None:
+        """Puts a signature into each request, and enters it. cohort: names of those that took part in the round before.
+
+        Raises RunError without a signing key, and where the trail cannot be written.
+        """
+        if self._federation is None:
+            return
+        folder = self._federation.certificates
+        key, serial = read_signing_key(folder), next_serial(folder)
+        keys = {member.name: member.fingerprint for member in self._federation.members.active()}
+        roster = sorted(keys[name] for name in set(cohort) & keys.keys())
+        for who in recipients:
+            statement = RequestStatement(
+                federation=self._federation.config.id,
+                run=self._run,
+                kind=kind,
+                plan=self._plan_id,
+                round=round,
+                recipient=who.organisation,
+                admitted=who.admitted,
+                received=received,
+                cohort=len(roster),
+                roster=roster_digest(roster),
+                serial=serial,
+                at=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            signature = sign(statement, key)
+            self._log.tell("request", statement=statement.text(), signature=signature, roster=roster)
+            attach(contents[who.organisation], statement, signature, roster="\n".join(roster))
+            self._requests[_answer_to(kind), round, who.organisation] = statement.digest
+
+    def accept(self, reply: Message, kind: str, round: int, organization: str) -> str:
+        """Takes the signature out of an answer, and enters it; "" where it is that of its organization, else what is wrong.
+
+        kind: `UPDATE` or `RECEIPT`.
+        """
+        if self._federation is None:
+            return ""
+        try:
+            reply.content, signed = detach(reply.content)
+            if signed is None:
+                return "it is not signed: expected an organization of the same cotune"
+            statement = ReplyStatement.parse(signed.text)
+        except RunError as error:
+            return str(error)
+        request = self._requests.get((kind, round, organization))
+        if (statement.request, statement.sender, statement.kind) != (request, organization, kind):
+            return "its signature is for another request, organization or kind of answer"
+        if statement.sha256 != content_digest(reply.content):
+            return "it is not what its organization has signed"
+        if not self._is_of(organization, statement, signed):
+            return "its signature is not that of its organization's key"
+        self._log.tell("reply", round=round, statement=signed.text, signature=signed.signature)
+        return ""
+
+    def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
+        assert self._federation is not None
+        keys = [load_pem_public_key(m.key) for m in self._federation.members.all() if m.name == organization]
+        return any(isinstance(key, EllipticCurvePublicKey) and signed_by_node(statement, signed.signature, key) for key in keys)
+
+
+def keys_of(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurvePublicKey]]]:
+    """The keys by which signatures of a run are checked: the federation's, and each organization's, former ones included.
+
+    Raises RunError for a simulation, which signs nothing.
+    """
+    if not folder.file.federation:
+        raise RunError(f"{folder.path} is a simulation, which signs nothing: expected a run of a federation")
+    federation, nodes = FederationFolder(Path(folder.file.federation)), dict[str, list[EllipticCurvePublicKey]]()
+    for member in federation.members.all():
+        key = load_pem_public_key(member.key)
+        if isinstance(key, EllipticCurvePublicKey):
+            nodes.setdefault(member.name, []).append(key)
+    return public_keys(federation.certificates), nodes
+
+
+def _answer_to(kind: str) -> str:
+    return {TRAIN: UPDATE, FINISHED: RECEIPT}[kind]
+
+
+def cohort_of(history: tuple[Mapping[str, Any], ...], asked: Iterable[str]) -> list[str]:
+    """Who took part in the round before; before the first, who is asked.
+
+    Whoever declined only because too few took part counts as well: otherwise those who have that rule would wait for each other.
+    """
+    if not history:
+        return list(asked)
+    last = history[-1]
+    waiting = [str(who["organisation"]) for who in last.get("dropped", ()) if _COHORT_RULE in str(who.get("reason", ""))]
+    return [*last["participants"], *waiting]
+
+
+def read_trail(run: Path) -> list[dict[str, Any]]:
+    """The lines of a trail: of the folder of a run, or of a copy of its file. Raises RunError where there is none."""
+    try:
+        return read_events(run / "trail.jsonl" if run.is_dir() else run)
+    except OSError as error:
+        raise RunError(f"{run} has no trail ({error.strerror}): expected that of a run of a federation") from None

@@ -1,0 +1,234 @@
+"""What was asked and answered cannot be denied, invented or changed afterwards: not by the server, and not by an organization.
+
+On commit a605cba the log of an organization and the events of a run were each side's own word: a server could deny that it had
+asked (15 steps charged of 10), a member could deny the update that it had sent, and 1 of 1 changed logs went unnoticed on the other
+side. An answer that nobody had signed entered the model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from flwr.app import ConfigRecord, Context, Message, RecordDict, UserConfig
+
+from cotune.cli.main import run as command
+from cotune.client.app import app
+from cotune.client.audit_log import AuditLog
+from cotune.client.site import Site
+from cotune.client.trust import Trust, TrustedServer
+from cotune.plan.schema import Plan
+from cotune.plan.signatures import RECEIPT
+from cotune.server import asking, carriers, delivery
+from cotune.server.delivery import confirmed, deliver
+from cotune.server.rounds import run_rounds
+from cotune.server.run_folder import Participant, RunFile, RunFolder
+from cotune.server.signing import public_hex, read_signing_key
+from cotune.server.trail import read_trail
+from tests.server.conftest import NewRun, adding, model_of
+from tests.server.wild import PRIVATE, WildGrid, real, told, wild
+from tests.support.signing import FEDERATION, countersign
+
+NAMES = ("bank", "clinic")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (
+        (carriers, "_WATCH_SECONDS"),
+        (carriers, "_POLL_SECONDS"),
+        (asking, "_POLL_SECONDS"),
+        (delivery, "_POLL_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, 0.01)
+
+
+# --- answers
+
+
+def unsigned(content: RecordDict) -> None:
+    del content["signed"]
+
+
+def changed_on_its_way(content: RecordDict) -> None:
+    record = content["update"]
+    assert isinstance(record, ConfigRecord)
+    record["examples"] = 11
+
+
+@pytest.mark.parametrize(
+    ("spoil", "key", "changes"),
+    [
+        (unsigned, PRIVATE[0], {}),
+        (changed_on_its_way, PRIVATE[0], {}),
+        (None, PRIVATE[1], {}),
+        (None, ec.generate_private_key(ec.SECP384R1()), {}),
+        (None, PRIVATE[0], {"request": 64 * "0"}),
+        (None, PRIVATE[0], {"sender": "org-2"}),
+        (None, PRIVATE[0], {"kind": RECEIPT}),
+        (None, PRIVATE[0], {"sha256": 64 * "0"}),
+    ],
+)
+def test_an_answer_that_its_organization_has_not_signed_does_not_enter_the_model(
+    new_run: NewRun, spoil: Callable[[RecordDict], None] | None, key: ec.EllipticCurvePrivateKey, changes: dict[str, str]
+) -> None:
+    """It is kept aside, and a strike; the others' round goes on."""
+    folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}))
+    grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(3.0)})
+    answered = grid._answer
+
+    def answer(message: Any) -> Any:
+        reply = answered(message)
+        if grid._name(message) == "org-1":
+            if changes or key is not PRIVATE[0]:
+                del reply.content["signed"]
+                countersign(reply.content, message.content, "org-1", key, **changes)
+            if spoil is not None:
+                spoil(reply.content)
+        return reply
+
+    grid._answer = answer  # type: ignore[method-assign]
+    progress = run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    assert progress.history[0]["participants"] == ["org-2"]
+    assert progress.history[0]["quarantined"] == ["org-1"]
+    assert "sign" in told(folder, "update_quarantined")[0]["reason"]
+    replies = [line for line in read_trail(folder.path) if line["event"] == "reply"]
+    assert [json.loads(line["statement"])["sender"] for line in replies] == ["org-2"]
+
+
+# --- both ends, with the organizations' own app
+
+
+@pytest.fixture
+def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_path: Path) -> tuple[RunFolder, dict[str, Site]]:
+    """A run of two organizations that train on their records, with the model delivered."""
+    people = tuple(Participant(name=name) for name in NAMES)
+    file = RunFile(run="x", created="now", engine="in-process", device="cpu", participants=people)
+    folder = real(RunFolder.create(tmp_path / "run", make_plan(rounds=2, server={"absent_seconds": 5.0}), file))
+    key = public_hex(read_signing_key(Path(folder.file.federation) / "certificates"))
+    sites = {name: make_site(name) for name in NAMES}
+    grid = WildGrid(app, len(NAMES))
+    grid.names, grid.node_of = list(NAMES), dict(zip(NAMES, sorted(grid.get_node_ids()), strict=True))
+    for (name, site), private in zip(sites.items(), PRIVATE, strict=False):
+        server = TrustedServer(signing_key=key, certificates="")
+        Trust(federation=FEDERATION, name="fed", generations=(server,)).write(site.folder)
+        (site.folder / "node.key").write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+        node = grid.node_of[name]
+        config = UserConfig({"site": str(site.folder)})
+        grid._contexts[node] = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config=UserConfig())
+    answered, one = grid._answer, threading.Lock()
+
+    def in_turn(message: Message) -> Message:
+        """They share this process and its model: real ones have a process each."""
+        with one:
+            return answered(message)
+
+    grid._answer = in_turn  # type: ignore[method-assign]
+    run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    assert deliver(grid, folder) == []
+    assert sorted(confirmed(folder)) == list(NAMES)
+    return folder, sites
+
+
+def cotune(*words: object) -> int:
+    """The exit code of a command."""
+    before, sys.argv = sys.argv, ["cotune", *map(str, words)]
+    try:
+        command()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def rewritten(log: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Path:
+    """A log with other lines, chained anew as somebody would who has the file."""
+    entries = [change(entry) for entry in AuditLog.at(log).entries()]
+    forged = AuditLog.at(log.with_name("forged.jsonl"))
+    for entry in entries:
+        if entry is not None:
+            entry = {key: value for key, value in entry.items() if key not in ("at", "before")}
+            forged.append(entry.pop("what"), **entry)
+    return forged.file
+
+
+def test_both_ends_of_an_honest_run_agree(played: tuple[RunFolder, dict[str, Site]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, sites = played
+    for site in sites.values():
+        assert cotune("server", "verify-trail", folder.path, "--site-log", site.folder / "audit.jsonl") == 0
+        assert "3 requests and 3 answers" in capsys.readouterr().out
+        assert cotune("client", "sent", site.folder, "--verify") == 0
+        assert cotune("client", "sent", site.folder, "--trail", folder.path / "trail.jsonl") == 0
+        assert "0 contradictions, 0 at one end only" in capsys.readouterr().out.splitlines()[-1]
+
+
+def no_update(entry: dict[str, Any]) -> dict[str, Any] | None:
+    return None if (entry["what"], entry["round"]) == ("update", 2) else entry
+
+
+def another_update(entry: dict[str, Any]) -> dict[str, Any] | None:
+    return {**entry, "sha256": 64 * "0"} if (entry["what"], entry["round"]) == ("update", 2) else entry
+
+
+def another_statement(entry: dict[str, Any]) -> dict[str, Any] | None:
+    if (entry["what"], entry["round"]) != ("update", 2):
+        return entry
+    said = json.loads(entry["statement"])
+    return {**entry, "statement": json.dumps({**said, "sha256": 64 * "0"}, separators=(",", ":"), sort_keys=True)}
+
+
+def another_request(entry: dict[str, Any]) -> dict[str, Any] | None:
+    if (entry["what"], entry["round"]) != ("request", 2):
+        return entry
+    said = json.loads(entry["statement"])
+    return {**entry, "statement": json.dumps({**said, "round": 7}, separators=(",", ":"), sort_keys=True)}
+
+
+@pytest.mark.parametrize("change", [no_update, another_update, another_statement, another_request])
+def test_an_organization_that_changes_its_log_is_contradicted(
+    played: tuple[RunFolder, dict[str, Site]], change: Callable[[dict[str, Any]], dict[str, Any] | None]
+) -> None:
+    """Although its lines are chained anew."""
+    folder, sites = played
+    forged = rewritten(sites["clinic"].folder / "audit.jsonl", change)
+    assert cotune("server", "verify-trail", folder.path, "--site-log", forged) == 1
+
+
+def test_a_server_that_denies_a_request_is_contradicted(played: tuple[RunFolder, dict[str, Site]]) -> None:
+    folder, sites = played
+    trail = folder.path / "trail.jsonl"
+    lines = trail.read_text().splitlines(keepends=True)
+    asked = next(i for i, line in enumerate(lines) if '"event": "request"' in line and r"\"recipient\":\"clinic\"" in line)
+    trail.write_text("".join(lines[:asked] + lines[asked + 1 :]))
+    assert cotune("client", "sent", sites["clinic"].folder, "--trail", trail) == 1
+    assert cotune("client", "sent", sites["bank"].folder, "--trail", trail) == 0
+
+
+def test_a_server_that_says_it_got_something_else_is_contradicted(played: tuple[RunFolder, dict[str, Site]]) -> None:
+    folder, sites = played
+    trail = folder.path / "trail.jsonl"
+    found = [json.loads(line) for line in trail.read_text().splitlines()]
+    reply = next(entry for entry in found if entry["event"] == "reply" and '"sender":"clinic"' in entry["statement"])
+    said = json.loads(reply["statement"])
+    reply["statement"] = json.dumps({**said, "sha256": 64 * "0"}, separators=(",", ":"), sort_keys=True)
+    trail.write_text("".join(json.dumps(entry) + "\n" for entry in found))
+    assert cotune("client", "sent", sites["clinic"].folder, "--trail", trail) == 1
+
+
+def test_what_was_lost_on_its_way_is_no_contradiction(
+    played: tuple[RunFolder, dict[str, Site]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sites = played
+    trail = folder.path / "trail.jsonl"
+    lines = [line for line in trail.read_text().splitlines(keepends=True) if '"event": "reply", "round": 2' not in line]
+    trail.write_text("".join(lines))
+    assert cotune("server", "verify-trail", folder.path, "--site-log", sites["clinic"].folder / "audit.jsonl") == 0
+    assert "at one end only" in capsys.readouterr().out
