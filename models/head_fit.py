@@ -122,12 +122,12 @@ def _minimize(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
     """
     from scipy.optimize import minimize
 
-    sizes = [parameter.numel() for parameter in parameters]
+    ends = np.cumsum([parameter.numel() for parameter in parameters])[:-1]
 
     @torch.no_grad()
     def put(point: NDArray[np.float64]) -> None:
-        for parameter, piece in zip(parameters, torch.as_tensor(point).split(sizes), strict=True):
-            parameter.copy_(piece.reshape(parameter.shape))
+        for parameter, piece in zip(parameters, np.split(point, ends), strict=True):
+            parameter.copy_(torch.as_tensor(piece).reshape(parameter.shape))
 
     def at(point: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         put(point)
