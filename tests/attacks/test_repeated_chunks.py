@@ -28,6 +28,7 @@ from cotune.strategies.pieces import gather
 from cotune.strategies.wire import Recipient, encode_requests
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import WildGrid, real, told, wild
+from tests.support.signing import sign_request
 
 TIMES = 65_536
 CHUNK = b"ArrayChunk  %d\x00" % 2**20 + bytes(2**20)
@@ -51,6 +52,7 @@ def bomb(honest: Parcel) -> Parcel:
 
 def request(plan: Plan, state: State) -> RecordDict:
     (content,) = encode_requests(plan.canonical(), 1, state, [Recipient("clinic")])
+    sign_request(content)
     return content
 
 
