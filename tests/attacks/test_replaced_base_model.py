@@ -30,7 +30,7 @@ PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
 def ask(plan: Plan, site: Site, state: State, kind: str, round: int = 1, sent: State | None = None) -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     (content,) = encode_requests(plan.canonical(), round, state, [Recipient("clinic")], sent)
-    sign_request(content)
+    sign_request(content, "finished" if kind == "evaluate" else "train")
     message = Message(content, 2, kind, group_id=str(round))
     message.metadata.__dict__["_message_id"] = "7"
     config = UserConfig({"site": str(site.folder)})
