@@ -75,7 +75,7 @@ def test_the_size_is_known_before_anything_is_made(make_plan: Callable[..., Plan
         bomb(honest).message(2**30)
     with pytest.raises(TooMuch):
         gather(tree_of(bomb(honest)), bomb(honest).pieces.__getitem__, 2**30, 1.0)
-    assert honest.message(values + 200 * len(state)).content.keys() == {"request", "signed", "state"}
+    assert honest.message(values + 200 * len(state) + 4096).content.keys() == {"request", "signed", "state"}
 
 
 def test_other_nestings_that_repeat_are_no_messages(make_plan: Callable[..., Plan], state_for: Callable[..., State]) -> None:
