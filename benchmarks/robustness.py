@@ -5,7 +5,7 @@
 Tweets, ε = 8, the head on kept features, four organizations with 61, 20, 11 and 8 % of the records, labels alike; the attacker
 has 20 %. Every round goes through the product's loop: admission with its bounds, weighting, fusion, step, and for `default` the
 guard by the coordinator's test set. The members' DP-SGD is computed in closed form, as the gradient of a linear head's row is an
-outer product: the same clipping, sampling and noise as `privacy.dp_sgd`, without its grid, at a hundredth of the time.
+outer product: the same clipping, sampling and noise as `privacy.dp_sgd`, without its grid, in a fraction of the time.
 
 What stands above the marker in the page is by people and stays.
 """
@@ -123,7 +123,7 @@ def trained(
         )
         velocity = local.momentum * velocity + gradient
         weight = weight - local.learning_rate * velocity
-    return weight - start
+    return np.asarray(weight - start)
 
 
 def triggered(features: np.ndarray) -> np.ndarray:
@@ -153,7 +153,7 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
     def answer(request: Request) -> Update:
         part = int(request.organisation[-1]) - 1
         hostile = part == ATTACKER and attack != "none"
-        delta = trained(data, plan, part, matrix(request.state), attack if hostile else "", noises[part], rng)
+        delta = trained(data, plan, part, matrix(dict(request.state)), attack if hostile else "", noises[part], rng)
         twist = TWISTS.get(attack) if hostile else None
         delta, count = twist(delta) if twist else (delta, None)
         named = {"classifier.weight": delta[:, :-1], "classifier.bias": delta[:, -1]}
@@ -244,7 +244,7 @@ Result = tuple[float, float, int]
 
 def read_kept(file: Path) -> dict[Key, Result]:
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return {tuple(key): tuple(result) for key, result in map(json.loads, lines)}  # type: ignore[misc]
+    return {tuple(key): tuple(result) for key, result in map(json.loads, lines)}
 
 
 def keep(file: Path, key: Key, result: Result) -> None:

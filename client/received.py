@@ -15,11 +15,13 @@ from flwr.app import Message, MessageType
 from cotune.client.approval import Approvals
 from cotune.client.base import model_here
 from cotune.client.consent import check_base_model, check_plan
+from cotune.client.requested import verified
 from cotune.client.site import Site
 from cotune.models.errors import CotuneError, RunError
 from cotune.plan.load import parse_plan
 from cotune.plan.model import state_shapes
 from cotune.plan.schema import Plan
+from cotune.plan.signatures import SIGNED
 from cotune.privacy.policy import Policy
 from cotune.strategies.parcel import Parcel
 from cotune.strategies.wire import Request, decode_header
@@ -75,14 +77,15 @@ def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
 def opened(parcel: Parcel, site: Site) -> Message:
     """The message of a request, if it is no larger than its plan makes one.
 
-    Without its arrays where the plan is not approved or cannot be read: whoever answers refuses it for the same reason. Raises
-    TooMuch, Malformed.
+    Without its arrays where it is not signed, or the plan is not approved or cannot be read: whoever answers refuses it for the
+    same reason. Raises TooMuch, Malformed.
     """
-    header = parcel.header("request")
+    header = parcel.header("request", SIGNED)
     if not header.has_content():
         return header
     try:
-        request = decode_header(header.content)
+        unsigned = header.content if site.file.simulated else verified(header.content, site.folder)[0]
+        request = decode_header(unsigned)
         plan, check = plan_of(request), check_plan if header.metadata.message_type == MessageType.TRAIN else check_base_model
         expected = expected_shapes(plan, site, request.round, check)
     except CotuneError:

@@ -24,6 +24,7 @@ from cotune.models.errors import RunError
 __all__ = [
     "FINISHED",
     "RECEIPT",
+    "SIGNED",
     "TRAIN",
     "UPDATE",
     "KeyNotice",
@@ -42,7 +43,7 @@ __all__ = [
 
 TRAIN, FINISHED = "train", "finished"  # kinds of request
 UPDATE, RECEIPT = "update", "receipt"  # kinds of reply
-_RECORD = "signed"  # the name of the record that holds a signature, in a request and in a reply
+SIGNED = "signed"  # the name of the record that holds a signature, in a request and in a reply
 _LONGEST = 4096  # characters of a statement
 
 
@@ -169,15 +170,15 @@ def signed_by_node(statement: Statement, signature: str, key: EllipticCurvePubli
 
 def attach(content: RecordDict, statement: Statement, signature: str, **about: str) -> None:
     """Puts a signature into a message, in place of one that is there."""
-    content[_RECORD] = ConfigRecord({**about, "statement": statement.text(), "signature": signature})
+    content[SIGNED] = ConfigRecord({**about, "statement": statement.text(), "signature": signature})
 
 
 def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
     """A message without its signature, and the signature; None where it has none. Raises RunError for one that is malformed."""
-    rest = RecordDict({name: record for name, record in content.items() if name != _RECORD})
-    if _RECORD not in content:
+    rest = RecordDict({name: record for name, record in content.items() if name != SIGNED})
+    if SIGNED not in content:
         return rest, None
-    record = content[_RECORD]
+    record = content[SIGNED]
     values = dict(record) if isinstance(record, ConfigRecord) else {}
     about = {name: value for name, value in values.items() if isinstance(value, str)}
     if "statement" not in about or "signature" not in about:

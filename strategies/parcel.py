@@ -53,12 +53,12 @@ class Parcel:
             raise Malformed(f"it cannot be put together from its parts ({type(error).__name__})") from None
         return _numbered(message, self.number)
 
-    def header(self, record: str) -> Message:
-        """The message with one of its records, of plain values, and with no array. Raises TooMuch, Malformed."""
+    def header(self, *records: str) -> Message:
+        """The message with some of its records, of plain values, and with no array. Raises TooMuch, Malformed."""
         inflated_bytes(self.number, self.pieces)
         try:
             _, children, _ = _opened(self.pieces, self.number, "Message")
-            held = {child: RecordDict(self._plain(child, record)) for child in children}
+            held = {child: RecordDict(self._plain(child, records)) for child in children}
             message = Message.inflate(self.pieces[self.number], held)  # type: ignore[arg-type]
         except MemoryError:
             raise
@@ -66,11 +66,10 @@ class Parcel:
             raise Malformed(f"its header cannot be read ({type(error).__name__})") from None
         return _numbered(message, self.number)
 
-    def _plain(self, records: str, name: str) -> dict[str, Any]:
-        found = _named(self.pieces, records, "RecordDict").get(name)
-        if found is None or _opened(self.pieces, found)[0] != "ConfigRecord":
-            return {}
-        return {name: ConfigRecord.inflate(self.pieces[found])}
+    def _plain(self, held: str, names: tuple[str, ...]) -> dict[str, Any]:
+        found = _named(self.pieces, held, "RecordDict")
+        plain = {n: found[n] for n in names if n in found and _opened(self.pieces, found[n])[0] == "ConfigRecord"}
+        return {name: ConfigRecord.inflate(self.pieces[number]) for name, number in plain.items()}
 
 
 def _numbered(message: object, number: str) -> Message:
