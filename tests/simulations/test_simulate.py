@@ -155,7 +155,8 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
     for entry in summary["rounds"]:
         assert set(entry) == {
             *("round", "stage", "metrics", "epsilon", "told", "client_privacy", "participants", "dropped"),
-            *("quarantined", "absent", "timed_out", "left_out", "late", "norms", "weights", "applied", "suspects"),
+            *("quarantined", "absent", "timed_out", "left_out", "late", "norms", "weights", "suspects"),
+            *("applied", "metrics_not_applied"),
             *("bytes_up", "bytes_down", "seconds"),
         }
     assert set(summary["versions"]) >= {"python", "cotune", "flwr", "torch", "transformers", "opacus", "dp-accounting"}
