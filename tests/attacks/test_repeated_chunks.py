@@ -28,6 +28,7 @@ from cotune.strategies.pieces import gather
 from cotune.strategies.wire import Recipient, encode_requests
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import WildGrid, real, told, wild
+from tests.support.signing import sign_request
 
 TIMES = 65_536
 CHUNK = b"ArrayChunk  %d\x00" % 2**20 + bytes(2**20)
@@ -102,7 +103,9 @@ def test_a_node_refuses_it_in_one_sentence_and_charges_nothing(
     make_plan: Callable[..., Plan], make_site: Callable[..., Site], state_for: Callable[..., State], kind: str
 ) -> None:
     plan, site = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}), make_site()
-    made = bomb(parcel(request(plan, state_for(plan)), kind))
+    content = request(plan, state_for(plan))
+    sign_request(content)
+    made = bomb(parcel(content, kind))
     reply = resident._answer(made, site.folder)
     assert reply.error.reason == UNSAID
     assert "TooMuch" in AuditLog(site.folder).last()["reason"]
@@ -115,7 +118,9 @@ def test_what_nobody_has_approved_is_not_even_put_together(
 ) -> None:
     plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3})
     site = make_site(policy=changed_policy(Policy.permissive(), {"training.approval": Policy().training.approval}))
-    reply = resident._answer(bomb(parcel(request(plan, state_for(plan)))), site.folder)
+    content = request(plan, state_for(plan))
+    sign_request(content)
+    reply = resident._answer(bomb(parcel(content)), site.folder)
     assert "training.approval" in str(reply.error.reason)
 
 
