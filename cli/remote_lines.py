@@ -20,6 +20,12 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return _received(fields)
         case "update_quarantined":
             return f"round {round}: the update of {who} was refused and put aside: {fields['reason']}"
+        case "round_not_applied":
+            return _not_applied(fields)
+        case "weight_is_small":
+            return f"{who} counts {100 * fields['weight']:.2g} % only: agree on its number of records (`invite --examples`)"
+        case "note":
+            return f"note: {fields['text']}"
         case "organisation_left_out":
             return f"{who} is left out of the run from now on: {fields['reason']}"
         case "connection_lost":
@@ -51,6 +57,15 @@ def _waiting(fields: dict[str, Any]) -> str:
     there = connected if isinstance(connected, int) else len(connected)
     absent = f"; not connected: {', '.join(fields['absent'])}" if fields["absent"] else ""
     return f"waiting for organisations: {there} connected, {fields['needed']} needed{absent}"
+
+
+def _not_applied(fields: dict[str, Any]) -> str:
+    names = ", ".join(each["organisation"] for each in fields["suspects"])
+    whom = f"; what stood out most: the update of {names}" if names else ""
+    return (
+        f"round {fields['round']} is not applied, as the accuracy on the test set fell to {fields['accuracy']:.3f}"
+        f" (server.max_accuracy_drop): the model before it stays{whom}"
+    )
 
 
 def _received(fields: dict[str, Any]) -> str:

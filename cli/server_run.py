@@ -99,12 +99,13 @@ def _show_result(console: Console, played: RunFolder) -> None:
 def _organisations(summary: dict[str, Any]) -> Table:
     private = summary["privacy"]["mode"] != "none"
     table = Table("organisation", header_style="bold", pad_edge=False, box=None)
-    for heading in ("rounds", *(("ε stated",) if private else ()), "sent", "dropped", "quarantined", "has the model"):
+    for heading in ("rounds", "weight", *(("ε stated",) if private else ()), "sent", "dropped", "quarantined", "has the model"):
         table.add_column(heading, justify="right")
     for o in summary["organisations"]:
         stated = ("–" if o["epsilon_spent"] is None else round_up(o["epsilon_spent"]),) if private else ()
         counts = (size(o["bytes_up"]), str(o["dropped"]), str(o["quarantined"]))
-        table.add_row(escape(o["name"]), str(o["rounds"]), *stated, *counts, "yes" if o["delivered"] else "not yet")
+        weight = "–" if o["weight"] is None else f"{100 * o['weight']:.3g} %"
+        table.add_row(escape(o["name"]), str(o["rounds"]), weight, *stated, *counts, "yes" if o["delivered"] else "not yet")
     return table
 
 
@@ -173,12 +174,13 @@ def _members(found: Status) -> Table:
     table = Table(header_style="bold", pad_edge=False, box=None)
     table.add_column("organisation", overflow="fold")
     table.add_column("connection")
-    for heading in ("last round", "ε stated", "sent", "strikes"):
+    for heading in ("last round", "weight", "ε stated", "sent", "strikes"):
         table.add_column(heading, justify="right")
     table.add_column("last word", overflow="fold")
     for o in found.organisations:
         figures = (
             str(o.last_round or "–"),
+            "–" if o.weight is None else f"{100 * o.weight:.3g} %",
             "–" if o.epsilon is None else round_up(o.epsilon),
             size(o.bytes_up),
             str(o.strikes or "–"),

@@ -13,6 +13,8 @@ from cotune.privacy.dp_sgd import StepReport
 
 __all__ = ["Guard"]
 
+_USUAL = 100.0  # of a parameter of a usable model
+
 
 class Guard:
     """Watches one round. before: the trained parameters as they were received. noise: whether every step adds noise."""
@@ -28,7 +30,7 @@ class Guard:
         changed = [name for name, checksum in self._checksums().items() if checksum != self.frozen[name]]
         if changed:
             raise RunError(f"the first step changed {changed[0]}, which is frozen: expected only the shared parameters to move")
-        still = self._still()
+        still = [name for name in self._still() if self._usual(name)]
         if self.noise and still:
             raise RunError(
                 f"the first step did not move {still[0]}: expected every shared parameter to get its noise; it takes no part in"
@@ -37,12 +39,18 @@ class Guard:
 
     def after_round(self) -> None:
         """Raises RunError when nothing moved in the whole round: an adapter that is not wired in."""
-        if len(self._still()) == len(self.before):
+        still = self._still()
+        if len(still) == len(self.before) and all(self._usual(name) for name in still):
             raise RunError("no parameter moved in this round: expected every shared one to be trained; check the train mode")
 
     def _still(self) -> list[str]:
         own = dict(self.model.parameters())
         return [name for name, value in self.before.items() if torch.equal(own[name].detach().cpu(), value)]
+
+    def _usual(self, name: str) -> bool:
+        """Whether the values are so small that a step is not lost in rounding: those of a state that was attacked need not be."""
+        value = self.before[name]
+        return value.numel() == 0 or float(value.abs().max()) < _USUAL
 
     def _checksums(self) -> dict[str, int]:
         """The sum of every frozen tensor's bits, parameters and buffers."""

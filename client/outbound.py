@@ -23,6 +23,7 @@ from cotune.models.sharing import SharedModel
 from cotune.plan.model import shared_names
 from cotune.plan.schema import Plan
 from cotune.plan.statistics import statistic_shapes
+from cotune.plan.update_norm import longest_update
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.policy import Policy
 from cotune.strategies.updates import Update, not_finite
@@ -129,9 +130,11 @@ def _wrong_delta(update: Update, request: Request, account: Account, model: Shar
             yield f"{name} has the shape {tuple(tensor.shape)}, expected {expected.get(name)}"
     if not_finite(update.delta):
         yield "the update is not finite"
-    norm, most = _norm(update.delta.values()), account.plan.server.max_update_norm
-    if norm > most:
-        yield f"the update has the norm {norm:.3g}, and the plan's server.max_update_norm is {most:g}"
+    start, entries = _norm(request.state[n] for n in names if n in request.state), sum(t.numel() for t in update.delta.values())
+    stage, norm = account.plan.stage_of(request.round), _norm(update.delta.values())
+    most = longest_update(account.plan, stage, examples=update.examples, entries=entries, start=start)
+    if most is not None and norm > most:
+        yield f"the update has the norm {norm:.3g}, and the plan allows {most:.3g} (server.max_update_norm)"
 
 
 def _own_shapes(

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from cotune.plan.schema import Plan
+from cotune.plan.update_norm import longest_by_gradients
 from cotune.privacy.accounting import RecordPrivacy
 
 __all__ = ["changes", "outline", "printable"]
+
+_MANY = 10_000  # records, where epochs and a batch in records make the steps depend on them
 
 
 def outline(plan: Plan) -> list[str]:
@@ -41,7 +44,16 @@ def _amount(local: Any) -> str:
 def _rates(plan: Plan) -> str:
     """What decides how far a record can move the model, beside its privacy."""
     stages = [_rate(stage.local) for stage in plan.stages]
-    return f"learning rate {', '.join(dict.fromkeys(stages))}; updates of a norm of at most {plan.server.max_update_norm:g}"
+    return f"learning rate {', '.join(dict.fromkeys(stages))}; {_longest(plan)}"
+
+
+def _longest(plan: Plan) -> str:
+    if plan.server.max_update_norm is not None:
+        return f"updates of a norm of at most {plan.server.max_update_norm:g}"
+    found = [longest_by_gradients(plan, stage, _MANY) for stage in plan.stages]
+    if None in found:
+        return "no bound on the norm of updates follows from the plan but that of the others in a round"
+    return f"updates of a norm of at most {max(x for x in found if x is not None):.3g} and what their noise adds"
 
 
 def _rate(local: Any) -> str:

@@ -6,9 +6,11 @@ personalization of Li et al., "Ditto", ICML 2021, https://arxiv.org/abs/2012.042
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,7 +21,7 @@ from cotune.models.sharing import SharedModel, State
 __all__ = ["corrected", "fit_head", "head_names", "head_scores", "last_layer"]
 
 _ITERATIONS = 60
-_TOLERANCE = 1e-5
+_TOLERANCE = 1e-6
 
 
 def head_names(model: SharedModel) -> list[str]:
@@ -74,19 +76,12 @@ def fit_head(model: SharedModel, features: Tensor, targets: Tensor, *, start: St
     anchors = [toward[name].to(device) for name in names]
     rows, numbers = features.to(device), targets.to(device)
     strength = pull * float(features.square().sum(dim=1).mean())
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=_ITERATIONS, tolerance_grad=_TOLERANCE, history_size=10, line_search_fn="strong_wolfe"
-    )
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
-        total = functional.cross_entropy(reader(rows).logits.float(), numbers)
-        pairs = zip(parameters, anchors, strict=True)
-        total = total + strength / 2 * torch.stack([(p - a).square().sum() for p, a in pairs]).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
+        apart = torch.stack([(p - a).square().sum() for p, a in zip(parameters, anchors, strict=True)]).sum()
+        return functional.cross_entropy(reader(rows).logits.float(), numbers) + strength / 2 * apart
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call,arg-type]
+    _minimize(loss, parameters)
     found = model.state(names)
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise RunError("the head that was fitted to the own records is not finite: expected finite features")
@@ -108,15 +103,38 @@ def corrected(model: SharedModel, head: State, features: Tensor, targets: Tensor
 
 
 def _scale_and_shift(scores: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-    log_scale, shift = torch.zeros(1, requires_grad=True), torch.zeros(scores.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_scale, shift], max_iter=_ITERATIONS, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+    wide = scores.double()
+    log_scale = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    shift = torch.zeros(scores.shape[1], dtype=torch.float64, requires_grad=True)
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
         penalty = (shift.square().sum() + log_scale.square().sum()) / (2 * len(targets))
-        total = functional.cross_entropy(scores * log_scale.exp() + shift, targets) + penalty
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
+        return functional.cross_entropy(wide * log_scale.exp() + shift, targets) + penalty
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call,arg-type]
-    return float(log_scale.detach().exp()), shift.detach()
+    _minimize(loss, [log_scale, shift])
+    return float(log_scale.detach().exp()), shift.detach().float()
+
+
+def _minimize(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
+    """Move the parameters to where the loss is smallest, by L-BFGS (Byrd et al., SIAM J. Sci. Comput. 16, 1995).
+
+    scipy's keeps the best point where rounding in float32 ends its line search early; torch's may step to infinity there.
+    """
+    from scipy.optimize import minimize
+
+    ends = np.cumsum([parameter.numel() for parameter in parameters])[:-1]
+
+    @torch.no_grad()
+    def put(point: NDArray[np.float64]) -> None:
+        for parameter, piece in zip(parameters, np.split(point, ends), strict=True):
+            parameter.copy_(torch.as_tensor(piece).reshape(parameter.shape))
+
+    def at(point: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        put(point)
+        value = loss()
+        gradients = torch.autograd.grad(value, list(parameters))
+        return float(value.detach()), torch.cat([g.detach().double().cpu().reshape(-1) for g in gradients]).numpy()
+
+    start = torch.cat([p.detach().double().cpu().reshape(-1) for p in parameters]).numpy()
+    found = minimize(at, start, jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS, "gtol": _TOLERANCE})
+    put(found.x)

@@ -51,7 +51,8 @@ class Answers:
     @property
     def right(self) -> NDArray[np.bool_]:
         """(n,) which answers are right."""
-        return self.truth == self.told
+        right: NDArray[np.bool_] = self.truth == self.told
+        return right
 
 
 @dataclass(frozen=True)
@@ -160,4 +161,9 @@ def _percentiles(values: NDArray[np.float64]) -> Interval:
 
 def answers_of(truth: Sequence[int], told: Sequence[int], units: Sequence[int], classes: int) -> Answers:
     """Return answers from plain lists."""
-    return Answers(*(np.asarray(values, dtype=np.int64) for values in (truth, told, units)), classes)
+    return Answers(
+        truth=np.asarray(truth, dtype=np.int64),
+        told=np.asarray(told, dtype=np.int64),
+        units=np.asarray(units, dtype=np.int64),
+        classes=classes,
+    )

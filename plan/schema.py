@@ -145,7 +145,18 @@ class RoundsConfig(Table):
         "ignore", description="of updates that come after their round: fold them into a later one, with less weight"
     )
     max_staleness: int = Field(2, ge=1, le=100, description="with late = fold: rounds that an update may be late")
-    max_update_norm: float = Field(1e4, gt=0, le=1e12, description="updates with a larger L2 norm are refused")
+    max_update_norm: float | None = Field(
+        None,
+        gt=0,
+        le=1e12,
+        description="updates with a larger L2 norm are refused; absent: as far as training can go by the plan",
+    )
+    max_accuracy_drop: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="a round after which the accuracy on the coordinator's test set has fallen by more is not applied; 1: never",
+    )
     max_examples: int = Field(10_000_000, ge=1, le=10**12, description="updates that declare more records are refused")
     strikes: int = Field(
         3,

@@ -14,7 +14,8 @@ can leave 56,843 times the clip norm in rounding errors. Here each clipped gradi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,10 @@ from cotune.privacy.per_example import Batch, Batches, LossPerExample, PerExampl
 from cotune.privacy.randomness import PoissonSampler, private_generator
 
 __all__ = ["Batch", "Batches", "Clipping", "LossPerExample", "StepReport", "check_clipping", "check_row_bits", "private_steps"]
+
+_VANISHED = 1e-4  # norm of a made-up row's gradient below which the state says nothing about how gradients are made
+_SHRINK = 0.1
+_SHRINKS = 6  # states of more than 1e4 are refused before
 
 
 @dataclass(frozen=True)
@@ -133,8 +138,51 @@ def check_clipping(
         has no gradient, as then nothing would be compared.
     """
     params = [p for p in module.parameters() if p.requires_grad]
-    gradients = [torch.autograd.grad(loss(row).sum(), params) for row in alone]
-    norms = [math.sqrt(sum(float(g.double().pow(2).sum()) for g in grads)) for grads in gradients]
+    with _in_reach(params, lambda: _norms_of(_gradients(loss, alone, params))):
+        return _error_of_sums(module, loss, params, batches, alone, clip_norm, clipping)
+
+
+@contextmanager
+def _in_reach(params: Sequence[nn.Parameter], norms: Callable[[], list[float]]) -> Iterator[None]:
+    """Shrink the parameters inside the block until no row is so sure of its class that its gradient vanishes.
+
+    A state can be saturated, by training or by an attack: its losses are exactly 0, and say nothing about how gradients are
+    made. Wiring does not depend on the state.
+    """
+    before = [p.detach().clone() for p in params]
+    try:
+        for _ in range(_SHRINKS):
+            if min(norms()) > _VANISHED:
+                break
+            with torch.no_grad():
+                for p in params:
+                    p.mul_(_SHRINK)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(params, before, strict=True):
+                p.copy_(value)
+
+
+def _gradients(loss: LossPerExample, alone: Sequence[Batch], params: Sequence[nn.Parameter]) -> list[tuple[Tensor, ...]]:
+    return [torch.autograd.grad(loss(row).sum(), params) for row in alone]
+
+
+def _norms_of(gradients: Sequence[tuple[Tensor, ...]]) -> list[float]:
+    return [math.sqrt(sum(float(g.double().pow(2).sum()) for g in grads)) for grads in gradients]
+
+
+def _error_of_sums(
+    module: nn.Module,
+    loss: LossPerExample,
+    params: Sequence[nn.Parameter],
+    batches: Batches,
+    alone: Sequence[Batch],
+    clip_norm: float,
+    clipping: Clipping,
+) -> float:
+    gradients = _gradients(loss, alone, params)
+    norms = _norms_of(gradients)
     if not min(norms) > 0:
         return math.inf  # nothing to compare: the check would pass whatever Opacus did
     units = [[row] for row in range(len(alone))]

@@ -71,7 +71,7 @@ class TrainingRules(Table):
     base_models: tuple[str, ...] = Field((), description="hashes of the models that may be trained, as `plan check` shows them")
     train_modes: tuple[str, ...] = Field(("head", "lora"), description="head, lora, full")
     weightings: tuple[str, ...] = Field(_EVERYTHING, description="of the strategy")
-    fusions: tuple[str, ...] = Field(("mean",), description="of the strategy")
+    fusions: tuple[str, ...] = Field(("mean", "robust"), description="of the strategy")
     client_terms: tuple[str, ...] = Field((), description="of the strategy: what is added to the gradients here, and kept here")
 
     def rank_for(self, planned: int) -> int:

@@ -26,7 +26,7 @@ from cotune.server.step import served_of
 from cotune.server.strikes import left_out
 from cotune.server.summary import dumps, identity, performance
 
-__all__ = ["bytes_of", "conclude", "epsilon_stated"]
+__all__ = ["bytes_of", "conclude", "epsilon_stated", "weight_of"]
 
 _TOLD = "what an organization's own policy lets out without noise"
 _NOT_KNOWN = (
@@ -146,11 +146,18 @@ def _organisation(folder: RunFolder, name: str, progress: Progress, events: Iter
         "epsilon_allowed": privacy.epsilon if isinstance(privacy, RecordPrivacy) else None,
         "rounds": sum(name in entry["participants"] for entry in progress.history),
         "bytes_up": bytes_of(events, name),
+        "weight": weight_of(progress.history, name),
         "dropped": sum(dropped["organisation"] == name for entry in progress.history for dropped in entry["dropped"]),
         "quarantined": sum(name in entry["quarantined"] for entry in progress.history),
         "left_out": name in left_out(folder, progress.history),
         "delivered": name in confirmed(folder),
     }
+
+
+def weight_of(history: Iterable[Mapping[str, Any]], name: str) -> float | None:
+    """The share of an organization in the last round that it took part in, of 1; None where it took part in none."""
+    shares = [entry["weights"][name] for entry in history if name in entry.get("weights", {})]
+    return float(shares[-1]) if shares else None
 
 
 def bytes_of(events: Iterable[Mapping[str, Any]], name: str) -> int:

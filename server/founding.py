@@ -21,6 +21,7 @@ from cotune.plan.schema import Plan
 from cotune.server import certificates
 from cotune.server.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.instructions import instructions
+from cotune.server.robust_default import with_robust_default
 from cotune.server.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
 from cotune.strategies.plugins import content_of
 
@@ -37,7 +38,7 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
     if path.exists() or path.is_symlink():
         raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
     pick_device(config.device)
-    resolved = _resolved(plan, config)
+    resolved = with_robust_default(_resolved(plan, config))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700

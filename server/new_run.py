@@ -14,6 +14,7 @@ from cotune.models.records import check_labels, read_records
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
 from cotune.server.federation import FederationFolder
+from cotune.server.robust_default import check_counts, notes_of
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.suitability import check_suits
 
@@ -51,6 +52,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     if not people:
         raise RunError("the federation has no members: invite one first (`cotune server invite`)")
     check_suits(plan, len(people), server_data=False)
+    check_counts(plan, federation.members.active())
     if test := _test_file(federation):
         check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels)
     path = _folder(federation, plan, name)
@@ -60,9 +62,12 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     try:
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
         _write_test(federation, plan, path)
-        return RunFolder.create(path, plan, file)
+        folder = RunFolder.create(path, plan, file)
     except OSError as error:
         raise RunError(f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access") from None
+    for note in notes_of(plan, federation.members.active()):
+        folder.events.tell("note", text=note)
+    return folder
 
 
 def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:

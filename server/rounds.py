@@ -20,6 +20,7 @@ from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics
 from cotune.plan.signatures import TRAIN
 from cotune.plan.statistics import statistic_shapes
+from cotune.server.accuracy_guard import fell, looks_of, seen, suspects
 from cotune.server.addresses import REVOKED, members_of
 from cotune.server.asking import Asking
 from cotune.server.carriers import post_of
@@ -38,6 +39,7 @@ from cotune.strategies.wire import Recipient, encode_requests, received_digest
 
 __all__ = ["run_rounds"]
 
+_HARDLY = 0.1  # of an equal share
 Evaluate = Callable[[State], Metrics | None]
 
 
@@ -144,12 +146,40 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     if client_level:
         client_level.charge(round)
     moved, memory = move(plan, before, state, combination.result(), context)
-    entry = tally.entry(round, stage.mode, run.evaluate(served(plan, moved, memory)), time.monotonic() - started)
+    metrics, looks = run.evaluate(served(plan, moved, memory)), looks_of(combination)
+    kept = _metrics_before(run, before, state)
+    applied = not fell(kept, metrics, plan.server.max_accuracy_drop)
+    entry = tally.entry(round, stage.mode, metrics, time.monotonic() - started)
+    entry |= {"applied": applied, **seen(looks, tally.people), "suspects": [] if applied else suspects(looks)}
+    _tell_of_small_weights(folder, before, round, entry["weights"])
+    if not applied:
+        moved, memory = dict(state), dict(before.memory)
+        entry |= {"metrics": kept, "metrics_not_applied": entry["metrics"]}
+        folder.events.tell("round_not_applied", round=round, accuracy=metrics and metrics.accuracy, suspects=entry["suspects"])
     clip_norm = None
     if client_level and private_mean:
         entry["client_privacy"] = client_level.entry(before, private_mean)
         clip_norm = client_level.next_clip_norm(before, private_mean)
     return Progress(round, moved, memory, (*before.history, entry), clip_norm)
+
+
+def _metrics_before(run: _Run, before: Progress, state: State) -> Mapping[str, float] | None:
+    """Of the model that the round begins with: before the first that of the one that everybody received."""
+    if run.folder.plan.server.max_accuracy_drop >= 1:
+        return None
+    if before.history:
+        found: Mapping[str, float] | None = before.history[-1]["metrics"]
+        return found
+    metrics = run.evaluate(served(run.folder.plan, state, before.memory))
+    return None if metrics is None else metrics.as_dict()
+
+
+def _tell_of_small_weights(folder: RunFolder, before: Progress, round: int, weights: Mapping[str, float]) -> None:
+    """Once: who trains for the whole ε and has hardly a say, most often because others state their numbers by another rule."""
+    known = {name for entry in before.history for name in entry.get("weights", {})}
+    for name, share in weights.items():
+        if name not in known and share * len(weights) < _HARDLY:
+            folder.events.tell("weight_is_small", round=round, organisation=name, weight=share)
 
 
 def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Member]) -> tuple[list[Participant], Tally]:

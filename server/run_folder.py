@@ -80,7 +80,8 @@ class Progress:
     @property
     def admitted(self) -> dict[str, int]:
         """Organisation -> the last round whose update of it is in the model."""
-        return {name: int(entry["round"]) for entry in self.history for name in entry["participants"]}
+        applied = [entry for entry in self.history if entry.get("applied", True)]
+        return {name: int(entry["round"]) for entry in applied for name in entry["participants"]}
 
 
 class RunFolder:

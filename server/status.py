@@ -9,7 +9,7 @@ from typing import Any
 from cotune.models.errors import RunError
 from cotune.privacy.rounding import rounded_up
 from cotune.server.certificates import check
-from cotune.server.conclusion import bytes_of, epsilon_stated
+from cotune.server.conclusion import bytes_of, epsilon_stated, weight_of
 from cotune.server.delivery import confirmed
 from cotune.server.events import read_events
 from cotune.server.federation import FederationFolder
@@ -38,8 +38,8 @@ History = Sequence[Mapping[str, Any]]  # of the finished rounds
 @dataclass(frozen=True)
 class OrganisationStatus:
     """connection: online, offline, or unknown while the server does not run. last_round: whose update entered the model; 0:
-    none. strikes: refused updates and time-outs in the run. word: what came of it last, in words. epsilon: as it stated it,
-    rounded up; None: it stated none."""
+    none. weight: its share in the last round that it took part in. strikes: refused updates and time-outs in the run. word: what
+    came of it last, in words. epsilon: as it stated it, rounded up; None: it stated none."""
 
     name: str
     invited: str
@@ -49,6 +49,7 @@ class OrganisationStatus:
     word: str
     epsilon: float | None
     bytes_up: int
+    weight: float | None = None
     strikes: int = 0
 
 
@@ -165,6 +166,7 @@ def _organisation(
         word=_word(member, run, history, events),
         epsilon=None if stated is None else rounded_up(stated),
         bytes_up=bytes_of(events, name),
+        weight=weight_of(history, name),
         strikes=0 if run is None else strikes_of(run, history)[name],
     )
 

@@ -91,8 +91,10 @@ _COLUMNS = {
 
 
 def _means_note(summary: Summary) -> str:
-    means = summary["worth"]["own_means"]
-    said = ", ".join(f"{_COLUMNS[name]} {percent(means[name]['accuracy'])}" for name in _COLUMNS if means[name] is not None)
+    means, names = summary["worth"]["own_means"], dict(_COLUMNS)
+    if not is_private(summary):
+        names["alone"] = "alone, as the plan trains"
+    said = ", ".join(f"{names[name]} {percent(means[name]['accuracy'])}" for name in names if means[name] is not None)
     how = "the federated model, which each has adapted to itself" if means["adapted"] else "the federated model"
     return (
         f"Joining means {how}; alone means without privacy, which nobody needs who shares nothing. Mean accuracy on own held-out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from cotune.models.errors import RunError
 from cotune.plan.schema import Plan
+from cotune.plan.update_norm import longest_update
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.server.admission import most_bytes, reason_to_refuse
 from cotune.server.members import Member
@@ -49,9 +51,12 @@ class Verify:
         members: Mapping[str, Member],
     ) -> None:
         self._plan, self._round, self._members = plan, context.round, members
+        stage = plan.stage_of(context.round)
+        local, start = stage.local, math.sqrt(math.fsum(float(t.double().pow(2).sum()) for t in shapes.values()))
+        entries = sum(tensor.numel() for tensor in shapes.values())
+        self._longest = partial(longest_update, plan, stage, entries=entries, start=start)
         own = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
         self.most_bytes = most_bytes(len(plan.canonical().encode()), own, statistics)
-        local = plan.stage_of(context.round).local
         self._refuse = partial(
             reason_to_refuse,
             round=context.round,
@@ -60,7 +65,6 @@ class Verify:
             steps_of=None if local.epochs is None else local.steps_of,
             most_steps=local.steps,
             smaller=context.adapters if plan.mixed_ranks else (),
-            max_norm=plan.server.max_update_norm,
             noise_needed=plan.privacy != "none" and plan.strategy.compares_noise,
             loss_needed="loss" in plan.strategy.sends,
             received=received,
@@ -81,7 +85,11 @@ class Verify:
             update = decode_update(reply.content, self._plan.plan_id)
         except RunError as error:
             return Opened(None, one_line(str(error)), refused=True)  # it may repeat a stranger's words
-        reason = self._refuse(update, organisation=organisation, examples=self._examples(organisation))
+        allowed = self._examples(organisation)
+        longest = self._longest(examples=min(max(update.examples, allowed[0]), allowed[1]))
+        reason = self._refuse(
+            update, organisation=organisation, examples=allowed, max_norm=math.inf if longest is None else longest
+        )
         return Opened(update) if reason is None else Opened(None, one_line(reason), refused=True)
 
     def _examples(self, organisation: str) -> tuple[int, int]:

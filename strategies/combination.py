@@ -10,9 +10,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from cotune.models.errors import RunError
@@ -21,7 +23,7 @@ from cotune.strategies.round import Fused, RoundContext, Weighed
 from cotune.strategies.sums import Contribution, norm, total
 from cotune.strategies.updates import Delta, Update, not_finite
 
-__all__ = ["Combination", "WeightedFusion"]
+__all__ = ["Combination", "UpdateLook", "WeightedFusion"]
 
 
 class Combination(Protocol):
@@ -30,6 +32,39 @@ class Combination(Protocol):
     def add(self, update: Update) -> None: ...
 
     def result(self) -> Delta | Fused: ...
+
+
+@dataclass(frozen=True)
+class UpdateLook:
+    """share: of the round's weight. norm: of the update as it came. distance, cosine: to the middle of the updates (the median of
+    every coordinate); None where the server has not held them, or where two cannot have a middle.
+    """
+
+    share: float
+    norm: float
+    distance: float | None = None
+    cosine: float | None = None
+
+
+def _apart(held: Sequence[Update]) -> dict[str, tuple[float, float]]:
+    """Organization -> (distance, cosine) of its delta to the median of every coordinate, over the parameters that all sent."""
+    if len(held) < 3:
+        return {}
+    sums: dict[str, list[float]] = {update.organisation: [0.0, 0.0, 0.0] for update in held}
+    length = 0.0
+    for name, first in held[0].delta.items():
+        deltas = [u.delta[name].double() for u in held if name in u.delta and u.delta[name].shape == first.shape]
+        if len(deltas) < len(held):
+            continue
+        middle = torch.stack(deltas).median(dim=0).values
+        length += float(middle.pow(2).sum())
+        for update, delta in zip(held, deltas, strict=True):
+            found = ((delta - middle).pow(2).sum(), (delta * middle).sum(), delta.pow(2).sum())
+            sums[update.organisation] = [a + float(b) for a, b in zip(sums[update.organisation], found, strict=True)]
+    return {
+        name: (math.sqrt(far), inner / math.sqrt(own * length) if own * length > 0 else 0.0)
+        for name, (far, inner, own) in sums.items()
+    }
 
 
 class WeightedFusion:
@@ -51,6 +86,9 @@ class WeightedFusion:
         self._passes = self._fuse() if self._in_sums else None
         self._contribute: Contribution | None = next(self._passes) if self._passes is not None else None
         self._count, self._weights, self._squares = 0, 0.0, 0.0
+        self._seen: dict[str, tuple[float, float]] = {}  # organization -> the weight and the norm of its update
+        self._given: Mapping[str, float] = {}
+        self._places: Mapping[str, tuple[float, float]] = {}
 
     def add(self, update: Update, staleness: int = 0) -> None:
         """Takes an update; one that is late by s rounds counts (1 + s)^(-½) times as much: Xie et al. 2019,
@@ -75,7 +113,9 @@ class WeightedFusion:
                 f'the weighting "{self._weighting[0].name}" gave {update.organisation[:80]} the weight {weight!r:.60}: expected a'
                 " finite number, 0 or more"
             )
-        square, mean = norm(update.delta) ** 2, sum(values) / max(1, len(values))
+        length, mean = norm(update.delta), sum(values) / max(1, len(values))
+        square = length**2
+        self._seen[update.organisation] = (mean, length)
         self._weights, self._squares = self._weights + mean, self._squares + mean * square
         return Weighed(update, weight, self._context.state)
 
@@ -98,10 +138,20 @@ class WeightedFusion:
         if not self._weights > 0:
             raise RunError(f'the weighting "{self._weighting[0].name}" gave every update the weight 0: expected one above')
         found = self._passed(weighed) if self._passes is not None else self._fuse(weighed)
-        self._held.clear()
         fused = found if isinstance(found, Fused) else Fused(found)
+        self._given, self._places = fused.weights, _apart(self._held)
+        self._held.clear()
         _check(info.name, fused.delta, self._context.state)
         return Fused(fused.delta, self._count, self._squares / self._weights, fused.memory)
+
+    def looks(self) -> dict[str, UpdateLook]:
+        """Organization -> what its update looked like; after `result`."""
+        total_weight = sum(weight for weight, _ in self._seen.values())
+        shares = self._given or {name: weight / total_weight for name, (weight, _) in self._seen.items() if total_weight > 0}
+        return {
+            name: UpdateLook(shares.get(name, 0.0), length, *self._places.get(name, (None, None)))
+            for name, (_, length) in self._seen.items()
+        }
 
     def _weigh_all(self) -> list[Weighed]:
         weights: Sequence[Any] = (

@@ -28,6 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "krum": {"weighting": "uniform", "fusion": "krum"},
     "multi_krum": {"weighting": "uniform", "fusion": "multi_krum"},
     "bulyan": {"weighting": "uniform", "fusion": "bulyan"},
+    "robust": {"fusion": "robust"},
     "rfa": {"fusion": "geometric_median"},
     "norm_bound": {"fusion": "norm_bound"},
     "centred_clipping": {"weighting": "uniform", "fusion": "centred_clipping"},
@@ -83,7 +84,7 @@ def expand(table: Mapping[str, Any]) -> dict[str, Any]:
             if name in builtin(kind):
                 raise ValueError(f'"{name}" is a part and no strategy: expected strategy.{kind} = "{name}"')
         raise ValueError(f'unknown strategy "{name}"{nearest(name, RECIPES)}')
-    wanted = parts_of(name) if name in RECIPES else {"fusion": {"name": name}}
+    wanted = {"fusion": "mean", **parts_of(name)} if name in RECIPES else {"fusion": {"name": name}}
     strategy = {**wanted, **{key: _with_name(wanted.get(key), value) for key, value in given.items() if key != "recipe"}}
     lora = _lora(name, RECIPES.get(name, {}).get("lora", {}), table)
     return {**table, "strategy": strategy, **({"lora": lora} if lora else {})}

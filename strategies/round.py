@@ -89,9 +89,13 @@ class Weighed:
 
 @dataclass(frozen=True)
 class Fused:
-    """What a round's updates have become: D, how many there were, Σ p_k ‖Δ_k‖², and what the fusion remembers."""
+    """What a round's updates have become: D, how many there were, Σ p_k ‖Δ_k‖², and what the fusion remembers.
+
+    weights: organization -> the share p_k that a fusion has given its update, where that is not its weight's.
+    """
 
     delta: Delta
     participants: int = 1
     mean_squared_norm: float = 0.0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)

@@ -14,7 +14,11 @@ from cotune.strategies.round import Weighed
 from cotune.strategies.sums import Sums, mean_of, norm, weighted
 from cotune.strategies.updates import difference
 
-__all__ = ["geometric_median"]
+__all__ = ["PASSES", "SMOOTHING", "geometric_median", "weiszfeld"]
+
+PASSES = 50  # at most; where nobody is far away, it stays after about twenty
+SMOOTHING = 1e-6
+_STILL = 1e-12  # of the center's length: a pass that moves it by less is the last
 
 
 @fusion(
@@ -24,21 +28,28 @@ __all__ = ["geometric_median"]
     scales=False,
 )
 def geometric_median(
-    *, passes: Annotated[int, Field(ge=1, le=1000)] = 4, smoothing: Annotated[float, Field(gt=0)] = 1e-6
+    *, passes: Annotated[int, Field(ge=1, le=1000)] = PASSES, smoothing: Annotated[float, Field(gt=0)] = SMOOTHING
 ) -> Sums:
-    """D = argmin_z Σ p_k ‖Δ_k − z‖, by smoothed Weiszfeld: from the weighted mean on, z = Σ β_k Δ_k / Σ β_k, several times.
+    """D = argmin_z Σ p_k ‖Δ_k − z‖, by smoothed Weiszfeld: from the weighted mean on, z = Σ β_k Δ_k / Σ β_k, until it stays.
 
     β_k = p_k / max(ν, ‖Δ_k − z‖), so that who is far away pulls no more than who is near.
 
-    passes: over the updates, after the one for the mean; each divides the pull of one update that is very far away by about the
-    number of the others. smoothing: ν, a length of deltas.
+    passes: over the updates, after the one for the mean, at most; each divides the pull of one update that is very far away by
+    about the number of the others. smoothing: ν, a length of deltas.
     """
-    centre = mean_of((yield weighted))
+    return (yield from weiszfeld(passes, smoothing))
+
+
+def weiszfeld(passes: int, smoothing: float) -> Sums:
+    """The passes of the rule, for any number of updates with their weights."""
+    center = mean_of((yield weighted))
     for _ in range(passes):
-        centre = mean_of((yield partial(_pulling, centre=centre, smoothing=smoothing)))
-    return centre
+        before, center = center, mean_of((yield partial(_pulling, center=center, smoothing=smoothing)))
+        if norm(difference(center, before)) <= _STILL * norm(center):
+            break
+    return center
 
 
-def _pulling(update: Weighed, centre: Mapping[str, Tensor], smoothing: float) -> dict[str, Tensor]:
-    distance = max(smoothing, norm(difference(update.delta, centre)))
+def _pulling(update: Weighed, center: Mapping[str, Tensor], smoothing: float) -> dict[str, Tensor]:
+    distance = max(smoothing, norm(difference(update.delta, center)))
     return {name: tensor / distance for name, tensor in weighted(update).items()}

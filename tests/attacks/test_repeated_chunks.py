@@ -52,6 +52,7 @@ def bomb(honest: Parcel) -> Parcel:
 
 def request(plan: Plan, state: State) -> RecordDict:
     (content,) = encode_requests(plan.canonical(), 1, state, [Recipient("clinic")])
+    sign_request(content)
     return content
 
 
@@ -66,7 +67,9 @@ def test_the_size_is_known_before_anything_is_made(make_plan: Callable[..., Plan
     state = state_for(plan)
     honest = parcel(request(plan, state))
     values = sum(4 * tensor.numel() for tensor in state.values())
-    assert values < inflated_bytes(honest.number, honest.pieces) < values + 200 * len(state)
+    assert (
+        values < inflated_bytes(honest.number, honest.pieces) < values + 200 * len(state) + 4096
+    )  # names, and the signed statement
     assert inflated_bytes(honest.number, bomb(honest).pieces) >= 2**36
     with pytest.raises(TooMuch):
         bomb(honest).message(2**30)

@@ -22,6 +22,7 @@ from cotune.models.sharing import State
 from cotune.plan.model import model_of, state_shapes
 from cotune.plan.schema import Plan
 from cotune.strategies.wire import Recipient, encode_requests
+from tests.support.signing import sign_request
 
 PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
 
@@ -29,6 +30,7 @@ PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
 def ask(plan: Plan, site: Site, state: State, kind: str, round: int = 1, sent: State | None = None) -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     (content,) = encode_requests(plan.canonical(), round, state, [Recipient("clinic")], sent)
+    sign_request(content, "finished" if kind == "evaluate" else "train")
     message = Message(content, 2, kind, group_id=str(round))
     message.metadata.__dict__["_message_id"] = "7"
     config = UserConfig({"site": str(site.folder)})

@@ -109,8 +109,10 @@ def test_simulate_shows_lines_then_the_answer(cotune: Cotune, folder: Path) -> N
         figures = " +".join(f"{metrics[key]:.3f}" for key in ("accuracy", "precision", "recall", "f1"))
         assert re.search(rf"{name} +{figures}", shown.out)
     for o in summary["organisations"]:
+        columns = ("majority", "alone", "alone_without_privacy", "federated", "adapted")
+        own = " +".join(f"{o['own'][key]['accuracy']:.3f}" for key in columns)
         gain = re.escape(f"{o['gain']:+.3f}")
-        assert re.search(rf"{o['name']} +{o['examples']} +{o['alone']['accuracy']:.3f} +{gain}", shown.out)
+        assert re.search(rf"{o['name']} +{own} +{gain} +{o['own']['records']} +{o['worth']['answer'][:3]}", shown.out)
     for file in ("report.html", "summary.json", "model"):
         assert f"{folder / 'run' / file}" in shown.out
     assert "\x1b" not in shown.out
@@ -123,7 +125,7 @@ def test_with_privacy_the_epsilon_of_each_organisation_is_shown(cotune: Cotune, 
     assert "No differential privacy" not in shown.out
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     for o in summary["organisations"]:
-        found = re.search(rf"{o['name']} +{o['examples']} +– +– +([\d.]+) +3\b", shown.out)
+        found = re.search(rf"{o['name']} +{o['examples']} +{o['rounds']} +([\d.]+) +3\b", shown.out)
         assert found
         assert o["epsilon_spent"] <= float(found[1]) <= 3.0  # never shown smaller than it is
     assert re.search(r"round 2/2 .*ε [23]\.\d", shown.out)

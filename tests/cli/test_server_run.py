@@ -77,7 +77,7 @@ def test_in_a_pipe_no_line_is_broken_and_no_word_cut(
     run = real_run(fed, name="one")
     run.events.tell("update_dropped", round=1, organisation="hospital-b", reason="declined: its rule privacy does not allow it")
     lines = [line.split() for line in cotune("server", "status", fed.path).out.splitlines()]
-    told = "hospital-b unknown – – 0 B dropped in round 1: declined: its rule privacy does not allow it"
+    told = "hospital-b unknown – – – 0 B – dropped in round 1: declined: its rule privacy does not allow it"
     assert told.split() in lines
 
 

@@ -28,7 +28,7 @@ def model(base_model: Callable[[str], Path]) -> SharedModel:
 
 def records(count: int, seed: int = 0, mix: tuple[float, ...] = (1, 1, 1)) -> OwnRecords:
     generator = torch.Generator().manual_seed(seed)
-    targets = torch.multinomial(torch.tensor(mix), count, replacement=True, generator=generator)
+    targets = torch.multinomial(torch.tensor(mix, dtype=torch.float64), count, replacement=True, generator=generator)
     features = POINTS[targets] + 2 * torch.randn(count, 16, generator=generator)
     return own_records(features, targets.tolist(), range(count), 3)
 

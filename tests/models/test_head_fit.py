@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import softmax
+from torch.nn.functional import cross_entropy, softmax
 
 from cotune.models.base import ModelConfig
 from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
@@ -31,7 +33,7 @@ def head(model: SharedModel) -> State:
 def records(count: int, seed: int = 0, mix: tuple[float, ...] = (1, 1, 1)) -> tuple[Tensor, Tensor]:
     """Features around a point for each class."""
     generator = torch.Generator().manual_seed(seed)
-    targets = torch.multinomial(torch.tensor(mix), count, replacement=True, generator=generator)
+    targets = torch.multinomial(torch.tensor(mix, dtype=torch.float64), count, replacement=True, generator=generator)
     points = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     return points[targets] + 1.5 * torch.randn(count, 16, generator=generator), targets
 
@@ -57,6 +59,24 @@ def test_a_strong_pull_leaves_the_head_and_none_fits_the_records(model: SharedMo
     assert all((held[name] - head[name]).abs().max() < 1e-3 for name in head)
     loose = fit_head(model, features, targets, start=head, toward=head, pull=1e-6)
     assert (head_scores(model, loose, features).argmax(dim=1) == targets).float().mean() > 0.95
+
+
+@given(st.floats(-3, 4), st.floats(-4, 1), st.integers(0, 99))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_start_and_no_size_makes_a_fit_fail(model: SharedModel, head: State, size: float, pull: float, seed: int) -> None:
+    """Heads that noise has blown up are started from, and fitted once more where nothing is left to gain: never worse."""
+    features, targets = records(40, seed)
+    start = {name: 10**size * tensor for name, tensor in head.items()}
+
+    def loss(of: State) -> float:
+        apart = sum(float((of[name] - head[name]).square().sum()) for name in head)
+        strength = 10**pull * float(features.square().sum(dim=1).mean())
+        return float(cross_entropy(head_scores(model, of, features), targets)) + strength / 2 * apart
+
+    once = fit_head(model, features, targets, start=start, toward=head, pull=10**pull)
+    twice = fit_head(model, features, targets, start=once, toward=head, pull=10**pull)
+    assert loss(once) <= loss(start) * (1 + 1e-5)
+    assert loss(twice) <= loss(once) * (1 + 1e-5)
 
 
 def test_a_corrected_head_tells_each_class_as_often_as_it_is_there(model: SharedModel, head: State) -> None:

@@ -206,7 +206,9 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "server.max_examples": st.integers(1, 10**9),
     "server.strikes": st.integers(0, 10**5),
     "server.deadline_seconds": st.floats(0, 2e6, exclude_min=True),
+    "server.max_accuracy_drop": st.floats(0, 1, exclude_min=True),
     "server.max_update_norm": st.floats(0, 1e6, exclude_min=True),
+    "personalize.folds": st.integers(2, 20),
     "simulation.clients": st.integers(1, 10_000),
     "simulation.min_examples": st.integers(1, 10**6),
 }

@@ -27,7 +27,7 @@ def test_the_defaults_are_strict() -> None:
     assert policy.budget.largest_delta(1000) == pytest.approx(1e-4)
     assert (policy.tell.local_metrics, policy.tell.label_histogram, policy.tell.local_loss) == ("none", "none", "none")
     assert not policy.tell.statistics
-    assert (policy.training.fusions, policy.training.client_terms) == (("mean",), ())
+    assert (policy.training.fusions, policy.training.client_terms) == (("mean", "robust"), ())
 
 
 def test_an_empty_file_is_the_strict_default(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_every_rule_is_explained() -> None:
         for rule in entries:
             line = next(line for line in text.splitlines() if line.removeprefix("# ").startswith(f"{rule} ="))
             assert len(line.split("  # ")[1]) > 10
-    assert tomllib.loads(text)["training"]["fusions"] == ["mean"]
+    assert tomllib.loads(text)["training"]["fusions"] == ["mean", "robust"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ FIELDS = {
             "dropped",
             "quarantined",
             "absent",
+            "timed_out",
             "left_out",
             "late",
             "bytes_up",

@@ -479,5 +479,5 @@ def test_a_real_run_of_many_classes_has_a_report(summary: Summary) -> None:
     summary["test"] |= dict.fromkeys(["alone", "alone_without_privacy", "adapted", "pooled"])
     summary |= {"worth": None, "partition": None}
     page = Page(render_report(summary))
-    assert page.row("org-2") == ["2 of 3, then left out", "6.50 of 8.00", "4.6 kB", "0", "1", "not confirmed"]
+    assert page.row("org-2") == ["2 of 3, then left out", "–", "6.50 of 8.00", "4.6 kB", "0", "1", "not confirmed"]
     assert "worth joining" not in page.text

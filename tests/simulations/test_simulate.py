@@ -110,6 +110,8 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
             "client_privacy",
             "model",
             "labels",
+            "partition",
+            "worth",
             "test",
         ),
         *("organisations", "rounds", "bytes", "seconds", "peak_memory_bytes", "versions", "reproduce"),
@@ -117,7 +119,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
     fields = {"mode", "epsilon", "delta", "clip_norm", "claim", "claim_table", "epsilon_all_models", "statement"}
     assert set(summary["privacy"]) == fields
     assert set(summary["model"]) == {"base", "base_hash", "parameters", "shared_parameters"}
-    assert set(summary["test"]) == {"examples", "majority", "alone", "federated", "pooled"}
+    assert set(summary["test"]) == {"examples", "majority", "alone", "alone_without_privacy", "federated", "adapted", "pooled"}
     assert set(summary["test"]["alone"]) == {"mean", "each"}
     metrics = [summary["test"][key] for key in ("majority", "federated", "pooled")]
     metrics += [summary["test"]["alone"]["mean"], *summary["test"]["alone"]["each"].values()]
@@ -139,12 +141,21 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
                 "epsilon_allowed",
                 "delta",
             ),
-            *("noise_multiplier", "sample_rate", "steps", "rounds", "own"),
+            *("noise_multiplier", "sample_rate", "steps", "rounds", "own", "common", "worth", "adaptation"),
         }
+        columns = {"majority", "alone", "alone_without_privacy", "federated", "adapted"}
+        for where in ("own", "common"):
+            assert set(organisation[where]) == {"records", "accuracy", *columns}
+            for column in columns:
+                assert set(organisation[where][column]) == METRICS | {"accuracy_interval", "f1_interval"}
+        worth = {"answer", "useful", "joined", "against", "difference", "interval", "p", "test", "few"}
+        assert set(organisation["worth"]) == worth
+        assert set(organisation["adaptation"]) == {"method", "described", "tried"}
+    assert set(summary["worth"]) == {"answer", "answers", "own_means"}
     for entry in summary["rounds"]:
         assert set(entry) == {
             *("round", "stage", "metrics", "epsilon", "told", "client_privacy", "participants", "dropped"),
-            *("quarantined", "absent", "left_out", "late"),
+            *("quarantined", "absent", "timed_out", "left_out", "late"),
             *("bytes_up", "bytes_down", "seconds"),
         }
     assert set(summary["versions"]) >= {"python", "cotune", "flwr", "torch", "transformers", "opacus", "dp-accounting"}
@@ -169,7 +180,11 @@ def test_the_numbers_of_the_summary_agree_with_each_other(done: Done) -> None:
     for o in summary["organisations"]:
         assert 0 <= sum(o["labels"].values()) - o["examples"] <= 1  # one text is there twice, and is one unit
         assert o["alone"] == each[o["name"]]
-        assert o["gain"] == pytest.approx(summary["test"]["federated"]["accuracy"] - o["alone"]["accuracy"])
+        own = o["own"]
+        assert o["gain"] == pytest.approx(own["adapted"]["accuracy"] - own["alone_without_privacy"]["accuracy"])
+        for column in ("alone", "federated"):
+            whole = o["alone"] if column == "alone" else summary["test"]["federated"]
+            assert {key: o["common"][column][key] for key in METRICS} == pytest.approx(whole)
         assert (o["rounds"], o["steps"]) == (plan.rounds, plan.rounds * plan.local.steps)
         number = o["examples"] if plan.privacy == "none" else two_digits(o["examples"])
         assert o["sample_rate"] == pytest.approx(plan.local.sample_rate(number))
@@ -433,7 +448,7 @@ def test_a_baseline_that_cannot_be_trained_does_not_cost_the_run(toy_plan: NewPl
     test, (first, second) = result.summary["test"], result.summary["organisations"]
     assert set(test["alone"]["each"]) == {"org-2"}
     assert test["alone"]["mean"] == test["alone"]["each"]["org-2"]
-    assert (first["alone"], first["gain"]) == (None, None)
+    assert (first["alone"], first["own"]["alone"]) == (None, None)  # without privacy it needs no run of its own
     assert second["gain"] is not None
     failed = [e for e in read_events(result.folder / "events.jsonl") if e["event"] == "baseline_failed"]
     assert [e["baseline"] for e in failed] == ["alone/org-1"]

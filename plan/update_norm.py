@@ -1,0 +1,119 @@
+"""How long an update can be that was trained as the plan says: what is longer was made up, or went wrong.
+
+Under DP-SGD a step's gradient is (Σ clipped + σC·N(0, I)) / B. An optimizer of SGD answers an impulse in step t by h_t, so that
+
+    ‖Δ‖ ≤ Σ_t |h_t| · C · |batch| / B  +  σC/B · √(Σ_t h_t²) · ‖N(0, I_d)‖  +  |a − 1| · ‖θ‖
+
+with a, what weight decay leaves of θ. Adam divides by what it sees: its step is bounded whatever the gradient, by Cauchy-Schwarz
+over its two running means (Kingma & Ba, ICLR 2015, section 2.1, bound the stationary case). Without privacy nothing bounds what
+SGD sends, and a client term adds to the gradients: then no bound follows, and only the round's other updates tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+from cotune.models.errors import PrivacyError
+from cotune.plan.schema import LocalTraining, Plan, Stage
+from cotune.privacy.accounting import RecordPrivacy, calibrate, delta_of
+
+__all__ = ["longest_by_gradients", "longest_update"]
+
+_UNDERSTATED = 2.0  # times as many records in a batch as the declared number expects: a site is warned beyond that
+_OWN_BUDGET = 10.0  # times the plan's noise: of organizations that spend less than it allows
+_TAIL = math.sqrt(2 * math.log(1e12))  # ‖N(0, I_d)‖ is above √d + this with a probability below 1e-12 (Gaussian concentration)
+_SLACK = 1.01  # float32
+_BETAS = (0.9, 0.999)  # torch's defaults of Adam
+_MOST = 1e12  # beyond that it is no bound
+
+
+def longest_update(plan: Plan, stage: Stage, *, examples: int, entries: int, start: float) -> float | None:
+    """Return a bound on ‖Δ‖₂ that honest updates keep but with a probability below 1e-12; None where none follows.
+
+    Args:
+        examples: The declared number N of units, from which batch and noise follow; it is rounded down to two digits.
+        entries: d, parameters that are trained.
+        start: ‖θ‖₂ of these as they are received.
+    """
+    if plan.server.max_update_norm is not None:
+        return plan.server.max_update_norm
+    found = _longest(plan, stage, _two_digits(max(1, examples)), entries, start)
+    return found if found is not None and found <= _MOST else None
+
+
+def _longest(plan: Plan, stage: Stage, examples: int, entries: int, start: float) -> float | None:
+    local = stage.local
+    if local.optimizer != "sgd":
+        steps = local.steps_of(examples)
+        decayed = 1 - (1 - min(1.0, _rate(local) * local.weight_decay)) ** steps if local.optimizer == "adamw" else 0.0
+        return _SLACK * (_rate(local) * sum(_adam_factors(steps)) * math.sqrt(entries) + decayed * start)
+    by_gradients = longest_by_gradients(plan, stage, examples)
+    if by_gradients is None or not isinstance(plan.privacy, RecordPrivacy):
+        return None
+    noise = _noise(plan, plan.privacy, examples)
+    if noise is None:
+        return None
+    responses, kept = _responses(local, local.steps_of(examples))
+    batch = local.sample_rate(examples) * examples  # B
+    spread = _OWN_BUDGET * noise * plan.privacy.clip_norm / batch * math.sqrt(sum(h * h for h in responses))
+    return _SLACK * (by_gradients + spread * (math.sqrt(entries) + _TAIL) + abs(kept - 1) * start)
+
+
+def longest_by_gradients(plan: Plan, stage: Stage, examples: int) -> float | None:
+    """Return how far the clipped gradients of SGD alone can go, Σ|h_t|·C·|batch|/B; None where they are not bounded."""
+    local = stage.local
+    if not isinstance(plan.privacy, RecordPrivacy) or local.optimizer != "sgd" or plan.strategy.client_term is not None:
+        return None
+    responses, _ = _responses(local, local.steps_of(examples))
+    return _UNDERSTATED * plan.privacy.clip_norm * sum(abs(h) for h in responses)
+
+
+def _rate(local: LocalTraining) -> float:
+    return max(local.learning_rate, local.head_learning_rate or 0.0)
+
+
+def _responses(local: LocalTraining, steps: int) -> tuple[list[float], float]:
+    """(h_1 … h_T, a): how far an impulse in each step has moved the parameter after step T, and what is left of θ itself."""
+    rate, impulses = _rate(local), list[float]()
+    position, velocity, kept, speed = 0.0, 0.0, 1.0, 0.0
+    for step in range(steps):
+        velocity = local.momentum * velocity + (1.0 if step == 0 else 0.0) + local.weight_decay * position
+        position -= rate * velocity
+        impulses.append(position)
+        speed = local.momentum * speed + local.weight_decay * kept
+        kept -= rate * speed
+        if not abs(position) <= _MOST:
+            return [math.inf], 1.0
+    return impulses, kept
+
+
+def _adam_factors(steps: int) -> list[float]:
+    """How many learning rates step t moves a coordinate at most: |m̂_t| / √v̂_t over all gradients."""
+    first, second = _BETAS
+    ratio, found, series = first**2 / second, list[float](), 0.0
+    for step in range(1, steps + 1):
+        series += ratio ** (step - 1)
+        corrected = math.sqrt(1 - second**step) / (1 - first**step)
+        found.append((1 - first) / math.sqrt(1 - second) * math.sqrt(series) * corrected)
+    return found
+
+
+def _noise(plan: Plan, privacy: RecordPrivacy, examples: int) -> float | None:
+    """σ, as it follows from the plan for so many records; None where no noise reaches the plan's ε."""
+    planned = tuple((stage.local.sample_rate(examples), stage.rounds * stage.local.steps_of(examples)) for stage in plan.stages)
+    return _calibrated(planned, privacy.epsilon, delta_of(privacy.delta, examples))
+
+
+@lru_cache(maxsize=256)
+def _calibrated(planned: Sequence[tuple[float, int]], epsilon: float, delta: float) -> float | None:
+    try:
+        return calibrate(planned, epsilon=epsilon, delta=delta)
+    except (PrivacyError, ValueError, OverflowError):
+        return None
+
+
+def _two_digits(number: int) -> int:
+    unit: int = 10 ** max(0, len(str(number)) - 2)
+    return number // unit * unit
