@@ -75,7 +75,7 @@ def test_the_size_is_known_before_anything_is_made(make_plan: Callable[..., Plan
         bomb(honest).message(2**30)
     with pytest.raises(TooMuch):
         gather(tree_of(bomb(honest)), bomb(honest).pieces.__getitem__, 2**30, 1.0)
-    assert honest.message(values + 200 * len(state)).content.keys() == {"request", "state"}
+    assert honest.message(values + 200 * len(state) + 4096).content.keys() == {"request", "signed", "state"}
 
 
 def test_other_nestings_that_repeat_are_no_messages(make_plan: Callable[..., Plan], state_for: Callable[..., State]) -> None:
@@ -106,9 +106,7 @@ def test_a_node_refuses_it_in_one_sentence_and_charges_nothing(
     make_plan: Callable[..., Plan], make_site: Callable[..., Site], state_for: Callable[..., State], kind: str
 ) -> None:
     plan, site = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}), make_site()
-    content = request(plan, state_for(plan))
-    sign_request(content)
-    made = bomb(parcel(content, kind))
+    made = bomb(parcel(request(plan, state_for(plan)), kind))
     reply = resident._answer(made, site.folder)
     assert reply.error.reason == UNSAID
     assert "TooMuch" in AuditLog(site.folder).last()["reason"]
@@ -121,9 +119,7 @@ def test_what_nobody_has_approved_is_not_even_put_together(
 ) -> None:
     plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3})
     site = make_site(policy=changed_policy(Policy.permissive(), {"training.approval": Policy().training.approval}))
-    content = request(plan, state_for(plan))
-    sign_request(content)
-    reply = resident._answer(bomb(parcel(content)), site.folder)
+    reply = resident._answer(bomb(parcel(request(plan, state_for(plan)))), site.folder)
     assert "training.approval" in str(reply.error.reason)
 
 
