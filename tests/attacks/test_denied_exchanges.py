@@ -8,6 +8,7 @@ side. An answer that nobody had signed entered the model.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 from collections.abc import Callable
@@ -138,7 +139,8 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
 
 
 def cotune(*words: object) -> int:
-    """The exit code of a command."""
+    """The exit code of a command. It quietens cotune's log for its process; here that process goes on."""
+    level = logging.getLogger("cotune").level
     before, sys.argv = sys.argv, ["cotune", *map(str, words)]
     try:
         command()
@@ -146,6 +148,7 @@ def cotune(*words: object) -> int:
         return int(end.code or 0)
     finally:
         sys.argv = before
+        logging.getLogger("cotune").setLevel(level)
     return 0
 
 

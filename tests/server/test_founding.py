@@ -13,7 +13,7 @@ from cotune.models.errors import CotuneError, DataError, DeviceError, ModelError
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server import certificates
-from cotune.server.federation import FederationFolder, ServerConfig
+from cotune.server.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.founding import address_of, found, renew
 from cotune.server.signing import public_hex, read_signing_key
 from tests.conftest import sentences, write_csv
@@ -165,3 +165,15 @@ def test_the_configuration_is_toml_without_what_is_not_given(plan: Callable[...,
     table = tomllib.loads((made.path / "server.toml").read_text())
     assert "test" not in table
     assert table["database"] is False
+
+
+def test_a_federation_of_before_gets_a_signing_key_with_its_next_certificate(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    """And organizations the federation.toml that says so; once."""
+    made = found(tmp_path / "fed", plan(), config())
+    (made.certificates / "signing.key").unlink()
+    write_config(made.path, made.config.model_copy(update={"id": ""}))
+    old = FederationFolder(made.path)
+    assert renew(old)
+    assert old.invitation.signing_key == public_hex(read_signing_key(made.certificates))
+    assert old.invitation.id == FederationFolder(made.path).config.id != made.config.id
+    assert not renew(old)

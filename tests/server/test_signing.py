@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from cotune.models.errors import RunError
+from cotune.server.signing import SIGNING_KEY, new_signing_key, next_serial, public_hex, read_signing_key
+from cotune.server.trail import cohort_of
+
+
+def test_a_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+    key = new_signing_key(tmp_path)
+    assert public_hex(new_signing_key(tmp_path)) == public_hex(key) == public_hex(read_signing_key(tmp_path))
+    assert stat.S_IMODE((tmp_path / SIGNING_KEY).stat().st_mode) == 0o600
+
+
+def test_without_a_key_it_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cotune server renew"):
+        read_signing_key(tmp_path / "certificates")
+    (tmp_path / SIGNING_KEY).write_text("no key")
+    with pytest.raises(RunError, match="Ed25519"):
+        read_signing_key(tmp_path)
+
+
+def test_numbers_only_grow_whatever_the_clock_says(tmp_path: Path) -> None:
+    """Within a millisecond, after a clock was put back, and from a backup that has not seen the last ones."""
+    first = next_serial(tmp_path, lambda: 1000.0)
+    assert [next_serial(tmp_path, lambda at=at: at) for at in (1000.0, 5.0)] == [first + 1, first + 2]
+    assert next_serial(tmp_path, lambda: 2000.0) > first + 2
+    (tmp_path / "serial").unlink()
+    assert next_serial(tmp_path, lambda: 3000.0) == 3_000_000
+    (tmp_path / "serial").write_text("x")
+    with pytest.raises(RunError):
+        next_serial(tmp_path)
+
+
+def test_whoever_waits_for_a_larger_cohort_belongs_to_it() -> None:
+    """Or those who have that rule would wait for each other for ever."""
+    assert cohort_of((), ["a", "b"]) == ["a", "b"]
+    declined = {"organisation": "c", "reason": "declined: its rule training.min_cohort does not allow this plan"}
+    entry = {"participants": ["a"], "dropped": [declined, {"organisation": "d", "reason": "no reply"}]}
+    assert cohort_of((entry,), ["a", "b", "c", "d"]) == ["a", "c"]
