@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cotune.client.site import Site
-from cotune.privacy.accounting import Steps, delta_of
+from cotune.privacy.accounting import delta_of
 from cotune.privacy.chain import Entry
 from cotune.privacy.charges import (
     Charge,
@@ -17,7 +17,7 @@ from cotune.privacy.charges import (
     data_sets_of,
     histories_of,
 )
-from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, figures_of
+from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, run_figures
 from cotune.privacy.filters import composition, epsilon_over_runs, epsilon_spent, rate_over_runs
 from cotune.privacy.policy import BudgetRules
 from cotune.privacy.verification import FORMAT
@@ -110,13 +110,8 @@ def _run(plan_id: str, counted: list[Charge], delta: float) -> dict[str, Any]:
         "interrupted": sum(c.state == "reserved" for c in own),
         "first": own[0].at,
         "last": own[-1].at,
-        **_figures(steps, delta),
+        **run_figures(steps, delta),
     }
-
-
-def _figures(steps: list[Steps], delta: float) -> dict[str, float]:
-    """ε at δ and at 1e-6 of one run, and what these do not say: its whole trade-off curve, in two figures."""
-    return {name: value for name, value in asdict(figures_of(steps, delta)).items() if name != "delta"}
 
 
 def _event(charge: Charge) -> dict[str, Any]:

@@ -6,13 +6,11 @@ a mistake anywhere before shows here, and then nothing leaves.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flwr.app import Array, ArrayRecord, RecordDict
-from torch import Tensor
 
 from cotune.client.account import Account
 from cotune.client.base import model_here
@@ -26,6 +24,7 @@ from cotune.plan.statistics import statistic_shapes
 from cotune.plan.update_norm import longest_update
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.policy import Policy
+from cotune.strategies.sums import norm
 from cotune.strategies.updates import Update, not_finite
 from cotune.strategies.wire import (
     Receipt,
@@ -130,11 +129,12 @@ def _wrong_delta(update: Update, request: Request, account: Account, model: Shar
             yield f"{name} has the shape {tuple(tensor.shape)}, expected {expected.get(name)}"
     if not_finite(update.delta):
         yield "the update is not finite"
-    start, entries = _norm(request.state[n] for n in names if n in request.state), sum(t.numel() for t in update.delta.values())
-    stage, norm = account.plan.stage_of(request.round), _norm(update.delta.values())
+    start = norm({name: request.state[name] for name in names if name in request.state})
+    entries = sum(tensor.numel() for tensor in update.delta.values())
+    stage, length = account.plan.stage_of(request.round), norm(update.delta)
     most = longest_update(account.plan, stage, examples=update.examples, entries=entries, start=start)
-    if most is not None and norm > most:
-        yield f"the update has the norm {norm:.3g}, and the plan allows {most:.3g} (server.max_update_norm)"
+    if most is not None and length > most:
+        yield f"the update has the norm {length:.3g}, and the plan allows {most:.3g} (server.max_update_norm)"
 
 
 def _own_shapes(
@@ -147,10 +147,6 @@ def _own_shapes(
         adapter.a: (rank, whole[adapter.a][1]) for adapter in model.adapters() if adapter.a in whole
     }
     return own | {adapter.b: (whole[adapter.b][0], rank) for adapter in model.adapters() if adapter.b in whole}
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in tensors))
 
 
 def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:

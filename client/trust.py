@@ -1,6 +1,6 @@
 """Whom a site takes requests from: the federation that it has joined, its signing keys, and the authorities of its server.
 
-node/trust.json    in the site; written when it joins, and when the server hands over its next keys (rotation.py)
+node/trust.json    in the site; written when it joins
 """
 
 from __future__ import annotations

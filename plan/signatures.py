@@ -27,7 +27,6 @@ __all__ = [
     "SIGNED",
     "TRAIN",
     "UPDATE",
-    "KeyNotice",
     "ReplyStatement",
     "RequestStatement",
     "Signed",
@@ -112,20 +111,6 @@ class ReplyStatement(Statement):
     kind: str
     sha256: str
     trusts: str
-
-
-@dataclass(frozen=True)
-class KeyNotice(Statement):
-    """A server's next signing key (hex) and authority (SHA-256 of its PEM), said with the present key.
-
-    until: the day (UTC, as 2027-01-31) after which the present ones are not accepted any more.
-    """
-
-    federation: str
-    present: str
-    key: str
-    authority: str
-    until: str
 
 
 @dataclass(frozen=True)

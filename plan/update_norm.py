@@ -18,6 +18,7 @@ from functools import lru_cache
 from cotune.models.errors import PrivacyError
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy, calibrate, delta_of
+from cotune.privacy.rounding import two_digits
 
 __all__ = ["longest_by_gradients", "longest_update"]
 
@@ -39,7 +40,7 @@ def longest_update(plan: Plan, stage: Stage, *, examples: int, entries: int, sta
     """
     if plan.server.max_update_norm is not None:
         return plan.server.max_update_norm
-    found = _longest(plan, stage, _two_digits(max(1, examples)), entries, start)
+    found = _longest(plan, stage, two_digits(max(1, examples)), entries, start)
     return found if found is not None and found <= _MOST else None
 
 
@@ -112,8 +113,3 @@ def _calibrated(planned: Sequence[tuple[float, int]], epsilon: float, delta: flo
         return calibrate(planned, epsilon=epsilon, delta=delta)
     except (PrivacyError, ValueError, OverflowError):
         return None
-
-
-def _two_digits(number: int) -> int:
-    unit: int = 10 ** max(0, len(str(number)) - 2)
-    return number // unit * unit

@@ -13,7 +13,17 @@ from typing import Any
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon, gaussian_mu, true_positive_rate
 from cotune.privacy.rounding import round_up
 
-__all__ = ["FALSE_POSITIVE_RATE", "SMALL_DELTA", "Claim", "Figures", "attack_line", "claim_of", "figures_of", "worst"]
+__all__ = [
+    "FALSE_POSITIVE_RATE",
+    "SMALL_DELTA",
+    "Claim",
+    "Figures",
+    "attack_line",
+    "claim_of",
+    "figures_of",
+    "run_figures",
+    "worst",
+]
 
 SMALL_DELTA = 1e-6  # δ at which every statement repeats ε, so that statements can be compared
 FALSE_POSITIVE_RATE = 0.01
@@ -102,6 +112,11 @@ def figures_of(spent: Sequence[Steps], delta: float) -> Figures:
         gaussian_mu(spent),
         true_positive_rate(spent, FALSE_POSITIVE_RATE),
     )
+
+
+def run_figures(spent: Sequence[Steps], delta: float) -> dict[str, float]:
+    """Return the figures of one run by their names, without δ, which a ledger states once for all runs."""
+    return {name: value for name, value in asdict(figures_of(spent, delta)).items() if name != "delta"}
 
 
 def worst(figures: Mapping[str, Figures]) -> Figures | None:

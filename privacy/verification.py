@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from cotune.models.errors import DataError, PrivacyError
@@ -24,7 +23,7 @@ from cotune.privacy.charges import (
     data_sets_of,
     histories_of,
 )
-from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, figures_of
+from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, run_figures
 from cotune.privacy.filters import (
     check_accountants,
     composition,
@@ -135,7 +134,7 @@ def _figures(history: History, limit: float, delta: float) -> dict[str, float]:
 def _run(plan_id: str, steps: Sequence[Steps], delta: float) -> dict[str, Any]:
     return {
         "plan_id": plan_id,
-        **{name: value for name, value in asdict(figures_of(steps, delta)).items() if name != "delta"},
+        **run_figures(steps, delta),
         "epsilon_at_least": epsilon_below(steps, delta),
         "epsilon_renyi": epsilon_renyi(steps, delta),
     }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
+from cotune.strategies.sums import norm
 from cotune.strategies.updates import Update, not_finite
 
 __all__ = ["most_bytes", "reason_to_refuse"]
@@ -124,8 +125,8 @@ def _of_its_rank(
 def _wrong_values(delta: Mapping[str, Tensor], max_norm: float) -> str | None:
     if not_finite(delta):
         return "it has values that are not finite"
-    norm = math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in delta.values()))
-    return f"its norm is {norm:.3g}, expected at most {max_norm:g}" if norm > max_norm else None
+    length = norm(delta)
+    return f"its norm is {length:.3g}, expected at most {max_norm:g}" if length > max_norm else None
 
 
 def _wrong_noise(update: Update, *, needed: bool, most: float) -> str | None:

@@ -121,10 +121,8 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     private_mean = client_level.new_mean(shapes, before) if client_level else None
     combination = private_mean or plan.strategy.new_combination(context)
     sent = sent_beside(plan, before)
-    contents = dict(
-        zip(tally.people, encode_requests(plan.canonical(), round, state, _recipients(folder, people, before), sent), strict=True)
-    )
     recipients = _recipients(folder, people, before)
+    contents = dict(zip(tally.people, encode_requests(plan.canonical(), round, state, recipients, sent), strict=True))
     received = received_digest(state, sent)
     run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort_of(before.history, tally.people))
     verify = Verify(

@@ -117,8 +117,8 @@ class Trail:
 
     def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
         assert self._federation is not None
-        keys = [load_pem_public_key(m.key) for m in self._federation.members.all() if m.name == organization]
-        return any(isinstance(key, EllipticCurvePublicKey) and signed_by_node(statement, signed.signature, key) for key in keys)
+        keys = _node_keys(self._federation).get(organization, [])
+        return any(signed_by_node(statement, signed.signature, key) for key in keys)
 
 
 def keys_of(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurvePublicKey]]]:
@@ -128,12 +128,18 @@ def keys_of(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurveP
     """
     if not folder.file.federation:
         raise RunError(f"{folder.path} is a simulation, which signs nothing: expected a run of a federation")
-    federation, nodes = FederationFolder(Path(folder.file.federation)), dict[str, list[EllipticCurvePublicKey]]()
+    federation = FederationFolder(Path(folder.file.federation))
+    return public_keys(federation.certificates), _node_keys(federation)
+
+
+def _node_keys(federation: FederationFolder) -> dict[str, list[EllipticCurvePublicKey]]:
+    """Organization -> the keys of its nodes, former ones included."""
+    nodes: dict[str, list[EllipticCurvePublicKey]] = {}
     for member in federation.members.all():
         key = load_pem_public_key(member.key)
         if isinstance(key, EllipticCurvePublicKey):
             nodes.setdefault(member.name, []).append(key)
-    return public_keys(federation.certificates), nodes
+    return nodes
 
 
 def _answer_to(kind: str) -> str:

@@ -18,6 +18,7 @@ from cotune.privacy.accounting import RecordPrivacy
 from cotune.server.admission import most_bytes, reason_to_refuse
 from cotune.server.members import Member
 from cotune.strategies.round import RoundContext
+from cotune.strategies.sums import norm
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import decode_update, payload_bytes
 
@@ -52,9 +53,9 @@ class Verify:
     ) -> None:
         self._plan, self._round, self._members = plan, context.round, members
         stage = plan.stage_of(context.round)
-        local, start = stage.local, math.sqrt(math.fsum(float(t.double().pow(2).sum()) for t in shapes.values()))
+        local = stage.local
         entries = sum(tensor.numel() for tensor in shapes.values())
-        self._longest = partial(longest_update, plan, stage, entries=entries, start=start)
+        self._longest = partial(longest_update, plan, stage, entries=entries, start=norm(shapes))
         own = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
         self.most_bytes = most_bytes(len(plan.canonical().encode()), own, statistics)
         self._refuse = partial(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from cotune.server.summary import dumps
 from cotune.simulations.cells import Cell, baseline_of, cells_of, is_finished, measure, place_of
 from cotune.simulations.comparison import Comparison, Measured, Variation, combine
 from cotune.simulations.comparison_report import write_comparison
-from cotune.simulations.playing import play_all, task_of
+from cotune.simulations.playing import make_folder, play_all, summary_of, task_of
 from cotune.simulations.room import Room
 from cotune.simulations.together import epsilon_of_runs, steps_of_folder
 from cotune.simulations.workers import import_all
@@ -51,7 +50,7 @@ def compare(
     chosen = baseline_of(variations, baseline)
     cells = cells_of(source, variations, seeds, overrides, device, listener)
     folder = (out or Path("compare") / cells[0].plan.name).expanduser().resolve()
-    _make(folder)
+    make_folder(folder)
     with keep_others_off(folder):
         _check_no_selection(folder)
         places = {cell.name: place_of(folder, cell) for cell in cells}
@@ -84,13 +83,6 @@ def _together(
     return epsilon_of_runs([steps_of_folder(places[cell.name]) for cell in cells], min(deltas)), min(deltas)
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"the folder {folder} cannot be written ({error.strerror}): choose another with --out") from None
-
-
 def _check_no_selection(folder: Path) -> None:
     if (folder / "private").exists() or (folder / "released").exists():
         raise RunError(
@@ -112,22 +104,17 @@ def _play(
     tasks = [task_of(cell, cell.name, places[cell.name], device) for cell in todo]
     room, reasons = Room.here(len(tasks), jobs, device), {}
     for path in finished:
-        room.saw(_summary(path)["peak_memory_bytes"])
+        room.saw(summary_of(path)["peak_memory_bytes"])
     for task, reason in play_all(tasks, room, imports, listener):
         if reason:
             reasons[task.name] = reason
             listener("cell_failed", {"cell": task.name, "reason": reason})
         else:
-            summary = _summary(task.folder)
+            summary = summary_of(task.folder)
             room.saw(summary["peak_memory_bytes"])
             accuracy, seconds = summary["test"]["federated"]["accuracy"], summary["seconds"]
             listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
     return reasons
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / "summary.json").read_bytes())
-    return found
 
 
 _COLUMNS = (

@@ -29,7 +29,7 @@ from cotune.server.run_folder import keep_others_off
 from cotune.simulations.candidates import Candidates
 from cotune.simulations.cells import baseline_of, cells_of
 from cotune.simulations.comparison import Variation
-from cotune.simulations.playing import play_all, task_of
+from cotune.simulations.playing import make_folder, play_all, summary_of, task_of
 from cotune.simulations.room import Room
 from cotune.simulations.selected import Selected, read_released, release
 from cotune.simulations.workers import Task, import_all
@@ -75,7 +75,7 @@ def select(
     baseline_of(variations, None)
     candidates = Candidates.of(cells_of(source, variations, 1, overrides, device, listener), expected_runs)
     folder = (out or Path("selected") / candidates.cells[0].plan.name).expanduser().resolve()
-    _make(folder)
+    make_folder(folder)
     with keep_others_off(folder):
         _check_folder(folder)
         found = read_released(folder / "released")
@@ -110,14 +110,14 @@ class _Selection:
 
     def _release(self, draws: Sequence[int], runs: Sequence[Path]) -> Selected:
         """Release the run with the best score: of equals the first, which is any of them, as they were drawn alike."""
-        scores = {i: _summary(run)["test"]["federated"]["accuracy"] for i, run in enumerate(runs) if _has_model(run)}
+        scores = {i: summary_of(run)["test"]["federated"]["accuracy"] for i, run in enumerate(runs) if _has_model(run)}
         if not scores:
             raise RunError(
                 "no run ended with a model, so that nothing is released: expected plans that train; the reasons, which must not"
                 f" leave, are in {self.private}"
             )
         best = max(scores, key=lambda i: scores[i])
-        cell, test = self.candidates.cells[draws[best]], _summary(runs[best])["test"]
+        cell, test = self.candidates.cells[draws[best]], summary_of(runs[best])["test"]
         found = Selected(
             plan=cell.plan.name,
             vary={variation.key: list(variation.values) for variation in self.variations},
@@ -141,13 +141,6 @@ class _Selection:
                 f"{self.folder / 'released'} cannot be written ({error}): make room for it; the same command goes on"
             ) from None
         return found
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"the folder {folder} cannot be written ({error.strerror}): choose another with --out") from None
 
 
 def _check_folder(folder: Path) -> None:
@@ -186,7 +179,7 @@ def _play(tasks: Sequence[Task], jobs: int | None, device: str, imports: Sequenc
     room = Room.here(len(todo), jobs, device)
     for task, reason in play_all(todo, room, imports, _nobody):
         if _has_model(task.folder):
-            room.saw(_summary(task.folder)["peak_memory_bytes"])
+            room.saw(summary_of(task.folder)["peak_memory_bytes"])
         elif not _has_failed(task.folder):
             raise RunError(f"a run was cut off ({reason}): mend that; nothing is released until the same command has gone on")
 
@@ -213,8 +206,3 @@ def _has_failed(run: Path) -> bool:
     last = [event["event"] for event in events[-1:]] == ["run_failed"]
     begun = max((i for i, event in enumerate(events) if event["event"] == "round_started"), default=0)
     return last and any(event["event"] in ("update_dropped", "update_quarantined") for event in events[begun:])
-
-
-def _summary(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "summary.json").read_bytes())
-    return found

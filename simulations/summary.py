@@ -42,7 +42,7 @@ def summarise(
     """The summary of a finished run as plain values. ε is composed from the organisations' ledgers, not from the plan."""
     plan, progress = folder.plan, folder.load()
     metrics = Metrics(**progress.history[-1]["metrics"])
-    alone = {name.removeprefix("alone/"): m.metrics for name, m in baselines.items() if name.startswith("alone/")}
+    alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
     pooled = baselines.get("pooled")
     personal = personal_metrics(folder, served_of(plan, progress)) if plan.keeps_personal else {}
     test = TestSet(prepared)

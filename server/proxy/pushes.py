@@ -45,7 +45,7 @@ class Sent:
         except DecodeError:
             return
         for tree in trees:
-            found = [bytes.fromhex(part.object_id) for part, _ in _parts(tree) if _OBJECT.fullmatch(part.object_id)]
+            found = [bytes.fromhex(part.object_id) for part in _parts(tree) if _OBJECT.fullmatch(part.object_id)]
             self._largest = max(self._largest, len(found))
             self._known.update(dict.fromkeys(found))
         for oldest in list(self._known)[: max(0, len(self._known) - _MOST_REMEMBERED)]:
@@ -121,7 +121,7 @@ def _wrong_sender(about: Metadata, node: int) -> str | None:
 
 
 def _wrong_tree(tree: ObjectTree, message: str, sent: Sent) -> str | None:
-    found = [part.object_id for part, _ in _parts(tree)]
+    found = [part.object_id for part in _parts(tree)]
     if not all(_OBJECT.fullmatch(identifier) for identifier in found):
         return "an object of its tree has no identifier as Flower writes them"
     if tree.object_id != message:
@@ -131,10 +131,10 @@ def _wrong_tree(tree: ObjectTree, message: str, sent: Sent) -> str | None:
     return "its tree holds an object that the server has sent" if sent.holds(found) else None
 
 
-def _parts(tree: ObjectTree) -> Iterator[tuple[ObjectTree, int]]:
-    """Every object, and its depth; without recursion."""
-    waiting = [(tree, 1)]
+def _parts(tree: ObjectTree) -> Iterator[ObjectTree]:
+    """Every object of a tree, without recursion."""
+    waiting = [tree]
     while waiting:
-        part, depth = waiting.pop()
-        yield part, depth
-        waiting += [(child, depth + 1) for child in part.children]
+        part = waiting.pop()
+        yield part
+        waiting += part.children
