@@ -177,8 +177,10 @@ class Asking:
         self._waiting.pop(name, None)
 
     def _give_up(self) -> None:
-        """Whoever has had enough time, by that of the others."""
+        """Whoever has had enough time, by that of the others; the deadline itself comes after all that has arrived is taken."""
         seconds = self._patience()
+        if seconds >= self._config.deadline_seconds:
+            return
         for name in [n for n in self._times if n in self._waiting and self._clock() - self._asked_at[n] >= seconds]:
             self._time_out(name, seconds)
 
