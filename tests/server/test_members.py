@@ -117,7 +117,10 @@ def test_a_public_key_is_read_without_its_comment(tmp_path: Path) -> None:
     assert read_public_key(tmp_path / "node.pub") == KEYS[0]
 
 
-@pytest.mark.parametrize("content", ["", "ssh-rsa nonsense", ssh(ed25519.Ed25519PrivateKey.generate()), "é"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "ssh-rsa nonsense", pytest.param(ssh(ed25519.Ed25519PrivateKey.generate()), id="another curve"), "é"],
+)
 def test_what_is_no_key_of_a_node_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "node.pub").write_text(content, encoding="utf-8")
     with pytest.raises(RunError, match="is not the public key of an organisation"):
