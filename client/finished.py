@@ -10,9 +10,9 @@ from cotune.client.base import model_here
 from cotune.client.consent import check_base_model
 from cotune.client.personal import Personal
 from cotune.client.site import Site
-from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.models.export import export_model
+from cotune.plan.card import CARD, model_card, promised
 from cotune.plan.schema import Plan
 from cotune.strategies.updates import not_finite
 from cotune.strategies.wire import Request, received_digest
@@ -41,8 +41,8 @@ def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
             raise RunError(f"the finished model is not finite in {broken[:80]}: expected finite parameters")
         model.load(state)
         Personal(plan, site, model, request.round, request.admitted).joined(state)
-        export_model(model, folder)
-        write_durably(folder / _ABOUT, json.dumps(about).encode())
+        card = model_card(plan, privacy=promised(plan), length=model.loaded.max_length)
+        export_model(model, folder, {CARD: card, _ABOUT: json.dumps(about)})
     return folder
 
 

@@ -27,6 +27,8 @@ class ImageClassification:
     key = "image"
     described = "image classifier"
     needs = "its preprocessor_config.json"
+    pipeline = "image-classification"
+    problem_type: str | None = "single_label_classification"
     pools = True
 
     def model_class(self) -> Any:

@@ -36,6 +36,8 @@ class Task(Protocol):
     key: str  # the entry of [data] that names the column of the inputs
     described: str  # the model, as an error calls it
     needs: str  # what else its folder must hold
+    pipeline: str  # how `transformers.pipeline` calls it
+    problem_type: str | None  # of the exported configuration: which loss and which probabilities the scores are for
     pools: bool  # whether its head reads one vector of a record
 
     def model_class(self) -> Any:

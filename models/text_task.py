@@ -53,6 +53,8 @@ class SequenceClassification:
     key = "text"
     described = "sequence classifier"
     needs = "its tokenizer"
+    pipeline = "text-classification"
+    problem_type: str | None = "single_label_classification"
     pools = True
 
     def model_class(self) -> Any:

@@ -30,6 +30,8 @@ class TokenClassification(SequenceClassification):
 
     described = "token classifier"
     needs = "its (fast) tokenizer"
+    pipeline = "token-classification"
+    problem_type = None
     pools = False
 
     def model_class(self) -> Any:
