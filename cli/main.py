@@ -14,7 +14,9 @@ import typer
 from cotune.cli import audit as audit_command
 from cotune.cli import client as client_commands
 from cotune.cli import compare as compare_command
+from cotune.cli import evaluate as evaluate_command
 from cotune.cli import plan as plan_commands
+from cotune.cli import predict as predict_command
 from cotune.cli import privacy as privacy_commands
 from cotune.cli import server as server_commands
 from cotune.cli import server_run
@@ -40,6 +42,8 @@ app.add_typer(strategy_commands.app, name="strategies")
 app.command("simulate")(simulate_command.simulate)
 app.command("compare")(compare_command.compare)
 app.command("audit")(audit_command.audit)
+app.command("predict")(predict_command.predict)
+app.command("evaluate")(evaluate_command.evaluate)
 
 
 def _version(wanted: bool) -> None:
