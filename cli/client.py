@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli import client_check, client_join
+from cotune.cli import client_check, client_join, client_model
 from cotune.cli.client_check import SiteFolder
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
@@ -132,5 +132,13 @@ def _shown(value: object) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-for command in (client_join.init, client_check.check, client_join.join, client_join.approve, client_join.sent):
+for command in (
+    client_join.init,
+    client_check.check,
+    client_join.join,
+    client_join.approve,
+    client_join.sent,
+    client_model.adapt,
+    client_model.evaluate,
+):
     app.command()(command)

@@ -17,9 +17,9 @@ from cotune.plan.schema import Plan
 from cotune.strategies.updates import not_finite
 from cotune.strategies.wire import Request, received_digest
 
-__all__ = ["keep_finished"]
+__all__ = ["ABOUT", "keep_finished"]
 
-_ABOUT = "cotune.json"  # in the folder: which plan, and the digest of what came
+ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and the plan itself
 
 
 def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
@@ -34,15 +34,19 @@ def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
     if not 1 <= request.round <= plan.rounds:  # a run may end before its last round, with what it has
         raise RunError(f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds")
     folder = site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
-    about = {"plan_id": plan.plan_id, "received": received_digest(request.state, request.sent)}
-    if _read(folder / _ABOUT) != about:
+    about = {
+        "plan_id": plan.plan_id,
+        "received": received_digest(request.state, request.sent),
+        "plan": json.loads(plan.canonical()),
+    }
+    if _read(folder / ABOUT) != about:
         model, state = model_here(plan, site), dict(request.state)
         if broken := not_finite(state):
             raise RunError(f"the finished model is not finite in {broken[:80]}: expected finite parameters")
         model.load(state)
         Personal(plan, site, model, request.round, request.admitted).joined(state)
         card = model_card(plan, privacy=promised(plan), length=model.loaded.max_length)
-        export_model(model, folder, {CARD: card, _ABOUT: json.dumps(about)})
+        export_model(model, folder, {CARD: card, ABOUT: json.dumps(about)})
     return folder
 
 

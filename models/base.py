@@ -173,7 +173,8 @@ def load_model(
     """The base model with a head of the task for `labels`; a new head is drawn from `seed`.
 
     A head that the folder has for this task and these labels, in their order, is kept. Dropout is off: under a fixed seed,
-    nothing in training is random but the sampling and the noise. finished: the folder must hold a trained head. Raises ModelError.
+    nothing in training is random but the sampling and the noise. finished: whether the folder must hold a trained head. Raises
+    ModelError.
     """
     folder, does = find_base(config), task_named(task)
     try:
@@ -321,8 +322,8 @@ def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished:
     new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if finished and new:
         raise ModelError(
-            f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model with"
-            " its head, such as `model/` in the folder of a run"
+            f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model"
+            " with its head, such as `model/` in the folder of a run"
         )
     lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
     if lacking:

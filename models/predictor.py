@@ -115,16 +115,16 @@ def _task_of(path: Path) -> TaskName:
             _check_one_class(settings.get("problem_type"))
             return task
     raise ModelError(
-        f"the model's config.json names the architecture {', '.join(named)[:80] or 'of nothing'}: expected one for sequence, token"
-        " or image classification, such as `model/` in the folder of a run"
+        f"the model's config.json names the architecture {', '.join(named)[:80] or 'of nothing'}: expected one for sequence,"
+        " token or image classification, such as `model/` in the folder of a run"
     )
 
 
 def _check_one_class(problem_type: object) -> None:
     if problem_type not in (None, "single_label_classification"):
         raise ModelError(
-            f"the model's config.json says problem_type = {json.dumps(problem_type)[:40]}: expected a model that tells one class of"
-            " several (single_label_classification)"
+            f"the model's config.json says problem_type = {json.dumps(problem_type)[:40]}: expected a model that tells one class"
+            " of several (single_label_classification)"
         )
 
 
