@@ -41,8 +41,8 @@ __all__ = ["COLUMNS", "AdaptedSite", "Received", "adapt_site", "evaluate_site", 
 
 COLUMNS = ("majority", "alone", "received", "adapted")  # from the floor up
 STAYS = (
-    "Adapted by one organization to its own records, without noise. No ε bounds what it reveals of them: keep it where the records"
-    " are."
+    "Adapted by one organization to its own records, without noise. No ε bounds what it reveals of them: keep it where the"
+    " records are."
 )
 
 
@@ -94,8 +94,8 @@ def open_received(site: Site, wanted: str = "") -> Received:
     draw_head(loaded.module, name_seed(plan.seed, "head"))  # before anything is remembered: the model's base from now on
     if feature_head(model) is None:
         raise ModelError(
-            f"the model of the plan {plan.name} reads more than one vector of a record ({plan.task}): expected one whose head can be"
-            " fitted by itself; use it as it came, with `cotune predict` and `cotune evaluate`"
+            f"the model of the plan {plan.name} reads more than one vector of a record ({plan.task}): expected one whose head can"
+            " be fitted by itself; use it as it came, with `cotune predict` and `cotune evaluate`"
         )
     return Received(folder, plan, model, head)
 
@@ -105,10 +105,10 @@ def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
     fitting = [folder for folder, about in found.items() if about["plan_id"].startswith(wanted)]
     if not fitting or (wanted and len(fitting) > 1):
         known = ", ".join(about["plan_id"][:12] for about in found.values()) or "none so far"
+        of_plan = f" of a plan {wanted[:64]}" if wanted else ""
         raise RunError(
-            f"{site.folder} has {len(fitting)} finished models"
-            f"{f' of a plan {wanted[:64]}' if wanted else ''}: expected one, which comes when a run has ended; plans with a model here:"
-            f" {known}"
+            f"{site.folder} has {len(fitting)} finished models{of_plan}: expected one, which comes when a run has ended; plans with a"
+            f" model here: {known}"
         )
     newest = max(fitting, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
     about = found[newest]  # an earlier version has kept the plan's id alone
@@ -183,8 +183,8 @@ def evaluate_site(site: Site, new: Holdings | None = None, wanted: str = "") -> 
         wanted: First digits of a plan's id; "": the newest model.
 
     Returns:
-        Plain values: `columns` (majority, alone, received, adapted) with metrics and intervals, and `worth`: the paired comparison
-        of the adapted model with the one trained alone.
+        Plain values: `columns` (majority, alone, received, adapted) with metrics and intervals, and `worth`: the paired
+        comparison of the adapted model with the one trained alone.
     """
     received = open_received(site, wanted)
     plan, own = received.plan, _own(received, site.holdings(received.plan.labels))
