@@ -27,7 +27,7 @@ def entities(tags: Sequence[str]) -> list[Entity]:
     begun, kind, last = -1, "", ""
     for place, tag in enumerate([*tags, _OUTSIDE]):
         prefix, name = _parts(tag)
-        goes_on = begun >= 0 and name == kind and prefix not in ("B", "S") and last not in ("E", "S")
+        goes_on = begun >= 0 and tag != _OUTSIDE and name == kind and prefix not in ("B", "S") and last not in ("E", "S")
         if begun >= 0 and not goes_on:
             found.append((kind, begun, place - 1))
             begun = -1
