@@ -107,8 +107,8 @@ def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
         known = ", ".join(about["plan_id"][:12] for about in found.values()) or "none so far"
         of_plan = f" of a plan {wanted[:64]}" if wanted else ""
         raise RunError(
-            f"{site.folder} has {len(fitting)} finished models{of_plan}: expected one, which comes when a run has ended; models of"
-            f" the plans {known} are here"
+            f"{site.folder} has {len(fitting)} finished models{of_plan}: expected one, which comes when a run has ended; models"
+            f" of the plans {known} are here"
         )
     newest = max(fitting, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
     about = found[newest]  # an earlier version has kept the plan's id alone

@@ -37,8 +37,8 @@ CAVEATS = (
 )
 GAIN = (
     "Gain is what joining brings an organization on its own held-out records, against training alone without privacy: the mean"
-    " over the organizations, in points. Beside it stands how many of them, over all seeds, are told that it is worth it, that it is"
-    " not, and that it is too close to tell."
+    " over the organizations, in points. Beside it stands how many of them, over all seeds, are told that it is worth it, that it"
+    " is not, and that it is too close to tell."
 )
 PRIVATE = "Privacy noise and private sampling are not paired: they come from the operating system and differ in every cell."
 
