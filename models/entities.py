@@ -60,7 +60,7 @@ def entity_quality(truth: Iterable[Sequence[str]], told: Iterable[Sequence[str]]
         there.update(kind for kind, _, _ in true_ones)
         given.update(kind for kind, _, _ in told_ones)
         right.update(kind for kind, _, _ in true_ones & told_ones)
-    types = [
+    types: list[dict[str, Any]] = [
         {"type": kind, "entities": there[kind], "told": given[kind], **_figures(right[kind], given[kind], there[kind])}
         for kind in sorted(there | given)
     ]

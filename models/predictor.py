@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -147,4 +146,4 @@ def _length_of(path: Path) -> int:
         said = json.loads((path / "tokenizer_config.json").read_bytes())["model_max_length"]
     except (OSError, ValueError, KeyError, TypeError):
         return _LENGTH
-    return cast(int, said) if isinstance(said, int) and 2 <= said <= _LONGEST else _LENGTH
+    return said if isinstance(said, int) and 2 <= said <= _LONGEST else _LENGTH

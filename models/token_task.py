@@ -32,7 +32,7 @@ class TokenClassification(SequenceClassification):
     described = "token classifier"
     needs = "its (fast) tokenizer"
     pipeline = "token-classification"
-    problem_type = None
+    problem_type: str | None = None
     pools = False
 
     def model_class(self) -> Any:
