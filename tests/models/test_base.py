@@ -474,7 +474,9 @@ class _MaskingToo(_Masking):
     """Its own code does not ask for the mode."""
 
 
-@pytest.mark.parametrize(("kind", "stays"), [(_Own, True), (_Masking, False), (_MaskingToo, False), (nn.MultiheadAttention, False)])
+@pytest.mark.parametrize(
+    ("kind", "stays"), [(_Own, True), (_Masking, False), (_MaskingToo, False), (nn.MultiheadAttention, False)]
+)
 def test_parameters_beside_layers_get_gradients_of_single_rows_where_nothing_depends_on_the_mode(
     kind: Callable[..., nn.Module], stays: bool
 ) -> None:
