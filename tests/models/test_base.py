@@ -392,15 +392,19 @@ def test_mean_pooling_is_not_for_token_classification(folder: Path) -> None:
 def test_no_dropout_in_a_token_classifier_either(base_model: Callable[[str], Path], kind: str) -> None:
     """The heads of decoders have one of 0.1 that no setting of theirs names."""
     loaded = load_model(ModelConfig(base=str(base_model(kind))), LABELS, 1, "token-classification")
-    assert all(m.p == 0.0 for m in loaded.module.modules() if isinstance(m, torch.nn.Dropout))
+    assert not drops(loaded.module)
+
+
+def drops(module: torch.nn.Module) -> bool:
+    """Whether any dropout is at work."""
+    return any(m.training and m.p for m in module.modules() if isinstance(m, torch.nn.Dropout))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_loaded_model_is_frozen_float32_without_dropout(base_model: Callable[[str], Path], kind: str) -> None:
     loaded = load(base_model(kind))
-    dropouts = [m for m in loaded.module.modules() if isinstance(m, torch.nn.Dropout)]
-    assert all(m.p == 0.0 for m in dropouts)
-    assert loaded.module.training
+    assert not drops(loaded.module)
+    assert all(m.training for m in loaded.module.modules() if isinstance(m, torch.nn.Linear))  # Opacus hooks these alone
     assert {p.dtype for p in loaded.module.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in loaded.module.parameters())
     assert loaded.module.config.pad_token_id == loaded.reader.pad_token_id
