@@ -141,9 +141,7 @@ def test_nor_where_the_encoder_is_trained(width: int, mode: str, tmp_path: Path,
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    width=st.integers(1, 130), columns=st.integers(1, 12), rows=st.sampled_from([3, 16, 33, 64]), seed=st.integers(0, 2**31)
-)
+@given(width=st.integers(1, 130), columns=st.integers(1, 12), rows=st.sampled_from([3, 16, 33, 64]), seed=st.integers(0, 2**31))
 def test_a_row_has_the_same_scores_and_gradient_in_every_place(width: int, columns: int, rows: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight, bias, row, back = (

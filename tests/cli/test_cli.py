@@ -97,7 +97,13 @@ def test_check_states_the_claim_of_the_organization_that_spends_most(cotune: Cot
 
     at_small_delta = brentq(lambda eps: delta(eps) - 1e-6, 0, 50)
     found = 100 * norm.cdf(norm.ppf(0.01) + mu)  # % of the members that the best test at 1 % false alarms finds
-    assert stated == [pytest.approx(at_small_delta, rel=0.01), 1e-6, pytest.approx(mu, rel=0.01), 1.0, pytest.approx(found, rel=0.03)]
+    assert stated == [
+        pytest.approx(at_small_delta, rel=0.01),
+        1e-6,
+        pytest.approx(mu, rel=0.01),
+        1.0,
+        pytest.approx(found, rel=0.03),
+    ]
     without = cotune("plan", "check", "toy.toml")
     assert "1e-06" not in without.out
 
