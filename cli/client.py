@@ -1,4 +1,4 @@
-"""`cotune client ledger | policy`, and the other commands of an organisation."""
+"""`cotune client ledger | policy | renew-key | trust`, and the other commands of an organisation."""
 
 from __future__ import annotations
 
@@ -130,6 +130,35 @@ def _setting(text: str) -> tuple[str, str]:
 
 def _shown(value: object) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+@app.command("renew-key")
+def renew_key(site: SiteFolder) -> None:
+    """Make a new key for the node; it takes the place of the present one once the coordinator has accepted it."""
+    from cotune.client.renewal import renew_key as renew
+    from cotune.client.site import Site
+
+    file, fingerprint = renew(Site(site.expanduser()))
+    typer.echo(f"give {file} to the coordinator, who accepts it by `cotune server accept-key`; it is no secret")
+    typer.echo(f"SHA-256 of the new key, to be compared by telephone: {fingerprint}")
+    typer.echo("until then the present key is used; afterwards a node that runs changes over by itself")
+
+
+@app.command()
+def trust(
+    site: SiteFolder,
+    renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The server-renewals.jsonl that the coordinator gave you.")],
+) -> None:
+    """Believe the server's new keys, by a statement that the old ones have signed; needed where it did not come with a request."""
+    from cotune.client.site import Site
+    from cotune.client.trust import Trust, learn
+    from cotune.plan.renewal import read_server_renewals
+
+    folder = Site(site.expanduser()).folder
+    learned = learn(folder, read_server_renewals(renewal.expanduser()))
+    newest = Trust.read(folder).newest.signing_key
+    how = f"learned {len(learned)} new" if learned else "there was nothing new; known are the same"
+    typer.echo(f"{how} keys of the server; the newest is {newest}")
 
 
 for command in (client_join.init, client_check.check, client_join.join, client_join.approve, client_join.sent):

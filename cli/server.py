@@ -122,6 +122,20 @@ def revoke(folder: Federation, name: Annotated[str, typer.Argument(help="Of the 
     typer.echo(f"{member.name} is revoked; invite it with another key to let it in again")
 
 
+@app.command("accept-key")
+def accept_key(
+    folder: Federation,
+    renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The node-renewal.json of `cotune client renew-key`.")],
+) -> None:
+    """Put an organisation's new key in the place of its present one, which is never let in again. A run goes on meanwhile."""
+    from cotune.plan.renewal import read_node_renewal
+    from cotune.server.federation import FederationFolder
+
+    opened = FederationFolder(folder)
+    member = opened.members.renew(read_node_renewal(renewal.expanduser()), opened.config.id)
+    typer.echo(f"{member.name} has a new key; its fingerprint, to be compared by telephone: {member.fingerprint}")
+
+
 @app.command("list")
 def members(folder: Federation, as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False) -> None:
     """Show who was invited, and with which key."""
