@@ -149,7 +149,7 @@ def trust(
     site: SiteFolder,
     renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The server-renewals.jsonl that the coordinator gave you.")],
 ) -> None:
-    """Believe the server's new keys, by a statement that the old ones have signed; needed where it did not come with a request."""
+    """Believe the server's new keys, by a statement that the old ones have signed, where it did not come with a request."""
     from cotune.client.site import Site
     from cotune.client.trust import Trust, learn
     from cotune.plan.renewal import read_server_renewals

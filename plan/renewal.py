@@ -106,16 +106,23 @@ class NodeRenewal(_Document):
             key = load_ssh_public_key(line.encode())
         except (ValueError, UnsupportedAlgorithm):
             key = None
-        if not isinstance(key, EllipticCurvePublicKey) or key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) != line.encode():
+        if (
+            not isinstance(key, EllipticCurvePublicKey)
+            or key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) != line.encode()
+        ):
             raise RunError("the statement's new key is none of a node: expected one that `cotune client renew-key` has made")
         return key
 
     def check(self, old: EllipticCurvePublicKey) -> None:
         """Raises RunError unless the key `old` has signed it, and whoever has the new key."""
         if not signed_by_node(self.about, self.signature, old):
-            raise RunError("the statement is not signed by the organization's present key: expected its own; do not use this file")
+            raise RunError(
+                "the statement is not signed by the organization's present key: expected its own; do not use this file"
+            )
         if not signed_by_node(self.about, self.confirmation, self.new_key()):
-            raise RunError("the statement is not signed by the new key that it names: expected both signatures; do not use this file")
+            raise RunError(
+                "the statement is not signed by the new key that it names: expected both signatures; do not use this file"
+            )
 
 
 class ServerRenewal(_Document):

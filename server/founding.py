@@ -25,7 +25,7 @@ from cotune.server.robust_default import with_robust_default
 from cotune.server.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
 from cotune.strategies.plugins import content_of
 
-__all__ = ["address_of", "found", "renew", "with_id"]
+__all__ = ["address_of", "found", "renew", "with_id", "write_handout"]
 
 
 def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
@@ -68,7 +68,7 @@ def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
     if signs and before.id and address_of(before) == address_of(folder.config):
         return False
     new_signing_key(folder.certificates)
-    _write_handout(folder.path, folder.plan, folder.config)
+    write_handout(folder.path, folder.plan, folder.config)
     return True
 
 
@@ -113,15 +113,16 @@ def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
     for name, sha256 in plan.strategy.files.items():
         write_durably(folder / name.rpartition(":")[0], content_of(name, sha256))
     write_durably(folder / "plan.toml", dump_plan(plan).encode())
-    _write_handout(folder, plan, config)
+    write_handout(folder, plan, config)
     write_config(folder, config)
     for name in ("certificates", "superlink", "runs"):
         (folder / name).mkdir(mode=0o700, exist_ok=True)
         (folder / name).chmod(0o700)
 
 
-def _write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
-    authority = (folder / "certificates" / "ca.crt").read_text(encoding="ascii")
+def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
+    """federation.toml and JOIN.md, by the keys that are in use."""
+    authority = certificates.authority_pem(folder / "certificates")
     key = public_hex(read_signing_key(folder / "certificates"))
     invitation = Invitation(config.name, address_of(config), authority, plan, id=config.id, signing_key=key)
     write_durably(folder / "federation.toml", invitation.to_toml().encode())
