@@ -201,13 +201,11 @@ def renew_keys(
     without = rotation.without_them(opened)
     if without and not anyway:
         raise RunError(
-            f"{', '.join(without)[:500]} have not answered a request since the new keys were announced: wait for their next round, or"
-            f" give them {opened.path / rotation.HANDOUT} (`cotune client trust`) and add --anyway"
+            f"{', '.join(without)[:500]} have not answered since the new keys were announced: wait for their next round, or give"
+            f" them {opened.path / rotation.HANDOUT} (`cotune client trust`) and add --anyway"
         )
     rotation.put_into_use(opened)
-    typer.echo(
-        "the new keys are in use; stop `cotune server start` and start it again within 30 days to show the new certificate"
-    )
+    typer.echo("the new keys are in use; stop `cotune server start` and start it again, within 30 days, to show the certificate")
     typer.echo(f"whoever joins from now on needs the new federation.toml; its fingerprint: {opened.invitation.fingerprint}")
 
 

@@ -1,4 +1,4 @@
-"""How a node connects with the keys that its site has, and whether a server lets the organization in, found out before it joins."""
+"""How a node connects with its site's keys, and whether a server lets the organization in, found out before it joins."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["Entrance", "Tried", "try_connection", "versions"]
 class Entrance:
     """Where a node goes in. Keys and authorities are read anew for every connection: both may be renewed while the node stays.
 
-    root_certificates: PEM; where it is the site's own node/ca.crt, the authorities are those that the site trusts at the time. key:
-    where it is the site's own node.key, the one that is to follow is tried once a server refuses the present one. Raises RunError
-    for files that cannot be used.
+    root_certificates: PEM; where it is the site's own node/ca.crt, the authorities are those that the site trusts at the time.
+    key: where it is the site's own node.key, the one that is to follow is tried once a server refuses the present one. Raises
+    RunError for files that cannot be used.
     """
 
     def __init__(self, site: Path, address: str, root_certificates: Path | None, key: Path) -> None:

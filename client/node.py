@@ -176,7 +176,7 @@ class Node:
             self._give(fleet, request)
 
     def _is_at(self, request: Request) -> bool:
-        """Whether the worker is still at the same content. Its update is kept when it is finished, and then answers this request."""
+        """Whether the worker is still at the same content. Its update is kept when it is done, and then answers this request."""
         if self._at and self._at == _content_of(request):
             with suppress(ResidentDied):
                 if self._worker.answer(_POLL_SECONDS) is None:

@@ -1,8 +1,8 @@
 """A request as its server has signed it: verified before anything of it is loaded or charged, and answered under a signature.
 
-The server's new keys may come with it (trust.py). What is refused: no signature, or one of another key; a request of another federation, for another organization, of another kind;
+What is refused: no signature, or one of another key; a request of another federation, for another organization, of another kind;
 one whose plan, round or arrays are not those that were signed; and one that was asked before another that was accepted. The last
-request itself may come again: an answer may have been lost.
+request itself may come again: an answer may have been lost. The server's new keys may come with it (trust.py).
 """
 
 from __future__ import annotations
