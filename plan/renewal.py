@@ -90,8 +90,7 @@ class NodeRenewal(_Document):
 
     @classmethod
     def make(cls, federation: str, organization: str, old: EllipticCurvePrivateKey, new: EllipticCurvePrivateKey) -> Self:
-        line = new.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-        statement = NodeStatement(federation, organization, fingerprint(old.public_key()), line, _now())
+        statement = NodeStatement(federation, organization, fingerprint(old.public_key()), _line(new.public_key()), _now())
         return cls(statement=statement.text(), signature=sign(statement, old), confirmation=sign(statement, new))
 
     @property
@@ -106,22 +105,17 @@ class NodeRenewal(_Document):
             key = load_ssh_public_key(line.encode())
         except (ValueError, UnsupportedAlgorithm):
             key = None
-        if (
-            not isinstance(key, EllipticCurvePublicKey)
-            or key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) != line.encode()
-        ):
+        if not isinstance(key, EllipticCurvePublicKey) or _line(key) != line:
             raise RunError("the statement's new key is none of a node: expected one that `cotune client renew-key` has made")
         return key
 
-    def check(self, old: EllipticCurvePublicKey) -> None:
+    def check(self, old: object) -> None:
         """Raises RunError unless the key `old` has signed it, and whoever has the new key."""
-        if not signed_by_node(self.about, self.signature, old):
-            raise RunError(
-                "the statement is not signed by the organization's present key: expected its own; do not use this file"
-            )
+        if not isinstance(old, EllipticCurvePublicKey) or not signed_by_node(self.about, self.signature, old):
+            raise RunError("the statement is not signed by the organization's present key: expected its own; do not use the file")
         if not signed_by_node(self.about, self.confirmation, self.new_key()):
             raise RunError(
-                "the statement is not signed by the new key that it names: expected both signatures; do not use this file"
+                "the statement is not signed by the new key that it names: expected both signatures; do not use the file"
             )
 
 
@@ -160,7 +154,7 @@ class ServerRenewal(_Document):
     def parse_all(cls, text: str) -> list[Self]:
         """The lines of a file, or of what comes with a request, the oldest first. Raises RunError."""
         lines = text.split("\n", MOST_SERVER_RENEWALS)
-        if len(text) > MOST_SERVER_RENEWALS * _LONGEST or len(lines) > MOST_SERVER_RENEWALS and lines[-1].strip():
+        if "".join(lines[MOST_SERVER_RENEWALS:]).strip():
             raise RunError(f"these are more than {MOST_SERVER_RENEWALS} statements of renewed keys: expected the last ones")
         return [cls.parse(line) for line in lines if line.strip()]
 
@@ -192,6 +186,10 @@ def _read(file: Path) -> str:
 def fingerprint(key: EllipticCurvePublicKey) -> str:
     """SHA-256 (hex) of a node's key as Flower keeps it: PEM, SubjectPublicKeyInfo."""
     return hashlib.sha256(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def _line(key: EllipticCurvePublicKey) -> str:
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
 def _digest(certificates: str) -> str:

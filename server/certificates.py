@@ -3,8 +3,8 @@
 ca.crt          goes to every organisation        ca.key        signs; may be kept elsewhere between renewals
 server.crt      what the server shows             server.key    stays on the server
 
-Where the authority was replaced (rotation.py), ca.crt holds the one before it too, second: whatever still shows a certificate of that
-one is believed on this machine until it is restarted. Organizations are given the first (`authority_pem`).
+Where the authority was replaced (rotation.py), ca.crt holds the one before it too, second: whatever still shows a certificate of
+that one is believed on this machine until it is restarted. Organizations are given the first (`authority_pem`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 
-__all__ = ["authority_pem", "check", "change_authority", "new_authority", "next_authority", "renew"]
+__all__ = ["authority_pem", "change_authority", "check", "new_authority", "next_authority", "renew"]
 
 AUTHORITY_LIFETIME = timedelta(days=3650)
 SERVER_LIFETIME = timedelta(days=365)

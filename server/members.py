@@ -136,9 +136,7 @@ class Members:
                     return member
             present = next((m for m in before if m.revoked is None and m.fingerprint == about.old), None)
             if present is None:
-                raise RunError(
-                    "the statement replaces a key that is no member's now: expected the present key of an organization"
-                )
+                raise RunError("the statement replaces a key that is no member's now: expected an organization's present key")
             renewal.check(present.loaded)
             if (about.federation, about.organization) != (federation, present.name):
                 raise RunError(

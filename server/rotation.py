@@ -1,13 +1,13 @@
 """The federation's keys are renewed without a new invitation: the key that signs requests, and the authority of the server.
 
-certificates/next/             the keys that are to follow (ca.crt, ca.key, signing.key) and renewal.json, their statement; whole or
-                               not at all, and gone once they are in use
+certificates/next/             the keys that are to follow (ca.crt, ca.key, signing.key) and renewal.json, their statement; whole
+                               or not at all, and gone once they are in use
 certificates/renewals.jsonl    the statements of all keys that were put into use, the oldest first
 server-renewals.jsonl          all statements, for organizations that no request reaches meanwhile
 
-First the new keys are announced: the statement, signed by the old key, goes with every request, and each answer names the newest key
-that its organization knows. Then they are put into use. A process that is killed between any two writes leaves keys that work, the
-old or the new; the same command again finishes it.
+First the new keys are announced: the statement, signed by the old key, goes with every request, and each answer names the newest
+key that its organization knows. Then they are put into use. A process that is killed between any two writes leaves keys that work,
+the old or the new; the same command again finishes it.
 """
 
 from __future__ import annotations
