@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,8 +30,15 @@ class Entrance:
     RunError for files that cannot be used.
     """
 
-    def __init__(self, site: Path, address: str, root_certificates: Path | None, key: Path) -> None:
-        self._site, self._address, self._root, self._key = site, address, root_certificates, key
+    def __init__(
+        self,
+        site: Path,
+        address: str,
+        root_certificates: Path | None,
+        key: Path,
+        connect: Callable[..., AbstractContextManager[Fleet]] = connected,
+    ) -> None:
+        self._site, self._address, self._root, self._key, self._connect = site, address, root_certificates, key, connect
         self._certificates()
         present = read_private_key(key)
         if self._is_own_key:
@@ -43,7 +50,7 @@ class Entrance:
         certificates = self._certificates()
         with ExitStack() as held:
             try:
-                fleet = held.enter_context(connected(self._address, certificates, read_private_key(self._key), known, anew))
+                fleet = held.enter_context(self._connect(self._address, certificates, read_private_key(self._key), known, anew))
             except NotKnown as refused:
                 fleet = self._enter_with_next(held, certificates, refused)
             yield fleet
@@ -54,7 +61,7 @@ class Entrance:
         if following is None:
             raise refused
         try:
-            fleet = held.enter_context(connected(self._address, certificates, following))
+            fleet = held.enter_context(self._connect(self._address, certificates, following))
         except NotKnown:
             raise refused from None
         take_next(self._site, following)

@@ -6,8 +6,8 @@ certificates/renewals.jsonl    the statements of all keys that were put into use
 server-renewals.jsonl          all statements, for organizations that no request reaches meanwhile
 
 First the new keys are announced: the statement, signed by the old key, goes with every request, and each answer names the newest
-key that its organization knows. Then they are put into use. A process that is killed between any two writes leaves keys that work,
-the old or the new; the same command again finishes it.
+key that its organization knows. Then they are put into use. A process that is killed between any two writes leaves keys that
+work, the old or the new; the same command again finishes it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def announce(folder: FederationFolder) -> ServerRenewal:
     finish(folder)
     path = folder.certificates
     try:
+        for left in path.glob(f".{_NEXT}.*.part"):  # of a process that was killed
+            shutil.rmtree(left)
         if not (path / _NEXT).exists():
             part = Path(tempfile.mkdtemp(dir=path, prefix=f".{_NEXT}.", suffix=".part"))  # 0700
             try:
