@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from safetensors import safe_open
 
 from cotune.models.base import find_base
 from cotune.models.device import pick_device
@@ -25,6 +28,8 @@ from cotune.server.robust_default import with_robust_default
 from cotune.server.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
 from cotune.strategies.plugins import content_of
 
+_BYTES_PER_PARAMETER, _BYTES_BESIDE = 16, 256 * 2**20  # of a reply, at most
+
 __all__ = ["address_of", "found", "renew", "with_id", "write_handout"]
 
 
@@ -39,6 +44,7 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
         raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
     pick_device(config.device)
     resolved = with_robust_default(_resolved(plan, config))
+    config = _with_quotas(config, resolved)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
@@ -75,6 +81,25 @@ def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
 def with_id(config: ServerConfig) -> ServerConfig:
     """The same with an id, where it has none."""
     return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
+
+
+def _with_quotas(config: ServerConfig, plan: Plan) -> ServerConfig:
+    """With the largest reply that a plan on this base model can have, where the coordinator has not set it: a change and a
+    statistic of all its parameters, in float32, and some to spare.
+    """
+    if "reply" in config.quotas.model_fields_set:
+        return config
+    reply = _BYTES_PER_PARAMETER * _parameters(find_base(plan.model).path) + _BYTES_BESIDE
+    return config.model_copy(update={"quotas": config.quotas.model_copy(update={"reply": reply})})
+
+
+def _parameters(base: Path) -> int:
+    """By the heads of its files: nothing is loaded."""
+    count = 0
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return count
 
 
 def address_of(config: ServerConfig) -> str:

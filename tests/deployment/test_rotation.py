@@ -1,0 +1,68 @@
+"""All keys of a federation are renewed while it works, between real processes: nobody is invited anew, and no run is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cotune.client.audit_log import AuditLog
+from tests.deployment.deployment import Deployment, deployment
+
+pytestmark = pytest.mark.long
+
+
+def cotune(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cotune.cli.main", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def agree(fed: Deployment) -> None:
+    """Both ends of every trail, over all renewals."""
+    for name in fed.organisations:
+        for run in fed.runs():
+            verified = cotune("server", "verify-trail", run.parent, "--site-log", fed.site(name) / "audit.jsonl")
+            assert verified.returncode == 0, verified.stdout + verified.stderr
+            sent = cotune("client", "sent", fed.site(name), "--trail", run.parent / "trail.jsonl")
+            assert sent.returncode == 0, sent.stdout + sent.stderr
+
+
+def test_every_key_is_renewed_during_a_run(tmp_path: Path) -> None:
+    """north's while it trains, which goes on; then the federation's own, which both learn, and the server's certificate."""
+    with deployment(tmp_path, "north", "south", plan={"rounds": 4, "privacy": "none"}) as fed:
+        fed.run()
+        fed.wait(fed.reached("round_finished", 1))
+        trainer = fed.find("trainer:north")
+        trainer.send_signal(signal.SIGSTOP)
+        old = (tmp_path / "north" / "node.pub").read_text()
+        assert cotune("client", "renew-key", fed.site("north")).returncode == 0
+        done = cotune("server", "accept-key", fed.fed, fed.site("north") / "node-renewal.json")
+        assert done.returncode == 0, done.stderr
+        fed.wait(lambda: (tmp_path / "north" / "node.pub").read_text() != old)
+        assert cotune("server", "renew-keys", fed.fed).returncode == 0
+        assert cotune("server", "renew-keys", fed.fed, "--switch").returncode == 1  # nobody has heard of them yet
+        trainer.send_signal(signal.SIGCONT)
+        history = fed.finish().load().history
+        assert [entry["participants"] for entry in history] == [["north", "south"]] * 4
+        assert trainer.is_running()  # it was not begun anew for the new key
+        agree(fed)
+
+        switched = cotune("server", "renew-keys", fed.fed, "--switch")
+        assert switched.returncode == 0, switched.stderr
+        fed.processes.pop("server").send_signal(signal.SIGTERM)
+        fed.wait(lambda: "stopping" in fed.log("server"))
+        fed.start_server()
+        fed.wait(lambda: fed.online() == {"north", "south"})
+        fed.run()
+        assert [entry["participants"] for entry in fed.finish().load().history] == [["north", "south"]] * 4
+        agree(fed)
+        for name in fed.organisations:
+            entries = AuditLog(fed.site(name)).entries()
+            assert [entry["what"] for entry in entries].count("keys") == 1
+            assert len({entry["key"] for entry in entries if entry["what"] == "request"}) == 2
+            trust = json.loads((fed.site(name) / "node" / "trust.json").read_text())
+            assert [each["until"] is None for each in trust["generations"]] == [False, True]
