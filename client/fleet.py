@@ -125,10 +125,14 @@ class Fleet:
 
     def receive(self) -> Request | None:
         """The next request, if there is one. The server announces each only once."""
-        if self._disowned.is_set():
-            raise NotKnown("the server does not know this node any more")
+        self.check_known()
         response = _call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         return Request._first_of(response) if response.messages_list else None
+
+    def check_known(self) -> None:
+        """Raises NotKnown where a heartbeat was refused, as that of a key which was replaced or revoked."""
+        if self._disowned.is_set():
+            raise NotKnown("the server does not know this node any more")
 
     def open(self, request: Request) -> Parcel:
         """The whole message, in its pieces. It may be opened again until it is confirmed.

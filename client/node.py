@@ -221,6 +221,7 @@ class Node:
             _log.error("%s", error)
 
     def _wait_for_reply(self, fleet: Fleet, request: Request) -> None:
+        fleet.check_known()
         try:
             self._reply = self._worker.answer(_POLL_SECONDS)
         except ResidentDied as error:

@@ -71,6 +71,9 @@ class FakeFleet(Fleet):
             if failure is not None:
                 raise failure
 
+    def check_known(self) -> None:
+        """It is, unless a test says otherwise."""
+
     def receive(self) -> Request | None:
         if not self._requests:
             self._end.set()
@@ -481,28 +484,22 @@ def test_a_node_with_another_number_goes_on_with_what_it_is_asked_anew(
     worker, waited = Unhurried(), list[int]()
     node = Node(tmp_path, worker, stop)
 
-    class Leaving(FakeFleet):
-        """Refuses the key once the worker is at the request."""
+    class Refusing(FakeFleet):
+        """Its heartbeats are refused once the worker is at the request."""
 
-        def confirm(self, request: Request) -> None:
-            super().confirm(request)
-            raise NotKnown("the key is another now")
+        def check_known(self) -> None:
+            if worker.given:
+                raise NotKnown("the key is another now")
 
-    first = Leaving(stop, asked_anew(request(), NODE))
-    worker_answer = worker.answer
-
-    def refused_meanwhile(seconds: float) -> Message | None:
-        raise NotKnown("the key is another now")
-
-    worker.answer = refused_meanwhile  # type: ignore[method-assign]
     with pytest.raises(NotKnown):
-        node.serve(first)
+        node.serve(Refusing(stop, asked_anew(request(), NODE)))
     assert worker.given == ["1"]
+    answer = worker.answer
 
     def later(seconds: float) -> Message | None:
         waited.append(len(worker.given))
         worker.done = len(waited) >= 3
-        return worker_answer(seconds)
+        return answer(seconds)
 
     worker.answer = later  # type: ignore[method-assign]
     second = FakeFleet(stop, asked_anew(request(), NODE + 1, content))
