@@ -9,16 +9,30 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
+from cotune.client.audit_log import AuditLog
+from cotune.client.keys import next_key, take_next
+from cotune.client.keys import public_keys as node_public_keys
+from cotune.client.renewal import renew_key
+from cotune.client.requested import countersign, verified
+from cotune.client.set_up import make_site
 from cotune.client.trust import Trust, learn, note_use
 from cotune.models.errors import RunError
 from cotune.plan.load import parse_plan
-from cotune.plan.renewal import read_server_renewals
+from cotune.plan.renewal import read_node_renewal, read_server_renewals
+from cotune.plan.signatures import TRAIN, UPDATE, content_digest
+from cotune.plan.trail import compare, of_coordinator, of_organization
 from cotune.server import certificates, rotation
 from cotune.server.federation import FederationFolder, ServerConfig
 from cotune.server.founding import found
 from cotune.server.founding import renew as renew_certificate
+from cotune.server.members import read_public_key
+from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.signing import public_hex, public_keys, read_signing_key
+from cotune.server.trail import Trail, keys_of, read_trail
+from cotune.strategies.wire import Recipient, encode_requests
 from tests.support.kills import killed_before_each_change
 
 
@@ -149,3 +163,48 @@ def test_a_kill_while_they_are_put_into_use_leaves_keys_that_work_and_is_finishe
     assert used == sorted(used)
     assert {False, True} == set(used)
     assert len(used) > 6
+
+
+def test_both_ends_of_a_trail_agree_over_the_renewal_of_every_key(fed: FederationFolder, tmp_path: Path) -> None:
+    """Two rounds, between which the organization's key, the server's and the authority are renewed; site and server as they are."""
+    site = make_site(tmp_path / "north", "north", device="cpu")
+    Trust.join(site.folder, fed.invitation)
+    fed.members.invite("north", read_public_key(site.folder / "node.pub"))
+    people = (Participant(name="north"),)
+    file = RunFile(run="1" * 32, created="now", engine="superlink", device="cpu", participants=people, federation=str(fed.path))
+    folder = RunFolder.create(fed.path / "runs" / "1", fed.plan, file)
+    trail, log = Trail(folder), AuditLog(site.folder)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+    def play(round: int) -> None:
+        """A request there, and an answer back."""
+        [content] = encode_requests(fed.plan.canonical(), round, {}, [Recipient("north")])
+        trail.sign(TRAIN, round, {"north": content}, [Recipient("north")], "", ["north"])
+        _, requested = verified(content, site.folder)
+        log.append("request", **requested.entry())
+        answer = RecordDict({"update": ConfigRecord({"round": round})})
+        digest = content_digest(answer)
+        log.append("update", sha256=digest, **countersign(answer, UPDATE, digest, requested, site.folder))
+        assert trail.accept(Message(answer, 1, "train"), UPDATE, round, "north") == ""
+
+    play(1)
+    renew_key(site)
+    fed.members.renew(read_node_renewal(site.folder / "node-renewal.json"), fed.config.id)
+    following = next_key(site.folder)
+    assert following is not None
+    take_next(site.folder, following)
+    rotation.announce(fed)
+    assert rotation.without_them(fed) == ["north"]
+    play(2)
+    assert rotation.without_them(fed) == []
+    rotation.put_into_use(fed)
+    play(3)
+    server, nodes = keys_of(folder)
+    assert (len(server), len(nodes["north"])) == (2, 2)
+    own = [each.signing_key for each in Trust.read(site.folder).generations]
+    for server_keys, node_keys in ((server, nodes["north"]), (own, node_public_keys(site.folder))):
+        here = of_coordinator(read_trail(folder.path), "north", server_keys, node_keys)
+        found = compare(here, of_organization(log.entries(), server_keys, node_keys))
+        assert (found.requests, found.replies, found.contradictions, found.one_sided) == (3, 3, (), ())
+    newest = of_organization(log.entries(), server[:1], nodes["north"][-1:])
+    assert len(newest.wrong) == 3  # what former keys have signed would not hold without them
