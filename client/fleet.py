@@ -288,6 +288,11 @@ def _fault(response: httpx.Response) -> FleetError:
         return RequestOver("the run is over, or not for this node")
     if status == httpx.codes.NOT_FOUND:
         return FleetError("the server has nothing at this place: expected the public port of a federation at this address")
+    if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.INSUFFICIENT_STORAGE):
+        return FleetError(
+            f"the server's quota for this organization is used up (status {status}): it comes back with time; ask the coordinator,"
+            " and look for another node with the same key"
+        )
     return FleetError(f"the server answered with status {status}")
 
 
