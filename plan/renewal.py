@@ -126,8 +126,8 @@ class ServerRenewal(_Document):
 
     @classmethod
     def make(cls, federation: str, old: Ed25519PrivateKey, new: Ed25519PrivateKey, certificates: str) -> Self:
-        keys = [key.public_key().public_bytes_raw().hex() for key in (old, new)]
-        statement = ServerStatement(federation, *keys, _digest(certificates), _now())
+        present, following = (key.public_key().public_bytes_raw().hex() for key in (old, new))
+        statement = ServerStatement(federation, present, following, _digest(certificates), _now())
         signatures = {"signature": sign(statement, old), "confirmation": sign(statement, new)}
         return cls(statement=statement.text(), certificates=certificates, **signatures)
 
