@@ -290,8 +290,8 @@ def _fault(response: httpx.Response) -> FleetError:
         return FleetError("the server has nothing at this place: expected the public port of a federation at this address")
     if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.INSUFFICIENT_STORAGE):
         return FleetError(
-            f"the server's quota for this organization is used up (status {status}): it comes back with time; ask the coordinator,"
-            " and look for another node with the same key"
+            f"the server's quota for this organization is used up (status {status}): wait, ask the coordinator,"
+            " and look for another node that has this key"
         )
     return FleetError(f"the server answered with status {status}")
 
