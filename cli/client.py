@@ -152,13 +152,17 @@ def trust(
     """Believe the server's new keys, by a statement that the old ones have signed, where it did not come with a request."""
     from cotune.client.site import Site
     from cotune.client.trust import Trust, learn
+    from cotune.models.errors import RunError
     from cotune.plan.renewal import read_server_renewals
 
-    folder = Site(site.expanduser()).folder
-    learned = learn(folder, read_server_renewals(renewal.expanduser()))
-    newest = Trust.read(folder).newest.signing_key
-    how = f"learned {len(learned)} new" if learned else "there was nothing new; known are the same"
-    typer.echo(f"{how} keys of the server; the newest is {newest}")
+    folder, renewals = Site(site.expanduser()).folder, read_server_renewals(renewal.expanduser())
+    learned, newest = learn(folder, renewals), Trust.read(folder).newest.signing_key
+    if not learned and newest not in [each.about.new for each in renewals]:
+        raise RunError(
+            f"nothing in {renewal} follows from the key that the site trusts ({newest[:16]}…): expected statements of its own server,"
+            " all since then; else get the federation.toml again"
+        )
+    typer.echo(f"{len(learned)} statements were new; the server's newest key is {newest}")
 
 
 for command in (client_join.init, client_check.check, client_join.join, client_join.approve, client_join.sent):

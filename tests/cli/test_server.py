@@ -151,7 +151,11 @@ def test_the_federations_keys_are_announced_and_then_used(cotune: Cotune, fed: P
     (new,) = re.findall(r"\b[0-9a-f]{64}\b", announced.out)
     refused = cotune("server", "renew-keys", "fed", "--switch")
     assert (refused.code, "hospital-a" in refused.err) == (1, True)
-    assert new in cotune("client", "trust", "site", fed / "server-renewals.jsonl").out
+    for _ in range(2):
+        assert new in cotune("client", "trust", "site", fed / "server-renewals.jsonl").out
+    (folder / "nothing.jsonl").write_text("")
+    nothing = cotune("client", "trust", "site", "nothing.jsonl")
+    assert (nothing.code, nothing.err.count("\n")) == (1, 1)
     switched = cotune("server", "renew-keys", "fed", "--switch", "--anyway")
     assert (switched.code, switched.err) == (0, "")
     assert read_invitation(fed / "federation.toml").signing_key == new
