@@ -159,8 +159,8 @@ def trust(
     learned, newest = learn(folder, renewals), Trust.read(folder).newest.signing_key
     if not learned and newest not in [each.about.new for each in renewals]:
         raise RunError(
-            f"nothing in {renewal} follows from the key that the site trusts ({newest[:16]}…): expected all statements of its server,"
-            " or the federation.toml again"
+            f"nothing in {renewal} follows from the key that the site trusts ({newest[:16]}…): expected all statements of its"
+            " server, or the federation.toml again"
         )
     typer.echo(f"{len(learned)} statements were new; the server's newest key is {newest}")
 

@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 
 from cotune.client.audit_log import AuditLog
+from cotune.client.renewal import renew_key
+from cotune.client.site import Site
+from cotune.plan.renewal import read_node_renewal
+from cotune.server import rotation
+from cotune.server.federation import FederationFolder
 from tests.deployment.deployment import Deployment, deployment
 
 pytestmark = pytest.mark.long
+
+PATIENT = {"deadline_seconds": 1200.0}
 
 
 def cotune(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,18 +46,18 @@ def agree(fed: Deployment) -> None:
 
 def test_every_key_is_renewed_during_a_run(tmp_path: Path) -> None:
     """north's while it trains, which goes on; then the federation's own, which both learn, and the server's certificate."""
-    with deployment(tmp_path, "north", "south", plan={"rounds": 3, "privacy": "none"}) as fed:
+    with deployment(tmp_path, "north", "south", plan={"rounds": 3, "privacy": "none", "server": PATIENT}) as fed:
         fed.run()
         fed.wait(fed.reached("round_finished", 1))
         trainer = fed.find("trainer:north")
         trainer.send_signal(signal.SIGSTOP)
         old = (tmp_path / "north" / "node.pub").read_text()
-        assert cotune("client", "renew-key", fed.site("north")).returncode == 0
-        done = cotune("server", "accept-key", fed.fed, fed.site("north") / "node-renewal.json")
-        assert done.returncode == 0, done.stderr
+        federation = FederationFolder(fed.fed)
+        statement, _ = renew_key(Site(fed.site("north")))
+        federation.members.renew(read_node_renewal(statement), federation.config.id)
         fed.wait(lambda: (tmp_path / "north" / "node.pub").read_text() != old)
-        assert cotune("server", "renew-keys", fed.fed).returncode == 0
-        assert cotune("server", "renew-keys", fed.fed, "--switch").returncode == 1  # nobody has heard of them yet
+        rotation.announce(federation)
+        assert rotation.without_them(federation) == ["north", "south"]
         trainer.send_signal(signal.SIGCONT)
         assert everybody(fed.finish().load().history)
         assert trainer.is_running()  # it was not begun anew for the new key
