@@ -125,10 +125,14 @@ class Fleet:
 
     def receive(self) -> Request | None:
         """The next request, if there is one. The server announces each only once."""
-        if self._disowned.is_set():
-            raise NotKnown("the server does not know this node any more")
+        self.check_known()
         response = _call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         return Request._first_of(response) if response.messages_list else None
+
+    def check_known(self) -> None:
+        """Raises NotKnown where a heartbeat was refused, as that of a key which was replaced or revoked."""
+        if self._disowned.is_set():
+            raise NotKnown("the server does not know this node any more")
 
     def open(self, request: Request) -> Parcel:
         """The whole message, in its pieces. It may be opened again until it is confirmed.
@@ -284,6 +288,11 @@ def _fault(response: httpx.Response) -> FleetError:
         return RequestOver("the run is over, or not for this node")
     if status == httpx.codes.NOT_FOUND:
         return FleetError("the server has nothing at this place: expected the public port of a federation at this address")
+    if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.INSUFFICIENT_STORAGE):
+        return FleetError(
+            f"the server's quota for this organization is used up (status {status}): wait, ask the coordinator,"
+            " and look for another node that has this key"
+        )
     return FleetError(f"the server answered with status {status}")
 
 

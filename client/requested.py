@@ -2,7 +2,7 @@
 
 What is refused: no signature, or one of another key; a request of another federation, for another organization, of another kind;
 one whose plan, round or arrays are not those that were signed; and one that was asked before another that was accepted. The last
-request itself may come again: an answer may have been lost.
+request itself may come again: an answer may have been lost. The server's new keys may come with it (trust.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from flwr.app import RecordDict
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.credentials import read_private_key
-from cotune.client.trust import Trust
+from cotune.client.trust import Trust, learn, note_use
 from cotune.models.errors import Declined, RunError
+from cotune.plan.renewal import ServerRenewal
 from cotune.plan.schema import Plan
 from cotune.plan.signatures import (
     TRAIN,
@@ -60,13 +61,15 @@ class Requested:
 def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> tuple[RecordDict, Requested]:
     """The message without its signature, and who has signed what. folder: of the site.
 
-    Raises RunError for a signature that is missing, malformed, or not of a key that the site accepts, and for another federation.
+    Raises RunError for a signature that is missing, malformed, or not of a key that the site accepts, for another federation, and
+    for new keys of the server that its old one has not signed.
     """
     rest, signed = detach(content)
     if signed is None:
         raise RunError("the request is not signed: expected a server whose cotune signs its requests")
+    learn(folder, ServerRenewal.parse_all(signed.about.pop("renewals", "")))
     trust, statement = Trust.read(folder), RequestStatement.parse(signed.text)
-    keys = [each.signing_key for each in trust.accepted(now)]
+    keys = trust.signing_keys()
     key = next((key for key in keys if signed_by_server(statement, signed.signature, key)), None)
     if key is None:
         raise RunError(f"the signature of the request is not of the server of {trust.name}: expected its signing key")
@@ -75,6 +78,8 @@ def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> 
     roster = tuple(signed.about.get("roster", "").split())
     if len(set(roster)) != statement.cohort or roster_digest(roster) != statement.roster:
         raise RunError("the roster of the request is not the one that was signed")
+    if key != keys[0]:
+        note_use(folder, key, now)
     return rest, Requested(statement, signed.signature, key, roster, trust.newest.signing_key)
 
 

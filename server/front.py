@@ -18,6 +18,7 @@ from cotune.models.errors import CotuneError, RunError
 from cotune.models.table import Table, first_mistake
 from cotune.server import certificates
 from cotune.server.members import Members
+from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Setup, serve
 from cotune.server.refusals import Refusals
@@ -36,8 +37,9 @@ class FrontConfig(Table):
     host: str = "0.0.0.0"  # the address to listen at; "::" for IPv6 and IPv4
     port: int = Field(9092, ge=0, le=65535)  # 0: any that is free
     proxied: bool = False  # only nginx, or the like, on this machine connects here, and counts connections
-    refusals: Path | None = None  # the file in which members whose announcements were refused are kept
+    refusals: Path | None = None  # the file in which members are kept that were refused what they announced, or by a quota
     limits: Limits = Limits()
+    quotas: Quotas = Quotas()
 
 
 def read_config(path: Path) -> FrontConfig:
@@ -95,6 +97,7 @@ def setup(config: FrontConfig) -> Setup:
         Keys(config.members),
         Refusals(config.refusals).note if config.refusals else lambda member, reason: None,
         config.limits,
+        config.quotas,
         config.proxied,
     )
 

@@ -143,6 +143,7 @@ def _write_settings(folder: FederationFolder) -> None:
         "superlink_port": folder.config.superlink_port,
         "host": folder.config.listen,
         "port": folder.config.port,
+        "quotas": folder.config.quotas.model_dump(exclude_none=True),
     }
     write_durably(folder.superlink / "front.toml", tomli_w.dumps(front).encode())
 

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from flwr.app import Message, RecordDict
 
 from cotune.models.errors import RunError
+from cotune.plan.renewal import ServerRenewal
 from cotune.plan.signatures import (
     FINISHED,
     RECEIPT,
@@ -34,6 +35,7 @@ from cotune.plan.signatures import (
 )
 from cotune.server.events import Events, read_events
 from cotune.server.federation import FederationFolder
+from cotune.server.rotation import renewals
 from cotune.server.run_folder import RunFolder
 from cotune.server.signing import next_serial, public_keys, read_signing_key
 from cotune.strategies.wire import Recipient
@@ -68,7 +70,7 @@ class Trail:
         if self._federation is None:
             return
         folder = self._federation.certificates
-        key, serial = read_signing_key(folder), next_serial(folder)
+        key, serial, renewed = read_signing_key(folder), next_serial(folder), ServerRenewal.join(renewals(folder))
         keys = {member.name: member.fingerprint for member in self._federation.members.active()}
         roster = sorted(keys[name] for name in set(cohort) & keys.keys())
         for who in recipients:
@@ -88,7 +90,8 @@ class Trail:
             )
             signature = sign(statement, key)
             self._log.tell("request", statement=statement.text(), signature=signature, roster=roster)
-            attach(contents[who.organisation], statement, signature, roster="\n".join(roster))
+            about = {"roster": "\n".join(roster), **({"renewals": renewed} if renewed else {})}
+            attach(contents[who.organisation], statement, signature, **about)
             self._requests[_answer_to(kind), round, who.organisation] = statement.digest
 
     def accept(self, reply: Message, kind: str, round: int, organization: str) -> str:

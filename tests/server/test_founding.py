@@ -52,7 +52,7 @@ def test_a_federation_is_a_folder_that_only_its_owner_reads(plan: Callable[..., 
     }
     for path in (made.path, *made.path.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
-    assert made.config == config(port=9000, id=made.config.id)
+    assert made.config == config(port=9000, id=made.config.id, quotas=made.config.quotas)
     assert made.members.all() == ()
     for host in ("fed.example.org", "10.0.0.7", "127.0.0.1"):
         certificates.check(made.certificates, host)
