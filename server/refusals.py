@@ -72,6 +72,8 @@ class Watch:
         if event not in ("update_dropped", "round_finished"):
             return
         for member, refused in read_refusals(self._file).items():
-            if (more := refused.count - self._seen.get(member, 0)) > 0:
+            seen = self._seen.get(member, 0)
+            more = refused.count - (seen if seen <= refused.count else 0)  # fewer: the file was begun anew
+            if more > 0:
                 self._seen[member] = refused.count
                 self._tell("messages_refused", organisation=member, count=more, reason=refused.reason)

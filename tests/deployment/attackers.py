@@ -179,34 +179,33 @@ def _reply(fleet: Fleet, request: Request, tree: ObjectTree, **about: object) ->
 
 
 @contextmanager
-def locked(database: Path, seconds: float) -> Iterator[None]:
-    """Nobody else writes to it for so long, as while a backup is made. The lock is released at the end of the block."""
+def locked(database: Path) -> Iterator[None]:
+    """Nobody else writes to it in the block, as while a backup is made."""
     with closing(sqlite3.connect(database, timeout=60.0, isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         yield
-        time.sleep(seconds)
         connection.execute("ROLLBACK")
 
 
 @contextmanager
-def flood(port: int, authority: Path) -> Iterator[None]:
+def flood(port: int, authority: Path) -> Iterator[Mapping[str, int]]:
     """As long as the block takes: idle connections from four addresses, opened again when they are cut, and contents of 16 MB
-    under a key that nobody knows.
+    under a key that nobody knows. Yields how many connections each address has opened so far.
     """
-    stopped = threading.Event()
-    threads = [threading.Thread(target=_hold, args=(port, address, stopped), daemon=True) for address in ADDRESSES]
+    stopped, opened = threading.Event(), dict.fromkeys(ADDRESSES, 0)
+    threads = [threading.Thread(target=_hold, args=(port, address, opened, stopped), daemon=True) for address in ADDRESSES]
     threads.append(threading.Thread(target=_send_on, args=(port, authority, stopped), daemon=True))
     for thread in threads:
         thread.start()
     try:
-        yield
+        yield opened
     finally:
         stopped.set()
         for thread in threads:
             thread.join(30)
 
 
-def _hold(port: int, address: str, stopped: threading.Event) -> None:
+def _hold(port: int, address: str, opened: dict[str, int], stopped: threading.Event) -> None:
     held: set[socket.socket] = set()
     while not stopped.wait(1 / _PACE):
         for dead in select.select(held, (), (), 0)[0]:
@@ -215,18 +214,22 @@ def _hold(port: int, address: str, stopped: threading.Event) -> None:
         if len(held) < IDLE:
             with suppress(OSError):
                 held.add(socket.create_connection(("127.0.0.1", port), 5.0, source_address=(address, 0)))
+                opened[address] += 1
     for connection in held:
         connection.close()
 
 
 def _send_on(port: int, authority: Path, stopped: threading.Event) -> None:
-    """One content after the other."""
+    """One content after the other, as far as it is taken."""
     context, key = ssl.create_default_context(cafile=str(authority)), new_key()
     while not stopped.wait(0.2):
         headers = {**signed(key), "content-type": "application/protobuf", "content-length": str(len(_STRANGERS_BODY))}
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = f"POST /v1/fleet/push-messages HTTP/1.1\r\nhost: localhost\r\n{lines}\r\n".encode()
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 5.0) as plain:
-            with context.wrap_socket(plain, server_hostname="localhost") as connection:
-                connection.sendall(head + _STRANGERS_BODY)
-                connection.recv(2**16)
+        with (
+            suppress(OSError),
+            socket.create_connection(("127.0.0.1", port), 5.0) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as connection,
+        ):
+            connection.sendall(head + _STRANGERS_BODY)
+            connection.recv(2**16)
