@@ -10,6 +10,7 @@ import sqlite3
 import ssl
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -33,12 +34,25 @@ from cotune.strategies import Update
 from cotune.strategies.wire import decode_request, encode_update, received_digest
 from tests.support.calls import announcement, identifier, new_key, signed
 
-__all__ = ["Attacker", "Deed", "announce_and_stay_away", "bomb", "disturb_the_store", "flood", "locked", "say_nothing"]
+__all__ = [
+    "ADDRESSES",
+    "DISTURBANCES",
+    "IDLE",
+    "Attacker",
+    "Deed",
+    "announce_and_stay_away",
+    "bomb",
+    "disturb_the_store",
+    "flood",
+    "locked",
+    "say_nothing",
+]
 
-CHUNK = b"ArrayChunk  %d\x00" % 2**20 + bytes(2**20)
-TIMES = 65_536  # that it is listed: 64 GiB, which nobody has to spare
+CHUNK = b"ArrayChunk  %d\x00" % 2**19 + bytes(2**19)
+TIMES = 131_072  # that it is listed: 64 GiB, which nobody has to spare; with its list below the 1 MiB that any update may have
 ADDRESSES = ("127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5")
 IDLE = 80  # connections that each of them holds: 320 in all
+DISTURBANCES = (400, 400, 400, 413)  # what the public port answers to each: the last is too large to be looked into
 _PACE = 50.0  # connections that each opens in a second
 _STRANGERS_BODY = b"\x12\x00" * 8 * 2**20  # 16 MB: eight million empty messages
 
@@ -62,13 +76,13 @@ class Attacker:
 
     def __enter__(self) -> Attacker:
         self._thread.start()
-        assert self._entered.wait(60), self._failure
+        assert self._entered.wait(120), self._failure
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stopped.set()
         self._thread.join(30)
-        assert not self._failure
+        assert kind or not self._failure, self._failure
 
     def _run(self) -> None:
         try:
@@ -78,8 +92,9 @@ class Attacker:
                     if request := fleet.receive():
                         self._deeds.get(int(request.round), say_nothing)(self, fleet, request)
                 fleet.leave()
-        except Exception as error:
-            self._failure = f"{type(error).__name__}: {error}"
+        except Exception:
+            self._failure = traceback.format_exc()
+            print(self._failure)
 
     def push(self, fleet: Fleet, request: PushMessagesRequest) -> Any:
         """What the server answers; None where it refuses."""
@@ -115,7 +130,7 @@ def disturb_the_store(attacker: Attacker, fleet: Fleet, request: Request) -> Non
 
 
 def bomb(attacker: Attacker, fleet: Fleet, request: Request) -> None:
-    """A whole update of which one array lists a mebibyte of zeros again and again."""
+    """A whole update of which one array lists half a mebibyte of zeros again and again."""
     asked = fleet.open(request).message(2**30)
     reply = Message(_update(asked), reply_to=asked)
     pieces, tree = _exploding(reply)
@@ -153,7 +168,7 @@ def _exploding(reply: Message) -> tuple[dict[str, bytes], ObjectTree]:
     array = next(number for number, content in pieces.items() if content.startswith(b"Array "))
     head, _, body = pieces[array].partition(b"\x00")
     [chunk] = head.split()[1].decode().split(",")
-    listed = json.dumps({**json.loads(body), "arraychunk_ids": [0] * TIMES}).encode()
+    listed = json.dumps({**json.loads(body), "arraychunk_ids": [0] * TIMES}, separators=(",", ":")).encode()
     pieces, tree = _changed(pieces, tree, array, b"Array %s %d\x00%s" % (chunk.encode(), len(listed), listed))
     return _changed(pieces, tree, chunk, CHUNK)
 
@@ -175,7 +190,9 @@ def _message(records: list[ObjectTree]) -> ObjectTree:
 
 def _reply(fleet: Fleet, request: Request, tree: ObjectTree, **about: object) -> PushMessagesRequest:
     header = {"reply_to_message_id": request.tree.object_id, "run_id": request.run, "created_at": time.time(), **about}
-    return announcement(tree, fleet.node_id, **header)
+    made = announcement(tree, fleet.node_id, **header)
+    made.messages_list[0].content.SetInParent()  # empty: without it the SuperLink takes it for no message
+    return made
 
 
 @contextmanager

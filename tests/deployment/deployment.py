@@ -91,6 +91,10 @@ class Deployment:
         """In the place of a member's node, with its key."""
         return Attacker(f"localhost:{self.port}", self.authority, self.site(name) / "node.key", deeds)
 
+    def node_of(self, name: str) -> int:
+        """The number that its node has at the server."""
+        return int((self.site(name) / "node" / "id").read_text(encoding="utf-8").split()[0])
+
     def online(self) -> set[str]:
         """By what the server has said last of each."""
         words = [line.split() for line in self.log("server").splitlines()]

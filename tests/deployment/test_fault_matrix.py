@@ -193,13 +193,13 @@ def with_mallory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
         yield Kind("with a database", fed, weights(fed.finish().load()))
 
 
-def attack(kind: Kind, page: Page, what: str, deed: Deed) -> list[dict[str, Any]]:
+def attack(kind: Kind, page: Page, what: str, deed: Deed, *options: str) -> list[dict[str, Any]]:
     """A run in each of whose rounds mallory does this, until it is left out. Returns what the events say of it."""
     fed, struck = kind.fed, time.monotonic()
     with fed.attacker("mallory", dict.fromkeys(range(1, ROUNDS + 1), deed)) as mallory:
-        mallory.victim = int((fed.site("north") / "node" / "id").read_text().split()[0])
+        mallory.victim = fed.node_of("north")
         fed.wait(lambda: "mallory" in fed.online())
-        fed.run()
+        fed.run(*options)
         check_end(kind, page, what, "every round", struck, "mallory, in the run's events")
     assert left_out(fed.newest(), fed.newest().load().history) == ["mallory"]
     return [event for event in fed.events() if event.get("organisation") == "mallory"]
@@ -218,7 +218,8 @@ def test_a_member_announces_answers_that_never_come(with_mallory: Kind, page: Pa
 
 def test_a_member_sends_a_bomb(with_mallory: Kind, page: Page) -> None:
     """On commit a605cba the server ran out of memory, five times in a row, and the run was dead."""
-    told = attack(with_mallory, page, "mallory sends 64 GiB in 1 MiB", bomb)
+    patient = ("--set", "server.least_seconds=240")  # none of it is late
+    told = attack(with_mallory, page, "mallory sends 64 GiB in 1 MiB", bomb, *patient)
     assert [event["event"] for event in told] == ["update_quarantined"] * 3 + ["organisation_left_out"]
 
 
@@ -228,7 +229,7 @@ def test_a_member_disturbs_the_object_store(with_mallory: Kind, page: Page) -> N
     before = len(list(sent.entries()))
     told = attack(with_mallory, page, "mallory disturbs the object store", disturb_the_store)
     refused = [event["count"] for event in told if event["event"] == "messages_refused"]
-    assert sum(refused) >= 3 * 3  # what is over the limit of bytes is refused before it is looked into
+    assert sum(refused) >= 2 * 3  # of three rounds; what is over the limit of bytes is refused before it is looked into
     updates = [entry for entry in list(sent.entries())[before:] if entry["what"] == "update"]
     assert [entry["round"] for entry in updates] == list(range(1, ROUNDS + 1))
 

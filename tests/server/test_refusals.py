@@ -1,31 +1,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cotune.models.durable import write_durably
 from cotune.server import refusals
 from cotune.server.events import Events, listening, read_events
 from cotune.server.refusals import Refusals, Watch, read_refusals
-
-
-class Clock:
-    """In place of time.monotonic."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(refusals, "time", made)
-    return made
 
 
 @pytest.fixture
@@ -33,35 +18,58 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "refused.json"
 
 
-def noted(file: Path, clock: Clock, member: str, times: int, reason: str = "its source is another node") -> None:
-    """By a front that was started for it."""
-    front = Refusals(file)
+def noted(file: Path, member: str, times: int, reason: str = "its source is another node") -> None:
+    """By a front that was started for it, once the file says so."""
+    front, before = Refusals(file), count_of(file, member)
     for _ in range(times):
-        clock.now += 1.0
         front.note(member, reason)
+    written(file, member, before + times)
 
 
-def test_a_members_refusals_are_counted_over_restarts_of_the_front(file: Path, clock: Clock) -> None:
-    noted(file, clock, "south", 2, "first")
-    noted(file, clock, "south", 1, "last")
-    noted(file, clock, "north", 1)
+def count_of(file: Path, member: str) -> int:
+    found = read_refusals(file)
+    return found[member].count if member in found else 0
+
+
+def written(file: Path, member: str, count: int) -> None:
+    deadline = time.monotonic() + 60.0
+    while count_of(file, member) != count:
+        assert time.monotonic() < deadline, count_of(file, member)
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "_EVERY_SECONDS", 0.05)
+
+
+def test_a_members_refusals_are_counted_over_restarts_of_the_front(file: Path) -> None:
+    noted(file, "south", 2, "first")
+    noted(file, "south", 1, "last")
+    noted(file, "north", 1)
     found = read_refusals(file)
     assert {member: refused.count for member, refused in found.items()} == {"south": 3, "north": 1}
     assert found["south"].reason == "last"
 
 
-def test_the_first_of_a_member_is_written_at_once_and_a_storm_once_a_second(file: Path, clock: Clock) -> None:
+def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = list[bytes]()
+
+    def counted(path: Path, content: bytes) -> None:
+        writes.append(content)
+        write_durably(path, content)
+
+    monkeypatch.setattr(refusals, "write_durably", counted)
+    monkeypatch.setattr(refusals, "_EVERY_SECONDS", 2.0)
     front = Refusals(file)
-    written = set[int]()
-    for i in range(100):
+    for member in ("south", "north"):
+        front.note(member, "no")
+        assert count_of(file, member) == 1
+    for _ in range(500):
         front.note("south", "no")
-        written.add(read_refusals(file)["south"].count)
-        clock.now += 0.5
-        if i == 50:
-            front.note("north", "no")
-            assert read_refusals(file)["north"].count == 1
-    assert 1 in written
-    assert 40 <= len(written) <= 60
+    assert len(writes) == 2
+    written(file, "south", 501)
+    assert len(writes) == 3
 
 
 def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,38 +103,38 @@ def told(events: Events) -> list[tuple[str, int, str]]:
     return [(event["organisation"], event["count"], event["reason"]) for event in found]
 
 
-def test_the_run_names_whoever_was_refused_since_it_looked_last(file: Path, clock: Clock, events: Events) -> None:
-    noted(file, clock, "south", 2, "its tree holds an object that the server has sent")
+def test_the_run_names_whoever_was_refused_since_it_looked_last(file: Path, events: Events) -> None:
+    noted(file, "south", 2, "its tree holds an object that the server has sent")
     events.tell("update_received", round=1, organisation="north")
     assert told(events) == []
     events.tell("update_dropped", round=1, organisation="south", reason="no reply")
     assert told(events) == [("south", 2, "its tree holds an object that the server has sent")]
-    noted(file, clock, "south", 3, "it replies to nothing")
-    noted(file, clock, "north", 1, "it is no announcement")
+    noted(file, "south", 3, "it replies to nothing")
+    noted(file, "north", 1, "it is no announcement")
     events.tell("round_finished", round=1)
     assert sorted(told(events)[1:]) == [("north", 1, "it is no announcement"), ("south", 3, "it replies to nothing")]
     events.tell("round_finished", round=2)
     assert len(told(events)) == 3
 
 
-def test_what_was_refused_before_the_run_is_not_of_it(file: Path, clock: Clock, tmp_path: Path) -> None:
-    noted(file, clock, "south", 7)
+def test_what_was_refused_before_the_run_is_not_of_it(file: Path, tmp_path: Path) -> None:
+    noted(file, "south", 7)
     made = Events(tmp_path / "events.jsonl")
     with listening(Watch(file, made.tell)):
         made.tell("round_finished", round=1)
         assert told(made) == []
-        noted(file, clock, "south", 1)
+        noted(file, "south", 1)
         made.tell("round_finished", round=2)
     assert [(who, count) for who, count, _ in told(made)] == [("south", 1)]
 
 
-def test_a_file_that_was_begun_anew_is_news_again(file: Path, clock: Clock, events: Events) -> None:
+def test_a_file_that_was_begun_anew_is_news_again(file: Path, events: Events) -> None:
     """As somebody removes it, or it was damaged."""
-    noted(file, clock, "south", 5)
+    noted(file, "south", 5)
     events.tell("round_finished", round=1)
     os.unlink(file)
-    noted(file, clock, "south", 2)
+    noted(file, "south", 2)
     events.tell("round_finished", round=2)
-    noted(file, clock, "south", 1)
+    noted(file, "south", 1)
     events.tell("round_finished", round=3)
     assert [count for _, count, _ in told(events)] == [5, 2, 1]
