@@ -37,10 +37,10 @@ pytestmark = pytest.mark.long
 
 ROUNDS, STRUCK, STEPS = 4, 2, 40  # STRUCK: the round in which it happens
 LOCAL = {"learning_rate": 0.5, "batch_size": 0.5, "steps": STEPS}
-SUSPICIOUS = {  # the quorum is the honest two, so that neither is timed out on a slow machine
+SUSPICIOUS = {  # the quorum is the honest two, with mallory and without, so that neither is timed out on a slow machine
     "rounds": ROUNDS,
     "local": LOCAL,
-    "server": {"quorum": 0.5, "absent_seconds": 3.0, "least_seconds": 5.0, "patience": 1.0, "strikes": 3},
+    "server": {"quorum": 0.6, "absent_seconds": 3.0, "least_seconds": 5.0, "patience": 1.0, "strikes": 3},
 }
 LOCKED_SECONDS = 50.0
 WHAT = ("trainer:north", "north", "front", "serverapp", "superexec", "superlink", "server", "run")
