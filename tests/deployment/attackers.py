@@ -76,12 +76,12 @@ class Attacker:
 
     def __enter__(self) -> Attacker:
         self._thread.start()
-        assert self._entered.wait(120), self._failure
+        assert self._entered.wait(600), self._failure
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stopped.set()
-        self._thread.join(30)
+        self._thread.join(600)
         assert kind or not self._failure, self._failure
 
     def _run(self) -> None:

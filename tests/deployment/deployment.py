@@ -84,7 +84,7 @@ class Deployment:
     def leave(self, name: str) -> None:
         """As Ctrl-C at the organisation does."""
         self.processes[name].send_signal(signal.SIGTERM)
-        assert self.processes[name].wait(60) == 0
+        assert self.processes[name].wait(600) == 0
         self.wait(lambda: name not in self.online())
 
     def attacker(self, name: str, deeds: Mapping[int, Deed]) -> Attacker:

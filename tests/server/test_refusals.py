@@ -32,7 +32,7 @@ def count_of(file: Path, member: str) -> int:
 
 
 def written(file: Path, member: str, count: int) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 600.0
     while count_of(file, member) != count:
         assert time.monotonic() < deadline, count_of(file, member)
         time.sleep(0.01)
