@@ -81,7 +81,7 @@ class Served:
         assert killed is not None
         killed.kill()
         until(lambda: self.program(name) not in (None, killed), self.log)
-        assert f"the {name} was ended by signal 9; it is started again in 0.5 s" in self.said()
+        assert re.search(rf"the {name} was ended by signal 9 \(.*\); it is started again in 0.5 s", self.said())
 
     def keys(self) -> set[bytes]:
         """That the SuperLink lets in."""
