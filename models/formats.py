@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cotune.models.encodings import decoded
 from cotune.models.errors import DataError
-from cotune.models.separated import SEPARATORS, mended, named_separator, separator_by_header, unclosed
+from cotune.models.separated import SEPARATORS, mended, named_separator, separator_by_header, surplus_fields, unclosed
 
 __all__ = ["JSON_SUFFIXES", "READERS", "UNREADABLE", "Columns", "DataConfig", "DataFile", "is_plain_name", "is_unicode", "near_names", "reason_of", "word_of"]
 
@@ -106,7 +106,8 @@ class DataFile:
 
 
 _FEW = 10  # lines, in which a class may not come twice
-_LINES = 50_000  # of a CSV file that are parsed at once, to hold only the columns that are used
+_FEW_LINES = 1000
+_FIELDS = 100_000  # of a CSV file that are parsed at once: only those of the columns that are used are kept
 UNREADABLE = "unreadable"  # why a record was left out, see Records.skipped
 Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
 
@@ -130,7 +131,7 @@ def _csv(file: DataFile, separator: str) -> Columns:
         known = frozenset(file.labels) if file.lenient else None
         text = mended(text, separator, len(names), wanted[file.config.label], known)
     values: dict[str, list[object]] = {name: [] for name in wanted}
-    for rows in _rows(file, text, separator, len(names)):
+    for rows in _rows(file, text, separator, names):
         for name, position in wanted.items():
             values[name] += rows[position].tolist()
     return names, {name: column[1:] for name, column in values.items()}
@@ -143,7 +144,7 @@ def _header(file: DataFile, text: str, separator: str) -> list[str]:
     except (pandas.errors.EmptyDataError, StopIteration) as error:
         raise DataError(f"{file.name} holds blank lines only: expected a line of column names, then records") from error
     except ValueError as error:
-        raise _invalid(file, text, separator, error) from error
+        raise _invalid(file, text, separator, (), error) from error
     return [str(name).strip() for name in first.iloc[0]]
 
 
@@ -175,30 +176,31 @@ def is_plain_name(name: str) -> bool:
     return re.fullmatch(r"[^\W\d][\w.-]{0,39}", name) is not None
 
 
-def _rows(file: DataFile, text: str, separator: str, width: int) -> Iterator[pandas.DataFrame]:
+def _rows(file: DataFile, text: str, separator: str, names: Sequence[str]) -> Iterator[pandas.DataFrame]:
     """All fields of a CSV file as text, some thousand lines at a time, with the line of names.
 
     A last field that is empty may be one too many, as some programs end each line with a separator. Where lenient, lines of more
     fields and what a quote never closes are left out and counted.
     """
+    width = len(names)
     if file.lenient and (end := _closed_end(text, separator)) is not None:
         file.skipped[UNREADABLE] += 1
         text = text[:end]
     try:
-        for rows in _parsed(text, separator, names=range(width + 1), on_bad_lines="warn" if file.lenient else "error"):
+        for rows in _parsed(text, separator, _FIELDS // (width + 1) + 1, names=range(width + 1), on_bad_lines="warn" if file.lenient else "error"):
             surplus = rows[width].map(lambda field: isinstance(field, str) and bool(field.strip()))
             if surplus.any() and not file.lenient:
-                deque(_parsed(text, separator, names=range(width)), maxlen=0)  # raises, with the number of the line
+                raise ValueError("a line holds more fields than there are columns")
             left_out = int(surplus.sum()) + rows.attrs["bad"]
             file.skipped.update({UNREADABLE: left_out} if left_out else {})
             yield rows[~surplus]
     except ValueError as error:
         if not file.lenient:
-            raise _invalid(file, text, separator, error) from error
+            raise _invalid(file, text, separator, names, error) from error
         file.skipped[UNREADABLE] += 1
 
 
-def _parsed(text: str, separator: str, **options: Any) -> Iterator[pandas.DataFrame]:
+def _parsed(text: str, separator: str, lines: int = _FEW_LINES, **options: Any) -> Iterator[pandas.DataFrame]:
     """Parts of the file; the attribute "bad" says how many lines of too many fields were left out in one."""
     read = pandas.read_csv(
         io.StringIO(text),
@@ -207,7 +209,7 @@ def _parsed(text: str, separator: str, **options: Any) -> Iterator[pandas.DataFr
         dtype=object,  # fields as they stand; half a character cannot be kept otherwise
         keep_default_na=False,
         encoding_errors="surrogatepass",
-        chunksize=_LINES,
+        chunksize=lines,
         **options,
     )
     while True:
@@ -228,11 +230,13 @@ def _closed_end(text: str, separator: str) -> int | None:
     return end
 
 
-def _invalid(file: DataFile, text: str, separator: str, error: ValueError) -> DataError:
+def _invalid(file: DataFile, text: str, separator: str, names: Sequence[str], error: ValueError) -> DataError:
     reason = reason_of(error).removeprefix("Error tokenizing data. C error: ")
-    opened = unclosed(text, separator) if "EOF inside string" in reason else None
+    opened, width = unclosed(text, separator), len(names)
     if opened is not None:
         reason = f"the double quote that opens a field in line {opened[1]} is never closed"
+    elif (surplus := surplus_fields(text, separator, width)) is not None:
+        reason = f"Expected {width} fields in line {surplus[0]}, saw {surplus[1]}"
     return DataError(
         f"{file.name} is not valid {file.suffix} with {SEPARATORS[separator]} between fields ({reason}): export it again, with"
         " double quotes around fields that hold a separator, a quote or a line break"
@@ -258,7 +262,8 @@ def _json(file: DataFile) -> Columns:
         rows.append(row)
     if not rows and not file.lenient:
         raise DataError(f"{file.name} holds no records: expected one object per line, as in {_example(file)}")
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    count = Counter(name for row in rows for name in row)
+    names = [name for name in count if name in file.columns or count[name] > 1]  # a key of one record may be a text
     wanted = file.columns if file.lenient else [name for name in file.columns if name in names]
     return names, {name: [row.get(name) for row in rows] for name in wanted}
 

@@ -7,12 +7,13 @@ stray quote by the line that it stands in.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Collection, Iterator, Sequence
 
 from cotune.models.class_names import class_name
 
-__all__ = ["SEPARATORS", "mended", "named_separator", "separator_by_header", "unclosed"]
+__all__ = ["SEPARATORS", "mended", "named_separator", "separator_by_header", "surplus_fields", "unclosed"]
 
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -45,7 +46,7 @@ def mended(text: str, separator: str, width: int, column: int, known: Collection
     """Return the text with the quotes that open a field by mistake written as characters of it.
 
     A quote is a mistake where its field would run on over a line end, although the line by itself is a whole record: as many
-    fields as there are columns, with a known class in the column of labels.
+    fields as there are columns, with a known class in the column of labels (where that is the first of them, the next line as well).
 
     Args:
         text: The file, with its line of column names.
@@ -66,7 +67,7 @@ def mended(text: str, separator: str, width: int, column: int, known: Collection
             continue
         if classes is None:
             classes = _classes_outside(text, quoted, separator, width, column)
-        end = _is_record(text, opening, separator, width, column, classes)
+        end = _stray_end(text, opening, separator, width, column, classes)
         if end is None:
             continue
         literal = text[opening:end].replace('"', '""')
@@ -84,6 +85,18 @@ def unclosed(text: str, separator: str) -> tuple[int, int] | None:
     return None
 
 
+def surplus_fields(text: str, separator: str, width: int) -> tuple[int, int] | None:
+    """Return (line, number of fields) of the first record of more fields than there are columns, none of them empty at its end."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        for row in reader:
+            if any(field.strip() for field in row[width:]):
+                return reader.line_num, len(row)
+    except csv.Error:  # a field longer than the csv module takes
+        pass
+    return None
+
+
 def _quoted(separator: str) -> re.Pattern[str]:
     """A field in quotes as pandas reads it: (what stands before its last quote, that quote, which may lack at the end)."""
     blanks = "[ \\t]*" if separator != "\t" else " *"  # before the first field of a line
@@ -94,20 +107,38 @@ def _line_start(text: str, position: int) -> int:
     return 1 + max(text.rfind("\n", 0, position), text.rfind("\r", 0, position))
 
 
-def _is_record(
-    text: str, opening: int, separator: str, width: int, column: int, classes: Collection[str]
-) -> int | None:
-    """Where the field of a stray quote ends; None where the quote's line is no record by itself, so that it is no stray one."""
-    start = _line_start(text, opening)
+def _stray_end(text: str, opening: int, separator: str, width: int, column: int, classes: Collection[str]) -> int | None:
+    """Where the field of a stray quote ends; None where the quote is none, as its line is no record by itself.
+
+    Where the label stands before the quote, it tells nothing about the line's end: then the next line is one by itself, too.
+    """
     line_end = _LINE_END.search(text, opening)
     rest = text[opening : line_end.start() if line_end else len(text)].split(separator)
-    before = _fields(text[start:opening], separator)[:-1] if opening > start else []
-    fields = [*before, *rest]
-    if len(fields) == width + 1 and not fields[-1].strip():
-        fields.pop()
-    if len(fields) != width or not _is_class(fields[column].strip().strip('"'), classes):
+    start = _line_start(text, opening)
+    before = _fields(text[start:opening], separator)[:-1] if text[start:opening].strip(" ") else []
+    if not _is_record([*before, *rest], width, column, classes):
+        return None
+    if column < len(before) and not _is_record(_next_line(text, line_end).split(separator), width, column, classes):
         return None
     return opening + len(rest[0])
+
+
+def _is_record(fields: list[str], width: int, column: int, classes: Collection[str]) -> bool:
+    """Whether the fields of a line are as many as there are columns, with a known class among them."""
+    if len(fields) == width + 1 and not fields[-1].strip():
+        fields = fields[:-1]
+    return len(fields) == width and _is_class(fields[column].strip().strip('"'), classes)
+
+
+def _next_line(text: str, end: re.Match[str] | None) -> str:
+    """The next line that is not blank; "" at the end."""
+    while end is not None:
+        following = _LINE_END.search(text, end.end())
+        line = text[end.end() : following.start() if following else len(text)]
+        if line.strip():
+            return line
+        end = following
+    return ""
 
 
 def _is_class(label: str, classes: Collection[str]) -> bool:
