@@ -203,7 +203,7 @@ def _rows(file: DataFile, text: str, separator: str, names: Sequence[str]) -> It
 def _parsed(text: str, separator: str, lines: int = _FEW_LINES, **options: Any) -> Iterator[pandas.DataFrame]:
     """Parts of the file; the attribute "bad" says how many lines of too many fields were left out in one."""
     read = pandas.read_csv(
-        io.StringIO(text),
+        io.BytesIO(text.encode("utf-8", "surrogatepass")),  # StringIO would take four bytes a character
         sep=separator,
         header=None,
         dtype=object,  # fields as they stand; half a character cannot be kept otherwise

@@ -118,7 +118,8 @@ def _stray_end(text: str, opening: int, separator: str, width: int, column: int,
     before = _fields(text[start:opening], separator)[:-1] if text[start:opening].strip(" ") else []
     if not _is_record([*before, *rest], width, column, classes):
         return None
-    if column < len(before) and not _is_record(_next_line(text, line_end).split(separator), width, column, classes):
+    following = _next_line(text, line_end)
+    if column < len(before) and following and not _is_record(following.split(separator), width, column, classes):
         return None
     return opening + len(rest[0])
 
