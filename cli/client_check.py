@@ -149,10 +149,12 @@ def _show_federation(console: Console, about: dict[str, Any], found: dict[str, s
 
 def _show_check(console: Console, site: Site, found: Checked) -> None:
     from cotune.client.outline import printable
+    from cotune.models.left_out import left_out_line
 
     console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
-    for reason, count in found.left_out.items():
-        console.print(f"  left out, {escape(printable(reason))}: {count:,}")
+    line = left_out_line(found.left_out, found.examples)
+    if line is not None:
+        console.print(escape(printable(line)))
     for warning in found.warnings:
         console.print(f"[bold yellow]{escape(printable(warning))}[/bold yellow]")
     if found.declined:

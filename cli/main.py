@@ -88,6 +88,9 @@ def run() -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.NoSuchOption as error:
+        print(f"cotune: {_meant_key(error) or error.format_message().removesuffix('.')}; see --help", file=sys.stderr)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         print(f"cotune: {error.format_message().removesuffix('.')}; see --help", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -110,6 +113,20 @@ def run() -> None:
             file=sys.stderr,
         )
         sys.exit(70)
+
+
+def _meant_key(error: click.NoSuchOption) -> str | None:
+    """What to write where an unknown option is a key of the plan, which has many more than there are options."""
+    if error.ctx is None or not any("KEY=VALUE" in str(option.metavar) for option in error.ctx.command.params):
+        return None
+    from cotune.models.table import keys_called
+    from cotune.plan.schema import Plan
+
+    keys = keys_called(error.option_name.lstrip("-"), Plan)
+    if not keys:
+        return None
+    written = " or ".join(f"--set {key}=…" for key in keys)
+    return f"no such option {error.option_name}: it is a key of the plan; did you mean {written}?"
 
 
 def _kept() -> str:

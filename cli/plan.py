@@ -59,6 +59,8 @@ def _show(console: Console, seen: Forecast) -> None:
     console.print(f"[bold]{plan.name}[/bold]: base model {escape(plan.model.base)}")
     console.print(f"base model hash {plan.model.base_hash}", soft_wrap=True)
     console.print(f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), {seen.test_examples:,} test examples")
+    for note in seen.notes:
+        console.print(escape(note))
     console.print(_stages(seen))
     console.print(_organisations(seen))
     if plan.privacy == "none":

@@ -114,6 +114,8 @@ def show(console: Console, result: Result) -> None:
     _answer(console, summary)
     console.print(_comparison(summary))
     console.print(_organisations(summary))
+    for note in summary["data"]["notes"]:
+        console.print(escape(note))
     traffic = f"{size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down"
     effort = f"{duration(summary['seconds'])}, {size(summary['peak_memory_bytes'])} peak memory"
     console.print(f"{len(summary['rounds'])} rounds, {traffic}, {effort}")
