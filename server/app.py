@@ -13,6 +13,7 @@ from cotune.models.errors import CotuneError, RunError
 from cotune.models.holdings import HoldingsFile
 from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
+from cotune.models.terminal import clean_output
 from cotune.plan.model import model_of
 from cotune.server.conclusion import conclude
 from cotune.server.delivery import deliver
@@ -38,6 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(Path(path))
     if not folder.file.federation:
         return play(grid, folder)  # whoever simulates holds the folder's lock
+    clean_output()
     watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events.tell)
     with folder.locked(), _failures_told(folder), listening(watch):
         if not folder.finished:

@@ -12,6 +12,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from cotune.models.errors import RunError
+from cotune.models.terminal import printable
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import longest_update
 from cotune.privacy.accounting import RecordPrivacy
@@ -107,5 +108,5 @@ def _may_be_told(plan: Plan) -> set[str]:
 
 
 def one_line(text: str) -> str:
-    """A stranger's words, fit to be shown: one line without control characters, at most 500 long."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]
+    """A stranger's words, fit to be shown: one line in which nothing is hidden, at most 500 long."""
+    return printable(" ".join(text.split()))[:500]
