@@ -20,6 +20,7 @@ from cotune.models.errors import RunError
 from cotune.plan.signatures import (
     FINISHED,
     RECEIPT,
+    REFUSAL,
     TRAIN,
     UPDATE,
     ReplyStatement,
@@ -31,6 +32,8 @@ from cotune.plan.signatures import (
     roster_digest,
     sign,
     signed_by_node,
+    words_digest,
+    words_of,
 )
 from cotune.server.events import Events, read_events
 from cotune.server.federation import FederationFolder
@@ -100,19 +103,38 @@ class Trail:
             return ""
         try:
             reply.content, signed = detach(reply.content)
-            if signed is None:
-                return "it is not signed: expected an organization of the same cotune"
+        except RunError as error:
+            return str(error)
+        if signed is None:
+            return "it is not signed: expected an organization of the same cotune"
+        request = self._requests.get((kind, round, organization))
+        return self._enter(signed, (request, organization, kind, content_digest(reply.content)), round)
+
+    def accept_refusal(self, reply: Message, kind: str, round: int, organization: str) -> str:
+        """What an organization says instead of an answer of this kind, entered where it has signed it.
+
+        Whoever cannot read a request, or answers in a simulation, signs nothing: it is believed, as nothing comes of it.
+        """
+        words, signed = words_of(reply.error.reason or "")
+        if signed is not None and self._federation is not None:
+            request = self._requests.get((kind, round, organization))
+            if wrong := self._enter(signed, (request, organization, REFUSAL, words_digest(words)), round, words=words):
+                return f"it refused, under a signature that is none ({wrong})"
+        return words or f"error {reply.error.code}"
+
+    def _enter(self, signed: Signed, expected: tuple[str | None, str, str, str], round: int, **about: str) -> str:
+        """"" where the statement is as expected (request, organization, kind, digest), else what is wrong."""
+        try:
             statement = ReplyStatement.parse(signed.text)
         except RunError as error:
             return str(error)
-        request = self._requests.get((kind, round, organization))
-        if (statement.request, statement.sender, statement.kind) != (request, organization, kind):
+        if (statement.request, statement.sender, statement.kind) != expected[:3]:
             return "its signature is for another request, organization or kind of answer"
-        if statement.sha256 != content_digest(reply.content):
+        if statement.sha256 != expected[3]:
             return "it is not what its organization has signed"
-        if not self._is_of(organization, statement, signed):
+        if not self._is_of(statement.sender, statement, signed):
             return "its signature is not that of its organization's key"
-        self._log.tell("reply", round=round, statement=signed.text, signature=signed.signature)
+        self._log.tell("reply", round=round, **about, statement=signed.text, signature=signed.signature)
         return ""
 
     def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:

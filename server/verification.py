@@ -76,8 +76,6 @@ class Verify:
         )
 
     def __call__(self, reply: Message, organisation: str) -> Opened:
-        if reply.has_error():
-            return Opened(None, one_line(reply.error.reason or "") or f"error {reply.error.code}")
         if not reply.has_content():
             return Opened(None, "its answer is empty")
         size = payload_bytes(reply.content)
