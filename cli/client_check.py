@@ -58,7 +58,7 @@ def check(
 
     opened, console = Site(site.expanduser()), screen()
     invitation, plan = _read(federation)
-    with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
+    with screen(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
         opened = keep_what_is_named(opened, plan, data, text, label, unit, collection, model)
         found = check_plan(plan, opened)
         tried = None

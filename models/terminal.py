@@ -62,9 +62,7 @@ class Clean(io.TextIOWrapper):
 
     def __init__(self, inner: io.TextIOWrapper) -> None:
         inner.reconfigure(errors="replace", write_through=True)  # what is not UTF-8 shows ? for what it cannot show
-        super().__init__(
-            inner.buffer, inner.encoding, errors="replace", line_buffering=inner.line_buffering, write_through=True
-        )
+        super().__init__(inner.buffer, inner.encoding, errors="replace", line_buffering=inner.line_buffering, write_through=True)
         self.inner = inner
 
     def close(self) -> None:
@@ -96,9 +94,9 @@ def clean_output() -> None:
 
 
 def _hand_over(before: io.TextIOWrapper, after: Clean) -> None:
-    """Logs keep the stream that was there when they were set up."""
+    """Logs keep the stream that was there when they were set up, but for those that look for it each time."""
     named = logging.Logger.manager.loggerDict.values()
     loggers = [logging.getLogger(), *(each for each in named if isinstance(each, logging.Logger))]
     for handler in (handler for logger in loggers for handler in logger.handlers):
-        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+        if isinstance(handler, logging.StreamHandler) and vars(handler).get("stream") is before:
             handler.setStream(after)

@@ -123,7 +123,7 @@ class Trail:
         return words or f"error {reply.error.code}"
 
     def _enter(self, signed: Signed, expected: tuple[str | None, str, str, str], round: int, **about: str) -> str:
-        """"" where the statement is as expected (request, organization, kind, digest), else what is wrong."""
+        """ "" where the statement is as expected (request, organization, kind, digest), else what is wrong."""
         try:
             statement = ReplyStatement.parse(signed.text)
         except RunError as error:

@@ -257,9 +257,7 @@ def test_what_was_lost_on_its_way_is_no_contradiction(
 
 
 @pytest.fixture
-def declined(
-    make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_path: Path
-) -> tuple[RunFolder, dict[str, Site]]:
+def declined(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_path: Path) -> tuple[RunFolder, dict[str, Site]]:
     """A round of two organizations, of which one declines by a rule of its own."""
     people = tuple(Participant(name=name) for name in NAMES)
     file = RunFile(run="x", created="now", engine="in-process", device="cpu", participants=people)

@@ -47,7 +47,9 @@ def test_text_of_every_script_stays(text: str) -> None:
     assert printable(text) == text == lines_of(text)
 
 
-@pytest.mark.parametrize("char", ["\u202e", "\u2066", "\u200b", "\u200d", "\u00ad", "\u3164", "\u034f", "\ufe0f", "\U000e0041", "\x9b"])
+@pytest.mark.parametrize(
+    "char", ["\u202e", "\u2066", "\u200b", "\u200d", "\u00ad", "\u3164", "\u034f", "\ufe0f", "\U000e0041", "\x9b"]
+)
 def test_directions_and_invisible_characters_are_written_out(char: str) -> None:
     assert char not in printable(f"a{char}b")
     assert char not in lines_of(f"a{char}b")
@@ -86,7 +88,16 @@ def on_terminal(text: str) -> bytes:
 
 def test_a_terminal_gets_weights_and_colors_but_no_concealment_and_no_movement() -> None:
     assert on_terminal("\x1b[1;31mred\x1b[0m") == b"\x1b[1;31mred\x1b[0m"
-    for hostile in ("\x1b[8mx", "\x1b[30;40mx", "\x1b[2J", "\x1b[1A", "\x1b]0;title\x07", "\x1b]8;;http://x\x1b\\", "\x1bc", "\x1bPq"):
+    for hostile in (
+        "\x1b[8mx",
+        "\x1b[30;40mx",
+        "\x1b[2J",
+        "\x1b[1A",
+        "\x1b]0;title\x07",
+        "\x1b]8;;http://x\x1b\\",
+        "\x1bc",
+        "\x1bPq",
+    ):
         found = on_terminal(hostile)
         assert b"\x1b" not in found, hostile
         assert b"\x07" not in found, hostile
