@@ -41,9 +41,7 @@ from cotune.server.run_folder import RunFolder
 from cotune.server.signing import next_serial, public_keys, read_signing_key
 from cotune.strategies.wire import Recipient
 
-__all__ = ["Trail", "cohort_of", "keys_of", "read_trail"]
-
-_COHORT_RULE = "training.min_cohort"  # whoever declines by it would take part
+__all__ = ["Trail", "keys_of", "read_trail"]
 
 
 class Trail:
@@ -166,18 +164,6 @@ def _node_keys(federation: FederationFolder) -> dict[str, list[EllipticCurvePubl
 
 def _answer_to(kind: str) -> str:
     return {TRAIN: UPDATE, FINISHED: RECEIPT}[kind]
-
-
-def cohort_of(history: tuple[Mapping[str, Any], ...], asked: Iterable[str]) -> list[str]:
-    """Who took part in the round before; before the first, who is asked.
-
-    Whoever declined only because too few took part counts as well: otherwise those who have that rule would wait for each other.
-    """
-    if not history:
-        return list(asked)
-    last = history[-1]
-    waiting = [str(who["organisation"]) for who in last.get("dropped", ()) if _COHORT_RULE in str(who.get("reason", ""))]
-    return [*last["participants"], *waiting]
 
 
 def read_trail(run: Path) -> list[dict[str, Any]]:
