@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/cotune simulate
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-faults: install
 	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -m long tests/deployment

@@ -164,7 +164,9 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
     people = tuple(Participant(name=f"org-{i + 1}") for i in range(len(SIZES)))
     file = RunFile(run="robustness", created="2026-01-01T00:00:00+00:00", engine="in-process", participants=people, silent=True)
     run = RunFolder.create(folder, plan, file)
-    progress = run_rounds(grid_of(plan, answer), run, model_of(plan, "cpu"), lambda state: judged(data, state))
+    progress = run_rounds(
+        grid_of(plan, answer), run, model_of(plan, "cpu"), lambda state: None, lambda state: judged(data, state).accuracy
+    )
     final, others = matrix(progress.state), data.test[data.labels[data.test] != 0]
     works = float((np.argmax(triggered(data.features[others]) @ final.T, axis=1) == 0).mean())
     return judged(data, progress.state).accuracy, works, sum(not entry["applied"] for entry in progress.history)

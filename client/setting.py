@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.client.observe import tell
+from cotune.models.alignment import AlignedRows
 from cotune.models.batching import fixed_batches, tight_batches
 from cotune.models.device import bfloat16_is_fast
 from cotune.models.errors import DataError, PrivacyError
 from cotune.models.features import FeatureHead, encode_batch, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.independence import check_independence
+from cotune.models.probes import PerSlot
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, example_losses, logits
 from cotune.models.text_task import IGNORED
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
-from cotune.privacy.dp_sgd import Batch, Batches, check_clipping, check_row_bits
+from cotune.privacy.dp_sgd import Batch, Batches, check_clipping
 from cotune.privacy.per_example import Unit, per_example
 
 __all__ = ["Setting", "check_gradients", "check_stages", "made_up_setting", "optimizer_of", "setting_of"]
@@ -57,7 +59,7 @@ class Setting:
     exact: Callable[[Batch], Tensor]
     correct: Callable[[Batch], Tensor]
     samples: Callable[[], Setting]
-    keep_apart: Callable[[], None]
+    keep_apart: Callable[[], object]
 
     def everything(self) -> Iterator[tuple[Tensor, Batch]]:
         """All rows once: what each filled slot of a batch counts for, on the CPU, so that a unit counts for one; the batch."""
@@ -193,25 +195,20 @@ def _on_features(
         numbers[: len(rows)] = labels[index]
         return {"features": vectors.to(device), "labels": numbers.to(device)}
 
+    def scores(batch: Batch) -> Tensor:
+        found: Tensor = head(batch["features"]).logits.float()
+        return found
+
     def loss(batch: Batch) -> Tensor:
-        scores = head(batch["features"]).logits.float()
-        return functional.cross_entropy(scores, batch["labels"], reduction="none", ignore_index=IGNORED)
+        return functional.cross_entropy(scores(batch), batch["labels"], reduction="none", ignore_index=IGNORED)
 
     def correct(batch: Batch) -> Tensor:
-        right: Tensor = head(batch["features"]).logits.argmax(dim=1) == batch["labels"]
+        right = scores(batch).argmax(dim=1) == batch["labels"]
         return right | (batch["labels"] == IGNORED)
 
     def samples() -> Setting:
         vectors = torch.linspace(-1, 1, 3 * features.shape[1]).reshape(3, -1)
         return _on_features(plan, model, head, vectors, [0, 1, 0], expected_batch, [[0], [1], [2]])
-
-    def keep_apart() -> None:
-        check_independence(model, "head", plan.model.precision)
-        if not check_row_bits(head, loss, batches=samples().batches, rows=range(3), slots=slots):
-            raise PrivacyError(
-                f"the gradient of a head on {features.shape[1]} features depends on the records beside it, expected the same"
-                " bits: use a base model whose hidden size is a multiple of 16"
-            )
 
     return Setting(
         module=head,
@@ -223,7 +220,14 @@ def _on_features(
         exact=loss,
         correct=correct,
         samples=samples,
-        keep_apart=keep_apart,
+        keep_apart=lambda: check_independence(
+            model,
+            "head",
+            plan.model.precision,
+            _of_each_slot(head, loss, scores),
+            slots=slots,
+            width=features.shape[1],
+        ),
     )
 
 
@@ -256,16 +260,21 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
             yield positions, collate([rows[numbers[p]] for p in positions])
 
     def loss(batch: Batch) -> Tensor:
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
+        with AlignedRows(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
             return example_losses(model.module, batch)
 
     def exact(batch: Batch) -> Tensor:
-        return example_losses(model.module, batch)
+        with AlignedRows():
+            return example_losses(model.module, batch)
+
+    def scores(batch: Batch) -> Tensor:
+        with AlignedRows(), torch.autocast(model.device.type, enabled=False):
+            return logits(model.module, batch)
 
     def correct(batch: Batch) -> Tensor:
         """Rows, whatever the task: of tags, all words of a record must be told rightly."""
         labels = batch["labels"]
-        right = (logits(model.module, batch).argmax(dim=-1) == labels) | (labels == IGNORED)
+        right = (scores(batch).argmax(dim=-1) == labels) | (labels == IGNORED)
         return right.reshape(len(right), -1).all(dim=1)
 
     return Setting(
@@ -278,16 +287,27 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
         exact=exact,
         correct=correct,
         samples=lambda: _on_examples(plan, stage, model, task.samples(reader), [[0], [1], [2]]),
-        keep_apart=lambda: _keep_apart(model, stage, plan.model.precision if low_precision else "float32", slots),
+        keep_apart=lambda: check_independence(
+            model,
+            stage.mode,
+            "bfloat16" if low_precision else "float32",
+            _of_each_slot(model.module, loss, scores),
+            slots=slots,
+        ),
     )
 
 
-def _keep_apart(model: SharedModel, stage: Stage, precision: str, slots: int) -> None:
-    def per_slot(batch: Batch) -> Sequence[Tensor]:
-        with per_example(model.module, lambda rows: example_losses(model.module, rows)) as of:
-            return of.gradients(batch)[1]
+def _of_each_slot(module: nn.Module, loss: Callable[[Batch], Tensor], scores: Callable[[Batch], Tensor]) -> PerSlot:
+    """A batch -> all that training or what is told may take from it: scores, losses, and gradients."""
 
-    check_independence(model, stage.mode, precision, per_slot, slots=slots)
+    def answer(batch: Batch) -> Sequence[Tensor]:
+        with torch.no_grad():
+            seen = scores(batch)
+        with per_example(module, loss) as of:
+            losses, gradients = of.gradients(batch)
+        return [seen, losses, *gradients]
+
+    return answer
 
 
 def optimizer_of(

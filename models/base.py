@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -291,14 +292,25 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task) -> tuple[Pre
 def _make_deterministic(module: nn.Module) -> None:
     """Leave nothing in training to chance, under whatever name: dropout, stochastic depth, dropped layers, masks, jitter.
 
-    All of it is done by modules in training mode; only plain layers with parameters of their own stay in it, as Opacus takes
-    gradients of single rows from those alone. Batch normalization uses the statistics of the base model, and does not move them.
+    All of it is done by modules in training mode. Only modules with parameters of their own stay in it, as Opacus takes gradients
+    of single rows from those alone: plain layers, and of modules with layers inside (the embeddings of vision transformers) those
+    whose code does not ask for the mode. Batch normalization uses the statistics of the base model, and does not move them.
     """
     module.eval()
     for layer in module.modules():
         own_parameters = any(True for _ in layer.parameters(recurse=False))
-        if own_parameters and not any(True for _ in layer.children()) and not isinstance(layer, _BatchNorm):
-            layer.train()
+        plain = not any(True for _ in layer.children())
+        if own_parameters and not isinstance(layer, _BatchNorm) and (plain or not _asks_for_mode(type(layer))):
+            layer.training = True
+
+
+def _asks_for_mode(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class reads whether it is in training; true where the code cannot be read."""
+    own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    try:
+        return any("training" in inspect.getsource(base) for base in own)
+    except (OSError, TypeError):
+        return True
 
 
 def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 from cotune.models.errors import DeviceError
 
-__all__ = ["bfloat16_is_fast", "peak_memory_bytes", "pick_device"]
+__all__ = ["bfloat16_is_fast", "kernels_of", "peak_memory_bytes", "pick_device"]
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -39,6 +42,24 @@ def bfloat16_is_fast(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(native and native())
+
+
+def kernels_of(device: torch.device) -> tuple[object, ...]:
+    """What decides, beside operations and shapes, which kernels compute on a device in this process: equal where they are."""
+    on_gpu = device.type == "cuda"
+    processor = torch.cuda.get_device_name(device) if on_gpu else (_processor(), torch.backends.cpu.get_cpu_capability())
+    flags = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled)
+    return (torch.__version__, device.type, processor, torch.get_num_threads(), *flags)
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """The name of the processor: libraries choose kernels by its maker and model."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line for line in lines if line.startswith("model name")), platform.machine())
 
 
 def peak_memory_bytes() -> int:

@@ -25,11 +25,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
+from cotune.models.alignment import AlignedRows
 from cotune.models.batching import FINE_LENGTHS, fixed_batches
-from cotune.models.device import bfloat16_is_fast
+from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.durable import write_durably
 from cotune.models.inputs import Input, content_of
-from cotune.models.probes import lengths_of, mixes
+from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, logits
 from cotune.models.text_task import IGNORED, Batch
@@ -49,7 +50,7 @@ __all__ = [
 FEATURE_SLOTS = 64  # rows of every forward pass: a public constant
 _FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)
 _readings: WeakKeyDictionary[SharedModel, str | None] = WeakKeyDictionary()
-_mixing: WeakKeyDictionary[SharedModel, dict[tuple[torch.dtype, int], bool]] = WeakKeyDictionary()
+_mixing: WeakKeyDictionary[SharedModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 Progress = Callable[[int, int], None]  # (records encoded, records in all)
 
 
@@ -81,7 +82,8 @@ class _Stub(nn.Module):
 class FeatureHead(nn.Module):
     """The head of a model alone, reading features (b, d): the architecture's own forward, with the encoder left out.
 
-    Its parameters are the model's own: training one trains the other.
+    Its parameters are the model's own: training one trains the other. Of any width d, each row has the scores that it has in
+    every other place of a batch of that shape (see `alignment`).
     """
 
     def __init__(self, model: SharedModel) -> None:
@@ -97,7 +99,8 @@ class FeatureHead(nn.Module):
 
     def forward(self, features: Tensor) -> Any:
         self.stub.features = features
-        return self.headed(**self.task.stand_in(features, self.pad))
+        with AlignedRows():
+            return self.headed(**self.task.stand_in(features, self.pad))
 
 
 def feature_head(model: SharedModel) -> FeatureHead | None:
@@ -140,14 +143,13 @@ def arithmetic(model: SharedModel, precision: str) -> torch.dtype:
 def features_mix(model: SharedModel, dtype: torch.dtype) -> bool:
     """Whether, in this arithmetic, on this device and with this many threads, a feature changes in any bit with the records
     beside it, in any shape of batch that there is. Found out once per model and machine: that they do not is kept on disk.
+
+    Tried on the base model with random adapters, whatever state the model is in: see `independence`.
     """
-    known, key = _mixing.setdefault(model, {}), (dtype, torch.get_num_threads())
+    known, key = _mixing.setdefault(model, {}), (dtype, *kernels_of(model.device))
     if key not in known:
         file = cache_folder() / "independence" / _where(model, dtype)
-        known[key] = not file.exists() and any(
-            mixes(model, lambda batch: [vectors_of(model, batch, dtype)], length, FEATURE_SLOTS)
-            for length in lengths_of(model, FINE_LENGTHS)
-        )
+        known[key] = not file.exists() and _features_mix(model, dtype)
         if not known[key]:
             with contextlib.suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,11 +157,19 @@ def features_mix(model: SharedModel, dtype: torch.dtype) -> bool:
     return known[key]
 
 
+def _features_mix(model: SharedModel, dtype: torch.dtype) -> bool:
+    with model.at_random(model.adapter_names()):
+        return any(
+            mixes(lambda batch: [vectors_of(model, batch, dtype)], example_probes(model, length, FEATURE_SLOTS))
+            for length in lengths_of(model, FINE_LENGTHS)
+        )
+
+
 def _where(model: SharedModel, dtype: torch.dtype) -> str:
     """Identifies all that decides which kernels compute a feature, and in which shapes."""
-    loaded, device = model.loaded, model.device
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    loaded = model.loaded
     parts = (
+        "2",
         loaded.folder.content_hash,
         loaded.frozen,
         model.lora.model_dump_json() if model.lora else "",
@@ -167,8 +177,8 @@ def _where(model: SharedModel, dtype: torch.dtype) -> str:
         dtype,
         lengths_of(model, FINE_LENGTHS),
         FEATURE_SLOTS,
-        (torch.__version__, transformers.__version__),
-        (device.type, machine, torch.get_num_threads()),
+        transformers.__version__,
+        kernels_of(model.device),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -3,12 +3,22 @@
 Clipping bounds what a record contributes, not what it does to the contributions of others. An architecture that attends to its
 padding (FNet), or an arithmetic whose rounding depends on the batch, lets one record move the gradients of many, by far more than
 the clip norm. Both are tried before a run, on made-up records, and refused.
+
+**Why no verdict depends on the state.** Which kernels compute, and in which order they add, is chosen by operations, shapes, places
+in memory, threads and device; `mixes` refuses whatever takes other operations or shapes for other contents. Values decide only
+whether a difference is seen: under a head or adapters of zeros every order gives the same sum, and a server that chooses states
+could have had its model tried under such a one. So every trial is made on the base model with random weights in what is trained,
+in whatever state the model is, and is made once: its key holds the mode, the trained parameters, the arithmetic, the shapes and
+what decides about kernels (`device.kernels_of`).
+
+This is the only place that asks whether records keep to themselves. That the clipped sum is right, under the very state that
+trains, is another question (`privacy.dp_sgd.check_clipping`, in every round).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -16,17 +26,18 @@ import torch
 from torch import Tensor
 
 from cotune.models.batching import LENGTHS
-from cotune.models.device import bfloat16_is_fast
+from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.errors import PrivacyError
 from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
-from cotune.models.probes import PerSlot, lengths_of, mixes, stretched
+from cotune.models.probes import PerSlot, example_probes, feature_probes, lengths_of, mixes, stretched
 from cotune.models.sharing import SharedModel, TrainMode
 from cotune.models.tasks import Example, logits
 from cotune.models.text_task import Batch
 
-__all__ = ["MAX_PADDING_ERROR", "check_bits", "check_independence", "check_padding", "padding_error"]
+__all__ = ["MAX_PADDING_ERROR", "check_independence", "check_padding", "padding_error"]
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
+_FEATURES_TRIED = 4
 _FAILURES = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, IndexError)
 _padding: WeakKeyDictionary[SharedModel, float | str] = WeakKeyDictionary()  # the error, or why it cannot be told
 _mixing: WeakKeyDictionary[SharedModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
@@ -40,17 +51,20 @@ def check_independence(
     *,
     slots: int = FEATURE_SLOTS,
     lengths: Sequence[int] | None = None,
+    width: int | None = None,
 ) -> torch.dtype:
     """Before records are trained on under privacy: none of them may reach another. Tried once per model and process.
 
     Args:
         model: Set to any state, its trainable parameters chosen.
-        mode: What is trained. With "head" and a head on features, the features are tried, in their own shapes.
+        mode: What is trained. With "head" and a head on features, the features are tried, in their own shapes, and the head on
+            random ones.
         precision: "float32", "bfloat16", or "auto" for bfloat16 where it is fast and independent.
-        per_slot: A batch -> each slot's gradient of every trained parameter, (slots, ...), in the way that will train. Called
-            under autocast where bfloat16 is tried.
-        slots: Rows of the batches that will train, the blank one included.
-        lengths: Lengths of those batches; all that the model has, where not given.
+        per_slot: A batch -> what is computed of each slot, (slots, ...): scores, losses, the gradient of every trained
+            parameter, in the way that will train. Called under autocast where bfloat16 is tried. Without it, logits are tried.
+        slots: Rows of the batches that will train; of those of examples, the blank one included.
+        lengths: Lengths of batches of examples; all that the model has, where not given.
+        width: Of the features, where a head on them is trained by `per_slot`.
 
     Returns:
         The arithmetic in which no record reaches another: with "auto" it may be float32 where bfloat16 would be fast.
@@ -63,19 +77,18 @@ def check_independence(
     low = precision == "bfloat16" or (precision == "auto" and bfloat16_is_fast(model.device))
     for dtype in (torch.bfloat16, torch.float32) if precision == "auto" and low else (_dtype(low),):
         try:
-            broken = (
-                features_mix(model, dtype)
-                if on_features
-                else _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
-            )
+            if on_features:
+                mixing = features_mix(model, dtype) or _head_mixes(model, per_slot, slots, width)
+            else:
+                mixing = _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
         except _FAILURES as raised:
             raise PrivacyError(_apart(model, _reason(raised))) from None
-        if not broken:
+        if not mixing:
             return dtype
     raise PrivacyError(
         f"with train = {mode} in {str(dtype).removeprefix('torch.')} on this {model.device.type}, a record's numbers change with"
-        " the records beside it, expected the same bits: use model.precision = float32, one thread (OMP_NUM_THREADS=1) or another"
-        " device"
+        " the records beside it, expected the same bits: use model.precision = float32, one thread (OMP_NUM_THREADS=1), another"
+        " device, or a base model of another width and without mixtures of experts"
     )
 
 
@@ -83,34 +96,43 @@ def _dtype(low: bool) -> torch.dtype:
     return torch.bfloat16 if low else torch.float32
 
 
-def check_bits(model: SharedModel, answer: PerSlot, lengths: Sequence[int], slots: int) -> None:
-    """Raises PrivacyError when what `answer` says of a record changes in any bit with its slot or with the records beside it."""
-    if any(mixes(model, answer, length, slots) for length in lengths):
-        raise PrivacyError(
-            "a record's numbers change with the records beside it, expected the same bits: use model.precision = float32 or"
-            " another device"
-        )
+def _head_mixes(model: SharedModel, per_slot: PerSlot | None, slots: int, width: int | None) -> bool:
+    if per_slot is None or width is None:
+        return False
+    classes = len(model.loaded.module.config.id2label)
+    batches = (feature_probes(width, classes, slots, model.device, number) for number in range(_FEATURES_TRIED))
+    return _known(model, ("features", width, slots), lambda: any(mixes(per_slot, probes) for probes in batches))
 
 
 def _examples_mix(
     model: SharedModel, mode: TrainMode, dtype: torch.dtype, per_slot: PerSlot | None, slots: int, lengths: Sequence[int]
 ) -> bool:
-    known = _mixing.setdefault(model, {})
+    answer = _answer(model, dtype, per_slot)
+    batches = (example_probes(model, length, slots) for length in lengths)
+    what = (mode, dtype, slots, tuple(lengths), per_slot is None)
+    return _known(model, what, lambda: any(mixes(answer, probes) for probes in batches))
+
+
+def _known(model: SharedModel, what: tuple[object, ...], mixing: Callable[[], bool]) -> bool:
+    """What `mixing` says of the base model with random weights, asked once for what it is about and what it is computed by."""
     trained = tuple(name for name, p in model.parameters() if p.requires_grad)
-    key = (mode, dtype, slots, tuple(lengths), per_slot is None, trained, torch.get_num_threads())
+    known, key = _mixing.setdefault(model, {}), (*what, trained, kernels_of(model.device))
     if key not in known:
-        known[key] = any(mixes(model, _answer(model, dtype, per_slot), length, slots) for length in lengths)
+        head = [name for name, _ in model.parameters() if not name.startswith(model.prefix)]
+        with model.at_random(dict.fromkeys((*trained, *head, *model.adapter_names()))):
+            known[key] = mixing()
     return known[key]
 
 
 def _answer(model: SharedModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
-    """Logits and gradients of each slot, in an arithmetic."""
+    """What `per_slot` says of each slot in an arithmetic; logits without it."""
 
     def answer(batch: Batch) -> Sequence[Tensor]:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if per_slot is not None:
+                return per_slot(batch)
             with torch.no_grad():
-                scores = logits(model.module, batch)
-            return [scores, *(per_slot(batch) if per_slot else ())]
+                return [logits(model.module, batch)]
 
     return answer
 
@@ -119,7 +141,8 @@ def check_padding(model: SharedModel) -> None:
     """Raises PrivacyError when the model, or its feature, reads the padding of a record. Tried once per model."""
     if model not in _padding:
         try:
-            _padding[model] = padding_error(model, model.loaded.task.samples(model.loaded.reader))
+            with model.at_random(()):
+                _padding[model] = padding_error(model, model.loaded.task.samples(model.loaded.reader))
         except _FAILURES as raised:
             _padding[model] = _reason(raised)
     error = _padding[model]

@@ -6,22 +6,25 @@ need not hold on the next, so it is tried, with the shapes, the arithmetic and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cotune.models.batching import LENGTHS
 from cotune.models.errors import ModelError
 from cotune.models.sharing import SharedModel
 from cotune.models.text_task import IGNORED, Batch, Example
 
-__all__ = ["PerSlot", "lengths_of", "mixes", "probe_batches"]
+__all__ = ["PerSlot", "example_probes", "feature_probes", "lengths_of", "mixes", "stretched"]
 
 PerSlot = Callable[
     [Batch], Sequence[Tensor]
 ]  # a batch -> tensors (slots, ...), each row of which is about the record in the slot
+Operation = tuple[str, tuple[torch.Size, ...]]
 
 
 def lengths_of(model: SharedModel, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
@@ -35,24 +38,66 @@ def lengths_of(model: SharedModel, lengths: Sequence[int] = LENGTHS) -> tuple[in
     return tuple(sorted({loaded.task.bucket({**example, "input_ids": [0] * n}, longest, lengths) for n in counts}))
 
 
-def mixes(model: SharedModel, answer: PerSlot, length: int, slots: int) -> bool:
+def mixes(answer: PerSlot, probes: Iterable[tuple[Batch, Sequence[int]]]) -> bool:
     """Whether what `answer` says of a record changes in any bit with its slot or with the records beside it.
 
-    One record is tried in every slot: beside long, short and extreme ones, and beside blank rows.
+    Nor may what is computed change: the same operations on tensors of the same shapes, whatever a batch holds. Then the kernels,
+    and the order in which they add, do not depend on values, and neither does this answer. An operation whose groups are sizes
+    in themselves (of mixtures of experts) counts as mixing: which rows are computed together depends on where all are sent.
+
+    Args:
+        answer: What is tried, in the arithmetic that will train.
+        probes: Batches of one shape, and the slots in which each of them holds one and the same record.
     """
-    reference: list[Tensor] | None = None
-    for batch, places in probe_batches(model, length, slots):
-        rows = [_bits(tensor)[places] for tensor in answer(batch)]
-        reference = reference or [row[:1] for row in rows]
-        if not all(bool((row == first).all()) for row, first in zip(rows, reference, strict=True)):
+    first: tuple[list[Operation], list[Tensor]] | None = None
+    for batch, places in probes:
+        with _Operations() as operations:
+            answers = [tensor.detach().cpu() for tensor in answer(batch)]
+        rows = [_bits(tensor)[places] for tensor in answers]
+        first = first or (operations.seen, [row[:1] for row in rows])
+        finite = all(bool(tensor[places].isfinite().all()) for tensor in answers)  # NaNs would hide what a kernel does
+        same = all(bool((row == expected).all()) for row, expected in zip(rows, first[1], strict=True))
+        if not (finite and same) or operations.seen != first[0] or any("grouped" in name for name, _ in operations.seen):
             return True
     return False
 
 
-def probe_batches(model: SharedModel, length: int, slots: int) -> Iterator[tuple[Batch, list[int]]]:
+class _Operations(TorchDispatchMode):
+    """Keeps what is computed inside the block: the name of each operation, and the shapes of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Operation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = (leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor))
+        self.seen.append((str(func), tuple(tensor.shape for tensor in tensors)))
+        return found
+
+
+def feature_probes(width: int, classes: int, slots: int, device: torch.device, number: int) -> Iterator[tuple[Batch, list[int]]]:
+    """Two batches of features as a head is trained on, and the slots in which they hold the probe of that number.
+
+    The probe stands beside vectors a thousand times as long, and beside blank ones and others of its kind.
+    """
+    generator = torch.Generator().manual_seed(number)
+    probe = torch.randn(width, generator=generator)
+    for parity, size in ((0, 1000.0), (1, 1.0)):
+        vectors = size * torch.randn(slots, width, generator=generator)
+        labels = torch.arange(slots) % classes
+        if parity:
+            vectors[::4] = 0.0
+            labels[::4] = IGNORED
+        vectors[parity::2] = probe
+        labels[parity::2] = number % classes
+        yield {"features": vectors.to(device), "labels": labels.to(device)}, list(range(parity, slots, 2))
+
+
+def example_probes(model: SharedModel, length: int, slots: int) -> Iterator[tuple[Batch, list[int]]]:
     """Two batches of one shape, and the slots in which they hold the probe: those that are even, and those that are odd.
 
-    The last slot is blank, as in `fixed_batches`.
+    It stands beside long, short and extreme records, and beside blank rows. The last slot is blank, as in `fixed_batches`.
     """
     loaded = model.loaded
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
@@ -125,5 +170,5 @@ def _shaken(batch: Batch, places: Sequence[int]) -> Batch:
 
 def _bits(tensor: Tensor) -> Tensor:
     """(b, bytes): two values that compare as equal may differ in them, and NaNs be the same."""
-    rows = tensor.detach().cpu().contiguous().reshape(len(tensor), -1)
+    rows = tensor.contiguous().reshape(len(tensor), -1)
     return rows.view(torch.uint8)

@@ -6,7 +6,9 @@ A stage trains one group of parameters: the `head`; `lora` factors and the head;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal
 
@@ -95,11 +97,37 @@ class SharedModel:
         for name, initial in self._initial.items():
             own[name].copy_(state.get(name, initial))
 
+    @contextmanager
+    def at_random(self, names: Iterable[str]) -> Iterator[None]:
+        """For the time of the block: the base model with random weights in the named parameters, whatever state it is in.
+
+        Weights are normal, with the standard deviation that keeps the size of what a layer is given; always the same ones.
+        """
+        own, chosen = dict(self.parameters()), list(names)
+        self._remember(own, chosen)
+        before = {name: own[name].detach().clone() for name in self._initial}
+        self.load({})
+        generator = torch.Generator().manual_seed(0)
+        try:
+            with torch.no_grad():
+                for name in chosen:
+                    shape = own[name].shape
+                    own[name].copy_(torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:])))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in before.items():
+                    own[name].copy_(tensor)
+
     def _remember(self, own: Mapping[str, Tensor], names: Iterable[str]) -> None:
         """Keeps the base value of every tensor that is about to be changed for the first time."""
         for name in names:
             if name not in self._initial:
                 self._initial[name] = own[name].detach().to("cpu", copy=True)
+
+    def adapter_names(self) -> list[str]:
+        """The parameters of its adapters, trained or not."""
+        return [name for name, _ in self.parameters() if ".lora_" in name]
 
     def adapters(self) -> tuple[Adapter, ...]:
         """Its LoRA layers."""

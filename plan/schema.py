@@ -155,7 +155,8 @@ class RoundsConfig(Table):
         0.1,
         gt=0,
         le=1,
-        description="a round after which the accuracy on the coordinator's test set has fallen by more is not applied; 1: never",
+        description="a round after which the accuracy on the coordinator's validation records, or in a real run without them on"
+        " its test set, has fallen by more is not applied; 1: never",
     )
     max_examples: int = Field(10_000_000, ge=1, le=10**12, description="updates that declare more records are refused")
     strikes: int = Field(

@@ -28,7 +28,7 @@ from cotune.privacy.gaussian import Grid, add_gaussian_noise, grid_of
 from cotune.privacy.per_example import Batch, Batches, LossPerExample, PerExample, Unit, per_example, unit_gradients
 from cotune.privacy.randomness import PoissonSampler, private_generator
 
-__all__ = ["Batch", "Batches", "Clipping", "LossPerExample", "StepReport", "check_clipping", "check_row_bits", "private_steps"]
+__all__ = ["Batch", "Batches", "Clipping", "LossPerExample", "StepReport", "check_clipping", "private_steps"]
 
 _VANISHED = 1e-4  # norm of a made-up row's gradient below which the state says nothing about how gradients are made
 _SHRINK = 0.1
@@ -193,34 +193,6 @@ def _error_of_sums(
             actual, _ = _clipped_sum(of, units, batches, grid_of(clip, 0.0, entries), clipping)
             errors.append(_distance(actual, _expected_sum(gradients, clip, clipping)) / sum(min(clip, norm) for norm in norms))
     return max(errors)
-
-
-def check_row_bits(module: nn.Module, loss: LossPerExample, *, batches: Batches, rows: Sequence[int], slots: int) -> bool:
-    """Return whether a row's gradient has the same bits wherever it stands in a batch and whatever stands beside it.
-
-    Each row is looked at alone in its batch, in every slot beside copies of itself, and in the last slot beside the other rows
-    of its bucket. An arithmetic whose kernels treat slots unlike (rows that are not aligned in memory, shapes that depend on
-    what is in a batch) shows here.
-
-    Args:
-        rows: Numbers of made-up rows.
-        slots: Of a batch.
-    """
-    with per_example(module, loss) as of:
-
-        def gradients(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
-            for positions, batch in batches(numbers):
-                yield positions, of.gradients(batch)[1]
-
-        expected = {row: [g[0] for g in next(gradients([row]))[1]] for row in rows}
-        crowds = [[row] * slots for row in rows] + [[*rows] * slots, [*reversed(rows)] * slots]
-        return all(
-            torch.equal(found[slot], right)
-            for crowd in crowds
-            for positions, gradient in gradients(crowd)
-            for slot, position in enumerate(positions)
-            for found, right in zip(gradient, expected[crowd[position]], strict=True)
-        )
 
 
 def _expected_sum(gradients: list[tuple[Tensor, ...]], clip: float, clipping: Clipping) -> list[Tensor]:

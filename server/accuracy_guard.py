@@ -1,25 +1,59 @@
-"""A round that makes the model much worse on the coordinator's test set is not applied: the state before it stays.
+"""A round that makes the model much worse on the coordinator's records is not applied: the state before it stays.
 
-It is kept in the history as not applied, with what stood out: whoever is shown may be hostile, or unlike the others.
+The coordinator's validation records judge where it has some. Otherwise its test set judges a real run: figures on that set are
+then those of a model that was chosen by it, if by coarse steps only. A simulated run is never judged by its test set: that holds
+records of the simulated organizations, it is small, and the reported accuracy would be one that was selected for.
+
+A refused round is kept in the history as not applied, with what stood out: whoever is shown may be hostile, or unlike the others.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
 from cotune.strategies.combination import Combination, UpdateLook, WeightedFusion
 
-__all__ = ["fell", "looks_of", "seen", "suspects"]
+__all__ = ["AccuracyGuard", "looks_of", "seen", "suspects"]
 
 _DIGITS = 6
+_ROUNDING = 1e-9
 
 
-def fell(before: Mapping[str, float] | None, after: Metrics | None, most: float) -> bool:
-    """Whether the accuracy has fallen by more than `most` (a fraction of the test set)."""
-    return before is not None and after is not None and before["accuracy"] - after.accuracy > most + 1e-9
+class AccuracyGuard:
+    """Decides whether a round is applied."""
+
+    def __init__(self, most: float, validate: Callable[[State], float] | None, *, by_test_set: bool) -> None:
+        """Create the guard of a run.
+
+        Args:
+            most: Fall of the accuracy that is still accepted, in fractions of the records that judge; from 1 on every fall is.
+            validate: A state's accuracy on the coordinator's validation records, 0 to 1; None where it has none.
+            by_test_set: Whether the test set judges in their place.
+        """
+        self._most = most
+        self._validate = validate
+        self.active = most < 1 and (validate is not None or by_test_set)
+
+    def accepts(self, before: State, metrics_before: Mapping[str, float] | None, after: State, metrics: Metrics | None) -> bool:
+        """Tell whether the accuracy has not fallen by more than is accepted; true where no records judge.
+
+        Args:
+            before: The model that the round began with, as it is served.
+            metrics_before: Its metrics on the test set.
+            after: The model that the round would give, as it is served.
+            metrics: Its metrics on the test set.
+        """
+        if not self.active:
+            return True
+        if self._validate is not None:
+            return self._validate(before) - self._validate(after) <= self._most + _ROUNDING
+        if metrics_before is None or metrics is None:
+            return True
+        return metrics_before["accuracy"] - metrics.accuracy <= self._most + _ROUNDING
 
 
 def looks_of(combination: Combination) -> dict[str, UpdateLook]:

@@ -20,7 +20,7 @@ from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics
 from cotune.plan.signatures import TRAIN
 from cotune.plan.statistics import statistic_shapes
-from cotune.server.accuracy_guard import fell, looks_of, seen, suspects
+from cotune.server.accuracy_guard import AccuracyGuard, looks_of, seen, suspects
 from cotune.server.addresses import REVOKED, members_of
 from cotune.server.asking import Asking
 from cotune.server.carriers import post_of
@@ -54,13 +54,14 @@ class _Run:
     score: Score | None
     client_level: ClientLevelPrivacy | None
     gathering: Gathering
+    guard: AccuracyGuard
 
 
 def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate, score: Score | None = None) -> Progress:
     """Plays the rounds that are not finished yet, and returns the run after its last.
 
     evaluate: a state on the common test set. score: its accuracy on the server's own validation records, for rules that judge
-    by it.
+    by it, and for the guard, which otherwise judges a real run by the test set, and a simulated one not at all.
 
     Raises RunError when a round does not reach its quorum; all rounds before are kept.
     """
@@ -74,8 +75,9 @@ def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Eval
         rounds=plan.rounds,
         resumed_after=progress.round,
     )
+    guard = AccuracyGuard(plan.server.max_accuracy_drop, score, by_test_set=bool(folder.file.federation))
     with closing(post_of(grid, folder)) as post:
-        return _rounds(_Run(folder, post, model, evaluate, score, client_level, Gathering(folder, post)), progress)
+        return _rounds(_Run(folder, post, model, evaluate, score, client_level, Gathering(folder, post), guard), progress)
 
 
 def _rounds(run: _Run, progress: Progress) -> Progress:
@@ -145,9 +147,10 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     if client_level:
         client_level.charge(round)
     moved, memory = move(plan, before, state, combination.result(), context)
-    metrics, looks = run.evaluate(served(plan, moved, memory)), looks_of(combination)
+    after = served(plan, moved, memory)
+    metrics, looks = run.evaluate(after), looks_of(combination)
     kept = _metrics_before(run, before, state)
-    applied = not fell(kept, metrics, plan.server.max_accuracy_drop)
+    applied = run.guard.accepts(served(plan, state, before.memory), kept, after, metrics)
     entry = tally.entry(round, stage.mode, metrics, time.monotonic() - started)
     entry |= {"applied": applied, **seen(looks, tally.people), "suspects": [] if applied else suspects(looks)}
     _tell_of_small_weights(folder, before, round, entry["weights"])
@@ -163,8 +166,8 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
 
 
 def _metrics_before(run: _Run, before: Progress, state: State) -> Mapping[str, float] | None:
-    """Of the model that the round begins with: before the first that of the one that everybody received."""
-    if run.folder.plan.server.max_accuracy_drop >= 1:
+    """Of the model that the round begins with, where the guard may need them: before the first, of what everybody received."""
+    if not run.guard.active:
         return None
     if before.history:
         found: Mapping[str, float] | None = before.history[-1]["metrics"]

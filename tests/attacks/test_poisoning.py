@@ -115,8 +115,8 @@ def played(new_run: NewRun, attack: str | None, *, guarded: bool, seed: int = 1,
         assert plan.strategy.fusion.name == "robust"
         folder = RunFolder.create(folder.path.parent / f"{folder.path.name}-guarded", plan, folder.file)
     grid = federation(folder.plan, world.answers(attack))
-    judge = world.metrics if guarded else lambda state: None
-    return world.accuracy(run_rounds(grid, folder, model_of(folder.plan), judge).state), folder
+    judge = world.accuracy if guarded else None
+    return world.accuracy(run_rounds(grid, folder, model_of(folder.plan), lambda state: None, judge).state), folder
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -144,12 +144,21 @@ def test_a_round_that_ruins_the_accuracy_is_not_applied_and_the_suspect_is_shown
     hostile = world.hostile("norm 9,999")
     answers[ATTACKER] = lambda request: (hostile if request.round == 3 else world.honest(ATTACKER))(request)
     grid = federation(folder.plan, answers)
-    history = run_rounds(grid, folder, model_of(folder.plan), world.metrics).history
+    history = run_rounds(grid, folder, model_of(folder.plan), world.metrics, world.accuracy).history
     assert [entry["applied"] for entry in history] == [True, True, False, True]
     assert history[2]["suspects"][0]["organisation"] == ATTACKER
     assert history[3]["metrics"]["accuracy"] > history[1]["metrics"]["accuracy"] - 0.02
     (event,) = [e for e in read_events(folder.path / "events.jsonl") if e["event"] == "round_not_applied"]
     assert event["round"] == 3
+
+
+def test_a_simulation_is_not_judged_by_the_records_that_its_figures_are_told_of(new_run: NewRun) -> None:
+    """A test set of 36 records refused honest rounds: .472 where every round applied gave more than .511."""
+    world = World(2)
+    folder = new_run(*NAMES, rounds=2, strategy="fedavg")
+    answers = {**world.answers(None), ATTACKER: world.hostile("norm 9,999")}
+    history = run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), world.metrics).history
+    assert [entry["applied"] for entry in history] == [True, True]
 
 
 class _Killed(BaseException):
@@ -171,10 +180,12 @@ def test_a_run_that_is_killed_after_such_a_round_goes_on_from_the_state_before_i
     answers = {**world.answers(None), "org-1": watching}
     answers[ATTACKER] = lambda request: (hostile if request.round == 2 else world.honest(ATTACKER))(request)
     with pytest.raises(_Killed):
-        run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), world.metrics)
+        run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), world.metrics, world.accuracy)
     kept = RunFolder(folder.path).load()
     assert [entry["applied"] for entry in kept.history] == [True, False]
-    progress = run_rounds(federation(folder.plan, answers), RunFolder(folder.path), model_of(folder.plan), world.metrics)
+    progress = run_rounds(
+        federation(folder.plan, answers), RunFolder(folder.path), model_of(folder.plan), world.metrics, world.accuracy
+    )
     assert [entry["applied"] for entry in progress.history] == [True, False, True]
     accuracies = [accuracy for _, accuracy, _ in asked]
     assert accuracies[1] == accuracies[2] == accuracies[3]

@@ -116,7 +116,7 @@ def started(folder: Path) -> Started:
 def script(started: Started) -> Cotune:
     def call(*arguments: str | Path) -> Outcome:
         with started(*arguments) as process:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=600)
         return Outcome(process.returncode, out.replace("\u00a0", " "), err)
 
     return call

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from cotune.cli.progress import showing_progress
 from cotune.plan.load import load_plan, preset_names
@@ -76,6 +79,33 @@ def test_check_says_what_a_plan_will_do_and_does_nothing(cotune: Cotune, folder:
     assert "3 classes (bad, good, so), 36 test examples" in shown.out
     assert "No differential privacy" not in shown.out
     assert sorted(folder.rglob("*")) == before
+
+
+def test_check_states_the_claim_of_the_organization_that_spends_most(cotune: Cotune) -> None:
+    """Without sampling (a batch of all) the steps are one Gaussian mechanism of μ = √steps/σ, whose figures have closed forms."""
+    private = ("--set", "privacy={epsilon=3}", "--set", "local.batch_size=100", "--set", "simulation.epsilons=[1.5, 3.0]")
+    shown = cotune("plan", "check", "toy.toml", *private)
+    assert (shown.code, shown.err) == (0, "")
+    rows = {line.split()[0]: line.split() for line in shown.out.splitlines() if line.startswith("org-")}
+    assert float(rows["org-1"][4]) > 1.5 * float(rows["org-2"][4])  # half the ε: more noise
+    mu = math.sqrt(2 * 3) / float(rows["org-2"][4])
+    (line,) = [line for line in shown.out.splitlines() if "1e-06" in line]
+    stated = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", line)]
+
+    def delta(eps: float) -> float:  # Balle & Wang, ICML 2018, theorem 8
+        return float(norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * norm.cdf(-mu / 2 - eps / mu))
+
+    at_small_delta = brentq(lambda eps: delta(eps) - 1e-6, 0, 50)
+    found = 100 * norm.cdf(norm.ppf(0.01) + mu)  # % of the members that the best test at 1 % false alarms finds
+    assert stated == [
+        pytest.approx(at_small_delta, rel=0.01),
+        1e-6,
+        pytest.approx(mu, rel=0.01),
+        1.0,
+        pytest.approx(found, rel=0.03),
+    ]
+    without = cotune("plan", "check", "toy.toml")
+    assert "1e-06" not in without.out
 
 
 def test_check_says_when_there_is_no_privacy(cotune: Cotune) -> None:

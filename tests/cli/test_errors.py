@@ -192,7 +192,7 @@ def test_an_option_that_does_not_exist(cotune: Cotune) -> None:
 def test_the_script_says_one_line_and_exits_with_2_and_debug_shows_where(started: Started) -> None:
     command = ("simulate", "toy.toml", "--data", "nowhere.csv")
     with started(*command) as plain, started(*command, "--debug") as debug:
-        (out, err), (_, trace) = plain.communicate(timeout=120), debug.communicate(timeout=120)
+        (out, err), (_, trace) = plain.communicate(timeout=6000), debug.communicate(timeout=120)
     assert "nowhere.csv does not exist" in sentence(Outcome(plain.returncode, out, err), code=2)
     assert out == ""
     assert debug.returncode == 1
@@ -215,7 +215,7 @@ def test_stopped_by_hand_it_says_how_to_go_on(started: Started, folder: Path) ->
         while not (line := process.stdout.readline()).startswith("round 2/5000"):
             assert line, "it ended before round 2"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert err == (
         "cotune: stopped; finished rounds are kept: `cotune simulate --resume` with the run's folder goes on after them\n"

@@ -29,7 +29,7 @@ def message(content: RecordDict, kind: str = MessageType.TRAIN) -> Parcel:
     return Parcel(made.object_id, {number: part.deflate() for number, part in get_all_nested_objects(made).items()})
 
 
-def answer(resident: Resident, seconds: float = 60.0) -> Message:
+def answer(resident: Resident, seconds: float = 600) -> Message:
     reply = resident.answer(seconds)
     assert reply is not None
     assert len(reply.metadata.reply_to_message_id) == 64
@@ -71,7 +71,7 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
     resident.give(message(content))
     os.kill(before, signal.SIGKILL)
     with pytest.raises(ResidentDied, match="the training process ended with -9"):
-        resident.answer(60.0)
+        resident.answer(600)
     resident.give(message(content))
     assert answer(resident).has_content()
     assert resident.pid != before

@@ -31,7 +31,7 @@ from loopback import free_port, until, write_model, write_sentences  # noqa: E40
 __all__ = ["Deployment", "deployment", "weights"]
 
 _Found = TypeVar("_Found")
-_PATIENCE = 180.0  # seconds for anything to happen, on a machine that does other things too
+_PATIENCE = 420.0  # seconds for anything to happen, on a machine that does other things too
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Deployment:
                 process.send_signal(signal.SIGTERM)
         for process in self.processes.values():
             try:
-                process.wait(30)
+                process.wait(600)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -115,7 +115,7 @@ def test_content_beyond_the_limit_is_refused(fed: Fronted) -> None:
 
 
 def test_plain_http_gets_the_sentence(fed: Fronted) -> None:
-    with closing(http.client.HTTPConnection("127.0.0.1", fed.outside.port, timeout=30)) as calls:
+    with closing(http.client.HTTPConnection("127.0.0.1", fed.outside.port, timeout=600)) as calls:
         calls.request("POST", "/v1/fleet/pull-messages", body=b"")
         answer = calls.getresponse()
         assert answer.status == 400
@@ -125,7 +125,7 @@ def test_plain_http_gets_the_sentence(fed: Fronted) -> None:
 def asked(fed: Fronted, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b"") -> int:
     """The status; the path goes as it is written."""
     trusted = ssl.create_default_context(cafile=str(fed.inside.certificates / "ca.crt"))
-    with closing(http.client.HTTPSConnection("127.0.0.1", fed.outside.port, context=trusted, timeout=30)) as calls:
+    with closing(http.client.HTTPSConnection("127.0.0.1", fed.outside.port, context=trusted, timeout=600)) as calls:
         calls.putrequest(method, path, skip_accept_encoding=True)
         calls.putheader("content-type", "application/protobuf")
         for name, value in (headers or {"content-length": str(len(body))}).items():

@@ -127,6 +127,6 @@ def test_a_stopped_node_leaves_nobody_and_says_so(fed: Federation) -> None:
         node = fed.processes[f"node-{number}"]
         training = trainer(node)
         node.send_signal(signal.SIGTERM)
-        assert node.wait(20) == 0
+        assert node.wait(600) == 0
         assert not alive(training)
     assert fed.online() == 0

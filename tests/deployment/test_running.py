@@ -105,7 +105,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[
             for process in made.started:
                 process.terminate()
             for process in made.started:
-                process.wait(30)
+                process.wait(600)
 
 
 def test_a_run_goes_on_whoever_is_killed_and_ends_with_a_report(coordinator: Coordinator) -> None:
@@ -120,7 +120,7 @@ def test_a_run_goes_on_whoever_is_killed_and_ends_with_a_report(coordinator: Coo
     assert sum(event["event"] == "run_started" for event in coordinator.events("one")) == 1
     coordinator.player().kill()
     log = (coordinator.logs / "run.log").read_text
-    assert again.wait(180) == 0, log()
+    assert again.wait(600) == 0, log()
     resumed = [event["resumed_after"] for event in coordinator.events("one") if event["event"] == "run_started"]
     assert resumed == [0, 1]
     assert "hospital-b has the finished model" in log()
@@ -139,10 +139,10 @@ def test_a_run_is_stopped_by_ctrl_c_and_gone_on_with(coordinator: Coordinator) -
     coordinator.until_round("two", 1)
     player = coordinator.player()
     begun.send_signal(signal.SIGINT)
-    assert begun.wait(60) == 130, log()
+    assert begun.wait(600) == 130, log()
     until(lambda: not runs(player), coordinator.logs / "stopped.log", 20.0)  # it has let go of the run, and may be ending yet
     assert "--resume" in log().splitlines()[-1]
     again = coordinator.start("stopped.log", "server", "run", path, "--resume")
-    assert again.wait(120) == 0, log()
+    assert again.wait(600) == 0, log()
     one, two = ((path / "runs" / name / "model" / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two  # whatever happened on the way, without privacy

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.long
 PROGRAMS = {"SuperLink": "flower-superlink", "front": "cotune.server.front", "executor": "flower-superexec"}
 
 
-def until(condition: Callable[[], bool], log: Path, seconds: float = 120.0) -> None:
+def until(condition: Callable[[], bool], log: Path, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, log.read_text(errors="replace")
@@ -111,7 +111,7 @@ class Served:
         """As Ctrl-C does. Everything must end."""
         everybody = self.descendants()
         self.process.send_signal(signal.SIGINT)
-        assert self.process.wait(60) == 0, self.said()
+        assert self.process.wait(600) == 0, self.said()
         assert [process for process in everybody if runs(process)] == []
         assert self.said().rstrip().endswith("stopping")
 
@@ -134,7 +134,7 @@ def serving(folder: FederationFolder) -> Iterator[Served]:
         if process.poll() is None:
             everybody = served.descendants()
             process.terminate()
-            process.wait(60)
+            process.wait(600)
         for left in everybody:
             if runs(left):
                 left.kill()

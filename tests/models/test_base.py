@@ -392,15 +392,15 @@ def test_mean_pooling_is_not_for_token_classification(folder: Path) -> None:
 def test_no_dropout_in_a_token_classifier_either(base_model: Callable[[str], Path], kind: str) -> None:
     """The heads of decoders have one of 0.1 that no setting of theirs names."""
     loaded = load_model(ModelConfig(base=str(base_model(kind))), LABELS, 1, "token-classification")
-    assert all(m.p == 0.0 for m in loaded.module.modules() if isinstance(m, torch.nn.Dropout))
+    assert not any(m.training and m.p for m in loaded.module.modules() if isinstance(m, torch.nn.Dropout))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_loaded_model_is_frozen_float32_without_dropout(base_model: Callable[[str], Path], kind: str) -> None:
     loaded = load(base_model(kind))
     dropouts = [m for m in loaded.module.modules() if isinstance(m, torch.nn.Dropout)]
-    assert all(m.p == 0.0 for m in dropouts)
-    assert loaded.module.training
+    assert not any(m.p or m.training for m in dropouts)
+    assert all(m.training for m in loaded.module.modules() if isinstance(m, torch.nn.Linear))
     assert {p.dtype for p in loaded.module.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in loaded.module.parameters())
     assert loaded.module.config.pad_token_id == loaded.reader.pad_token_id
@@ -452,6 +452,38 @@ def test_nothing_in_training_is_left_to_chance(layer: str) -> None:
         torch.manual_seed(seed)
         answers.append(module(**given).logits)
     assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+class _Own(nn.Module):
+    """A module with a parameter and a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.inner = nn.Parameter(torch.zeros(3)), nn.Dropout(0.5)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.inner(rows) + self.token
+
+
+class _Masking(_Own):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * torch.rand(3).round() if self.training else super().forward(rows)
+
+
+class _MaskingToo(_Masking):
+    """Its own code does not ask for the mode."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "stays"), [(_Own, True), (_Masking, False), (_MaskingToo, False), (nn.MultiheadAttention, False)]
+)
+def test_parameters_beside_layers_get_gradients_of_single_rows_where_nothing_depends_on_the_mode(
+    kind: Callable[..., nn.Module], stays: bool
+) -> None:
+    module = kind(4, 2) if kind is nn.MultiheadAttention else kind()
+    _make_deterministic(module)
+    assert module.training == stays
+    assert not any(m.training for m in module.modules() if isinstance(m, nn.Dropout))
 
 
 def test_batch_normalization_keeps_the_statistics_of_the_base_model() -> None:

@@ -15,9 +15,9 @@ from cotune.models.base import ModelConfig, load_model
 from cotune.models.batching import fixed_batches
 from cotune.models.errors import PrivacyError
 from cotune.models.features import arithmetic, features_of
-from cotune.models.independence import MAX_PADDING_ERROR, check_bits, check_independence, padding_error
-from cotune.models.probes import lengths_of
-from cotune.models.sharing import SharedModel
+from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
+from cotune.models.probes import example_probes, lengths_of, mixes
+from cotune.models.sharing import LoraConfig, SharedModel
 from cotune.models.tasks import logits
 from cotune.models.text_task import Batch
 from tests.conftest import ARCHITECTURES, VOCABULARY
@@ -120,9 +120,9 @@ def told_by_position(given: Tensor) -> Tensor:
 @pytest.mark.parametrize("fault", [normalized_over_the_batch, scaled_to_the_batch, told_by_position])
 def test_what_mixes_rows_is_found(models: Callable[[str], SharedModel], fault: Callable[[Tensor], Tensor]) -> None:
     model, plain = models("bert"), scores(models("bert"))
-    check_bits(model, plain, [8, 16], 7)
-    with pytest.raises(PrivacyError):
-        check_bits(model, lambda batch: [fault(plain(batch)[0])], [8, 16], 7)
+    for length in (8, 16):
+        assert not mixes(plain, example_probes(model, length, 7))
+        assert mixes(lambda batch: [fault(plain(batch)[0])], example_probes(model, length, 7))
 
 
 def test_gradients_that_mix_are_refused_and_auto_falls_back(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +156,70 @@ def test_every_length_that_a_record_can_have_is_tried(shared: Make, base_model: 
     assert lengths_of(shared("bert")) == (8, 16, 24, 32)
     assert lengths_of(shared("bert", max_length=20)) == (8, 16, 20)
     assert lengths_of(image_model(base_model)) == (1,)
+
+
+# --- no state decides what a trial sees
+
+
+def head_on(model: SharedModel, faulty: bool, calls: list[int]) -> Callable[[Batch], Sequence[Tensor]]:
+    """Scores of features; of a faulty head they differ in the last bits from slot to slot, but not where they are 0."""
+    head = features.feature_head(model)
+    assert head is not None
+
+    @torch.no_grad()
+    def answer(batch: Batch) -> Sequence[Tensor]:
+        calls.append(len(batch["labels"]))
+        places = torch.arange(len(batch["labels"]))[:, None]
+        return [head(batch["features"]).logits * (1 + places * faulty * 2.0**-22)]
+
+    return answer
+
+
+def zeros(model: SharedModel) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in model.state(model.names("head")).items()}
+
+
+def test_a_head_of_zeros_hides_nothing(shared: Make) -> None:
+    """A server chooses the state; under zeros every order of adding gives the same sum."""
+    model = shared("bert")
+    model.load(zeros(model))
+    with pytest.raises(PrivacyError):
+        check_independence(model, "head", "float32", head_on(model, True, []), slots=16, width=16)
+    assert not any(float(tensor.abs().max()) for tensor in model.state(model.names("head")).values())  # as it was
+    check_independence(shared("bert"), "head", "float32", head_on(model, False, []), slots=16, width=16)
+
+
+def test_adapters_that_begin_as_zeros_hide_nothing(shared: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Features of an adapted encoder: what a fault in the product of the factors does shows although B is 0 at first."""
+    monkeypatch.setenv("COTUNE_CACHE", str(tmp_path))
+    model = shared("bert", lora=LoraConfig(rank=2))
+    (layer, *_) = [module for name, module in model.module.named_modules() if name.endswith("lora_B.default")]
+    layer.register_forward_hook(lambda _, __, found: found * (1 + torch.arange(len(found))[:, None, None] * 2.0**-20))
+    model.load({})
+    assert features.features_mix(model, torch.float32)
+
+
+def test_a_verdict_is_kept_for_what_decides_it(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(independence, "features_mix", lambda *_: False)
+    model, calls = shared("bert"), list[int]()
+    model.train_only(model.names("head"))
+
+    def tried(slots: int) -> int:
+        before = len(calls)
+        check_independence(model, "head", "float32", head_on(model, False, calls), slots=slots, width=16)
+        return len(calls) - before
+
+    assert tried(16) > 0
+    model.load(zeros(model))
+    assert tried(16) == 0  # another state
+    assert tried(32) > 0  # another shape
+    model.train_only([name for name in model.names("head") if "weight" in name])
+    assert tried(16) > 0  # other trained parameters
+    torch.set_num_threads(2)
+    try:
+        assert tried(16) > 0
+    finally:
+        torch.set_num_threads(1)
 
 
 # --- with and without one record, the others have the same bits

@@ -22,7 +22,7 @@ from cotune.models.features import feature_head
 from cotune.models.sharing import LoraConfig, SharedModel, TrainMode
 from cotune.models.tasks import example_losses
 from cotune.models.text_task import collator
-from cotune.privacy.dp_sgd import Batch, LossPerExample, StepReport, check_clipping, check_row_bits, private_steps
+from cotune.privacy.dp_sgd import Batch, LossPerExample, StepReport, check_clipping, private_steps
 from cotune.privacy.randomness import PoissonSampler
 from tests.support.batches import in_batches, stack
 
@@ -594,30 +594,6 @@ def averaged_by_weight(module: nn.Module) -> LossPerExample:
 def test_a_loss_that_mixes_examples_is_found(clip: float, mixing: Callable[[nn.Module], LossPerExample]) -> None:
     module = seeded(Toy)
     assert check(module, mixing(module), points(5), clip) > 0.01
-
-
-def test_a_row_that_is_aligned_like_all_others_has_the_same_gradient_everywhere() -> None:
-    """16 inputs: every row of a batch begins at a multiple of 64 bytes."""
-    module = seeded(lambda: nn.Linear(16, 3))
-    records = points(3, inputs=16)
-    assert check_row_bits(module, cross_entropy(module), batches=in_batches(records, 8), rows=range(3), slots=8)
-
-
-@pytest.mark.parametrize("mixing", [centered, averaged_by_weight])
-def test_neighbors_that_show_in_the_bits_are_found(mixing: Callable[[nn.Module], LossPerExample]) -> None:
-    module = seeded(lambda: nn.Linear(16, 3))
-    records = points(3, inputs=16)
-    assert not check_row_bits(module, mixing(module), batches=in_batches(records, 8), rows=range(3), slots=8)
-
-
-def test_a_place_that_shows_in_the_bits_is_found() -> None:
-    module = seeded(lambda: nn.Linear(16, 3))
-
-    def by_place(batch: Batch) -> Tensor:
-        places = torch.arange(len(batch["y"]))
-        return cross_entropy(module)(batch) * (1 + places * 2.0**-23)
-
-    assert not check_row_bits(module, by_place, batches=in_batches(points(3, inputs=16), 8), rows=range(3), slots=8)
 
 
 # --- units of several rows

@@ -86,7 +86,7 @@ def test_whoever_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pytest
     with closing(Threaded(cast(Line, line), Connected(), lambda *_, **__: None)) as post, released(line):
         for name in ("first", *others):
             post.send(1, name, cast(Message, name), 100)
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 600
         while len(line.taken) < len(others) and time.monotonic() < deadline:
             time.sleep(0.01)
     assert sorted(line.taken) == others
@@ -123,7 +123,7 @@ def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.Monke
     with closing(Threaded(cast(Line, line), Connected(*names), lambda *_, **__: None)) as post:
         for name in names:
             post.send(1, name, cast(Message, name), 100)
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 600
         while not (doubted := _doubted(post)) and time.monotonic() < deadline:
             time.sleep(0.01)
     assert 1 <= len(doubted) <= 4

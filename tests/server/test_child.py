@@ -48,7 +48,7 @@ def new_child(tmp_path: Path, said: list[str], clock: Clock) -> Iterator[NewChil
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

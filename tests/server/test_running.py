@@ -217,7 +217,7 @@ def test_no_second_process_plays_before_the_first_has_ended(
             return super().start(run)
 
     hand_over(run, Watching(), PACE)
-    assert holder.wait(10) == -ended_by
+    assert holder.wait(600) == -ended_by
 
 
 @pytest.mark.parametrize("first", ["run_started", "delivery_started"])
@@ -271,7 +271,7 @@ def test_interrupted_it_stops_the_run_and_its_process(run: RunFolder, held: Call
     with pytest.raises(KeyboardInterrupt):
         carry_out(run, superlink, lambda event, fields: told.append(event), PACE)
     assert (superlink.stopped, told) == ([101], ["run_stopping"])
-    assert holders[0].wait(10) == -signal.SIGINT
+    assert holders[0].wait(600) == -signal.SIGINT
 
 
 def test_a_run_is_left_behind_only_where_that_is_said(federation: FederationFolder, run: RunFolder) -> None:
