@@ -1,7 +1,7 @@
 """Files of others that hold what a terminal obeys: escape sequences, titles, links, directions, invisible and returning characters.
 
 On commit a605cba a federation.toml of this kind moved the cursor, changed the window's title and hid text at `cotune client check`,
-the first command that is run on an untrusted file; of the 45 commands below on such files 32 let it through, most in the sentence of
+the first command that is run on an untrusted file; in 32 of the 45 cases it came through, most in the sentence of
 their failure (with 8-bit controls also in JSON).
 Each case is the real command on a file that an attacker has written; what is looked at is every byte that leaves the process.
 """

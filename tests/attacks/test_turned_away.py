@@ -1,8 +1,8 @@
 """What a node is told that the front turns away: whichever limit or check it was, its own reason, in one sentence.
 
-On commit a605cba a node in front of full slots was told that the server "does not speak TLS", a revoked one that its clock may be
-wrong, and one that sent too much "status 413": 5 of the 6 reasons below were false or none. The node's own calls, over TLS, to the
-real front.
+On commit a605cba a node before full slots was told that the server "does not speak TLS", one that sent too much "status 413", and
+one that was revoked that its clock may be wrong: what the front had said of it was thrown away. The node's own calls, over TLS, to
+the real front.
 """
 
 from __future__ import annotations
