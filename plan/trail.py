@@ -12,10 +12,20 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from cotune.models.errors import RunError
-from cotune.plan.signatures import ReplyStatement, RequestStatement, signed_by_node, signed_by_server, words_digest
+from cotune.plan.signatures import (
+    RECEIPT,
+    REFUSAL,
+    UPDATE,
+    ReplyStatement,
+    RequestStatement,
+    signed_by_node,
+    signed_by_server,
+    words_digest,
+)
 
 __all__ = ["End", "Trails", "compare", "of_coordinator", "of_organization"]
 
+_ANSWERS = (UPDATE, RECEIPT, REFUSAL, "blocked")  # the last: an answer that was refused on its way out
 Entries = Iterable[Mapping[str, Any]]
 
 
@@ -70,7 +80,7 @@ def of_organization(entries: Entries, server: Sequence[str], node: Sequence[Elli
         try:
             if entry.get("what") == "request":
                 _take_request(end, entry, server)
-            elif "statement" in entry:
+            elif entry.get("what") in _ANSWERS and "statement" in entry:
                 if "refused" in entry:  # what was refused is in no line of its own
                     _take_request(end, {"statement": entry["refused"], "signature": entry.get("refused_signature")}, server)
                 reply = _take_reply(end, entry, node)
