@@ -41,7 +41,7 @@ def adapt(
     from cotune.client.site import Site
 
     opened, console = Site(site.expanduser()), screen()
-    with Console(stderr=True, quiet=as_json).status("fitting to own records"):
+    with screen(stderr=True, quiet=as_json).status("fitting to own records"):
         done = adapt_site(opened, out, plan)
     found = done.adapted
     if as_json:
@@ -70,7 +70,7 @@ def evaluate(
     from cotune.client.site import Site
 
     opened = Site(site.expanduser())
-    with Console(stderr=True, quiet=as_json).status("fitting to own records"):
+    with screen(stderr=True, quiet=as_json).status("fitting to own records"):
         new = None if data is None else _new_records(opened, data, open_received(opened, plan).plan.labels)
         found = evaluate_site(opened, new, plan)
     if as_json:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
@@ -59,7 +60,7 @@ def compare(
     """Play every combination under every seed and show what differs; finished runs are kept, the same command goes on."""
     from cotune.simulations.cells import parse_variation
 
-    console = Console(highlight=False)
+    console = screen()
     variations = [parse_variation(text) for text in vary or []]
     source = plan or ("tweets" if data is None else "text")
     given = [*([] if data is None else [f"data.source={json.dumps(data)}"]), *(override or [])]

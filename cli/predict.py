@@ -120,21 +120,19 @@ def _show(console: Console, found: Sequence[dict[str, Any]]) -> None:
     for each in found:
         if isinstance(each["label"], list):
             for word, tag, score in zip(each["input"].split(), each["label"], each["score"], strict=False):
-                table.add_row(escape(tag or "–"), _number(score), escape(_clean(word)))
+                table.add_row(escape(tag or "–"), _number(score), escape(_on_one_line(word)))
             table.add_row("", "", "")
         else:
-            shown = _clean(each["input"])
+            shown = _on_one_line(each["input"])
             note = f" ({each['reason']})" if each["reason"] else ""
             cut = shown[:_WIDE] + ("…" if len(shown) > _WIDE else "")
             table.add_row(escape(each["label"] or "–"), _number(each["score"]), escape(cut + note))
     console.print(table)
 
 
-def _clean(text: str) -> str:
-    """Without what would steer a terminal."""
-    from cotune.client.outline import printable
-
-    return printable(" ".join(text.split()))
+def _on_one_line(text: str) -> str:
+    """On one line."""
+    return " ".join(text.split())
 
 
 def _number(score: float | None) -> str:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from cotune.client.approval import Approvals
 from cotune.client.base import model_here
 from cotune.client.consent import check_base_model
 from cotune.client.personal import Personal
 from cotune.client.site import Site
+from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.models.export import export_model
+from cotune.models.sharing import SharedModel
 from cotune.plan.card import CARD, model_card, promised
 from cotune.plan.schema import Plan
 from cotune.strategies.updates import not_finite
@@ -26,7 +34,8 @@ def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
     """Exports the model, with the own part where the plan lets organisations keep one, and returns its folder; no record is read.
 
     The same model again changes nothing. Raises Declined for a plan that nobody here has approved, or a base model that is not
-    allowed; ModelError for parameters that are not the plan's; RunError for a round that is none of the plan's.
+    allowed; ModelError for parameters that are not the plan's; RunError for a round that is none of the plan's, and for a model
+    that cannot be written.
     """
     policy = site.policy()
     Approvals(site).check(plan, policy)
@@ -46,8 +55,38 @@ def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
         model.load(state)
         Personal(plan, site, model, request.round, request.admitted).joined(state)
         card = model_card(plan, privacy=promised(plan), length=model.loaded.max_length)
-        export_model(model, folder, {CARD: card, ABOUT: json.dumps(about)})
+        _write(model, folder, card, about)
     return folder
+
+
+def _write(model: SharedModel, folder: Path, card: str, about: Mapping[str, Any]) -> None:
+    """Complete and on the disk before it says so: whatever ends it earlier, the next time begins anew. Raises RunError."""
+    try:
+        _remove_unfinished(folder.parent)
+        export_model(model, folder, {CARD: card})
+        for file in [*(file for file in folder.rglob("*") if file.is_file()), folder, folder.parent]:
+            _sync(file)
+        write_durably(folder / ABOUT, json.dumps(about).encode())
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        raise RunError(
+            f"the finished model cannot be written to {folder} ({reason}): make room, or mend the permissions, and ask the"
+            " coordinator to hand it out again (`cotune server run --resume`)"
+        ) from None
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """What a process that was killed has left: one writes models into a site at a time."""
+    for part in folder.glob(".model.*"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read(file: Path) -> object:

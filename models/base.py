@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, revision_of
+from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, deciding_files, revision_of
 from cotune.models.errors import ModelError
+from cotune.models.git_lfs import first_lfs_pointer
 from cotune.models.model_settings import base_labels, read_settings
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
 from cotune.models.table import Table
@@ -154,6 +155,12 @@ def _check_folder(path: Path, name: str) -> None:
             )
         raise ModelError(f"the base model {name} has no weights: expected *.safetensors in its folder")
     check_named_weights(path)
+    pointer = first_lfs_pointer(deciding_files(path))
+    if pointer is not None:
+        raise ModelError(
+            f"the base model {name} has a pointer of Git LFS in place of {pointer}: fetch the files themselves with `git lfs pull`"
+            " in the folder that was cloned, or download the model again"
+        )
 
 
 def _peft_type(path: Path) -> str:
@@ -300,6 +307,7 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bo
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
     _check_complete(report, f"{module.base_model_prefix}.", frozen, finished)
+    _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)
     return module, frozen
@@ -327,6 +335,17 @@ def _asks_for_mode(kind: type[nn.Module]) -> bool:
         return any("training" in inspect.getsource(base) for base in own)
     except (OSError, TypeError):
         return True
+
+
+def _check_finite(module: nn.Module) -> None:
+    """Weights that are no numbers make every answer none."""
+    broken = [name for name, tensor in module.named_parameters() if not bool(tensor.isfinite().all())]
+    broken += [name for name, tensor in module.named_buffers() if bool(tensor.isnan().any())]  # a mask may hold infinity
+    if broken:
+        raise ModelError(
+            f"the base model's weights hold NaN or infinite values ({len(broken)} of its tensors, such as {broken[0]}): expected"
+            " numbers; download the folder again, or use another base model"
+        )
 
 
 def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
+from cotune.models.class_names import class_name
 from cotune.models.errors import DataError, ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.images import Image, ImageReader, opened
@@ -35,7 +36,7 @@ class ImageClassification:
         return AutoModelForImageClassification
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
-        name = word_of(file, file.config.label, number, label).strip()
+        name = class_name(word_of(file, file.config.label, number, label))
         source = _source(file, number, given)
         if not source:
             return "blank image"
@@ -73,6 +74,10 @@ class ImageClassification:
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         return [{"image": image, "labels": target} for image, target in zip(inputs, targets, strict=True)]
+
+    def cut(self, reader: ImageReader, max_length: int, inputs: Sequence[Any]) -> int:
+        """An image is scaled as a whole."""
+        return 0
 
     def samples(self, reader: ImageReader) -> list[Example]:
         """Gradients from dark to light, across, down and both."""

@@ -61,6 +61,9 @@ class Task(Protocol):
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         """What the collator takes, for each record; for one that cannot be encoded, a blank example (see `blank`)."""
 
+    def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
+        """How many of the inputs are longer than the model reads, so that their ends are not seen."""
+
     def samples(self, reader: Any) -> list[Example]:
         """Three made-up examples, of unlike lengths where there are lengths; their classes are 0 and 1."""
 

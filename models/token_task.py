@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
+from cotune.models.class_names import class_name
 from cotune.models.errors import DataError, ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
@@ -41,7 +42,7 @@ class TokenClassification(SequenceClassification):
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
         text_column, label_column = file.wanted
         words = _words(file, text_column, number, given)
-        tags = tuple(tag.strip() for tag in _words(file, label_column, number, label))
+        tags = tuple(class_name(tag) for tag in _words(file, label_column, number, label))
         if not words:
             return "blank text"
         if not tags:
@@ -77,6 +78,9 @@ class TokenClassification(SequenceClassification):
 
         rows = zip(each_or_none(read, inputs), inputs, targets, strict=True)
         return [self._example(reader, max_length, tokens, words, tags) for tokens, words, tags in rows]
+
+    def _text(self, given: Any) -> str:
+        return " ".join(given)
 
     def _example(self, reader: Any, max_length: int, tokens: Any, words: Sequence[str], tags: Sequence[int]) -> Example:
         """One with another number of tags than words is a blank row, too: which are whose is not told."""
