@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli import client_check, client_join
+from cotune.cli import client_check, client_join, client_model
 from cotune.cli.client_check import SiteFolder
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
@@ -165,5 +165,13 @@ def trust(
     typer.echo(f"{len(learned)} statements were new; the server's newest key is {newest}")
 
 
-for command in (client_join.init, client_check.check, client_join.join, client_join.approve, client_join.sent):
+for command in (
+    client_join.init,
+    client_check.check,
+    client_join.join,
+    client_join.approve,
+    client_join.sent,
+    client_model.adapt,
+    client_model.evaluate,
+):
     app.command()(command)

@@ -100,7 +100,7 @@ def invite(
 
     opened = FederationFolder(folder)
     member = opened.members.invite(name, read_public_key(key.expanduser()), _range(examples))
-    typer.echo(f"{member.name} is invited; its key's fingerprint, to be compared by telephone: {member.fingerprint}")
+    screen().print(f"{escape(member.name)} is invited; its key's fingerprint, to be compared by telephone: {member.fingerprint}")
 
 
 def _range(text: str | None) -> tuple[int, int] | None:
@@ -120,7 +120,7 @@ def revoke(folder: Federation, name: Annotated[str, typer.Argument(help="Of the 
     from cotune.server.federation import FederationFolder
 
     member = FederationFolder(folder).members.revoke(name)
-    typer.echo(f"{member.name} is revoked; invite it with another key to let it in again")
+    screen().print(f"{escape(member.name)} is revoked; invite it with another key to let it in again")
 
 
 @app.command("accept-key")
@@ -143,16 +143,16 @@ def members(folder: Federation, as_json: Annotated[bool, typer.Option("--json", 
     from cotune.server.federation import FederationFolder
 
     opened = FederationFolder(folder)
-    found, fingerprint = opened.members.all(), opened.invitation.fingerprint
+    found, fingerprint, console = opened.members.all(), opened.invitation.fingerprint, screen()
     if as_json:
         people = [{**member.model_dump(), "fingerprint": member.fingerprint} for member in found]
         typer.echo(json.dumps({"federation": opened.config.name, "fingerprint": fingerprint, "members": people}, indent=1))
         return
-    typer.echo(f"{opened.config.name}; fingerprint of federation.toml: {fingerprint}")
+    console.print(f"{escape(opened.config.name)}; fingerprint of federation.toml: {fingerprint}")
     if found:
-        screen().print(_table(found))
+        console.print(_table(found))
     else:
-        typer.echo("nobody is invited so far: cotune server invite FED NAME KEY.pub")
+        console.print("nobody is invited so far: cotune server invite FED NAME KEY.pub")
 
 
 def _table(found: tuple[Member, ...]) -> Table:
@@ -160,7 +160,7 @@ def _table(found: tuple[Member, ...]) -> Table:
     for member in found:
         low_high = "–" if member.examples is None else f"{member.examples[0]:,} to {member.examples[1]:,}"
         revoked = "" if member.revoked is None else f"revoked {member.revoked[:10]}"
-        table.add_row(member.name, member.invited[:10], f"{member.fingerprint[:16]}…", low_high, revoked)
+        table.add_row(escape(member.name), member.invited[:10], f"{member.fingerprint[:16]}…", low_high, revoked)
     return table
 
 

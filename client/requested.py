@@ -21,6 +21,7 @@ from cotune.models.errors import Declined, RunError
 from cotune.plan.renewal import ServerRenewal
 from cotune.plan.schema import Plan
 from cotune.plan.signatures import (
+    REFUSAL,
     TRAIN,
     ReplyStatement,
     RequestStatement,
@@ -29,11 +30,13 @@ from cotune.plan.signatures import (
     roster_digest,
     sign,
     signed_by_server,
+    signed_words,
+    words_digest,
 )
 from cotune.privacy.policy import Policy
 from cotune.strategies.wire import Request, received_digest
 
-__all__ = ["Requested", "check_arrays", "check_limits", "check_request", "countersign", "verified"]
+__all__ = ["Requested", "check_arrays", "check_limits", "check_request", "countersign", "countersign_refusal", "verified"]
 
 _MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
 
@@ -131,11 +134,27 @@ def countersign(content: RecordDict, kind: str, digest: str, requested: Requeste
 
     Raises RunError for a key that cannot be read.
     """
-    request = requested.statement
-    statement = ReplyStatement(request.digest, request.recipient, kind, digest, requested.trusts)
-    signature = sign(statement, read_private_key(folder / "node.key"))
+    statement, signature = _countersigned(kind, digest, requested, folder)
     attach(content, statement, signature)
     return {"statement": statement.text(), "signature": signature}
+
+
+def countersign_refusal(words: str, requested: Requested, folder: Path) -> tuple[str, dict[str, str]]:
+    """The words of a refusal under a signature, and what the log says of it: with the request, which is in no line of its own.
+
+    Raises RunError as `countersign` does.
+    """
+    digest = words_digest(words)
+    statement, signature = _countersigned(REFUSAL, digest, requested, folder)
+    entry = {"sha256": digest, "statement": statement.text(), "signature": signature}
+    entry |= {"refused": requested.statement.text(), "refused_signature": requested.signature}
+    return signed_words(words, statement, signature), entry
+
+
+def _countersigned(kind: str, digest: str, requested: Requested, folder: Path) -> tuple[ReplyStatement, str]:
+    request = requested.statement
+    statement = ReplyStatement(request.digest, request.recipient, kind, digest, requested.trusts)
+    return statement, sign(statement, read_private_key(folder / "node.key"))
 
 
 def _last(log: AuditLog, federation: str) -> RequestStatement | None:

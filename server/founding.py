@@ -113,9 +113,15 @@ def _resolved(plan: Plan, config: ServerConfig) -> Plan:
     base = find_base(plan.model)
     labels = _labels(plan, config.test, base_labels(base.path))
     local = Path(plan.model.base).expanduser()
-    named = str(local.resolve()) if local.exists() else plan.model.base
+    named = _from_home(local.resolve()) if local.exists() else plan.model.base
     model = plan.model.model_copy(update={**base.pins, "base": named})
     return plan.model_copy(update={"labels": labels, "model": model})
+
+
+def _from_home(path: Path) -> str:
+    """The plan goes to others, who need not know whose home it is."""
+    home = Path.home().resolve()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
 
 
 def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:

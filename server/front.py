@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from cotune.models.errors import CotuneError, RunError
 from cotune.models.table import Table, first_mistake
+from cotune.models.terminal import clean_output, printable
 from cotune.server import certificates
 from cotune.server.members import Members
 from cotune.server.proxy.quotas import Quotas
@@ -111,6 +112,7 @@ def _server_context(folder: Path) -> ssl.SSLContext:
 
 def main(arguments: Sequence[str]) -> int:
     """The process of a supervisor: exit code 0 after a signal, otherwise 1 or 2 and one sentence."""
+    clean_output()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if len(arguments) != 1:
@@ -119,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         serve(setup(read_config(Path(arguments[0]))))
     except CotuneError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -73,6 +73,17 @@ def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organisations_get(
     assert made.invitation.signing_key == public_hex(read_signing_key(made.certificates))
 
 
+def test_whose_home_the_base_model_is_in_is_nobody_else_s_business(
+    plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plan()
+    monkeypatch.setenv("HOME", str(Path(wanted.model.base).resolve().parents[1]))
+    made = found(tmp_path / "fed", wanted, config())
+    assert made.plan.model.base.startswith("~/")
+    assert str(Path.home()) not in (made.path / "federation.toml").read_text()
+    assert find_base(made.plan.model).path == Path(wanted.model.base).resolve()
+
+
 def test_class_names_are_those_of_the_test_records_where_the_plan_has_none(plan: Callable[..., Plan], tmp_path: Path) -> None:
     test = write_csv(tmp_path / "test.csv", sentences(60))
     assert found(tmp_path / "fed", plan(labels=[]), config(test=test)).plan.labels == tuple(LABELS)
