@@ -29,7 +29,10 @@ from cotune.models.tasks import Task, TaskName, task_named
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from transformers import PreTrainedModel
 
-__all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "dropout_settings", "find_base", "load_model", "quiet"]
+__all__ = [
+    *("BaseModelFolder", "LoadedModel", "ModelConfig"),
+    *("dropout_settings", "draw_head", "find_base", "load_model", "quiet"),
+]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
@@ -168,12 +171,18 @@ def _peft_type(path: Path) -> str:
 
 
 def load_model(
-    config: ModelConfig, labels: tuple[str, ...], seed: int, task: TaskName = "sequence-classification"
+    config: ModelConfig,
+    labels: tuple[str, ...],
+    seed: int,
+    task: TaskName = "sequence-classification",
+    *,
+    finished: bool = False,
 ) -> LoadedModel:
     """The base model with a head of the task for `labels`; a new head is drawn from `seed`.
 
     A head that the folder has for this task and these labels, in their order, is kept. Dropout is off: under a fixed seed,
-    nothing in training is random but the sampling and the noise. Raises ModelError.
+    nothing in training is random but the sampling and the noise. finished: whether the folder must hold a trained head. Raises
+    ModelError.
     """
     folder, does = find_base(config), task_named(task)
     try:
@@ -182,7 +191,7 @@ def load_model(
         reader = does.reader(folder.path)
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module, frozen = _build(folder.path, model_config, mean, does)
+            module, frozen = _build(folder.path, model_config, mean, does, finished)
             if not _head_is_for(folder.path, labels, type(module).__name__):
                 _draw_head(module)
             does.fit(reader, module)
@@ -206,6 +215,13 @@ def _head_is_for(path: Path, labels: tuple[str, ...], architecture: str) -> bool
     """Whether a head in the folder, if there is one, was trained for these labels; if it does not say, their number decides."""
     trained = read_settings(path).get("architectures") or [architecture]
     return architecture in trained and base_labels(path) in ((), labels)
+
+
+def draw_head(module: PreTrainedModel, seed: int) -> None:
+    """Put a new head, drawn from a seed, in place of the one that is there."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _draw_head(module)
 
 
 @torch.no_grad()
@@ -277,7 +293,7 @@ def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: 
     return config.pooling == "mean" or (config.pooling == "auto" and can_pool_mean(model_config) and wants_mean_pooling(path))
 
 
-def _build(path: Path, config: Any, mean_pooling: bool, task: Task) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
     frozen = add_mean_pooling(config, None) if mean_pooling else ()
     module, report = task.model_class().from_pretrained(
         str(path),
@@ -290,7 +306,7 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task) -> tuple[Pre
     )
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
-    _check_complete(report, f"{module.base_model_prefix}.", frozen)
+    _check_complete(report, f"{module.base_model_prefix}.", frozen, finished)
     _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)
@@ -332,9 +348,14 @@ def _check_finite(module: nn.Module) -> None:
         )
 
 
-def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...]) -> None:
-    """An encoder that is not in the file would silently be a random one; only the head and the pooler may be new."""
+def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished: bool) -> None:
+    """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
     new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if finished and new:
+        raise ModelError(
+            f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model"
+            " with its head, such as `model/` in the folder of a run"
+        )
     lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
     if lacking:
         raise ModelError(

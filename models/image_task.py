@@ -28,6 +28,8 @@ class ImageClassification:
     key = "image"
     described = "image classifier"
     needs = "its preprocessor_config.json"
+    pipeline = "image-classification"
+    problem_type: str | None = "single_label_classification"
     pools = True
 
     def model_class(self) -> Any:
@@ -46,6 +48,9 @@ class ImageClassification:
             return opened(source), name
         except DataError as error:
             raise DataError(f"{file.name} holds an unusable image in record {number}{_shown(source)}, {error}") from None
+
+    def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
+        return self.record(file, number, given, "-")
 
     def reader(self, folder: Path) -> ImageReader:
         return ImageReader(folder)
@@ -107,6 +112,9 @@ class ImageClassification:
 
     def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
         return [(best,) for best in scores.argmax(dim=1).tolist()]
+
+    def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:
+        return [scores[i : i + 1] for i in range(len(examples))]
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
         return {"pixel_values": features}

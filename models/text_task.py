@@ -32,6 +32,7 @@ __all__ = [
 
 Example = dict[str, Any]  # {"input_ids": list[int], "labels": int}
 Batch = dict[str, Tensor]
+_MADE_UP = "-"  # a label
 IGNORED = -100  # the label of a position that has none; of a whole row that contributes nothing
 _ENCODED = 2000  # texts that are tokenized at once only to count their tokens
 _Given = TypeVar("_Given")
@@ -55,6 +56,8 @@ class SequenceClassification:
     key = "text"
     described = "sequence classifier"
     needs = "its tokenizer"
+    pipeline = "text-classification"
+    problem_type: str | None = "single_label_classification"
     pools = True
 
     def model_class(self) -> Any:
@@ -69,6 +72,9 @@ class SequenceClassification:
         if not name:
             return "missing label"
         return (text, name) if is_unicode(text) and is_unicode(name) else "broken Unicode"
+
+    def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
+        return self.record(file, number, given, _MADE_UP)
 
     def reader(self, folder: Path) -> Any:
         """The tokenizer. Without its files, transformers makes one that knows no word."""
@@ -128,6 +134,10 @@ class SequenceClassification:
 
     def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
         return [(best,) for best in scores.argmax(dim=1).tolist()]
+
+    def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:
+        unread = torch.full_like(scores[:1], torch.nan)
+        return [unread if e["labels"] == IGNORED else scores[i : i + 1] for i, e in enumerate(examples)]
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
         """One token that is not padding."""

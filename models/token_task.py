@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
@@ -31,6 +32,8 @@ class TokenClassification(SequenceClassification):
 
     described = "token classifier"
     needs = "its (fast) tokenizer"
+    pipeline = "token-classification"
+    problem_type: str | None = None
     pools = False
 
     def model_class(self) -> Any:
@@ -54,6 +57,9 @@ class TokenClassification(SequenceClassification):
         if not all(tags):
             return "missing tag"
         return (words, tags) if all(map(is_unicode, (*words, *tags))) else "broken Unicode"
+
+    def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
+        return self.record(file, number, given, ["O"] * len(_words(file, file.wanted[0], number, given)))
 
     def reader(self, folder: Path) -> Any:
         tokenizer = super().reader(folder)
@@ -97,6 +103,13 @@ class TokenClassification(SequenceClassification):
         return [
             tuple(_NOT_TOLD if start is None else row[start] for start in example["starts"])
             for row, example in zip(best, examples, strict=True)
+        ]
+
+    def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:
+        unread = torch.full_like(scores[0, 0], torch.nan)
+        return [
+            torch.stack([unread if start is None else row[start] for start in example["starts"]])
+            for row, example in zip(scores, examples, strict=True)
         ]
 
 
