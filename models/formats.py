@@ -5,6 +5,7 @@ Every reader gives the names of a file's columns and the values of those that ar
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
@@ -101,6 +102,9 @@ class DataFile:
         """Those, and the column of the units where there is one."""
         return self.wanted if self.config.unit is None else (*self.wanted, self.config.unit)
 
+
+_HALF = "cotune.half"  # in UTF-16 surrogateescape cannot stand for half of a pair
+codecs.register_error(_HALF, lambda error: ("\udc00", getattr(error, "end")))  # noqa: B009
 
 UNREADABLE = "unreadable"  # why a record was left out, see Records.skipped
 Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
@@ -218,13 +222,21 @@ def _loads_line(file: DataFile, text: str, number: int) -> Any:
 
 def _loads(file: DataFile, text: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         reason = f"line {first_line}: {reason_of(error)}"
         if isinstance(error, json.JSONDecodeError):
             reason = f"line {first_line + error.lineno - 1}, column {error.colno}: {error.msg}"
         expected = "expected one object per line, or one array of objects, as in"
         raise DataError(f"{file.name} is not valid JSON ({reason}): {expected} {_example(file)}") from error
+
+
+def _whole(digits: str) -> int | str:
+    """A number, or its digits where it has more than Python reads: one record must not make its whole list unreadable."""
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
 
 
 def _example(file: DataFile) -> str:
@@ -247,21 +259,37 @@ def _parquet(file: DataFile) -> Columns:
         for name, feature in dict(table.features).items():
             if isinstance(feature, ImageFeature):  # decoding is ours, with limits
                 table = table.cast_column(name, ImageFeature(decode=False))
-        values: dict[str, list[object]] = dict(table[:])
+        values = _values(file, table)
         for name, feature in table.features.items():
             inner = getattr(feature, "feature", None)  # of a list
             if isinstance(feature, ClassLabel):
-                values[name] = [_class_name(feature.names, number) for number in table[:][name]]
+                values[name] = [_class_name(feature.names, number) for number in values[name]]
             elif isinstance(inner, ClassLabel):
-                values[name] = [row and [_class_name(inner.names, number) for number in row] for row in table[:][name]]
+                values[name] = [row and [_class_name(inner.names, number) for number in row] for row in values[name]]
     except Exception as error:  # damaged bytes raise anything: OSError, ValueError, KeyError, TypeError …
         raise DataError(f"{file.name} is not valid Parquet ({reason_of(error)}): export it again") from error
     return names, values
 
 
+def _values(file: DataFile, table: Any) -> dict[str, list[Any]]:
+    """The values of each column; where lenient, without the rows that cannot be read, such as a text that is no UTF-8."""
+    try:
+        return dict(table[:])
+    except Exception:
+        if not file.lenient:
+            raise
+    rows = []
+    for number in range(len(table)):
+        try:
+            rows.append(table[number])
+        except Exception:  # as above, damaged values raise anything
+            file.skipped[UNREADABLE] += 1
+    return {name: [row[name] for row in rows] for name in table.column_names}
+
+
 def _class_name(names: Sequence[str], number: int | None) -> str | None:
-    """The name of a class; -1 is how Hugging Face data sets mark a record without a label."""
-    return names[number] if number is not None and number >= 0 else None
+    """The name of a class; -1 is how Hugging Face data sets mark a record without a label, and a number beyond them has none."""
+    return names[number] if number is not None and 0 <= number < len(names) else None
 
 
 READERS: dict[str, Callable[[DataFile], Columns]] = {
@@ -280,9 +308,11 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")  # formats without a table of col
 def _decode(file: DataFile) -> str:
     """The file's text. Where lenient, a byte that is none of it becomes half a character, by which its record is left out."""
     encoding = file.config.encoding
-    if file.lenient and not file.raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+    wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+    if file.lenient and (wide or not file.raw.startswith((b"\xff\xfe", b"\xfe\xff"))):
         with suppress(UnicodeError):
-            return file.raw.decode(encoding, "surrogateescape").replace("\0", "\udc00").removeprefix("\ufeff")
+            text = file.raw.decode(encoding, _HALF if wide else "surrogateescape")
+            return text.replace("\0", "\udc00").removeprefix("\ufeff")
     binary = f"{file.name} is not text (it holds NUL bytes): expected {file.suffix} content, so export it again"
     try:
         text = file.raw.decode(encoding)
