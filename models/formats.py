@@ -157,13 +157,21 @@ def _loads_line(file: DataFile, text: str, number: int) -> Any:
 
 def _loads(file: DataFile, text: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         reason = f"line {first_line}: {reason_of(error)}"
         if isinstance(error, json.JSONDecodeError):
             reason = f"line {first_line + error.lineno - 1}, column {error.colno}: {error.msg}"
         expected = "expected one object per line, or one array of objects, as in"
         raise DataError(f"{file.name} is not valid JSON ({reason}): {expected} {_example(file)}") from error
+
+
+def _whole(digits: str) -> int | str:
+    """A number, or its digits where it has more than Python reads: one record must not make its whole list unreadable."""
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
 
 
 def _example(file: DataFile) -> str:
@@ -186,13 +194,13 @@ def _parquet(file: DataFile) -> Columns:
         for name, feature in dict(table.features).items():
             if isinstance(feature, ImageFeature):  # decoding is ours, with limits
                 table = table.cast_column(name, ImageFeature(decode=False))
-        values: dict[str, list[object]] = dict(table[:])
+        values = _values(file, table)
         for name, feature in table.features.items():
             inner = getattr(feature, "feature", None)  # of a list
             if isinstance(feature, ClassLabel):
-                values[name] = [_named(file, name, feature.names, *pair) for pair in enumerate(table[:][name], 1)]
+                values[name] = [_named(file, name, feature.names, *pair) for pair in enumerate(values[name], 1)]
             elif isinstance(inner, ClassLabel):
-                rows = enumerate(table[:][name], 1)
+                rows = enumerate(values[name], 1)
                 values[name] = [row and [_named(file, name, inner.names, n, tag) for tag in row] for n, row in rows]
     except DataError:
         raise
@@ -241,6 +249,22 @@ def _xlsx(file: DataFile) -> Columns:
 def _cell(value: object) -> object:
     """A date without a time of day as other formats have it."""
     return value.date() if isinstance(value, datetime) and value.time() == time() else value
+
+
+def _values(file: DataFile, table: Any) -> dict[str, list[Any]]:
+    """The values of each column; where lenient, without the rows that cannot be read, such as a text that is no UTF-8."""
+    try:
+        return dict(table[:])
+    except Exception:
+        if not file.lenient:
+            raise
+    rows = []
+    for number in range(len(table)):
+        try:
+            rows.append(table[number])
+        except Exception:  # as above, damaged values raise anything
+            file.skipped[UNREADABLE] += 1
+    return {name: [row[name] for row in rows] for name in table.column_names}
 
 
 READERS: dict[str, Callable[[DataFile], Columns]] = {

@@ -7,11 +7,11 @@ that they are the same whoever asks and computed once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,9 +26,15 @@ from cotune.models.tasks import Example, TaskName
 from cotune.models.text_task import IGNORED
 from cotune.models.units import RECORD, UnitRule, agree, chosen, grouped, identity_of_person
 
-__all__ = ["Holdings", "HoldingsFile", "Portion", "write_holdings"]
+__all__ = ["Elsewhere", "Holdings", "HoldingsFile", "Portion", "write_holdings"]
 
 _SURPLUS = "more than max_records of their unit"
+
+
+class Elsewhere(Protocol):
+    """Which identities are in another collection than the named one (see `privacy.ledger.Ledger.elsewhere`)."""
+
+    def __call__(self, identities: Sequence[bytes], collection: str, *, unit: str, also: Sequence[bytes]) -> set[bytes]: ...
 
 
 class Portion(BaseModel):
@@ -165,17 +171,17 @@ class Holdings:
             dropped[_SURPLUS if privacy.unit != RECORD else "copies"] += len(group) - len(counting)
         return whole._only(kept, dropped)
 
-    def apart(self, elsewhere: Callable[[Sequence[bytes], str], set[bytes]], privacy: UnitRule | Literal["none"]) -> Holdings:
-        """Without the units that have a record, or themselves, in another of the organization's collections.
+    def apart(self, elsewhere: Elsewhere, privacy: UnitRule | Literal["none"]) -> Holdings:
+        """Without the units that are in another of the organization's collections, or have a record there under another unit.
 
-        elsewhere: identities, the name of this collection -> those that are in another one (see `privacy.ledger`). They
-        contribute nothing here, like a record that cannot be read: nobody sees from outside that they are in the file.
+        They contribute nothing here, like a record that cannot be read: nobody sees from outside that they are in the file.
         """
         if not self.collection:
             return self
         ours = self if privacy == "none" else replace(self, unit=privacy.unit)
-        known = elsewhere([*ours.unit_identities(), *self.identities()], self.collection)
         kept, identities = np.ones(len(self), dtype=bool), self.identities()
+        also = [] if ours.unit in (None, RECORD) else identities
+        known = elsewhere(ours.unit_identities(), self.collection, unit=ours.unit or RECORD, also=also)
         for unit, group in zip(ours.unit_identities(), ours.units, strict=True):
             if unit in known or any(identities[row] in known for row in group):
                 kept[group] = False

@@ -70,10 +70,13 @@ def _decode(source: Path | bytes) -> Pillow.Image:
                 if found.mode.startswith(("I", "F")):
                     raise DataError("more than 8 bits per channel, expected 8: convert it, with the contrast that matters")
                 return (ImageOps.exif_transpose(found) or found).convert("RGB")
+    except DataError:
+        raise
     except UnidentifiedImageError:
         raise DataError("neither PNG nor JPEG: convert it") from None
-    except (OSError, ValueError, SyntaxError, Warning, Pillow.DecompressionBombError) as error:
-        raise DataError(f"damaged or too large ({str(error).splitlines()[0][:100]}): export it again") from None
+    except Exception as error:  # damaged bytes raise anything: OSError, IndexError, struct.error, …
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise DataError(f"damaged or too large ({reason}): export it again") from None
 
 
 def _bytes(source: Path | bytes) -> bytes:

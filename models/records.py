@@ -330,10 +330,13 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
 
 
 def _record(file: DataFile, task: Task, number: int, given: object, label: object) -> tuple[Input, Label] | str:
-    """The record, or the reason to leave it out. Raises DataError for one that cannot be read, unless leniently."""
+    """The record, or the reason to leave it out. Raises DataError for one that cannot be read, unless leniently.
+
+    Leniently no record raises, whatever a library says of it: of paths alone there are NUL bytes and loops of links.
+    """
     try:
         return task.record(file, number, given, label)
-    except DataError:
+    except Exception:
         if not file.lenient:
             raise
         return UNREADABLE
@@ -343,7 +346,7 @@ def _unit_of(file: DataFile, number: int, value: object) -> str:
     """The plain name of a record's unit; "" where it is missing or cannot be one: a single record must not stop the others."""
     try:
         name = plain(word_of(file, str(file.config.unit), number, value))
-    except DataError:
+    except (DataError, ValueError):
         return ""
     return name if is_unicode(name) else ""
 

@@ -78,30 +78,49 @@ class Ledger:
         """
         own, further = self._key.identities(identities), self._key.identities(also)
         blob = b"".join(sorted({*own, *further})) if further else b"".join(sorted(own))
-        name = hashlib.sha256(blob).hexdigest()
+        name, units = _digest(blob), b"".join(sorted(own))
         with self._chain.transaction() as log:
             if name not in data_sets_of(log.entries):
                 shares = {other: common for other, common in self._common(log, blob) if common}
-                log.db.execute("INSERT INTO members VALUES (?, ?)", (name, blob))
-                log.append("data", {"fingerprint": name, "records": len(identities), "shares": shares, "unit": unit})
+                for content in {blob, units}:
+                    log.db.execute("INSERT OR IGNORE INTO members VALUES (?, ?)", (_digest(content), content))
+                body = {"fingerprint": name, "records": len(identities), "shares": shares, "unit": unit}
+                log.append("data", body | ({"units": _digest(units)} if further else {}))
         return name
 
-    def elsewhere(self, identities: Sequence[bytes], collection: str) -> set[bytes]:
+    def elsewhere(
+        self, identities: Sequence[bytes], collection: str, *, unit: str = "record", also: Sequence[bytes] = ()
+    ) -> set[bytes]:
         """Those of some unkeyed identities that were charged in another collection than this one: to be left out here.
 
-        Of the records of no collection ("") none is: their charges count everywhere.
+        Of the records of no collection ("") none is: their charges count everywhere. What was charged under the same unit is
+        known by its units alone: by a text that many write, one person there would decide about many here.
+
+        Args:
+            unit: What the identities stand for, as in `know`.
+            also: Further identities, which are looked for in what was charged under another unit.
         """
-        own = np.array(self._key.identities(identities), dtype=f"S{IDENTITY}")
+        wanted = [*identities, *also]
+        own = np.array(self._key.identities(wanted), dtype=f"S{IDENTITY}")
         found = np.zeros(len(own), dtype=bool)
         with self._chain.transaction() as log:
+            known = data_sets_of(log.entries)
             for name in sorted(charged_elsewhere(log.entries, collection)):
-                found |= np.isin(own, _keys(self._members(log, name)))
-        return {identity for identity, there in zip(identities, found, strict=True) if there}
+                same = known[name].unit == unit
+                there = np.isin(own, _keys(self._units(log, name) if same else self._members(log, name)))
+                there[len(identities) :] &= not same
+                found |= there
+        return {identity for identity, there in zip(wanted, found, strict=True) if there}
+
+    def _units(self, log: Log, name: str) -> bytes:
+        """The keyed identities of a data set's units alone; with their records, where an older cotune has entered it."""
+        bodies = (e.body for e in log.entries if e.kind == "data" and e.body["fingerprint"] == name)
+        return self._members(log, next((str(body.get("units", name)) for body in bodies), name))
 
     def _members(self, log: Log, name: str) -> bytes:
         """The keyed identities of a data set, as they were entered."""
         row = log.db.execute("SELECT identities FROM members WHERE fingerprint = ?", (name,)).fetchone()
-        if row is None or hashlib.sha256(row[0]).hexdigest() != name:
+        if row is None or _digest(row[0]) != name:
             raise PrivacyError(
                 f"the privacy ledger {self.path} lacks or has changed the records of data set {name[:12]}: expected them as"
                 " they were entered; nothing is trained without them, so restore the file from a backup"
@@ -116,8 +135,10 @@ class Ledger:
 
     def _check_apart(self, log: Log, data: str, collection: str) -> None:
         """Raises PrivacyError where a record of the data set was charged in another collection since it was looked up."""
+        known = data_sets_of(log.entries)
         for name in sorted(charged_elsewhere(log.entries, collection)):
-            if data and len(np.intersect1d(_keys(self._members(log, data)), _keys(self._members(log, name)))):
+            look = self._units if data and known[data].unit == known[name].unit else self._members
+            if data and len(np.intersect1d(_keys(look(log, data)), _keys(look(log, name)))):
                 raise PrivacyError(
                     f"data set {data[:12]} holds records of another collection than {collection}, which data set {name[:12]} is"
                     " in: expected them to be left out; nothing is charged"
@@ -213,6 +234,10 @@ class Ledger:
         """Raises PrivacyError where no charge would be accepted, as the collection was charged under another unit."""
         with self._chain.transaction() as log:
             _check_unit(log.entries, data, collection)
+
+
+def _digest(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
 
 
 def _keys(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:

@@ -1,0 +1,80 @@
+"""Attack: within one run, choose which round to ask for next after seeing an answer.
+
+A run is composed by PLD, on the ground that all its parameters are fixed before the first answer. But a malicious server may ask for a
+round again, with another state: it is charged anew, and the rest is calibrated anew. Two stages (q = 1 for one step, q = .11 for eight),
+ε = 3 at δ = 600^-1.5: after round 1 the server goes on as planned (σ = 1.36), or has round 1 again and then goes on (σ = 3.42), whichever
+its answer makes better. Each way spends ε = 3, and the choice between them has 1.12 times the δ that is stated.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from dp_accounting.pld import privacy_loss_distribution
+
+from cotune.client.budget import budget_of, noise_multiplier
+from cotune.plan.load import parse_plan
+from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.policy import Policy, TellRules
+
+RECORDS, INTERVAL = 600, 1e-3
+POLICY = Policy(tell=TellRules(example_count="declared", declared_examples=RECORDS))
+PLAN = parse_plan(
+    {
+        "labels": ("a", "b"),
+        "model": {"base": "any"},
+        "data": {"source": "records.csv"},
+        "privacy": {"epsilon": 3.0},
+        "train": [
+            {"mode": "head", "rounds": 1, "local": {"batch_size": 600, "steps": 1}},
+            {"mode": "head", "rounds": 1, "local": {"batch_size": 66, "steps": 8}},
+        ],
+    }
+)
+Array = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+def charged(rounds: list[int], spent: list[Steps]) -> list[Steps]:
+    """What the run has spent after these rounds were asked for, one after the other."""
+    assert isinstance(PLAN.privacy, RecordPrivacy)
+    budget, done = budget_of(PLAN.privacy, POLICY, RECORDS), list(spent)
+    for round in rounds:
+        sigma = noise_multiplier(PLAN, POLICY, budget, RECORDS, round, spent=done)
+        local = PLAN.stage_of(round).local
+        done.append(Steps(sigma, local.sample_rate(RECORDS), local.steps_of(RECORDS)))
+        assert epsilon(done, budget.delta) <= budget.epsilon
+    return done
+
+
+def losses(steps: list[Steps]) -> tuple[Array, Array]:
+    """Privacy losses of the steps together, and their probabilities; a record is removed."""
+    whole = privacy_loss_distribution.identity(value_discretization_interval=INTERVAL)
+    for s in steps:
+        one = privacy_loss_distribution.from_gaussian_mechanism(
+            s.noise_multiplier, value_discretization_interval=INTERVAL, sampling_prob=s.sample_rate
+        )
+        whole = whole.compose(one.self_compose(s.count))
+    dense = whole._pmf_remove.to_dense_pmf()
+    return (np.arange(len(dense._probs)) + dense._lower_loss) * INTERVAL, np.asarray(dense._probs)
+
+
+def delta_after(steps: list[Steps], eps: Array) -> Array:
+    """δ of the steps at each ε."""
+    values, weights = losses(steps)
+    rest = np.append(np.cumsum(weights[::-1])[::-1], 0.0)
+    scaled = np.append(np.cumsum((weights * np.exp(-values))[::-1])[::-1], 0.0)
+    first = np.searchsorted(values, eps, side="right")
+    found: Array = rest[first] - np.exp(eps) * scaled[first]
+    return found
+
+
+@pytest.mark.xfail(strict=True, reason="charges of one run are composed by PLD, also where the server has chosen them by answers")
+def test_a_choice_of_rounds_by_answers_is_within_the_stated_delta() -> None:
+    assert isinstance(PLAN.privacy, RecordPrivacy)
+    first = charged([1], [])
+    ways = [charged(rounds, first)[1:] for rounds in ([2], [1, 2])]
+    seen, weights = losses(first)
+    left = [delta_after(way, PLAN.privacy.epsilon - seen) for way in ways]
+    stated = PLAN.privacy.delta_for(RECORDS)
+    assert all(float(weights @ one) <= stated * 1.01 for one in left)
+    assert float(weights @ np.maximum(*left)) <= stated * 1.01
