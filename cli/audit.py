@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, percent, scientific
 
@@ -69,8 +70,8 @@ def audit(
     from cotune.plan.load import load_plan
     from cotune.simulations.audit import audit_plan, audit_run
 
-    console = Console(highlight=False)
-    with Console(stderr=True, quiet=as_json).status("training with canaries"):
+    console = screen()
+    with screen(stderr=True, quiet=as_json).status("training with canaries"):
         if run:
             result = audit_run(
                 Path(subject),

@@ -1,4 +1,4 @@
-"""`cotune client ledger | policy`, and the other commands of an organisation."""
+"""`cotune client ledger | policy | renew-key | trust`, and the other commands of an organisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli import client_check, client_join
+from cotune.cli import client_check, client_join, client_model
 from cotune.cli.client_check import SiteFolder
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
@@ -132,5 +132,46 @@ def _shown(value: object) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-for command in (client_join.init, client_check.check, client_join.join, client_join.approve, client_join.sent):
+@app.command("renew-key")
+def renew_key(site: SiteFolder) -> None:
+    """Make a new key for the node; it takes the place of the present one once the coordinator has accepted it."""
+    from cotune.client.renewal import renew_key as renew
+    from cotune.client.site import Site
+
+    file, fingerprint = renew(Site(site.expanduser()))
+    typer.echo(f"give {file} to the coordinator, who accepts it by `cotune server accept-key`; it is no secret")
+    typer.echo(f"SHA-256 of the new key, to be compared by telephone: {fingerprint}")
+    typer.echo("until then the present key is used; afterwards a node that runs changes over by itself")
+
+
+@app.command()
+def trust(
+    site: SiteFolder,
+    renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The server-renewals.jsonl that the coordinator gave you.")],
+) -> None:
+    """Believe the server's new keys, by a statement that the old ones have signed, where it did not come with a request."""
+    from cotune.client.site import Site
+    from cotune.client.trust import Trust, learn
+    from cotune.models.errors import RunError
+    from cotune.plan.renewal import read_server_renewals
+
+    folder, renewals = Site(site.expanduser()).folder, read_server_renewals(renewal.expanduser())
+    learned, newest = learn(folder, renewals), Trust.read(folder).newest.signing_key
+    if not learned and newest not in [each.about.new for each in renewals]:
+        raise RunError(
+            f"nothing in {renewal} follows from the key that the site trusts ({newest[:16]}…): expected all statements of its"
+            " server, or the federation.toml again"
+        )
+    typer.echo(f"{len(learned)} statements were new; the server's newest key is {newest}")
+
+
+for command in (
+    client_join.init,
+    client_check.check,
+    client_join.join,
+    client_join.approve,
+    client_join.sent,
+    client_model.adapt,
+    client_model.evaluate,
+):
     app.command()(command)

@@ -58,7 +58,7 @@ def check(
 
     opened, console = Site(site.expanduser()), screen()
     invitation, plan = _read(federation)
-    with Console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
+    with screen(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
         opened = keep_what_is_named(opened, plan, data, text, label, unit, collection, model)
         found = check_plan(plan, opened)
         tried = None
@@ -141,20 +141,22 @@ def _about(invitation: Invitation) -> dict[str, Any]:
 
 
 def _show_federation(console: Console, about: dict[str, Any], found: dict[str, str]) -> None:
-    console.print(f"[bold]{escape(about['name'])}[/bold] at {about['address']}: plan {about['plan']} ({about['plan_id'][:12]}…)")
+    where, plan = escape(about["address"]), escape(about["plan"])
+    console.print(f"[bold]{escape(about['name'])}[/bold] at {where}: plan {plan} ({about['plan_id'][:12]}…)")
     console.print(f"fingerprint of its federation.toml, to compare with the coordinator's: {about['fingerprint']}")
     installed = ", ".join(f"{name} {number}" for name, number in found.items())
     console.print(f"protocol {about['protocol']}; installed here: {installed}")
 
 
 def _show_check(console: Console, site: Site, found: Checked) -> None:
-    from cotune.client.outline import printable
+    from cotune.models.left_out import left_out_line
 
     console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
-    for reason, count in found.left_out.items():
-        console.print(f"  left out, {escape(printable(reason))}: {count:,}")
+    line = left_out_line(found.left_out, found.examples)
+    if line is not None:
+        console.print(escape(line))
     for warning in found.warnings:
-        console.print(f"[bold yellow]{escape(printable(warning))}[/bold yellow]")
+        console.print(f"[bold yellow]{escape(warning)}[/bold yellow]")
     if found.declined:
         show_broken(console, site, found.broken, found.declined)
         return
@@ -178,15 +180,13 @@ def _show_check(console: Console, site: Site, found: Checked) -> None:
 
 def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwise: str = "") -> None:
     """Every rule that does not allow a plan, with the command that would. otherwise: what to say where it is no rule's doing."""
-    from cotune.client.outline import printable
-
     if not rules:
         console.print(f"[bold red]{escape(otherwise)}[/bold red]")
     for broken in rules:
-        console.print(f"[bold red]declined by the rule {broken.rule}[/bold red]: {escape(printable(broken.problem))}")
+        console.print(f"[bold red]declined by the rule {escape(broken.rule)}[/bold red]: {escape(broken.problem)}")
         command = allowing(site, broken)
         if command is not None:
-            console.print(f"  to allow it: {escape(printable(command))}")
+            console.print(f"  to allow it: {escape(command)}")
 
 
 def _show_connection(console: Console, tried: Tried) -> None:

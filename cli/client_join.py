@@ -49,7 +49,7 @@ def init(
 
     made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
     folder, console = shlex.quote(str(made.folder)), screen()
-    console.print(f"{folder} is the site of [bold]{name}[/bold]; it holds a private key, so keep it to yourself")
+    console.print(f"{escape(folder)} is the site of [bold]{escape(name)}[/bold]; it holds a private key, so keep it to yourself")
     console.print(f"1. send {folder}/node.pub to the coordinator, who invites you; SHA-256 of the key, to compare:")
     console.print(f"   {fingerprint_of(made)}")
     console.print("2. look at the federation.toml that you get:")
@@ -88,7 +88,8 @@ def join(
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
     authority = opened.folder / "node" / "ca.crt"
     write_durably(authority, Trust.join(opened.folder, invitation).certificates())
-    console.print(f"joining {escape(invitation.name)} at {invitation.address} as {opened.organisation}; Ctrl-C leaves it")
+    where = f"{escape(invitation.name)} at {escape(invitation.address)}"
+    console.print(f"joining {where} as {escape(opened.organisation)}; Ctrl-C leaves it")
     with observing(Shown(console)):
         run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")
     console.print("left the federation; what was spent is in the ledger, and the same command joins again")
@@ -123,7 +124,7 @@ class Shown:
         line = getattr(self, f"_{what}", lambda **_: None)(**about)
         if line is not None:
             with suppress(OSError):  # a closed pipe is no reason to stop training
-                self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {_printable(line)}")
+                self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line.replace(SPACE, ' ')}")
 
     def _connected(self, node: int) -> str:
         self._problem = ""
@@ -207,7 +208,7 @@ def sent(
         return
     console = screen()
     for entry in entries:
-        console.print(escape(_printable(_line(entry))))
+        console.print(escape(_line(entry).replace(SPACE, " ")))
     console.print(f"{len(entries)} lines, none changed; SHA-256 of the last: {head}")
 
 
@@ -220,10 +221,3 @@ def _line(entry: dict[str, Any]) -> str:
     if entry["what"] == "request":
         return f"{when} request{plan}, round {round}: signed by {str(entry.get('key'))[:16]}…"
     return f"{when} {entry['what']}{plan}, round {round}: {entry.get('reason') or entry.get('said', '')}"
-
-
-def _printable(line: str) -> str:
-    """Written as a line: what strangers sent cannot steer the terminal; the space before a unit is an ordinary one."""
-    from cotune.client.outline import printable
-
-    return printable(line.replace(SPACE, " "))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
@@ -37,6 +38,10 @@ def compare(
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of every plan; repeatable.")
     ] = None,
+    gain: Annotated[
+        bool,
+        typer.Option("--gain", help="Train each organization alone, too, and show what joining brings it on its own records."),
+    ] = False,
     private_selection: Annotated[
         float | None,
         typer.Option(
@@ -55,10 +60,11 @@ def compare(
     """Play every combination under every seed and show what differs; finished runs are kept, the same command goes on."""
     from cotune.simulations.cells import parse_variation
 
-    console = Console(highlight=False)
+    console = screen()
     variations = [parse_variation(text) for text in vary or []]
     source = plan or ("tweets" if data is None else "text")
     given = [*([] if data is None else [f"data.source={json.dumps(data)}"]), *(override or [])]
+    given += ['simulation.baselines=["alone"]'] if gain else []
     common: dict[str, Any] = {"overrides": given, "out": out, "jobs": jobs, "device": device}
     if private_selection is not None:
         if seeds not in (None, 1) or baseline is not None:
@@ -92,13 +98,15 @@ def _select(console: Console, source: str, variations: list[Variation], expected
 
 def show(console: Console, found: Comparison) -> None:
     """The tables at the end, one for each facet."""
-    from cotune.simulations.comparison_report import facets_of, together, words
+    from cotune.simulations.comparison_report import GAIN, facets_of, has_gain, together, words
 
     for facet, rows in facets_of(found):
         console.print(_table(found, facet, rows, costs=console.width >= _WIDE))
     for cell in found.failed:
         console.print(f"[bold red]failed[/bold red]: {escape(words(cell.settings))}, seed {cell.seed}: {escape(cell.reason)}")
     console.print("± and p: 95 % interval and paired t-test over the seeds, p corrected by Holm's method for each table")
+    if has_gain(found):
+        console.print(GAIN)
     if found.private:
         console.print(together(found))
     for file in ("compare.html", "results.csv", "results.json"):
@@ -106,16 +114,31 @@ def show(console: Console, found: Comparison) -> None:
 
 
 def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs: bool) -> Table:
-    from cotune.simulations.comparison_report import words
+    from cotune.simulations.comparison_report import answers_of, has_gain, points, words
 
     title = escape(words(facet)) or None
+    gain = has_gain(found)
     table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
     table.add_column(escape(found.variations[0].key), overflow="fold")
-    headings = ("accuracy %", "difference", "p", "worst %", "spread", *(("up", "down", "time") if costs else ()))
+    headings = (
+        "accuracy %",
+        "difference",
+        "p",
+        "worst %",
+        "spread",
+        *(("gain", "worth it") if gain else ()),
+        *(("up", "down", "time") if costs else ()),
+    )
     for heading in (*headings, *(("ε",) if found.private else ()), "runs"):
         table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
-        figures = (*_quality(row, found.baseline), *(_costs(row) if costs else ()), *((_spent(row),) if found.private else ()))
+        gained = (points(row.gain, apart=True), answers_of(row)) if gain else ()
+        figures = (
+            *_quality(row, found.baseline),
+            *gained,
+            *(_costs(row) if costs else ()),
+            *((_spent(row),) if found.private else ()),
+        )
         finished = f"{len(row.cells) - len(row.failed)} of {len(row.cells)}"
         style = "bold" if row.difference and row.difference.significant else None
         table.add_row(escape(row.value), *figures, finished, style=style)

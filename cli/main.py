@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -14,12 +13,15 @@ import typer
 from cotune.cli import audit as audit_command
 from cotune.cli import client as client_commands
 from cotune.cli import compare as compare_command
+from cotune.cli import evaluate as evaluate_command
 from cotune.cli import plan as plan_commands
+from cotune.cli import predict as predict_command
 from cotune.cli import privacy as privacy_commands
 from cotune.cli import server as server_commands
 from cotune.cli import server_run
 from cotune.cli import simulate as simulate_command
 from cotune.cli import strategies as strategy_commands
+from cotune.models.terminal import clean_output, printable
 
 __all__ = ["app", "run"]
 
@@ -40,6 +42,8 @@ app.add_typer(strategy_commands.app, name="strategies")
 app.command("simulate")(simulate_command.simulate)
 app.command("compare")(compare_command.compare)
 app.command("audit")(audit_command.audit)
+app.command("predict")(predict_command.predict)
+app.command("evaluate")(evaluate_command.evaluate)
 
 
 def _version(wanted: bool) -> None:
@@ -60,9 +64,7 @@ def options(
 
 def run() -> None:
     """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it cannot show
+    clean_output()
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
@@ -84,13 +86,16 @@ def run() -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.NoSuchOption as error:
+        print(f"cotune: {_meant_key(error) or error.format_message().removesuffix('.')}; see --help", file=sys.stderr)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
-        print(f"cotune: {error.format_message().removesuffix('.')}; see --help", file=sys.stderr)
+        print(f"cotune: {printable(error.format_message().removesuffix('.'))}; see --help", file=sys.stderr)
         sys.exit(error.exit_code)
     except CotuneError as error:
         if debug:
             raise
-        print(f"cotune: {error}", file=sys.stderr)
+        print(f"cotune: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except typer.Abort:
         print("cotune: stopped, as the question was not answered; --yes answers it beforehand", file=sys.stderr)
@@ -102,10 +107,24 @@ def run() -> None:
         if debug:
             raise
         print(
-            f"cotune: something unforeseen failed ({type(error).__name__}: {error}); --debug shows where",
+            f"cotune: something unforeseen failed ({type(error).__name__}: {printable(str(error))}); --debug shows where",
             file=sys.stderr,
         )
         sys.exit(70)
+
+
+def _meant_key(error: click.NoSuchOption) -> str | None:
+    """What to write where an unknown option is a key of the plan, which has many more than there are options."""
+    if error.ctx is None or not any("KEY=VALUE" in str(option.metavar) for option in error.ctx.command.params):
+        return None
+    from cotune.models.table import keys_called
+    from cotune.plan.schema import Plan
+
+    keys = keys_called(error.option_name.lstrip("-"), Plan)
+    if not keys:
+        return None
+    written = " or ".join(f"--set {key}=…" for key in keys)
+    return f"no such option {error.option_name}: it is a key of the plan; did you mean {written}?"
 
 
 def _kept() -> str:

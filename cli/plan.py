@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
@@ -48,7 +49,7 @@ def check(
     from cotune.simulations.forecast import forecast
 
     loaded = load_plan(plan, override or [])
-    console = Console(highlight=False)
+    console = screen()
     with console.status("checking data, model and privacy"):
         seen = forecast(loaded, device)
     _show(console, seen)
@@ -56,9 +57,11 @@ def check(
 
 def _show(console: Console, seen: Forecast) -> None:
     plan = seen.plan
-    console.print(f"[bold]{plan.name}[/bold]: base model {escape(plan.model.base)}")
-    console.print(f"base model hash {plan.model.base_hash}", soft_wrap=True)
+    console.print(f"[bold]{escape(plan.name)}[/bold]: base model {escape(plan.model.base)}")
+    console.print(f"base model hash {escape(str(plan.model.base_hash))}", soft_wrap=True)
     console.print(f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), {seen.test_examples:,} test examples")
+    for note in seen.notes:
+        console.print(escape(note))
     console.print(_stages(seen))
     console.print(_organisations(seen))
     if plan.privacy == "none":
@@ -89,7 +92,7 @@ def _show_client_privacy(console: Console, seen: ClientForecast) -> None:
         f" sent has {seen.signal:.3g} at most (with the clip norm of the start)"
     )
     for paragraph in seen.statement:
-        console.print(paragraph)
+        console.print(escape(paragraph))
 
 
 def _stages(seen: Forecast) -> Table:

@@ -20,6 +20,8 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return _received(fields)
         case "update_quarantined":
             return f"round {round}: the update of {who} was refused and put aside: {fields['reason']}"
+        case "messages_refused":
+            return f"{who} has had {fields['count']} messages refused at the public port: {fields['reason']}"
         case "round_not_applied":
             return _not_applied(fields)
         case "weight_is_small":

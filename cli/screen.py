@@ -1,15 +1,76 @@
-"""Where commands print: lines are left whole, and tables are cut to a terminal's width only where there is a terminal."""
+"""Where commands print: lines are left whole, and tables are cut to a terminal's width only where there is a terminal.
+
+A line may hold what a file or a stranger says. Whatever a terminal would obey is written out before the line is laid out, line
+breaks too; of rich's markup, styles that commands use are understood, and nothing else: no links, no emoji.
+"""
 
 from __future__ import annotations
 
-from rich.console import Console
+import re
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
 
-__all__ = ["screen"]
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.errors import MarkupError
+from rich.segment import Segment
+from rich.text import Text
+
+from cotune.models.terminal import Clean, lines_of, printable
+
+__all__ = ["Screen", "screen"]
 
 _ANY_WIDTH = 10_000  # columns
+_TAG = re.compile(r"(\\*)\[([a-z#/@][^[]*?)]")  # as rich.markup finds them
+_OWN = frozenset({"bold", "bold red", "bold yellow", "dim", "green", "red", "yellow"})
 
 
-def screen() -> Console:
+class Screen(Console):
+    """A console that obeys nobody but the commands. stderr: for what is not the result."""
+
+    def __init__(self, *, stderr: bool = False, quiet: bool = False, width: int | None = None) -> None:
+        super().__init__(
+            file=_past_the_filter(sys.stderr if stderr else sys.stdout),
+            stderr=stderr,
+            quiet=quiet,
+            width=width,
+            highlight=False,
+            soft_wrap=True,
+            emoji=False,
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every text that is printed or is in a table comes by here, before anything is measured."""
+        shown = printable(text)
+        try:
+            return super().render_str(_TAG.sub(_own_or_escaped, shown), **options)
+        except MarkupError:  # a stranger has ended a style that was not begun
+            return super().render_str(shown, **{**options, "markup": False})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """The last look at what was not given as a text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else _clean(segment)
+
+
+def screen(*, stderr: bool = False, quiet: bool = False) -> Screen:
     """For logs and pipes as wide as what is printed: a line that is broken cannot be searched for."""
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=_ANY_WIDTH)
+    found = Screen(stderr=stderr, quiet=quiet)
+    return found if found.is_terminal else Screen(stderr=stderr, quiet=quiet, width=_ANY_WIDTH)
+
+
+def _past_the_filter(stream: object) -> IO[str] | None:
+    """None: whatever the standard stream is when something is printed."""
+    return stream.inner if isinstance(stream, Clean) else None
+
+
+def _own_or_escaped(tag: re.Match[str]) -> str:
+    escaped_already = len(tag[1]) % 2 == 1
+    return tag[0] if escaped_already or tag[2].removeprefix("/") in _OWN else f"{tag[1] * 2}\\[{tag[2]}]"
+
+
+def _clean(segment: Segment) -> Segment:
+    style = segment.style
+    if style is not None and style.link:
+        style = style.update_link(None)
+    return Segment(lines_of(segment.text), style)

@@ -14,6 +14,7 @@ from cotune.cli import trail
 from cotune.cli.screen import screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
+    from cotune.server.federation import FederationFolder
     from cotune.server.members import Member
 
 app = typer.Typer(no_args_is_help=True, help="Coordinate a federation: make it, serve it, invite organisations, run its plan.")
@@ -99,7 +100,7 @@ def invite(
 
     opened = FederationFolder(folder)
     member = opened.members.invite(name, read_public_key(key.expanduser()), _range(examples))
-    typer.echo(f"{member.name} is invited; its key's fingerprint, to be compared by telephone: {member.fingerprint}")
+    screen().print(f"{escape(member.name)} is invited; its key's fingerprint, to be compared by telephone: {member.fingerprint}")
 
 
 def _range(text: str | None) -> tuple[int, int] | None:
@@ -119,7 +120,21 @@ def revoke(folder: Federation, name: Annotated[str, typer.Argument(help="Of the 
     from cotune.server.federation import FederationFolder
 
     member = FederationFolder(folder).members.revoke(name)
-    typer.echo(f"{member.name} is revoked; invite it with another key to let it in again")
+    screen().print(f"{escape(member.name)} is revoked; invite it with another key to let it in again")
+
+
+@app.command("accept-key")
+def accept_key(
+    folder: Federation,
+    renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The node-renewal.json of `cotune client renew-key`.")],
+) -> None:
+    """Put an organisation's new key in the place of its present one, which is never let in again. A run goes on meanwhile."""
+    from cotune.plan.renewal import read_node_renewal
+    from cotune.server.federation import FederationFolder
+
+    opened = FederationFolder(folder)
+    member = opened.members.renew(read_node_renewal(renewal.expanduser()), opened.config.id)
+    typer.echo(f"{member.name} has a new key; its fingerprint, to be compared by telephone: {member.fingerprint}")
 
 
 @app.command("list")
@@ -128,16 +143,16 @@ def members(folder: Federation, as_json: Annotated[bool, typer.Option("--json", 
     from cotune.server.federation import FederationFolder
 
     opened = FederationFolder(folder)
-    found, fingerprint = opened.members.all(), opened.invitation.fingerprint
+    found, fingerprint, console = opened.members.all(), opened.invitation.fingerprint, screen()
     if as_json:
         people = [{**member.model_dump(), "fingerprint": member.fingerprint} for member in found]
         typer.echo(json.dumps({"federation": opened.config.name, "fingerprint": fingerprint, "members": people}, indent=1))
         return
-    typer.echo(f"{opened.config.name}; fingerprint of federation.toml: {fingerprint}")
+    console.print(f"{escape(opened.config.name)}; fingerprint of federation.toml: {fingerprint}")
     if found:
-        screen().print(_table(found))
+        console.print(_table(found))
     else:
-        typer.echo("nobody is invited so far: cotune server invite FED NAME KEY.pub")
+        console.print("nobody is invited so far: cotune server invite FED NAME KEY.pub")
 
 
 def _table(found: tuple[Member, ...]) -> Table:
@@ -145,17 +160,18 @@ def _table(found: tuple[Member, ...]) -> Table:
     for member in found:
         low_high = "–" if member.examples is None else f"{member.examples[0]:,} to {member.examples[1]:,}"
         revoked = "" if member.revoked is None else f"revoked {member.revoked[:10]}"
-        table.add_row(member.name, member.invited[:10], f"{member.fingerprint[:16]}…", low_high, revoked)
+        table.add_row(escape(member.name), member.invited[:10], f"{member.fingerprint[:16]}…", low_high, revoked)
     return table
 
 
 @app.command()
 def renew(folder: Federation, host: Host = None) -> None:
     """Make a fresh certificate for the same key. Organisations need to do nothing, unless the first host is another."""
-    from cotune.server import certificates, founding
+    from cotune.server import certificates, founding, rotation
     from cotune.server.federation import FederationFolder
 
     opened = FederationFolder(folder)
+    rotation.finish(opened)
     changed = founding.renew(opened, tuple(dict.fromkeys(host or ())))
     until = certificates.check(opened.certificates)
     typer.echo(f"the certificate is valid until {until:%Y-%m-%d}; stop `cotune server start` and start it again to show it")
@@ -164,6 +180,43 @@ def renew(folder: Federation, host: Host = None) -> None:
         typer.echo(
             f"the address is another now: give federation.toml to every organisation again; its fingerprint: {fingerprint}"
         )
+
+
+@app.command("renew-keys")
+def renew_keys(
+    folder: Federation,
+    switch: Annotated[bool, typer.Option("--switch", help="Put the announced keys into use.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Also where members do not know them yet.")] = False,
+) -> None:
+    """Renew the key that signs requests, and the certificate authority: announce new ones, and then, with --switch, use them."""
+    from cotune.models.errors import RunError
+    from cotune.server import rotation
+    from cotune.server.federation import FederationFolder
+
+    opened = FederationFolder(folder)
+    if not switch:
+        _show_announced(opened, rotation.announce(opened).about.new)
+        return
+    rotation.finish(opened)
+    without = rotation.without_them(opened)
+    if without and not anyway:
+        raise RunError(
+            f"{', '.join(without)[:500]} have not answered since the new keys were announced: wait for their next round, or give"
+            f" them {opened.path / rotation.HANDOUT} (`cotune client trust`) and add --anyway"
+        )
+    rotation.put_into_use(opened)
+    typer.echo("the new keys are in use; stop `cotune server start` and start it again, within 30 days, to show the certificate")
+    typer.echo(f"whoever joins from now on needs the new federation.toml; its fingerprint: {opened.invitation.fingerprint}")
+
+
+def _show_announced(opened: FederationFolder, key: str) -> None:
+    from cotune.server import rotation
+
+    typer.echo(f"the new keys are announced with every request from now on; the public half of the one that will sign: {key}")
+    without = ", ".join(rotation.without_them(opened))
+    typer.echo(f"members that have not answered since: {without or 'none'}")
+    typer.echo(f"give {opened.path / rotation.HANDOUT} to those that no request reaches (`cotune client trust`)")
+    typer.echo("then: cotune server renew-keys FED --switch")
 
 
 app.command()(trail.verify_trail)

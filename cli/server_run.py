@@ -14,7 +14,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
@@ -147,26 +146,27 @@ def _watch(console: Console, now: Callable[[], Status]) -> None:
 
 
 def _page(found: Status) -> Group:
-    lines = [Text(f"federation {found.federation}: the server {'runs' if found.server_reachable else 'does not run'}")]
+    runs = "runs" if found.server_reachable else "does not run"
+    lines = [f"federation {escape(found.federation)}: the server {runs}"]
     if found.certificate_expires is not None:
-        lines.append(Text(f"certificate until {instant(found.certificate_expires)}"))
+        lines.append(f"certificate until {instant(found.certificate_expires)}")
     else:
-        lines.append(Text(f"certificate: {found.certificate_problem}", style="bold red"))
+        lines.append(f"[bold red]certificate: {escape(str(found.certificate_problem))}[/bold red]")
     return Group(*lines, *_run_lines(found), _members(found))
 
 
-def _run_lines(found: Status) -> list[Text]:
+def _run_lines(found: Status) -> list[str]:
     at = found.run
     if at is None:
-        return [Text("no run yet")]
+        return ["no run yet"]
     accuracy = "" if at.accuracy is None else f", test accuracy {at.accuracy:.3f}"
-    lines = [Text(f"run {at.run}, plan {at.plan} ({at.plan_id[:12]}…), begun {instant(at.created)}")]
-    lines.append(Text(f"round {at.round} of {at.rounds}, {at.phase}{accuracy}"))
+    lines = [f"run {at.run}, plan {at.plan} ({at.plan_id[:12]}…), begun {instant(at.created)}"]
+    lines.append(f"round {at.round} of {at.rounds}, {at.phase}{accuracy}")
     if at.reason is not None:
-        lines.append(Text(at.reason))
+        lines.append(at.reason)
     if at.last_event is not None and at.last_at is not None:
-        lines.append(Text(f"last event: {at.last_event}, {instant(at.last_at)}"))
-    return lines
+        lines.append(f"last event: {at.last_event}, {instant(at.last_at)}")
+    return [escape(line) for line in lines]
 
 
 def _members(found: Status) -> Table:

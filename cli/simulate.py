@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 from cotune.server.verdict import few_note, is_personal, is_private, judge, own_columns, partition_note
@@ -53,7 +54,7 @@ def simulate(
     from cotune.cli.progress import showing_progress
     from cotune.simulations import simulate as simulations
 
-    console = Console(highlight=False)
+    console = screen()
     if resume is not None:
         with showing_progress(console):
             result = simulations.resume(resume)
@@ -114,6 +115,8 @@ def show(console: Console, result: Result) -> None:
     _answer(console, summary)
     console.print(_comparison(summary))
     console.print(_organisations(summary))
+    for note in summary["data"]["notes"]:
+        console.print(escape(note))
     traffic = f"{size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down"
     effort = f"{duration(summary['seconds'])}, {size(summary['peak_memory_bytes'])} peak memory"
     console.print(f"{len(summary['rounds'])} rounds, {traffic}, {effort}")

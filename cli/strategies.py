@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from cotune.cli.screen import screen
+
 if TYPE_CHECKING:
     import click
 
@@ -59,7 +61,7 @@ def overview(
     elif as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
     else:
-        _list(Console(highlight=False), found)
+        _list(screen(), found)
 
 
 def _renew(page: Path) -> None:
@@ -94,7 +96,7 @@ def show(name: Annotated[str, typer.Argument(help="A strategy or a part.")], as_
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
-    console = Console(highlight=False)
+    console = screen()
     for part in found:
         _explain(console, part)
 
@@ -184,7 +186,7 @@ def check(
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
     else:
-        _show_findings(Console(highlight=False), info, findings)
+        _show_findings(screen(), info, findings)
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
 

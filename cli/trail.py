@@ -72,13 +72,11 @@ def _of_the_same_runs(own: End, other: End) -> End:
 
 def _show(name: str, found: Trails) -> None:
     """Exits with 1 where the two ends contradict each other."""
-    from cotune.client.outline import printable
-
     console = screen()
     for line in found.one_sided:
-        console.print(f"at one end only: {escape(printable(line))}")
+        console.print(f"at one end only: {escape(line)}")
     for line in found.contradictions:
-        console.print(f"[bold red]contradiction[/bold red]: {escape(printable(line))}")
+        console.print(f"[bold red]contradiction[/bold red]: {escape(line)}")
     signed = f"{found.requests} requests and {found.replies} answers of {escape(name)} are signed"
     console.print(f"{signed}; {len(found.contradictions)} contradictions, {len(found.one_sided)} at one end only")
     if found.contradictions:

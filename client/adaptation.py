@@ -28,7 +28,7 @@ from cotune.models.sharing import SharedModel, State
 from cotune.plan.schema import PersonalizeConfig
 from cotune.privacy.randomness import seeded_generator
 
-__all__ = ["Adapted", "OwnRecords", "adapt", "base_head", "own_records"]
+__all__ = ["Adapted", "OwnRecords", "adapt", "base_head", "own_records", "parts"]
 
 _PULLS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)  # over the number of records, of the penalty toward a head
 _PARTS = (0.25, 0.5, 0.75)  # of the head that was fitted alone, in a mix
@@ -115,7 +115,7 @@ def adapt(model: SharedModel, own: OwnRecords, shared: State, config: Personaliz
     candidates = _candidates(has_layer=last_layer(model) is not None)
     scores = {candidate: _Score() for candidate in candidates}
     start = base_head(model)
-    for train, judge in _parts(own, config.folds, seed):
+    for train, judge in parts(own, config.folds, seed):
         for candidate, head in _fitted(model, train, shared, start, candidates):
             scores[candidate].add(head_scores(model, head, judge.features), judge.targets)
     allowed = [c for c in candidates if c.method in (SHARED, *config.methods)]
@@ -190,7 +190,7 @@ def _mixed(one: State, other: State, part: float) -> State:
     return {name: (1 - part) * tensor + part * other[name] for name, tensor in one.items()}
 
 
-def _parts(own: OwnRecords, folds: int, seed: int) -> Iterator[tuple[OwnRecords, OwnRecords]]:
+def parts(own: OwnRecords, folds: int, seed: int) -> Iterator[tuple[OwnRecords, OwnRecords]]:
     """(records to fit to, records to judge by), class by class: every part in turn, or of many records one."""
     _, first, unit = np.unique(own.units, return_index=True, return_inverse=True)
     strata, rng = own.targets.numpy()[first], seeded_generator(seed, "own folds")

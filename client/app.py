@@ -22,7 +22,15 @@ from cotune.client.finished import keep_finished
 from cotune.client.outbound import Blocked, check_reason, check_receipt, check_update
 from cotune.client.received import Consent, check_received, expected_shapes, plan_of
 from cotune.client.refusal import UNSAID, refusal
-from cotune.client.requested import Requested, check_arrays, check_limits, check_request, countersign, verified
+from cotune.client.requested import (
+    Requested,
+    check_arrays,
+    check_limits,
+    check_request,
+    countersign,
+    countersign_refusal,
+    verified,
+)
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.errors import CotuneError, Declined, RunError
@@ -167,11 +175,23 @@ def _refusal(message: Message, asked: _Asked, error: Exception, detail: str) -> 
         return refusal(message, detail)
     said = _sayable(error)
     try:
-        _enter(asked, "blocked" if isinstance(error, Blocked) else "refusal", said=said, reason=detail)
+        sent, signed = _signed_refusal(said, asked)
+        _enter(asked, "blocked" if isinstance(error, Blocked) else "refusal", said=said, reason=detail, **signed)
     except Exception as problem:  # a plan may hold what cannot be written; raised, it would go to the server
         _log.error("the log of what was sent lacks a refusal: %s", problem)
-        said = UNSAID
-    return refusal(message, said)
+        sent = UNSAID
+    return refusal(message, sent)
+
+
+def _signed_refusal(said: str, asked: _Asked) -> tuple[str, dict[str, str]]:
+    """What is sent, and what the log says of the signature; without one where the request is nobody's, or for another."""
+    if asked.signed is None or asked.site is None or asked.signed.statement.recipient != asked.site.organisation:
+        return said, {}
+    try:
+        return countersign_refusal(said, asked.signed, asked.site.folder)
+    except RunError as problem:
+        _log.error("a refusal could not be signed: %s", problem)
+        return said, {}
 
 
 def _sayable(error: Exception) -> str:

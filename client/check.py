@@ -20,6 +20,7 @@ from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
 from cotune.models.errors import DataError, Declined, PlanError, PrivacyError
+from cotune.models.left_out import cut_texts
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
@@ -96,7 +97,8 @@ def check(plan: Plan, site: Site) -> Checked:
     find_base_here(plan, site.file)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
-    checked = replace(checked, device=str(model.device))
+    cut = cut_texts(model, holdings.inputs())
+    checked = replace(checked, device=str(model.device), left_out={**checked.left_out, **cut})
     if sigma is None or account.budget is None:
         return checked
     return replace(

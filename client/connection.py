@@ -1,21 +1,80 @@
-"""Whether a federation's server lets this organisation in, found out before it joins."""
+"""How a node connects with its site's keys, and whether a server lets the organization in, found out before it joins."""
 
 from __future__ import annotations
 
 import fcntl
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from cotune.client.credentials import read_private_key
-from cotune.client.fleet import FleetError, connected
+from cotune.client.credentials import read_certificates, read_private_key
+from cotune.client.fleet import Fleet, FleetError, NotKnown, connected
+from cotune.client.keys import next_key, take_next, write_public
 from cotune.client.reach import reach
 from cotune.client.site import Site
+from cotune.client.trust import Trust
 from cotune.models.errors import RunError
 
-__all__ = ["Tried", "try_connection", "versions"]
+__all__ = ["Entrance", "Tried", "try_connection", "versions"]
+
+
+class Entrance:
+    """Where a node goes in. Keys and authorities are read anew for every connection: both may be renewed while the node stays.
+
+    root_certificates: PEM; where it is the site's own node/ca.crt, the authorities are those that the site trusts at the time.
+    key: where it is the site's own node.key, the one that is to follow is tried once a server refuses the present one. Raises
+    RunError for files that cannot be used.
+    """
+
+    def __init__(
+        self,
+        site: Path,
+        address: str,
+        root_certificates: Path | None,
+        key: Path,
+        connect: Callable[..., AbstractContextManager[Fleet]] = connected,
+    ) -> None:
+        self._site, self._address, self._root, self._key, self._connect = site, address, root_certificates, key, connect
+        self._certificates()
+        present = read_private_key(key)
+        if self._is_own_key:
+            write_public(site, present)  # a renewal may have been cut off before it
+
+    @contextmanager
+    def __call__(self, known: int | None, anew: bool) -> Iterator[Fleet]:
+        """As `connected`."""
+        certificates = self._certificates()
+        with ExitStack() as held:
+            try:
+                fleet = held.enter_context(self._connect(self._address, certificates, read_private_key(self._key), known, anew))
+            except NotKnown as refused:
+                fleet = self._enter_with_next(held, certificates, refused)
+            yield fleet
+
+    def _enter_with_next(self, held: ExitStack, certificates: bytes | None, refused: NotKnown) -> Fleet:
+        """refused: raised again where there is no next key, or the server does not know that either."""
+        following = next_key(self._site) if self._is_own_key else None
+        if following is None:
+            raise refused
+        try:
+            fleet = held.enter_context(self._connect(self._address, certificates, following))
+        except NotKnown:
+            raise refused from None
+        take_next(self._site, following)
+        return fleet
+
+    @property
+    def _is_own_key(self) -> bool:
+        return self._key == self._site / "node.key"
+
+    def _certificates(self) -> bytes | None:
+        if self._root == self._site / "node" / "ca.crt" and (self._site / "node" / "trust.json").exists():
+            return Trust.read(self._site).certificates()
+        return read_certificates(self._root)
 
 
 @dataclass(frozen=True)

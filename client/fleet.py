@@ -7,6 +7,7 @@ the same.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from cotune.client.bounded import distrust
 from cotune.client.reach import explained
+from cotune.models.terminal import printable
 from cotune.strategies.parcel import Parcel
 from cotune.strategies.pieces import CutOff, TooMuch, collect
 
@@ -54,6 +56,18 @@ __all__ = ["CutOff", "Fleet", "FleetError", "NotKnown", "Request", "RequestOver"
 
 _MOST_BYTES = 4 * 2**30  # of a request: more than any plan's
 _SILENCE_SECONDS = 10.0  # for the rest of a request that the server is uploading
+
+_REFUSED_NODE = {httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED}
+_REFUSED_CALL = {
+    httpx.codes.BAD_REQUEST,
+    httpx.codes.LENGTH_REQUIRED,
+    httpx.codes.REQUEST_ENTITY_TOO_LARGE,
+    httpx.codes.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    httpx.codes.HTTP_VERSION_NOT_SUPPORTED,
+}
+_BUSY = {httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT}
+_LONGEST_ANSWER, _LONGEST_REASON = 4096, 300  # bytes that are looked at for a reason; characters of it that are shown
+_SAYS_NOTHING = ("Invalid SuperNode authentication",)  # of Flower; its other sentences end with a full stop
 
 _Answer = TypeVar("_Answer")
 
@@ -125,10 +139,14 @@ class Fleet:
 
     def receive(self) -> Request | None:
         """The next request, if there is one. The server announces each only once."""
-        if self._disowned.is_set():
-            raise NotKnown("the server does not know this node any more")
+        self.check_known()
         response = _call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         return Request._first_of(response) if response.messages_list else None
+
+    def check_known(self) -> None:
+        """Raises NotKnown where a heartbeat was refused, as that of a key which was replaced or revoked."""
+        if self._disowned.is_set():
+            raise NotKnown("the server does not know this node any more")
 
     def open(self, request: Request) -> Parcel:
         """The whole message, in its pieces. It may be opened again until it is confirmed.
@@ -262,14 +280,32 @@ def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
         raise _fault(error.response) from None
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise FleetError(explained(error, error.request.url.netloc.decode("ascii"))) from None
+    except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+        raise FleetError(_cut(error)) from None
     except httpx.HTTPError as error:
-        raise FleetError(f"the connection to the server broke off ({error})") from None
+        raise FleetError(f"the server does not answer ({error or type(error).__name__})") from None
     except ValueError as error:
         raise FleetError(f"the server's answer is not Flower's ({error})") from None
 
 
+def _cut(error: httpx.HTTPError) -> str:
+    if isinstance(error, httpx.NetworkError) or str(error).startswith("Server disconnected"):
+        return (
+            f"the server closed the connection ({error or type(error).__name__}): it may be stopping, or have made room for"
+            " other connections"
+        )
+    return f"the connection to the server broke off ({error})"
+
+
 def _fault(response: httpx.Response) -> FleetError:
-    status = response.status_code
+    """By its status and, where it says one that is no news of Flower's, the server's own reason."""
+    status, said = response.status_code, _said(response)
+    if said and status in _REFUSED_NODE:
+        return NotKnown(f"the server does not let this node in: {said}{_apart(response.headers.get('date'))}")
+    if said and status in _REFUSED_CALL:
+        return FleetError(f"the server refuses what this node sends: {said}")
+    if said and status in _BUSY:
+        return FleetError(f"the server cannot take this now: {said}")
     if status == httpx.codes.UNAUTHORIZED:
         return NotKnown(
             "the server does not accept the key: expected one that the coordinator has registered (`cotune server invite`), and"
@@ -284,7 +320,22 @@ def _fault(response: httpx.Response) -> FleetError:
         return RequestOver("the run is over, or not for this node")
     if status == httpx.codes.NOT_FOUND:
         return FleetError("the server has nothing at this place: expected the public port of a federation at this address")
+    if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.INSUFFICIENT_STORAGE):
+        return FleetError(
+            f"the server's quota for this organization is used up (status {status}): wait, ask the coordinator,"
+            " and look for another node that has this key"
+        )
     return FleetError(f"the server answered with status {status}")
+
+
+def _said(response: httpx.Response) -> str:
+    """A line for people; "" where there is none, or only what every refusal of Flower's says."""
+    try:
+        found = json.loads(response.content[:_LONGEST_ANSWER])["detail"]
+    except (ValueError, KeyError, TypeError, RecursionError, httpx.StreamError):
+        return ""
+    words = printable(" ".join(found.split())) if isinstance(found, str) else ""
+    return "" if words in _SAYS_NOTHING or words.endswith(".") else words[:_LONGEST_REASON]
 
 
 def _apart(date: str | None) -> str:

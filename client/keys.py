@@ -1,32 +1,104 @@
-"""The keys by which servers know an organization's node: the present one, and those before it.
+"""The keys by which servers know an organization's node: the present one, the one that is to follow it, and those before it.
 
 node.key, node.pub      in the site: the present one
+node/next.key           made by `cotune client renew-key`; takes the place of node.key once the server lets the node in with it
 node/former.pub         the public halves of those that were replaced, one a line
+
+A process that is killed between any two writes leaves the present key, or the next one in its place; the same again finishes it.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_public_key,
+)
+from filelock import FileLock
 
 from cotune.client.credentials import read_private_key
+from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 
-__all__ = ["FORMER", "public_keys"]
+__all__ = ["FORMER", "both_keys", "next_key", "private_bytes", "public_keys", "take_next", "write_public"]
 
 FORMER = "former.pub"  # in node/
 
 
 def public_keys(site: Path) -> list[EllipticCurvePublicKey]:
-    """The present one first. Raises RunError."""
+    """The present one first, those before it, and one that is to follow. Raises RunError."""
     file = site / "node" / FORMER
     try:
-        lines = file.read_bytes().splitlines() if file.exists() else []
-        former = [load_ssh_public_key(line) for line in lines]
+        former = [load_ssh_public_key(line) for line in _lines(file)]
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise RunError(f"{file} is damaged ({type(error).__name__}): expected a public key in each line") from None
-    present = read_private_key(site / "node.key").public_key()
-    return [present, *(key for key in former if isinstance(key, EllipticCurvePublicKey))]
+    return [read_private_key(site / "node.key").public_key(), *(key for key in former if isinstance(key, EllipticCurvePublicKey))]
+
+
+def next_key(site: Path) -> EllipticCurvePrivateKey | None:
+    """The key that is to follow, if one was made. Raises RunError."""
+    file = _next(site)
+    return read_private_key(file) if file.exists() else None
+
+
+def both_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurvePrivateKey]:
+    """The present key, and the one that is to follow it, made where there is none. Raises RunError."""
+    with _changing(site):
+        present, following = read_private_key(site / "node.key"), next_key(site)
+        if following is None:
+            following = ec.generate_private_key(ec.SECP384R1())
+            write_durably(_next(site), private_bytes(following))
+        return present, following
+
+
+def take_next(site: Path, key: EllipticCurvePrivateKey) -> None:
+    """Puts the key that was to follow, and with which a server has let the node in, in the place of the present one.
+
+    The former one is noted before it is gone, so that what it has signed can be verified; its private half is not kept.
+    """
+    with _changing(site):
+        following = next_key(site)
+        if following is None or following.public_key() != key.public_key():
+            return  # another process has done it
+        present, file = read_private_key(site / "node.key").public_key(), site / "node" / FORMER
+        line = present.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        lines = _lines(file)
+        if line not in lines:
+            write_durably(file, b"".join(each + b"\n" for each in (*lines, line)))
+        os.replace(_next(site), site / "node.key")
+        write_public(site, key)
+
+
+def write_public(site: Path, key: EllipticCurvePrivateKey) -> None:
+    """node.pub, with the comment that it has, where it is another key's."""
+    file, line = site / "node.pub", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    before = file.read_bytes() if file.exists() else b""
+    if not before.startswith(line):
+        comment = b" ".join(before.split()[2:])
+        write_durably(file, b" ".join((line, comment)).strip() + b"\n")
+
+
+def private_bytes(key: EllipticCurvePrivateKey) -> bytes:
+    """As OpenSSH keeps it."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+
+
+def _next(site: Path) -> Path:
+    return site / "node" / "next.key"
+
+
+def _lines(file: Path) -> list[bytes]:
+    return file.read_bytes().splitlines() if file.exists() else []
+
+
+def _changing(site: Path) -> FileLock:
+    (site / "node").mkdir(mode=0o700, exist_ok=True)
+    return FileLock(site / "node" / ".keys.lock", mode=0o600)

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +25,8 @@ from flwr.app import Message, MessageType
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.bundle import reason_to_refuse
-from cotune.client.credentials import read_certificates, read_private_key
-from cotune.client.fleet import CutOff, Fleet, FleetError, Request, RequestOver, connected
+from cotune.client.connection import Entrance
+from cotune.client.fleet import CutOff, Fleet, FleetError, Request, RequestOver
 from cotune.client.observe import tell
 from cotune.client.refusal import UNSAID, refusal
 from cotune.client.resident import Resident, ResidentDied
@@ -67,7 +66,7 @@ def run_node(
     if not (site / "site.json").is_file():
         raise DataError(f"{site} is not a site: expected a folder with a site.json")
     _check_address(address)
-    connect = partial(connected, address, read_certificates(root_certificates), read_private_key(key))
+    connect = Entrance(site, address, root_certificates, key)
     stop = stop or threading.Event()
     with _alone(site / "node"), _stopped_by_signals(stop):
         worker = Resident(site.resolve(), address)
@@ -91,6 +90,7 @@ class Node:
         self._request, self._known = self._kept_request(), self._kept_id()
         self._in_doubt = True  # whether the server may have handed over a request that never arrived: it does so once
         self._opened = self._given = self._again = False  # its content was asked for; the worker has it; for the second time
+        self._at = ""  # the content that the worker is at for a number which this node has no more
         self._reply: Message | None = None
         self._own_entry: dict[str, Any] = {}  # of the log of what was sent, where the node itself answers
         self._began = self._active = time.monotonic()  # the request; when there was something to do last
@@ -172,7 +172,17 @@ class Node:
                 _log.warning("run %s is refused: %s", request.run, refused)
                 return self._refuse(request, refused, refused)
             self._fit_run = request.run
-        self._give(fleet, request)
+        if not self._is_at(request):
+            self._give(fleet, request)
+
+    def _is_at(self, request: Request) -> bool:
+        """Whether the worker is still at the same content. Its update is kept when it is done, and then answers this request."""
+        if self._at and self._at == _content_of(request):
+            with suppress(ResidentDied):
+                if self._worker.answer(_POLL_SECONDS) is None:
+                    return True
+        self._at = ""
+        return False
 
     def _give(self, fleet: Fleet, request: Request) -> None:
         try:
@@ -211,6 +221,7 @@ class Node:
             _log.error("%s", error)
 
     def _wait_for_reply(self, fleet: Fleet, request: Request) -> None:
+        fleet.check_known()
         try:
             self._reply = self._worker.answer(_POLL_SECONDS)
         except ResidentDied as error:
@@ -275,7 +286,8 @@ class Node:
         except OSError as error:
             _log.error("the site cannot be written (%s): make room, or mend its permissions", error)
         if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:
-            self._drop(fleet, "the server has been set up anew")
+            self._at = _content_of(self._request) if self._given and self._reply is None else ""
+            self._drop(fleet, "the server knows this node by another number now, and asks it anew")
 
     def _leave(self, fleet: Fleet) -> None:
         """A node that is stopped says so: nobody waits for what it was at."""
@@ -303,6 +315,11 @@ class Node:
             return int(number) if place == self._place else None
         except (OSError, ValueError):
             return None
+
+
+def _content_of(request: Request) -> str:
+    """The identifier of what a request holds: a hash of it, the same when it is asked anew."""
+    return str(request.tree.children[0].object_id) if request.tree.children else ""
 
 
 def _next_wait(last: float) -> float:

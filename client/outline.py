@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cotune.models.terminal import printable
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import longest_by_gradients
 from cotune.privacy.accounting import RecordPrivacy
 
-__all__ = ["changes", "outline", "printable"]
+__all__ = ["changes", "outline"]
 
 _MANY = 10_000  # records, where epochs and a batch in records make the steps depend on them
 
@@ -29,11 +30,6 @@ def outline(plan: Plan) -> list[str]:
         f"strategy {' → '.join(parts)}; asks to be told: {', '.join(asks) or 'nothing beside the updates'}",
     ]
     return [printable(line) for line in lines]
-
-
-def printable(text: str) -> str:
-    """With every character that a terminal would obey written out: a plan must not hide on the screen what it says."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _amount(local: Any) -> str:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from cryptography import x509
 
 from cotune.models.errors import RunError
+from cotune.models.terminal import printable
 
 __all__ = ["explained", "reach"]
 
@@ -43,7 +44,18 @@ def explained(error: BaseException, address: str) -> str:
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return _untrusted(cause, address)
-        if isinstance(cause, ssl.SSLError | ConnectionResetError):
+        if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ConnectionResetError | BrokenPipeError):
+            return (
+                f"the connection to {address} was closed before it was secured ({_reason(cause)}): the server may be full, hold"
+                " as many connections from this address as it allows, or be stopping, or something on the way may cut them; if it"
+                " stays so, ask the coordinator for the server's log"
+            )
+        if isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or ""):
+            return (
+                f"the server at {address} broke off the TLS handshake ({_reason(cause)}): expected TLS 1.2 or later on both sides"
+                " and nothing on the way that takes part in it; ask the coordinator for the server's log"
+            )
+        if isinstance(cause, ssl.SSLError):
             return (
                 f"what answers at {address} does not speak TLS ({_reason(cause)}): expected the server's public port; compare the"
                 " address with the coordinator's, and look for a proxy on the way"
@@ -87,7 +99,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0][:120])
 
 
 def _now() -> str:

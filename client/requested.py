@@ -2,7 +2,7 @@
 
 What is refused: no signature, or one of another key; a request of another federation, for another organization, of another kind;
 one whose plan, round or arrays are not those that were signed; and one that was asked before another that was accepted. The last
-request itself may come again: an answer may have been lost.
+request itself may come again: an answer may have been lost. The server's new keys may come with it (trust.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from flwr.app import RecordDict
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.credentials import read_private_key
-from cotune.client.trust import Trust
+from cotune.client.trust import Trust, learn, note_use
 from cotune.models.errors import Declined, RunError
+from cotune.plan.renewal import ServerRenewal
 from cotune.plan.schema import Plan
 from cotune.plan.signatures import (
+    REFUSAL,
     TRAIN,
     ReplyStatement,
     RequestStatement,
@@ -28,11 +30,13 @@ from cotune.plan.signatures import (
     roster_digest,
     sign,
     signed_by_server,
+    signed_words,
+    words_digest,
 )
 from cotune.privacy.policy import Policy
 from cotune.strategies.wire import Request, received_digest
 
-__all__ = ["Requested", "check_arrays", "check_limits", "check_request", "countersign", "verified"]
+__all__ = ["Requested", "check_arrays", "check_limits", "check_request", "countersign", "countersign_refusal", "verified"]
 
 _MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
 
@@ -60,13 +64,15 @@ class Requested:
 def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> tuple[RecordDict, Requested]:
     """The message without its signature, and who has signed what. folder: of the site.
 
-    Raises RunError for a signature that is missing, malformed, or not of a key that the site accepts, and for another federation.
+    Raises RunError for a signature that is missing, malformed, or not of a key that the site accepts, for another federation, and
+    for new keys of the server that its old one has not signed.
     """
     rest, signed = detach(content)
     if signed is None:
         raise RunError("the request is not signed: expected a server whose cotune signs its requests")
+    learn(folder, ServerRenewal.parse_all(signed.about.pop("renewals", "")))
     trust, statement = Trust.read(folder), RequestStatement.parse(signed.text)
-    keys = [each.signing_key for each in trust.accepted(now)]
+    keys = trust.signing_keys()
     key = next((key for key in keys if signed_by_server(statement, signed.signature, key)), None)
     if key is None:
         raise RunError(f"the signature of the request is not of the server of {trust.name}: expected its signing key")
@@ -75,6 +81,8 @@ def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> 
     roster = tuple(signed.about.get("roster", "").split())
     if len(set(roster)) != statement.cohort or roster_digest(roster) != statement.roster:
         raise RunError("the roster of the request is not the one that was signed")
+    if key != keys[0]:
+        note_use(folder, key, now)
     return rest, Requested(statement, signed.signature, key, roster, trust.newest.signing_key)
 
 
@@ -126,11 +134,27 @@ def countersign(content: RecordDict, kind: str, digest: str, requested: Requeste
 
     Raises RunError for a key that cannot be read.
     """
-    request = requested.statement
-    statement = ReplyStatement(request.digest, request.recipient, kind, digest, requested.trusts)
-    signature = sign(statement, read_private_key(folder / "node.key"))
+    statement, signature = _countersigned(kind, digest, requested, folder)
     attach(content, statement, signature)
     return {"statement": statement.text(), "signature": signature}
+
+
+def countersign_refusal(words: str, requested: Requested, folder: Path) -> tuple[str, dict[str, str]]:
+    """The words of a refusal under a signature, and what the log says of it: with the request, which is in no line of its own.
+
+    Raises RunError as `countersign` does.
+    """
+    digest = words_digest(words)
+    statement, signature = _countersigned(REFUSAL, digest, requested, folder)
+    entry = {"sha256": digest, "statement": statement.text(), "signature": signature}
+    entry |= {"refused": requested.statement.text(), "refused_signature": requested.signature}
+    return signed_words(words, statement, signature), entry
+
+
+def _countersigned(kind: str, digest: str, requested: Requested, folder: Path) -> tuple[ReplyStatement, str]:
+    request = requested.statement
+    statement = ReplyStatement(request.digest, request.recipient, kind, digest, requested.trusts)
+    return statement, sign(statement, read_private_key(folder / "node.key"))
 
 
 def _last(log: AuditLog, federation: str) -> RequestStatement | None:

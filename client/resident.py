@@ -18,6 +18,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict, UserConfig
 
 from cotune.client.refusal import UNSAID, refusal
+from cotune.models.terminal import clean_output
 from cotune.strategies.parcel import Malformed, Parcel, TooMuch
 
 __all__ = ["Resident", "ResidentDied"]
@@ -92,6 +93,7 @@ class Resident:
 
 def _work(pipe: Connection, folder: Path, server: str, level: int) -> None:
     """What the process does until the node ends."""
+    clean_output()
     os.umask(0o077)  # what it keeps is the organisation's own
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service sends them to all: the node answers for both
         signal.signal(number, signal.SIG_IGN)

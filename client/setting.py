@@ -25,7 +25,7 @@ from cotune.models.text_task import IGNORED
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.dp_sgd import Batch, Batches, check_clipping
-from cotune.privacy.per_example import Unit, per_example
+from cotune.privacy.per_example import Unit, kinds_without_rule, per_example
 
 __all__ = ["Setting", "check_gradients", "check_stages", "made_up_setting", "optimizer_of", "setting_of"]
 
@@ -151,7 +151,7 @@ def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> floa
             clipping=privacy.clipping,
         )
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
-        reason = (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
+        reason = _why_no_gradients(raised, made_up.module)
         raise PrivacyError(
             f"train = {mode} cannot be had with differential privacy for this model ({reason}): expected a gradient for each"
             " record; use another train mode or model"
@@ -163,6 +163,14 @@ def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> floa
         )
     setting.keep_apart()
     return error
+
+
+def _why_no_gradients(raised: Exception, module: nn.Module) -> str:
+    """What a library said; where that is about its own variables, the layers that it stumbled over."""
+    kinds = kinds_without_rule(module) if isinstance(raised, AttributeError | TypeError) else []
+    if kinds:
+        return f"Opacus has no rule for the gradients of single records in layers of the kind {', '.join(kinds[:3])}"
+    return (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
 
 
 def _on_features(

@@ -5,8 +5,8 @@ begins in memory. Rows of 33 float32 begin at every remainder of 16 bytes, so th
 with it on how many records stand before it: in a state of weights of unlike size one record moved others by 1.8e-6 clip norms.
 Rows of a multiple of 64 bytes begin all at the same remainder, whichever instructions a processor has.
 
-A product with one column (a LoRA factor of rank 1) is one of a matrix and a vector, whose kernel takes rows by fours, and those that
-are left over in another way: it gets a second column.
+A product with one column (a LoRA factor of rank 1) is one of a matrix and a vector, whose kernel takes rows by fours, and those
+that are left over in another way: it gets a second column.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _MULTIPLE = 16  # entries of a row: 64 bytes of float32, a cache line, and more 
 
 
 class AlignedRows(TorchFunctionMode):
-    """For the time of the block, inputs and weights of linear layers are filled up with zeros: to rows of a multiple of 64 bytes, and
-    to two columns.
+    """For the time of the block, inputs and weights of linear layers are filled up with zeros.
+
+    To rows of a multiple of 64 bytes, and to two columns at least.
 
     What is computed stays the same up to rounding. Layers that have such a width already are left alone, to the bit.
     """

@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, revision_of
+from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, deciding_files, revision_of
 from cotune.models.errors import ModelError
+from cotune.models.git_lfs import first_lfs_pointer
 from cotune.models.model_settings import base_labels, read_settings
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
 from cotune.models.table import Table
@@ -28,7 +29,10 @@ from cotune.models.tasks import Task, TaskName, task_named
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from transformers import PreTrainedModel
 
-__all__ = ["BaseModelFolder", "LoadedModel", "ModelConfig", "dropout_settings", "find_base", "load_model", "quiet"]
+__all__ = [
+    *("BaseModelFolder", "LoadedModel", "ModelConfig"),
+    *("dropout_settings", "draw_head", "find_base", "load_model", "quiet"),
+]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
@@ -151,6 +155,12 @@ def _check_folder(path: Path, name: str) -> None:
             )
         raise ModelError(f"the base model {name} has no weights: expected *.safetensors in its folder")
     check_named_weights(path)
+    pointer = first_lfs_pointer(deciding_files(path))
+    if pointer is not None:
+        raise ModelError(
+            f"the base model {name} has a pointer of Git LFS in place of {pointer}: fetch the files themselves with `git lfs pull`"
+            " in the folder that was cloned, or download the model again"
+        )
 
 
 def _peft_type(path: Path) -> str:
@@ -161,12 +171,18 @@ def _peft_type(path: Path) -> str:
 
 
 def load_model(
-    config: ModelConfig, labels: tuple[str, ...], seed: int, task: TaskName = "sequence-classification"
+    config: ModelConfig,
+    labels: tuple[str, ...],
+    seed: int,
+    task: TaskName = "sequence-classification",
+    *,
+    finished: bool = False,
 ) -> LoadedModel:
     """The base model with a head of the task for `labels`; a new head is drawn from `seed`.
 
     A head that the folder has for this task and these labels, in their order, is kept. Dropout is off: under a fixed seed,
-    nothing in training is random but the sampling and the noise. Raises ModelError.
+    nothing in training is random but the sampling and the noise. finished: whether the folder must hold a trained head. Raises
+    ModelError.
     """
     folder, does = find_base(config), task_named(task)
     try:
@@ -175,7 +191,7 @@ def load_model(
         reader = does.reader(folder.path)
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module, frozen = _build(folder.path, model_config, mean, does)
+            module, frozen = _build(folder.path, model_config, mean, does, finished)
             if not _head_is_for(folder.path, labels, type(module).__name__):
                 _draw_head(module)
             does.fit(reader, module)
@@ -199,6 +215,13 @@ def _head_is_for(path: Path, labels: tuple[str, ...], architecture: str) -> bool
     """Whether a head in the folder, if there is one, was trained for these labels; if it does not say, their number decides."""
     trained = read_settings(path).get("architectures") or [architecture]
     return architecture in trained and base_labels(path) in ((), labels)
+
+
+def draw_head(module: PreTrainedModel, seed: int) -> None:
+    """Put a new head, drawn from a seed, in place of the one that is there."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _draw_head(module)
 
 
 @torch.no_grad()
@@ -270,7 +293,7 @@ def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: 
     return config.pooling == "mean" or (config.pooling == "auto" and can_pool_mean(model_config) and wants_mean_pooling(path))
 
 
-def _build(path: Path, config: Any, mean_pooling: bool, task: Task) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
     frozen = add_mean_pooling(config, None) if mean_pooling else ()
     module, report = task.model_class().from_pretrained(
         str(path),
@@ -283,7 +306,8 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task) -> tuple[Pre
     )
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
-    _check_complete(report, f"{module.base_model_prefix}.", frozen)
+    _check_complete(report, f"{module.base_model_prefix}.", frozen, finished)
+    _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)
     return module, frozen
@@ -313,9 +337,25 @@ def _asks_for_mode(kind: type[nn.Module]) -> bool:
         return True
 
 
-def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...]) -> None:
-    """An encoder that is not in the file would silently be a random one; only the head and the pooler may be new."""
+def _check_finite(module: nn.Module) -> None:
+    """Weights that are no numbers make every answer none."""
+    broken = [name for name, tensor in module.named_parameters() if not bool(tensor.isfinite().all())]
+    broken += [name for name, tensor in module.named_buffers() if bool(tensor.isnan().any())]  # a mask may hold infinity
+    if broken:
+        raise ModelError(
+            f"the base model's weights hold NaN or infinite values ({len(broken)} of its tensors, such as {broken[0]}): expected"
+            " numbers; download the folder again, or use another base model"
+        )
+
+
+def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished: bool) -> None:
+    """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
     new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if finished and new:
+        raise ModelError(
+            f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model"
+            " with its head, such as `model/` in the folder of a run"
+        )
     lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
     if lacking:
         raise ModelError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,31 @@ from cotune.models.sharing import SharedModel
 __all__ = ["export_model"]
 
 
-def export_model(model: SharedModel, folder: Path) -> None:
-    """Writes safetensors, configuration with label names, and tokenizer or image processor; adapters are merged into the weights.
+def export_model(model: SharedModel, folder: Path, beside: Mapping[str, str] | None = None) -> None:
+    """Write safetensors, configuration with label names, and tokenizer or image processor; adapters are merged into the weights.
 
-    An earlier export in the folder is replaced once the new one is complete. The model itself is left as it is.
+    An earlier export in the folder is replaced once the new one is complete. Whoever may enter the folder above can read it,
+    whatever the umask says. The model itself is left as it is.
+
+    Args:
+        model: In the state that is to be exported.
+        folder: Where to.
+        beside: Name -> text of further files, such as a model card.
     """
     module: Any = copy.deepcopy(model.loaded.module).to("cpu")
     merge_adapters(module)
     _restore_dropout(module.config, model.loaded.folder.path)
+    module.config.problem_type = model.loaded.task.problem_type
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
     try:
         with quiet():
             module.save_pretrained(part)
         model.loaded.reader.save_pretrained(part)
-        part.chmod(0o755)
+        _limit_length(part, model.loaded.max_length)
+        for name, text in (beside or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
+        _open_to_readers(part)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(part, folder)
@@ -45,3 +57,27 @@ def _restore_dropout(config: Any, base: Path) -> None:
     original = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     for key, value in dropout_settings(original).items():
         setattr(config, key, value)
+
+
+def _limit_length(folder: Path, longest: int) -> None:
+    """Whoever asks for truncation gets the length of training; a tokenizer alone (tokenizer.json) truncates by itself."""
+    settings = _edit(folder / "tokenizer_config.json", {"model_max_length": longest})
+    side = str(settings.get("truncation_side", "right")).capitalize()
+    how = {"direction": side, "max_length": longest, "strategy": "LongestFirst", "stride": 0}
+    _edit(folder / "tokenizer.json", {"truncation": how})
+
+
+def _edit(file: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change keys of a JSON object, where there is one (an image processor has neither file), and return it."""
+    if not file.exists():
+        return {}
+    content = {**json.loads(file.read_bytes()), **changes}
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return content
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Weights come as 0600 and folders as the umask has them: another user serves the model."""
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)

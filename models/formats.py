@@ -5,18 +5,16 @@ Every reader gives the names of a file's columns and the values of those that ar
 
 from __future__ import annotations
 
-import codecs
+import difflib
 import io
 import json
 import math
 import re
 import warnings
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, datetime, time
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -25,9 +23,23 @@ from typing import Any
 import pandas
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cotune.models.encodings import decoded
 from cotune.models.errors import DataError
+from cotune.models.separated import SEPARATORS, mended, named_separator, separator_by_header, surplus_fields, unclosed
 
-__all__ = ["JSON_SUFFIXES", "READERS", "UNREADABLE", "Columns", "DataConfig", "DataFile", "is_unicode", "reason_of", "word_of"]
+__all__ = [
+    "JSON_SUFFIXES",
+    "READERS",
+    "UNREADABLE",
+    "Columns",
+    "DataConfig",
+    "DataFile",
+    "is_plain_name",
+    "is_unicode",
+    "near_names",
+    "reason_of",
+    "word_of",
+]
 
 
 class DataConfig(BaseModel):
@@ -78,6 +90,7 @@ class DataFile:
     """A file's bytes, and what an error says about it. key: which entry of the configuration names the column of the inputs.
 
     lenient: a line that cannot be read is left out and counted in `skipped`, as a failure would tell that somebody holds it.
+    labels: the plan's classes, where they are known.
     """
 
     name: str
@@ -86,6 +99,7 @@ class DataFile:
     config: DataConfig
     key: str = "text"
     lenient: bool = False
+    labels: tuple[str, ...] = ()
     skipped: Counter[str] = field(default_factory=Counter, compare=False)
 
     @property
@@ -103,9 +117,9 @@ class DataFile:
         return self.wanted if self.config.unit is None else (*self.wanted, self.config.unit)
 
 
-_HALF = "cotune.half"  # in UTF-16 surrogateescape cannot stand for half of a pair
-codecs.register_error(_HALF, lambda error: ("\udc00", getattr(error, "end")))  # noqa: B009
-
+_FEW = 10  # lines, in which a class may not come twice
+_FEW_LINES = 1000
+_FIELDS = 100_000  # of a CSV file that are parsed at once: only those of the columns that are used are kept
 UNREADABLE = "unreadable"  # why a record was left out, see Records.skipped
 Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
 
@@ -115,65 +129,132 @@ Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns;
 
 
 def _csv(file: DataFile, separator: str) -> Columns:
-    text = _decode(file)
-    try:  # the header is read as a record: pandas would rename a repeated column, and make a surplus field an index
-        frame = _frame(file, text, separator)
-    except pandas.errors.EmptyDataError as error:
+    named, text = named_separator(_decode(file))
+    separator = named or separator_by_header(text, file.columns, separator)
+    names = _header(file, text, separator)
+    wanted = {name: names.index(name) for name in file.columns if name in names}
+    if not wanted and not _is_header(text, separator, names, file.columns):
+        raise DataError(
+            f"{file.name} begins with a line that does not look like the names of its columns: expected one such as"
+            f" {separator.join(file.columns)!r} above the records; add it, or name other columns with --set data.{file.key}=COLUMN"
+            " and --set data.label=COLUMN"
+        )
+    if file.config.label in wanted:
+        known = frozenset(file.labels) if file.lenient else None
+        text = mended(text, separator, len(names), wanted[file.config.label], known)
+    values: dict[str, list[object]] = {name: [] for name in wanted}
+    for rows in _rows(file, text, separator, names):
+        for name, position in wanted.items():
+            values[name] += rows[position].tolist()
+    return names, {name: column[1:] for name, column in values.items()}
+
+
+def _header(file: DataFile, text: str, separator: str) -> list[str]:
+    """The first line is read as a record: pandas would rename a repeated column, and make a surplus field an index."""
+    try:
+        first = next(_parsed(text, separator, nrows=1))
+    except (pandas.errors.EmptyDataError, StopIteration) as error:
         raise DataError(f"{file.name} holds blank lines only: expected a line of column names, then records") from error
     except ValueError as error:
-        reason = reason_of(error).removeprefix("Error tokenizing data. C error: ")
-        raise DataError(
-            f"{file.name} is not valid {file.suffix} ({reason}): export it again, with double quotes around"
-            " fields that hold a separator, a quote or a line break"
-        ) from error
-    names = [str(name).strip() for name in frame.iloc[0]]
-    return names, {name: frame[names.index(name)].iloc[1:].tolist() for name in file.columns if name in names}
+        raise _invalid(file, text, separator, (), error) from error
+    return [str(name).strip() for name in first.iloc[0]]
 
 
-def _frame(file: DataFile, text: str, separator: str, rows: int | None = None) -> pandas.DataFrame:
-    """All fields of a CSV file as text; where lenient, without the lines of too many fields and what a quote never closes."""
-    read = partial(
-        pandas.read_csv,
+def _is_header(text: str, separator: str, names: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether a first line without the wanted columns may be shown as names: it could be a record of a file without names.
+
+    It may where a name is nearly a wanted one, or where all are single words, none of which is a value of its own column in the
+    records below, of which there are some.
+    """
+    if near_names(names, wanted):
+        return True
+    try:
+        rows = next(_parsed(text, separator, names=range(len(names))))
+    except ValueError:
+        return False
+    below = [rows[position].iloc[1:].tolist() for position in range(len(names))]
+    repeated = any(name in values for name, values in zip(names, below, strict=True))
+    return len(rows) > _FEW and not repeated and all(is_plain_name(name) for name in names)
+
+
+def near_names(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The names of columns that are nearly one of the wanted."""
+    folded = [column.casefold() for column in wanted]
+    return [name for name in names if difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.75)]
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is one word, as columns and keys have it; any other may be a record's text."""
+    return re.fullmatch(r"[^\W\d][\w.-]{0,39}", name) is not None
+
+
+def _rows(file: DataFile, text: str, separator: str, names: Sequence[str]) -> Iterator[pandas.DataFrame]:
+    """All fields of a CSV file as text, some thousand lines at a time, with the line of names.
+
+    A last field that is empty may be one too many, as some programs end each line with a separator. Where lenient, lines of more
+    fields and what a quote never closes are left out and counted.
+    """
+    width = len(names)
+    if file.lenient and (end := _closed_end(text, separator)) is not None:
+        file.skipped[UNREADABLE] += 1
+        text = text[:end]
+    try:
+        for rows in _parsed(
+            text, separator, _FIELDS // (width + 1) + 1, names=range(width + 1), on_bad_lines="warn" if file.lenient else "error"
+        ):
+            surplus = rows[width].map(lambda field: isinstance(field, str) and bool(field.strip()))
+            if surplus.any() and not file.lenient:
+                raise ValueError("a line holds more fields than there are columns")
+            left_out = int(surplus.sum()) + rows.attrs["bad"]
+            file.skipped.update({UNREADABLE: left_out} if left_out else {})
+            yield rows[~surplus]
+    except ValueError as error:
+        if not file.lenient:
+            raise _invalid(file, text, separator, names, error) from error
+        file.skipped[UNREADABLE] += 1
+
+
+def _parsed(text: str, separator: str, lines: int = _FEW_LINES, **options: Any) -> Iterator[pandas.DataFrame]:
+    """Parts of the file; the attribute "bad" says how many lines of too many fields were left out in one."""
+    read = pandas.read_csv(
+        io.BytesIO(text.encode("utf-8", "surrogatepass")),  # StringIO would take four bytes a character
         sep=separator,
         header=None,
         dtype=object,  # fields as they stand; half a character cannot be kept otherwise
         keep_default_na=False,
-        nrows=rows,
         encoding_errors="surrogatepass",
+        chunksize=lines,
+        **options,
     )
-    if not file.lenient:
-        return read(io.StringIO(text))
-    try:
+    while True:
         with warnings.catch_warnings(record=True) as found:  # the same engine, so that the other lines stay as they are
             warnings.simplefilter("always", pandas.errors.ParserWarning)
-            frame = read(io.StringIO(text), on_bad_lines="warn")
-    except pandas.errors.ParserError as error:
-        opened = re.search(r"EOF inside string starting at row (\d+)", str(error))
-        if opened is None or rows is not None:
-            raise
-        file.skipped[UNREADABLE] += 1
-        return _frame(
-            file,
-            text,
-            separator,
-            _rows_before(int(opened[1]), lambda most: read(io.StringIO(text), nrows=most, on_bad_lines="skip")),
-        )
-    left_out = sum(str(warning.message).count("Skipping line") for warning in found)
-    file.skipped.update({UNREADABLE: left_out} if left_out else {})
-    return frame
+            rows = next(read, None)
+        if rows is None:
+            return
+        rows.attrs["bad"] = sum(str(warning.message).count("Skipping line") for warning in found)
+        yield rows
 
 
-def _rows_before(row: int, read: Callable[[int], object]) -> int:
-    """How many rows can be read before a quote that is never closed: at most `row`, which counts left-out and blank lines too."""
+def _closed_end(text: str, separator: str) -> int | None:
+    """Where the records end before a quote that is never closed; None without one."""
+    end = None
+    while (found := unclosed(text[:end], separator)) is not None:
+        end = found[0]
+    return end
 
-    def fails(most: int) -> bool:
-        try:
-            read(most)
-        except pandas.errors.ParserError:
-            return True
-        return False
 
-    return max(bisect_left(range(1, row + 1), True, key=fails), 1)
+def _invalid(file: DataFile, text: str, separator: str, names: Sequence[str], error: ValueError) -> DataError:
+    reason = reason_of(error).removeprefix("Error tokenizing data. C error: ")
+    opened, width = unclosed(text, separator), len(names)
+    if opened is not None:
+        reason = f"the double quote that opens a field in line {opened[1]} is never closed"
+    elif (surplus := surplus_fields(text, separator, width)) is not None:
+        reason = f"Expected {width} fields in line {surplus[0]}, saw {surplus[1]}"
+    return DataError(
+        f"{file.name} is not valid {file.suffix} with {SEPARATORS[separator]} between fields ({reason}): export it again, with"
+        " double quotes around fields that hold a separator, a quote or a line break"
+    )
 
 
 def _json(file: DataFile) -> Columns:
@@ -195,7 +276,8 @@ def _json(file: DataFile) -> Columns:
         rows.append(row)
     if not rows and not file.lenient:
         raise DataError(f"{file.name} holds no records: expected one object per line, as in {_example(file)}")
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    count = Counter(name for row in rows for name in row)
+    names = [name for name in count if name in file.columns or count[name] > 1]  # a key of one record may be a text
     wanted = file.columns if file.lenient else [name for name in file.columns if name in names]
     return names, {name: [row.get(name) for row in rows] for name in wanted}
 
@@ -263,9 +345,12 @@ def _parquet(file: DataFile) -> Columns:
         for name, feature in table.features.items():
             inner = getattr(feature, "feature", None)  # of a list
             if isinstance(feature, ClassLabel):
-                values[name] = [_class_name(feature.names, number) for number in values[name]]
+                values[name] = [_named(file, name, feature.names, *pair) for pair in enumerate(values[name], 1)]
             elif isinstance(inner, ClassLabel):
-                values[name] = [row and [_class_name(inner.names, number) for number in row] for row in values[name]]
+                rows = enumerate(values[name], 1)
+                values[name] = [row and [_named(file, name, inner.names, n, tag) for tag in row] for n, row in rows]
+    except DataError:
+        raise
     except Exception as error:  # damaged bytes raise anything: OSError, ValueError, KeyError, TypeError …
         raise DataError(f"{file.name} is not valid Parquet ({reason_of(error)}): export it again") from error
     return names, values
@@ -287,9 +372,46 @@ def _values(file: DataFile, table: Any) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in table.column_names}
 
 
-def _class_name(names: Sequence[str], number: int | None) -> str | None:
-    """The name of a class; -1 is how Hugging Face data sets mark a record without a label, and a number beyond them has none."""
-    return names[number] if number is not None and 0 <= number < len(names) else None
+def _named(file: DataFile, column: str, names: Sequence[str], row: int, number: int | None) -> object:
+    """The name of a class; -1 is how Hugging Face data sets mark a record without a label; None: a number without a name."""
+    if number is None or number < 0:
+        return None
+    if number < len(names):
+        return names[number]
+    if file.lenient:
+        return ...  # no word, so that its record is left out
+    raise DataError(
+        f"{file.name} has the class number {number} in column {column!r} of record {row}, and names {len(names)} classes (0 to"
+        f" {len(names) - 1}): expected a name for every number; save the data set again with all of its class names"
+    )
+
+
+def _xlsx(file: DataFile) -> Columns:
+    """The one sheet of an Excel workbook that holds something."""
+    try:
+        sheets = pandas.read_excel(
+            io.BytesIO(file.raw), sheet_name=None, header=None, dtype=object, keep_default_na=False, engine="openpyxl"
+        )
+    except ImportError as error:
+        raise DataError(
+            f'{file.name} needs the Python package openpyxl, which is not installed: pip install "cotune[excel]", or save the'
+            " sheet as CSV UTF-8"
+        ) from error
+    except Exception as error:  # damaged archives raise anything
+        raise DataError(
+            f"{file.name} is not a valid Excel workbook ({type(error).__name__}): save it again, or as CSV"
+        ) from error
+    filled = [sheet for sheet in sheets.values() if len(sheet)]
+    if len(filled) != 1:
+        raise DataError(f"{file.name} has {len(filled)} sheets with records: expected one; save the sheet as a file of its own")
+    names = [str(name).strip() for name in filled[0].iloc[0]]
+    values = {name: filled[0][names.index(name)].iloc[1:].tolist() for name in file.columns if name in names}
+    return names, {name: [_cell(value) for value in column] for name, column in values.items()}
+
+
+def _cell(value: object) -> object:
+    """A date without a time of day as other formats have it."""
+    return value.date() if isinstance(value, datetime) and value.time() == time() else value
 
 
 READERS: dict[str, Callable[[DataFile], Columns]] = {
@@ -299,6 +421,7 @@ READERS: dict[str, Callable[[DataFile], Columns]] = {
     ".jsonl": _json,
     ".ndjson": _json,
     ".parquet": _parquet,
+    ".xlsx": _xlsx,
 }
 
 
@@ -306,28 +429,7 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")  # formats without a table of col
 
 
 def _decode(file: DataFile) -> str:
-    """The file's text. Where lenient, a byte that is none of it becomes half a character, by which its record is left out."""
-    encoding = file.config.encoding
-    wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
-    if file.lenient and (wide or not file.raw.startswith((b"\xff\xfe", b"\xfe\xff"))):
-        with suppress(UnicodeError):
-            text = file.raw.decode(encoding, _HALF if wide else "surrogateescape")
-            return text.replace("\0", "\udc00").removeprefix("\ufeff")
-    binary = f"{file.name} is not text (it holds NUL bytes): expected {file.suffix} content, so export it again"
-    try:
-        text = file.raw.decode(encoding)
-    except UnicodeError as error:
-        if file.raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(f"{file.name} is utf-16 text, not {encoding}: use --set data.encoding=utf-16") from error
-        if b"\0" in file.raw:
-            raise DataError(binary) from error
-        detail = f"byte {error.start} cannot be decoded" if isinstance(error, UnicodeDecodeError) else reason_of(error)
-        raise DataError(
-            f"{file.name} is not {encoding} text ({detail}): save it as utf-8, or try --set data.encoding=latin-1"
-        ) from error
-    if "\0" in text:
-        raise DataError(binary)
-    return text.removeprefix("\ufeff")
+    return decoded(file.name, file.suffix, file.raw, file.config.encoding, lenient=file.lenient)
 
 
 def reason_of(error: Exception) -> str:

@@ -69,7 +69,7 @@ class HoldingsFile(BaseModel):
             ) from None
         parts = []
         for portion in document.portions:
-            records = read_records(document.data, portion.path, document.task, lenient=lenient)
+            records = read_records(document.data, portion.path, document.task, lenient=lenient, labels=labels)
             parts.append((records, _rows(file, portion, len(records))))
         return Holdings(tuple(parts), labels, document.task, lenient, collection=document.collection)
 

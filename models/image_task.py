@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
+from cotune.models.class_names import class_name
 from cotune.models.errors import DataError, ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.images import Image, ImageReader, opened
@@ -27,13 +28,15 @@ class ImageClassification:
     key = "image"
     described = "image classifier"
     needs = "its preprocessor_config.json"
+    pipeline = "image-classification"
+    problem_type: str | None = "single_label_classification"
     pools = True
 
     def model_class(self) -> Any:
         return AutoModelForImageClassification
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
-        name = word_of(file, file.config.label, number, label).strip()
+        name = class_name(word_of(file, file.config.label, number, label))
         source = _source(file, number, given)
         if not source:
             return "blank image"
@@ -45,6 +48,9 @@ class ImageClassification:
             return opened(source), name
         except DataError as error:
             raise DataError(f"{file.name} holds an unusable image in record {number}{_shown(source)}, {error}") from None
+
+    def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
+        return self.record(file, number, given, "-")
 
     def reader(self, folder: Path) -> ImageReader:
         return ImageReader(folder)
@@ -68,6 +74,10 @@ class ImageClassification:
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         return [{"image": image, "labels": target} for image, target in zip(inputs, targets, strict=True)]
+
+    def cut(self, reader: ImageReader, max_length: int, inputs: Sequence[Any]) -> int:
+        """An image is scaled as a whole."""
+        return 0
 
     def samples(self, reader: ImageReader) -> list[Example]:
         """Gradients from dark to light, across, down and both."""
@@ -102,6 +112,9 @@ class ImageClassification:
 
     def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
         return [(best,) for best in scores.argmax(dim=1).tolist()]
+
+    def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:
+        return [scores[i : i + 1] for i in range(len(examples))]
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
         return {"pixel_values": features}

@@ -4,12 +4,12 @@ Clipping bounds what a record contributes, not what it does to the contributions
 padding (FNet), or an arithmetic whose rounding depends on the batch, lets one record move the gradients of many, by far more than
 the clip norm. Both are tried before a run, on made-up records, and refused.
 
-**Why no verdict depends on the state.** Which kernels compute, and in which order they add, is chosen by operations, shapes, places
-in memory, threads and device; `mixes` refuses whatever takes other operations or shapes for other contents. Values decide only
-whether a difference is seen: under a head or adapters of zeros every order gives the same sum, and a server that chooses states
-could have had its model tried under such a one. So every trial is made on the base model with random weights in what is trained,
-in whatever state the model is, and is made once: its key holds the mode, the trained parameters, the arithmetic, the shapes and
-what decides about kernels (`device.kernels_of`).
+**Why no verdict depends on the state.** Which kernels compute, and in which order they add, is chosen by operations, shapes,
+places in memory, threads and device; `mixes` refuses whatever takes other operations or shapes for other contents. Values decide
+only whether a difference is seen: under a head or adapters of zeros every order gives the same sum, and a server that chooses
+states could have had its model tried under such a one. So every trial is made on the base model with random weights in what is
+trained, in whatever state the model is, and is made once: its key holds the mode, the trained parameters, the arithmetic, the
+shapes and what decides about kernels (`device.kernels_of`).
 
 This is the only place that asks whether records keep to themselves. That the clipped sum is right, under the very state that
 trains, is another question (`privacy.dp_sgd.check_clipping`, in every round).

@@ -11,17 +11,13 @@ import unicodedata
 from collections import Counter
 
 from cotune.models.images import Image
+from cotune.models.terminal import IGNORABLE
 
 __all__ = ["Input", "Label", "content_of", "identity_of", "names_in", "plain", "stratum_of"]
 
 Input = str | tuple[str, ...] | Image
 Label = str | tuple[str, ...]
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
-_IGNORABLE = frozenset(
-    chr(code)
-    for first, last in ((0x34F, 0x34F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x3164, 0x3164), (0xFE00, 0xFE0F))
-    for code in range(first, last + 1)
-) | frozenset(map(chr, range(0xE0000, 0xE1000)))  # Unicode's Default_Ignorable_Code_Point beyond the category Cf
 
 
 def content_of(value: Input | Label) -> bytes:
@@ -60,7 +56,7 @@ def plain(text: str) -> str:
 
 def _is_invisible(char: str) -> bool:
     """Control and format characters, and those that Unicode says are ignored where they cannot be shown."""
-    return unicodedata.category(char) in ("Cc", "Cf") or char in _IGNORABLE
+    return unicodedata.category(char) in ("Cc", "Cf") or char in IGNORABLE
 
 
 def _is_punctuation(char: str) -> bool:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cotune.models.class_names import class_name
 from cotune.models.errors import ModelError
 
 __all__ = ["base_labels", "read_settings"]
@@ -44,5 +45,5 @@ def base_labels(folder: Path) -> tuple[str, ...]:
             f"{folder / 'config.json'} has id2label = {json.dumps(names)[:80]}: expected an object from 0, 1, … to the"
             ' names of the classes, such as {"0": "bad", "1": "good"}'
         )
-    ordered = tuple(str(names[str(number)]) for number in range(len(names)))
+    ordered = tuple(class_name(str(names[str(number)])) for number in range(len(names)))
     return () if all(name.startswith("LABEL_") for name in ordered) else ordered

@@ -62,11 +62,11 @@ def mixes(answer: PerSlot, probes: Iterable[tuple[Batch, Sequence[int]]]) -> boo
     return False
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps what is computed inside the block: the name of each operation, and the shapes of its tensors."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

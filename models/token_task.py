@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
+from cotune.models.class_names import class_name
 from cotune.models.errors import DataError, ModelError
 from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
@@ -30,6 +32,8 @@ class TokenClassification(SequenceClassification):
 
     described = "token classifier"
     needs = "its (fast) tokenizer"
+    pipeline = "token-classification"
+    problem_type: str | None = None
     pools = False
 
     def model_class(self) -> Any:
@@ -38,7 +42,7 @@ class TokenClassification(SequenceClassification):
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
         text_column, label_column = file.wanted
         words = _words(file, text_column, number, given)
-        tags = tuple(tag.strip() for tag in _words(file, label_column, number, label))
+        tags = tuple(class_name(tag) for tag in _words(file, label_column, number, label))
         if not words:
             return "blank text"
         if not tags:
@@ -53,6 +57,9 @@ class TokenClassification(SequenceClassification):
         if not all(tags):
             return "missing tag"
         return (words, tags) if all(map(is_unicode, (*words, *tags))) else "broken Unicode"
+
+    def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
+        return self.record(file, number, given, ["O"] * len(_words(file, file.wanted[0], number, given)))
 
     def reader(self, folder: Path) -> Any:
         tokenizer = super().reader(folder)
@@ -71,6 +78,9 @@ class TokenClassification(SequenceClassification):
 
         rows = zip(each_or_none(read, inputs), inputs, targets, strict=True)
         return [self._example(reader, max_length, tokens, words, tags) for tokens, words, tags in rows]
+
+    def _text(self, given: Any) -> str:
+        return " ".join(given)
 
     def _example(self, reader: Any, max_length: int, tokens: Any, words: Sequence[str], tags: Sequence[int]) -> Example:
         """One with another number of tags than words is a blank row, too: which are whose is not told."""
@@ -93,6 +103,13 @@ class TokenClassification(SequenceClassification):
         return [
             tuple(_NOT_TOLD if start is None else row[start] for start in example["starts"])
             for row, example in zip(best, examples, strict=True)
+        ]
+
+    def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:
+        unread = torch.full_like(scores[0, 0], torch.nan)
+        return [
+            torch.stack([unread if start is None else row[start] for start in example["starts"]])
+            for row, example in zip(scores, examples, strict=True)
         ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cotune.models.base import ModelConfig
+from cotune.models.class_names import class_name
 from cotune.models.records import DataConfig
 from cotune.models.sharing import LoraConfig, TrainMode
 from cotune.models.table import Table
@@ -292,6 +293,12 @@ class Plan(Table):
         if isinstance(table.get("simulation"), dict) and isinstance(table["simulation"].get("pooled"), dict):
             table["simulation"] = _inherit(table["simulation"], "pooled", common)
         return table
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_as_read(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """As they are read from every format, see `class_name`."""
+        return tuple(map(class_name, value))
 
     @field_validator("train", mode="before")
     @classmethod

@@ -24,6 +24,7 @@ from cotune.models.errors import RunError
 __all__ = [
     "FINISHED",
     "RECEIPT",
+    "REFUSAL",
     "SIGNED",
     "TRAIN",
     "UPDATE",
@@ -38,10 +39,13 @@ __all__ = [
     "sign",
     "signed_by_node",
     "signed_by_server",
+    "signed_words",
+    "words_digest",
+    "words_of",
 ]
 
 TRAIN, FINISHED = "train", "finished"  # kinds of request
-UPDATE, RECEIPT = "update", "receipt"  # kinds of reply
+UPDATE, RECEIPT, REFUSAL = "update", "receipt", "refusal"  # kinds of reply
 SIGNED = "signed"  # the name of the record that holds a signature, in a request and in a reply
 _LONGEST = 4096  # characters of a statement
 
@@ -101,7 +105,8 @@ class RequestStatement(Statement):
 
 @dataclass(frozen=True)
 class ReplyStatement(Statement):
-    """An answer: to which request (its digest), from whom, `UPDATE` or `RECEIPT`, and the `content_digest` of what it holds.
+    """An answer: to which request (its digest), from whom, of which kind, and the `content_digest` of what it holds; of a refusal
+    the `words_digest`.
 
     trusts: the newest signing key of the server that the organization knows, as hex.
     """
@@ -169,6 +174,27 @@ def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
     if "statement" not in about or "signature" not in about:
         raise RunError("a message came with a malformed signature: expected the texts statement and signature")
     return rest, Signed(about.pop("statement"), about.pop("signature"), about)
+
+
+def words_digest(words: str) -> str:
+    """SHA-256 of what a refusal says."""
+    return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def signed_words(words: str, statement: Statement, signature: str) -> str:
+    """A refusal under its signature, as one text: Flower's errors hold nothing else."""
+    return json.dumps({"words": words, "statement": statement.text(), "signature": signature})
+
+
+def words_of(text: str) -> tuple[str, Signed | None]:
+    """What a refusal says, and its signature; None where it has none, as of a node that could not read the request."""
+    try:
+        found = json.loads(text) if text.startswith("{") else None
+    except (ValueError, RecursionError):
+        return text, None
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("words", "statement", "signature")):
+        return text, None
+    return found["words"], Signed(found["statement"], found["signature"], {})
 
 
 def roster_digest(keys: Iterable[str]) -> str:

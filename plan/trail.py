@@ -12,10 +12,20 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from cotune.models.errors import RunError
-from cotune.plan.signatures import RECEIPT, UPDATE, ReplyStatement, RequestStatement, signed_by_node, signed_by_server
+from cotune.plan.signatures import (
+    RECEIPT,
+    REFUSAL,
+    UPDATE,
+    ReplyStatement,
+    RequestStatement,
+    signed_by_node,
+    signed_by_server,
+    words_digest,
+)
 
 __all__ = ["End", "Trails", "compare", "of_coordinator", "of_organization"]
 
+_ANSWERS = (UPDATE, RECEIPT, REFUSAL, "blocked")  # the last: an answer that was refused on its way out
 Entries = Iterable[Mapping[str, Any]]
 
 
@@ -55,7 +65,9 @@ def of_coordinator(entries: Entries, organization: str, server: Sequence[str], n
             if entry.get("event") == "request":
                 _take_request(end, entry, server, organization)
             elif entry.get("event") == "reply":
-                _take_reply(end, entry, node, organization)
+                reply = _take_reply(end, entry, node, organization)
+                if reply is not None and "words" in entry and words_digest(str(entry["words"])) != reply.sha256:
+                    end.wrong.append(f"the trail of the run: {_of_reply(end, reply)} has other words than were signed")
         except RunError as error:
             end.wrong.append(f"the trail of the run: {error}")
     return end
@@ -68,7 +80,9 @@ def of_organization(entries: Entries, server: Sequence[str], node: Sequence[Elli
         try:
             if entry.get("what") == "request":
                 _take_request(end, entry, server)
-            elif entry.get("what") in (UPDATE, RECEIPT) and "statement" in entry:
+            elif entry.get("what") in _ANSWERS and "statement" in entry:
+                if "refused" in entry:  # what was refused is in no line of its own
+                    _take_request(end, {"statement": entry["refused"], "signature": entry.get("refused_signature")}, server)
                 reply = _take_reply(end, entry, node)
                 if reply is not None and reply.sha256 != entry.get("sha256"):
                     end.wrong.append(f"the log: {_of_reply(end, reply)} has another SHA-256 than was signed")

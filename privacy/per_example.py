@@ -11,10 +11,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from opacus.grad_sample import GradSampleHooks
+from opacus.grad_sample import GradSampleHooks, GradSampleModule, register_grad_sampler
+from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["Batch", "Batches", "LossPerExample", "PerExample", "Unit", "per_example", "unit_gradients"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "LossPerExample",
+    "PerExample",
+    "Unit",
+    "kinds_without_rule",
+    "per_example",
+    "unit_gradients",
+]
 
 Batch = dict[str, Tensor]
 LossPerExample = Callable[[Batch], Tensor]  # (a batch of b slots) -> (b,) losses, each of one row alone
@@ -70,6 +81,25 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
         hooks.cleanup()
         for p in module.parameters():
             p.grad = None
+
+
+@register_grad_sampler(nn.LayerNorm)
+def _layer_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Opacus' rule, and the same for a layer without a bias (as in ModernBERT), for which it has none."""
+    if layer.bias is not None:
+        return dict(compute_layer_norm_grad_sample(layer, activations, backprops))
+    if not layer.weight.requires_grad:
+        return {}
+    gradients = functional.layer_norm(activations[0], layer.normalized_shape, eps=layer.eps) * backprops
+    between = list(range(1, gradients.dim() - layer.weight.dim()))
+    return {layer.weight: gradients.sum(dim=between) if between else gradients}
+
+
+def kinds_without_rule(module: nn.Module) -> list[str]:
+    """Return the kinds of layers with trained parameters of their own that Opacus has no rule for, and can only try."""
+    known = GradSampleModule.GRAD_SAMPLERS
+    layers = (m for m in module.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
+    return sorted({type(layer).__name__ for layer in layers if type(layer) not in known})
 
 
 def _of(parameter: nn.Parameter) -> Tensor:

@@ -76,7 +76,10 @@ def all_models_statement(together: float, *, pooled: bool) -> str:
 def together_statement(runs: int, together: float | None, delta: float | None) -> str:
     """What a comparison says of all its runs. together: their ε at δ; None where one of them had no privacy."""
     if together is None or delta is None:
-        return f"No ε covers this table: of its {runs} runs some had no privacy, or none was finished."
+        return (
+            f"No ε covers this table: of its {runs} runs some had no privacy or were compared with models without, or none was"
+            " finished."
+        )
     return (
         f"All {runs} runs together: ε = {round_up(together)} at δ = {delta:.1e}, for any single record in the runs that train on "
         "it, as long as the values were fixed before the first run. No ε covers what the accuracies tell of the records that "

@@ -9,15 +9,17 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from cotune.models.errors import CotuneError, RunError
+from cotune.models.errors import CotuneError
 from cotune.models.holdings import HoldingsFile
 from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
+from cotune.models.terminal import clean_output
 from cotune.plan.model import model_of
 from cotune.server.conclusion import conclude
 from cotune.server.delivery import deliver
 from cotune.server.evaluation import evaluate, present_judge
 from cotune.server.events import listening, read_events
+from cotune.server.handover import place_of
 from cotune.server.refusals import Watch
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import RunFolder
@@ -32,12 +34,10 @@ def main(grid: Grid, context: Context) -> None:
     """Plays the unfinished rounds of the folder that the run configuration names as `run`; of a real run, which another process
     must not play meanwhile, hands the model out too, and writes its report. Raises RunError.
     """
-    path = str(context.run_config.get("run") or "")
-    if not path:
-        raise RunError('the run configuration has no "run": expected the folder of a run')
-    folder = RunFolder(Path(path))
+    folder = RunFolder(place_of(str(context.run_config.get("run") or "")))
     if not folder.file.federation:
         return play(grid, folder)  # whoever simulates holds the folder's lock
+    clean_output()
     watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events.tell)
     with folder.locked(), _failures_told(folder), listening(watch):
         if not folder.finished:

@@ -2,6 +2,9 @@
 
 ca.crt          goes to every organisation        ca.key        signs; may be kept elsewhere between renewals
 server.crt      what the server shows             server.key    stays on the server
+
+Where the authority was replaced (rotation.py), ca.crt holds the one before it too, second: whatever still shows a certificate of
+that one is believed on this machine until it is restarted. Organizations are given the first (`authority_pem`).
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -21,7 +25,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 
-__all__ = ["check", "new_authority", "renew"]
+__all__ = ["authority_pem", "change_authority", "check", "new_authority", "next_authority", "renew"]
 
 AUTHORITY_LIFETIME = timedelta(days=3650)
 SERVER_LIFETIME = timedelta(days=365)
@@ -43,10 +47,8 @@ def new_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None = 
     if present:
         raise RunError(f"{folder} holds {', '.join(present)} already: choose an empty folder, or renew the certificate there")
     now = now or datetime.now(UTC)
-    authority_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    authority = _authority(authority_key, now)
-    _write(folder / "ca.key", _key_bytes(authority_key))
-    _write(folder / "ca.crt", _certificate_bytes(authority))
+    authority, authority_key = _write_authority(folder, now)
+    server_key = ec.generate_private_key(ec.SECP384R1())
     _write(folder / "server.key", _key_bytes(server_key))
     _write(
         folder / "server.crt", _certificate_bytes(_server(server_key.public_key(), alternatives, authority, authority_key, now))
@@ -70,6 +72,33 @@ def renew(folder: Path, hosts: Sequence[str] | None = None, *, now: datetime | N
     return fresh.not_valid_after_utc
 
 
+def next_authority(folder: Path, *, now: datetime | None = None) -> None:
+    """Writes a new authority alone. Raises RunError for a folder that cannot be written."""
+    _write_authority(folder, now or datetime.now(UTC))
+
+
+def change_authority(folder: Path, following: Path, *, now: datetime | None = None) -> None:
+    """Puts the authority in `following` in the place of the one in `folder`; the server's key and hosts stay.
+
+    Killed between any two of its writes it leaves certificates that are believed here, and the same again finishes it. Raises
+    RunError for files that cannot be read or written.
+    """
+    now = now or datetime.now(UTC)
+    authority, key = _certificate(following / "ca.crt"), _key(following / "ca.key")
+    _check_pair(key, authority, following, "ca")
+    former = [each for each in _certificates(folder / "ca.crt") if each != authority][:1]
+    server_key, alternatives = _key(folder / "server.key"), _alternatives_of(_certificate(folder / "server.crt"))
+    _write(folder / "ca.crt", b"".join(_certificate_bytes(each) for each in (authority, *former)))
+    _write(folder / "ca.key", _key_bytes(key))
+    fresh = _server(server_key.public_key(), x509.SubjectAlternativeName(alternatives), authority, key, now)
+    _write(folder / "server.crt", _certificate_bytes(fresh))
+
+
+def authority_pem(folder: Path) -> str:
+    """The authority that organizations are given. Raises RunError."""
+    return _certificate_bytes(_certificate(folder / "ca.crt")).decode("ascii")
+
+
 def check(folder: Path, host: str = "localhost", *, now: datetime | None = None) -> datetime:
     """When the certificate for a host (a name or an IP address) expires.
 
@@ -77,7 +106,8 @@ def check(folder: Path, host: str = "localhost", *, now: datetime | None = None)
     another certificate, another authority, another host, expired, not yet valid.
     """
     now = now or datetime.now(UTC)
-    authority, server = _certificate(folder / "ca.crt"), _certificate(folder / "server.crt")
+    authorities, server = _certificates(folder / "ca.crt"), _certificate(folder / "server.crt")
+    authority = next((each for each in authorities if _has_signed(each, server)), authorities[0])
     _check_lifetime(authority, folder / "ca.crt", now, "make a new authority, and give its ca.crt to every organisation")
     _check_lifetime(server, folder / "server.crt", now, "renew it")
     _check_pair(_key(folder / "server.key"), server, folder, "server")
@@ -86,10 +116,26 @@ def check(folder: Path, host: str = "localhost", *, now: datetime | None = None)
         names = ", ".join(str(name.value) for name in _alternatives_of(server))
         raise RunError(f"{folder / 'server.crt'} is for {names}, expected {host}: renew it with that host")
     try:
-        PolicyBuilder().store(Store([authority])).time(now).build_server_verifier(subject).verify(server, [])
+        PolicyBuilder().store(Store(authorities)).time(now).build_server_verifier(subject).verify(server, [])
     except VerificationError as error:
         raise RunError(f"{folder / 'server.crt'} is not one that {folder / 'ca.crt'} vouches for ({error}): renew it") from None
     return min(server.not_valid_after_utc, authority.not_valid_after_utc)
+
+
+def _write_authority(folder: Path, now: datetime) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    key = ec.generate_private_key(ec.SECP384R1())
+    authority = _authority(key, now)
+    _write(folder / "ca.key", _key_bytes(key))
+    _write(folder / "ca.crt", _certificate_bytes(authority))
+    return authority, key
+
+
+def _has_signed(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _authority(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
@@ -187,9 +233,13 @@ def _check_pair(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, 
 
 
 def _certificate(path: Path) -> x509.Certificate:
+    return _certificates(path)[0]
+
+
+def _certificates(path: Path) -> list[x509.Certificate]:
     content = _read(path)
     try:
-        return x509.load_pem_x509_certificate(content)
+        return x509.load_pem_x509_certificates(content)
     except ValueError:
         raise RunError(f"{path} is not a certificate in PEM form: put back the file, or make a new authority") from None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from cotune.models.errors import RunError
+from cotune.models.terminal import printable
 from cotune.server.processes import end, sessions
 
 __all__ = ["Child", "running", "stop"]
@@ -27,7 +28,7 @@ _LOOKED_AT_BYTES, _LAST_LINES, _LONGEST_LINE = 16384, 40, 300  # of a log
 _NOTHING = "it has said nothing"
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Warning)\b.*|.*\b(ERROR|CRITICAL)\b.*")
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
-_FRAME = re.compile(r"[\u2500-\u257f]|\^{2,}|~{2,}|[^\x20-\x7e\u00a0-\uffff]")  # box drawings, carets, control characters
+_FRAME = re.compile(r"[\u2500-\u257f]|\^{2,}|~{2,}")  # box drawings, carets
 
 
 class Child:
@@ -139,7 +140,7 @@ def meaningful_line(text: str) -> str:
 
 def _shown(line: str) -> str:
     """Without colors and frames; nothing for a line without words, and for one that only says where to read on."""
-    plain = _FRAME.sub("", _COLOR.sub("", line)).strip()
+    plain = printable(_FRAME.sub("", _COLOR.sub("", line)).strip())
     return "" if not re.search(r"\w{2}", plain) or plain.startswith("For more information check") else plain
 
 

@@ -14,6 +14,7 @@ from cotune.models.durable import write_durably
 from cotune.models.export import export_model
 from cotune.models.holdings import HoldingsFile
 from cotune.models.tasks import majority
+from cotune.plan.card import CARD
 from cotune.plan.model import model_of
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.claim import claim_of
@@ -24,7 +25,7 @@ from cotune.server.report import write_report
 from cotune.server.run_folder import Progress, RunFolder
 from cotune.server.step import served_of
 from cotune.server.strikes import left_out
-from cotune.server.summary import dumps, identity, performance
+from cotune.server.summary import dumps, identity, performance, run_card
 
 __all__ = ["bytes_of", "conclude", "epsilon_stated", "weight_of"]
 
@@ -53,19 +54,19 @@ def conclude(folder: RunFolder) -> dict[str, Any]:
     Where every organisation has a model of its own there is no model/. The folder must have a finished round.
     """
     progress = folder.load()
-    if not folder.plan.keeps_personal:
-        _export(folder, progress)
     summary = summarise(folder, progress)
+    if not folder.plan.keeps_personal:
+        _export(folder, progress, summary)
     write_durably(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
     folder.events.tell("run_concluded", summary=str(folder.path / "summary.json"))
     return summary
 
 
-def _export(folder: RunFolder, progress: Progress) -> None:
+def _export(folder: RunFolder, progress: Progress, summary: Mapping[str, Any]) -> None:
     model = model_of(folder.plan, folder.file.device)
     model.load(served_of(folder.plan, progress))
-    export_model(model, folder.path / "model")
+    export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})
 
 
 def summarise(folder: RunFolder, progress: Progress) -> dict[str, Any]:

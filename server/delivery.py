@@ -148,7 +148,7 @@ class _Delivery:
     def _wrong(self, reply: Message, name: str) -> str:
         """Why an answer is no receipt for this model; "" where it is one."""
         if reply.has_error():
-            return one_line(reply.error.reason or "") or f"error {reply.error.code}"
+            return one_line(self._trail.accept_refusal(reply, RECEIPT, self._round, name))
         if not reply.has_content():
             return "its answer is empty"
         if wrong := self._trail.accept(reply, RECEIPT, self._round, name):

@@ -38,9 +38,16 @@ def reconcile(registry: Registry, members: Iterable[Member], say: Say) -> set[st
     for node in nodes:
         if node.key not in named:
             registry.unregister(node.id)
-            say(f"{everybody[node.key].name if node.key in everybody else 'a key of nobody'} is shut out")
+            say(f"{_whose(node.key, everybody, named)} is shut out")
     _let_in(registry, {key: name for key, name in named.items() if key not in {node.key for node in nodes}}, say)
     return {named[node.key] for node in nodes if node.online and node.key in named}
+
+
+def _whose(key: bytes, everybody: Mapping[bytes, Member], named: Mapping[bytes, str]) -> str:
+    if key not in everybody:
+        return "a key of nobody"
+    name = everybody[key].name
+    return f"the former key of {name}" if name in named.values() else name
 
 
 def _let_in(registry: Registry, named: Mapping[bytes, str], say: Say) -> None:

@@ -25,6 +25,7 @@ from cotune.plan.invitation import Invitation, read_invitation
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
 from cotune.server.members import Members
+from cotune.server.proxy.quotas import Quotas
 
 __all__ = ["FederationFolder", "ServerConfig", "write_config"]
 
@@ -42,6 +43,7 @@ class ServerConfig(Table):
         True, description="the SuperLink keeps messages in a file, so that its restart does not end a round; false: in memory"
     )
     test: Path | None = Field(None, description="records that every round's model is judged by, if the coordinator has any")
+    quotas: Quotas = Field(Quotas(), description="of the server that one member may take; reply is drawn from the base model")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N: for judging and exporting the model")
 
 
@@ -91,5 +93,5 @@ class FederationFolder:
 
 
 def write_config(path: Path, config: ServerConfig) -> None:
-    table = {key: value for key, value in config.model_dump(mode="json").items() if value is not None}
+    table = config.model_dump(mode="json", exclude_none=True)
     write_durably(path / "server.toml", tomli_w.dumps(table).encode())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from safetensors import safe_open
 
 from cotune.models.base import find_base
 from cotune.models.device import pick_device
@@ -25,7 +28,9 @@ from cotune.server.robust_default import with_robust_default
 from cotune.server.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
 from cotune.strategies.plugins import content_of
 
-__all__ = ["address_of", "found", "renew", "with_id"]
+_BYTES_PER_PARAMETER, _BYTES_BESIDE = 16, 256 * 2**20  # of a reply, at most
+
+__all__ = ["address_of", "found", "renew", "with_id", "write_handout"]
 
 
 def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
@@ -39,6 +44,7 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
         raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
     pick_device(config.device)
     resolved = with_robust_default(_resolved(plan, config))
+    config = _with_quotas(config, resolved)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
@@ -68,13 +74,32 @@ def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
     if signs and before.id and address_of(before) == address_of(folder.config):
         return False
     new_signing_key(folder.certificates)
-    _write_handout(folder.path, folder.plan, folder.config)
+    write_handout(folder.path, folder.plan, folder.config)
     return True
 
 
 def with_id(config: ServerConfig) -> ServerConfig:
     """The same with an id, where it has none."""
     return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
+
+
+def _with_quotas(config: ServerConfig, plan: Plan) -> ServerConfig:
+    """With the largest reply that a plan on this base model can have, where the coordinator has not set it: a change and a
+    statistic of all its parameters, in float32, and some to spare.
+    """
+    if "reply" in config.quotas.model_fields_set:
+        return config
+    reply = _BYTES_PER_PARAMETER * _parameters(find_base(plan.model).path) + _BYTES_BESIDE
+    return config.model_copy(update={"quotas": config.quotas.model_copy(update={"reply": reply})})
+
+
+def _parameters(base: Path) -> int:
+    """By the heads of its files: nothing is loaded."""
+    count = 0
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return count
 
 
 def address_of(config: ServerConfig) -> str:
@@ -88,9 +113,15 @@ def _resolved(plan: Plan, config: ServerConfig) -> Plan:
     base = find_base(plan.model)
     labels = _labels(plan, config.test, base_labels(base.path))
     local = Path(plan.model.base).expanduser()
-    named = str(local.resolve()) if local.exists() else plan.model.base
+    named = _from_home(local.resolve()) if local.exists() else plan.model.base
     model = plan.model.model_copy(update={**base.pins, "base": named})
     return plan.model_copy(update={"labels": labels, "model": model})
+
+
+def _from_home(path: Path) -> str:
+    """The plan goes to others, who need not know whose home it is."""
+    home = Path.home().resolve()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
 
 
 def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,15 +144,16 @@ def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
     for name, sha256 in plan.strategy.files.items():
         write_durably(folder / name.rpartition(":")[0], content_of(name, sha256))
     write_durably(folder / "plan.toml", dump_plan(plan).encode())
-    _write_handout(folder, plan, config)
+    write_handout(folder, plan, config)
     write_config(folder, config)
     for name in ("certificates", "superlink", "runs"):
         (folder / name).mkdir(mode=0o700, exist_ok=True)
         (folder / name).chmod(0o700)
 
 
-def _write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
-    authority = (folder / "certificates" / "ca.crt").read_text(encoding="ascii")
+def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
+    """federation.toml and JOIN.md, by the keys that are in use."""
+    authority = certificates.authority_pem(folder / "certificates")
     key = public_hex(read_signing_key(folder / "certificates"))
     invitation = Invitation(config.name, address_of(config), authority, plan, id=config.id, signing_key=key)
     write_durably(folder / "federation.toml", invitation.to_toml().encode())

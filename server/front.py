@@ -16,8 +16,10 @@ from pydantic import Field, ValidationError
 
 from cotune.models.errors import CotuneError, RunError
 from cotune.models.table import Table, first_mistake
+from cotune.models.terminal import clean_output, printable
 from cotune.server import certificates
 from cotune.server.members import Members
+from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Setup, serve
 from cotune.server.refusals import Refusals
@@ -36,8 +38,9 @@ class FrontConfig(Table):
     host: str = "0.0.0.0"  # the address to listen at; "::" for IPv6 and IPv4
     port: int = Field(9092, ge=0, le=65535)  # 0: any that is free
     proxied: bool = False  # only nginx, or the like, on this machine connects here, and counts connections
-    refusals: Path | None = None  # the file in which members whose announcements were refused are kept
+    refusals: Path | None = None  # the file in which members are kept that were refused what they announced, or by a quota
     limits: Limits = Limits()
+    quotas: Quotas = Quotas()
 
 
 def read_config(path: Path) -> FrontConfig:
@@ -95,6 +98,7 @@ def setup(config: FrontConfig) -> Setup:
         Keys(config.members),
         Refusals(config.refusals).note if config.refusals else lambda member, reason: None,
         config.limits,
+        config.quotas,
         config.proxied,
     )
 
@@ -108,6 +112,7 @@ def _server_context(folder: Path) -> ssl.SSLContext:
 
 def main(arguments: Sequence[str]) -> int:
     """The process of a supervisor: exit code 0 after a signal, otherwise 1 or 2 and one sentence."""
+    clean_output()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if len(arguments) != 1:
@@ -116,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         serve(setup(read_config(Path(arguments[0]))))
     except CotuneError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -89,7 +89,9 @@ class Gathering:
         return None, 0
 
     def _verified(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
-        """An answer is held to its organization's signature first, and to the plan then; a refusal has none."""
+        """An answer is held to its organization's signature first, and to the plan then."""
+        if reply.has_error():
+            return Opened(None, one_line(self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organisation)))
         wrong = self.trail.accept(reply, UPDATE, letter.round, letter.organisation) if reply.has_content() else ""
         return Opened(None, one_line(wrong), refused=True) if wrong else verify(reply, letter.organisation)
 

@@ -2,7 +2,7 @@
 folder.
 
 A key belongs to one organisation and an organisation has one key: who takes part is known by the key alone, never by what
-somebody says. Whoever was revoked stays in the list.
+somebody says. Whoever was revoked stays in the list, and so does a key that its organization has replaced (plan/renewal.py).
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, SSHPublicKeyTypes, load_ssh_public_key
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import PlanError, RunError
 from cotune.models.names import check_name
+from cotune.plan.renewal import NodeRenewal
 
 __all__ = ["Member", "Members", "read_public_key"]
 
 
 class Member(BaseModel):
-    """One organisation. public_key: one line as OpenSSH writes it. examples: between which numbers its declared count must be."""
+    """One organisation. public_key: one line as OpenSSH writes it. examples: between which numbers its declared count must be.
+
+    renewed: the statement by which this key took the place of the one before, as JSON.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str  # that of folders and files too, so it is checked again where the list was edited by hand
@@ -35,6 +39,7 @@ class Member(BaseModel):
     invited: str
     revoked: str | None = None
     examples: tuple[int, int] | None = None
+    renewed: str | None = None
 
     @field_validator("name")
     @classmethod
@@ -45,9 +50,13 @@ class Member(BaseModel):
             raise ValueError(str(error)) from None
 
     @property
+    def loaded(self) -> SSHPublicKeyTypes:
+        return load_ssh_public_key(self.public_key.encode())
+
+    @property
     def key(self) -> bytes:
         """The public key as Flower keeps it: PEM, SubjectPublicKeyInfo."""
-        return load_ssh_public_key(self.public_key.encode()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        return self.loaded.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
     @property
     def fingerprint(self) -> str:
@@ -110,6 +119,36 @@ class Members:
                     raise RunError(f"{name} has another key already: revoke it first (`cotune server revoke`)")
             added = Member(name=name, public_key=public_key, invited=_now(), examples=examples)
             self._write((*before, added))
+            return added
+
+    def renew(self, renewal: NodeRenewal, federation: str) -> Member:
+        """Puts an organization's new key in the place of its present one, which is never let in again. The same again changes
+        nothing. federation: the id of this one.
+
+        Raises RunError for a statement of another federation or organization, one that the present key has not signed, such as an
+        old one that is shown again, and a new key that is or was anybody's.
+        """
+        about, new = renewal.about, renewal.new_key()
+        with self._changing():
+            before = self.all()
+            for member in before:
+                if member.revoked is None and member.renewed == renewal.text():
+                    return member
+            present = next((m for m in before if m.revoked is None and m.fingerprint == about.old), None)
+            if present is None:
+                raise RunError("the statement replaces a key that is no member's now: expected an organization's present key")
+            renewal.check(present.loaded)
+            if (about.federation, about.organization) != (federation, present.name):
+                raise RunError(
+                    f"the statement is of {about.organization[:80]!r} in federation {about.federation[:12]}: expected"
+                    f" {present.name} in {federation[:12]}"
+                )
+            taken = next((member for member in before if member.loaded == new), None)
+            if taken is not None:
+                raise RunError(f"the new key is or was that of {taken.name}: expected one that was never used here")
+            added = present.model_copy(update={"public_key": about.new, "renewed": renewal.text()})
+            former = present.model_copy(update={"revoked": _now()})
+            self._write((*(former if member is present else member for member in before), added))
             return added
 
     def revoke(self, name: str) -> Member:

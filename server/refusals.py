@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,21 +35,30 @@ class Refusals:
     """Goes on with what the file holds."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
+        self._file, self._lock = file, threading.Lock()
         self._members = dict(read_refusals(file))
-        self._written = -_EVERY_SECONDS
+        self._later: threading.Timer | None = None  # writes what has come since the file was written
 
     def note(self, member: str, reason: str) -> None:
-        """A full disk keeps nobody from being refused."""
-        before = self._members[member].count if member in self._members else 0
-        self._members[member] = Refused(count=before + 1, reason=reason, at=datetime.now(UTC).isoformat(timespec="seconds"))
-        if before and time.monotonic() - self._written < _EVERY_SECONDS:
-            return
-        self._written = time.monotonic()
-        try:
+        """A full disk keeps nobody from being refused. The first of a member is written at once, what follows soon after."""
+        with self._lock:
+            before = self._members[member].count if member in self._members else 0
+            self._members[member] = Refused(count=before + 1, reason=reason, at=datetime.now(UTC).isoformat(timespec="seconds"))
+            if not before:
+                self._write()
+            elif self._later is None:
+                self._later = threading.Timer(_EVERY_SECONDS, self._catch_up)
+                self._later.daemon = True
+                self._later.start()
+
+    def _catch_up(self) -> None:
+        with self._lock:
+            self._later = None
+            self._write()
+
+    def _write(self) -> None:
+        with suppress(OSError):
             write_durably(self._file, _Document(members=self._members).model_dump_json().encode())
-        except OSError:
-            return
 
 
 def read_refusals(file: Path) -> Mapping[str, Refused]:
@@ -72,6 +82,8 @@ class Watch:
         if event not in ("update_dropped", "round_finished"):
             return
         for member, refused in read_refusals(self._file).items():
-            if (more := refused.count - self._seen.get(member, 0)) > 0:
+            seen = self._seen.get(member, 0)
+            more = refused.count - (seen if seen <= refused.count else 0)  # fewer: the file was begun anew
+            if more > 0:
                 self._seen[member] = refused.count
                 self._tell("messages_refused", organisation=member, count=more, reason=refused.reason)

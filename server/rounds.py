@@ -25,6 +25,7 @@ from cotune.server.addresses import REVOKED, members_of
 from cotune.server.asking import Asking
 from cotune.server.carriers import post_of
 from cotune.server.client_level import ClientLevelPrivacy
+from cotune.server.cohort import cohort_of, remember_waiting
 from cotune.server.gathering import Gathering
 from cotune.server.members import Member
 from cotune.server.post import Post
@@ -33,7 +34,6 @@ from cotune.server.selection import enough, select
 from cotune.server.step import Score, context_of, enter_round, move, sent_beside, served
 from cotune.server.strikes import left_out, remember
 from cotune.server.tally import Tally
-from cotune.server.trail import cohort_of
 from cotune.server.verification import Verify
 from cotune.strategies.wire import Recipient, encode_requests, received_digest
 
@@ -126,7 +126,7 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     recipients = _recipients(folder, people, before)
     contents = dict(zip(tally.people, encode_requests(plan.canonical(), round, state, recipients, sent), strict=True))
     received = received_digest(state, sent)
-    run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort_of(before.history, tally.people))
+    run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort_of(folder, before.history, tally.people))
     verify = Verify(
         plan,
         context,
@@ -142,6 +142,7 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     run.gathering.gather(asking, round, verify, tally, combination)
     if not tally.has_quorum:
         remember(folder, [*tally.quarantined, *tally.timed_out])
+        remember_waiting(folder, round, tally.dropped)
     tally.check_quorum(plan, round)
     if client_level:
         client_level.charge(round)

@@ -18,7 +18,16 @@ from filelock import FileLock
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 
-__all__ = ["FORMER", "SIGNING_KEY", "new_signing_key", "next_serial", "public_hex", "public_keys", "read_signing_key"]
+__all__ = [
+    "FORMER",
+    "SIGNING_KEY",
+    "change_signing_key",
+    "new_signing_key",
+    "next_serial",
+    "public_hex",
+    "public_keys",
+    "read_signing_key",
+]
 
 SIGNING_KEY = "signing.key"
 FORMER = "signing-former.pub"
@@ -31,7 +40,7 @@ def new_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateKey:
         return read_signing_key(folder, name)
     key = Ed25519PrivateKey.generate()
     try:
-        write_durably(folder / name, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        write_durably(folder / name, _key_bytes(key))
     except OSError as error:
         raise RunError(f"{folder / name} cannot be written ({error.strerror}): check the permissions of its folder") from None
     return key
@@ -61,9 +70,32 @@ def public_hex(key: Ed25519PrivateKey) -> str:
 
 def public_keys(folder: Path) -> list[str]:
     """The present signing key and those before it, as hex. Raises RunError."""
+    return list(dict.fromkeys((public_hex(read_signing_key(folder)), *_former(folder))))
+
+
+def change_signing_key(folder: Path, key: Ed25519PrivateKey) -> None:
+    """Puts a key in the place of the present one, whose public half is noted before, so that what it has signed can be verified.
+
+    Killed in between it leaves the present key; the same again finishes it. Raises RunError.
+    """
+    present, following = public_hex(read_signing_key(folder)), public_hex(key)
+    if present == following:
+        return
+    try:
+        if present not in _former(folder):
+            write_durably(folder / FORMER, "".join(f"{each}\n" for each in (*_former(folder), present)).encode())
+        write_durably(folder / SIGNING_KEY, _key_bytes(key))
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}): check its permissions and space") from None
+
+
+def _former(folder: Path) -> list[str]:
     file = folder / FORMER
-    former = file.read_text(encoding="ascii").split() if file.exists() else []
-    return [public_hex(read_signing_key(folder)), *former]
+    return file.read_text(encoding="ascii").split() if file.exists() else []
+
+
+def _key_bytes(key: Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def next_serial(folder: Path, now: Callable[[], float] = time.time) -> int:

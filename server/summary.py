@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from cotune.models.device import peak_memory_bytes
+from cotune.plan.card import model_card
 from cotune.plan.model import model_of
+from cotune.plan.schema import Plan
 from cotune.privacy.accounting import epsilon
 from cotune.privacy.statement import client_statement
 from cotune.server.client_level import account_of, client_level_noise
 from cotune.server.run_folder import Progress, RunFolder
 
-__all__ = ["client_privacy", "dumps", "identity", "performance"]
+__all__ = ["client_privacy", "dumps", "identity", "performance", "run_card"]
 
+_ABOUT_THE_RUN = 3  # paragraphs; a simulation's next one is about the models that it compares this one with
 _PACKAGES = ("cotune", "flwr", "torch", "transformers", "opacus", "peft", "dp-accounting")
 
 
@@ -78,6 +81,19 @@ def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | No
         "expected_organisations": noise.expected,
         "statement": client_statement(privacy, noise, charged, sample_rate=plan.server.sample_rate),
     }
+
+
+def run_card(plan: Plan, summary: Mapping[str, Any], length: int) -> str:
+    """Return the card of a run's model. length: tokens that it reads of a text."""
+    client_level, test = summary["client_privacy"], summary["test"]
+    more = [] if client_level is None else [*client_level["statement"]]
+    return model_card(
+        plan,
+        privacy=[*summary["privacy"]["statement"][:_ABOUT_THE_RUN], *more],
+        length=length,
+        test={"this model": test["federated"], "always the most frequent class": test["majority"]},
+        examples=test["examples"],
+    )
 
 
 def dumps(summary: Mapping[str, Any]) -> bytes:

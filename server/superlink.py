@@ -30,6 +30,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from cotune.models.errors import RunError
+from cotune.server.handover import name_of
 
 __all__ = ["APP", "Control", "Node", "RunState", "control"]
 
@@ -90,10 +91,10 @@ class Control:
         _call(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node))
 
     def start(self, run: Path) -> int:
-        """Hands the folder of a run to the executor. Returns the run's id."""
+        """Hands the folder of a run to the executor. Returns the run's id. What is told here, members can read."""
         content, _ = build_fab_from_files({"pyproject.toml": APP})
         bundle = Fab(hashlib.sha256(content).hexdigest(), content, {})
-        config = user_config_to_proto(UserConfig({"run": str(run)}))
+        config = user_config_to_proto(UserConfig({"run": name_of(run)}))
         answer = _call(self._client.StartRun, StartRunRequest(fab=fab_to_proto(bundle), override_config=config))
         if not answer.HasField("run_id"):
             raise RunError(f"the SuperLink did not take the run ({answer.note or 'no reason given'}): see its log")

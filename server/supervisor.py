@@ -29,6 +29,7 @@ from cotune.server.child import Child, running, stop
 from cotune.server.enrolment import Enrolment
 from cotune.server.federation import FederationFolder
 from cotune.server.founding import address_of
+from cotune.server.handover import HOME
 from cotune.server.processes import Record, end
 from cotune.server.proxy.server import listen
 from cotune.server.run_folder import keep_others_off
@@ -124,7 +125,7 @@ def _children(folder: FederationFolder, say: Say) -> list[Child]:
 def _environment(folder: FederationFolder) -> dict[str, str]:
     """With the programs of this Python first on the path: Flower starts the apps of runs by their bare names."""
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
-    return {**os.environ, **_SWITCHES, "FLWR_HOME": str(folder.superlink / "flwr"), "PATH": path}
+    return {**os.environ, **_SWITCHES, "FLWR_HOME": str(folder.superlink / "flwr"), HOME: str(folder.path), "PATH": path}
 
 
 def _binary(name: str, environment: Mapping[str, str]) -> str:
@@ -143,6 +144,7 @@ def _write_settings(folder: FederationFolder) -> None:
         "superlink_port": folder.config.superlink_port,
         "host": folder.config.listen,
         "port": folder.config.port,
+        "quotas": folder.config.quotas.model_dump(exclude_none=True),
     }
     write_durably(folder.superlink / "front.toml", tomli_w.dumps(front).encode())
 

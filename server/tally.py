@@ -8,6 +8,7 @@ from typing import Any
 from cotune.models.errors import RunError
 from cotune.models.tasks import Metrics
 from cotune.plan.schema import Plan
+from cotune.server.cohort import advice
 from cotune.strategies.updates import Update
 
 __all__ = ["Tally"]
@@ -50,7 +51,7 @@ class Tally:
         reasons = "; ".join(f"{name}: {self.dropped[name]}" for name in self.people if name in self.dropped)
         raise RunError(
             f"round {round} got {len(self.participants)} of {len(self.people)} updates, expected at least {self.needed}"
-            f" (server.quorum = {plan.server.quorum:g}); {reasons[:1000]}"
+            f" (server.quorum = {plan.server.quorum:g}); {reasons[:1000]}{advice(self.dropped)}"
         )
 
     def entry(self, number: int, stage: str, metrics: Metrics | None, seconds: float) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from flwr.app import Message, RecordDict
 
 from cotune.models.errors import RunError
+from cotune.plan.renewal import ServerRenewal
 from cotune.plan.signatures import (
     FINISHED,
     RECEIPT,
+    REFUSAL,
     TRAIN,
     UPDATE,
     ReplyStatement,
@@ -31,16 +33,17 @@ from cotune.plan.signatures import (
     roster_digest,
     sign,
     signed_by_node,
+    words_digest,
+    words_of,
 )
 from cotune.server.events import Events, read_events
 from cotune.server.federation import FederationFolder
+from cotune.server.rotation import renewals
 from cotune.server.run_folder import RunFolder
 from cotune.server.signing import next_serial, public_keys, read_signing_key
 from cotune.strategies.wire import Recipient
 
-__all__ = ["Trail", "cohort_of", "keys_of", "read_trail"]
-
-_COHORT_RULE = "training.min_cohort"  # whoever declines by it would take part
+__all__ = ["Trail", "keys_of", "read_trail"]
 
 
 class Trail:
@@ -68,7 +71,7 @@ class Trail:
         if self._federation is None:
             return
         folder = self._federation.certificates
-        key, serial = read_signing_key(folder), next_serial(folder)
+        key, serial, renewed = read_signing_key(folder), next_serial(folder), ServerRenewal.join(renewals(folder))
         keys = {member.name: member.fingerprint for member in self._federation.members.active()}
         roster = sorted(keys[name] for name in set(cohort) & keys.keys())
         for who in recipients:
@@ -88,7 +91,8 @@ class Trail:
             )
             signature = sign(statement, key)
             self._log.tell("request", statement=statement.text(), signature=signature, roster=roster)
-            attach(contents[who.organisation], statement, signature, roster="\n".join(roster))
+            about = {"roster": "\n".join(roster), **({"renewals": renewed} if renewed else {})}
+            attach(contents[who.organisation], statement, signature, **about)
             self._requests[_answer_to(kind), round, who.organisation] = statement.digest
 
     def accept(self, reply: Message, kind: str, round: int, organization: str) -> str:
@@ -100,19 +104,38 @@ class Trail:
             return ""
         try:
             reply.content, signed = detach(reply.content)
-            if signed is None:
-                return "it is not signed: expected an organization of the same cotune"
+        except RunError as error:
+            return str(error)
+        if signed is None:
+            return "it is not signed: expected an organization of the same cotune"
+        request = self._requests.get((kind, round, organization))
+        return self._enter(signed, (request, organization, kind, content_digest(reply.content)), round)
+
+    def accept_refusal(self, reply: Message, kind: str, round: int, organization: str) -> str:
+        """What an organization says instead of an answer of this kind, entered where it has signed it.
+
+        Whoever cannot read a request, or answers in a simulation, signs nothing: it is believed, as nothing comes of it.
+        """
+        words, signed = words_of(reply.error.reason or "")
+        if signed is not None and self._federation is not None:
+            request = self._requests.get((kind, round, organization))
+            if wrong := self._enter(signed, (request, organization, REFUSAL, words_digest(words)), round, words=words):
+                return f"it refused, under a signature that is none ({wrong})"
+        return words or f"error {reply.error.code}"
+
+    def _enter(self, signed: Signed, expected: tuple[str | None, str, str, str], round: int, **about: str) -> str:
+        """ "" where the statement is as expected (request, organization, kind, digest), else what is wrong."""
+        try:
             statement = ReplyStatement.parse(signed.text)
         except RunError as error:
             return str(error)
-        request = self._requests.get((kind, round, organization))
-        if (statement.request, statement.sender, statement.kind) != (request, organization, kind):
+        if (statement.request, statement.sender, statement.kind) != expected[:3]:
             return "its signature is for another request, organization or kind of answer"
-        if statement.sha256 != content_digest(reply.content):
+        if statement.sha256 != expected[3]:
             return "it is not what its organization has signed"
-        if not self._is_of(organization, statement, signed):
+        if not self._is_of(statement.sender, statement, signed):
             return "its signature is not that of its organization's key"
-        self._log.tell("reply", round=round, statement=signed.text, signature=signed.signature)
+        self._log.tell("reply", round=round, **about, statement=signed.text, signature=signed.signature)
         return ""
 
     def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
@@ -144,18 +167,6 @@ def _node_keys(federation: FederationFolder) -> dict[str, list[EllipticCurvePubl
 
 def _answer_to(kind: str) -> str:
     return {TRAIN: UPDATE, FINISHED: RECEIPT}[kind]
-
-
-def cohort_of(history: tuple[Mapping[str, Any], ...], asked: Iterable[str]) -> list[str]:
-    """Who took part in the round before; before the first, who is asked.
-
-    Whoever declined only because too few took part counts as well: otherwise those who have that rule would wait for each other.
-    """
-    if not history:
-        return list(asked)
-    last = history[-1]
-    waiting = [str(who["organisation"]) for who in last.get("dropped", ()) if _COHORT_RULE in str(who.get("reason", ""))]
-    return [*last["participants"], *waiting]
 
 
 def read_trail(run: Path) -> list[dict[str, Any]]:

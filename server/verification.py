@@ -12,6 +12,7 @@ from flwr.app import Message
 from torch import Tensor
 
 from cotune.models.errors import RunError
+from cotune.models.terminal import printable
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import longest_update
 from cotune.privacy.accounting import RecordPrivacy
@@ -75,8 +76,6 @@ class Verify:
         )
 
     def __call__(self, reply: Message, organisation: str) -> Opened:
-        if reply.has_error():
-            return Opened(None, one_line(reply.error.reason or "") or f"error {reply.error.code}")
         if not reply.has_content():
             return Opened(None, "its answer is empty")
         size = payload_bytes(reply.content)
@@ -107,5 +106,5 @@ def _may_be_told(plan: Plan) -> set[str]:
 
 
 def one_line(text: str) -> str:
-    """A stranger's words, fit to be shown: one line without control characters, at most 500 long."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]
+    """A stranger's words, fit to be shown: one line in which nothing is hidden, at most 500 long."""
+    return printable(" ".join(text.split()))[:500]

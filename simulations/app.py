@@ -12,6 +12,7 @@ from typing import Any
 
 from flwr.app import Context
 
+from cotune.models.terminal import clean_output
 from cotune.plan.load import load_plan
 from cotune.server.app import app as server_app
 from cotune.server.evaluation import judged_by
@@ -33,6 +34,7 @@ def simulation(context: Context) -> Iterator[None]:
     if context.run_config.get("run"):
         yield
         return
+    clean_output()
     began = time.monotonic()
     config = {key: str(value) for key, value in context.run_config.items()}
     overrides = [line.strip() for line in config.get("set", "").replace(";", "\n").splitlines() if line.strip()]

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cotune.models.errors import CotuneError, PlanError, RunError, nearest
 from cotune.plan.load import load_plan
@@ -194,6 +195,7 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
         reason=summary["stopped"] or "",
         worst=min(own, default=None),
         spread=statistics.pstdev(own) if own else None,
+        **_gain([each for each in summary["organisations"] if each["worth"]]),
         bytes_up=summary["bytes"]["up"],
         bytes_down=summary["bytes"]["down"],
         seconds=summary["seconds"],
@@ -201,3 +203,14 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
         deltas=tuple(each["delta"] for each in summary["organisations"] if each["delta"] is not None),
         curve=tuple((entry["round"], entry["metrics"]["accuracy"]) for entry in summary["rounds"] if entry["metrics"]),
     )
+
+
+def _gain(compared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the organizations whose own records say whether joining is worth it; nothing where nobody has trained alone."""
+    if not compared:
+        return {}
+    told = [each["worth"]["answer"] for each in compared]
+    return {
+        "gain": statistics.fmean(each["gain"] for each in compared),
+        "answers": (told.count("yes"), told.count("no"), told.count("too close to tell")),
+    }

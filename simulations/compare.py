@@ -76,9 +76,12 @@ def compare(
 def _together(
     cells: Sequence[Cell], places: Mapping[str, Path], measured: Sequence[Measured]
 ) -> tuple[float, float] | tuple[None, None]:
-    """ε of all runs, failed ones too, and the smallest δ of any; None where a run had no privacy, or pooled the data without."""
+    """ε of all runs, failed ones too, and the smallest δ of any; None where a run had no privacy.
+
+    None too where models were trained beside it for comparison: the data pooled, and alone, are trained without privacy.
+    """
     deltas = [delta for cell in measured for delta in cell.deltas]
-    if not deltas or any(cell.plan.privacy == "none" or "pooled" in cell.plan.simulation.baselines for cell in cells):
+    if not deltas or any(cell.plan.privacy == "none" or cell.plan.simulation.baselines for cell in cells):
         return None, None
     return epsilon_of_runs([steps_of_folder(places[cell.name]) for cell in cells], min(deltas)), min(deltas)
 
@@ -118,7 +121,20 @@ def _play(
 
 
 _COLUMNS = (
-    *("accuracy", "precision", "recall", "f1", "worst", "spread", "bytes_up", "bytes_down", "seconds", "epsilon"),
+    *(
+        "accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "worst",
+        "spread",
+        "gain",
+        "answers",
+        "bytes_up",
+        "bytes_down",
+        "seconds",
+        "epsilon",
+    ),
     *("status", "reason"),
 )
 
@@ -135,10 +151,15 @@ def _csv(found: Comparison) -> str:
     table = csv.writer(stream, lineterminator="\n")
     table.writerow([*(variation.key for variation in found.variations), "seed", "plan_id", *_COLUMNS])
     for cell in found.cells:
-        values = (getattr(cell, column) for column in _COLUMNS)
+        values = (_plain(getattr(cell, column)) for column in _COLUMNS)
         settings = (value for _, value in cell.settings)
         table.writerow([*settings, cell.seed, cell.plan_id, *("" if value is None else value for value in values)])
     return stream.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """Answers as "yes/no/too close", such as 2/1/0."""
+    return "/".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _as_dict(found: Comparison) -> dict[str, Any]:

@@ -34,7 +34,11 @@ _NO_SPREAD = 1e-12  # differences this close to each other are one number with r
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell of the grid. What a failed one lacks is None; worst and spread: over the organisations' own accuracies."""
+    """One cell of the grid. What a failed one lacks is None; worst and spread: over the organisations' own accuracies.
+
+    gain: what joining brings on an organization's own held-out records, against alone without privacy; the mean over the
+    organizations. answers: how many of them are told yes, no, and too close to tell. Both only where alone was trained.
+    """
 
     settings: Settings
     seed: int
@@ -47,6 +51,8 @@ class Measured:
     f1: float | None = None
     worst: float | None = None
     spread: float | None = None
+    gain: float | None = None
+    answers: tuple[int, int, int] | None = None
     bytes_up: int | None = None
     bytes_down: int | None = None
     seconds: float | None = None
@@ -89,6 +95,8 @@ class Combination:
     difference: Difference | None
     worst: Estimate | None
     spread: Estimate | None
+    gain: Estimate | None
+    answers: tuple[int, int, int] | None  # over all seeds
     bytes_up: float | None
     bytes_down: float | None
     seconds: float | None
@@ -153,6 +161,8 @@ def _row(value: str, facet: Settings, cells: Sequence[Measured], reference: Sequ
         difference=own,
         worst=estimate(_known(cell.worst for cell in cells)),
         spread=estimate(_known(cell.spread for cell in cells)),
+        gain=estimate(_known(cell.gain for cell in cells)),
+        answers=_counted([cell.answers for cell in cells if cell.answers is not None]),
         bytes_up=_mean(cell.bytes_up for cell in cells),
         bytes_down=_mean(cell.bytes_down for cell in cells),
         seconds=_mean(cell.seconds for cell in cells),
@@ -162,6 +172,10 @@ def _row(value: str, facet: Settings, cells: Sequence[Measured], reference: Sequ
 
 def _accuracies(cells: Iterable[Measured]) -> dict[int, float]:
     return {cell.seed: cell.accuracy for cell in cells if cell.accuracy is not None}
+
+
+def _counted(answers: Sequence[tuple[int, int, int]]) -> tuple[int, int, int] | None:
+    return (sum(a[0] for a in answers), sum(a[1] for a in answers), sum(a[2] for a in answers)) if answers else None
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

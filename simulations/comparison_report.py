@@ -13,7 +13,18 @@ from cotune.server.figures import percent, signed
 from cotune.server.report import page_environment
 from cotune.simulations.comparison import Combination, Comparison, Estimate, Measured, Settings, estimate
 
-__all__ = ["CAVEATS", "facets_of", "points", "render_comparison", "together", "verdict", "write_comparison"]
+__all__ = [
+    "CAVEATS",
+    "GAIN",
+    "answers_of",
+    "facets_of",
+    "has_gain",
+    "points",
+    "render_comparison",
+    "together",
+    "verdict",
+    "write_comparison",
+]
 
 _NAME = "compare.html.j2"
 CAVEATS = (
@@ -23,6 +34,11 @@ CAVEATS = (
     " for the number of rows that one table compares with the baseline; both need two seeds at least, and few prove little.",
     "Worst and spread are the smallest and the standard deviation of the organisations' own accuracies: of the last model on"
     " records like theirs.",
+)
+GAIN = (
+    "Gain is what joining brings an organization on its own held-out records, against training alone without privacy: the mean"
+    " over the organizations, in points. Beside it stands how many of them, over all seeds, are told that it is worth it, that it"
+    " is not, and that it is too close to tell."
 )
 PRIVATE = "Privacy noise and private sampling are not paired: they come from the operating system and differ in every cell."
 
@@ -34,7 +50,9 @@ def render_comparison(found: Comparison) -> str:
         found=found,
         compared=found.variations[0].key,
         facets=[(words(facet), rows, _curves(i, rows)) for i, (facet, rows) in enumerate(facets_of(found))],
-        caveats=(*CAVEATS, *((PRIVATE, together(found)) if found.private else ())),
+        gain=has_gain(found),
+        answers_of=answers_of,
+        caveats=(*CAVEATS, *((GAIN,) if has_gain(found) else ()), *((PRIVATE, together(found)) if found.private else ())),
         points=points,
         verdict=verdict,
         words=words,
@@ -69,6 +87,19 @@ def points(value: Estimate | None, *, apart: bool = False) -> str:
         return "–"
     mean = signed(100 * value.mean) if apart else f"{100 * value.mean:.1f}"
     return mean if value.half is None else f"{mean} ± {100 * value.half:.1f}"
+
+
+def has_gain(found: Comparison) -> bool:
+    """Whether training alone was measured beside any run."""
+    return any(row.gain is not None for row in found.rows)
+
+
+def answers_of(row: Combination) -> str:
+    """The answers in words: "2 yes, 1 no, 1 too close"; "–" where there is none."""
+    if row.answers is None:
+        return "–"
+    yes, no, close = row.answers
+    return f"{yes} yes, {no} no, {close} too close"
 
 
 def verdict(row: Combination) -> str:

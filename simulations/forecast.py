@@ -84,6 +84,7 @@ class Forecast:
     stages: tuple[StageForecast, ...]
     seconds: float
     client_privacy: ClientForecast | None = None
+    notes: tuple[str, ...] = ()  # about the records
 
     @property
     def figures(self) -> Figures | None:
@@ -104,6 +105,7 @@ def forecast(plan: Plan, device: str = "auto") -> Forecast:
         stages,
         _seconds(prepared, model),
         _client_privacy(prepared, max(stage.parameters for stage in stages)),
+        tuple(prepared.notes),
     )
 
 

@@ -13,6 +13,7 @@ from cotune.models.export import export_model
 from cotune.models.holdings import HoldingsFile
 from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
+from cotune.plan.card import CARD, model_card, promised
 from cotune.plan.model import model_of
 from cotune.server.evaluation import Judge, evaluate
 from cotune.server.run_folder import RunFolder
@@ -43,7 +44,8 @@ def export_each(folder: RunFolder, state: State) -> None:
     model = model_of(folder.plan, folder.file.device)
     for name, own in personal_states(folder, state).items():
         model.load(own)
-        export_model(model, folder.path / "sites" / name / "model")
+        card = model_card(folder.plan, privacy=promised(folder.plan), length=model.loaded.max_length)
+        export_model(model, folder.path / "sites" / name / "model", {CARD: card})
 
 
 def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:

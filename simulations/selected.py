@@ -18,6 +18,7 @@ from typing import Any
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
+from cotune.plan.card import CARD, model_card
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.statement import selection_statement
@@ -84,6 +85,7 @@ def release(found: Selected, plan: Plan, model: Path, folder: Path) -> None:
     """
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before it was complete
     shutil.copytree(model, folder / "model", copy_function=_copy_durably)
+    _write_card(found, plan, folder / "model" / CARD)
     write_durably(folder / "plan.toml", dump_plan(plan).encode())
     write_durably(folder / "compare.html", _page(found).encode(errors="replace"))
     table = {"schema": _SCHEMA, **asdict(found), "statement": statement_of(found)}
@@ -101,6 +103,14 @@ def read_released(folder: Path) -> Selected | None:
         return None
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{file} is damaged: expected the results of a selection; choose another folder with --out") from None
+
+
+def _write_card(found: Selected, plan: Plan, file: Path) -> None:
+    """In place of the run's own, which says what one run costs, and not the choice."""
+    test = {"this model": found.test}
+    card = model_card(plan, privacy=statement_of(found), length=plan.model.max_length, test=test, examples=found.test_examples)
+    write_durably(file, card.encode())
+    file.chmod(0o644)
 
 
 def _copy_durably(source: str, target: str) -> None:

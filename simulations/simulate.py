@@ -11,13 +11,14 @@ from typing import Any
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.models.export import export_model
+from cotune.plan.card import CARD
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.server.new_run import empty_folder, new_folder
 from cotune.server.report import write_report
 from cotune.server.run_folder import RunFolder
 from cotune.server.step import served_of
-from cotune.server.summary import dumps
+from cotune.server.summary import dumps, run_card
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.engines import check_engine, play_on
 from cotune.simulations.personal import export_each
@@ -80,15 +81,15 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Result:
     """After the last round: baselines, the exported model, summary.json and report.html."""
     began = time.monotonic()
     results = run_baselines(folder, prepared)
-    _export(folder)
     personalized = personalize(folder, prepared, served_of(folder.plan, folder.load()))
     summary = summarise(folder, prepared, results, personalized, seconds + time.monotonic() - began)
+    _export(folder, summary)
     write_durably(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
     return Result(folder.path, json.loads(dumps(summary)))
 
 
-def _export(folder: RunFolder) -> None:
+def _export(folder: RunFolder, summary: dict[str, Any]) -> None:
     """The model of the run; or, where there is no common one, each organisation's in its site."""
     state = served_of(folder.plan, folder.load())
     if folder.plan.keeps_personal:
@@ -96,4 +97,4 @@ def _export(folder: RunFolder) -> None:
         return
     model = model_of(folder.plan, folder.file.device)
     model.load(state)
-    export_model(model, folder.path / "model")
+    export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})

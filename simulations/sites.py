@@ -30,6 +30,7 @@ from cotune.privacy.randomness import seeded_generator
 from cotune.privacy.rounding import two_digits
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.suitability import check_suits
+from cotune.simulations.data_notes import data_notes, left_out_of
 from cotune.simulations.natural import column_of, owners_of
 from cotune.simulations.partitions import PartitionConfig, Rows, deal_alike, partition, split_test
 from cotune.simulations.unit_groups import UnitGroups, unit_groups
@@ -69,11 +70,17 @@ class Prepared:
     records: dict[Path | None, Records]
     noise: dict[str, float]  # organisation -> σ; empty without privacy
     validation: tuple[tuple[Path | None, Rows], ...] = ()  # of the server
+    left_out: Mapping[str, int] = field(default_factory=dict)  # how many records do not count, by the reason
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all records, file by file."""
         return hashlib.sha256("".join(records.fingerprint for records in self.records.values()).encode()).hexdigest()
+
+    @property
+    def notes(self) -> list[str]:
+        """What whoever reads the results should know about the records."""
+        return data_notes(self.plan, self.left_out, sum(map(len, self.records.values())))
 
     def label_counts(self, share: Share) -> dict[str, int]:
         """Records of each class; with tags, words of each tag."""
@@ -90,8 +97,8 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     records = _read(plan)
     labels = _labels(plan, records, base_labels(base.path))
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
-    model = plan.model.model_copy(update={**base.pins, "base": _absolute(plan.model.base)})
-    resolved = plan.model_copy(update={"labels": labels, "data": data, "model": model})
+    pinned = plan.model.model_copy(update={**base.pins, "base": _absolute(plan.model.base)})
+    resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned})
     shares, test, validation = _split(resolved, records)
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
     for share in shares:
@@ -99,8 +106,9 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
             check_examples(share.public_examples(resolved), stage.local, share.name)
     check_suits(resolved, len(shares), server_data=plan.validation_fraction > 0)
     noise = _noise(resolved, shares)
-    check_stages(resolved, model_of(resolved, device))
-    return Prepared(resolved, shares, test, records, noise, validation)
+    model = model_of(resolved, device)
+    check_stages(resolved, model)
+    return Prepared(resolved, shares, test, records, noise, validation, left_out_of(resolved, records, model))
 
 
 def _with_own(what: Literal["epsilon", "rank"], values: Sequence[float], shares: tuple[Share, ...]) -> tuple[Share, ...]:
@@ -157,10 +165,10 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
     validation: list[tuple[Path | None, Rows]] = []
     units = {file: unit_groups(found) for file, found in records.items()}
     for file, name, own, found in _pools(plan, records, units):
-        train, held_out = split_test(own.strata, plan.test_fraction, rng)
+        train, held_out = _held_out(own, plan.test_fraction, rng, name or found.source)
         test.append((file, own.rows(held_out)))
         if plan.validation_fraction:
-            kept, servers = split_test([own.strata[i] for i in train], plan.validation_fraction, rng)
+            kept, servers = _held_out(own, plan.validation_fraction, rng, name or found.source, train)
             validation.append((file, own.rows(train[servers])))
             train = train[kept]
         if name is not None:
@@ -176,6 +184,16 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
             f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
         )
     return tuple(shares), tuple(test), tuple(validation)
+
+
+def _held_out(
+    own: UnitGroups, fraction: float, rng: np.random.Generator, whose: str, of: Rows | None = None
+) -> tuple[Rows, Rows]:
+    """See `split_test`; an error names the organization, or the file that is dealt out."""
+    try:
+        return split_test(own.strata if of is None else [own.strata[i] for i in of], fraction, rng)
+    except DataError as error:
+        raise DataError(f"{whose}: {error}") from None
 
 
 def _pools(

@@ -61,6 +61,11 @@ def summarise(
         **identity(folder, progress),
         "privacy": _privacy(folder, prepared, pooled is not None),
         "partition": partition_of(prepared),
+        "data": {
+            "records": sum(map(len, prepared.records.values())),
+            "left_out": dict(prepared.left_out),
+            "notes": prepared.notes,
+        },
         "worth": overall_worth(organisations),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),

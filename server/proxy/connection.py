@@ -97,13 +97,15 @@ class Exchange:
                 return await self._refuse(request, _BUSY)
             content = self._content(size)
             if not announces:
-                return await self._forward(request, superlink, content)
+                return await self._forward(request, superlink, content, member)
             whole = b"".join([piece async for piece in content])
             if refusal := self._guard.look_into(whole, member):
                 return await self._refuse(request, refusal)
-            return await self._forward(request, superlink, whole)
+            return await self._forward(request, superlink, whole, member)
 
-    async def _forward(self, request: h11.Request, superlink: SuperLink, content: AsyncIterator[bytes] | bytes) -> bool:
+    async def _forward(
+        self, request: h11.Request, superlink: SuperLink, content: AsyncIterator[bytes] | bytes, member: str
+    ) -> bool:
         try:
             answer = await superlink.ask(request, content, self._shown_client(request))
         except httpx.TransportError as error:
@@ -112,23 +114,24 @@ class Exchange:
             self._guard.log.tell("superlink", line)
             return await self._refuse(request, Refusal(504 if late else 502, "the SuperLink does not answer: it may be starting"))
         try:
-            await self._answer(answer, call_of(request) == "pull-messages")
+            await self._answer(answer, call_of(request), member)
         except httpx.TransportError as error:
             raise _Gone from error  # half an answer is out: cutting it short is the only way to say so
         finally:
             await answer.aclose()
         return True
 
-    async def _answer(self, answer: httpx.Response, announces: bool) -> None:
-        """announces: it names objects of the server, which are remembered before the client learns of them."""
-        pieces = answer.aiter_raw(PIECE)
+    async def _answer(self, answer: httpx.Response, call: str, member: str) -> None:
+        """That of pull-messages names objects of the server, which are remembered before the client learns of them."""
+        pieces, announces = answer.aiter_raw(PIECE), call == "pull-messages"
         first = await _up_to(pieces, _MOST_ANNOUNCED) if announces else []
         if announces and answer.status_code == httpx.codes.OK:
-            self._guard.sent.remember(b"".join(first))
+            self._guard.hand_over(member, b"".join(first))
         await self._send(h11.Response(status_code=answer.status_code, headers=passed_on(answer.headers.raw)))
         for piece in first:
             await self._send(h11.Data(data=piece))
         async for piece in pieces:
+            self._guard.usage.answered(member, call, len(piece))
             await self._send(h11.Data(data=piece))
         await self._send(h11.EndOfMessage())
 

@@ -10,7 +10,8 @@ import h11
 
 from cotune.server.proxy.identity import Known, signer
 from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
-from cotune.server.proxy.rules import Limits, Refusal, call_of, reason_to_refuse
+from cotune.server.proxy.quotas import Quotas, Usage
+from cotune.server.proxy.rules import Limits, Refusal, call_of, content_length, reason_to_refuse
 from cotune.server.proxy.slots import Slot, Slots
 from cotune.server.proxy.sparing import Sparing
 from cotune.server.proxy.traffic import Traffic
@@ -22,7 +23,9 @@ log = logging.getLogger("cotune.front")
 
 @dataclass(frozen=True)
 class Guard:
-    """known: see `identity.Known`. refused: told of the member whose announcement was refused, and why."""
+    """known: see `identity.Known`. refused: told of the member whose announcement was refused, or whose quota is used up, and
+    why.
+    """
 
     limits: Limits
     known: Known
@@ -30,11 +33,12 @@ class Guard:
     slots: Slots
     traffic: Traffic
     sent: Sent
+    usage: Usage
     log: Sparing
 
     @classmethod
-    def of(cls, limits: Limits, known: Known, refused: Callable[[str, str], None]) -> Guard:
-        return cls(limits, known, refused, Slots(limits), Traffic(limits), Sent(), Sparing(log.warning))
+    def of(cls, limits: Limits, quotas: Quotas, known: Known, refused: Callable[[str, str], None]) -> Guard:
+        return cls(limits, known, refused, Slots(limits), Traffic(limits), Sent(), Usage(quotas), Sparing(log.warning))
 
     def admit(self, request: h11.Request, slot: Slot) -> str | Refusal:
         """The member that has signed a request, which may be read; or why it may not."""
@@ -43,8 +47,20 @@ class Guard:
         member = signer(request.headers, call_of(request), self.known)
         if isinstance(member, Refusal):
             return member
-        full = self.slots.recognize(slot, member)
-        return Refusal(503, full) if full else member
+        if full := self.slots.recognize(slot, member):
+            return Refusal(503, full)
+        return self._beyond_quota(member, call_of(request), content_length(request)) or member
+
+    def _beyond_quota(self, member: str, call: str, size: int) -> Refusal | None:
+        announces = self.usage.announce(member) if call == "push-messages" else None
+        refusal = announces or self.usage.take(member, call, size)
+        if refusal is not None:
+            self.refused(member, refusal.reason)
+        return refusal
+
+    def hand_over(self, member: str, content: bytes) -> None:
+        """content: of an answer to `pull-messages`, before the member learns of it."""
+        self.usage.hand_over(member, self.sent.remember(content))
 
     def look_into(self, content: bytes, member: str) -> Refusal | None:
         """Of a `push-messages`."""

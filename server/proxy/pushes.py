@@ -38,18 +38,22 @@ class Sent:
         self._known: dict[bytes, None] = {}
         self._largest = 0
 
-    def remember(self, content: bytes) -> None:
-        """content: of an answer to `pull-messages`. What is none is the SuperLink's fault, and the client's to notice."""
+    def remember(self, content: bytes) -> int:
+        """content: of an answer to `pull-messages`. What is none is the SuperLink's fault, and the client's to notice.
+
+        Returns how many messages it holds.
+        """
         try:
             trees = PullMessagesResponse.FromString(content).message_object_trees
         except DecodeError:
-            return
+            return 0
         for tree in trees:
             found = [bytes.fromhex(part.object_id) for part in _parts(tree) if _OBJECT.fullmatch(part.object_id)]
             self._largest = max(self._largest, len(found))
             self._known.update(dict.fromkeys(found))
         for oldest in list(self._known)[: max(0, len(self._known) - _MOST_REMEMBERED)]:
             del self._known[oldest]
+        return len(trees)
 
     def most_objects(self, limit: int) -> int:
         """Of a reply: it holds at most two arrays for each of the request's (its change, and a statistic), and a few records."""

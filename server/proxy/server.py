@@ -20,6 +20,7 @@ from cotune.models.errors import RunError
 from cotune.server.proxy.connection import PIECE, Exchange
 from cotune.server.proxy.guard import Guard
 from cotune.server.proxy.identity import Known
+from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.slots import Slot, group_of
 from cotune.server.proxy.upstream import SuperLink
@@ -37,8 +38,8 @@ class Setup:
 
     host, port: where it listens; port 0: any that is free. context: of the certificate that it shows. superlink_port, trusted: of
     the SuperLink on 127.0.0.1, and whose certificate is believed there. known: whose keys are members'. refused: told of the
-    member whose announcement was refused, and why. proxied: all connections come from a proxy of the server's own, which counts
-    them.
+    member whose announcement was refused, or whose quota is used up, and why. proxied: all connections come from a proxy of the
+    server's own, which counts them.
     """
 
     host: str
@@ -49,6 +50,7 @@ class Setup:
     known: Known
     refused: Callable[[str, str], None] = lambda member, reason: None
     limits: Limits = field(default_factory=Limits)
+    quotas: Quotas = field(default_factory=Quotas)
     proxied: bool = False
 
 
@@ -76,7 +78,7 @@ class Front:
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.limits = setup, setup.limits
-        self.guard = Guard.of(setup.limits, setup.known, setup.refused)
+        self.guard = Guard.of(setup.limits, setup.quotas, setup.known, setup.refused)
         self._exchanges: dict[asyncio.Task[None], Exchange | None] = {}  # None: the handshake is not over
 
     async def __aenter__(self) -> Self:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from flwr.app import ConfigRecord, Context, Message, RecordDict, UserConfig
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict, UserConfig
 
 from cotune.cli.main import run as command
 from cotune.client.app import app
@@ -26,7 +26,17 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.client.trust import Trust, TrustedServer
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import RECEIPT
+from cotune.plan.signatures import (
+    RECEIPT,
+    REFUSAL,
+    ReplyStatement,
+    RequestStatement,
+    detach,
+    sign,
+    signed_words,
+    words_digest,
+)
+from cotune.privacy.policy import Policy, changed_policy
 from cotune.server import asking, carriers, delivery
 from cotune.server.delivery import confirmed, deliver
 from cotune.server.rounds import run_rounds
@@ -113,8 +123,17 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
     people = tuple(Participant(name=name) for name in NAMES)
     file = RunFile(run="x", created="now", engine="in-process", device="cpu", participants=people)
     folder = real(RunFolder.create(tmp_path / "run", make_plan(rounds=2, server={"absent_seconds": 5.0}), file))
-    key = public_hex(read_signing_key(Path(folder.file.federation) / "certificates"))
     sites = {name: make_site(name) for name in NAMES}
+    grid = joined(folder, sites)
+    run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    assert deliver(grid, folder) == []
+    assert sorted(confirmed(folder)) == list(NAMES)
+    return folder, sites
+
+
+def joined(folder: RunFolder, sites: dict[str, Site]) -> WildGrid:
+    """The organizations' own app, each with its key, and trusting the server."""
+    key = public_hex(read_signing_key(Path(folder.file.federation) / "certificates"))
     grid = WildGrid(app, len(NAMES))
     grid.names, grid.node_of = list(NAMES), dict(zip(NAMES, sorted(grid.get_node_ids()), strict=True))
     for (name, site), private in zip(sites.items(), PRIVATE, strict=False):
@@ -132,10 +151,7 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
             return answered(message)
 
     grid._answer = in_turn  # type: ignore[method-assign]
-    run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
-    assert deliver(grid, folder) == []
-    assert sorted(confirmed(folder)) == list(NAMES)
-    return folder, sites
+    return grid
 
 
 def cotune(*words: object) -> int:
@@ -235,3 +251,81 @@ def test_what_was_lost_on_its_way_is_no_contradiction(
     trail.write_text("".join(lines))
     assert cotune("server", "verify-trail", folder.path, "--site-log", sites["clinic"].folder / "audit.jsonl") == 0
     assert "at one end only" in capsys.readouterr().out
+
+
+# --- who declined what
+
+
+@pytest.fixture
+def declined(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_path: Path) -> tuple[RunFolder, dict[str, Site]]:
+    """A round of two organizations, of which one declines by a rule of its own."""
+    people = tuple(Participant(name=name) for name in NAMES)
+    file = RunFile(run="x", created="now", engine="in-process", device="cpu", participants=people)
+    plan = make_plan(rounds=1, server={"absent_seconds": 5.0, "quorum": 0.5})
+    folder = real(RunFolder.create(tmp_path / "run", plan, file))
+    strict = changed_policy(Policy.permissive(), {"training.min_cohort": 5})
+    sites = {"bank": make_site("bank"), "clinic": make_site("clinic", policy=strict)}
+    run_rounds(joined(folder, sites), folder, model_of(folder.plan), lambda state: None)
+    return folder, sites
+
+
+def replies_of(folder: RunFolder, name: str) -> list[dict[str, Any]]:
+    found = [line for line in read_trail(folder.path) if line["event"] == "reply"]
+    return [line for line in found if json.loads(line["statement"])["sender"] == name]
+
+
+def test_a_refusal_is_signed_and_both_ends_show_it(declined: tuple[RunFolder, dict[str, Site]]) -> None:
+    folder, sites = declined
+    [refused] = replies_of(folder, "clinic")
+    assert json.loads(refused["statement"])["kind"] == REFUSAL
+    assert "training.min_cohort" in refused["words"]
+    assert told(folder, "update_dropped")[0]["reason"] == refused["words"]
+    log = sites["clinic"].folder / "audit.jsonl"
+    assert cotune("server", "verify-trail", folder.path, "--site-log", log) == 0
+    assert cotune("client", "sent", sites["clinic"].folder, "--trail", folder.path / "trail.jsonl") == 0
+
+
+def test_an_organization_that_denies_its_refusal_is_contradicted(declined: tuple[RunFolder, dict[str, Site]]) -> None:
+    folder, sites = declined
+
+    def changed(entry: dict[str, Any]) -> dict[str, Any] | None:
+        return {key: value for key, value in entry.items() if key != "statement"} if entry["what"] == "refusal" else entry
+
+    log = sites["clinic"].folder / "audit.jsonl"
+    entries = AuditLog.at(log).entries()
+    assert [entry["what"] for entry in entries] == ["refusal"]
+    request = {"statement": entries[0]["refused"], "signature": entries[0]["refused_signature"]}
+    forged = rewritten(log, changed)
+    AuditLog.at(forged).append("request", **request)
+    assert cotune("server", "verify-trail", folder.path, "--site-log", forged) == 1
+
+
+def test_a_server_that_puts_other_words_into_a_refusal_is_contradicted(declined: tuple[RunFolder, dict[str, Site]]) -> None:
+    folder, sites = declined
+    trail = folder.path / "trail.jsonl"
+    trail.write_text(trail.read_text().replace("training.min_cohort does not allow this plan", "training.min_cohort is fine"))
+    assert cotune("client", "sent", sites["clinic"].folder, "--trail", trail) == 1
+
+
+def test_a_refusal_in_another_s_name_is_not_believed(new_run: NewRun) -> None:
+    """The words are not shown as those of the organization."""
+    folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}))
+    grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(3.0)})
+    answered = grid._answer
+
+    def answer(message: Any) -> Any:
+        reply = answered(message)
+        if grid._name(message) == "org-1":
+            words = "declined: its rule training.max_rounds does not allow this plan"
+            _, signed = detach(message.content)
+            assert signed is not None
+            request = RequestStatement.parse(signed.text)
+            statement = ReplyStatement(request.digest, "org-1", REFUSAL, words_digest(words), 64 * "0")
+            return Message(Error(1001, signed_words(words, statement, sign(statement, PRIVATE[1]))), reply_to=message)
+        return reply
+
+    grid._answer = answer  # type: ignore[method-assign]
+    run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    [dropped] = told(folder, "update_dropped")
+    assert "max_rounds" not in dropped["reason"]
+    assert replies_of(folder, "org-1") == []

@@ -49,6 +49,22 @@ def test_one_seed_has_no_error_bars(cotune: Cotune, folder: Path) -> None:
     assert (folder / "there" / "compare.html").exists()
 
 
+def test_the_gain_on_own_records_is_shown_and_no_epsilon_covers_it(cotune: Cotune, folder: Path) -> None:
+    given = ("--seeds", "1", "--gain", "--set", "privacy={epsilon=8}", *QUICK)
+    shown = cotune("compare", "toy.toml", "--vary", "strategy.weighting=examples", *given)
+    assert (shown.code, shown.err) == (0, "")
+    results = json.loads((folder / "compare" / "toy" / "results.json").read_bytes())
+    [cell] = results["cells"]
+    summary = json.loads((folder / "compare" / "toy" / cell["folder"] / "summary.json").read_bytes())
+    own = [each["own"] for each in summary["organisations"]]
+    gains = [each["adapted"]["accuracy"] - each["alone_without_privacy"]["accuracy"] for each in own]
+    assert abs(cell["gain"] - sum(gains) / 2) < 1e-9
+    told = [each["worth"]["answer"] for each in summary["organisations"]]
+    assert cell["answers"] == [told.count("yes"), told.count("no"), told.count("too close to tell")]
+    assert results["epsilon_together"] is None  # alone is trained without privacy
+    assert "gain" in shown.out.splitlines()[2]
+
+
 def test_a_failed_run_is_said_and_is_the_exit_code(cotune: Cotune, folder: Path) -> None:
     shown = cotune("compare", "toy.toml", "--vary", "server.max_update_norm=1000,1e-30", "--seeds", "1", *QUICK)
     assert (shown.code, shown.err) == (1, "")

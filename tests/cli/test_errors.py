@@ -35,9 +35,9 @@ def sentence(outcome: Outcome, code: int) -> str:
         (["--data", "empty.csv"], ["empty.csv is empty (0 bytes)"]),
         (["--data", "header.csv"], ["header.csv holds the names of its columns and no records"]),
         (["--data", "photo.csv"], ["photo.csv is not"]),
-        (["--data", "latin.csv"], ["latin.csv is not utf-8 text", "--set data.encoding=latin-1"]),
+        (["--data", "latin.csv"], ["latin.csv is not utf-8 text", "--set data.encoding=cp1252"]),
         (["--data", "zip.parquet"], ["zip.parquet is not valid Parquet"]),
-        (["--data", "reviews.xlsx"], ["ends in '.xlsx'"]),
+        (["--data", "reviews.xlsx"], ["reviews.xlsx is not a valid Excel workbook"]),
         (["--data", "one.csv"], ["'good' only", "two or more"]),
         (["--data", "nothing"], ["holds no data file"]),
         ([MORE_CLASSES], ["classes that the plan does not list ('so')"]),
@@ -48,6 +48,10 @@ def sentence(outcome: Outcome, code: int) -> str:
         (["--set", "privacy.epsilom=3"], ['unknown key "privacy.epsilom"', "did you mean 'epsilon'?"]),
         (["--set", "local.learning_rat=3"], ['unknown key "local.learning_rat"', "did you mean 'learning_rate'?"]),
         (["--set", "simulatoin.clients=3"], ['unknown key "simulatoin"', "did you mean 'simulation'?"]),
+        (["--set", "epsilon=3"], ['unknown key "epsilon"', "did you mean 'privacy.epsilon'"]),
+        (["--set", "learning_rate=3"], ["did you mean 'local.learning_rate'"]),
+        (["--epsilon", "3"], ["no such option --epsilon", "did you mean --set privacy.epsilon=…"]),
+        (["--learning-rate", "3"], ["no such option --learning-rate", "did you mean --set local.learning_rate=…"]),
         (["--set", "rounds=many"], ['rounds = "many"']),
         (["--set", "rounds=0"], ["rounds = 0"]),
         (["--set", "privacy.epsilon=-1"], ["privacy.epsilon = -1"]),
@@ -71,6 +75,7 @@ def sentence(outcome: Outcome, code: int) -> str:
         # the model
         (["--model", "./bare"], ["./bare has no weights: expected *.safetensors"]),
         (["--model", "./pickled"], ["pytorch_model.bin", "can run code when it is opened", "safetensors"]),
+        (["--model", "./pointer"], ["./pointer has a pointer of Git LFS in place of model.safetensors", "git lfs pull"]),
         (["--model", "./nowhere"], ["./nowhere is not a folder"]),
         (["--model", "package:no_such_model"], ["package:no_such_model is not installed"]),
         (["--model", "nobody/nothing"], ["nobody/nothing was found neither as a folder nor on the Hugging Face hub"]),
@@ -107,10 +112,11 @@ def broken(folder: Path) -> Path:
     (folder / "organisations").mkdir()
     write_csv(folder / "organisations" / "north.csv", sentences(60, classes=("good", "bad")))
     write_csv(folder / "organisations" / "south.csv", sentences(60, seed=1))
-    for name in ("bare", "pickled", "broken"):
+    for name in ("bare", "pickled", "broken", "pointer"):
         shutil.copytree(folder / "base", folder / name)
         (folder / name / "model.safetensors").unlink()
     torch.save({}, folder / "pickled" / "pytorch_model.bin")
+    (folder / "pointer" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
     (folder / "broken" / "model.safetensors").write_bytes(b"half of it")
     return folder
 

@@ -8,6 +8,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from cotune.client.trust import Trust
+from cotune.plan.invitation import read_invitation
 from tests.cli.conftest import Cotune
 
 
@@ -115,7 +117,55 @@ def test_a_certificate_is_renewed(cotune: Cotune, fed: Path) -> None:
     assert 'address = "new.example.org:9092"' in (fed / "federation.toml").read_text()
 
 
-@pytest.mark.parametrize("command", [("start",), ("list",), ("revoke", "a"), ("renew",)])
+def test_an_organisation_renews_its_key_by_a_file(cotune: Cotune, fed: Path, folder: Path) -> None:
+    assert cotune("client", "init", "site", "--name", "hospital-a", "--device", "cpu").code == 0
+    unknown = cotune("client", "renew-key", "site")
+    assert (unknown.code, "cotune client join" in unknown.err) == (1, True)
+    Trust.join(folder / "site", read_invitation(fed / "federation.toml"))
+    assert cotune("server", "invite", "fed", "hospital-a", folder / "site" / "node.pub", "--examples", "1:9").code == 0
+    made = cotune("client", "renew-key", "site")
+    assert (made.code, made.err) == (0, "")
+    accepted = cotune("server", "accept-key", "fed", folder / "site" / "node-renewal.json")
+    assert (accepted.code, accepted.err) == (0, "")
+    (shown,) = re.findall(r"\b[0-9a-f]{64}\b", made.out)
+    assert shown in accepted.out
+    former, present = json.loads(cotune("server", "list", "fed", "--json").out)["members"]
+    assert (former["name"], present["name"], present["fingerprint"]) == ("hospital-a", "hospital-a", shown)
+    assert former["revoked"]
+    assert not present["revoked"]
+    (folder / "forged.json").write_text((folder / "site" / "node-renewal.json").read_text().replace("hospital-a", "hospital-b"))
+    for file in ("forged.json", "toy.toml", "nowhere.json"):
+        refused = cotune("server", "accept-key", "fed", file)
+        assert (refused.code, refused.err.count("\n")) == (1, 1)
+
+
+def test_the_federations_keys_are_announced_and_then_used(cotune: Cotune, fed: Path, folder: Path, key: Path) -> None:
+    early = cotune("server", "renew-keys", "fed", "--switch")
+    assert (early.code, early.err.count("\n")) == (1, 1)
+    assert cotune("client", "init", "site", "--name", "hospital-a", "--device", "cpu").code == 0
+    Trust.join(folder / "site", read_invitation(fed / "federation.toml"))
+    assert cotune("server", "invite", "fed", "hospital-a", key).code == 0
+    announced = cotune("server", "renew-keys", "fed")
+    assert (announced.code, announced.err) == (0, "")
+    assert "hospital-a" in announced.out
+    (new,) = re.findall(r"\b[0-9a-f]{64}\b", announced.out)
+    refused = cotune("server", "renew-keys", "fed", "--switch")
+    assert (refused.code, "hospital-a" in refused.err) == (1, True)
+    for _ in range(2):
+        assert new in cotune("client", "trust", "site", fed / "server-renewals.jsonl").out
+    (folder / "nothing.jsonl").write_text("")
+    nothing = cotune("client", "trust", "site", "nothing.jsonl")
+    assert (nothing.code, nothing.err.count("\n")) == (1, 1)
+    switched = cotune("server", "renew-keys", "fed", "--switch", "--anyway")
+    assert (switched.code, switched.err) == (0, "")
+    assert read_invitation(fed / "federation.toml").signing_key == new
+    assert cotune("server", "renew", "fed").code == 0
+    sent = cotune("client", "sent", "site")
+    assert "keys" in sent.out
+    assert cotune("client", "sent", "site", "--verify").code == 0
+
+
+@pytest.mark.parametrize("command", [("start",), ("list",), ("revoke", "a"), ("renew",), ("renew-keys",)])
 def test_a_folder_that_is_no_federation_is_one_sentence(cotune: Cotune, folder: Path, command: tuple[str, ...]) -> None:
     done = cotune("server", command[0], "base", *command[1:])
     assert done.code == 1

@@ -99,6 +99,7 @@ def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
         tell("waiting", {"connected": ["a"], "needed": 2, "absent": ["b", "c"]})
         tell("update_received", {"round": 1, "organisation": "a", "bytes": 1200, "steps": 3, "epsilon": 0.991})
         tell("update_quarantined", {"round": 1, "organisation": "b", "reason": "not finite"})
+        tell("messages_refused", {"organisation": "c", "count": 4, "reason": "it replies to nothing"})
         tell("organisation_left_out", {"organisation": "b", "reason": "3 refused updates"})
         tell("delivered", {"organisation": "a"})
         tell("run_lost", {"reason": "its process ended (failed)", "seconds": 4.0})
@@ -107,6 +108,7 @@ def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
         "waiting for organisations: 1 connected, 2 needed; not connected: b, c",
         "round 1: a answered, 1.2 kB, ε 1.00 stated",
         "round 1: the update of b was refused and put aside: not finite",
+        "c has had 4 messages refused at the public port: it replies to nothing",
         "b is left out of the run from now on: 3 refused updates",
         "a has the finished model",
         "the run ended without a word (its process ended (failed)); it is handed over again in 4 seconds",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.client.adaptation import OwnRecords, _parts, adapt, base_head, own_records
+from cotune.client.adaptation import OwnRecords, adapt, base_head, own_records, parts
 from cotune.models.base import ModelConfig
 from cotune.models.errors import DataError
 from cotune.models.head_fit import fit_head, head_scores
@@ -87,10 +87,10 @@ def test_records_of_one_unit_are_in_one_part(drawn: list[tuple[int, int]], folds
     if len(set(units)) < 2:
         return
     own = OwnRecords(torch.arange(len(units)).float()[:, None], torch.tensor(targets), np.asarray(units))
-    parts = list(_parts(own, folds, seed=3))
-    judged = [int(row) for _, judge in parts for row in judge.features[:, 0]]
+    found = list(parts(own, folds, seed=3))
+    judged = [int(row) for _, judge in found for row in judge.features[:, 0]]
     assert sorted(judged) == list(range(len(units)))  # every record judges once
-    for train, judge in parts:
+    for train, judge in found:
         assert not set(train.units.tolist()) & set(judge.units.tolist())
         assert len(train.units) + len(judge.units) == len(units)
 

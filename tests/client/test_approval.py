@@ -133,4 +133,4 @@ def test_a_plan_cannot_hide_on_the_screen_what_it_says(make_plan: MakePlan) -> N
     before, after = make_plan(), make_plan(labels=("bad", "go\x1b[2Kod", "s\ro\n"))
     for line in [*outline(after), *changes(before, after)]:
         assert line.isprintable()
-    assert "go\\x1b[2Kod" in outline(after)[0]
+    assert "go\\u001b[2Kod" in outline(after)[0]

@@ -21,7 +21,7 @@ from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import ReplyStatement, RequestStatement, content_digest, detach, signed_by_node
+from cotune.plan.signatures import ReplyStatement, RequestStatement, content_digest, detach, signed_by_node, words_of
 from cotune.privacy.policy import Policy, changed_policy
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, decode_update, encode_requests, payload_bytes, state_digest
@@ -62,7 +62,7 @@ def reason(reply: Message) -> str:
     assert not reply.has_content()
     assert reply.error.code == 1001
     assert reply.error.reason is not None
-    return reply.error.reason
+    return words_of(reply.error.reason)[0]
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 from transformers import pipeline
 
+from cotune.client import finished as finished_module
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
 from cotune.client.finished import keep_finished
@@ -20,7 +25,7 @@ from cotune.models.errors import Declined, ModelError, RunError
 from cotune.models.sharing import State
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import FINISHED, detach
+from cotune.plan.signatures import FINISHED, detach, words_of
 from cotune.privacy.policy import Policy, changed_policy
 from cotune.strategies.wire import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
 from tests.support.signing import sign_request
@@ -120,4 +125,61 @@ def test_the_answer_is_a_receipt_and_the_log_names_the_folder(
     assert (entry["what"], entry["server"], entry["round"]) == ("receipt", "fed:9092", 3)
     assert json.loads((site.folder / "models").joinpath(entry["model"], "cotune.json").read_text())["plan_id"] == plan.plan_id
     refused = ask(finished(plan, state_for(plan), round=4), site)
-    assert refused.error.reason == "it did not train; the reason is in its own log"
+    assert words_of(str(refused.error.reason))[0] == "it did not train; the reason is in its own log"
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """As on a disk that fills up in the middle of a file: the system writes what fits and refuses the rest."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def weights_of(folder: Path) -> int:
+    return (folder / "model.safetensors").stat().st_size
+
+
+def test_a_full_disk_is_one_sentence_and_the_model_comes_whole_the_next_time(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, site, elsewhere = make_plan(), make_site(), make_site("clinic", at="elsewhere")
+    request = finished(plan, state_for(plan))
+    whole = weights_of(keep_finished(request, plan, elsewhere))
+    (site.folder / "models" / ".model.killed").mkdir(parents=True)
+    folder = site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
+    with no_file_larger_than(whole // 2), caplog.at_level(logging.INFO, logger="cotune"):
+        reply = ask(request, site)
+    assert words_of(str(reply.error.reason))[0] == "it did not train; the reason is in its own log"
+    entry = AuditLog(site.folder).last()
+    assert entry["what"] == "refusal"
+    assert str(folder) in entry["reason"]
+    assert "make room" in entry["reason"]
+    assert "\n" not in entry["reason"]
+    assert "Traceback" not in caplog.text
+    assert list((site.folder / "models").iterdir()) == []  # nothing that anybody could take for a model
+    assert not ask(request, site).has_error()
+    assert weights_of(folder) == whole
+
+
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_model_whose_last_file_could_not_be_written_is_not_taken_as_finished(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    plan, site = make_plan(), make_site()
+    request = finished(plan, state_for(plan))
+    written = finished_module.write_durably
+
+    def on_a_full_disk(path: Path, content: bytes) -> None:
+        with no_file_larger_than(size):
+            written(path, content)
+
+    monkeypatch.setattr(finished_module, "write_durably", on_a_full_disk)
+    with pytest.raises(RunError, match="the finished model cannot be written"):
+        keep_finished(request, plan, site)
+    monkeypatch.setattr(finished_module, "write_durably", written)
+    folder = keep_finished(request, plan, site)
+    assert json.loads((folder / "cotune.json").read_text())["plan_id"] == plan.plan_id

@@ -71,6 +71,9 @@ class FakeFleet(Fleet):
             if failure is not None:
                 raise failure
 
+    def check_known(self) -> None:
+        """It is, unless a test says otherwise."""
+
     def receive(self) -> Request | None:
         if not self._requests:
             self._end.set()
@@ -454,3 +457,55 @@ def test_the_log_says_nothing_of_the_key(tmp_path: Path, key: Path, caplog: pyte
         run_node(tmp_path, "127.0.0.1:1", key=key, stop=stop)
     assert "nothing listens at 127.0.0.1:1" in caplog.text
     assert all(line not in caplog.text for line in key.read_text().splitlines()[1:-1])
+
+
+def asked_anew(request: Request, node: int, content: str = "content") -> Request:
+    """With content, for a node of this number."""
+    header = Message(RecordDict(), node, MessageType.TRAIN, ttl=60.0, group_id=request.round)
+    header.metadata.created_at = time.time()
+    header.metadata.__dict__["_message_id"] = f"message-{request.round}-{node}"
+    return Request(header, ObjectTree(object_id=f"{node}", children=[ObjectTree(object_id=content)]))
+
+
+class Unhurried(FakeWorker):
+    """Is done with what it was given only when `done`."""
+
+    done = False
+
+    def answer(self, seconds: float) -> Message | None:
+        return self._message if self.done else None
+
+
+@pytest.mark.parametrize(("content", "given"), [("content", ["1", "1"]), ("another", ["1", "1"])])
+def test_a_node_with_another_number_goes_on_with_what_it_is_asked_anew(
+    tmp_path: Path, stop: threading.Event, content: str, given: list[str]
+) -> None:
+    """As after a renewed key: training goes on, and its update, which is kept, answers; other content is given at once."""
+    worker, waited = Unhurried(), list[int]()
+    node = Node(tmp_path, worker, stop)
+
+    class Refusing(FakeFleet):
+        """Its heartbeats are refused once the worker is at the request."""
+
+        def check_known(self) -> None:
+            if worker.given:
+                raise NotKnown("the key is another now")
+
+    with pytest.raises(NotKnown):
+        node.serve(Refusing(stop, asked_anew(request(), NODE)))
+    assert worker.given == ["1"]
+    answer = worker.answer
+
+    def later(seconds: float) -> Message | None:
+        waited.append(len(worker.given))
+        worker.done = len(waited) >= 3
+        return answer(seconds)
+
+    worker.answer = later  # type: ignore[method-assign]
+    second = FakeFleet(stop, asked_anew(request(), NODE + 1, content))
+    second.node_id = NODE + 1
+    node._enter(second)
+    node.serve(second)
+    assert worker.given == given
+    assert [reply.metadata.src_node_id for reply in second.sent] == [NODE + 1]
+    assert waited.count(1) == (3 if content == "content" else 0)  # waited for before the same was given once more

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,12 @@ from cotune.client.set_up import make_site
 from cotune.plan.load import load_plan
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.events import read_events
-from cotune.server.federation import ServerConfig
+from cotune.server.federation import FederationFolder, ServerConfig
 from cotune.server.founding import found
 from cotune.server.members import read_public_key
 from cotune.server.run_folder import Progress, RunFolder
 from cotune.simulations.workers import import_all
+from tests.deployment.attackers import Attacker, Deed
 
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
 from loopback import free_port, until, write_model, write_sentences  # noqa: E402
@@ -46,6 +47,19 @@ class Deployment:
     def fed(self) -> Path:
         return self.folder / "fed"
 
+    @property
+    def port(self) -> int:
+        """The public one."""
+        return FederationFolder(self.fed).config.port
+
+    @property
+    def authority(self) -> Path:
+        return self.fed / "certificates" / "ca.crt"
+
+    @property
+    def database(self) -> Path:
+        return self.fed / "superlink" / "state.sqlite"
+
     def site(self, name: str) -> Path:
         return self.folder / name
 
@@ -66,6 +80,20 @@ class Deployment:
     def join(self, name: str) -> None:
         data = () if (self.site(name) / "data.json").exists() else ("--data", self.folder / f"{name}.csv")
         self.start(name, "client", "join", self.site(name), self.fed / "federation.toml", *data)
+
+    def leave(self, name: str) -> None:
+        """As Ctrl-C at the organisation does."""
+        self.processes[name].send_signal(signal.SIGTERM)
+        assert self.processes[name].wait(600) == 0
+        self.wait(lambda: name not in self.online())
+
+    def attacker(self, name: str, deeds: Mapping[int, Deed]) -> Attacker:
+        """In the place of a member's node, with its key."""
+        return Attacker(f"localhost:{self.port}", self.authority, self.site(name) / "node.key", deeds)
+
+    def node_of(self, name: str) -> int:
+        """The number that its node has at the server."""
+        return int((self.site(name) / "node" / "id").read_text(encoding="utf-8").split()[0])
 
     def online(self) -> set[str]:
         """By what the server has said last of each."""
@@ -201,9 +229,11 @@ def _environment() -> dict[str, str]:
 
 @contextmanager
 def deployment(
-    folder: Path, *organisations: str, plan: dict[str, Any] | None = None, database: bool = True
+    folder: Path, *organisations: str, plan: dict[str, Any] | None = None, database: bool = True, absent: tuple[str, ...] = ()
 ) -> Iterator[Deployment]:
-    """A federation that is set up, its server started and its organisations joined. plan: tables over the default's."""
+    """A federation that is set up, its server started and its organisations joined. plan: tables over the default's. absent:
+    members beside them that have a site and join nothing.
+    """
     made = Deployment(folder, organisations)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.toml").write_text(tomli_w.dumps(_plan(folder, plan or {})), encoding="utf-8")
@@ -218,7 +248,7 @@ def deployment(
         test=folder / "test.csv",
     )
     federation = found(made.fed, load_plan(folder / "plan.toml"), config)
-    for name in organisations:
+    for name in (*organisations, *absent):
         make_site(made.site(name), name, device="cpu")
         federation.members.invite(name, read_public_key(made.site(name) / "node.pub"))
         _allow(made.site(name) / "policy.toml")

@@ -10,11 +10,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cotune.client.audit_log import AuditLog
 from cotune.client.bookkeeping import overview
 from cotune.client.site import Site
+from cotune.server.strikes import left_out
+from tests.deployment.attackers import (
+    ADDRESSES,
+    IDLE,
+    Deed,
+    announce_and_stay_away,
+    bomb,
+    disturb_the_store,
+    flood,
+    locked,
+    say_nothing,
+)
 from tests.deployment.conftest import Page
 from tests.deployment.deployment import Deployment, deployment, weights
 from tests.deployment.test_faults import bring_back
@@ -23,6 +37,12 @@ pytestmark = pytest.mark.long
 
 ROUNDS, STRUCK, STEPS = 4, 2, 40  # STRUCK: the round in which it happens
 LOCAL = {"learning_rate": 0.5, "batch_size": 0.5, "steps": STEPS}
+SUSPICIOUS = {  # the quorum is the honest two, with mallory and without, so that neither is timed out on a slow machine
+    "rounds": ROUNDS,
+    "local": LOCAL,
+    "server": {"quorum": 0.6, "absent_seconds": 3.0, "least_seconds": 5.0, "patience": 1.0, "strikes": 3},
+}
+LOCKED_SECONDS = 50.0
 WHAT = ("trainer:north", "north", "front", "serverapp", "superexec", "superlink", "server", "run")
 
 
@@ -97,12 +117,12 @@ def strike(kind: Kind, page: Page, what: str, when: str, fault: Callable[[], Non
     check_end(kind, page, what, when, struck)
 
 
-def check_end(kind: Kind, page: Page, what: str, when: str, struck: float) -> None:
+def check_end(kind: Kind, page: Page, what: str, when: str, struck: float, shown: str = "–") -> None:
     run = kind.fed.finish()
     seconds, history = time.monotonic() - struck, run.load().history
     complete = [entry["participants"] for entry in history] == [list(kind.fed.organisations)] * ROUNDS
     same = None if kind.undisturbed is None else weights(run.load()) == kind.undisturbed
-    page.add(what, when, kind.name, seconds, complete, same)
+    page.add(what, when, kind.name, seconds, complete, same, shown)
     assert complete
     assert same in (True, None)
 
@@ -138,6 +158,82 @@ def test_stands_still_for_more_than_a_minute(with_database: Kind, page: Page, wh
     strike(with_database, page, f"{what} stands still for 70 s", "training", fault)
 
 
+@pytest.mark.parametrize("when", WHEN)
+def test_the_database_is_locked(with_database: Kind, page: Page, when: str) -> None:
+    """As by a backup: whatever the SuperLink writes meanwhile fails after 5 s. On commit a605cba its server ended for good."""
+
+    def fault() -> None:
+        with locked(with_database.fed.database):
+            time.sleep(LOCKED_SECONDS)
+
+    strike(with_database, page, f"database locked for {LOCKED_SECONDS:g} s", when, fault)
+
+
+def test_strangers_flood_the_port(with_database: Kind, page: Page) -> None:
+    """320 idle connections of four addresses, opened anew whenever they are cut, and contents of 16 MB under an unknown key, all
+    the time; meanwhile a node is killed and joins again. On commit a605cba nobody could join any more, and the SuperLink took 3.8 GB.
+    """
+    fed = with_database.fed
+    fed.run()
+    fed.wait(lambda: _training(fed))
+    struck, before = time.monotonic(), fed.find("superlink").memory_info().rss
+    with flood(fed.port, fed.authority) as opened:
+        fed.kill("north")
+        fed.join("north")
+        check_end(with_database, page, "connection flood of strangers", "training", struck, "their addresses, in the front's log")
+    assert fed.find("superlink").memory_info().rss - before < 300 * 2**20
+    assert all(opened[address] > IDLE for address in ADDRESSES)
+
+
+@pytest.fixture(scope="module")
+def with_mallory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
+    """undisturbed: without mallory."""
+    with deployment(tmp_path_factory.mktemp("mallory"), "north", "south", plan=SUSPICIOUS, absent=("mallory",)) as fed:
+        fed.run()
+        yield Kind("with a database", fed, weights(fed.finish().load()))
+
+
+def attack(kind: Kind, page: Page, what: str, deed: Deed, *options: str) -> list[dict[str, Any]]:
+    """A run in each of whose rounds mallory does this, until it is left out. Returns what the events say of it."""
+    fed, struck = kind.fed, time.monotonic()
+    with fed.attacker("mallory", dict.fromkeys(range(1, ROUNDS + 1), deed)) as mallory:
+        mallory.victim = fed.node_of("north")
+        fed.wait(lambda: "mallory" in fed.online())
+        fed.run(*options)
+        check_end(kind, page, what, "every round", struck, "mallory, in the run's events")
+    assert left_out(fed.newest(), fed.newest().load().history) == ["mallory"]
+    return [event for event in fed.events() if event.get("organisation") == "mallory"]
+
+
+def test_a_member_says_nothing(with_mallory: Kind, page: Page) -> None:
+    """On commit a605cba every round took the whole deadline, an hour by default."""
+    told = attack(with_mallory, page, "mallory stays silent", say_nothing)
+    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["organisation_left_out"]
+
+
+def test_a_member_announces_answers_that_never_come(with_mallory: Kind, page: Page) -> None:
+    told = attack(with_mallory, page, "mallory announces answers that never come", announce_and_stay_away)
+    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["organisation_left_out"]
+
+
+def test_a_member_sends_a_bomb(with_mallory: Kind, page: Page) -> None:
+    """On commit a605cba the server ran out of memory, five times in a row, and the run was dead."""
+    patient = ("--set", "server.least_seconds=240")  # none of it is late
+    told = attack(with_mallory, page, "mallory sends 64 GiB in 1 MiB", bomb, *patient)
+    assert [event["event"] for event in told] == ["update_quarantined"] * 3 + ["organisation_left_out"]
+
+
+def test_a_member_disturbs_the_object_store(with_mallory: Kind, page: Page) -> None:
+    """On commit a605cba all others were kept out, the server ended, and north trained at mallory's word."""
+    sent = AuditLog(with_mallory.fed.site("north"))
+    before = len(list(sent.entries()))
+    told = attack(with_mallory, page, "mallory disturbs the object store", disturb_the_store)
+    refused = [event["count"] for event in told if event["event"] == "messages_refused"]
+    assert sum(refused) >= 2 * 3  # of three rounds; what is over the limit of bytes is refused before it is looked into
+    updates = [entry for entry in list(sent.entries())[before:] if entry["what"] == "update"]
+    assert [entry["round"] for entry in updates] == list(range(1, ROUNDS + 1))
+
+
 def test_everybody_is_killed_at_once(with_database: Kind, page: Page) -> None:
     """As a power cut."""
 
@@ -164,14 +260,14 @@ def test_killed_again_and_again(request: pytest.FixtureRequest, page: Page, kept
             kill(kind, what)()
             times += 1
     how_often = "once" if times == 1 else f"{times} times"
-    check_end(kind, page, f"kill -9 of anybody, {how_often}", "at any time", struck)
+    check_end(kind, page, f"kill -9 of anybody, again and again ({seed + 1})", "at any time", struck, f"killed {how_often}")
 
 
 @pytest.mark.parametrize(("what", "when"), list(itertools.product(("trainer:north", "north"), ("training", "sending"))))
 def test_with_privacy_the_ledger_has_at_least_what_was_spent(private: Kind, page: Page, what: str, when: str) -> None:
     """Every step that a model has in it was charged before; a round that was cut off counts as spent."""
     fed = private.fed
-    seed = str(len(page.lines))  # another plan, as this one has had its budget
+    seed = str(page.added)  # another plan, as this one has had its budget
     strike(private, page, f"kill -9 of {what}", when, kill(private, what), "--set", f"seed={seed}")
     for name in fed.organisations:
         (data,) = overview(Site(fed.site(name)))["collections"]

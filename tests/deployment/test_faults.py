@@ -1,15 +1,21 @@
 """Whatever is killed: the same command again goes on, and the model is the same, bit by bit. Real processes, TLS and keys.
 
-The short form is one run in which everything is killed once. The long form (`make test-faults`) kills every process at several
-moments in runs of their own, with and without the SuperLink's database, cuts the network, and writes docs/results/faults.md.
+The short form is one run in which everything is killed once, one in which the database is locked and the port flooded, and one in
+which a member attacks. The long form (`make test-faults`) does each in runs of its own, at several moments, with and without the
+SuperLink's database, cuts the network, and writes docs/results/faults.md.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
+from cotune.client.fleet import Fleet, Request
+from cotune.server.strikes import left_out
+from tests.deployment.attackers import ADDRESSES, DISTURBANCES, IDLE, Attacker, bomb, disturb_the_store, flood, locked
 from tests.deployment.deployment import Deployment, deployment, weights
 
 ROUNDS = 16
@@ -53,3 +59,38 @@ def test_everything_is_killed_once(fed: Deployment, undisturbed: dict[str, bytes
     assert [entry["round"] for entry in history] == list(range(1, ROUNDS + 1))
     assert all(entry["participants"] == ["north", "south"] for entry in history)
     assert weights(run.load()) == undisturbed
+
+
+def test_the_database_is_locked_and_the_port_flooded(fed: Deployment) -> None:
+    """SQLite waits for 5 s. In the flood a node is killed and joins again."""
+    fed.run("--set", "rounds=3")
+    fed.wait(fed.reached("round_started", 2))
+    with locked(fed.database):
+        time.sleep(8)
+    with flood(fed.port, fed.authority) as opened:
+        fed.kill("north")
+        fed.join("north")
+        history = fed.finish().load().history
+    assert [entry["participants"] for entry in history] == [["north", "south"]] * 3
+    assert all(opened[address] > IDLE for address in ADDRESSES)
+
+
+def test_a_member_that_attacks_is_named_and_left_out(fed: Deployment) -> None:
+    """It disturbs the object store, and sends bombs, in south's place."""
+
+    def disturb_and_bomb(attacker: Attacker, fleet: Fleet, request: Request) -> None:
+        disturb_the_store(attacker, fleet, request)
+        bomb(attacker, fleet, request)
+
+    fed.leave("south")
+    with fed.attacker("south", {1: disturb_and_bomb, 2: bomb, 3: bomb}) as attacker:
+        attacker.victim = fed.node_of("north")
+        fed.wait(lambda: "south" in fed.online())
+        fed.run("--set", "rounds=4", "--set", "server.quorum=0.5")
+        run = fed.finish()
+    history = run.load().history
+    assert [entry["participants"] for entry in history] == [["north"]] * 4
+    assert [entry["quarantined"] for entry in history] == [["south"]] * 3 + [[]]
+    assert left_out(run, history) == ["south"]
+    assert attacker.answers == [*DISTURBANCES, httpx.codes.OK, httpx.codes.OK, httpx.codes.OK]
+    assert sum(event["count"] for event in fed.events("messages_refused") if event["organisation"] == "south") >= 1

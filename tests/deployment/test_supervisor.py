@@ -81,7 +81,7 @@ class Served:
         assert killed is not None
         killed.kill()
         until(lambda: self.program(name) not in (None, killed), self.log)
-        assert f"the {name} was ended by signal 9; it is started again in 0.5 s" in self.said()
+        assert re.search(rf"the {name} was ended by signal 9 \(.*\); it is started again in 0.5 s", self.said())
 
     def keys(self) -> set[bytes]:
         """That the SuperLink lets in."""
@@ -156,7 +156,7 @@ def waiting_run(folder: FederationFolder, tmp_path: Path) -> RunFolder:
     """A run of an organisation that never comes."""
     people = (Participant(name="hospital-a"),)
     file = RunFile(run="waiting", created="2026-01-01T00:00:00+00:00", engine="superlink", device="cpu", participants=people)
-    return RunFolder.create(tmp_path / "waiting", folder.plan, file)
+    return RunFolder.create(folder.path / "runs" / f"waiting-{tmp_path.name}", folder.plan, file)
 
 
 def test_members_come_and_go_killed_processes_come_back_and_a_killed_start_is_cleaned_up(

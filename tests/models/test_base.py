@@ -165,6 +165,23 @@ def test_weights_that_lack_a_layer(folder: Path) -> None:
     refusal(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(folder: Path, value: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(tensors) if "layer.1" in name)
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert name.removeprefix("bert.") in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file(folder: Path, name: str) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aaaa\nsize 438000000\n")
+    said = refusal(folder)
+    assert name in said
+    assert "git lfs pull" in said
+
+
 def test_encoder_weights_of_another_size(folder: Path) -> None:
     edit(folder / "config.json", intermediate_size=48)
     refusal(folder)

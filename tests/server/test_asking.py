@@ -429,7 +429,7 @@ def test_what_nobody_asked_for_is_refused_and_no_words_reach_the_terminal_as_the
     progress = play(folder, wild(folder, {"org-1": adding(1.0), "org-2": chats, "org-3": paints}))
     assert dropped(progress)[0] == {
         "org-2": "it tells 'my opinion', which the plan does not ask for",
-        "org-3": "it has 1 parameters too many and lacks 0 ( [2J all is well)",
+        "org-3": "it has 1 parameters too many and lacks 0 (\\u001b[2J all is well)",
     }
 
 

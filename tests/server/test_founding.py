@@ -52,7 +52,7 @@ def test_a_federation_is_a_folder_that_only_its_owner_reads(plan: Callable[..., 
     }
     for path in (made.path, *made.path.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
-    assert made.config == config(port=9000, id=made.config.id)
+    assert made.config == config(port=9000, id=made.config.id, quotas=made.config.quotas)
     assert made.members.all() == ()
     for host in ("fed.example.org", "10.0.0.7", "127.0.0.1"):
         certificates.check(made.certificates, host)
@@ -71,6 +71,17 @@ def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organisations_get(
     assert made.invitation.certificates == (made.certificates / "ca.crt").read_bytes()
     assert made.invitation.id == made.config.id
     assert made.invitation.signing_key == public_hex(read_signing_key(made.certificates))
+
+
+def test_whose_home_the_base_model_is_in_is_nobody_else_s_business(
+    plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plan()
+    monkeypatch.setenv("HOME", str(Path(wanted.model.base).resolve().parents[1]))
+    made = found(tmp_path / "fed", wanted, config())
+    assert made.plan.model.base.startswith("~/")
+    assert str(Path.home()) not in (made.path / "federation.toml").read_text()
+    assert find_base(made.plan.model).path == Path(wanted.model.base).resolve()
 
 
 def test_class_names_are_those_of_the_test_records_where_the_plan_has_none(plan: Callable[..., Plan], tmp_path: Path) -> None:

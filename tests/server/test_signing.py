@@ -7,7 +7,6 @@ import pytest
 
 from cotune.models.errors import RunError
 from cotune.server.signing import SIGNING_KEY, new_signing_key, next_serial, public_hex, read_signing_key
-from cotune.server.trail import cohort_of
 
 
 def test_a_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
@@ -34,11 +33,3 @@ def test_numbers_only_grow_whatever_the_clock_says(tmp_path: Path) -> None:
     (tmp_path / "serial").write_text("x")
     with pytest.raises(RunError):
         next_serial(tmp_path)
-
-
-def test_whoever_waits_for_a_larger_cohort_belongs_to_it() -> None:
-    """Or those who have that rule would wait for each other for ever."""
-    assert cohort_of((), ["a", "b"]) == ["a", "b"]
-    declined = {"organisation": "c", "reason": "declined: its rule training.min_cohort does not allow this plan"}
-    entry = {"participants": ["a"], "dropped": [declined, {"organisation": "d", "reason": "no reply"}]}
-    assert cohort_of((entry,), ["a", "b", "c", "d"]) == ["a", "c"]

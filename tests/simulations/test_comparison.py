@@ -138,3 +138,19 @@ def test_the_baseline_is_the_named_one() -> None:
     assert against is not None
     assert against.estimate.mean == pytest.approx(-0.02)
     assert combine([replace(c, accuracy=None, status="failed") for c in CELLS], "avg")[1].difference is None
+
+
+def test_the_gain_is_a_mean_over_seeds_and_the_answers_are_counted() -> None:
+    found = combine(
+        [
+            cell("mean", 1, 0.7, gain=0.02, answers=(1, 0, 2)),
+            cell("mean", 2, 0.7, gain=0.04, answers=(0, 1, 2)),
+            cell("ties", 1, 0.7),
+        ],
+        "mean",
+    )
+    [mean, ties] = found
+    assert mean.gain is not None
+    assert mean.gain.mean == pytest.approx(0.03)
+    assert mean.answers == (1, 1, 4)
+    assert ties.gain is ties.answers is None

@@ -29,6 +29,38 @@ def test_one_file_is_split_without_loss_or_overlap(toy_plan: NewPlan) -> None:
     assert len(test) == pytest.approx(0.15 * 240, abs=2)
 
 
+def test_what_does_not_count_is_told_in_one_line(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """Counted by hand: 240 texts and beside them 2 blank ones, 1 without a label, a header and 4 copies; 5 have over 8 tokens."""
+    rows = [(f"{number} great", label) for number, (_, label) in enumerate(sentences(240))]
+    long = [(" ".join(["tree"] * 9 + [text]), label) for text, label in rows[:5]]
+    extra = [("", "good"), (" ", "bad"), ("a", ""), ("text", "label")]
+    path = write_csv(tmp_path / "mine.csv", [*long, *rows[5:], *rows[5:9], *extra])
+    private = {"epsilon": 8.0, "delta": "1/n"}
+    plan = toy_plan(data={"source": str(path)}, model={"max_length": 8}, privacy=private)
+    prepared = prepare(plan)
+    found = {"blank text": 2, "missing label": 1, "repeated header": 1, "cut at 8 tokens": 5, "copies": 4}
+    assert prepared.left_out == found
+    (note,) = prepared.notes
+    for part in ("2 blank texts", "5 texts cut at 8 tokens (2 %)", "4 duplicates"):
+        assert part in note
+    public = prepare(plan.model_copy(update={"privacy": "none"}))
+    assert public.left_out == {**{key: found[key] for key in list(found)[:4]}, "duplicate that is trained on": 4}
+
+
+def test_classes_that_differ_in_spelling_alone_are_pointed_out(toy_plan: NewPlan, tmp_path: Path) -> None:
+    rows = [(text, "Good" if label == "good" and number % 2 else label) for number, (text, label) in enumerate(sentences(240))]
+    prepared = prepare(toy_plan(data={"source": str(write_csv(tmp_path / "mine.csv", rows))}))
+    assert any("'Good' and 'good'" in note for note in prepared.notes)
+
+
+def test_a_small_organisation_is_named(toy_plan: NewPlan, tmp_path: Path) -> None:
+    (tmp_path / "orgs").mkdir()
+    write_csv(tmp_path / "orgs" / "big.csv", sentences(60))
+    write_csv(tmp_path / "orgs" / "small.csv", [("great", "good"), ("awful", "bad")])
+    with pytest.raises(DataError, match="^small: no class among 2 examples"):
+        prepare(toy_plan(data={"source": str(tmp_path / "orgs")}))
+
+
 def test_the_same_plan_gives_the_same_split_and_another_seed_another(toy_plan: NewPlan) -> None:
     def split(seed: int) -> list[list[int]]:
         prepared = prepare(toy_plan(seed=seed))

@@ -56,8 +56,9 @@ def tree(leaves: int, first: int = 0) -> ObjectTree:
 def announcement(objects: ObjectTree | None = None, node: int = NODE, **about: object) -> PushMessagesRequest:
     """An honest reply's. about: fields of its metadata."""
     objects = tree(3) if objects is None else objects
-    fields = {"src_node_id": node, "dst_node_id": 1, "reply_to_message_id": REQUEST, "message_id": objects.object_id, **about}
-    metadata = Metadata(run_id=5, group_id="1", ttl=60.0, message_type="train", created_at=1.8e9, **fields)  # type: ignore[arg-type]
+    fields: dict[str, object] = {"run_id": 5, "group_id": "1", "ttl": 60.0, "message_type": "train", "created_at": 1.8e9}
+    fields |= {"src_node_id": node, "dst_node_id": 1, "reply_to_message_id": REQUEST, "message_id": objects.object_id, **about}
+    metadata = Metadata(**fields)  # type: ignore[arg-type]
     return PushMessagesRequest(
         node=Node(node_id=node),
         messages_list=[Message(metadata=metadata)],

@@ -25,9 +25,10 @@ from cotune.models.errors import RunError
 from cotune.server.certificates import new_authority
 from cotune.server.front import FrontConfig, Keys, read_config, setup
 from cotune.server.members import Members
+from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Front
-from cotune.server.refusals import read_refusals
+from cotune.server.refusals import Watch, read_refusals
 from tests.support.calls import announcement, identifier, new_key, public, signed, tree
 
 CALL = "/v1/fleet/push-object"
@@ -114,7 +115,7 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, superlink_port: int, **limits: float) -> Iterator[Running]:
+def running(folder: Path, superlink_port: int, quotas: Quotas | None = None, **limits: float) -> Iterator[Running]:
     config = FrontConfig(
         certificates=folder,
         members=folder.parent / "members.json",
@@ -123,6 +124,7 @@ def running(folder: Path, superlink_port: int, **limits: float) -> Iterator[Runn
         host="127.0.0.1",
         port=0,
         limits=Limits.model_validate({"linger": 0.2, **limits}),
+        quotas=quotas or Quotas(),
     )
     ready, made, failed = threading.Event(), [], []
 
@@ -487,6 +489,61 @@ def test_an_object_that_the_server_has_sent_cannot_be_announced(front: Running, 
     assert status(front.ask(post(announcement(theirs).SerializeToString(), PUSH))) == 400
     honest = announcement(tree(3, first=900)).SerializeToString()
     assert status(front.ask(post(honest, PUSH, extra="Connection: close\r\n"))) == 200
+
+
+# --- quotas
+
+
+def test_a_member_beyond_a_quota_is_refused_and_named_and_the_others_are_not(folder: Path, upstream: Upstream) -> None:
+    """Replies that nobody asked for, until there may be no more; then again for each request that is handed over."""
+    told, last = list[tuple[str, str]](), "Connection: close\r\n"
+    watch = Watch(folder.parent / "refused.json", lambda event, **fields: told.append((fields["organisation"], fields["reason"])))
+    with running(folder, upstream.port, Quotas(messages=2)) as front:
+
+        def announce(first: int, key: EllipticCurvePrivateKey) -> int:
+            content = announcement(tree(3, first=first)).SerializeToString()
+            return status(front.ask(post(content, PUSH, extra=last, key=key)))
+
+        assert [announce(first, SOUTH) for first in (100, 200, 300)] == [200, 200, 429]
+        assert announce(400, NORTH) == 200
+        sent = PullMessagesResponse(message_object_trees=[tree(3, first=5000)]).SerializeToString()
+        assert status(front.ask(post(sent, "/v1/fleet/pull-messages", extra=last, key=SOUTH))) == 200
+        assert [announce(first, SOUTH) for first in (500, 600)] == [200, 429]
+    watch("round_finished", {})
+    assert [name for name, reason in told] == ["south"]
+    assert "quota of messages" in told[0][1]
+
+
+def test_a_quota_of_bytes_is_of_both_directions_and_refused_before_content_is_read(folder: Path, upstream: Upstream) -> None:
+    """The small server answers with what it was sent, so that every 5 MiB count twice: after six of them 4 MiB are left."""
+    with running(folder, upstream.port, Quotas(reply=64 * 2**20, bytes=64 * 2**20)) as front:
+        content = bytes(5 * 2**20)
+        with front.connect() as connection:
+            for _ in range(6):
+                connection.sendall(post(content))
+                received = 0
+                while received < len(content):
+                    received += len(connection.recv(2**20))
+        seen = len(upstream.seen)
+        with front.connect() as connection:
+            connection.sendall(post(b"", length=5 * 2**20))
+            assert status(connection.recv(65536)) == 429
+        assert len(upstream.seen) == seen
+        assert status(front.ask(post(key=SOUTH, extra="Connection: close\r\n"))) == 200
+
+
+def test_a_quota_of_disk_has_a_status_of_its_own(folder: Path, upstream: Upstream) -> None:
+    with running(folder, upstream.port, Quotas(disk=64 * 2**20)) as front, front.connect() as connection:
+        content = bytes(5 * 2**20)
+        for _ in range(12):
+            connection.sendall(post(content))
+            received = 0
+            while received < len(content):
+                received += len(connection.recv(2**20))
+        with front.connect() as other:
+            other.sendall(post(b"", length=5 * 2**20))
+            assert status(other.recv(65536)) == 507
+        assert status(front.ask(post(key=SOUTH, extra="Connection: close\r\n"))) == 200
 
 
 def eventually(act: Callable[[], bytes]) -> bytes:

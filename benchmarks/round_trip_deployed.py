@@ -1,0 +1,146 @@
+"""How long is a deployed round that trains next to nothing: by the public port, directly at the SuperLink, and before a change?
+
+    python benchmarks/round_trip_deployed.py [--organisations 2] [--rounds 20] [--times 3] [--before PYTHON]
+
+Everything by cotune's own commands, over TLS and with keys: `server start`, `client join`, `server run`. The sides take turns,
+`--times` times, each with a server and nodes of its own that end before the next begins. `--before` is the Python of another
+installation of cotune, with its own public port. Seconds are those of `round_finished` in the run's events; the first two
+rounds of a run, in which models are loaded, are left out. Prints a median for each turn, and the ratios of the medians of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+from loopback import free_port, until, write_model, write_sentences
+
+WARM = 2  # rounds in which models are loaded
+PORT, SUPERLINK, BEFORE = "public port", "SuperLink", "before"
+PERMISSIVE = "from cotune.privacy.policy import Policy, dump_policy; print(dump_policy(Policy.permissive()))"
+
+
+@dataclass(frozen=True)
+class Side:
+    """python: whose cotune is run. direct: nodes go to the SuperLink, and not by the public port."""
+
+    name: str
+    folder: Path
+    python: str
+    organisations: tuple[str, ...]
+    direct: bool
+
+    @property
+    def fed(self) -> Path:
+        return self.folder / "fed"
+
+    def do(self, *words: str | Path) -> str:
+        done = subprocess.run(self.command(*words), cwd=self.folder, env=environment(), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"cotune {' '.join(map(str, words[:2]))}: {done.stdout} {done.stderr}")
+        return done.stdout
+
+    def command(self, *words: str | Path) -> list[str]:
+        return [self.python, "-m", "cotune.cli.main", *map(str, words)]
+
+    @contextmanager
+    def staying(self, name: str, *words: str | Path) -> Iterator[Callable[[], str]]:
+        """A command for the length of the block. Yields what it has printed so far."""
+        file = self.folder / f"{name}.log"
+        with file.open("wb") as log:
+            process = subprocess.Popen(
+                self.command(*words), cwd=self.folder, env=environment(), stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            yield lambda: file.read_text(encoding="utf-8", errors="replace")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+
+
+def set_up(side: Side, rounds: int) -> None:
+    side.folder.mkdir(parents=True)
+    plan = {
+        "rounds": rounds,
+        "labels": ["bad", "good"],
+        "privacy": "none",
+        "model": {"base": str(write_model(side.folder / "base")), "max_length": 16, "pooling": "mean"},
+        "data": {"source": "records.csv"},
+        "strategy": "fedavg",
+        "local": {"learning_rate": 1.0, "batch_size": 0.5, "steps": 2},
+        "server": {"quorum": 1.0},
+    }
+    (side.folder / "plan.toml").write_text(tomli_w.dumps(plan), encoding="utf-8")
+    ports = ("--port", str(free_port()), "--superlink-port", str(free_port()))
+    side.do("server", "init", side.fed, "--plan", side.folder / "plan.toml", "--host", "localhost", "--device", "cpu", *ports)
+    policy = subprocess.run([side.python, "-c", PERMISSIVE], capture_output=True, text=True, check=True).stdout
+    for number, name in enumerate(side.organisations):
+        write_sentences(side.folder / f"{name}.csv", number)
+        side.do("client", "init", side.folder / name, "--name", name, "--device", "cpu")
+        (side.folder / name / "policy.toml").write_text(policy, encoding="utf-8")
+        side.do("server", "invite", side.fed, name, side.folder / name / "node.pub")
+    given = (side.fed / "federation.toml").read_text(encoding="utf-8")
+    if side.direct:
+        given = given.replace(f"localhost:{ports[1]}", f"localhost:{ports[3]}")
+    (side.folder / "federation.toml").write_text(given, encoding="utf-8")
+
+
+def measure(side: Side) -> list[float]:
+    """Seconds of the rounds of one run, without the first."""
+    with ExitStack() as stack:
+        said = stack.enter_context(side.staying("server", "server", "start", side.fed))
+        until(lambda: "ready: " in said())
+        for name in side.organisations:
+            data = () if (side.folder / name / "data.json").exists() else ("--data", side.folder / f"{name}.csv")
+            stack.enter_context(side.staying(name, "client", "join", side.folder / name, side.folder / "federation.toml", *data))
+        until(lambda: all(f"{name} is online" in said() for name in side.organisations))
+        side.do("server", "run", side.fed)
+    newest = max((side.fed / "runs").glob("*/events.jsonl"), key=lambda file: file.stat().st_mtime)
+    events = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
+    return [float(event["seconds"]) for event in events if event["event"] == "round_finished"][WARM:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--organisations", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--before", metavar="PYTHON", help="of an installation of another cotune")
+    given = parser.parse_args()
+    names = tuple(f"org-{i + 1}" for i in range(given.organisations))
+    with tempfile.TemporaryDirectory() as folder:
+        pythons = {PORT: sys.executable, SUPERLINK: sys.executable, **({BEFORE: given.before} if given.before else {})}
+        sides = [
+            Side(name, Path(folder) / name.replace(" ", "-"), python, names, name == SUPERLINK)
+            for name, python in pythons.items()
+        ]
+        for side in sides:
+            set_up(side, given.rounds)
+        seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+        for turn in range(given.times):
+            for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
+                found = measure(side)
+                seconds[side.name] += found
+                print(f"turn {turn + 1}  {side.name:12}  median {statistics.median(found):.3f} s", flush=True)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name:12}  median {median:.3f} s  public port / {name}: {medians[PORT] / median:.2f}")
+
+
+if __name__ == "__main__":
+    main()

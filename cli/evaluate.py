@@ -1,0 +1,140 @@
+"""`cotune evaluate`: how good a finished model is on labeled records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cotune.cli.predict import Device, Length, ModelSource, ThresholdOption
+from cotune.cli.screen import screen
+
+__all__ = ["evaluate", "figure", "show_classes", "with_interval"]
+
+_MOST_CLASSES = 25  # of a confusion matrix on a terminal
+_WIDE = 24  # characters of a class name
+
+
+def evaluate(
+    model: ModelSource,
+    data: Annotated[str, typer.Option(help="Labeled records: a file, or for an image model a folder with one folder per class.")],
+    text: Annotated[str | None, typer.Option(help='Column with the text, or with its words; default: "text".')] = None,
+    image: Annotated[str | None, typer.Option(help='Column with the image; default: "image".')] = None,
+    label: Annotated[str | None, typer.Option(help='Column with the class, or with the words\' tags; default: "label".')] = None,
+    unit: Annotated[str | None, typer.Option(help="Column that says whose a record is: intervals then count persons.")] = None,
+    encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8",
+    threshold: ThresholdOption = None,
+    max_length: Length = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON, with every threshold and bin.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Measure a fine-tuned model: by class, confusion matrix, AUROC and AUPRC, calibration, entities of tags. Nothing is sent."""
+    from cotune.models.judging import judge_records
+    from cotune.models.predictor import open_predictor
+    from cotune.models.quality import parse_threshold
+    from cotune.models.records import read_records
+
+    predictor = open_predictor(model, device, max_length)
+    limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
+    records = read_records(_config(data, text, image, label, unit, encoding), None, predictor.task)
+    found = {"model": model, "data": data, **judge_records(predictor, records, limit)}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        _show(screen(), found)
+
+
+def _config(data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str) -> Any:
+    from pydantic import ValidationError
+
+    from cotune.models.errors import DataError
+    from cotune.models.records import DataConfig
+
+    source = data if data.startswith("package:") else str(Path(data).expanduser())
+    given = {"source": source, "text": text, "image": image, "label": label, "unit": unit, "encoding": encoding}
+    try:
+        return DataConfig.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise DataError(f"the records cannot be read so: {reason}") from None
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    console.print(f"{found['records']:,} records of {escape(found['data'])}, {len(found['labels'])} classes")
+    for reason, count in found["left_out"].items():
+        console.print(f"  left out, {escape(reason)}: {count:,}")
+    if found["max_length"]:
+        console.print(f"  of each text {found['max_length']} tokens are read at most")
+    if found["not_told"]:
+        console.print(f"  not told: {found['not_told']:,} of {found['answers']:,}, which count as wrong")
+    if found["threshold"]:
+        console.print(f"  {escape(found['threshold']['label'])} is told from a probability of {found['threshold']['least']:g} on")
+    show_summary(console, found)
+    show_classes(console, found)
+    _show_confusion(console, found)
+    if "entities" in found:
+        _show_entities(console, found["entities"])
+
+
+def show_summary(console: Console, found: dict[str, Any]) -> None:
+    """Accuracy beside the constant answer, curves, calibration."""
+    accuracy = with_interval(found["accuracy"], found["accuracy_interval"])
+    constant = f"always {escape(found['majority']['label'])}: {figure(found['majority']['accuracy'])}"
+    console.print(f"[bold]accuracy {accuracy}[/bold]; {constant}")
+    console.print(
+        f"AUROC {figure(found['auroc'])}, AUPRC {figure(found['auprc'])} (means over the classes, each against all others);"
+        f" calibration error (ECE) {figure(found['calibration']['ece'])}"
+    )
+
+
+def show_classes(console: Console, found: dict[str, Any]) -> None:
+    """Each class, and the means."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("class", overflow="fold")
+    for heading in ("precision", "recall", "F1", "AUROC", "AUPRC", "records", "told"):
+        table.add_column(heading, justify="right")
+    for each in found["classes"]:
+        figures = (figure(each[key]) for key in ("precision", "recall", "f1", "auroc", "auprc"))
+        table.add_row(escape(each["label"]), *figures, f"{each['records']:,}", f"{each['told']:,}")
+    for name in ("macro", "micro", "weighted"):
+        table.add_row(f"[italic]{name}[/italic]", *(figure(found[name][key]) for key in ("precision", "recall", "f1")))
+    console.print(table)
+
+
+def _show_confusion(console: Console, found: dict[str, Any]) -> None:
+    labels = found["labels"]
+    if len(labels) > _MOST_CLASSES:
+        console.print(f"the confusion matrix of {len(labels)} classes is in --json")
+        return
+    table = Table("true \\ told", box=None, header_style="bold", pad_edge=False)
+    for name in (*labels, *(["not told"] if found["not_told"] else [])):
+        table.add_column(escape(name[:_WIDE]), justify="right")
+    for name, row in zip(labels, found["confusion"], strict=True):
+        cells = row if found["not_told"] else row[:-1]
+        table.add_row(escape(name[:_WIDE]), *(f"{count:,}" for count in cells))
+    console.print(table)
+
+
+def _show_entities(console: Console, found: dict[str, Any]) -> None:
+    table = Table("entities", box=None, header_style="bold", pad_edge=False)
+    for heading in ("precision", "recall", "F1", "there", "told"):
+        table.add_column(heading, justify="right")
+    rows = [(each["type"], each, each["entities"], each["told"]) for each in found["types"]]
+    rows += [("macro", found["macro"], "", ""), ("micro", found["micro"], found["entities"], found["told"])]
+    for name, figures, there, told in rows:
+        table.add_row(escape(name), *(figure(figures[key]) for key in ("precision", "recall", "f1")), str(there), str(told))
+    console.print(table)
+
+
+def figure(value: float | None) -> str:
+    """A share, or a dash where it is not defined."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def with_interval(value: float, interval: list[float]) -> str:
+    return f"{figure(value)} ({figure(interval[0])} to {figure(interval[1])})"

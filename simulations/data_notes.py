@@ -1,0 +1,68 @@
+"""What a simulation says about its records: how many do not count and why, and classes that look like one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cotune.models.class_names import spelled_alike
+from cotune.models.holdings import Holdings
+from cotune.models.left_out import KEPT, cut_texts, left_out_line
+from cotune.models.records import Records
+from cotune.models.sharing import SharedModel
+from cotune.plan.schema import Plan
+
+__all__ = ["alike_notes", "data_notes", "left_out_of"]
+
+_SHOWN = 5  # groups of classes that are named
+_counted: dict[tuple[str, str, int], Mapping[str, int]] = {}  # (records, model, length) -> how many texts are cut
+
+
+def left_out_of(plan: Plan, records: Mapping[Path | None, Records], model: SharedModel) -> dict[str, int]:
+    """Return how many records of all files do not count in training, or not in full, by the reason."""
+    found: Counter[str] = Counter()
+    for each in records.values():
+        found.update(each.skipped)
+    for each in records.values():
+        found.update(_cut(each, model))
+    for each in records.values():
+        found.update(_copies(plan, each))
+    return {reason: count for reason, count in found.items() if count}
+
+
+def data_notes(plan: Plan, left_out: Mapping[str, int], records: int) -> list[str]:
+    """Return the sentences about the records of a simulation."""
+    line = left_out_line(left_out, records)
+    return [*([] if line is None else [line]), *alike_notes(plan.labels)]
+
+
+def alike_notes(labels: Sequence[str]) -> Iterator[str]:
+    """A warning where classes differ in spelling alone."""
+    groups = spelled_alike(labels)
+    if groups:
+        named = "; ".join(" and ".join(map(repr, group)) for group in groups[:_SHOWN])
+        more = f", and {len(groups) - _SHOWN} more such groups" if len(groups) > _SHOWN else ""
+        yield (
+            f"classes differ in spelling alone, and are trained as different ones: {named}{more}; if they are one class, give it one"
+            " spelling in all files"
+        )
+
+
+def _copies(plan: Plan, records: Records) -> Mapping[str, int]:
+    """Records that a promise leaves out; without one, the copies that are trained on."""
+    if plan.privacy == "none":
+        return {KEPT: len(records) - len(set(records.identities))}
+    rows = np.arange(len(records))
+    return Holdings(((records, rows),), plan.labels, plan.task).bounded(plan.privacy, plan.seed).dropped
+
+
+def _cut(records: Records, model: SharedModel) -> Mapping[str, int]:
+    """Counted once for the same records and model, as comparisons prepare many runs."""
+    loaded = model.loaded
+    key = records.fingerprint, loaded.folder.content_hash, loaded.max_length
+    if key not in _counted:
+        _counted[key] = cut_texts(model, records.inputs)
+    return _counted[key]

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cotune.models.durable import write_durably
+from cotune.server import refusals
+from cotune.server.events import Events, listening, read_events
+from cotune.server.refusals import Refusals, Watch, read_refusals
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "refused.json"
+
+
+def noted(file: Path, member: str, times: int, reason: str = "its source is another node") -> None:
+    """By a front that was started for it, once the file says so."""
+    front, before = Refusals(file), count_of(file, member)
+    for _ in range(times):
+        front.note(member, reason)
+    written(file, member, before + times)
+
+
+def count_of(file: Path, member: str) -> int:
+    found = read_refusals(file)
+    return found[member].count if member in found else 0
+
+
+def written(file: Path, member: str, count: int) -> None:
+    deadline = time.monotonic() + 600.0
+    while count_of(file, member) != count:
+        assert time.monotonic() < deadline, count_of(file, member)
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "_EVERY_SECONDS", 0.05)
+
+
+def test_a_members_refusals_are_counted_over_restarts_of_the_front(file: Path) -> None:
+    noted(file, "south", 2, "first")
+    noted(file, "south", 1, "last")
+    noted(file, "north", 1)
+    found = read_refusals(file)
+    assert {member: refused.count for member, refused in found.items()} == {"south": 3, "north": 1}
+    assert found["south"].reason == "last"
+
+
+def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = list[bytes]()
+
+    def counted(path: Path, content: bytes) -> None:
+        writes.append(content)
+        write_durably(path, content)
+
+    monkeypatch.setattr(refusals, "write_durably", counted)
+    monkeypatch.setattr(refusals, "_EVERY_SECONDS", 2.0)
+    front = Refusals(file)
+    for member in ("south", "north"):
+        front.note(member, "no")
+        assert count_of(file, member) == 1
+    for _ in range(500):
+        front.note("south", "no")
+    assert len(writes) == 2
+    written(file, "south", 501)
+    assert len(writes) == 3
+
+
+def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    front = Refusals(file)
+    monkeypatch.setattr(refusals, "write_durably", full)
+    front.note("south", "no")
+    assert not read_refusals(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"members": 3}', b"\xff", b'{"members": {"south": {"count": "many"}}}'])
+def test_a_damaged_file_is_none(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    assert not read_refusals(file)
+    Refusals(file).note("south", "no")
+    assert read_refusals(file)["south"].count == 1
+
+
+@pytest.fixture
+def events(tmp_path: Path, file: Path) -> Iterator[Events]:
+    """Of a run that begins when the test does, watched as the process that plays it does."""
+    made = Events(tmp_path / "events.jsonl")
+    with listening(Watch(file, made.tell)):
+        yield made
+
+
+def told(events: Events) -> list[tuple[str, int, str]]:
+    found = [event for event in read_events(events.path) if event["event"] == "messages_refused"]
+    return [(event["organisation"], event["count"], event["reason"]) for event in found]
+
+
+def test_the_run_names_whoever_was_refused_since_it_looked_last(file: Path, events: Events) -> None:
+    noted(file, "south", 2, "its tree holds an object that the server has sent")
+    events.tell("update_received", round=1, organisation="north")
+    assert told(events) == []
+    events.tell("update_dropped", round=1, organisation="south", reason="no reply")
+    assert told(events) == [("south", 2, "its tree holds an object that the server has sent")]
+    noted(file, "south", 3, "it replies to nothing")
+    noted(file, "north", 1, "it is no announcement")
+    events.tell("round_finished", round=1)
+    assert sorted(told(events)[1:]) == [("north", 1, "it is no announcement"), ("south", 3, "it replies to nothing")]
+    events.tell("round_finished", round=2)
+    assert len(told(events)) == 3
+
+
+def test_what_was_refused_before_the_run_is_not_of_it(file: Path, tmp_path: Path) -> None:
+    noted(file, "south", 7)
+    made = Events(tmp_path / "events.jsonl")
+    with listening(Watch(file, made.tell)):
+        made.tell("round_finished", round=1)
+        assert told(made) == []
+        noted(file, "south", 1)
+        made.tell("round_finished", round=2)
+    assert [(who, count) for who, count, _ in told(made)] == [("south", 1)]
+
+
+def test_a_file_that_was_begun_anew_is_news_again(file: Path, events: Events) -> None:
+    """As somebody removes it, or it was damaged."""
+    noted(file, "south", 5)
+    events.tell("round_finished", round=1)
+    os.unlink(file)
+    noted(file, "south", 2)
+    events.tell("round_finished", round=2)
+    noted(file, "south", 1)
+    events.tell("round_finished", round=3)
+    assert [count for _, count, _ in told(events)] == [5, 2, 1]
