@@ -158,7 +158,7 @@ def _check_folder(path: Path, name: str) -> None:
     pointer = first_lfs_pointer(deciding_files(path))
     if pointer is not None:
         raise ModelError(
-            f"the base model {name} has a pointer of Git LFS in place of {pointer}: fetch the files themselves with `git lfs pull`"
+            f"the base model {name} has a pointer of Git LFS in place of {pointer}: fetch the files with `git lfs pull`"
             " in the folder that was cloned, or download the model again"
         )
 

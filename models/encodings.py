@@ -43,8 +43,8 @@ def decoded(name: str, kind: str, raw: bytes, encoding: str, *, lenient: bool = 
         raise DataError(_nul(name, kind, raw, encoding, text))
     if not lenient and _is_latin(encoding) and (found := _WINDOWS.search(text)) and _decodes(raw, "cp1252"):
         raise DataError(
-            f"{name} holds control characters as {encoding} text (line {_line(text[: found.start()])}), which are quotation marks,"
-            " dashes and the like in Windows' encodings: use --set data.encoding=cp1252, or save it as utf-8"
+            f"{name} holds control characters as {encoding} text (line {_line(text[: found.start()])}), which are quotation"
+            " marks, dashes and the like in Windows' encodings: use --set data.encoding=cp1252, or save it as utf-8"
         )
     return text.removeprefix("\ufeff")
 
@@ -66,8 +66,8 @@ def _guess(raw: bytes) -> str:
     if _decodes(raw, "cp1252"):
         return "or name its encoding: --set data.encoding=cp1252 if it comes from Windows in Western Europe or America"
     return (
-        "or name its encoding, such as --set data.encoding=cp1250 (Windows in Central Europe), cp1251 (Cyrillic) or cp932 (Japan);"
-        " latin-1 takes any byte, and may take a wrong character for it"
+        "or name its encoding, such as --set data.encoding=cp1250 (Windows in Central Europe), cp1251 (Cyrillic) or cp932"
+        " (Japan); latin-1 takes any byte, and may take a wrong character for it"
     )
 
 

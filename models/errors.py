@@ -27,6 +27,7 @@ __all__ = [
     "PrivacyError",
     "RunError",
     "nearest",
+    "reason_of",
 ]
 
 
@@ -75,6 +76,13 @@ class RunError(CotuneError):
     """A run could not go on; what was finished is kept."""
 
     exit_code = 1
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a library said, without its full stop."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,8 +10,9 @@ from cotune.models.inputs import Input
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from cotune.models.sharing import SharedModel
 
-__all__ = ["KEPT", "cut_reason", "cut_texts", "left_out_line"]
+__all__ = ["KEPT", "UNREADABLE", "cut_reason", "cut_texts", "left_out_line"]
 
+UNREADABLE = "unreadable"  # of a line, or of what stands in it
 KEPT = "duplicate that is trained on"  # where nothing leaves out copies: no promise to records, and no data.deduplicate
 _CUT = "cut at "
 _NAMED = {  # reason: (of one record, of several)
@@ -21,7 +22,7 @@ _NAMED = {  # reason: (of one record, of several)
     "missing label": ("missing label", "missing labels"),
     "missing tag": ("text with a missing tag", "texts with missing tags"),
     "broken Unicode": ("text in broken Unicode", "texts in broken Unicode"),
-    "unreadable": ("unreadable record", "unreadable records"),
+    UNREADABLE: ("unreadable record", "unreadable records"),
     "repeated header": ("repeated header", "repeated headers"),
     "duplicate": ("duplicate", "duplicates"),
     "copies": ("duplicate", "duplicates"),

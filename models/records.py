@@ -20,21 +20,12 @@ from pathlib import Path
 
 from cotune.models import image_folders
 from cotune.models.class_names import class_name, is_shown, shown
-from cotune.models.errors import DataError, nearest
-from cotune.models.formats import (
-    JSON_SUFFIXES,
-    READERS,
-    UNREADABLE,
-    DataConfig,
-    DataFile,
-    is_plain_name,
-    is_unicode,
-    near_names,
-    reason_of,
-    word_of,
-)
+from cotune.models.csv_reader import is_plain_name, near_names
+from cotune.models.errors import DataError, nearest, reason_of
+from cotune.models.formats import JSON_SUFFIXES, READERS, DataConfig, DataFile, is_unicode, word_of
 from cotune.models.git_lfs import is_lfs_pointer
 from cotune.models.inputs import Input, Label, content_of, identity_of, names_in, plain
+from cotune.models.left_out import UNREADABLE
 from cotune.models.tasks import Task, TaskName, task_named
 from cotune.models.units import agree, grouped
 
@@ -332,8 +323,8 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
     held = class_name(given[:MOST_NAMES]).casefold(), class_name(label).casefold()
     if held == named[::-1] and not file.lenient:
         raise DataError(
-            f"{file.name} holds the names of its columns again in record {number}, in another order: expected the same order in all"
-            " of the file; split it there"
+            f"{file.name} holds the names of its columns again in record {number}, in another order: expected the same order in"
+            " all of the file; split it there"
         )
     return held == named
 

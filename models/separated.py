@@ -46,7 +46,7 @@ def mended(text: str, separator: str, width: int, column: int, known: Collection
     """Return the text with the quotes that open a field by mistake written as characters of it.
 
     A quote is a mistake where its field would run on over a line end, although the line by itself is a whole record: as many
-    fields as there are columns, with a known class in the column of labels (where that is the first of them, the next line as well).
+    fields as there are columns, with a known class in the column of labels (where that is before the quote, the next line too).
 
     Args:
         text: The file, with its line of column names.
@@ -86,7 +86,7 @@ def unclosed(text: str, separator: str) -> tuple[int, int] | None:
 
 
 def surplus_fields(text: str, separator: str, width: int) -> tuple[int, int] | None:
-    """Return (line, number of fields) of the first record of more fields than there are columns, none of them empty at its end."""
+    """Return (line, number of fields) of the first record of more fields, blank ones aside, than there are columns."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
         for row in reader:
@@ -166,7 +166,7 @@ def _outside(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
     for start, end in spans:
         parts.append(text[position:start])
         position = end
-    header, *lines = _lines("\n".join([*parts, text[position:]]))
+    _, *lines = _lines("\n".join([*parts, text[position:]]))
     yield from lines
 
 

@@ -148,7 +148,8 @@ class Members:
                 raise RunError(f"the new key is or was that of {taken.name}: expected one that was never used here")
             added = present.model_copy(update={"public_key": about.new, "renewed": renewal.text()})
             former = present.model_copy(update={"revoked": _now()})
-            self._write((*(former if member is present else member for member in before), added))
+            place = before.index(present)  # it keeps its place: runs take their organizations in this order
+            self._write((*before[:place], former, added, *before[place + 1 :]))
             return added
 
     def revoke(self, name: str) -> Member:

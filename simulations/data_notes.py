@@ -46,8 +46,8 @@ def alike_notes(labels: Sequence[str]) -> Iterator[str]:
         named = "; ".join(" and ".join(map(repr, group)) for group in groups[:_SHOWN])
         more = f", and {len(groups) - _SHOWN} more such groups" if len(groups) > _SHOWN else ""
         yield (
-            f"classes differ in spelling alone, and are trained as different ones: {named}{more}; if they are one class, give it one"
-            " spelling in all files"
+            f"classes differ in spelling alone, and are trained as different ones: {named}{more}; if they are one class, give it"
+            " one spelling in all files"
         )
 
 

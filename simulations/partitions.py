@@ -107,8 +107,8 @@ def split_test(labels: Sequence[str], fraction: float, rng: np.random.Generator)
         testing[rng.permutation(rows)[:size]] = True
     if not testing.any():
         raise DataError(
-            f"no class among {len(labels)} examples has two, to test on one: add data, leave this file or organization out, or check"
-            " data.label"
+            f"no class among {len(labels)} examples has two, to test on one: add data, leave this file or organization out, or"
+            " check data.label"
         )
     return np.flatnonzero(~testing).astype(np.int64), np.flatnonzero(testing).astype(np.int64)
 

@@ -95,13 +95,15 @@ def test_the_node_changes_over_once_the_coordinator_has_accepted(site: Site, mem
 
 def test_the_coordinator_shuts_the_old_key_out_and_keeps_what_was_agreed(site: Site, members: Members) -> None:
     before = members.active()[0]
+    other = make_site(site.folder.parent / "other", "hospital-b", device="cpu")
+    members.invite("hospital-b", read_public_key(other.folder / "node.pub"))
     renew_key(site)
     accept(members, site)
     accept(members, site)  # the same again
-    former, present = members.all()
+    former, present, later = members.all()
     assert former.revoked
     assert (former.fingerprint, present.name, present.examples) == (before.fingerprint, "hospital-a", (10, 20))
-    assert members.active() == (present,)
+    assert members.active() == (present, later)  # in the order of the invitations, as before
     with pytest.raises(RunError):
         members.invite("hospital-a", before.public_key)
 
