@@ -11,10 +11,11 @@ from cotune.models.errors import DataError
 __all__ = ["decoded"]
 
 _MARKS = (b"\xff\xfe", b"\xfe\xff")  # with which UTF-16 begins
-_HALF = "cotune.half"  # in UTF-16 surrogateescape cannot stand for half of a pair
-register_error(_HALF, lambda error: ("\udc00", getattr(error, "end")))  # noqa: B009
 _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+_HALF = "cotune.half"  # half a character: surrogateescape cannot stand for half of a pair of UTF-16
 _WINDOWS = re.compile("[\x80-\x9f]")  # control characters in ISO 8859, and quotes, dashes and the euro sign in Windows' pages
+
+register_error(_HALF, lambda error: ("\udc00", getattr(error, "end")))  # noqa: B009
 
 
 def decoded(name: str, kind: str, raw: bytes, encoding: str, *, lenient: bool = False) -> str:
@@ -30,10 +31,10 @@ def decoded(name: str, kind: str, raw: bytes, encoding: str, *, lenient: bool = 
     Raises:
         DataError: For bytes that are no text in the encoding, with the encoding that they seem to be in; no byte is quoted.
     """
-    named = lookup(encoding).name.startswith(("utf-16", "utf-32"))
-    if lenient and (named or _wide_encoding(raw) is None):
+    wide = lookup(encoding).name.startswith(("utf-16", "utf-32"))
+    if lenient and (wide or (_wide_encoding(raw) is None and not raw.startswith(_MARKS))):
         with suppress(UnicodeError):
-            text = raw.decode(encoding, _HALF if named else "surrogateescape")
+            text = raw.decode(encoding, _HALF if wide else "surrogateescape")
             return text.replace("\0", "\udc00").removeprefix("\ufeff")
     try:
         text = raw.decode(encoding)

@@ -209,22 +209,6 @@ def _parquet(file: DataFile) -> Columns:
     return names, values
 
 
-def _values(file: DataFile, table: Any) -> dict[str, list[Any]]:
-    """The values of each column; where lenient, without the rows that cannot be read, such as a text that is no UTF-8."""
-    try:
-        return dict(table[:])
-    except Exception:
-        if not file.lenient:
-            raise
-    rows = []
-    for number in range(len(table)):
-        try:
-            rows.append(table[number])
-        except Exception:  # as above, damaged values raise anything
-            file.skipped[UNREADABLE] += 1
-    return {name: [row[name] for row in rows] for name in table.column_names}
-
-
 def _named(file: DataFile, column: str, names: Sequence[str], row: int, number: int | None) -> object:
     """The name of a class; -1 is how Hugging Face data sets mark a record without a label; None: a number without a name."""
     if number is None or number < 0:
@@ -265,6 +249,22 @@ def _xlsx(file: DataFile) -> Columns:
 def _cell(value: object) -> object:
     """A date without a time of day as other formats have it."""
     return value.date() if isinstance(value, datetime) and value.time() == time() else value
+
+
+def _values(file: DataFile, table: Any) -> dict[str, list[Any]]:
+    """The values of each column; where lenient, without the rows that cannot be read, such as a text that is no UTF-8."""
+    try:
+        return dict(table[:])
+    except Exception:
+        if not file.lenient:
+            raise
+    rows = []
+    for number in range(len(table)):
+        try:
+            rows.append(table[number])
+        except Exception:  # as above, damaged values raise anything
+            file.skipped[UNREADABLE] += 1
+    return {name: [row[name] for row in rows] for name in table.column_names}
 
 
 READERS: dict[str, Callable[[DataFile], Columns]] = {

@@ -11,7 +11,7 @@ from cotune.models.export import export_model
 from cotune.plan.model import model_of
 from cotune.privacy.policy import Policy
 from cotune.strategies.wire import Request
-from tests.cli.conftest import Cotune, cotune, folder
+from tests.cli.conftest import Cotune, _logging_as_it_was, cotune, folder  # noqa: F401
 from tests.conftest import sentences, write_csv
 from tests.support import clinic
 
