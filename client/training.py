@@ -62,8 +62,6 @@ def train_round(
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:
         return finished
-    if account.budget is not None:
-        account.check_unanswered(round)
     check_consent(plan, policy, examples, account.hours())
     check_examples(examples, stage.local, site.organisation)
     model = model_here(plan, site)
@@ -81,6 +79,7 @@ def train_round(
     guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
     teller = Teller(account)
     if isinstance(plan.privacy, RecordPrivacy):
+        account.check_unanswered(round)
         sigma = account.plan_noise(round)  # refuses before anything is charged
         told = _tell(teller, setting, account, round)
         noise = stated_noise(account, sigma, stage, optimizer, {name: named[name] for name in personal.shared})
