@@ -143,8 +143,8 @@ class Account:
         if round <= last:
             raise PrivacyError(
                 f"round {round} of {self.plan.name} is asked for after round {last} was answered, in another request: expected a"
-                " later round, as each is answered once; let the server go on where it was, or begin a run of another plan (another"
-                " seed makes one)"
+                " later round, as each is answered once; let the server go on where it was, or begin a run of another plan (a"
+                " new seed makes one)"
             )
 
     def answered(self, round: int) -> None:
