@@ -59,7 +59,7 @@ def test_a_grid_is_played(found: Comparison) -> None:
     rows = table(found.folder)
     assert list(rows[0]) == [
         *("strategy.weighting", "partition", "seed", "plan_id", "accuracy", "precision", "recall", "f1", "worst", "spread"),
-        *("bytes_up", "bytes_down", "seconds", "epsilon", "status", "reason"),
+        *("gain", "answers", "bytes_up", "bytes_down", "seconds", "epsilon", "status", "reason"),
     ]
     for row, cell in zip(rows, found.cells, strict=True):
         assert cell.folder == f"cells/{cell.plan_id[:16]}"
