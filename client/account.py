@@ -136,10 +136,11 @@ class Account:
         Raises:
             PrivacyError: For a round up to the last one that was answered.
         """
-        kept = self.site.kept_round(self.plan.plan_id)
-        if kept is not None:
-            self.answered(kept)  # where a process was killed right after it had kept the update
         last = self.ledger.last_answered(self.plan.plan_id)
+        kept = self.site.kept_round(self.plan.plan_id) or 0
+        if kept > last:  # a process was killed right after it had kept the update
+            self.answered(kept)
+            last = kept
         if round <= last:
             raise PrivacyError(
                 f"round {round} of {self.plan.name} is asked for after round {last} was answered, in another request: expected a"
@@ -148,9 +149,8 @@ class Account:
             )
 
     def answered(self, round: int) -> None:
-        """Enters that a round's update is whole and may leave; the same again changes nothing."""
-        if self.ledger.last_answered(self.plan.plan_id) < round:
-            self.ledger.answer(self.plan.plan_id, round, data=self.data)
+        """Enters that a round's update is whole and may leave."""
+        self.ledger.answer(self.plan.plan_id, round, data=self.data)
 
     def plan_noise(self, round: int) -> float:
         """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges no training."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from cotune.client.base import model_here
 from cotune.client.consent import check_base_model
 from cotune.client.personal import Personal
 from cotune.client.site import Site
-from cotune.models.durable import write_durably
+from cotune.models.durable import sync, write_durably
 from cotune.models.errors import RunError
 from cotune.models.export import export_model
 from cotune.models.sharing import SharedModel
@@ -65,7 +64,7 @@ def _write(model: SharedModel, folder: Path, card: str, about: Mapping[str, Any]
         _remove_unfinished(folder.parent)
         export_model(model, folder, {CARD: card})
         for file in [*(file for file in folder.rglob("*") if file.is_file()), folder, folder.parent]:
-            _sync(file)
+            sync(file)
         write_durably(folder / ABOUT, json.dumps(about).encode())
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
@@ -79,14 +78,6 @@ def _remove_unfinished(folder: Path) -> None:
     """What a process that was killed has left: one writes models into a site at a time."""
     for part in folder.glob(".model.*"):
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(file: Path) -> object:

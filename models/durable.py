@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["remove_parts", "write_durably"]
+__all__ = ["remove_parts", "sync", "write_durably"]
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -23,7 +23,7 @@ def write_durably(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(part)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def remove_parts(path: Path) -> None:
@@ -32,8 +32,9 @@ def remove_parts(path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path | str) -> None:
+    """Fsyncs a file or a folder that is there."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -248,11 +248,11 @@ def _parse(
     if is_lfs_pointer(file.raw):
         raise DataError(f"{name} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`")
     names, values = READERS[suffix](file)
-    inputs, labels = file.wanted
+    given, wanted_label = file.wanted
     for entry, column in zip((key, "label", "unit"), file.columns, strict=False):
         if not (lenient and suffix in JSON_SUFFIXES):  # there, which columns there are is what the records say
             _check_column(file, entry, column, names)
-    return _clean(file, task_named(task), values[inputs], values[labels], values.get(config.unit) if config.unit else None)
+    return _clean(file, task_named(task), values[given], values[wanted_label], values.get(config.unit) if config.unit else None)
 
 
 @lru_cache(maxsize=CACHED_FILES)

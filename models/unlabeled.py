@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cotune.models.errors import DataError, nearest
-from cotune.models.formats import READERS, DataConfig, DataFile, reason_of
+from cotune.models.errors import DataError, nearest, reason_of
+from cotune.models.formats import READERS, DataConfig, DataFile
 from cotune.models.images import SUFFIXES, Image
 from cotune.models.inputs import Input
 from cotune.models.tasks import TaskName, task_named

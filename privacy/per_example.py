@@ -83,7 +83,7 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
             p.grad = None
 
 
-@register_grad_sampler(nn.LayerNorm)
+@register_grad_sampler(nn.LayerNorm)  # type: ignore[untyped-decorator]
 def _layer_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """Opacus' rule, and the same for a layer without a bias (as in ModernBERT), for which it has none."""
     if layer.bias is not None:

@@ -9,14 +9,13 @@ released/model/          its model
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cotune.models.durable import write_durably
+from cotune.models.durable import sync, write_durably
 from cotune.models.errors import RunError
 from cotune.plan.card import CARD, model_card
 from cotune.plan.load import dump_plan
@@ -115,11 +114,7 @@ def _write_card(found: Selected, plan: Plan, file: Path) -> None:
 
 def _copy_durably(source: str, target: str) -> None:
     shutil.copy(source, target)
-    descriptor = os.open(target, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target)
 
 
 def _page(found: Selected) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from cotune.models.sharing import named_under
 from cotune.strategies.updates import Update
 
-__all__ = ["read_update", "update_bytes"]
+__all__ = ["read_update", "round_of", "update_bytes"]
 
 
 def update_bytes(update: Update, **about: str) -> bytes:
@@ -31,13 +33,10 @@ def round_of(file: Path, plan_id: str) -> int | None:
     Raises ValueError for a file that is damaged.
     """
     try:
-        with safe_open(file, framework="pt") as tensors:
-            about = json.loads(tensors.metadata()["update"])
+        with _opened(file) as (_, about):
             return int(about["round"]) if about["plan_id"] == plan_id else None
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(str(error)) from None
 
 
 def read_update(file: Path, **expected: Any) -> Update | None:
@@ -45,14 +44,20 @@ def read_update(file: Path, **expected: Any) -> Update | None:
 
     Raises FileNotFoundError, or ValueError for a file that is damaged.
     """
+    with _opened(file) as (tensors, about):
+        if any(about[name] != value for name, value in expected.items()):
+            return None
+        plain = {f.name: about[f.name] for f in fields(Update) if f.name not in ("delta", "statistics")}
+        found: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        return Update(delta=named_under("delta/", found), statistics=named_under("statistics/", found), **plain)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
+    """The tensors of an update's file, and what it says of itself; raises as `read_update` does, also in the block."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            about = json.loads(tensors.metadata()["update"])
-            if any(about[name] != value for name, value in expected.items()):
-                return None
-            plain = {f.name: about[f.name] for f in fields(Update) if f.name not in ("delta", "statistics")}
-            found: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-            return Update(delta=named_under("delta/", found), statistics=named_under("statistics/", found), **plain)
+            yield tensors, json.loads(tensors.metadata()["update"])
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
