@@ -32,7 +32,7 @@ from cotune.server.post import Post
 from cotune.server.run_folder import Participant, Progress, RunFolder
 from cotune.server.selection import enough, select
 from cotune.server.step import Score, context_of, enter_round, move, sent_beside, served
-from cotune.server.strikes import left_out, remember
+from cotune.server.strikes import fates_of, left_out, remember
 from cotune.server.tally import Tally
 from cotune.server.verification import Verify
 from cotune.strategies.wire import Recipient, encode_requests, received_digest
@@ -126,7 +126,8 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     recipients = _recipients(folder, people, before)
     contents = dict(zip(tally.people, encode_requests(plan.canonical(), round, state, recipients, sent), strict=True))
     received = received_digest(state, sent)
-    run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort_of(folder, before.history, tally.people))
+    cohort, fates = cohort_of(folder, before.history, tally.people), fates_of(folder, before.history)
+    run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort, fates)
     verify = Verify(
         plan,
         context,
