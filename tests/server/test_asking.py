@@ -159,7 +159,7 @@ def test_what_is_lost_twice_is_asked_again(new_run: NewRun, fault: str) -> None:
     [
         ("pushes_fail", "its request could not be handed over: OSError: database is locked, 3 times"),
         ("not_taken", "the SuperLink did not take its request, 3 times"),
-        ("lost", "its node was lost (error 5), 3 times"),
+        ("lost", "it has left, or its machine or network is gone; it is asked again when it comes back, 3 times"),
     ],
 )
 def test_what_is_lost_three_times_is_left_and_the_run_goes_on(new_run: NewRun, fault: str, reason: str) -> None:
@@ -209,7 +209,9 @@ def test_a_lost_node_that_stays_away_is_absent(new_run: NewRun) -> None:
     grid.on_push = lambda name, message: grid.offline.add(name) if name == "org-2" else None
     progress = play(folder, grid)
     assert progress.history[0]["absent"] == ["org-2"]
-    assert dropped(progress) == [{"org-2": "its node was lost (error 5)"}]
+    assert dropped(progress) == [
+        {"org-2": "it has left, or its machine or network is gone; it is asked again when it comes back"}
+    ]
 
 
 def test_what_an_organisation_says_itself_is_final_and_no_strike(new_run: NewRun) -> None:
