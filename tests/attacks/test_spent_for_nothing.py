@@ -91,6 +91,6 @@ def test_refused_updates_and_the_end_are_told_in_the_organizations_own_log(
         assert not ask(plan, state_for(plan), site, refused=reason, strikes=1).has_error()
     assert reason in caplog.text
     assert ask(plan, {}, site, MessageType.EVALUATE, refused=reason, strikes=3).has_error()
-    last = list(AuditLog(site.folder).newest_first())[0]
+    last = next(iter(AuditLog(site.folder).newest_first()))
     assert (last["what"], reason in last["reason"]) == ("refusal", True)
     assert not (site.folder / "models").exists()
