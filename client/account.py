@@ -13,7 +13,7 @@ from cotune.client.budget import Budget, budget_of, noise_multiplier, total_delt
 from cotune.client.consent import unsaid_number
 from cotune.client.site import Site
 from cotune.client.total import Total
-from cotune.models.errors import Declined
+from cotune.models.errors import Declined, PrivacyError
 from cotune.models.holdings import Holdings
 from cotune.models.units import RECORD
 from cotune.plan.schema import Plan
@@ -126,6 +126,30 @@ class Account:
         if not self.site.ledger_file.exists():
             return 0.0
         return sum(c.seconds for c in self.ledger.charges() if c.plan_id == self.plan.plan_id) / 3600
+
+    def check_unanswered(self, round: int) -> None:
+        """Whether a round may be trained: each is answered once, and none after a later one.
+
+        The ε of a run is composed on the ground that all its parameters are fixed before the first answer (`privacy.filters`). A
+        server that could have a round again, on another state, or go back, would choose by the answers what comes next.
+
+        Raises:
+            PrivacyError: For a round up to the last one that was answered.
+        """
+        kept = self.site.kept_round(self.plan.plan_id)
+        if kept is not None:
+            self.answered(kept)  # where a process was killed right after it had kept the update
+        last = self.ledger.last_answered(self.plan.plan_id)
+        if round <= last:
+            raise PrivacyError(
+                f"round {round} of {self.plan.name} is asked for after round {last} was answered, in another request: expected a"
+                " later round, as each is answered once; let the server go on where it was, or begin a new run"
+            )
+
+    def answered(self, round: int) -> None:
+        """Enters that a round's update is whole and may leave; the same again changes nothing."""
+        if self.ledger.last_answered(self.plan.plan_id) < round:
+            self.ledger.answer(self.plan.plan_id, round, data=self.data)
 
     def plan_noise(self, round: int) -> float:
         """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges no training."""

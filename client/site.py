@@ -32,7 +32,7 @@ from cotune.models.holdings import Holdings, HoldingsFile
 from cotune.plan.schema import Plan
 from cotune.privacy.ledger import Ledger
 from cotune.privacy.policy import Policy, read_policy
-from cotune.strategies.update_file import read_update, update_bytes
+from cotune.strategies.update_file import read_update, round_of, update_bytes
 from cotune.strategies.updates import Update
 
 __all__ = ["Site", "SiteFile"]
@@ -92,9 +92,8 @@ class Site:
     def keep(self, update: Update, plan_id: str) -> None:
         """Puts a finished update into the outbox, durably, in place of the one before."""
         content = update_bytes(update, plan_id=plan_id)
-        file = self.folder / "outbox" / "update.safetensors"
-        remove_parts(file)
-        write_durably(file, content)
+        remove_parts(self._outbox_file)
+        write_durably(self._outbox_file, content)
 
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
         """Keeps a run's tensors after a round, durably. what: a folder of their own. since: the round that they go on from."""
@@ -123,13 +122,28 @@ class Site:
 
     def kept(self, plan_id: str, round: int, received: str) -> Update | None:
         """The update that answers exactly this request, if it was finished before."""
-        file = self.folder / "outbox" / "update.safetensors"
+        file = self._outbox_file
         try:
             return read_update(file, plan_id=plan_id, round=round, received=received)
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise RunError(f"the outbox file {file} is damaged ({error}): remove it to train the round again") from None
+            raise _damaged(file, error) from None
+
+    def kept_round(self, plan_id: str) -> int | None:
+        """The round of the update in the outbox, where it is of this plan. Raises RunError where it is damaged."""
+        try:
+            return round_of(self._outbox_file, plan_id)
+        except ValueError as error:
+            raise _damaged(self._outbox_file, error) from None
+
+    @property
+    def _outbox_file(self) -> Path:
+        return self.folder / "outbox" / "update.safetensors"
+
+
+def _damaged(file: Path, error: ValueError) -> RunError:
+    return RunError(f"the outbox file {file} is damaged ({error}): remove it to go on with the next round")
 
 
 def _file_of(round: int) -> str:

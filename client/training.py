@@ -72,6 +72,8 @@ def train_round(
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:
         return finished
+    if account.budget is not None:
+        account.check_unanswered(round)
     check_consent(plan, policy, examples, account.hours())
     check_examples(examples, stage.local, site.organisation)
     model = model_here(plan, site)
@@ -107,6 +109,8 @@ def train_round(
     correction.keep(round, stage, delta)
     personal.keep()
     site.keep(update, plan.plan_id)
+    if account.budget is not None:
+        account.answered(round)
     return update
 
 

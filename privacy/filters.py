@@ -1,7 +1,10 @@
 """What several runs on the same records spend together, where later plans may have been chosen after seeing earlier answers.
 
-Within one run all parameters are fixed before the first answer, and the PLD accountant is exact. A second plan may depend on what
-the first run gave away. Stopping by the PLD of what has run so far is then not valid in general
+Within one run all parameters are fixed before the first answer, and the PLD accountant is exact: every round has its planned σ,
+is answered once, and none is answered after a later one (`client.account.Account.check_unanswered`). A round that is left out,
+or that has more noise than planned since an attempt was interrupted, tells less than the planned one would, whatever decided
+about it; interrupted attempts are charged although nothing of them leaves. A second plan may depend on what the first run gave
+away. Stopping by the PLD of what has run so far is then not valid in general
 (https://arxiv.org/abs/2602.06756); a *Rényi filter* is: if the sum of the Rényi divergences at one order, fixed beforehand, never
 exceeds a budget, the whole satisfies it, however each mechanism was chosen (Feldman & Zrnic, "Individual Privacy Accounting via a
 Rényi Filter", NeurIPS 2021, https://arxiv.org/abs/2008.11193, theorem 4.3; Lécuyer, https://arxiv.org/abs/2103.01379).

@@ -41,6 +41,8 @@ from cotune.privacy.site_key import IDENTITY, SiteKey
 
 __all__ = ["Charge", "DataSet", "History", "Ledger", "Limit"]
 
+_ANSWER = "answer"  # that a round's update is whole, among what was told
+
 
 class Ledger:
     """The account in one file. Safe to use from several processes: every transaction sees all charges before it.
@@ -199,6 +201,15 @@ class Ledger:
             if e.kind == "told" and (e.body["plan_id"], e.body["what"]) == (plan_id, what):
                 return list(e.body["values"])
         return None
+
+    def answer(self, plan_id: str, round: int, *, data: str) -> None:
+        """Enters that a round of a run is answered; durable when this returns."""
+        self.tell(plan_id, data, _ANSWER, [float(round)])
+
+    def last_answered(self, plan_id: str) -> int:
+        """The last round of a run that was answered; 0: none."""
+        told = [e.body for e in self.entries() if e.kind == "told"]
+        return max((int(body["values"][0]) for body in told if (body["plan_id"], body["what"]) == (plan_id, _ANSWER)), default=0)
 
     def charges(self) -> list[Charge]:
         """All charges, in order."""

@@ -25,6 +25,21 @@ def update_bytes(update: Update, **about: str) -> bytes:
     return content
 
 
+def round_of(file: Path, plan_id: str) -> int | None:
+    """The round of the update in a file; None where there is no file, or its update is of another plan.
+
+    Raises ValueError for a file that is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            about = json.loads(tensors.metadata()["update"])
+            return int(about["round"]) if about["plan_id"] == plan_id else None
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(str(error)) from None
+
+
 def read_update(file: Path, **expected: Any) -> Update | None:
     """The update; None where what the file says differs from what is expected.
 

@@ -67,7 +67,7 @@ def test_a_broken_image_leaves_the_others_as_they_are(tmp_path: Path) -> None:
         ("tags.jsonl", ['{"text": "a", "label": "B"}', '{"text": "b", "label": "O"}'], '{"text": "c"'),
         ("tags.jsonl", ['{"text": "a", "label": "B"}', '{"text": "b", "label": "O"}'], '["c", "O"]'),
         ("tags.csv", ["text,label", '"a ""quoted"", b",B', "b,O"], "c,d,O"),
-        ("tags.csv", ["text,label", '"a ""quoted"", b",B', "b,O"], '"c,O'),
+        ("tags.csv", ["text,label", '"a ""quoted"", b",B', "b,O"], '"c,O,d'),
         ("tags.tsv", ["text\tlabel", "a\tB", "b\tO"], "c\td\tO"),
     ],
 )
@@ -89,5 +89,5 @@ def test_several_malformed_lines_are_counted(tmp_path: Path) -> None:
     source = tmp_path / "tags.csv"
     source.write_text('text,label\na,B\n1,2,O\n\n1,2,3\nb,O\n"c,O\nd,O\n', encoding="utf-8")
     held = HoldingsFile.read(described(tmp_path, source, "sequence-classification", DataConfig(source="x")), TAGS, lenient=True)
-    assert list(held.inputs()) == ["a", "b"]
-    assert held.parts[0][0].skipped == {"unreadable": 3}
+    assert list(held.inputs()) == ["a", "b", '"c', "d"]  # a stray quote is a character, where its line is a record by itself
+    assert held.parts[0][0].skipped == {"unreadable": 2}

@@ -3,17 +3,26 @@
 A run is composed by PLD, on the ground that all its parameters are fixed before the first answer. But a malicious server may ask for a
 round again, with another state: it is charged anew, and the rest is calibrated anew. Two stages (q = 1 for one step, q = .11 for eight),
 ε = 3 at δ = 600^-1.5: after round 1 the server goes on as planned (σ = 1.36), or has round 1 again and then goes on (σ = 3.42), whichever
-its answer makes better. Each way spends ε = 3, and the choice between them has 1.12 times the δ that is stated.
+its answer makes better. Each way spends ε = 3, and the choice between them had 1.12 times the δ that is stated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import torch
 from dp_accounting.pld import privacy_loss_distribution
 
+from cotune.client.account import Account
 from cotune.client.budget import budget_of, noise_multiplier
+from cotune.client.site import Site
+from cotune.client.training import train_round
+from cotune.models.errors import PrivacyError
+from cotune.models.sharing import State
 from cotune.plan.load import parse_plan
+from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.policy import Policy, TellRules
 
@@ -68,8 +77,8 @@ def delta_after(steps: list[Steps], eps: Array) -> Array:
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="charges of one run are composed by PLD, also where the server has chosen them by answers")
-def test_a_choice_of_rounds_by_answers_is_within_the_stated_delta() -> None:
+def test_what_the_choice_would_cost_if_a_round_could_be_had_again() -> None:
+    """What the attack is worth: each way by itself is within δ, the better of both for every answer is not."""
     assert isinstance(PLAN.privacy, RecordPrivacy)
     first = charged([1], [])
     ways = [charged(rounds, first)[1:] for rounds in ([2], [1, 2])]
@@ -77,4 +86,40 @@ def test_a_choice_of_rounds_by_answers_is_within_the_stated_delta() -> None:
     left = [delta_after(way, PLAN.privacy.epsilon - seen) for way in ways]
     stated = PLAN.privacy.delta_for(RECORDS)
     assert all(float(weights @ one) <= stated * 1.01 for one in left)
-    assert float(weights @ np.maximum(*left)) <= stated * 1.01
+    assert float(weights @ np.maximum(*left)) > stated * 1.1
+
+
+@pytest.mark.parametrize("history", [[], [1], [1, 1]])
+def test_interrupted_attempts_only_add_noise(history: list[int]) -> None:
+    """Nothing of them leaves, so that each released round tells at most what it would by the plan."""
+    spent = charged(history, [])
+    planned = charged([1], [])[0].noise_multiplier
+    assert all(steps.noise_multiplier >= planned for steps in charged([2], spent))
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the outbox", "the mark"])
+def test_an_answered_round_is_not_answered_again(
+    make_plan: Callable[..., Plan],
+    make_site: Callable[..., Site],
+    state_for: Callable[..., State],
+    lost: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor one before it; also where the update is gone, or the process was killed before the ledger knew that it is there."""
+    plan, site = make_plan(rounds=4, privacy={"epsilon": 8.0}), make_site()
+    state = state_for(plan)
+    other = {name: tensor + 0.01 for name, tensor in state.items()}
+    with monkeypatch.context() as killed:
+        if lost == "the mark":
+            killed.setattr(Account, "answered", lambda self, round: None)
+        first = train_round(plan, site, 2, state)
+    if lost == "the outbox":
+        (site.folder / "outbox" / "update.safetensors").unlink()
+    else:
+        assert torch.equal(train_round(plan, site, 2, state).delta["classifier.weight"], first.delta["classifier.weight"])
+    charges = site.ledger().charges()
+    for round, asked in ((2, other), (1, state), (1, other)):
+        with pytest.raises(PrivacyError, match="answered once"):
+            train_round(plan, site, round, asked)
+    assert site.ledger().charges() == charges
+    assert train_round(plan, site, 3, other).round == 3
