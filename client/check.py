@@ -130,7 +130,7 @@ def _kept(problems: list[str], ask: Callable[[], T]) -> T | None:
 
 
 def _tried(checked: Checked, account: Account) -> Checked:
-    """With the times of each stage. For a plan that is declined no base model is fetched, and one that is not here is no error."""
+    """With the times of each stage. For a declined plan no base model is fetched, and one that is not here is no error."""
     plan, site, examples = account.plan, account.site, account.public_examples
     if checked.declined and not _is_here(plan, site):
         note = "time and memory are measured once the policy allows the base model: it is not fetched before"

@@ -90,8 +90,8 @@ class RequestStatement(Statement):
     federation, run, plan: ids. kind: `TRAIN` or `FINISHED`. admitted: as in the request. received: `received_digest` of its
     arrays. cohort, roster: how many took part in the round before, and `roster_digest` of their keys. serial: greater than that
     of every earlier request of the federation. at: UTC, to the second. least, most: between which numbers of records the
-    recipient's declared one must be, as it was invited; most = 0: there is no such range. refused: why an update of it was last not
-    taken into the model; "" where none was refused. strikes: how many it has.
+    recipient's declared one must be, as it was invited; most = 0: there is none. refused: why an update of it was last not taken
+    into the model; "" where none was refused. strikes: how many it has.
     """
 
     federation: str

@@ -29,7 +29,7 @@ class Fate:
 
 
 def fates_of(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> dict[str, Fate]:
-    """Why the last refused update was, of those that have strikes, to be told with the next request: or nobody there knows. Raises RunError."""
+    """Why the last refused update was, of those that have strikes, as they are told. Raises RunError."""
     reasons = dict[str, str]()
     for entry in history:
         refused = {*entry.get("quarantined", ()), *entry.get("timed_out", ())}
