@@ -129,7 +129,7 @@ def noise_multiplier(
         raise PrivacyError(
             f"this plan has spent ε = {round_up(epsilon(list(spent), budget.delta))} of {budget.epsilon:g} here already, in an"
             f" earlier run of it or in rounds that were interrupted: the {plan.rounds - round + 1} rounds to come would need more"
-            f" than {_MOST_NOISE:g} times the planned noise; for another run agree on a plan with another seed, else leave the rest to"
+            f" than {_MOST_NOISE:g} times the planned noise; for another run agree on another seed, else leave the rest to"
             " the others"
         )
     return needed

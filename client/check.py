@@ -95,7 +95,7 @@ def check(plan: Plan, site: Site) -> Checked:
     broken, problems = _judged(account, _declarable(plan, site))
     sigma = _kept(problems, lambda: _noise(account))
     budget = _kept(problems, lambda: account.budget)
-    _kept(problems, lambda: [check_examples(account.public_examples, s.local, site.organisation) for s in plan.stages])
+    _kept(problems, lambda: _check_stages(account))
     rules = [str(Declined(each.rule, each.problem)) for each in broken]
     problems = [each for each in dict.fromkeys(problems) if each not in rules]
     checked = replace(checked, broken=broken, problems=tuple(problems), declined=next(iter([*rules, *problems]), None))
@@ -109,6 +109,11 @@ def check(plan: Plan, site: Site) -> Checked:
             epsilon_total=budget.total_epsilon,
         )
     return _tried(checked, account)
+
+
+def _check_stages(account: Account) -> None:
+    for stage in account.plan.stages:
+        check_examples(account.public_examples, stage.local, account.site.organisation)
 
 
 def _judged(account: Account, declarable: tuple[int, int] | None) -> tuple[tuple[Broken, ...], list[str]]:
