@@ -73,7 +73,7 @@ def check(
     else:
         if about is not None:
             _show_federation(console, about, versions())
-        _show_check(console, opened, found)
+        _show_check(console, opened, found, private=plan.privacy != "none")
         if tried is not None:
             _show_connection(console, tried)
     if found.declined or (tried is not None and tried.problem):
@@ -148,7 +148,7 @@ def _show_federation(console: Console, about: dict[str, Any], found: dict[str, s
     console.print(f"protocol {about['protocol']}; installed here: {installed}")
 
 
-def _show_check(console: Console, site: Site, found: Checked) -> None:
+def _show_check(console: Console, site: Site, found: Checked, *, private: bool) -> None:
     from cotune.models.left_out import left_out_line
 
     console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
@@ -158,15 +158,27 @@ def _show_check(console: Console, site: Site, found: Checked) -> None:
     for warning in found.warnings:
         console.print(f"[bold yellow]{escape(warning)}[/bold yellow]")
     if found.declined:
-        show_broken(console, site, found.broken, found.declined)
-        return
-    console.print("the policy allows this plan")
-    if found.noise_multiplier is None or found.epsilon is None or found.delta is None:
+        show_broken(console, site, found.broken)
+        for problem in found.problems:
+            console.print(f"[bold red]{escape(problem)}[/bold red]")
+    else:
+        console.print("the policy allows this plan")
+    if private:
+        _show_figures(console, found)
+    else:
         console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
+
+
+def _show_figures(console: Console, found: Checked) -> None:
+    """What the plan would spend and take, also where it is declined: whoever changes a rule wants to know for what."""
+    if found.epsilon is None or found.delta is None:
         return
     total = f" of {found.epsilon_total:g} in total" if (found.epsilon_total or 0.0) < 1e6 else ""
     spent = f"ε {round_up(found.epsilon_spent or 0.0)}{total} is spent already"
-    console.print(f"σ = {found.noise_multiplier:.3f}: it would spend ε = {found.epsilon:g} at δ = {found.delta:.1e}; {spent}")
+    noise = "no noise would do" if found.noise_multiplier is None else f"σ = {found.noise_multiplier:.3f}"
+    console.print(f"{noise}: it would spend ε = {found.epsilon:g} at δ = {found.delta:.1e}; {spent}")
+    if not found.stages:
+        return
     table = Table("stage", box=None, header_style="bold", pad_edge=False)
     for heading in ("rounds", "steps", "batch", "one step", "one round", "memory", "gradient error"):
         table.add_column(heading, justify="right")

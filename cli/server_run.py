@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,6 +84,7 @@ def _show_result(console: Console, played: RunFolder) -> None:
         console.print("[bold red]No record-level differential privacy: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:
         console.print(f"[bold]The run was stopped: {escape(summary['stopped'])}.[/bold]")
+    console.print(_headline([o["rounds"] for o in summary["organisations"]]))
     console.print(_organisations(summary))
     test = summary["test"]
     if test["federated"] is not None:
@@ -93,6 +94,13 @@ def _show_result(console: Console, played: RunFolder) -> None:
     for file in ("report.html", "summary.json", "model"):
         if (played.path / file).exists():
             console.print(f"{file:<13} {played.path / file}")
+
+
+def _headline(rounds: Sequence[int]) -> str:
+    """How many have a part in the model; loud where it is not all of them. rounds: of each, whose update was taken."""
+    part = sum(1 for count in rounds if count)
+    said = f"{part} of {len(rounds)} organizations are in this model"
+    return said if part == len(rounds) else f"[bold red]{said}[/bold red]"
 
 
 def _organisations(summary: dict[str, Any]) -> Table:
@@ -162,6 +170,9 @@ def _run_lines(found: Status) -> list[str]:
     accuracy = "" if at.accuracy is None else f", test accuracy {at.accuracy:.3f}"
     lines = [f"run {at.run}, plan {at.plan} ({at.plan_id[:12]}…), begun {instant(at.created)}"]
     lines.append(f"round {at.round} of {at.rounds}, {at.phase}{accuracy}")
+    if at.round:
+        members = [o for o in found.organisations if o.revoked is None or o.last_round]
+        lines.append(f"{sum(1 for o in members if o.last_round)} of {len(members)} organizations are in this model")
     if at.reason is not None:
         lines.append(at.reason)
     if at.last_event is not None and at.last_at is not None:

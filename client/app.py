@@ -34,8 +34,9 @@ from cotune.client.requested import (
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.errors import CotuneError, Declined, RunError
+from cotune.models.terminal import printable
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import FINISHED, TRAIN, content_digest
+from cotune.plan.signatures import FINISHED, TRAIN, RequestStatement, content_digest
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.strategies.wire import Receipt, Request, decode_header, decode_request, encode_receipt, encode_update, received_digest
 
@@ -73,9 +74,10 @@ class _Asked:
 
 
 _Answer = tuple[str, RecordDict, dict[str, Any]]  # what it is, its content, and what the log says about it
+_Work = Callable[[Request, Plan, Site, Requested | None], _Answer]
 
 
-def _answered(message: Message, context: Context, kind: str, work: Callable[[Request, Plan, Site], _Answer]) -> Message:
+def _answered(message: Message, context: Context, kind: str, work: _Work) -> Message:
     """A failure is answered, not raised: the text of an exception may hold data and would go to the server."""
     asked = _Asked(str(context.node_config.get("server") or ""))
     try:
@@ -91,7 +93,7 @@ def _answered(message: Message, context: Context, kind: str, work: Callable[[Req
         asked.request = decode_request(received)
         check_received(asked.request, asked.plan, expected)
         _accept(asked)
-        what, content, about = work(asked.request, asked.plan, asked.site)
+        what, content, about = work(asked.request, asked.plan, asked.site, asked.signed)
         sizes = record_sizes(content)
         _enter(asked, what, records=sizes, bytes=sum(sizes.values()), **about, **_countersigned(asked, what, content))
         return Message(content, reply_to=message)
@@ -119,7 +121,24 @@ def _accept(asked: _Asked) -> None:
     assert asked.site is not None
     check_arrays(asked.signed, asked.request)
     check_limits(asked.signed, asked.site.policy(), asked.log)
+    _tell_of_strikes(asked.signed.statement, asked.plan)
+    if asked.signed.is_notice:
+        raise RunError(f"the coordinator has left this organization out of the run: {printable(asked.signed.statement.refused)}")
     _enter(asked, "request", **asked.signed.entry())
+
+
+def _tell_of_strikes(statement: RequestStatement, plan: Plan | None) -> None:
+    """What the server says of earlier updates, in the organization's own log: or only the coordinator would know."""
+    if not statement.strikes:
+        return
+    most = plan.server.strikes if plan is not None else 0
+    _log.warning(
+        "the coordinator did not take the last update: %s; that makes %d strikes, and at %s it leaves this organization out of"
+        " the run, without its model",
+        printable(statement.refused) or "see what was refused before",
+        statement.strikes,
+        most or "no number",
+    )
 
 
 def _countersigned(asked: _Asked, what: str, content: RecordDict) -> dict[str, Any]:
@@ -130,8 +149,16 @@ def _countersigned(asked: _Asked, what: str, content: RecordDict) -> dict[str, A
     return {"sha256": digest, **countersign(content, what, digest, asked.signed, asked.site.folder)}
 
 
-def _update(request: Request, plan: Plan, site: Site) -> _Answer:
-    trained = train_round(plan, site, request.round, dict(request.state), admitted=request.admitted, sent=request.sent)
+def _update(request: Request, plan: Plan, site: Site, signed: Requested | None) -> _Answer:
+    trained = train_round(
+        plan,
+        site,
+        request.round,
+        dict(request.state),
+        admitted=request.admitted,
+        sent=request.sent,
+        declarable=signed.statement.declarable if signed else None,
+    )
     content = encode_update(trained, plan.plan_id)
     update, account = check_update(content, request, plan, site)
     about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MOST_NAMES], "epsilon": update.epsilon}
@@ -141,7 +168,7 @@ def _update(request: Request, plan: Plan, site: Site) -> _Answer:
     return "update", content, about
 
 
-def _receipt(request: Request, plan: Plan, site: Site) -> _Answer:
+def _receipt(request: Request, plan: Plan, site: Site, signed: Requested | None) -> _Answer:
     folder = keep_finished(request, plan, site)
     content = encode_receipt(Receipt(site.organisation, plan.plan_id, received_digest(request.state, request.sent)))
     check_receipt(content, request, plan, site)

@@ -127,8 +127,10 @@ def noise_multiplier(
         needed = total.smallest_noise(to_come, needed, 1.01 * max(needed, _MOST_NOISE * sigma))
     if needed > _MOST_NOISE * sigma:
         raise PrivacyError(
-            f"interrupted rounds have used up nearly all of ε = {budget.epsilon:g}: the rest would need more than"
-            f" {_MOST_NOISE:g} times the planned noise, expected at most that; leave the rest to the others, or allow more ε"
+            f"this plan has spent ε = {round_up(epsilon(list(spent), budget.delta))} of {budget.epsilon:g} here already, in an"
+            f" earlier run of it or in rounds that were interrupted: the {plan.rounds - round + 1} rounds to come would need more"
+            f" than {_MOST_NOISE:g} times the planned noise; for another run agree on another seed, else leave the rest to"
+            " the others"
         )
     return needed
 

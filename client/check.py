@@ -6,20 +6,24 @@ The steps are taken on made-up records as long as the plan allows; no record is 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from cotune.client.account import Account
+from cotune.client.audit_log import AuditLog
 from cotune.client.base import find_base_here, model_here
 from cotune.client.budget import check_examples
-from cotune.client.consent import Broken, broken_rules, limit_gpu_memory
+from cotune.client.consent import Broken, broken_rules, limit_gpu_memory, outside
 from cotune.client.guard import Guard
+from cotune.client.requested import last_range
 from cotune.client.setting import check_gradients, made_up_setting, optimizer_of
 from cotune.client.site import Site
 from cotune.models.device import peak_memory_bytes
-from cotune.models.errors import DataError, Declined, PlanError, PrivacyError
+from cotune.models.errors import DataError, Declined, ModelError, PlanError, PrivacyError
 from cotune.models.left_out import cut_texts
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan, Stage
@@ -27,6 +31,8 @@ from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 
 __all__ = ["Checked", "StageCheck", "check"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,8 @@ class StageCheck:
 class Checked:
     """The verdict, for the organization's own eyes.
 
-    declined: why not, the rule first; then, and without privacy, nothing else was tried. left_out: how many rows of the files
-    contribute nothing, by reason.
+    declined: why not, the rule first; the figures are told as far as they are known even then. problems: what no rule says.
+    left_out: how many rows of the files contribute nothing, by reason.
     """
 
     organisation: str
@@ -58,6 +64,7 @@ class Checked:
     device: str
     declined: str | None
     broken: tuple[Broken, ...] = ()  # every rule that does not allow the plan
+    problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
     noise_multiplier: float | None = None
@@ -85,31 +92,79 @@ def check(plan: Plan, site: Site) -> Checked:
         warnings=tuple(_warnings(account)),
         left_out=holdings.left_out(),
     )
+    broken, problems = _judged(account, _declarable(plan, site))
+    sigma = _kept(problems, lambda: _noise(account))
+    budget = _kept(problems, lambda: account.budget)
+    _kept(problems, lambda: _check_stages(account))
+    rules = [str(Declined(each.rule, each.problem)) for each in broken]
+    problems = [each for each in dict.fromkeys(problems) if each not in rules]
+    checked = replace(checked, broken=broken, problems=tuple(problems), declined=next(iter([*rules, *problems]), None))
+    if budget is not None:
+        checked = replace(
+            checked,
+            noise_multiplier=sigma,
+            epsilon=budget.epsilon,
+            delta=budget.delta,
+            epsilon_spent=account.spent_in_total(),
+            epsilon_total=budget.total_epsilon,
+        )
+    return _tried(checked, account)
+
+
+def _check_stages(account: Account) -> None:
+    for stage in account.plan.stages:
+        check_examples(account.public_examples, stage.local, account.site.organisation)
+
+
+def _judged(account: Account, declarable: tuple[int, int] | None) -> tuple[tuple[Broken, ...], list[str]]:
+    """The rules that do not allow the plan, and what makes it impossible to judge the others."""
+    plan, policy, examples = account.plan, account.policy, account.public_examples
+    found = list[Broken](outside(plan, policy, examples, declarable))
+    problems = list[str]()
+    _kept(problems, lambda: found.extend(broken_rules(plan, policy, examples, account.hours())))  # as far as they can be
+    return tuple(found), problems
+
+
+def _kept(problems: list[str], ask: Callable[[], T]) -> T | None:
+    """What is asked for; None, with the reason among the problems, where it cannot be given."""
     try:
-        broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
-        if broken:
-            return replace(checked, broken=broken, declined=str(Declined(broken[0].rule, broken[0].problem)))
-        sigma = _noise(account)
-        for stage in plan.stages:
-            check_examples(account.public_examples, stage.local, site.organisation)
-    except (PrivacyError, DataError) as declined:  # a rule says no, the budget is used up, or there are too few records
-        return replace(checked, declined=str(declined))
-    find_base_here(plan, site.file)
-    model = model_here(plan, site)
-    limit_gpu_memory(policy, model.device)
-    cut = cut_texts(model, holdings.inputs())
-    checked = replace(checked, device=str(model.device), left_out={**checked.left_out, **cut})
-    if sigma is None or account.budget is None:
+        return ask()
+    except (PrivacyError, DataError) as problem:  # a rule says no, the budget is used up, or there are too few records
+        problems.append(str(problem))
+        return None
+
+
+def _tried(checked: Checked, account: Account) -> Checked:
+    """With the times of each stage. For a declined plan no base model is fetched, and one that is not here is no error."""
+    plan, site, examples = account.plan, account.site, account.public_examples
+    if checked.declined and not _is_here(plan, site):
+        note = "time and memory are measured once the policy allows the base model: it is not fetched before"
+        return replace(checked, warnings=(*checked.warnings, note))
+    try:
+        find_base_here(plan, site.file)
+        model = model_here(plan, site)
+    except ModelError as error:
+        if not checked.declined:
+            raise
+        return replace(checked, warnings=(*checked.warnings, str(error)))
+    limit_gpu_memory(account.policy, model.device)
+    left_out = {**checked.left_out, **cut_texts(model, account.holdings.inputs())}
+    checked = replace(checked, device=str(model.device), left_out=left_out)
+    if checked.epsilon is None or any(stage.local.sample_rate(examples) * examples < 1 for stage in plan.stages):
         return checked
-    return replace(
-        checked,
-        noise_multiplier=sigma,
-        epsilon=account.budget.epsilon,
-        delta=account.budget.delta,
-        epsilon_spent=account.spent_in_total(),
-        epsilon_total=account.budget.total_epsilon,
-        stages=tuple(_try(plan, stage, model, account.public_examples, sigma) for stage in plan.stages),
-    )
+    sigma = checked.noise_multiplier or 1.0  # a step takes as long with any
+    return replace(checked, stages=tuple(_try(plan, stage, model, examples, sigma) for stage in plan.stages))
+
+
+def _is_here(plan: Plan, site: Site) -> bool:
+    """Whether the base model is found without asking anybody."""
+    base = plan.model.base
+    return site.file.base is not None or base.startswith("package:") or Path(base).expanduser().exists()
+
+
+def _declarable(plan: Plan, site: Site) -> tuple[int, int] | None:
+    """Which numbers of records the coordinator takes from here, where it has asked for a round already; None: unknown."""
+    return None if site.file.simulated else last_range(AuditLog(site.folder), plan.plan_id)
 
 
 def _noise(account: Account) -> float | None:

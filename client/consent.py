@@ -14,7 +14,17 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
 
-__all__ = ["Broken", "broken_rules", "check_base_model", "check_consent", "check_plan", "limit_gpu_memory", "unsaid_number"]
+__all__ = [
+    "Broken",
+    "broken_rules",
+    "check_base_model",
+    "check_consent",
+    "check_number",
+    "check_plan",
+    "limit_gpu_memory",
+    "outside",
+    "unsaid_number",
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,28 @@ def check_base_model(plan: Plan, policy: Policy) -> None:
     for broken in _not_allowed(plan, policy):
         if broken.rule == "training.base_models":
             raise Declined(broken.rule, broken.problem)
+
+
+def check_number(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> None:
+    """Raises Declined for a public number of records that the coordinator would refuse, so that nothing is trained for it.
+
+    declarable: between which numbers it has to be, as the coordinator has signed; None: whatever the plan takes.
+    """
+    for broken in outside(plan, policy, examples, declarable):
+        raise Declined(broken.rule, broken.problem)
+
+
+def outside(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> Iterator[Broken]:
+    """The rule by which the public number is, where that is not one that the coordinator takes."""
+    least, most = declarable or (1, plan.server.max_examples)
+    most = min(most, plan.server.max_examples)
+    if not least <= examples <= most:
+        which = "tell.declared_examples" if policy.tell.example_count == "declared" else "it"
+        yield Broken(
+            "tell.example_count",
+            f"{which} makes the number of records {examples}, and the coordinator takes {least} to {most} from this organization;"
+            f" change {which}, or ask for another invitation (--examples)",
+        )
 
 
 def broken_rules(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> Iterator[Broken]:

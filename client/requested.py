@@ -21,6 +21,7 @@ from cotune.models.errors import Declined, RunError
 from cotune.plan.renewal import ServerRenewal
 from cotune.plan.schema import Plan
 from cotune.plan.signatures import (
+    FINISHED,
     REFUSAL,
     TRAIN,
     ReplyStatement,
@@ -36,7 +37,16 @@ from cotune.plan.signatures import (
 from cotune.privacy.policy import Policy
 from cotune.strategies.wire import Request, received_digest
 
-__all__ = ["Requested", "check_arrays", "check_limits", "check_request", "countersign", "countersign_refusal", "verified"]
+__all__ = [
+    "Requested",
+    "check_arrays",
+    "check_limits",
+    "check_request",
+    "countersign",
+    "countersign_refusal",
+    "last_range",
+    "verified",
+]
 
 _MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
 
@@ -50,6 +60,11 @@ class Requested:
     key: str
     roster: tuple[str, ...]
     trusts: str
+
+    @property
+    def is_notice(self) -> bool:
+        """Whether no model comes, but the word that the organization was left out of the run."""
+        return self.statement.kind == FINISHED and self.statement.strikes > 0
 
     def entry(self) -> dict[str, Any]:
         """What the log of what was sent says of it."""
@@ -155,6 +170,16 @@ def _countersigned(kind: str, digest: str, requested: Requested, folder: Path) -
     request = requested.statement
     statement = ReplyStatement(request.digest, request.recipient, kind, digest, requested.trusts)
     return statement, sign(statement, read_private_key(folder / "node.key"))
+
+
+def last_range(log: AuditLog, plan_id: str) -> tuple[int, int] | None:
+    """Between which numbers of records the declared one has to be, by the last request to train by this plan; None: unknown."""
+    for entry in log.newest_first():
+        if entry.get("what") == "request":
+            statement = RequestStatement.parse(str(entry.get("statement")))
+            if (statement.kind, statement.plan) == (TRAIN, plan_id):
+                return statement.declarable
+    return None
 
 
 def _last(log: AuditLog, federation: str) -> RequestStatement | None:

@@ -12,7 +12,7 @@ from cotune.client.account import Account
 from cotune.client.approval import Approvals
 from cotune.client.base import model_here
 from cotune.client.budget import check_examples
-from cotune.client.consent import check_consent, check_plan, limit_gpu_memory
+from cotune.client.consent import check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.correction import Correction
 from cotune.client.guard import Guard
 from cotune.client.noise import stated_noise
@@ -39,11 +39,18 @@ _MOST_VALUE = 1e4  # of a parameter; those of usable models are below 100, and e
 
 
 def train_round(
-    plan: Plan, site: Site, round: int, state: State, *, admitted: int = 0, sent: Mapping[str, Tensor] | None = None
+    plan: Plan,
+    site: Site,
+    round: int,
+    state: State,
+    *,
+    admitted: int = 0,
+    sent: Mapping[str, Tensor] | None = None,
+    declarable: tuple[int, int] | None = None,
 ) -> Update:
     """Trains one round from `state` and returns the update; the same request again gets the same update, without training.
 
-    admitted, sent: as in the request (see strategies/wire).
+    admitted, sent: as in the request (see strategies/wire). declarable: see `consent.check_number`.
     Raises DataError when the organisation's records cannot be used, PrivacyError when its budget does not suffice.
     """
     stage, sent = plan.stage_of(round), sent or {}
@@ -53,11 +60,14 @@ def train_round(
     policy = site.policy()
     Approvals(site).check(plan, policy)
     check_plan(plan, policy)
+    if policy.tell.example_count == "declared" and policy.tell.declared_examples is not None:
+        check_number(plan, policy, policy.tell.declared_examples, declarable)
     _check_values(state, "state")
     _check_values(sent, "further tensors")
     holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, round=round)
     examples = account.public_examples  # what is decided from here on is decided by this number alone
+    check_number(plan, policy, examples, declarable)
     check_consent(plan, policy, examples)
     finished = site.kept(plan.plan_id, round, digest)
     if finished is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -107,7 +108,13 @@ class RoundsConfig(Table):
         le=1_000_000,
         description="exactly so many are asked, drawn without replacement from the plan's seed; 0: by sample_rate",
     )
-    quorum: float = Field(0.5, gt=0, le=1, description="fraction of the asked organisations whose updates a round needs")
+    quorum: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="fraction of the asked organisations whose updates a round needs; absent: half, and where real ones are all"
+        " asked at least two, as one update is no fusion",
+    )
     over_selection: float = Field(
         0.0,
         ge=0,
@@ -169,6 +176,15 @@ class RoundsConfig(Table):
     visibility: Literal["updates", "sum"] = Field(
         "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"
     )
+
+    def needed(self, updates: int, *, fuses: bool) -> int:
+        """Updates that a round needs. updates: that would close it. fuses: whether several must be there to be fused."""
+        least = 2 if fuses and self.quorum is None and self.asks_everybody else 1
+        return max(least, math.ceil((0.5 if self.quorum is None else self.quorum) * updates - 1e-9))  # 0.55 · 20 is 11, and more
+
+    @property
+    def asks_everybody(self) -> bool:
+        return self.sample_rate >= 1 and not self.sample_size
 
     @model_validator(mode="after")
     def _one_way_to_sample(self) -> Self:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 from cryptography.exceptions import InvalidSignature
@@ -55,8 +55,10 @@ class Statement:
     """What is signed. The names of its fields are those of the JSON."""
 
     def text(self) -> str:
-        """The canonical form."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        """The canonical form: without the fields that have their defaults, which came later than the others."""
+        default = {field.name: field.default for field in fields(self)}
+        found = {name: value for name, value in asdict(self).items() if value != default[name]}
+        return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @property
     def digest(self) -> str:
@@ -72,7 +74,8 @@ class Statement:
         """Raises RunError for anything but the canonical text of such a statement."""
         try:
             found = json.loads(text) if len(text) <= _LONGEST else {}
-            statement = cls(**{field.name: _typed(found[field.name], str(field.type)) for field in fields(cls)})
+            known = [field for field in fields(cls) if field.default is MISSING or field.name in found]
+            statement = cls(**{field.name: _typed(found[field.name], str(field.type)) for field in known})
         except (ValueError, TypeError, KeyError, RecursionError):
             statement = None
         if statement is None or statement.text() != text:
@@ -86,7 +89,9 @@ class RequestStatement(Statement):
 
     federation, run, plan: ids. kind: `TRAIN` or `FINISHED`. admitted: as in the request. received: `received_digest` of its
     arrays. cohort, roster: how many took part in the round before, and `roster_digest` of their keys. serial: greater than that
-    of every earlier request of the federation. at: UTC, to the second.
+    of every earlier request of the federation. at: UTC, to the second. least, most: between which numbers of records the
+    recipient's declared one must be, as it was invited; most = 0: there is none. refused: why an update of it was last not taken
+    into the model; "" where none was refused. strikes: how many it has.
     """
 
     federation: str
@@ -101,6 +106,15 @@ class RequestStatement(Statement):
     roster: str
     serial: int
     at: str
+    least: int = 0
+    most: int = 0
+    refused: str = ""
+    strikes: int = 0
+
+    @property
+    def declarable(self) -> tuple[int, int] | None:
+        """Between which numbers the recipient's declared number of records must be; None: whatever the plan allows."""
+        return (self.least, self.most) if self.most else None
 
 
 @dataclass(frozen=True)

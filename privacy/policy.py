@@ -7,20 +7,30 @@ organisation without a policy allows everything.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
 from cotune.models.errors import PlanError, nearest
 from cotune.models.table import Table, first_mistake
+from cotune.models.tasks import TaskName
 from cotune.privacy.accounting import check_delta
 
 __all__ = ["BudgetRules", "Policy", "TellRules", "TrainingRules", "changed_policy", "dump_policy", "read_policy"]
 
 _EVERYTHING = ("*",)
+
+
+def _each(values: tuple[str, ...], pattern: re.Pattern[str], expected: str) -> tuple[str, ...]:
+    """Raises ValueError for a value that no plan can have: the rule would never match, and nobody would see why."""
+    for value in values:
+        if value != "*" and not pattern.fullmatch(value):
+            raise ValueError(f'{value[:80]!r} can never match: expected {expected}, or "*"')
+    return values
 
 
 class BudgetRules(Table):
@@ -73,6 +83,24 @@ class TrainingRules(Table):
     weightings: tuple[str, ...] = Field(_EVERYTHING, description="of the strategy")
     fusions: tuple[str, ...] = Field(("mean", "robust"), description="of the strategy")
     client_terms: tuple[str, ...] = Field((), description="of the strategy: what is added to the gradients here, and kept here")
+
+    @field_validator("base_models")
+    @classmethod
+    def _whole_hashes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """A part of a hash would never match."""
+        return _each(
+            value, re.compile("[0-9a-f]{64}"), "the 64 hexadecimal digits of a base model's hash, as `client check` shows"
+        )
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _each(value, re.compile("|".join(get_args(TaskName))), f"one of {', '.join(get_args(TaskName))}")
+
+    @field_validator("train_modes")
+    @classmethod
+    def _known_modes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _each(value, re.compile("head|lora|full"), "head, lora or full")
 
     def rank_for(self, planned: int) -> int:
         """Rank of the adapters that are trained: the plan's, or the organisation's own where that is smaller."""

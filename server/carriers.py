@@ -233,7 +233,7 @@ class Threaded:
                 return None
             if not reply.has_error() or reply.error.code not in _LOST:
                 return Letter(asked.round, asked.organisation, reply)
-            lost = f"its node was lost (error {reply.error.code})"
+            lost = "it has left, or its machine or network is gone; it is asked again when it comes back"
         except RunNotRunningException:
             raise
         except (TooMuch, Malformed) as error:

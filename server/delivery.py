@@ -21,10 +21,11 @@ from cotune.models.errors import RunError
 from cotune.plan.signatures import FINISHED, RECEIPT
 from cotune.server.addresses import Node, members_of
 from cotune.server.carriers import post_of
+from cotune.server.members import Member
 from cotune.server.post import Letter, Post
-from cotune.server.run_folder import RunFolder
+from cotune.server.run_folder import Progress, RunFolder
 from cotune.server.step import served_of
-from cotune.server.strikes import left_out
+from cotune.server.strikes import fates_of, left_out
 from cotune.server.trail import Trail
 from cotune.server.verification import one_line
 from cotune.strategies.wire import Recipient, decode_receipt, encode_requests, received_digest
@@ -33,6 +34,7 @@ __all__ = ["confirmed", "deliver"]
 
 _POLL_SECONDS = 0.1
 _EXPORT_SECONDS = 600.0  # how long an organisation may take to write its model
+_NOTICE_SECONDS = 10.0
 _MOST_BYTES = 2**20  # of a receipt
 _MOST_TIMES = 3
 _AGAIN_SECONDS = 2.0
@@ -54,9 +56,16 @@ def confirmed(folder: RunFolder) -> dict[str, str]:
 def deliver(grid: Grid, folder: RunFolder) -> list[str]:
     """Hands the served model to the members who lack it, and returns who still does.
 
-    Those who are not connected are waited for `server.absent_seconds` long. Whoever was left out or revoked gets none.
+    Those who are not connected are waited for `server.absent_seconds` long. Whoever was left out or revoked gets none; who was
+    left out, and is connected, is told so, and why.
     """
     progress, members = folder.load(), members_of(Path(folder.file.federation))
+    lacking = _hand_out(grid, folder, progress, members)
+    _tell_left_out(grid, folder, progress, members)
+    return lacking
+
+
+def _hand_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mapping[str, Member]) -> list[str]:
     without = {*left_out(folder, progress.history), *confirmed(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
     folder.events.tell("delivery_started", organisations=lacking)
@@ -72,7 +81,22 @@ def deliver(grid: Grid, folder: RunFolder) -> list[str]:
         return _Delivery(post, folder, progress.round, contents, received, trail).play()
 
 
+def _tell_left_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mapping[str, Member]) -> None:
+    """A request of this kind without a model: an organization answers it with a refusal, and enters it in its log."""
+    out, fates = left_out(folder, progress.history), fates_of(folder, progress.history)
+    fates = {p.name: fates[p.name] for p in folder.file.participants if p.name in out and p.name in members}
+    if not progress.round or not fates:
+        return
+    recipients, trail = [Recipient(name) for name in fates], Trail(folder)
+    contents = dict(zip(fates, encode_requests(folder.plan.canonical(), progress.round, {}, recipients), strict=True))
+    trail.sign(FINISHED, progress.round, contents, recipients, received_digest({}), progress.history[-1]["participants"], fates)
+    with closing(post_of(grid, folder)) as post:
+        _Notices(post, folder, progress.round, contents, received_digest({}), trail).play()
+
+
 class _Delivery:
+    longest_wait = _EXPORT_SECONDS
+
     def __init__(
         self, post: Post, folder: RunFolder, round: int, contents: Mapping[str, RecordDict], received: str, trail: Trail
     ) -> None:
@@ -82,6 +106,11 @@ class _Delivery:
         self._not_before = dict.fromkeys(contents, 0.0)
         self._under_way, self._since = Counter[str](), dict[str, str]()  # requests; when who is waited for had connected
         self._began, self._looked = time.monotonic(), False
+
+    @property
+    def patience(self) -> float:
+        """Seconds that those are waited for who are not connected."""
+        return self._folder.plan.server.absent_seconds
 
     def play(self) -> list[str]:
         lacking = list(self._times)
@@ -95,9 +124,9 @@ class _Delivery:
         return lacking
 
     def _over(self) -> bool:
-        seconds, patience = time.monotonic() - self._began, self._folder.plan.server.absent_seconds
+        seconds, patience = time.monotonic() - self._began, self.patience
         if self._waiting:
-            return seconds > patience + _EXPORT_SECONDS
+            return seconds > patience + self.longest_wait
         return not self._idle or seconds > (patience if self._looked else max(patience, _LOOK_SECONDS))
 
     def _send(self) -> None:
@@ -164,3 +193,18 @@ class _Delivery:
 
     def _undelivered(self, name: str, reason: str) -> None:
         self._folder.events.tell("undelivered", organisation=name, reason=reason)
+
+
+class _Notices(_Delivery):
+    """Nobody is waited for long: whoever was left out must not hold up the end of a run."""
+
+    longest_wait = _NOTICE_SECONDS
+
+    @property
+    def patience(self) -> float:
+        return 0.0
+
+    def _wrong(self, reply: Message, name: str) -> str:
+        if reply.has_error():
+            self._trail.accept_refusal(reply, RECEIPT, self._round, name)
+        return "it was left out of the run, and was told so"

@@ -6,7 +6,6 @@ never holds more than a few beside the running sum, unless the weighting must co
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -32,7 +31,7 @@ from cotune.server.post import Post
 from cotune.server.run_folder import Participant, Progress, RunFolder
 from cotune.server.selection import enough, select
 from cotune.server.step import Score, context_of, enter_round, move, sent_beside, served
-from cotune.server.strikes import left_out, remember
+from cotune.server.strikes import fates_of, left_out, remember
 from cotune.server.tally import Tally
 from cotune.server.verification import Verify
 from cotune.strategies.wire import Recipient, encode_requests, received_digest
@@ -126,7 +125,8 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     recipients = _recipients(folder, people, before)
     contents = dict(zip(tally.people, encode_requests(plan.canonical(), round, state, recipients, sent), strict=True))
     received = received_digest(state, sent)
-    run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort_of(folder, before.history, tally.people))
+    cohort, fates = cohort_of(folder, before.history, tally.people), fates_of(folder, before.history)
+    run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort, fates)
     verify = Verify(
         plan,
         context,
@@ -204,8 +204,18 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
         raise RunError(f"nobody may take part any more: all of {', '.join(without)[:500]} are left out; start a new run")
     people = select(folder, round, without)
     closing = enough(plan, len(people))
-    needed = max(1, math.ceil(plan.server.quorum * closing - 1e-9)) if people else 0  # 0.55 · 20 is 11, and a little more
+    needed = plan.server.needed(closing, fuses=_fuses(folder)) if people else 0
+    if needed > len(people) > 0:
+        raise RunError(
+            f"only {people[0].name} is left of {len(folder.file.participants)} organisations, without {', '.join(without)[:500]}:"
+            " expected at least two, as one update is no fusion; ask them why, and start a new run, or one with server.quorum"
+        )
     return people, Tally([person.name for person in people], needed, left_out=without)
+
+
+def _fuses(folder: RunFolder) -> bool:
+    """Whether this is a federation of several: then a model of one is not what they have agreed on."""
+    return bool(folder.file.federation) and len(folder.file.participants) >= 2
 
 
 def _recipients(folder: RunFolder, people: list[Participant], before: Progress) -> list[Recipient]:

@@ -8,13 +8,33 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["left_out", "remember", "strikes_of"]
+__all__ = ["Fate", "fates_of", "left_out", "remember", "strikes_of"]
+
+_LONGEST = 300  # characters of a reason, as it is signed
+
+
+@dataclass(frozen=True)
+class Fate:
+    """Why an organization's last refused update was refused, and how many strikes it has."""
+
+    refused: str = ""
+    strikes: int = 0
+
+
+def fates_of(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> dict[str, Fate]:
+    """Why the last refused update was, of those that have strikes, as they are told. Raises RunError."""
+    reasons = dict[str, str]()
+    for entry in history:
+        refused = {*entry.get("quarantined", ()), *entry.get("timed_out", ())}
+        reasons |= {who["organisation"]: who["reason"][:_LONGEST] for who in entry["dropped"] if who["organisation"] in refused}
+    return {name: Fate(reasons.get(name, ""), count) for name, count in strikes_of(folder, history).items()}
 
 
 def left_out(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> list[str]:

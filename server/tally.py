@@ -51,7 +51,7 @@ class Tally:
         reasons = "; ".join(f"{name}: {self.dropped[name]}" for name in self.people if name in self.dropped)
         raise RunError(
             f"round {round} got {len(self.participants)} of {len(self.people)} updates, expected at least {self.needed}"
-            f" (server.quorum = {plan.server.quorum:g}); {reasons[:1000]}{advice(self.dropped)}"
+            f" ({_quorum(plan)}); {reasons[:1000]}{advice(self.dropped)}"
         )
 
     def entry(self, number: int, stage: str, metrics: Metrics | None, seconds: float) -> dict[str, Any]:
@@ -78,3 +78,8 @@ class Tally:
 
     def _in_order(self, found: dict[str, Any]) -> dict[str, Any]:
         return {name: found[name] for name in self.people if name in found}
+
+
+def _quorum(plan: Plan) -> str:
+    given = plan.server.quorum
+    return f"server.quorum = {given:g}" if given is not None else "server.quorum, by default half and at least two"

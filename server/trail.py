@@ -41,6 +41,7 @@ from cotune.server.federation import FederationFolder
 from cotune.server.rotation import renewals
 from cotune.server.run_folder import RunFolder
 from cotune.server.signing import next_serial, public_keys, read_signing_key
+from cotune.server.strikes import Fate
 from cotune.strategies.wire import Recipient
 
 __all__ = ["Trail", "keys_of", "read_trail"]
@@ -63,8 +64,10 @@ class Trail:
         recipients: Iterable[Recipient],
         received: str,
         cohort: Iterable[str],
+        fates: Mapping[str, Fate] | None = None,
     ) -> None:
         """Puts a signature into each request, and enters it. cohort: names of those that took part in the round before.
+        fates: what became of earlier updates, of those that have to know.
 
         Raises RunError without a signing key, and where the trail cannot be written.
         """
@@ -72,9 +75,12 @@ class Trail:
             return
         folder = self._federation.certificates
         key, serial, renewed = read_signing_key(folder), next_serial(folder), ServerRenewal.join(renewals(folder))
-        keys = {member.name: member.fingerprint for member in self._federation.members.active()}
+        members = {member.name: member for member in self._federation.members.active()}
+        keys = {name: member.fingerprint for name, member in members.items()}
         roster = sorted(keys[name] for name in set(cohort) & keys.keys())
         for who in recipients:
+            fate, member = (fates or {}).get(who.organisation, Fate()), members.get(who.organisation)
+            least, most = (member.examples if member and kind == TRAIN else None) or (0, 0)
             statement = RequestStatement(
                 federation=self._federation.config.id,
                 run=self._run,
@@ -88,6 +94,10 @@ class Trail:
                 roster=roster_digest(roster),
                 serial=serial,
                 at=datetime.now(UTC).isoformat(timespec="seconds"),
+                least=least,
+                most=most,
+                refused=fate.refused,
+                strikes=fate.strikes,
             )
             signature = sign(statement, key)
             self._log.tell("request", statement=statement.text(), signature=signature, roster=roster)

@@ -50,9 +50,9 @@ def judge(summary: Summary) -> Verdict:
     """
     test, worth = summary["test"], summary["worth"]
     if test["federated"] is None:
-        return Verdict("Not measured", _nobody_knows(test), tuple(_privacy_note(summary)))
+        return Verdict("Not measured", _nobody_knows(test), (*_members_note(summary), *_privacy_note(summary)))
     if worth is None:
-        notes = (*_personal_note(summary), _chance_note(test), *_privacy_note(summary))
+        notes = (*_members_note(summary), *_personal_note(summary), _chance_note(test), *_privacy_note(summary))
         return Verdict("Measured", _measured(summary), notes)
     notes = (
         *_personal_note(summary),
@@ -63,6 +63,13 @@ def judge(summary: Summary) -> Verdict:
         *_privacy_note(summary),
     )
     return Verdict(worth["answer"].capitalize(), _sentence(summary), notes)
+
+
+def _members_note(summary: Summary) -> Iterator[str]:
+    """How many real organizations have a part in the model."""
+    if is_real(summary):
+        rounds = [o["rounds"] for o in summary["organisations"]]
+        yield f"{sum(1 for count in rounds if count)} of {len(rounds)} organizations are in this model."
 
 
 def _nobody_knows(test: Summary) -> str:

@@ -14,7 +14,7 @@ from cotune.models.holdings import HoldingsFile, Portion
 from cotune.models.records import DataConfig
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
-from cotune.privacy.policy import Policy
+from cotune.privacy.policy import Policy, changed_policy
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -39,11 +39,26 @@ def test_every_stage_is_tried_and_nothing_is_charged(make_plan: MakePlan, make_s
     assert not (site.folder / "outbox").exists()
 
 
-def test_a_declined_plan_is_not_tried(make_plan: MakePlan, make_site: MakeSite) -> None:
-    found = check(make_plan(privacy=PRIVATE), make_site(policy=Policy()))
+def test_a_declined_plan_is_tried_all_the_same(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """Whoever is to change a rule wants to know for what: every rule, and the same figures as without them."""
+    plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}, train=STAGES)
+    strict = changed_policy(Policy(), {"tell.example_count": "exact", "budget.epsilon_total": 1e6, "budget.delta_total": 1e-3})
+    found, allowed = check(plan, make_site(policy=strict)), check(plan, make_site(at="free"))
+    rules = [broken.rule for broken in found.broken]
+    assert {"training.base_models", "training.units", "budget.epsilon_per_run", "training.min_examples"} <= set(rules)
     assert found.declined is not None
-    assert "declined by the rule training.base_models" in found.declined
-    assert found.stages == ()
+    assert rules[0] in found.declined
+    assert (found.epsilon, found.delta, found.noise_multiplier) == (8.0, 1e-3, allowed.noise_multiplier)
+    assert [(s.mode, s.steps, s.batch) for s in found.stages] == [(s.mode, s.steps, s.batch) for s in allowed.stages]
+    assert len(found.stages) == 3
+
+
+def test_a_model_that_is_not_allowed_is_not_fetched_to_be_tried(make_plan: MakePlan, make_site: MakeSite) -> None:
+    plan = make_plan(privacy=PRIVATE)
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"base": "nobody/no-model"})})
+    found = check(plan, make_site(policy=changed_policy(Policy.permissive(), {"training.base_models": []})))
+    assert [broken.rule for broken in found.broken] == ["training.base_models"]
+    assert (found.epsilon, found.stages) == (2.0, ())
 
 
 def test_a_plan_that_does_not_fit_into_the_rest_is_declined(make_plan: MakePlan, make_site: MakeSite) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cotune.models.errors import PlanError
-from cotune.privacy.policy import BudgetRules, Policy, TellRules, TrainingRules, dump_policy, read_policy
+from cotune.privacy.policy import BudgetRules, Policy, TellRules, TrainingRules, changed_policy, dump_policy, read_policy
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -81,3 +81,18 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, said: str) -> None
     assert said in str(raised.value)
     assert "policy" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "never", "possible"),
+    [
+        ("base_models", ["478fceba…"], ["0123456789abcdef" * 4]),
+        ("base_models", ["478fceba"], ["*"]),
+        ("tasks", ["seq"], ["sequence-classification"]),
+        ("train_modes", ["heads"], ["head", "lora", "full"]),
+    ],
+)
+def test_a_rule_that_no_plan_can_match_is_refused(rule: str, never: list[str], possible: list[str]) -> None:
+    with pytest.raises(PlanError, match="can never match"):
+        changed_policy(Policy(), {f"training.{rule}": never})
+    assert getattr(changed_policy(Policy(), {f"training.{rule}": possible}).training, rule) == tuple(possible)

@@ -159,7 +159,7 @@ def test_what_is_lost_twice_is_asked_again(new_run: NewRun, fault: str) -> None:
     [
         ("pushes_fail", "its request could not be handed over: OSError: database is locked, 3 times"),
         ("not_taken", "the SuperLink did not take its request, 3 times"),
-        ("lost", "its node was lost (error 5), 3 times"),
+        ("lost", "it has left, or its machine or network is gone; it is asked again when it comes back, 3 times"),
     ],
 )
 def test_what_is_lost_three_times_is_left_and_the_run_goes_on(new_run: NewRun, fault: str, reason: str) -> None:
@@ -209,7 +209,9 @@ def test_a_lost_node_that_stays_away_is_absent(new_run: NewRun) -> None:
     grid.on_push = lambda name, message: grid.offline.add(name) if name == "org-2" else None
     progress = play(folder, grid)
     assert progress.history[0]["absent"] == ["org-2"]
-    assert dropped(progress) == [{"org-2": "its node was lost (error 5)"}]
+    assert dropped(progress) == [
+        {"org-2": "it has left, or its machine or network is gone; it is asked again when it comes back"}
+    ]
 
 
 def test_what_an_organisation_says_itself_is_final_and_no_strike(new_run: NewRun) -> None:
@@ -361,6 +363,17 @@ def test_after_so_many_refused_updates_an_organisation_is_left_out_also_by_a_run
     }
 
 
+def test_of_a_federation_of_two_one_alone_is_no_fusion(new_run: NewRun) -> None:
+    """Unless the plan says so: the round fails, and once the other is left out, the run ends."""
+    folder = real(new_run("org-1", "org-2", rounds=3, server={"strikes": 1}))
+    answers = {"org-1": adding(1.0), "org-2": wrong_shape}
+    with pytest.raises(RunError, match="round 1 got 1 of 2 updates"):
+        play(folder, wild(folder, answers))
+    with pytest.raises(RunError, match="only org-1 is left of 2"):
+        play(folder, wild(folder, answers))
+    assert folder.load().round == 0
+
+
 def test_without_strikes_nobody_is_ever_left_out(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", rounds=5, server={"strikes": 0})
     progress = simulate(folder, {"org-1": adding(1.0), "org-2": wrong_shape})
@@ -384,7 +397,7 @@ def test_where_all_are_left_out_the_run_ends(new_run: NewRun) -> None:
 
 def test_an_update_of_an_earlier_model_is_refused(new_run: NewRun) -> None:
     """A replay of an attempt before a restart, whose base was another."""
-    folder, kept = real(new_run("org-1", "org-2", rounds=2)), dict[int, Any]()
+    folder, kept = real(new_run("org-1", "org-2", rounds=2, server={"quorum": 0.5})), dict[int, Any]()
 
     def replays(request: Request) -> Any:
         kept.setdefault(0, adding(1.0)(request))
@@ -396,7 +409,7 @@ def test_an_update_of_an_earlier_model_is_refused(new_run: NewRun) -> None:
 
 
 def test_an_update_in_the_name_of_another_is_refused(new_run: NewRun) -> None:
-    folder = real(new_run("org-1", "org-2", rounds=1))
+    folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}))
 
     def poses(request: Request) -> Any:
         return update(request, dict(request.state), organisation="org-1")
@@ -446,7 +459,7 @@ def test_what_the_plan_asks_for_is_taken(new_run: NewRun) -> None:
 
 @pytest.mark.parametrize(("count", "expected"), [(4, "5 to 20"), (21, "5 to 20")])
 def test_a_count_outside_what_was_agreed_with_the_member_is_refused(new_run: NewRun, count: int, expected: str) -> None:
-    folder = real(new_run("org-1", "org-2", rounds=1), examples={"org-2": (5, 20)})
+    folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}), examples={"org-2": (5, 20)})
     progress = play(folder, wild(folder, {"org-1": adding(1.0, 1000), "org-2": adding(1.0, count)}))
     assert dropped(progress) == [{"org-2": f"it declares {count} examples, expected {expected}"}]
 
@@ -458,7 +471,7 @@ def test_more_examples_than_the_plan_allows_are_refused(new_run: NewRun) -> None
 
 
 def test_an_answer_far_larger_than_the_request_is_refused_unread(new_run: NewRun) -> None:
-    folder = real(new_run("org-1", "org-2", rounds=1))
+    folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}))
 
     def floods(request: Request) -> Any:
         return update(request, {**adding(1.0)(request).delta, "flood": torch.zeros(2**19)})  # type: ignore[union-attr]

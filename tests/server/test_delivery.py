@@ -144,7 +144,8 @@ def test_whoever_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
     FederationFolder(folder.path.parent.parent).members.revoke("org-2")
     seen = list[Request]()
     assert deliver(receiving(folder, seen), folder) == []
-    assert [request.organisation for request in seen] == ["org-1"]
+    assert {request.organisation: bool(request.state) for request in seen} == {"org-1": True, "org-3": False}
+    assert set(confirmed(folder)) == {"org-1"}
 
 
 @pytest.mark.parametrize("change", [{"received": "0" * 64}, {"organisation": "org-2"}, {"plan_id": "0" * 64}])

@@ -90,7 +90,7 @@ def test_the_folder_of_a_finished_run(done: Done) -> None:
         assert kinds == [
             "key",
             "data",
-            *(["reserve", "settle"] * rounds if done.plan.privacy != "none" else ["unprotected"] * rounds),
+            *(["reserve", "settle", "told"] * rounds if done.plan.privacy != "none" else ["unprotected"] * rounds),
         ]
 
 
