@@ -1,0 +1,74 @@
+"""A page is played: its commands, plans and scripts, in a folder that holds what the page takes for granted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cotune.plan.load import parse_plan
+from tests.cli.conftest import Cotune
+from tests.docs.pages import Block, commands_of
+
+__all__ = ["Player"]
+
+_SMALL = ("rounds=1", "simulation.min_examples=5", "model.max_length=16")
+# what is put after a command, so that it takes a second: the last --set counts
+SHORTER: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("simulate",): tuple(word for key in (*_SMALL, "simulation.baselines=[]") for word in ("--set", key)),
+    ("compare",): (*(word for key in _SMALL for word in ("--set", key)), "--seeds", "1", "--jobs", "1", "--device", "cpu"),
+    ("audit",): ("--canaries", "40", "--rounds", "1"),
+}
+# commands whose answer may be no, which is no fault of the page
+ANSWERS = {("client", "check"): {0, 1}, ("audit",): {0, 1}}
+
+
+@dataclass
+class Player:
+    """cotune: the command line in this process. replaced: placeholders of the page, as patterns, and what stands for them."""
+
+    cotune: Cotune
+    replaced: Mapping[str, str | Callable[[], str]] = field(default_factory=dict)
+    plan: Mapping[str, object] = field(default_factory=dict)
+
+    def play(self, block: Block) -> None:
+        """Raises AssertionError, with the place on the page."""
+        play = {"bash": self._bash, "python": self._python, "toml": self._toml}[block.language]
+        play(block)
+
+    def _bash(self, block: Block) -> None:
+        for command in commands_of(block):
+            self.command(block, command)
+
+    def command(self, block: Block, command: str) -> str:
+        """Play one command; returns what it printed."""
+        words, file = self._words(command)
+        assert words[0] == "cotune", f"{block.where}: {command}"
+        named = next((key for key in {**SHORTER, **ANSWERS} if tuple(words[1 : 1 + len(key)]) == key), ())
+        after = () if "--resume" in words else SHORTER.get(named, ())
+        done = self.cotune(*words[1:], *after)
+        assert done.code in ANSWERS.get(named, {0}), f"{block.where}: {command}\n{done.out}\n{done.err}"
+        if file is not None:
+            Path(file).write_text(done.out, encoding="utf-8")
+        return done.out
+
+    def _words(self, command: str) -> tuple[list[str], str | None]:
+        command, _, file = command.partition(" > ")
+        return shlex.split(self._filled(command)), self._filled(file) or None
+
+    def _filled(self, text: str) -> str:
+        for pattern, what in self.replaced.items():
+            if re.search(pattern, text):
+                text = re.sub(pattern, (what if isinstance(what, str) else what()).replace("\\", r"\\"), text)
+        return text
+
+    def _python(self, block: Block) -> None:
+        exec(compile(self._filled(block.text), block.where, "exec"), {"__name__": "__main__"})
+
+    def _toml(self, block: Block) -> None:
+        """The tables and keys of a plan, over those that every plan needs."""
+        parse_plan({**self.plan, **tomllib.loads(block.text)})

