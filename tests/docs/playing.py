@@ -9,6 +9,8 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from cotune.plan.load import parse_plan
 from tests.cli.conftest import Cotune
@@ -16,11 +18,18 @@ from tests.docs.pages import Block, commands_of
 
 __all__ = ["Player"]
 
-_SMALL = ("rounds=1", "simulation.min_examples=5", "model.max_length=16")
-# what is put after a command, so that it takes a second: the last --set counts
+_SMALL = ("rounds=1", "simulation.min_examples=5", "model.max_length=16", "simulation.baselines=[]")
+
+
+def _set(*settings: str) -> tuple[str, ...]:
+    return tuple(word for setting in settings for word in ("--set", setting))
+
+
+# what is put after a command, so that it takes a second: the last --set counts; calibrating noise takes most of the time
 SHORTER: Mapping[tuple[str, ...], tuple[str, ...]] = {
-    ("simulate",): tuple(word for key in (*_SMALL, "simulation.baselines=[]") for word in ("--set", key)),
-    ("compare",): (*(word for key in _SMALL for word in ("--set", key)), "--seeds", "1", "--jobs", "1", "--device", "cpu"),
+    ("simulate",): _set(*_SMALL, "privacy=none"),
+    ("plan", "check"): _set("simulation.min_examples=5", "simulation.clients=2"),
+    ("compare",): (*_set(*_SMALL, "simulation.clients=2"), "--seeds", "1", "--jobs", "1", "--device", "cpu"),
     ("audit",): ("--canaries", "40", "--rounds", "1"),
 }
 # commands whose answer may be no, which is no fault of the page
@@ -29,11 +38,15 @@ ANSWERS = {("client", "check"): {0, 1}, ("audit",): {0, 1}}
 
 @dataclass
 class Player:
-    """cotune: the command line in this process. replaced: placeholders of the page, as patterns, and what stands for them."""
+    """cotune: the command line in this process. replaced: placeholders of the page, as patterns, and what stands for them.
+
+    plan: the tables of every plan, over which those on the page are laid. arguments: of the page's scripts.
+    """
 
     cotune: Cotune
     replaced: Mapping[str, str | Callable[[], str]] = field(default_factory=dict)
-    plan: Mapping[str, object] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
 
     def play(self, block: Block) -> None:
         """Raises AssertionError, with the place on the page."""
@@ -50,7 +63,11 @@ class Player:
         assert words[0] == "cotune", f"{block.where}: {command}"
         named = next((key for key in {**SHORTER, **ANSWERS} if tuple(words[1 : 1 + len(key)]) == key), ())
         after = () if "--resume" in words else SHORTER.get(named, ())
+        if named == ("compare",) and "--private-selection" not in words:
+            after += _set("privacy=none")
+        import time; t=(time.time(),time.process_time())
         done = self.cotune(*words[1:], *after)
+        open("/tmp/gt_t.log","a").write(f"{time.time()-t[0]:.1f} {time.process_time()-t[1]:.1f} {command}\n")
         assert done.code in ANSWERS.get(named, {0}), f"{block.where}: {command}\n{done.out}\n{done.err}"
         if file is not None:
             Path(file).write_text(done.out, encoding="utf-8")
@@ -67,8 +84,12 @@ class Player:
         return text
 
     def _python(self, block: Block) -> None:
-        exec(compile(self._filled(block.text), block.where, "exec"), {"__name__": "__main__"})
+        with patch.object(sys, "argv", [block.page, *self.arguments]):
+            exec(compile(self._filled(block.text), block.where, "exec"), {"__name__": "__main__"})
 
     def _toml(self, block: Block) -> None:
         """The tables and keys of a plan, over those that every plan needs."""
-        parse_plan({**self.plan, **tomllib.loads(block.text)})
+        table: dict[str, Any] = dict(self.plan)
+        for key, value in tomllib.loads(block.text).items():
+            table[key] = {**table[key], **value} if isinstance(value, dict) and key in table else value
+        parse_plan(table)

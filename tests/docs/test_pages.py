@@ -8,8 +8,7 @@ tests/deployment/test_guides.py, together and with real processes.
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -71,7 +70,7 @@ def stand_ins(folder: Path, base_model: Callable[[str], Path], monkeypatch: pyte
 
 def interrupted(player: Player) -> str:
     """A run that has stopped after its first round of two, as a killed process leaves it."""
-    assert player.cotune("simulate", "toy.toml", "--out", "runs/stopped").code == 0
+    assert player.cotune("simulate", "toy.toml", "--set", "simulation.baselines=[]", "--out", "runs/stopped").code == 0
     stopped = Path("runs/stopped")
     for left in ("summary.json", "report.html", "checkpoints/round-00002.safetensors"):
         (stopped / left).unlink()
@@ -80,7 +79,9 @@ def interrupted(player: Player) -> str:
 
 
 def finished(player: Player) -> str:
-    assert player.cotune("simulate", "toy.toml", "--set", "privacy.epsilon=8", "--out", "runs/done").code == 0
+    if not Path("runs/done").exists():
+        settings = ("privacy.epsilon=8", "simulation.baselines=[]")
+        assert player.cotune("simulate", "toy.toml", *(w for s in settings for w in ("--set", s)), "--out", "runs/done").code == 0
     return "runs/done"
 
 
@@ -97,7 +98,8 @@ def trained_site(folder: Path) -> None:  # noqa: F811
 
 def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
     write_csv(folder / "reviews.csv", sentences(240), ("text", "stars"))
-    toy = (folder / "toy.toml").read_text(encoding="utf-8").replace('"reviews.csv"', '"records.csv"')
+    toy = 'labels = ["bad", "good", "so"]\n' + (folder / "toy.toml").read_text(encoding="utf-8")
+    toy = toy.replace('"reviews.csv"', '"records.csv"')
     (folder / "toy.toml").write_text(toy, encoding="utf-8")
     (folder / "plan.toml").write_text(toy, encoding="utf-8")
     write_csv(folder / "records.csv", sentences(240))
@@ -105,7 +107,7 @@ def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) 
     for number, name in enumerate(("hospital-a", "hospital-b")):
         write_csv(folder / "orgs" / f"{name}.csv", sentences(80, seed=number))
     write_tagged(folder / "entities.jsonl")
-    write_images(folder / "scans")
+    write_images(folder / "scans", 300)
     (folder / "distilbert-base-uncased").symlink_to(base_model("distilbert"))
     (folder / "google").mkdir()
     (folder / "google" / "vit-base-patch16-224-in21k").symlink_to(base_model("vit"))
@@ -120,7 +122,8 @@ def for_use(player: Player, folder: Path, base_model: Callable[[str], Path]) -> 
 
 
 def for_compare(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
-    (folder / "my.toml").write_text((folder / "toy.toml").read_text(encoding="utf-8").replace("none", "none"), encoding="utf-8")
+    toy = (folder / "toy.toml").read_text(encoding="utf-8").replace('privacy = "none"', "privacy = { epsilon = 8.0 }")
+    (folder / "my.toml").write_text(toy, encoding="utf-8")
 
 
 def for_ledger(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
@@ -131,7 +134,7 @@ def for_ledger(player: Player, folder: Path, base_model: Callable[[str], Path]) 
     write_csv(folder / "records.csv", sentences(240))
     assert player.cotune("client", "init", "site", "--name", "hospital-a", "--device", "cpu").code == 0
     assert player.cotune("client", "ledger", f"{finished(player)}/sites/org-1", "--export", "export.json").code == 0
-    (folder / "federation.toml").write_text((folder / "toy.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copy("runs/done/plan.toml", "federation.toml")
 
 
 def for_units(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
@@ -153,17 +156,16 @@ def test_what_the_page_says_can_be_done(
     cotune: Cotune,  # noqa: F811
     stand_ins: Path,
     base_model: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    player = Player(cotune, plan={"model": {"base": "base"}, "data": {"source": "records.csv"}})
+    player = Player(cotune, plan={"model": {"base": "base"}, "data": {"source": "records.csv"}}, arguments=("export.json",))
     player.replaced = {
         r"(?<=--resume )runs/\S+": lambda: interrupted(player),
         r"runs/2026\S+": lambda: finished(player),
         r'"simulation.clients=6"': '"simulation.clients=2", "rounds=1", "simulation.min_examples=5"',
         r"Path\(\"compare/mine\"\)": 'Path("compare/mine"), device="cpu", jobs=1',
         r"seeds=5": "seeds=1",
+        r"--private-selection 5": "--private-selection 1.5",
     }
-    monkeypatch.setattr(sys, "argv", ["a script", "export.json"])
     PREPARED.get(page, lambda *_: None)(player, stand_ins, base_model)
     for block in played_here(page):
         player.play(block)
@@ -184,11 +186,10 @@ def test_pages_with_a_story_have_one() -> None:
     assert all(page in told for page in STORIES | {"README.md"})
 
 
-def spoken() -> Iterator[tuple[str, list[str]]]:
-    yield from ((page, words) for page in PAGES for words in spoken_in(page))
+SPOKEN = [(page, words) for page in PAGES for words in spoken_in(page)]
 
 
-@pytest.mark.parametrize(("page", "words"), spoken(), ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(("page", "words"), SPOKEN, ids=[f"{page}: {' '.join(words)}" for page, words in SPOKEN])
 def test_a_command_in_a_sentence_exists_with_its_options(page: str, words: list[str]) -> None:
     command: click.Command = typer.main.get_command(app)
     rest = words[1:]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.certificates import new_authority
 from cotune.server.instructions import instructions, what_leaves
+from tests.docs.pages import blocks_of, commands_of
 
 SIGNS = {"id": 32 * "a", "signing_key": 64 * "b"}
 
@@ -26,9 +27,9 @@ def test_the_page_says_whom_to_join_and_what_to_type(tmp_path: Path) -> None:
     )
     page = instructions(invitation)
     assert page.startswith("# Join clinics & co\n")
-    commands = re.findall(r"^(?:pip|cotune) [^#\n]*", page, re.MULTILINE)
+    commands = [command for block in blocks_of("JOIN.md", page) for command in commands_of(block)]
     assert [command.split()[:3] for command in commands] == [
-        ["pip", "install", '"cotune==0.1.0"'],
+        ["pip", "install", f"./cotune-{version('cotune')}-py3-none-any.whl"],
         *(["cotune", "client", verb] for verb in ("init", "check", "join", "sent", "ledger", "approve")),
     ]
     for what in ("fed.example.org:9092", "in each of 12 rounds", invitation.plan.plan_id[:12], "abababababababab"):
