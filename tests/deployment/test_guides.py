@@ -123,7 +123,7 @@ def write_plan(file: Path, base: Path) -> None:
         "model": {"base": str(base), "max_length": 16, "pooling": "mean"},
         "data": {"source": "records.csv"},
         "local": {"learning_rate": 1.0, "batch_size": 0.2, "steps": 5},
-        "privacy": {"epsilon": 3.0, "unit": "patient_id"},
+        "privacy": {"epsilon": 3.0, "unit": "patient_id", "max_records": 2},
     }
     file.write_text(tomli_w.dumps(plan), encoding="utf-8")
 
