@@ -24,6 +24,7 @@ __all__ = ["is_plain_name", "near_names", "read_csv"]
 _FEW = 10  # lines, in which a class may not come twice
 _FEW_LINES = 1000
 _FIELDS = 100_000  # of a CSV file that are parsed at once: only those of the columns that are used are kept
+_CHARACTERS = 2**18  # that are parsed, or encoded, at once, where fields are long
 
 
 def read_csv(file: DataFile, separator: str) -> Columns:
@@ -99,7 +100,7 @@ def _rows(file: DataFile, text: str, separator: str, names: Sequence[str]) -> It
         text = text[:end]
     try:
         for rows in _parsed(
-            text, separator, _FIELDS // (width + 1) + 1, names=range(width + 1), on_bad_lines="warn" if file.lenient else "error"
+            text, separator, _lines_at_once(text, width), names=range(width + 1), on_bad_lines="warn" if file.lenient else "error"
         ):
             surplus = rows[width].map(lambda field: isinstance(field, str) and bool(field.strip()))
             if surplus.any() and not file.lenient:
@@ -113,10 +114,36 @@ def _rows(file: DataFile, text: str, separator: str, names: Sequence[str]) -> It
         file.skipped[UNREADABLE] += 1
 
 
+def _lines_at_once(text: str, width: int) -> int:
+    """How many lines are parsed at once, for a bounded number of fields and, where lines are alike, of characters."""
+    longest = _CHARACTERS * (text.count("\n") + 1) // (len(text) + 1)
+    return 1 + min(_FIELDS // (width + 1), longest)
+
+
+class _Encoded(io.RawIOBase):
+    """A text as a file of UTF-8, encoded as it is read: a copy of all of it would be as large as the file."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._position, self._rest = text, 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            part = self._text[self._position : self._position + _CHARACTERS]
+            self._position += len(part)
+            self._rest = part.encode("utf-8", "surrogatepass")
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+
 def _parsed(text: str, separator: str, lines: int = _FEW_LINES, **options: Any) -> Iterator[pandas.DataFrame]:
     """Parts of the file; the attribute "bad" says how many lines of too many fields were left out in one."""
     read = pandas.read_csv(
-        io.BytesIO(text.encode("utf-8", "surrogatepass")),  # StringIO would take four bytes a character
+        io.BufferedReader(_Encoded(text), _CHARACTERS),  # StringIO would take four bytes a character
         sep=separator,
         header=None,
         dtype=object,  # fields as they stand; half a character cannot be kept otherwise
