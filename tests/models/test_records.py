@@ -393,7 +393,7 @@ def test_only_the_columns_that_are_used_stay_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sign", ["", "😀"])
 def test_long_fields_of_a_column_that_is_not_used_do_not_stay_in_memory(tmp_path: Path, sign: str) -> None:
-    """At the peak the bytes and the text, of up to four bytes a character, and no third copy of the file."""
+    """At the peak the bytes and the text, of up to four bytes a character (a quarter more while it is decoded), and no third copy of the file."""
     path = tmp_path / "a.csv"
     note = "note " * 2000
     path.write_text("notes,text,label\n" + "".join(f'"{note}{n}{sign}",words,x\n' for n in range(1000)), encoding="utf-8")
@@ -403,7 +403,7 @@ def test_long_fields_of_a_column_that_is_not_used_do_not_stay_in_memory(tmp_path
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(records) == 1000
-    assert peak < (6 if sign else 3) * path.stat().st_size
+    assert peak < (7 if sign else 3) * path.stat().st_size
 
 
 # --- one clear sentence ----------------------------------------------------------------------------------------------
