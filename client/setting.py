@@ -17,7 +17,7 @@ from cotune.models.device import bfloat16_is_fast
 from cotune.models.errors import DataError, PrivacyError
 from cotune.models.features import FeatureHead, encode_batch, feature_head
 from cotune.models.holdings import Holdings
-from cotune.models.independence import check_independence
+from cotune.models.independence import check_independence, check_padding
 from cotune.models.probes import PerSlot
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, example_losses, logits
@@ -127,6 +127,8 @@ def check_stages(plan: Plan, model: SharedModel) -> None:
         ModelError, PrivacyError: In a sentence that names the train mode.
     """
     model.load({})
+    if isinstance(plan.privacy, RecordPrivacy):
+        check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
     for stage in plan.stages:
         model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
         if isinstance(plan.privacy, RecordPrivacy):

@@ -10,8 +10,10 @@ from rich.console import Console
 
 from cotune.cli.progress import showing_remote_progress
 from cotune.cli.remote_lines import remote_line
+from cotune.cli.server_run import _show_result
 from cotune.server.federation import FederationFolder
 from cotune.server.new_run import real_run
+from cotune.server.run_folder import Progress
 from tests.cli.conftest import Cotune
 from tests.server.coordinators import founded
 
@@ -58,6 +60,31 @@ def test_status_works_while_nothing_runs(cotune: Cotune, fed: FederationFolder) 
     done = cotune("server", "status", fed.path)
     for words in ("run one, plan toy", "round 0 of 2, under way", "last event: run_started"):
         assert words in done.out
+
+
+def test_status_says_how_many_organizations_are_in_the_model(cotune: Cotune, fed: FederationFolder) -> None:
+    run = real_run(fed)
+    run.events.tell("run_started", rounds=2)
+    assert "in this model" not in cotune("server", "status", fed.path).out  # there is none yet
+    for number, participants in ((1, ["hospital-a"]), (2, ["hospital-a", "hospital-b"])):
+        whole = {"round": number, "stage": "head", "metrics": None, "epsilon": {}, "participants": participants, "dropped": []}
+        run.save(Progress(number, {}, {}, (*run.load().history, whole)))
+        assert f"{len(participants)} of 2 organizations" in cotune("server", "status", fed.path).out
+
+
+@pytest.mark.parametrize(("rounds", "part"), [((2, 2), 2), ((2, 0), 1)])
+def test_the_end_of_a_run_says_how_many_organizations_are_in_the_model(
+    fed: FederationFolder, rounds: tuple[int, int], part: int
+) -> None:
+    run, console = real_run(fed), Console(width=200, record=True, force_terminal=True, color_system="standard", highlight=False)
+    asked = {"weight": None, "epsilon_spent": None, "bytes_up": 0, "dropped": 0, "quarantined": 0, "delivered": True}
+    members = [{"name": who.name, "rounds": count, **asked} for who, count in zip(run.file.participants, rounds, strict=True)]
+    summary = {"privacy": {"mode": "none"}, "stopped": None, "organisations": members, "test": {"federated": None}, "rounds": []}
+    (run.path / "summary.json").write_text(json.dumps({**summary, "bytes": {"up": 0, "down": 0}}), encoding="utf-8")
+    _show_result(console, run)
+    [line] = [line for line in console.export_text(styles=True).splitlines() if "in this model" in line]
+    assert f"{part} of 2 organizations" in line
+    assert line.startswith("\x1b[1;31m") == (part < 2)  # bold and red where somebody lacks
 
 
 def test_status_as_json(cotune: Cotune, fed: FederationFolder) -> None:

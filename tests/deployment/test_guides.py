@@ -4,6 +4,7 @@ Each has a folder of its own and types what its page says, in the order of the p
 JOIN.md, hospital-c README.md. What only they can know stands for placeholders: names, the address, the hash that `check` shows.
 """
 
+# ruff: noqa: F811 (fixtures of the command line)
 from __future__ import annotations
 
 import csv
@@ -14,7 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import chdir
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +25,7 @@ import pytest
 import tomli_w
 
 from cotune.simulations.workers import import_all
+from tests.cli.conftest import Cotune, _logging_as_it_was, cotune, folder  # noqa: F401
 from tests.conftest import sentences
 from tests.docs.pages import blocks_of, commands_of, spoken_in
 
@@ -30,7 +33,6 @@ import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
 from loopback import free_port, until  # noqa: E402
 
 _PATIENCE = 420.0
-_COTUNE = f"{shlex.quote(sys.executable)} -m cotune.cli.main"
 
 
 class Guide:
@@ -57,6 +59,7 @@ def guide_to(page: str, *beginnings: str, text: str | None = None) -> Guide:
 class Office:
     """A folder of somebody's own, and the processes that were left running there, by what begins their commands."""
 
+    cotune: Cotune  # the command line in this process
     folder: Path
     guide: Guide
     replaced: dict[str, str] = field(default_factory=dict)
@@ -64,26 +67,25 @@ class Office:
 
     def do(self, command: str, code: int = 0) -> str:
         """What a command prints. Raises AssertionError for another exit code."""
-        done = subprocess.run(
-            self._filled(command),
-            shell=True,
-            cwd=self.folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE,
-        )
-        assert done.returncode == code, f"{command}\n{done.stdout}{done.stderr}"
-        return done.stdout
+        words = shlex.split(self._filled(command))
+        with chdir(self.folder):
+            done = self.cotune(*words[1:])
+        assert done.code == code, f"{command}\n{done.out}{done.err}"
+        return done.out
 
     def follow(self, beginning: str, code: int = 0) -> str:
         return self.do(self.guide.take(beginning), code)
 
     def leave_running(self, beginning: str) -> None:
         with self._log(beginning).open("ab") as log:
-            command = shlex.split(self._filled(self.guide.take(beginning)))
+            words = shlex.split(self._filled(self.guide.take(beginning)))
             self.running[beginning] = subprocess.Popen(
-                command, cwd=self.folder, env=environment(), stdout=log, stderr=log, start_new_session=True
+                [sys.executable, "-m", "cotune.cli.main", *words[1:]],
+                cwd=self.folder,
+                env=environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def wait_for(self, beginning: str, pattern: str) -> None:
@@ -105,7 +107,7 @@ class Office:
         return self.folder / f"{beginning.replace(' ', '-')}.log"
 
     def _filled(self, command: str) -> str:
-        for pattern, what in {**self.replaced, r"^cotune ": f"{_COTUNE} "}.items():
+        for pattern, what in self.replaced.items():
             command = re.sub(pattern, what, command)
         return command
 
@@ -135,21 +137,20 @@ def write_plan(file: Path, base: Path) -> None:
 
 
 @pytest.fixture
-def coordinator(tmp_path: Path, base_model: object) -> Iterator[Office]:
+def coordinator(tmp_path: Path, cotune: Cotune, base_model: Callable[[str], Path]) -> Iterator[Office]:
     folder = tmp_path / "coordinator"
     folder.mkdir()
-    assert callable(base_model)
     write_plan(folder / "my.toml", base_model("bert"))
     write_patients(folder / "test.csv", 9, 200)
     write_patients(folder / "records.csv", 8)
     ports = f"--host localhost --port {free_port()} --superlink-port {free_port()}"
-    office = Office(folder, guide_to("docs/coordinate.md"), {"--host fed.example.org": ports})
+    office = Office(cotune, folder, guide_to("docs/coordinate.md"), {"--host fed.example.org": ports})
     yield office
     office.stop()
 
 
 @pytest.fixture
-def organizations(tmp_path: Path) -> Iterator[dict[str, Office]]:
+def organizations(tmp_path: Path, cotune: Cotune) -> Iterator[dict[str, Office]]:
     """hospital-b gets its guide from the coordinator."""
     guides = {"hospital-a": guide_to("docs/join.md"), "hospital-b": Guide([])}
     guides["hospital-c"] = guide_to(
@@ -157,7 +158,7 @@ def organizations(tmp_path: Path) -> Iterator[dict[str, Office]]:
     )
     made = {}
     for seed, (name, guide) in enumerate(guides.items()):
-        made[name] = Office(tmp_path / name, guide, {"--name hospital-a": f"--name {name}"})
+        made[name] = Office(cotune, tmp_path / name, guide, {"--name hospital-a": f"--name {name}"})
         made[name].folder.mkdir()
         write_patients(made[name].folder / "records.csv", seed)
     yield made
@@ -172,6 +173,7 @@ def allow(office: Office, said: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_coordinator_and_three_organizations_follow_their_pages(coordinator: Office, organizations: dict[str, Office]) -> None:
     coordinator.follow("cotune plan check")
     coordinator.follow("cotune server init")

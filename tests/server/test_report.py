@@ -481,3 +481,20 @@ def test_a_real_run_of_many_classes_has_a_report(summary: Summary) -> None:
     page = Page(render_report(summary))
     assert page.row("org-2") == ["2 of 3, then left out", "–", "6.50 of 8.00", "4.6 kB", "0", "1", "not confirmed"]
     assert "worth joining" not in page.text
+
+
+@pytest.mark.parametrize(("rounds", "part"), [((2, 2), 2), ((2, 0), 1), ((0, 0), 0)])
+def test_a_real_run_says_how_many_organizations_are_in_its_model(summary: Summary, rounds: tuple[int, int], part: int) -> None:
+    """Whoever was struck out or declined every round has no part in it: the page says so in its first lines."""
+    summary |= {"engine": "superlink", "worth": None, "partition": None}
+    for each, taken in zip(summary["organisations"], rounds, strict=True):
+        each |= {"rounds": taken, "labels": None, "examples": None, "bytes_up": 0, "dropped": 2 - taken}
+        each |= {"quarantined": 0, "left_out": False, "delivered": True}
+        each |= dict.fromkeys(["alone", "gain", "own", "common", "worth", "adaptation"])
+    summary["test"] |= dict.fromkeys(["alone", "alone_without_privacy", "adapted", "pooled"])
+    assert judge(summary).notes[0].startswith(f"{part} of 2 organizations")
+    assert f"{part} of 2 organizations" in Page(render_report(summary)).text
+
+
+def test_a_simulation_counts_nobody(summary: Summary) -> None:
+    assert not any("2 organizations are in" in note for note in judge(summary).notes)
