@@ -255,8 +255,8 @@ def afterwards(coordinator: Office, organizations: dict[str, Office]) -> None:
     spoken = Guide([shlex.join(words) for page in ("docs/join.md", "docs/coordinate.md") for words in spoken_in(page)])
     first.do(spoken.take("cotune client sent site --verify"))
     shutil.copy(first.folder / "site" / "audit.jsonl", coordinator.folder)
-    [run] = (coordinator.folder / "fed" / "runs").iterdir()
-    coordinator.replaced["fed/runs/'?<run>'?"] = str(run)
+    [played] = (coordinator.folder / "fed" / "runs").glob("*/run.json")
+    coordinator.replaced["'?fed/runs/<run>'?"] = str(played.parent)
     coordinator.do(spoken.take("cotune server verify-trail"))
     assert first.stop() == [0]
     first.do(spoken.take("cotune client renew-key site"))
