@@ -7,12 +7,10 @@ from typing import Annotated
 import typer
 
 from cotune.cli.forecast_lines import show_forecast
-from cotune.cli.plan_options import By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
+from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
 from cotune.cli.screen import screen
 
 app = typer.Typer(help="Make and check plans.", no_args_is_help=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print plain JSON, and nothing else.")]
 
 
 @app.command("new")

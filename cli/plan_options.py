@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.plan.schema import Plan
 
-__all__ = ["By", "Clients", "Data", "Label", "Model", "Partition", "PlanArgument", "PlanOptions", "Set", "Task", "Text"]
+__all__ = ["AsJson", "By", "Clients", "Data", "Label", "Model", "Partition", "PlanArgument", "PlanOptions", "Set", "Task", "Text"]
 
 PlanArgument = Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")]
 Data = Annotated[
@@ -27,6 +27,7 @@ Clients = Annotated[int | None, typer.Option(help="How many organisations the fi
 Partition = Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or column:NAME.")]
 By = Annotated[str | None, typer.Option(help="Column that names each record's organisation: short for --partition column:NAME.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
 
 _KEYS = {
     "data": "data.source",

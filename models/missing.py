@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cotune.models.errors import DataError, ModelError
 
-__all__ = ["check_base", "check_source", "missing_base", "missing_source", "path_of_base"]
+__all__ = ["check_base", "check_file", "check_source", "missing_base", "missing_source", "path_of_base"]
 
 _PACKAGE = "package:"
 
@@ -26,6 +26,12 @@ def check_source(source: object) -> None:
 def missing_source(name: str, file: Path) -> DataError:
     """Return the sentence about records that are not there."""
     return DataError(f"{name} does not exist (looked for {file.absolute()}): check data.source (or --data, --test)")
+
+
+def check_file(path: Path) -> None:
+    """Raise DataError for a file or folder that is not there."""
+    if not path.expanduser().exists():
+        raise DataError(f"{path} does not exist (looked for {path.expanduser().absolute()}): check the path")
 
 
 def check_base(base: object) -> None:
