@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
 from cotune.cli.forecast_lines import show_forecast
+from cotune.cli.key_lines import show_explained, show_keys
 from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
 from cotune.cli.screen import screen
 
@@ -75,3 +77,45 @@ def check(
         typer.echo(dumps(seen.as_dict()).decode())
     else:
         show_forecast(console, seen)
+
+
+@app.command("keys")
+def keys(
+    find: Annotated[
+        str | None, typer.Argument(metavar="[WORD]", help="Only keys that have this word in name or meaning.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List every key of a plan: its type, default, bounds and meaning."""
+    from dataclasses import asdict
+
+    from cotune.models.errors import PlanError
+    from cotune.plan.keys import keys_of
+    from cotune.plan.schema import Plan
+
+    word = (find or "").casefold()
+    found = [key for key in keys_of(Plan) if word in f"{key.name} {key.meaning}".casefold()]
+    if not found:
+        raise PlanError(f'no key has "{find}" in its name or meaning: `cotune plan keys` lists all')
+    if as_json:
+        typer.echo(json.dumps([asdict(key) for key in found], indent=1, ensure_ascii=False))
+    else:
+        show_keys(screen(), found)
+
+
+@app.command("explain")
+def explain(
+    key: Annotated[str, typer.Argument(help="Such as privacy.epsilon; its last part, or the name of a table, will do.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a key of a plan means, and how to set it."""
+    from dataclasses import asdict
+
+    from cotune.plan.keys import explained
+    from cotune.plan.schema import Plan
+
+    found = explained(key, Plan)
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False))
+    else:
+        show_explained(screen(), found)
