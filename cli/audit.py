@@ -79,7 +79,7 @@ def audit(
     options = PlanOptions(subject, data, task, text, label, model, clients, partition, by, override)
     run = (Path(options.source) / "run.json").exists()
     if run and options.given:
-        raise typer.BadParameter("a run is audited as it was: --set, --data and the like are for plans")
+        raise typer.BadParameter("a run is audited as it was: --set is for plans, and so are --data and the like")
     if not run:
         options.check_files()
     from cotune.simulations.audit import audit_plan, audit_run

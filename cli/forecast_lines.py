@@ -41,8 +41,15 @@ def show_forecast(console: Console, seen: Forecast) -> None:
     if seen.client_privacy is not None:
         _show_client_privacy(console, seen.client_privacy)
     _show_new_policy(console, seen.new_policy, len(seen.organisations))
-    took = "" if seen.seconds is None else f"about {duration(seen.seconds)} on this machine; "
-    console.print(f"{took}nothing was trained")
+    console.print(f"{_time(seen)}nothing was trained")
+
+
+def _time(seen: Forecast) -> str:
+    """Of a simulation; of a federation nobody knows the machines."""
+    if seen.seconds is None:
+        return ""
+    low, high = duration(seen.seconds.low), duration(seen.seconds.high)
+    return f"about {low} to {high} on this machine for `cotune simulate`, baselines included; "
 
 
 def _show_claim(console: Console, figures: Figures) -> None:

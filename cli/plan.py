@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated
 
 import typer
@@ -53,6 +54,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Say what a plan will do: organisations, rounds, steps, noise, ε, bytes and time; train nothing."""
+    began = time.perf_counter()
     options = PlanOptions(plan, data, task, text, label, model, clients, partition, by, override)
     if examples is None:
         options.check_files()
@@ -65,7 +67,7 @@ def check(
         if examples is None:
             from cotune.simulations.forecast import forecast
 
-            seen = forecast(options.load(), device)
+            seen = forecast(options.load(), device, began)
         else:
             from cotune.simulations.expected import parse_examples
             from cotune.simulations.forecast import forecast_for

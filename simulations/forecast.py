@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,7 +23,8 @@ from cotune.server.step import enter_round
 from cotune.simulations.expected import Expected, Member, members_of, stated_members
 from cotune.simulations.new_policy import NewPolicy, new_policy
 from cotune.simulations.sites import prepare
-from cotune.simulations.timing import seconds_of
+from cotune.simulations.stopwatch import Seconds
+from cotune.simulations.timing import estimate
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, encode_requests, encode_update, payload_bytes
 
@@ -76,7 +78,7 @@ class Forecast:
 
     Attributes:
         test_examples: None where no records were read.
-        seconds: A rough estimate from a timed sample on this machine; None where no records were read.
+        seconds: How long a simulation takes on this machine, from, to; None where no records were read.
         new_policy: What the policy of a new site says to the plan.
         notes: About records and classes.
     """
@@ -85,7 +87,7 @@ class Forecast:
     test_examples: int | None
     organisations: tuple[OrganisationForecast, ...]
     stages: tuple[StageForecast, ...]
-    seconds: float | None
+    seconds: Seconds | None
     new_policy: NewPolicy
     client_privacy: ClientForecast | None = None
     notes: tuple[str, ...] = ()
@@ -105,11 +107,16 @@ class Forecast:
         return {"schema": 1, **about, **base, "privacy": privacy, **values}
 
 
-def forecast(plan: Plan, device: str = "auto") -> Forecast:
-    """Reads data and model and times a few records; trains nothing. Raises what `prepare` raises."""
+def forecast(plan: Plan, device: str = "auto", began: float | None = None) -> Forecast:
+    """Reads data and model and times a few batches; trains nothing. Raises what `prepare` raises.
+
+    began: when the command began, by `time.perf_counter`: what it needs to get here a simulation needs, too.
+    """
+    start = time.perf_counter() if began is None else began
     prepared = prepare(plan, device)
     model = model_of(prepared.plan, device)
-    return _forecast(members_of(prepared, model), seconds_of(prepared, model))
+    spent = time.perf_counter() - start
+    return _forecast(members_of(prepared, model), estimate(prepared, model, spent))
 
 
 def forecast_for(plan: Plan, examples: Sequence[int], device: str = "auto") -> Forecast:
@@ -117,7 +124,7 @@ def forecast_for(plan: Plan, examples: Sequence[int], device: str = "auto") -> F
     return _forecast(stated_members(plan, examples, device), None)
 
 
-def _forecast(expected: Expected, seconds: float | None) -> Forecast:
+def _forecast(expected: Expected, seconds: Seconds | None) -> Forecast:
     stages = tuple(_stages(expected))
     return Forecast(
         expected.plan,

@@ -79,13 +79,11 @@ def test_without_privacy_there_are_no_privacy_figures(toy_plan: NewPlan) -> None
         assert (o.noise_multiplier, o.epsilon_allowed, o.epsilon_planned, o.delta) == (None, None, None, None)
 
 
-def test_a_forecast_writes_nothing_and_grows_with_the_work(
-    toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forecast_writes_nothing_and_says_how_long(toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    short = forecast(toy_plan(train="full", rounds=1), "cpu").seconds
-    long = forecast(toy_plan(train="full", rounds=100), "cpu").seconds
-    assert 0 < 20 * short < long < 500 * short
+    seconds = forecast(toy_plan(train="full", rounds=1), "cpu").seconds
+    assert seconds is not None
+    assert 0 < seconds.low < seconds.high
     assert list(tmp_path.iterdir()) == []
 
 
