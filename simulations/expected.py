@@ -93,7 +93,8 @@ def stated_members(plan: Plan, examples: Sequence[int], device: str = "auto") ->
 def open_plan(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
     """Return the plan with its base model pinned and its classes named, without looking at records; what is assumed in it."""
     base = find_base(plan.model)
-    labels, notes = plan.labels or base_labels(base.path), ()
+    labels = plan.labels or base_labels(base.path)
+    notes = tuple[str, ...]()
     if not labels:
         labels = _TWO_CLASSES
         notes = ("the plan lists no labels: sizes are those of two classes; list all classes in labels for the real ones",)
