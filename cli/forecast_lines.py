@@ -49,7 +49,7 @@ def _time(seen: Forecast) -> str:
     if seen.seconds is None:
         return ""
     low, high = duration(seen.seconds.low), duration(seen.seconds.high)
-    return f"about {low} to {high} on this machine for `cotune simulate`, baselines included; "
+    return f"about {low} to {high} for `cotune simulate` and its baselines on this machine; "
 
 
 def _show_claim(console: Console, figures: Figures) -> None:
@@ -75,10 +75,13 @@ def _show_client_privacy(console: Console, seen: ClientForecast) -> None:
 
 def _show_new_policy(console: Console, said: NewPolicy, organisations: int) -> None:
     """What an organization whose policy is as `cotune client init` makes it will say, a line for each rule."""
-    for refusal in said.refused:
-        whose = "" if len(refusal.organisations) == organisations else f" of {_named(refusal.organisations)}"
-        line = f"a new policy{whose} declines this plan by the rule [bold]{escape(refusal.rule)}[/bold]: "
-        console.print(line + escape(_bound(refusal, said)))
+    for rule in dict.fromkeys(refusal.rule for refusal in said.refused):
+        first, *others = (refusal for refusal in said.refused if refusal.rule == rule)
+        whose = "" if len(first.organisations) == organisations else f" of {_named(first.organisations)}"
+        rest = [name for refusal in others for name in refusal.organisations]
+        also = f"; by the same rule that of {_named(rest)}" if rest else ""
+        line = f"a new policy{whose} declines this plan by the rule [bold]{escape(rule)}[/bold]: "
+        console.print(line + escape(_bound(first, said) + also))
     if said.to_fill_in:
         console.print(
             f"a new policy allows nothing in {', '.join(said.to_fill_in)} yet: each organization adds what this plan asks for"

@@ -27,8 +27,9 @@ def pages() -> Mapping[str, str]:
         "plan.md": _page(
             Plan,
             "The plan",
-            "A plan is a TOML file. Every key has its default here, `cotune plan new` prints a preset, and an unknown key is"
-            " refused. Parts of the strategy, with their own keys, are in [strategies.md](strategies.md).",
+            "A plan is a TOML file. Every key has its default here (`cotune plan keys` and `cotune plan explain KEY` say the"
+            " same), `cotune plan new` prints a preset, and an unknown key is refused. Parts of the strategy, with their own keys,"
+            " are in [strategies.md](strategies.md).",
         ),
         "policy.md": _page(
             Policy,
