@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanOptions, Set, Task, Text
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, percent, scientific
@@ -35,8 +36,21 @@ _LIMITS = (
 
 def audit(
     subject: Annotated[
-        str, typer.Argument(metavar="PLAN_OR_RUN", help="A preset, a TOML file, or the folder of a run.")
-    ] = "tweets",
+        str | None,
+        typer.Argument(
+            metavar="PLAN_OR_RUN",
+            help="A preset, a TOML file, or the folder of a run; default: tweets, or text with --data.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Data = None,
+    task: Task = None,
+    text: Text = None,
+    label: Label = None,
+    model: Model = None,
+    clients: Clients = None,
+    partition: Partition = None,
+    by: By = None,
     organisation: Annotated[str | None, typer.Option(help="Whose records; default: the first organisation's.")] = None,
     canaries: Annotated[
         int | None,
@@ -52,11 +66,9 @@ def audit(
         ),
     ] = False,
     confidence: Annotated[float, typer.Option(min=0.5, max=1.0, help="With which all bounds hold together; below 1.")] = 0.95,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
-    ] = None,
+    override: Set = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a lower bound on the ε that training really spends; exit with 1 if it is above the claim."""
     if confidence >= 1:
@@ -64,17 +76,19 @@ def audit(
     if tight and rounds is not None:
         raise typer.BadParameter("--tight audits one step in each stage of the plan: leave --rounds out")
     targets = canaries or (_MANY if tight else _SOME)
-    run = (Path(subject) / "run.json").exists()
-    if run and override:
-        raise typer.BadParameter("a run is audited as it was: --set is for plans")
-    from cotune.plan.load import load_plan
+    options = PlanOptions(subject, data, task, text, label, model, clients, partition, by, override)
+    run = (Path(options.source) / "run.json").exists()
+    if run and options.given:
+        raise typer.BadParameter("a run is audited as it was: --set is for plans, and so are --data and the like")
+    if not run:
+        options.check_files()
     from cotune.simulations.audit import audit_plan, audit_run
 
     console = screen()
     with screen(stderr=True, quiet=as_json).status("training with canaries"):
         if run:
             result = audit_run(
-                Path(subject),
+                Path(options.source),
                 organisation=organisation,
                 canaries=targets,
                 rounds=rounds,
@@ -83,9 +97,8 @@ def audit(
                 device=device,
             )
         else:
-            plan = load_plan(subject, override or [])
             result = audit_plan(
-                plan,
+                options.load(),
                 organisation=organisation,
                 canaries=targets,
                 rounds=rounds,

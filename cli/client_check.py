@@ -52,6 +52,9 @@ def check(
     """Say what joining would mean here: policy, noise, ε, time and memory of one real step; whether the server lets you in."""
     from dataclasses import asdict
 
+    from cotune.models.missing import check_source
+
+    check_source(data)
     from cotune.client.check import check as check_plan
     from cotune.client.connection import try_connection, versions
     from cotune.client.site import Site

@@ -72,6 +72,9 @@ def join(
     import logging
     import os
 
+    from cotune.models.missing import check_source
+
+    check_source(data)
     from cotune.client.approval import Approvals
     from cotune.client.node import run_node
     from cotune.client.observe import observing

@@ -66,6 +66,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
 ) -> None:
     """Compare the received model with training alone, on the site's own records. Nothing is sent, and no ε is spent."""
+    from cotune.models.missing import check_source
+
+    check_source(data)
     from cotune.client.own_model import evaluate_site, open_received
     from cotune.client.site import Site
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.plan_options import (
+    AsJson,
+    By,
+    Clients,
+    Data,
+    Label,
+    Model,
+    Partition,
+    PlanArgument,
+    PlanOptions,
+    Set,
+    Task,
+    Text,
+)
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
@@ -23,7 +36,7 @@ _WIDE = 100  # characters; a narrower terminal leaves bytes and time to the page
 
 
 def compare(
-    plan: Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")] = None,
+    plan: PlanArgument = None,
     vary: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,10 +47,15 @@ def compare(
         int | None, typer.Option(min=1, help="How many: the plan's own and those after it; default: 5.", show_default=False)
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="The value that others are compared with; default: the first.")] = None,
-    data: Annotated[str | None, typer.Option(help="Your records, as for simulate.")] = None,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of every plan; repeatable.")
-    ] = None,
+    data: Data = None,
+    task: Task = None,
+    text: Text = None,
+    label: Label = None,
+    model: Model = None,
+    clients: Clients = None,
+    partition: Partition = None,
+    by: By = None,
+    override: Set = None,
     gain: Annotated[
         bool,
         typer.Option("--gain", help="Train each organization alone, too, and show what joining brings it on its own records."),
@@ -56,44 +74,59 @@ def compare(
         int | None, typer.Option(min=1, help="Runs beside each other; default: as cores and memory allow, 1 on a GPU.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Play every combination under every seed and show what differs; finished runs are kept, the same command goes on."""
+    options = PlanOptions(plan, data, task, text, label, model, clients, partition, by, override)
+    options.check_files(vary or ())
     from cotune.simulations.cells import parse_variation
 
-    console = screen()
-    variations = [parse_variation(text) for text in vary or []]
-    source = plan or ("tweets" if data is None else "text")
-    given = [*([] if data is None else [f"data.source={json.dumps(data)}"]), *(override or [])]
-    given += ['simulation.baselines=["alone"]'] if gain else []
+    told = screen(stderr=as_json)
+    variations = [parse_variation(each) for each in vary or []]
+    given = [*options.overrides, *(['simulation.baselines=["alone"]'] if gain else [])]
     common: dict[str, Any] = {"overrides": given, "out": out, "jobs": jobs, "device": device}
     if private_selection is not None:
         if seeds not in (None, 1) or baseline is not None:
             raise typer.BadParameter(
                 "a private selection takes no --seeds and no --baseline: another seed would test on records that train"
             )
-        _select(console, source, variations, private_selection, common)
+        _select(told, as_json, options.source, variations, private_selection, common)
         return
-    _compare(console, source, variations, {"seeds": 5 if seeds is None else seeds, "baseline": baseline, **common})
+    grid = {"seeds": 5 if seeds is None else seeds, "baseline": baseline, **common}
+    _compare(told, as_json, options.source, variations, grid)
 
 
-def _compare(console: Console, source: str, variations: list[Variation], options: dict[str, Any]) -> None:
+def _compare(console: Console, as_json: bool, source: str, variations: list[Variation], options: dict[str, Any]) -> None:
     from cotune.cli.compare_progress import showing_cells
     from cotune.simulations.compare import compare as play
 
     with showing_cells(console) as listener:
         found = play(source, variations, listener=listener, **options)
-    show(console, found)
+    if as_json:
+        typer.echo((found.folder / "results.json").read_text(encoding="utf-8"))
+    else:
+        show(console, found)
     if found.failed:
         raise typer.Exit(1)
 
 
-def _select(console: Console, source: str, variations: list[Variation], expected_runs: float, options: dict[str, Any]) -> None:
+def _select(
+    console: Console,
+    as_json: bool,
+    source: str,
+    variations: list[Variation],
+    expected_runs: float,
+    options: dict[str, Any],
+) -> None:
     from cotune.cli.selection_lines import show_selected, showing_selection
     from cotune.simulations.selection import select
 
     with showing_selection(console) as listener:
         found, folder = select(source, variations, expected_runs=expected_runs, listener=listener, **options)
-    show_selected(console, found, folder)
+    if as_json:
+        typer.echo((folder / "results.json").read_text(encoding="utf-8"))
+    else:
+        show_selected(console, found, folder)
 
 
 def show(console: Console, found: Comparison) -> None:

@@ -34,6 +34,9 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Measure a fine-tuned model: by class, confusion matrix, AUROC and AUPRC, calibration, entities of tags. Nothing is sent."""
+    from cotune.models.missing import check_source
+
+    check_source(data)
     from cotune.models.judging import judge_records
     from cotune.models.predictor import open_predictor
     from cotune.models.quality import parse_threshold

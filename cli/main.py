@@ -21,6 +21,7 @@ from cotune.cli import server as server_commands
 from cotune.cli import server_run
 from cotune.cli import simulate as simulate_command
 from cotune.cli import strategies as strategy_commands
+from cotune.cli.meant import meant_option
 from cotune.models.terminal import clean_output, printable
 
 __all__ = ["app", "run"]
@@ -87,7 +88,7 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.NoSuchOption as error:
-        print(f"cotune: {_meant_key(error) or error.format_message().removesuffix('.')}; see --help", file=sys.stderr)
+        print(f"cotune: {meant_option(error, sys.argv)}; see --help", file=sys.stderr)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         print(f"cotune: {printable(error.format_message().removesuffix('.'))}; see --help", file=sys.stderr)
@@ -111,20 +112,6 @@ def run() -> None:
             file=sys.stderr,
         )
         sys.exit(70)
-
-
-def _meant_key(error: click.NoSuchOption) -> str | None:
-    """What to write where an unknown option is a key of the plan, which has many more than there are options."""
-    if error.ctx is None or not any("KEY=VALUE" in str(option.metavar) for option in error.ctx.command.params):
-        return None
-    from cotune.models.table import keys_called
-    from cotune.plan.schema import Plan
-
-    keys = keys_called(error.option_name.lstrip("-"), Plan)
-    if not keys:
-        return None
-    written = " or ".join(f"--set {key}=…" for key in keys)
-    return f"no such option {error.option_name}: it is a key of the plan; did you mean {written}?"
 
 
 def _kept() -> str:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+import time
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from cotune.cli.forecast_lines import show_forecast
+from cotune.cli.key_lines import show_explained, show_keys
+from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
 from cotune.cli.screen import screen
-from cotune.privacy.rounding import round_up
-from cotune.server.figures import duration, size
-
-if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
-    from cotune.privacy.claim import Figures
-    from cotune.simulations.forecast import ClientForecast, Forecast
 
 app = typer.Typer(help="Make and check plans.", no_args_is_help=True)
-
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")]
 
 
 @app.command("new")
 def new(preset: Annotated[str, typer.Argument(help="Which preset to start from.")] = "tweets") -> None:
     """Print a preset plan: `cotune plan new tweets > my.toml`."""
-    from cotune.plan.load import preset_text
+    from cotune.plan.document import preset_text
 
     typer.echo(preset_text(preset), nl=False)
 
@@ -33,87 +27,97 @@ def new(preset: Annotated[str, typer.Argument(help="Which preset to start from."
 @app.command("list")
 def names() -> None:
     """Name the preset plans."""
-    from cotune.plan.load import preset_names
+    from cotune.plan.document import preset_names
 
     typer.echo("\n".join(preset_names()))
 
 
 @app.command("check")
 def check(
-    plan: Annotated[str, typer.Argument(help="A preset or a TOML file.")] = "tweets",
+    plan: PlanArgument = None,
+    examples: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N1,N2", help="Records of each organisation, such as 1000,5000,800: no data are read, nor need be there."
+        ),
+    ] = None,
+    data: Data = None,
+    task: Task = None,
+    text: Text = None,
+    label: Label = None,
+    model: Model = None,
+    clients: Clients = None,
+    partition: Partition = None,
+    by: By = None,
     override: Set = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Say what a plan will do: organisations, rounds, steps, noise, ε, bytes and time; train nothing."""
-    from cotune.plan.load import load_plan
-    from cotune.simulations.forecast import forecast
-
-    loaded = load_plan(plan, override or [])
-    console = screen()
-    with console.status("checking data, model and privacy"):
-        seen = forecast(loaded, device)
-    _show(console, seen)
-
-
-def _show(console: Console, seen: Forecast) -> None:
-    plan = seen.plan
-    console.print(f"[bold]{escape(plan.name)}[/bold]: base model {escape(plan.model.base)}")
-    console.print(f"base model hash {escape(str(plan.model.base_hash))}", soft_wrap=True)
-    console.print(f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), {seen.test_examples:,} test examples")
-    for note in seen.notes:
-        console.print(escape(note))
-    console.print(_stages(seen))
-    console.print(_organisations(seen))
-    if plan.privacy == "none":
-        kind = "differential privacy" if plan.client_privacy is None else "record-level differential privacy"
-        console.print(f"[bold red]No {kind}: the plan says privacy = none.[/bold red]")
-    if seen.figures is not None:
-        _show_claim(console, seen.figures)
-    if seen.client_privacy is not None:
-        _show_client_privacy(console, seen.client_privacy)
-    console.print(f"about {duration(seen.seconds)} on this machine; nothing was trained")
-
-
-def _show_claim(console: Console, figures: Figures) -> None:
-    """What the plan promises for each record, of the organization that spends most."""
-    from cotune.privacy.claim import SMALL_DELTA, attack_line
-
-    at_small_delta, mu = round_up(figures.epsilon_at_small_delta), round_up(figures.gaussian_mu)
-    console.print(
-        f"for each record: ε = {at_small_delta} at δ = {SMALL_DELTA:g}, Gaussian μ = {mu};"
-        f" {attack_line(figures.true_positive_rate)}"
-    )
-
-
-def _show_client_privacy(console: Console, seen: ClientForecast) -> None:
-    console.print(
-        f"client-level privacy: ε {round_up(seen.epsilon_planned)} planned, noise multiplier {seen.noise_multiplier:.3f}; in each"
-        f" round's mean of {seen.expected_organisations:g} organisations the noise has the norm {seen.noise:.3g}, where what they"
-        f" sent has {seen.signal:.3g} at most (with the clip norm of the start)"
-    )
-    for paragraph in seen.statement:
-        console.print(escape(paragraph))
-
-
-def _stages(seen: Forecast) -> Table:
-    table = Table("stage", box=None, header_style="bold", pad_edge=False)
-    for heading in ("rounds", "steps per round", "shared parameters", "up per round", "down per round"):
-        table.add_column(heading, justify="right")
-    for s in seen.stages:
-        table.add_row(s.mode, str(s.rounds), str(s.steps), f"{s.parameters:,}", size(s.bytes_up), size(s.bytes_down))
-    return table
-
-
-def _organisations(seen: Forecast) -> Table:
-    private = seen.plan.privacy != "none"
-    table = Table("organisation", box=None, header_style="bold", pad_edge=False)
-    for heading in ("examples", "batch", "steps", *(("σ", "ε planned", "ε allowed", "δ") if private else ())):
-        table.add_column(heading, justify="right")
-    for o in seen.organisations:
-        figures = (
-            (f"{o.noise_multiplier:.3f}", round_up(o.epsilon_planned or 0.0), f"{o.epsilon_allowed:g}", f"{o.delta:.1e}")
-            if private
-            else ()
+    began = time.perf_counter()
+    options = PlanOptions(plan, data, task, text, label, model, clients, partition, by, override)
+    if examples is None:
+        options.check_files()
+    elif any(value is not None for value in (data, clients, partition, by)):
+        raise typer.BadParameter(
+            "--examples says who has how many records, and none are read: it goes without --data, --clients, --partition and --by"
         )
-        table.add_row(escape(o.name), f"{o.examples:,}", f"{o.batch:.0f}", str(o.steps), *figures)
-    return table
+    console = screen()
+    with screen(stderr=True, quiet=as_json).status("checking data, model and privacy"):
+        if examples is None:
+            from cotune.simulations.forecast import forecast
+
+            seen = forecast(options.load(), device, began)
+        else:
+            from cotune.simulations.expected import parse_examples
+            from cotune.simulations.forecast import forecast_for
+
+            seen = forecast_for(options.without_data().load(), parse_examples(examples), device)
+    if as_json:
+        from cotune.server.summary import dumps
+
+        typer.echo(dumps(seen.as_dict()).decode())
+    else:
+        show_forecast(console, seen)
+
+
+@app.command("keys")
+def keys(
+    find: Annotated[
+        str | None, typer.Argument(metavar="[WORD]", help="Only keys that have this word in name or meaning.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List every key of a plan: its type, default, bounds and meaning."""
+    from dataclasses import asdict
+
+    from cotune.models.errors import PlanError
+    from cotune.plan.keys import keys_of
+    from cotune.plan.schema import Plan
+
+    word = (find or "").casefold()
+    found = [key for key in keys_of(Plan) if word in f"{key.name} {key.meaning}".casefold()]
+    if not found:
+        raise PlanError(f'no key has "{find}" in its name or meaning: `cotune plan keys` lists all')
+    if as_json:
+        typer.echo(json.dumps([asdict(key) for key in found], indent=1, ensure_ascii=False))
+    else:
+        show_keys(screen(), found)
+
+
+@app.command("explain")
+def explain(
+    key: Annotated[str, typer.Argument(help="Such as privacy.epsilon; its last part, or the name of a table, will do.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a key of a plan means, and how to set it."""
+    from dataclasses import asdict
+
+    from cotune.plan.keys import explained
+    from cotune.plan.schema import Plan
+
+    found = explained(key, Plan)
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False))
+    else:
+        show_explained(screen(), found)

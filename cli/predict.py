@@ -63,6 +63,10 @@ def predict(
         raise typer.BadParameter("--text and --image both name the column of the inputs: expected one of them")
     if out is not None and out.suffix.lower() not in _FORMATS:
         raise typer.BadParameter(f"--out {out} is of no known format: expected a name ending in .csv, .json or .jsonl")
+    from cotune.models.missing import check_file
+
+    if file is not None:
+        check_file(file)
     from cotune.models.predictor import open_predictor
     from cotune.models.quality import parse_threshold
     from cotune.models.unlabeled import read_typed, read_unlabeled

@@ -54,9 +54,9 @@ class Screen(Console):
 
 
 def screen(*, stderr: bool = False, quiet: bool = False) -> Screen:
-    """For logs and pipes as wide as what is printed: a line that is broken cannot be searched for."""
+    """For logs and pipes, colored or not, as wide as what is printed: a line that is broken cannot be searched for."""
     found = Screen(stderr=stderr, quiet=quiet)
-    return found if found.is_terminal else Screen(stderr=stderr, quiet=quiet, width=_ANY_WIDTH)
+    return found if found.file.isatty() else Screen(stderr=stderr, quiet=quiet, width=_ANY_WIDTH)
 
 
 def _past_the_filter(stream: object) -> IO[str] | None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli import trail
+from cotune.cli.plan_options import Set
 from cotune.cli.screen import screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
@@ -27,9 +28,7 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="FED", help="The folder to make.")],
     plan: Annotated[str, typer.Option(help="A preset or a TOML file.")],
     host: Annotated[list[str], typer.Option(help="Name or address that organisations reach this machine by; repeatable.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
-    ] = None,
+    override: Set = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The public port.")] = 9092,
     superlink_port: Annotated[int, typer.Option(min=1, max=65535, help="Of the SuperLink, on loopback.")] = 9093,
     listen: Annotated[
@@ -44,12 +43,17 @@ def init(
 ) -> None:
     """Make a federation: certificates, a plan with nothing left open, and what organisations are given."""
     from cotune.models.errors import PlanError
+    from cotune.models.missing import check_source
+    from cotune.plan.document import read_document
+
+    if port == superlink_port:
+        raise PlanError(f"--port and --superlink-port are both {port}: expected two different ports")
+    read_document(plan, override or [])
+    check_source(None if test is None else str(test))
     from cotune.plan.load import load_plan
     from cotune.server.federation import ServerConfig
     from cotune.server.founding import found
 
-    if port == superlink_port:
-        raise PlanError(f"--port and --superlink-port are both {port}: expected two different ports")
     loaded = load_plan(plan, override or [])
     config = ServerConfig(
         name=name or loaded.name,

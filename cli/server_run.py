@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.plan_options import Set
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import instant, percent, size
@@ -33,9 +34,7 @@ def run(
     folder: Federation,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last run, or follow it where it goes on.")] = False,
     new: Annotated[bool, typer.Option("--new", help="Begin another run, and leave one that is not finished.")] = False,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
-    ] = None,
+    override: Set = None,
     out: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the run's folder in FED/runs; default: <time>-<plan>.")
     ] = None,

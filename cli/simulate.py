@@ -10,93 +10,75 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.plan_options import (
+    AsJson,
+    By,
+    Clients,
+    Data,
+    Label,
+    Model,
+    Partition,
+    PlanArgument,
+    PlanOptions,
+    Set,
+    Task,
+    Text,
+)
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 from cotune.server.verdict import few_note, is_personal, is_private, judge, own_columns, partition_note
 
 if TYPE_CHECKING:
-    from cotune.plan.schema import Plan
     from cotune.simulations.simulate import Result
-
-Text = str | None
 
 
 def simulate(
-    plan: Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")] = None,
-    data: Annotated[
-        Text,
-        typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one per organisation."),
-    ] = None,
-    task: Annotated[Text, typer.Option(help="sequence-classification, token-classification or image-classification.")] = None,
-    text: Annotated[Text, typer.Option(help="Column with the text, or with its words.")] = None,
-    label: Annotated[Text, typer.Option(help="Column with the class, or with the words' tags.")] = None,
-    model: Annotated[Text, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")] = None,
-    clients: Annotated[int | None, typer.Option(help="How many organisations the file is split over.")] = None,
-    partition: Annotated[Text, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or column:NAME.")] = None,
-    by: Annotated[
-        Text, typer.Option(help="Column that names each record's organisation: short for --partition column:NAME.")
-    ] = None,
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
-    ] = None,
+    plan: PlanArgument = None,
+    data: Data = None,
+    task: Task = None,
+    text: Text = None,
+    label: Label = None,
+    model: Model = None,
+    clients: Clients = None,
+    partition: Partition = None,
+    by: By = None,
+    override: Set = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/<time>-<plan>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder after its last finished round.")] = None,
-    engine: Annotated[Text, typer.Option(help="in-process, or ray (Flower's Simulation Runtime).")] = None,
-    device: Annotated[Text, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    engine: Annotated[str | None, typer.Option(help="in-process, or ray (Flower's Simulation Runtime).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Simulate a federation on this machine, and see whether it pays off."""
-    given = (plan, data, task, text, label, model, clients, partition, by, override, out, engine, device)
-    if resume is not None and any(value is not None and value != [] for value in given):
+    options = PlanOptions(plan, data, task, text, label, model, clients, partition, by, override)
+    if resume is not None and (plan is not None or options.given or any(each is not None for each in (out, engine, device))):
         raise typer.BadParameter("a run is continued as it was started: --resume takes no plan, engine, device or overrides")
-    if by is not None and (partition is not None or clients is not None):
-        raise typer.BadParameter("--by says who holds which records: it goes without --partition and --clients")
+    told = screen(stderr=as_json)
+    _begin(told, options, resume)
     from cotune.cli.progress import showing_progress
     from cotune.simulations import simulate as simulations
 
-    console = screen()
-    if resume is not None:
-        with showing_progress(console):
+    with showing_progress(told):
+        if resume is not None:
             result = simulations.resume(resume)
+        else:
+            result = simulations.simulate(options.load(), out, engine=engine or "in-process", device=device or "auto")
+    if as_json:
+        from cotune.server.summary import dumps
+
+        typer.echo(dumps(result.summary).decode())
     else:
-        chosen = _plan(plan, data, task, text, label, model, clients, partition if by is None else f"column:{by}", override or [])
-        with showing_progress(console):
-            result = simulations.simulate(chosen, out, engine=engine or "in-process", device=device or "auto")
-    show(console, result)
+        show(told, result)
 
 
-def _plan(
-    plan: Text,
-    data: Text,
-    task: Text,
-    text: Text,
-    label: Text,
-    model: Text,
-    clients: int | None,
-    partition: Text,
-    override: list[str],
-) -> Plan:
-    """Options are short for overrides; what is given with --set wins."""
-    from cotune.plan.load import load_plan
-
-    short = {
-        "data.source": data,
-        "task": task,
-        "data.text": text,
-        "data.label": label,
-        "model.base": model,
-        "simulation.clients": clients,
-        "simulation.partition": partition,
-    }
-    options = [f"{key}={_quoted(value)}" for key, value in short.items() if value is not None]
-    return load_plan(plan or ("tweets" if data is None else "text"), [*options, *override])
-
-
-def _quoted(value: str | int) -> str:
-    """A text option is a text, even where it looks like a number."""
-    import json
-
-    return json.dumps(value) if isinstance(value, str) else str(value)
+def _begin(console: Console, options: PlanOptions, resume: Path | None) -> None:
+    """A first sign of life, before torch is imported; for a new run once what it names is there."""
+    if resume is not None:
+        console.print(f"going on with {escape(str(resume))}")
+        return
+    options.check_files()
+    console.print(f"plan {escape(options.source)}: loading PyTorch, then records and base model")
 
 
 def show(console: Console, result: Result) -> None:

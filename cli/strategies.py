@@ -167,7 +167,7 @@ def check(
         Literal["weighting", "fusion", "server_optimizer", "client_term"] | None,
         typer.Option(help="What it is, where it does not say so itself."),
     ] = None,
-    given: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter; repeatable.")] = None,
+    given: Annotated[list[str] | None, typer.Option("--set", metavar="PARAMETER=VALUE", help="A parameter; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check that a part does what it says of itself; exit code 1 if it does not."""

@@ -19,6 +19,7 @@ from cotune.models.units import RECORD
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.gaussian import add_gaussian_noise
+from cotune.privacy.geometric import add_geometric_noise
 from cotune.privacy.ledger import Ledger, Limit
 from cotune.privacy.policy import Policy
 from cotune.privacy.randomness import private_generator
@@ -77,19 +78,29 @@ class Account:
         known = self._told(_COUNT) if self.draws or self.site.ledger_file.exists() else None
         if known is None and not self.draws:
             return self.true_examples
-        return (known or self._draw_count())[0]
+        return known[0] if known else self._draw_count()
 
-    def _draw_count(self) -> list[float]:
-        """Charged before δ is known, which follows from it: against the total, at a δ that is public without it."""
+    def _draw_count(self) -> int:
+        """Charged before δ is known, which follows from it: against the total, at a δ that is public without it.
+
+        All that follows depends on the answer, so that it has an ε of its own (see `privacy.geometric`).
+        """
         total = self.policy.budget.epsilon_total
+        sigma = self.policy.tell.noise_multiplier
         try:
-            return self._drawn(_COUNT, [self.true_examples], [Limit("tell.example_count", total, _DELTA)])
+            charge = self._reserve(
+                self.round, Steps(sigma, 1.0, 1, "geometric"), _COUNT, [Limit("tell.example_count", total, _DELTA)]
+            )
         except Declined:
             raise Declined(
                 "budget.epsilon_total",
                 f"too little of the total {total:g} is left to tell the number of records with noise, from which a run's noise"
                 " follows: raise budget.epsilon_total in policy.toml, or declare a number",
             ) from None
+        drawn = add_geometric_noise(self.true_examples, sigma, self.generator)
+        self.ledger.tell(self.plan.plan_id, self.data, _COUNT, [drawn])
+        self.ledger.settle(charge, 1)
+        return drawn
 
     def _undeclared(self) -> int:
         if self.draws:
@@ -155,7 +166,7 @@ class Account:
     def plan_noise(self, round: int) -> float:
         """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges no training."""
         assert self.budget is not None, "without privacy there is no noise"
-        self.ledger.check_unit(self.data, self.collection)
+        self.ledger.check_unit(self.data)
         return noise_multiplier(
             self.plan,
             self.policy,
@@ -182,10 +193,10 @@ class Account:
 
         values: one unit of privacy changes them by one at most, in L2.
         """
-        return self._told(what) or self._drawn(what, values, self._limits())
-
-    def _drawn(self, what: str, values: Sequence[float], limits: Sequence[Limit]) -> list[float]:
-        charge = self._reserve(self.round, Steps(self.policy.tell.noise_multiplier, 1.0, 1), what, limits)
+        known = self._told(what)
+        if known is not None:
+            return known
+        charge = self._reserve(self.round, Steps(self.policy.tell.noise_multiplier, 1.0, 1), what, self._limits())
         drawn = self.noised(values, 1.0)
         self.ledger.tell(self.plan.plan_id, self.data, what, drawn)
         self.ledger.settle(charge, 1)

@@ -115,8 +115,7 @@ def _run(plan_id: str, counted: list[Charge], delta: float) -> dict[str, Any]:
 
 
 def _event(charge: Charge) -> dict[str, Any]:
-    """A charge as an accounting event: `steps` times a Gaussian mechanism of σ, on Poisson samples of rate q."""
+    """A charge as an accounting event: `steps` times a mechanism of σ, a Gaussian one perhaps on Poisson samples of rate q."""
     table, steps = asdict(charge), charge.steps
-    mechanism = "gaussian" if steps.sample_rate >= 1 else "poisson-subsampled gaussian"
     parameters = {"noise_multiplier": steps.noise_multiplier, "sample_rate": steps.sample_rate, "steps": steps.count}
-    return {**table, "mechanism": mechanism, **parameters}
+    return {**table, "mechanism": steps.name, **parameters}

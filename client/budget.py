@@ -77,7 +77,7 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
 
 def planned_telling(plan: Plan, policy: Policy, first_round: int = 1, *, counted: bool = False) -> list[Steps]:
     """What is to be told with noise from a round on: each a Gaussian mechanism on one or two sums, charged like
-    training.
+    training, and the number of records by a geometric one.
 
     counted: whether the number of records is told already.
     """
@@ -86,8 +86,10 @@ def planned_telling(plan: Plan, policy: Policy, first_round: int = 1, *, counted
     histogram = first_round == 1 and plan.tell.label_histogram and policy.tell.label_histogram == "noised"
     metrics = plan.tell.local_metrics and policy.tell.local_metrics == "noised"
     loss = "loss" in plan.strategy.sends and policy.tell.local_loss == "noised"
-    count = number + histogram + rounds * (metrics + loss)
-    return [Steps(policy.tell.noise_multiplier, 1.0, count)] if count else []
+    sigma = policy.tell.noise_multiplier
+    told = [Steps(sigma, 1.0, 1, "geometric")] if number else []
+    count = histogram + rounds * (metrics + loss)
+    return [*told, Steps(sigma, 1.0, count)] if count else told
 
 
 def noise_multiplier(

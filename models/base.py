@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, deciding_files, revision_of
 from cotune.models.errors import ModelError
 from cotune.models.git_lfs import first_lfs_pointer
+from cotune.models.missing import missing_base, path_of_base
 from cotune.models.model_settings import base_labels, read_settings
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
 from cotune.models.table import Table
@@ -106,10 +107,7 @@ def find_base(config: ModelConfig) -> BaseModelFolder:
 def _locate(base: str, revision: str | None) -> Path:
     if base.startswith("package:"):
         return _package_model(base.removeprefix("package:"))
-    path = Path(base).expanduser()
-    if path.exists() or base.startswith((".", "/", "~")):
-        return path.resolve()
-    return _from_hub(base, revision)
+    return path_of_base(base) or _from_hub(base, revision)
 
 
 def _package_model(package: str) -> Path:
@@ -138,7 +136,7 @@ def _from_hub(base: str, revision: str | None) -> Path:
 
 def _check_folder(path: Path, name: str) -> None:
     if not path.is_dir():
-        raise ModelError(f"the base model {name} is not a folder: expected one with config.json, a tokenizer and safetensors")
+        raise missing_base(name)
     if (path / "adapter_config.json").is_file():
         raise ModelError(
             f"the base model {name} is an adapter ({_peft_type(path)}) and not a model: expected a whole one; merge the adapter"

@@ -38,6 +38,7 @@ from cotune.models.text_task import IGNORED, Batch
 __all__ = [
     "FEATURE_SLOTS",
     "FeatureHead",
+    "are_kept",
     "arithmetic",
     "cache_folder",
     "encode_batch",
@@ -130,6 +131,15 @@ def features_of(
                 _write(file, found)
             return found
     return _compute(model, inputs, dtype, progress)  # nowhere to write: compute every time
+
+
+def are_kept(model: SharedModel, inputs: Sequence[Input], precision: str) -> bool:
+    """Whether the features of these inputs are on disk, of the encoder as it came."""
+    reading = _reading(model)
+    if reading is None:
+        return False
+    file = cache_folder() / "features" / f"{_key(model, inputs, {}, reading, arithmetic(model, precision))}.safetensors"
+    return _read(file, len(inputs)) is not None
 
 
 def arithmetic(model: SharedModel, precision: str) -> torch.dtype:

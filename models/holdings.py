@@ -7,11 +7,11 @@ that they are the same whoever asks and computed once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,10 +31,8 @@ __all__ = ["Elsewhere", "Holdings", "HoldingsFile", "Portion", "write_holdings"]
 _SURPLUS = "more than max_records of their unit"
 
 
-class Elsewhere(Protocol):
-    """Which identities are in another collection than the named one (see `privacy.ledger.Ledger.elsewhere`)."""
-
-    def __call__(self, identities: Sequence[bytes], collection: str, *, unit: str, also: Sequence[bytes]) -> set[bytes]: ...
+# which of some identities are in another collection than the named one (see `privacy.ledger.Ledger.elsewhere`)
+Elsewhere = Callable[[Sequence[bytes], str], set[bytes]]
 
 
 class Portion(BaseModel):
@@ -172,18 +170,17 @@ class Holdings:
         return whole._only(kept, dropped)
 
     def apart(self, elsewhere: Elsewhere, privacy: UnitRule | Literal["none"]) -> Holdings:
-        """Without the units that are in another of the organization's collections, or have a record there under another unit.
+        """Without the units that are in another of the organization's collections.
 
         They contribute nothing here, like a record that cannot be read: nobody sees from outside that they are in the file.
         """
         if not self.collection:
             return self
         ours = self if privacy == "none" else replace(self, unit=privacy.unit)
-        kept, identities = np.ones(len(self), dtype=bool), self.identities()
-        also = [] if ours.unit in (None, RECORD) else identities
-        known = elsewhere(ours.unit_identities(), self.collection, unit=ours.unit or RECORD, also=also)
+        kept = np.ones(len(self), dtype=bool)
+        known = elsewhere(ours.unit_identities(), self.collection)
         for unit, group in zip(ours.unit_identities(), ours.units, strict=True):
-            if unit in known or any(identities[row] in known for row in group):
+            if unit in known:
                 kept[group] = False
         return self._only(kept, {"in another collection": int((~kept).sum())})
 

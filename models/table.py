@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from cotune.models.errors import nearest
 
-__all__ = ["Table", "first_mistake", "keys_called"]
+__all__ = ["Table", "first_mistake", "keys_called", "keys_like"]
 
 
 class Table(BaseModel):
@@ -33,6 +34,7 @@ def _members(annotation: Any) -> set[Any]:
 
 
 _MOST_KEYS = 3  # that a hint names
+_ALIKE = 0.75  # of difflib's ratio: a slip of the finger, and no other word
 _DEPTH = 3  # of tables in tables that it looks into
 _WORDS = {  # where pydantic's own words mean nothing to whoever writes TOML
     "tuple_type": 'expected a list, such as ["a", "b"]',
@@ -47,9 +49,7 @@ def first_mistake(error: ValidationError, model: type[BaseModel], document: str)
     location = [part for part in first["loc"] if not _is_union_tag(part)]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        elsewhere = keys_called(str(location[-1]), model)
-        hint = f"; did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else None
-        return f'the {document} has an unknown key "{key}"{hint or nearest(str(location[-1]), _known_keys(model, location[:-1]))}'
+        return f'the {document} has an unknown key "{key}"{_meant(str(location[-1]), model, _known_keys(model, location[:-1]))}'
     if first["type"] == "missing":
         return f'the {document} lacks "{key}": expected it to be given'
     message = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
@@ -59,16 +59,37 @@ def first_mistake(error: ValidationError, model: type[BaseModel], document: str)
     return f"the {document} has {key} = {_shown(first['input'])}: {message}"
 
 
-def keys_called(name: str, model: type[BaseModel]) -> list[str]:
-    """Return the full keys of a document whose last part is the name, the shortest first, three at most.
+def _meant(name: str, model: type[BaseModel], beside: Sequence[str]) -> str:
+    """A hint for an unknown key: one called so elsewhere, else a like one of those beside it, else a like one anywhere."""
+    elsewhere = keys_called(name, model)
+    if not elsewhere and not difflib.get_close_matches(name, beside, n=1, cutoff=_ALIKE):
+        elsewhere = keys_like(name, model)
+    return f"; did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else nearest(name, beside)
 
-    >>> class Local(Table): learning_rate: float = 0.1
-    >>> class Document(Table): local: Local = Local()
+
+def keys_like(name: str, model: type[BaseModel]) -> list[str]:
+    """Return the full keys whose last part is spelled almost like the name; three at most.
+
+    >>> from pydantic import create_model
+    >>> Document = create_model("Document", local=(create_model("Local", learning_rate=(float, 0.1)), ...))
+    >>> keys_like("learnin_rate", Document)
+    ['local.learning_rate']
+    """
+    wanted = name.replace("-", "_").casefold()
+    close = difflib.get_close_matches(wanted, {path[-1] for path in _paths(model)}, n=1, cutoff=_ALIKE)
+    return keys_called(close[0], model) if close else []
+
+
+def keys_called(name: str, model: type[BaseModel]) -> list[str]:
+    """Return the full keys of a document whose last part (or whole) is the name, the shortest first, three at most.
+
+    >>> from pydantic import create_model
+    >>> Document = create_model("Document", local=(create_model("Local", learning_rate=(float, 0.1)), ...))
     >>> keys_called("learning-rate", Document)
     ['local.learning_rate']
     """
     wanted = name.replace("-", "_").casefold()
-    found = [path for path in _paths(model) if path[-1] == wanted]
+    found = [path for path in _paths(model) if wanted in (path[-1], ".".join(path))]
     found.sort(key=lambda path: (len(path), path[0].count("_"), path))
     return [".".join(path) for path in found[:_MOST_KEYS]]
 

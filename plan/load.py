@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
 
-from cotune.models.errors import PlanError, nearest
+from cotune.models.errors import PlanError
 from cotune.models.table import first_mistake
+from cotune.plan.document import folder_of, preset_names, preset_text, read_document, value_of
 from cotune.plan.schema import Plan
 from cotune.strategies.compatibility import first_problem
 from cotune.strategies.plugins import pinned
@@ -21,40 +20,16 @@ from cotune.strategies.recipes import expand
 __all__ = ["dump_plan", "load_plan", "parse_plan", "preset_names", "preset_text", "value_of"]
 
 
-def preset_names() -> list[str]:
-    """The plans that come with cotune."""
-    folder = resources.files("cotune.plan") / "presets"
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
-
-
-def preset_text(name: str) -> str:
-    """A preset as TOML, comments included. Raises PlanError for an unknown name."""
-    if name not in preset_names():
-        raise PlanError(f'there is neither a preset nor a file "{name}"{nearest(name, preset_names())}')
-    return (resources.files("cotune.plan") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
-
-
 def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, own_code: bool = True) -> Plan:
     """The plan in a TOML file or a preset, with `key=value` overrides such as "privacy.epsilon=3". Raises PlanError.
 
     own_code: whether a strategy's part that is code (`fusion = "my_rules.py:my_fusion"`, relative to the plan) may be run to
     learn what it needs; without, such a plan must have been completed by whoever made it.
     """
-    path = Path(source)
-    if path.suffix == ".toml" or path.exists():
-        text, name = _read(path), path.stem
-    else:
-        text, name = preset_text(str(source)), str(source)
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"{source} is not valid TOML ({error}): expected a plan as `cotune plan new tweets` prints it") from None
-    table.setdefault("name", name)
-    for override in overrides:
-        _override(table, override)
+    table = read_document(source, overrides)
     if not own_code:
         return parse_plan(table)
-    return _with_own_parts(table, path.parent if path.suffix == ".toml" else Path())
+    return _with_own_parts(table, folder_of(source))
 
 
 def parse_plan(table: Mapping[str, Any]) -> Plan:
@@ -82,53 +57,6 @@ def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
 def dump_plan(plan: Plan) -> str:
     """The plan as TOML: `parse_plan(tomllib.loads(dump_plan(plan))) == plan`."""
     return tomli_w.dumps(_without_none(plan.model_dump(mode="json")))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # as editors on Windows write it
-    except FileNotFoundError:
-        raise PlanError(
-            f"the plan {path} does not exist: expected a TOML file; `cotune plan new tweets > my.toml` makes one"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"the plan {path} cannot be read ({error}): expected a TOML file in UTF-8") from None
-
-
-def _override(table: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    path = [part.strip() for part in key.split(".")]
-    if not equals or not all(path):
-        raise PlanError(f'the override "{text}" is not understood: expected key=value, such as privacy.epsilon=3')
-    here: Any = table
-    for part in path[:-1]:
-        if isinstance(here, list):
-            here = _item(here, part, text)
-            continue
-        if path[0] == "strategy" and isinstance(here.get(part), str):
-            here[part] = {"recipe" if part == "strategy" else "name": here[part]}
-        if not isinstance(here.get(part), dict | list):
-            here[part] = {}
-        here = here[part]
-    if isinstance(here, list):
-        _item(here, path[-1], text)
-        here[int(path[-1])] = value_of(value)
-    else:
-        here[path[-1]] = value_of(value)
-
-
-def _item(items: list[Any], part: str, text: str) -> Any:
-    if not part.isdigit() or int(part) >= len(items):
-        raise PlanError(f'the override "{text}" is not understood: expected a number from 0 to {len(items) - 1} for {part}')
-    return items[int(part)]
-
-
-def value_of(text: str) -> Any:
-    """A TOML value where it reads as one, else the text itself."""
-    try:
-        return tomllib.loads(f"v = {text.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text.strip()
 
 
 def _without_none(value: Any) -> Any:

@@ -33,13 +33,13 @@ class LocalTraining(Table):
     """How an organisation trains in one round (the `local` table of a plan)."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
-    learning_rate: float = Field(0.5, gt=0, le=_LARGEST_RATE)
+    learning_rate: float = Field(0.5, gt=0, le=_LARGEST_RATE, description="length of a step along the mean gradient")
     head_learning_rate: float | None = Field(
         None, gt=0, le=_LARGEST_RATE, description="for the head where the stage trains more; default: the same"
     )
     schedule: Schedule = Field("constant", description="how the rates fall over the rounds of a stage; within a round they stay")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(0.0, ge=0, le=10)
+    weight_decay: float = Field(0.0, ge=0, le=10, description="pull of the trained parameters toward zero, of the optimizer")
     batch_size: float = Field(256, gt=0, le=1e6, description="expected records per step; below 1: the fraction of the records")
     steps: int | None = Field(20, ge=1, le=100_000, description="optimiser steps per round; null where epochs are given")
     epochs: float | None = Field(None, gt=0, le=1000, description="instead of steps: passes over the own records per round")
@@ -93,7 +93,7 @@ class Stage(Table):
     """Consecutive rounds that train the same group of parameters."""
 
     mode: TrainMode = Field(description="head, lora (adapters and head) or full (encoder and head)")
-    rounds: int = Field(ge=1, le=100_000)
+    rounds: int = Field(ge=1, le=100_000, description="of this stage")
     local: LocalTraining = Field(LocalTraining(), description="what differs from the plan's [local]")
     freeze_embeddings: bool = Field(True, description="in full: leave the embedding tables as they are")
 
@@ -251,7 +251,9 @@ class SimulationConfig(Table):
 class Plan(Table):
     """What everybody agrees on. `plan_id` is the hash of its canonical form."""
 
-    name: str = Field("plan", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(
+        "plan", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="of the plan and its runs; default: the file's"
+    )
     seed: int = Field(7, ge=0, lt=2**31, description="of everything random but privacy noise and private sampling")
     task: TaskName = Field(
         "sequence-classification", description="a class for a text (sequence-), for each word of one (token-), or for an image"

@@ -2,14 +2,15 @@
 
 Within one run everything is decided by the privacy-loss-distribution (PLD) accountant of Google's dp-accounting (Doroshenko et
 al., "Connect the Dots", PETS 2022), composed over every step that ran. Across runs, whose plans may have been chosen after seeing
-earlier answers, a Rényi filter decides (see `filters`). Neighboring data sets differ by adding or removing one record.
+earlier answers, a Rényi filter decides (see `filters`). What an answer decides within a run, as the number of records does, is
+added up without them (see `geometric`). Neighboring data sets differ by adding or removing one record.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any, Literal, Self
@@ -20,10 +21,10 @@ from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 from pydantic import Field, field_validator, model_validator
 from scipy.optimize import brentq
-from scipy.special import log_ndtr
 
 from cotune.models.errors import PrivacyError
 from cotune.models.table import Table
+from cotune.privacy.geometric import geometric_epsilon, randomized_response
 
 __all__ = [
     "RecordPrivacy",
@@ -35,19 +36,15 @@ __all__ = [
     "epsilon",
     "epsilon_below",
     "epsilon_rdp",
-    "gaussian_delta",
-    "gaussian_mu",
-    "trade_off",
-    "true_positive_rate",
 ]
+
+Curve = np.ndarray[Any, np.dtype[np.float64]]
 
 MAX_NOISE_MULTIPLIER = 1000.0  # σ above this drowns any signal: the budget counts as out of reach
 MIN_NOISE_MULTIPLIER = 0.3  # below this the PLD grid becomes huge and the guarantee meaningless
 _FINE, _COARSE = 5e-4, 2e-3  # width of the grid of privacy losses; each gives an upper bound, the fine one a tight one
 _FINEST = 1e-5  # of the grid of the lower bound: a finer one takes seconds
 _TOLERANCE = 1e-3  # relative, of a calibrated σ
-_EPSILONS = np.concatenate([np.zeros(1), np.geomspace(1e-3, 60.0, 300)])  # where a trade-off curve is supported
-_SMALLEST_DELTA = 1e-10  # of the privacy curve: below, the accountant's truncation of the tails is no longer negligible
 
 
 class RecordPrivacy(Table):
@@ -128,12 +125,25 @@ class Steps:
     """A number of DP-SGD steps with the same parameters: one accounting event.
 
     noise_multiplier: σ, noise standard deviation / clip norm. sample_rate: q, the probability with which each record enters a
-    batch, independently (Poisson sampling). count: how many steps.
+    batch, independently (Poisson sampling). count: how many steps. mechanism: "gaussian", or "geometric" for a number whose
+    answer decides the parameters of what follows; that one is never sampled.
     """
 
     noise_multiplier: float
     sample_rate: float
     count: int
+    mechanism: Literal["gaussian", "geometric"] = "gaussian"
+
+    @property
+    def name(self) -> str:
+        """The mechanism in words: "gaussian", "poisson-subsampled gaussian" or "geometric"."""
+        return self.mechanism if self.sample_rate >= 1 else f"poisson-subsampled {self.mechanism}"
+
+    @property
+    def possible(self) -> bool:
+        """Whether a mechanism can have these parameters."""
+        sampled = self.mechanism == "gaussian" or self.sample_rate == 1
+        return self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.count >= 0 and sampled
 
     def event(self) -> dp_event.DpEvent:
         """The steps as a dp-accounting event."""
@@ -143,31 +153,47 @@ class Steps:
 
 
 def epsilon(spent: Iterable[Steps], delta: float) -> float:
-    """ε of all the steps together at δ (PLD accounting); 0 for no steps."""
-    merged = _merge(spent)
-    return _epsilon(merged, delta, _FINE) if merged else 0.0
+    """ε of all the steps together at δ: that of the Gaussian ones by PLD, plus that of the geometric ones; 0 for no steps."""
+    pure, merged = _merge(spent)
+    return pure + _epsilon(merged, delta, _FINE)
 
 
-def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """δ of all the steps together at each ε (PLD accounting): the whole privacy curve, from above."""
-    return np.asarray(_composed(_merge(spent), _COARSE).get_delta(list(epsilons)))
+def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> Curve:
+    """δ of all the steps together at each ε, none below 0: the whole privacy curve, from above.
+
+    With geometric steps the privacy loss of these is ±ε₁, and that of the others comes on top: δ(ε) = p·δ₂(ε - ε₁) +
+    (1 - p)·δ₂(ε + ε₁), p = e^ε₁ / (1 + e^ε₁), where δ₂ is the curve of the run that has followed.
+    """
+    pure, merged = _merge(spent)
+    at = np.asarray(epsilons, dtype=np.float64)
+    likelier = randomized_response(pure)
+    return likelier * _deltas(merged, at - pure) + (1 - likelier) * _deltas(merged, at + pure)
+
+
+def _deltas(merged: tuple[Steps, ...], epsilons: Curve) -> Curve:
+    """Below 0 it is 1 - e^ε·(1 - δ(-ε)): losing less than ε is what the other of two neighbors loses more of."""
+    size, places = np.unique(np.abs(epsilons), return_inverse=True)  # sorted, as dp-accounting wants them
+    found = np.asarray(_composed(merged, _COARSE).get_delta(size.tolist())) if merged else np.zeros_like(size)
+    size, found = size[places], found[places]
+    return np.where(epsilons < 0, 1 - np.exp(-size) * (1 - found), found)
 
 
 def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:
     """The same by Rényi accounting: looser, independent of PLD, for cross-checks only."""
+    pure, merged = _merge(spent)
     accountant = RdpAccountant()
-    for steps in _merge(spent):
+    for steps in merged:
         accountant.compose(steps.event())
-    return float(accountant.get_epsilon(delta))
+    return pure + float(accountant.get_epsilon(delta))
 
 
 def epsilon_below(spent: Iterable[Steps], delta: float) -> float:
     """A lower bound on ε of all the steps together at δ: PLD accounting in which every privacy loss is rounded down.
 
-    For cross-checks of `epsilon`, which rounds up: the truth lies between them.
+    For cross-checks of `epsilon`, which rounds up: the truth lies between them. Geometric steps are added as there.
     """
-    merged = _merge(spent)
-    return _epsilon_below(merged, delta) if merged else 0.0
+    pure, merged = _merge(spent)
+    return pure + (_epsilon_below(merged, delta) if merged else 0.0)
 
 
 @lru_cache(maxsize=1024)
@@ -190,77 +216,21 @@ def _step_below(sigma: float, rate: float, interval: float) -> Any:
     )
 
 
-def trade_off(spent: Iterable[Steps]) -> Callable[[float], float]:
-    """α -> a lower bound on the error of the second kind of any test at level α, for one record in or out of these steps.
-
-    Dong, Roth, Su, "Gaussian Differential Privacy", 2019, https://arxiv.org/abs/1905.02383, section 2.3: every (ε, δ) of the
-    accountant is two lines below the curve.
-    """
-    found = deltas(spent, _EPSILONS.tolist())
-    slopes = np.concatenate([-np.exp(_EPSILONS), -np.exp(-_EPSILONS)])
-    heights = np.concatenate([1 - found, np.exp(-_EPSILONS) * (1 - found)])
-    return lambda alpha: max(0.0, float(np.max(heights + slopes * alpha)))
-
-
-def true_positive_rate(spent: Iterable[Steps], false_positive_rate: float) -> float:
-    """The share of the members, at most, that an attack finds when it takes this share of the non-members for members.
-
-    An upper bound over all attacks, for one record in or out of these steps: 1 - f(false positive rate), with f the trade-off
-    curve of the accountant (see `trade_off`). Without steps it is the false positive rate itself: guessing.
-    Raises ValueError for a rate outside of [0, 1].
-    """
-    if not 0 <= false_positive_rate <= 1:
-        raise ValueError(f"expected a false positive rate in [0, 1], got {false_positive_rate}")
-    merged = _merge(spent)
-    return 1 - trade_off(merged)(false_positive_rate) if merged else false_positive_rate
-
-
-def gaussian_mu(spent: Iterable[Steps]) -> float:
-    """The smallest μ for which telling N(0, 1) from N(μ, 1) is no harder than telling one record in from out of these steps.
-
-    "No harder" is checked at 301 values of ε from 0 to 60, as far as δ there is at least 1e-10: the Gaussian curve of μ, δ(ε) =
-    Φ(μ/2 - ε/μ) - exp(ε)·Φ(-μ/2 - ε/μ), lies on or above that of the accountant, which is an upper bound itself (Dong, Roth, Su,
-    "Gaussian Differential Privacy", 2019, corollary 2.13). So it is an upper bound on that range, and of a Gaussian mechanism
-    without sampling it is √steps/σ. It says nothing about events rarer than 1e-10. 0 for no steps.
-    """
-    merged = _merge(spent)
-    if not merged:
-        return 0.0
-    found = deltas(merged, _EPSILONS.tolist())
-    mu = 0.0
-    for eps, delta in zip(_EPSILONS.tolist(), found.tolist(), strict=True):
-        if delta >= _SMALLEST_DELTA and gaussian_delta(mu, eps) < delta:
-            mu = _mu_through(eps, min(delta, 1 - 1e-15), mu)
-    return mu
-
-
-def gaussian_delta(mu: float, eps: float) -> float:
-    """δ(ε) of a Gaussian mechanism whose sensitivity is μ noise standard deviations (Balle & Wang, ICML 2018, theorem 8)."""
-    if mu == 0:
-        return 0.0
-    return float(np.exp(log_ndtr(mu / 2 - eps / mu)) - np.exp(eps + log_ndtr(-mu / 2 - eps / mu)))
-
-
-def _mu_through(eps: float, delta: float, low: float) -> float:
-    """The μ whose Gaussian curve passes through (ε, δ); above `low`."""
-    high = max(2 * low, 1.0)
-    while gaussian_delta(high, eps) < delta:
-        high *= 2
-    return float(brentq(lambda mu: gaussian_delta(mu, eps) - delta, low, high, xtol=1e-12)) * (1 + 1e-9)
-
-
-def _merge(spent: Iterable[Steps]) -> tuple[Steps, ...]:
-    """Adds up the counts of equal steps, so that composing rounds costs one convolution per distinct (σ, q)."""
+def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
+    """ε of all geometric steps, and the Gaussian ones with the counts of equal steps added up: one convolution for each."""
+    pure = 0.0
     counts: dict[tuple[float, float], int] = {}
     for s in spent:
-        if s.count:
+        if s.mechanism == "geometric":
+            pure += s.count * geometric_epsilon(s.noise_multiplier)
+        elif s.count:
             counts[s.noise_multiplier, s.sample_rate] = counts.get((s.noise_multiplier, s.sample_rate), 0) + s.count
-    return tuple(Steps(sigma, q, count) for (sigma, q), count in sorted(counts.items()))
+    return pure, tuple(Steps(sigma, q, count) for (sigma, q), count in sorted(counts.items()))
 
 
 @lru_cache(maxsize=4096)
 def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
-    return float(_composed(merged, interval).get_epsilon(delta))
+    return float(_composed(merged, interval).get_epsilon(delta)) if merged else 0.0
 
 
 @lru_cache(maxsize=16)
@@ -285,11 +255,17 @@ def calibrate(planned: Sequence[tuple[float, int]], *, epsilon: float, delta: fl
     returned σ gives at most `epsilon` at `delta`; a σ smaller by one part in a thousand would not.
     Raises PrivacyError when no σ up to 1000 suffices.
     """
-    return _calibrate(tuple(planned), epsilon, delta, _merge(spent))
+    pure, merged = _merge(spent)
+    found = _calibrate(tuple(planned), epsilon - pure, delta, merged)
+    if found is None:
+        raise _unreachable(planned, epsilon, delta, spent)
+    return found
 
 
 @lru_cache(maxsize=1024)
-def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]) -> float:
+def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]) -> float | None:
+    """None where no σ suffices."""
+
     def gap(sigma: float, interval: float = _FINE) -> float:
         return _epsilon((*spent, *(Steps(sigma, q, count) for q, count in planned if count)), delta, interval) - target
 
@@ -297,7 +273,7 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
         return MIN_NOISE_MULTIPLIER
     grid = _COARSE if gap(MAX_NOISE_MULTIPLIER, _COARSE) <= 0 else _FINE
     if grid == _FINE and gap(MAX_NOISE_MULTIPLIER) > 0:
-        raise _unreachable(planned, target, delta, spent)
+        return None
     low, high = MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER
     sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), math.log(low), math.log(high), xtol=1e-4))
     while gap(sigma) > 0:  # the coarse grid found the neighbourhood, on either side; the fine one decides
@@ -307,13 +283,9 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
     return sigma
 
 
-def _epsilon_at(planned: tuple[tuple[float, int], ...], sigma: float, delta: float, spent: tuple[Steps, ...]) -> float:
-    return epsilon([*spent, *(Steps(sigma, q, count) for q, count in planned)], delta)
-
-
-def _unreachable(planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]) -> PrivacyError:
+def _unreachable(planned: Sequence[tuple[float, int]], target: float, delta: float, spent: Sequence[Steps]) -> PrivacyError:
     steps = sum(count for _, count in planned)
-    best = _epsilon_at(planned, MAX_NOISE_MULTIPLIER, delta, spent)
+    best = epsilon([*spent, *(Steps(MAX_NOISE_MULTIPLIER, q, count) for q, count in planned)], delta)
     already = f" after ε = {epsilon(spent, delta):.3g} was spent before" if spent else ""
     return PrivacyError(
         f"ε = {target:g} at δ = {delta:.2g} cannot be reached by {steps} steps{already}: even with a noise multiplier of"

@@ -33,8 +33,9 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, epsilon, trade_off
+from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, epsilon
 from cotune.privacy.canaries import Coins
+from cotune.privacy.curves import trade_off
 
 __all__ = [
     "Evidence",

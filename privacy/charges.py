@@ -92,7 +92,7 @@ def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
         if e.kind == "reserve":
             b, end = e.body, settled.get(e.id)
             count = end["steps"] if end else b["count"]
-            steps = Steps(b["noise_multiplier"], b["sample_rate"], count)
+            steps = Steps(b["noise_multiplier"], b["sample_rate"], count, b.get("mechanism", "gaussian"))
             state: Literal["reserved", "settled"] = "settled" if end else "reserved"
             seconds = end["seconds"] if end else 0.0
             about = (b["data"], b["plan_id"], b["plan"], b["round"], steps, b["purpose"], state, seconds)

@@ -1,7 +1,8 @@
 """What several runs on the same records spend together, where later plans may have been chosen after seeing earlier answers.
 
-Within one run all parameters are fixed before the first answer, and the PLD accountant is exact: every round has its planned σ,
-is answered once, and none is answered after a later one (`client.account.Account.check_unanswered`). A round that is left out,
+Within one run all parameters are fixed before the first answer, but for what the noised number of records decides (`geometric`),
+and the PLD accountant is exact: every round has its planned σ, is answered once, and none is answered after a later one
+(`client.account.Account.check_unanswered`). A round that is left out,
 or that has more noise than planned since an attempt was interrupted, tells less than the planned one would, whatever decided
 about it; interrupted attempts are charged although nothing of them leaves. A second plan may depend on what the first run gave
 away. Stopping by the PLD of what has run so far is then not valid in general
@@ -19,13 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq, minimize_scalar
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon, epsilon_below, true_positive_rate
+from cotune.privacy.accounting import Steps, epsilon, epsilon_below
+from cotune.privacy.curves import true_positive_rate
+from cotune.privacy.geometric import geometric_epsilon, geometric_renyi
 
 __all__ = [
     "check_accountants",
@@ -71,15 +75,17 @@ def renyi(steps: Iterable[Steps], order: float) -> float:
     """Rényi divergence of all the steps together at one order α, in nats: the sum of each step's (Mironov, Talwar, Zhang,
     https://arxiv.org/abs/1908.10530, section 3.3, for Poisson sampling). Infinite where it cannot be computed.
     """
-    return math.fsum(s.count * _renyi_of(s.noise_multiplier, s.sample_rate, order) for s in steps if s.count)
+    return math.fsum(s.count * _renyi_of(replace(s, count=1), order) for s in steps if s.count)
 
 
 @lru_cache(maxsize=65536)
-def _renyi_of(sigma: float, rate: float, order: float) -> float:
-    if rate >= 1:
-        return order / (2 * sigma**2)
+def _renyi_of(step: Steps, order: float) -> float:
+    if step.mechanism == "geometric":
+        return geometric_renyi(geometric_epsilon(step.noise_multiplier), order)
+    if step.sample_rate >= 1:
+        return order / (2 * step.noise_multiplier**2)
     accountant = RdpAccountant(orders=[order])
-    accountant.compose(Steps(sigma, rate, 1).event())
+    accountant.compose(step.event())
     return max(float(accountant._rdp[0]), 0.0)
 
 
@@ -162,10 +168,11 @@ def check_accountants(steps: Sequence[Steps], delta: float) -> None:
     The PLD's ε rounds up; it must lie between that of the same accountant rounding down, and that of Rényi accounting, which is
     another method and always looser. Where PLD overflows to infinity (ε of hundreds) it understates nothing and passes.
     """
-    claimed = epsilon(steps, delta)
+    gaussian = [s for s in steps if s.mechanism == "gaussian"]  # the others are added to each accountant's
+    claimed = epsilon(gaussian, delta)
     if math.isinf(claimed):
         return
-    below, above = epsilon_below(steps, delta), epsilon_renyi(steps, delta)
+    below, above = epsilon_below(gaussian, delta), epsilon_renyi(gaussian, delta)
     if not below - _ROUNDING <= claimed <= above + _ROUNDING:
         raise PrivacyError(
             f"the accountants disagree about {len(steps)} charges at δ = {delta:.2g}: PLD says ε = {claimed:.6g}, expected"

@@ -30,7 +30,6 @@ from cotune.privacy.charges import (
     History,
     charged_elsewhere,
     charges_of,
-    concerned_by,
     counted_for,
     data_sets_of,
     histories_of,
@@ -90,29 +89,18 @@ class Ledger:
                 log.append("data", body | ({"units": _digest(units)} if further else {}))
         return name
 
-    def elsewhere(
-        self, identities: Sequence[bytes], collection: str, *, unit: str = "record", also: Sequence[bytes] = ()
-    ) -> set[bytes]:
-        """Those of some unkeyed identities that were charged in another collection than this one: to be left out here.
+    def elsewhere(self, identities: Sequence[bytes], collection: str) -> set[bytes]:
+        """Those of some units' unkeyed identities that were charged in another collection than this one: to be left out here.
 
-        Of the records of no collection ("") none is: their charges count everywhere. What was charged under the same unit is
-        known by its units alone: by a text that many write, one person there would decide about many here.
-
-        Args:
-            unit: What the identities stand for, as in `know`.
-            also: Further identities, which are looked for in what was charged under another unit.
+        Of the records of no collection ("") none is: their charges count everywhere. Units are known by themselves alone: by a
+        text that many write, one person there would decide about many here.
         """
-        wanted = [*identities, *also]
-        own = np.array(self._key.identities(wanted), dtype=f"S{IDENTITY}")
+        own = np.array(self._key.identities(identities), dtype=f"S{IDENTITY}")
         found = np.zeros(len(own), dtype=bool)
         with self._chain.transaction() as log:
-            known = data_sets_of(log.entries)
             for name in sorted(charged_elsewhere(log.entries, collection)):
-                same = known[name].unit == unit
-                there = np.isin(own, _keys(self._units(log, name) if same else self._members(log, name)))
-                there[len(identities) :] &= not same
-                found |= there
-        return {identity for identity, there in zip(wanted, found, strict=True) if there}
+                found |= np.isin(own, _keys(self._units(log, name)))
+        return {identity for identity, there in zip(identities, found, strict=True) if there}
 
     def _units(self, log: Log, name: str) -> bytes:
         """The keyed identities of a data set's units alone; with their records, where an older cotune has entered it."""
@@ -137,10 +125,8 @@ class Ledger:
 
     def _check_apart(self, log: Log, data: str, collection: str) -> None:
         """Raises PrivacyError where a record of the data set was charged in another collection since it was looked up."""
-        known = data_sets_of(log.entries)
-        for name in sorted(charged_elsewhere(log.entries, collection)):
-            look = self._units if data and known[data].unit == known[name].unit else self._members
-            if data and len(np.intersect1d(_keys(look(log, data)), _keys(look(log, name)))):
+        for name in sorted(charged_elsewhere(log.entries, collection)) if data else ():
+            if len(np.intersect1d(_keys(self._units(log, data)), _keys(self._units(log, name)))):
                 raise PrivacyError(
                     f"data set {data[:12]} holds records of another collection than {collection}, which data set {name[:12]} is"
                     " in: expected them to be left out; nothing is charged"
@@ -161,13 +147,13 @@ class Ledger:
         """Charges the steps before they run; durable when this returns. Returns the number of the charge.
 
         Raises Declined, and charges nothing, when a limit would be exceeded in the collection (in none: in any); PrivacyError for
-        what no mechanism can be, where two accountants contradict each other, where the collection was charged before under
-        another unit of privacy, and for records of another collection.
+        what no mechanism can be, where two accountants contradict each other, where anything was charged before under another
+        unit of privacy, and for records of another collection.
         """
-        if not (steps.noise_multiplier > 0 and 0 < steps.sample_rate <= 1 and steps.count >= 0):
+        if not steps.possible:
             raise PrivacyError(f"{steps} cannot be charged: expected noise above 0, a sample rate in (0, 1] and 0 steps or more")
         with self._chain.transaction() as log:
-            _check_unit(log.entries, data, collection)
+            _check_unit(log.entries, data)
             self._check_apart(log, data, collection)
             check_charge(log.entries, collection, plan_id, steps, limits)
             body = {"plan_id": plan_id, "plan": plan, "round": round, "data": data, "purpose": purpose, **asdict(steps)}
@@ -241,10 +227,10 @@ class Ledger:
         """The rounds of a plan for which something was charged, in order."""
         return sorted({c.round for c in self.charges() if c.plan_id == plan_id})
 
-    def check_unit(self, data: str, collection: str = "") -> None:
-        """Raises PrivacyError where no charge would be accepted, as the collection was charged under another unit."""
+    def check_unit(self, data: str) -> None:
+        """Raises PrivacyError where no charge would be accepted, as something was charged under another unit."""
         with self._chain.transaction() as log:
-            _check_unit(log.entries, data, collection)
+            _check_unit(log.entries, data)
 
 
 def _digest(blob: bytes) -> str:
@@ -256,17 +242,17 @@ def _keys(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:
     return np.frombuffer(blob, dtype=f"S{IDENTITY}")
 
 
-def _check_unit(entries: Sequence[Entry], data: str, collection: str) -> None:
+def _check_unit(entries: Sequence[Entry], data: str) -> None:
     """Charges under different units of privacy do not add up: a person's records were charged as if they were strangers.
 
-    That is so whichever records they are: an exception for data that share none would tell whether they do.
+    That is so whichever records they are, and in whichever collections: an exception for data that share none would tell whether
+    they do, and the texts of one person would decide which records of another collection count.
     """
     known = data_sets_of(entries)
-    for name in concerned_by(entries, collection):
-        for charge in counted_for(entries, name):
-            if data in known and charge.data in known and known[charge.data].unit != known[data].unit:
-                raise PrivacyError(
-                    f'data set {data[:12]} protects each "{known[data].unit}", and {charge.data[:12]}, which counts against the'
-                    f' same total, was charged for each "{known[charge.data].unit}": expected one unit of privacy, as charges'
-                    f' under two do not add up; go on with "{known[charge.data].unit}", or, for other records, in a collection'
-                )
+    for charge in charges_of(entries):
+        if data in known and charge.data in known and known[charge.data].unit != known[data].unit:
+            raise PrivacyError(
+                f'data set {data[:12]} protects each "{known[data].unit}", and {charge.data[:12]} of the same ledger was charged'
+                f' for each "{known[charge.data].unit}": expected one unit of privacy in a ledger, as charges under two do not'
+                f' add up; go on with "{known[charge.data].unit}", or, for records of other people, with a site of their own'
+            )

@@ -122,7 +122,9 @@ class TellRules(Table):
     )
     loss_ceiling: float = Field(4.0, gt=0, description="nats; of a noised loss, what one record counts for at most")
     label_histogram: Literal["none", "noised"] = Field("none", description="how many records each class has, once per plan")
-    noise_multiplier: float = Field(20.0, ge=1.0, description="σ of what is noised: Gaussian noise on counts")
+    noise_multiplier: float = Field(
+        20.0, ge=1.0, description="σ of what is noised, in records: Gaussian noise, for the number of records geometric"
+    )
     statistics: bool = Field(
         False, description="squared gradients and input products of the records, without noise; never with record privacy"
     )

@@ -36,7 +36,7 @@ from cotune.privacy.filters import (
 __all__ = ["FORMAT", "verify"]
 
 FORMAT = "cotune ledger 3"
-_EVENT = ("id", "plan_id", "noise_multiplier", "sample_rate", "steps")
+_EVENT = ("id", "plan_id", "mechanism", "noise_multiplier", "sample_rate", "steps")
 _OF_A_RUN = ("epsilon", "epsilon_at_small_delta", "gaussian_mu", "true_positive_rate")
 _TOLERANCE = 1e-3  # relative, in ε: another version of dp-accounting may round otherwise
 
@@ -155,7 +155,8 @@ def _not_in_the_log(entries: Sequence[Entry], stated: Mapping[str, Any]) -> Iter
 
 def _event(charge: Charge) -> dict[str, Any]:
     """What an event states of a charge, as far as ε follows from it."""
-    values = (charge.id, charge.plan_id, charge.steps.noise_multiplier, charge.steps.sample_rate, charge.steps.count)
+    steps = charge.steps
+    values = (charge.id, charge.plan_id, steps.name, steps.noise_multiplier, steps.sample_rate, steps.count)
     return dict(zip(_EVENT, values, strict=True))
 
 

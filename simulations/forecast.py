@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cotune.client.budget import planned_steps, planned_telling
-from cotune.models.features import encode_batch, feature_head
-from cotune.models.holdings import Holdings
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import Example, example_losses
 from cotune.plan.model import model_of
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
 from cotune.plan.statistics import statistic_shapes
 from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
 from cotune.privacy.claim import Figures, figures_of, worst
 from cotune.privacy.statement import client_statement
 from cotune.server.client_level import client_level_noise
 from cotune.server.step import enter_round
-from cotune.simulations.sites import Prepared, prepare
+from cotune.simulations.expected import Expected, Member, members_of, stated_members
+from cotune.simulations.new_policy import NewPolicy, new_policy
+from cotune.simulations.sites import prepare
+from cotune.simulations.stopwatch import Seconds
+from cotune.simulations.timing import estimate
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, encode_requests, encode_update, payload_bytes
 
-__all__ = ["ClientForecast", "Forecast", "OrganisationForecast", "StageForecast", "forecast"]
-
-_SAMPLE = 32  # records that are timed
-_CLIPPING_COST = {"head": 1.1, "lora": 1.1, "full": 1.7}  # of DP-SGD by Opacus against plain training
+__all__ = ["ClientForecast", "Forecast", "OrganisationForecast", "StageForecast", "forecast", "forecast_for"]
 
 
 @dataclass(frozen=True)
@@ -76,44 +74,75 @@ class ClientForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The whole plan. seconds: a rough estimate from a timed sample on this machine."""
+    """The whole plan.
+
+    Attributes:
+        test_examples: None where no records were read.
+        seconds: How long a simulation takes on this machine, from, to; None where no records were read.
+        new_policy: What the policy of a new site says to the plan.
+        notes: About records and classes.
+    """
 
     plan: Plan
-    test_examples: int
+    test_examples: int | None
     organisations: tuple[OrganisationForecast, ...]
     stages: tuple[StageForecast, ...]
-    seconds: float
+    seconds: Seconds | None
+    new_policy: NewPolicy
     client_privacy: ClientForecast | None = None
-    notes: tuple[str, ...] = ()  # about the records
+    notes: tuple[str, ...] = ()
 
     @property
     def figures(self) -> Figures | None:
         """Of record-level privacy, the largest of any organization's; None without it."""
         return worst({o.name: o.figures for o in self.organisations if o.figures is not None})
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values; of the plan, what identifies it."""
+        plan = self.plan
+        about = {"plan": plan.name, "plan_id": plan.plan_id, "labels": plan.labels, "rounds": plan.rounds}
+        base = {"base": plan.model.base, "base_hash": plan.model.base_hash}
+        privacy = plan.privacy if plan.privacy == "none" else plan.privacy.model_dump(mode="json")
+        values = {key: value for key, value in asdict(self).items() if key != "plan"}
+        return {"schema": 1, **about, **base, "privacy": privacy, **values}
 
-def forecast(plan: Plan, device: str = "auto") -> Forecast:
-    """Reads data and model and times a few records; trains nothing. Raises what `prepare` raises."""
+
+def forecast(plan: Plan, device: str = "auto", began: float | None = None) -> Forecast:
+    """Reads data and model and times a few batches; trains nothing. Raises what `prepare` raises.
+
+    began: when the command began, by `time.perf_counter`: what it needs to get here a simulation needs, too.
+    """
+    start = time.perf_counter() if began is None else began
     prepared = prepare(plan, device)
-    resolved = prepared.plan
-    model = model_of(resolved, device)
-    stages = tuple(_stages(prepared, model))
+    model = model_of(prepared.plan, device)
+    spent = time.perf_counter() - start
+    return _forecast(members_of(prepared, model), estimate(prepared, model, spent))
+
+
+def forecast_for(plan: Plan, examples: Sequence[int], device: str = "auto") -> Forecast:
+    """The same for organizations with so many records each: no data are looked at. Raises what `stated_members` raises."""
+    return _forecast(stated_members(plan, examples, device), None)
+
+
+def _forecast(expected: Expected, seconds: Seconds | None) -> Forecast:
+    stages = tuple(_stages(expected))
     return Forecast(
-        resolved,
-        sum(len(rows) for _, rows in prepared.test),
-        _organisations(prepared),
+        expected.plan,
+        expected.test_examples,
+        tuple(_organisation(expected.plan, member) for member in expected.members),
         stages,
-        _seconds(prepared, model),
-        _client_privacy(prepared, max(stage.parameters for stage in stages)),
-        tuple(prepared.notes),
+        seconds,
+        new_policy(expected.plan, expected.members),
+        _client_privacy(expected, max(stage.parameters for stage in stages)),
+        expected.notes,
     )
 
 
-def _client_privacy(prepared: Prepared, parameters: int) -> ClientForecast | None:
-    plan, privacy = prepared.plan, prepared.plan.client_privacy
+def _client_privacy(expected: Expected, parameters: int) -> ClientForecast | None:
+    plan, privacy = expected.plan, expected.plan.client_privacy
     if privacy is None:
         return None
-    noise = client_level_noise(plan, len(prepared.shares))
+    noise = client_level_noise(plan, len(expected.members))
     planned = [replace(noise.charge, count=plan.rounds)]
     return ClientForecast(
         epsilon(planned, privacy.delta),
@@ -125,26 +154,22 @@ def _client_privacy(prepared: Prepared, parameters: int) -> ClientForecast | Non
     )
 
 
-def _organisations(prepared: Prepared) -> tuple[OrganisationForecast, ...]:
-    plan, found = prepared.plan, []
-    for share in prepared.shares:
-        held, n = share.units, share.public_examples(plan)
-        planned = planned_steps(plan, n)
-        steps, batch = sum(count for _, count in planned), planned[-1][0] * n
-        if isinstance(plan.privacy, RecordPrivacy):
-            sigma, delta = prepared.noise[share.name], plan.privacy.delta_for(n)
-            telling = planned_telling(plan, share.policy(plan))
-            figures = figures_of([*telling, *(Steps(sigma, rate, count) for rate, count in planned)], delta)
-            allowed = min(plan.privacy.epsilon, share.epsilon or plan.privacy.epsilon)
-            found.append(OrganisationForecast(share.name, held, batch, steps, sigma, allowed, figures.epsilon, delta, figures))
-        else:
-            found.append(OrganisationForecast(share.name, held, batch, steps, None, None, None, None))
-    return tuple(found)
+def _organisation(plan: Plan, member: Member) -> OrganisationForecast:
+    planned = planned_steps(plan, member.public)
+    steps, batch = sum(count for _, count in planned), planned[-1][0] * member.public
+    if not isinstance(plan.privacy, RecordPrivacy) or member.noise_multiplier is None:
+        return OrganisationForecast(member.name, member.examples, batch, steps, None, None, None, None)
+    sigma, delta = member.noise_multiplier, plan.privacy.delta_for(member.public)
+    telling = planned_telling(plan, member.policy)
+    figures = figures_of([*telling, *(Steps(sigma, rate, count) for rate, count in planned)], delta)
+    allowed = member.policy.budget.epsilon_for(plan.privacy.epsilon)
+    return OrganisationForecast(member.name, member.examples, batch, steps, sigma, allowed, figures.epsilon, delta, figures)
 
 
-def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
+def _stages(expected: Expected) -> Iterator[StageForecast]:
     """Sizes are those of real messages with the model's present values in them."""
-    plan, names, held, first = prepared.plan, [s.name for s in prepared.shares], dict[str, Tensor](), 1
+    plan, model, names = expected.plan, expected.model, [member.name for member in expected.members]
+    held, first = dict[str, Tensor](), 1
     for stage in plan.stages:
         held, travelling = enter_round(model, plan, held, first)
         shared, first = {name: held[name] for name in travelling}, first + stage.rounds
@@ -156,52 +181,8 @@ def _stages(prepared: Prepared, model: SharedModel) -> Iterator[StageForecast]:
         yield StageForecast(
             stage.mode,
             stage.rounds,
-            max(stage.local.steps_of(share.public_examples(plan)) for share in prepared.shares),
+            max(stage.local.steps_of(member.public) for member in expected.members),
             sum(tensor.numel() for tensor in shared.values()),
             payload_bytes(update) * len(names),
             sum(payload_bytes(request) for request in requests),
         )
-
-
-def _seconds(prepared: Prepared, model: SharedModel) -> float:
-    """Encoding once where the encoder is frozen, training every step's records else, and the baselines the same again."""
-    plan = prepared.plan
-    examples = _examples(prepared, model)
-    records = sum(len(r) for r in prepared.records.values())
-    total = 0.0
-    for stage in plan.stages:
-        if stage.mode == "head" and feature_head(model) is not None:
-            total += records * _time_per_record(plan, model, examples, None)
-        else:
-            sizes = [s.public_examples(plan) for s in prepared.shares]
-            work = stage.rounds * sum(stage.local.sample_rate(n) * n * stage.local.steps_of(n) for n in sizes)
-            cost = _CLIPPING_COST[stage.mode] if plan.privacy != "none" else 1.0
-            total += (1 + len(plan.simulation.baselines)) * work * cost * _time_per_record(plan, model, examples, stage)
-    return total
-
-
-def _examples(prepared: Prepared, model: SharedModel) -> list[Example]:
-    """A few records from all organisations."""
-    parts = tuple((prepared.records[s.file], s.rows[:_SAMPLE]) for s in prepared.shares)
-    sample = Holdings(parts, prepared.plan.labels, prepared.plan.task).examples(model)
-    return sample[:: max(1, len(sample) // _SAMPLE)][:_SAMPLE]
-
-
-def _time_per_record(plan: Plan, model: SharedModel, examples: list[Example], stage: Stage | None) -> float:
-    """Seconds for one record: encoded only without a stage, forward and backward with one. The first pass only warms up."""
-    if stage is None:
-        return min(_timed(lambda: encode_batch(model, examples, plan.model.precision)) for _ in range(3)) / len(examples)
-    batch = model.loaded.task.collator(model.module, model.loaded.reader, model.device)(examples)
-    model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
-
-    def step() -> None:
-        example_losses(model.module, batch).mean().backward()  # type: ignore[no-untyped-call]
-        model.module.zero_grad(set_to_none=True)
-
-    return min(_timed(step) for _ in range(3)) / len(examples)
-
-
-def _timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began

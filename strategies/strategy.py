@@ -27,8 +27,8 @@ class Part(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    name: str
-    sha256: str | None = None
+    name: str = Field(description="of a part (`cotune strategies` lists them), or file.py:function")
+    sha256: str | None = Field(None, description="of the file, where the name is file.py:function")
 
     @property
     def parameters(self) -> dict[str, Any]:

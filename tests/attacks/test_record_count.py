@@ -113,9 +113,7 @@ def test_a_noised_number_decides_all_that_can_be_seen(
     plan, seen = plan_of(), []
     for count in (ROWS - 1, ROWS):
         shift = float(ROWS - count)  # the noise that makes N the same
-        monkeypatch.setattr(
-            "cotune.client.account.Account.noised", lambda self, values, _, shift=shift: [value + shift - 7 for value in values]
-        )
+        monkeypatch.setattr("cotune.client.account.add_geometric_noise", lambda number, *_, shift=shift: int(number + shift - 7))
         site = site_of(tmp_path / str(count), records, count, example_count="noised")
         state = clinic.state_of(plan)
         seen.append([visible(training.train_round(plan, site, round, state)) for round in (1, 2)])

@@ -66,7 +66,9 @@ def test_a_noised_number_is_charged_and_drawn_once_per_plan(make_plan: MakePlan,
     mine = account(make_plan, make_site, policy)
     first = mine.public_examples
     assert {account(make_plan, make_site, policy).public_examples for _ in range(3)} == {first}  # other processes
-    assert [(c.purpose, c.steps, c.state) for c in mine.ledger.charges()] == [("example count", Steps(20.0, 1.0, 1), "settled")]
+    assert [(c.purpose, c.steps, c.state) for c in mine.ledger.charges()] == [
+        ("example count", Steps(20.0, 1.0, 1, "geometric"), "settled")
+    ]
     other = account(make_plan, make_site, policy, seed=8)
     assert other.public_examples >= 1
     assert len(mine.ledger.charges()) == 2
@@ -76,7 +78,7 @@ def test_a_crash_before_the_number_is_told_counts_as_spent(make_plan: MakePlan, 
     """The charge is durable before anything is drawn, and nothing is told that is not remembered."""
 
     class Crash(np.random.Generator):
-        def standard_normal(self, *_: Any, **__: Any) -> Any:
+        def geometric(self, *_: Any, **__: Any) -> Any:
             raise KeyboardInterrupt
 
     policy = tells(example_count="noised")
@@ -173,5 +175,5 @@ def test_what_is_told_stays_within_the_budget(make_plan: MakePlan, make_site: Ma
     purposes = ["example count", "label histogram", "local metrics", "training", "local metrics", "training"]
     assert [c.purpose for c in charges] == purposes
     assert 0.97 * 2.0 <= epsilon([c.steps for c in charges], 1e-3) <= 2.0  # all of it together is calibrated to ε
-    assert planned_telling(plan, policy) == [Steps(10.0, 1.0, 4)]
+    assert planned_telling(plan, policy) == [Steps(10.0, 1.0, 1, "geometric"), Steps(10.0, 1.0, 3)]
     assert planned_telling(plan, policy, 2, counted=True) == [Steps(10.0, 1.0, 1)]

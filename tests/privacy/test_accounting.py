@@ -22,10 +22,8 @@ from cotune.privacy.accounting import (
     epsilon,
     epsilon_below,
     epsilon_rdp,
-    gaussian_mu,
-    trade_off,
-    true_positive_rate,
 )
+from cotune.privacy.curves import gaussian_mu, trade_off, true_positive_rate
 
 DELTA = 1e-5
 few = settings(max_examples=8, deadline=None)

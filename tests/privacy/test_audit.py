@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon, trade_off
+from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.audit import (
     Evidence,
     Guess,
@@ -20,6 +20,7 @@ from cotune.privacy.audit import (
     perfect_evidence,
     require_statistics,
 )
+from cotune.privacy.curves import trade_off
 from tests.support.sums_of_steps import sums_of_steps
 
 DELTA = 1e-5

@@ -336,13 +336,16 @@ def test_what_was_charged_under_another_unit_is_refused(ledger: Ledger) -> None:
     ledger.check_unit(texts)
 
 
-def test_collections_may_have_units_of_their_own(ledger: Ledger) -> None:
+def test_collections_have_one_unit(ledger: Ledger) -> None:
+    """A person's texts in the one would decide which records count in the other: more than one unit of it for one here."""
     ledger.reserve("a", 1, ROUND, data=ledger.know(records(1, 2, 3)), collection="notes")
     patients = ledger.know([b"carl"], unit="patient_id", also=records(4))
-    ledger.reserve("b", 1, ROUND, data=patients, collection="wards")
-    with pytest.raises(PrivacyError, match='go on with "record"'):
-        ledger.reserve("b", 2, ROUND, data=patients)
-    assert ledger.elsewhere(records(4), "notes") == set(records(4))  # a person's records, under another unit
+    with pytest.raises(PrivacyError, match='"record"'):
+        ledger.check_unit(patients)
+    for collection in ("wards", ""):
+        with pytest.raises(PrivacyError, match='"record"'):
+            ledger.reserve("b", 1, ROUND, data=patients, collection=collection)
+    assert ledger.spent() == [ROUND]
 
 
 def test_accountants_that_disagree_charge_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon, trade_off
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.curves import trade_off
 from cotune.privacy.stepwise import (
     Errors,
     Separation,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cotune.cli.plan import _show as show_forecast
+from cotune.cli.forecast_lines import show_forecast
 from cotune.cli.simulate import show
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.server.events import listening

@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from cotune.client.budget import planned_telling
+from cotune.client.consent import broken_rules, check_consent
 from cotune.client.site import Site
+from cotune.models.errors import Declined, PlanError
 from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.policy import BudgetRules, Policy
 from cotune.privacy.rounding import two_digits
-from cotune.simulations.forecast import forecast
+from cotune.simulations.expected import parse_examples
+from cotune.simulations.forecast import forecast, forecast_for
 from cotune.simulations.simulate import simulate
 from tests.simulations.conftest import NewPlan
 
@@ -74,11 +79,92 @@ def test_without_privacy_there_are_no_privacy_figures(toy_plan: NewPlan) -> None
         assert (o.noise_multiplier, o.epsilon_allowed, o.epsilon_planned, o.delta) == (None, None, None, None)
 
 
-def test_a_forecast_writes_nothing_and_grows_with_the_work(
-    toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forecast_writes_nothing_and_says_how_long(toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    short = forecast(toy_plan(train="full", rounds=1), "cpu").seconds
-    long = forecast(toy_plan(train="full", rounds=100), "cpu").seconds
-    assert 0 < 20 * short < long < 500 * short
+    seconds = forecast(toy_plan(train="full", rounds=1), "cpu").seconds
+    assert seconds is not None
+    assert 0 < seconds.low < seconds.high
     assert list(tmp_path.iterdir()) == []
+
+
+# --- without records
+
+
+PRIVATE = {"privacy": {"epsilon": 8.0}, "local": {"batch_size": 40}, "labels": ("bad", "good", "so")}
+
+
+def test_stated_numbers_need_no_data(toy_plan: NewPlan) -> None:
+    """A coordinator has none. Figures are those that an organization will be charged, by the accountant; sizes, those of a run."""
+    plan = toy_plan(**PRIVATE, data={"source": "/nowhere/records.csv"})
+    seen = forecast_for(plan, (1000, 300, 5000), "cpu")
+    assert (seen.test_examples, seen.seconds) == (None, None)
+    assert [(o.name, o.examples, o.batch) for o in seen.organisations] == [
+        ("org-1", 1000, pytest.approx(40)),
+        ("org-2", 300, pytest.approx(40)),
+        ("org-3", 5000, pytest.approx(40)),
+    ]
+    telling = planned_telling(plan, Policy())
+    assert telling
+    for o in seen.organisations:
+        assert o.noise_multiplier is not None
+        assert o.delta == pytest.approx(o.examples**-1.5)
+        assert o.epsilon_planned == epsilon([*telling, Steps(o.noise_multiplier, 40 / o.examples, o.steps)], o.delta)
+        assert 0.99 * 8 < o.epsilon_planned <= 8 == o.epsilon_allowed
+    three = toy_plan(**PRIVATE, simulation={"clients": 3, "partition": "iid"})
+    simulated = forecast(three, "cpu")
+    assert seen.stages[0].parameters == simulated.stages[0].parameters
+    assert seen.stages[0].bytes_up == pytest.approx(simulated.stages[0].bytes_up, rel=0.01)
+    assert seen.stages[0].bytes_down == pytest.approx(simulated.stages[0].bytes_down, rel=0.05)
+
+
+def test_without_labels_two_classes_are_assumed_and_said(toy_plan: NewPlan) -> None:
+    seen = forecast_for(toy_plan(model={"pooling": "native"}), (100,), "cpu")
+    assert seen.stages[0].parameters == 2 * 16 + 2
+    assert len(seen.notes) == 1
+    named = forecast_for(toy_plan(model={"pooling": "native"}, labels=("a", "b", "c")), (100,), "cpu")
+    assert (named.stages[0].parameters, named.notes) == (3 * 16 + 3, ())
+
+
+@pytest.mark.parametrize("examples", ["", "0", "1000,", "-5", "many", "1000;500", "1e3"])
+def test_what_are_no_numbers_of_records(examples: str) -> None:
+    with pytest.raises(PlanError):
+        parse_examples(examples)
+
+
+def test_numbers_of_records_are_read() -> None:
+    assert parse_examples("1000, 5000,800") == (1000, 5000, 800)
+
+
+def test_a_new_policy_says_what_a_site_will_say(toy_plan: NewPlan) -> None:
+    """Rule for rule what the client's own check declines by, and the own bound is one that this check no longer declines."""
+    plan = toy_plan(**PRIVATE)
+    seen = forecast_for(plan, (1000, 300), "cpu")
+    said, resolved = seen.new_policy, seen.plan
+    for o in seen.organisations:
+        expected = {broken.rule for broken in broken_rules(resolved, Policy(), o.examples)}
+        mine = {refusal.rule for refusal in said.refused if o.name in refusal.organisations}
+        assert mine | set(said.to_fill_in) == expected
+        assert "budget.epsilon_per_run" in mine
+        assert ("training.min_examples" in mine) == (o.name == "org-2")
+    assert set(said.to_fill_in) == {"training.base_models", "training.units"}
+    assert said.own_epsilon == Policy().budget.epsilon_per_run
+    own = Policy(
+        budget=BudgetRules(own_epsilon=said.own_epsilon),
+        training=Policy().training.model_copy(
+            update={"base_models": ("*",), "units": ("*",), "min_batch": 0.0, "min_examples": 0}
+        ),
+    )
+    check_consent(resolved, own, 1000)
+    with pytest.raises(Declined):
+        check_consent(resolved, own.model_copy(update={"budget": BudgetRules()}), 1000)
+    for bound, o in zip(said.bounds, seen.organisations, strict=True):
+        assert bound.organisation == o.name
+        assert o.noise_multiplier is not None
+        assert bound.noise_multiplier > o.noise_multiplier
+        assert 0.99 * said.own_epsilon < bound.epsilon <= said.own_epsilon
+
+
+def test_a_plan_within_the_bound_is_not_declined_by_it(toy_plan: NewPlan) -> None:
+    said = forecast_for(toy_plan(**{**PRIVATE, "privacy": {"epsilon": 3.0}}), (1000,), "cpu").new_policy
+    assert (said.own_epsilon, said.bounds) == (None, ())
+    assert "budget.epsilon_per_run" not in {refusal.rule for refusal in said.refused}

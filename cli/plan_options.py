@@ -1,0 +1,126 @@
+"""The options by which a command is told its plan: the same words in `simulate`, `plan check`, `compare` and `audit`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
+    from cotune.plan.schema import Plan
+
+__all__ = ["AsJson", "By", "Clients", "Data", "Label", "Model", "Partition", "PlanArgument", "PlanOptions", "Set", "Task", "Text"]
+
+PlanArgument = Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one per organisation."),
+]
+Task = Annotated[str | None, typer.Option(help="sequence-classification, token-classification or image-classification.")]
+Text = Annotated[str | None, typer.Option(help="Column with the text, or with its words.")]
+Label = Annotated[str | None, typer.Option(help="Column with the class, or with the words' tags.")]
+Model = Annotated[str | None, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")]
+Clients = Annotated[int | None, typer.Option(help="How many organisations the file is split over.")]
+Partition = Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or column:NAME.")]
+By = Annotated[str | None, typer.Option(help="Column that names each record's organisation: short for --partition column:NAME.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
+
+_KEYS = {
+    "data": "data.source",
+    "task": "task",
+    "text": "data.text",
+    "label": "data.label",
+    "model": "model.base",
+    "clients": "simulation.clients",
+    "partition": "simulation.partition",
+}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a command line says of a plan. Options are short for overrides; what is given with --set wins.
+
+    Raises typer.BadParameter for --by beside what it stands for.
+    """
+
+    plan: str | None = None
+    data: str | None = None
+    task: str | None = None
+    text: str | None = None
+    label: str | None = None
+    model: str | None = None
+    clients: int | None = None
+    partition: str | None = None
+    by: str | None = None
+    override: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.by is not None and (self.partition is not None or self.clients is not None):
+            raise typer.BadParameter("--by says who holds which records: it goes without --partition and --clients")
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is said beside the plan's name."""
+        return bool(self.overrides)
+
+    @property
+    def source(self) -> str:
+        """The preset or file."""
+        return self.plan or ("tweets" if self.data is None else "text")
+
+    @property
+    def overrides(self) -> list[str]:
+        """As of `load_plan`."""
+        options = {key: getattr(self, name) for name, key in _KEYS.items()}
+        if self.by is not None:
+            options["simulation.partition"] = f"column:{self.by}"
+        short = [f"{key}={_quoted(value)}" for key, value in options.items() if value is not None]
+        return [*short, *(self.override or [])]
+
+    def check_files(self, vary: Iterable[str] = ()) -> None:
+        """Name what is missing before anybody waits for torch: the plan, the records, the base model's folder.
+
+        Args:
+            vary: Keys, with values or without, that the plan has only an example for.
+
+        Raises:
+            PlanError, DataError, ModelError: In one sentence.
+        """
+        from cotune.models.missing import check_base, check_source
+        from cotune.plan.document import read_document
+
+        table = read_document(self.source, self.overrides)
+        varied = {key.partition("=")[0].strip().partition(".")[0] for key in vary}
+        if "data" not in varied:
+            check_source(_entry(table, "data", "source"))
+        if "model" not in varied:
+            check_base(_entry(table, "model", "base"))
+
+    def without_data(self) -> PlanOptions:
+        """The same; a plan that does not say where records are gets a name for them, as nobody will look."""
+        from cotune.plan.document import read_document
+
+        table = read_document(self.source, self.overrides)
+        if _entry(table, "data", "source") is not None:
+            return self
+        return replace(self, override=[*(self.override or []), 'data.source="records.csv"'])
+
+    def load(self) -> Plan:
+        """The plan. Raises PlanError."""
+        from cotune.plan.load import load_plan
+
+        return load_plan(self.source, self.overrides)
+
+
+def _entry(table: dict[str, Any], name: str, key: str) -> object:
+    within = table.get(name)
+    return within.get(key) if isinstance(within, dict) else None
+
+
+def _quoted(value: str | int) -> str:
+    """A text option is a text, even where it looks like a number."""
+    return json.dumps(value) if isinstance(value, str) else str(value)

@@ -1,0 +1,60 @@
+"""What a plan names and is not there, found without torch: a typo must not cost the seconds that torch takes to import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cotune.models.errors import DataError, ModelError
+
+__all__ = ["check_base", "check_file", "check_source", "missing_base", "missing_source", "path_of_base"]
+
+_PACKAGE = "package:"
+
+
+def check_source(source: object) -> None:
+    """Raise DataError for records that are not there. Whatever is no path is left to those who read it."""
+    if not isinstance(source, str) or not source or source.startswith(_PACKAGE):
+        return
+    try:
+        there = Path(source).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a path that cannot even be asked for: its reader says why
+        return
+    if not there:
+        raise missing_source(source, Path(source))
+
+
+def missing_source(name: str, file: Path) -> DataError:
+    """Return the sentence about records that are not there."""
+    return DataError(f"{name} does not exist (looked for {file.absolute()}): check data.source (or --data, --test)")
+
+
+def check_file(path: Path) -> None:
+    """Raise DataError for a file or folder that is not there."""
+    if not path.expanduser().exists():
+        raise DataError(f"{path} does not exist (looked for {path.expanduser().absolute()}): check the path")
+
+
+def check_base(base: object) -> None:
+    """Raise ModelError for a base model that is named as a folder and is none."""
+    if not isinstance(base, str):
+        return
+    try:
+        path = path_of_base(base)
+        there = path is None or path.is_dir()
+    except (OSError, RuntimeError, ValueError):
+        return
+    if not there:
+        raise missing_base(base)
+
+
+def path_of_base(base: str) -> Path | None:
+    """Return the folder that a base model's name is the path of; None for a package or a hub id."""
+    if base.startswith(_PACKAGE):
+        return None
+    path = Path(base).expanduser()
+    return path.resolve() if path.exists() or base.startswith((".", "/", "~")) else None
+
+
+def missing_base(name: str) -> ModelError:
+    """Return the sentence about a base model that is no folder."""
+    return ModelError(f"the base model {name} is not a folder: expected one with config.json, a tokenizer and safetensors")

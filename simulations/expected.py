@@ -1,0 +1,116 @@
+"""Whom a forecast is about: the organizations of a simulation, or of a federation of which only numbers of records are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cotune.client.budget import budget_of, check_examples, noise_multiplier
+from cotune.client.setting import check_stages
+from cotune.models.base import find_base
+from cotune.models.device import pick_device
+from cotune.models.errors import PlanError
+from cotune.models.model_settings import base_labels
+from cotune.models.sharing import SharedModel
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.policy import Policy
+from cotune.server.suitability import check_suits
+from cotune.simulations.sites import Prepared
+
+__all__ = ["Expected", "Member", "members_of", "open_plan", "parse_examples", "stated_members"]
+
+_TWO_CLASSES = ("first class", "second class")  # where nobody has said which there are
+
+
+@dataclass(frozen=True)
+class Member:
+    """An organization as its noise follows from what is known of it.
+
+    Attributes:
+        examples: Its units of privacy, for the eyes of whoever asks.
+        public: N, the number that its noise and its batches follow from.
+        noise_multiplier: σ; None without privacy.
+    """
+
+    name: str
+    examples: int
+    public: int
+    policy: Policy
+    noise_multiplier: float | None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A plan with nothing left open, its model, and who takes part.
+
+    Attributes:
+        test_examples: None where no records are known.
+        notes: What whoever reads the forecast should know about records and classes.
+    """
+
+    plan: Plan
+    model: SharedModel
+    members: tuple[Member, ...]
+    test_examples: int | None
+    notes: tuple[str, ...]
+
+
+def members_of(prepared: Prepared, model: SharedModel) -> Expected:
+    """Return the organizations of a simulation, which allow everything."""
+    plan = prepared.plan
+    members = tuple(
+        Member(share.name, share.units, share.public_examples(plan), share.policy(plan), prepared.noise.get(share.name))
+        for share in prepared.shares
+    )
+    return Expected(plan, model, members, sum(len(rows) for _, rows in prepared.test), tuple(prepared.notes))
+
+
+def stated_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> Expected:
+    """Return organizations with so many records each, of which none is read.
+
+    Their policies allow the plan, and tell what a new policy tells: the number of records with noise, which is charged, too.
+
+    Raises:
+        PlanError, PrivacyError, DataError, ModelError, DeviceError: For a plan that so many organizations cannot carry out.
+    """
+    pick_device(device)
+    resolved, notes = open_plan(plan)
+    policy = Policy.permissive().model_copy(update={"tell": Policy().tell})
+    names = [f"org-{number}" for number in range(1, len(examples) + 1)]
+    for name, count in zip(names, examples, strict=True):
+        for stage in resolved.stages:
+            check_examples(count, stage.local, name)
+    check_suits(resolved, len(examples), server_data=False)
+    noise = {count: _noise(resolved, policy, count) for count in dict.fromkeys(examples)}
+    members = tuple(Member(name, count, count, policy, noise[count]) for name, count in zip(names, examples, strict=True))
+    model = model_of(resolved, device)
+    check_stages(resolved, model)
+    return Expected(resolved, model, members, None, notes)
+
+
+def open_plan(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+    """Return the plan with its base model pinned and its classes named, without looking at records; what is assumed in it."""
+    base = find_base(plan.model)
+    labels = plan.labels or base_labels(base.path)
+    notes = tuple[str, ...]()
+    if not labels:
+        labels = _TWO_CLASSES
+        notes = ("the plan lists no labels: sizes are those of two classes; list all classes in labels for the real ones",)
+    pinned = plan.model.model_copy(update=base.pins)
+    return plan.model_copy(update={"labels": labels, "model": pinned}), notes
+
+
+def parse_examples(text: str) -> tuple[int, ...]:
+    """Return the numbers of records in a text such as "1000,5000,800". Raises PlanError for anything else."""
+    words = [word.strip().replace("_", "") for word in text.split(",")]
+    if not all(word.isdecimal() and 0 < int(word) <= 10**12 for word in words):
+        raise PlanError(f'--examples {text}: expected the number of records of each organization, such as "1000,5000,800"')
+    return tuple(int(word) for word in words)
+
+
+def _noise(plan: Plan, policy: Policy, examples: int) -> float | None:
+    if not isinstance(plan.privacy, RecordPrivacy):
+        return None
+    return noise_multiplier(plan, policy, budget_of(plan.privacy, policy, examples), examples, 1)

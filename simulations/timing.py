@@ -1,0 +1,167 @@
+"""About how long a simulation will take on this machine: what is done how often, times what one of it was measured to cost.
+
+Counted are reading and checking (as long as that has just taken), encoding, the steps of every round, judging the model, the
+baselines, and the heads that organizations fit to themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+
+import numpy as np
+import torch
+
+from cotune.models.batching import FINE_LENGTHS, LENGTHS
+from cotune.models.features import FEATURE_SLOTS, are_kept, feature_head
+from cotune.models.holdings import Holdings
+from cotune.models.sharing import SharedModel
+from cotune.plan.schema import LocalTraining, Stage
+from cotune.privacy.accounting import RecordPrivacy
+from cotune.simulations.baselines import fits_alone
+from cotune.simulations.sites import Prepared
+from cotune.simulations.stopwatch import Measure, Seconds, Stopwatch, by_length, measure
+
+__all__ = ["estimate"]
+
+_SAMPLE = 1000  # records whose lengths are looked at
+_FITS = 12  # heads that an organization fits to each part of its records, see `client.adaptation`
+_EASIER = Seconds(0.4, 1.1)  # of a fit from scratch: those that begin where another has ended need fewer iterations
+_BESIDE = Seconds(0.04, 0.12)  # per organization and round: messages, ledger and outbox, which wait for the disk
+_TOO_MUCH = 1.3  # of the upper end: other processes, memory, warming
+
+
+def estimate(prepared: Prepared, model: SharedModel, spent: float, measure: Measure = measure) -> Seconds:
+    """Return the range for a whole simulation.
+
+    Args:
+        spent: Seconds that reading and checking have just taken, and will take again.
+        measure: Times some work.
+    """
+    work = _Work(prepared, model, Stopwatch(prepared.plan, model, _sample(prepared), measure))
+    model.load({})
+    with torch.random.fork_rng(devices=[]):
+        parts = [Seconds(spent, spent), *work.parts()]
+    model.load({})
+    whole = reduce(Seconds.__add__, parts)
+    return Seconds(whole.low, _TOO_MUCH * whole.high)
+
+
+def _sample(prepared: Prepared) -> Holdings:
+    """Records from all files, spread evenly."""
+    total = sum(map(len, prepared.records.values()))
+    apart = max(1, total // _SAMPLE)
+    parts = tuple((records, np.arange(0, len(records), apart)) for records in prepared.records.values())
+    return Holdings(parts, prepared.plan.labels, prepared.plan.task)
+
+
+class _Work:
+    """What is done how often."""
+
+    def __init__(self, prepared: Prepared, model: SharedModel, stopwatch: Stopwatch) -> None:
+        self.prepared, self.plan, self.model, self.stopwatch = prepared, prepared.plan, model, stopwatch
+        self.sizes = [share.public_examples(self.plan) for share in prepared.shares]
+        self.has_features = feature_head(model) is not None
+        self.encoding = stopwatch.encoding() if self.has_features else {}
+
+    def parts(self) -> Iterator[Seconds]:
+        """Each part of the run, then of the baselines, then the fits."""
+        baselines = self.plan.simulation.baselines
+        private = isinstance(self.plan.privacy, RecordPrivacy)
+        run = self._training(self.plan.stages, private=private)
+        yield from run
+        yield self._judging(self.plan.stages)
+        if "alone" in baselines:
+            yield from run
+            if private and not fits_alone(self.plan, self.model):
+                yield from self._training(self._without_privacy(), private=False)
+            yield from self._fits()
+        if "pooled" in baselines:
+            yield from self._training(self._without_privacy(), private=False)
+        yield self._encode(0 if self._kept() else self._distinct)
+
+    def _without_privacy(self) -> tuple[Stage, ...]:
+        """As baselines without privacy are trained."""
+        own = self.plan.simulation.pooled
+        return self.plan.stages if own is None else tuple(stage.model_copy(update={"local": own}) for stage in self.plan.stages)
+
+    def _training(self, stages: Sequence[Stage], *, private: bool) -> list[Seconds]:
+        return [self._rounds(stages, number, private=private) for number in range(len(stages))]
+
+    def _rounds(self, stages: Sequence[Stage], number: int, *, private: bool) -> Seconds:
+        """All rounds of a stage, of all organizations one after the other."""
+        stage = stages[number]
+        beside = _BESIDE * (stage.rounds * len(self.sizes))
+        steps = [stage.rounds * stage.local.steps_of(n) for n in self.sizes]
+        if stage.mode == "head" and self.has_features:
+            batch = round(sum(self._batch(stage.local, n) for n in self.sizes) / len(self.sizes))
+            again = self._encode(self._distinct) if _trains_encoder(stages[:number]) else Seconds()
+            return again + self.stopwatch.on_features(stage, batch, private=private) * sum(steps) + beside
+        costs = self.stopwatch.on_examples(stage, private=private)
+        rows = max(2, stage.local.physical_batch_size) - private
+        counts = [self._counted(LENGTHS, self._batch(stage.local, n), rows) for n in self.sizes]
+        taken = [(_total(costs, count) + costs[0]) * times for count, times in zip(counts, steps, strict=True)]
+        return reduce(Seconds.__add__, taken) + beside
+
+    @staticmethod
+    def _batch(local: LocalTraining, examples: int) -> float:
+        return local.sample_rate(examples) * examples
+
+    def _judging(self, stages: Sequence[Stage]) -> Seconds:
+        """The records of test and validation after each round in which the encoder is not as it came: no features are kept."""
+        held = sum(len(rows) for _, rows in (*self.prepared.test, *self.prepared.validation))
+        trained = (stage.rounds for number, stage in enumerate(stages) if _trains_encoder(stages[: number + 1]))
+        return self._read(held) * sum(trained)
+
+    def _fits(self) -> Iterator[Seconds]:
+        """Of each organization, on most of its records."""
+        if self.plan.keeps_personal or not self.has_features:
+            return
+        held = [len(share.rows) for share in self.prepared.shares]
+        one = self.stopwatch.fit(max(2, round(sum(held) / len(held))))
+        folds = [1 if n >= 2000 else self.plan.personalize.folds for n in held]
+        fits = sum(_FITS * each + 2 for each in folds)
+        yield Seconds(one.low * _EASIER.low * fits, one.high * _EASIER.high * fits)
+        if _trains_encoder(self.plan.stages):
+            yield self._encode(sum(held))
+
+    @property
+    def _distinct(self) -> int:
+        return sum(len(set(records.inputs)) for records in self.prepared.records.values())
+
+    def _kept(self) -> bool:
+        """Whether no features need be computed: nobody reads any, or they are on disk."""
+        if not self.has_features or (self.plan.stages[0].mode != "head" and "alone" not in self.plan.simulation.baselines):
+            return True
+        precision = self.plan.model.precision
+        return all(are_kept(self.model, records.inputs, precision) for records in self.prepared.records.values())
+
+    def _read(self, records: int) -> Seconds:
+        """So many records, sorted, forward alone."""
+        if not self.encoding:  # tags: a head that reads every vector
+            self.encoding = self.stopwatch.reading()
+        lengths = Counter(self.stopwatch.lengths(FINE_LENGTHS))
+        filled = max(1.0, records / FEATURE_SLOTS) / lengths.total()
+        return _total(self.encoding, {length: n * filled for length, n in lengths.items()})
+
+    def _encode(self, records: int) -> Seconds:
+        """So many records, forward alone, in batches that their lengths alone decide."""
+        if not records:
+            return Seconds()
+        return _total(self.encoding, self._counted(FINE_LENGTHS, records, FEATURE_SLOTS - 1))
+
+    def _counted(self, buckets: Sequence[int], records: float, rows: int) -> dict[int, float]:
+        """Length -> how many batches so many records are in, with the lengths of the sample."""
+        lengths = self.stopwatch.lengths(buckets)
+        return {length: math.ceil(records * n / len(lengths) / rows) for length, n in Counter(lengths).items()}
+
+
+def _trains_encoder(stages: Sequence[Stage]) -> bool:
+    return any(stage.mode != "head" for stage in stages)
+
+
+def _total(costs: Mapping[int, Seconds], counts: Mapping[int, float]) -> Seconds:
+    known = {length: cost for length, cost in costs.items() if length}
+    return reduce(Seconds.__add__, (by_length(known, length) * count for length, count in counts.items()), Seconds())

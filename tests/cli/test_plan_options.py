@@ -1,0 +1,142 @@
+"""What a plan is told by options: the same in every command; what is missing is named before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+
+from cotune.cli.main import app
+from tests.cli.conftest import Cotune
+
+COMMANDS = (("simulate",), ("plan", "check"), ("compare",), ("audit",))
+OPTIONS = ("data", "task", "text", "label", "model", "clients", "partition", "by", "override")
+SHORT = ("--data", "reviews.csv", "--model", "base", "--clients", "3", "--partition", "iid", "--text", "text", "--label", "label")
+QUICK = ("--set", "simulation.baselines=[]", "--set", "rounds=1", "--set", "model.max_length=16")
+
+
+def command_of(path: tuple[str, ...]) -> click.Command:
+    found: Any = typer.main.get_command(app)
+    for name in path:
+        found = found.commands[name]
+    return found
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_command_takes_the_same_options(path: tuple[str, ...]) -> None:
+    first, this = (
+        {p.name: (p.opts, p.type.name, getattr(p, "help", "")) for p in command_of(each).params} for each in (COMMANDS[0], path)
+    )
+    assert {name: this[name] for name in OPTIONS} == {name: first[name] for name in OPTIONS}
+    assert "as_json" in this
+
+
+def test_plan_check_takes_them(cotune: Cotune, folder: Path) -> None:
+    shown = cotune("plan", "check", *SHORT, "--set", "model.max_length=16", "--json")
+    assert (shown.code, shown.err) == (0, "")
+    seen = json.loads(shown.out)
+    assert seen["plan"] == "text"  # the preset for one's own file
+    assert [o["name"] for o in seen["organisations"]] == ["org-1", "org-2", "org-3"]
+    assert seen["labels"] == ["bad", "good", "so"]
+
+
+def test_compare_takes_them_and_prints_json(cotune: Cotune, folder: Path) -> None:
+    vary = ("--vary", "strategy.weighting=examples,uniform", "--seeds", "1", "--jobs", "1", "--device", "cpu")
+    shown = cotune("compare", "toy.toml", *SHORT, *QUICK, *vary, "--json")
+    assert shown.code == 0
+    found = json.loads(shown.out)
+    assert found == json.loads((folder / "compare" / "toy" / "results.json").read_bytes())
+    run = folder / "compare" / "toy" / found["cells"][0]["folder"]
+    assert len(json.loads((run / "run.json").read_bytes())["participants"]) == 3
+
+
+def test_audit_takes_them(cotune: Cotune, folder: Path) -> None:
+    few = ("--canaries", "64", "--confidence", "0.9999999", "--set", "privacy={epsilon=3}", "--json")
+    found = json.loads(cotune("audit", "toy.toml", *SHORT, *QUICK, *few).out)
+    whole = json.loads(cotune("audit", "toy.toml", *QUICK, *few).out)  # of two organisations
+    assert found["examples"] < whole["examples"]
+
+
+def test_simulate_prints_its_summary_as_json(cotune: Cotune, folder: Path) -> None:
+    shown = cotune("simulate", "toy.toml", *QUICK, "--out", "run", "--json")
+    assert shown.code == 0
+    assert json.loads(shown.out) == json.loads((folder / "run" / "summary.json").read_bytes())
+    assert "round 1/1" in shown.err  # the lines of a run are not its result
+
+
+# --- before torch is there
+
+ALONE = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None  # whoever imports them fails
+sys.argv = ["cotune", *sys.argv[1:]]
+from cotune.cli.main import run
+run()
+"""
+
+
+def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    return subprocess.run([sys.executable, "-c", ALONE, *arguments], capture_output=True, text=True, env=environ, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("simulate", "toy.toml", "--data", "nowhere.csv"), "nowhere.csv"),
+        (("simulate", "--data", "nowhere.csv"), "nowhere.csv"),
+        (("simulate", "toy.toml", "--set", 'data.source="nowhere.csv"'), "nowhere.csv"),
+        (("simulate", "toy.toml", "--model", "./nowhere"), "./nowhere"),
+        (("simulate", "nowhere.toml"), "nowhere.toml"),
+        (("simulate", "tweet"), "'tweets'"),
+        (("plan", "check", "toy.toml", "--data", "nowhere.csv"), "nowhere.csv"),
+        (("plan", "check", "text"), "records.csv"),
+        (("audit", "toy.toml", "--data", "nowhere.csv"), "nowhere.csv"),
+        (("compare", "toy.toml", "--data", "nowhere.csv", "--vary", "rounds=1,2"), "nowhere.csv"),
+        (("evaluate", "base", "--data", "nowhere.csv"), "nowhere.csv"),
+        (("predict", "base", "--file", "nowhere.csv"), "nowhere.csv"),
+        (("client", "check", "site", "toy.toml", "--data", "nowhere.csv"), "nowhere.csv"),
+        (("client", "join", "site", "federation.toml", "--data", "nowhere.csv"), "nowhere.csv"),
+        (("client", "evaluate", "site", "--data", "nowhere.csv"), "nowhere.csv"),
+        (("server", "init", "fed", "--plan", "toy.toml", "--host", "localhost", "--test", "nowhere.csv"), "nowhere.csv"),
+        (("server", "init", "fed", "--plan", "nowhere.toml", "--host", "localhost"), "nowhere.toml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_is_missing_is_named_before_torch_is_imported(folder: Path, arguments: tuple[str, ...], named: str) -> None:
+    ended = without_torch(*arguments)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.count("\n") == 1
+    assert named in ended.stderr
+
+
+def test_simulate_says_something_before_torch_is_imported(folder: Path) -> None:
+    ended = without_torch("simulate", "toy.toml")
+    assert ended.returncode == 70
+    assert "toy.toml" in ended.stdout
+
+
+def test_what_is_varied_need_not_be_there_in_the_plan(cotune: Cotune, folder: Path) -> None:
+    """The preset for own files names an example that nobody has."""
+    vary = ("--vary", "data.source=reviews.csv", "--seeds", "1", "--jobs", "1", "--device", "cpu")
+    assert cotune("compare", "text", "--model", "base", *QUICK, *vary).code == 0
+
+
+# --- tables in pipes
+
+
+@pytest.mark.parametrize("color", ["", "1"])
+def test_a_table_in_a_pipe_is_not_cut(folder: Path, color: str) -> None:
+    """However narrow the terminal is that the pipe was opened in, and whether colors were asked for or not."""
+    environ = {key: value for key, value in os.environ.items() if key not in ("PYTEST_CURRENT_TEST", "FORCE_COLOR")}
+    environ |= {"COLUMNS": "20", **({"FORCE_COLOR": color} if color else {})}
+    script = Path(sys.executable).parent / "cotune"
+    shown = subprocess.run([str(script), "strategies"], capture_output=True, text=True, env=environ, check=True).stdout
+    assert max(map(len, shown.splitlines())) > 60
