@@ -37,7 +37,8 @@ def true_positive_rate(spent: Iterable[Steps], false_positive_rate: float) -> fl
     """
     if not 0 <= false_positive_rate <= 1:
         raise ValueError(f"expected a false positive rate in [0, 1], got {false_positive_rate}")
-    return 1 - trade_off(spent)(false_positive_rate)
+    charged = [s for s in spent if s.count]
+    return 1 - trade_off(charged)(false_positive_rate) if charged else false_positive_rate
 
 
 def gaussian_mu(spent: Iterable[Steps]) -> float:

@@ -80,7 +80,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same draws in both worlds, so that answers can be compared to the bit."""
     for module in (dp_sgd, account_module):
-        monkeypatch.setattr(module, "private_generator", lambda: seeded_generator(3, "drawn"))
+        monkeypatch.setattr(module, "private_generator", lambda: seeded_generator(8, "drawn"))
 
 
 def answer(plan: Plan, site: Site, round: int, state: State) -> tuple[Any, ...]:
