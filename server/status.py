@@ -23,6 +23,7 @@ __all__ = ["OrganisationStatus", "RunStatus", "Status", "connections", "look"]
 _PHASES = {
     "run_started": "under way",
     "waiting": "waiting for organisations",
+    "awaiting_approval": "waiting for organisations to approve the plan",
     "run_finished": "handing out the model",
     "run_stopped": "handing out the model",
     "delivery_started": "handing out the model",
@@ -129,7 +130,7 @@ def _certificate(federation: FederationFolder) -> tuple[str | None, str | None]:
 def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]], *, plays: bool) -> RunStatus:
     telling = [event for event in events if event["event"] in _PHASES or event["event"] == "round_started"]
     last = telling[-1] if telling else {"event": ""}
-    phase = "not begun" if not telling else _PHASES.get(last["event"], "under way")
+    phase = "not begun" if not telling else _phase(last)
     tested = [entry["metrics"]["accuracy"] for entry in history if entry["metrics"]]
     return RunStatus(
         run=run.file.run,
@@ -145,6 +146,12 @@ def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]], 
         last_at=events[-1]["at"] if events else None,
         accuracy=tested[-1] if tested else None,
     )
+
+
+def _phase(last: Mapping[str, Any]) -> str:
+    if last["event"] == "awaiting_approval" and not last["organisations"]:
+        return "under way"
+    return _PHASES.get(last["event"], "under way")
 
 
 def _organisation(
@@ -190,6 +197,8 @@ def _last_said(name: str, events: Sequence[Mapping[str, Any]]) -> str:
     for event in reversed(events):
         if event.get("organisation") == name and (said := _said(event)):
             return said
+        if event["event"] == "awaiting_approval" and name in event["organisations"]:
+            return f"has yet to approve the plan, asked in round {event['round']}"
         if event["event"] == "round_started" and name in event["organisations"]:
             return f"asked in round {event['round']}"
     return "not asked yet"
