@@ -36,6 +36,8 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return f"the connection to the SuperLink is lost: {fields.get('reason', 'it does not answer')}"
         case "connection_back":
             return "the connection to the SuperLink is back"
+        case "organisation_left":
+            return f"{who} has left the federation: it is asked again when it joins anew"
         case "delivered":
             return f"{who} has the finished model"
         case "undelivered":

@@ -25,6 +25,7 @@ from cotune.plan.schema import RoundsConfig
 from cotune.server.addresses import Node
 from cotune.server.approvals import NOT_APPROVED, Approvals, awaits_approval
 from cotune.server.post import Letter, Post
+from cotune.server.presence import LEFT
 from cotune.server.tally import Tally
 from cotune.strategies.wire import payload_bytes
 
@@ -285,9 +286,15 @@ class Asking:
                 self._tally.dropped[name] = NOT_APPROVED
             elif name in self._lost or not self._complete:
                 self._tally.absent.append(name)
-                self._drop(name, self._lost[name].reason if name in self._lost else "it was not connected")
+                self._drop(name, self._why_absent(name))
             else:
                 self._drop(name, _LATEST)
+
+
+    def _why_absent(self, name: str) -> str:
+        if name in self._post.left():
+            return LEFT
+        return self._lost[name].reason if name in self._lost else "it was not connected"
 
 
 def _without(people: list[str], here: list[str]) -> list[str]:

@@ -218,6 +218,8 @@ def _said(event: Mapping[str, Any]) -> str:
             return f"answered too late, to round {event['of_round']}"
         case "messages_refused":
             return f"{event['count']} messages refused at the front: {event['reason']}"
+        case "organisation_left":
+            return "has left the federation"
         case "undelivered":
             return f"lacks the finished model: {event['reason']}"
         case _:
