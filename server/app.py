@@ -38,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     if not folder.file.federation:
         return play(grid, folder)  # whoever simulates holds the folder's lock
     clean_output()
-    watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events.tell)
+    watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
     with folder.locked(), _failures_told(folder), listening(watch):
         if not folder.finished:
             play(grid, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from cotune.server.delivery import confirmed
 from cotune.server.events import read_events
 from cotune.server.federation import FederationFolder
 from cotune.server.members import Member
+from cotune.server.refusals import read_refusals, read_strangers
 from cotune.server.run_folder import RunFolder
 from cotune.server.strikes import left_out, strikes_of
 from cotune.server.superlink import Control
@@ -74,6 +75,18 @@ class RunStatus:
 
 
 @dataclass(frozen=True)
+class RefusedStatus:
+    """Whose messages the front has refused since it was first started. who: a member, or the address of somebody who has not shown
+    that it is one. reason: of the last."""
+
+    who: str
+    is_member: bool
+    count: int
+    reason: str
+    at: str
+
+
+@dataclass(frozen=True)
 class Status:
     """certificate_expires: UTC; None where the certificate is not one that organisations accept, and `certificate_problem` says
     why."""
@@ -84,6 +97,7 @@ class Status:
     certificate_problem: str | None
     run: RunStatus | None
     organisations: tuple[OrganisationStatus, ...]
+    refused: tuple[RefusedStatus, ...] = ()
 
 
 def connections(members: Sequence[Member], control: Control) -> dict[str, str] | None:
@@ -109,7 +123,15 @@ def look(federation: FederationFolder, connected: Mapping[str, str] | None, *, p
         certificate_problem=problem,
         run=None if run is None else _run(run, history, events, plays=plays),
         organisations=tuple(organisations),
+        refused=tuple(_refused(federation)),
     )
+
+
+def _refused(federation: FederationFolder) -> Iterator[RefusedStatus]:
+    file = federation.superlink / "refused.json"
+    for found, is_member in ((read_refusals(file), True), (read_strangers(file), False)):
+        for who, refused in sorted(found.items(), key=lambda item: -item[1].count):
+            yield RefusedStatus(who, is_member, refused.count, refused.reason, refused.at)
 
 
 def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, list[dict[str, Any]]]:
