@@ -153,8 +153,8 @@ class RoundsConfig(Table):
         7 * 24 * 3600.0,
         ge=0,
         le=_LONGEST_WAIT,
-        description="how long a round waits for people to approve the plan, where too few have for the quorum; then the run stops,"
-        " to be resumed",
+        description="how long a round waits for people to approve the plan, where too few have for the quorum; then the run"
+        " stops, to be resumed",
     )
     late: Literal["ignore", "fold"] = Field(
         "ignore", description="of updates that come after their round: fold them into a later one, with less weight"

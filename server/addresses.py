@@ -36,7 +36,6 @@ class Addresses(Protocol):
         """Organisation -> node, of those that are connected now. Asks the grid, and may fail as that does."""
         ...
 
-
     def left(self) -> frozenset[str]:
         """Those that had left of their own accord at that look."""
         ...

@@ -206,8 +206,8 @@ class Asking:
         self._waiting.pop(name, None)
 
     def _give_up(self) -> None:
-        """Whoever has had enough time, by that of the others; the deadline itself comes after all that has arrived is taken, unless
-        the round waits for approvals beyond it.
+        """Whoever has had enough time, by that of the others; the deadline itself comes after all that has arrived is taken,
+        unless the round waits for approvals beyond it.
         """
         seconds, deadline = self._patience(), self._config.deadline_seconds
         for name in [name for name in self._times if name in self._waiting]:
@@ -289,7 +289,6 @@ class Asking:
                 self._drop(name, self._why_absent(name))
             else:
                 self._drop(name, _LATEST)
-
 
     def _why_absent(self, name: str) -> str:
         if name in self._post.left():

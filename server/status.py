@@ -76,8 +76,8 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class RefusedStatus:
-    """Whose messages the front has refused since it was first started. who: a member, or the address of somebody who has not shown
-    that it is one. reason: of the last."""
+    """Whose messages the front has refused since it was first started. who: a member, or the address of somebody who has not
+    shown that it is one. reason: of the last."""
 
     who: str
     is_member: bool

@@ -28,11 +28,10 @@ def _unnoted(who: str, reason: str) -> None:
     """Nobody asks."""
 
 
-
 @dataclass(frozen=True)
 class Guard:
-    """known: see `identity.Known`. refused: told of the member whose announcement was refused, who sends too much at once, or whose
-    quota is used up, and why. turned_away: the same of the address of somebody who has not shown that it is a member.
+    """known: see `identity.Known`. refused: told of the member whose announcement was refused, who sends too much at once, or
+    whose quota is used up, and why. turned_away: the same of the address of somebody who has not shown that it is a member.
     """
 
     limits: Limits

@@ -14,7 +14,7 @@ from cotune.server.delivery import deliver
 from cotune.server.enrolment import reconcile
 from cotune.server.presence import LEFT, Presence, Seen
 from cotune.server.superlink import Node
-from tests.server.conftest import NewRun, adding
+from tests.server.conftest import NewRun
 from tests.server.test_asking import NAMES, dropped, everybody, play
 from tests.server.test_delivery import finished, receiving
 from tests.server.test_enrolment import MEMBERS, SuperLink
