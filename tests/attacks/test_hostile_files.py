@@ -216,7 +216,7 @@ class Terminal:
 
     def shown(self) -> str:
         self.stream.close()
-        self._reader.join(10)
+        self._reader.join(600)
         os.close(self._outer)
         return self._read.decode()
 

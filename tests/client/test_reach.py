@@ -39,7 +39,7 @@ def listening(answer: Callable[[socket.socket], object], host: str = "127.0.0.1"
         thread.start()
         yield f"{host}:{server.getsockname()[1]}"
         server.shutdown(socket.SHUT_RDWR)
-    thread.join(5)
+    thread.join(600)
 
 
 @contextmanager

@@ -219,7 +219,7 @@ def flood(port: int, authority: Path) -> Iterator[Mapping[str, int]]:
     finally:
         stopped.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(600)
 
 
 def _hold(port: int, address: str, opened: dict[str, int], stopped: threading.Event) -> None:

@@ -67,7 +67,7 @@ def test_every_key_is_renewed_during_a_run(tmp_path: Path) -> None:
         assert switched.returncode == 0, switched.stderr
         server = fed.processes.pop("server")
         server.send_signal(signal.SIGTERM)
-        server.wait(120)
+        server.wait(600)
         fed.start_server()
         fed.wait(lambda: fed.online() == {"north", "south"})
         fed.run()

@@ -38,7 +38,7 @@ def handshake(folder: Path, host: str, authority: Path | None = None) -> None:
         client.wrap_socket(ours, server_hostname=host).close()
     finally:
         ours.close()
-        server.join(10)
+        server.join(600)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def kill_when(process: BaseProcess, condition: Condition, seconds: float = 0.0) 
 
 
 def finish(process: BaseProcess, log: Path) -> None:
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0, log.read_text(encoding="utf-8")
 
 
@@ -329,7 +329,7 @@ def test_a_second_process_on_the_same_run_is_refused(toy_plan: NewPlan, cotune: 
     with pytest.raises(RunError, match="another process is working on"):
         resume(run)
     second = cotune("simulate", "--resume", run)
-    second.join(60)
+    second.join(600)
     os.kill(first.pid, signal.SIGCONT)
     assert second.exitcode == 1
     assert "cotune: another process is working on" in log.read_text(encoding="utf-8")

@@ -68,8 +68,8 @@ def interrupt(start: Callable[..., BaseProcess], plan_file: Path, out: Path, rou
     workers = children(process.pid)
     assert len(workers) >= 2
     os.kill(process.pid, how)
-    process.join(30)
-    until(lambda: not any(alive(pid) for pid in workers), 10)
+    process.join(600)
+    until(lambda: not any(alive(pid) for pid in workers), 600)
     assert rounds < rounds_played(out) < 32
     return process.exitcode
 

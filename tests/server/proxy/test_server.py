@@ -96,7 +96,7 @@ def upstream(folder: Path) -> Iterator[Upstream]:
         thread.start()
         yield found
         server.shutdown()
-        thread.join(10)
+        thread.join(600)
 
 
 _NUMBERS = itertools.count(1)
@@ -162,7 +162,7 @@ def running(folder: Path, superlink_port: int, quotas: Quotas | None = None, **l
         yield Running(port, stop, folder, refused)
     finally:
         stop()
-        thread.join(20)
+        thread.join(600)
     assert not thread.is_alive()
     assert not failed
 
