@@ -56,7 +56,9 @@ def played(tmp_path: Path, base_model: Base) -> Callable[..., RunFolder]:
 
     def play(records: int = 0, **changes: Any) -> RunFolder:
         test = write_csv(tmp_path / "test.csv", sentences(records)) if records else None
-        made = founded(tmp_path / "fed", base_model("bert"), "zurich", "basel", test=test, **{"server": {"quorum": 0.5}, **changes})
+        made = founded(
+            tmp_path / "fed", base_model("bert"), "zurich", "basel", test=test, **{"server": {"quorum": 0.5}, **changes}
+        )
         folder = real_run(made, name="one")
         private = folder.plan.privacy != "none"
         answers = {
