@@ -121,7 +121,7 @@ class Shown:
     """One line for each thing that happens at the node; why it is not connected, or sends nothing, is said until that changes."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._problem, self._withheld = console, "", ""
+        self._console, self._problem, self._withheld = console, "", ("", "")
 
     def __call__(self, what: str, about: dict[str, Any]) -> None:
         line = getattr(self, f"_{what}", lambda **_: None)(**about)
@@ -138,7 +138,9 @@ class Shown:
         return None if known == reason else f"[yellow]not connected[/yellow]: {escape(reason)}; it is tried again and again"
 
     def _begun(self, round: str, trains: bool) -> str | None:
-        return f"round {escape(round)} begins" if trains else None  # else it gets the finished model
+        if not trains or self._withheld[0] == round:
+            return None  # it gets the finished model, or is asked again for what it has declined
+        return f"round {escape(round)} begins"
 
     def _again(self, round: str, reason: str) -> str:
         return f"[yellow]round {escape(round)} begins again[/yellow]: {escape(reason)}"
@@ -146,19 +148,22 @@ class Shown:
     def _dropped(self, round: str, reason: str) -> str:
         return f"round {escape(round)} is not answered: {escape(reason)}"
 
-    def _answered(self, round: str, seconds: float, entry: dict[str, Any]) -> str:
+    def _answered(self, round: str, seconds: float, entry: dict[str, Any]) -> str | None:
         if entry.get("what") == "receipt":
             return f"the finished model is in {escape(str(entry.get('model')))}"
         if entry.get("what") != "update":
             return self._nothing_sent(round, str(entry.get("reason", "see the log")))
-        self._withheld, spent = "", "without privacy"
+        self._withheld, spent = ("", ""), "without privacy"
         if entry.get("epsilon_spent") is not None:
             spent = f"ε {round_up(entry['epsilon_spent'])} of {entry['epsilon_allowed']:g} spent"
         return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent}"
 
-    def _nothing_sent(self, round: str, why: str) -> str:
-        known, self._withheld = self._withheld, why
-        told = ", for the same reason" if known == why else f": {escape(why)}"
+    def _nothing_sent(self, round: str, why: str) -> str | None:
+        """Nothing where it was asked again, and has said so before."""
+        known, self._withheld = self._withheld, (round, why)
+        if known == (round, why):
+            return None
+        told = ", for the same reason" if known[1] == why else f": {escape(why)}"
         return f"[yellow]round {escape(round)}: no update was sent[/yellow]{told}"
 
 
@@ -188,7 +193,7 @@ def approve(
         console.print("not approved: whenever it is asked for, it is declined")
         raise typer.Exit(1)
     approvals.approve(plan, f"cotune client approve {plan.plan_id[:12]}")
-    console.print("approved: it is trained on when it is asked for next, as far as the policy allows")
+    console.print("approved: it is trained on when it is asked for next, which may take minutes, as far as the policy allows")
 
 
 def sent(

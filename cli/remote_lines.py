@@ -16,6 +16,8 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
     match event:
         case "waiting":
             return _waiting(fields)
+        case "awaiting_approval":
+            return _awaiting_approval(fields)
         case "update_received":
             return _received(fields)
         case "update_quarantined":
@@ -34,6 +36,8 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return f"the connection to the SuperLink is lost: {fields.get('reason', 'it does not answer')}"
         case "connection_back":
             return "the connection to the SuperLink is back"
+        case "organisation_left":
+            return f"{who} has left the federation: it is asked again when it joins anew"
         case "delivered":
             return f"{who} has the finished model"
         case "undelivered":
@@ -59,6 +63,16 @@ def _waiting(fields: dict[str, Any]) -> str:
     there = connected if isinstance(connected, int) else len(connected)
     absent = f"; not connected: {', '.join(fields['absent'])}" if fields["absent"] else ""
     return f"waiting for organisations: {there} connected, {fields['needed']} needed{absent}"
+
+
+def _awaiting_approval(fields: dict[str, Any]) -> str:
+    round, names = fields["round"], ", ".join(fields["organisations"])
+    if not names:
+        return f"round {round}: nobody has to approve the plan any more"
+    return (
+        f"round {round}: nobody has approved the plan yet at {names} (there: `cotune client approve SITE`); they are asked again"
+        " until somebody has, and the round goes on without them where the others are enough"
+    )
 
 
 def _not_applied(fields: dict[str, Any]) -> str:

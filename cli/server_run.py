@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need 
 
 Federation = Annotated[Path, typer.Argument(metavar="FED", help="The federation's folder.")]
 _WATCH_SECONDS = 2.0
+_MOST_REFUSED = 5  # members and addresses that are shown
 
 
 def run(
@@ -159,7 +160,18 @@ def _page(found: Status) -> Group:
         lines.append(f"certificate until {instant(found.certificate_expires)}")
     else:
         lines.append(f"[bold red]certificate: {escape(str(found.certificate_problem))}[/bold red]")
-    return Group(*lines, *_run_lines(found), _members(found))
+    return Group(*lines, *_run_lines(found), *_refused_lines(found), _members(found))
+
+
+def _refused_lines(found: Status) -> list[str]:
+    """Whom the public port has refused what it sent, the most often first."""
+    shown, left = found.refused[:_MOST_REFUSED], found.refused[_MOST_REFUSED:]
+    lines = [
+        f"refused at the public port: {each.who if each.is_member else f'address {each.who}'}, {each.count} times,"
+        f" last {instant(each.at)}: {each.reason}"
+        for each in shown
+    ]
+    return [escape(line) for line in [*lines, *([f"and {len(left)} others"] if left else [])]]
 
 
 def _run_lines(found: Status) -> list[str]:

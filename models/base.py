@@ -31,10 +31,11 @@ if TYPE_CHECKING:  # takes seconds to import, which commands that load no model 
     from transformers import PreTrainedModel
 
 __all__ = [
-    *("BaseModelFolder", "LoadedModel", "ModelConfig"),
+    *("FOLDER", "BaseModelFolder", "LoadedModel", "ModelConfig"),
     *("dropout_settings", "draw_head", "find_base", "load_model", "quiet"),
 ]
 
+FOLDER = "folder:"  # before the name of a base model that its coordinator has in a folder, which members are not told
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
@@ -107,6 +108,12 @@ def find_base(config: ModelConfig) -> BaseModelFolder:
 def _locate(base: str, revision: str | None) -> Path:
     if base.startswith("package:"):
         return _package_model(base.removeprefix("package:"))
+    if base.startswith(FOLDER):
+        name = base.removeprefix(FOLDER)
+        raise ModelError(
+            f"the base model {name} is a folder that only its coordinator has: expected a copy of your own, with the same"
+            " hash, as in `cotune client check SITE federation.toml --model FOLDER`"
+        )
     return path_of_base(base) or _from_hub(base, revision)
 
 

@@ -149,6 +149,13 @@ class RoundsConfig(Table):
         le=_LONGEST_WAIT,
         description="how long a round waits for the quorum to be connected; then the run stops, to be resumed",
     )
+    approval_seconds: float = Field(
+        7 * 24 * 3600.0,
+        ge=0,
+        le=_LONGEST_WAIT,
+        description="how long a round waits for people to approve the plan, where too few have for the quorum; then the run"
+        " stops, to be resumed",
+    )
     late: Literal["ignore", "fold"] = Field(
         "ignore", description="of updates that come after their round: fold them into a later one, with less weight"
     )

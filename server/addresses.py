@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from cotune.server.federation import FederationFolder
 from cotune.server.members import Member
+from cotune.server.presence import Presence, Seen
 
 __all__ = ["REVOKED", "Addresses", "Node", "Registered", "Simulated", "members_of"]
 
@@ -35,6 +36,10 @@ class Addresses(Protocol):
         """Organisation -> node, of those that are connected now. Asks the grid, and may fail as that does."""
         ...
 
+    def left(self) -> frozenset[str]:
+        """Those that had left of their own accord at that look."""
+        ...
+
 
 class Simulated:
     """names: the organisations of the run, in their order."""
@@ -46,6 +51,9 @@ class Simulated:
         nodes = [Node(number) for number in sorted(self._grid.get_node_ids())]
         return {name: nodes[i % len(nodes)] for i, name in enumerate(self._names)} if nodes else {}
 
+    def left(self) -> frozenset[str]:
+        return frozenset()
+
 
 class Nodes(Protocol):
     def get_nodes(self) -> Iterable[NodeInfo]: ...
@@ -56,12 +64,21 @@ class Registered:
 
     def __init__(self, line: Nodes, federation: Path) -> None:
         self._line, self._federation = line, federation
+        self._presence = Presence()
 
     def connected(self) -> dict[str, Node]:
         """Raises RunError for a damaged list of members."""
         names = {member.key: member.name for member in members_of(self._federation).values()}
-        nodes = [node for node in self._line.get_nodes() if node.status in ("", "online")]
-        return {names[node.public_key]: Node(node.node_id, node.last_activated_at) for node in nodes if node.public_key in names}
+        nodes = [node for node in self._line.get_nodes() if node.public_key in names]
+        self._presence.look(Seen(names[node.public_key], _is_online(node), node.online_until) for node in nodes)
+        return {names[node.public_key]: Node(node.node_id, node.last_activated_at) for node in nodes if _is_online(node)}
+
+    def left(self) -> frozenset[str]:
+        return self._presence.left
+
+
+def _is_online(node: NodeInfo) -> bool:
+    return node.status in ("", "online")
 
 
 def members_of(federation: Path) -> dict[str, Member]:

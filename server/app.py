@@ -14,7 +14,7 @@ from cotune.models.holdings import HoldingsFile
 from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
 from cotune.models.terminal import clean_output
-from cotune.plan.model import model_of
+from cotune.server.base import model_here
 from cotune.server.conclusion import conclude
 from cotune.server.delivery import deliver
 from cotune.server.evaluation import evaluate, present_judge
@@ -38,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     if not folder.file.federation:
         return play(grid, folder)  # whoever simulates holds the folder's lock
     clean_output()
-    watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events.tell)
+    watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
     with folder.locked(), _failures_told(folder), listening(watch):
         if not folder.finished:
             play(grid, folder)
@@ -69,7 +69,7 @@ def _tell_failure(folder: RunFolder, reason: str) -> None:
 def play(grid: Grid, folder: RunFolder) -> None:
     """Runs the rounds, with the test set that the folder holds as judge (baselines and real runs may have none)."""
     plan = folder.plan
-    model = model_of(plan, folder.file.device)
+    model = model_here(folder)
     document = folder.path / "test" / "data.json"
     test = HoldingsFile.read(document, plan.labels) if document.exists() else None
 

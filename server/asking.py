@@ -5,6 +5,9 @@ have; when the quorum stands and those who are missing have stayed away for `ser
 reached any more; and at the latest `server.deadline_seconds` after it began. In a real run nobody is waited for much longer than
 the others took: once the quorum and half of those who are asked have answered, whoever has had `server.patience` times their
 median, and `server.least_seconds`, has timed out.
+
+Where nobody has approved the plan yet (approvals.py), the organization is asked again. The round does not wait for it once the
+quorum stands, and otherwise for at most `server.approval_seconds`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from flwr.app import Message, MessageType, RecordDict
 from cotune.models.errors import RunError
 from cotune.plan.schema import RoundsConfig
 from cotune.server.addresses import Node
+from cotune.server.approvals import NOT_APPROVED, Approvals, awaits_approval
 from cotune.server.post import Letter, Post
+from cotune.server.presence import LEFT
 from cotune.server.tally import Tally
 from cotune.strategies.wire import payload_bytes
 
@@ -70,13 +75,16 @@ class Asking:
         self._idle = dict.fromkeys(contents)  # who has not answered for good, and is to be asked
         self._waiting: Counter[str] = Counter()  # who is asked and may answer yet -> how many requests are under way
         self._lost: dict[str, _Lost] = {}
+        self._approvals = Approvals()
+        self._ends: dict[str, float] = {}  # until when those are waited for that were asked again for want of an approval
         self._since: dict[str, str] = {}  # when those who are asked had connected
         self._looked = 0.0
         self._began = clock()
 
     def letters(self) -> Iterator[Letter]:
         """The answers as they come, also those of earlier rounds; letters of this round have a reply each. Whoever sent none is
-        in the tally's `dropped` at the end. Raises RunError when too few are connected for too long.
+        in the tally's `dropped` at the end. One whose plan is not approved yet sends several. Raises RunError when too few are
+        connected for too long.
         """
         self._await_quorum()
         self._began = self._clock()
@@ -94,6 +102,10 @@ class Asking:
             if last:
                 break
         self._close()
+
+    def is_waited_for(self, letter: Letter) -> bool:
+        """Whether a letter of this round was no last word: its sender is asked again."""
+        return letter.organisation in self._approvals
 
     def _await_quorum(self) -> None:
         people, needed, told = list(self._contents), self._tally.needed, None
@@ -116,12 +128,10 @@ class Asking:
 
     def _ask(self) -> None:
         """Whoever is connected, and was not asked or was lost."""
-        ready = [name for name in self._idle if self._may_be_asked(name)]
-        connected = self._post.connected() if ready else {}
-        for name in ready:
-            if name in connected:
-                del self._idle[name]
-                self._send(name, connected[name])
+        connected = self._post.connected() if self._idle else {}
+        for name in [name for name in self._idle if name in connected and self._may_be_asked(name, connected[name])]:
+            del self._idle[name]
+            self._send(name, connected[name])
 
     def _ask_again(self) -> None:
         """Whoever has connected anew since it was asked: its request may be lost, as Flower hands each over once."""
@@ -136,17 +146,19 @@ class Asking:
         self._times[name] += 1
         self._waiting[name] += 1
         self._since[name], self._asked_at[name] = node.since, self._clock()
+        if name in self._approvals:
+            self._ends[name] = self._clock() + self._config.deadline_seconds
         self._tally.bytes_down += payload_bytes(self._contents[name])
         self._post.send(self._round, name, self._message(name, node.id), self._most_bytes)
 
-    def _may_be_asked(self, name: str) -> bool:
+    def _may_be_asked(self, name: str, node: Node) -> bool:
         if name not in self._lost:
-            return True
+            return name not in self._approvals or self._approvals.is_due(name, self._clock(), node.since)
         again = self._lost[name].at + _AGAIN_SECONDS * 2 ** (self._losses[name] - 1)
         return self._clock() >= again and self._post.looked() > self._lost[name].at
 
     def _message(self, name: str, node: int) -> Message:
-        seconds = max(1.0, self._seconds_left())
+        seconds = max(1.0, self._end_of(name) - self._clock())
         if self._config.late == "fold":
             seconds += self._config.max_staleness * self._config.deadline_seconds
         return Message(self._contents[name], node, MessageType.TRAIN, ttl=seconds, group_id=str(self._round))
@@ -158,6 +170,9 @@ class Asking:
             return letter.answers
         if name not in self._contents:
             return False  # it was asked twice, and has answered
+        if self._real and awaits_approval(letter.reply):
+            self._await_approval(name)
+            return True
         if letter.answers:
             self._took[name] = self._clock() - self._asked_at[name]
             self._answered(name)
@@ -171,18 +186,35 @@ class Asking:
             self._drop(name, f"{letter.lost}, {self._losses[name]} times")
         return False
 
+    def _await_approval(self, name: str) -> None:
+        """What it was asked before counts no more: it may take days until it is asked for the last time."""
+        self._waiting.pop(name, None)
+        self._lost.pop(name, None)
+        self._times[name] = self._losses[name] = 0
+        self._idle[name] = None
+        if self._approvals.note(name, self._clock(), self._since[name]):
+            self._tell_of_approvals()
+
+    def _tell_of_approvals(self) -> None:
+        self._tell("awaiting_approval", round=self._round, organisations=self._approvals.names())
+
     def _answered(self, name: str) -> None:
+        if self._approvals.settle(name):
+            self._tell_of_approvals()
         self._idle.pop(name, None)
         self._contents.pop(name, None)
         self._waiting.pop(name, None)
 
     def _give_up(self) -> None:
-        """Whoever has had enough time, by that of the others; the deadline itself comes after all that has arrived is taken."""
-        seconds = self._patience()
-        if seconds >= self._config.deadline_seconds:
-            return
-        for name in [n for n in self._times if n in self._waiting and self._clock() - self._asked_at[n] >= seconds]:
-            self._time_out(name, seconds)
+        """Whoever has had enough time, by that of the others; the deadline itself comes after all that has arrived is taken,
+        unless the round waits for approvals beyond it.
+        """
+        seconds, deadline = self._patience(), self._config.deadline_seconds
+        for name in [name for name in self._times if name in self._waiting]:
+            if seconds < deadline and self._clock() - self._asked_at[name] >= seconds:
+                self._time_out(name, seconds)
+            elif self._clock() >= self._end_of(name) and self._seconds_left() > 0:
+                self._time_out(name, deadline)
 
     def _patience(self) -> float:
         """Seconds for one request. The median of those whose updates were admitted is no single one's to choose."""
@@ -191,6 +223,12 @@ class Asking:
             return config.deadline_seconds
         usual = median(self._took[name] for name in came)
         return min(config.deadline_seconds, max(config.least_seconds, config.patience * usual))
+
+    @property
+    def _given_up(self) -> int:
+        """How many nobody waits for any more, as no person has approved the plan in all that time."""
+        over = self._clock() >= self._approvals.end(self._config.approval_seconds)
+        return len(self._approvals.names()) if over else 0
 
     @property
     def _half_came(self) -> bool:
@@ -211,8 +249,16 @@ class Asking:
     def _complete(self) -> bool:
         return len(self._tally.participants) >= self._enough
 
+    def _end_of(self, name: str) -> float:
+        """Until when its answer is waited for."""
+        return self._ends.get(name, self._began + self._config.deadline_seconds)
+
     def _seconds_left(self) -> float:
-        return self._began + self._config.deadline_seconds - self._clock()
+        """Until the round is over, whoever has not answered by then."""
+        ends = [self._began + self._config.deadline_seconds, *(self._end_of(name) for name in self._waiting)]
+        if not self._tally.has_quorum:
+            ends.append(self._approvals.end(self._config.approval_seconds))
+        return max(ends) - self._clock()
 
     def _over(self) -> bool:
         admitted, needed = len(self._tally.participants), self._tally.needed
@@ -220,12 +266,13 @@ class Asking:
             return True
         if self._waiting:
             return False
-        if not self._idle or admitted + len(self._idle) < needed:
+        if not self._idle or admitted + len(self._idle) - self._given_up < needed:
             return True
         if not self._tally.has_quorum:
             return False
-        since = max([self._began, *(self._lost[name].at for name in self._idle if name in self._lost)])
-        return self._clock() - since >= self._config.absent_seconds
+        absent = [name for name in self._idle if name not in self._approvals]
+        since = max([self._began, *(self._lost[name].at for name in absent if name in self._lost)])
+        return not absent or self._clock() - since >= self._config.absent_seconds
 
     def _close(self) -> None:
         """Whoever is still missing is shown, with the reason."""
@@ -235,11 +282,18 @@ class Asking:
             else:
                 self._time_out(name, self._config.deadline_seconds)
         for name in list(self._idle):
-            if name in self._lost or not self._complete:
+            if name in self._approvals:
+                self._tally.dropped[name] = NOT_APPROVED
+            elif name in self._lost or not self._complete:
                 self._tally.absent.append(name)
-                self._drop(name, self._lost[name].reason if name in self._lost else "it was not connected")
+                self._drop(name, self._why_absent(name))
             else:
                 self._drop(name, _LATEST)
+
+    def _why_absent(self, name: str) -> str:
+        if name in self._post.left():
+            return LEFT
+        return self._lost[name].reason if name in self._lost else "it was not connected"
 
 
 def _without(people: list[str], here: list[str]) -> list[str]:

@@ -102,6 +102,7 @@ class Threaded:
         self._asked: dict[str, _Asked] = {}  # number -> request
         self._closed, self._stopped = threading.Event(), threading.Event()
         self._found: Mapping[str, Node] = {}
+        self._told_left: frozenset[str] = frozenset()
         self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
         self._returns, self._doubts = 0, Counter[str]()  # times that all answers, and one's, may have been lost on the way
         self._threads: list[threading.Thread] = []
@@ -128,6 +129,9 @@ class Threaded:
 
     def looked(self) -> float:
         return self._looked
+
+    def left(self) -> frozenset[str]:
+        return self._addresses.left()
 
     def _watch(self) -> None:
         refused = False
@@ -163,6 +167,13 @@ class Threaded:
         elif self._away and not away:
             self._tell("connection_back")
         self._away = away
+        self._tell_who_left()
+
+    def _tell_who_left(self) -> None:
+        left, before = self.left(), self._told_left
+        self._told_left = left
+        for name in sorted(left - before):
+            self._tell("organisation_left", organisation=name)
 
     def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
         self._start(organisation, self._hand_over, _Asked(round, organisation, most_bytes), message)

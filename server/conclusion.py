@@ -15,10 +15,10 @@ from cotune.models.export import export_model
 from cotune.models.holdings import HoldingsFile
 from cotune.models.tasks import majority
 from cotune.plan.card import CARD
-from cotune.plan.model import model_of
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.claim import claim_of
 from cotune.privacy.statement import stated
+from cotune.server.base import model_here
 from cotune.server.delivery import confirmed
 from cotune.server.events import read_events
 from cotune.server.report import write_report
@@ -64,7 +64,7 @@ def conclude(folder: RunFolder) -> dict[str, Any]:
 
 
 def _export(folder: RunFolder, progress: Progress, summary: Mapping[str, Any]) -> None:
-    model = model_of(folder.plan, folder.file.device)
+    model = model_here(folder)
     model.load(served_of(folder.plan, progress))
     export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})
 

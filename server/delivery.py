@@ -1,6 +1,8 @@
 """The finished model, handed to every organisation of a run; delivered.json says who has confirmed it.
 
-An organisation that was away gets it when the run is continued: whoever has not confirmed is asked again.
+An organisation that was away gets it when the run is continued: whoever has not confirmed is asked again. One that is connected
+and silent does not hold up the end of the run: once half have confirmed, it is waited for `server.patience` times their median,
+and at least `server.least_seconds`, as in a round; it gets it when the run is continued, too.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -106,6 +109,8 @@ class _Delivery:
         self._not_before = dict.fromkeys(contents, 0.0)
         self._under_way, self._since = Counter[str](), dict[str, str]()  # requests; when who is waited for had connected
         self._began, self._looked = time.monotonic(), False
+        self._before = len(confirmed(folder))  # who has it already
+        self._asked_at, self._took = dict[str, float](), list[float]()  # seconds, of those who have confirmed
 
     @property
     def patience(self) -> float:
@@ -120,13 +125,32 @@ class _Delivery:
                 if letter.organisation in self._waiting and self._arrived(letter):
                     lacking.remove(letter.organisation)
         for name in [name for name in lacking if name in self._idle or name in self._waiting]:
-            self._undelivered(name, "it did not confirm in time" if name in self._waiting else "it was not connected")
+            self._undelivered(name, self._why_not(name))
         return lacking
+
+    def _why_not(self, name: str) -> str:
+        if name in self._post.left():
+            return "it has left the federation"
+        return "it did not confirm in time" if name in self._waiting else "it was not connected"
+
+    @property
+    def export_seconds(self) -> float:
+        """How long one that is connected may take to confirm. With half of them confirmed, as the others took."""
+        config, most = self._folder.plan.server, self.longest_wait
+        came = self._before + len(self._took)
+        if not config.patience or not came or 2 * came < self._before + len(self._times):
+            return most
+        usual = median(self._took) if self._took else 0.0
+        return min(most, max(config.least_seconds, config.patience * usual))
 
     def _over(self) -> bool:
         seconds, patience = time.monotonic() - self._began, self.patience
         if self._waiting:
-            return seconds > patience + self.longest_wait
+            if seconds > patience + self.longest_wait:
+                return True
+            now, longest = time.monotonic(), self.export_seconds
+            silent = all(now - self._asked_at[name] > longest for name in self._waiting)
+            return silent and (not self._idle or seconds > patience)
         return not self._idle or seconds > (patience if self._looked else max(patience, _LOOK_SECONDS))
 
     def _send(self) -> None:
@@ -142,6 +166,7 @@ class _Delivery:
     def _hand_over(self, name: str, node: Node) -> None:
         self._times[name] += 1
         self._under_way[name] += 1
+        self._asked_at[name] = time.monotonic()
         self._since[name] = node.since
         ttl = self._folder.plan.server.absent_seconds + _EXPORT_SECONDS
         message = Message(self._waiting[name], node.id, MessageType.EVALUATE, ttl=ttl, group_id=str(self._round))
@@ -171,6 +196,7 @@ class _Delivery:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         document = json.dumps({**confirmed(self._folder), name: now}, ensure_ascii=False, indent=1)
         write_durably(self._folder.path / "delivered.json", document.encode())
+        self._took.append(time.monotonic() - self._asked_at[name])
         self._folder.events.tell("delivered", organisation=name)
         return True
 

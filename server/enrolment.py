@@ -9,6 +9,7 @@ from typing import Protocol, Self
 
 from cotune.models.errors import RunError
 from cotune.server.members import Member
+from cotune.server.presence import Presence, Seen
 from cotune.server.superlink import Node
 
 __all__ = ["Enrolment", "Registry", "reconcile"]
@@ -27,10 +28,11 @@ class Registry(Protocol):
     def unregister(self, node: int) -> None: ...
 
 
-def reconcile(registry: Registry, members: Iterable[Member], say: Say) -> set[str]:
+def reconcile(registry: Registry, members: Iterable[Member], say: Say, presence: Presence | None = None) -> set[str]:
     """Registers the members that are not yet, and removes every other key. Returns the names of those that are online.
 
-    members: whoever was revoked included. Raises RunError where the registry does.
+    members: whoever was revoked included. presence: what learns who was there at this look. Raises RunError where the registry
+    does.
     """
     everybody = {member.key: member for member in members}
     named = {key: member.name for key, member in everybody.items() if member.revoked is None}
@@ -40,7 +42,10 @@ def reconcile(registry: Registry, members: Iterable[Member], say: Say) -> set[st
             registry.unregister(node.id)
             say(f"{_whose(node.key, everybody, named)} is shut out")
     _let_in(registry, {key: name for key, name in named.items() if key not in {node.key for node in nodes}}, say)
-    return {named[node.key] for node in nodes if node.online and node.key in named}
+    known = [node for node in nodes if node.key in named]
+    if presence is not None:
+        presence.look(Seen(named[node.key], node.online, node.until) for node in known)
+    return {named[node.key] for node in known if node.online}
 
 
 def _whose(key: bytes, everybody: Mapping[bytes, Member], named: Mapping[bytes, str]) -> str:
@@ -71,6 +76,7 @@ class Enrolment:
         self._connect, self._members, self._say = connect, members, say
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
         self._online: set[str] = set()
+        self._presence, self._left = Presence(), frozenset[str]()
         self._reached, self._failures = False, 0
 
     def __enter__(self) -> Self:
@@ -94,7 +100,7 @@ class Enrolment:
 
     def _look(self, registry: Registry) -> None:
         try:
-            online = reconcile(registry, self._members(), self._say)
+            online = reconcile(registry, self._members(), self._say, self._presence)
         except Exception as error:  # who may join must be followed whatever happens, and nobody sees a thread end
             self._failures += 1
             if self._reached and self._failures == _PATIENCE and not self._stop.is_set():
@@ -107,4 +113,6 @@ class Enrolment:
         self._reached, self._failures = True, 0
         for name in sorted(online ^ self._online):
             self._say(f"{name} is {'online' if name in online else 'offline'}")
-        self._online = online
+        for name in sorted(self._presence.left - self._left):
+            self._say(f"{name} has left the federation")
+        self._online, self._left = online, self._presence.left

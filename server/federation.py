@@ -43,6 +43,7 @@ class ServerConfig(Table):
         True, description="the SuperLink keeps messages in a file, so that its restart does not end a round; false: in memory"
     )
     test: Path | None = Field(None, description="records that every round's model is judged by, if the coordinator has any")
+    base: Path | None = Field(None, description="the folder of the base model, of which the plan tells members the name alone")
     quotas: Quotas = Field(Quotas(), description="of the server that one member may take; reply is drawn from the base model")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N: for judging and exporting the model")
 

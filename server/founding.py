@@ -22,6 +22,7 @@ from cotune.plan.invitation import Invitation
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.server import certificates
+from cotune.server.base import place_of_base, without_place
 from cotune.server.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.instructions import instructions
 from cotune.server.robust_default import with_robust_default
@@ -44,7 +45,7 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
         raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
     pick_device(config.device)
     resolved = with_robust_default(_resolved(plan, config))
-    config = _with_quotas(config, resolved)
+    config = _with_quotas(config.model_copy(update={"base": place_of_base(plan)}), plan)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
@@ -109,19 +110,11 @@ def address_of(config: ServerConfig) -> str:
 
 
 def _resolved(plan: Plan, config: ServerConfig) -> Plan:
-    """The plan with the base model's hash and the class names."""
+    """The plan with the base model's hash and the class names, and without the place of the base model."""
     base = find_base(plan.model)
     labels = _labels(plan, config.test, base_labels(base.path))
-    local = Path(plan.model.base).expanduser()
-    named = _from_home(local.resolve()) if local.exists() else plan.model.base
-    model = plan.model.model_copy(update={**base.pins, "base": named})
-    return plan.model_copy(update={"labels": labels, "model": model})
-
-
-def _from_home(path: Path) -> str:
-    """The plan goes to others, who need not know whose home it is."""
-    home = Path.home().resolve()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
+    model = plan.model.model_copy(update=base.pins)
+    return without_place(plan.model_copy(update={"labels": labels, "model": model}))
 
 
 def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:

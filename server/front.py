@@ -89,6 +89,7 @@ def setup(config: FrontConfig) -> Setup:
     expiry = certificates.check(config.certificates)
     log.info("the certificate expires on %s", f"{expiry:%Y-%m-%d}")
     Members(config.members).all()
+    refusals = Refusals(config.refusals) if config.refusals else None
     return Setup(
         config.host,
         config.port,
@@ -96,10 +97,11 @@ def setup(config: FrontConfig) -> Setup:
         config.superlink_port,
         ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
         Keys(config.members),
-        Refusals(config.refusals).note if config.refusals else lambda member, reason: None,
+        refusals.note if refusals else lambda member, reason: None,
         config.limits,
         config.quotas,
         config.proxied,
+        refusals.note_address if refusals else lambda address, reason: None,
     )
 
 

@@ -39,6 +39,8 @@ class Gathering:
         for letter in asking.letters():
             if letter.round != round:
                 self._receive_late(letter, round, tally)
+            elif asking.is_waited_for(letter):
+                self._enter_refusal(letter)
             else:
                 self._answered.add((round, letter.organisation))
                 update = self._admit(letter, verify, round, tally)
@@ -87,6 +89,12 @@ class Gathering:
         tally.quarantined.append(name)
         tell("update_quarantined", round=letter.round, organisation=name, reason=opened.reason, file=file)
         return None, 0
+
+    def _enter_refusal(self, letter: Letter) -> None:
+        """Of one that is asked again, in the trail alone."""
+        reply, letter.reply = letter.reply, None
+        if reply is not None:
+            self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organisation)
 
     def _verified(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
         """An answer is held to its organization's signature first, and to the plan then."""

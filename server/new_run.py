@@ -13,6 +13,7 @@ from cotune.models.holdings import HoldingsFile, Portion
 from cotune.models.records import check_labels, read_records
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
+from cotune.server.base import place_of_base, without_place
 from cotune.server.federation import FederationFolder
 from cotune.server.robust_default import check_counts, notes_of
 from cotune.server.run_folder import Participant, RunFile, RunFolder
@@ -47,7 +48,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     that does not suit so many organisations, PrivacyError where client-level privacy cannot be given to so many, DataError for a
     test set that cannot be read.
     """
-    plan = load_plan(federation.path / "plan.toml", overrides)
+    plan, base = _with_base(federation, load_plan(federation.path / "plan.toml", overrides))
     people = tuple(Participant(name=member.name) for member in federation.members.active())
     if not people:
         raise RunError("the federation has no members: invite one first (`cotune server invite`)")
@@ -59,6 +60,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     created = datetime.now(UTC).isoformat(timespec="seconds")
     device, home = federation.config.device, str(federation.path)
     file = RunFile(run=path.name, created=created, engine="superlink", device=device, participants=people, federation=home)
+    file = file.model_copy(update={"base": base})
     try:
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
         _write_test(federation, plan, path)
@@ -68,6 +70,13 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     for note in notes_of(plan, federation.members.active()):
         folder.events.tell("note", text=note)
     return folder
+
+
+def _with_base(federation: FederationFolder, plan: Plan) -> tuple[Plan, str]:
+    """The plan as members see it, and where its base model is, if it does not say. One that `--set` names is not told either."""
+    if plan.model.base == federation.plan.model.base:
+        return plan, str(federation.config.base or "")
+    return without_place(plan), str(place_of_base(plan) or "")
 
 
 def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:

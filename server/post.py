@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,10 @@ class Post(Protocol):
         """When that was (monotonic), above 0; always the same where nobody comes and goes."""
         ...
 
+    def left(self) -> Collection[str]:
+        """Those that had left of their own accord at the last look."""
+        ...
+
     def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
         """Hands a request over, or begins to; once more where the first may be lost: whichever is answered first counts.
         most_bytes: of its answer; a larger one is not taken.
@@ -77,6 +81,9 @@ class Direct:
 
     def looked(self) -> float:
         return 1.0
+
+    def left(self) -> Collection[str]:
+        return ()
 
     def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
         if round != self._round:

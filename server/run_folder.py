@@ -64,6 +64,7 @@ class RunFile(BaseModel):
     participants: tuple[Participant, ...]
     data: str = ""  # fingerprint of the records
     federation: str = ""  # the federation's folder; "": a simulation
+    base: str = ""  # the folder of the base model, where the plan tells members its name alone; "": as the plan says
     silent: bool = False  # a baseline: its events are written but not shown
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from cotune.server.delivery import confirmed
 from cotune.server.events import read_events
 from cotune.server.federation import FederationFolder
 from cotune.server.members import Member
+from cotune.server.refusals import read_refusals, read_strangers
 from cotune.server.run_folder import RunFolder
 from cotune.server.strikes import left_out, strikes_of
 from cotune.server.superlink import Control
@@ -23,6 +24,7 @@ __all__ = ["OrganisationStatus", "RunStatus", "Status", "connections", "look"]
 _PHASES = {
     "run_started": "under way",
     "waiting": "waiting for organisations",
+    "awaiting_approval": "waiting for organisations to approve the plan",
     "run_finished": "handing out the model",
     "run_stopped": "handing out the model",
     "delivery_started": "handing out the model",
@@ -73,6 +75,18 @@ class RunStatus:
 
 
 @dataclass(frozen=True)
+class RefusedStatus:
+    """Whose messages the front has refused since it was first started. who: a member, or the address of somebody who has not
+    shown that it is one. reason: of the last."""
+
+    who: str
+    is_member: bool
+    count: int
+    reason: str
+    at: str
+
+
+@dataclass(frozen=True)
 class Status:
     """certificate_expires: UTC; None where the certificate is not one that organisations accept, and `certificate_problem` says
     why."""
@@ -83,6 +97,7 @@ class Status:
     certificate_problem: str | None
     run: RunStatus | None
     organisations: tuple[OrganisationStatus, ...]
+    refused: tuple[RefusedStatus, ...] = ()
 
 
 def connections(members: Sequence[Member], control: Control) -> dict[str, str] | None:
@@ -108,7 +123,15 @@ def look(federation: FederationFolder, connected: Mapping[str, str] | None, *, p
         certificate_problem=problem,
         run=None if run is None else _run(run, history, events, plays=plays),
         organisations=tuple(organisations),
+        refused=tuple(_refused(federation)),
     )
+
+
+def _refused(federation: FederationFolder) -> Iterator[RefusedStatus]:
+    file = federation.superlink / "refused.json"
+    for found, is_member in ((read_refusals(file), True), (read_strangers(file), False)):
+        for who, refused in sorted(found.items(), key=lambda item: -item[1].count):
+            yield RefusedStatus(who, is_member, refused.count, refused.reason, refused.at)
 
 
 def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, list[dict[str, Any]]]:
@@ -129,7 +152,7 @@ def _certificate(federation: FederationFolder) -> tuple[str | None, str | None]:
 def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]], *, plays: bool) -> RunStatus:
     telling = [event for event in events if event["event"] in _PHASES or event["event"] == "round_started"]
     last = telling[-1] if telling else {"event": ""}
-    phase = "not begun" if not telling else _PHASES.get(last["event"], "under way")
+    phase = "not begun" if not telling else _phase(last)
     tested = [entry["metrics"]["accuracy"] for entry in history if entry["metrics"]]
     return RunStatus(
         run=run.file.run,
@@ -145,6 +168,12 @@ def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]], 
         last_at=events[-1]["at"] if events else None,
         accuracy=tested[-1] if tested else None,
     )
+
+
+def _phase(last: Mapping[str, Any]) -> str:
+    if last["event"] == "awaiting_approval" and not last["organisations"]:
+        return "under way"
+    return _PHASES.get(last["event"], "under way")
 
 
 def _organisation(
@@ -190,6 +219,8 @@ def _last_said(name: str, events: Sequence[Mapping[str, Any]]) -> str:
     for event in reversed(events):
         if event.get("organisation") == name and (said := _said(event)):
             return said
+        if event["event"] == "awaiting_approval" and name in event["organisations"]:
+            return f"has yet to approve the plan, asked in round {event['round']}"
         if event["event"] == "round_started" and name in event["organisations"]:
             return f"asked in round {event['round']}"
     return "not asked yet"
@@ -209,6 +240,8 @@ def _said(event: Mapping[str, Any]) -> str:
             return f"answered too late, to round {event['of_round']}"
         case "messages_refused":
             return f"{event['count']} messages refused at the front: {event['reason']}"
+        case "organisation_left":
+            return "has left the federation"
         case "undelivered":
             return f"lacks the finished model: {event['reason']}"
         case _:

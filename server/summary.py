@@ -10,10 +10,10 @@ from typing import Any
 
 from cotune.models.device import peak_memory_bytes
 from cotune.plan.card import model_card
-from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import epsilon
 from cotune.privacy.statement import client_statement
+from cotune.server.base import model_here
 from cotune.server.client_level import account_of, client_level_noise
 from cotune.server.run_folder import Progress, RunFolder
 
@@ -39,7 +39,7 @@ def identity(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         "model": {
             "base": plan.model.base,
             "base_hash": plan.model.base_hash,
-            "parameters": model_of(plan, folder.file.device).parameter_count(),
+            "parameters": model_here(folder).parameter_count(),
             "shared_parameters": sum(t.numel() for t in progress.state.values()),
         },
         "labels": list(plan.labels),

@@ -59,6 +59,7 @@ class Node:
     key: bytes
     online: bool
     last_online: str = ""
+    until: float = 0.0  # when it is, or was, offline without another heartbeat, in seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Control:
         """Those whose keys are registered."""
         found = _call(self._client.ListNodes, ListNodesRequest()).nodes_info
         present = [node for node in found if node.status != "unregistered"]
-        return tuple(Node(n.node_id, n.public_key, n.status == "online", n.last_activated_at) for n in present)
+        return tuple(Node(n.node_id, n.public_key, n.status == "online", n.last_activated_at, n.online_until) for n in present)
 
     def register(self, key: bytes, name: str) -> int:
         """Lets the node with this public key (PEM) in. Returns its id."""

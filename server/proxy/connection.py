@@ -75,7 +75,7 @@ class Exchange:
         self.waiting = False
         if superlink is None:
             return await self._refuse(request, _PLAIN)
-        member = self._guard.admit(request, self._slot)
+        member = self._guard.admit(request, self._slot, self._shown_client(request))
         if isinstance(member, Refusal):
             return await self._refuse(request, member)
         return await self._serve(request, superlink, member)

@@ -38,8 +38,8 @@ class Setup:
 
     host, port: where it listens; port 0: any that is free. context: of the certificate that it shows. superlink_port, trusted: of
     the SuperLink on 127.0.0.1, and whose certificate is believed there. known: whose keys are members'. refused: told of the
-    member whose announcement was refused, or whose quota is used up, and why. proxied: all connections come from a proxy of the
-    server's own, which counts them.
+    member whose announcement was refused, or whose quota is used up, and why; turned_away: of the address of somebody else that
+    sends too much at once. proxied: all connections come from a proxy of the server's own, which counts them.
     """
 
     host: str
@@ -52,6 +52,7 @@ class Setup:
     limits: Limits = field(default_factory=Limits)
     quotas: Quotas = field(default_factory=Quotas)
     proxied: bool = False
+    turned_away: Callable[[str, str], None] = lambda address, reason: None
 
 
 def serve(setup: Setup) -> None:
@@ -78,7 +79,7 @@ class Front:
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.limits = setup, setup.limits
-        self.guard = Guard.of(setup.limits, setup.quotas, setup.known, setup.refused)
+        self.guard = Guard.of(setup.limits, setup.quotas, setup.known, setup.refused, setup.turned_away)
         self._exchanges: dict[asyncio.Task[None], Exchange | None] = {}  # None: the handshake is not over
 
     async def __aenter__(self) -> Self:

@@ -78,7 +78,8 @@ class Deployment:
         self.wait(lambda: self.log("server").count("ready") > before)
 
     def join(self, name: str) -> None:
-        data = () if (self.site(name) / "data.json").exists() else ("--data", self.folder / f"{name}.csv")
+        named = ("--data", self.folder / f"{name}.csv", "--model", self.folder / "base")
+        data = () if (self.site(name) / "data.json").exists() else named
         self.start(name, "client", "join", self.site(name), self.fed / "federation.toml", *data)
 
     def leave(self, name: str) -> None:

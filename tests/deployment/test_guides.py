@@ -151,7 +151,6 @@ def coordinator(tmp_path: Path, cotune: Cotune, base_model: Callable[[str], Path
     folder.mkdir()
     write_plan(folder / "my.toml", base_model("bert"))
     write_patients(folder / "test.csv", 9, 200)
-    write_patients(folder / "records.csv", 8)
     ports = f"--host localhost --port {free_port()} --superlink-port {free_port()}"
     office = Office(cotune, folder, guide_to("docs/coordinate.md"), {"--host fed.example.org": ports})
     yield office
@@ -159,15 +158,16 @@ def coordinator(tmp_path: Path, cotune: Cotune, base_model: Callable[[str], Path
 
 
 @pytest.fixture
-def organizations(tmp_path: Path, cotune: Cotune) -> Iterator[dict[str, Office]]:
-    """hospital-b gets its guide from the coordinator."""
+def organizations(tmp_path: Path, cotune: Cotune, base_model: Callable[[str], Path]) -> Iterator[dict[str, Office]]:
+    """hospital-b gets its guide from the coordinator. Each has the base model in a folder, which the plan only names."""
     guides = {"hospital-a": guide_to("docs/join.md"), "hospital-b": Guide([])}
     guides["hospital-c"] = guide_to(
         "README.md", "cotune client init", "cotune client check site-a", "cotune client policy site-a", "cotune client join"
     )
     made = {}
     for seed, (name, guide) in enumerate(guides.items()):
-        made[name] = Office(cotune, tmp_path / name, guide, {"--name hospital-a": f"--name {name}"})
+        here = {"--name hospital-a": f"--name {name}", r"--data records\.csv": f"--data records.csv --model {base_model('bert')}"}
+        made[name] = Office(cotune, tmp_path / name, guide, here)
         made[name].folder.mkdir()
         write_patients(made[name].folder / "records.csv", seed)
     yield made

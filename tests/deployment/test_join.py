@@ -74,9 +74,10 @@ def test_an_organisation_joins_trains_and_leaves(fed: Federation, tmp_path: Path
     assert second.plan.plan_id != first.plan.plan_id
     fed.submit(second.path)  # a plan that nobody here has approved
     until(lambda: "cotune client approve" in log.read_text(encoding="utf-8"))
+    assert not sent(site, "update")[2:]
     cotune("approve", site, "--yes")
-    fed.submit(prepare_again(second))
-    until(lambda: any(entry["plan_id"] == second.plan.plan_id for entry in sent(site, "update")))
+    until(lambda: second.finished)  # it had waited, and asked again
+    assert any(entry["plan_id"] == second.plan.plan_id for entry in sent(site, "update"))
 
     node.send_signal(signal.SIGTERM)
     assert node.wait(600) == 0
@@ -87,13 +88,6 @@ def test_an_organisation_joins_trains_and_leaves(fed: Federation, tmp_path: Path
     assert not site.stat().st_mode & 0o077
     inside = [path for path in site.rglob("*") if path.is_file() and "models" not in path.parts]  # models may be served by others
     assert not any(path.stat().st_mode & 0o077 for path in inside)
-
-
-def prepare_again(run: RunFolder) -> Path:
-    """The same plan, from the start, in another folder."""
-    again = run.path.with_name("again")
-    RunFolder.create(again, run.plan, run.file)
-    return again
 
 
 def signing(folder: Path, site: Path) -> FederationFolder:

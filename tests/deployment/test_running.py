@@ -70,13 +70,13 @@ class Coordinator:
 
 @pytest.fixture(scope="module")
 def coordinator(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path]) -> Iterator[Coordinator]:
-    folder = tmp_path_factory.mktemp("federation")
+    folder, base = tmp_path_factory.mktemp("federation"), base_model("bert")
     plan = {
         "name": "toy",
         "rounds": 3,
         "privacy": "none",
         "labels": ["bad", "good", "so"],
-        "model": {"base": str(base_model("bert")), "max_length": 16, "pooling": "mean"},
+        "model": {"base": str(base), "max_length": 16, "pooling": "mean"},
         "data": {"source": "nowhere.csv"},
         "local": {"learning_rate": 1.0, "batch_size": 0.5, "steps": 700},
         "server": {"absent_seconds": 20},
@@ -98,7 +98,9 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[
             make_site(site, name, device="cpu")
             (site / "policy.toml").write_text(dump_policy(Policy.permissive()), encoding="utf-8")
             federation.members.invite(name, read_public_key(site / "node.pub"))
-            made.start(f"{name}.log", "client", "join", site, federation.path / "federation.toml", "--data", records)
+            made.start(
+                f"{name}.log", "client", "join", site, federation.path / "federation.toml", "--data", records, "--model", base
+            )
         try:
             yield made
         finally:

@@ -17,10 +17,12 @@ from flwr.proto.run_pb2 import GetRunRequest
 
 from cotune.client.fleet import Fleet, Request, connected
 from cotune.plan.load import parse_plan
+from cotune.plan.signatures import SIGNED, detach
 from cotune.server.federation import FederationFolder, ServerConfig
 from cotune.server.founding import found
 from cotune.server.new_run import real_run
 from cotune.server.superlink import control
+from cotune.strategies.wire import decode_header
 from tests.deployment.test_supervisor import free_port, serving, until
 
 pytestmark = pytest.mark.long
@@ -47,21 +49,27 @@ def asked(node: Fleet) -> Request:
     raise AssertionError("no request came")
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_a_member_learns_no_place_no_host_and_no_user(folder: FederationFolder) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     folder.members.invite("hospital-a", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
     run = real_run(folder, name="one")
     with serving(folder) as served:
-        until(lambda: served.keys() == served.members(), served.log)
+        until(lambda: served.keys() == served.members() and listens(folder.config.port), served.log)
         authority = (folder.certificates / "ca.crt").read_bytes()
         with control(folder.superlink_address, folder.certificates) as calls:
             calls.start(run.path)
         with connected(f"127.0.0.1:{folder.config.port}", authority, key) as node:
             request = asked(node)
             about = node._client.GetRun(GetRunRequest(node=node._node, run_id=request.run)).run
+            plan = decode_header(detach(node.open(request).header("request", SIGNED).content)[0]).plan
             bundle = node._client.GetFab(GetFabRequest(node=node._node, hash_str=about.fab_hash, run_id=request.run))
         read = [str(about), str(request.header), *(str(part) for part in (request.tree, bundle.fab.verifications))]
-        read.append(bundle.fab.content.decode("latin-1"))
+        read += [bundle.fab.content.decode("latin-1"), plan]
     for text in read:
         assert not A_PATH.search(text), text
         for secret in (str(folder.path), folder.path.name + "/", socket.gethostname(), f"/{getpass.getuser()}"):

@@ -202,6 +202,7 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "server.least_seconds": st.floats(0, 2e6, exclude_min=True),
     "server.absent_seconds": st.floats(0, 2e6),
     "server.wait_seconds": st.floats(0, 2e6),
+    "server.approval_seconds": st.floats(0, 2e6),
     "server.max_staleness": st.integers(1, 100),
     "server.max_examples": st.integers(1, 10**9),
     "server.strikes": st.integers(0, 10**5),

@@ -70,6 +70,9 @@ class Connected:
     def connected(self) -> dict[str, Node]:
         return {name: Node(number) for number, name in enumerate(self._names)}
 
+    def left(self) -> frozenset[str]:
+        return frozenset()
+
 
 @contextmanager
 def released(line: FakeLine) -> Iterator[None]:

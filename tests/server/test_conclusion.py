@@ -12,6 +12,7 @@ import torch
 from transformers import pipeline
 
 from cotune.models.holdings import HoldingsFile
+from cotune.server.base import model_here
 from cotune.server.conclusion import conclude
 from cotune.server.evaluation import evaluate
 from cotune.server.events import read_events
@@ -21,7 +22,7 @@ from cotune.server.run_folder import RunFolder
 from cotune.server.step import served_of
 from cotune.strategies.wire import Request
 from tests.conftest import sentences, write_csv
-from tests.server.conftest import Answer, model_of, update
+from tests.server.conftest import Answer, update
 from tests.server.coordinators import founded
 from tests.server.test_report import Page
 from tests.server.wild import wild
@@ -64,7 +65,7 @@ def played(tmp_path: Path, base_model: Base) -> Callable[..., RunFolder]:
             "zurich": stating(*(1.001, 2.5) if private else (None, None)),
             "basel": stating(*(0.75, -1) if private else (None, -1)),
         }
-        model = model_of(folder.plan)
+        model = model_here(folder)
         document = folder.path / "test" / "data.json"
         held = HoldingsFile.read(document, folder.plan.labels) if records else None
         judge = lambda state: evaluate(model, state, held, "float32") if held else None  # noqa: E731

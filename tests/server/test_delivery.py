@@ -124,6 +124,46 @@ def test_whoever_connects_anew_is_handed_it_again(new_run: NewRun, monkeypatch: 
     assert max(grid.pushed.values()) <= 3
 
 
+def silent(new_run: NewRun, **server: Any) -> tuple[RunFolder, WildGrid]:
+    """org-2 is connected, and never answers what it is handed."""
+    folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 0.3, "quorum": 0.5, **server})
+    grid = receiving(folder)
+    grid.swallowed["org-2"] = 1000
+    return folder, grid
+
+
+def test_one_that_is_silent_does_not_hold_up_the_end_and_gets_it_later(new_run: NewRun) -> None:
+    """Without the rule this test takes ten minutes."""
+    folder, grid = silent(new_run)
+    assert deliver(grid, folder) == ["org-2"]
+    assert told(folder, "undelivered") == [
+        {"event": "undelivered", "organisation": "org-2", "reason": "it did not confirm in time"}
+    ]
+    assert deliver(grid, folder) == ["org-2"]  # nor when the run is continued, and it is the only one
+    assert deliver(receiving(folder), folder) == []
+    assert sorted(confirmed(folder)) == list(NAMES)
+
+
+def test_whoever_is_only_slow_gets_it_in_time(new_run: NewRun) -> None:
+    folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 30.0, "quorum": 0.5})
+    grid = receiving(folder)
+    grid.delay["org-2"] = 0.6
+    assert deliver(grid, folder) == []
+
+
+@pytest.mark.parametrize("change", [{"patience": 0.0}, {}])
+def test_nobody_is_hurried_without_the_rule_or_while_most_are_silent(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, change: dict[str, float]
+) -> None:
+    monkeypatch.setattr(delivery, "_EXPORT_SECONDS", 1.0)
+    monkeypatch.setattr(delivery._Delivery, "longest_wait", 1.0)
+    folder, grid = silent(new_run, least_seconds=0.01, **change)
+    grid.delay["org-2"], grid.swallowed["org-2"] = 0.5, 0
+    if not change:
+        grid.swallowed["org-3"] = grid.swallowed["org-1"] = 1000
+    assert "org-2" not in deliver(grid, folder)
+
+
 def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "_LOOK_SECONDS", 0.3)
     folder = finished(new_run)

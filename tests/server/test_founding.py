@@ -52,7 +52,7 @@ def test_a_federation_is_a_folder_that_only_its_owner_reads(plan: Callable[..., 
     }
     for path in (made.path, *made.path.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
-    assert made.config == config(port=9000, id=made.config.id, quotas=made.config.quotas)
+    assert made.config == config(port=9000, id=made.config.id, quotas=made.config.quotas, base=made.config.base)
     assert made.members.all() == ()
     for host in ("fed.example.org", "10.0.0.7", "127.0.0.1"):
         certificates.check(made.certificates, host)
@@ -64,7 +64,6 @@ def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organisations_get(
     wanted = plan()
     made = found(tmp_path / "fed", wanted, config())
     assert made.plan.model.base_hash == find_base(wanted.model).content_hash
-    assert made.plan.model.base == str(Path(wanted.model.base).resolve())
     assert made.plan.labels == tuple(LABELS)
     assert made.invitation.plan.plan_id == made.plan.plan_id
     assert (made.invitation.name, made.invitation.address) == ("toy", "fed.example.org:9092")
@@ -73,15 +72,23 @@ def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organisations_get(
     assert made.invitation.signing_key == public_hex(read_signing_key(made.certificates))
 
 
-def test_whose_home_the_base_model_is_in_is_nobody_else_s_business(
-    plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_members_see_the_name_of_the_base_model_and_its_hash_and_no_folder(plan: Callable[..., Plan], tmp_path: Path) -> None:
     wanted = plan()
-    monkeypatch.setenv("HOME", str(Path(wanted.model.base).resolve().parents[1]))
+    place = Path(wanted.model.base).resolve()
     made = found(tmp_path / "fed", wanted, config())
-    assert made.plan.model.base.startswith("~/")
-    assert str(Path.home()) not in (made.path / "federation.toml").read_text()
-    assert find_base(made.plan.model).path == Path(wanted.model.base).resolve()
+    assert made.plan.model.base == f"folder:{place.name}"
+    assert made.config.base == place
+    for handed_out in ("federation.toml", "JOIN.md", "plan.toml"):
+        assert str(place.parent) not in (made.path / handed_out).read_text(encoding="utf-8")
+
+
+def test_wherever_the_folder_is_the_plan_is_the_same(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    """Also by another way there."""
+    wanted = plan()
+    place = Path(wanted.model.base).resolve()
+    (tmp_path / "link").symlink_to(place)
+    linked = plan(model={"base": str(tmp_path / "link")})
+    assert found(tmp_path / "a", wanted, config()).plan.plan_id == found(tmp_path / "b", linked, config()).plan.plan_id
 
 
 def test_class_names_are_those_of_the_test_records_where_the_plan_has_none(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cotune.models.durable import write_durably
 from cotune.server import refusals
 from cotune.server.events import Events, listening, read_events
-from cotune.server.refusals import Refusals, Watch, read_refusals
+from cotune.server.refusals import Refusals, Watch, read_refusals, read_strangers
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_none(file: Path, content: bytes) -> None:
 def events(tmp_path: Path, file: Path) -> Iterator[Events]:
     """Of a run that begins when the test does, watched as the process that plays it does."""
     made = Events(tmp_path / "events.jsonl")
-    with listening(Watch(file, made.tell)):
+    with listening(Watch(file, made)):
         yield made
 
 
@@ -120,7 +120,7 @@ def test_the_run_names_whoever_was_refused_since_it_looked_last(file: Path, even
 def test_what_was_refused_before_the_run_is_not_of_it(file: Path, tmp_path: Path) -> None:
     noted(file, "south", 7)
     made = Events(tmp_path / "events.jsonl")
-    with listening(Watch(file, made.tell)):
+    with listening(Watch(file, made)):
         made.tell("round_finished", round=1)
         assert told(made) == []
         noted(file, "south", 1)
@@ -138,3 +138,60 @@ def test_a_file_that_was_begun_anew_is_news_again(file: Path, events: Events) ->
     noted(file, "south", 1)
     events.tell("round_finished", round=3)
     assert [count for _, count, _ in told(events)] == [5, 2, 1]
+
+
+# --- a process that is killed
+
+
+def test_what_was_refused_between_a_kill_and_the_next_process_is_told_once(file: Path, tmp_path: Path) -> None:
+    """The next process begins where the events end, and not with what the front has counted meanwhile."""
+    noted(file, "south", 7)
+    first = Events(tmp_path / "events.jsonl")
+    with listening(Watch(file, first)):
+        noted(file, "south", 2)
+        first.tell("round_finished", round=1)
+        noted(file, "south", 3)  # it is killed before it looks again
+    noted(file, "north", 1)
+    for _ in range(2):
+        again = Events(tmp_path / "events.jsonl")
+        with listening(Watch(file, again)):
+            again.tell("run_started", rounds=2)
+    assert [(who, count) for who, count, _ in told(again)] == [("south", 2), ("south", 3), ("north", 1)]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"counts": 3}'])
+def test_a_damaged_beginning_is_begun_anew(file: Path, tmp_path: Path, content: bytes) -> None:
+    noted(file, "south", 7)
+    (tmp_path / "refused-before.json").write_bytes(content)
+    events = Events(tmp_path / "events.jsonl")
+    with listening(Watch(file, events)):
+        noted(file, "south", 1)
+        events.tell("round_finished", round=1)
+    assert [(who, count) for who, count, _ in told(events)] == [("south", 1)]
+
+
+# --- strangers
+
+
+def test_strangers_are_counted_by_address_and_members_apart(file: Path) -> None:
+    front = Refusals(file)
+    front.note_address("203.0.113.7", "too large")
+    front.note_address("203.0.113.7", "far too large")
+    noted_at = time.monotonic() + 600.0
+    while "203.0.113.7" not in read_strangers(file):
+        assert time.monotonic() < noted_at
+        time.sleep(0.01)
+    found = read_strangers(file)["203.0.113.7"]
+    assert (found.count, found.reason) == (2, "far too large")
+    assert not read_refusals(file)
+    assert Refusals(file)._addresses == read_strangers(file)
+
+
+def test_a_stranger_with_many_addresses_fills_neither_memory_nor_disk(file: Path) -> None:
+    front = Refusals(file)
+    for _ in range(3):
+        front.note_address("203.0.113.7", "too large")
+    for number in range(1000):
+        front.note_address(f"2001:db8:0:{number:x}::/64", "too large")
+    assert len(front._addresses) == refusals._MOST_ADDRESSES
+    assert front._addresses["203.0.113.7"].count == 3

@@ -59,6 +59,7 @@ class WildGrid(InProcessGrid):
         self.node_of: dict[str, int] = {}
         self.names: list[str] = []
         self.offline: set[str] = set()
+        self.left: set[str] = set()  # by itself: offline before its time
         self.since: dict[str, str] = {}
         self.swallowed: Counter[str] = Counter()  # requests that never reach it
         self.pushed: Counter[str] = Counter()
@@ -79,7 +80,13 @@ class WildGrid(InProcessGrid):
 
     def get_nodes(self) -> list[NodeInfo]:
         found = [
-            NodeInfo(node_id=self.node_of[name], public_key=PEMS[i], status="online", last_activated_at=self.since.get(name, ""))
+            NodeInfo(
+                node_id=self.node_of[name],
+                public_key=PEMS[i],
+                status="offline" if name in self.left else "online",
+                online_until=10.0 if name in self.left else 60.0,
+                last_activated_at=self.since.get(name, ""),
+            )
             for i, name in enumerate(self.names)
             if name not in self.offline
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import shutil
 import socket
@@ -23,6 +24,7 @@ from flwr.proto.fleet_pb2 import PullMessagesResponse
 
 from cotune.models.errors import RunError
 from cotune.server.certificates import new_authority
+from cotune.server.events import Events, read_events
 from cotune.server.front import FrontConfig, Keys, read_config, setup
 from cotune.server.members import Members
 from cotune.server.proxy.quotas import Quotas
@@ -97,11 +99,15 @@ def upstream(folder: Path) -> Iterator[Upstream]:
         thread.join(600)
 
 
+_NUMBERS = itertools.count(1)
+
+
 @dataclass
 class Running:
     port: int
     stop: Callable[[], None]
     folder: Path
+    refused: Path  # where it counts whom it has refused
 
     def connect(self) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
@@ -116,10 +122,11 @@ class Running:
 
 @contextmanager
 def running(folder: Path, superlink_port: int, quotas: Quotas | None = None, **limits: float) -> Iterator[Running]:
+    refused = folder.parent / f"refused-{next(_NUMBERS)}.json"
     config = FrontConfig(
         certificates=folder,
         members=folder.parent / "members.json",
-        refusals=folder.parent / "refused.json",
+        refusals=refused,
         superlink_port=superlink_port,
         host="127.0.0.1",
         port=0,
@@ -152,7 +159,7 @@ def running(folder: Path, superlink_port: int, quotas: Quotas | None = None, **l
             loop.call_soon_threadsafe(stopped.set)
 
     try:
-        yield Running(port, stop, folder)
+        yield Running(port, stop, folder, refused)
     finally:
         stop()
         thread.join(600)
@@ -471,12 +478,16 @@ def test_an_honest_announcement_passes_as_it_is(front: Running, upstream: Upstre
 
 
 def test_a_forged_announcement_ends_at_the_front_and_its_member_is_named(front: Running, upstream: Upstream) -> None:
-    before = read_refusals(front.folder.parent / "refused.json").get("south")
+    before = read_refusals(front.refused).get("south")
     for forged in (announcement(reply_to_message_id="", src_node_id=1, dst_node_id=17), announcement(tree(100), src_node_id=1)):
         answer = front.ask(post(forged.SerializeToString(), PUSH, key=SOUTH))
         assert status(answer) == 400
     assert upstream.seen == []
-    after = read_refusals(front.folder.parent / "refused.json")["south"]
+    until = time.monotonic() + 600  # what is not the first is written a second later
+    while (after := read_refusals(front.refused).get("south")) == before:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert after is not None
     assert after.count > (before.count if before else 0)
 
 
@@ -494,11 +505,13 @@ def test_an_object_that_the_server_has_sent_cannot_be_announced(front: Running, 
 # --- quotas
 
 
-def test_a_member_beyond_a_quota_is_refused_and_named_and_the_others_are_not(folder: Path, upstream: Upstream) -> None:
+def test_a_member_beyond_a_quota_is_refused_and_named_and_the_others_are_not(
+    folder: Path, upstream: Upstream, tmp_path: Path
+) -> None:
     """Replies that nobody asked for, until there may be no more; then again for each request that is handed over."""
-    told, last = list[tuple[str, str]](), "Connection: close\r\n"
-    watch = Watch(folder.parent / "refused.json", lambda event, **fields: told.append((fields["organisation"], fields["reason"])))
+    events, last = Events(tmp_path / "events.jsonl"), "Connection: close\r\n"
     with running(folder, upstream.port, Quotas(messages=2)) as front:
+        watch = Watch(front.refused, events)
 
         def announce(first: int, key: EllipticCurvePrivateKey) -> int:
             content = announcement(tree(3, first=first)).SerializeToString()
@@ -510,11 +523,11 @@ def test_a_member_beyond_a_quota_is_refused_and_named_and_the_others_are_not(fol
         assert status(front.ask(post(sent, "/v1/fleet/pull-messages", extra=last, key=SOUTH))) == 200
         assert [announce(first, SOUTH) for first in (500, 600)] == [200, 429]
     until = time.monotonic() + 600  # what is refused in a burst is written a second later
-    while not any("quota of messages" in reason for _, reason in told):
+    while not events.path.exists() or not any("quota of messages" in event["reason"] for event in read_events(events.path)):
         assert time.monotonic() < until
         watch("round_finished", {})
         time.sleep(0.05)
-    assert {name for name, _ in told} == {"south"}
+    assert {event["organisation"] for event in read_events(events.path)} == {"south"}
 
 
 def test_a_quota_of_bytes_is_of_both_directions_and_refused_before_content_is_read(folder: Path, upstream: Upstream) -> None:

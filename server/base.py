@@ -1,0 +1,39 @@
+"""The base model of a run where it is on the coordinator's machine: members see its name and its hash, and no folder.
+
+A plan that names its base model by a folder goes to members with the folder's last name alone, as `folder:NAME`. Where that is is
+in server.toml, and in run.json of each run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cotune.models.base import FOLDER
+from cotune.models.missing import path_of_base
+from cotune.models.sharing import SharedModel
+from cotune.plan.model import model_of
+from cotune.plan.schema import Plan
+from cotune.server.run_folder import RunFolder
+
+__all__ = ["model_here", "place_of_base", "without_place"]
+
+
+def place_of_base(plan: Plan) -> Path | None:
+    """The folder that the plan names its base model by, as an absolute path; None where it names none."""
+    return path_of_base(plan.model.base)
+
+
+def without_place(plan: Plan) -> Plan:
+    """The same with the folder's last name alone."""
+    place = place_of_base(plan)
+    return plan if place is None else _naming(plan, f"{FOLDER}{place.name}")
+
+
+def model_here(folder: RunFolder) -> SharedModel:
+    """The model of a run's plan, on the run's device, as `plan.model.model_of` loads it."""
+    plan = folder.plan if not folder.file.base else _naming(folder.plan, folder.file.base)
+    return model_of(plan, folder.file.device)
+
+
+def _naming(plan: Plan, base: str) -> Plan:
+    return plan.model_copy(update={"model": plan.model.model_copy(update={"base": base})})
