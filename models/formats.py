@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from cotune.models.csv_reader import read_csv
 from cotune.models.encodings import decoded
 from cotune.models.errors import DataError, reason_of
+from cotune.models.json_elements import elements
 from cotune.models.left_out import UNREADABLE
 
 __all__ = ["JSON_SUFFIXES", "READERS", "Columns", "DataConfig", "DataFile", "is_unicode", "word_of"]
@@ -157,13 +158,22 @@ def _loads_line(file: DataFile, text: str, number: int) -> Any:
 
 def _loads(file: DataFile, text: str, first_line: int) -> Any:
     try:
-        return json.loads(text, parse_int=_whole)
+        return _parsed(text, file.lenient)
     except (ValueError, RecursionError) as error:
         reason = f"line {first_line}: {reason_of(error)}"
         if isinstance(error, json.JSONDecodeError):
             reason = f"line {first_line + error.lineno - 1}, column {error.colno}: {error.msg}"
         expected = "expected one object per line, or one array of objects, as in"
         raise DataError(f"{file.name} is not valid JSON ({reason}): {expected} {_example(file)}") from error
+
+
+def _parsed(text: str, lenient: bool) -> Any:
+    try:
+        return json.loads(text, parse_int=_whole)
+    except RecursionError:
+        if not (lenient and text.lstrip().startswith("[")):
+            raise
+        return list(elements(text, _whole))
 
 
 def _whole(digits: str) -> int | str:

@@ -217,11 +217,11 @@ class Ledger:
         with self._chain.transaction() as log:
             return list(log.entries)
 
-    def spent(self, plan_id: str | None = None, collection: str | None = None) -> list[Steps]:
-        """The charges (of one plan; that may concern a record of the collection), reservations at their worst case."""
+    def spent(self, plan_id: str | None = None, collection: str | None = None, last_round: int | None = None) -> list[Steps]:
+        """The charges (of one plan; that may concern a record of the collection; up to a round), reservations at their worst."""
         with self._chain.transaction() as log:
             found = counted_for(log.entries, collection or None)
-            return [c.steps for c in found if plan_id in (None, c.plan_id)]
+            return [c.steps for c in found if plan_id in (None, c.plan_id) and (last_round is None or c.round <= last_round)]
 
     def rounds(self, plan_id: str) -> list[int]:
         """The rounds of a plan for which something was charged, in order."""

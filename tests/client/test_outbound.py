@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotune.client.account import Account
 from cotune.client.outbound import Blocked, check_reason, check_receipt, check_update
 from cotune.client.refusal import UNSAID
 from cotune.client.site import Site
@@ -20,6 +21,7 @@ from cotune.client.training import train_round
 from cotune.models.errors import Declined, RunError
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
+from cotune.privacy.accounting import Steps
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.strategies import wire
 from cotune.strategies.wire import (
@@ -79,6 +81,15 @@ def case(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> Case:
 
 
 def test_an_honest_update_may_leave(case: Case) -> None:
+    case.check()
+
+
+def test_it_may_leave_again_after_an_attempt_at_a_later_round(case: Case) -> None:
+    """A server that lost the answer asks for it again; the ε of the attempt after it was charged meanwhile."""
+    account = Account(case.plan, case.site.policy(), case.site, case.site.counted(case.plan), round=2)
+    stated = Account(case.plan, account.policy, case.site, account.holdings, round=1).stated_epsilon()
+    account.reserve(2, Steps(account.plan_noise(2), 0.2, 2))
+    assert account.stated_epsilon() > stated
     case.check()
 
 
