@@ -106,9 +106,7 @@ class Enrolment:
             if self._reached and self._failures == _PATIENCE and not self._stop.is_set():
                 self._say(f"the SuperLink does not know at present who may join: {error}")
             return
-        if not self._reached:
-            self._say("ready: organisations can join")
-        elif self._failures >= _PATIENCE:
+        if self._failures >= _PATIENCE and self._reached:
             self._say("the SuperLink knows who may join")
         self._reached, self._failures = True, 0
         for name in sorted(online ^ self._online):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import sysconfig
 import time
@@ -27,7 +28,7 @@ from cotune.models.errors import RunError
 from cotune.server import certificates
 from cotune.server.child import Child, running, stop
 from cotune.server.enrolment import Enrolment
-from cotune.server.federation import FederationFolder
+from cotune.server.federation import FederationFolder, ServerConfig
 from cotune.server.founding import address_of
 from cotune.server.handover import HOME
 from cotune.server.processes import Record, end
@@ -87,8 +88,11 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
     say(f"starting {folder.config.name} at {address_of(folder.config)}")
     try:
         with Enrolment(lambda: control(folder.superlink_address, folder.certificates), folder.members.all, say) as enrolment:
+            ready = False
             while not stopped():
-                if enrolment.ready:
+                if not ready and enrolment.ready and _listens(folder.config):
+                    ready = True
+                    say("ready: organisations can join")
                     for child in children:
                         child.never_give_up()
                 for child in children:
@@ -100,6 +104,15 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
         say("stopping")
         stop(children, _GRACE_SECONDS)
         record.keep(())
+
+
+def _listens(config: ServerConfig) -> bool:
+    """Whether the front does, at the public port."""
+    try:
+        socket.create_connection((config.listen, config.port), timeout=_LOOK_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _children(folder: FederationFolder, say: Say) -> list[Child]:

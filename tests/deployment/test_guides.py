@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +24,6 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from cotune.server.federation import FederationFolder
 from cotune.simulations.workers import import_all
 from tests.cli.conftest import Cotune, _logging_as_it_was, cotune, folder  # noqa: F401
 from tests.conftest import sentences
@@ -118,13 +116,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "300"}
 
 
-def listens(coordinator: Office) -> bool:
-    """Whether the public port does."""
-    with socket.socket() as tried:
-        port = FederationFolder(coordinator.folder / "fed").config.port
-        return tried.connect_ex(("localhost", port)) == 0
-
-
 def write_patients(file: Path, seed: int, count: int = 700) -> None:
     """A sentence of each patient."""
     rows = [(text, label, f"patient {seed}-{i}") for i, (text, label) in enumerate(sentences(count, seed))]
@@ -188,7 +179,6 @@ def test_a_coordinator_and_three_organizations_follow_their_pages(coordinator: O
     coordinator.follow("cotune server init")
     coordinator.leave_running("cotune server start")
     coordinator.wait_for("cotune server start", "ready")
-    until(lambda: listens(coordinator), _PATIENCE)
     found(coordinator, organizations)
     invite = coordinator.guide.take("cotune server invite")
     for name, office in organizations.items():

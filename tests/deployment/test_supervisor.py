@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import socket
 import subprocess
 import sys
 import time
@@ -129,6 +130,7 @@ def serving(folder: FederationFolder) -> Iterator[Served]:
     try:
         until(lambda: "ready: " in served.said() or process.poll() is not None, log)
         assert process.poll() is None, served.said()
+        socket.create_connection(("127.0.0.1", folder.config.port)).close()  # whoever is told that it is ready can join
         yield served
     finally:
         if process.poll() is None:

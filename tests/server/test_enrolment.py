@@ -109,7 +109,6 @@ def test_it_follows_the_list_and_outlives_a_superlink_that_has_forgotten_all() -
         until(lambda: said[-1] == "b is offline")
     assert said == [
         "a may join",
-        "ready: organisations can join",
         "a is shut out",
         "b may join",
         "the SuperLink does not know at present who may join: the SuperLink cannot be reached",
@@ -124,11 +123,12 @@ def test_it_follows_the_list_and_outlives_a_superlink_that_has_forgotten_all() -
 def test_a_superlink_that_is_not_there_yet_is_waited_for_without_a_word() -> None:
     superlink, said = SuperLink(), list[str]()
     superlink.down = True
-    with Enrolment(lambda: nullcontext(superlink), list, said.append):
+    with Enrolment(lambda: nullcontext(superlink), list, said.append) as enrolment:
         time.sleep(0.05)
-        assert said == []
+        assert not enrolment.ready
         superlink.down = False
-        until(lambda: said == ["ready: organisations can join"])
+        until(lambda: enrolment.ready)
+    assert said == []
 
 
 @pytest.mark.usefixtures("_quickly")
