@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import socket
-import socket
 import subprocess
 import sys
 import time
