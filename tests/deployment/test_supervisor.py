@@ -157,7 +157,9 @@ def waiting_run(folder: FederationFolder, tmp_path: Path) -> RunFolder:
     """A run of an organisation that never comes."""
     people = (Participant(name="hospital-a"),)
     file = RunFile(run="waiting", created="2026-01-01T00:00:00+00:00", engine="superlink", device="cpu", participants=people)
-    return RunFolder.create(folder.path / "runs" / f"waiting-{tmp_path.name}", folder.plan, file)
+    path = folder.path / "runs" / f"waiting-{tmp_path.name}"
+    path.mkdir(mode=0o700, parents=True)
+    return RunFolder.create(path, folder.plan, file)
 
 
 def test_members_come_and_go_killed_processes_come_back_and_a_killed_start_is_cleaned_up(
