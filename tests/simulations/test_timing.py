@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,11 @@ from cotune.simulations.timing import estimate
 from tests.simulations.conftest import NewPlan
 
 ALONE, POOLED = {"baselines": ["alone"]}, {"baselines": ["pooled"]}
+
+
+@pytest.fixture(autouse=True)
+def _no_features_of_other_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
 
 
 def a_second(work: Callable[[], object]) -> Seconds:
