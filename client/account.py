@@ -223,13 +223,12 @@ class Account:
         return epsilon(self.ledger.spent(self.plan.plan_id, self.collection), self.budget.delta)
 
     def stated_epsilon(self) -> float:
-        """For the server: up to this round, and rounded up to two digits.
+        """For the server: rounded up to two digits. It follows from N and from charges whose σ every update shows anyway.
 
-        It follows from N and from charges whose σ every update shows anyway. An answer that is asked for again, after an attempt
-        at a later round, states what it stated.
+        An answer that is asked for again states what it stated: not what attempts at later rounds were charged since.
         """
         assert self.budget is not None, "without privacy nothing is spent"
-        charged = self.ledger.spent(self.plan.plan_id, self.collection, last_round=self.round)
+        charged = self.ledger.spent(self.plan.plan_id, self.collection, answered=self.round)
         return math.ceil(epsilon(charged, self.budget.delta) * 100 - 1e-9) / 100
 
     def _told(self, what: str) -> list[float] | None:

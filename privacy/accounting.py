@@ -142,8 +142,8 @@ class Steps:
     @property
     def possible(self) -> bool:
         """Whether a mechanism can have these parameters."""
-        sampled = self.mechanism == "gaussian" or self.sample_rate == 1
-        return self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.count >= 0 and sampled
+        is_known = self.mechanism == "gaussian" or (self.mechanism == "geometric" and self.sample_rate == 1)
+        return is_known and 0 < self.noise_multiplier < math.inf and 0 < self.sample_rate <= 1 and self.count >= 0
 
     def event(self) -> dp_event.DpEvent:
         """The steps as a dp-accounting event."""
@@ -162,7 +162,8 @@ def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> Curve:
     """δ of all the steps together at each ε, none below 0: the whole privacy curve, from above.
 
     With geometric steps the privacy loss of these is ±ε₁, and that of the others comes on top: δ(ε) = p·δ₂(ε - ε₁) +
-    (1 - p)·δ₂(ε + ε₁), p = e^ε₁ / (1 + e^ε₁), where δ₂ is the curve of the run that has followed.
+    (1 - p)·δ₂(ε + ε₁), p = e^ε₁ / (1 + e^ε₁), where δ₂ is the curve of the run that has followed: a bound for this run. Of the
+    runs that other answers would have led to, ε is the same at their δ; other points of the curve may differ by a few percent.
     """
     pure, merged = _merge(spent)
     at = np.asarray(epsilons, dtype=np.float64)
@@ -223,6 +224,8 @@ def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
     for s in spent:
         if s.mechanism == "geometric":
             pure += s.count * geometric_epsilon(s.noise_multiplier)
+        elif s.mechanism != "gaussian":
+            raise PrivacyError(f"{s} is of an unknown mechanism: expected gaussian or geometric, or a newer cotune")
         elif s.count:
             counts[s.noise_multiplier, s.sample_rate] = counts.get((s.noise_multiplier, s.sample_rate), 0) + s.count
     return pure, tuple(Steps(sigma, q, count) for (sigma, q), count in sorted(counts.items()))

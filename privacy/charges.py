@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cotune.privacy.accounting import Steps
 from cotune.privacy.chain import Entry
@@ -87,7 +87,10 @@ class History:
 
 def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
     """All charges, in order."""
-    settled = {e.body["charge"]: e.body for e in entries if e.kind == "settle"}
+    settled: dict[int, Mapping[str, Any]] = {}
+    for e in entries:
+        if e.kind == "settle":
+            settled.setdefault(e.body["charge"], e.body)
     for e in entries:
         if e.kind == "reserve":
             b, end = e.body, settled.get(e.id)

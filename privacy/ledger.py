@@ -14,6 +14,7 @@ Records are known by HMACs under a secret of the site, in a file beside the ledg
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from cotune.models.errors import PrivacyError
+from cotune.models.units import RECORD
 from cotune.privacy.accounting import Steps
 from cotune.privacy.chain import Chain, Entry, Log
 from cotune.privacy.charges import (
@@ -217,11 +219,15 @@ class Ledger:
         with self._chain.transaction() as log:
             return list(log.entries)
 
-    def spent(self, plan_id: str | None = None, collection: str | None = None, last_round: int | None = None) -> list[Steps]:
-        """The charges (of one plan; that may concern a record of the collection; up to a round), reservations at their worst."""
+    def spent(self, plan_id: str | None = None, collection: str | None = None, answered: int | None = None) -> list[Steps]:
+        """The charges (of one plan; that may concern a record of the collection), reservations at their worst case.
+
+        answered: of this round of the plan; then only what had been charged when it was, if it was.
+        """
         with self._chain.transaction() as log:
             found = counted_for(log.entries, collection or None)
-            return [c.steps for c in found if plan_id in (None, c.plan_id) and (last_round is None or c.round <= last_round)]
+            end = math.inf if answered is None else _answered_at(log.entries, plan_id, answered)
+            return [c.steps for c in found if plan_id in (None, c.plan_id) and c.id < end]
 
     def rounds(self, plan_id: str) -> list[int]:
         """The rounds of a plan for which something was charged, in order."""
@@ -231,6 +237,13 @@ class Ledger:
         """Raises PrivacyError where no charge would be accepted, as something was charged under another unit."""
         with self._chain.transaction() as log:
             _check_unit(log.entries, data)
+
+
+def _answered_at(entries: Sequence[Entry], plan_id: str | None, round: int) -> float:
+    """The number of the entry that a round was answered; infinity where there is none."""
+    wanted = (plan_id, _ANSWER, [float(round)])
+    told = (e for e in entries if e.kind == "told" and (e.body["plan_id"], e.body["what"], e.body["values"]) == wanted)
+    return next((e.id for e in told), math.inf)
 
 
 def _digest(blob: bytes) -> str:
@@ -248,11 +261,13 @@ def _check_unit(entries: Sequence[Entry], data: str) -> None:
     That is so whichever records they are, and in whichever collections: an exception for data that share none would tell whether
     they do, and the texts of one person would decide which records of another collection count.
     """
-    known = data_sets_of(entries)
+    units = {name: found.unit for name, found in data_sets_of(entries).items()}
+    own = units.get(data, RECORD)  # an older cotune named no data set, and knew records alone
     for charge in charges_of(entries):
-        if data in known and charge.data in known and known[charge.data].unit != known[data].unit:
+        other = units.get(charge.data, RECORD)
+        if other != own:
             raise PrivacyError(
-                f'data set {data[:12]} protects each "{known[data].unit}", and {charge.data[:12]} of the same ledger was charged'
-                f' for each "{known[charge.data].unit}": expected one unit of privacy in a ledger, as charges under two do not'
-                f' add up; go on with "{known[charge.data].unit}", or, for records of other people, with a site of their own'
+                f'data set {data[:12]} protects each "{own}", and {charge.data[:12] or "one"} of the same ledger was charged for'
+                f' each "{other}": expected one unit of privacy in a ledger, as charges under two do not add up; go on with'
+                f' "{other}", or, for records of other people, with a site of their own'
             )

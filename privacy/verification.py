@@ -44,13 +44,15 @@ _TOLERANCE = 1e-3  # relative, in ε: another version of dp-accounting may round
 def verify(export: Mapping[str, Any]) -> dict[str, Any]:
     """What follows from the log, and in `problems` each way in which the export disagrees with it; empty: it holds.
 
-    Returns plain values: head, entries (their number), collections (ε by each accountant, and as stated), problems, valid.
+    Returns plain values: head, entries (their number), collections (ε by each accountant, and as stated; none where the log holds
+    charges that cannot be), problems, valid.
     Raises DataError for what is no exported ledger.
     """
     try:
         entries = [Entry(**entry) for entry in export["entries"]]
-        problems = [*_chain_problems(entries, export["head"]), *_missing(entries, export["collections"])]
-        tables = [_collection(entries, stated) for stated in export["collections"]]
+        impossible = list(_impossible(entries))
+        problems = [*_chain_problems(entries, export["head"]), *impossible, *_missing(entries, export["collections"])]
+        tables = [] if impossible else [_collection(entries, stated) for stated in export["collections"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"this is no exported ledger of the format {FORMAT!r} ({type(error).__name__}: {error}): expected the file that"
@@ -76,6 +78,22 @@ def _chain_problems(entries: Sequence[Entry], head: str | None) -> Iterator[str]
         previous = e.hash
     if head != (previous if entries else None):
         yield f"the head is stated as {str(head)[:12]}, and the log ends with {previous[:12]}"
+
+
+def _impossible(entries: Sequence[Entry]) -> Iterator[str]:
+    """Charges that no mechanism has, and reservations that are lowered twice, to more than they were, or below nothing."""
+    open_charges: dict[int, int] = {}
+    for e in entries:
+        if e.kind == "reserve":
+            b = e.body
+            steps = Steps(b["noise_multiplier"], b["sample_rate"], b["count"], b.get("mechanism", "gaussian"))
+            if not steps.possible:
+                yield f"entry {e.id} charges {steps}, which no mechanism can be"
+            open_charges[e.id] = b["count"]
+        elif e.kind == "settle":
+            reserved = open_charges.pop(e.body["charge"], -1)
+            if not 0 <= e.body["steps"] <= reserved:
+                yield f"entry {e.id} lowers charge {e.body['charge']} to {e.body['steps']} steps, expected an open one of as many"
 
 
 def _missing(entries: Sequence[Entry], stated: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -431,6 +431,8 @@ def test_a_ledger_of_the_second_schema_counts_against_every_data_set(tmp_path: P
     assert Ledger(path).spent(collection="wards") == [Steps(1.0, 0.05, 12), ROUND]
     assert [(c.at, c.plan, c.state) for c in ledger.charges()] == [("then", "toy", "settled"), ("then", "toy", "reserved")]
     assert ledger.told("p", "example count") == [99.5]  # not drawn again
+    with pytest.raises(PrivacyError, match='go on with "record"'):  # what it was charged for
+        ledger.check_unit(ledger.know([b"anna"], unit="patient_id"))
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     content = path.read_bytes()

@@ -14,6 +14,7 @@ from cotune.client.bookkeeping import export
 from cotune.client.site import Site, SiteFile
 from cotune.models.errors import DataError
 from cotune.privacy.accounting import Steps
+from cotune.privacy.chain import START, entry_hash
 from cotune.privacy.ledger import Limit
 from cotune.privacy.policy import BudgetRules, Policy, dump_policy
 from cotune.privacy.verification import verify
@@ -38,7 +39,9 @@ def exported(tmp_path: Path) -> dict[str, Any]:
         ledger.settle(reserve("a", round, Steps(1.1, 0.02, 20), small), 20)
     grown = ledger.know([i.to_bytes(16, "big") for i in range(150)])
     ledger.settle(reserve("b", 1, Steps(1.5, 0.02, 20), grown), 18)
-    reserve("c", 1, Steps(2.0, 1.0, 1), ledger.know([i.to_bytes(16, "big") for i in range(500, 600)]), "images")
+    images = ledger.know([i.to_bytes(16, "big") for i in range(500, 600)])
+    ledger.settle(reserve("c", 1, Steps(20.0, 1.0, 1, "geometric"), images, "images"), 1)
+    reserve("c", 1, Steps(2.0, 1.0, 1), images, "images")
     found: dict[str, Any] = json.loads(json.dumps(export(site)))
     return found
 
@@ -109,6 +112,43 @@ def test_every_lie_shows(exported: dict[str, Any], told: Callable[[dict[str, Any
     found = verify(changed)
     assert not found["valid"]
     assert found["problems"]
+
+
+def rechained(exported: dict[str, Any]) -> dict[str, Any]:
+    """With hashes that follow from the entries, as whoever holds the ledger can make them."""
+    previous = START
+    for number, entry in enumerate(exported["entries"], start=1):
+        body = json.dumps(entry["body"], sort_keys=True, separators=(",", ":"))
+        entry["id"] = number
+        entry["hash"] = entry_hash(previous, number, entry["at"], entry["kind"], body)
+        previous = entry["hash"]
+    exported["head"] = previous
+    return exported
+
+
+@pytest.mark.parametrize("steps", [0, -5, 21])
+@pytest.mark.parametrize("again", [True, False])
+def test_a_charge_that_is_lowered_by_what_no_ledger_enters_shows(exported: dict[str, Any], steps: int, again: bool) -> None:
+    """The last of several settlements counted, also one below nothing: ε 0.76 became 0.34, and the export was called valid."""
+    reserved = next(e["id"] for e in exported["entries"] if e["kind"] == "reserve" and e["body"]["count"] == 20)
+    if again:
+        exported["entries"].append(
+            {**exported["entries"][-1], "kind": "settle", "body": {"charge": reserved, "steps": steps, "seconds": 0.0}}
+        )
+    else:
+        settled = next(e for e in exported["entries"] if e["kind"] == "settle" and e["body"]["charge"] == reserved)
+        settled["body"]["steps"] = steps if steps else 10**6
+    found = verify(rechained(exported))
+    assert not found["valid"]
+    assert any("lowers charge" in problem for problem in found["problems"])
+
+
+@pytest.mark.parametrize("change", [{"mechanism": "Geometric"}, {"noise_multiplier": 0.0}, {"sample_rate": 1.5}])
+def test_a_charge_that_no_mechanism_can_be_shows(exported: dict[str, Any], change: dict[str, Any]) -> None:
+    next(e for e in exported["entries"] if e["body"].get("mechanism") == "geometric")["body"].update(change)
+    found = verify(rechained(exported))
+    assert not found["valid"]
+    assert found["collections"] == []
 
 
 @pytest.mark.parametrize(
