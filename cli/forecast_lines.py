@@ -90,7 +90,7 @@ def _show_new_policy(console: Console, said: NewPolicy, organisations: int) -> N
 
 
 def _bound(refusal: Refusal, said: NewPolicy) -> str:
-    """The problem; where the site's own ε mends it, what that brings."""
+    """Why the rule declines the plan and, where a smaller ε of the site's own is enough, the ε and σ that follow."""
     if refusal.rule != _RULE or not said.bounds:
         return refusal.problem
     problem = refusal.problem.partition(";")[0]
@@ -119,7 +119,7 @@ def _stages(seen: Forecast) -> Table:
 
 def _organisations(seen: Forecast) -> Table:
     private = seen.plan.privacy != "none"
-    table = Table("organisation", box=None, header_style="bold", pad_edge=False)
+    table = Table("organization", box=None, header_style="bold", pad_edge=False)
     for heading in ("examples", "batch", "steps", *(("σ", "ε planned", "ε allowed", "δ") if private else ())):
         table.add_column(heading, justify="right")
     for o in seen.organisations:

@@ -38,7 +38,8 @@ def check(
     examples: Annotated[
         str | None,
         typer.Option(
-            metavar="N1,N2", help="Records of each organisation, such as 1000,5000,800: no data are read, nor need be there."
+            metavar="N1,N2",
+            help="Records of each organization, such as 1000,5000,800; no data files are needed or read.",
         ),
     ] = None,
     data: Data = None,

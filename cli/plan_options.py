@@ -17,15 +17,15 @@ __all__ = ["AsJson", "By", "Clients", "Data", "Label", "Model", "Partition", "Pl
 PlanArgument = Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")]
 Data = Annotated[
     str | None,
-    typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one per organisation."),
+    typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one per organization."),
 ]
 Task = Annotated[str | None, typer.Option(help="sequence-classification, token-classification or image-classification.")]
 Text = Annotated[str | None, typer.Option(help="Column with the text, or with its words.")]
 Label = Annotated[str | None, typer.Option(help="Column with the class, or with the words' tags.")]
 Model = Annotated[str | None, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")]
-Clients = Annotated[int | None, typer.Option(help="How many organisations the file is split over.")]
+Clients = Annotated[int | None, typer.Option(help="How many organizations the file is split over.")]
 Partition = Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or column:NAME.")]
-By = Annotated[str | None, typer.Option(help="Column that names each record's organisation: short for --partition column:NAME.")]
+By = Annotated[str | None, typer.Option(help="Column that names each record's organization: short for --partition column:NAME.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
 
@@ -64,7 +64,7 @@ class PlanOptions:
 
     @property
     def given(self) -> bool:
-        """Whether anything is said beside the plan's name."""
+        """Whether the command line overrides anything in the plan."""
         return bool(self.overrides)
 
     @property

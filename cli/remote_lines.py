@@ -37,7 +37,7 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
         case "connection_back":
             return "the connection to the SuperLink is back"
         case "organisation_left":
-            return f"{who} has left the federation: it is asked again when it joins anew"
+            return f"{who} has left the federation: it is asked again once it rejoins"
         case "delivered":
             return f"{who} has the finished model"
         case "undelivered":

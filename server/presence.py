@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 __all__ = ["LEFT", "Presence", "Seen"]
 
-LEFT = "it has left the federation; it is asked again when it joins anew"
+LEFT = "it has left the federation; it is asked again once it rejoins"
 _LOOKS = 2  # a node that connects anew may be offline for a moment
 
 
