@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -78,9 +78,9 @@ class Account:
         known = self._told(_COUNT) if self.draws or self.site.ledger_file.exists() else None
         if known is None and not self.draws:
             return self.true_examples
-        return known[0] if known else self._draw_count()
+        return (known or self._draw_count())[0]
 
-    def _draw_count(self) -> int:
+    def _draw_count(self) -> list[float]:
         """Charged before δ is known, which follows from it: against the total, at a δ that is public without it.
 
         All that follows depends on the answer, so that it has an ε of its own (see `privacy.geometric`).
@@ -88,8 +88,11 @@ class Account:
         total = self.policy.budget.epsilon_total
         sigma = self.policy.tell.noise_multiplier
         try:
-            charge = self._reserve(
-                self.round, Steps(sigma, 1.0, 1, "geometric"), _COUNT, [Limit("tell.example_count", total, _DELTA)]
+            return self._drawn(
+                _COUNT,
+                Steps(sigma, 1.0, 1, "geometric"),
+                [Limit("tell.example_count", total, _DELTA)],
+                lambda: [add_geometric_noise(self.true_examples, sigma, self.generator)],
             )
         except Declined:
             raise Declined(
@@ -97,10 +100,6 @@ class Account:
                 f"too little of the total {total:g} is left to tell the number of records with noise, from which a run's noise"
                 " follows: raise budget.epsilon_total in policy.toml, or declare a number",
             ) from None
-        drawn = add_geometric_noise(self.true_examples, sigma, self.generator)
-        self.ledger.tell(self.plan.plan_id, self.data, _COUNT, [drawn])
-        self.ledger.settle(charge, 1)
-        return drawn
 
     def _undeclared(self) -> int:
         if self.draws:
@@ -196,8 +195,12 @@ class Account:
         known = self._told(what)
         if known is not None:
             return known
-        charge = self._reserve(self.round, Steps(self.policy.tell.noise_multiplier, 1.0, 1), what, self._limits())
-        drawn = self.noised(values, 1.0)
+        steps = Steps(self.policy.tell.noise_multiplier, 1.0, 1)
+        return self._drawn(what, steps, self._limits(), lambda: self.noised(values, 1.0))
+
+    def _drawn(self, what: str, steps: Steps, limits: Sequence[Limit], draw: Callable[[], list[float]]) -> list[float]:
+        charge = self._reserve(self.round, steps, what, limits)
+        drawn = draw()
         self.ledger.tell(self.plan.plan_id, self.data, what, drawn)
         self.ledger.settle(charge, 1)
         return drawn

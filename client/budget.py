@@ -13,7 +13,16 @@ from cotune.privacy.ledger import History, Limit
 from cotune.privacy.policy import Policy
 from cotune.privacy.rounding import round_up
 
-__all__ = ["Budget", "budget_of", "check_examples", "noise_multiplier", "planned_steps", "planned_telling", "total_delta"]
+__all__ = [
+    "Budget",
+    "budget_of",
+    "check_examples",
+    "noise_multiplier",
+    "planned_charges",
+    "planned_steps",
+    "planned_telling",
+    "total_delta",
+]
 
 _MOST_NOISE = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
 
@@ -90,6 +99,11 @@ def planned_telling(plan: Plan, policy: Policy, first_round: int = 1, *, counted
     told = [Steps(sigma, 1.0, 1, "geometric")] if number else []
     count = histogram + rounds * (metrics + loss)
     return [*told, Steps(sigma, 1.0, count)] if count else told
+
+
+def planned_charges(plan: Plan, policy: Policy, sigma: float, examples: int) -> list[Steps]:
+    """All that a run is to be charged: what it tells with noise, and every step at σ. examples: the public number."""
+    return [*planned_telling(plan, policy), *(Steps(sigma, rate, count) for rate, count in planned_steps(plan, examples))]
 
 
 def noise_multiplier(

@@ -121,7 +121,7 @@ def features_of(
     reading = _reading(model)
     assert reading is not None, "feature_head said that there are none"
     dtype = arithmetic(model, precision)
-    file = cache_folder() / "features" / f"{_key(model, inputs, state, reading, dtype)}.safetensors"
+    file = _file_of(model, inputs, state, reading, dtype)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):  # several processes of one run want the same features: one computes
@@ -138,8 +138,12 @@ def are_kept(model: SharedModel, inputs: Sequence[Input], precision: str) -> boo
     reading = _reading(model)
     if reading is None:
         return False
-    file = cache_folder() / "features" / f"{_key(model, inputs, {}, reading, arithmetic(model, precision))}.safetensors"
-    return _read(file, len(inputs)) is not None
+    return _read(_file_of(model, inputs, {}, reading, arithmetic(model, precision)), len(inputs)) is not None
+
+
+def _file_of(model: SharedModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> Path:
+    """Where the features of these inputs are kept."""
+    return cache_folder() / "features" / f"{_key(model, inputs, state, reading, dtype)}.safetensors"
 
 
 def arithmetic(model: SharedModel, precision: str) -> torch.dtype:

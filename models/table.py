@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from cotune.models.errors import nearest
 
-__all__ = ["Table", "first_mistake", "keys_called", "keys_like"]
+__all__ = ["Table", "first_mistake", "keys_called", "keys_like", "models_in"]
 
 
 class Table(BaseModel):
@@ -99,7 +99,7 @@ def _paths(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tupl
     for key, field in model.model_fields.items():
         yield (*above, key)
         if len(above) < _DEPTH and key != "train":
-            for inner in _models_in(field.annotation):
+            for inner in models_in(field.annotation):
                 yield from _paths(inner, (*above, key))
 
 
@@ -128,14 +128,15 @@ def _known_keys(model: Any, location: Sequence[Any]) -> list[str]:
         if isinstance(part, int) or not _is_model(model):
             continue
         field = model.model_fields.get(part)
-        model = next((m for m in _models_in(field.annotation if field else None)), None)
+        model = next((m for m in models_in(field.annotation if field else None)), None)
     return list(model.model_fields) if _is_model(model) else []
 
 
-def _models_in(annotation: Any) -> list[Any]:
+def models_in(annotation: Any) -> list[Any]:
+    """Return the tables in a type, such as those of a union."""
     if _is_model(annotation):
         return [annotation]
-    return [m for argument in get_args(annotation) for m in _models_in(argument)]
+    return [m for argument in get_args(annotation) for m in models_in(argument)]
 
 
 def _is_model(candidate: Any) -> bool:

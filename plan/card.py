@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.models.base import FOLDER
+from cotune.models.missing import path_of_base
 from cotune.models.tasks import task_named
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import RecordPrivacy
@@ -100,8 +101,7 @@ def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
 def _base(plan: Plan) -> str:
     """A folder by its last name alone: where it is on a machine is nobody's business."""
     base = plan.model.base
-    is_folder = base.startswith(("/", ".", "~")) or Path(base).exists()
-    name = Path(base).name if is_folder else base.removeprefix(FOLDER)
+    name = base.removeprefix(FOLDER) if path_of_base(base) is None else Path(base).name
     revision = "" if plan.model.revision is None else f", revision {plan.model.revision}"
     return f"{name}{revision}, SHA-256 {plan.model.base_hash or 'not given'}"
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cotune.models.errors import PlanError
+from cotune.models.table import models_in
 
 __all__ = ["Key", "explained", "key_of", "keys_of", "tables_of"]
 
@@ -110,10 +111,8 @@ def _about(model: type[BaseModel]) -> str:
 
 
 def _inner(annotation: Any) -> list[type[BaseModel]]:
-    """The tables in a type."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return list(dict.fromkeys(model for part in get_args(annotation) for model in _inner(part)))
+    """The tables in a type, each once."""
+    return list(dict.fromkeys(models_in(annotation)))
 
 
 def _type(annotation: Any) -> str:

@@ -189,6 +189,10 @@ class RoundsConfig(Table):
         least = 2 if fuses and self.quorum is None and self.asks_everybody else 1
         return max(least, math.ceil((0.5 if self.quorum is None else self.quorum) * updates - 1e-9))  # 0.55 · 20 is 11, and more
 
+    def enough_seconds(self, usual: float, most: float) -> float:
+        """How long one organization is waited for where others took `usual`: at least `least_seconds`, and at most `most`."""
+        return min(most, max(self.least_seconds, self.patience * usual))
+
     @property
     def asks_everybody(self) -> bool:
         return self.sample_rate >= 1 and not self.sample_size

@@ -11,7 +11,7 @@ in one is left out of all others (see `privacy.ledger`), so that a record's char
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cotune.privacy.accounting import Steps
@@ -28,6 +28,7 @@ __all__ = [
     "counted_for",
     "data_sets_of",
     "histories_of",
+    "reserved_steps",
 ]
 
 _COUNTED = ("reserve", "unprotected")  # kinds of entries that are in a collection
@@ -85,6 +86,11 @@ class History:
         return {**self.runs, plan_id: (*self.runs.get(plan_id, ()), *steps)}
 
 
+def reserved_steps(body: Mapping[str, Any]) -> Steps:
+    """What an entry of the kind "reserve" charges at its worst case. An older cotune named no mechanism: it had the Gaussian."""
+    return Steps(body["noise_multiplier"], body["sample_rate"], body["count"], body.get("mechanism", "gaussian"))
+
+
 def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
     """All charges, in order."""
     settled: dict[int, Mapping[str, Any]] = {}
@@ -94,8 +100,8 @@ def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
     for e in entries:
         if e.kind == "reserve":
             b, end = e.body, settled.get(e.id)
-            count = end["steps"] if end else b["count"]
-            steps = Steps(b["noise_multiplier"], b["sample_rate"], count, b.get("mechanism", "gaussian"))
+            reserved = reserved_steps(b)
+            steps = replace(reserved, count=end["steps"]) if end else reserved
             state: Literal["reserved", "settled"] = "settled" if end else "reserved"
             seconds = end["seconds"] if end else 0.0
             about = (b["data"], b["plan_id"], b["plan"], b["round"], steps, b["purpose"], state, seconds)

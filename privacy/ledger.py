@@ -196,8 +196,7 @@ class Ledger:
 
     def last_answered(self, plan_id: str) -> int:
         """The last round of a run that was answered; 0: none."""
-        told = [e.body for e in self.entries() if e.kind == "told"]
-        return max((int(body["values"][0]) for body in told if (body["plan_id"], body["what"]) == (plan_id, _ANSWER)), default=0)
+        return max(_answers(self.entries(), plan_id), default=0)
 
     def charges(self) -> list[Charge]:
         """All charges, in order."""
@@ -226,7 +225,7 @@ class Ledger:
         """
         with self._chain.transaction() as log:
             found = counted_for(log.entries, collection or None)
-            end = math.inf if answered is None else _answered_at(log.entries, plan_id, answered)
+            end = math.inf if answered is None else _answers(log.entries, plan_id).get(answered, math.inf)
             return [c.steps for c in found if plan_id in (None, c.plan_id) and c.id < end]
 
     def rounds(self, plan_id: str) -> list[int]:
@@ -239,11 +238,13 @@ class Ledger:
             _check_unit(log.entries, data)
 
 
-def _answered_at(entries: Sequence[Entry], plan_id: str | None, round: int) -> float:
-    """The number of the entry that a round was answered; infinity where there is none."""
-    wanted = (plan_id, _ANSWER, [float(round)])
-    told = (e for e in entries if e.kind == "told" and (e.body["plan_id"], e.body["what"], e.body["values"]) == wanted)
-    return next((e.id for e in told), math.inf)
+def _answers(entries: Sequence[Entry], plan_id: str | None) -> dict[int, int]:
+    """Round of a run -> the number of the entry that it was first answered."""
+    found: dict[int, int] = {}
+    for e in entries:
+        if e.kind == "told" and (e.body["plan_id"], e.body["what"]) == (plan_id, _ANSWER):
+            found.setdefault(int(e.body["values"][0]), e.id)
+    return found
 
 
 def _digest(blob: bytes) -> str:

@@ -22,6 +22,7 @@ from cotune.privacy.charges import (
     counted_for,
     data_sets_of,
     histories_of,
+    reserved_steps,
 )
 from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, run_figures
 from cotune.privacy.filters import (
@@ -85,11 +86,10 @@ def _impossible(entries: Sequence[Entry]) -> Iterator[str]:
     open_charges: dict[int, int] = {}
     for e in entries:
         if e.kind == "reserve":
-            b = e.body
-            steps = Steps(b["noise_multiplier"], b["sample_rate"], b["count"], b.get("mechanism", "gaussian"))
+            steps = reserved_steps(e.body)
             if not steps.possible:
                 yield f"entry {e.id} charges {steps}, which no mechanism can be"
-            open_charges[e.id] = b["count"]
+            open_charges[e.id] = steps.count
         elif e.kind == "settle":
             reserved = open_charges.pop(e.body["charge"], -1)
             if not 0 <= e.body["steps"] <= reserved:

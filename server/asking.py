@@ -221,8 +221,7 @@ class Asking:
         config, came = self._config, self._tally.participants
         if not (self._real and config.patience and self._half_came and self._tally.has_quorum):
             return config.deadline_seconds
-        usual = median(self._took[name] for name in came)
-        return min(config.deadline_seconds, max(config.least_seconds, config.patience * usual))
+        return config.enough_seconds(median(self._took[name] for name in came), config.deadline_seconds)
 
     @property
     def _given_up(self) -> int:

@@ -6,8 +6,6 @@ in server.toml, and in run.json of each run.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cotune.models.base import FOLDER
 from cotune.models.missing import path_of_base
 from cotune.models.sharing import SharedModel
@@ -15,17 +13,12 @@ from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["model_here", "place_of_base", "without_place"]
-
-
-def place_of_base(plan: Plan) -> Path | None:
-    """The folder that the plan names its base model by, as an absolute path; None where it names none."""
-    return path_of_base(plan.model.base)
+__all__ = ["model_here", "without_place"]
 
 
 def without_place(plan: Plan) -> Plan:
     """The same with the folder's last name alone."""
-    place = place_of_base(plan)
+    place = path_of_base(plan.model.base)
     return plan if place is None else _naming(plan, f"{FOLDER}{place.name}")
 
 

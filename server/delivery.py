@@ -140,8 +140,7 @@ class _Delivery:
         came = self._before + len(self._took)
         if not config.patience or not came or 2 * came < self._before + len(self._times):
             return most
-        usual = median(self._took) if self._took else 0.0
-        return min(most, max(config.least_seconds, config.patience * usual))
+        return config.enough_seconds(median(self._took) if self._took else 0.0, most)
 
     def _over(self) -> bool:
         seconds, patience = time.monotonic() - self._began, self.patience

@@ -16,13 +16,14 @@ from cotune.models.base import find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import PlanError, RunError
+from cotune.models.missing import path_of_base
 from cotune.models.model_settings import base_labels
 from cotune.models.records import check_labels, read_records
 from cotune.plan.invitation import Invitation
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.server import certificates
-from cotune.server.base import place_of_base, without_place
+from cotune.server.base import without_place
 from cotune.server.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.instructions import instructions
 from cotune.server.robust_default import with_robust_default
@@ -45,7 +46,7 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
         raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
     pick_device(config.device)
     resolved = with_robust_default(_resolved(plan, config))
-    config = _with_quotas(config.model_copy(update={"base": place_of_base(plan)}), plan)
+    config = _with_quotas(config.model_copy(update={"base": path_of_base(plan.model.base)}), plan)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700

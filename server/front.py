@@ -19,6 +19,7 @@ from cotune.models.table import Table, first_mistake
 from cotune.models.terminal import clean_output, printable
 from cotune.server import certificates
 from cotune.server.members import Members
+from cotune.server.proxy.guard import unnoted
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Setup, serve
@@ -97,11 +98,11 @@ def setup(config: FrontConfig) -> Setup:
         config.superlink_port,
         ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
         Keys(config.members),
-        refusals.note if refusals else lambda member, reason: None,
+        refusals.note if refusals else unnoted,
         config.limits,
         config.quotas,
         config.proxied,
-        refusals.note_address if refusals else lambda address, reason: None,
+        refusals.note_address if refusals else unnoted,
     )
 
 

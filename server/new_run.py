@@ -10,10 +10,11 @@ from pathlib import Path
 from cotune.models.durable import write_durably
 from cotune.models.errors import PlanError, RunError
 from cotune.models.holdings import HoldingsFile, Portion
+from cotune.models.missing import path_of_base
 from cotune.models.records import check_labels, read_records
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
-from cotune.server.base import place_of_base, without_place
+from cotune.server.base import without_place
 from cotune.server.federation import FederationFolder
 from cotune.server.robust_default import check_counts, notes_of
 from cotune.server.run_folder import Participant, RunFile, RunFolder
@@ -76,7 +77,7 @@ def _with_base(federation: FederationFolder, plan: Plan) -> tuple[Plan, str]:
     """The plan as members see it, and where its base model is, if it does not say. One that `--set` names is not told either."""
     if plan.model.base == federation.plan.model.base:
         return plan, str(federation.config.base or "")
-    return without_place(plan), str(place_of_base(plan) or "")
+    return without_place(plan), str(path_of_base(plan.model.base) or "")
 
 
 def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:

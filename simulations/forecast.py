@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cotune.client.budget import planned_steps, planned_telling
+from cotune.client.budget import planned_charges, planned_steps
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.plan.statistics import statistic_shapes
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.accounting import RecordPrivacy, epsilon
 from cotune.privacy.claim import Figures, figures_of, worst
 from cotune.privacy.statement import client_statement
 from cotune.server.client_level import client_level_noise
@@ -160,8 +160,7 @@ def _organisation(plan: Plan, member: Member) -> OrganisationForecast:
     if not isinstance(plan.privacy, RecordPrivacy) or member.noise_multiplier is None:
         return OrganisationForecast(member.name, member.examples, batch, steps, None, None, None, None)
     sigma, delta = member.noise_multiplier, plan.privacy.delta_for(member.public)
-    telling = planned_telling(plan, member.policy)
-    figures = figures_of([*telling, *(Steps(sigma, rate, count) for rate, count in planned)], delta)
+    figures = figures_of(planned_charges(plan, member.policy, sigma, member.public), delta)
     allowed = member.policy.budget.epsilon_for(plan.privacy.epsilon)
     return OrganisationForecast(member.name, member.examples, batch, steps, sigma, allowed, figures.epsilon, delta, figures)
 

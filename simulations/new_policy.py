@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cotune.client.budget import budget_of, noise_multiplier, planned_steps, planned_telling
+from cotune.client.budget import budget_of, noise_multiplier, planned_charges
 from cotune.client.consent import broken_rules
 from cotune.models.errors import PrivacyError
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.accounting import RecordPrivacy, epsilon
 from cotune.privacy.policy import BudgetRules, Policy
 from cotune.simulations.expected import Member
 
@@ -94,5 +94,4 @@ def _spent(plan: Plan, privacy: RecordPrivacy, policy: Policy, examples: int) ->
         sigma = noise_multiplier(plan, policy, budget, examples, 1)
     except PrivacyError:
         return None
-    steps = [Steps(sigma, rate, count) for rate, count in planned_steps(plan, examples)]
-    return sigma, epsilon([*planned_telling(plan, policy), *steps], budget.delta)
+    return sigma, epsilon(planned_charges(plan, policy, sigma, examples), budget.delta)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cotune.client.budget import planned_steps, planned_telling
+from cotune.client.budget import planned_charges
 from cotune.privacy.accounting import RecordPrivacy, Steps
 from cotune.simulations.sites import Prepared
 
@@ -37,8 +37,7 @@ def promise_of(prepared: Prepared) -> Promise:
     charges, deltas = [], []
     for share in prepared.shares:
         examples, sigma = share.public_examples(plan), prepared.noise[share.name]
-        training = (Steps(sigma, rate, count) for rate, count in planned_steps(plan, examples))
-        charges.append((*planned_telling(plan, share.policy(plan)), *training))
+        charges.append(tuple(planned_charges(plan, share.policy(plan), sigma, examples)))
         deltas.append(privacy.delta_for(examples))
     return Promise(tuple(charges), tuple(deltas), _held_out(prepared))
 

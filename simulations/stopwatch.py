@@ -21,7 +21,7 @@ from cotune.plan.schema import Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 
-__all__ = ["Seconds", "Stopwatch", "by_length", "measure"]
+__all__ = ["Seconds", "Stopwatch", "by_length", "measure", "rows_at_once"]
 
 _BUDGET = 0.3  # seconds for each thing that is measured: there are about seven
 _LENGTHS = 3  # of batches that are measured; those between them are interpolated
@@ -62,6 +62,11 @@ def _timed(work: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def rows_at_once(stage: Stage, *, private: bool) -> int:
+    """Return how many records a batch of a step has; with privacy a slot is blank."""
+    return max(2, stage.local.physical_batch_size) - private
 
 
 def by_length(costs: dict[int, Seconds], length: int) -> Seconds:
@@ -115,7 +120,7 @@ class Stopwatch:
         self.model.load({})
         plan = self.plan if private else self.plan.model_copy(update={"privacy": "none"})
         setting = setting_of(plan, stage, self.model, self.sample, {}, "sample", expected_batch=1.0)
-        rows = max(2, stage.local.physical_batch_size) - private  # a slot is blank
+        rows = rows_at_once(stage, private=private)
         nothing = self._step(setting, stage, (), private=private)
         found = {0: nothing}
         for length, chosen in self._chosen(LENGTHS, rows):

@@ -22,7 +22,7 @@ from cotune.plan.schema import LocalTraining, Stage
 from cotune.privacy.accounting import RecordPrivacy
 from cotune.simulations.baselines import fits_alone
 from cotune.simulations.sites import Prepared
-from cotune.simulations.stopwatch import Measure, Seconds, Stopwatch, by_length, measure
+from cotune.simulations.stopwatch import Measure, Seconds, Stopwatch, by_length, measure, rows_at_once
 
 __all__ = ["estimate"]
 
@@ -100,7 +100,7 @@ class _Work:
             again = self._encode(self._distinct) if _trains_encoder(stages[:number]) else Seconds()
             return again + self.stopwatch.on_features(stage, batch, private=private) * sum(steps) + beside
         costs = self.stopwatch.on_examples(stage, private=private)
-        rows = max(2, stage.local.physical_batch_size) - private
+        rows = rows_at_once(stage, private=private)
         counts = [self._counted(LENGTHS, self._batch(stage.local, n), rows) for n in self.sizes]
         taken = [(_total(costs, count) + costs[0]) * times for count, times in zip(counts, steps, strict=True)]
         return reduce(Seconds.__add__, taken) + beside

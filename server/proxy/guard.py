@@ -16,7 +16,7 @@ from cotune.server.proxy.slots import Slot, Slots, group_of
 from cotune.server.proxy.sparing import Sparing
 from cotune.server.proxy.traffic import Traffic
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "unnoted"]
 
 log = logging.getLogger("cotune.front")
 
@@ -24,7 +24,7 @@ Noted = Callable[[str, str], None]  # whose request was refused, and why
 _TOO_LARGE = (413, 431)  # HTTP status: refused by its head alone, whoever has signed it
 
 
-def _unnoted(who: str, reason: str) -> None:
+def unnoted(who: str, reason: str) -> None:
     """Nobody asks."""
 
 
@@ -45,7 +45,7 @@ class Guard:
     log: Sparing
 
     @classmethod
-    def of(cls, limits: Limits, quotas: Quotas, known: Known, refused: Noted, turned_away: Noted = _unnoted) -> Guard:
+    def of(cls, limits: Limits, quotas: Quotas, known: Known, refused: Noted, turned_away: Noted = unnoted) -> Guard:
         return cls(
             limits, known, refused, turned_away, Slots(limits), Traffic(limits), Sent(), Usage(quotas), Sparing(log.warning)
         )

@@ -18,7 +18,7 @@ from typing import Self
 
 from cotune.models.errors import RunError
 from cotune.server.proxy.connection import PIECE, Exchange
-from cotune.server.proxy.guard import Guard
+from cotune.server.proxy.guard import Guard, unnoted
 from cotune.server.proxy.identity import Known
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
@@ -52,7 +52,7 @@ class Setup:
     limits: Limits = field(default_factory=Limits)
     quotas: Quotas = field(default_factory=Quotas)
     proxied: bool = False
-    turned_away: Callable[[str, str], None] = lambda address, reason: None
+    turned_away: Callable[[str, str], None] = unnoted
 
 
 def serve(setup: Setup) -> None:
