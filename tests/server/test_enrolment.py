@@ -140,14 +140,14 @@ def test_a_damaged_list_is_said_once_and_followed_again_when_it_is_mended() -> N
             raise ValueError("a list that nobody foresaw")
         return [MEMBERS[0]]
 
-    with Enrolment(lambda: nullcontext(superlink), members, said.append):
-        until(lambda: len(said) == 2)
+    with Enrolment(lambda: nullcontext(superlink), members, said.append) as enrolment:
+        until(lambda: enrolment.ready)
         damaged[0] = True
-        until(lambda: len(said) == 3)
+        until(lambda: len(said) == 2)
         time.sleep(0.05)
         damaged[0] = False
-        until(lambda: len(said) == 4)
-    assert said[2:] == [
+        until(lambda: len(said) == 3)
+    assert said[1:] == [
         "the SuperLink does not know at present who may join: a list that nobody foresaw",
         "the SuperLink knows who may join",
     ]
