@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cotune.models.class_names import spelled_alike
+from cotune.models.class_names import shown, spelled_alike
 from cotune.models.holdings import Holdings
 from cotune.models.left_out import KEPT, cut_texts, left_out_line
 from cotune.models.records import Records
@@ -43,7 +43,7 @@ def alike_notes(labels: Sequence[str]) -> Iterator[str]:
     """A warning where classes differ in spelling alone."""
     groups = spelled_alike(labels)
     if groups:
-        named = "; ".join(" and ".join(map(repr, group)) for group in groups[:_SHOWN])
+        named = "; ".join(" and ".join(map(shown, group)) for group in groups[:_SHOWN])
         more = f", and {len(groups) - _SHOWN} more such groups" if len(groups) > _SHOWN else ""
         yield (
             f"classes differ in spelling alone, and are trained as different ones: {named}{more}; if they are one class, give it"
