@@ -40,8 +40,8 @@ def read_csv(file: DataFile, separator: str) -> Columns:
         text = mended(text, separator, len(names), wanted[file.config.label], known)
     if not file.lenient and (lines := torn(text, separator)) is not None:
         raise DataError(
-            f"{file.name} has a double quote that opens a field in line {lines[0]}, and the next one, in line {lines[1]}, does not"
-            " close it: the records between them would be one; write a quote within a field as two, or export the file again"
+            f"{file.name} has a double quote that opens a field in line {lines[0]}, and the next one, in line {lines[1]}, does"
+            " not close it: the records between them would be one; write a quote within a field as two, or export the file again"
         )
     values: dict[str, list[object]] = {name: [] for name in wanted}
     for rows in _rows(file, text, separator, names):

@@ -272,7 +272,7 @@ def _xlsx(file: DataFile) -> Columns:
 
 
 def _without_blank_rows(sheet: pandas.DataFrame) -> pandas.DataFrame:
-    """As in the other formats, where a blank line is no record; rows above the names count, and so do those with a format alone."""
+    """As in the other formats, where a blank line is no record, wherever it stands and whatever format its cells have."""
     return sheet[[not all(map(_is_blank, row)) for row in sheet.itertuples(index=False)]]
 
 

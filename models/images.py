@@ -100,7 +100,9 @@ class ImageReader:
         self.file = folder / "preprocessor_config.json"
         try:
             config: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if not isinstance(config, dict):
+                raise ValueError("no object")
+        except (OSError, ValueError, RecursionError):
             raise ModelError(
                 "the base model has no readable preprocessor_config.json, which says how images are resized and normalised:"
                 " download the folder again"

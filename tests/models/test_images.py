@@ -162,7 +162,7 @@ def test_images_of_unlike_sizes_are_refused(tmp_path: Path) -> None:
         reader(tmp_path, size={"shortest_edge": 20}).shape()
 
 
-@pytest.mark.parametrize("content", [None, "{"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "\ufeff{}", "[" * 100_000])
 def test_a_folder_that_does_not_say_how(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "preprocessor_config.json").write_text(content)

@@ -83,6 +83,9 @@ def test_what_cannot_be_used_is_one_sentence(base_model: Callable[[str], Path], 
         "no weights": lambda f: (f / "model.safetensors").unlink(),
         "a pickle": lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "no words": lambda f: (f / "tokenizer.json").unlink(),
+        "an architecture that is no list": lambda f: changed(f, architectures=5),
+        "an unknown kind": lambda f: changed(f, model_type="zzz", id2label={}, label2id={}),
+        "names without a head": lambda f: changed(f, id2label=["a", "b"]),
         "no configuration": lambda f: (f / "config.json").write_text("{"),
     }
     for name, spoil in broken.items():
