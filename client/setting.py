@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,6 +170,10 @@ def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> floa
 
 def _why_no_gradients(raised: Exception, module: nn.Module) -> str:
     """What a library said; where that is about its own variables, the layers that it stumbled over."""
+    unused = re.search(r"differentiated Tensor at index ([0-9]+) appears to not have been used", str(raised))
+    if unused:
+        names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        return f"{names[int(unused[1])]} and what else has no part in a prediction"
     kinds = kinds_without_rule(module) if isinstance(raised, AttributeError | TypeError) else []
     if kinds:
         return f"Opacus has no rule for the gradients of single records in layers of the kind {', '.join(kinds[:3])}"

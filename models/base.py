@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, deciding_files, revision_of
 from cotune.models.damage import damage_of
+from cotune.models.encoder import encoder_name
 from cotune.models.errors import ModelError
 from cotune.models.git_lfs import first_lfs_pointer
 from cotune.models.missing import missing_base, path_of_base
@@ -236,9 +237,10 @@ def draw_head(module: PreTrainedModel, seed: int) -> None:
 @torch.no_grad()
 def _draw_head(module: PreTrainedModel) -> None:
     """A new head in place of one for other labels that happens to have the same shape."""
+    encoder = encoder_name(module)
     for name, layer in module.named_modules():
         own = list(layer.parameters(recurse=False))
-        if own and not f"{name}.".startswith(f"{module.base_model_prefix}."):
+        if own and not f"{name}.".startswith(f"{encoder}."):
             for parameter in own:
                 cast(Any, parameter)._is_hf_initialized = False  # transformers leaves alone what it has loaded
             module._init_weights(layer)
@@ -326,7 +328,7 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bo
     )
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
-    _check_complete(report, f"{module.base_model_prefix}.", frozen, finished)
+    _check_complete(report, f"{encoder_name(module)}.", frozen, finished)
     _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)

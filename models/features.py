@@ -29,6 +29,7 @@ from cotune.models.alignment import AlignedRows
 from cotune.models.batching import FINE_LENGTHS, fixed_batches
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.durable import write_durably
+from cotune.models.encoder import encoder_name
 from cotune.models.inputs import Input, content_of
 from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.sharing import SharedModel, State
@@ -93,7 +94,7 @@ class FeatureHead(nn.Module):
         headed = copy.copy(whole)
         headed.__dict__["_modules"] = dict(whole._modules)
         self.stub = _Stub()
-        setattr(headed, whole.base_model_prefix, self.stub)
+        setattr(headed, encoder_name(whole), self.stub)
         self.headed = headed
         self.task = model.loaded.task
         self.pad = int(getattr(whole.config, "pad_token_id", None) or 0)
@@ -308,7 +309,7 @@ def _read_vectors(model: SharedModel, batch: Batch, reading: str) -> Tensor:
     """The vector that `reading` names, in each row of a batch: (b, d)."""
     loaded = model.loaded
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    output = getattr(model.module, loaded.module.base_model_prefix)(**inputs)
+    output = getattr(model.module, encoder_name(loaded.module))(**inputs)
     if reading == "pooled":
         return cast(Tensor, output.pooler_output)
     hidden = cast(Tensor, output.last_hidden_state)
