@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from cotune.client.observe import tell
 from cotune.models.alignment import AlignedRows
 from cotune.models.batching import fixed_batches, tight_batches
 from cotune.models.device import bfloat16_is_fast
-from cotune.models.errors import DataError, PrivacyError
+from cotune.models.errors import DataError, PlanError, PrivacyError
 from cotune.models.features import FeatureHead, encode_batch, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.independence import check_independence, check_padding
@@ -126,7 +127,9 @@ def check_stages(plan: Plan, model: SharedModel) -> None:
 
     Raises:
         ModelError, PrivacyError: In a sentence that names the train mode.
+        PlanError: For a weight of a class that is none of the labels.
     """
+    _weights_of(plan, model)
     model.load({})
     if isinstance(plan.privacy, RecordPrivacy):
         check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
@@ -195,7 +198,7 @@ def _on_features(
         features = features.nan_to_num(nan=0.0)
         labels[unreadable] = IGNORED
     slots = _slots_for(head, expected_batch)
-    device = model.device
+    device, weights = model.device, _weights_of(plan, model)
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         for start in range(0, len(rows), slots):
@@ -215,7 +218,7 @@ def _on_features(
         return found
 
     def loss(batch: Batch) -> Tensor:
-        return functional.cross_entropy(scores(batch), batch["labels"], reduction="none", ignore_index=IGNORED)
+        return functional.cross_entropy(scores(batch), batch["labels"], weights, reduction="none", ignore_index=IGNORED)
 
     def correct(batch: Batch) -> Tensor:
         right = scores(batch).argmax(dim=1) == batch["labels"]
@@ -246,6 +249,15 @@ def _on_features(
     )
 
 
+def _weights_of(plan: Plan, model: SharedModel) -> Tensor | None:
+    """How much a label of each class counts in the loss, (classes,); None where all count the same. Raises PlanError."""
+    try:
+        weights = plan.weights_of_classes()
+    except ValueError as error:  # of a plan whose labels were found in the records
+        raise PlanError(f"the plan is not valid: {error}") from None
+    return None if weights is None else torch.tensor(weights, device=model.device)
+
+
 def _slots_for(head: FeatureHead, expected_batch: float) -> int:
     """A power of two, for about as many rows as a step has: from public numbers alone."""
     entries = sum(p.numel() for p in head.parameters() if p.requires_grad)
@@ -274,13 +286,16 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
         for positions in tight_batches(places, lambda p: task.order(rows[numbers[p]]), slots):
             yield positions, collate([rows[numbers[p]] for p in positions])
 
+    weights = _weights_of(plan, model)
+    losses = example_losses if weights is None else partial(example_losses, weights=weights)
+
     def loss(batch: Batch) -> Tensor:
         with AlignedRows(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
-            return example_losses(model.module, batch)
+            return losses(model.module, batch)
 
     def exact(batch: Batch) -> Tensor:
         with AlignedRows():
-            return example_losses(model.module, batch)
+            return losses(model.module, batch)
 
     def scores(batch: Batch) -> Tensor:
         with AlignedRows(), torch.autocast(model.device.type, enabled=False):
