@@ -17,7 +17,7 @@ _WEIGHTS = ".safetensors"
 
 
 def damage_of(folder: Path) -> str | None:
-    """Return what the first damaged file is, in words such as "tokenizer.json, which is not JSON in UTF-8 (…)"; None without one."""
+    """Return the first damaged file and its fault, such as "tokenizer.json, which is not JSON in UTF-8 (…)"; None without one."""
     try:
         files = deciding_files(folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which part of a model is its encoder, and which its head: what `train = head` trains, and what is drawn anew, follows from it."""
+"""Which part of a model is its encoder, and which its head, which alone is drawn anew, and trained by `train = head`."""
 
 from __future__ import annotations
 

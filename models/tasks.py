@@ -151,7 +151,9 @@ def example_losses(module: nn.Module, batch: Batch, weights: Tensor | None = Non
             batch, for the same reason.
     """
     labels = batch["labels"]
-    losses = functional.cross_entropy(logits(module, batch).movedim(-1, 1), labels, weights, ignore_index=IGNORED, reduction="none")
+    losses = functional.cross_entropy(
+        logits(module, batch).movedim(-1, 1), labels, weights, ignore_index=IGNORED, reduction="none"
+    )
     if labels.dim() == 1:
         return losses
     return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)

@@ -97,8 +97,8 @@ class SequenceClassification:
         end = _end_that_is_read(module)
         if end is not None and reader("a")["input_ids"][-1:] != [end]:
             raise ModelError(
-                f"the base model reads a text's class at the token number {end}, with which its tokenizer ends no text: expected one"
-                " that does, as that of BART or T5; get the tokenizer that belongs to the model"
+                f"the base model reads a text's class at the token number {end}, with which its tokenizer ends no text: expected"
+                " one that does, as that of BART or T5; get the tokenizer that belongs to the model"
             )
 
     def longest(self, reader: Any, module: Any, wanted: int) -> int:

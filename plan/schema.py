@@ -274,8 +274,8 @@ class Plan(Table):
     class_weights: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
         {},
         description="how much a record (with tags, a word) of a class counts in the loss, such as { common = 0.05 }; classes that"
-        " are not named: 1; declared here and never counted from records; as gradients are clipped after weighting, a weight below"
-        " 1 for a frequent class does more under privacy than one above 1 for a rare class",
+        " are not named: 1; declared here and never counted from records; as gradients are clipped after weighting, a weight"
+        " below 1 for a frequent class does more under privacy than one above 1 for a rare class",
     )
     train: TrainMode | tuple[Stage, ...] = Field("head", description="one mode for all rounds, or a list of stages")
     rounds: int = Field(10, ge=1, le=100_000, description="where train is one mode; with stages, their sum")
@@ -440,7 +440,9 @@ class Plan(Table):
         """
         unknown = [name for name in self.class_weights if name not in self.labels]
         if unknown:
-            raise ValueError(f"class_weights: there is no class {shown(unknown[0])}{nearest(unknown[0], filter(is_shown, self.labels))}")
+            raise ValueError(
+                f"class_weights: there is no class {shown(unknown[0])}{nearest(unknown[0], filter(is_shown, self.labels))}"
+            )
         found = tuple(self.class_weights.get(label, 1.0) for label in self.labels)
         return None if set(found) <= {1.0} else found
 

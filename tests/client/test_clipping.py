@@ -225,12 +225,14 @@ def test_a_rare_class_is_told_where_the_frequent_one_counts_less(
 ) -> None:
     """2 of 100 records: without weights the prior of the frequent class wins, for the rare ones, too."""
     rows = [("great day" if i < 2 else "awful road", "good" if i < 2 else "bad") for i in range(100)]
-    write_csv(records["sequence-classification"], [(f"{text} {'very ' * (i % 4)}", label) for i, (text, label) in enumerate(rows)])
+    write_csv(
+        records["sequence-classification"], [(f"{text} {'very ' * (i % 4)}", label) for i, (text, label) in enumerate(rows)]
+    )
 
     def told(**weights: float) -> Tensor:
         plan = new_plan("bert", "sequence-classification", labels=("bad", "good"), class_weights=weights)
         plan = plan if private else plan.model_copy(update={"privacy": "none"})
-        model, parameters, given = prepared(plan)
+        _, parameters, given = prepared(plan)
         optimizer = torch.optim.SGD(parameters, lr=5.0)
         steps = private_steps(
             given.module,

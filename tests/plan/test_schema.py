@@ -223,7 +223,9 @@ def test_weights_of_classes_stand_in_the_order_of_the_head() -> None:
     assert plan().weights_of_classes() is None
 
 
-@pytest.mark.parametrize("weights", [{"a": 0}, {"a": -1}, {"a": True}, {"a": float("nan")}, {"a": 1e7}, {"c": 1}, {"a": 1, " a": 2}, 3])
+@pytest.mark.parametrize(
+    "weights", [{"a": 0}, {"a": -1}, {"a": True}, {"a": float("nan")}, {"a": 1e7}, {"c": 1}, {"a": 1, " a": 2}, 3]
+)
 def test_weights_that_are_none_are_refused(weights: object) -> None:
     with pytest.raises(PlanError):
         plan(labels=["a", "b"], class_weights=weights)
