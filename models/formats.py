@@ -214,7 +214,7 @@ def _parquet(file: DataFile) -> Columns:
         names = list(opened.schema_arrow.names)
         present = [name for name in file.columns if names.count(name) == 1]
         # Dataset.from_parquet would copy the file to a cache, and take "[1]" in its path for a pattern.
-        table = Dataset(InMemoryTable(opened.read(columns=present)), fingerprint="unused")
+        table = Dataset(InMemoryTable(opened.read(columns=present, use_threads=False)), fingerprint="unused")
         for name, feature in dict(table.features).items():
             if isinstance(feature, ImageFeature):  # decoding is ours, with limits
                 table = table.cast_column(name, ImageFeature(decode=False))

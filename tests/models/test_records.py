@@ -749,6 +749,23 @@ os._exit(0)  # Arrow's threads sometimes abort an interpreter that ends in the r
 """
 
 
+THREADS = """
+import os, sys
+import datasets, pyarrow.parquet
+from cotune.models.records import DataConfig, read_records
+before = len(os.listdir("/proc/self/task"))
+print(len(read_records(DataConfig(source=sys.argv[1]))), len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
+def test_reading_parquet_starts_no_threads(tmp_path: Path) -> None:
+    """Arrow's pool sometimes aborted a program that had read its records and ended in the regular way."""
+    path = write_parquet(tmp_path / "a.parquet", text=["a"] * 100, label=["x", "y"] * 50, other=list(range(100)))
+    done = subprocess.run([sys.executable, "-c", THREADS, str(path)], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.returncode) == (["100", "0"], 0), done.stderr
+
+
 def test_reading_leaves_nothing_behind_and_stays_offline(tmp_path: Path) -> None:
     rows = {"text": [t for t, _ in PAIRS], "label": [x for _, x in PAIRS]}
     paths = [write(tmp_path / "a.csv", separated(PAIRS, ",")), write(tmp_path / "a.jsonl", lines(PAIRS))]
