@@ -73,4 +73,4 @@ def test_names_are_utf_8_whatever_the_locale_says(base_model: Callable[[str], Pa
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHONIOENCODING"))}
     env = {**plain, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", ASCII, str(folder)], capture_output=True, text=True, env=env, check=False)
-    assert done.stdout.strip() == f"{ascii(labels)} True", done.stderr
+    assert done.stdout.strip() == f"{labels!a} True", done.stderr
