@@ -23,7 +23,7 @@ def encoder_name(module: Any) -> str:
     declared = str(module.base_model_prefix)
     if isinstance(getattr(module, declared, None), nn.Module):
         return declared
-    parts = [name for name, part in module.named_children() if any(True for _ in part.children()) and _has_parameters(part)]
+    parts: list[str] = [name for name, part in module.named_children() if any(True for _ in part.children()) and _has_parameters(part)]
     if len(parts) != 1:
         raise ModelError(
             f"the architecture {module.config.model_type} does not say which of its parts ({', '.join(parts) or 'none'}) is the"

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cotune.models import records as read_records_module
-from cotune.models.class_names import class_name, spelled_alike
+from cotune.models.class_names import class_name, like_missing, spelled_alike
 from cotune.models.errors import DataError
 from cotune.models.records import DataConfig, Records, check_labels, organisation_files, read_records
 from cotune.models.separated import SEPARATORS
@@ -338,6 +338,10 @@ def test_a_column_has_the_same_classes_in_every_format(tmp_path: Path) -> None:
         for suffix in ("csv", "parquet", "jsonl"):
             (tmp_path / f"a.{suffix}").unlink()
             read_records_module._parse.cache_clear()
+
+
+def test_words_for_missing_labels_are_pointed_out() -> None:
+    assert like_missing(["bad", "NaN", "None", "NA", "n/a", "none", "null", "nano"]) == ["NaN", "n/a", "null"]
 
 
 def test_classes_that_differ_in_spelling_alone() -> None:

@@ -150,8 +150,10 @@ def test_answers_are_those_at_the_first_pieces() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_no_single_vector_is_what_the_head_reads(base_model: Callable[[str], Path], kind: str) -> None:
-    assert feature_head(SharedModel(loaded(base_model, kind), None, 1, torch.device("cpu"))) is None
+def test_a_vector_of_each_word_is_what_the_head_reads(base_model: Callable[[str], Path], kind: str) -> None:
+    head = feature_head(SharedModel(loaded(base_model, kind), None, 1, torch.device("cpu")))
+    assert head is not None
+    assert head.reads_words
 
 
 # --- records
