@@ -96,7 +96,8 @@ class PlanOptions:
 
         vary = tuple(vary)
         table = self.check_keys()
-        check_keys(overrides_alone([f"{key.partition('=')[0]}={{}}" for key in vary]), "plan")
+        whole = [key.partition("=")[0] for key in vary if "." in key.partition("=")[0]]  # a short name stands for one of them
+        check_keys(overrides_alone([f"{key}={{}}" for key in whole]), "plan")
         varied = {key.partition("=")[0].strip().partition(".")[0] for key in vary}
         if "data" not in varied:
             check_source(_entry(table, "data", "source"))

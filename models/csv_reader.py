@@ -19,7 +19,7 @@ from cotune.models.separated import SEPARATORS, mended, named_separator, separat
 if TYPE_CHECKING:
     from cotune.models.formats import Columns, DataFile
 
-__all__ = ["are_names", "is_plain_name", "near_names", "no_names", "read_csv"]
+__all__ = ["are_names", "is_plain_name", "near_names", "no_names", "read_csv", "shown_names"]
 
 _FEW = 10  # lines, in which a class may not come twice
 _FEW_LINES = 1000
@@ -95,6 +95,11 @@ def near_names(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """The names of columns that are nearly one of the wanted."""
     folded = [column.casefold() for column in wanted]
     return [name for name in names if difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.75)]
+
+
+def shown_names(names: Sequence[str], wanted: Sequence[str]) -> set[str]:
+    """The names that an error may list: any other may be a record's text, in a file without names."""
+    return {name for name in names if is_plain_name(name)} | set(near_names(names, wanted))
 
 
 def is_plain_name(name: str) -> bool:

@@ -23,7 +23,7 @@ def encoder_name(module: Any) -> str:
     declared = str(module.base_model_prefix)
     if isinstance(getattr(module, declared, None), nn.Module):
         return declared
-    parts: list[str] = [name for name, part in module.named_children() if any(True for _ in part.children()) and _has_parameters(part)]
+    parts: list[str] = [name for name, part in module.named_children() if _is_no_single_layer(part)]
     if len(parts) != 1:
         raise ModelError(
             f"the architecture {module.config.model_type} does not say which of its parts ({', '.join(parts) or 'none'}) is the"
@@ -32,5 +32,5 @@ def encoder_name(module: Any) -> str:
     return parts[0]
 
 
-def _has_parameters(part: nn.Module) -> bool:
-    return any(True for _ in part.parameters())
+def _is_no_single_layer(part: nn.Module) -> bool:
+    return any(True for _ in part.children()) and any(True for _ in part.parameters())
