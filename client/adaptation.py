@@ -115,9 +115,17 @@ def own_records(features: Tensor, targets: Sequence[Target], units: Sequence[int
     numbers = torch.as_tensor([number for each in answers for number in each])
     usable = ~features.isnan().any(dim=1) & (numbers >= 0) & (numbers < classes)
     found = OwnRecords(features, numbers, records, np.asarray(units, dtype=np.int64)[records]).at(usable.numpy())
-    if len(np.unique(found.units)) < 2:
-        raise DataError(f"{found.count} records can be used to adapt a model: expected two or more")
+    _check_units(found)
     return found
+
+
+def _check_units(own: OwnRecords) -> None:
+    """One part judges what was fitted to the others: there must be two. Raises DataError."""
+    if (units := len(np.unique(own.units))) < 2:
+        raise DataError(
+            f"{own.count} records of {units} units (equal ones are one) can be used to adapt a model: expected two units or more;"
+            " use the model as it came, with `cotune predict` and `cotune evaluate`"
+        )
 
 
 def units_of(held: Holdings) -> list[int]:
@@ -139,7 +147,11 @@ def adapt(model: SharedModel, own: OwnRecords, shared: State, config: Personaliz
     Args:
         shared: The head of the shared model; features are of its encoder.
         seed: Of the parts.
+
+    Raises:
+        DataError: For records of one unit only, which cannot both train and judge.
     """
+    _check_units(own)
     candidates = _candidates(has_layer=last_layer(model) is not None)
     scores = {candidate: _Score() for candidate in candidates}
     start = base_head(model)
