@@ -97,10 +97,14 @@ def policy(
     ] = None,
 ) -> None:
     """Print a policy as TOML, the strict default or a site's own; with --set, change the site's."""
-    from cotune.client.site import Site
     from cotune.models.durable import write_durably
     from cotune.models.errors import PlanError
-    from cotune.plan.load import value_of
+    from cotune.plan.document import value_of
+    from cotune.plan.early import check_rules
+
+    settings = dict(_setting(text) for text in change or ())
+    check_rules(settings)
+    from cotune.client.site import Site
     from cotune.privacy.policy import Policy, changed_policy, dump_policy
 
     opened = None if site is None else Site(site.expanduser())
@@ -110,7 +114,6 @@ def policy(
         return
     if opened is None:
         raise PlanError("--set changes the policy of a site, and none was given: expected its folder before it")
-    settings = dict(_setting(text) for text in change)
     after = changed_policy(before, {rule: value_of(text) for rule, text in settings.items()})
     write_durably(opened.folder / "policy.toml", dump_policy(after).encode())
     for rule in settings:

@@ -96,7 +96,7 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
         raise PlanError(f"{source} does not exist: expected the federation.toml that the coordinator gave you, or a plan")
     document = path / "plan.toml" if (path / "plan.toml").exists() else path
     try:
-        is_invitation = {"protocol", "server"} <= tomllib.loads(document.read_text(encoding="utf-8")).keys()
+        is_invitation = {"protocol", "server"} <= tomllib.loads(document.read_text(encoding="utf-8-sig")).keys()
     except (OSError, ValueError):
         is_invitation = document.name == "federation.toml"
     if not is_invitation:

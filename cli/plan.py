@@ -63,6 +63,8 @@ def check(
         raise typer.BadParameter(
             "--examples says who has how many records, and none are read: it goes without --data, --clients, --partition and --by"
         )
+    else:
+        options.check_keys()
     console = screen()
     with screen(stderr=True, quiet=as_json).status("checking data, model and privacy"):
         if examples is None:

@@ -82,7 +82,7 @@ class PlanOptions:
         return [*short, *(self.override or [])]
 
     def check_files(self, vary: Iterable[str] = ()) -> None:
-        """Name what is missing before anybody waits for torch: the plan, the records, the base model's folder.
+        """Name what is missing or mistyped before anybody waits for torch: the plan, its keys, the records, the base model.
 
         Args:
             vary: Keys, with values or without, that the plan has only an example for.
@@ -91,14 +91,27 @@ class PlanOptions:
             PlanError, DataError, ModelError: In one sentence.
         """
         from cotune.models.missing import check_base, check_source
-        from cotune.plan.document import read_document
+        from cotune.plan.document import overrides_alone
+        from cotune.plan.early import check_keys
 
-        table = read_document(self.source, self.overrides)
+        vary = tuple(vary)
+        table = self.check_keys()
+        whole = [key.partition("=")[0] for key in vary if "." in key.partition("=")[0]]  # a short name stands for one of them
+        check_keys(overrides_alone([f"{key}={{}}" for key in whole]), "plan")
         varied = {key.partition("=")[0].strip().partition(".")[0] for key in vary}
         if "data" not in varied:
             check_source(_entry(table, "data", "source"))
         if "model" not in varied:
             check_base(_entry(table, "model", "base"))
+
+    def check_keys(self) -> dict[str, Any]:
+        """Return the plan as it is written, with the overrides. Raises PlanError, for an unknown key too."""
+        from cotune.plan.document import read_document
+        from cotune.plan.early import check_keys
+
+        table = read_document(self.source, self.overrides)
+        check_keys(table, "plan")
+        return table
 
     def without_data(self) -> PlanOptions:
         """The same; a plan that does not say where records are gets a name for them, as nobody will look."""

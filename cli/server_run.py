@@ -44,6 +44,10 @@ def run(
     """Carry out the plan with the organisations that were invited."""
     if resume and (new or override):
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
+    from cotune.plan.document import overrides_alone
+    from cotune.plan.early import check_keys
+
+    check_keys(overrides_alone(override or ()), "plan")
     from cotune.cli.progress import showing_remote_progress
     from cotune.server.federation import FederationFolder
     from cotune.server.running import carry_out, hand_over, newest, only_follower

@@ -93,6 +93,11 @@ def check(plan: Plan, site: Site) -> Checked:
         left_out=holdings.left_out(),
     )
     broken, problems = _judged(account, _declarable(plan, site))
+    if holdings.unknown and holdings.lenient and not any(number >= 0 for number in holdings.truth):
+        problems.append(
+            f"not one record can be learned from, as none has a class that the plan lists ({', '.join(plan.labels)}): rounds"
+            " would spend ε and be answered with noise alone; rename the classes, or name another column with --label"
+        )
     sigma = _kept(problems, lambda: _noise(account))
     budget = _kept(problems, lambda: account.budget)
     _kept(problems, lambda: _check_stages(account))

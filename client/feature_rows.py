@@ -7,6 +7,7 @@ over its words, as it is where the encoder runs in every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import cast
 
@@ -38,6 +39,7 @@ def on_features(
     targets: Sequence[Target],
     expected_batch: float,
     units: Sequence[Unit],
+    weights: Tensor | None = None,
 ) -> Setting:
     """Return the setting of a head that is trained on features.
 
@@ -47,18 +49,20 @@ def on_features(
         targets: Of each record, the number of its class or those of its words' tags.
         expected_batch: Rows of a step, a public number: it decides the shape of batches.
         units: Row numbers of each unit.
+        weights: (classes,) how much a label of each class counts in the loss; None: all the same.
     """
     if head.reads_words:
-        return _on_words(precision, model, head, features, targets, expected_batch, units)
-    return _on_vectors(precision, model, head, features, targets, expected_batch, units)
+        return _on_words(precision, model, head, features, targets, expected_batch, units, weights)
+    return _on_vectors(precision, model, head, features, targets, expected_batch, units, weights)
 
 
 def _scores(head: FeatureHead) -> Callable[[Batch], Tensor]:
     return lambda batch: cast(Tensor, head(batch["features"]).logits.float())
 
 
-def _losses(scores: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-    return lambda batch: losses_of(scores(batch), batch["labels"])
+def _losses(scores: Callable[[Batch], Tensor], weights: Tensor | None) -> Callable[[Batch], Tensor]:
+    of_scores = losses_of if weights is None else partial(losses_of, weights=weights)
+    return lambda batch: of_scores(scores(batch), batch["labels"])
 
 
 def _on_vectors(
@@ -69,6 +73,7 @@ def _on_vectors(
     targets: Sequence[Target],
     expected_batch: float,
     units: Sequence[Unit],
+    weights: Tensor | None = None,
 ) -> Setting:
     labels = torch.tensor(targets, dtype=torch.long)  # of no records, too
     unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
@@ -77,7 +82,7 @@ def _on_vectors(
         labels[unreadable] = IGNORED
     slots = _slots_for(head, expected_batch)
     scores = _scores(head)
-    loss = _losses(scores)
+    loss = _losses(scores, weights)
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         for start in range(0, len(rows), slots):
@@ -94,7 +99,7 @@ def _on_vectors(
 
     def samples() -> Setting:
         vectors = torch.linspace(-1, 1, 3 * features.shape[1]).reshape(3, -1)
-        return _on_vectors(precision, model, head, vectors, [0, 1, 0], expected_batch, [[0], [1], [2]])
+        return _on_vectors(precision, model, head, vectors, [0, 1, 0], expected_batch, [[0], [1], [2]], weights)
 
     return Setting(
         module=head,
@@ -120,6 +125,7 @@ def _on_words(
     targets: Sequence[Target],
     expected_batch: float,
     units: Sequence[Unit],
+    weights: Tensor | None = None,
 ) -> Setting:
     """As `_on_vectors`, of records that have one vector for each word: batches are as long as a bucket of word counts."""
     labels = torch.tensor([number for target in targets for number in cast(tuple[int, ...], target)], dtype=torch.long)
@@ -128,7 +134,7 @@ def _on_words(
     width = features.shape[1]
     slots = _slots_for(head, expected_batch, entries=longest * width)
     scores = _scores(head)
-    loss = _losses(scores)
+    loss = _losses(scores, weights)
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         bucket = [bucket_of_length(len(read[row]), longest) for row in rows]
@@ -151,7 +157,7 @@ def _on_words(
     def samples() -> Setting:
         vectors = torch.linspace(-1, 1, 6 * width).reshape(6, -1)
         tags = [(0, 1), (1, 0, 1), (0,)]
-        return _on_words(precision, model, head, vectors, tags, expected_batch, [[0], [1], [2]])
+        return _on_words(precision, model, head, vectors, tags, expected_batch, [[0], [1], [2]], weights)
 
     return Setting(
         module=head,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from cotune.client.training_rows import Setting, all_right, of_each_slot
 from cotune.models.alignment import AlignedRows
 from cotune.models.batching import fixed_batches, tight_batches
 from cotune.models.device import bfloat16_is_fast
-from cotune.models.errors import DataError, PrivacyError
+from cotune.models.errors import DataError, PlanError, PrivacyError
 from cotune.models.features import encode_batch, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.independence import check_independence, check_padding
@@ -56,7 +58,8 @@ def setting_of(
             lambda done, total: tell("features", organisation=name, done=done, total=total),
         )
         precision = plan.model.precision
-        return on_features(precision, model, head, features, holdings.targets, expected_batch, holdings.units)
+        weights = _weights_of(plan, model)
+        return on_features(precision, model, head, features, holdings.targets, expected_batch, holdings.units, weights)
     return _on_examples(plan, stage, model, holdings.examples(model), holdings.units)
 
 
@@ -72,7 +75,9 @@ def made_up_setting(plan: Plan, stage: Stage, model: SharedModel, records: int) 
         targets = [_target_of(example) for example in samples]
         parts = torch.split(vectors, [len(target) if isinstance(target, tuple) else 1 for target in targets])
         features = torch.cat([parts[i] for i in numbers])
-        return on_features(plan.model.precision, model, head, features, [targets[i] for i in numbers], float(records), units)
+        chosen = [targets[i] for i in numbers]
+        weights = _weights_of(plan, model)
+        return on_features(plan.model.precision, model, head, features, chosen, float(records), units, weights)
     return _on_examples(plan, stage, model, [samples[i] for i in numbers], units)
 
 
@@ -99,7 +104,9 @@ def check_stages(plan: Plan, model: SharedModel) -> None:
 
     Raises:
         ModelError, PrivacyError: In a sentence that names the train mode.
+        PlanError: For a weight of a class that is none of the labels.
     """
+    _weights_of(plan, model)
     model.load({})
     if isinstance(plan.privacy, RecordPrivacy):
         check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
@@ -143,10 +150,23 @@ def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> floa
 
 def _why_no_gradients(raised: Exception, module: nn.Module) -> str:
     """What a library said; where that is about its own variables, the layers that it stumbled over."""
+    unused = re.search(r"differentiated Tensor at index ([0-9]+) appears to not have been used", str(raised))
+    if unused:
+        names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        return f"{names[int(unused[1])]} and what else has no part in a prediction"
     kinds = kinds_without_rule(module) if isinstance(raised, AttributeError | TypeError) else []
     if kinds:
         return f"Opacus has no rule for the gradients of single records in layers of the kind {', '.join(kinds[:3])}"
     return (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
+
+
+def _weights_of(plan: Plan, model: SharedModel) -> Tensor | None:
+    """How much a label of each class counts in the loss, (classes,); None where all count the same. Raises PlanError."""
+    try:
+        weights = plan.weights_of_classes()
+    except ValueError as error:  # of a plan whose labels were found in the records
+        raise PlanError(f"the plan is not valid: {error}") from None
+    return None if weights is None else torch.tensor(weights, device=model.device)
 
 
 def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Example], units: Sequence[Unit]) -> Setting:
@@ -167,13 +187,16 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
         for positions in tight_batches(places, lambda p: task.order(rows[numbers[p]]), slots):
             yield positions, collate([rows[numbers[p]] for p in positions])
 
+    weights = _weights_of(plan, model)
+    losses = example_losses if weights is None else partial(example_losses, weights=weights)
+
     def loss(batch: Batch) -> Tensor:
         with AlignedRows(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
-            return example_losses(model.module, batch)
+            return losses(model.module, batch)
 
     def exact(batch: Batch) -> Tensor:
         with AlignedRows():
-            return example_losses(model.module, batch)
+            return losses(model.module, batch)
 
     def scores(batch: Batch) -> Tensor:
         with AlignedRows(), torch.autocast(model.device.type, enabled=False):

@@ -19,6 +19,8 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, deciding_files, revision_of
+from cotune.models.damage import damage_of
+from cotune.models.encoder import encoder_name
 from cotune.models.errors import ModelError
 from cotune.models.git_lfs import first_lfs_pointer
 from cotune.models.missing import missing_base, path_of_base
@@ -171,7 +173,7 @@ def _check_folder(path: Path, name: str) -> None:
 def _peft_type(path: Path) -> str:
     try:
         return str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") or "of unknown type")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return "of unknown type"
 
 
@@ -204,6 +206,9 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:
+        damage = damage_of(folder.path)
+        if damage is not None:
+            raise ModelError(f"the base model {config.base} has {damage}: download the folder again, or save it anew") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(
             f"the base model {config.base} cannot be loaded as {_a(does.described)} ({reason}): expected an architecture with a"
@@ -232,9 +237,10 @@ def draw_head(module: PreTrainedModel, seed: int) -> None:
 @torch.no_grad()
 def _draw_head(module: PreTrainedModel) -> None:
     """A new head in place of one for other labels that happens to have the same shape."""
+    encoder = encoder_name(module)
     for name, layer in module.named_modules():
         own = list(layer.parameters(recurse=False))
-        if own and not f"{name}.".startswith(f"{module.base_model_prefix}."):
+        if own and not f"{name}.".startswith(f"{encoder}."):
             for parameter in own:
                 cast(Any, parameter)._is_hf_initialized = False  # transformers leaves alone what it has loaded
             module._init_weights(layer)
@@ -268,12 +274,23 @@ def _check_no_code_is_named(settings: Any) -> None:
 def _configure(path: Path, labels: tuple[str, ...]) -> Any:
     _check_no_code_is_named(read_settings(path))
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    _check_padding_row(config)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = None  # how another task's labels were read, such as regression
     for key in dropout_settings(config):
         setattr(config, key, 0.0)
     return config
+
+
+def _check_padding_row(config: Any) -> None:
+    """A padding token has a row of the table of tokens; what its tokenizer says is looked at by `reach.check_tokens`."""
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise ModelError(
+            f"the base model's config.json says pad_token_id = {pad}, and its table has {rows} tokens: expected a number below"
+            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()"
+        )
 
 
 def dropout_settings(config: Any) -> dict[str, float]:
@@ -311,7 +328,7 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bo
     )
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
-    _check_complete(report, f"{module.base_model_prefix}.", frozen, finished)
+    _check_complete(report, f"{encoder_name(module)}.", frozen, finished)
     _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)

@@ -7,12 +7,13 @@ import unicodedata
 from collections.abc import Iterable
 from decimal import Decimal
 
-__all__ = ["class_name", "is_shown", "shown", "spelled_alike"]
+__all__ = ["class_name", "is_shown", "like_missing", "shown", "spelled_alike"]
 
 _UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")  # zero-width characters and directions
 _JOINERS = "\u200c\u200d"  # inside a word they make another one
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0", re.ASCII)
 _NUMBER = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?", re.ASCII)
+_MISSING = ("nan", "nat", "null", "<na>", "n/a", "#n/a", "#na", "#value!", "#ref!")  # "none" and "NA" are classes, too
 _LONGEST = 40  # characters of a name that is shown as one
 _MOST_WORDS = 5  # in it
 
@@ -40,6 +41,11 @@ def spelled_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
     for name in dict.fromkeys(names):
         groups.setdefault(_spelling(name), []).append(name)
     return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def like_missing(names: Iterable[str]) -> list[str]:
+    """Return the names that programs write where a value is missing; in CSV and Excel they are words as any other."""
+    return [name for name in names if name.casefold() in _MISSING]
 
 
 def _spelling(name: str) -> str:

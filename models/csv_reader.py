@@ -14,12 +14,12 @@ import pandas
 from cotune.models.encodings import decoded
 from cotune.models.errors import DataError, reason_of
 from cotune.models.left_out import UNREADABLE
-from cotune.models.separated import SEPARATORS, mended, named_separator, separator_by_header, surplus_fields, unclosed
+from cotune.models.separated import SEPARATORS, mended, named_separator, separator_by_header, surplus_fields, torn, unclosed
 
 if TYPE_CHECKING:
     from cotune.models.formats import Columns, DataFile
 
-__all__ = ["is_plain_name", "near_names", "read_csv"]
+__all__ = ["are_names", "is_plain_name", "near_names", "no_names", "read_csv", "shown_names"]
 
 _FEW = 10  # lines, in which a class may not come twice
 _FEW_LINES = 1000
@@ -34,14 +34,15 @@ def read_csv(file: DataFile, separator: str) -> Columns:
     names = _header(file, text, separator)
     wanted = {name: names.index(name) for name in file.columns if name in names}
     if not wanted and not _is_header(text, separator, names, file.columns):
-        raise DataError(
-            f"{file.name} begins with a line that does not look like the names of its columns: expected one such as"
-            f" {separator.join(file.columns)!r} above the records; add it, or name others with --set data.{file.key}=COLUMN"
-            " and --set data.label=COLUMN"
-        )
+        raise no_names(file, separator)
     if file.config.label in wanted:
         known = frozenset(file.labels) if file.lenient else None
         text = mended(text, separator, len(names), wanted[file.config.label], known)
+    if not file.lenient and (lines := torn(text, separator)) is not None:
+        raise DataError(
+            f"{file.name} has a double quote that opens a field in line {lines[0]}, and the next one, in line {lines[1]}, does"
+            " not close it: the records between them would be one; write a quote within a field as two, or export the file again"
+        )
     values: dict[str, list[object]] = {name: [] for name in wanted}
     for rows in _rows(file, text, separator, names):
         for name, position in wanted.items():
@@ -66,21 +67,39 @@ def _is_header(text: str, separator: str, names: Sequence[str], wanted: Sequence
     It may where a name is nearly a wanted one, or where all are single words, none of which is a value of its own column in the
     records below, of which there are some.
     """
-    if near_names(names, wanted):
-        return True
     try:
         rows = next(_parsed(text, separator, names=range(len(names))))
     except ValueError:
-        return False
-    below = [rows[position].iloc[1:].tolist() for position in range(len(names))]
+        return bool(near_names(names, wanted))
+    return are_names(names, [rows[position].iloc[1:].tolist() for position in range(len(names))], wanted)
+
+
+def are_names(names: Sequence[str], below: Sequence[Sequence[object]], wanted: Sequence[str]) -> bool:
+    """The same of the cells of a first row. below: the values under each, in the first records."""
+    if near_names(names, wanted):
+        return True
     repeated = any(name in values for name, values in zip(names, below, strict=True))
-    return len(rows) > _FEW and not repeated and all(is_plain_name(name) for name in names)
+    return len(below[0]) >= _FEW and not repeated and all(is_plain_name(name) for name in names)
+
+
+def no_names(file: DataFile, separator: str) -> DataError:
+    """Return the sentence about a file that begins with something else than the names of its columns."""
+    return DataError(
+        f"{file.name} begins with a line that does not look like the names of its columns: expected one such as"
+        f" {separator.join(file.columns)!r} above the records; add it, or name others with --set data.{file.key}=COLUMN"
+        " and --set data.label=COLUMN"
+    )
 
 
 def near_names(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """The names of columns that are nearly one of the wanted."""
     folded = [column.casefold() for column in wanted]
     return [name for name in names if difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.75)]
+
+
+def shown_names(names: Sequence[str], wanted: Sequence[str]) -> set[str]:
+    """The names that an error may list: any other may be a record's text, in a file without names."""
+    return {name for name in names if is_plain_name(name)} | set(near_names(names, wanted))
 
 
 def is_plain_name(name: str) -> bool:

@@ -11,6 +11,7 @@ from cotune.models.errors import DataError
 __all__ = ["decoded"]
 
 _MARKS = (b"\xff\xfe", b"\xfe\xff")  # with which UTF-16 begins
+_WIDE_MARKS = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")  # and UTF-32; as UTF-16, the first would be a mark and a NUL
 _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 _HALF = "cotune.half"  # half a character: surrogateescape cannot stand for half of a pair of UTF-16
 _WINDOWS = re.compile("[\x80-\x9f]")  # control characters in ISO 8859, and quotes, dashes and the euro sign in Windows' pages
@@ -32,7 +33,7 @@ def decoded(name: str, kind: str, raw: bytes, encoding: str, *, lenient: bool = 
         DataError: For bytes that are no text in the encoding, with the encoding that they seem to be in; no byte is quoted.
     """
     wide = lookup(encoding).name.startswith(("utf-16", "utf-32"))
-    if lenient and (wide or (_wide_encoding(raw) is None and not raw.startswith(_MARKS))):
+    if lenient and (wide or (_wide_encoding(raw) is None and not raw.startswith((*_MARKS, *_WIDE_MARKS)))):
         with suppress(UnicodeError):
             text = raw.decode(encoding, _HALF if wide else "surrogateescape")
             return text.replace("\0", "\udc00").removeprefix("\ufeff")
@@ -51,6 +52,8 @@ def decoded(name: str, kind: str, raw: bytes, encoding: str, *, lenient: bool = 
 
 
 def _advice(name: str, kind: str, raw: bytes, encoding: str, error: UnicodeError) -> str:
+    if raw.startswith(_WIDE_MARKS):
+        return f"{name} is utf-32 text, not {encoding}: use --set data.encoding=utf-32"
     if raw.startswith(_MARKS):
         return f"{name} is utf-16 text, not {encoding}: use --set data.encoding=utf-16"
     if wide := _wide_encoding(raw):
@@ -65,7 +68,10 @@ def _advice(name: str, kind: str, raw: bytes, encoding: str, error: UnicodeError
 
 def _guess(raw: bytes) -> str:
     if _decodes(raw, "cp1252"):
-        return "or name its encoding: --set data.encoding=cp1252 if it comes from Windows in Western Europe or America"
+        return (
+            "or name its encoding: --set data.encoding=cp1252 if it comes from Windows in Western Europe or America, cp1250 from"
+            " Central Europe, cp1251 with Cyrillic letters"
+        )
     return (
         "or name its encoding, such as --set data.encoding=cp1250 (Windows in Central Europe), cp1251 (Cyrillic) or cp932"
         " (Japan); latin-1 takes any byte, and may take a wrong character for it"

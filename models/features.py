@@ -32,6 +32,7 @@ from cotune.models.alignment import AlignedRows
 from cotune.models.batching import FINE_LENGTHS, fixed_batches
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.durable import write_durably
+from cotune.models.encoder import encoder_name
 from cotune.models.inputs import Input, answer_count, content_of
 from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.sharing import SharedModel, State
@@ -102,7 +103,7 @@ class FeatureHead(nn.Module):
         headed = copy.copy(whole)
         headed.__dict__["_modules"] = dict(whole._modules)
         self.stub = _Stub()
-        setattr(headed, whole.base_model_prefix, self.stub)
+        setattr(headed, encoder_name(whole), self.stub)
         self.headed = headed
         self.task = model.loaded.task
         self.reads_words = not self.task.pools
@@ -334,7 +335,7 @@ def _read_vectors(model: SharedModel, batch: Batch, reading: str) -> Tensor:
     """The vector that `reading` names, in each row of a batch: (b, d); "each": of every token, (b, t, d)."""
     loaded = model.loaded
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    output = getattr(model.module, loaded.module.base_model_prefix)(**inputs)
+    output = getattr(model.module, encoder_name(loaded.module))(**inputs)
     if reading == "pooled":
         return cast(Tensor, output.pooler_output)
     hidden = cast(Tensor, output.last_hidden_state)

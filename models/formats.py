@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -20,7 +20,7 @@ from typing import Any
 import pandas
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cotune.models.csv_reader import read_csv
+from cotune.models.csv_reader import are_names, no_names, read_csv
 from cotune.models.encodings import decoded
 from cotune.models.errors import DataError, reason_of
 from cotune.models.json_elements import elements
@@ -104,6 +104,8 @@ class DataFile:
         return self.wanted if self.config.unit is None else (*self.wanted, self.config.unit)
 
 
+_MANY = 1000  # rows of a sheet, in which a column's name is none of its values
+
 Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
 
 # Text formats are not read with the `datasets` library. It infers types, chunk by chunk: the labels "01" and "1" become
@@ -128,12 +130,24 @@ def _json(file: DataFile) -> Columns:
         if not isinstance(row, dict):
             raise DataError(f"{file.name} holds a {type(row).__name__} in {where}, expected an object: {_example(file)}")
         rows.append(row)
+    if len(rows) == 1 and not file.lenient and _is_whole_table(rows[0], file.columns):
+        raise DataError(
+            f"{file.name} holds all of its records in one object: expected one object per line, or one array of objects, as in"
+            f' {_example(file)}; with pandas, save it with to_json(orient="records", lines=True)'
+        )
     if not rows and not file.lenient:
         raise DataError(f"{file.name} holds no records: expected one object per line, as in {_example(file)}")
     count = Counter(name for row in rows for name in row)
     names = [name for name in count if name in file.columns or count[name] > 1]  # a key of one record may be a text
     wanted = file.columns if file.lenient else [name for name in file.columns if name in names]
     return names, {name: [row.get(name) for row in rows] for name in wanted}
+
+
+def _is_whole_table(row: Mapping[str, object], columns: Sequence[str]) -> bool:
+    """Whether the one object of a file holds a table: a list of records, or every column (as pandas writes it) as one value."""
+    held = [row.get(name) for name in columns[:2]]
+    records = any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values())
+    return all(isinstance(value, dict | list) and len(value) > 1 for value in held) or (held == [None, None] and records)
 
 
 def _is_lines(text: str) -> bool:
@@ -200,7 +214,7 @@ def _parquet(file: DataFile) -> Columns:
         names = list(opened.schema_arrow.names)
         present = [name for name in file.columns if names.count(name) == 1]
         # Dataset.from_parquet would copy the file to a cache, and take "[1]" in its path for a pattern.
-        table = Dataset(InMemoryTable(opened.read(columns=present)), fingerprint="unused")
+        table = Dataset(InMemoryTable(opened.read(columns=present, use_threads=False)), fingerprint="unused")
         for name, feature in dict(table.features).items():
             if isinstance(feature, ImageFeature):  # decoding is ours, with limits
                 table = table.cast_column(name, ImageFeature(decode=False))
@@ -248,12 +262,31 @@ def _xlsx(file: DataFile) -> Columns:
         raise DataError(
             f"{file.name} is not a valid Excel workbook ({type(error).__name__}): save it again, or as CSV"
         ) from error
-    filled = [sheet for sheet in sheets.values() if len(sheet)]
+    filled = [rows for rows in map(_without_blank_rows, sheets.values()) if len(rows)]
     if len(filled) != 1:
         raise DataError(f"{file.name} has {len(filled)} sheets with records: expected one; save the sheet as a file of its own")
-    names = [str(name).strip() for name in filled[0].iloc[0]]
+    names = ["" if _is_blank(name) else str(name).strip() for name in filled[0].iloc[0]]
+    _check_names(file, names, filled[0])
     values = {name: filled[0][names.index(name)].iloc[1:].tolist() for name in file.columns if name in names}
     return names, {name: [_cell(value) for value in column] for name, column in values.items()}
+
+
+def _without_blank_rows(sheet: pandas.DataFrame) -> pandas.DataFrame:
+    """As in the other formats, where a blank line is no record, wherever it stands and whatever format its cells have."""
+    return sheet[[not all(map(_is_blank, row)) for row in sheet.itertuples(index=False)]]
+
+
+def _is_blank(cell: object) -> bool:
+    return cell is None or cell != cell or (isinstance(cell, str) and not cell.strip())
+
+
+def _check_names(file: DataFile, names: Sequence[str], sheet: pandas.DataFrame) -> None:
+    """Refuses a first row that may be a title or a record, of which no cell is shown. Raises DataError."""
+    if set(names) & set(file.columns):
+        return
+    below = [sheet[column].iloc[1:_MANY].map(str).tolist() for column in sheet.columns]
+    if not are_names(names, below, file.columns):
+        raise no_names(file, ", ")
 
 
 def _cell(value: object) -> object:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import shutil
 import warnings
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from cotune.models.errors import DataError, ModelError
+from cotune.models.errors import DataError, ModelError, reason_of
 
 __all__ = ["SUFFIXES", "Image", "ImageReader", "opened"]
 
@@ -100,12 +101,23 @@ class ImageReader:
         self.file = folder / "preprocessor_config.json"
         try:
             config: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if not isinstance(config, dict):
+                raise ValueError("no object")
+        except (OSError, ValueError, RecursionError):
             raise ModelError(
                 "the base model has no readable preprocessor_config.json, which says how images are resized and normalised:"
                 " download the folder again"
             ) from None
         _check_known(config)
+        try:
+            self._set(config)
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:  # values that are none of their kind
+            raise ModelError(
+                f"the base model's preprocessor_config.json has a value that cannot be used ({reason_of(error)[:120]}): expected"
+                " whole numbers for sizes, a filter of Pillow's, and three numbers for each mean and deviation; mend that file"
+            ) from None
+
+    def _set(self, config: dict[str, Any]) -> None:
         self.size = _size(config.get("size", 224)) if config.get("do_resize", True) else None
         self.crop = _size(config.get("crop_size", 224)) if config.get("do_center_crop") else None
         self.resample = Pillow.Resampling(config.get("resample", Pillow.Resampling.BILINEAR))
@@ -115,6 +127,8 @@ class ImageReader:
             torch.tensor(config.get(key, 0.5) if normal else plain).expand(3).reshape(3, 1, 1)
             for key, plain in (("image_mean", 0.0), ("image_std", 1.0))
         )
+        if not (bool(self.mean.isfinite().all()) and bool((self.std > 0).all()) and 0 < self.scale < math.inf):
+            raise ValueError("image_mean, image_std or rescale_factor gives no finite pixels")
 
     def __call__(self, pixels: Pillow.Image) -> Tensor:
         if self.size:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cotune.models.class_names import shown
 from cotune.models.entities import entity_quality
 from cotune.models.errors import DataError, nearest
 from cotune.models.inputs import Label, names_in
@@ -51,9 +52,9 @@ def class_numbers(labels: Sequence[Label], known: Sequence[str], source: str) ->
     number = {label: i for i, label in enumerate(known)}
     strange = sorted({name for label in labels for name in names_in(label)} - number.keys())
     if strange:
-        shown = ", ".join(map(repr, strange[:_SHOWN])) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
+        named = ", ".join(map(shown, strange[:_SHOWN])) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
         raise DataError(
-            f"{source} holds classes that the model does not have ({shown}): rename them, or drop their records"
+            f"{source} holds classes that the model does not have ({named}): rename them, or drop their records"
             f"{nearest(strange[0], known)}"
         )
     return [np.asarray([number[name] for name in names_in(label)], dtype=np.int64) for label in labels]

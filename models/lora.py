@@ -11,6 +11,7 @@ from torch import nn
 
 from cotune.models.adapter import Adapter, drawn_a, name_seed
 from cotune.models.base import LoadedModel
+from cotune.models.encoder import encoder_name
 from cotune.models.errors import ModelError
 from cotune.models.table import Table
 
@@ -108,7 +109,7 @@ def _target_modules(loaded: LoadedModel, lora: LoraConfig) -> list[str]:
             " per record; leave it out"
         )
     linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    prefix = f"{loaded.module.base_model_prefix}."
+    prefix = f"{encoder_name(loaded.module)}."
     inside = [n for n in linear if n.startswith(prefix) and not f"{n}.".startswith(loaded.frozen or ("\0",))]
     chosen = [n for n in inside if n.split(".")[-1] in wanted]
     if not chosen:

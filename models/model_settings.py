@@ -23,7 +23,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(file.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror}): expected the base model's configuration") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{file} is not JSON in UTF-8 ({str(error).splitlines()[0][:120]}): expected the base model's configuration as"
             " save_pretrained() writes it; download the folder again, or save the file without a byte order mark"

@@ -26,7 +26,7 @@ def wants_mean_pooling(path: Path) -> bool:
     file = path / "1_Pooling" / "config.json"
     if not file.is_file():
         return False
-    declared = json.loads(file.read_text())
+    declared = json.loads(file.read_bytes())
     return bool(declared.get("pooling_mode_mean_tokens") or declared.get("pooling_mode") == "mean")
 
 

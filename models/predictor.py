@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from cotune.models.base import LoadedModel, ModelConfig, find_base, load_model
 from cotune.models.batching import tight_batches
 from cotune.models.device import pick_device
-from cotune.models.errors import ModelError
+from cotune.models.errors import ModelError, reason_of
 from cotune.models.inputs import Input
 from cotune.models.model_settings import base_labels, read_settings
 from cotune.models.sharing import SharedModel
@@ -107,7 +107,8 @@ def _folder_of(source: str) -> str:
 def _task_of(path: Path) -> TaskName:
     """By the architecture that the configuration names, which says what kind of head the weights are for."""
     settings = read_settings(path)
-    named = [str(name) for name in settings.get("architectures") or ()]
+    architectures = settings.get("architectures")
+    named = [str(name) for name in architectures] if isinstance(architectures, list) else []
     for task in _TASKS:
         kind = task_named(task).model_class().__name__.removeprefix("AutoModel")
         if any(name.endswith(kind) for name in named):
@@ -131,8 +132,7 @@ def _labels_of(path: Path) -> tuple[str, ...]:
     """In the order of the head. Raises ModelError for fewer than two."""
     names = base_labels(path)
     if not names:
-        known = AutoConfig.from_pretrained(str(path), trust_remote_code=False).id2label
-        names = tuple(str(known[number]) for number in sorted(known))
+        names = _generic_labels(path)
     if len(names) < 2 or len(set(names)) < len(names):
         raise ModelError(
             f"the model's config.json names the classes {', '.join(names)[:80]}: expected two or more, all different"
@@ -140,10 +140,22 @@ def _labels_of(path: Path) -> tuple[str, ...]:
     return names
 
 
+def _generic_labels(path: Path) -> tuple[str, ...]:
+    """Those that a configuration has which names none, or LABEL_0, LABEL_1, …"""
+    try:
+        known = AutoConfig.from_pretrained(str(path), trust_remote_code=False).id2label
+    except Exception as error:  # a configuration that is not as its architecture expects raises anything
+        raise ModelError(
+            f"{path / 'config.json'} cannot be read as that of a model ({reason_of(error)[:120]}): expected one as"
+            " save_pretrained() writes it"
+        ) from None
+    return tuple(str(known[number]) for number in sorted(known))
+
+
 def _length_of(path: Path) -> int:
     """What the tokenizer's settings say; those of most pretrained models say a number that means that nobody knows."""
     try:
         said = json.loads((path / "tokenizer_config.json").read_bytes())["model_max_length"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return _LENGTH
     return said if isinstance(said, int) and 2 <= said <= _LONGEST else _LENGTH

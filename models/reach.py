@@ -45,10 +45,11 @@ def longest_row(reader: Any, module: Any, wanted: int) -> int:
     """The largest number of tokens up to `wanted` that the model has positions for.
 
     A configuration's max_position_embeddings bounds it but does not say it: RoBERTa's positions begin behind the padding
-    token's, and XLNet's -1 means that there is no bound. So a row is embedded, without running any layer.
+    token's, and XLNet's -1 means that there is no bound. So a row is embedded, without running any layer. MPT's max_seq_len
+    bounds what its attention adds by distance.
     """
-    declared = getattr(module.config, "max_position_embeddings", None)
-    high = min(wanted, declared) if isinstance(declared, int) and declared > 0 else wanted
+    declared = [getattr(module.config, key, None) for key in ("max_position_embeddings", "max_seq_len")]
+    high = min([wanted, *(bound for bound in declared if isinstance(bound, int) and bound > 0)])
     if _embeds(reader, module, high) or not _embeds(reader, module, 1):  # what cannot be tried so is left to who trains
         return high
     low = 1

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cotune.models import image_folders
 from cotune.models.class_names import class_name, is_shown, shown
-from cotune.models.csv_reader import is_plain_name, near_names
+from cotune.models.csv_reader import shown_names
 from cotune.models.errors import DataError, nearest, reason_of
 from cotune.models.formats import JSON_SUFFIXES, READERS, DataConfig, DataFile, is_unicode, word_of
 from cotune.models.git_lfs import is_lfs_pointer
@@ -274,7 +274,7 @@ def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -
         raise DataError(f"{file.name} has {names.count(column)} columns {column!r}: rename all but the {key} column")
     if column in names:
         return
-    known = {name for name in names if is_plain_name(name)} | set(near_names(names, file.columns))  # others may be texts
+    known = shown_names(names, file.columns)
     hint = nearest(column, known) if known and len(known) <= MOST_NAMES else "."
     raise DataError(f"{file.name} has no column {column!r}: use --set data.{key}=COLUMN{hint}".removesuffix("."))
 

@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 from cotune.models.class_names import class_name
 
-__all__ = ["SEPARATORS", "mended", "named_separator", "separator_by_header", "surplus_fields", "unclosed"]
+__all__ = ["SEPARATORS", "mended", "named_separator", "separator_by_header", "surplus_fields", "torn", "unclosed"]
 
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
+_BLANKS = re.compile(" *")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -82,6 +83,22 @@ def unclosed(text: str, separator: str) -> tuple[int, int] | None:
         if not found[2]:
             opening = found.start(1)
             return _line_start(text, opening), 1 + sum(1 for _ in _LINE_END.finditer(text, 0, opening))
+    return None
+
+
+def torn(text: str, separator: str) -> tuple[int, int] | None:
+    """Return (first line, last line) of the first field in quotes over several lines that goes on behind its last quote.
+
+    No program writes such a field: a stray quote opened it, and the records up to the next quote are in it.
+    """
+    ends = ("", "\r", "\n", separator)
+    for found in _quoted(separator).finditer(text):
+        if not (found[2] and _LINE_END.search(found[1])):
+            continue
+        behind = _BLANKS.match(text, found.end())
+        if behind and text[behind.end() : behind.end() + 1] not in ends:
+            first, last = (1 + sum(1 for _ in _LINE_END.finditer(text, 0, end)) for end in (found.start(1), found.end(1)))
+            return first, last
     return None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cotune.models.adapter import Adapter, name_seed
 from cotune.models.base import LoadedModel, ModelConfig, load_model
 from cotune.models.device import pick_device
+from cotune.models.encoder import encoder_name
 from cotune.models.errors import ModelError
 from cotune.models.lora import Factors, LoraConfig, adapters_of, inject
 from cotune.models.tasks import TaskName
@@ -38,7 +39,7 @@ class SharedModel:
     def __init__(self, loaded: LoadedModel, lora: LoraConfig | None, seed: int, device: torch.device) -> None:
         self.loaded, self.lora, self.seed, self.device = loaded, lora, seed, device
         self.module: nn.Module = loaded.module.to(device)  # on its device before peft wraps it
-        self.prefix = f"{loaded.module.base_model_prefix}."
+        self.prefix = f"{encoder_name(loaded.module)}."
         if lora is not None:
             inject(loaded, lora, seed)
         self._initial: State = {}

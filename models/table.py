@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from cotune.models.errors import nearest
 
-__all__ = ["Table", "first_mistake", "keys_called", "keys_like", "models_in"]
+__all__ = ["Table", "first_mistake", "keys_called", "keys_like", "meant_key", "models_in", "shown_value"]
 
 
 class Table(BaseModel):
@@ -38,6 +38,7 @@ _ALIKE = 0.75  # of difflib's ratio: a slip of the finger, and no other word
 _DEPTH = 3  # of tables in tables that it looks into
 _WORDS = {  # where pydantic's own words mean nothing to whoever writes TOML
     "tuple_type": 'expected a list, such as ["a", "b"]',
+    "dict_type": "expected a table, with its keys under a heading in brackets",
     "model_type": "expected a table, with its keys under a heading in brackets",
     "model_attributes_type": "expected a table, with its keys under a heading in brackets",
 }
@@ -49,21 +50,29 @@ def first_mistake(error: ValidationError, model: type[BaseModel], document: str)
     location = [part for part in first["loc"] if not _is_union_tag(part)]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        return f'the {document} has an unknown key "{key}"{_meant(str(location[-1]), model, _known_keys(model, location[:-1]))}'
+        hint = meant_key(str(location[-1]), _paths(model), _known_keys(model, location[:-1]))
+        return f'the {document} has an unknown key "{key}"{hint}'
     if first["type"] == "missing":
         return f'the {document} lacks "{key}": expected it to be given'
     message = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if message.startswith("unknown") or not key or (first["type"] == "value_error" and isinstance(first["input"], dict)):
         return f"the {document} is not valid: {key}: {message}" if key else f"the {document} is not valid: {message}"
-    return f"the {document} has {key} = {_shown(first['input'])}: {message}"
+    return f"the {document} has {key} = {shown_value(first['input'])}: {message}"
 
 
-def _meant(name: str, model: type[BaseModel], beside: Sequence[str]) -> str:
-    """A hint for an unknown key: one called so elsewhere, else a like one of those beside it, else a like one anywhere."""
-    elsewhere = keys_called(name, model)
+def meant_key(name: str, paths: Iterable[tuple[str, ...]], beside: Sequence[str]) -> str:
+    """Return a hint for an unknown key: one called so elsewhere, else a like one of those beside it, else a like one anywhere.
+
+    Args:
+        name: The last part of the key.
+        paths: Of all keys of the document.
+        beside: The keys of its own table.
+    """
+    known = list(paths)
+    elsewhere = _called(name, known)
     if not elsewhere and not difflib.get_close_matches(name, beside, n=1, cutoff=_ALIKE):
-        elsewhere = keys_like(name, model)
+        elsewhere = _like(name, known)
     return f"; did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else nearest(name, beside)
 
 
@@ -75,9 +84,13 @@ def keys_like(name: str, model: type[BaseModel]) -> list[str]:
     >>> keys_like("learnin_rate", Document)
     ['local.learning_rate']
     """
+    return _like(name, list(_paths(model)))
+
+
+def _like(name: str, paths: Sequence[tuple[str, ...]]) -> list[str]:
     wanted = name.replace("-", "_").casefold()
-    close = difflib.get_close_matches(wanted, {path[-1] for path in _paths(model)}, n=1, cutoff=_ALIKE)
-    return keys_called(close[0], model) if close else []
+    close = difflib.get_close_matches(wanted, {path[-1] for path in paths}, n=1, cutoff=_ALIKE)
+    return _called(close[0], paths) if close else []
 
 
 def keys_called(name: str, model: type[BaseModel]) -> list[str]:
@@ -88,8 +101,12 @@ def keys_called(name: str, model: type[BaseModel]) -> list[str]:
     >>> keys_called("learning-rate", Document)
     ['local.learning_rate']
     """
+    return _called(name, list(_paths(model)))
+
+
+def _called(name: str, paths: Sequence[tuple[str, ...]]) -> list[str]:
     wanted = name.replace("-", "_").casefold()
-    found = [path for path in _paths(model) if wanted in (path[-1], ".".join(path))]
+    found = [path for path in paths if wanted in (path[-1], ".".join(path))]
     found.sort(key=lambda path: (len(path), path[0].count("_"), path))
     return [".".join(path) for path in found[:_MOST_KEYS]]
 
@@ -116,7 +133,8 @@ def _is_union_tag(part: Any) -> bool:
     )
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """Return a value as an error shows it."""
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else "a table" if isinstance(value, dict) else str(value)

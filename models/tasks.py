@@ -150,18 +150,24 @@ def logits(module: nn.Module, batch: Batch) -> Tensor:
     return cast(Tensor, module(**inputs).logits).float()
 
 
-def example_losses(module: nn.Module, batch: Batch) -> Tensor:
+def example_losses(module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
     """The loss of each example by itself: (b,). Exactly 0 for one whose every label is IGNORED.
 
     Cross-entropy; of an example with a label for each position, the mean over its own labelled positions. A mean over the batch's
     would let one record change the gradient of another, which clipping could not bound.
+
+    Args:
+        module: The model.
+        batch: Examples with their labels.
+        weights: (classes,) how much a label of each class counts; None: all the same. Nothing is divided by their sum over the
+            batch, for the same reason.
     """
-    return losses_of(logits(module, batch), batch["labels"])
+    return losses_of(logits(module, batch), batch["labels"], weights)
 
 
-def losses_of(scores: Tensor, labels: Tensor) -> Tensor:
+def losses_of(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """The losses of `example_losses` from scores (b, classes) and labels (b,), or (b, l, classes) and (b, l)."""
-    losses = functional.cross_entropy(scores.movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
+    losses = functional.cross_entropy(scores.movedim(-1, 1), labels, weights, ignore_index=IGNORED, reduction="none")
     if labels.dim() == 1:
         return losses
     return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)

@@ -94,6 +94,12 @@ class SequenceClassification:
             reader.pad_token = reader.eos_token
         module.config.pad_token_id = reader.pad_token_id
         check_tokens(reader, module)
+        end = _end_that_is_read(module)
+        if end is not None and reader("a")["input_ids"][-1:] != [end]:
+            raise ModelError(
+                f"the base model reads a text's class at the token number {end}, with which its tokenizer ends no text: expected"
+                " one that does, as that of BART or T5; get the tokenizer that belongs to the model"
+            )
 
     def longest(self, reader: Any, module: Any, wanted: int) -> int:
         return longest_row(reader, module, wanted)
@@ -124,7 +130,7 @@ class SequenceClassification:
         return [{"input_ids": ids, "labels": k % 2} for k, ids in enumerate(made_up_rows(reader))]
 
     def collator(self, module: nn.Module, reader: Any, to: torch.device) -> Collate:
-        return collator(module, reader, to, self.blank)
+        return collator(module, reader, to, self.blank, end=_end_that_is_read(module))
 
     def bucket(self, example: Example, max_length: int, lengths: Sequence[int] = LENGTHS) -> int:
         return bucket_of_length(len(example["input_ids"]), max_length, lengths)
@@ -206,12 +212,14 @@ def collator(
     tokenizer: Any,
     device: torch.device,
     blank: Callable[[Any, int], Example] | None = None,
+    end: int | None = None,
 ) -> Collate:
     """Examples -> a batch on the device: input_ids and attention_mask (b, l), labels, and what the model wants beside.
 
     Labels are (b,), or (b, l) where every token has its own. Position and token type numbers are passed explicitly, in the
     batch's shape: looked up once for the whole batch, they would have no gradient per example (Opacus: `stack expects each tensor
-    to be equal size`). blank: (tokenizer, length) -> the example of a blank row.
+    to be equal size`). blank: (tokenizer, length) -> the example of a blank row. end: the token with which every row of a batch
+    without a fixed shape ends, and which stands nowhere else.
     """
     accepted = inspect.signature(module.forward).parameters
     config = cast(Any, module).config
@@ -220,6 +228,8 @@ def collator(
     blank = blank or SequenceClassification().blank
 
     def collate(examples: Sequence[Example], length: int | None = None, slots: int | None = None) -> Batch:
+        if end is not None and (length is None or slots is None):
+            examples = [{**example, "input_ids": _ended(example["input_ids"], end)} for example in examples]
         shown = [len(example["input_ids"]) for example in examples]
         if length is not None and slots is not None:
             empty = blank(tokenizer, length)
@@ -244,6 +254,17 @@ def collator(
         return {key: value.to(device) for key, value in batch.items()}
 
     return collate
+
+
+def _end_that_is_read(module: Any) -> int | None:
+    """The token whose vector an encoder with a decoder is classified by (BART, T5): a text that spells it would have two."""
+    return cast("int | None", module.config.eos_token_id) if getattr(module.config, "is_encoder_decoder", False) else None
+
+
+def _ended(row: list[int], end: int) -> list[int]:
+    """The row with the token at its end alone, and no longer than it was."""
+    words = [token for token in row if token != end]
+    return [*words[: max(0, len(row) - 1)], end]
 
 
 def _is_readable(example: Example, length: int, table: int | None) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cotune.models.csv_reader import shown_names
 from cotune.models.errors import DataError, nearest, reason_of
 from cotune.models.formats import READERS, DataConfig, DataFile
 from cotune.models.images import SUFFIXES, Image
@@ -46,8 +47,10 @@ def read_unlabeled(path: Path, task: TaskName, *, column: str | None = None, enc
     file = _file(path, _content(path), key, wanted, encoding)
     names, values = READERS[file.suffix](file)
     if names.count(wanted) != 1:
+        known = shown_names(names, (wanted,))
+        hint = nearest(wanted, known) if known else ""
         problem = "no column" if wanted not in names else f"{names.count(wanted)} columns"
-        raise DataError(f"{path} has {problem} {wanted!r}: name the one to predict with --{key}{nearest(wanted, names)}")
+        raise DataError(f"{path} has {problem} {wanted!r}: name the one to predict with --{key}{hint}".removesuffix("."))
     return _made(file, task, values[wanted])
 
 

@@ -95,6 +95,8 @@ def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
     yield "base model", _base(plan)
     yield "plan", f"{plan.name}, id {plan.plan_id}"
     yield "training", "; ".join(f"{stage.rounds} rounds of train = {stage.mode}" for stage in plan.stages)
+    if plan.class_weights:
+        yield "class weights", ", ".join(f"{label}: {weight:g}" for label, weight in plan.class_weights.items())
     yield "strategy", f"{plan.strategy.weighting.name} weights, {plan.strategy.fusion.name} fusion"
 
 

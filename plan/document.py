@@ -13,7 +13,7 @@ from typing import Any
 
 from cotune.models.errors import PlanError, nearest
 
-__all__ = ["folder_of", "preset_names", "preset_text", "read_document", "value_of"]
+__all__ = ["folder_of", "overrides_alone", "preset_names", "preset_text", "read_document", "value_of"]
 
 
 def preset_names() -> list[str]:
@@ -41,6 +41,14 @@ def read_document(source: str | Path = "tweets", overrides: Sequence[str] = ()) 
     except tomllib.TOMLDecodeError as error:
         raise PlanError(f"{source} is not valid TOML ({error}): expected a plan as `cotune plan new tweets` prints it") from None
     table.setdefault("name", name)
+    for override in overrides:
+        _override(table, override)
+    return table
+
+
+def overrides_alone(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the tables that hold what overrides say, and nothing else. Raises PlanError for one that is not understood."""
+    table: dict[str, Any] = {}
     for override in overrides:
         _override(table, override)
     return table

@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from cotune.models.base import ModelConfig
-from cotune.models.class_names import class_name
+from cotune.models.class_names import class_name, is_shown, shown
+from cotune.models.errors import nearest
 from cotune.models.records import DataConfig
 from cotune.models.sharing import LoraConfig, TrainMode
 from cotune.models.table import Table
@@ -270,6 +271,12 @@ class Plan(Table):
         "sequence-classification", description="a class for a text (sequence-), for each word of one (token-), or for an image"
     )
     labels: tuple[str, ...] = Field((), description="class names or tags in the order of the head; empty: as found in the data")
+    class_weights: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
+        {},
+        description="how much a record (with tags, a word) of a class counts in the loss, such as { common = 0.05 }; classes that"
+        " are not named: 1; declared here and never counted from records; as gradients are clipped after weighting, a weight"
+        " below 1 for a frequent class does more under privacy than one above 1 for a rare class",
+    )
     train: TrainMode | tuple[Stage, ...] = Field("head", description="one mode for all rounds, or a list of stages")
     rounds: int = Field(10, ge=1, le=100_000, description="where train is one mode; with stages, their sum")
     test_fraction: float = Field(0.15, gt=0, lt=1, description="of the records, held out as the common test set")
@@ -329,6 +336,21 @@ class Plan(Table):
         """As they are read from every format, see `class_name`."""
         return tuple(map(class_name, value))
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _weights_are_numbers(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and any(isinstance(weight, bool) for weight in value.values()):
+            raise ValueError("expected a number for each class, got true or false")
+        return value
+
+    @field_validator("class_weights")
+    @classmethod
+    def _weights_of_labels_as_read(cls, value: dict[str, float]) -> dict[str, float]:
+        named = {class_name(name): weight for name, weight in value.items()}
+        if len(named) < len(value):
+            raise ValueError(f"expected one weight for each class, got two spellings of one in {list(value)}")
+        return named
+
     @field_validator("train", mode="before")
     @classmethod
     def _some_stage(cls, value: Any) -> Any:
@@ -340,6 +362,12 @@ class Plan(Table):
     def _labels_are_distinct(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: expected distinct class names, got {list(self.labels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_of_classes(self) -> Self:
+        if self.labels:
+            self.weights_of_classes()
         return self
 
     @model_validator(mode="after")
@@ -403,6 +431,20 @@ class Plan(Table):
         if per_layer and any(stage.mode == "full" for stage in self.stages):
             raise ValueError("privacy.clipping: per_layer cannot be had with train = full, expected flat")
         return self
+
+    def weights_of_classes(self) -> tuple[float, ...] | None:
+        """Return `class_weights` in the order of the labels; None where all count the same.
+
+        Raises:
+            ValueError: For a weight of a class that is none of the labels.
+        """
+        unknown = [name for name in self.class_weights if name not in self.labels]
+        if unknown:
+            raise ValueError(
+                f"class_weights: there is no class {shown(unknown[0])}{nearest(unknown[0], filter(is_shown, self.labels))}"
+            )
+        found = tuple(self.class_weights.get(label, 1.0) for label in self.labels)
+        return None if set(found) <= {1.0} else found
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cotune.models.class_names import spelled_alike
+from cotune.models.class_names import like_missing, shown, spelled_alike
 from cotune.models.holdings import Holdings
 from cotune.models.left_out import KEPT, cut_texts, left_out_line
 from cotune.models.records import Records
@@ -40,14 +40,20 @@ def data_notes(plan: Plan, left_out: Mapping[str, int], records: int) -> list[st
 
 
 def alike_notes(labels: Sequence[str]) -> Iterator[str]:
-    """A warning where classes differ in spelling alone."""
+    """Warnings where classes differ in spelling alone, and where one may be no class."""
     groups = spelled_alike(labels)
     if groups:
-        named = "; ".join(" and ".join(map(repr, group)) for group in groups[:_SHOWN])
+        named = "; ".join(" and ".join(map(shown, group)) for group in groups[:_SHOWN])
         more = f", and {len(groups) - _SHOWN} more such groups" if len(groups) > _SHOWN else ""
         yield (
             f"classes differ in spelling alone, and are trained as different ones: {named}{more}; if they are one class, give it"
             " one spelling in all files"
+        )
+    missing = like_missing(labels)
+    if missing:
+        yield (
+            f"trained as a class, and perhaps a missing label: {' and '.join(map(shown, missing))}; if it is none, leave these"
+            " fields empty in all files"
         )
 
 

@@ -97,6 +97,20 @@ def test_classes_that_the_plan_lacks_are_named_to_the_organisation(make_plan: Ma
     assert check(make_plan(privacy=PRIVATE), make_site()).warnings == ()
 
 
+def test_a_plan_that_has_none_of_the_labels_here_is_declined(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """Labels of another export (yes and no for true and false) are other classes; 1.0 for 1, or True for true, is none."""
+    site = make_site(policy=Policy.permissive(examples=60))
+    source = site.folder / "records.csv"
+    for labels, usable in ((("yes", "no"), 0), (("yes", "true"), 1), ((" True", "FALSE"), 2)):
+        source.write_text(f"text,label\na tree,{labels[0]}\nthe road,{labels[1]}\n", encoding="utf-8")
+        plan = make_plan(privacy=PRIVATE, labels=("true", "false"), data={"source": str(source)})
+        unknown = left_out(site, plan, DataConfig(source=str(source))).get("label unknown to the plan", 0)
+        found = check(plan, site)
+        assert unknown == 2 - usable
+        assert any("not one record can be learned from" in problem for problem in found.problems) is (usable == 0)
+        assert (found.declined is not None) is (usable == 0)
+
+
 def test_a_plan_that_ran_here_is_not_promised_again(
     make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., Any]
 ) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from cotune.client import feature_rows, setting
 from cotune.client.setting import Setting, check_gradients, check_stages, setting_of
-from cotune.models.errors import DataError, ModelError, PrivacyError
+from cotune.models.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records
 from cotune.models.sharing import SharedModel
@@ -171,6 +171,87 @@ def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, kind: st
     assert isinstance(plan.privacy, RecordPrivacy)
     assert check_gradients(given, plan.privacy, mode) < 1e-5
     check_stages(plan, model_of(plan, "cpu"))
+
+
+# --- classes that count more or less
+
+
+@pytest.mark.parametrize("mode", ["head", "full"])
+@pytest.mark.parametrize("kind", ["bert", "token"])
+def test_weights_of_classes_are_within_the_clipping(new_plan: MakePlan, kind: str, mode: str) -> None:
+    """A record's gradient is that of its own weighted loss, by hand, and none adds more than the bound, whatever its weight."""
+    task = "sequence-classification" if kind == "bert" else "token-classification"
+    first, second, *_ = CLASSES[task]
+    weights = {first: 1e6, second: 0.125}
+    plan = new_plan("bert", task, train=mode)
+    weighted = plan.model_copy(update={"class_weights": weights})
+    _, parameters, plain = prepared(plan)
+    without = one_at_a_time(plain, parameters)
+    losses = [plain.loss(plain.alone(row)).detach().sum() for row in range(plain.rows)]
+    _, parameters, given = prepared(weighted)
+    gradients = one_at_a_time(given, parameters)
+    clip = 1.01 * max(norm(g) for g in without)
+    for row in range(given.rows):
+        batch = given.alone(row)
+        labels = batch["labels"][batch["labels"] >= 0].tolist()
+        by_label = [weights.get(plan.labels[label], 1.0) for label in labels]
+        if len(set(by_label)) == 1:
+            assert float(given.loss(batch).detach().sum()) == pytest.approx(by_label[0] * float(losses[row]), rel=1e-4)
+            expected = [by_label[0] * g for g in without[row]]
+            assert norm([a - b for a, b in zip(gradients[row], expected, strict=True)]) <= 1e-4 * norm(expected)
+    bounded = [[g * min(1.0, clip / (norm(each) + 1e-6)) for g in each] for each in gradients]
+    assert any(norm(each) > 100 * clip for each in gradients)
+    assert all(norm(each) <= clip * (1 + 1e-9) for each in bounded)
+    expected = [sum((each[i] for each in bounded), torch.zeros(())) for i in range(len(parameters))]
+    actual = moved(given, parameters, clip)
+    assert norm([a - e for a, e in zip(actual, expected, strict=True)]) < 1e-4 * norm(expected)
+    assert isinstance(weighted.privacy, RecordPrivacy)
+    assert check_gradients(given, weighted.privacy, mode) < 1e-5
+
+
+def test_a_weight_of_no_class_is_refused_before_the_run(new_plan: MakePlan) -> None:
+    """Also where the labels are found in the records, after the plan was read."""
+    with pytest.raises(PlanError, match="'god'; did you mean 'good'"):
+        new_plan("bert", "sequence-classification", class_weights={"god": 2.0})
+    plan = new_plan("bert", "sequence-classification", class_weights={"god": 2.0}, labels=())
+    resolved = plan.model_copy(update={"labels": CLASSES["sequence-classification"]})
+    with pytest.raises(PlanError, match="'god'"):
+        check_stages(resolved, model_of(resolved, "cpu"))
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_rare_class_is_told_where_the_frequent_one_counts_less(
+    new_plan: MakePlan, records: dict[str, Path], private: bool
+) -> None:
+    """2 of 100 records: without weights the prior of the frequent class wins, for the rare ones, too."""
+    rows = [("great day" if i < 2 else "awful road", "good" if i < 2 else "bad") for i in range(100)]
+    write_csv(
+        records["sequence-classification"], [(f"{text} {'very ' * (i % 4)}", label) for i, (text, label) in enumerate(rows)]
+    )
+
+    def told(**weights: float) -> Tensor:
+        plan = new_plan("bert", "sequence-classification", labels=("bad", "good"), class_weights=weights)
+        plan = plan if private else plan.model_copy(update={"privacy": "none"})
+        _, parameters, given = prepared(plan)
+        optimizer = torch.optim.SGD(parameters, lr=5.0)
+        steps = private_steps(
+            given.module,
+            optimizer,
+            given.loss,
+            units=given.units,
+            batches=given.batches,
+            noise_multiplier=0.01 if private else 0.0,
+            clip_norm=1.0 if private else 1e9,
+            sample_rate=1.0,
+            expected_batch=100.0,
+            steps=100,
+        )
+        assert len(list(steps)) == 100
+        right = [given.correct(given.alone(row)) for row in range(2)]
+        return torch.cat(right)
+
+    assert told(bad=0.02).all()
+    assert not told().any()
 
 
 # --- what would be wrong is refused before the run

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel
 
 from cotune.models.base import ModelConfig, load_model
@@ -48,8 +49,16 @@ def folder_of(kind: str, folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModel.from_config(getattr(transformers, name)(**shared, **own)).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    (ending_tokenizer() if kind == "t5" else tokenizer()).save_pretrained(folder)
     return folder
+
+
+def ending_tokenizer() -> Any:
+    """One that ends every text with [SEP], as those of BART and T5 do with </s>."""
+    reader = tokenizer()
+    end = ("[SEP]", VOCABULARY.index("[SEP]"))
+    reader.backend_tokenizer.post_processor = TemplateProcessing(single="$A [SEP]", special_tokens=[end])
+    return reader
 
 
 def loaded_from(folder: Path, *, max_length: int = 32, lora: LoraConfig | None = None, **config: Any) -> SharedModel:

@@ -129,7 +129,38 @@ def test_an_architecture_without_a_classifier(folder: Path, kind: str) -> None:
 def test_corrupt_safetensors(folder: Path, damage: Callable[[bytes], bytes]) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    assert "cannot be loaded" in refusal(folder)
+    assert "model.safetensors, which holds no tensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"\xef\xbb\xbf" + b, lambda b: b"[" * 100_000])
+def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
+    """What a library says of it is about lines and brackets, and would be told as if the architecture were at fault."""
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    sentence = refusal(folder)
+    assert f"{name}, which is not JSON" in sentence
+    assert "architecture" not in sentence
+
+
+def test_an_index_of_shards_that_are_not_there(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names 1 files that are not there, such as model-00002-of-00002.safetensors" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text("[]")
+    assert "names no weights" in refusal(folder)
+
+
+@pytest.mark.parametrize("pad", [None, -1, 10**6])
+def test_the_padding_token_of_the_configuration(folder: Path, pad: int | None) -> None:
+    """None (and -1 in its place) is the tokenizer's business; a number without a row in the table is refused as that."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": pad}))
+    if pad == 10**6:
+        assert "pad_token_id = 1000000" in refusal(folder)
+    else:
+        loaded = load(folder)
+        assert loaded.module.config.pad_token_id == loaded.reader.pad_token_id
 
 
 def test_a_corrupt_configuration(folder: Path) -> None:

@@ -10,14 +10,19 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
+from cotune.client.setting import check_stages
 from cotune.models.base import ModelConfig, load_model
-from cotune.models.errors import DataError, ModelError
+from cotune.models.errors import DataError, ModelError, PrivacyError
 from cotune.models.features import feature_head, features_of
 from cotune.models.images import Image
 from cotune.models.records import DataConfig, Records, organisation_files, read_records
 from cotune.models.sharing import LoraConfig, SharedModel
 from cotune.models.tasks import logits, task_named
+from cotune.plan.load import parse_plan
+from cotune.plan.model import model_of
 from tests.conftest import COLOURS, PROCESSOR, write_images
 
 TASK = task_named("image-classification")
@@ -185,3 +190,39 @@ def test_a_text_model_is_no_image_classifier(base_model: Callable[[str], Path], 
     shutil.copy(base_model("vit") / "preprocessor_config.json", folder)
     with pytest.raises(ModelError, match="cannot be loaded as an image classifier .*ForImageClassification class"):
         load_model(ModelConfig(base=str(folder)), LABELS, 1, "image-classification")
+
+
+@pytest.fixture(params=["CLIP", "Siglip"])
+def two_halves(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A model of images and texts, whose classifier of images is called by one name and keeps its encoder under another."""
+    text = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    image = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, f"{request.param}Config")(
+        text_config={**text, "max_position_embeddings": 20}, vision_config={**image, "image_size": 16, "patch_size": 4}
+    )
+    torch.manual_seed(0)
+    getattr(transformers, f"{request.param}Model")(config).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return tmp_path / "base"
+
+
+def test_the_encoder_of_a_model_of_images_and_texts_is_kept_and_its_head_alone_is_trained(two_halves: Path) -> None:
+    """It was taken for the head: drawn anew, and trained as a whole by train = head."""
+    config = ModelConfig(base=str(two_halves), precision="float32")
+    model = SharedModel(load_model(config, LABELS, 3, "image-classification"), None, 3, torch.device("cpu"))
+    assert set(model.names("head")) == {"classifier.weight", "classifier.bias"}
+    base = load_file(two_halves / "model.safetensors")
+    encoder = {name: tensor for name, tensor in model.module.state_dict().items() if name.startswith("vision_model.")}
+    assert len(encoder) > 20
+    for name, tensor in encoder.items():
+        torch.testing.assert_close(tensor, base[name], rtol=0, atol=0)
+
+
+def test_a_model_of_images_and_texts_is_trained_with_privacy_or_its_reason_is_told(two_halves: Path) -> None:
+    """Of the whole encoder some parameters have no part in an answer, and so no gradient of a record."""
+    table = {"task": "image-classification", "labels": LABELS, "data": {"source": "x"}, "model": {"base": str(two_halves)}}
+    plan = parse_plan({**table, "train": "head"})
+    check_stages(plan, model_of(plan, "cpu"))
+    with pytest.raises(PrivacyError, match=r"\(vision_model\..*no part in a prediction"):
+        plan = parse_plan({**table, "train": "full"})
+        check_stages(plan, model_of(plan, "cpu"))

@@ -149,6 +149,12 @@ def test_without_normalising(tmp_path: Path) -> None:
     [
         ({"do_pad": True}, "asks for do_pad, which is not supported"),
         ({"crop_pct": 0.875}, "asks for crop_pct, which is not supported"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "no finite pixels"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "no finite pixels"),
+        ({"image_mean": [0.5] * 4}, "a value that cannot be used"),
+        ({"image_mean": "x"}, "a value that cannot be used"),
+        ({"resample": 99}, "a value that cannot be used"),
+        ({"size": {"height": 16, "width": "x"}}, "a value that cannot be used"),
         ({"size": {"longest_edge": 10}}, "has size {'longest_edge': 10}: expected height and width"),
     ],
 )
@@ -162,7 +168,7 @@ def test_images_of_unlike_sizes_are_refused(tmp_path: Path) -> None:
         reader(tmp_path, size={"shortest_edge": 20}).shape()
 
 
-@pytest.mark.parametrize("content", [None, "{"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "\ufeff{}", "[" * 100_000])
 def test_a_folder_that_does_not_say_how(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "preprocessor_config.json").write_text(content)

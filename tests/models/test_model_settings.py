@@ -1,9 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from cotune.models.errors import ModelError
 from cotune.models.model_settings import base_labels, read_settings
@@ -32,9 +39,38 @@ def test_other_names_are_refused(tmp_path: Path, names: object) -> None:
         labels(tmp_path, names)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'"text"', b"\xef\xbb\xbf{}", b'{"a": "\xe9"}', None])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'"text"', b"\xef\xbb\xbf{}", b'{"a": "\xe9"}', b"[" * 100_000, None])
 def test_what_is_not_a_json_object_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelError):
         read_settings(tmp_path)
+
+
+ASCII = """
+import locale, sys
+assert locale.getencoding().upper() in ("ASCII", "ANSI_X3.4-1968", "US-ASCII"), locale.getencoding()
+import safetensors.torch
+from cotune.models.base import ModelConfig, load_model
+from cotune.models.model_settings import base_labels
+from pathlib import Path
+labels = base_labels(Path(sys.argv[1]))
+head = load_model(ModelConfig(base=sys.argv[1]), labels, 9).module.classifier.weight
+print(ascii(labels), bool((head == safetensors.torch.load_file(sys.argv[1] + "/model.safetensors")["classifier.weight"]).all()))
+"""
+
+
+def test_names_are_utf_8_whatever_the_locale_says(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Read in the locale's encoding they were others, and the trained head was replaced by a new one without a word."""
+    labels = ("n\u00e9gatif", "positif")
+    folder = Path(shutil.copytree(base_model("bert"), tmp_path / "base"))
+    config = AutoConfig.from_pretrained(folder)
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(folder, config=config).save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHONIOENCODING"))}
+    env = {**plain, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", ASCII, str(folder)], capture_output=True, text=True, env=env, check=False)
+    assert done.stdout.strip() == f"{labels!a} True", done.stderr

@@ -10,7 +10,7 @@ import torch
 from transformers import pipeline
 
 from cotune.models.base import ModelConfig, load_model
-from cotune.models.errors import ModelError
+from cotune.models.errors import DataError, ModelError
 from cotune.models.export import export_model
 from cotune.models.predictor import open_predictor
 from cotune.models.sharing import SharedModel
@@ -83,6 +83,9 @@ def test_what_cannot_be_used_is_one_sentence(base_model: Callable[[str], Path], 
         "no weights": lambda f: (f / "model.safetensors").unlink(),
         "a pickle": lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "no words": lambda f: (f / "tokenizer.json").unlink(),
+        "an architecture that is no list": lambda f: changed(f, architectures=5),
+        "an unknown kind": lambda f: changed(f, model_type="zzz", id2label={}, label2id={}),
+        "names without a head": lambda f: changed(f, id2label=["a", "b"]),
         "no configuration": lambda f: (f / "config.json").write_text("{"),
     }
     for name, spoil in broken.items():
@@ -102,6 +105,17 @@ def test_code_in_the_folder_does_not_run(base_model: Callable[[str], Path], tmp_
     changed(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"})
     open_predictor(str(folder), "cpu")
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("content", ["label,SECRET was here\na,b\n", "SECRET has asthma\nJohn Roe\n", 'a,"x\nb" c,d\n'])
+def test_a_file_that_cannot_be_predicted_is_not_quoted(tmp_path: Path, content: str) -> None:
+    (tmp_path / "in.csv").write_text(content)
+    with pytest.raises(DataError) as raised:
+        read_unlabeled(tmp_path / "in.csv", "sequence-classification")
+    assert "SECRET" not in str(raised.value)
+    (tmp_path / "named.csv").write_text("review,label\n" + "a,b\n" * 12)
+    with pytest.raises(DataError, match="Known: label, review"):
+        read_unlabeled(tmp_path / "named.csv", "sequence-classification")
 
 
 def test_every_row_of_a_file_has_an_answer(tmp_path: Path) -> None:

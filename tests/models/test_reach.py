@@ -76,6 +76,23 @@ def test_minus_one_is_no_bound(tmp_path: Path) -> None:
     assert loaded(made(tmp_path / "base", config), max_length=50).max_length == 50
 
 
+def test_the_bound_of_what_attention_adds_by_distance(tmp_path: Path) -> None:
+    """MPT, which has no table of positions: a longer row fails within its layers."""
+    config = transformers.MptConfig(vocab_size=len(VOCABULARY), d_model=16, n_heads=2, n_layers=1, max_seq_len=24)
+    model = loaded(made(tmp_path / "base", config))
+    assert model.max_length == 24
+    assert accepts(model, 24)
+    assert not accepts(model, 25)
+
+
+@pytest.mark.parametrize("name", ["FalconConfig", "BloomConfig"])
+def test_distances_without_a_bound(tmp_path: Path, name: str) -> None:
+    """Rotary positions, and ALiBi."""
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, name)(vocab_size=len(VOCABULARY), pad_token_id=0, **size)
+    assert loaded(made(tmp_path / "base", config), max_length=300).max_length == 300
+
+
 @pytest.fixture
 def folder(base_model: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(base_model("bert"), tmp_path / "base"))

@@ -123,6 +123,16 @@ def test_the_loss_of_an_example_is_the_mean_over_its_own_words(base_model: Calla
             (scores,) = logits(model.module, collate([row]))
             by_hand = [float(functional.cross_entropy(scores[s], torch.tensor(row["labels"][s]))) for s in row["starts"]]
             assert got == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-5)
+        weights = torch.tensor([0.5, 3.0, 7.0])
+        weighted = example_losses(model.module, collate(rows), weights).tolist()
+        for row, got in zip(rows, weighted, strict=True):
+            (scores,) = logits(model.module, collate([row]))
+            tags = [row["labels"][s] for s in row["starts"]]
+            by_hand = [
+                float(weights[tag] * functional.cross_entropy(scores[s], torch.tensor(tag)))
+                for s, tag in zip(row["starts"], tags, strict=True)
+            ]
+            assert got == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
 
 
 def test_an_example_without_a_labelled_word_has_no_loss(base_model: Callable[[str], Path]) -> None:
@@ -140,8 +150,10 @@ def test_answers_are_those_at_the_first_pieces() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_no_single_vector_is_what_the_head_reads(base_model: Callable[[str], Path], kind: str) -> None:
-    assert feature_head(SharedModel(loaded(base_model, kind), None, 1, torch.device("cpu"))) is None
+def test_a_vector_of_each_word_is_what_the_head_reads(base_model: Callable[[str], Path], kind: str) -> None:
+    head = feature_head(SharedModel(loaded(base_model, kind), None, 1, torch.device("cpu")))
+    assert head is not None
+    assert head.reads_words
 
 
 # --- records

@@ -214,3 +214,18 @@ def test_asking_more_than_a_sample_needs_a_sample() -> None:
     with pytest.raises(PlanError, match=r"over_selection = 0\.5 asks more than sample_size, which is not given: expected both"):
         plan(server={"over_selection": 0.5})
     assert plan(server={"over_selection": 0.5, "sample_size": 2}).server.over_selection == 0.5
+
+
+def test_weights_of_classes_stand_in_the_order_of_the_head() -> None:
+    weighted = plan(labels=["rare", "common", "true"], class_weights={"common": 0.05, "True": 2})
+    assert weighted.weights_of_classes() == (1.0, 0.05, 2.0)
+    assert plan(labels=["a", "b"], class_weights={"a": 1}).weights_of_classes() is None
+    assert plan().weights_of_classes() is None
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": 0}, {"a": -1}, {"a": True}, {"a": float("nan")}, {"a": 1e7}, {"c": 1}, {"a": 1, " a": 2}, 3]
+)
+def test_weights_that_are_none_are_refused(weights: object) -> None:
+    with pytest.raises(PlanError):
+        plan(labels=["a", "b"], class_weights=weights)
