@@ -133,6 +133,9 @@ class Threaded:
     def left(self) -> frozenset[str]:
         return self._addresses.left()
 
+    def revoked(self) -> frozenset[str]:
+        return self._addresses.revoked()
+
     def _watch(self) -> None:
         refused = False
         while not self._closed.is_set():

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import median_high
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -140,7 +140,7 @@ class _Delivery:
         came = self._before + len(self._took)
         if not config.patience or not came or 2 * came < self._before + len(self._times):
             return most
-        return config.enough_seconds(median(self._took) if self._took else 0.0, most)
+        return config.enough_seconds(median_high(self._took) if self._took else 0.0, most)
 
     def _over(self) -> bool:
         seconds, patience = time.monotonic() - self._began, self.patience
