@@ -21,6 +21,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from cotune.models.errors import RunError
+from cotune.models.nested import json_of
 from cotune.plan.signatures import content_digest
 from cotune.strategies.wire import payload_bytes
 
@@ -57,8 +58,8 @@ class AuditLog:
                 line = self._line(descriptor, {"what": what, **about})
                 if len(line) > _LONGEST_LINE:
                     raise RunError(
-                        f"what would be entered in {self.file} has {len(line)} bytes: expected at most {_LONGEST_LINE}; nothing is"
-                        " done that is not entered there"
+                        f"what would be entered in {self.file} has {len(line)} bytes: expected at most {_LONGEST_LINE};"
+                        " nothing is done that is not entered there"
                     )
                 _write_whole(descriptor, line)
             finally:
@@ -81,7 +82,7 @@ class AuditLog:
         found, before = [], b""
         for number, line in enumerate(self._lines(), start=1):
             try:
-                entry = dict(json.loads(line))
+                entry = dict(json_of(line))
             except (ValueError, TypeError):
                 entry = {"what": "unfinished", "before": _hash(before)}
             if entry.get("before") != _hash(before):
@@ -103,7 +104,7 @@ class AuditLog:
         """The last line, unchecked; empty where there is none."""
         try:
             with self.file.open("rb") as file:
-                return dict(json.loads(_last_line(file.fileno())))
+                return dict(json_of(_last_line(file.fileno())))
         except (OSError, ValueError, TypeError):
             return {}
 
@@ -111,7 +112,7 @@ class AuditLog:
         """The lines from the last to the first, unchecked; what is no line of the log is left out."""
         for line in reversed(self._lines()):
             try:
-                entry = json.loads(line)
+                entry = json_of(line)
             except ValueError:
                 continue
             if isinstance(entry, dict):

@@ -115,8 +115,8 @@ class Trust(BaseModel):
     def following(self, renewals: Iterable[ServerRenewal]) -> Trust:
         """The same with the keys that the statements add, one after the other; those of keys that are known change nothing.
 
-        Raises RunError for a statement in the name of the newest key that is not its own, or is of another federation, and for more
-        keys than a server ever has.
+        Raises RunError for a statement in the name of the newest key that is not its own, or is of another federation, and for
+        more keys than a server ever has.
         """
         trust = self
         for renewal in renewals:

@@ -227,8 +227,8 @@ class Asking:
                 self._time_out(name, deadline)
 
     def _patience(self) -> float:
-        """Seconds for one request. The median of those whose updates were admitted, of two in the middle the slower: no single one
-        can make it shorter than an honest one took.
+        """Seconds for one request. The median of those whose updates were admitted, of two in the middle the slower: no single
+        one can make it shorter than an honest one took.
         """
         config, came = self._config, self._tally.participants
         if not (self._real and config.patience and self._half_came and self._tally.has_quorum):

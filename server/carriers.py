@@ -217,7 +217,8 @@ class Threaded:
             raise
         except Exception as error:  # it is busy, or starting; `_watch` tells of it
             if isinstance(error, httpx.HTTPStatusError) and len(waiting) > 1:
-                return any([self._look({number: asked}) for number, asked in waiting.items()])
+                found = [self._look({number: asked}) for number, asked in waiting.items()]
+                return any(found)
             if _may_be_gone(error):
                 self._doubts.update(asked.organisation for asked in waiting.values())
             return False

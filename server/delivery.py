@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
+from cotune.models.nested import json_of
 from cotune.plan.signatures import FINISHED, RECEIPT
 from cotune.server.addresses import Node, members_of
 from cotune.server.carriers import post_of
@@ -48,7 +49,7 @@ def confirmed(folder: RunFolder) -> dict[str, str]:
     """Organisation -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
     file = folder.path / "delivered.json"
     try:
-        found = json.loads(file.read_bytes())
+        found = json_of(file.read_bytes())
         return {str(name): str(at) for name, at in found.items()}
     except FileNotFoundError:
         return {}

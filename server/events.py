@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.models.errors import RunError
+from cotune.models.nested import json_of
 
 __all__ = ["Events", "Listener", "follow", "listening", "read_events"]
 
@@ -76,7 +77,7 @@ def _parsed(content: bytes) -> list[dict[str, Any]]:
     found = []
     for line in content.split(b"\n"):  # splitlines would also cut at a line separator inside a text
         try:
-            found.append(json.loads(line))
+            found.append(json_of(line))
         except ValueError:
             continue  # cut short by a crash, perhaps within a letter
     return found

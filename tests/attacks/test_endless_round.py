@@ -93,7 +93,16 @@ def played(post: Scripted, config: RoundsConfig, needed: int, each: Callable[[],
     contents = {name: RecordDict() for name in post.answers}
     told = list[Any]()
     round = Asking(
-        post, config, 1, contents, 2**20, len(contents), tally, lambda *a, **k: told.append((a, k)), real=True, clock=lambda: post.now
+        post,
+        config,
+        1,
+        contents,
+        2**20,
+        len(contents),
+        tally,
+        lambda *a, **k: told.append((a, k)),
+        real=True,
+        clock=lambda: post.now,
     )
     for letter in round.letters():
         each()
@@ -122,7 +131,12 @@ def test_two_that_take_turns_do_not_hold_a_round_whose_quorum_stands() -> None:
 
 def test_nor_one_without_a_quorum_beyond_the_time_for_approvals() -> None:
     config = RoundsConfig(approval_seconds=2 * DAY, patience=0)
-    answers = {"north": update(60.0), "south": update(60.0), "east": never_approves(3000.0), "west": never_approves(3000.0, 1500.0)}
+    answers = {
+        "north": update(60.0),
+        "south": update(60.0),
+        "east": never_approves(3000.0),
+        "west": never_approves(3000.0, 1500.0),
+    }
     tally, seconds = played(Scripted(answers, restless=("east", "west")), config, needed=3)
     assert tally.participants == ["north", "south"]
     assert 2 * DAY < seconds < 2 * DAY + 2 * 3600.0, f"{seconds / DAY:.1f} days"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, cast
 
@@ -35,10 +35,9 @@ NO_TIMES = (math.nan, math.inf, -math.inf, -1.0, 1e300)
 
 
 @pytest.fixture
-def a_task_of_flower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def a_task_of_flower(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    yield
 
 
 @pytest.mark.usefixtures("a_task_of_flower")

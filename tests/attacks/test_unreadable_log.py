@@ -9,6 +9,7 @@ request, each kept for ever.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 
@@ -40,7 +41,9 @@ def site(make_site: Callable[..., Site]) -> Site:
 
 
 @pytest.mark.parametrize("letters", ["x" * 3000, "\u96ea" * 500])
-def test_a_long_statement_leaves_the_site_as_it_was(plan: Plan, site: Site, state_for: Callable[[Plan], State], letters: str) -> None:
+def test_a_long_statement_leaves_the_site_as_it_was(
+    plan: Plan, site: Site, state_for: Callable[[Plan], State], letters: str
+) -> None:
     state = state_for(plan)
     first, second = request(plan, state), request(plan, state, round=2)
     statement = sign_request(first, refused=letters, strikes=1)
@@ -73,7 +76,7 @@ def test_keys_are_not_renewed_without_end(monkeypatch: pytest.MonkeyPatch) -> No
     keys = [SERVER_KEY, *(Ed25519PrivateKey.generate() for _ in range(40))]
     known = TrustedServer(signing_key=keys[0].public_key().public_bytes_raw().hex(), certificates="")
     believed = Trust(federation=FEDERATION, name="tests", generations=(known,))
-    renewals = [ServerRenewal.make(FEDERATION, old, new, "") for old, new in zip(keys, keys[1:], strict=False)]
+    renewals = [ServerRenewal.make(FEDERATION, old, new, "") for old, new in itertools.pairwise(keys)]
     believed = believed.following(renewals[:16])
     with pytest.raises(RunError, match="renewed its keys 20 times"):
         believed.following(renewals[16:32])
