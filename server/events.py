@@ -74,12 +74,14 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(content: bytes) -> list[dict[str, Any]]:
-    found = []
+    found = list[dict[str, Any]]()
     for line in content.split(b"\n"):  # splitlines would also cut at a line separator inside a text
         try:
-            found.append(json_of(line))
+            event = json_of(line)
         except ValueError:
             continue  # cut short by a crash, perhaps within a letter
+        if isinstance(event, dict) and "event" in event:
+            found.append(event)
     return found
 
 
