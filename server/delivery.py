@@ -20,7 +20,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from cotune.models.durable import write_durably
-from cotune.models.errors import RunError
+from cotune.models.errors import CotuneError, RunError
 from cotune.models.nested import json_of
 from cotune.plan.signatures import FINISHED, RECEIPT
 from cotune.server.addresses import Node, members_of
@@ -189,7 +189,7 @@ class _Delivery:
                 self._idle[name] = content
                 self._not_before[name] = time.monotonic() + _AGAIN_SECONDS * 2 ** (self._times[name] - 1)
             return False
-        reason = self._wrong(letter.reply, name)
+        reason = self._looked_into(letter.reply, name)
         if reason:
             self._undelivered(name, reason)
             return False
@@ -199,6 +199,15 @@ class _Delivery:
         self._took.append(time.monotonic() - self._asked_at[name])
         self._folder.events.tell("delivered", organisation=name)
         return True
+
+    def _looked_into(self, reply: Message, name: str) -> str:
+        """What a stranger has sent may be wrong in any way, and must not keep the others from their model."""
+        try:
+            return self._wrong(reply, name)
+        except (CotuneError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            return f"its answer cannot be read ({type(error).__name__})"
 
     def _wrong(self, reply: Message, name: str) -> str:
         """Why an answer is no receipt for this model; "" where it is one."""

@@ -46,7 +46,7 @@ class Events:
         with self._lock:
             try:
                 self._begin()
-                with self.path.open("a", encoding="utf-8") as stream:
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:  # for half a character
                     stream.write(line + "\n")
             except OSError as error:
                 self._begun = False  # a part of the line may be there
