@@ -107,7 +107,7 @@ class Gathering:
             return self._quarantine.keep(RecordDict(), name, round, f"{reason} ({type(error).__name__})")
 
     def _looked_into(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
-        """What a stranger has sent may be wrong in any way, and must end nobody's run. Raises CotuneError for one's own faults."""
+        """What a stranger has sent may be wrong in any way, and must end nobody's run. Raises CotuneError for faults here."""
         try:
             return self._verified(reply, letter, verify)
         except (CotuneError, OSError, MemoryError):

@@ -1,9 +1,8 @@
-"""Names that JSON can write and no file can hold, and types that are none, in what a member answers.
+"""Names that JSON can write and no file can hold, in what a member answers.
 
-Flower writes the names of records and arrays, and the dtype, shape and stype of an array, as JSON, which can say half a character
-("\\ud800") or a number in the place of a text. On commit 15d5778 one such name, or such words in a refusal that the member had signed, ended
-the process that plays the run (UnicodeEncodeError, TypeError) before anybody was named, and every `--resume` after it: one of four
-members stopped a run for good.
+Flower writes the names of records and arrays, and the type of an array, as JSON, which can say half a character (U+D800). On commit
+15d5778 one such name, or such words in a refusal that the member had signed, ended the process that plays the run (UnicodeEncodeError)
+before anybody was named, and every `--resume` after it: one member stopped a run for good.
 """
 
 from __future__ import annotations
