@@ -217,8 +217,8 @@ class Threaded:
             raise
         except Exception as error:  # it is busy, or starting; `_watch` tells of it
             if isinstance(error, httpx.HTTPStatusError) and len(waiting) > 1:
-                found = [self._look({number: asked}) for number, asked in waiting.items()]
-                return any(found)
+                looked = [self._look({number: asked}) for number, asked in waiting.items()]
+                return any(looked)
             if _may_be_gone(error):
                 self._doubts.update(asked.organisation for asked in waiting.values())
             return False
