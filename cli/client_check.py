@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.screen import screen
+from cotune.models.nested import toml_of
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
@@ -85,7 +86,6 @@ def check(
 
 def _read(source: str) -> tuple[Invitation | None, Plan]:
     """A federation.toml with its plan, or a plan by itself: a TOML file, or in the folder of a run."""
-    import tomllib
 
     from cotune.models.errors import PlanError
     from cotune.plan.invitation import read_invitation
@@ -96,7 +96,7 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
         raise PlanError(f"{source} does not exist: expected the federation.toml that the coordinator gave you, or a plan")
     document = path / "plan.toml" if (path / "plan.toml").exists() else path
     try:
-        is_invitation = {"protocol", "server"} <= tomllib.loads(document.read_text(encoding="utf-8-sig")).keys()
+        is_invitation = {"protocol", "server"} <= toml_of(document.read_text(encoding="utf-8-sig")).keys()
     except (OSError, ValueError):
         is_invitation = document.name == "federation.toml"
     if not is_invitation:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.screen import screen
+from cotune.models.nested import json_of
 from cotune.privacy.rounding import round_up
 
 app = typer.Typer(no_args_is_help=True, help="What an exported privacy ledger proves.")
@@ -32,7 +33,7 @@ def verify(
     from cotune.privacy import verification
 
     try:
-        content = json.loads(export.expanduser().read_bytes())
+        content = json_of(export.expanduser().read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{export} cannot be read ({error}): expected an exported ledger") from None
     if not isinstance(content, dict):

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from cotune.cli.plan_options import Set
 from cotune.cli.screen import screen
+from cotune.models.nested import json_of
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import instant, percent, size
 
@@ -83,7 +84,7 @@ def _begin(
 
 
 def _show_result(console: Console, played: RunFolder) -> None:
-    summary: dict[str, Any] = json.loads((played.path / "summary.json").read_bytes())
+    summary: dict[str, Any] = json_of((played.path / "summary.json").read_bytes())
     if summary["privacy"]["mode"] == "none":
         console.print("[bold red]No record-level differential privacy: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:

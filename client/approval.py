@@ -15,6 +15,7 @@ from filelock import FileLock
 from cotune.client.site import Site
 from cotune.models.durable import write_durably
 from cotune.models.errors import Declined, RunError
+from cotune.models.nested import json_of
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
@@ -57,7 +58,7 @@ class Approvals:
         """Of the plans that were approved, in that order. Raises RunError for a damaged file."""
         try:
             lines = self._approved.read_text(encoding="utf-8").splitlines()
-            return [str(json.loads(line)["plan_id"]) for line in lines]
+            return [str(json_of(line)["plan_id"]) for line in lines]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -101,7 +102,7 @@ class Approvals:
 
     def _read(self, file: Path) -> Plan:
         try:
-            plan = parse_plan(json.loads(file.read_bytes()))
+            plan = parse_plan(json_of(file.read_bytes()))
         except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read ({type(error).__name__}): remove it; the plan comes again") from None
         if plan.plan_id != file.stem:

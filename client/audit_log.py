@@ -21,6 +21,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from cotune.models.errors import RunError
+from cotune.models.nested import json_of
 from cotune.plan.signatures import content_digest
 from cotune.strategies.wire import payload_bytes
 
@@ -29,6 +30,7 @@ __all__ = ["AuditLog", "content_digest", "record_sizes"]
 _START = "0" * 64  # the hash before the first line
 _LONGEST_LINE = 64 * 1024  # bytes; what is read to find the last line
 _LONGEST_TEXT, _LONGEST_ITEM = 1000, 100  # characters of a value, and of one in a list: much of it a server may choose
+_WHOLE = ("statement", "refused")  # what was signed: cut, it would prove nothing, and none is longer than Statement.parse allows
 
 
 class AuditLog:
@@ -47,13 +49,19 @@ class AuditLog:
     def append(self, what: str, **about: Any) -> None:
         """Durable when this returns. what: request, update, refusal, receipt, blocked or keys.
 
-        Raises RunError where it cannot be written.
+        Raises RunError where it cannot be written, and for what no line has room for: much of it a server may choose.
         """
         try:
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                _write_whole(descriptor, self._line(descriptor, {"what": what, **about}))
+                line = self._line(descriptor, {"what": what, **about})
+                if len(line) > _LONGEST_LINE:
+                    raise RunError(
+                        f"what would be entered in {self.file} has {len(line)} bytes: expected at most {_LONGEST_LINE};"
+                        " nothing is done that is not entered there"
+                    )
+                _write_whole(descriptor, line)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -74,7 +82,7 @@ class AuditLog:
         found, before = [], b""
         for number, line in enumerate(self._lines(), start=1):
             try:
-                entry = dict(json.loads(line))
+                entry = dict(json_of(line))
             except (ValueError, TypeError):
                 entry = {"what": "unfinished", "before": _hash(before)}
             if entry.get("before") != _hash(before):
@@ -96,7 +104,7 @@ class AuditLog:
         """The last line, unchecked; empty where there is none."""
         try:
             with self.file.open("rb") as file:
-                return dict(json.loads(_last_line(file.fileno())))
+                return dict(json_of(_last_line(file.fileno())))
         except (OSError, ValueError, TypeError):
             return {}
 
@@ -104,7 +112,7 @@ class AuditLog:
         """The lines from the last to the first, unchecked; what is no line of the log is left out."""
         for line in reversed(self._lines()):
             try:
-                entry = json.loads(line)
+                entry = json_of(line)
             except ValueError:
                 continue
             if isinstance(entry, dict):
@@ -127,7 +135,7 @@ def _shortened(about: Mapping[str, Any]) -> dict[str, Any]:
             return [short(item, _LONGEST_ITEM) for item in value]
         return value[:most] if isinstance(value, str) else value
 
-    return {name: short(value) for name, value in about.items()}
+    return {name: value if name in _WHOLE else short(value) for name, value in about.items()}
 
 
 def _write_whole(descriptor: int, content: bytes) -> None:

@@ -18,6 +18,7 @@ from cotune.client.site import Site
 from cotune.models.durable import sync, write_durably
 from cotune.models.errors import RunError
 from cotune.models.export import export_model
+from cotune.models.nested import json_of
 from cotune.models.sharing import SharedModel
 from cotune.plan.card import CARD, model_card, promised
 from cotune.plan.schema import Plan
@@ -82,6 +83,6 @@ def _remove_unfinished(folder: Path) -> None:
 
 def _read(file: Path) -> object:
     try:
-        return json.loads(file.read_bytes())
+        return json_of(file.read_bytes())
     except (OSError, ValueError):
         return None

@@ -30,6 +30,7 @@ from cotune.models.features import feature_head
 from cotune.models.head_fit import head_names, head_scores, told_by
 from cotune.models.holdings import Holdings
 from cotune.models.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
+from cotune.models.nested import json_of
 from cotune.models.predictor import load_finished
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import score
@@ -120,7 +121,7 @@ def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
 
 def _about(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
+        found = json_of(file.read_bytes())
         return {**found, "plan_id": str(found["plan_id"])}
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{file} is damaged: expected the plan of a finished model; remove its folder") from None

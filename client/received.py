@@ -35,10 +35,14 @@ _ARRAY_HEAD = 1024  # bytes of an array before its values, and some to spare
 
 
 def plan_of(request: Request) -> Plan:
-    """Raises PlanError; RunError for a text that is none, or not one of Unicode, and so has no hash."""
+    """Raises PlanError; RunError for a text that is none, or not one of Unicode, and so has no hash; or that is another plan once
+    it is read again, as from the file in which it waits for approval.
+    """
     try:
         plan = parse_plan(json.loads(request.plan))
         plan.canonical().encode()
+        if parse_plan(json.loads(plan.canonical())) != plan:
+            raise RunError("the plan is another one when it is read again: expected the canonical form of one plan")
     except UnicodeEncodeError:
         raise RunError("the plan holds half a character: expected Unicode text") from None
     except (ValueError, RecursionError) as error:

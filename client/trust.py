@@ -25,6 +25,7 @@ from cotune.plan.renewal import ServerRenewal
 
 __all__ = ["Trust", "TrustedServer", "learn", "note_use"]
 
+_MOST_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
 AUTHORITY_DAYS = 30  # that a former authority is believed after the new keys were used
 
 
@@ -114,13 +115,19 @@ class Trust(BaseModel):
     def following(self, renewals: Iterable[ServerRenewal]) -> Trust:
         """The same with the keys that the statements add, one after the other; those of keys that are known change nothing.
 
-        Raises RunError for a statement in the name of the newest key that is not its own, or is of another federation.
+        Raises RunError for a statement in the name of the newest key that is not its own, or is of another federation, and for
+        more keys than a server ever has.
         """
         trust = self
         for renewal in renewals:
             about = renewal.about
             if about.old != trust.newest.signing_key or trust.find(about.new):
                 continue
+            if len(trust.generations) >= _MOST_GENERATIONS:
+                raise RunError(
+                    f"the server of {trust.name} has renewed its keys {len(trust.generations)} times: expected fewer; ask the"
+                    " coordinator why, remove node/trust.json of the site, and join with a new federation.toml"
+                )
             renewal.check()
             if about.federation != trust.federation:
                 raise RunError(f"the statement is of federation {about.federation[:12]}: expected {trust.federation[:12]}")

@@ -27,6 +27,13 @@ def class_name(word: str) -> str:
     >>> [class_name(word) for word in ("True", "1.0", " good\\u200b", "1.50", "02")]
     ['true', '1', 'good', '1.50', '02']
     """
+    name = _cleaned(word)
+    while (again := _cleaned(name)) != name:  # letters that meet once nothing is between them are composed, too
+        name = again
+    return name
+
+
+def _cleaned(word: str) -> str:
     seen = _UNSEEN.sub(lambda found: found[0] if found[0] in _JOINERS else "", unicodedata.normalize("NFC", word))
     name = " ".join(seen.strip(_JOINERS).split()).strip(_JOINERS)
     if name.casefold() in ("true", "false"):

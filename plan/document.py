@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.models.errors import PlanError, nearest
+from cotune.models.nested import toml_of
 
 __all__ = ["folder_of", "overrides_alone", "preset_names", "preset_text", "read_document", "value_of"]
 
@@ -37,7 +38,7 @@ def read_document(source: str | Path = "tweets", overrides: Sequence[str] = ()) 
     else:
         text, name = preset_text(str(source)), str(source)
     try:
-        table = tomllib.loads(text)
+        table = toml_of(text)
     except tomllib.TOMLDecodeError as error:
         raise PlanError(f"{source} is not valid TOML ({error}): expected a plan as `cotune plan new tweets` prints it") from None
     table.setdefault("name", name)
@@ -102,6 +103,6 @@ def _item(items: list[Any], part: str, text: str) -> Any:
 def value_of(text: str) -> Any:
     """A TOML value where it reads as one, else the text itself."""
     try:
-        return tomllib.loads(f"v = {text.strip()}")["v"]
+        return toml_of(f"v = {text.strip()}")["v"]
     except tomllib.TOMLDecodeError:
         return text.strip()

@@ -17,6 +17,7 @@ from cryptography.x509 import load_pem_x509_certificates
 from pydantic import Field, ValidationError, field_validator
 
 from cotune.models.errors import PlanError, RunError
+from cotune.models.nested import toml_of
 from cotune.models.table import Table, first_mistake
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
@@ -123,7 +124,7 @@ class Invitation:
     def from_toml(cls, text: str) -> Self:
         """Raises PlanError, in one sentence."""
         try:
-            table = tomllib.loads(text)
+            table = toml_of(text)
         except tomllib.TOMLDecodeError as error:
             raise PlanError(f"the federation.toml is not valid TOML ({error}): get it from the coordinator again") from None
         plan = table.pop("plan", None)

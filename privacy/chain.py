@@ -20,6 +20,7 @@ from typing import Any
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import PrivacyError
+from cotune.models.nested import json_of
 
 __all__ = ["START", "Chain", "Entry", "Log", "entry_hash"]
 
@@ -73,7 +74,7 @@ class Log:
         id = len(self.entries) + 1
         at = at or datetime.now(UTC).isoformat(timespec="seconds")
         text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-        entry = Entry(id, at, kind, json.loads(text), entry_hash(self.head, id, at, kind, text))
+        entry = Entry(id, at, kind, json_of(text), entry_hash(self.head, id, at, kind, text))
         self.db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (id, at, kind, text, entry.hash))
         self.entries.append(entry)
         return entry
@@ -182,7 +183,7 @@ class Chain:
         for expected, (id, at, kind, body, hash) in enumerate(db.execute("SELECT * FROM entries ORDER BY id"), start=1):
             if id != expected or hash != entry_hash(previous, id, at, kind, body):
                 raise self._unusable(f"entry {expected} is not as it was written: somebody or something changed the file")
-            entries.append(Entry(id, at, kind, json.loads(body), hash))
+            entries.append(Entry(id, at, kind, json_of(body), hash))
             previous = hash
         count, anchored = self._anchored()
         if count is None:
@@ -194,7 +195,7 @@ class Chain:
     def _anchored(self) -> tuple[int | None, str]:
         """How many entries the anchor knows, and the hash of the last: the database may be ahead of it, never behind."""
         try:
-            found = json.loads(self.anchor.read_bytes())
+            found = json_of(self.anchor.read_bytes())
             return int(found["entries"]), str(found["hash"])
         except FileNotFoundError:
             return None, ""

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import PrivacyError
+from cotune.models.nested import json_of
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.filters import epsilon_over_runs
 
@@ -118,7 +119,7 @@ class ClientLevelAccount:
     def _read(self) -> tuple[tuple[float, float] | None, dict[str, list[tuple[int, Steps]]]]:
         """What the first line fixes, where there is one, and the charges of each run."""
         try:
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            rows = [json_of(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
             fixed = (float(rows[0]["epsilon_total"]), float(rows[0]["delta"])) if self.run and rows else None
             found: dict[str, list[tuple[int, Steps]]] = {}
             for row in rows[1:] if fixed else rows:

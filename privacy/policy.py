@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator
 
 from cotune.models.errors import PlanError, nearest
+from cotune.models.nested import toml_of
 from cotune.models.table import Table, first_mistake
 from cotune.models.tasks import TaskName
 from cotune.privacy.accounting import check_delta
@@ -176,7 +176,7 @@ class Policy(Table):
 def read_policy(file: Path) -> Policy:
     """The policy in a TOML file. Raises PlanError, in one sentence, for an unreadable file or an unknown rule."""
     try:
-        return Policy.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
+        return Policy.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
         raise PlanError(f"{first_mistake(error, Policy, 'policy')} ({file}; see `cotune client policy`)") from None
     except (OSError, ValueError) as error:

@@ -40,6 +40,10 @@ class Addresses(Protocol):
         """Those that had left of their own accord at that look."""
         ...
 
+    def revoked(self) -> frozenset[str]:
+        """Those that may not take part any more, at that look."""
+        ...
+
 
 class Simulated:
     """names: the organisations of the run, in their order."""
@@ -54,6 +58,9 @@ class Simulated:
     def left(self) -> frozenset[str]:
         return frozenset()
 
+    def revoked(self) -> frozenset[str]:
+        return frozenset()
+
 
 class Nodes(Protocol):
     def get_nodes(self) -> Iterable[NodeInfo]: ...
@@ -65,16 +72,22 @@ class Registered:
     def __init__(self, line: Nodes, federation: Path) -> None:
         self._line, self._federation = line, federation
         self._presence = Presence()
+        self._revoked: frozenset[str] = frozenset()
 
     def connected(self) -> dict[str, Node]:
         """Raises RunError for a damaged list of members."""
-        names = {member.key: member.name for member in members_of(self._federation).values()}
+        members = FederationFolder(self._federation).members.all()
+        names = {member.key: member.name for member in members if member.revoked is None}
+        self._revoked = frozenset(member.name for member in members) - set(names.values())
         nodes = [node for node in self._line.get_nodes() if node.public_key in names]
         self._presence.look(Seen(names[node.public_key], _is_online(node), node.online_until) for node in nodes)
         return {names[node.public_key]: Node(node.node_id, node.last_activated_at) for node in nodes if _is_online(node)}
 
     def left(self) -> frozenset[str]:
         return self._presence.left
+
+    def revoked(self) -> frozenset[str]:
+        return self._revoked
 
 
 def _is_online(node: NodeInfo) -> bool:

@@ -7,7 +7,8 @@ the others took: once the quorum and half of those who are asked have answered, 
 median, and `server.least_seconds`, has timed out.
 
 Where nobody has approved the plan yet (approvals.py), the organization is asked again. The round does not wait for it once the
-quorum stands, and otherwise for at most `server.approval_seconds`.
+quorum stands, and otherwise for at most `server.approval_seconds`: from then on it is asked again only while somebody else is
+waited for, so that two that take turns do not keep a round from ending. Whoever is revoked is not waited for at all.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_high
 
 from flwr.app import Message, MessageType, RecordDict
 
 from cotune.models.errors import RunError
 from cotune.plan.schema import RoundsConfig
-from cotune.server.addresses import Node
+from cotune.server.addresses import REVOKED, Node
 from cotune.server.approvals import NOT_APPROVED, Approvals, awaits_approval
 from cotune.server.post import Letter, Post
 from cotune.server.presence import LEFT
@@ -49,7 +50,8 @@ class _Lost:
 
 class Asking:
     """contents: organisation -> its request, in the order of the organisations. most_bytes: of an answer. enough: updates that
-    close the round. real: whether organizations work side by side, so that their times can be compared. clock: seconds.
+    close the round. real: whether organizations work side by side, so that their times can be compared. fuses: whether a round
+    needs several updates. clock: seconds.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class Asking:
         tell: Tell,
         *,
         real: bool = False,
+        fuses: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._real, self._clock = real, clock
+        self._real, self._fuses, self._clock = real, fuses, clock
+        self._left = len(contents)  # who may take part
         self._asked_at: dict[str, float] = {}
         self._took: dict[str, float] = {}  # seconds, of those who have answered
         self._post, self._config, self._round, self._tally, self._tell = post, config, round, tally, tell
@@ -90,6 +94,7 @@ class Asking:
         self._began = self._clock()
         while not self._over():
             last = self._seconds_left() <= 0
+            self._drop_revoked()
             self._ask()
             self._ask_again()
             self._give_up()
@@ -108,11 +113,14 @@ class Asking:
         return letter.organisation in self._approvals
 
     def _await_quorum(self) -> None:
-        people, needed, told = list(self._contents), self._tally.needed, None
-        while len(here := self._connected(people)) < needed:
+        people, told = list(self._contents), None
+        while len(here := self._connected(people)) < (needed := self._tally.needed):
             if told != here and self._post.looked():
                 told = here
                 self._tell("waiting", round=self._round, connected=here, needed=needed, absent=_without(people, here))
+            self._drop_revoked()
+            if len(self._contents) < self._tally.needed:
+                return  # too few may take part any more
             waited = self._clock() - self._began
             if waited > self._config.wait_seconds and (self._post.looked() or waited > _LOOK_SECONDS):
                 raise RunError(
@@ -152,6 +160,8 @@ class Asking:
         self._post.send(self._round, name, self._message(name, node.id), self._most_bytes)
 
     def _may_be_asked(self, name: str, node: Node) -> bool:
+        if name in self._approvals and not self._waits_for_approvals:
+            return False
         if name not in self._lost:
             return name not in self._approvals or self._approvals.is_due(name, self._clock(), node.since)
         again = self._lost[name].at + _AGAIN_SECONDS * 2 ** (self._losses[name] - 1)
@@ -217,17 +227,28 @@ class Asking:
                 self._time_out(name, deadline)
 
     def _patience(self) -> float:
-        """Seconds for one request. The median of those whose updates were admitted is no single one's to choose."""
+        """Seconds for one request. The median of those whose updates were admitted, of two in the middle the slower: no single
+        one can make it shorter than an honest one took.
+        """
         config, came = self._config, self._tally.participants
         if not (self._real and config.patience and self._half_came and self._tally.has_quorum):
             return config.deadline_seconds
-        return config.enough_seconds(median(self._took[name] for name in came), config.deadline_seconds)
+        return config.enough_seconds(median_high(self._took[name] for name in came), config.deadline_seconds)
 
     @property
     def _given_up(self) -> int:
         """How many nobody waits for any more, as no person has approved the plan in all that time."""
-        over = self._clock() >= self._approvals.end(self._config.approval_seconds)
-        return len(self._approvals.names()) if over else 0
+        return len(self._approvals.names()) if self._approvals_over else 0
+
+    @property
+    def _approvals_over(self) -> bool:
+        return self._clock() >= self._approvals.end(self._config.approval_seconds)
+
+    @property
+    def _waits_for_approvals(self) -> bool:
+        """Whether the round goes on while people look at the plan: for their sake, or for that of somebody who trains."""
+        others = any(name not in self._approvals for name in self._waiting)
+        return others or not (self._tally.has_quorum or self._approvals_over)
 
     @property
     def _half_came(self) -> bool:
@@ -238,6 +259,15 @@ class Asking:
         if self._real and self._half_came:
             self._tally.timed_out.append(name)
         self._drop(name, f"no reply within {seconds:g} seconds")
+
+    def _drop_revoked(self) -> None:
+        """The quorum is then of the others."""
+        revoked = self._post.revoked()
+        for name in [name for name in self._contents if name in revoked]:
+            self._drop(name, REVOKED)
+            self._left -= 1
+            needed = self._config.needed(min(self._enough, self._left), fuses=self._fuses) if self._left else 1
+            self._tally.needed = min(self._tally.needed, needed)
 
     def _drop(self, name: str, reason: str) -> None:
         self._answered(name)

@@ -133,6 +133,9 @@ class Threaded:
     def left(self) -> frozenset[str]:
         return self._addresses.left()
 
+    def revoked(self) -> frozenset[str]:
+        return self._addresses.revoked()
+
     def _watch(self) -> None:
         refused = False
         while not self._closed.is_set():
@@ -206,13 +209,16 @@ class Threaded:
 
     def _look(self, waiting: Mapping[str, _Asked]) -> bool:
         """Whether the SuperLink has said who has answered. A few at a time: a call that takes too long loses all answers that it
-        was to announce.
+        was to announce. Where it fails at one of them, that one must not hide the answers of the others.
         """
         try:
             found = self._line.announced(list(waiting))
         except RunNotRunningException:
             raise
         except Exception as error:  # it is busy, or starting; `_watch` tells of it
+            if isinstance(error, httpx.HTTPStatusError) and len(waiting) > 1:
+                looked = [self._look({number: asked}) for number, asked in waiting.items()]
+                return any(looked)
             if _may_be_gone(error):
                 self._doubts.update(asked.organisation for asked in waiting.values())
             return False

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cotune.models.durable import write_durably
+from cotune.models.nested import json_of
 from cotune.server.run_folder import RunFolder
 
 __all__ = ["advice", "cohort_of", "remember_waiting", "waiting_in"]
@@ -56,7 +57,7 @@ def advice(dropped: Mapping[str, str]) -> str:
 def _waiting_before(folder: RunFolder, round: int) -> list[str]:
     """A damaged file is none: the roster is then as short as it was."""
     try:
-        found = json.loads((folder.path / "cohort.json").read_bytes())
+        found = json_of((folder.path / "cohort.json").read_bytes())
         return [str(name) for name in found["waiting"]] if found["round"] == round else []
     except (OSError, ValueError, KeyError, TypeError):
         return []

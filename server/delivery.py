@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import median_high
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from cotune.models.durable import write_durably
-from cotune.models.errors import RunError
+from cotune.models.errors import CotuneError, RunError
+from cotune.models.nested import json_of
 from cotune.plan.signatures import FINISHED, RECEIPT
 from cotune.server.addresses import Node, members_of
 from cotune.server.carriers import post_of
@@ -48,7 +49,7 @@ def confirmed(folder: RunFolder) -> dict[str, str]:
     """Organisation -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
     file = folder.path / "delivered.json"
     try:
-        found = json.loads(file.read_bytes())
+        found = json_of(file.read_bytes())
         return {str(name): str(at) for name, at in found.items()}
     except FileNotFoundError:
         return {}
@@ -140,7 +141,7 @@ class _Delivery:
         came = self._before + len(self._took)
         if not config.patience or not came or 2 * came < self._before + len(self._times):
             return most
-        return config.enough_seconds(median(self._took) if self._took else 0.0, most)
+        return config.enough_seconds(median_high(self._took) if self._took else 0.0, most)
 
     def _over(self) -> bool:
         seconds, patience = time.monotonic() - self._began, self.patience
@@ -188,7 +189,7 @@ class _Delivery:
                 self._idle[name] = content
                 self._not_before[name] = time.monotonic() + _AGAIN_SECONDS * 2 ** (self._times[name] - 1)
             return False
-        reason = self._wrong(letter.reply, name)
+        reason = self._looked_into(letter.reply, name)
         if reason:
             self._undelivered(name, reason)
             return False
@@ -198,6 +199,15 @@ class _Delivery:
         self._took.append(time.monotonic() - self._asked_at[name])
         self._folder.events.tell("delivered", organisation=name)
         return True
+
+    def _looked_into(self, reply: Message, name: str) -> str:
+        """What a stranger has sent may be wrong in any way, and must not keep the others from their model."""
+        try:
+            return self._wrong(reply, name)
+        except (CotuneError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            return f"its answer cannot be read ({type(error).__name__})"
 
     def _wrong(self, reply: Message, name: str) -> str:
         """Why an answer is no receipt for this model; "" where it is one."""

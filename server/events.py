@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.models.errors import RunError
+from cotune.models.nested import json_of
 
 __all__ = ["Events", "Listener", "follow", "listening", "read_events"]
 
@@ -45,7 +46,7 @@ class Events:
         with self._lock:
             try:
                 self._begin()
-                with self.path.open("a", encoding="utf-8") as stream:
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:  # for half a character
                     stream.write(line + "\n")
             except OSError as error:
                 self._begun = False  # a part of the line may be there
@@ -73,12 +74,14 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(content: bytes) -> list[dict[str, Any]]:
-    found = []
+    found = list[dict[str, Any]]()
     for line in content.split(b"\n"):  # splitlines would also cut at a line separator inside a text
         try:
-            found.append(json.loads(line))
+            event = json_of(line)
         except ValueError:
             continue  # cut short by a crash, perhaps within a letter
+        if isinstance(event, dict) and "event" in event:
+            found.append(event)
     return found
 
 

@@ -11,7 +11,6 @@ runs/<run>/        one folder per run (run_folder.py)
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
+from cotune.models.nested import toml_of
 from cotune.models.table import Table, first_mistake
 from cotune.plan.invitation import Invitation, read_invitation
 from cotune.plan.load import load_plan
@@ -55,7 +55,7 @@ class FederationFolder:
         self.path = path.expanduser().resolve()
         file = self.path / "server.toml"
         try:
-            self.config = ServerConfig.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
+            self.config = ServerConfig.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
         except ValidationError as error:
             raise RunError(f"{first_mistake(error, ServerConfig, 'server.toml')} ({file})") from None
         except (OSError, ValueError) as error:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import ssl
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from cotune.models.errors import CotuneError, RunError
+from cotune.models.nested import toml_of
 from cotune.models.table import Table, first_mistake
 from cotune.models.terminal import clean_output, printable
 from cotune.server import certificates
@@ -47,7 +47,7 @@ class FrontConfig(Table):
 def read_config(path: Path) -> FrontConfig:
     """Raises RunError for a file that cannot be read, is not TOML, or has a key that is unknown or wrong."""
     try:
-        config = FrontConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        config = FrontConfig.model_validate(toml_of(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}): expected the front's configuration") from None
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flwr.app import Message, RecordDict
 
+from cotune.models.errors import CotuneError
 from cotune.plan.signatures import UPDATE
 from cotune.server.asking import Asking
 from cotune.server.inbox import Inbox, Turns
@@ -77,7 +78,7 @@ class Gathering:
         """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
         reply, letter.reply = letter.reply, None
         name, tell = letter.organisation, self._events.tell
-        opened = Opened(None, letter.refused, refused=True) if reply is None else self._verified(reply, letter, verify)
+        opened = Opened(None, letter.refused, refused=True) if reply is None else self._looked_into(reply, letter, verify)
         if opened.update is not None and reply is not None:
             return opened.update, payload_bytes(reply.content)
         if letter.round == round:
@@ -85,7 +86,7 @@ class Gathering:
         if not opened.refused:
             tell("update_dropped", round=letter.round, organisation=name, reason=opened.reason)
             return None, 0
-        file = self._quarantine.keep(reply.content if reply else RecordDict(), name, letter.round, opened.reason)
+        file = self._kept(reply.content if reply else RecordDict(), name, letter.round, opened.reason)
         tally.quarantined.append(name)
         tell("update_quarantined", round=letter.round, organisation=name, reason=opened.reason, file=file)
         return None, 0
@@ -95,6 +96,24 @@ class Gathering:
         reply, letter.reply = letter.reply, None
         if reply is not None:
             self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organisation)
+
+    def _kept(self, content: RecordDict, name: str, round: int, reason: str) -> str:
+        """The file in quarantine; what cannot even be written there is described by its reason alone."""
+        try:
+            return self._quarantine.keep(content, name, round, reason)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            return self._quarantine.keep(RecordDict(), name, round, f"{reason} ({type(error).__name__})")
+
+    def _looked_into(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
+        """What a stranger has sent may be wrong in any way, and must end nobody's run. Raises CotuneError for faults here."""
+        try:
+            return self._verified(reply, letter, verify)
+        except (CotuneError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            return Opened(None, f"it cannot be read ({type(error).__name__})", refused=True)
 
     def _verified(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
         """An answer is held to its organization's signature first, and to the plan then."""

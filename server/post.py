@@ -50,6 +50,10 @@ class Post(Protocol):
         """Those that had left of their own accord at the last look."""
         ...
 
+    def revoked(self) -> Collection[str]:
+        """Those whose invitation was revoked, at the last look."""
+        ...
+
     def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
         """Hands a request over, or begins to; once more where the first may be lost: whichever is answered first counts.
         most_bytes: of its answer; a larger one is not taken.
@@ -83,6 +87,9 @@ class Direct:
         return 1.0
 
     def left(self) -> Collection[str]:
+        return ()
+
+    def revoked(self) -> Collection[str]:
         return ()
 
     def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from cotune.models.durable import write_durably
+from cotune.models.nested import json_of
 
 __all__ = ["Record", "end", "sessions"]
 
@@ -46,7 +47,7 @@ class Record:
     def left(self) -> list[psutil.Process]:
         """Those of the file that still run, with all that they have started. A damaged file names none."""
         try:
-            kept = json.loads(self._file.read_bytes())
+            kept = json_of(self._file.read_bytes())
             known = {(int(number), float(started)) for number, started in kept["processes"]} if kept["boot"] == _boot() else set()
         except (OSError, ValueError, KeyError, TypeError):
             return []

@@ -137,7 +137,18 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     )
     closing = enough(plan, len(people))
     real = bool(folder.file.federation)
-    asking = Asking(run.post, plan.server, round, contents, verify.most_bytes, closing, tally, folder.events.tell, real=real)
+    asking = Asking(
+        run.post,
+        plan.server,
+        round,
+        contents,
+        verify.most_bytes,
+        closing,
+        tally,
+        folder.events.tell,
+        real=real,
+        fuses=_fuses(folder),
+    )
     del contents
     run.gathering.gather(asking, round, verify, tally, combination)
     if not tally.has_quorum:

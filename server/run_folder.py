@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from safetensors.torch import save
 from cotune.models.durable import remove_parts, write_durably
 from cotune.models.errors import RunError
 from cotune.models.lock import only_one
+from cotune.models.nested import json_of, toml_of
 from cotune.models.sharing import State, named_under
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
@@ -91,7 +91,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.plan: Plan = parse_plan(tomllib.loads((path / "plan.toml").read_text(encoding="utf-8")))
+            self.plan: Plan = parse_plan(toml_of((path / "plan.toml").read_text(encoding="utf-8")))
             self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
         except (OSError, ValueError):
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
@@ -119,7 +119,7 @@ class RunFolder:
     def stopped(self) -> str | None:
         """Why the run ended before its last round; None if it did not."""
         try:
-            return str(json.loads((self.path / "stopped.json").read_bytes())["reason"])
+            return str(json_of((self.path / "stopped.json").read_bytes())["reason"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -163,7 +163,7 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["checkpoint"])
+                about = json_of(file.metadata()["checkpoint"])
                 round, plan_id, history = about["round"], about["plan_id"], tuple(about["history"])
                 clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
                 tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -184,7 +184,7 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="pt") as file:
-                return tuple(json.loads(file.metadata()["checkpoint"])["history"])
+                return tuple(json_of(file.metadata()["checkpoint"])["history"])
         except FileNotFoundError:
             return self.history()  # a newer one has taken its place
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
+from cotune.models.nested import json_of
 from cotune.server.run_folder import RunFolder
 
 __all__ = ["Fate", "fates_of", "left_out", "remember", "strikes_of"]
@@ -60,7 +61,7 @@ def remember(folder: RunFolder, names: Iterable[str]) -> None:
 def _of_failed_rounds(folder: RunFolder) -> Counter[str]:
     file = folder.path / "strikes.json"
     try:
-        return Counter({str(name): int(count) for name, count in json.loads(file.read_bytes()).items()})
+        return Counter({str(name): int(count) for name, count in json_of(file.read_bytes()).items()})
     except FileNotFoundError:
         return Counter()
     except (OSError, ValueError, TypeError, AttributeError):

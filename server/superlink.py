@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+from cryptography.x509 import load_pem_x509_certificates
 from flwr.app import UserConfig
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto, user_config_to_proto
@@ -132,8 +133,10 @@ def control(address: str, certificates: Path) -> Iterator[Control]:
     """address: host:port on loopback. certificates: the coordinator's folder of them. Nothing is asked before the first call."""
     try:
         authority = (certificates / "ca.crt").read_bytes()
-    except OSError as error:
-        raise RunError(f"{certificates / 'ca.crt'} cannot be read ({error.strerror}): expected the federation's own") from None
+        load_pem_x509_certificates(authority)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it holds no certificate"
+        raise RunError(f"{certificates / 'ca.crt'} cannot be read ({reason}): expected the federation's own") from None
     version = RuntimeVersionHttpInterceptor(component_name="cotune")
     with ControlHttpClient.from_server_address(address, False, authority, interceptors=[version]) as client:
         yield Control(client)

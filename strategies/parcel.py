@@ -122,7 +122,14 @@ def _of_record(pieces: Mapping[str, bytes], number: str, known: dict[str, int]) 
 def _of_array(pieces: Mapping[str, bytes], number: str) -> int:
     _, children, body = _opened(pieces, number, "Array")
     sizes = [_of_chunk(pieces, child) for child in children]
-    return sum(sizes[index] for index in json.loads(bytes(body))["arraychunk_ids"])
+    return sum(sizes[index] for index in _written(body)["arraychunk_ids"])
+
+
+def _written(body: memoryview) -> Any:
+    """A body that is JSON, in letters: JSON may name half a character, of which there is no hash and no file."""
+    found = json.loads(bytes(body))
+    json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def _of_chunk(pieces: Mapping[str, bytes], number: str) -> int:
@@ -135,7 +142,7 @@ def _of_chunk(pieces: Mapping[str, bytes], number: str) -> int:
 def _named(pieces: Mapping[str, bytes], number: str, kind: str) -> dict[str, str]:
     """What a record holds: name -> object id. All that its head lists is put together, so all of it must have a name."""
     _, children, body = _opened(pieces, number, kind)
-    named = json.loads(bytes(body))
+    named = _written(body)
     if not isinstance(named, dict) or set(named.values()) != set(children):
         raise Malformed(f"a {kind} of it holds other parts than it names")
     return named

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cotune.models.nested import json_of
 from cotune.models.sharing import named_under
 from cotune.strategies.updates import Update
 
@@ -57,7 +58,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
     """The tensors of an update's file, and what it says of itself; raises as `read_update` does, also in the block."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            yield tensors, json.loads(tensors.metadata()["update"])
+            yield tensors, json_of(tensors.metadata()["update"])
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

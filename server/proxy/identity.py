@@ -39,8 +39,11 @@ def signer(headers: Iterable[tuple[bytes, bytes]], call: str, known: Known, now:
         known: asked for the key that the request shows.
         now: the time by the server's clock.
     """
+    found = [(name, value) for name, value in headers if name in _NAMES]
+    if len(found) != len(_NAMES):  # of two keys the SuperLink might take the other one
+        return Refusal(401, _UNSIGNED)
     try:
-        shown = {name: value for name, value in headers if name in _NAMES}
+        shown = dict(found)
         key, signature = (b64decode(shown[name], validate=True) for name in _NAMES[:2])
         timestamp = shown[_NAMES[2]]
         age = ((now or datetime.now(UTC)) - datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()

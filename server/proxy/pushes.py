@@ -2,11 +2,13 @@
 
 Flower's SuperLink believes what `push-messages` says. It stores a message of node 1 (the server) as an instruction to whatever
 node it names, and registers a tree of objects whose content nobody has seen: an identifier that is registered with an invented
-child keeps the object that really has it out (docs/decisions/0013-object-store.md).
+child keeps the object that really has it out (docs/decisions/0013-object-store.md). A time that is no number becomes NULL in its
+database, and every question for answers in which that one is looked at fails from then on.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -24,6 +26,7 @@ _MOST_HEADER = 16 * 2**10  # bytes of a message without its content: addresses, 
 _MOST_REMEMBERED = 200_000  # identifiers of what the server has sent, 32 bytes each
 _FEWEST_ALLOWED = 64  # objects, however small the requests are
 _OBJECT = re.compile(r"[0-9a-f]{64}")  # SHA-256, as Flower writes it
+_LONGEST = 1e12  # seconds: of any time that a message states, since 1970 or how long something took
 _NODE, _MESSAGE, _TREE, _RUNTIME = 1, 2, 3, 4  # fields of a PushMessagesRequest
 _CHILDREN = 2  # of an ObjectTree
 
@@ -79,7 +82,11 @@ def reason_to_refuse_push(content: bytes, limit: int, sent: Sent) -> str | None:
     except (Damaged, DecodeError):
         return "it is no announcement of a reply as Flower writes it"
     [message], [tree] = request.messages_list, request.message_object_trees
-    return _wrong_sender(message.metadata, request.node.node_id) or _wrong_tree(tree, message.metadata.message_id, sent)
+    return (
+        _wrong_sender(message.metadata, request.node.node_id)
+        or _wrong_times(message.metadata, request.clientapp_runtime_list)
+        or _wrong_tree(tree, message.metadata.message_id, sent)
+    )
 
 
 def _wrong_outline(content: bytes, most: int) -> str | None:
@@ -121,6 +128,15 @@ def _wrong_sender(about: Metadata, node: int) -> str | None:
         return "its source is another node than the one that sends it"
     if about.dst_node_id != SUPERLINK_NODE_ID:
         return "its destination is another node: replies go to the server"
+    return None
+
+
+def _wrong_times(about: Metadata, took: Iterable[float]) -> str | None:
+    """took: seconds, as Flower's nodes say how long they worked."""
+    stated = [("ttl", about.ttl), ("created_at", about.created_at), *(("clientapp_runtime", seconds) for seconds in took)]
+    for name, value in stated:
+        if not (math.isfinite(value) and 0 <= value <= _LONGEST):
+            return f"its {name} is {value:g}: expected a number of seconds"
     return None
 
 

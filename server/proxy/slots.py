@@ -2,7 +2,8 @@
 
 Somebody without a key can open connections as fast as it likes. It shares the strangers' slots with nobody for long: a new
 connection takes the place of the oldest stranger of the address that holds most of them, so that a member needs no more than a
-moment to become one.
+moment to become one. Nor do a few members keep the others out: where all connections of members are held, one that holds less
+than its share takes the place of the oldest of whoever holds most.
 """
 
 from __future__ import annotations
@@ -53,13 +54,20 @@ class Slots:
         if slot.member == member:
             return None
         members = [other for other in self._held if other.member is not None and other is not slot]
-        if len(members) >= self._limits.connections:
+        held = Counter(other.member for other in members)
+        own = held[member]
+        if len(members) >= self._limits.connections and not self._make_room(held, own):
             return f"the members hold {len(members)} connections: raise limits.connections at the server"
-        own = sum(other.member == member for other in members)
         if slot.address is not None and own >= self._limits.connections_per_member:
             return f"nodes with the key of {member} hold {own} connections already: is one running elsewhere?"
         slot.member = member
         return None
+
+    def _make_room(self, held: Counter[str | None], own: int) -> bool:
+        """For a member with so many connections. held: those of each. Whether one was evicted for it."""
+        share = self._limits.connections // (len(held) + (not own))
+        most, count = held.most_common(1)[0]
+        return own < share < count and self._evict_oldest([slot for slot in self._held if slot.member == most])
 
     def leave(self, slot: Slot) -> None:
         self._held.pop(slot, None)

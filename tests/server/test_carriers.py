@@ -73,6 +73,9 @@ class Connected:
     def left(self) -> frozenset[str]:
         return frozenset()
 
+    def revoked(self) -> frozenset[str]:
+        return frozenset()
+
 
 @contextmanager
 def released(line: FakeLine) -> Iterator[None]:

@@ -1,0 +1,167 @@
+"""Members that keep a round from ever ending, and one that makes honest ones late: by what they say, and by when they say it.
+
+On commit 15d5778 two of four that take turns in answering "nobody here has approved the plan", connecting anew in between, kept a round
+going for as long as they liked after its quorum stood (30 days and more by the clock of this test), and before it for as long beyond
+`server.approval_seconds`. One that was revoked while its approval was awaited counted as one that might still come. One of three that
+answers at once halved the time that an honest one was given: a round of 500 s was a time-out, and a strike, for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from cotune.models.errors import Declined
+from cotune.plan.schema import RoundsConfig
+from cotune.server.addresses import REVOKED, Node
+from cotune.server.asking import Asking
+from cotune.server.post import Letter
+from cotune.server.tally import Tally
+
+DAY = 24 * 3600.0
+NOT_APPROVED = Declined("training.approval", "x").public
+Answer = Callable[[int], tuple[float, str]]  # which request it is -> seconds until it is answered, and the refusal; "": an update
+
+
+@pytest.fixture(autouse=True)
+def _a_task_of_flower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a message is stamped with."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@dataclass
+class Scripted:
+    """A post by whose clock a day takes a moment. answers: organization -> how it answers, and whether it connects anew then."""
+
+    answers: Mapping[str, Answer]
+    restless: Collection[str] = ()
+    now: float = 1000.0
+    members: set[str] = field(default_factory=set)
+    asked: dict[str, int] = field(default_factory=dict)
+    _due: list[tuple[float, Letter]] = field(default_factory=list)
+    _since: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.members = set(self.answers)
+
+    def connected(self) -> Mapping[str, Node]:
+        return {name: Node(i + 2, str(self._since.get(name, 0))) for i, name in enumerate(self.answers) if name in self.members}
+
+    def revoked(self) -> Collection[str]:
+        return set(self.answers) - self.members
+
+    def looked(self) -> float:
+        return self.now
+
+    def left(self) -> Collection[str]:
+        return ()
+
+    def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
+        self.asked[organisation] = self.asked.get(organisation, 0) + 1
+        seconds, words = self.answers[organisation](self.asked[organisation])
+        message.metadata.__dict__["_message_id"] = "1"
+        reply = Message(Error(1001, words), reply_to=message) if words else Message(RecordDict(), reply_to=message)
+        self._due.append((self.now + seconds, Letter(round, organisation, reply)))
+
+    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
+        """The next that is due, or half a minute later."""
+        later = self.now + (0.0 if last else 30.0)
+        self._due.sort(key=lambda due: due[0])
+        if self._due and self._due[0][0] <= later:
+            at, letter = self._due.pop(0)
+            self.now = max(self.now, at)
+            if letter.organisation in self.restless:
+                self._since[letter.organisation] = self._since.get(letter.organisation, 0) + 1
+            yield letter
+        else:
+            self.now = later
+
+    def forget(self, round: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def played(post: Scripted, config: RoundsConfig, needed: int, each: Callable[[], None] = lambda: None) -> tuple[Tally, float]:
+    """The round's tally, and how long it took in seconds; at most 30 days."""
+    tally, began = Tally(list(post.answers), needed), post.now
+    contents = {name: RecordDict() for name in post.answers}
+    told = list[Any]()
+    round = Asking(
+        post,
+        config,
+        1,
+        contents,
+        2**20,
+        len(contents),
+        tally,
+        lambda *a, **k: told.append((a, k)),
+        real=True,
+        clock=lambda: post.now,
+    )
+    for letter in round.letters():
+        each()
+        if not round.is_waited_for(letter) and letter.reply is not None and not letter.reply.has_error():
+            tally.participants.append(letter.organisation)
+        if post.now - began > 30 * DAY:
+            break
+    return tally, post.now - began
+
+
+def update(seconds: float) -> Answer:
+    return lambda _: (seconds, "")
+
+
+def never_approves(seconds: float, first: float | None = None) -> Answer:
+    return lambda which: (seconds if first is None or which > 1 else first, NOT_APPROVED)
+
+
+def test_two_that_take_turns_do_not_hold_a_round_whose_quorum_stands() -> None:
+    answers = {"north": update(60.0), "south": update(60.0), "east": never_approves(290.0), "west": never_approves(290.0, 140.0)}
+    tally, seconds = played(Scripted(answers, restless=("east", "west")), RoundsConfig(), needed=2)
+    assert tally.participants == ["north", "south"]
+    assert seconds < 3600.0, f"{seconds / DAY:.1f} days"
+    assert set(tally.dropped) == {"east", "west"}
+
+
+def test_nor_one_without_a_quorum_beyond_the_time_for_approvals() -> None:
+    config = RoundsConfig(approval_seconds=2 * DAY, patience=0)
+    answers = {
+        "north": update(60.0),
+        "south": update(60.0),
+        "east": never_approves(3000.0),
+        "west": never_approves(3000.0, 1500.0),
+    }
+    tally, seconds = played(Scripted(answers, restless=("east", "west")), config, needed=3)
+    assert tally.participants == ["north", "south"]
+    assert 2 * DAY < seconds < 2 * DAY + 2 * 3600.0, f"{seconds / DAY:.1f} days"
+
+
+def test_whoever_approves_while_others_train_still_takes_part() -> None:
+    """The honest case that the bound must not touch: it approves at its third request, while one trains for half an hour."""
+    answers = {"north": update(60.0), "slow": update(1800.0), "late": lambda which: (1.0, NOT_APPROVED if which < 3 else "")}
+    tally, _ = played(Scripted(answers), RoundsConfig(patience=0), needed=1)
+    assert sorted(tally.participants) == ["late", "north", "slow"]
+
+
+def test_whoever_is_revoked_is_not_waited_for() -> None:
+    post = Scripted({"north": update(60.0), "south": update(60.0), "east": never_approves(1.0)})
+    tally, seconds = played(post, RoundsConfig(), needed=3, each=lambda: post.members.discard("east"))
+    assert tally.participants == ["north", "south"]
+    assert seconds < 600.0, f"{seconds / DAY:.1f} days"
+    assert tally.dropped == {"east": REVOKED}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_one_that_answers_at_once_makes_no_honest_one_late(seconds: float) -> None:
+    """Three times what an honest one took is enough for the other."""
+    config = RoundsConfig(patience=3.0, least_seconds=60.0)
+    post = Scripted({"mallory": update(seconds), "north": update(200.0), "south": update(500.0)})
+    tally, _ = played(post, config, needed=2)
+    assert tally.timed_out == []
+    assert "south" in tally.participants
