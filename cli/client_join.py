@@ -24,7 +24,7 @@ from cotune.cli.client_check import (
     keep_what_is_named,
     show_broken,
 )
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 from cotune.cli.trail import verify_sent
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, size
@@ -45,6 +45,7 @@ def init(
     ] = None,
 ) -> None:
     """Make an organisation's site: a key pair, a strict policy and an empty ledger, for your eyes only."""
+    beginning(f"making {site}")
     from cotune.client.set_up import fingerprint_of, make_site
 
     made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
@@ -75,6 +76,7 @@ def join(
     from cotune.models.missing import check_source
 
     check_source(data)
+    beginning("loading PyTorch, then records and base model")
     from cotune.client.approval import Approvals
     from cotune.client.node import run_node
     from cotune.client.observe import observing

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.plan_options import Set
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import instant, percent, size
 
@@ -44,6 +44,7 @@ def run(
     """Carry out the plan with the organisations that were invited."""
     if resume and (new or override):
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
+    beginning(f"reading {folder}")
     from cotune.cli.progress import showing_remote_progress
     from cotune.server.federation import FederationFolder
     from cotune.server.running import carry_out, hand_over, newest, only_follower
