@@ -124,6 +124,7 @@ class Shown:
 
     def __init__(self, console: Console) -> None:
         self._console, self._problem, self._withheld = console, "", ("", "")
+        self._has_begun = False
 
     def __call__(self, what: str, about: dict[str, Any]) -> None:
         line = getattr(self, f"_{what}", lambda **_: None)(**about)
@@ -142,7 +143,10 @@ class Shown:
     def _begun(self, round: str, trains: bool) -> str | None:
         if not trains or self._withheld[0] == round:
             return None  # it gets the finished model, or is asked again for what it has declined
-        return f"round {escape(round)} begins"
+        first, self._has_begun = not self._has_begun, True
+        return f"round {escape(round)} begins" + (
+            "; at first records are read and encoded, which may take minutes" if first else ""
+        )
 
     def _again(self, round: str, reason: str) -> str:
         return f"[yellow]round {escape(round)} begins again[/yellow]: {escape(reason)}"

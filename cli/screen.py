@@ -60,13 +60,15 @@ def screen(*, stderr: bool = False, quiet: bool = False) -> Screen:
 
 
 def beginning(what: str, *, quiet: bool = False) -> None:
-    """Show a first sign of life on standard error, for whoever waits seconds until PyTorch is imported.
+    """Show a first sign of life on standard error, where that is a terminal: somebody waits seconds until PyTorch is imported.
 
     Args:
         what: The command does, in one line.
         quiet: Whether to say nothing, as a program reads the output.
     """
-    screen(stderr=True, quiet=quiet).print(what, style="dim", markup=False)
+    console = Screen(stderr=True, quiet=quiet)
+    if console.is_terminal:
+        console.print(what, style="dim", markup=False)
 
 
 def _past_the_filter(stream: object) -> IO[str] | None:
