@@ -144,9 +144,7 @@ class Shown:
         if not trains or self._withheld[0] == round:
             return None  # it gets the finished model, or is asked again for what it has declined
         first, self._has_begun = not self._has_begun, True
-        return f"round {escape(round)} begins" + (
-            "; at first records are read and encoded, which may take minutes" if first else ""
-        )
+        return f"round {escape(round)} begins" + ("; first, records are encoded, which may take minutes" if first else "")
 
     def _again(self, round: str, reason: str) -> str:
         return f"[yellow]round {escape(round)} begins again[/yellow]: {escape(reason)}"
