@@ -130,8 +130,7 @@ def _show(console: Console, result: AuditResult) -> None:
         bounds = (_down(bound) for bound in (attack.at_least_any, attack.at_least, attack.power))
         table.add_row(attack.name, f"{attack.targets:,}", f"{attack.auc:.3f}", *bounds)
     console.print(table)
-    for noise in result.noise:
-        console.print(f"noise of {noise.draws:,} draws: {noise.deviation:.4f} of what is claimed, at most {noise.at_most:.4f}")
+    console.print(_noise(result))
     console.print(_states(result))
     console.print(f"claim: ε = {round_up(result.epsilon)} at δ = {scientific(result.delta)}")
     sure = f"{100 * result.confidence:.12g}{SPACE}% confidence for all bounds together"
@@ -163,13 +162,27 @@ def _part(result: AuditResult) -> str:
     return f"{part}, {result.steps} steps"
 
 
+def _noise(result: AuditResult) -> str:
+    """Return what was drawn in the rounds, as one line: the smallest and the largest of them."""
+    drawn = result.noise
+    rounds = f"{len(drawn)} × {drawn[0].draws:,} draws" if len(drawn) > 1 else f"{drawn[0].draws:,} draws"
+    least = min(noise.deviation for noise in drawn)
+    most = max(noise.deviation for noise in drawn)
+    spread = f"{least:.4f} to {most:.4f}" if len(drawn) > 1 else f"{least:.4f}"
+    return f"noise of {rounds}: {spread} of what is claimed, at most {min(noise.at_most for noise in drawn):.4f} where it is least"
+
+
 def _states(result: AuditResult) -> Table:
-    """What a unit did in adversarial states."""
-    table = Table("state", header_style="bold", pad_edge=False, box=None)
+    """What a unit did in adversarial states: for each kind of state the worst over the rounds."""
+    table = Table("state, worst round", header_style="bold", pad_edge=False, box=None)
     for heading in ("moves the sum by", "through others", "off the grid"):
         table.add_column(heading, justify="right")
-    for probe in result.states:
-        table.add_row(escape(probe.state), f"{probe.contribution:.6f} C", f"{probe.influence:.1g} C", f"{probe.off_grid:.0%}")
+    for state in dict.fromkeys(probe.state for probe in result.states):
+        probes = [probe for probe in result.states if probe.state == state]
+        contribution = max(probe.contribution for probe in probes)
+        influence = max(probe.influence for probe in probes)
+        off_grid = max(probe.off_grid for probe in probes)
+        table.add_row(escape(state), f"{contribution:.6f} C", f"{influence:.1g} C", f"{off_grid:.0%}")
     return table
 
 

@@ -24,11 +24,13 @@ from torch.nn import functional
 
 from cotune.models.errors import DataError
 from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
+from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
+from cotune.models.tasks import Target
 from cotune.plan.schema import PersonalizeConfig
 from cotune.privacy.randomness import seeded_generator
 
-__all__ = ["Adapted", "OwnRecords", "adapt", "base_head", "own_records", "parts"]
+__all__ = ["Adapted", "OwnRecords", "adapt", "base_head", "own_records", "parts", "units_of"]
 
 _PULLS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)  # over the number of records, of the penalty toward a head
 _PARTS = (0.25, 0.5, 0.75)  # of the head that was fitted alone, in a mix
@@ -41,19 +43,26 @@ class OwnRecords:
     """What a head is fitted to.
 
     Attributes:
-        features: (n, d).
+        features: (n, d): of each record, or of each word of those with tags.
         targets: (n,) class numbers.
-        units: (n,) the number of each record's unit: those of one unit are in one part.
+        records: (n,) the number of the record that a row is of.
+        units: (n,) the number of its unit: those of one unit are in one part.
     """
 
     features: Tensor
     targets: Tensor
+    records: NDArray[np.int64]
     units: NDArray[np.int64]
 
+    @property
+    def count(self) -> int:
+        """How many records there are."""
+        return len(np.unique(self.records))
+
     def at(self, rows: NDArray[np.bool_]) -> OwnRecords:
-        """The records that are marked."""
+        """The rows that are marked."""
         chosen = torch.as_tensor(np.flatnonzero(rows))
-        return OwnRecords(self.features[chosen], self.targets[chosen], self.units[rows])
+        return OwnRecords(self.features[chosen], self.targets[chosen], self.records[rows], self.units[rows])
 
 
 @dataclass(frozen=True)
@@ -89,14 +98,41 @@ class Adapted:
     tried: dict[str, float]
 
 
-def own_records(features: Tensor, targets: Sequence[int], units: Sequence[int], classes: int) -> OwnRecords:
-    """Return the records that can be used: encoded, and of a class that the plan has. Raises DataError for fewer than two."""
-    numbers, whose = torch.as_tensor(targets), np.asarray(units, dtype=np.int64)
+def own_records(features: Tensor, targets: Sequence[Target], units: Sequence[int], classes: int) -> OwnRecords:
+    """Return the records that can be used: encoded, and of a class that the plan has.
+
+    Args:
+        features: (n, d) of the records, or of the words of all records, as `Holdings.features` gives them.
+        targets: Of each record, the number of its class or those of its words' tags.
+        units: The number of each record's unit.
+        classes: How many the plan has.
+
+    Raises:
+        DataError: For fewer than two.
+    """
+    answers = [(target,) if isinstance(target, int) else target for target in targets]
+    records = np.repeat(np.arange(len(answers)), [len(each) for each in answers])
+    numbers = torch.as_tensor([number for each in answers for number in each])
     usable = ~features.isnan().any(dim=1) & (numbers >= 0) & (numbers < classes)
-    found = OwnRecords(features, numbers, whose).at(usable.numpy())
-    if len(np.unique(found.units)) < 2:
-        raise DataError(f"{len(found.units)} records can be used to adapt a model: expected two or more")
+    found = OwnRecords(features, numbers, records, np.asarray(units, dtype=np.int64)[records]).at(usable.numpy())
+    _check_units(found)
     return found
+
+
+def _check_units(own: OwnRecords) -> None:
+    """One part judges what was fitted to the others: there must be two. Raises DataError."""
+    if (units := len(np.unique(own.units))) < 2:
+        raise DataError(
+            f"{own.count} records of {units} units (equal ones are one) can be used to adapt a model: expected two units or more;"
+            " use the model as it came, with `cotune predict` and `cotune evaluate`"
+        )
+
+
+def units_of(held: Holdings) -> list[int]:
+    """Return the number of each record's unit."""
+    names = [(records.units or records.identities)[int(row)] for records, rows in held.parts for row in rows]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return [number[name] for name in names]
 
 
 def base_head(model: SharedModel) -> State:
@@ -111,7 +147,11 @@ def adapt(model: SharedModel, own: OwnRecords, shared: State, config: Personaliz
     Args:
         shared: The head of the shared model; features are of its encoder.
         seed: Of the parts.
+
+    Raises:
+        DataError: For records of one unit only, which cannot both train and judge.
     """
+    _check_units(own)
     candidates = _candidates(has_layer=last_layer(model) is not None)
     scores = {candidate: _Score() for candidate in candidates}
     start = base_head(model)

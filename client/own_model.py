@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cotune.client.adaptation import Adapted, OwnRecords, adapt, base_head, own_records, parts
+from cotune.client.adaptation import Adapted, OwnRecords, adapt, base_head, own_records, parts, units_of
 from cotune.client.approval import Approvals
 from cotune.client.base import model_here
 from cotune.client.finished import ABOUT
@@ -27,7 +27,7 @@ from cotune.models.device import pick_device
 from cotune.models.errors import ModelError, RunError
 from cotune.models.export import export_model
 from cotune.models.features import feature_head
-from cotune.models.head_fit import head_names, head_scores
+from cotune.models.head_fit import head_names, head_scores, told_by
 from cotune.models.holdings import Holdings
 from cotune.models.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
 from cotune.models.predictor import load_finished
@@ -83,7 +83,7 @@ def open_received(site: Site, wanted: str = "") -> Received:
 
     Raises:
         RunError: When there is none.
-        ModelError: When it has no head on one vector of a record, as with tags.
+        ModelError: When its head reads something else than one vector of a record, or of each word.
     """
     folder, plan = _chosen(site, wanted)
     loaded, labels, task = load_finished(str(folder), plan.model.max_length)
@@ -94,8 +94,8 @@ def open_received(site: Site, wanted: str = "") -> Received:
     draw_head(loaded.module, name_seed(plan.seed, "head"))  # before anything is remembered: the model's base from now on
     if feature_head(model) is None:
         raise ModelError(
-            f"the model of the plan {plan.name} reads more than one vector of a record ({plan.task}): expected one whose head can"
-            " be fitted by itself; use it as it came, with `cotune predict` and `cotune evaluate`"
+            f"the head of the model of the plan {plan.name} cannot be run without its encoder: expected one that can be fitted by"
+            " itself; use it as it came, with `cotune predict` and `cotune evaluate`"
         )
     return Received(folder, plan, model, head)
 
@@ -148,7 +148,7 @@ def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> Adapted
     card = model_card(received.plan, privacy=[STAYS], length=length, about=f"{adapted.described}: {STAYS}")
     about = {"plan_id": received.plan.plan_id, "adapted": adapted.described}
     export_model(received.model, folder, {CARD: card, ABOUT: json.dumps(about)})
-    return AdaptedSite(folder, len(own.targets), adapted)
+    return AdaptedSite(folder, own.count, adapted)
 
 
 def _check_free(folder: Path) -> None:
@@ -163,14 +163,7 @@ def _own(received: Received, held: Holdings) -> OwnRecords:
 
 
 def _fitted_to(model: SharedModel, plan: Plan, held: Holdings) -> OwnRecords:
-    features = held.features(model, {}, plan.model.precision)
-    return own_records(features, held.targets, _units(held), len(plan.labels))
-
-
-def _units(held: Holdings) -> list[int]:
-    names = [(records.units or records.identities)[int(row)] for records, rows in held.parts for row in rows]
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return [number[name] for name in names]
+    return own_records(held.features(model, {}, plan.model.precision), held.targets, units_of(held), len(plan.labels))
 
 
 def evaluate_site(site: Site, new: Holdings | None = None, wanted: str = "") -> dict[str, Any]:
@@ -202,8 +195,8 @@ def evaluate_site(site: Site, new: Holdings | None = None, wanted: str = "") -> 
         "plan": plan.name,
         "plan_id": plan.plan_id,
         "model": str(received.folder),
-        "fitted_to": len(train.targets),
-        "records": len(judge.targets),
+        "fitted_to": train.count,
+        "records": judge.count,
         "seen_by_received": new is None,
         "private": plan.privacy != "none",
         "columns": {name: _metrics(each) for name, each in answers.items()},
@@ -216,7 +209,7 @@ _FOLDS = 5  # of which one judges
 
 
 def _told(model: SharedModel, head: State, features: Tensor) -> Tensor:
-    return head_scores(model, head, features).argmax(dim=1)
+    return told_by(head_scores(model, head, features))
 
 
 def _alone(site: Site, received: Received, adapted: Adapted, both: tuple[OwnRecords, OwnRecords], new: Holdings | None) -> Tensor:

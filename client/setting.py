@@ -2,72 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from cotune.client.feature_rows import on_features
 from cotune.client.observe import tell
+from cotune.client.training_rows import Setting, all_right, of_each_slot
 from cotune.models.alignment import AlignedRows
 from cotune.models.batching import fixed_batches, tight_batches
 from cotune.models.device import bfloat16_is_fast
 from cotune.models.errors import DataError, PrivacyError
-from cotune.models.features import FeatureHead, encode_batch, feature_head
+from cotune.models.features import encode_batch, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.independence import check_independence, check_padding
-from cotune.models.probes import PerSlot
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Example, example_losses, logits
+from cotune.models.tasks import Example, Target, example_losses, logits
 from cotune.models.text_task import IGNORED
 from cotune.plan.schema import LocalTraining, Plan, Stage
 from cotune.privacy.accounting import RecordPrivacy
-from cotune.privacy.dp_sgd import Batch, Batches, check_clipping
-from cotune.privacy.per_example import Unit, kinds_without_rule, per_example
+from cotune.privacy.dp_sgd import Batch, check_clipping
+from cotune.privacy.per_example import Unit, kinds_without_rule
 
 __all__ = ["Setting", "check_gradients", "check_stages", "made_up_setting", "optimizer_of", "setting_of"]
 
-_MOST_SLOTS = 512  # rows of features in a batch
-_MOST_ENTRIES = 2**24  # of the gradients of a batch of features
 _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a stage trains on.
-
-    Attributes:
-        rows: How many there are.
-        units: The row numbers of each unit of privacy.
-        batches: Row numbers -> batches, see `privacy.per_example.Batches`; under privacy of fixed shapes with blank slots.
-        alone: A row number -> a batch of that row alone, without padding.
-        loss: A batch -> the loss of each slot, of its row alone; zero for blank slots.
-        exact: The same in float32.
-        correct: A batch -> which slots the module classifies rightly.
-        samples: The same setting on three made-up rows, to check gradients with.
-        keep_apart: Raises PrivacyError where a row's numbers depend on more than the row.
-    """
-
-    module: nn.Module
-    rows: int
-    units: Sequence[Unit]
-    batches: Batches
-    alone: Callable[[int], Batch]
-    loss: Callable[[Batch], Tensor]
-    exact: Callable[[Batch], Tensor]
-    correct: Callable[[Batch], Tensor]
-    samples: Callable[[], Setting]
-    keep_apart: Callable[[], object]
-
-    def everything(self) -> Iterator[tuple[Tensor, Batch]]:
-        """All rows once: what each filled slot of a batch counts for, on the CPU, so that a unit counts for one; the batch."""
-        weights = torch.zeros(self.rows, dtype=torch.float64)
-        for unit in self.units:
-            weights[list(unit)] = 1 / len(unit)
-        for positions, batch in self.batches(range(self.rows)):
-            yield weights[list(positions)], batch
 
 
 def setting_of(
@@ -94,7 +55,8 @@ def setting_of(
             plan.model.precision,
             lambda done, total: tell("features", organisation=name, done=done, total=total),
         )
-        return _on_features(plan, model, head, features, holdings.targets, expected_batch, holdings.units)
+        precision = plan.model.precision
+        return on_features(precision, model, head, features, holdings.targets, expected_batch, holdings.units)
     return _on_examples(plan, stage, model, holdings.examples(model), holdings.units)
 
 
@@ -107,8 +69,17 @@ def made_up_setting(plan: Plan, stage: Stage, model: SharedModel, records: int) 
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
         vectors = encode_batch(model, samples, plan.model.precision)
-        return _on_features(plan, model, head, vectors[numbers], [i % 2 for i in numbers], float(records), units)
+        targets = [_target_of(example) for example in samples]
+        parts = torch.split(vectors, [len(target) if isinstance(target, tuple) else 1 for target in targets])
+        features = torch.cat([parts[i] for i in numbers])
+        return on_features(plan.model.precision, model, head, features, [targets[i] for i in numbers], float(records), units)
     return _on_examples(plan, stage, model, [samples[i] for i in numbers], units)
+
+
+def _target_of(example: Example) -> Target:
+    """The class of an example, or those of its words."""
+    labels = example["labels"]
+    return tuple(labels[place] for place in example["starts"]) if "starts" in example else int(labels)
 
 
 def _lengthened(example: Example, length: int) -> Example:
@@ -117,7 +88,10 @@ def _lengthened(example: Example, length: int) -> Example:
     if tokens is None:
         return example
     times = -(-length // len(tokens))
-    return {key: (value * times)[:length] if isinstance(value, list) else value for key, value in example.items()}
+    longer = {key: (value * times)[:length] if isinstance(value, list) else value for key, value in example.items()}
+    if "starts" in longer:
+        longer["starts"] = [place for place, label in enumerate(longer["labels"]) if label != IGNORED]
+    return longer
 
 
 def check_stages(plan: Plan, model: SharedModel) -> None:
@@ -175,82 +149,6 @@ def _why_no_gradients(raised: Exception, module: nn.Module) -> str:
     return (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
 
 
-def _on_features(
-    plan: Plan,
-    model: SharedModel,
-    head: FeatureHead,
-    features: Tensor,
-    targets: Sequence[int],
-    expected_batch: float,
-    units: Sequence[Unit],
-) -> Setting:
-    labels = torch.tensor(targets, dtype=torch.long)  # of no records, too
-    unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
-    if bool(unreadable.any()):
-        features = features.nan_to_num(nan=0.0)
-        labels[unreadable] = IGNORED
-    slots = _slots_for(head, expected_batch)
-    device = model.device
-
-    def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
-        for start in range(0, len(rows), slots):
-            positions = range(start, min(start + slots, len(rows)))
-            yield positions, filled([rows[p] for p in positions], slots)
-
-    def filled(rows: Sequence[int], size: int) -> Batch:
-        index = torch.as_tensor(rows)
-        vectors = torch.zeros(size, features.shape[1])
-        vectors[: len(rows)] = features[index]
-        numbers = torch.full((size,), IGNORED)
-        numbers[: len(rows)] = labels[index]
-        return {"features": vectors.to(device), "labels": numbers.to(device)}
-
-    def scores(batch: Batch) -> Tensor:
-        found: Tensor = head(batch["features"]).logits.float()
-        return found
-
-    def loss(batch: Batch) -> Tensor:
-        return functional.cross_entropy(scores(batch), batch["labels"], reduction="none", ignore_index=IGNORED)
-
-    def correct(batch: Batch) -> Tensor:
-        right = scores(batch).argmax(dim=1) == batch["labels"]
-        return right | (batch["labels"] == IGNORED)
-
-    def samples() -> Setting:
-        vectors = torch.linspace(-1, 1, 3 * features.shape[1]).reshape(3, -1)
-        return _on_features(plan, model, head, vectors, [0, 1, 0], expected_batch, [[0], [1], [2]])
-
-    return Setting(
-        module=head,
-        rows=len(labels),
-        units=units,
-        batches=batches,
-        alone=lambda row: filled([row], 1),
-        loss=loss,
-        exact=loss,
-        correct=correct,
-        samples=samples,
-        keep_apart=lambda: check_independence(
-            model,
-            "head",
-            plan.model.precision,
-            _of_each_slot(head, loss, scores),
-            slots=slots,
-            width=features.shape[1],
-        ),
-    )
-
-
-def _slots_for(head: FeatureHead, expected_batch: float) -> int:
-    """A power of two, for about as many rows as a step has: from public numbers alone."""
-    entries = sum(p.numel() for p in head.parameters() if p.requires_grad)
-    most = min(_MOST_SLOTS, max(16, _MOST_ENTRIES // max(1, entries)))
-    slots = 16
-    while slots * 2 <= most and slots < expected_batch:
-        slots *= 2
-    return slots
-
-
 def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Example], units: Sequence[Unit]) -> Setting:
     task, reader, longest = model.loaded.task, model.loaded.reader, model.loaded.max_length
     collate = task.collator(model.module, reader, model.device)
@@ -283,9 +181,7 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
 
     def correct(batch: Batch) -> Tensor:
         """Rows, whatever the task: of tags, all words of a record must be told rightly."""
-        labels = batch["labels"]
-        right = (scores(batch).argmax(dim=-1) == labels) | (labels == IGNORED)
-        return right.reshape(len(right), -1).all(dim=1)
+        return all_right(scores(batch), batch["labels"])
 
     return Setting(
         module=model.module,
@@ -301,23 +197,10 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
             model,
             stage.mode,
             "bfloat16" if low_precision else "float32",
-            _of_each_slot(model.module, loss, scores),
+            of_each_slot(model.module, loss, scores),
             slots=slots,
         ),
     )
-
-
-def _of_each_slot(module: nn.Module, loss: Callable[[Batch], Tensor], scores: Callable[[Batch], Tensor]) -> PerSlot:
-    """A batch -> all that training or what is told may take from it: scores, losses, and gradients."""
-
-    def answer(batch: Batch) -> Sequence[Tensor]:
-        with torch.no_grad():
-            seen = scores(batch)
-        with per_example(module, loss) as of:
-            losses, gradients = of.gradients(batch)
-        return [seen, losses, *gradients]
-
-    return answer
 
 
 def optimizer_of(

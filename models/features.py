@@ -1,7 +1,8 @@
 """With a frozen encoder, each record is encoded once: its feature is what the head reads, and is kept on disk.
 
 Which vector that is (the pooled output, the first token, the last token) is not looked up in a table of architectures but found
-out: the one for which the head alone gives the logits of the whole model.
+out: the one for which the head alone gives the logits of the whole model. Of tags it is a vector for each word: that of its first
+token.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import transformers
 from filelock import FileLock
@@ -29,7 +32,7 @@ from cotune.models.alignment import AlignedRows
 from cotune.models.batching import FINE_LENGTHS, fixed_batches
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.durable import write_durably
-from cotune.models.inputs import Input, content_of
+from cotune.models.inputs import Input, answer_count, content_of
 from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, logits
@@ -45,6 +48,7 @@ __all__ = [
     "feature_head",
     "features_mix",
     "features_of",
+    "rows_of_answers",
     "vectors_of",
 ]
 
@@ -70,21 +74,26 @@ def cache_folder() -> Path:
 
 
 class _Stub(nn.Module):
-    """Stands in for the encoder: answers with the features it was given, as the hidden states of one position."""
+    """Stands in for the encoder: answers with the features it was given, as the hidden states of one position or of several."""
 
     features: Tensor
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        hidden = self.features if self.features.dim() == 3 else self.features[:, None, :]
         return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=cast(Any, self.features[:, None, :]), pooler_output=cast(Any, self.features)
+            last_hidden_state=cast(Any, hidden), pooler_output=cast(Any, self.features)
         )
 
 
 class FeatureHead(nn.Module):
-    """The head of a model alone, reading features (b, d): the architecture's own forward, with the encoder left out.
+    """The head of a model alone, reading features: the architecture's own forward, with the encoder left out.
 
-    Its parameters are the model's own: training one trains the other. Of any width d, each row has the scores that it has in
-    every other place of a batch of that shape (see `alignment`).
+    Features are (b, d), and the scores (b, classes); a head of tags also reads (b, t, d), and gives (b, t, classes). Its
+    parameters are the model's own: training one trains the other. Of any width d, each row has the scores that it has in every
+    other place of a batch of that shape (see `alignment`).
+
+    Attributes:
+        reads_words: Whether a record has a vector for each of its words.
     """
 
     def __init__(self, model: SharedModel) -> None:
@@ -96,27 +105,31 @@ class FeatureHead(nn.Module):
         setattr(headed, whole.base_model_prefix, self.stub)
         self.headed = headed
         self.task = model.loaded.task
+        self.reads_words = not self.task.pools
         self.pad = int(getattr(whole.config, "pad_token_id", None) or 0)
 
     def forward(self, features: Tensor) -> Any:
         self.stub.features = features
         with AlignedRows():
-            return self.headed(**self.task.stand_in(features, self.pad))
+            output = self.headed(**self.task.stand_in(features, self.pad))
+        if self.reads_words and features.dim() == 2:
+            output.logits = output.logits[:, 0]
+        return output
 
 
 def feature_head(model: SharedModel) -> FeatureHead | None:
-    """The head on features; None when no single vector of the encoder is what the head reads."""
+    """The head on features; None when it reads something else of the encoder than one vector of a record, or of each word."""
     return FeatureHead(model) if _reading(model) else None
 
 
 def features_of(
     model: SharedModel, inputs: Sequence[Input], state: State, precision: str, progress: Progress | None = None
 ) -> Tensor:
-    """What the head reads for each input, in float32 on the CPU: (n, d). Read from disk where these were computed before.
+    """What the head reads of each input, in float32 on the CPU: (n, d), of tags n being the words of all inputs in their order.
 
-    A row depends on its input, the model and the arithmetic alone, to the bit: batches are of fixed shapes (see `batching`), and
-    with precision = auto an arithmetic that mixes rows nevertheless is not used. The row of an input that cannot be encoded is
-    NaN. The model must be set to `state`.
+    Read from disk where these were computed before. A row depends on its input, the model and the arithmetic alone, to the bit:
+    batches are of fixed shapes (see `batching`), and with precision = auto an arithmetic that mixes rows is not used.
+    The row of an input that cannot be encoded, or of a word that is cut off, is NaN. The model must be set to `state`.
     """
     reading = _reading(model)
     assert reading is not None, "feature_head said that there are none"
@@ -125,7 +138,7 @@ def features_of(
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):  # several processes of one run want the same features: one computes
-            found = _read(file, len(inputs))
+            found = _read(file, sum(map(answer_count, inputs)))
             if found is None:
                 found = _compute(model, inputs, dtype, progress)
                 _write(file, found)
@@ -138,7 +151,7 @@ def are_kept(model: SharedModel, inputs: Sequence[Input], precision: str) -> boo
     reading = _reading(model)
     if reading is None:
         return False
-    return _read(_file_of(model, inputs, {}, reading, arithmetic(model, precision)), len(inputs)) is not None
+    return _read(_file_of(model, inputs, {}, reading, arithmetic(model, precision)), sum(map(answer_count, inputs))) is not None
 
 
 def _file_of(model: SharedModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> Path:
@@ -259,7 +272,7 @@ def _write(file: Path, features: Tensor) -> None:
 
 
 def encode_batch(model: SharedModel, examples: Sequence[Example], precision: str) -> Tensor:
-    """What the head reads for each example: (b, d) in float32 on the CPU. Computed, not looked up."""
+    """As `features_of`, of examples as the collator takes them. Computed, not looked up."""
     return _encode(model, examples, arithmetic(model, precision), None)
 
 
@@ -268,18 +281,24 @@ def _encode(model: SharedModel, examples: Sequence[Example], dtype: torch.dtype,
     if not examples:  # of no record there are none, as wide as others
         return _encode(model, loaded.task.samples(loaded.reader), dtype, None)[:0]
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
-    features, done = torch.empty(0, 0), 0
+    counts = [len(example["starts"]) if "starts" in example else 1 for example in examples]
+    ends = np.cumsum(counts)
+    features = torch.empty(0, 0)
+    done = 0
 
     def bucket(row: int) -> int:
         return loaded.task.bucket(examples[row], loaded.max_length, FINE_LENGTHS)
 
     for rows, length in fixed_batches(range(len(examples)), bucket, FEATURE_SLOTS):
-        batch = collate([examples[i] for i in rows], length, FEATURE_SLOTS)
+        chosen = [examples[i] for i in rows]
+        batch = collate(chosen, length, FEATURE_SLOTS)
         vectors = vectors_of(model, batch, dtype)[: len(rows)]
-        vectors[(batch["labels"][: len(rows)] == IGNORED).cpu()] = torch.nan
+        unlabeled = (batch["labels"][: len(rows)] == IGNORED).reshape(len(rows), -1).all(dim=1)
+        vectors[unlabeled.cpu()] = torch.nan
         if not done:
-            features = torch.empty(len(examples), vectors.shape[1])
-        features[rows] = vectors
+            features = torch.empty(int(ends[-1]), vectors.shape[-1])
+        for row, answers in zip(rows, loaded.task.answer_scores(vectors, chosen), strict=True):
+            features[ends[row] - counts[row] : ends[row]] = answers
         done += len(rows)
         if progress:
             progress(done, len(examples))
@@ -289,15 +308,22 @@ def _encode(model: SharedModel, examples: Sequence[Example], dtype: torch.dtype,
 def _compute(model: SharedModel, inputs: Sequence[Input], dtype: torch.dtype, progress: Progress | None) -> Tensor:
     distinct = list(dict.fromkeys(inputs))  # equal inputs have equal features: they are computed once
     loaded = model.loaded
-    examples = loaded.task.examples(loaded.reader, loaded.max_length, distinct, [0] * len(distinct))
+    labels = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in distinct]
+    examples = loaded.task.examples(loaded.reader, loaded.max_length, distinct, labels)
     features = _encode(model, examples, dtype, progress)
-    place = {given: i for i, given in enumerate(distinct)}
-    return features[[place[given] for given in inputs]]
+    rows = dict(zip(distinct, rows_of_answers(distinct), strict=True))
+    return features[[row for given in inputs for row in rows[given]]]
+
+
+def rows_of_answers(inputs: Sequence[Input]) -> list[range]:
+    """Where the rows of each input are among the features of all: one row, or one for each word."""
+    ends = list(itertools.accumulate(map(answer_count, inputs)))
+    return [range(end - answer_count(given), end) for given, end in zip(inputs, ends, strict=True)]
 
 
 @torch.no_grad()
 def vectors_of(model: SharedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """What the head reads in each row of a batch: (b, d) in float32 on the CPU."""
+    """What the head reads in each row of a batch: (b, d), of tags (b, t, d) for all tokens; in float32 on the CPU."""
     reading = _reading(model)
     assert reading is not None, "feature_head said that there are none"
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -305,13 +331,15 @@ def vectors_of(model: SharedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 def _read_vectors(model: SharedModel, batch: Batch, reading: str) -> Tensor:
-    """The vector that `reading` names, in each row of a batch: (b, d)."""
+    """The vector that `reading` names, in each row of a batch: (b, d); "each": of every token, (b, t, d)."""
     loaded = model.loaded
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     output = getattr(model.module, loaded.module.base_model_prefix)(**inputs)
     if reading == "pooled":
         return cast(Tensor, output.pooler_output)
     hidden = cast(Tensor, output.last_hidden_state)
+    if reading == "each":
+        return hidden
     if reading == "first":
         return hidden[:, 0]
     shown = inputs["input_ids"] != loaded.reader.pad_token_id  # a text may spell it: the head reads the last that is another one
@@ -322,7 +350,7 @@ def _read_vectors(model: SharedModel, batch: Batch, reading: str) -> Tensor:
 def _reading(model: SharedModel) -> str | None:
     """Which vector the head reads; found once per model by comparing logits on three made-up examples of unequal length."""
     if model not in _readings:
-        _readings[model] = _find_reading(model) if model.loaded.task.pools else None
+        _readings[model] = _find_reading(model)
     return _readings[model]
 
 
@@ -335,7 +363,7 @@ def _find_reading(model: SharedModel) -> str | None:
     except _FAILURES:  # the first use of the model tells why
         return None
     head = FeatureHead(model)
-    for reading in ("pooled", "first", "last"):
+    for reading in ("pooled", "first", "last") if loaded.task.pools else ("each",):
         with contextlib.suppress(*_FAILURES):
             got = head(_read_vectors(model, batch, reading).float()).logits.float()
             if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-4):

@@ -18,7 +18,7 @@ from cotune.models.errors import RunError
 from cotune.models.features import feature_head
 from cotune.models.sharing import SharedModel, State
 
-__all__ = ["corrected", "fit_head", "head_names", "head_scores", "last_layer"]
+__all__ = ["corrected", "fit_head", "head_names", "head_scores", "last_layer", "told_by"]
 
 _ITERATIONS = 60
 _TOLERANCE = 1e-6
@@ -54,6 +54,11 @@ def head_scores(model: SharedModel, head: Mapping[str, Tensor], features: Tensor
     assert reader is not None, "whoever has features has a head on them"
     found: Tensor = reader(features.to(model.device)).logits.float().cpu()
     return found
+
+
+def told_by(scores: Tensor) -> Tensor:
+    """Return the class numbers (n,) that scores (n, classes) mean; -1, which is right for none, where a record was not read."""
+    return torch.where(scores.isnan().any(dim=1), -1, scores.argmax(dim=1))
 
 
 def fit_head(model: SharedModel, features: Tensor, targets: Tensor, *, start: State, toward: State, pull: float) -> State:

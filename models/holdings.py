@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.models.errors import DataError
-from cotune.models.features import Progress, features_of
+from cotune.models.features import Progress, features_of, rows_of_answers
 from cotune.models.inputs import Input, Label, names_in, stratum_of
 from cotune.models.records import DataConfig, Records, read_records
 from cotune.models.sharing import SharedModel, State
@@ -271,8 +271,17 @@ class Holdings:
         return loaded.task.examples(loaded.reader, loaded.max_length, self.inputs(), self.targets)
 
     def features(self, model: SharedModel, state: State, precision: str, progress: Progress | None = None) -> torch.Tensor:
-        """What the head reads for each record: (n, d)."""
-        found = [
-            features_of(model, records.inputs, state, precision, progress)[torch.as_tensor(rows)] for records, rows in self.parts
-        ]
+        """What the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has."""
+        found = []
+        for records, rows in self.parts:
+            features = features_of(model, records.inputs, state, precision, progress)
+            found.append(features[torch.as_tensor(_answers(records.inputs, rows), dtype=torch.long)])
         return torch.cat(found)
+
+
+def _answers(inputs: Sequence[Input], rows: np.ndarray[Any, np.dtype[np.int64]]) -> Sequence[int]:
+    """Where the answers of some records are among those of all."""
+    if not any(isinstance(given, tuple) for given in inputs[:1]):
+        return [int(row) for row in rows]  # one answer each
+    places = rows_of_answers(inputs)
+    return [place for row in rows for place in places[int(row)]]

@@ -63,7 +63,8 @@ def check_independence(
         per_slot: A batch -> what is computed of each slot, (slots, ...): scores, losses, the gradient of every trained
             parameter, in the way that will train. Called under autocast where bfloat16 is tried. Without it, logits are tried.
         slots: Rows of the batches that will train; of those of examples, the blank one included.
-        lengths: Lengths of batches of examples; all that the model has, where not given.
+        lengths: Lengths of batches of examples; all that the model has, where not given. Of batches of features those of records
+            that have several vectors; without them each has one.
         width: Of the features, where a head on them is trained by `per_slot`.
 
     Returns:
@@ -78,7 +79,7 @@ def check_independence(
     for dtype in (torch.bfloat16, torch.float32) if precision == "auto" and low else (_dtype(low),):
         try:
             if on_features:
-                mixing = features_mix(model, dtype) or _head_mixes(model, per_slot, slots, width)
+                mixing = features_mix(model, dtype) or _head_mixes(model, per_slot, slots, width, lengths)
             else:
                 mixing = _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
         except _FAILURES as raised:
@@ -96,12 +97,18 @@ def _dtype(low: bool) -> torch.dtype:
     return torch.bfloat16 if low else torch.float32
 
 
-def _head_mixes(model: SharedModel, per_slot: PerSlot | None, slots: int, width: int | None) -> bool:
+def _head_mixes(
+    model: SharedModel, per_slot: PerSlot | None, slots: int, width: int | None, lengths: Sequence[int] | None
+) -> bool:
+    """lengths: Of records of several vectors; None where each has one."""
     if per_slot is None or width is None:
         return False
     classes = len(model.loaded.module.config.id2label)
-    batches = (feature_probes(width, classes, slots, model.device, number) for number in range(_FEATURES_TRIED))
-    return _known(model, ("features", width, slots), lambda: any(mixes(per_slot, probes) for probes in batches))
+    shapes = [(width,)] if lengths is None else [(length, width) for length in lengths]
+    batches = (
+        feature_probes(shape, classes, slots, model.device, number) for shape in shapes for number in range(_FEATURES_TRIED)
+    )
+    return _known(model, ("features", *shapes, slots), lambda: any(mixes(per_slot, probes) for probes in batches))
 
 
 def _examples_mix(

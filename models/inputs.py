@@ -13,11 +13,16 @@ from collections import Counter
 from cotune.models.images import Image
 from cotune.models.terminal import IGNORABLE
 
-__all__ = ["Input", "Label", "content_of", "identity_of", "names_in", "plain", "stratum_of"]
+__all__ = ["Input", "Label", "answer_count", "content_of", "identity_of", "names_in", "plain", "stratum_of"]
 
 Input = str | tuple[str, ...] | Image
 Label = str | tuple[str, ...]
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
+
+
+def answer_count(given: Input) -> int:
+    """Return how many answers a record of this input has: one, or one for each word."""
+    return len(given) if isinstance(given, tuple) else 1
 
 
 def content_of(value: Input | Label) -> bytes:

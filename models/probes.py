@@ -76,16 +76,21 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
 
-def feature_probes(width: int, classes: int, slots: int, device: torch.device, number: int) -> Iterator[tuple[Batch, list[int]]]:
+def feature_probes(
+    shape: Sequence[int], classes: int, slots: int, device: torch.device, number: int
+) -> Iterator[tuple[Batch, list[int]]]:
     """Two batches of features as a head is trained on, and the slots in which they hold the probe of that number.
 
     The probe stands beside vectors a thousand times as long, and beside blank ones and others of its kind.
+
+    Args:
+        shape: (d,) of a record's features, or (t, d) where each of its words has a vector.
     """
     generator = torch.Generator().manual_seed(number)
-    probe = torch.randn(width, generator=generator)
+    probe = torch.randn(*shape, generator=generator)
     for parity, size in ((0, 1000.0), (1, 1.0)):
-        vectors = size * torch.randn(slots, width, generator=generator)
-        labels = torch.arange(slots) % classes
+        vectors = size * torch.randn(slots, *shape, generator=generator)
+        labels = (torch.arange(slots) % classes).reshape(-1, *[1] * (len(shape) - 1)).expand(slots, *shape[:-1]).clone()
         if parity:
             vectors[::4] = 0.0
             labels[::4] = IGNORED

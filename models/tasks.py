@@ -21,7 +21,19 @@ from cotune.models.inputs import Input, Label
 from cotune.models.text_task import IGNORED, Batch, Collate, Example, SequenceClassification
 from cotune.models.token_task import TokenClassification
 
-__all__ = ["Example", "Metrics", "Target", "Task", "TaskName", "example_losses", "logits", "majority", "score", "task_named"]
+__all__ = [
+    "Example",
+    "Metrics",
+    "Target",
+    "Task",
+    "TaskName",
+    "example_losses",
+    "logits",
+    "losses_of",
+    "majority",
+    "score",
+    "task_named",
+]
 
 TaskName = Literal["sequence-classification", "token-classification", "image-classification"]
 Target = int | tuple[int, ...]  # the number of a record's class, or of each word's tag
@@ -86,7 +98,7 @@ class Task(Protocol):
         """The model's scores for each answer: (answers, classes) for each example; NaN for an answer that it cannot give."""
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
-        """Inputs with which a head alone is called, its encoder answering with the features."""
+        """Inputs with which a head alone is called, its encoder answering with the features: (b, d), or (b, t, d) for words."""
 
 
 _TASKS: dict[str, Task] = {
@@ -144,8 +156,12 @@ def example_losses(module: nn.Module, batch: Batch) -> Tensor:
     Cross-entropy; of an example with a label for each position, the mean over its own labelled positions. A mean over the batch's
     would let one record change the gradient of another, which clipping could not bound.
     """
-    labels = batch["labels"]
-    losses = functional.cross_entropy(logits(module, batch).movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
+    return losses_of(logits(module, batch), batch["labels"])
+
+
+def losses_of(scores: Tensor, labels: Tensor) -> Tensor:
+    """The losses of `example_losses` from scores (b, classes) and labels (b,), or (b, l, classes) and (b, l)."""
+    losses = functional.cross_entropy(scores.movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
     if labels.dim() == 1:
         return losses
     return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)

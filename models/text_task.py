@@ -140,8 +140,9 @@ class SequenceClassification:
         return [unread if e["labels"] == IGNORED else scores[i : i + 1] for i, e in enumerate(examples)]
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
-        """One token that is not padding."""
-        return {"input_ids": torch.full((len(features), 1), pad + 1, device=features.device)}
+        """One token that is not padding, or as many as there are vectors of each record."""
+        positions = features.shape[1] if features.dim() == 3 else 1
+        return {"input_ids": torch.full((len(features), positions), pad + 1, device=features.device)}
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:

@@ -137,12 +137,14 @@ def claim_of(
         number_is_public: Whether an organization gives its true number of units away: then a unit is replaced by an empty one.
         not_covered: What this run shows beside what is always uncovered.
     """
-    unit = "record" if privacy.unit == "record" else f"all records of one {privacy.unit}"
+    is_record = privacy.unit == "record"
+    one = "one record" if is_record else f"all records of one {privacy.unit}"
+    empty = "an empty one" if is_record else "empty ones"
     return Claim(
-        mechanism=_mechanism(privacy, unit),
+        mechanism=_mechanism(privacy),
         unit=privacy.unit,
         max_records=privacy.max_records,
-        neighbors=f"replace one {unit} by an empty one" if number_is_public else f"add or remove one {unit}",
+        neighbors=f"replace {one} by {empty}" if number_is_public else f"add or remove {one}",
         adversary="knows all other records, chooses plan, states and seed, sees everything that leaves the organization",
         accountant="privacy loss distributions (dp-accounting), over every step of every round, interrupted ones included",
         epsilon_allowed=privacy.epsilon,
@@ -153,7 +155,8 @@ def claim_of(
     )
 
 
-def _mechanism(privacy: RecordPrivacy, unit: str) -> str:
+def _mechanism(privacy: RecordPrivacy) -> str:
+    unit = "record" if privacy.unit == "record" else f"{privacy.unit}, with its records together,"
     per_layer = ", in equal shares for each parameter tensor" if privacy.clipping == "per_layer" else ""
     return (
         f"DP-SGD: each {unit} enters a step by chance (Poisson sampling), its gradient is clipped to the norm"

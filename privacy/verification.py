@@ -123,7 +123,7 @@ def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str
         *_differing_runs(stated, runs),
         *_contradictions(history, delta),
     ]
-    if (words := composition(history.runs, limit, delta)) != stated["composition"]:
+    if (words := composition(history.runs, limit)) != stated["composition"]:
         problems.append(f'it is composed by "{stated["composition"]}", expected "{words}"')
     if total > limit * (1 + _TOLERANCE):
         problems.append(f"ε = {total:.4g} is above the limit {limit:g}")
@@ -145,7 +145,7 @@ def _figures(history: History, limit: float, delta: float) -> dict[str, float]:
     """What is stated of all runs beside ε at δ."""
     return {
         "epsilon_at_small_delta": epsilon_spent(history.runs, limit, delta, at=SMALL_DELTA),
-        "true_positive_rate": rate_over_runs(history.runs, limit, delta, FALSE_POSITIVE_RATE),
+        "true_positive_rate": rate_over_runs(history.runs, limit, FALSE_POSITIVE_RATE),
     }
 
 

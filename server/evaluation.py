@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from cotune.models.features import feature_head
+from cotune.models.head_fit import told_by
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics, logits, score
@@ -49,9 +50,7 @@ def predict(model: SharedModel, state: State, test: Holdings, precision: str) ->
     head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
     if head is None:
         return _predict(model, test)
-    scores = head(test.features(model, state, precision).to(model.device)).logits.float()
-    predicted: list[int] = scores.argmax(dim=1).tolist()
-    return predicted
+    return told_by(head(test.features(model, state, precision).to(model.device)).logits.float()).tolist()
 
 
 def _predict(model: SharedModel, test: Holdings) -> list[int]:

@@ -114,7 +114,7 @@ def _states(
     if norms:
         yield "huge normalization weights", {name: torch.full_like(t, LARGEST) for name, t in norms.items()}
     if stage.mode == "head" and feature_head(model) is not None:
-        features = few.features(model, state, plan.model.precision)
+        features = few.features(model, state, plan.model.precision).nan_to_num()
         picked = {name: _undecided(features, t) for name, t in head.items() if t.shape == (len(plan.labels), features.shape[1])}
         if picked:
             zeros = {name: torch.zeros_like(t) for name, t in head.items()}

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cotune.client.adaptation import Adapted, adapt, own_records
+from cotune.client.adaptation import Adapted, adapt, own_records, units_of
 from cotune.models.errors import CotuneError
 from cotune.models.features import encode_batch, feature_head
-from cotune.models.head_fit import head_names, head_scores
+from cotune.models.head_fit import head_names, head_scores, told_by
 from cotune.models.holdings import Holdings, HoldingsFile
 from cotune.models.sharing import SharedModel, State
 from cotune.plan.model import model_of
@@ -45,7 +45,7 @@ class Personalized:
 def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Personalized:
     """Adapt a finished run's model for every organization, as far as the plan asks for a comparison with training alone.
 
-    Nothing is fitted where there are no features to fit a head to (tags), or where every organization has a model of its own.
+    Nothing is fitted where there are no features to fit a head to, or where every organization has a model of its own.
     """
     plan = prepared.plan
     model = model_of(plan, folder.file.device)
@@ -73,10 +73,7 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
 def _adapt(model: SharedModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adapted:
     plan, records = prepared.plan, prepared.records[share.file]
     held = Holdings(((records, share.rows),), plan.labels, plan.task)
-    names = records.units or records.identities
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    units = [number[names[int(row)]] for row in share.rows]
-    own = own_records(_features(model, plan, served, held), held.targets, units, len(plan.labels))
+    own = own_records(_features(model, plan, served, held), held.targets, units_of(held), len(plan.labels))
     return adapt(model, own, shared, plan.personalize, plan.seed)
 
 
@@ -89,4 +86,4 @@ def _features(model: SharedModel, plan: Plan, served: State, held: Holdings) -> 
 
 
 def _told(model: SharedModel, head: State, features: Tensor) -> Told:
-    return tuple(head_scores(model, head, features).argmax(dim=1).tolist())
+    return tuple(told_by(head_scores(model, head, features)).tolist())

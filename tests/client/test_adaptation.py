@@ -86,7 +86,7 @@ def test_records_of_one_unit_are_in_one_part(drawn: list[tuple[int, int]], folds
     units, targets = zip(*drawn, strict=True)
     if len(set(units)) < 2:
         return
-    own = OwnRecords(torch.arange(len(units)).float()[:, None], torch.tensor(targets), np.asarray(units))
+    own = OwnRecords(torch.arange(len(units)).float()[:, None], torch.tensor(targets), np.arange(len(units)), np.asarray(units))
     found = list(parts(own, folds, seed=3))
     judged = [int(row) for _, judge in found for row in judge.features[:, 0]]
     assert sorted(judged) == list(range(len(units)))  # every record judges once

@@ -42,7 +42,7 @@ def test_the_overview_is_composed_from_the_events(site: Site) -> None:
     small, grown = found["data_sets"]
     delta = delta_of("1/n^1.5", 1500)  # of the larger one
     events = [Steps(1.1, 0.02, 60), Steps(1.5, 0.02, 20), Steps(20.0, 1.0, 1)]
-    order = filter_order(8.0, delta / 2)
+    order = filter_order(8.0)
     assert (small["records"], grown["records"], found["delta"]) == (1000, 1500, delta)
     assert found["epsilon"] == epsilon_filter(events, 8.0, delta / 2)  # the second run may have been chosen after the first
     assert found["composition"] == f"renyi filter, order {order}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.client import setting
+from cotune.client import feature_rows, setting
 from cotune.client.setting import Setting, check_gradients, check_stages, setting_of
 from cotune.models.errors import DataError, ModelError, PrivacyError
 from cotune.models.holdings import Holdings
@@ -185,7 +185,12 @@ def test_a_loss_that_mixes_records_is_refused(new_plan: MakePlan, mode: str, mon
         losses = functional.cross_entropy(logits(module, batch).movedim(-1, 1), labels, reduction="none")
         return losses.sum(dim=1) * len(labels) / (labels != -100).sum()
 
+    def over_its_words(scores: Tensor, labels: Tensor) -> Tensor:
+        losses = functional.cross_entropy(scores.movedim(-1, 1), labels, reduction="none")
+        return losses.sum(dim=1) * len(labels) / (labels != -100).sum()
+
     monkeypatch.setattr(setting, "example_losses", over_the_batch)
+    monkeypatch.setattr(feature_rows, "losses_of", over_its_words)
     plan = new_plan("bert", "token-classification", train=mode)
     with pytest.raises(PrivacyError, match=rf"clipped gradients of this model are wrong by .* in train = {mode}"):
         check_stages(plan, model_of(plan, "cpu"))

@@ -17,15 +17,16 @@ from cotune.client import own_model
 from cotune.client.finished import keep_finished
 from cotune.client.own_model import COLUMNS, adapt_site, evaluate_site, open_received
 from cotune.client.site import Site
-from cotune.models.errors import ModelError, RunError
+from cotune.models.errors import DataError, ModelError, RunError
 from cotune.models.head_fit import head_scores
-from cotune.models.holdings import Holdings
+from cotune.models.holdings import Holdings, write_holdings
 from cotune.models.records import DataConfig, read_records
 from cotune.models.sharing import State
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.server.evaluation import evaluate
 from cotune.strategies.wire import Request
+from tests.conftest import TAGS, tagged, write_csv, write_tagged
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -189,9 +190,40 @@ def test_alone_knows_nothing_of_an_encoder_that_all_have_trained(
     assert found[0] == found[1]
 
 
-def test_tags_are_refused_in_one_sentence(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(task="token-classification", labels=["O", "B-X"]), make_site()
+def test_a_model_of_tags_is_adapted_word_by_word(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, tmp_path: Path
+) -> None:
+    tags = write_tagged(tmp_path / "tags.jsonl", 60)
+    plan, site = make_plan(task="token-classification", labels=[*sorted(TAGS.values()), "O"]), make_site()
+    write_holdings(site.folder / "data.json", DataConfig(source=str(tags)), [(None, list(range(60)))], plan.task)
+    receive(plan, site, drawn(state_for(plan)))
+    found = evaluate_site(site)
+    assert found["fitted_to"] + found["records"] == 60  # sentences, not words
+    assert found["columns"]["received"]["accuracy"] < found["columns"]["adapted"]["accuracy"] > 0.9
+    done = adapt_site(site)
+    assert done.records == 60
+    tell = pipeline("token-classification", str(done.folder), ignore_labels=[])
+    told = [[each["entity"] for each in tell(" ".join(words))] for words, _ in tagged(60)]
+    right = [
+        one == other for said, (_, truth) in zip(told, tagged(60), strict=True) for one, other in zip(said, truth, strict=True)
+    ]
+    assert sum(right) / len(right) > 0.9
+
+
+def test_records_that_are_all_alike_cannot_both_train_and_judge(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, tmp_path: Path
+) -> None:
+    two = write_csv(tmp_path / "two.csv", [("great table", "good"), ("awful road", "bad")] * 30)
+    plan, site = make_plan(), make_site()
+    write_holdings(site.folder / "data.json", DataConfig(source=str(two)), [(None, list(range(60)))])
     receive(plan, site, state_for(plan))
+    with pytest.raises(DataError):
+        evaluate_site(site)
+
+
+def test_a_head_that_cannot_be_run_alone_is_refused(received: tuple[Plan, Site, State], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, site, _ = received
+    monkeypatch.setattr(own_model, "feature_head", lambda model: None)
     with pytest.raises(ModelError) as raised:
         open_received(site)
     assert "\n" not in str(raised.value)

@@ -62,7 +62,7 @@ def only_what_is_filled(batch: Batch) -> Sequence[Tensor]:
 
 
 def tried(answer: Answer) -> bool:
-    return any(mixes(answer, feature_probes(16, 3, 16, torch.device("cpu"), number)) for number in range(2))
+    return any(mixes(answer, feature_probes((16,), 3, 16, torch.device("cpu"), number)) for number in range(2))
 
 
 def test_rows_that_are_computed_alike_pass() -> None:
@@ -78,5 +78,5 @@ def test_what_a_row_owes_to_others_is_found(fault: Answer) -> None:
 
 
 def test_a_probe_is_in_every_slot_once() -> None:
-    places = [place for _, held in feature_probes(33, 2, 16, torch.device("cpu"), 0) for place in held]
+    places = [place for _, held in feature_probes((33,), 2, 16, torch.device("cpu"), 0) for place in held]
     assert sorted(places) == list(range(16))

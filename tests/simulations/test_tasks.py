@@ -109,6 +109,11 @@ def test_the_baselines_of_a_tagger(new_plan: Callable[..., Plan], tmp_path: Path
     assert set(summary["test"]["alone"]["each"]) == {"org-1", "org-2"}
     assert summary["test"]["pooled"]["accuracy"] > summary["test"]["majority"]["accuracy"]
     assert summary["test"]["majority"]["precision"] == pytest.approx(summary["test"]["majority"]["accuracy"] / 4)
+    for organisation in summary["organisations"]:
+        own = organisation["own"]
+        assert all(own[column] is not None for column in ("alone", "alone_without_privacy", "federated", "adapted"))
+        assert organisation["adaptation"]["method"] in organisation["adaptation"]["tried"]
+        assert organisation["worth"]["joined"] == "adapted"
 
 
 def test_organisations_as_folders_of_images(new_plan: Callable[..., Plan], tmp_path: Path) -> None:
