@@ -169,7 +169,9 @@ def _noise(result: AuditResult) -> str:
     least = min(noise.deviation for noise in drawn)
     most = max(noise.deviation for noise in drawn)
     spread = f"{least:.4f} to {most:.4f}" if len(drawn) > 1 else f"{least:.4f}"
-    return f"noise of {rounds}: {spread} of what is claimed, at most {min(noise.at_most for noise in drawn):.4f} where it is least"
+    return (
+        f"noise of {rounds}: {spread} of what is claimed, at most {min(noise.at_most for noise in drawn):.4f} where it is least"
+    )
 
 
 def _states(result: AuditResult) -> Table:
