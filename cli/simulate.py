@@ -178,8 +178,9 @@ def _comparison(summary: dict[str, Any]) -> Table:
 def _organisations(summary: dict[str, Any]) -> Table:
     private = summary["privacy"]["mode"] != "none"
     table = Table("organisation", header_style="bold", pad_edge=False, box=None)
-    counted = "examples" if summary["privacy"].get("unit", "record") == "record" else "units"
-    for heading in (counted, "rounds", *(("ε spent", "ε allowed") if private else ())):
+    claim = summary["privacy"].get("claim")
+    counted = "examples" if claim is None or claim["unit"] == "record" else f"{claim['unit']}s"
+    for heading in (escape(counted), "rounds", *(("ε spent", "ε allowed") if private else ())):
         table.add_column(heading, justify="right")
     for o in summary["organisations"]:
         privacy = (round_up(o["epsilon_spent"]), f"{o['epsilon_allowed']:g}") if private else ()
