@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanOptions, Set, Task, Text
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, percent, scientific
 
@@ -82,6 +82,7 @@ def audit(
         raise typer.BadParameter("a run is audited as it was: --set is for plans, and so are --data and the like")
     if not run:
         options.check_files()
+    beginning(f"{options.source}: loading PyTorch, then records and base model; then training with canaries", quiet=as_json)
     from cotune.simulations.audit import audit_plan, audit_run
 
     console = screen()

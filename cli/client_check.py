@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 from cotune.models.nested import toml_of
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
@@ -56,6 +56,7 @@ def check(
     from cotune.models.missing import check_source
 
     check_source(data)
+    beginning("loading PyTorch, then policy, records and base model; then one step on made-up records", quiet=as_json)
     from cotune.client.check import check as check_plan
     from cotune.client.connection import try_connection, versions
     from cotune.client.site import Site

@@ -24,7 +24,7 @@ from cotune.cli.client_check import (
     keep_what_is_named,
     show_broken,
 )
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 from cotune.cli.trail import verify_sent
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, size
@@ -45,6 +45,7 @@ def init(
     ] = None,
 ) -> None:
     """Make an organisation's site: a key pair, a strict policy and an empty ledger, for your eyes only."""
+    beginning(f"making {site}")
     from cotune.client.set_up import fingerprint_of, make_site
 
     made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
@@ -75,6 +76,7 @@ def join(
     from cotune.models.missing import check_source
 
     check_source(data)
+    beginning("loading PyTorch, then records and base model")
     from cotune.client.approval import Approvals
     from cotune.client.node import run_node
     from cotune.client.observe import observing
@@ -122,6 +124,7 @@ class Shown:
 
     def __init__(self, console: Console) -> None:
         self._console, self._problem, self._withheld = console, "", ("", "")
+        self._has_begun = False
 
     def __call__(self, what: str, about: dict[str, Any]) -> None:
         line = getattr(self, f"_{what}", lambda **_: None)(**about)
@@ -140,7 +143,8 @@ class Shown:
     def _begun(self, round: str, trains: bool) -> str | None:
         if not trains or self._withheld[0] == round:
             return None  # it gets the finished model, or is asked again for what it has declined
-        return f"round {escape(round)} begins"
+        first, self._has_begun = not self._has_begun, True
+        return f"round {escape(round)} begins" + ("; first, records are encoded, which may take minutes" if first else "")
 
     def _again(self, round: str, reason: str) -> str:
         return f"[yellow]round {escape(round)} begins again[/yellow]: {escape(reason)}"

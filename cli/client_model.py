@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cotune.cli.client_check import SiteFolder
 from cotune.cli.evaluate import figure, with_interval
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 
 if TYPE_CHECKING:
     from cotune.client.site import Site
@@ -37,6 +37,7 @@ def adapt(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
 ) -> None:
     """Adapt the received model to the site's own records. Sends nothing and spends no ε, as nothing of it leaves."""
+    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
     from cotune.client.own_model import STAYS, adapt_site
     from cotune.client.site import Site
 
@@ -69,6 +70,7 @@ def evaluate(
     from cotune.models.missing import check_source
 
     check_source(data)
+    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
     from cotune.client.own_model import evaluate_site, open_received
     from cotune.client.site import Site
 

@@ -24,7 +24,7 @@ from cotune.cli.plan_options import (
     Task,
     Text,
 )
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
@@ -79,6 +79,7 @@ def compare(
     """Play every combination under every seed and show what differs; finished runs are kept, the same command goes on."""
     options = PlanOptions(plan, data, task, text, label, model, clients, partition, by, override)
     options.check_files(vary or ())
+    beginning(f"plan {options.source}: loading PyTorch; every combination is checked, then played", quiet=as_json)
     from cotune.simulations.cells import parse_variation
 
     told = screen(stderr=as_json)

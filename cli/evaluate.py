@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.meant import own_options
 from cotune.cli.predict import Device, Length, ModelSource, ThresholdOption
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 
 __all__ = ["evaluate", "figure", "show_classes", "with_interval"]
 
@@ -37,6 +38,7 @@ def evaluate(
     from cotune.models.missing import check_source
 
     check_source(data)
+    beginning(f"loading PyTorch, then {model}, to judge it on {data}", quiet=as_json)
     from cotune.models.judging import judge_records
     from cotune.models.predictor import open_predictor
     from cotune.models.quality import parse_threshold
@@ -44,7 +46,8 @@ def evaluate(
 
     predictor = open_predictor(model, device, max_length)
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
-    records = read_records(_config(data, text, image, label, unit, encoding), None, predictor.task)
+    with own_options():
+        records = read_records(_config(data, text, image, label, unit, encoding), None, predictor.task)
     found = {"model": model, "data": data, **judge_records(predictor, records, limit)}
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -13,7 +14,7 @@ from cotune.models.terminal import printable
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-__all__ = ["meant_option"]
+__all__ = ["meant_option", "own_options"]
 
 _ALIKE = 0.75  # of difflib's ratio: a slip of the finger, and no other word
 
@@ -34,6 +35,17 @@ def meant_option(error: click.NoSuchOption, arguments: Sequence[str]) -> str:
     near = _options_like(error)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"no such option {printable(name)}{hint}"
+
+
+@contextmanager
+def own_options() -> Iterator[None]:
+    """Lets what readers of records advise be an option of a command that takes no plan: `--text`, and not `--set data.text`."""
+    from cotune.models.errors import DataError
+
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace("--set data.", "--")) from None
 
 
 def _document(error: click.NoSuchOption) -> tuple[str, type[BaseModel]] | None:

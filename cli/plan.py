@@ -11,7 +11,7 @@ import typer
 from cotune.cli.forecast_lines import show_forecast
 from cotune.cli.key_lines import show_explained, show_keys
 from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 
 app = typer.Typer(help="Make and check plans.", no_args_is_help=True)
 
@@ -65,6 +65,7 @@ def check(
         )
     else:
         options.check_keys()
+    beginning(f"plan {options.source}: loading PyTorch, then base model and records", quiet=as_json)
     console = screen()
     with screen(stderr=True, quiet=as_json).status("checking data, model and privacy"):
         if examples is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,6 +41,9 @@ _KEYS = {
 }
 
 
+_RECORDS = frozenset({".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx"})  # suffixes
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """What a command line says of a plan. Options are short for overrides; what is given with --set wins.
@@ -59,6 +63,8 @@ class PlanOptions:
     override: list[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.plan is not None and _holds_records(Path(self.plan)):
+            raise typer.BadParameter(f"{self.plan} holds records and is no plan: name it with --data {self.plan}")
         if self.by is not None and (self.partition is not None or self.clients is not None):
             raise typer.BadParameter("--by says who holds which records: it goes without --partition and --clients")
 
@@ -127,6 +133,13 @@ class PlanOptions:
         from cotune.plan.load import load_plan
 
         return load_plan(self.source, self.overrides)
+
+
+def _holds_records(path: Path) -> bool:
+    """Whether what was given as a plan is a file of records, or a folder that is no run's."""
+    if path.is_dir():
+        return not (path / "plan.toml").exists()
+    return path.suffix.lower() in _RECORDS
 
 
 def _entry(table: dict[str, Any], name: str, key: str) -> object:

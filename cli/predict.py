@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.screen import screen
+from cotune.cli.meant import own_options
+from cotune.cli.screen import beginning, screen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,7 @@ def predict(
 
     if file is not None:
         check_file(file)
+    beginning(f"loading PyTorch, then {model}", quiet=as_json)
     from cotune.models.predictor import open_predictor
     from cotune.models.quality import parse_threshold
     from cotune.models.unlabeled import read_typed, read_unlabeled
@@ -74,11 +76,12 @@ def predict(
     predictor = open_predictor(model, device, max_length)
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
     column = text if text is not None else image
-    rows = (
-        read_typed(given or [], predictor.task)
-        if file is None
-        else read_unlabeled(file.expanduser(), predictor.task, column=column, encoding=encoding)
-    )
+    with own_options():
+        rows = (
+            read_typed(given or [], predictor.task)
+            if file is None
+            else read_unlabeled(file.expanduser(), predictor.task, column=column, encoding=encoding)
+        )
     found = list(_predictions(predictor, rows, limit))
     if out is not None:
         _write(out.expanduser(), found)

@@ -18,6 +18,8 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return _waiting(fields)
         case "awaiting_approval":
             return _awaiting_approval(fields)
+        case "round_started" if round == 1:
+            return f"round 1: asking {', '.join(fields['organisations'])}; each encodes its records first, for minutes"
         case "update_received":
             return _received(fields)
         case "update_quarantined":

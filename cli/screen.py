@@ -18,11 +18,11 @@ from rich.text import Text
 
 from cotune.models.terminal import Clean, lines_of, printable
 
-__all__ = ["Screen", "screen"]
+__all__ = ["Screen", "beginning", "screen"]
 
 _ANY_WIDTH = 10_000  # columns
 _TAG = re.compile(r"(\\*)\[([a-z#/@][^[]*?)]")  # as rich.markup finds them
-_OWN = frozenset({"bold", "bold red", "bold yellow", "dim", "green", "red", "yellow"})
+_OWN = frozenset({"bold", "bold red", "bold yellow", "dim", "green", "italic", "red", "yellow"})
 
 
 class Screen(Console):
@@ -57,6 +57,18 @@ def screen(*, stderr: bool = False, quiet: bool = False) -> Screen:
     """For logs and pipes, colored or not, as wide as what is printed: a line that is broken cannot be searched for."""
     found = Screen(stderr=stderr, quiet=quiet)
     return found if found.file.isatty() else Screen(stderr=stderr, quiet=quiet, width=_ANY_WIDTH)
+
+
+def beginning(what: str, *, quiet: bool = False) -> None:
+    """Show a first sign of life on standard error, where that is a terminal: somebody waits seconds until PyTorch is imported.
+
+    Args:
+        what: The command does, in one line.
+        quiet: Whether to say nothing, as a program reads the output.
+    """
+    console = Screen(stderr=True, quiet=quiet)
+    if console.is_terminal:
+        console.print(what, style="dim", markup=False)
 
 
 def _past_the_filter(stream: object) -> IO[str] | None:

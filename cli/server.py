@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cotune.cli import trail
 from cotune.cli.plan_options import Set
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.server.federation import FederationFolder
@@ -43,13 +43,15 @@ def init(
 ) -> None:
     """Make a federation: certificates, a plan with nothing left open, and what organisations are given."""
     from cotune.models.errors import PlanError
-    from cotune.models.missing import check_source
+    from cotune.models.missing import check_new, check_source
     from cotune.plan.document import read_document
 
     if port == superlink_port:
         raise PlanError(f"--port and --superlink-port are both {port}: expected two different ports")
     read_document(plan, override or [])
     check_source(None if test is None else str(test))
+    check_new(folder)
+    beginning(f"making {folder}: loading PyTorch, then base model and test records")
     from cotune.plan.load import load_plan
     from cotune.server.federation import ServerConfig
     from cotune.server.founding import found
@@ -79,6 +81,7 @@ def start(folder: Federation) -> None:
     """Serve organisations until Ctrl-C: Flower's SuperLink on loopback, the TLS front before it, and an executor for runs."""
     from datetime import datetime
 
+    beginning(f"starting {folder}; it takes some seconds until it is ready")
     from cotune.server.federation import FederationFolder
     from cotune.server.supervisor import supervise
 

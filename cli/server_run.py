@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.plan_options import Set
-from cotune.cli.screen import screen
+from cotune.cli.screen import beginning, screen
 from cotune.models.nested import json_of
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import instant, percent, size
@@ -49,6 +49,7 @@ def run(
     from cotune.plan.early import check_keys
 
     check_keys(overrides_alone(override or ()), "plan")
+    beginning(f"reading {folder}")
     from cotune.cli.progress import showing_remote_progress
     from cotune.server.federation import FederationFolder
     from cotune.server.running import carry_out, hand_over, newest, only_follower

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +34,9 @@ from cotune.server.verdict import few_note, is_personal, is_private, judge, own_
 
 if TYPE_CHECKING:
     from cotune.simulations.simulate import Result
+
+
+_WIDE = 90  # columns of a terminal, for two spaces between those of the verdict
 
 
 def simulate(
@@ -63,7 +69,9 @@ def simulate(
         if resume is not None:
             result = simulations.resume(resume)
         else:
-            result = simulations.simulate(options.load(), out, engine=engine or "in-process", device=device or "auto")
+            result = simulations.simulate(
+                options.load(), out, engine=engine or "in-process", device=device or "auto", noted=partial(_note, told)
+            )
     if as_json:
         from cotune.server.summary import dumps
 
@@ -81,6 +89,12 @@ def _begin(console: Console, options: PlanOptions, resume: Path | None) -> None:
     console.print(f"plan {escape(options.source)}: loading PyTorch, then records and base model")
 
 
+def _note(console: Console, notes: Sequence[str]) -> None:
+    """Before anything is trained: whoever has taken the wrong column, or spelled a class in two ways, stops here."""
+    for note in notes:
+        console.print(escape(note))
+
+
 def show(console: Console, result: Result) -> None:
     """The tables at the end of a run."""
     summary = result.summary
@@ -93,7 +107,7 @@ def show(console: Console, result: Result) -> None:
     console.print(
         "[bold]is it worth joining?[/bold] accuracy on each organisation's own held-out records; alone: without privacy"
     )
-    console.print(_own_records(summary))
+    console.print(_own_records(console, summary))
     _answer(console, summary)
     console.print(_comparison(summary))
     console.print(_organisations(summary))
@@ -107,13 +121,16 @@ def show(console: Console, result: Result) -> None:
         console.print(f"client-level privacy: {spent}, {client_level['rounds_charged']} rounds charged")
     for file in ("report.html", "summary.json", "sites/*/model" if is_personal(summary) else "model"):
         console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
+    if summary["stopped"] is None and not is_personal(summary):
+        console.print(f'next: cotune predict {shlex.quote(str(result.folder))} "a text"; docs/use.md says what else')
 
 
-def _own_records(summary: dict[str, Any]) -> Table:
+def _own_records(console: Console, summary: dict[str, Any]) -> Table:
     """What each choice reaches on an organisation's own held-out records, and whether joining and alone differ there."""
     columns, headings = own_columns(summary), {"majority": "majority", "alone_without_privacy": "alone", "adapted": "adapted"}
     headings |= {"alone": "alone, ε" if is_private(summary) else "alone, plan", "federated": "federated"}
-    table = Table(header_style="bold", pad_edge=False, box=None)
+    narrow = console.width < _WIDE
+    table = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0) if narrow else (0, 1))
     table.add_column("organisation", overflow="fold")
     for heading in (*(headings[key] for key in columns), "gain", "records", "worth it"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -161,7 +178,9 @@ def _comparison(summary: dict[str, Any]) -> Table:
 def _organisations(summary: dict[str, Any]) -> Table:
     private = summary["privacy"]["mode"] != "none"
     table = Table("organisation", header_style="bold", pad_edge=False, box=None)
-    for heading in ("examples", "rounds", *(("ε spent", "ε allowed") if private else ())):
+    claim = summary["privacy"].get("claim")
+    counted = "examples" if claim is None or claim["unit"] == "record" else f"{claim['unit']}s"
+    for heading in (escape(counted), "rounds", *(("ε spent", "ε allowed") if private else ())):
         table.add_column(heading, justify="right")
     for o in summary["organisations"]:
         privacy = (round_up(o["epsilon_spent"]), f"{o['epsilon_allowed']:g}") if private else ()

@@ -84,6 +84,8 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
             privacy = (part["record_privacy"].partition(":")[0], part["client_privacy"].partition(":")[0])
             table.add_row(escape(part["name"]), escape(part["summary"]), part["sees"], *privacy)
         console.print(table, "", sep="\n")
+    console.print("record-level ε: free, it works on what is noised already; at a price, one more number is told, with noise;")
+    console.print("no, it needs what is told without noise. client-level ε: whether [client_privacy] can be had with it")
     console.print("`cotune strategies NAME` explains one; `cotune strategies new my_rule` begins one of your own")
 
 
@@ -104,7 +106,8 @@ def show(name: Annotated[str, typer.Argument(help="A strategy or a part.")], as_
 def _explain(console: Console, part: dict[str, Any]) -> None:
     kind = part["kind"].replace("_", " ").replace("optimizer", "optimiser")
     console.print(f"[bold]{escape(part['name'])}[/bold], a {'strategy' if kind == 'recipe' else kind}", soft_wrap=True)
-    console.print(escape(part.get("description") or part["summary"]), soft_wrap=True)
+    for line in (part.get("description") or part["summary"]).splitlines():
+        console.print(escape(line), soft_wrap=True)
     rows = {
         "source": "; ".join([part["cite"]] if isinstance(part["cite"], str) else part["cite"]),
         "the server sees": part["sees"],
@@ -203,6 +206,8 @@ def _part(name: str, kind: Kind | None) -> PartInfo:
         return plugins.part_of(kind or (info.kind if info else "fusion"), name, found)
     if plugins.is_code(name):
         return plugins.load_code("fusion", name, "")
+    if name.endswith(".py"):
+        raise PlanError(f"{name} is a file: expected the name of the rule in it, too, such as {name}:{Path(name).stem}")
     of_name = [k for k in ([kind] if kind else FOLDERS) if name in plugins.known(k)]
     try:
         return plugins.part_named(of_name[0] if of_name else kind or "fusion", name)

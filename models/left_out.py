@@ -10,10 +10,11 @@ from cotune.models.inputs import Input
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from cotune.models.sharing import SharedModel
 
-__all__ = ["KEPT", "UNREADABLE", "cut_reason", "cut_texts", "left_out_line"]
+__all__ = ["ELSEWHERE", "KEPT", "UNREADABLE", "cut_reason", "cut_texts", "left_out_line"]
 
 UNREADABLE = "unreadable"  # of a line, or of what stands in it
 KEPT = "duplicate that is trained on"  # where nothing leaves out copies: no promise to records, and no data.deduplicate
+ELSEWHERE = "held out, and trained on elsewhere"  # a person, or a text, that is in the files of several organizations
 _CUT = "cut at "
 _NAMED = {  # reason: (of one record, of several)
     "blank text": ("blank text", "blank texts"),
@@ -31,6 +32,10 @@ _NAMED = {  # reason: (of one record, of several)
     "label unknown to the plan": ("label unknown to the plan", "labels unknown to the plan"),
     "more than max_records of their unit": ("record beyond max_records of its unit", "records beyond max_records of their unit"),
     "in another collection": ("record of another collection", "records of another collection"),
+    ELSEWHERE: (
+        "test record whose text or person is in another organization's file, too",
+        "test records whose text or person is in another organization's file, too",
+    ),
     KEPT: ("duplicate (trained on; data.deduplicate drops it)", "duplicates (trained on; data.deduplicate drops them)"),
 }
 

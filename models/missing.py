@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cotune.models.errors import DataError, ModelError
+from cotune.models.errors import DataError, ModelError, RunError
 
-__all__ = ["check_base", "check_file", "check_source", "missing_base", "missing_source", "path_of_base"]
+__all__ = ["check_base", "check_file", "check_new", "check_source", "missing_base", "missing_source", "path_of_base"]
 
 _PACKAGE = "package:"
 
@@ -32,6 +32,13 @@ def check_file(path: Path) -> None:
     """Raise DataError for a file or folder that is not there."""
     if not path.expanduser().exists():
         raise DataError(f"{path} does not exist (looked for {path.expanduser().absolute()}): check the path")
+
+
+def check_new(path: Path) -> None:
+    """Raise RunError for a folder that is to be made and is there."""
+    path = path.expanduser().absolute()
+    if path.exists() or path.is_symlink():
+        raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
 
 
 def check_base(base: object) -> None:

@@ -74,7 +74,7 @@ class RecordPrivacy(Table):
         if (self.unit == "record") != (self.max_records is None):
             raise ValueError(
                 f'unit = "{self.unit}" with max_records = {self.max_records}: expected a number for a unit from a column,'
-                " and none for a record"
+                " as by --set privacy.max_records=3, and none for a record"
             )
         return self
 

@@ -16,7 +16,7 @@ from cotune.models.base import find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import PlanError, RunError
-from cotune.models.missing import path_of_base
+from cotune.models.missing import check_new, path_of_base
 from cotune.models.model_settings import base_labels
 from cotune.models.records import check_labels, read_records
 from cotune.plan.invitation import Invitation
@@ -42,8 +42,7 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
     model, test records or device raises PlanError, ModelError, DataError or DeviceError.
     """
     path = path.expanduser().absolute()
-    if path.exists() or path.is_symlink():
-        raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
+    check_new(path)
     pick_device(config.device)
     resolved = with_robust_default(_resolved(plan, config))
     config = _with_quotas(config.model_copy(update={"base": path_of_base(plan.model.base)}), plan)

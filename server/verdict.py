@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,13 @@ def _sentence(summary: Summary) -> str:
     gains = [100 * each["difference"] for each in compared]
     return (
         f"each on its own held-out records, joining is better than training alone for {answers['yes']} of {len(gains)}"
-        f" organisations, worse for {answers['no']} and too close to tell for {answers['too close to tell']}:"
-        f" from {signed(min(gains))} to {signed(max(gains))} points of accuracy."
+        f" organisations, worse for {answers['no']} and too close to tell for {answers['too close to tell']}: {_range(gains)}."
     )
+
+
+def _range(gains: Sequence[float]) -> str:
+    low, high = signed(min(gains)), signed(max(gains))
+    return f"by {low} points of accuracy" if low == high else f"from {low} to {high} points of accuracy"
 
 
 _COLUMNS = {

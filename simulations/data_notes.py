@@ -18,6 +18,7 @@ from cotune.plan.schema import Plan
 __all__ = ["alike_notes", "data_notes", "left_out_of"]
 
 _SHOWN = 5  # groups of classes that are named
+_MANY, _RECORDS_OF_A_CLASS = 20, 5  # more classes than the first, with fewer records than the second in the mean
 _counted: dict[tuple[str, str, int], Mapping[str, int]] = {}  # (records, model, length) -> how many texts are cut
 
 
@@ -36,7 +37,7 @@ def left_out_of(plan: Plan, records: Mapping[Path | None, Records], model: Share
 def data_notes(plan: Plan, left_out: Mapping[str, int], records: int) -> list[str]:
     """Return the sentences about the records of a simulation."""
     line = left_out_line(left_out, records)
-    return [*([] if line is None else [line]), *alike_notes(plan.labels)]
+    return [*([] if line is None else [line]), *alike_notes(plan.labels), *_many_classes(plan, records)]
 
 
 def alike_notes(labels: Sequence[str]) -> Iterator[str]:
@@ -54,6 +55,15 @@ def alike_notes(labels: Sequence[str]) -> Iterator[str]:
         yield (
             f"trained as a class, and perhaps a missing label: {' and '.join(map(shown, missing))}; if it is none, leave these"
             " fields empty in all files"
+        )
+
+
+def _many_classes(plan: Plan, records: int) -> Iterator[str]:
+    """A warning where the column of labels looks like one of numbers, dates or names."""
+    if plan.task == "sequence-classification" and len(plan.labels) > max(_MANY, records // _RECORDS_OF_A_CLASS):
+        yield (
+            f"the column {plan.data.label!r} has {len(plan.labels):,} classes for {records:,} records, as one of numbers or dates"
+            " would: if another one says the class, name it with --label"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,27 @@ class Result:
     summary: dict[str, Any]
 
 
-def simulate(plan: Plan, out: Path | None = None, *, engine: str = "in-process", device: str = "auto") -> Result:
+Notes = Callable[[Sequence[str]], None]  # what is to be known of the records, for whoever would stop and mend them
+
+
+def simulate(
+    plan: Plan,
+    out: Path | None = None,
+    *,
+    engine: str = "in-process",
+    device: str = "auto",
+    noted: Notes = lambda notes: None,
+) -> Result:
     """Runs a plan with simulated organisations: train, compare, report.
 
-    out: the folder of the run; None: runs/<time>-<plan>. engine: "in-process" or "ray". device: auto, cpu, cuda, cuda:N.
+    out: the folder of the run; None: runs/<time>-<plan>. engine: "in-process" or "ray". device: auto, cpu, cuda, cuda:N. noted:
+    is called with the notes about the records before anything is trained; they are in the summary, too.
     Raises a CotuneError, which names what is wrong; what was finished before is kept in the folder, for `resume`.
     """
     began = time.monotonic()
     check_engine(engine)
     prepared = prepare(plan, device)
+    noted(prepared.notes)
     folder = start(prepared, out, engine, device)
     with folder.locked():
         play_on(engine, folder)

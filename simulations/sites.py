@@ -20,6 +20,7 @@ from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, PlanError
 from cotune.models.holdings import Holdings, write_holdings
+from cotune.models.left_out import ELSEWHERE
 from cotune.models.model_settings import base_labels
 from cotune.models.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
 from cotune.plan.model import model_of
@@ -99,7 +100,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
     pinned = plan.model.model_copy(update={**base.pins, "base": _absolute(plan.model.base)})
     resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned})
-    shares, test, validation = _split(resolved, records)
+    shares, test, validation, elsewhere = _split(resolved, records)
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
     for share in shares:
         for stage in resolved.stages:
@@ -108,7 +109,8 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     noise = _noise(resolved, shares)
     model = model_of(resolved, device)
     check_stages(resolved, model)
-    return Prepared(resolved, shares, test, records, noise, validation, left_out_of(resolved, records, model))
+    left_out = {**left_out_of(resolved, records, model), **({ELSEWHERE: elsewhere} if elsewhere else {})}
+    return Prepared(resolved, shares, test, records, noise, validation, left_out)
 
 
 def _with_own(what: Literal["epsilon", "rank"], values: Sequence[float], shares: tuple[Share, ...]) -> tuple[Share, ...]:
@@ -153,11 +155,11 @@ def _joined(records: list[Records]) -> Records:
 Portions = tuple[tuple[Path | None, Rows], ...]
 
 
-def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], Portions, Portions]:
-    """(shares, test set, validation set). One file is split over simulated organisations; of several files each is one.
+def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], Portions, Portions, int]:
+    """(shares, test set, validation set, how many records are left out of the last two as their unit is elsewhere).
 
-    The records of a unit stay together (see `unit_groups`); of one that several files hold, those that would test are left out
-    where another file trains on it.
+    One file is split over simulated organisations; of several files each is one. The records of a unit stay together (see
+    `unit_groups`); of one that several files hold, those that would test are left out where another file trains on it.
     """
     rng = seeded_generator(plan.seed, "partition")
     shares: list[Share] = []
@@ -175,15 +177,20 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
             shares.append(replace(_share(plan, found, name, file, own.rows(train)), held_out=test[-1][1]))
         else:
             shares += _dealt(plan, found, own, train, held_out, rng)
+    before = _size(test) + _size(validation)
     if len(units) > 1:
         validation = _apart(validation, units, [(share.file, share.rows) for share in shares])
         test = _apart(test, units, [(share.file, share.rows) for share in shares] + validation)
         shares = [replace(share, held_out=rows) for share, (_, rows) in zip(shares, test, strict=True)]
-    if not sum(len(rows) for _, rows in test):
+    if not _size(test):
         raise DataError(
             f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
         )
-    return tuple(shares), tuple(test), tuple(validation)
+    return tuple(shares), tuple(test), tuple(validation), before - _size(test) - _size(validation)
+
+
+def _size(portions: Sequence[tuple[Path | None, Rows]]) -> int:
+    return sum(len(rows) for _, rows in portions)
 
 
 def _held_out(

@@ -247,7 +247,7 @@ def test_a_node_says_a_thing_once_until_it_changes() -> None:
     shown("begun", {"round": "4", "trains": False})
     shown("answered", {"round": "4", "seconds": 1.0, "entry": {"what": "receipt", "model": "site/models/toy"}})
     assert [line[20:] for line in console.export_text().splitlines()] == [
-        "round 1 begins",
+        "round 1 begins; first, records are encoded, which may take minutes",
         "round 1: no update was sent: the rule budget says no",
         "round 2 begins",
         "round 2: no update was sent, for the same reason",

@@ -151,3 +151,12 @@ def test_a_table_in_a_pipe_is_not_cut(folder: Path, color: str) -> None:
     script = Path(sys.executable).parent / "cotune"
     shown = subprocess.run([str(script), "strategies"], capture_output=True, text=True, env=environ, check=True).stdout
     assert max(map(len, shown.splitlines())) > 60
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["reviews.csv", "orgs"])
+def test_records_given_as_a_plan(cotune: Cotune, folder: Path, command: tuple[str, ...], name: str) -> None:
+    (folder / "orgs").mkdir(exist_ok=True)
+    told = cotune(*command, name)
+    assert told.code == 2
+    assert f"--data {name}" in told.err

@@ -141,4 +141,5 @@ def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
         "the run ended without a word (its process ended (failed)); it is handed over again in 4 seconds",
     ):
         assert line in told
-    assert remote_line("round_started", {"round": 1}) is None
+    assert remote_line("round_started", {"round": 2, "organisations": ["a"]}) is None
+    assert "a, b" in str(remote_line("round_started", {"round": 1, "organisations": ["a", "b"]}))

@@ -528,6 +528,14 @@ def test_an_encoding_that_fails_without_a_position(tmp_path: Path) -> None:
     assert "is not idna text (decoding with" in message
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "cp1250", "latin-1"])
+def test_utf_8_is_not_read_as_single_bytes(tmp_path: Path, encoding: str) -> None:
+    """As of a folder of which one file comes from Windows: its encoding would spell the umlauts of all others wrongly."""
+    path = write(tmp_path / "a.csv", "text,label\nMüdigkeit,1\nb,2\n".encode())
+    assert "data.encoding=utf-8" in error(path, encoding=encoding)
+    assert read(write(tmp_path / "b.csv", b"text,label\na,1\nb,2\n"), encoding=encoding).inputs == ("a", "b")
+
+
 def test_latin_1_is_not_offered_for_binary_content(tmp_path: Path) -> None:
     assert "latin-1" not in error(write(tmp_path / "a.csv", PNG))
 

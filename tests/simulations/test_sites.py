@@ -12,6 +12,7 @@ import pytest
 from cotune.client.site import Site
 from cotune.models.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.models.holdings import HoldingsFile
+from cotune.models.left_out import ELSEWHERE
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.rounding import two_digits
 from cotune.simulations.sites import make_run, prepare
@@ -51,6 +52,25 @@ def test_classes_that_differ_in_spelling_alone_are_pointed_out(toy_plan: NewPlan
     rows = [(text, "Good" if label == "good" and number % 2 else label) for number, (text, label) in enumerate(sentences(240))]
     prepared = prepare(toy_plan(data={"source": str(write_csv(tmp_path / "mine.csv", rows))}))
     assert any("'Good' and 'good'" in note for note in prepared.notes)
+
+
+def test_a_column_that_is_none_of_classes_is_pointed_out(toy_plan: NewPlan, tmp_path: Path) -> None:
+    rows = [(text, f"2024-01-{number % 80:02}") for number, (text, _) in enumerate(sentences(240))]
+    prepared = prepare(toy_plan(data={"source": str(write_csv(tmp_path / "mine.csv", rows))}, simulation={"partition": "iid"}))
+    assert any("80 classes for 240 records" in note for note in prepared.notes)
+
+
+def test_texts_that_another_file_trains_on_are_counted_and_test_nothing(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """Both files hold the same: what one holds out is nearly always what the other trains on."""
+    (tmp_path / "orgs").mkdir()
+    rows = [(f"{number} great", label) for number, (_, label) in enumerate(sentences(200))]
+    for name in ("a", "b"):
+        write_csv(tmp_path / "orgs" / f"{name}.csv", rows)
+    prepared = prepare(toy_plan(data={"source": str(tmp_path / "orgs")}))
+    trained = [set(share.rows.tolist()) for share in prepared.shares]
+    missing = [200 - len(rows) - len(share.rows) for share, (_, rows) in zip(prepared.shares, prepared.test, strict=True)]
+    assert prepared.left_out[ELSEWHERE] == sum(missing) > 0
+    assert all(not set(rows.tolist()) & trained[1 - number] for number, (_, rows) in enumerate(prepared.test))
 
 
 def test_a_small_organisation_is_named(toy_plan: NewPlan, tmp_path: Path) -> None:
