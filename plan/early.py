@@ -14,6 +14,7 @@ from cotune.plan.known_keys import PLAN, POLICY
 
 __all__ = ["check_keys", "check_rules"]
 
+_EXPLAINED = ("lora.method",)  # of which the schema says why some words are not among them
 _KNOWN: dict[str, Mapping[str, tuple[str, ...]]] = {"plan": PLAN, "policy": POLICY}
 
 
@@ -56,6 +57,6 @@ def _check(key: str, value: Any, document: str) -> None:
         beside = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == within]
         raise PlanError(f'the {document} has an unknown key "{key}"{meant_key(name, paths, beside)}')
     words = known[key]
-    if words and isinstance(value, str) and value not in words:
+    if words and key not in _EXPLAINED and isinstance(value, str) and value not in words:
         named = " or ".join(", ".join(map(repr, part)) for part in (words[:-1], words[-1:]) if part)
         raise PlanError(f"the {document} has {key} = {shown_value(value)}: input should be {named}")

@@ -91,7 +91,7 @@ def test_a_run_is_audited_as_it_was(cotune: Cotune) -> None:
         (["toy.toml", *PRIVATE, "--confidence", "1"], "expected a confidence below 1"),
         (["toy.toml", *PRIVATE, "--tight", "--rounds", "1"], "--tight audits one step in each stage of the plan"),
         (["tweet"], "did you mean 'tweets'?"),
-        ([".", *PRIVATE], "cannot be read"),
+        ([".", *PRIVATE], "holds records and is no plan"),
     ],
 )
 def test_what_cannot_be_audited_is_one_sentence(cotune: Cotune, arguments: list[str], words: str) -> None:
