@@ -38,7 +38,8 @@ from cotune.strategies.parcel import Parcel
 __all__ = ["Node", "run_node"]
 
 _POLL_SECONDS = 0.1
-_IDLE_SECONDS, _IDLE_POLL_SECONDS = 120.0, 1.0  # after so long without a request it asks less often
+_MOST_POLL_SECONDS = 1.0
+_LATER = 0.05  # of the time that it has waited already: it asks less and less often, and is late by that share at most
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 10.0  # before it connects again
 _OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
 _log = logging.getLogger(__name__)
@@ -119,8 +120,8 @@ class Node:
         while not self._stop.is_set():
             try:
                 if not self._step(fleet):
-                    idle = time.monotonic() - self._active > _IDLE_SECONDS
-                    self._stop.wait(_IDLE_POLL_SECONDS if idle else _POLL_SECONDS)
+                    waited = time.monotonic() - self._active
+                    self._stop.wait(min(_MOST_POLL_SECONDS, max(_POLL_SECONDS, _LATER * waited)))
             except RequestOver as error:
                 if self._request is None:
                     raise

@@ -33,7 +33,9 @@ __all__ = ["Threaded", "post_of"]
 
 _WATCH_SECONDS = 0.5  # between two looks at who is connected
 _SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach
-_POLL_SECONDS = 0.1  # between two looks for answers
+_POLL_SECONDS = 0.1  # between two looks for answers, at least
+_MOST_POLL_SECONDS = 1.0
+_LATER = 0.05  # of the time without an answer so far: looks become rarer, and an answer is found late by that share at most
 _LONGEST_WAIT_SECONDS = 2.0  # before a look that failed is made again
 _AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
 _SLOW_SECONDS = 20.0  # without a piece of an answer: it may have been cut off while it was sent
@@ -104,6 +106,7 @@ class Threaded:
         self._found: Mapping[str, Node] = {}
         self._told_left: frozenset[str] = frozenset()
         self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
+        self._active = time.monotonic()  # when a request was handed over, or an answer found, last
         self._returns, self._doubts = 0, Counter[str]()  # times that all answers, and one's, may have been lost on the way
         self._threads: list[threading.Thread] = []
         self._start("watch", self._watch)
@@ -195,6 +198,7 @@ class Threaded:
         if not number:
             return self._lose(asked, "the SuperLink did not take its request")
         self._asked[number] = asked
+        self._active = time.monotonic()
 
     def _lose(self, asked: _Asked, reason: str) -> None:
         self._letters.put((Letter(asked.round, asked.organisation, None, reason), False))
@@ -205,7 +209,11 @@ class Threaded:
             waiting = [(number, asked) for number, asked in list(self._asked.items()) if asked.since is None]
             some = [dict(waiting[first : first + _AT_A_TIME]) for first in range(0, len(waiting), _AT_A_TIME)]
             answered = [self._look(few) for few in some]
-            wait = _POLL_SECONDS if all(answered) else min(_LONGEST_WAIT_SECONDS, 2 * wait)
+            wait = self._pause() if all(answered) else min(_LONGEST_WAIT_SECONDS, 2 * wait)
+
+    def _pause(self) -> float:
+        """Seconds until the next look: a SuperLink answers some thirty calls a second, from all organizations together."""
+        return min(_MOST_POLL_SECONDS, max(_POLL_SECONDS, _LATER * (time.monotonic() - self._active)))
 
     def _look(self, waiting: Mapping[str, _Asked]) -> bool:
         """Whether the SuperLink has said who has answered. A few at a time: a call that takes too long loses all answers that it
@@ -223,7 +231,8 @@ class Threaded:
                 self._doubts.update(asked.organisation for asked in waiting.values())
             return False
         for number in found.keys() & waiting.keys():
-            waiting[number].since = time.monotonic()
+            self._active = time.monotonic()
+            waiting[number].since = self._active
             self._start(waiting[number].organisation, self._fetch, number, waiting[number], found[number])
         return True
 
