@@ -26,6 +26,7 @@ from cotune.cli.client_check import (
 )
 from cotune.cli.screen import beginning, screen
 from cotune.cli.trail import verify_sent
+from cotune.models.errors import CotuneError
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, size
 
@@ -231,5 +232,16 @@ def _line(entry: dict[str, Any]) -> str:
         epsilon = "" if entry.get("epsilon") is None else f", ε {round_up(entry['epsilon'])} stated"
         return f"{when} {entry['what']}{plan}, round {round}: {size(entry['bytes'])}{epsilon}, SHA-256 {entry['sha256'][:16]}…"
     if entry["what"] == "request":
-        return f"{when} request{plan}, round {round}: signed by {str(entry.get('key'))[:16]}…"
+        return f"{when} {_asked_for(entry)}{plan}, round {round}: signed by {str(entry.get('key'))[:16]}…"
     return f"{when} {entry['what']}{plan}, round {round}: {entry.get('reason') or entry.get('said', '')}"
+
+
+def _asked_for(entry: dict[str, Any]) -> str:
+    """A round to train, or the finished model, which comes as the last round's."""
+    from cotune.plan.signatures import FINISHED, RequestStatement
+
+    try:
+        kind = RequestStatement.parse(str(entry.get("statement"))).kind
+    except CotuneError:  # of an earlier version
+        return "request"
+    return "request with the finished model" if kind == FINISHED else "request to train"

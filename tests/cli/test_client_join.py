@@ -24,6 +24,7 @@ from cotune.models.base import ModelConfig, find_base
 from cotune.plan.invitation import Invitation
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
+from cotune.plan.signatures import FINISHED, TRAIN, RequestStatement
 from cotune.privacy.policy import Policy, read_policy
 from cotune.server.certificates import new_authority
 from cotune.server.members import Members, read_public_key
@@ -216,6 +217,17 @@ def test_a_plan_that_waits_is_shown_and_approved(cotune: Cotune, site: Path, pla
     assert "seed" not in shown.out
     approvals.check(changed, Policy())
     assert "is approved already" in cotune("client", "approve", site, changed.plan_id[:10]).out
+
+
+def test_the_delivery_of_the_model_is_not_shown_as_another_round(cotune: Cotune, site: Path) -> None:
+    log = AuditLog(site)
+    said = {"federation": "f", "run": "r", "plan": "ab" * 32, "round": 10, "recipient": "clinic", "admitted": 0, "received": "cd"}
+    for serial, kind in enumerate((TRAIN, FINISHED)):
+        statement = RequestStatement(**said, kind=kind, cohort=2, roster="ef", serial=serial, at="2026-11-27T12:00:00Z")
+        log.append("request", round=10, statement=statement.text(), key="ab" * 32)
+    shown = cotune("client", "sent", site)
+    assert shown.out.count("request to train, round 10") == 1
+    assert shown.out.count("request with the finished model, round 10") == 1
 
 
 def test_what_was_sent_is_shown_and_checked(cotune: Cotune, site: Path) -> None:
