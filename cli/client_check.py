@@ -87,7 +87,6 @@ def check(
 
 def _read(source: str) -> tuple[Invitation | None, Plan]:
     """A federation.toml with its plan, or a plan by itself: a TOML file, or in the folder of a run."""
-
     from cotune.models.errors import PlanError
     from cotune.plan.invitation import read_invitation
     from cotune.plan.load import load_plan

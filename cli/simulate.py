@@ -90,7 +90,7 @@ def _begin(console: Console, options: PlanOptions, resume: Path | None) -> None:
 
 
 def _note(console: Console, notes: Sequence[str]) -> None:
-    """Before anything is trained: whoever has taken the wrong column, or spelled a class in two ways, stops here."""
+    """Before anything is trained: so that a run with the wrong column, or a class in two spellings, can be stopped."""
     for note in notes:
         console.print(escape(note))
 

@@ -6,8 +6,8 @@ over its words, as it is where the encoder runs in every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import cast
 
@@ -51,38 +51,43 @@ def on_features(
         units: Row numbers of each unit.
         weights: (classes,) how much a label of each class counts in the loss; None: all the same.
     """
-    if head.reads_words:
-        return _on_words(precision, model, head, features, targets, expected_batch, units, weights)
-    return _on_vectors(precision, model, head, features, targets, expected_batch, units, weights)
+    given = _Given(precision, model, head, expected_batch, weights)
+    return (_on_words if head.reads_words else _on_vectors)(given, features, targets, units)
 
 
-def _scores(head: FeatureHead) -> Callable[[Batch], Tensor]:
-    return lambda batch: cast(Tensor, head(batch["features"]).logits.float())
+@dataclass(frozen=True)
+class _Given:
+    """What `on_features` is given and does not depend on the records."""
+
+    precision: str
+    model: SharedModel
+    head: FeatureHead
+    expected_batch: float
+    weights: Tensor | None
+
+    def scores(self, batch: Batch) -> Tensor:
+        return cast(Tensor, self.head(batch["features"]).logits.float())
+
+    def loss(self, batch: Batch) -> Tensor:
+        return losses_of(self.scores(batch), batch["labels"], self.weights)
+
+    def correct(self, batch: Batch) -> Tensor:
+        return all_right(self.scores(batch), batch["labels"])
+
+    def keep_apart(self, slots: int, width: int, lengths: Sequence[int] | None) -> None:
+        """See `check_independence`."""
+        per_slot = of_each_slot(self.head, self.loss, self.scores)
+        check_independence(self.model, "head", self.precision, per_slot, slots=slots, width=width, lengths=lengths)
 
 
-def _losses(scores: Callable[[Batch], Tensor], weights: Tensor | None) -> Callable[[Batch], Tensor]:
-    of_scores = losses_of if weights is None else partial(losses_of, weights=weights)
-    return lambda batch: of_scores(scores(batch), batch["labels"])
-
-
-def _on_vectors(
-    precision: str,
-    model: SharedModel,
-    head: FeatureHead,
-    features: Tensor,
-    targets: Sequence[Target],
-    expected_batch: float,
-    units: Sequence[Unit],
-    weights: Tensor | None = None,
-) -> Setting:
+def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> Setting:
     labels = torch.tensor(targets, dtype=torch.long)  # of no records, too
     unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
     if bool(unreadable.any()):
         features = features.nan_to_num(nan=0.0)
         labels[unreadable] = IGNORED
-    slots = _slots_for(head, expected_batch)
-    scores = _scores(head)
-    loss = _losses(scores, weights)
+    width = features.shape[1]
+    slots = _slots_for(given.head, given.expected_batch)
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         for start in range(0, len(rows), slots):
@@ -91,50 +96,37 @@ def _on_vectors(
 
     def filled(rows: Sequence[int], size: int) -> Batch:
         index = torch.as_tensor(rows)
-        vectors = torch.zeros(size, features.shape[1])
+        vectors = torch.zeros(size, width)
         vectors[: len(rows)] = features[index]
         numbers = torch.full((size,), IGNORED)
         numbers[: len(rows)] = labels[index]
-        return {"features": vectors.to(model.device), "labels": numbers.to(model.device)}
+        return {"features": vectors.to(given.model.device), "labels": numbers.to(given.model.device)}
 
     def samples() -> Setting:
-        vectors = torch.linspace(-1, 1, 3 * features.shape[1]).reshape(3, -1)
-        return _on_vectors(precision, model, head, vectors, [0, 1, 0], expected_batch, [[0], [1], [2]], weights)
+        vectors = torch.linspace(-1, 1, 3 * width).reshape(3, -1)
+        return _on_vectors(given, vectors, [0, 1, 0], [[0], [1], [2]])
 
     return Setting(
-        module=head,
+        module=given.head,
         rows=len(labels),
         units=units,
         batches=batches,
         alone=lambda row: filled([row], 1),
-        loss=loss,
-        exact=loss,
-        correct=lambda batch: all_right(scores(batch), batch["labels"]),
+        loss=given.loss,
+        exact=given.loss,
+        correct=given.correct,
         samples=samples,
-        keep_apart=lambda: check_independence(
-            model, "head", precision, of_each_slot(head, loss, scores), slots=slots, width=features.shape[1]
-        ),
+        keep_apart=lambda: given.keep_apart(slots, width, None),
     )
 
 
-def _on_words(
-    precision: str,
-    model: SharedModel,
-    head: FeatureHead,
-    features: Tensor,
-    targets: Sequence[Target],
-    expected_batch: float,
-    units: Sequence[Unit],
-    weights: Tensor | None = None,
-) -> Setting:
+def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> Setting:
     """As `_on_vectors`, of records that have one vector for each word: batches are as long as a bucket of word counts."""
     labels = torch.tensor([number for target in targets for number in cast(tuple[int, ...], target)], dtype=torch.long)
     read = _read_words(features, targets)
-    longest = model.loaded.max_length
+    longest = given.model.loaded.max_length
     width = features.shape[1]
-    slots = _slots_for(head, expected_batch, entries=longest * width)
-    scores = _scores(head)
-    loss = _losses(scores, weights)
+    slots = _slots_for(given.head, given.expected_batch, entries=longest * width)
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         bucket = [bucket_of_length(len(read[row]), longest) for row in rows]
@@ -152,32 +144,23 @@ def _on_words(
             numbers[slot, : len(words)] = labels[words]
             mask[slot, : len(words)] = 1
         batch = {"features": vectors, "labels": numbers, "attention_mask": mask}
-        return {key: value.to(model.device) for key, value in batch.items()}
+        return {key: value.to(given.model.device) for key, value in batch.items()}
 
     def samples() -> Setting:
         vectors = torch.linspace(-1, 1, 6 * width).reshape(6, -1)
-        tags = [(0, 1), (1, 0, 1), (0,)]
-        return _on_words(precision, model, head, vectors, tags, expected_batch, [[0], [1], [2]], weights)
+        return _on_words(given, vectors, [(0, 1), (1, 0, 1), (0,)], [[0], [1], [2]])
 
     return Setting(
-        module=head,
+        module=given.head,
         rows=len(targets),
         units=units,
         batches=batches,
         alone=lambda row: filled([row], max(1, len(read[row])), 1),
-        loss=loss,
-        exact=loss,
-        correct=lambda batch: all_right(scores(batch), batch["labels"]),
+        loss=given.loss,
+        exact=given.loss,
+        correct=given.correct,
         samples=samples,
-        keep_apart=lambda: check_independence(
-            model,
-            "head",
-            precision,
-            of_each_slot(head, loss, scores),
-            slots=slots,
-            lengths=lengths_of(model),
-            width=width,
-        ),
+        keep_apart=lambda: given.keep_apart(slots, width, lengths_of(given.model)),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -188,15 +187,14 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
             yield positions, collate([rows[numbers[p]] for p in positions])
 
     weights = _weights_of(plan, model)
-    losses = example_losses if weights is None else partial(example_losses, weights=weights)
 
     def loss(batch: Batch) -> Tensor:
         with AlignedRows(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
-            return losses(model.module, batch)
+            return example_losses(model.module, batch, weights)
 
     def exact(batch: Batch) -> Tensor:
         with AlignedRows():
-            return losses(model.module, batch)
+            return example_losses(model.module, batch, weights)
 
     def scores(batch: Batch) -> Tensor:
         with AlignedRows(), torch.autocast(model.device.type, enabled=False):

@@ -275,13 +275,13 @@ class Holdings:
         found = []
         for records, rows in self.parts:
             features = features_of(model, records.inputs, state, precision, progress)
-            found.append(features[torch.as_tensor(_answers(records.inputs, rows), dtype=torch.long)])
+            found.append(features[_answers(records.inputs, rows)])
         return torch.cat(found)
 
 
-def _answers(inputs: Sequence[Input], rows: np.ndarray[Any, np.dtype[np.int64]]) -> Sequence[int]:
+def _answers(inputs: Sequence[Input], rows: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
     """Where the answers of some records are among those of all."""
     if not any(isinstance(given, tuple) for given in inputs[:1]):
-        return [int(row) for row in rows]  # one answer each
+        return torch.as_tensor(rows)  # one answer each
     places = rows_of_answers(inputs)
-    return [place for row in rows for place in places[int(row)]]
+    return torch.tensor([place for row in rows for place in places[int(row)]], dtype=torch.long)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cotune.client.adaptation import units_of
 from cotune.models.holdings import Holdings
 from cotune.models.inputs import names_in
 from cotune.models.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
@@ -44,9 +45,7 @@ class TestSet:
         self._place = {
             (file, int(row)): i for i, (file, row) in enumerate((file, row) for file, rows in prepared.test for row in rows)
         }
-        names = [(records.units or records.identities)[int(row)] for records, rows in parts for row in rows]
-        number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        self._unit = np.asarray([number[name] for name in names], dtype=np.int64)[self._record]
+        self._unit = np.asarray(units_of(held), dtype=np.int64)[self._record]
 
     def own(self, share: Share) -> NDArray[np.bool_]:
         """(answers,) those on an organization's own held-out records."""

@@ -261,12 +261,12 @@ def test_a_rare_class_is_told_where_the_frequent_one_counts_less(
 def test_a_loss_that_mixes_records_is_refused(new_plan: MakePlan, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mean over the tokens of a batch, as Hugging Face's own losses are."""
 
-    def over_the_batch(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def over_the_batch(module: nn.Module, batch: dict[str, Tensor], weights: Tensor | None) -> Tensor:
         labels = batch["labels"]
         losses = functional.cross_entropy(logits(module, batch).movedim(-1, 1), labels, reduction="none")
         return losses.sum(dim=1) * len(labels) / (labels != -100).sum()
 
-    def over_its_words(scores: Tensor, labels: Tensor) -> Tensor:
+    def over_its_words(scores: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         losses = functional.cross_entropy(scores.movedim(-1, 1), labels, reduction="none")
         return losses.sum(dim=1) * len(labels) / (labels != -100).sum()
 

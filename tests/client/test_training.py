@@ -287,7 +287,7 @@ def test_gradients_that_are_wrong_cost_nothing(
 ) -> None:
     """A loss that mixes the examples of a batch has no gradient per example."""
 
-    def mixed(module: Any, batch: Any) -> Tensor:
+    def mixed(module: Any, batch: Any, weights: Tensor | None) -> Tensor:
         scores = logits(module, batch)
         return functional.cross_entropy(scores + 3 * scores.roll(1, dims=0), batch["labels"], reduction="none")
 
