@@ -100,14 +100,20 @@ def set_up(side: Side, rounds: int) -> None:
     (side.folder / "federation.toml").write_text(given, encoding="utf-8")
 
 
+def own_files(side: Side, name: str) -> tuple[str | Path, ...]:
+    """Options of the first `client join`. Earlier versions read the base model where the plan says, and have no `--model`."""
+    model = ("--model", side.folder / "base") if "--model" in side.do("client", "join", "--help") else ()
+    return "--data", side.folder / f"{name}.csv", *model
+
+
 def measure(side: Side) -> list[float]:
     """Seconds of the rounds of one run, without the first."""
     with ExitStack() as stack:
         said = stack.enter_context(side.staying("server", "server", "start", side.fed))
         until(lambda: "ready: " in said())
         for name in side.organisations:
-            data = () if (side.folder / name / "data.json").exists() else ("--data", side.folder / f"{name}.csv")
-            stack.enter_context(side.staying(name, "client", "join", side.folder / name, side.folder / "federation.toml", *data))
+            own = () if (side.folder / name / "data.json").exists() else own_files(side, name)
+            stack.enter_context(side.staying(name, "client", "join", side.folder / name, side.folder / "federation.toml", *own))
         until(lambda: all(f"{name} is online" in said() for name in side.organisations))
         side.do("server", "run", side.fed)
     newest = max((side.fed / "runs").glob("*/events.jsonl"), key=lambda file: file.stat().st_mtime)
