@@ -83,30 +83,19 @@ def audit(
     if not run:
         options.check_files()
     beginning(f"{options.source}: loading PyTorch, then records and base model; then training with canaries", quiet=as_json)
-    from cotune.simulations.audit import audit_plan, audit_run
+    from cotune.simulations.audit import audit as run_audit
 
     console = screen()
     with screen(stderr=True, quiet=as_json).status("training with canaries"):
-        if run:
-            result = audit_run(
-                Path(options.source),
-                organisation=organisation,
-                canaries=targets,
-                rounds=rounds,
-                tight=tight,
-                confidence=confidence,
-                device=device,
-            )
-        else:
-            result = audit_plan(
-                options.load(),
-                organisation=organisation,
-                canaries=targets,
-                rounds=rounds,
-                tight=tight,
-                confidence=confidence,
-                device=device or "auto",
-            )
+        result = run_audit(
+            Path(options.source) if run else options.load(),
+            organisation=organisation,
+            canaries=targets,
+            rounds=rounds,
+            tight=tight,
+            confidence=confidence,
+            device=device,
+        )
     if as_json:
         from cotune.server.summary import dumps
 

@@ -33,7 +33,7 @@ from cotune.server.figures import duration, size
 from cotune.server.verdict import few_note, is_personal, is_private, judge, own_columns, partition_note
 
 if TYPE_CHECKING:
-    from cotune.simulations.simulate import Result
+    from cotune.simulations.simulate import Run
 
 
 _WIDE = 90  # columns of a terminal, for two spaces between those of the verdict
@@ -95,7 +95,7 @@ def _note(console: Console, notes: Sequence[str]) -> None:
         console.print(escape(note))
 
 
-def show(console: Console, result: Result) -> None:
+def show(console: Console, result: Run) -> None:
     """The tables at the end of a run."""
     summary = result.summary
     client_level = summary["client_privacy"]

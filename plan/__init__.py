@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from cotune.plan.load import load_plan
     from cotune.plan.schema import LocalTraining, Plan, SimulationConfig, Stage
 
+if __name__ != "cotune.plan":  # a second copy of every class would be made, and `except CotuneError` would miss
+    raise ImportError(f"{__name__} is a part of the package cotune: expected `import cotune.plan`")
+
 __all__ = ["LocalTraining", "Plan", "SimulationConfig", "Stage", "load_plan", "preset_names", "preset_text"]
 
 _MODULES = {"load_plan": "load", "preset_names": "document", "preset_text": "document"}  # of the others: schema

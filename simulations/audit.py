@@ -36,7 +36,7 @@ from cotune.simulations.adversarial import Probe
 from cotune.simulations.audited_training import AuditedTraining, Targets
 from cotune.simulations.sites import prepare
 
-__all__ = ["Attack", "AuditResult", "audit_plan", "audit_run", "tightened"]
+__all__ = ["Attack", "AuditResult", "audit", "tightened"]
 
 _TESTS = 6  # two attacks by two theorems, that on every step, the noise: each takes a sixth of the allowed probability
 
@@ -120,35 +120,8 @@ class AuditResult:
         }
 
 
-def audit_plan(
-    plan: Plan,
-    *,
-    organisation: str | None = None,
-    canaries: int = 2000,
-    rounds: int | None = None,
-    tight: bool = False,
-    confidence: float = 0.95,
-    device: str = "auto",
-) -> AuditResult:
-    """Audits a plan on the records that its simulation would give to an organisation (the first, where none is named).
-
-    canaries: how many targets of each kind (records as far as there are so many). rounds: how many of the plan's are audited; the
-    claim is that of the audited ones. tight: audit `tightened` steps instead of the plan's own. Raises what `prepare` raises, and
-    PrivacyError when there is nothing to audit.
-    """
-    _check(plan)
-    prepared = prepare(plan, device)
-    name = _chosen(organisation, [share.name for share in prepared.shares])
-    share = next(share for share in prepared.shares if share.name == name)
-    holdings = Holdings(((prepared.records[share.file], share.rows),), prepared.plan.labels, prepared.plan.task)
-    resolved = prepared.plan
-    holdings = holdings.bounded(resolved.privacy, resolved.seed)
-    policy, examples = share.policy(resolved), share.public_examples(resolved)
-    return _audit(resolved, policy, examples, holdings, name, canaries, rounds, tight, confidence, device)
-
-
-def audit_run(
-    path: Path,
+def audit(
+    source: Plan | Path,
     *,
     organisation: str | None = None,
     canaries: int = 2000,
@@ -157,7 +130,49 @@ def audit_run(
     confidence: float = 0.95,
     device: str | None = None,
 ) -> AuditResult:
-    """The same for the plan of a run and the records of one of its organisations; its folder is only read."""
+    """Audit a plan on records that its simulation gives to an organization, or the plan of a run on records of one of its own.
+
+    Args:
+        source: A plan, or the folder of a run, which is only read.
+        organisation: Whose records; None: the first organization's.
+        canaries: How many targets of each kind (records as far as there are so many).
+        rounds: How many of the plan's are audited; the claim is that of the audited ones. None: all.
+        tight: Audit `tightened` steps instead of the plan's own.
+        confidence: Of all lower bounds together.
+        device: auto, cpu, cuda or cuda:N; None: the run's, or auto.
+
+    Raises:
+        PrivacyError: When there is nothing to audit.
+        CotuneError: What `prepare` raises.
+    """
+    audited = _of_run(source, organisation) if isinstance(source, Path) else _of_plan(source, organisation, device or "auto")
+    return _audit(audited, canaries, rounds, tight, confidence, device or audited.device)
+
+
+@dataclass(frozen=True)
+class _Audited:
+    """Whose training is attacked. examples: the public number of records, which decides rate, batch, σ and δ as in training."""
+
+    plan: Plan
+    policy: Policy
+    examples: int
+    holdings: Holdings
+    name: str
+    device: str
+
+
+def _of_plan(plan: Plan, organisation: str | None, device: str) -> _Audited:
+    _check(plan)
+    prepared = prepare(plan, device)
+    name = _chosen(organisation, [share.name for share in prepared.shares])
+    share = next(share for share in prepared.shares if share.name == name)
+    resolved = prepared.plan
+    holdings = Holdings(((prepared.records[share.file], share.rows),), resolved.labels, resolved.task)
+    holdings = holdings.bounded(resolved.privacy, resolved.seed)
+    return _Audited(resolved, share.policy(resolved), share.public_examples(resolved), holdings, name, device)
+
+
+def _of_run(path: Path, organisation: str | None) -> _Audited:
     folder = RunFolder(path)
     _check(folder.plan)
     name = _chosen(organisation, [who.name for who in folder.file.participants])
@@ -167,9 +182,7 @@ def audit_run(
     at = Site(folder.path / site)
     policy = at.policy()
     examples = Account(folder.plan, policy, at, holdings, draws=False).public_examples
-    return _audit(
-        folder.plan, policy, examples, holdings, name, canaries, rounds, tight, confidence, device or folder.file.device
-    )
+    return _Audited(folder.plan, policy, examples, holdings, name, folder.file.device)
 
 
 def _check(plan: Plan) -> None:
@@ -199,20 +212,12 @@ def tightened(plan: Plan, examples: int) -> Plan:
     return plan.model_copy(update={"train": tuple(stages), "rounds": len(stages)})
 
 
-def _audit(
-    plan: Plan,
-    policy: Policy,
-    examples: int,
-    holdings: Holdings,
-    name: str,
-    canaries: int,
-    rounds: int | None,
-    tight: bool,
-    confidence: float,
-    device: str,
-) -> AuditResult:
-    """examples: the public number of records, from which rate, batch, σ and δ follow as in training."""
+def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, confidence: float, device: str) -> AuditResult:
     began = time.monotonic()
+    plan = source.plan
+    holdings = source.holdings
+    name = source.name
+    examples = source.examples
     assert isinstance(plan.privacy, RecordPrivacy)
     audited = tightened(plan, examples) if tight else plan
     planned, held = audited.rounds, len(holdings.units)
@@ -223,8 +228,8 @@ def _audit(
     coins = private_generator()
     records = np.sort(coins.choice(held, size=min(held, canaries), replace=False))
     targets = Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
-    budget = budget_of(plan.privacy, policy, examples)
-    sigma, delta = noise_multiplier(audited, policy, budget, examples, 1), budget.delta
+    budget = budget_of(plan.privacy, source.policy, examples)
+    sigma, delta = noise_multiplier(audited, source.policy, budget, examples, 1), budget.delta
     error = (1 - confidence) / _TESTS
     training = AuditedTraining(audited, plan.privacy, holdings, name, targets, sigma, model_of(plan, device), error, examples)
     for round in range(1, (rounds or planned) + 1):

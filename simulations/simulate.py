@@ -27,11 +27,11 @@ from cotune.simulations.personalized import personalize
 from cotune.simulations.sites import Prepared, make_run, prepare
 from cotune.simulations.summary import summarise
 
-__all__ = ["Result", "complete", "resume", "simulate", "start"]
+__all__ = ["Run", "complete", "resume", "simulate", "start"]
 
 
 @dataclass(frozen=True)
-class Result:
+class Run:
     """A finished run: its folder and its summary (see docs/run-folder.md)."""
 
     folder: Path
@@ -48,7 +48,7 @@ def simulate(
     engine: str = "in-process",
     device: str = "auto",
     noted: Notes = lambda notes: None,
-) -> Result:
+) -> Run:
     """Runs a plan with simulated organisations: train, compare, report.
 
     out: the folder of the run; None: runs/<time>-<plan>. engine: "in-process" or "ray". device: auto, cpu, cuda, cuda:N. noted:
@@ -74,7 +74,7 @@ def start(prepared: Prepared, out: Path | None, engine: str, device: str) -> Run
         raise RunError(f"the folder {path} cannot be written ({error.strerror}): choose another with --out") from None
 
 
-def resume(path: Path) -> Result:
+def resume(path: Path) -> Run:
     """Continues a run after its last finished round. A finished run is reported again."""
     began = time.monotonic()
     folder = RunFolder(path.expanduser().resolve())
@@ -90,7 +90,7 @@ def resume(path: Path) -> Result:
         return complete(folder, prepared, before + time.monotonic() - began)
 
 
-def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Result:
+def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Run:
     """After the last round: baselines, the exported model, summary.json and report.html."""
     began = time.monotonic()
     results = run_baselines(folder, prepared)
@@ -99,7 +99,7 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Result:
     _export(folder, summary)
     write_durably(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
-    return Result(folder.path, json.loads(dumps(summary)))
+    return Run(folder.path, json.loads(dumps(summary)))
 
 
 def _export(folder: RunFolder, summary: dict[str, Any]) -> None:

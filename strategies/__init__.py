@@ -1,5 +1,8 @@
 """How updates become one step of the shared model: weighting → fusion → server optimiser, client terms; and how they travel."""
 
+if __name__ != "cotune.strategies":  # a second copy of every class would be made, and `except CotuneError` would miss
+    raise ImportError(f"{__name__} is a part of the package cotune: expected `import cotune.strategies`")
+
 from cotune.strategies.client_term import ClientTerm
 from cotune.strategies.parts import Needs, Visibility, fusion, weighting
 from cotune.strategies.round import Fused, RoundContext, Weighed

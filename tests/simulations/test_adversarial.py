@@ -10,7 +10,7 @@ import torch
 
 from cotune.privacy.dp_sgd import StepReport, private_steps
 from cotune.simulations import audited_training
-from cotune.simulations.audit import AuditResult, audit_plan
+from cotune.simulations.audit import AuditResult, audit
 from tests.simulations.conftest import NewPlan
 
 torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def audited(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, engine: Any, mod
     plan = toy_plan(
         train=mode, rounds=1, privacy={"epsilon": claim, "delta": 1e-5}, local=local, simulation={"baselines": []}, **lora
     )
-    return audit_plan(plan, canaries=64, confidence=1 - 1e-7, device="cpu")
+    return audit(plan, canaries=64, confidence=1 - 1e-7, device="cpu")
 
 
 @pytest.mark.parametrize("mode", ["head", "lora", "full"])

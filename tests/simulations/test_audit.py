@@ -14,7 +14,7 @@ from cotune.models.errors import DataError, PlanError, PrivacyError
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.dp_sgd import StepReport, private_steps
 from cotune.simulations import audited_training
-from cotune.simulations.audit import audit_plan, audit_run
+from cotune.simulations.audit import audit
 from cotune.simulations.forecast import forecast
 from cotune.simulations.simulate import simulate
 from cotune.simulations.sites import prepare
@@ -39,7 +39,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[dict[str, Any]]) -> None:
     plan = toy_plan(**SMALL)
-    result = audit_plan(plan, organisation="org-2", canaries=64, device="cpu")
+    result = audit(plan, organisation="org-2", canaries=64, device="cpu")
     seen = forecast(plan, "cpu").organisations[1]
     assert result.organisation == seen.name == "org-2"
     assert (result.examples, result.steps, result.noise_multiplier) == (seen.examples, seen.steps, seen.noise_multiplier)
@@ -58,7 +58,7 @@ def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[dict[
 
 
 def test_fewer_rounds_claim_less(toy_plan: NewPlan) -> None:
-    result = audit_plan(toy_plan(**SMALL), canaries=64, rounds=1, device="cpu")
+    result = audit(toy_plan(**SMALL), canaries=64, rounds=1, device="cpu")
     assert (result.rounds, result.rounds_planned, result.steps) == (1, 2, 5)
     assert result.epsilon == pytest.approx(epsilon([Steps(result.noise_multiplier, 0.5, 5)], result.delta))
     assert result.epsilon < 3
@@ -70,7 +70,7 @@ def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}
     stages = [{"mode": "head", "rounds": 1}, {"mode": mode, "rounds": 1, "local": local}]
     plan = toy_plan(train=stages, lora={"rank": 2}, **{k: v for k, v in SMALL.items() if k != "rounds"})
-    result = audit_plan(plan, canaries=2000, confidence=CERTAIN, device="cpu")
+    result = audit(plan, canaries=2000, confidence=CERTAIN, device="cpu")
     assert (result.steps, result.broken) == (7, False)
     assert result.attacks[0].auc > 0.55  # about 0.7, give or take 0.01: canaries are seen
 
@@ -79,31 +79,31 @@ def test_a_run_is_only_read(toy_plan: NewPlan, tmp_path: Path) -> None:
     folder = simulate(toy_plan(**SMALL), tmp_path / "run", device="cpu").folder
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     spent = Site(folder / "sites" / "org-1").ledger().spent()
-    result = audit_run(folder, canaries=64)
+    result = audit(folder, canaries=64)
     assert result.organisation == "org-1"
     assert result.epsilon == pytest.approx(epsilon(spent, result.delta))  # what the run claims, and spent
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
-    assert audit_run(folder, organisation="org-2", canaries=64).organisation == "org-2"
+    assert audit(folder, organisation="org-2", canaries=64).organisation == "org-2"
 
 
 def test_an_audit_of_a_plan_leaves_nothing(toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    audit_plan(toy_plan(**SMALL), canaries=64, rounds=1, device="cpu")
+    audit(toy_plan(**SMALL), canaries=64, rounds=1, device="cpu")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_audits_are_two_draws(toy_plan: NewPlan) -> None:
-    one, other = (audit_plan(toy_plan(**SMALL), canaries=2000, rounds=1, device="cpu") for _ in range(2))
+    one, other = (audit(toy_plan(**SMALL), canaries=2000, rounds=1, device="cpu") for _ in range(2))
     assert [a.auc for a in one.attacks] != [a.auc for a in other.attacks]
 
 
 def test_what_cannot_be_audited_is_one_sentence(toy_plan: NewPlan) -> None:
     with pytest.raises(PrivacyError, match="the plan says privacy = none: expected one that claims an ε"):
-        audit_plan(toy_plan())
+        audit(toy_plan())
     with pytest.raises(DataError, match='there is no organisation "org-3"; did you mean \'org-'):
-        audit_plan(toy_plan(**SMALL), organisation="org-3", device="cpu")
+        audit(toy_plan(**SMALL), organisation="org-3", device="cpu")
     with pytest.raises(PlanError, match="expected 1 to 2 rounds to audit, as many as the plan has, got 3"):
-        audit_plan(toy_plan(**SMALL), rounds=3, device="cpu")
+        audit(toy_plan(**SMALL), rounds=3, device="cpu")
 
 
 def test_without_noise_nearly_every_canary_is_seen(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_without_noise_nearly_every_canary_is_seen(toy_plan: NewPlan, monkeypatc
 
     monkeypatch.setattr(audited_training, "private_steps", without_noise)
     plan = toy_plan(**{**SMALL, "privacy": {"epsilon": 1}})
-    result = audit_plan(plan, canaries=2000, rounds=1, confidence=CERTAIN, device="cpu")
+    result = audit(plan, canaries=2000, rounds=1, confidence=CERTAIN, device="cpu")
     canaries, records, _ = result.attacks
     assert canaries.auc > 0.95  # but for those that no batch drew
     assert result.broken
@@ -157,8 +157,8 @@ def test_an_organisation_with_an_own_epsilon_is_audited_at_that(toy_plan: NewPla
     changes = {**SMALL, "simulation": {**SMALL.get("simulation", {}), "epsilons": [0.5, 2.0]}}
     plan = toy_plan(**changes)
     noise = prepare(plan, "cpu").noise
-    result = audit_plan(plan, canaries=64, device="cpu")
+    result = audit(plan, canaries=64, device="cpu")
     assert result.noise_multiplier == noise["org-1"]
     assert 0.45 < result.epsilon <= 0.5
     folder = simulate(plan, tmp_path / "run", device="cpu").folder
-    assert audit_run(folder, canaries=64).noise_multiplier == noise["org-1"]
+    assert audit(folder, canaries=64).noise_multiplier == noise["org-1"]

@@ -21,7 +21,7 @@ from cotune.plan.schema import Plan
 from cotune.server.events import listening
 from cotune.server.run_folder import RunFolder
 from cotune.server.verdict import judge
-from cotune.simulations.simulate import Result, resume, simulate
+from cotune.simulations.simulate import Run, resume, simulate
 from tests.simulations.conftest import NewPlan, same
 
 
@@ -30,19 +30,19 @@ def plan_of(toy_plan: NewPlan, **changes: Any) -> Plan:
     return toy_plan(**{**given, **changes})
 
 
-def own_models(result: Result) -> dict[str, dict[str, torch.Tensor]]:
+def own_models(result: Run) -> dict[str, dict[str, torch.Tensor]]:
     """The exported model of each organisation."""
     found = sorted((result.folder / "sites").glob("*/model/model.safetensors"))
     return {file.parts[-3]: load_file(file) for file in found}
 
 
 @pytest.fixture(scope="module")
-def finished(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Result:
+def finished(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
     plan = plan_of(toy_plan, simulation={"baselines": ["alone", "pooled"]})
     return simulate(plan, tmp_path_factory.mktemp("personal") / "run", device="cpu")
 
 
-def test_every_organisation_has_a_model_and_the_run_has_none(finished: Result) -> None:
+def test_every_organisation_has_a_model_and_the_run_has_none(finished: Run) -> None:
     models = own_models(finished)
     assert list(models) == ["org-1", "org-2"]
     assert not (finished.folder / "model").exists()
@@ -51,7 +51,7 @@ def test_every_organisation_has_a_model_and_the_run_has_none(finished: Result) -
     assert torch.equal(loaded.classifier.weight.detach(), models["org-1"]["classifier.weight"])
 
 
-def test_an_exported_model_is_the_common_a_with_the_own_b(finished: Result) -> None:
+def test_an_exported_model_is_the_common_a_with_the_own_b(finished: Run) -> None:
     folder = RunFolder(finished.folder)
     state, model = folder.load().state, model_of(folder.plan, "cpu")
     assert all(".lora_A." in name for name in state)
@@ -64,7 +64,7 @@ def test_an_exported_model_is_the_common_a_with_the_own_b(finished: Result) -> N
             torch.testing.assert_close(exported[adapter.weight], expected)
 
 
-def test_the_summary_has_each_model_and_the_mean(finished: Result) -> None:
+def test_the_summary_has_each_model_and_the_mean(finished: Run) -> None:
     summary = finished.summary
     each = [organisation["personal"]["accuracy"] for organisation in summary["organisations"]]
     assert summary["test"]["federated"]["accuracy"] == pytest.approx(sum(each) / 2)
@@ -78,7 +78,7 @@ def test_the_summary_has_each_model_and_the_mean(finished: Result) -> None:
     assert summary["test"]["pooled"]["accuracy"] >= summary["test"]["majority"]["accuracy"]
 
 
-def test_the_report_says_that_there_is_no_common_model(finished: Result) -> None:
+def test_the_report_says_that_there_is_no_common_model(finished: Run) -> None:
     verdict = judge(finished.summary)
     assert any("each organisation's own model reaches, in the mean," in note for note in verdict.notes)
     assert verdict.notes[0].startswith("There is no common model")
@@ -87,7 +87,7 @@ def test_the_report_says_that_there_is_no_common_model(finished: Result) -> None
     assert "each with its own model, mean of this run" in page
 
 
-def test_the_console_names_the_folders_of_the_models(finished: Result) -> None:
+def test_the_console_names_the_folders_of_the_models(finished: Run) -> None:
     console = Console(record=True, width=300, file=io.StringIO())
     show(console, finished)
     text = console.export_text()
@@ -95,7 +95,7 @@ def test_the_console_names_the_folders_of_the_models(finished: Result) -> None:
     assert str(finished.folder / "sites/*/model") in text
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(toy_plan: NewPlan, finished: Result, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(toy_plan: NewPlan, finished: Run, tmp_path: Path) -> None:
     class Interrupted(Exception):
         pass
 

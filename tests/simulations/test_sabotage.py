@@ -36,7 +36,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.dp_sgd import Batch, StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.simulations import audited_training
-from cotune.simulations.audit import AuditResult, audit_plan
+from cotune.simulations.audit import AuditResult, audit
 from cotune.simulations.sites import make_run, prepare
 from tests.simulations.conftest import NewPlan
 from tests.support.batches import in_batches, stack
@@ -275,7 +275,7 @@ def test_accounting(toy_plan: NewPlan, tmp_path: Path) -> None:
 
 def audited(steps: Steps, plan: Plan) -> AuditResult:
     with patch.object(audited_training, "private_steps", steps):
-        return audit_plan(plan, canaries=10_000, confidence=1 - 1e-7, device="cpu")
+        return audit(plan, canaries=10_000, confidence=1 - 1e-7, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_the_audit_of_the_drawn_noise(toy_plan: NewPlan, steps: Steps, fault: st
     """Half a million draws: a deviation of 1 % lies ten standard errors away, six are refused."""
     plan = toy_plan(privacy={"epsilon": 2, "delta": 1e-5}, rounds=1, local={"steps": 1, "momentum": 0.0, "batch_size": 0.98})
     with patch.object(audited_training, "private_steps", steps):
-        result = audit_plan(plan, canaries=64, confidence=1 - 1e-7, device="cpu")
+        result = audit(plan, canaries=64, confidence=1 - 1e-7, device="cpu")
     assert result.broken
     assert any(fault in found for found in result.faults)
     assert result.at_least <= result.epsilon

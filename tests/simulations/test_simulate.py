@@ -27,7 +27,7 @@ from cotune.privacy.ledger import Ledger
 from cotune.privacy.rounding import two_digits
 from cotune.server.events import listening, read_events
 from cotune.server.new_run import new_folder
-from cotune.simulations.simulate import Result, simulate
+from cotune.simulations.simulate import Run, simulate
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan, final_model, same
 
@@ -37,7 +37,7 @@ METRICS = {"accuracy", "precision", "recall", "f1"}
 @dataclass(frozen=True)
 class Done:
     plan: Plan
-    result: Result
+    result: Run
 
     @property
     def folder(self) -> Path:
@@ -352,7 +352,7 @@ SMALL = {"local": {"learning_rate": 1.0, "steps": 2, "batch_size": 0.1}, "lora":
 PRIVACY = {"without": "none", "with": {"epsilon": 2.0}}
 
 
-def assert_moved_in_every_stage(result: Result, plan: Plan, ledgers: bool) -> None:
+def assert_moved_in_every_stage(result: Run, plan: Plan, ledgers: bool) -> None:
     summary = result.summary
     assert [(r["stage"], r["dropped"]) for r in summary["rounds"]] == [(s.mode, []) for s in plan.stages for _ in range(s.rounds)]
     assert accuracy_of_exported(result.folder) == pytest.approx(summary["test"]["federated"]["accuracy"], abs=0.03)

@@ -16,7 +16,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.dp_sgd import StepReport, private_steps
 from cotune.simulations import audited_training
-from cotune.simulations.audit import AuditResult, audit_plan, tightened
+from cotune.simulations.audit import AuditResult, audit, tightened
 from cotune.simulations.sites import prepare
 from tests.simulations.conftest import NewPlan
 
@@ -37,7 +37,7 @@ def larger_contributions(*arguments: Any, noise_multiplier: float, clip_norm: fl
 
 def audited(plan: Plan, engine: Any, monkeypatch: pytest.MonkeyPatch) -> AuditResult:
     monkeypatch.setattr(audited_training, "private_steps", engine)
-    return audit_plan(plan, canaries=10_000, tight=True, confidence=1 - 1e-7, device="cpu")
+    return audit(plan, canaries=10_000, tight=True, confidence=1 - 1e-7, device="cpu")
 
 
 def seen(result: AuditResult) -> float:
@@ -84,6 +84,6 @@ def test_a_tight_audit_takes_one_step_of_all_records_in_each_stage(toy_plan: New
 
 def test_each_stage_is_audited_once(toy_plan: NewPlan) -> None:
     plan = toy_plan(train=[{"mode": "head", "rounds": 3}, {"mode": "head", "rounds": 2}], privacy=CLAIM)
-    result = audit_plan(plan, canaries=64, tight=True, device="cpu")
+    result = audit(plan, canaries=64, tight=True, device="cpu")
     assert (result.steps, result.rounds, result.rounds_planned) == (2, 2, 2)
     assert result.plan_id == prepare(plan, "cpu").plan.plan_id  # of the plan that is audited, not of the tight one

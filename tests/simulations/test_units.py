@@ -19,7 +19,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.dp_sgd import StepReport, private_steps
 from cotune.simulations import audited_training
-from cotune.simulations.audit import AuditResult, audit_plan
+from cotune.simulations.audit import AuditResult, audit
 from cotune.simulations.simulate import simulate
 from cotune.simulations.sites import Prepared, make_run, prepare
 from tests.conftest import sentences, tagged, write_images
@@ -157,7 +157,7 @@ def test_canaries_of_an_audit_are_persons_too(plan: Callable[..., Plan], monkeyp
     def audited(engine: Any) -> AuditResult:
         monkeypatch.setattr(audited_training, "private_steps", engine)
         few = plan(rounds=1, privacy={**PRIVATE, "epsilon": 2.0})
-        return audit_plan(few, canaries=1000, tight=True, confidence=1 - 1e-7, device="cpu")
+        return audit(few, canaries=1000, tight=True, confidence=1 - 1e-7, device="cpu")
 
     honest = audited(watched)
     assert not honest.broken

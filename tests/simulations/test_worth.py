@@ -12,7 +12,7 @@ from cotune.models.holdings import Holdings
 from cotune.plan.model import model_of
 from cotune.server.evaluation import predict
 from cotune.server.run_folder import RunFolder
-from cotune.simulations.simulate import Result, simulate
+from cotune.simulations.simulate import Run, simulate
 from cotune.simulations.sites import Prepared, prepare
 from cotune.simulations.worth import TestSet, organisation_worth, own_majority
 from tests.conftest import sentences, write_csv, write_tagged
@@ -20,12 +20,12 @@ from tests.simulations.conftest import NewPlan
 
 
 @pytest.fixture(scope="module")
-def result(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Result:
+def result(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
     plan = toy_plan(rounds=2, simulation={"clients": 3, "partition": "dirichlet:0.5", "min_examples": 20})
     return simulate(plan, tmp_path_factory.mktemp("worth") / "run", device="cpu")
 
 
-def test_own_figures_are_those_of_the_rows_that_are_held_out(result: Result) -> None:
+def test_own_figures_are_those_of_the_rows_that_are_held_out(result: Run) -> None:
     folder = RunFolder(result.folder)
     prepared = prepare(folder.plan, "cpu")
     (_, everything), trained = prepared.test[0], {int(row) for share in prepared.shares for row in share.rows}

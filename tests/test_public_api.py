@@ -1,0 +1,50 @@
+"""The front door: what `import cotune` offers, what it costs, and that nothing can be imported under a second name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cotune
+
+HEAVY = {"torch", "transformers", "opacus", "flwr", "pandas", "scipy", "numpy"}
+ROOMS = ("cli", "client", "models", "plan", "privacy", "server", "simulations", "strategies")
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return which heavy packages a fresh interpreter has loaded after the code."""
+    shown = f"{code}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
+    return HEAVY & set(done.stdout.split())
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in cotune.__all__:
+        assert getattr(cotune, name) is not None
+
+
+def test_names_of_the_package_are_listed_and_no_others_are_found() -> None:
+    assert set(cotune.__all__) <= set(dir(cotune))
+    assert set(cotune.__all__) == {*cotune._MODULES, "__version__"}
+    with pytest.raises(AttributeError):
+        _ = cotune.simulate_everything
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_by("import cotune") == set()
+
+
+def test_catching_errors_loads_nothing_heavy() -> None:
+    assert loaded_by("from cotune import CotuneError, PlanError") == set()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_cannot_be_imported_under_another_name(room: str) -> None:
+    """A second copy of its classes would be made, which `except CotuneError` would miss."""
+    root = Path(cotune.__file__).parent
+    done = subprocess.run([sys.executable, "-c", f"import {room}"], cwd=root, capture_output=True, text=True)
+    assert done.returncode
+    assert f"cotune.{room}" in done.stderr
