@@ -33,7 +33,8 @@ from cotune.models.tasks import Metrics
 from cotune.plan.load import load_plan
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import calibrate, delta_of
+from cotune.privacy.accounting import calibrate
+from cotune.privacy.config import delta_of
 from cotune.server.robust_default import with_robust_default
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import Participant, RunFile, RunFolder

@@ -58,8 +58,8 @@ def evaluate(
 def _config(data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str) -> Any:
     from pydantic import ValidationError
 
+    from cotune.models.config import DataConfig
     from cotune.models.errors import DataError
-    from cotune.models.records import DataConfig
 
     source = data if data.startswith("package:") else str(Path(data).expanduser())
     given = {"source": source, "text": text, "image": image, "label": label, "unit": unit, "encoding": encoding}

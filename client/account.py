@@ -17,7 +17,8 @@ from cotune.models.errors import Declined, PrivacyError
 from cotune.models.holdings import Holdings
 from cotune.models.units import RECORD
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.gaussian import add_gaussian_noise
 from cotune.privacy.geometric import add_geometric_noise
 from cotune.privacy.ledger import Ledger, Limit

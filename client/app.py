@@ -37,7 +37,7 @@ from cotune.models.errors import CotuneError, Declined, RunError
 from cotune.models.terminal import printable
 from cotune.plan.schema import Plan
 from cotune.plan.signatures import FINISHED, TRAIN, RequestStatement, content_digest
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.wire import Receipt, Request, decode_header, decode_request, encode_receipt, encode_update, received_digest
 
 __all__ = ["app"]

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from cotune.client.site import Site
-from cotune.privacy.accounting import delta_of
 from cotune.privacy.chain import Entry
 from cotune.privacy.charges import (
     Charge,
@@ -18,6 +17,7 @@ from cotune.privacy.charges import (
     histories_of,
 )
 from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, run_figures
+from cotune.privacy.config import delta_of
 from cotune.privacy.filters import composition, epsilon_over_runs, epsilon_spent, rate_over_runs
 from cotune.privacy.policy import BudgetRules
 from cotune.privacy.verification import FORMAT

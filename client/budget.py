@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from cotune.client.total import Total
 from cotune.models.errors import DataError, Declined, PrivacyError
 from cotune.plan.schema import LocalTraining, Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate, delta_of, epsilon
+from cotune.privacy.accounting import Steps, calibrate, epsilon
+from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.ledger import History, Limit
 from cotune.privacy.policy import Policy
 from cotune.privacy.rounding import round_up

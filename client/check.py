@@ -27,7 +27,7 @@ from cotune.models.errors import DataError, Declined, ModelError, PlanError, Pri
 from cotune.models.left_out import cut_texts
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan, Stage
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 
 __all__ = ["Checked", "StageCheck", "check"]

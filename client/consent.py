@@ -11,7 +11,7 @@ import torch
 
 from cotune.models.errors import Declined
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy, delta_of
+from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
 
 __all__ = [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cotune.client.site import Site
 from cotune.plan.schema import Plan, Stage
+from cotune.strategies.build import build_client_term
 from cotune.strategies.round import LocalSteps
 from cotune.strategies.updates import Delta
 
@@ -28,7 +29,7 @@ class Correction:
 
     def __init__(self, plan: Plan, site: Site, admitted: int, sent: Mapping[str, Tensor]) -> None:
         self.plan, self.site, self.admitted, self.sent = plan, site, admitted, sent
-        self.term = plan.strategy.new_client_term()
+        self.term = build_client_term(plan.strategy)
         keeps = plan.strategy.keeps_state
         self.kept = site.recall(plan.plan_id, admitted) if keeps and admitted else {}
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from cotune.client.account import Account
 from cotune.plan.schema import LocalTraining, Stage
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.delta_noise import LocalOptimizer, delta_noise_variance
 
 __all__ = ["noise_variance", "stated_noise"]

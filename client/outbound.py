@@ -22,7 +22,7 @@ from cotune.plan.model import shared_names
 from cotune.plan.schema import Plan
 from cotune.plan.statistics import statistic_shapes
 from cotune.plan.update_norm import longest_update
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy
 from cotune.strategies.sums import norm
 from cotune.strategies.updates import Update, not_finite

@@ -8,7 +8,7 @@ from typing import Any
 from cotune.models.terminal import printable
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import longest_by_gradients
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 
 __all__ = ["changes", "outline"]
 

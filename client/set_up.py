@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cotune.client.base import find_base_here
 from cotune.client.credentials import read_private_key
 from cotune.client.site import Site, SiteFile
+from cotune.models.config import DataConfig
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, RunError
-from cotune.models.formats import DataConfig
 from cotune.models.holdings import HoldingsFile, Portion
 from cotune.models.names import check_name
 from cotune.models.tasks import task_named

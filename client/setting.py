@@ -23,7 +23,7 @@ from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, Target, example_losses, logits
 from cotune.models.text_task import IGNORED
 from cotune.plan.schema import LocalTraining, Plan, Stage
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import Batch, check_clipping
 from cotune.privacy.per_example import Unit, kinds_without_rule
 

@@ -13,7 +13,7 @@ from cotune.models.errors import PrivacyError
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan
 from cotune.plan.statistics import gram_layers
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 
 __all__ = ["statistics_of"]
 

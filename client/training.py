@@ -27,7 +27,8 @@ from cotune.models.errors import Declined, RunError
 from cotune.models.sharing import State
 from cotune.plan.model import trained_names
 from cotune.plan.schema import Plan, Stage
-from cotune.privacy.accounting import RecordPrivacy, Steps
+from cotune.privacy.accounting import Steps
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.strategies.updates import Update, difference, not_finite

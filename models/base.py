@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from cotune.models.base_files import HUB_FILES, check_named_weights, content_hash, deciding_files, revision_of
+from cotune.models.config import ModelConfig, TaskName
 from cotune.models.damage import damage_of
 from cotune.models.encoder import encoder_name
 from cotune.models.errors import ModelError
@@ -26,40 +26,14 @@ from cotune.models.git_lfs import first_lfs_pointer
 from cotune.models.missing import missing_base, path_of_base
 from cotune.models.model_settings import base_labels, read_settings
 from cotune.models.pooling import add_mean_pooling, can_pool_mean, wants_mean_pooling
-from cotune.models.table import Table
-from cotune.models.tasks import Task, TaskName, task_named
+from cotune.models.tasks import Task, task_named
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from transformers import PreTrainedModel
 
-__all__ = [
-    *("FOLDER", "BaseModelFolder", "LoadedModel", "ModelConfig"),
-    *("dropout_settings", "draw_head", "find_base", "load_model", "quiet"),
-]
 
 FOLDER = "folder:"  # before the name of a base model that its coordinator has in a folder, which members are not told
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-
-
-class ModelConfig(Table):
-    """Which pretrained model, and how it reads records (the `model` table of a plan)."""
-
-    base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
-    base_hash: str | None = Field(
-        None, description="SHA-256 of the base model's weights, configuration and tokenizer; checked when given"
-    )
-    revision: str | None = Field(
-        None, description="of a hub id: the commit, tag or branch that is fetched; a federation's plan pins the commit"
-    )
-    pooling: Literal["auto", "mean", "native"] = Field(
-        "auto",
-        description="how token vectors become one: the architecture's own way, or the mean (auto: as the folder says)",
-    )
-    max_length: int = Field(128, ge=2, le=32768, description="tokens per text; the rest is cut off")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="arithmetic of frozen parts (auto: bfloat16 where the hardware has it); trained parameters are float32",
-    )
 
 
 @dataclass(frozen=True)

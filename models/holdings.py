@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cotune.models.config import DataConfig, TaskName
 from cotune.models.errors import DataError
 from cotune.models.features import Progress, features_of, rows_of_answers
 from cotune.models.inputs import Input, Label, names_in, stratum_of
-from cotune.models.records import DataConfig, Records, read_records
+from cotune.models.records import Records, read_records
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Example, TaskName
+from cotune.models.tasks import Example
 from cotune.models.text_task import IGNORED
 from cotune.models.units import RECORD, UnitRule, agree, chosen, grouped, identity_of_person
 

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from cotune.models.batching import LENGTHS
+from cotune.models.config import TrainMode
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.errors import PrivacyError
 from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
 from cotune.models.probes import PerSlot, example_probes, feature_probes, lengths_of, mixes, stretched
-from cotune.models.sharing import SharedModel, TrainMode
+from cotune.models.sharing import SharedModel
 from cotune.models.tasks import Example, logits
 from cotune.models.text_task import Batch
 

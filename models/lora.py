@@ -4,73 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, field_validator
 from torch import nn
 
 from cotune.models.adapter import Adapter, drawn_a, name_seed
 from cotune.models.base import LoadedModel
+from cotune.models.config import LoraConfig
 from cotune.models.encoder import encoder_name
 from cotune.models.errors import ModelError
-from cotune.models.table import Table
-
-__all__ = ["Factors", "LoraConfig", "adapters_of", "inject", "merge_adapters"]
 
 _OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
-
-_PREPENDED = "its vectors stand before every text of a batch, so that Opacus finds no gradient per record for them"
-Factors = Literal["b", "ab", "alternate"]
-_UNCHECKED = "nobody has checked here that its gradients are clipped record by record"
-_WHY_NOT = {  # adapters that are known, and why they are not to be had
-    "dora": "DoRA divides by the norm of the adapted weight, for which Opacus finds no gradient per record",
-    "ia3": "Opacus finds no gradient per record for IA3's scaling vectors",
-    "adalora": "AdaLoRA prunes ranks by the records' gradients, which no accounting covers",
-    "vera": "Opacus finds no gradient per record for VeRA's scaling vectors",
-    "prompt": _PREPENDED,
-    "prompt_tuning": _PREPENDED,
-    "prefix_tuning": _PREPENDED,
-    "p_tuning": _PREPENDED,
-    "loha": _UNCHECKED,
-    "lokr": _UNCHECKED,
-    "oft": _UNCHECKED,
-}
-
-
-class LoraConfig(Table):
-    """Low-rank adapters (Hu et al., ICLR 2022): W + s·B·A, through peft."""
-
-    method: Literal["lora", "rslora"] = Field(
-        "lora", description="lora: s = α/r; rslora: s = α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)"
-    )
-    rank: int = Field(8, ge=1, le=512, description="r")
-    alpha: float = Field(16.0, gt=0, le=4096, description="α")
-    factors: Factors = Field(
-        "b",
-        description="which are trained: b (A stays as drawn from the plan's seed: FFA-LoRA, Sun et al., ICLR 2024), ab (both), or"
-        " alternate (B in odd rounds, A in even ones: RoLoRA)",
-    )
-    keep: Literal["nothing", "b"] = Field(
-        "nothing",
-        description="what organisations train and do not share; b: B and the head, so that each has a model of its own around"
-        " a common A (FedSA-LoRA, Guo et al., ICLR 2025)",
-    )
-    targets: tuple[str, ...] | Literal["auto"] = Field(
-        "auto",
-        description="names of the linear modules that get an adapter (auto: what peft adapts in this architecture)",
-    )
-    smaller_ranks: bool = Field(
-        False, description="organisations may train the first slices of the rank alone, as their policy says"
-    )
-    layers: int | None = Field(None, ge=1, description="only the last so many transformer layers get adapters; default: all")
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _possible(cls, value: Any) -> Any:
-        reason = _WHY_NOT.get(str(value).lower().replace("-", "_"))
-        if reason:
-            raise ValueError(f"expected lora or rslora: {reason}")
-        return value
 
 
 def inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:

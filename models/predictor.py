@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig
 
-from cotune.models.base import LoadedModel, ModelConfig, find_base, load_model
+from cotune.models.base import LoadedModel, find_base, load_model
 from cotune.models.batching import tight_batches
+from cotune.models.config import ModelConfig, TaskName
 from cotune.models.device import pick_device
 from cotune.models.errors import ModelError, reason_of
 from cotune.models.inputs import Input
 from cotune.models.model_settings import base_labels, read_settings
 from cotune.models.sharing import SharedModel
-from cotune.models.tasks import Example, TaskName, logits, task_named
+from cotune.models.tasks import Example, logits, task_named
 
 __all__ = ["Predictor", "load_finished", "open_predictor"]
 

@@ -20,17 +20,16 @@ from pathlib import Path
 
 from cotune.models import image_folders
 from cotune.models.class_names import class_name, is_shown, shown
+from cotune.models.config import DataConfig, TaskName
 from cotune.models.csv_reader import shown_names
 from cotune.models.errors import DataError, nearest, reason_of
-from cotune.models.formats import JSON_SUFFIXES, READERS, DataConfig, DataFile, is_unicode, word_of
+from cotune.models.formats import JSON_SUFFIXES, READERS, DataFile, is_unicode, word_of
 from cotune.models.git_lfs import is_lfs_pointer
 from cotune.models.inputs import Input, Label, content_of, identity_of, names_in, plain
 from cotune.models.left_out import UNREADABLE
 from cotune.models.missing import missing_source
-from cotune.models.tasks import Task, TaskName, task_named
+from cotune.models.tasks import Task, task_named
 from cotune.models.units import agree, grouped
-
-__all__ = ["DataConfig", "Records", "check_labels", "is_one_source", "organisation_files", "organisation_name", "read_records"]
 
 Row = tuple[Input, Label, str]  # a record and the plain name of its unit
 

@@ -10,23 +10,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cotune.models.adapter import Adapter, name_seed
-from cotune.models.base import LoadedModel, ModelConfig, load_model
+from cotune.models.base import LoadedModel, load_model
+from cotune.models.config import Factors, LoraConfig, ModelConfig, TaskName, TrainMode
 from cotune.models.device import pick_device
 from cotune.models.encoder import encoder_name
 from cotune.models.errors import ModelError
-from cotune.models.lora import Factors, LoraConfig, adapters_of, inject
-from cotune.models.tasks import TaskName
-
-__all__ = ["LoraConfig", "SharedModel", "State", "TrainMode", "named_under", "resident"]
+from cotune.models.lora import adapters_of, inject
 
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
-TrainMode = Literal["head", "lora", "full"]
 
 
 class SharedModel:

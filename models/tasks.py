@@ -9,33 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor, device, nn
 from torch.nn import functional
 
 from cotune.models.batching import LENGTHS
+from cotune.models.config import TaskName
 from cotune.models.formats import DataFile
 from cotune.models.image_task import ImageClassification
 from cotune.models.inputs import Input, Label
 from cotune.models.text_task import IGNORED, Batch, Collate, Example, SequenceClassification
 from cotune.models.token_task import TokenClassification
 
-__all__ = [
-    "Example",
-    "Metrics",
-    "Target",
-    "Task",
-    "TaskName",
-    "example_losses",
-    "logits",
-    "losses_of",
-    "majority",
-    "score",
-    "task_named",
-]
-
-TaskName = Literal["sequence-classification", "token-classification", "image-classification"]
 Target = int | tuple[int, ...]  # the number of a record's class, or of each word's tag
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cotune.models.config import DataConfig, TaskName
 from cotune.models.csv_reader import shown_names
 from cotune.models.errors import DataError, nearest, reason_of
-from cotune.models.formats import READERS, DataConfig, DataFile
+from cotune.models.formats import READERS, DataFile
 from cotune.models.images import SUFFIXES, Image
 from cotune.models.inputs import Input
-from cotune.models.tasks import TaskName, task_named
+from cotune.models.tasks import task_named
 
 __all__ = ["Row", "read_typed", "read_unlabeled"]
 

@@ -16,8 +16,8 @@ from cotune.models.base import FOLDER
 from cotune.models.missing import path_of_base
 from cotune.models.tasks import task_named
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.claim import claim_of
+from cotune.privacy.config import RecordPrivacy
 
 __all__ = ["CARD", "Measured", "model_card", "promised"]
 

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cotune.models.errors import PrivacyError
 from cotune.models.sharing import SharedModel, resident
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.plugins import is_code
 
 __all__ = ["model_of", "rewritten_names", "shared_names", "state_shapes", "trained_names"]

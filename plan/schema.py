@@ -10,15 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cotune.models.base import ModelConfig
 from cotune.models.class_names import class_name, is_shown, shown
+from cotune.models.config import DataConfig, LoraConfig, ModelConfig, TaskName, TrainMode
 from cotune.models.errors import nearest
-from cotune.models.records import DataConfig
-from cotune.models.sharing import LoraConfig, TrainMode
 from cotune.models.table import Table
-from cotune.models.tasks import TaskName
-from cotune.privacy.accounting import RecordPrivacy
-from cotune.privacy.client_level import ClientPrivacy
+from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.recipes import expand
 from cotune.strategies.schedules import Schedule, decay

@@ -17,7 +17,8 @@ from functools import lru_cache
 
 from cotune.models.errors import PrivacyError
 from cotune.plan.schema import LocalTraining, Plan, Stage
-from cotune.privacy.accounting import RecordPrivacy, calibrate, delta_of
+from cotune.privacy.accounting import calibrate
+from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.rounding import two_digits
 
 __all__ = ["longest_by_gradients", "longest_update"]

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.curves import gaussian_mu, true_positive_rate
 from cotune.privacy.rounding import round_up
 

@@ -14,42 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
-
-from pydantic import Field
 
 from cotune.models.errors import PrivacyError
-from cotune.models.table import Table
 from cotune.privacy.accounting import Steps, calibrate
-
-__all__ = ["ClientPrivacy", "RoundNoise", "next_clip_norm", "round_noise"]
+from cotune.privacy.config import ClientPrivacy
 
 _BITS = 20  # σ_b = K/20 (Andrew et al., section 3)
-
-
-class ClientPrivacy(Table):
-    """What every organisation is promised about its taking part (the `client_privacy` table of a plan)."""
-
-    epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed over the whole run")
-    epsilon_total: float | None = Field(
-        None,
-        gt=0,
-        le=1000,
-        description="ε allowed over all runs of a federation, fixed by the first; default: that of one run",
-    )
-    delta: float = Field(1e-5, gt=0, lt=1, description="δ, below one over the number of organisations")
-    clip_norm: float = Field(
-        1.0, ge=1e-6, le=1e6, description="C, bound on an organisation's update, in L2 norm; adaptive: at first"
-    )
-    clipping: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: C follows a quantile of the norms")
-    target_quantile: float = Field(0.5, gt=0, lt=1, description="γ, fraction of the updates that adaptive clipping leaves as is")
-    clip_learning_rate: float = Field(0.2, gt=0, le=2, description="η of adaptive clipping")
-    bit_noise: float | None = Field(
-        None, gt=0, le=1e6, description="σ_b; default: K/20, but z at least, for at most 16 % more noise"
-    )
-    amplification: bool = Field(
-        False, description="account for server.sample_rate: holds only against who does not learn who took part"
-    )
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
+from cotune.models.config import TaskName
 from cotune.models.errors import PlanError, nearest
 from cotune.models.nested import toml_of
 from cotune.models.table import Table, first_mistake
-from cotune.models.tasks import TaskName
-from cotune.privacy.accounting import check_delta
+from cotune.privacy.config import check_delta
 
 __all__ = ["BudgetRules", "Policy", "TellRules", "TrainingRules", "changed_policy", "dump_policy", "read_policy"]
 

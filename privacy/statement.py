@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
-from cotune.privacy.client_level import ClientPrivacy, RoundNoise
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.client_level import RoundNoise
+from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 from cotune.privacy.rounding import round_up
 
 __all__ = ["all_models_statement", "client_statement", "selection_statement", "stated", "statement", "together_statement"]

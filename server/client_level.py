@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cotune.models.errors import PrivacyError
 from cotune.plan.schema import Plan
-from cotune.privacy.client_level import ClientPrivacy, RoundNoise, next_clip_norm, round_noise
+from cotune.privacy.client_level import RoundNoise, next_clip_norm, round_noise
 from cotune.privacy.client_level_account import ClientLevelAccount
+from cotune.privacy.config import ClientPrivacy
 from cotune.privacy.private_mean import PrivateMean
 from cotune.privacy.rounding import round_up
 from cotune.server.run_folder import Progress, RunFolder

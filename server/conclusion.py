@@ -15,8 +15,8 @@ from cotune.models.export import export_model
 from cotune.models.holdings import HoldingsFile
 from cotune.models.tasks import majority
 from cotune.plan.card import CARD
-from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.claim import claim_of
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.statement import stated
 from cotune.server.base import model_here
 from cotune.server.delivery import confirmed

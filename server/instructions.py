@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cotune.plan.invitation import Invitation
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 
 __all__ = ["instructions", "what_leaves"]
 

@@ -34,6 +34,7 @@ from cotune.server.step import Score, context_of, enter_round, move, sent_beside
 from cotune.server.strikes import fates_of, left_out, remember
 from cotune.server.tally import Tally
 from cotune.server.verification import Verify
+from cotune.strategies.build import build_aggregator
 from cotune.strategies.wire import Recipient, encode_requests, received_digest
 
 __all__ = ["run_rounds"]
@@ -120,7 +121,7 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     folder.events.tell("round_started", round=round, stage=stage.mode, organisations=tally.people)
     shapes = {name: state[name] for name in names}
     private_mean = client_level.new_mean(shapes, before) if client_level else None
-    combination = private_mean or plan.strategy.new_combination(context)
+    combination = private_mean or build_aggregator(plan.strategy, context)
     sent = sent_beside(plan, before)
     recipients = _recipients(folder, people, before)
     contents = dict(zip(tally.people, encode_requests(plan.canonical(), round, state, recipients, sent), strict=True))

@@ -11,6 +11,7 @@ from cotune.models.sharing import SharedModel, State, named_under
 from cotune.plan.model import rewritten_names, shared_names
 from cotune.plan.schema import Plan
 from cotune.server.run_folder import Progress
+from cotune.strategies.build import build_client_term, build_server_optimizer
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
 from cotune.strategies.updates import Delta, apply_delta
 
@@ -49,7 +50,7 @@ def context_of(
 
 def sent_beside(plan: Plan, before: Progress) -> dict[str, Tensor]:
     """What the plan's client term sends to the organisations beside the state."""
-    return plan.strategy.new_client_term().send(_remembered(before, "term"))
+    return build_client_term(plan.strategy).send(_remembered(before, "term"))
 
 
 def move(plan: Plan, before: Progress, state: State, fused: Delta | Fused, context: RoundContext) -> tuple[State, State]:
@@ -57,15 +58,15 @@ def move(plan: Plan, before: Progress, state: State, fused: Delta | Fused, conte
     fused = fused if isinstance(fused, Fused) else Fused(fused)
     if not fused.delta:
         return dict(state), dict(before.memory)  # nobody was asked
-    delta, term = plan.strategy.new_client_term().fold(fused, _remembered(before, "term"), context)
-    optimizer = plan.strategy.new_server_optimizer()
+    delta, term = build_client_term(plan.strategy).fold(fused, _remembered(before, "term"), context)
+    optimizer = build_server_optimizer(plan.strategy)
     moved, memory = optimizer.step(state, replace(fused, delta=delta), _remembered(before, "optimizer"), context)
     return moved, {**_named("fusion", fused.memory), **_named("term", term), **_named("optimizer", memory)}
 
 
 def served(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
     """The model to judge and to hand out: θ, or what the server optimiser makes of it."""
-    return plan.strategy.new_server_optimizer().serve(state, named_under("optimizer/", memory))
+    return build_server_optimizer(plan.strategy).serve(state, named_under("optimizer/", memory))
 
 
 def served_of(plan: Plan, progress: Progress) -> State:

@@ -15,7 +15,7 @@ from cotune.models.errors import RunError
 from cotune.models.terminal import printable
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import longest_update
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.server.admission import most_bytes, reason_to_refuse
 from cotune.server.members import Member
 from cotune.strategies.round import RoundContext

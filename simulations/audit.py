@@ -23,9 +23,10 @@ from cotune.models.holdings import Holdings, HoldingsFile
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy import stepwise
-from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, RecordPrivacy, Steps, epsilon
+from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, epsilon
 from cotune.privacy.audit import Evidence, evidence, lower_bound_any, lower_bound_steps, perfect_evidence, require_statistics
 from cotune.privacy.canaries import fair_coins
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.curves import trade_off
 from cotune.privacy.drawn_noise import DrawnNoise
 from cotune.privacy.policy import Policy

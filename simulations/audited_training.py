@@ -18,8 +18,8 @@ from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
 from cotune.plan.model import trained_names
 from cotune.plan.schema import Plan, Stage
-from cotune.privacy.accounting import RecordPrivacy
 from cotune.privacy.canaries import Coins, Planted, new_canaries, plant
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 from cotune.privacy.drawn_noise import DrawnNoise
 from cotune.privacy.stepwise import log_likelihood_ratios

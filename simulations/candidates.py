@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from cotune.models.errors import PlanError
-from cotune.privacy.accounting import RecordPrivacy, epsilon
+from cotune.privacy.accounting import epsilon
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.selection import selection_epsilon
 from cotune.simulations.cells import Cell
 from cotune.simulations.together import divergences, steps_of_folder

@@ -14,7 +14,7 @@ from cotune.models.model_settings import base_labels
 from cotune.models.sharing import SharedModel
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy
 from cotune.server.suitability import check_suits
 from cotune.simulations.sites import Prepared

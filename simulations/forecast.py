@@ -15,8 +15,9 @@ from cotune.client.budget import planned_charges, planned_steps
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.plan.statistics import statistic_shapes
-from cotune.privacy.accounting import RecordPrivacy, epsilon
+from cotune.privacy.accounting import epsilon
 from cotune.privacy.claim import Figures, figures_of, worst
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.statement import client_statement
 from cotune.server.client_level import client_level_noise
 from cotune.server.step import enter_round

@@ -9,7 +9,8 @@ from cotune.client.budget import budget_of, noise_multiplier, planned_charges
 from cotune.client.consent import broken_rules
 from cotune.models.errors import PrivacyError
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy, epsilon
+from cotune.privacy.accounting import epsilon
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import BudgetRules, Policy
 from cotune.simulations.expected import Member
 

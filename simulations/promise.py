@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cotune.client.budget import planned_charges
-from cotune.privacy.accounting import RecordPrivacy, Steps
+from cotune.privacy.accounting import Steps
+from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.sites import Prepared
 
 __all__ = ["Promise", "promise_of"]

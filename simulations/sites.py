@@ -25,7 +25,7 @@ from cotune.models.model_settings import base_labels
 from cotune.models.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.privacy.randomness import seeded_generator
 from cotune.privacy.rounding import two_digits

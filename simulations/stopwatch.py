@@ -18,7 +18,7 @@ from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import Example, logits
 from cotune.plan.schema import Plan, Stage
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 
 __all__ = ["Seconds", "Stopwatch", "by_length", "measure", "rows_at_once"]

@@ -11,8 +11,9 @@ from cotune.models.inputs import names_in
 from cotune.models.tasks import Metrics, majority
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.claim import Claim, claim_of, figures_of, worst
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.statement import all_models_statement, statement
 from cotune.server.evaluation import predict
 from cotune.server.run_folder import Progress, RunFolder

@@ -19,7 +19,7 @@ from cotune.models.features import FEATURE_SLOTS, are_kept, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import LocalTraining, Stage
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.baselines import fits_alone
 from cotune.simulations.sites import Prepared
 from cotune.simulations.stopwatch import Measure, Seconds, Stopwatch, by_length, measure, rows_at_once

@@ -1,18 +1,23 @@
-"""How updates become one step of the shared model: weighting → fusion → server optimiser, client terms; and how they travel."""
+"""How updates become one step of the shared model: weighting → fusion → server optimizer, client terms; and how they travel.
+
+`__all__` is what a rule of one's own needs (docs/strategies.md). Names are imported when they are first used: whoever only reads
+the tables of a plan need not wait for PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if __name__ != "cotune.strategies":  # a second copy of every class would be made, and `except CotuneError` would miss
     raise ImportError(f"{__name__} is a part of the package cotune: expected `import cotune.strategies`")
 
-from cotune.strategies.client_term import ClientTerm
-from cotune.strategies.parts import Needs, Visibility, fusion, weighting
-from cotune.strategies.round import Fused, RoundContext, Weighed
-from cotune.strategies.server_optimizer import ServerOptimizer
-from cotune.strategies.strategy import Part, StrategyConfig
-from cotune.strategies.sums import Sums, mean_of, norm, weighted
-from cotune.strategies.updates import Delta, Update, apply_delta, difference
-
-# isort: split
-from cotune.strategies.parts import client_term, server_optimizer  # last: modules of these names would hide them
+if TYPE_CHECKING:
+    from cotune.strategies.client_terms.base import ClientTerm
+    from cotune.strategies.parts import Needs, Visibility, client_term, fusion, server_optimizer, weighting
+    from cotune.strategies.round import Fused, RoundContext, Weighed
+    from cotune.strategies.server_optimizers.base import ServerOptimizer
+    from cotune.strategies.strategy import Part, StrategyConfig
+    from cotune.strategies.sums import Sums, mean_of, norm, weighted
+    from cotune.strategies.updates import Delta, Update, apply_delta, difference
 
 __all__ = [
     "ClientTerm",
@@ -37,3 +42,23 @@ __all__ = [
     "weighted",
     "weighting",
 ]
+
+_MODULES = {
+    "client_terms.base": ("ClientTerm",),
+    "parts": ("Needs", "Visibility", "client_term", "fusion", "server_optimizer", "weighting"),
+    "round": ("Fused", "RoundContext", "Weighed"),
+    "server_optimizers.base": ("ServerOptimizer",),
+    "strategy": ("Part", "StrategyConfig"),
+    "sums": ("Sums", "mean_of", "norm", "weighted"),
+    "updates": ("Delta", "Update", "apply_delta", "difference"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value

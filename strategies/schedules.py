@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from cotune.strategies.round import RoundContext
+if TYPE_CHECKING:
+    from cotune.strategies.round import RoundContext
 
 __all__ = ["Schedule", "Warmup", "decay", "rate_of"]
 

@@ -7,17 +7,10 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cotune.strategies.client_term import ClientTerm
-from cotune.strategies.combination import WeightedFusion
 from cotune.strategies.parts import FOLDERS, Kind, PartInfo, Payload
 from cotune.strategies.plugins import NO_TERM, is_code, is_file, load_code, part_named
-from cotune.strategies.round import RoundContext
-from cotune.strategies.server_optimizer import ServerOptimizer
 
 __all__ = ["Part", "StrategyConfig"]
-
-
-_DEFAULTS: dict[Kind, str] = {"weighting": "examples", "fusion": "mean", "server_optimizer": "sgd"}
 
 
 class Part(BaseModel):
@@ -39,13 +32,20 @@ class Part(BaseModel):
         return load_code(kind, self.name, self.sha256 or "") if is_code(self.name) else part_named(kind, self.name)
 
 
+_DEFAULT_PARTS: dict[Kind, Part] = {
+    "weighting": Part(name="examples", cap=0),
+    "fusion": Part(name="mean"),
+    "server_optimizer": Part(name="sgd", lr=1.0, momentum=0.0, schedule="constant", warmup=0),
+}
+
+
 def _complete(kind: Kind, part: Any) -> Any:
     """A part with all its parameters, so that a plan says everything. Code is not opened: see `plugins`."""
     table = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else part
     if isinstance(table, Part):
         table = table.model_dump()
-    if isinstance(table, dict) and kind in _DEFAULTS:
-        table.setdefault("name", _DEFAULTS[kind])  # parameters alone are those of the default
+    if isinstance(table, dict) and kind in _DEFAULT_PARTS:
+        table.setdefault("name", _DEFAULT_PARTS[kind].name)  # parameters alone are those of the default
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
         words = kind.replace("_", " ").replace("optimizer", "optimiser")
         raise ValueError(f"expected the name of a {words}, or a table with its name and parameters, got {part!r:.80}")
@@ -64,10 +64,10 @@ class StrategyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weighting: Part = Field(Part(name="examples", cap=0), description="who counts how much")
-    fusion: Part = Field(Part(name="mean"), description="how the deltas become one")
+    weighting: Part = Field(_DEFAULT_PARTS["weighting"], description="who counts how much")
+    fusion: Part = Field(_DEFAULT_PARTS["fusion"], description="how the deltas become one")
     server_optimizer: Part = Field(
-        Part(name="sgd", lr=1.0, momentum=0.0, schedule="constant", warmup=0),
+        _DEFAULT_PARTS["server_optimizer"],
         description="how the one delta moves the model",
     )
     client_term: Part | None = Field(None, description="what organisations add to their gradients; absent: nothing")
@@ -91,8 +91,12 @@ class StrategyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sends(self) -> Self:
-        """Those of known parts; those of code are in the plan, which was made where the code could be run."""
-        asked = {payload for _, _, info in self.known_parts() for payload in info.needs.sends}
+        """Those of known parts; those of code are in the plan, which was made where the code could be run.
+
+        The default parts send nothing; to skip them spares a process that only reads tables the import of all parts.
+        """
+        others = [(kind, part) for kind, part in self.parts() if part != _DEFAULT_PARTS.get(kind) and not is_code(part.name)]
+        asked = {payload for kind, part in others for payload in part.info(kind).needs.sends}
         object.__setattr__(self, "sends", tuple(sorted(asked | set(self.sends))))
         return self
 
@@ -124,20 +128,3 @@ class StrategyConfig(BaseModel):
     def keeps_state(self) -> bool:
         """Whether organisations keep tensors from round to round."""
         return self.client_term is not None and self.client_term.info("client_term").needs.client_state
-
-    def new_combination(self, context: RoundContext) -> WeightedFusion:
-        """Weighting and fusion for one round."""
-        weighting, fusion = self.weighting, self.fusion
-        return WeightedFusion(
-            (weighting.info("weighting"), weighting.parameters), (fusion.info("fusion"), fusion.parameters), context
-        )
-
-    def new_server_optimizer(self) -> ServerOptimizer:
-        part = self.server_optimizer
-        built: ServerOptimizer = part.info("server_optimizer").build(**part.parameters)
-        return built
-
-    def new_client_term(self) -> ClientTerm:
-        part = self.client_term
-        built: ClientTerm = ClientTerm() if part is None else part.info("client_term").build(**part.parameters)
-        return built

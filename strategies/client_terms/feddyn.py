@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.client_term import ClientTerm
+from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.parts import Needs, client_term
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
 from cotune.strategies.updates import Delta

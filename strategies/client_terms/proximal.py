@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.client_term import ClientTerm
+from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.parts import client_term
 
 __all__ = ["Proximal"]

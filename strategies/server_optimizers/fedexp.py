@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cotune.strategies.parts import Needs, server_optimizer
 from cotune.strategies.round import Fused, RoundContext
-from cotune.strategies.server_optimizer import ServerOptimizer
+from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.sums import norm
 from cotune.strategies.updates import apply_delta
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cotune.strategies.parts import server_optimizer
 from cotune.strategies.round import Fused, RoundContext
 from cotune.strategies.schedules import Schedule, Warmup, rate_of
-from cotune.strategies.server_optimizer import ServerOptimizer
+from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.updates import apply_delta
 
 __all__ = ["ServerSGD"]

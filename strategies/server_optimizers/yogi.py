@@ -14,7 +14,7 @@ from cotune.strategies.adaptive import adaptive_step
 from cotune.strategies.parts import server_optimizer
 from cotune.strategies.round import Fused, RoundContext
 from cotune.strategies.schedules import Schedule, Warmup, rate_of
-from cotune.strategies.server_optimizer import ServerOptimizer
+from cotune.strategies.server_optimizers.base import ServerOptimizer
 
 __all__ = ["ServerYogi"]
 

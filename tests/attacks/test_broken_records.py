@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cotune.models.config import DataConfig, TaskName
 from cotune.models.errors import DataError
 from cotune.models.holdings import HoldingsFile, Portion
-from cotune.models.records import DataConfig
-from cotune.models.tasks import TaskName
 
 TAGS = ("B", "O")
 

@@ -12,8 +12,9 @@ import pytest
 from cotune.client.consent import broken_rules
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps
+from cotune.privacy.accounting import Steps
 from cotune.privacy.claim import SMALL_DELTA, figures_of
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy
 
 SIZES = (100, 500, 1200, 20_000, 10**6)

@@ -18,9 +18,9 @@ import torch
 from cotune.client.outline import outline
 from cotune.client.site import Site, SiteFile
 from cotune.client.training import train_round
+from cotune.models.config import DataConfig
 from cotune.models.errors import PlanError, RunError
 from cotune.models.holdings import write_holdings
-from cotune.models.records import DataConfig
 from cotune.models.sharing import State, resident
 from cotune.plan.load import parse_plan
 from cotune.plan.model import model_of

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.models.formats import DataConfig
+from cotune.models.config import DataConfig
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from tests.support.movement import movement
 
 CLIP = 0.5

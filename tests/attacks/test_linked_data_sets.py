@@ -20,9 +20,9 @@ import cotune.privacy.dp_sgd as dp_sgd
 from cotune.client.refusal import UNSAID
 from cotune.client.site import Site, SiteFile
 from cotune.client.training import train_round
+from cotune.models.config import DataConfig
 from cotune.models.errors import Declined, PrivacyError
 from cotune.models.holdings import HoldingsFile, Portion
-from cotune.models.records import DataConfig
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, TellRules, dump_policy

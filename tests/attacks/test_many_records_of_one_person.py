@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cotune.models.holdings import Holdings
 from cotune.models.records import Records
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from tests.support.movement import movement
 
 CLIP = 0.5

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cotune.client.site import Site, SiteFile
+from cotune.models.config import DataConfig
 from cotune.models.holdings import Holdings, HoldingsFile, Portion
-from cotune.models.records import DataConfig
 from cotune.plan.load import parse_plan
 from cotune.privacy.accounting import Steps
 

@@ -29,7 +29,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy import dp_sgd
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 from tests.conftest import sentences, tokenizer
 

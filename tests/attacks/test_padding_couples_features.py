@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
+from cotune.models.config import ModelConfig
 from cotune.models.features import features_of
 from cotune.models.sharing import SharedModel
 from tests.conftest import VOCABULARY, tokenizer

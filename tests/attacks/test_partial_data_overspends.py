@@ -15,12 +15,13 @@ from dp_accounting.pld import PLDAccountant
 
 from cotune.client.account import Account
 from cotune.client.site import Site, SiteFile
+from cotune.models.config import DataConfig
 from cotune.models.errors import Declined
 from cotune.models.holdings import write_holdings
-from cotune.models.records import DataConfig
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps, delta_of
+from cotune.privacy.accounting import Steps
+from cotune.privacy.config import delta_of
 from cotune.privacy.ledger import Ledger, Limit
 from cotune.privacy.policy import Policy, dump_policy
 

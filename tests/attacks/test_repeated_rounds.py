@@ -23,7 +23,8 @@ from cotune.models.errors import PrivacyError
 from cotune.models.sharing import State
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps, epsilon
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, TellRules
 
 RECORDS, INTERVAL = 600, 1e-3

@@ -17,7 +17,8 @@ import pytest
 
 from cotune.client.site import Site
 from cotune.client.training import train_round
-from cotune.models.base import ModelConfig, find_base, load_model
+from cotune.models.base import find_base, load_model
+from cotune.models.config import ModelConfig
 from cotune.models.errors import ModelError
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan

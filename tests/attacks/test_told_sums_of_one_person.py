@@ -13,7 +13,7 @@ import torch
 
 from cotune.client.setting import setting_of
 from cotune.client.training import _correct, _total_loss
-from cotune.models.formats import DataConfig
+from cotune.models.config import DataConfig
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records
 from cotune.plan.load import parse_plan

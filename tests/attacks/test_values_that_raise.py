@@ -20,11 +20,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from cotune.models.config import DataConfig, TaskName
 from cotune.models.errors import DataError
 from cotune.models.holdings import Holdings, HoldingsFile, Portion
 from cotune.models.images import opened
-from cotune.models.records import DataConfig
-from cotune.models.tasks import TaskName
 
 LABELS = ("B", "O")
 CLASSES = {"names": ["B", "O"], "_type": "ClassLabel"}

@@ -20,7 +20,8 @@ from cotune.client.approval import Approvals
 from cotune.client.audit_log import AuditLog
 from cotune.client.set_up import fingerprint_of
 from cotune.client.site import Site
-from cotune.models.base import ModelConfig, find_base
+from cotune.models.base import find_base
+from cotune.models.config import ModelConfig
 from cotune.plan.invitation import Invitation
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan

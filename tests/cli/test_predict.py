@@ -10,12 +10,12 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 
 from cotune.client.finished import keep_finished
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
+from cotune.models.config import ModelConfig, TaskName
 from cotune.models.export import export_model
 from cotune.models.features import encode_batch
 from cotune.models.head_fit import fit_head, head_names
 from cotune.models.sharing import SharedModel
-from cotune.models.tasks import TaskName
 from cotune.privacy.policy import Policy
 from cotune.strategies.wire import Request
 from tests.cli.conftest import Cotune

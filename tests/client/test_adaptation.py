@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.client.adaptation import OwnRecords, adapt, base_head, own_records, parts
-from cotune.models.base import ModelConfig
+from cotune.models.config import ModelConfig
 from cotune.models.errors import DataError
 from cotune.models.head_fit import fit_head, head_scores
 from cotune.models.sharing import SharedModel, State, resident

@@ -13,7 +13,8 @@ import pytest
 
 from cotune.client.bookkeeping import export, overview
 from cotune.client.site import Site
-from cotune.privacy.accounting import Steps, delta_of, epsilon
+from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.config import delta_of
 from cotune.privacy.curves import gaussian_mu, true_positive_rate
 from cotune.privacy.filters import epsilon_filter, filter_order, renyi, renyi_epsilon
 from cotune.privacy.ledger import Limit

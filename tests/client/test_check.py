@@ -9,11 +9,11 @@ from cotune.client.budget import budget_of, noise_multiplier
 from cotune.client.check import check
 from cotune.client.site import Site
 from cotune.client.training import train_round
+from cotune.models.config import DataConfig
 from cotune.models.errors import PlanError
 from cotune.models.holdings import HoldingsFile, Portion
-from cotune.models.records import DataConfig
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, changed_policy
 
 MakePlan = Callable[..., Plan]

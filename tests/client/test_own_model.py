@@ -17,10 +17,11 @@ from cotune.client import own_model
 from cotune.client.finished import keep_finished
 from cotune.client.own_model import COLUMNS, adapt_site, evaluate_site, open_received
 from cotune.client.site import Site
+from cotune.models.config import DataConfig
 from cotune.models.errors import DataError, ModelError, RunError
 from cotune.models.head_fit import head_scores
 from cotune.models.holdings import Holdings, write_holdings
-from cotune.models.records import DataConfig, read_records
+from cotune.models.records import read_records
 from cotune.models.sharing import State
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan

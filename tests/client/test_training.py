@@ -21,13 +21,15 @@ from cotune.client.budget import budget_of, check_examples, noise_multiplier, pl
 from cotune.client.observe import observing
 from cotune.client.site import Site
 from cotune.client.training import train_round
+from cotune.models.config import TrainMode
 from cotune.models.errors import CotuneError, DataError, Declined, PrivacyError, RunError
-from cotune.models.sharing import SharedModel, State, TrainMode, resident
+from cotune.models.sharing import SharedModel, State, resident
 from cotune.models.tasks import example_losses, logits
 from cotune.models.text_task import collator
 from cotune.plan.model import model_of
 from cotune.plan.schema import LocalTraining, Plan
-from cotune.privacy.accounting import RecordPrivacy, Steps, calibrate
+from cotune.privacy.accounting import Steps, calibrate
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import StepReport
 from cotune.privacy.policy import Policy, TellRules
 from cotune.strategies.updates import apply_delta

@@ -10,8 +10,8 @@ import pytest
 from cotune.client.check import check
 from cotune.client.site import Site
 from cotune.client.training import train_round
+from cotune.models.config import DataConfig
 from cotune.models.errors import DataError, Declined, PrivacyError
-from cotune.models.formats import DataConfig
 from cotune.models.holdings import write_holdings
 from cotune.models.sharing import State
 from cotune.plan.schema import Plan

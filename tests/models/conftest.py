@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.models.base import ModelConfig, load_model
-from cotune.models.sharing import LoraConfig, SharedModel
+from cotune.models.base import load_model
+from cotune.models.config import LoraConfig, ModelConfig
+from cotune.models.sharing import SharedModel
 
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 

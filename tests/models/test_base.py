@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from cotune.models import base_files
-from cotune.models.base import ModelConfig, _make_deterministic, find_base, load_model
+from cotune.models.base import _make_deterministic, find_base, load_model
+from cotune.models.config import ModelConfig
 from cotune.models.errors import ModelError
 
 LABELS = ("bad", "good", "so")

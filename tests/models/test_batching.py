@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
 from cotune.models.batching import LENGTHS, bucket_of_length, fixed_batches
+from cotune.models.config import ModelConfig
 from cotune.models.images import Image
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import example_losses, logits, task_named

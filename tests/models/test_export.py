@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
+from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.export import export_model
-from cotune.models.sharing import LoraConfig, SharedModel, State
+from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import logits
 from cotune.models.text_task import collator, encode
 

@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
+from cotune.models.config import ModelConfig, TaskName
 from cotune.models.export import export_model
 from cotune.models.sharing import SharedModel
-from cotune.models.tasks import TaskName, logits
+from cotune.models.tasks import logits
 from tests.conftest import COLOURS, write_images
 
 LABELS = ("bad", "good", "so")

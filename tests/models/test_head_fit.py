@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softmax
 
-from cotune.models.base import ModelConfig
+from cotune.models.config import ModelConfig
 from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
 from cotune.models.sharing import SharedModel, State, resident
 

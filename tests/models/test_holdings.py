@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cotune.models.config import DataConfig
 from cotune.models.errors import DataError
 from cotune.models.features import features_of
 from cotune.models.holdings import Holdings, HoldingsFile, write_holdings
-from cotune.models.records import DataConfig
 from cotune.models.sharing import SharedModel
 from cotune.models.text_task import encode
 

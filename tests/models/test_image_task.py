@@ -14,12 +14,13 @@ import transformers
 from safetensors.torch import load_file
 
 from cotune.client.setting import check_stages
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
+from cotune.models.config import DataConfig, LoraConfig, ModelConfig
 from cotune.models.errors import DataError, ModelError, PrivacyError
 from cotune.models.features import feature_head, features_of
 from cotune.models.images import Image
-from cotune.models.records import DataConfig, Records, organisation_files, read_records
-from cotune.models.sharing import LoraConfig, SharedModel
+from cotune.models.records import Records, organisation_files, read_records
+from cotune.models.sharing import SharedModel
 from cotune.models.tasks import logits, task_named
 from cotune.plan.load import parse_plan
 from cotune.plan.model import model_of

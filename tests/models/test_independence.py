@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.models import features, independence
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
 from cotune.models.batching import fixed_batches
+from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.errors import PrivacyError
 from cotune.models.features import arithmetic, features_of
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import example_probes, lengths_of, mixes
-from cotune.models.sharing import LoraConfig, SharedModel
+from cotune.models.sharing import SharedModel
 from cotune.models.tasks import logits
 from cotune.models.text_task import Batch
 from tests.conftest import ARCHITECTURES, VOCABULARY

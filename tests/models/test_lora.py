@@ -11,8 +11,9 @@ import torch
 from peft import PeftType
 from pydantic import ValidationError
 
+from cotune.models.config import LoraConfig
 from cotune.models.errors import ModelError
-from cotune.models.lora import _WHY_NOT, LoraConfig, merge_adapters
+from cotune.models.lora import _WHY_NOT, merge_adapters
 from cotune.models.sharing import SharedModel
 from tests.conftest import ARCHITECTURES
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel
 
-from cotune.models.base import LoadedModel, ModelConfig, load_model
+from cotune.models.base import LoadedModel, load_model
+from cotune.models.config import ModelConfig
 from cotune.models.errors import ModelError
 from cotune.models.pooling import wants_mean_pooling
 

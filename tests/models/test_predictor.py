@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import pipeline
 
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
+from cotune.models.config import ModelConfig, TaskName
 from cotune.models.errors import DataError, ModelError
 from cotune.models.export import export_model
 from cotune.models.predictor import open_predictor
 from cotune.models.sharing import SharedModel
-from cotune.models.tasks import TaskName
 from cotune.models.unlabeled import read_typed, read_unlabeled
 from tests.conftest import COLOURS, write_images
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers import AutoModel
 
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
+from cotune.models.config import ModelConfig
 from cotune.models.errors import ModelError
 from tests.conftest import VOCABULARY, tokenizer
 

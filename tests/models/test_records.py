@@ -27,8 +27,9 @@ from pydantic import ValidationError
 
 from cotune.models import records as read_records_module
 from cotune.models.class_names import class_name, like_missing, spelled_alike
+from cotune.models.config import DataConfig
 from cotune.models.errors import DataError
-from cotune.models.records import DataConfig, Records, check_labels, organisation_files, read_records
+from cotune.models.records import Records, check_labels, organisation_files, read_records
 from cotune.models.separated import SEPARATORS
 
 PAIRS = [("good, really", "pos"), ('it "broke"\ntwice', "neg"), ("naïve café 🙂", "pos")]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.models.base import ModelConfig
+from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.errors import ModelError
 from cotune.models.lora import merge_adapters
-from cotune.models.sharing import LoraConfig, SharedModel, State, TrainMode, named_under, resident
+from cotune.models.sharing import SharedModel, State, named_under, resident
 from cotune.models.tasks import example_losses, logits
 from cotune.models.text_task import Batch, collator, encode
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from cotune.models.sharing import LoraConfig, SharedModel
+from cotune.models.config import LoraConfig
+from cotune.models.sharing import SharedModel
 from cotune.models.tasks import Metrics, example_losses, logits, majority, score
 from cotune.models.text_task import collator, encode
 

@@ -15,10 +15,11 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from cotune.models.base import LoadedModel, ModelConfig, load_model
+from cotune.models.base import LoadedModel, load_model
+from cotune.models.config import DataConfig, ModelConfig
 from cotune.models.errors import DataError
 from cotune.models.features import feature_head
-from cotune.models.records import DataConfig, Records, read_records
+from cotune.models.records import Records, read_records
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import example_losses, logits, task_named
 from tests.conftest import ARCHITECTURES

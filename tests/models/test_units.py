@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotune.models.config import DataConfig, TaskName
 from cotune.models.errors import DataError
-from cotune.models.formats import DataConfig
 from cotune.models.holdings import Holdings
 from cotune.models.inputs import plain
 from cotune.models.records import Records, read_records
-from cotune.models.tasks import TaskName
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 from tests.conftest import tagged, write_images
 
 PEOPLE = RecordPrivacy(unit="patient_id", max_records=3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cotune.models.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names, preset_text
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import RecordPrivacy
+from cotune.privacy.config import RecordPrivacy
 
 STAGED = """
 [[train]]

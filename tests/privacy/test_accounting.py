@@ -15,14 +15,8 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import (
-    RecordPrivacy,
-    Steps,
-    calibrate,
-    epsilon,
-    epsilon_below,
-    epsilon_rdp,
-)
+from cotune.privacy.accounting import Steps, calibrate, epsilon, epsilon_below, epsilon_rdp
+from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.curves import gaussian_mu, trade_off, true_positive_rate
 
 DELTA = 1e-5

@@ -11,7 +11,8 @@ from scipy.stats import norm
 
 from cotune.models.errors import PrivacyError
 from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.client_level import ClientPrivacy, RoundNoise, next_clip_norm, round_noise
+from cotune.privacy.client_level import RoundNoise, next_clip_norm, round_noise
+from cotune.privacy.config import ClientPrivacy
 
 
 def noise(rounds: int = 10, organisations: int = 100, sample_rate: float = 1.0, **settings: Any) -> RoundNoise:

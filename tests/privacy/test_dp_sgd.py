@@ -16,10 +16,11 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.models.base import ModelConfig, load_model
+from cotune.models.base import load_model
+from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.errors import PrivacyError
 from cotune.models.features import feature_head
-from cotune.models.sharing import LoraConfig, SharedModel, TrainMode
+from cotune.models.sharing import SharedModel
 from cotune.models.tasks import example_losses
 from cotune.models.text_task import collator
 from cotune.privacy.dp_sgd import Batch, LossPerExample, StepReport, check_clipping, private_steps

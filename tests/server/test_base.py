@@ -9,7 +9,8 @@ import pytest
 
 from cotune.client.base import find_base_here
 from cotune.client.site import SiteFile
-from cotune.models.base import ModelConfig, find_base
+from cotune.models.base import find_base
+from cotune.models.config import ModelConfig
 from cotune.models.errors import ModelError
 from cotune.server.base import model_here
 from cotune.server.federation import FederationFolder, write_config

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.models.base import ModelConfig
+from cotune.models.config import DataConfig, ModelConfig, TrainMode
 from cotune.models.holdings import Holdings, HoldingsFile, write_holdings
-from cotune.models.records import DataConfig
-from cotune.models.sharing import SharedModel, State, TrainMode, resident
+from cotune.models.sharing import SharedModel, State, resident
 from cotune.server.evaluation import evaluate
 from tests.conftest import ARCHITECTURES, sentences, write_csv, write_tagged
 

@@ -19,8 +19,9 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from cotune.models.config import DataConfig
 from cotune.models.errors import RunError
-from cotune.models.records import DataConfig, read_records
+from cotune.models.records import read_records
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.ledger import Ledger

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from cotune.client.site import Site
+from cotune.models.config import TaskName
 from cotune.models.errors import DataError
 from cotune.models.holdings import HoldingsFile
-from cotune.models.tasks import TaskName
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.dp_sgd import StepReport, private_steps

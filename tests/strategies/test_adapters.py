@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.strategies.adapters import averaged, padded, product_norm, stacked, truncated
-from cotune.strategies.client_term import ClientTerm
+from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.parts import Needs, PartInfo
 from cotune.strategies.round import Weighed

@@ -22,6 +22,7 @@ from cotune.strategies import (
     mean_of,
     weighted,
 )
+from cotune.strategies.build import build_aggregator
 from cotune.strategies.combination import WeightedFusion
 from cotune.strategies.parts import PartInfo, builtin, fusion, undecorated
 
@@ -49,7 +50,7 @@ MEAN = builtin("fusion")["mean"].build
 
 
 def test_a_rule_of_one_sum_is_streamed_and_lets_go_of_each_delta() -> None:
-    combination = StrategyConfig().new_combination(RoundContext())
+    combination = build_aggregator(StrategyConfig(), RoundContext())
     for value, n in ((1.0, 10), (-3.0, 30)):
         one = update({"w": value}, n)
         seen = weakref.ref(one.delta["w"])
@@ -103,7 +104,7 @@ def test_a_delta_of_what_the_model_has_not_is_refused() -> None:
 
 
 def test_a_plan_chooses() -> None:
-    aware = StrategyConfig.model_validate({"weighting": "noise_aware"}).new_combination(RoundContext())
+    aware = build_aggregator(StrategyConfig.model_validate({"weighting": "noise_aware"}), RoundContext())
     aware.add(update({"w": 2.0}, 1, {"w": 1.0}))
     aware.add(update({"w": 2.0}, 1000, {"w": 9.0}))
     fused = aware.result()
@@ -197,6 +198,6 @@ def test_a_late_update_counts_by_the_root_of_its_staleness() -> None:
 
 
 def test_a_rule_that_compares_updates_takes_none_that_are_late() -> None:
-    combination = StrategyConfig.model_validate({"fusion": "median"}).new_combination(RoundContext())
+    combination = build_aggregator(StrategyConfig.model_validate({"fusion": "median"}), RoundContext())
     with pytest.raises(RunError, match="the update of a is late"):
         combination.add(update({"w": 1.0}), staleness=1)

@@ -14,6 +14,7 @@ from cotune.models.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.strategies import plugins
+from cotune.strategies.build import build_aggregator, build_client_term
 from cotune.strategies.flower import FlowerFusion
 from cotune.strategies.parts import Visibility
 from cotune.strategies.plugins import from_installed, known, part_named
@@ -116,7 +117,7 @@ def test_clients_read_the_plan_without_the_file(folder: Path, monkeypatch: pytes
     for received in (parse_plan(json.loads(text)), load_plan(written, own_code=False)):
         assert received.plan_id == plan.plan_id
         assert received.strategy.sends == ("loss",)
-        assert received.strategy.new_client_term() is not None
+        assert build_client_term(received.strategy) is not None
         assert received.strategy.keeps_state is False
 
 
@@ -211,7 +212,7 @@ def test_a_strategy_of_ones_own_in_a_file(folder: Path) -> None:
     info = plan.strategy.fusion.info("fusion")
     assert isinstance(info.build, FlowerFusion)
     assert plan.strategy.fusion.parameters == {"temperature": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}
-    assert plan.strategy.new_combination(RoundContext()) is not None
+    assert build_aggregator(plan.strategy, RoundContext()) is not None
 
 
 def test_clients_do_not_import_a_strategy_of_flower(folder: Path) -> None:
@@ -301,8 +302,8 @@ def test_an_installed_part_is_named_like_any_other(package: Path, folder: Path) 
     plan = plan_of(folder, '{ fusion = { name = "tripled", factor = 2 }, client_term = "still" }')
     assert plan.strategy.fusion.parameters == {"factor": 2.0}
     assert plan.strategy.fusion.info("fusion").summary == "Three times the mean."
-    assert type(plan.strategy.new_client_term()).__name__ == "Still"
-    assert plan.strategy.new_combination(RoundContext()) is not None
+    assert type(build_client_term(plan.strategy)).__name__ == "Still"
+    assert build_aggregator(plan.strategy, RoundContext()) is not None
     assert plan.strategy.files == {}
 
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from cotune.strategies import Fused, Part, RoundContext, StrategyConfig, Update
+from cotune.strategies.build import build_aggregator, build_server_optimizer
 from cotune.strategies.recipes import expand
 from cotune.strategies.server_optimizers.sgd import ServerSGD
 
@@ -25,7 +26,7 @@ def error(**table: Any) -> str:
 
 def fused(strategy: StrategyConfig, *pairs: tuple[float, int]) -> float:
     """The fused delta of updates (Δ, n)."""
-    combination = strategy.new_combination(RoundContext())
+    combination = build_aggregator(strategy, RoundContext())
     for value, examples in pairs:
         combination.add(Update("a", 1, {"w": torch.tensor([value])}, examples=examples, steps=1))
     result = combination.result()
@@ -35,7 +36,7 @@ def fused(strategy: StrategyConfig, *pairs: tuple[float, int]) -> float:
 
 def test_the_default_is_federated_averaging() -> None:
     strategy = StrategyConfig()
-    assert strategy.new_server_optimizer() == ServerSGD(lr=1.0, momentum=0.0)
+    assert build_server_optimizer(strategy) == ServerSGD(lr=1.0, momentum=0.0)
     assert fused(strategy, (1.0, 100), (5.0, 300)) == 4.0
     assert strategy == config(weighting="examples", fusion="mean", server_optimizer="sgd")
 
@@ -60,7 +61,7 @@ def test_a_plan_says_every_parameter_whether_given_or_not() -> None:
 
 def test_parameters_reach_the_part() -> None:
     strategy = config(server_optimizer={"name": "sgd", "lr": 0.5, "momentum": 0.9}, weighting={"name": "examples", "cap": 100})
-    assert strategy.new_server_optimizer() == ServerSGD(lr=0.5, momentum=0.9)
+    assert build_server_optimizer(strategy) == ServerSGD(lr=0.5, momentum=0.9)
     assert fused(strategy, (1.0, 100), (5.0, 300)) == 3.0
 
 
@@ -78,7 +79,7 @@ def test_a_strategy_survives_json() -> None:
 
 
 def test_a_finished_part_is_checked_too() -> None:
-    assert config(server_optimizer=Part.model_validate({"name": "sgd", "lr": 2.0})).new_server_optimizer() == ServerSGD(lr=2.0)
+    assert build_server_optimizer(config(server_optimizer=Part.model_validate({"name": "sgd", "lr": 2.0}))) == ServerSGD(lr=2.0)
     assert "has no parameter" in error(server_optimizer=Part.model_validate({"name": "sgd", "rate": 2.0}))
     assert "unknown fusion" in error(fusion=Part(name="no such"))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cotune.client.site import Site, SiteFile
+from cotune.models.config import DataConfig
 from cotune.models.holdings import write_holdings
-from cotune.models.records import DataConfig
 from cotune.models.sharing import State
 from cotune.plan.load import parse_plan
 from cotune.plan.model import model_of, shared_names

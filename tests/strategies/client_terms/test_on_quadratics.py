@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.strategies.client_term import ClientTerm
+from cotune.strategies.build import build_aggregator
+from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.client_terms.feddyn import FedDyn
 from cotune.strategies.client_terms.proximal import Proximal
 from cotune.strategies.client_terms.scaffold import Scaffold
@@ -38,7 +39,7 @@ class Federation:
 
     def round(self, *people: int) -> float:
         context = RoundContext(organisations=2, state=self.state, local=LOCAL)
-        combination = StrategyConfig().new_combination(context)
+        combination = build_aggregator(StrategyConfig(), context)
         sent = self.term.send(self.memory)
         for k in people or (0, 1):
             delta = {"x": self.train(k, sent) - self.state["x"]}
@@ -118,7 +119,7 @@ def test_first_rounds_by_hand() -> None:
     """D = ½, Kη = ½: SCAFFOLD's c = −1 is the mean gradient; FedDyn with α = 2: h = −1, so θ moves by ½ + ½."""
     delta = {"x": torch.tensor([0.5])}
     context = RoundContext(organisations=2, local=LOCAL)
-    fused = StrategyConfig().new_combination(context)
+    fused = build_aggregator(StrategyConfig(), context)
     for name in ("a", "b"):
         fused.add(Update(name, 1, delta, 1, STEPS))
     both = fused.result()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cotune.strategies.build import build_aggregator
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.round import Fused, RoundContext
 from cotune.strategies.strategy import StrategyConfig
@@ -20,7 +21,7 @@ def update(delta: list[float], trust: list[float], examples: int = 1) -> Update:
 
 def fused(*updates: Update, **parameters: float) -> Tensor:
     strategy = StrategyConfig.model_validate({"fusion": {"name": "fisher", **parameters}})
-    combination = strategy.new_combination(RoundContext())
+    combination = build_aggregator(strategy, RoundContext())
     for one in updates:
         combination.add(one)
     found = combination.result()

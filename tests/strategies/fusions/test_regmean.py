@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cotune.strategies.build import build_aggregator
 from cotune.strategies.round import Fused, RoundContext
 from cotune.strategies.strategy import StrategyConfig
 from cotune.strategies.updates import Update
@@ -19,7 +20,7 @@ def with_ones(x: Tensor) -> Tensor:
 
 def fused(*updates: Update, off_diagonal: float = 1.0) -> dict[str, Tensor]:
     strategy = StrategyConfig.model_validate({"fusion": {"name": "regmean", "off_diagonal": off_diagonal}})
-    combination = strategy.new_combination(RoundContext())
+    combination = build_aggregator(strategy, RoundContext())
     for one in updates:
         combination.add(one)
     found = combination.result()

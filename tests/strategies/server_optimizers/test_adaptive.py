@@ -13,9 +13,9 @@ from flwr.server.strategy import FedAdagrad, FedYogi
 from torch import Tensor
 
 from cotune.strategies.round import Fused, RoundContext
-from cotune.strategies.server_optimizer import ServerOptimizer
 from cotune.strategies.server_optimizers.adagrad import ServerAdagrad
 from cotune.strategies.server_optimizers.adam import ServerAdam
+from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.server_optimizers.yogi import ServerYogi
 
 ALL: list[type[Any]] = [ServerAdam, ServerYogi, ServerAdagrad]

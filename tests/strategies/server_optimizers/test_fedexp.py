@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cotune.strategies.build import build_aggregator
 from cotune.strategies.round import Fused, RoundContext
 from cotune.strategies.server_optimizers.fedexp import FedExP
 from cotune.strategies.strategy import StrategyConfig
@@ -12,7 +13,7 @@ from cotune.strategies.updates import Update
 
 def fused_of(*deltas: list[float], examples: tuple[int, ...] | None = None) -> Fused:
     """The weighted mean of these deltas with what the driver says about them."""
-    combination = StrategyConfig().new_combination(RoundContext())
+    combination = build_aggregator(StrategyConfig(), RoundContext())
     for k, (delta, n) in enumerate(zip(deltas, examples or (1,) * len(deltas), strict=True)):
         combination.add(Update(f"org-{k}", 1, {"w": torch.tensor(delta)}, n, 1))
     found = combination.result()

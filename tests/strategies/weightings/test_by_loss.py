@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotune.strategies.build import build_aggregator
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.round import Fused, RoundContext
 from cotune.strategies.strategy import StrategyConfig
@@ -25,7 +26,7 @@ def told(loss: float, examples: int = 1, delta: float = 0.0) -> Update:
 
 
 def fused(weighting: Mapping[str, Any] | str, *updates: Update, context: RoundContext | None = None) -> float:
-    combination = StrategyConfig.model_validate({"weighting": weighting}).new_combination(context or RoundContext())
+    combination = build_aggregator(StrategyConfig.model_validate({"weighting": weighting}), context or RoundContext())
     for update in updates:
         combination.add(update)
     found = combination.result()

@@ -1,0 +1,132 @@
+"""The tables of a plan that say which model is trained, on which records, and what of it.
+
+They are data alone, checked by pydantic: no module that this one imports loads PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cotune.models.table import Table
+
+TaskName = Literal["sequence-classification", "token-classification", "image-classification"]
+TrainMode = Literal["head", "lora", "full"]
+Factors = Literal["b", "ab", "alternate"]
+
+_PREPENDED = "its vectors stand before every text of a batch, so that Opacus finds no gradient per record for them"
+_UNCHECKED = "nobody has checked here that its gradients are clipped record by record"
+_WHY_NOT = {  # adapters that are known, and why they are not to be had
+    "dora": "DoRA divides by the norm of the adapted weight, for which Opacus finds no gradient per record",
+    "ia3": "Opacus finds no gradient per record for IA3's scaling vectors",
+    "adalora": "AdaLoRA prunes ranks by the records' gradients, which no accounting covers",
+    "vera": "Opacus finds no gradient per record for VeRA's scaling vectors",
+    "prompt": _PREPENDED,
+    "prompt_tuning": _PREPENDED,
+    "prefix_tuning": _PREPENDED,
+    "p_tuning": _PREPENDED,
+    "loha": _UNCHECKED,
+    "lokr": _UNCHECKED,
+    "oft": _UNCHECKED,
+}
+
+
+class ModelConfig(Table):
+    """Which pretrained model, and how it reads records (the `model` table of a plan)."""
+
+    base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
+    base_hash: str | None = Field(
+        None, description="SHA-256 of the base model's weights, configuration and tokenizer; checked when given"
+    )
+    revision: str | None = Field(
+        None, description="of a hub id: the commit, tag or branch that is fetched; a federation's plan pins the commit"
+    )
+    pooling: Literal["auto", "mean", "native"] = Field(
+        "auto",
+        description="how token vectors become one: the architecture's own way, or the mean (auto: as the folder says)",
+    )
+    max_length: int = Field(128, ge=2, le=32768, description="tokens per text; the rest is cut off")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="arithmetic of frozen parts (auto: bfloat16 where the hardware has it); trained parameters are float32",
+    )
+
+
+class DataConfig(BaseModel):
+    """Where an organisation's records are, and which of their columns are used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(
+        min_length=1,
+        description="a file, a folder with one file per organisation, or package:NAME for data in a Python package",
+    )
+    text: str = Field(default="text", min_length=1, description="the column that holds the text, or the words of one")
+    image: str = Field(default="image", min_length=1, description="the column that holds an image: its path, or (Parquet) bytes")
+    label: str = Field(default="label", min_length=1, description="the column that holds the label, or the tag of each word")
+    unit: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the column that says whose a record is; default: called like privacy.unit",
+    )
+    encoding: str = Field(default="utf-8", description="of a CSV, TSV or JSON file, such as utf-8, latin-1 or utf-16")
+    deduplicate: bool = Field(
+        default=False, description="of records with the same input keep the first, or none if their labels differ"
+    )
+
+    def without_units(self) -> DataConfig:
+        """For records of which nobody need say whose they are, such as a coordinator's test set."""
+        return self.model_copy(update={"unit": None})
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            "a".encode(value)
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"{value!r} is not a text encoding: expected one such as utf-8 or latin-1") from error
+        return value
+
+    @model_validator(mode="after")
+    def _different_columns(self) -> DataConfig:
+        for key, other in (("text", "label"), ("image", "label"), ("unit", "label"), ("unit", "text"), ("unit", "image")):
+            if getattr(self, key) == getattr(self, other):
+                raise ValueError(f"{key} and {other} are both {getattr(self, key)!r}: expected two different columns")
+        return self
+
+
+class LoraConfig(Table):
+    """Low-rank adapters (Hu et al., ICLR 2022): W + s·B·A, through peft."""
+
+    method: Literal["lora", "rslora"] = Field(
+        "lora", description="lora: s = α/r; rslora: s = α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)"
+    )
+    rank: int = Field(8, ge=1, le=512, description="r")
+    alpha: float = Field(16.0, gt=0, le=4096, description="α")
+    factors: Factors = Field(
+        "b",
+        description="which are trained: b (A stays as drawn from the plan's seed: FFA-LoRA, Sun et al., ICLR 2024), ab (both), or"
+        " alternate (B in odd rounds, A in even ones: RoLoRA)",
+    )
+    keep: Literal["nothing", "b"] = Field(
+        "nothing",
+        description="what organisations train and do not share; b: B and the head, so that each has a model of its own around"
+        " a common A (FedSA-LoRA, Guo et al., ICLR 2025)",
+    )
+    targets: tuple[str, ...] | Literal["auto"] = Field(
+        "auto",
+        description="names of the linear modules that get an adapter (auto: what peft adapts in this architecture)",
+    )
+    smaller_ranks: bool = Field(
+        False, description="organisations may train the first slices of the rank alone, as their policy says"
+    )
+    layers: int | None = Field(None, ge=1, description="only the last so many transformer layers get adapters; default: all")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _possible(cls, value: Any) -> Any:
+        reason = _WHY_NOT.get(str(value).lower().replace("-", "_"))
+        if reason:
+            raise ValueError(f"expected lora or rslora: {reason}")
+        return value

@@ -1,0 +1,112 @@
+"""The tables of a plan that say what is promised: to each record or unit of an organization, and to whole organizations.
+
+They are data alone, checked by pydantic: no module that this one imports loads PyTorch or SciPy.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from cotune.models.errors import PrivacyError
+from cotune.models.table import Table
+
+
+class RecordPrivacy(Table):
+    """What every organisation promises each of its records (the `privacy` table of a plan)."""
+
+    mode: Literal["record"] = Field("record", description="promised within each organization, by noise in its training")
+    unit: str = Field(
+        "record", min_length=1, max_length=100, description="whom it is promised to: each record, or each value of a column"
+    )
+    max_records: int | None = Field(
+        None, ge=1, le=10_000, description="records of a unit that count at most; only for another unit than record"
+    )
+    epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organisation over the whole run")
+    delta: float | str = Field("1/n^1.5", description='δ: a number, or "1/n^p" with n the organisation\'s records')
+    clip_norm: float = Field(1.0, ge=1e-6, le=1e3, description="C, bound on the L2 norm of one record's gradient")
+    clipping: Literal["flat", "per_layer"] = Field(
+        "flat", description="the gradient as a whole, or each parameter tensor to C/√L; per_layer: head and lora only"
+    )
+
+    @field_validator("delta")
+    @classmethod
+    def _delta_is_usable(cls, value: float | str) -> float | str:
+        return check_delta(value)
+
+    @model_validator(mode="after")
+    def _unit_is_bounded(self) -> Self:
+        if (self.unit == "record") != (self.max_records is None):
+            raise ValueError(
+                f'unit = "{self.unit}" with max_records = {self.max_records}: expected a number for a unit from a column,'
+                " as by --set privacy.max_records=3, and none for a record"
+            )
+        return self
+
+    def delta_for(self, examples: int) -> float:
+        """δ for an organisation with `examples` records.
+
+        Raises PrivacyError when δ is larger than 1/n, where the guarantee would be empty (publishing one whole record at random
+        would satisfy it), and for fewer than 2 records.
+        """
+        delta = delta_of(self.delta, examples)
+        if examples < 2 or delta * examples > 1:
+            raise PrivacyError(
+                f"privacy.delta = {self.delta} gives δ = {delta:.2g} for {examples} examples; expected at most 1/{examples}"
+                ' = one over the number of examples: choose a smaller δ, such as "1/n^1.5"'
+            )
+        return delta
+
+
+def check_delta(rule: float | str) -> float | str:
+    """The rule for δ as it is, a text that is a number as the number. Raises ValueError for what is neither."""
+    if isinstance(rule, str):
+        if _delta_exponent(rule) is not None:
+            return rule
+        try:
+            rule = float(rule)
+        except ValueError:
+            raise ValueError(f'expected a number or "1/n^p" with p >= 1, got "{rule}"') from None
+    if not 0 < rule < 1:
+        raise ValueError(f"expected 0 < delta < 1, got {rule}")
+    return rule
+
+
+def delta_of(rule: float | str, examples: int) -> float:
+    """δ by a rule (a number, or "1/n^p") for `examples` records."""
+    exponent = _delta_exponent(rule) if isinstance(rule, str) else None
+    return float(rule) if exponent is None else float(max(examples, 1) ** -exponent)
+
+
+def _delta_exponent(rule: str) -> float | None:
+    """p of the rule "1/n^p" (or "1/n"); None where it is no such rule or p < 1."""
+    match = re.fullmatch(r"1\s*/\s*n(?:\s*(?:\^|\*\*)\s*(\d+(?:\.\d+)?))?", rule.strip())
+    exponent = float(match[1] or 1) if match else 0.0
+    return exponent if exponent >= 1 else None
+
+
+class ClientPrivacy(Table):
+    """What every organisation is promised about its taking part (the `client_privacy` table of a plan)."""
+
+    epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed over the whole run")
+    epsilon_total: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="ε allowed over all runs of a federation, fixed by the first; default: that of one run",
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="δ, below one over the number of organisations")
+    clip_norm: float = Field(
+        1.0, ge=1e-6, le=1e6, description="C, bound on an organisation's update, in L2 norm; adaptive: at first"
+    )
+    clipping: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: C follows a quantile of the norms")
+    target_quantile: float = Field(0.5, gt=0, lt=1, description="γ, fraction of the updates that adaptive clipping leaves as is")
+    clip_learning_rate: float = Field(0.2, gt=0, le=2, description="η of adaptive clipping")
+    bit_noise: float | None = Field(
+        None, gt=0, le=1e6, description="σ_b; default: K/20, but z at least, for at most 16 % more noise"
+    )
+    amplification: bool = Field(
+        False, description="account for server.sample_rate: holds only against who does not learn who took part"
+    )
