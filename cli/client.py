@@ -100,12 +100,11 @@ def policy(
     from cotune.models.durable import write_durably
     from cotune.models.errors import PlanError
     from cotune.plan.document import value_of
-    from cotune.plan.early import check_rules
+    from cotune.privacy.policy import Policy, changed_policy, check_rules, dump_policy
 
     settings = dict(_setting(text) for text in change or ())
     check_rules(settings)
     from cotune.client.site import Site
-    from cotune.privacy.policy import Policy, changed_policy, dump_policy
 
     opened = None if site is None else Site(site.expanduser())
     before = Policy() if opened is None else opened.policy()

@@ -64,7 +64,7 @@ def check(
             "--examples says who has how many records, and none are read: it goes without --data, --clients, --partition and --by"
         )
     else:
-        options.check_keys()
+        options.check_tables()
     beginning(f"plan {options.source}: loading PyTorch, then base model and records", quiet=as_json)
     console = screen()
     with screen(stderr=True, quiet=as_json).status("checking data, model and privacy"):

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cotune.models.missing import check_base, check_source
+from cotune.plan.document import read_document
+from cotune.plan.load import check_key, check_tables, load_plan
+
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.plan.schema import Plan
 
@@ -96,33 +100,25 @@ class PlanOptions:
         Raises:
             PlanError, DataError, ModelError: In one sentence.
         """
-        from cotune.models.missing import check_base, check_source
-        from cotune.plan.document import overrides_alone
-        from cotune.plan.early import check_keys
-
         vary = tuple(vary)
-        table = self.check_keys()
+        table = self.check_tables()
         whole = [key.partition("=")[0] for key in vary if "." in key.partition("=")[0]]  # a short name stands for one of them
-        check_keys(overrides_alone([f"{key}={{}}" for key in whole]), "plan")
+        for key in whole:
+            check_key(key)
         varied = {key.partition("=")[0].strip().partition(".")[0] for key in vary}
         if "data" not in varied:
             check_source(_entry(table, "data", "source"))
         if "model" not in varied:
             check_base(_entry(table, "model", "base"))
 
-    def check_keys(self) -> dict[str, Any]:
-        """Return the plan as it is written, with the overrides. Raises PlanError, for an unknown key too."""
-        from cotune.plan.document import read_document
-        from cotune.plan.early import check_keys
-
+    def check_tables(self) -> dict[str, Any]:
+        """Return the plan as it is written, with the overrides. Raises PlanError for what is wrong in its tables."""
         table = read_document(self.source, self.overrides)
-        check_keys(table, "plan")
+        check_tables(table, partial=True)
         return table
 
     def without_data(self) -> PlanOptions:
         """The same; a plan that does not say where records are gets a name for them, as nobody will look."""
-        from cotune.plan.document import read_document
-
         table = read_document(self.source, self.overrides)
         if _entry(table, "data", "source") is not None:
             return self
@@ -130,8 +126,6 @@ class PlanOptions:
 
     def load(self) -> Plan:
         """The plan. Raises PlanError."""
-        from cotune.plan.load import load_plan
-
         return load_plan(self.source, self.overrides)
 
 

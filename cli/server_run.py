@@ -18,6 +18,8 @@ from rich.table import Table
 from cotune.cli.plan_options import Set
 from cotune.cli.screen import beginning, screen
 from cotune.models.nested import json_of
+from cotune.plan.document import read_document
+from cotune.plan.load import check_tables
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import instant, percent, size
 
@@ -45,10 +47,8 @@ def run(
     """Carry out the plan with the organisations that were invited."""
     if resume and (new or override):
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
-    from cotune.plan.document import overrides_alone
-    from cotune.plan.early import check_keys
-
-    check_keys(overrides_alone(override or ()), "plan")
+    if override and (folder / "plan.toml").is_file():  # before anything heavy is imported
+        check_tables(read_document(folder / "plan.toml", override))
     beginning(f"reading {folder}")
     from cotune.cli.progress import showing_remote_progress
     from cotune.server.federation import FederationFolder

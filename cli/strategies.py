@@ -177,7 +177,7 @@ def check(
     from dataclasses import asdict
 
     from cotune.models.errors import PlanError
-    from cotune.plan.load import value_of
+    from cotune.plan.document import value_of
     from cotune.strategies.conformance import check_part
 
     info = _part(name, kind)

@@ -27,7 +27,7 @@ from cotune.models.head_fit import corrected, fit_head, head_names, head_scores,
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Target
-from cotune.plan.schema import PersonalizeConfig
+from cotune.plan.tables import PersonalizeConfig
 from cotune.privacy.randomness import seeded_generator
 
 __all__ = ["Adapted", "OwnRecords", "adapt", "base_head", "own_records", "parts", "units_of"]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from cotune.client.total import Total
 from cotune.models.errors import DataError, Declined, PrivacyError
-from cotune.plan.schema import LocalTraining, Plan
+from cotune.plan.schema import Plan
+from cotune.plan.tables import LocalTraining
 from cotune.privacy.accounting import Steps, calibrate, epsilon
 from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.ledger import History, Limit

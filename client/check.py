@@ -26,7 +26,8 @@ from cotune.models.device import peak_memory_bytes
 from cotune.models.errors import DataError, Declined, ModelError, PlanError, PrivacyError
 from cotune.models.left_out import cut_texts
 from cotune.models.sharing import SharedModel
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.site import Site
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
 from cotune.strategies.build import build_client_term
 from cotune.strategies.round import LocalSteps
 from cotune.strategies.updates import Delta

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cotune.client.account import Account
-from cotune.plan.schema import LocalTraining, Stage
+from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.delta_noise import LocalOptimizer, delta_noise_variance
 

@@ -36,7 +36,8 @@ from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import score
 from cotune.plan.card import CARD, model_card
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import PersonalizeConfig, Plan
+from cotune.plan.schema import Plan
+from cotune.plan.tables import PersonalizeConfig
 
 __all__ = ["COLUMNS", "AdaptedSite", "Received", "adapt_site", "evaluate_site", "open_received"]
 

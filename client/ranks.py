@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cotune.models.sharing import SharedModel, State
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
 from cotune.privacy.policy import Policy
 from cotune.strategies.updates import Delta
 

@@ -22,7 +22,8 @@ from cotune.models.independence import check_independence, check_padding
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Example, Target, example_losses, logits
 from cotune.models.text_task import IGNORED
-from cotune.plan.schema import LocalTraining, Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import Batch, check_clipping
 from cotune.privacy.per_example import Unit, kinds_without_rule

@@ -26,7 +26,8 @@ from cotune.client.telling import Teller
 from cotune.models.errors import Declined, RunError
 from cotune.models.sharing import State
 from cotune.plan.model import trained_names
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
 from cotune.privacy.accounting import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import StepReport, private_steps

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from cotune.models.errors import nearest
+from cotune.models.errors import PlanError, nearest
 
 __all__ = ["Table", "first_mistake", "keys_called", "keys_like", "meant_key", "models_in", "shown_value"]
 
@@ -44,9 +44,15 @@ _WORDS = {  # where pydantic's own words mean nothing to whoever writes TOML
 }
 
 
-def first_mistake(error: ValidationError, model: type[BaseModel], document: str) -> str:
-    """The most telling mistake of a document that does not fit its model, as one sentence."""
-    first = _most_telling(error)
+def first_mistake(error: ValidationError, model: type[BaseModel], document: str, *, partial: bool = False) -> str:
+    """Return the most telling mistake of a document that does not fit its model, as one sentence.
+
+    partial: whether keys may be absent; where nothing else is wrong, the sentence is empty.
+    """
+    mistakes = [each for each in error.errors() if not (partial and each["type"] == "missing")]
+    if not mistakes:
+        return ""
+    first = _most_telling(mistakes)
     location = [part for part in first["loc"] if not _is_union_tag(part)]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
@@ -59,6 +65,23 @@ def first_mistake(error: ValidationError, model: type[BaseModel], document: str)
     if message.startswith("unknown") or not key or (first["type"] == "value_error" and isinstance(first["input"], dict)):
         return f"the {document} is not valid: {key}: {message}" if key else f"the {document} is not valid: {message}"
     return f"the {document} has {key} = {shown_value(first['input'])}: {message}"
+
+
+def check_path(key: str, model: type[BaseModel], document: str, *, anything_below: Sequence[str] = ()) -> None:
+    """Check that a document has a key of that full name. Raises PlanError, with the nearest key.
+
+    anything_below: Keys under which any name is allowed here.
+    """
+    parts = key.split(".")
+    paths = list(_paths(model))
+    known = {path[:n] for path in paths for n in range(1, len(path) + 1)}
+    for depth in range(1, len(parts) + 1):
+        at = tuple(parts[:depth])
+        if ".".join(at) in anything_below or at[-1].isdigit() or at[0] == "train":
+            return
+        if at not in known:
+            hint = meant_key(at[-1], paths, _known_keys(model, at[:-1]))
+            raise PlanError(f'the {document} has an unknown key "{".".join(at)}"{hint}')
 
 
 def meant_key(name: str, paths: Iterable[tuple[str, ...]], beside: Sequence[str]) -> str:
@@ -120,9 +143,9 @@ def _paths(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tupl
                 yield from _paths(inner, (*above, key))
 
 
-def _most_telling(error: ValidationError) -> Any:
+def _most_telling(mistakes: Sequence[Any]) -> Any:
     """Unions report one error per member: prefer the one from the member that was meant (a table, or a word)."""
-    errors = sorted(error.errors(), key=lambda e: e["loc"][:1] == ("train",))  # stages repeat what is wrong in [local]
+    errors = sorted(mistakes, key=lambda e: e["loc"][:1] == ("train",))  # stages repeat what is wrong in [local]
     same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
     return max(same, key=lambda e: (len(e["loc"]), e["type"] == "literal_error" and not isinstance(e["input"], dict)))
 

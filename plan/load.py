@@ -10,9 +10,10 @@ import tomli_w
 from pydantic import ValidationError
 
 from cotune.models.errors import PlanError
-from cotune.models.table import first_mistake
+from cotune.models.table import check_path, first_mistake
 from cotune.plan.document import folder_of, preset_names, preset_text, read_document, value_of
 from cotune.plan.schema import Plan
+from cotune.plan.tables import PlanTables
 from cotune.strategies.compatibility import first_problem
 from cotune.strategies.plugins import pinned
 from cotune.strategies.recipes import expand
@@ -27,9 +28,33 @@ def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, o
     learn what it needs; without, such a plan must have been completed by whoever made it.
     """
     table = read_document(source, overrides)
+    check_tables(table)
     if not own_code:
         return parse_plan(table)
     return _with_own_parts(table, folder_of(source))
+
+
+def check_tables(table: Mapping[str, Any], *, partial: bool = False) -> None:
+    """Check all of a plan but its strategy, and what its tables must be together: what needs no import of PyTorch.
+
+    Args:
+        table: A plan from plain values.
+        partial: Whether keys may be absent, as in overrides alone.
+
+    Raises:
+        PlanError: With the sentence that `parse_plan` would have.
+    """
+    try:
+        PlanTables.model_validate(dict(table))
+    except ValidationError as error:
+        sentence = first_mistake(error, Plan, "plan", partial=partial)
+        if sentence:
+            raise PlanError(sentence) from None
+
+
+def check_key(key: str) -> None:
+    """Check that a plan has a key of that full name; the keys of parts of a strategy are not looked at. Raises PlanError."""
+    check_path(key, Plan, "plan", anything_below=("strategy", "class_weights"))
 
 
 def parse_plan(table: Mapping[str, Any]) -> Plan:

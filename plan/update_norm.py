@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from cotune.models.errors import PrivacyError
-from cotune.plan.schema import LocalTraining, Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.accounting import calibrate
 from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.rounding import two_digits

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -185,13 +185,19 @@ def read_policy(file: Path) -> Policy:
         ) from None
 
 
+def check_rules(names: Iterable[str]) -> None:
+    """Check that a policy has rules of these full names, such as training.max_rounds. Raises PlanError."""
+    rules = {f"{table}.{rule}" for table in Policy.model_fields for rule in type(getattr(Policy(), table)).model_fields}
+    for name in names:
+        if name not in rules:
+            raise PlanError(f'the policy has no rule "{name}"{nearest(name, rules)}')
+
+
 def changed_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
     """The policy with other values for some rules, such as {"training.max_rounds": 50}. Raises PlanError for what is none."""
-    rules = {f"{table}.{rule}" for table in Policy.model_fields for rule in type(getattr(policy, table)).model_fields}
+    check_rules(changes)
     tables = policy.model_dump()
     for key, value in changes.items():
-        if key not in rules:
-            raise PlanError(f'the policy has no rule "{key}"{nearest(key, rules)}')
         table, _, rule = key.partition(".")
         tables[table][rule] = value
     try:

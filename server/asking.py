@@ -22,7 +22,7 @@ from statistics import median_high
 from flwr.app import Message, MessageType, RecordDict
 
 from cotune.models.errors import RunError
-from cotune.plan.schema import RoundsConfig
+from cotune.plan.tables import RoundsConfig
 from cotune.server.addresses import REVOKED, Node
 from cotune.server.approvals import NOT_APPROVED, Approvals, awaits_approval
 from cotune.server.post import Letter, Post

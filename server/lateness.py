@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cotune.plan.schema import RoundsConfig
+from cotune.plan.tables import RoundsConfig
 from cotune.server.inbox import Inbox
 from cotune.server.verification import Verify
 from cotune.strategies.updates import Update

@@ -23,7 +23,8 @@ from cotune.client.setting import setting_of
 from cotune.models.features import feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
 from cotune.privacy.gaussian import MOST_NOISE, grid_step
 from cotune.privacy.randomness import derive_seed, private_generator
 from cotune.simulations.released import Engine, Mechanism, Subject, released

@@ -17,7 +17,8 @@ from cotune.client.setting import Setting, optimizer_of, setting_of
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
 from cotune.plan.model import trained_names
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
 from cotune.privacy.canaries import Coins, Planted, new_canaries, plant
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps

@@ -18,7 +18,8 @@ from cotune.models.holdings import HoldingsFile
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import Metrics, score
 from cotune.plan.model import model_of
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
 from cotune.server.app import play
 from cotune.server.evaluation import predict
 from cotune.server.run_folder import Participant, RunFile, RunFolder

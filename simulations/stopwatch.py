@@ -17,7 +17,8 @@ from cotune.models.head_fit import fit_head, head_names
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import Example, logits
-from cotune.plan.schema import Plan, Stage
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 

@@ -18,7 +18,7 @@ from cotune.models.batching import FINE_LENGTHS, LENGTHS
 from cotune.models.features import FEATURE_SLOTS, are_kept, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel
-from cotune.plan.schema import LocalTraining, Stage
+from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.baselines import fits_alone
 from cotune.simulations.sites import Prepared

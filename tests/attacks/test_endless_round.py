@@ -17,7 +17,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.models.errors import Declined
-from cotune.plan.schema import RoundsConfig
+from cotune.plan.tables import RoundsConfig
 from cotune.server.addresses import REVOKED, Node
 from cotune.server.asking import Asking
 from cotune.server.post import Letter

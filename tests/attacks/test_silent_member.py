@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cotune.plan.schema import RoundsConfig
+from cotune.plan.tables import RoundsConfig
 from cotune.server import asking, carriers
 from cotune.server.asking import Asking
 from cotune.server.rounds import run_rounds

@@ -15,7 +15,7 @@ from cotune.models.config import ModelConfig
 from cotune.models.errors import DataError
 from cotune.models.head_fit import fit_head, head_scores
 from cotune.models.sharing import SharedModel, State, resident
-from cotune.plan.schema import PersonalizeConfig
+from cotune.plan.tables import PersonalizeConfig
 
 POINTS = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
 

@@ -27,7 +27,8 @@ from cotune.models.sharing import SharedModel, State, resident
 from cotune.models.tasks import example_losses, logits
 from cotune.models.text_task import collator
 from cotune.plan.model import model_of
-from cotune.plan.schema import LocalTraining, Plan
+from cotune.plan.schema import Plan
+from cotune.plan.tables import LocalTraining
 from cotune.privacy.accounting import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import StepReport
