@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-__all__ = ["DigitsConfig", "DigitsForImageClassification", "DigitsModel", "write_digits"]
-
 SIDE = 8  # pixels
 PLAN = """\
 # FedAvg on 10 organisations with very unequal classes reaches about .92 after 20 rounds.

@@ -29,8 +29,6 @@ from cotune.server.run_folder import RunFolder
 from cotune.server.superlink import APP, Control, control
 from cotune.simulations.sites import make_run, prepare
 
-__all__ = ["Federation", "federation", "free_port", "prepare_run", "until", "write_model", "write_sentences"]
-
 _Found = TypeVar("_Found")
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", "the", "a", "is", "very", "it"]
 NODE = """

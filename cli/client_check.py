@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from cotune.plan.invitation import Invitation
     from cotune.plan.schema import Plan
 
-__all__ = ["Collection", "Data", "Label", "Model", "SiteFolder", "Text", "Unit", "allowing", "check", "keep_what_is_named"]
 
 SiteFolder = Annotated[Path, typer.Argument(help="The organisation's site: a folder that `cotune client init` made.")]
 Data = Annotated[str | None, typer.Option(help="Where the records are: a file, or a folder of images. Kept in the site.")]

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from cotune.client.site import Site
     from cotune.plan.schema import Plan
 
-__all__ = ["Shown", "approve", "init", "join", "sent"]
-
 
 def init(
     site: Annotated[Path, typer.Argument(help="The folder to make.")],

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cotune.client.site import Site
     from cotune.models.holdings import Holdings
 
-__all__ = ["adapt", "evaluate"]
 
 _HEADINGS = {
     "majority": "always the most frequent class",

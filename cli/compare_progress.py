@@ -12,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from cotune.server.figures import duration
 
-__all__ = ["showing_cells"]
-
 
 @contextmanager
 def showing_cells(console: Console) -> Iterator[Callable[[str, dict[str, Any]], None]]:

@@ -15,8 +15,6 @@ from cotune.cli.meant import own_options
 from cotune.cli.predict import Device, Length, ModelSource, ThresholdOption
 from cotune.cli.screen import beginning, screen
 
-__all__ = ["evaluate", "figure", "show_classes", "with_interval"]
-
 _MOST_CLASSES = 25  # of a confusion matrix on a terminal
 _WIDE = 24  # characters of a class name
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need 
     from cotune.simulations.forecast import ClientForecast, Forecast
     from cotune.simulations.new_policy import NewPolicy, OwnBound, Refusal
 
-__all__ = ["show_forecast"]
 
 _RULE = "budget.epsilon_per_run"
 

@@ -12,7 +12,6 @@ from rich.table import Table
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.plan.keys import Key
 
-__all__ = ["show_explained", "show_keys"]
 
 _PARTS = ("strategy.weighting", "strategy.fusion", "strategy.server_optimizer", "strategy.client_term")
 

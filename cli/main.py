@@ -24,8 +24,6 @@ from cotune.cli import strategies as strategy_commands
 from cotune.cli.meant import meant_option
 from cotune.models.terminal import clean_output, printable
 
-__all__ = ["app", "run"]
-
 app = typer.Typer(
     name="cotune",
     help="Collaborative fine-tuning without sharing data.",

@@ -14,7 +14,6 @@ from cotune.models.terminal import printable
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-__all__ = ["meant_option", "own_options"]
 
 _ALIKE = 0.75  # of difflib's ratio: a slip of the finger, and no other word
 

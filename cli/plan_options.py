@@ -17,7 +17,6 @@ from cotune.plan.load import check_key, check_tables, load_plan
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.plan.schema import Plan
 
-__all__ = ["AsJson", "By", "Clients", "Data", "Label", "Model", "Partition", "PlanArgument", "PlanOptions", "Set", "Task", "Text"]
 
 PlanArgument = Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")]
 Data = Annotated[

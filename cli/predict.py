@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from cotune.models.quality import Threshold
     from cotune.models.unlabeled import Row
 
-__all__ = ["Device", "Length", "ModelSource", "ThresholdOption", "predict"]
 
 _WIDE = 60  # characters of a text that a table shows
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "jsonl"}

@@ -26,8 +26,6 @@ from cotune.privacy.rounding import round_up
 from cotune.server.events import Listener, listening
 from cotune.server.figures import duration, size
 
-__all__ = ["showing_progress", "showing_remote_progress"]
-
 _FEATURE_SECONDS = 5.0  # between two plain lines about encoding
 
 

@@ -7,8 +7,6 @@ from typing import Any
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import size
 
-__all__ = ["remote_line"]
-
 
 def remote_line(event: str, fields: dict[str, Any]) -> str | None:
     """None for any other event."""

@@ -18,8 +18,6 @@ from rich.text import Text
 
 from cotune.models.terminal import Clean, lines_of, printable
 
-__all__ = ["Screen", "beginning", "screen"]
-
 _ANY_WIDTH = 10_000  # columns
 _TAG = re.compile(r"(\\*)\[([a-z#/@][^[]*?)]")  # as rich.markup finds them
 _OWN = frozenset({"bold", "bold red", "bold yellow", "dim", "green", "italic", "red", "yellow"})

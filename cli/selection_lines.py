@@ -17,8 +17,6 @@ from cotune.server.figures import percent
 if TYPE_CHECKING:
     from cotune.simulations.selected import Selected
 
-__all__ = ["show_selected", "showing_selection"]
-
 
 @contextmanager
 def showing_selection(console: Console) -> Iterator[Callable[[str, dict[str, Any]], None]]:

@@ -17,7 +17,7 @@ from cotune.cli.screen import screen
 if TYPE_CHECKING:
     import click
 
-    from cotune.strategies.conformance import Finding
+    from cotune.strategies.conformance.checks import Finding
     from cotune.strategies.parts import Kind, PartInfo
 
 _HEADINGS = {

@@ -8,8 +8,6 @@ from typing import Any
 
 from cotune.strategies import catalogue
 
-__all__ = ["renewed"]
-
 _MARK = "<!-- From here on the page is written by `cotune strategies --page docs/strategies.md`. -->"
 _HEADINGS = {
     "weighting": "Weightings",

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from cotune.client.site import Site
     from cotune.plan.trail import End, Trails
 
-__all__ = ["verify_sent", "verify_trail"]
-
 
 def verify_trail(
     run: Annotated[Path, typer.Argument(help="The folder of a run, such as FED/runs/<run>.")],

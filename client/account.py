@@ -21,12 +21,11 @@ from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.gaussian import add_gaussian_noise
 from cotune.privacy.geometric import add_geometric_noise
-from cotune.privacy.ledger import Ledger, Limit
+from cotune.privacy.ledger import Ledger
+from cotune.privacy.limits import Limit
 from cotune.privacy.policy import Policy
 from cotune.privacy.randomness import private_generator
 from cotune.privacy.rounding import two_digits
-
-__all__ = ["Account"]
 
 _COUNT = "example count"
 _DELTA = 1e-10  # at which the draw of N is held against the total: below that of any data set, whose δ follows from N

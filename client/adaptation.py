@@ -30,8 +30,6 @@ from cotune.models.tasks import Target
 from cotune.plan.tables import PersonalizeConfig
 from cotune.privacy.randomness import seeded_generator
 
-__all__ = ["Adapted", "OwnRecords", "adapt", "base_head", "own_records", "parts", "units_of"]
-
 _PULLS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)  # over the number of records, of the penalty toward a head
 _PARTS = (0.25, 0.5, 0.75)  # of the head that was fitted alone, in a mix
 _MANY = 2000  # records, from which on one part judges instead of every one in turn

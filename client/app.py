@@ -40,8 +40,6 @@ from cotune.plan.signatures import FINISHED, TRAIN, RequestStatement, content_di
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.wire import Receipt, Request, decode_header, decode_request, encode_receipt, encode_update, received_digest
 
-__all__ = ["app"]
-
 _log = logging.getLogger(__name__)
 _CONSENT: dict[str, Consent] = {TRAIN: check_plan, FINISHED: check_base_model}
 _MOST_NAMES = 50  # of what was told, in a line of the log

@@ -20,8 +20,6 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 
-__all__ = ["Approvals"]
-
 _MOST_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them
 _MOST_CHARACTERS = 1_000_000
 

@@ -22,10 +22,7 @@ from flwr.app import RecordDict
 
 from cotune.models.errors import RunError
 from cotune.models.nested import json_of
-from cotune.plan.signatures import content_digest
 from cotune.strategies.wire import payload_bytes
-
-__all__ = ["AuditLog", "content_digest", "record_sizes"]
 
 _START = "0" * 64  # the hash before the first line
 _LONGEST_LINE = 64 * 1024  # bytes; what is read to find the last line

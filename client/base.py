@@ -12,8 +12,6 @@ from cotune.models.sharing import SharedModel
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 
-__all__ = ["find_base_here", "model_here"]
-
 
 def model_here(plan: Plan, site: Site) -> SharedModel:
     """The plan's model, as `plan.model.model_of` loads it, on the site's device."""

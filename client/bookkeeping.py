@@ -22,8 +22,6 @@ from cotune.privacy.filters import composition, epsilon_over_runs, epsilon_spent
 from cotune.privacy.policy import BudgetRules
 from cotune.privacy.verification import FORMAT
 
-__all__ = ["export", "overview"]
-
 
 def overview(site: Site) -> dict[str, Any]:
     """The ledger as plain values, one table for each collection ("" where there is none).

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import httpx
 
-__all__ = ["distrust"]
-
 _MOST_ANSWER_BYTES = 64 * 2**20  # of one answer: a piece of an array, a bundle, or the names of all objects of a message
 
 

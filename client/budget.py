@@ -10,21 +10,11 @@ from cotune.models.errors import DataError, Declined, PrivacyError
 from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining
 from cotune.privacy.accounting import Steps, calibrate, epsilon
+from cotune.privacy.charges import History
 from cotune.privacy.config import RecordPrivacy, delta_of
-from cotune.privacy.ledger import History, Limit
+from cotune.privacy.limits import Limit
 from cotune.privacy.policy import Policy
 from cotune.privacy.rounding import round_up
-
-__all__ = [
-    "Budget",
-    "budget_of",
-    "check_examples",
-    "noise_multiplier",
-    "planned_charges",
-    "planned_steps",
-    "planned_telling",
-    "total_delta",
-]
 
 _MOST_NOISE = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
 

@@ -6,8 +6,6 @@ import io
 import zipfile
 from pathlib import PurePosixPath
 
-__all__ = ["reason_to_refuse"]
-
 _CONFIGURATION = {".toml", ".md", ".txt", ".json", ".yaml", ".yml"}
 _PLAIN = {".info/CONTENT", "LICENSE"}
 

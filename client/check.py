@@ -31,8 +31,6 @@ from cotune.plan.tables import Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
 
-__all__ = ["Checked", "StageCheck", "check"]
-
 T = TypeVar("T")
 
 

@@ -19,8 +19,6 @@ from cotune.client.site import Site
 from cotune.client.trust import Trust
 from cotune.models.errors import RunError
 
-__all__ = ["Entrance", "Tried", "try_connection", "versions"]
-
 
 class Entrance:
     """Where a node goes in. Keys and authorities are read anew for every connection: both may be renewed while the node stays.

@@ -14,18 +14,6 @@ from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
 
-__all__ = [
-    "Broken",
-    "broken_rules",
-    "check_base_model",
-    "check_consent",
-    "check_number",
-    "check_plan",
-    "limit_gpu_memory",
-    "outside",
-    "unsaid_number",
-]
-
 
 @dataclass(frozen=True)
 class Broken:

@@ -18,8 +18,6 @@ from cotune.strategies.build import build_client_term
 from cotune.strategies.round import LocalSteps
 from cotune.strategies.updates import Delta
 
-__all__ = ["Correction"]
-
 
 class Correction:
     """Of one round at one organisation. admitted: the last round whose update of it is in the model; 0: none.

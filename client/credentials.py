@@ -11,8 +11,6 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from cotune.models.errors import RunError
 
-__all__ = ["read_certificates", "read_private_key"]
-
 
 def read_private_key(file: Path) -> EllipticCurvePrivateKey:
     """Raises RunError, also where others may read the file."""

@@ -22,10 +22,7 @@ from cotune.models.probes import lengths_of
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import Target, losses_of
 from cotune.models.text_task import IGNORED
-from cotune.privacy.dp_sgd import Batch
-from cotune.privacy.per_example import Unit
-
-__all__ = ["on_features"]
+from cotune.privacy.per_example import Batch, Unit
 
 _MOST_SLOTS = 512  # rows of features in a batch
 _MOST_ENTRIES = 2**24  # of the gradients of a batch of features, and of the features themselves

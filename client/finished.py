@@ -25,8 +25,6 @@ from cotune.plan.schema import Plan
 from cotune.strategies.updates import not_finite
 from cotune.strategies.wire import Request, received_digest
 
-__all__ = ["ABOUT", "keep_finished"]
-
 ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and the plan itself
 
 

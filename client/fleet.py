@@ -50,9 +50,7 @@ from cotune.client.bounded import distrust
 from cotune.client.reach import explained
 from cotune.models.terminal import printable
 from cotune.strategies.parcel import Parcel
-from cotune.strategies.pieces import CutOff, TooMuch, collect
-
-__all__ = ["CutOff", "Fleet", "FleetError", "NotKnown", "Request", "RequestOver", "TooMuch", "connected"]
+from cotune.strategies.pieces import collect
 
 _MOST_BYTES = 4 * 2**30  # of a request: more than any plan's
 _SILENCE_SECONDS = 10.0  # for the rest of a request that the server is uploading

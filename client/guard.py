@@ -11,8 +11,6 @@ from cotune.models.errors import RunError
 from cotune.models.sharing import SharedModel
 from cotune.privacy.dp_sgd import StepReport
 
-__all__ = ["Guard"]
-
 _USUAL = 100.0  # of a parameter of a usable model
 
 

@@ -28,8 +28,6 @@ from cotune.client.credentials import read_private_key
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 
-__all__ = ["FORMER", "both_keys", "next_key", "private_bytes", "public_keys", "take_next", "write_public"]
-
 FORMER = "former.pub"  # in node/
 
 

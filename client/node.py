@@ -26,7 +26,7 @@ from flwr.app import Message, MessageType
 from cotune.client.audit_log import AuditLog
 from cotune.client.bundle import reason_to_refuse
 from cotune.client.connection import Entrance
-from cotune.client.fleet import CutOff, Fleet, FleetError, Request, RequestOver
+from cotune.client.fleet import Fleet, FleetError, Request, RequestOver
 from cotune.client.observe import tell
 from cotune.client.refusal import UNSAID, refusal
 from cotune.client.resident import Resident, ResidentDied
@@ -34,8 +34,7 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import DataError, RunError
 from cotune.models.lock import only_one
 from cotune.strategies.parcel import Parcel
-
-__all__ = ["Node", "run_node"]
+from cotune.strategies.pieces import CutOff
 
 _POLL_SECONDS = 0.1
 _MOST_POLL_SECONDS = 1.0

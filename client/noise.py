@@ -12,8 +12,6 @@ from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.delta_noise import LocalOptimizer, delta_noise_variance
 
-__all__ = ["noise_variance", "stated_noise"]
-
 
 def stated_noise(
     account: Account,

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Observer", "observing", "tell"]
-
 Observer = Callable[[str, dict[str, Any]], None]
 """Called with what happened, and its details: "features" and "step" in training; "connected", "disconnected", "begun", "answered"
 and "dropped" at a node."""

@@ -37,8 +37,6 @@ from cotune.strategies.wire import (
     salt_of,
 )
 
-__all__ = ["Blocked", "check_reason", "check_receipt", "check_update"]
-
 _OF_RECORDS = {  # rules that the number of records decides: plan after plan, their names would tell it
     ("budget", "delta_per_run"),
     ("budget", "delta_times_records"),

@@ -10,8 +10,6 @@ from cotune.plan.schema import Plan
 from cotune.plan.update_norm import longest_by_gradients
 from cotune.privacy.config import RecordPrivacy
 
-__all__ = ["changes", "outline"]
-
 _MANY = 10_000  # records, where epochs and a batch in records make the steps depend on them
 
 

@@ -39,8 +39,6 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PersonalizeConfig
 
-__all__ = ["COLUMNS", "AdaptedSite", "Received", "adapt_site", "evaluate_site", "open_received"]
-
 COLUMNS = ("majority", "alone", "received", "adapted")  # from the floor up
 STAYS = (
     "Adapted by one organization to its own records, without noise. No ε bounds what it reveals of them: keep it where the"

@@ -7,8 +7,6 @@ from cotune.models.sharing import SharedModel, State
 from cotune.plan.model import shared_names, trained_names
 from cotune.plan.schema import Plan
 
-__all__ = ["PERSONAL", "Personal"]
-
 PERSONAL = "personal"  # the folder of what is kept
 
 

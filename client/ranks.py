@@ -15,8 +15,6 @@ from cotune.plan.tables import Stage
 from cotune.privacy.policy import Policy
 from cotune.strategies.updates import Delta
 
-__all__ = ["OwnRank"]
-
 
 class OwnRank:
     """Of one round at one organisation. Where its rank is the plan's, nothing here does anything.

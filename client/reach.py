@@ -12,8 +12,6 @@ from cryptography import x509
 from cotune.models.errors import RunError
 from cotune.models.terminal import printable
 
-__all__ = ["explained", "reach"]
-
 _SECONDS = 10.0
 _EXPIRED, _NOT_YET = 10, 9  # OpenSSL's X509_V_ERR_…
 _WRONG_HOST = (62, 64)

@@ -26,8 +26,6 @@ from cotune.privacy.policy import Policy
 from cotune.strategies.parcel import Parcel
 from cotune.strategies.wire import Request, decode_header
 
-__all__ = ["Consent", "check_received", "expected_shapes", "opened", "plan_of"]
-
 Consent = Callable[[Plan, Policy], None]  # raises Declined
 Shapes = Mapping[str, tuple[int, ...]]
 

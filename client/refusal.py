@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from flwr.app import Error, Message
 
-__all__ = ["UNSAID", "refusal"]
-
 UNSAID = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
 _REFUSED = 1001  # error code of a reply in which an organisation says why it did not train
 

@@ -11,8 +11,6 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.plan.renewal import NodeRenewal, fingerprint
 
-__all__ = ["renew_key"]
-
 
 def renew_key(site: Site) -> tuple[Path, str]:
     """Makes the next key, and the statement that the coordinator is to be given. The same again renews the same key.

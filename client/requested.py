@@ -37,17 +37,6 @@ from cotune.plan.signatures import (
 from cotune.privacy.policy import Policy
 from cotune.strategies.wire import Request, received_digest
 
-__all__ = [
-    "Requested",
-    "check_arrays",
-    "check_limits",
-    "check_request",
-    "countersign",
-    "countersign_refusal",
-    "last_range",
-    "verified",
-]
-
 _MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
 
 

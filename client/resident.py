@@ -21,8 +21,6 @@ from cotune.client.refusal import UNSAID, refusal
 from cotune.models.terminal import clean_output
 from cotune.strategies.parcel import Malformed, Parcel, TooMuch
 
-__all__ = ["Resident", "ResidentDied"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -22,8 +22,6 @@ from cotune.models.tasks import task_named
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 
-__all__ = ["fingerprint_of", "make_site", "name_base", "name_records"]
-
 
 def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None = None) -> Site:
     """A new site, for its owner alone. key: a private key as ssh-keygen makes it, to be copied; None: a new one (ECDSA, P-384).

@@ -20,15 +20,13 @@ from cotune.models.features import encode_batch, feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.independence import check_independence, check_padding
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Example, Target, example_losses, logits
-from cotune.models.text_task import IGNORED
+from cotune.models.tasks import Target, example_losses, logits
+from cotune.models.text_task import IGNORED, Example
 from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.dp_sgd import Batch, check_clipping
-from cotune.privacy.per_example import Unit, kinds_without_rule
-
-__all__ = ["Setting", "check_gradients", "check_stages", "made_up_setting", "optimizer_of", "setting_of"]
+from cotune.privacy.dp_sgd import check_clipping
+from cotune.privacy.per_example import Batch, Unit, kinds_without_rule
 
 _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
 

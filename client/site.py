@@ -35,8 +35,6 @@ from cotune.privacy.policy import Policy, read_policy
 from cotune.strategies.update_file import read_update, round_of, update_bytes
 from cotune.strategies.updates import Update
 
-__all__ = ["Site", "SiteFile"]
-
 
 class SiteFile(BaseModel):
     """site.json."""

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cotune.client.setting import Setting
+from cotune.client.training_rows import Setting
 from cotune.models.errors import PrivacyError
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan
 from cotune.plan.statistics import gram_layers
 from cotune.privacy.config import RecordPrivacy
-
-__all__ = ["statistics_of"]
 
 
 def statistics_of(plan: Plan, model: SharedModel, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:

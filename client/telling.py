@@ -13,8 +13,6 @@ from cotune.client.account import Account
 from cotune.models.errors import RunError
 from cotune.privacy.accounting import Steps
 
-__all__ = ["Teller"]
-
 
 class Teller:
     """Tells for one account."""

@@ -10,8 +10,6 @@ from cotune.privacy.accounting import Steps
 from cotune.privacy.charges import History
 from cotune.privacy.filters import epsilon_filter, epsilon_over_runs
 
-__all__ = ["Total"]
-
 _TOLERANCE = 1e-3  # relative, of a noise multiplier
 
 

@@ -19,10 +19,11 @@ from cotune.client.noise import stated_noise
 from cotune.client.observe import tell
 from cotune.client.personal import Personal
 from cotune.client.ranks import OwnRank
-from cotune.client.setting import Setting, check_gradients, optimizer_of, setting_of
+from cotune.client.setting import check_gradients, optimizer_of, setting_of
 from cotune.client.site import Site
 from cotune.client.statistics import statistics_of
 from cotune.client.telling import Teller
+from cotune.client.training_rows import Setting
 from cotune.models.errors import Declined, RunError
 from cotune.models.sharing import State
 from cotune.plan.model import trained_names
@@ -34,8 +35,6 @@ from cotune.privacy.dp_sgd import StepReport, private_steps
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.strategies.updates import Update, difference, not_finite
 from cotune.strategies.wire import received_digest
-
-__all__ = ["train_round"]
 
 _MOST_VALUE = 1e4  # of a parameter; those of usable models are below 100, and extreme ones are how rounding errors are made large
 

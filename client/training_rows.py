@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from cotune.models.probes import PerSlot
 from cotune.models.text_task import IGNORED
-from cotune.privacy.dp_sgd import Batch, Batches
-from cotune.privacy.per_example import Unit, per_example
-
-__all__ = ["Setting", "all_right", "of_each_slot"]
+from cotune.privacy.per_example import Batch, Batches, Unit, per_example
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,6 @@ from cotune.models.errors import RunError
 from cotune.plan.invitation import Invitation
 from cotune.plan.renewal import ServerRenewal
 
-__all__ = ["Trust", "TrustedServer", "learn", "note_use"]
-
 _MOST_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
 AUTHORITY_DAYS = 30  # that a former authority is believed after the new keys were used
 

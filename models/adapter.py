@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "drawn_a", "name_seed"]
-
 
 @dataclass(frozen=True)
 class Adapter:

@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AlignedRows"]
-
 _MULTIPLE = 16  # entries of a row: 64 bytes of float32, a cache line, and more than any vector register's alignment
 
 

@@ -15,8 +15,6 @@ from typing import Any
 
 from cotune.models.errors import ModelError
 
-__all__ = ["HUB_FILES", "check_named_weights", "content_hash", "decides", "deciding_files", "revision_of"]
-
 # Weights and their index, configuration, tokenizer, preprocessor, chat templates: whatever transformers opens. Code and pickles
 # are never opened, and a README decides nothing.
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")

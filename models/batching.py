@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["FINE_LENGTHS", "LENGTHS", "bucket_of_length", "fixed_batches", "tight_batches"]
-
 # Of batches of few records, as steps of DP-SGD have them: few lengths, or most slots would be blank.
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # Of passes over many records: on tweets 1.11 times the tokens of batches that are sorted and padded to the longest, not 1.21.

@@ -7,8 +7,6 @@ import unicodedata
 from collections.abc import Iterable
 from decimal import Decimal
 
-__all__ = ["class_name", "is_shown", "like_missing", "shown", "spelled_alike"]
-
 _UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")  # zero-width characters and directions
 _JOINERS = "\u200c\u200d"  # inside a word they make another one
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0", re.ASCII)

@@ -19,7 +19,6 @@ from cotune.models.separated import SEPARATORS, mended, named_separator, separat
 if TYPE_CHECKING:
     from cotune.models.formats import Columns, DataFile
 
-__all__ = ["are_names", "is_plain_name", "near_names", "no_names", "read_csv", "shown_names"]
 
 _FEW = 10  # lines, in which a class may not come twice
 _FEW_LINES = 1000

@@ -10,8 +10,6 @@ from safetensors import SafetensorError, safe_open
 
 from cotune.models.base_files import deciding_files
 
-__all__ = ["damage_of"]
-
 _JSON = ".json"
 _WEIGHTS = ".safetensors"
 

@@ -12,8 +12,6 @@ import torch
 
 from cotune.models.errors import DeviceError
 
-__all__ = ["bfloat16_is_fast", "kernels_of", "peak_memory_bytes", "pick_device"]
-
 
 def pick_device(wanted: str = "auto") -> torch.device:
     """auto: the first GPU, else the CPU. Raises DeviceError when a device that was asked for is absent."""

@@ -7,8 +7,6 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["remove_parts", "sync", "write_durably"]
-
 
 def write_durably(path: Path, content: bytes) -> None:
     """Writes, fsyncs and renames; when this returns, the file survives a power cut."""

@@ -8,8 +8,6 @@ from torch import nn
 
 from cotune.models.errors import ModelError
 
-__all__ = ["encoder_name"]
-
 
 def encoder_name(module: Any) -> str:
     """Return the attribute that holds the encoder of a classifier of transformers.

@@ -8,8 +8,6 @@ from contextlib import suppress
 
 from cotune.models.errors import DataError
 
-__all__ = ["decoded"]
-
 _MARKS = (b"\xff\xfe", b"\xfe\xff")  # with which UTF-16 begins
 _WIDE_MARKS = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")  # and UTF-32; as UTF-16, the first would be a mark and a NUL
 _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["Entity", "entities", "entity_quality"]
-
 Entity = tuple[str, int, int]  # type, first word, last word
 _OUTSIDE = "O"
 _PREFIXES = ("B", "I", "E", "S")

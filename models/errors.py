@@ -17,19 +17,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "CotuneError",
-    "DataError",
-    "Declined",
-    "DeviceError",
-    "ModelError",
-    "PlanError",
-    "PrivacyError",
-    "RunError",
-    "nearest",
-    "reason_of",
-]
-
 
 class CotuneError(Exception):
     """A failure that is the user's to mend. `exit_code`: what the command line exits with."""

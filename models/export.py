@@ -17,8 +17,6 @@ from cotune.models.base import dropout_settings, quiet
 from cotune.models.lora import merge_adapters
 from cotune.models.sharing import SharedModel
 
-__all__ = ["export_model"]
-
 
 def export_model(model: SharedModel, folder: Path, beside: Mapping[str, str] | None = None) -> None:
     """Write safetensors, configuration with label names, and tokenizer or image processor; adapters are merged into the weights.

@@ -36,22 +36,8 @@ from cotune.models.encoder import encoder_name
 from cotune.models.inputs import Input, answer_count, content_of
 from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Example, logits
-from cotune.models.text_task import IGNORED, Batch
-
-__all__ = [
-    "FEATURE_SLOTS",
-    "FeatureHead",
-    "are_kept",
-    "arithmetic",
-    "cache_folder",
-    "encode_batch",
-    "feature_head",
-    "features_mix",
-    "features_of",
-    "rows_of_answers",
-    "vectors_of",
-]
+from cotune.models.tasks import logits
+from cotune.models.text_task import IGNORED, Batch, Example
 
 FEATURE_SLOTS = 64  # rows of every forward pass: a public constant
 _FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)

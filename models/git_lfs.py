@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["first_lfs_pointer", "is_lfs_pointer"]
-
 _START = b"version https://git-lfs.github.com/spec/"
 _LARGEST = 1024  # bytes of a pointer (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)
 

@@ -18,8 +18,6 @@ from cotune.models.errors import RunError
 from cotune.models.features import feature_head
 from cotune.models.sharing import SharedModel, State
 
-__all__ = ["corrected", "fit_head", "head_names", "head_scores", "last_layer", "told_by"]
-
 _ITERATIONS = 60
 _TOLERANCE = 1e-6
 

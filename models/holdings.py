@@ -23,11 +23,8 @@ from cotune.models.features import Progress, features_of, rows_of_answers
 from cotune.models.inputs import Input, Label, names_in, stratum_of
 from cotune.models.records import Records, read_records
 from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import Example
-from cotune.models.text_task import IGNORED
+from cotune.models.text_task import IGNORED, Example
 from cotune.models.units import RECORD, UnitRule, agree, chosen, grouped, identity_of_person
-
-__all__ = ["Elsewhere", "Holdings", "HoldingsFile", "Portion", "write_holdings"]
 
 _SURPLUS = "more than max_records of their unit"
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from cotune.models.errors import DataError
 from cotune.models.images import SUFFIXES
 
-__all__ = ["holds_classes", "labelled_images", "signature"]
-
 
 def labelled_images(folder: Path) -> list[tuple[Path, str]]:
     """(file, class) of every image in the folder's sub-folders, which are named for their classes; sorted. Raises DataError."""

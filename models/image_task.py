@@ -17,8 +17,6 @@ from cotune.models.images import Image, ImageReader, opened
 from cotune.models.inputs import Input, Label
 from cotune.models.text_task import IGNORED, Collate, each_or_none
 
-__all__ = ["ImageClassification"]
-
 Example = dict[str, Any]  # {"image": Image, or Tensor (3, h, w) where it is made up; "labels": int}
 
 

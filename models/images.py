@@ -23,8 +23,6 @@ from torch import Tensor
 
 from cotune.models.errors import DataError, ModelError, reason_of
 
-__all__ = ["SUFFIXES", "Image", "ImageReader", "opened"]
-
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _FORMATS = ("PNG", "JPEG")
 _MOST_PIXELS = 50_000_000  # decoded, 150 MB

@@ -32,10 +32,8 @@ from cotune.models.errors import PrivacyError
 from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
 from cotune.models.probes import PerSlot, example_probes, feature_probes, lengths_of, mixes, stretched
 from cotune.models.sharing import SharedModel
-from cotune.models.tasks import Example, logits
-from cotune.models.text_task import Batch
-
-__all__ = ["MAX_PADDING_ERROR", "check_independence", "check_padding", "padding_error"]
+from cotune.models.tasks import logits
+from cotune.models.text_task import Batch, Example
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
 _FEATURES_TRIED = 4

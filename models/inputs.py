@@ -13,8 +13,6 @@ from collections import Counter
 from cotune.models.images import Image
 from cotune.models.terminal import IGNORABLE
 
-__all__ = ["Input", "Label", "answer_count", "content_of", "identity_of", "names_in", "plain", "stratum_of"]
-
 Input = str | tuple[str, ...] | Image
 Label = str | tuple[str, ...]
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes

@@ -12,11 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    *("CONFIDENCE", "FEW", "Answers", "Interval", "Paired"),
-    *("accuracy_interval", "answers_of", "f1_interval", "paired", "wilson"),
-]
-
 CONFIDENCE = 0.95
 FEW = 200  # test records, below which a report warns
 _DRAWS = 2000  # of a bootstrap

@@ -17,8 +17,6 @@ from cotune.models.predictor import Predictor
 from cotune.models.quality import NOT_TOLD, Threshold, quality, told_classes
 from cotune.models.records import Records
 
-__all__ = ["class_numbers", "judge_records"]
-
 _SHOWN = 5  # unknown classes that an error names
 _NO_TAG = "O"
 

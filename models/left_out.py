@@ -10,7 +10,6 @@ from cotune.models.inputs import Input
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from cotune.models.sharing import SharedModel
 
-__all__ = ["ELSEWHERE", "KEPT", "UNREADABLE", "cut_reason", "cut_texts", "left_out_line"]
 
 UNREADABLE = "unreadable"  # of a line, or of what stands in it
 KEPT = "duplicate that is trained on"  # where nothing leaves out copies: no promise to records, and no data.deduplicate

@@ -11,8 +11,6 @@ from typing import IO
 
 from cotune.models.errors import RunError
 
-__all__ = ["only_one"]
-
 _LOOK_SECONDS = 0.02
 
 

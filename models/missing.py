@@ -6,8 +6,6 @@ from pathlib import Path
 
 from cotune.models.errors import DataError, ModelError, RunError
 
-__all__ = ["check_base", "check_file", "check_new", "check_source", "missing_base", "missing_source", "path_of_base"]
-
 _PACKAGE = "package:"
 
 

@@ -9,8 +9,6 @@ from typing import Any
 from cotune.models.class_names import class_name
 from cotune.models.errors import ModelError
 
-__all__ = ["base_labels", "read_settings"]
-
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the content of config.json.

@@ -6,8 +6,6 @@ import re
 
 from cotune.models.errors import PlanError
 
-__all__ = ["check_name"]
-
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 

@@ -10,8 +10,6 @@ import re
 import tomllib
 from typing import Any
 
-__all__ = ["json_of", "toml_of"]
-
 _MOST_CHARACTERS = 4 * 2**20  # of a document
 _MOST_PARTS = 16  # of a key with dots; those of a plan have 6
 _PART = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""

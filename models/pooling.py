@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["add_mean_pooling", "can_pool_mean", "wants_mean_pooling"]
-
 _SCALE = 1024.0  # s: exact in bfloat16, and large enough that the first token's own vector does not count
 _SQUASH = 0.125  # the pooler's tanh stays close to linear: LayerNorm'd entries are rarely above 5
 

@@ -23,9 +23,8 @@ from cotune.models.errors import ModelError, reason_of
 from cotune.models.inputs import Input
 from cotune.models.model_settings import base_labels, read_settings
 from cotune.models.sharing import SharedModel
-from cotune.models.tasks import Example, logits, task_named
-
-__all__ = ["Predictor", "load_finished", "open_predictor"]
+from cotune.models.tasks import logits, task_named
+from cotune.models.text_task import Example
 
 _BATCH = 64
 _LENGTH = 512  # tokens, where a folder does not say how long texts were in training

@@ -19,8 +19,6 @@ from cotune.models.errors import ModelError
 from cotune.models.sharing import SharedModel
 from cotune.models.text_task import IGNORED, Batch, Example
 
-__all__ = ["PerSlot", "example_probes", "feature_probes", "lengths_of", "mixes", "stretched"]
-
 PerSlot = Callable[
     [Batch], Sequence[Tensor]
 ]  # a batch -> tensors (slots, ...), each row of which is about the record in the slot

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from cotune.models.errors import DataError, nearest
 from cotune.models.intervals import Answers, accuracy_interval, f1_interval
 
-__all__ = ["NOT_TOLD", "Threshold", "calibration", "parse_threshold", "quality", "told_classes"]
-
 NOT_TOLD = -1  # the class number of an answer that was not given
 _BINS = 15
 _THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -13,8 +13,6 @@ from torch import nn
 
 from cotune.models.errors import ModelError
 
-__all__ = ["check_tokens", "longest_row"]
-
 _PROBES = ("", "a")  # texts whose encodings show the tokens that are put around every text
 
 

@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator, Sequence
 
 from cotune.models.class_names import class_name
 
-__all__ = ["SEPARATORS", "mended", "named_separator", "separator_by_header", "surplus_fields", "torn", "unclosed"]
-
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}
 _BLANKS = re.compile(" *")
 _LINE_END = re.compile(r"\r\n|\r|\n")

@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from cotune.models.errors import PlanError, nearest
 
-__all__ = ["Table", "first_mistake", "keys_called", "keys_like", "meant_key", "models_in", "shown_value"]
-
 
 class Table(BaseModel):
     """A table: nothing unknown, nothing infinite, and true is not the number 1."""

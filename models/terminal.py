@@ -13,8 +13,6 @@ import re
 import sys
 import unicodedata
 
-__all__ = ["IGNORABLE", "Clean", "clean_output", "lines_of", "printable"]
-
 IGNORABLE = frozenset(
     chr(code)
     for first, last in ((0x34F, 0x34F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x3164, 0x3164), (0xFE00, 0xFE0F))

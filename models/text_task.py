@@ -18,18 +18,6 @@ from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
 from cotune.models.reach import check_tokens, longest_row
 
-__all__ = [
-    "IGNORED",
-    "Batch",
-    "Collate",
-    "Example",
-    "SequenceClassification",
-    "collator",
-    "each_or_none",
-    "encode",
-    "made_up_rows",
-]
-
 Example = dict[str, Any]  # {"input_ids": list[int], "labels": int}
 Batch = dict[str, Tensor]
 _MADE_UP = "-"  # a label

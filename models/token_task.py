@@ -22,8 +22,6 @@ from cotune.models.formats import DataFile, is_unicode, word_of
 from cotune.models.inputs import Input, Label
 from cotune.models.text_task import IGNORED, Example, SequenceClassification, each_or_none, made_up_rows
 
-__all__ = ["TokenClassification"]
-
 _NOT_TOLD = -1  # the answer for a word that the model did not read: right for no tag
 
 

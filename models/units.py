@@ -12,8 +12,6 @@ from typing import Protocol
 
 from cotune.models.inputs import Input, Label, content_of
 
-__all__ = ["RECORD", "UnitRule", "agree", "chosen", "grouped", "identity_of_person"]
-
 RECORD = "record"  # the name of the unit that is one record
 _BYTES = 16  # of an identity
 

@@ -17,8 +17,6 @@ from cotune.models.images import SUFFIXES, Image
 from cotune.models.inputs import Input
 from cotune.models.tasks import task_named
 
-__all__ = ["Row", "read_typed", "read_unlabeled"]
-
 
 @dataclass(frozen=True)
 class Row:

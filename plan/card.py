@@ -19,8 +19,6 @@ from cotune.plan.schema import Plan
 from cotune.privacy.claim import claim_of
 from cotune.privacy.config import RecordPrivacy
 
-__all__ = ["CARD", "Measured", "model_card", "promised"]
-
 CARD = "README.md"  # its name in the folder of a model
 Measured = Mapping[str, Mapping[str, Any] | None]  # what was tested -> its metrics; None: not tested
 _METRICS = ("accuracy", "precision", "recall", "f1")

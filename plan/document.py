@@ -14,8 +14,6 @@ from typing import Any
 from cotune.models.errors import PlanError, nearest
 from cotune.models.nested import toml_of
 
-__all__ = ["folder_of", "overrides_alone", "preset_names", "preset_text", "read_document", "value_of"]
-
 
 def preset_names() -> list[str]:
     """The plans that come with cotune."""

@@ -23,8 +23,6 @@ from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.strategies.wire import PROTOCOL
 
-__all__ = ["Invitation", "read_invitation"]
-
 _FORMAT = 1
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})", re.ASCII)
 

@@ -20,8 +20,6 @@ from pydantic.fields import FieldInfo
 from cotune.models.errors import PlanError
 from cotune.models.table import models_in
 
-__all__ = ["Key", "explained", "key_of", "keys_of", "tables_of"]
-
 _BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "min_length": "length ≥ {}", "max_length": "length ≤ {}"}
 _OF_TABLE = re.compile(r" \(the `\w+` table( of a plan)?\)")
 _SHOWN = 3  # keys that a hint names

@@ -11,14 +11,12 @@ from pydantic import ValidationError
 
 from cotune.models.errors import PlanError
 from cotune.models.table import check_path, first_mistake
-from cotune.plan.document import folder_of, preset_names, preset_text, read_document, value_of
+from cotune.plan.document import folder_of, read_document
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PlanTables
 from cotune.strategies.compatibility import first_problem
 from cotune.strategies.plugins import pinned
 from cotune.strategies.recipes import expand
-
-__all__ = ["dump_plan", "load_plan", "parse_plan", "preset_names", "preset_text", "value_of"]
 
 
 def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, own_code: bool = True) -> Plan:

@@ -12,8 +12,6 @@ from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.plugins import is_code
 
-__all__ = ["model_of", "rewritten_names", "shared_names", "state_shapes", "trained_names"]
-
 
 def model_of(plan: Plan, device: str) -> SharedModel:
     """The plan's base model with its head, and its adapters where a stage trains them: one per process, shared by all callers.

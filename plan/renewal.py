@@ -25,17 +25,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotune.models.errors import RunError
 from cotune.plan.signatures import Statement, sign, signed_by_node, signed_by_server
 
-__all__ = [
-    "MOST_SERVER_RENEWALS",
-    "NodeRenewal",
-    "NodeStatement",
-    "ServerRenewal",
-    "ServerStatement",
-    "fingerprint",
-    "read_node_renewal",
-    "read_server_renewals",
-]
-
 MOST_SERVER_RENEWALS = 16  # the last ones: whoever knows none of their keys joins anew
 _LONGEST = 16 * 1024  # characters of one
 

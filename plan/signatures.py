@@ -21,29 +21,6 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from cotune.models.errors import RunError
 
-__all__ = [
-    "FINISHED",
-    "RECEIPT",
-    "REFUSAL",
-    "SIGNED",
-    "TRAIN",
-    "UPDATE",
-    "ReplyStatement",
-    "RequestStatement",
-    "Signed",
-    "Statement",
-    "attach",
-    "content_digest",
-    "detach",
-    "roster_digest",
-    "sign",
-    "signed_by_node",
-    "signed_by_server",
-    "signed_words",
-    "words_digest",
-    "words_of",
-]
-
 TRAIN, FINISHED = "train", "finished"  # kinds of request
 UPDATE, RECEIPT, REFUSAL = "update", "receipt", "refusal"  # kinds of reply
 SIGNED = "signed"  # the name of the record that holds a signature, in a request and in a reply

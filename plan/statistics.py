@@ -9,8 +9,6 @@ from torch import nn
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan
 
-__all__ = ["gram_layers", "statistic_shapes"]
-
 
 def statistic_shapes(plan: Plan, model: SharedModel, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Array -> shape, for a round that trains `names`: "fisher/<parameter>" like the parameter, "gram/<weight>" (d, d)."""

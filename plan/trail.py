@@ -23,8 +23,6 @@ from cotune.plan.signatures import (
     words_digest,
 )
 
-__all__ = ["End", "Trails", "compare", "of_coordinator", "of_organization"]
-
 _ANSWERS = (UPDATE, RECEIPT, REFUSAL, "blocked")  # the last: an answer that was refused on its way out
 Entries = Iterable[Mapping[str, Any]]
 

@@ -22,8 +22,6 @@ from cotune.privacy.accounting import calibrate
 from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.rounding import two_digits
 
-__all__ = ["longest_by_gradients", "longest_update"]
-
 _UNDERSTATED = 2.0  # times as many records in a batch as the declared number expects: a site is warned beyond that
 _OWN_BUDGET = 10.0  # times the plan's noise: of organizations that spend less than it allows
 _TAIL = math.sqrt(2 * math.log(1e12))  # ‖N(0, I_d)‖ is above √d + this with a probability below 1e-12 (Gaussian concentration)

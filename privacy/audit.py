@@ -37,18 +37,6 @@ from cotune.privacy.accounting import MIN_NOISE_MULTIPLIER, Steps, epsilon
 from cotune.privacy.canaries import Coins
 from cotune.privacy.curves import trade_off
 
-__all__ = [
-    "Evidence",
-    "Guess",
-    "TradeOff",
-    "evidence",
-    "least_refuted",
-    "lower_bound_any",
-    "lower_bound_steps",
-    "perfect_evidence",
-    "require_statistics",
-]
-
 Array = np.ndarray[Any, np.dtype[np.float64]]
 TradeOff = Callable[[float], float]  # see `accounting.trade_off`
 

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from cotune.privacy.per_example import Batch, Batches, LossPerExample, Unit
 
-__all__ = ["Coins", "Planted", "fair_coins", "new_canaries", "plant"]
-
 Coins = np.ndarray[Any, np.dtype[np.bool_]]
 
 _STEEPNESS = 100.0  # times C: the gradient's norm before it is clipped

@@ -22,8 +22,6 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import PrivacyError
 from cotune.models.nested import json_of
 
-__all__ = ["START", "Chain", "Entry", "Log", "entry_hash"]
-
 VERSION = 3
 START = "0" * 64  # the hash before the first entry
 _CHARGES = """

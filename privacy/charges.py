@@ -17,20 +17,6 @@ from typing import Any, Literal
 from cotune.privacy.accounting import Steps
 from cotune.privacy.chain import Entry
 
-__all__ = [
-    "Charge",
-    "DataSet",
-    "History",
-    "charged_elsewhere",
-    "charges_of",
-    "collections_of",
-    "concerned_by",
-    "counted_for",
-    "data_sets_of",
-    "histories_of",
-    "reserved_steps",
-]
-
 _COUNTED = ("reserve", "unprotected")  # kinds of entries that are in a collection
 
 

@@ -15,18 +15,6 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.curves import gaussian_mu, true_positive_rate
 from cotune.privacy.rounding import round_up
 
-__all__ = [
-    "FALSE_POSITIVE_RATE",
-    "SMALL_DELTA",
-    "Claim",
-    "Figures",
-    "attack_line",
-    "claim_of",
-    "figures_of",
-    "run_figures",
-    "worst",
-]
-
 SMALL_DELTA = 1e-6  # δ at which every statement repeats ε, so that statements can be compared
 FALSE_POSITIVE_RATE = 0.01
 _UNCOVERED = (

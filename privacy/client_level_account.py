@@ -23,8 +23,6 @@ from cotune.models.nested import json_of
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.filters import epsilon_over_runs
 
-__all__ = ["ClientLevelAccount"]
-
 
 @dataclass(frozen=True)
 class ClientLevelAccount:

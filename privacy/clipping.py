@@ -17,8 +17,6 @@ from torch import Tensor
 
 from cotune.privacy.gaussian import Grid
 
-__all__ = ["Clipping", "ExactSum", "clip_factors"]
-
 Clipping = Literal["flat", "per_layer"]  # one norm for the whole gradient | C/√L for each of the L parameter tensors
 
 

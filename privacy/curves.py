@@ -10,8 +10,6 @@ from scipy.special import log_ndtr
 
 from cotune.privacy.accounting import Steps, deltas
 
-__all__ = ["gaussian_delta", "gaussian_mu", "trade_off", "true_positive_rate"]
-
 _EPSILONS = np.concatenate([np.zeros(1), np.geomspace(1e-3, 60.0, 300)])  # where a trade-off curve is supported
 _SMALLEST_DELTA = 1e-10  # of the privacy curve: below, the accountant's truncation of the tails is no longer negligible
 

@@ -18,8 +18,6 @@ from typing import Literal
 
 import torch
 
-__all__ = ["LocalOptimizer", "delta_noise_variance"]
-
 _COORDINATES = 50_000  # of the simulated optimiser: the variance is found to √(2/50000) = 0.6 %
 _SEED = 20
 

@@ -28,8 +28,6 @@ from cotune.privacy.gaussian import Grid, add_gaussian_noise, grid_of
 from cotune.privacy.per_example import Batch, Batches, LossPerExample, PerExample, Unit, per_example, unit_gradients
 from cotune.privacy.randomness import PoissonSampler, private_generator
 
-__all__ = ["Batch", "Batches", "Clipping", "LossPerExample", "StepReport", "check_clipping", "private_steps"]
-
 _VANISHED = 1e-4  # norm of a made-up row's gradient below which the state says nothing about how gradients are made
 _SHRINK = 0.1
 _SHRINKS = 6  # states of more than 1e4 are refused before

@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 from scipy import fft, stats
 
-__all__ = ["DrawnNoise", "Run", "examine"]
-
 Array = np.ndarray[Any, np.dtype[Any]]
 Run = Sequence[Array]  # for each parameter: (steps, entries), in units of σC
 

@@ -34,19 +34,6 @@ from cotune.privacy.accounting import Steps, epsilon, epsilon_below
 from cotune.privacy.curves import true_positive_rate
 from cotune.privacy.geometric import geometric_epsilon, geometric_renyi
 
-__all__ = [
-    "check_accountants",
-    "composition",
-    "epsilon_filter",
-    "epsilon_over_runs",
-    "epsilon_renyi",
-    "epsilon_spent",
-    "filter_order",
-    "rate_over_runs",
-    "renyi",
-    "renyi_epsilon",
-]
-
 _HIGHEST_LIMIT, _USUAL_LIMIT = 100.0, 8.0  # ε; a limit above the first is none, and takes the order of the second
 _ORDERS = (*range(2, 17), 20, 24, 32, 48, 64, 96, 128, 256, 512)  # integers: their divergence is a finite sum, which converges
 _ROUNDING = 1e-6  # absolute, in ε: of two sums of floating-point numbers

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from cotune.models.errors import PrivacyError
 
-__all__ = ["MOST_NOISE", "Grid", "add_gaussian_noise", "grid_of", "grid_step", "quantized_clip"]
-
 _FINENESS = 20  # a step is at most 2^-20 of the noise's standard deviation
 _FINENESS_WITHOUT_NOISE = 44
 _LEAST_NOISE = 2.0**-4  # σ below which the grid no longer follows the noise: C / step then stays below 2^24, exact in float32

@@ -16,8 +16,6 @@ import math
 
 import numpy as np
 
-__all__ = ["add_geometric_noise", "geometric_epsilon", "geometric_renyi", "randomized_response"]
-
 
 def geometric_epsilon(noise_multiplier: float) -> float:
     """Return ε of a number that one unit changes by one at most, told with noise of this standard deviation.

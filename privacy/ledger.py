@@ -40,8 +40,6 @@ from cotune.privacy.limits import Limit, check_charge
 from cotune.privacy.migration import carry_entries, carry_table
 from cotune.privacy.site_key import IDENTITY, SiteKey
 
-__all__ = ["Charge", "DataSet", "History", "Ledger", "Limit"]
-
 _ANSWER = "answer"  # that a round's update is whole, among what was told
 
 

@@ -12,8 +12,6 @@ from cotune.privacy.charges import History, histories_of
 from cotune.privacy.filters import check_accountants, epsilon_over_runs
 from cotune.privacy.rounding import round_up
 
-__all__ = ["Limit", "check_charge"]
-
 
 @dataclass(frozen=True)
 class Limit:

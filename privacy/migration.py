@@ -11,8 +11,6 @@ from typing import Any
 
 from cotune.privacy.chain import Entry, Log
 
-__all__ = ["carry_entries", "carry_table"]
-
 
 def carry_table(log: Log, table: str) -> None:
     """The charges of schema 1."""

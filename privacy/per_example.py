@@ -16,17 +16,6 @@ from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = [
-    "Batch",
-    "Batches",
-    "LossPerExample",
-    "PerExample",
-    "Unit",
-    "kinds_without_rule",
-    "per_example",
-    "unit_gradients",
-]
-
 Batch = dict[str, Tensor]
 LossPerExample = Callable[[Batch], Tensor]  # (a batch of b slots) -> (b,) losses, each of one row alone
 Unit = Sequence[int]  # the numbers of its rows

@@ -20,8 +20,6 @@ from cotune.models.nested import toml_of
 from cotune.models.table import Table, first_mistake
 from cotune.privacy.config import check_delta
 
-__all__ = ["BudgetRules", "Policy", "TellRules", "TrainingRules", "changed_policy", "dump_policy", "read_policy"]
-
 _EVERYTHING = ("*",)
 
 

@@ -14,8 +14,6 @@ from cotune.privacy.gaussian import add_gaussian_noise, grid_of
 from cotune.privacy.randomness import private_generator
 from cotune.strategies.updates import Delta, Update
 
-__all__ = ["PrivateMean", "clipped"]
-
 _MARGIN = 1 - 1e-12  # rounding must not carry a clipped norm over C
 
 

@@ -15,8 +15,6 @@ import numpy as np
 from randomgen import ChaCha
 from torch.utils.data import Sampler
 
-__all__ = ["PoissonSampler", "derive_seed", "keyed_generator", "private_generator", "seeded_generator"]
-
 
 def private_generator() -> np.random.Generator:
     """A generator that nobody can predict: ChaCha20 under a fresh 256-bit key from the operating system."""

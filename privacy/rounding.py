@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from decimal import ROUND_CEILING, Context, Decimal
 
-__all__ = ["round_up", "rounded_up", "two_digits"]
-
 _EXACT = 1e12  # below, two digits after the point are
 
 

@@ -16,8 +16,6 @@ import numpy as np
 from cotune.models.errors import PrivacyError
 from cotune.privacy.filters import renyi_epsilon
 
-__all__ = ["draw_repetitions", "selection_epsilon"]
-
 
 def selection_epsilon(divergences: Mapping[float, float], mean: float, delta: float) -> float:
     """Return ε at δ of the best of a geometric number of runs, with `mean` runs in expectation.

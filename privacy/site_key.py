@@ -11,8 +11,6 @@ from pathlib import Path
 from cotune.models.durable import write_durably
 from cotune.models.errors import PrivacyError
 
-__all__ = ["IDENTITY", "SiteKey"]
-
 IDENTITY = 16  # bytes of a keyed identity: collisions among millions of records stay out of reach
 _KEY = 32  # bytes
 

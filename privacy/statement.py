@@ -9,8 +9,6 @@ from cotune.privacy.client_level import RoundNoise
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 from cotune.privacy.rounding import round_up
 
-__all__ = ["all_models_statement", "client_statement", "selection_statement", "stated", "statement", "together_statement"]
-
 _CLEAR = "the local metrics, which organisations told as they are, without noise; "
 _MEANING = (
     "Whatever anybody concludes from it about a record, they would have concluded without that record too, with a probability "

@@ -33,17 +33,6 @@ from cotune.privacy.accounting import Steps
 from cotune.privacy.audit import Array, TradeOff, least_refuted
 from cotune.privacy.canaries import Coins
 
-__all__ = [
-    "Errors",
-    "Separation",
-    "log_likelihood_ratios",
-    "lower_bound_any",
-    "lower_bound_steps",
-    "perfect",
-    "refutes",
-    "separation",
-]
-
 _THRESHOLDS = 9
 
 

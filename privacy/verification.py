@@ -34,8 +34,6 @@ from cotune.privacy.filters import (
     rate_over_runs,
 )
 
-__all__ = ["FORMAT", "verify"]
-
 FORMAT = "cotune ledger 3"
 _EVENT = ("id", "plan_id", "mechanism", "noise_multiplier", "sample_rate", "steps")
 _OF_A_RUN = ("epsilon", "epsilon_at_small_delta", "gaussian_mu", "true_positive_rate")

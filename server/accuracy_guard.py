@@ -17,8 +17,6 @@ from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
 from cotune.strategies.combination import Combination, UpdateLook, WeightedFusion
 
-__all__ = ["AccuracyGuard", "looks_of", "seen", "suspects"]
-
 _DIGITS = 6
 _ROUNDING = 1e-9
 

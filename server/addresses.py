@@ -18,8 +18,6 @@ from cotune.server.federation import FederationFolder
 from cotune.server.members import Member
 from cotune.server.presence import Presence, Seen
 
-__all__ = ["REVOKED", "Addresses", "Node", "Registered", "Simulated", "members_of"]
-
 REVOKED = "its invitation was revoked"
 
 

@@ -11,8 +11,6 @@ from cotune.models.adapter import Adapter
 from cotune.strategies.sums import norm
 from cotune.strategies.updates import Update, not_finite
 
-__all__ = ["most_bytes", "reason_to_refuse"]
-
 _ARRAY_HEAD = 1024  # bytes that an array has beside its values and its name, and some to spare
 _ROUNDED_UP = 0.0100001  # an ε is stated with two digits after the point, and never below what it is
 _MOST_LOSS = 1e6  # nats: no model that trains at all is so wrong, and powers of more would overflow

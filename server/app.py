@@ -24,8 +24,6 @@ from cotune.server.refusals import Watch
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["app", "main", "play"]
-
 app = ServerApp()
 
 

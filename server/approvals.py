@@ -12,8 +12,6 @@ from flwr.app import Message
 from cotune.models.errors import Declined
 from cotune.plan.signatures import words_of
 
-__all__ = ["NOT_APPROVED", "Approvals", "awaits_approval"]
-
 NOT_APPROVED = "nobody there has approved the plan yet; it is asked again, and joins once somebody has"
 _SAID = Declined("training.approval", "").public
 _FIRST_SECONDS, _LONGEST_SECONDS = 5.0, 300.0  # before it is asked again; doubled each time

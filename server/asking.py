@@ -30,8 +30,6 @@ from cotune.server.presence import LEFT
 from cotune.server.tally import Tally
 from cotune.strategies.wire import payload_bytes
 
-__all__ = ["Asking"]
-
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
 _MOST_LOSSES = 3  # of an organisation in a round

@@ -13,8 +13,6 @@ from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["model_here", "without_place"]
-
 
 def without_place(plan: Plan) -> Plan:
     """The same with the folder's last name alone."""

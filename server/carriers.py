@@ -27,9 +27,8 @@ from cotune.server.addresses import Addresses, Node, Registered, Simulated
 from cotune.server.line import Line, line_of
 from cotune.server.post import Direct, Letter, Post
 from cotune.server.run_folder import RunFolder
-from cotune.strategies.pieces import CutOff, Malformed, TooMuch
-
-__all__ = ["Threaded", "post_of"]
+from cotune.strategies.parcel import Malformed, TooMuch
+from cotune.strategies.pieces import CutOff
 
 _WATCH_SECONDS = 0.5  # between two looks at who is connected
 _SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach

@@ -25,8 +25,6 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 
-__all__ = ["authority_pem", "change_authority", "check", "new_authority", "next_authority", "renew"]
-
 AUTHORITY_LIFETIME = timedelta(days=3650)
 SERVER_LIFETIME = timedelta(days=365)
 CLOCKS_APART = timedelta(hours=1)  # a certificate is valid a little earlier, for sites whose clock is behind

@@ -11,11 +11,6 @@ from cotune.privacy.rounding import round_up
 from cotune.server.figures import percent
 from cotune.server.verdict import Summary, is_private, is_real
 
-__all__ = [
-    *("COLOURS", "MOST_DOTS", "Chart", "Key", "Line", "Point", "Scale"),
-    *("accuracy_chart", "epsilon_chart", "label_bar", "label_keys", "round_ticks", "value_scale", "value_ticks"),
-]
-
 _MOST_DRAWN = 1e12  # ε: older runs admitted whatever was stated
 COLOURS = 6  # in the page's palette, which colour-blind readers can tell apart
 MOST_DOTS = 30  # on one line; more run into each other on a phone

@@ -17,8 +17,6 @@ from cotune.models.errors import RunError
 from cotune.models.terminal import printable
 from cotune.server.processes import end, sessions
 
-__all__ = ["Child", "running", "stop"]
-
 AT_ONCE_SECONDS = 20.0  # a process that ends sooner has not served anybody
 ATTEMPTS = 5
 LARGEST_LOG_BYTES = 32 * 2**20

@@ -17,8 +17,6 @@ from cotune.privacy.private_mean import PrivateMean
 from cotune.privacy.rounding import round_up
 from cotune.server.run_folder import Progress, RunFolder
 
-__all__ = ["ClientLevelPrivacy", "account_of", "client_level_noise"]
-
 
 def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
     """Return the account of the run: the federation's, or its own where it is a simulation.

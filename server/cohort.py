@@ -17,8 +17,6 @@ from cotune.models.durable import write_durably
 from cotune.models.nested import json_of
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["advice", "cohort_of", "remember_waiting", "waiting_in"]
-
 _RULE = "training.min_cohort"
 
 

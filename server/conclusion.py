@@ -27,8 +27,6 @@ from cotune.server.step import served_of
 from cotune.server.strikes import left_out
 from cotune.server.summary import dumps, identity, performance, run_card
 
-__all__ = ["bytes_of", "conclude", "epsilon_stated", "weight_of"]
-
 _TOLD = "what an organization's own policy lets out without noise"
 _NOT_KNOWN = (
     "epsilon_all_models",

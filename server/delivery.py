@@ -34,8 +34,6 @@ from cotune.server.trail import Trail
 from cotune.server.verification import one_line
 from cotune.strategies.wire import Recipient, decode_receipt, encode_requests, received_digest
 
-__all__ = ["confirmed", "deliver"]
-
 _POLL_SECONDS = 0.1
 _EXPORT_SECONDS = 600.0  # how long an organisation may take to write its model
 _NOTICE_SECONDS = 10.0

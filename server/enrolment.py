@@ -12,8 +12,6 @@ from cotune.server.members import Member
 from cotune.server.presence import Presence, Seen
 from cotune.server.superlink import Node
 
-__all__ = ["Enrolment", "Registry", "reconcile"]
-
 _EVERY_SECONDS = 2.0
 _PATIENCE = 6  # failures before a word is said: a SuperLink that was restarted is back by then
 

@@ -13,8 +13,6 @@ from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import Metrics, logits, score
 
-__all__ = ["Judge", "evaluate", "judged_by", "predict", "present_judge"]
-
 _BATCH = 64
 Judge = Callable[[State], Metrics | None]
 _judges: list[Judge] = []

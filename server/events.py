@@ -13,8 +13,6 @@ from typing import Any
 from cotune.models.errors import RunError
 from cotune.models.nested import json_of
 
-__all__ = ["Events", "Listener", "follow", "listening", "read_events"]
-
 Listener = Callable[[str, dict[str, Any]], None]  # (event, its fields)
 _listeners: list[Listener] = []
 

@@ -27,8 +27,6 @@ from cotune.plan.schema import Plan
 from cotune.server.members import Members
 from cotune.server.proxy.quotas import Quotas
 
-__all__ = ["FederationFolder", "ServerConfig", "write_config"]
-
 
 class ServerConfig(Table):
     """server.toml."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-__all__ = ["SPACE", "duration", "instant", "percent", "scientific", "signed", "size"]
-
 SPACE = "\u00a0"  # keeps a number and its unit on one line
 
 

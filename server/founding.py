@@ -32,8 +32,6 @@ from cotune.strategies.plugins import content_of
 
 _BYTES_PER_PARAMETER, _BYTES_BESIDE = 16, 256 * 2**20  # of a reply, at most
 
-__all__ = ["address_of", "found", "renew", "with_id", "write_handout"]
-
 
 def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
     """Makes the folder `path`, which must not be there, and its missing parents.

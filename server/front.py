@@ -25,8 +25,6 @@ from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Setup, serve
 from cotune.server.refusals import Refusals
 
-__all__ = ["FrontConfig", "Keys", "read_config", "setup"]
-
 log = logging.getLogger("cotune.front")
 
 

@@ -19,8 +19,6 @@ from cotune.strategies.combination import Combination, WeightedFusion
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import payload_bytes
 
-__all__ = ["Gathering"]
-
 
 class Gathering:
     """Of one run."""

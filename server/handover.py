@@ -11,8 +11,6 @@ from pathlib import Path
 
 from cotune.models.errors import RunError
 
-__all__ = ["HOME", "name_of", "place_of"]
-
 HOME = "COTUNE_FEDERATION"  # the federation's folder, in the environment of what `cotune server start` has started
 
 

@@ -10,8 +10,6 @@ from cotune.models.errors import RunError
 from cotune.strategies.update_file import read_update, update_bytes
 from cotune.strategies.updates import Update
 
-__all__ = ["Inbox", "Turns"]
-
 
 class Inbox:
     """A folder that holds nothing beyond a round: what a crash left there is removed."""

@@ -12,8 +12,6 @@ from cotune.plan.invitation import Invitation
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 
-__all__ = ["instructions", "what_leaves"]
-
 _TRAINED = {
     "head": "the classification head",
     "lora": "the adapters and the classification head",

@@ -12,8 +12,6 @@ from cotune.server.inbox import Inbox
 from cotune.server.verification import Verify
 from cotune.strategies.updates import Update
 
-__all__ = ["Late", "Lateness"]
-
 Late = tuple[int, str]  # the round that the update is for, and the organisation
 
 

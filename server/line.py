@@ -34,8 +34,6 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from cotune.server.post import fetched
 from cotune.strategies.pieces import NotThere, gather
 
-__all__ = ["Line", "line_of"]
-
 _SILENCE_SECONDS = 200.0  # for the rest of an answer: after 180 the SuperLink gives up who sends it
 
 _Answer = TypeVar("_Answer")

@@ -24,8 +24,6 @@ from cotune.models.errors import PlanError, RunError
 from cotune.models.names import check_name
 from cotune.plan.renewal import NodeRenewal
 
-__all__ = ["Member", "Members", "read_public_key"]
-
 
 class Member(BaseModel):
     """One organisation. public_key: one line as OpenSSH writes it. examples: between which numbers its declared count must be.

@@ -20,8 +20,6 @@ from cotune.server.robust_default import check_counts, notes_of
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.suitability import check_suits
 
-__all__ = ["empty_folder", "new_folder", "real_run"]
-
 
 def new_folder(name: str, runs: Path = Path("runs")) -> Path:
     """runs/<time>-<plan>, not yet taken."""

@@ -13,8 +13,6 @@ import psutil
 from cotune.models.errors import RunError
 from cotune.server.run_folder import keep_others_off
 
-__all__ = ["await_end", "is_played"]
-
 _LOOK_SECONDS = 0.1
 
 

@@ -15,8 +15,6 @@ from flwr.serverapp import Grid
 
 from cotune.server.addresses import Addresses, Node
 
-__all__ = ["Direct", "Letter", "Post", "fetched"]
-
 _POLL_SECONDS = 0.02
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["LEFT", "Presence", "Seen"]
-
 LEFT = "it has left the federation; it is asked again once it rejoins"
 _LOOKS = 2  # a node that connects anew may be offline for a moment
 

@@ -17,8 +17,6 @@ import psutil
 from cotune.models.durable import write_durably
 from cotune.models.nested import json_of
 
-__all__ = ["Record", "end", "sessions"]
-
 Identity = tuple[int, float]  # number, and when it was started
 
 

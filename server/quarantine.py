@@ -18,8 +18,6 @@ from safetensors.numpy import save
 
 from cotune.models.durable import write_durably
 
-__all__ = ["Quarantine"]
-
 _MOST_BYTES = 64 * 2**20  # of the arrays of one update; of a larger one only the description is kept
 _MOST_ARRAYS = 100_000  # likewise: their names are a part of the file
 _MOST_FILES = 10  # of one organisation; the oldest go

@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict
 from cotune.models.durable import write_durably
 from cotune.server.events import Events, read_events
 
-__all__ = ["Refusals", "Refused", "Watch", "read_refusals", "read_strangers"]
-
 _EVERY_SECONDS = 1.0  # the file is not written more often
 _MOST_ADDRESSES = 100  # of strangers: whoever has been refused least makes room
 _LOOKS_AT = ("run_started", "update_dropped", "round_finished", "delivery_started")

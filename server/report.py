@@ -19,8 +19,6 @@ from cotune.server.charts import accuracy_chart, epsilon_chart, label_bar, label
 from cotune.server.figures import duration, instant, percent, scientific, signed, size
 from cotune.server.verdict import Summary, is_private, is_real, judge, own_columns, results
 
-__all__ = ["page_environment", "render_report", "write_report"]
-
 
 def render_report(summary: Summary) -> str:
     """The page for one `summary.json` (schema 1), complete and self-contained.

@@ -10,8 +10,6 @@ from cotune.server.members import Member
 from cotune.strategies.compatibility import first_problem
 from cotune.strategies.fusions.robust import FEWEST
 
-__all__ = ["check_counts", "notes_of", "with_robust_default"]
-
 _BY_COUNT = {"examples", "tilted"}  # weightings that believe the stated number of records
 
 

@@ -27,8 +27,6 @@ from cotune.server.federation import FederationFolder
 from cotune.server.founding import write_handout
 from cotune.server.signing import change_signing_key, new_signing_key, read_signing_key
 
-__all__ = ["HANDOUT", "announce", "announced", "finish", "put_into_use", "renewals", "without_them"]
-
 HANDOUT = "server-renewals.jsonl"
 _NEXT, _STATEMENT, _USED = "next", "renewal.json", "renewals.jsonl"
 

@@ -37,8 +37,6 @@ from cotune.server.verification import Verify
 from cotune.strategies.build import build_aggregator
 from cotune.strategies.wire import Recipient, encode_requests, received_digest
 
-__all__ = ["run_rounds"]
-
 _HARDLY = 0.1  # of an equal share
 Evaluate = Callable[[State], Metrics | None]
 

@@ -41,8 +41,6 @@ from cotune.plan.schema import Plan
 from cotune.server.events import Events
 from cotune.strategies.plugins import content_of, read_file
 
-__all__ = ["Participant", "Progress", "RunFile", "RunFolder", "keep_others_off"]
-
 
 class Participant(BaseModel):
     """An organisation of the run; `site`: in simulations, its folder within the run's."""

@@ -22,11 +22,6 @@ from cotune.server.run_folder import RunFolder, keep_others_off
 from cotune.server.superlink import RunState
 from cotune.server.ticket import Ticket, read_ticket, write_ticket
 
-__all__ = [
-    *("Executor", "Pace"),
-    *("carry_out", "check_none_unfinished", "hand_over", "newest", "only_follower"),
-]
-
 _MOST_TRIES = 5  # without a finished round between them
 _FIRST_WORDS = ("run_started", "delivery_started")  # of a process that holds the lock
 _LAST_WORDS = ("run_concluded", "run_failed")

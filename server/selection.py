@@ -15,8 +15,6 @@ from cotune.plan.schema import Plan
 from cotune.privacy.randomness import keyed_generator, seeded_generator
 from cotune.server.run_folder import Participant, RunFolder
 
-__all__ = ["check_sample_size", "enough", "select"]
-
 
 def select(folder: RunFolder, round: int, without: Collection[str] = ()) -> list[Participant]:
     """The organisations of a round, in the order in which their updates are added; possibly none. The same again when a round is

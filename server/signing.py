@@ -18,17 +18,6 @@ from filelock import FileLock
 from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 
-__all__ = [
-    "FORMER",
-    "SIGNING_KEY",
-    "change_signing_key",
-    "new_signing_key",
-    "next_serial",
-    "public_hex",
-    "public_keys",
-    "read_signing_key",
-]
-
 SIGNING_KEY = "signing.key"
 FORMER = "signing-former.pub"
 _SERIAL = "serial"

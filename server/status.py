@@ -19,8 +19,6 @@ from cotune.server.run_folder import RunFolder
 from cotune.server.strikes import left_out, strikes_of
 from cotune.server.superlink import Control
 
-__all__ = ["OrganisationStatus", "RunStatus", "Status", "connections", "look"]
-
 _PHASES = {
     "run_started": "under way",
     "waiting": "waiting for organisations",

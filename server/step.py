@@ -15,8 +15,6 @@ from cotune.strategies.build import build_client_term, build_server_optimizer
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
 from cotune.strategies.updates import Delta, apply_delta
 
-__all__ = ["context_of", "enter_round", "move", "sent_beside", "served", "served_of"]
-
 Score = Callable[[State], float]
 _ANY = 10**9  # steps, where the plan gives epochs: each update's are held to its number of records when it is admitted
 

@@ -16,8 +16,6 @@ from cotune.models.errors import RunError
 from cotune.models.nested import json_of
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["Fate", "fates_of", "left_out", "remember", "strikes_of"]
-
 _LONGEST = 300  # characters of a reason, as it is signed
 
 

@@ -12,8 +12,6 @@ from cotune.server.client_level import client_level_noise
 from cotune.server.selection import check_sample_size
 from cotune.strategies.compatibility import first_problem
 
-__all__ = ["check_suits"]
-
 _RARELY = 1e-3  # how often a run may end because too few organisations were drawn in one of its rounds
 
 

@@ -17,8 +17,6 @@ from cotune.server.base import model_here
 from cotune.server.client_level import account_of, client_level_noise
 from cotune.server.run_folder import Progress, RunFolder
 
-__all__ = ["client_privacy", "dumps", "identity", "performance", "run_card"]
-
 _ABOUT_THE_RUN = 3  # paragraphs; a simulation's next one is about the models that it compares this one with
 _PACKAGES = ("cotune", "flwr", "torch", "transformers", "opacus", "peft", "dp-accounting")
 

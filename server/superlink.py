@@ -33,8 +33,6 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from cotune.models.errors import RunError
 from cotune.server.handover import name_of
 
-__all__ = ["APP", "Control", "Node", "RunState", "control"]
-
 APP = b"""
 [project]
 name = "cotune"

@@ -36,8 +36,6 @@ from cotune.server.proxy.server import listen
 from cotune.server.run_folder import keep_others_off
 from cotune.server.superlink import control
 
-__all__ = ["supervise"]
-
 LEFT_DAYS = 30  # of the certificate, from which on there is a warning
 _LOOK_SECONDS = 0.3
 _GRACE_SECONDS = 10.0

@@ -11,8 +11,6 @@ from cotune.plan.schema import Plan
 from cotune.server.cohort import advice
 from cotune.strategies.updates import Update
 
-__all__ = ["Tally"]
-
 
 @dataclass
 class Tally:

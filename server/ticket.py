@@ -10,8 +10,6 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import RunError
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["Ticket", "read_ticket", "write_ticket"]
-
 
 class Ticket(BaseModel):
     """One attempt at a run. run_id: None where the SuperLink was asked and its answer is not known."""

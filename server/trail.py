@@ -44,8 +44,6 @@ from cotune.server.signing import next_serial, public_keys, read_signing_key
 from cotune.server.strikes import Fate
 from cotune.strategies.wire import Recipient
 
-__all__ = ["Trail", "keys_of", "read_trail"]
-
 
 class Trail:
     """Of one run. A simulation has none: nothing is signed there, and nothing verified."""

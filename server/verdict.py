@@ -11,11 +11,6 @@ from cotune.models.intervals import FEW
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, percent, signed
 
-__all__ = [
-    *("Summary", "Verdict", "is_personal", "is_private", "is_real"),
-    *("few_note", "judge", "own_columns", "partition_note", "results"),
-]
-
 Summary = Mapping[str, Any]
 _MOST_NAMES = 5
 

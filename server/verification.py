@@ -23,8 +23,6 @@ from cotune.strategies.sums import norm
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import decode_update, payload_bytes
 
-__all__ = ["Opened", "Verify", "one_line"]
-
 
 @dataclass(frozen=True)
 class Opened:

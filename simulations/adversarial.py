@@ -29,8 +29,6 @@ from cotune.privacy.gaussian import MOST_NOISE, grid_step
 from cotune.privacy.randomness import derive_seed, private_generator
 from cotune.simulations.released import Engine, Mechanism, Subject, released
 
-__all__ = ["LARGEST", "TOLERANCE", "Probe", "probe_states"]
-
 LARGEST = 1e4  # magnitude of a parameter in a state
 TOLERANCE = 1e-6  # relative to C
 _UNITS = 6  # with whose rows states are tried

@@ -23,8 +23,6 @@ from cotune.simulations.personal import each_judge
 from cotune.simulations.simulate import complete, start
 from cotune.simulations.sites import prepare
 
-__all__ = ["app"]
-
 app = server_app
 
 

@@ -37,8 +37,6 @@ from cotune.simulations.adversarial import Probe
 from cotune.simulations.audited_training import AuditedTraining, Targets
 from cotune.simulations.sites import prepare
 
-__all__ = ["Attack", "AuditResult", "audit", "tightened"]
-
 _TESTS = 6  # two attacks by two theorems, that on every step, the noise: each takes a sixth of the allowed probability
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cotune.client.setting import Setting, optimizer_of, setting_of
+from cotune.client.setting import optimizer_of, setting_of
+from cotune.client.training_rows import Setting
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
 from cotune.plan.model import trained_names
@@ -27,8 +28,6 @@ from cotune.privacy.stepwise import log_likelihood_ratios
 from cotune.simulations.adversarial import Probe, probe_states
 from cotune.simulations.released import Mechanism, Subject, draw_noise, watch
 from cotune.strategies.updates import Delta, difference
-
-__all__ = ["AuditedTraining", "Targets"]
 
 _IDLE = 4096  # coordinates in which nobody has a gradient
 _STEP = 1e-2  # of the delta, to either side, in the difference quotient of the losses

@@ -28,8 +28,6 @@ from cotune.simulations.grid import InProcessGrid
 from cotune.simulations.sites import Prepared, Share, make_site
 from cotune.strategies.strategy import StrategyConfig
 
-__all__ = ["ALONE", "ALONE_WITHOUT_PRIVACY", "Judged", "fits_alone", "run_baselines"]
-
 ALONE = "alone"
 ALONE_WITHOUT_PRIVACY = "alone-without-privacy"
 

@@ -15,8 +15,6 @@ from cotune.privacy.selection import selection_epsilon
 from cotune.simulations.cells import Cell
 from cotune.simulations.together import divergences, steps_of_folder
 
-__all__ = ["Candidates"]
-
 
 @dataclass(frozen=True)
 class Candidates:

@@ -24,8 +24,6 @@ from cotune.simulations.comparison import Measured, Settings, Variation
 from cotune.simulations.promise import Promise, promise_of
 from cotune.simulations.sites import prepare
 
-__all__ = ["Cell", "baseline_of", "cells_of", "is_finished", "measure", "parse_variation", "place_of"]
-
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
 _MOST_SEEDS = 1000
 

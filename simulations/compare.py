@@ -22,8 +22,6 @@ from cotune.simulations.room import Room
 from cotune.simulations.together import epsilon_of_runs, steps_of_folder
 from cotune.simulations.workers import import_all
 
-__all__ = ["compare"]
-
 
 def compare(
     source: str | Path,

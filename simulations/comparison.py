@@ -14,11 +14,6 @@ from pathlib import Path
 
 from scipy import stats
 
-__all__ = [
-    *("CONFIDENCE", "Combination", "Comparison", "Difference", "Estimate", "Measured", "Settings", "Variation"),
-    *("combine", "difference", "estimate", "holm"),
-]
-
 CONFIDENCE = 0.95
 Settings = tuple[tuple[str, str], ...]  # (key, value) of every variation, in the order of the variations
 _SHORT = {  # as the options of `cotune simulate`

@@ -13,19 +13,6 @@ from cotune.server.figures import percent, signed
 from cotune.server.report import page_environment
 from cotune.simulations.comparison import Combination, Comparison, Estimate, Measured, Settings, estimate
 
-__all__ = [
-    "CAVEATS",
-    "GAIN",
-    "answers_of",
-    "facets_of",
-    "has_gain",
-    "points",
-    "render_comparison",
-    "together",
-    "verdict",
-    "write_comparison",
-]
-
 _NAME = "compare.html.j2"
 CAVEATS = (
     "One seed has the same initial model, the same partition, the same organisations asked in each round and, without privacy,"

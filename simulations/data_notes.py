@@ -15,8 +15,6 @@ from cotune.models.records import Records
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan
 
-__all__ = ["alike_notes", "data_notes", "left_out_of"]
-
 _SHOWN = 5  # groups of classes that are named
 _MANY, _RECORDS_OF_A_CLASS = 20, 5  # more classes than the first, with fewer records than the second in the mean
 _counted: dict[tuple[str, str, int], Mapping[str, int]] = {}  # (records, model, length) -> how many texts are cut

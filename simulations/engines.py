@@ -20,8 +20,6 @@ from cotune.server.run_folder import RunFolder
 from cotune.simulations.grid import InProcessGrid
 from cotune.simulations.personal import each_judge
 
-__all__ = ["ENGINES", "check_engine", "play_on"]
-
 
 def check_engine(engine: str) -> None:
     """Raises PlanError for an engine that is unknown or not installed."""

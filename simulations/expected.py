@@ -19,8 +19,6 @@ from cotune.privacy.policy import Policy
 from cotune.server.suitability import check_suits
 from cotune.simulations.sites import Prepared
 
-__all__ = ["Expected", "Member", "members_of", "open_plan", "parse_examples", "stated_members"]
-
 _TWO_CLASSES = ("first class", "second class")  # where nobody has said which there are
 
 

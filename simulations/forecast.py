@@ -29,8 +29,6 @@ from cotune.simulations.timing import estimate
 from cotune.strategies.updates import Update
 from cotune.strategies.wire import Recipient, encode_requests, encode_update, payload_bytes
 
-__all__ = ["ClientForecast", "Forecast", "OrganisationForecast", "StageForecast", "forecast", "forecast_for"]
-
 
 @dataclass(frozen=True)
 class OrganisationForecast:

@@ -14,8 +14,6 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["InProcessGrid"]
-
 _SERVER_NODE = 1
 _RUN = 1
 

@@ -12,8 +12,6 @@ from cotune.models.inputs import Input
 from cotune.models.records import Records, read_records
 from cotune.plan.schema import Plan
 
-__all__ = ["column_of", "owners_of"]
-
 _SCHEME = "column:"
 _LENGTH = 63
 

@@ -14,8 +14,6 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import BudgetRules, Policy
 from cotune.simulations.expected import Member
 
-__all__ = ["NewPolicy", "OwnBound", "Refusal", "new_policy"]
-
 _BUDGET = "budget.epsilon_per_run"
 
 

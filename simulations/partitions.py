@@ -22,8 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cotune.models.errors import DataError, PlanError, nearest
 
-__all__ = ["PartitionConfig", "deal_alike", "partition", "split_test"]
-
 Rows = NDArray[np.int64]  # indices into the pooled records, ascending
 Shares = NDArray[np.float64]  # groups × clients, each row adds up to 1
 

@@ -18,8 +18,6 @@ from cotune.plan.model import model_of
 from cotune.server.evaluation import Judge, evaluate
 from cotune.server.run_folder import RunFolder
 
-__all__ = ["each_judge", "export_each", "mean_metrics", "personal_metrics", "personal_states"]
-
 
 def each_judge(folder: RunFolder) -> Judge:
     """The mean over all organisations that have trained, each with its own model."""

@@ -22,8 +22,6 @@ from cotune.server.run_folder import RunFolder
 from cotune.simulations.baselines import fits_alone
 from cotune.simulations.sites import Prepared, Share
 
-__all__ = ["Personalized", "personalize"]
-
 Told = tuple[int, ...]  # class numbers, in the order of the common test set
 
 

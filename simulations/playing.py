@@ -14,8 +14,6 @@ from cotune.simulations.room import Room
 from cotune.simulations.workers import Task, play_beside, play_here
 from cotune.strategies.plugins import source_of
 
-__all__ = ["make_folder", "play_all", "summary_of", "task_of"]
-
 
 def task_of(cell: Cell, name: str, place: Path, device: str) -> Task:
     """Return what a worker needs to play a cell in a folder under a name."""

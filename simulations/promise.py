@@ -12,8 +12,6 @@ from cotune.privacy.accounting import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.sites import Prepared
 
-__all__ = ["Promise", "promise_of"]
-
 
 @dataclass(frozen=True)
 class Promise:

@@ -20,8 +20,6 @@ from cotune.privacy.dp_sgd import StepReport
 from cotune.privacy.drawn_noise import DrawnNoise, Run, examine
 from cotune.privacy.per_example import Batches, LossPerExample, Unit
 
-__all__ = ["Engine", "Mechanism", "Subject", "draw_noise", "released", "watch"]
-
 Engine = Callable[..., Iterator[StepReport]]  # the signature of `private_steps`
 
 _DRAWS = 2**19  # of a run, about

@@ -6,8 +6,6 @@ import os
 
 from cotune.models.device import pick_device
 
-__all__ = ["Room", "available_memory"]
-
 
 class Room:
     """As many processes as were asked for, else as cores and memory allow, by what finished cells have needed.

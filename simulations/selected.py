@@ -24,8 +24,6 @@ from cotune.privacy.statement import selection_statement
 from cotune.server.report import page_environment
 from cotune.server.summary import dumps
 
-__all__ = ["Selected", "read_released", "release", "statement_of"]
-
 _SCHEMA = 1
 
 

@@ -34,8 +34,6 @@ from cotune.simulations.room import Room
 from cotune.simulations.selected import Selected, read_released, release
 from cotune.simulations.workers import Task, import_all
 
-__all__ = ["select"]
-
 
 def select(
     source: str | Path,

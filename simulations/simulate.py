@@ -27,8 +27,6 @@ from cotune.simulations.personalized import personalize
 from cotune.simulations.sites import Prepared, make_run, prepare
 from cotune.simulations.summary import summarise
 
-__all__ = ["Run", "complete", "resume", "simulate", "start"]
-
 
 @dataclass(frozen=True)
 class Run:

@@ -36,8 +36,6 @@ from cotune.simulations.natural import column_of, owners_of
 from cotune.simulations.partitions import PartitionConfig, Rows, deal_alike, partition, split_test
 from cotune.simulations.unit_groups import UnitGroups, unit_groups
 
-__all__ = ["Prepared", "make_run", "prepare"]
-
 
 @dataclass(frozen=True)
 class Share:

@@ -10,19 +10,19 @@ from functools import partial
 import numpy as np
 import torch
 
-from cotune.client.setting import Setting, made_up_setting, optimizer_of, setting_of
+from cotune.client.setting import made_up_setting, optimizer_of, setting_of
+from cotune.client.training_rows import Setting
 from cotune.models.batching import FINE_LENGTHS, LENGTHS
 from cotune.models.features import FEATURE_SLOTS, encode_batch
 from cotune.models.head_fit import fit_head, head_names
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel
-from cotune.models.tasks import Example, logits
+from cotune.models.tasks import logits
+from cotune.models.text_task import Example
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import private_steps
-
-__all__ = ["Seconds", "Stopwatch", "by_length", "measure", "rows_at_once"]
 
 _BUDGET = 0.3  # seconds for each thing that is measured: there are about seven
 _LENGTHS = 3  # of batches that are measured; those between them are interpolated

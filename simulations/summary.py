@@ -26,8 +26,6 @@ from cotune.simulations.sites import Prepared, Share
 from cotune.simulations.together import steps_of_models
 from cotune.simulations.worth import TestSet, organisation_worth, overall_worth, own_majority
 
-__all__ = ["summarise"]
-
 _METRICS = ("accuracy", "precision", "recall", "f1")
 
 _EXACT = (  # figures of a simulation that are computed from training records as they are

@@ -24,8 +24,6 @@ from cotune.simulations.baselines import fits_alone
 from cotune.simulations.sites import Prepared
 from cotune.simulations.stopwatch import Measure, Seconds, Stopwatch, by_length, measure, rows_at_once
 
-__all__ = ["estimate"]
-
 _SAMPLE = 1000  # records whose lengths are looked at
 _FITS = 12  # heads that an organization fits to each part of its records, see `client.adaptation`
 _EASIER = Seconds(0.4, 1.1)  # of a fit from scratch: those that begin where another has ended need fewer iterations

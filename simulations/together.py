@@ -13,8 +13,6 @@ from cotune.client.site import Site
 from cotune.privacy.accounting import Steps
 from cotune.privacy.filters import renyi, renyi_epsilon
 
-__all__ = ["divergences", "epsilon_of_runs", "steps_of_folder", "steps_of_models"]
-
 _ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)
 
 

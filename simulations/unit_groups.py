@@ -16,8 +16,6 @@ from cotune.models.records import Records
 from cotune.models.units import grouped
 from cotune.simulations.partitions import Rows
 
-__all__ = ["UnitGroups", "unit_groups"]
-
 
 @dataclass(frozen=True)
 class UnitGroups:

@@ -25,8 +25,6 @@ from typing import Any
 
 from cotune.server.events import Listener, listening
 
-__all__ = ["Task", "import_all", "play_beside", "play_here"]
-
 
 @dataclass(frozen=True)
 class Task:

@@ -20,8 +20,6 @@ from cotune.models.intervals import FEW, Answers, accuracy_interval, f1_interval
 from cotune.models.tasks import score
 from cotune.simulations.sites import Prepared, Share
 
-__all__ = ["COLUMNS", "JOINED", "Choices", "TestSet", "organisation_worth", "overall_worth", "own_majority"]
-
 COLUMNS = ("majority", "alone", "alone_without_privacy", "federated", "adapted")  # from the floor up
 JOINED = ("adapted", "federated")  # what an organization has when it joins: the first that was measured
 NOT_JOINED = ("alone_without_privacy", "alone")  # what it has when it does not

@@ -14,8 +14,6 @@ from cotune.models.adapter import Adapter
 from cotune.strategies.round import Weighed
 from cotune.strategies.sums import mean_of, total, weighted
 
-__all__ = ["averaged", "change", "factors_of", "padded", "product_norm", "shares", "stacked", "truncated", "weight_change"]
-
 
 def averaged(updates: Sequence[Weighed]) -> dict[str, Tensor]:
     """The weighted mean of the deltas, as the fusion `mean` has it."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from cotune.strategies.updates import Delta, apply_delta
 
-__all__ = ["adaptive_step"]
-
 _FIRST, _SECOND = "m/", "v/"  # of the names in the memory
 
 

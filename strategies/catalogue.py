@@ -13,8 +13,6 @@ from cotune.strategies.plugins import known
 from cotune.strategies.recipes import RECIPES, parts_of
 from cotune.strategies.strategy import Part, StrategyConfig
 
-__all__ = ["described", "parts", "recipe_described", "recipes", "search"]
-
 _SENDS = {
     "noise": "how much privacy noise its delta carries",
     "loss": "the loss of the received model on its records",

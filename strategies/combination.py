@@ -23,8 +23,6 @@ from cotune.strategies.round import Fused, RoundContext, Weighed
 from cotune.strategies.sums import Contribution, norm, total
 from cotune.strategies.updates import Delta, Update, not_finite
 
-__all__ = ["Combination", "UpdateLook", "WeightedFusion"]
-
 
 class Combination(Protocol):
     """Takes the admitted updates of a round, then gives what moves the model."""

@@ -9,8 +9,6 @@ from itertools import chain
 from cotune.strategies.parts import Kind, PartInfo, Visibility
 from cotune.strategies.strategy import Part, StrategyConfig
 
-__all__ = ["Facts", "first_problem", "privacy_problem"]
-
 _STATISTICS = {"fisher", "gram"}
 
 

@@ -31,8 +31,6 @@ from cotune.models.errors import CotuneError, PlanError, RunError, nearest
 from cotune.strategies.parts import Needs, PartInfo, Visibility
 from cotune.strategies.round import Fused, RoundContext, Weighed
 
-__all__ = ["FlowerFusion", "flower_part", "flower_strategy", "is_flower_class"]
-
 _OURS: dict[str, Any] = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}  # whom to ask is the plan's
 _UNUSED = {"fraction_train", "fraction_evaluate", "min_evaluate_nodes", "arrayrecord_key", "configrecord_key", "weighted_by_key"}
 _PLAIN = {bool, int, float, str, type(None)}

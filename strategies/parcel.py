@@ -17,8 +17,6 @@ from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-__all__ = ["Malformed", "Parcel", "TooMuch", "inflated_bytes"]
-
 _MOST_HEAD_BYTES = 4 * 2**20  # of all that is no chunk of an array: parsed, it takes many times as much memory
 
 

@@ -20,21 +20,6 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from cotune.models.errors import nearest
 
-__all__ = [
-    "FOLDERS",
-    "Kind",
-    "Needs",
-    "PartInfo",
-    "Payload",
-    "Visibility",
-    "builtin",
-    "client_term",
-    "fusion",
-    "server_optimizer",
-    "undecorated",
-    "weighting",
-]
-
 Kind = Literal["weighting", "fusion", "server_optimizer", "client_term"]
 Payload = Literal["noise", "loss", "fisher", "gram"]  # what organisations send beside their deltas
 FOLDERS: dict[Kind, str] = {

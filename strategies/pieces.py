@@ -20,9 +20,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_objects,
 )
 
-from cotune.strategies.parcel import Malformed, Parcel, TooMuch
-
-__all__ = ["CutOff", "Malformed", "NotThere", "TooMuch", "collect", "gather"]
+from cotune.strategies.parcel import Parcel, TooMuch
 
 NotThere = ObjectUnavailableError  # to be raised for a piece that may yet come
 

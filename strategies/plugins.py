@@ -21,21 +21,6 @@ from typing import Any
 from cotune.models.errors import PlanError, nearest
 from cotune.strategies.parts import FOLDERS, Kind, PartInfo, builtin, undecorated
 
-__all__ = [
-    "NO_TERM",
-    "content_of",
-    "is_code",
-    "is_file",
-    "known",
-    "load_code",
-    "object_in",
-    "part_named",
-    "part_of",
-    "pinned",
-    "read_file",
-    "source_of",
-]
-
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _FLOWER = re.compile(r"flwr(\.\w+)*:[A-Za-z_]\w*")
 NO_TERM = (

@@ -12,8 +12,6 @@ from typing import Any
 from cotune.models.errors import nearest
 from cotune.strategies.parts import FOLDERS, builtin
 
-__all__ = ["RECIPES", "expand", "parts_of"]
-
 RECIPES: dict[str, dict[str, Any]] = {
     # averaging
     "fedavg": {},

@@ -12,8 +12,6 @@ from torch import Tensor
 from cotune.models.adapter import Adapter
 from cotune.strategies.updates import Delta, Update
 
-__all__ = ["Fused", "LocalSteps", "RoundContext", "Weighed"]
-
 
 @dataclass(frozen=True)
 class LocalSteps:

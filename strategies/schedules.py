@@ -10,7 +10,6 @@ from pydantic import Field
 if TYPE_CHECKING:
     from cotune.strategies.round import RoundContext
 
-__all__ = ["Schedule", "Warmup", "decay", "rate_of"]
 
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 Warmup = Annotated[int, Field(ge=0)]  # rounds in which the rate grows to its full value

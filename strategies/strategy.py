@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from cotune.strategies.parts import FOLDERS, Kind, PartInfo, Payload
 from cotune.strategies.plugins import NO_TERM, is_code, is_file, load_code, part_named
 
-__all__ = ["Part", "StrategyConfig"]
-
 
 class Part(BaseModel):
     """A part of a strategy: its name and its parameters, as in `{ name = "sgd", lr = 0.5 }`, or the name alone.

@@ -20,8 +20,6 @@ from torch import Tensor
 from cotune.strategies.round import Fused, Weighed
 from cotune.strategies.updates import Delta
 
-__all__ = ["Contribution", "Sums", "mean_of", "norm", "total", "weighted"]
-
 Contribution = Callable[[Weighed], Mapping[str, Tensor]]  # of one update, in float64
 Sums = Generator[Contribution, Mapping[str, Tensor], Delta | Fused]
 

@@ -17,8 +17,6 @@ from cotune.models.nested import json_of
 from cotune.models.sharing import named_under
 from cotune.strategies.updates import Update
 
-__all__ = ["read_update", "round_of", "update_bytes"]
-
 
 def update_bytes(update: Update, **about: str) -> bytes:
     """The content of the file. about: what else it says, such as the plan that the update is for."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Delta", "Update", "apply_delta", "difference", "not_finite"]
-
 Delta = Mapping[str, Tensor]  # parameter name -> Δθ of that parameter
 
 

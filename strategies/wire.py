@@ -28,24 +28,6 @@ from torch import Tensor
 from cotune.models.errors import RunError
 from cotune.strategies.updates import Update
 
-__all__ = [
-    "PROTOCOL",
-    "Receipt",
-    "Recipient",
-    "Request",
-    "decode_header",
-    "decode_receipt",
-    "decode_request",
-    "decode_update",
-    "encode_receipt",
-    "encode_requests",
-    "encode_update",
-    "payload_bytes",
-    "received_digest",
-    "salt_of",
-    "state_digest",
-]
-
 PROTOCOL = 5
 SALTED = "cotune.salted"  # how an array is written: NumPy's format, masked
 _SALT = "cotune/salt"  # no name of a parameter, and of nothing that is told

@@ -22,8 +22,6 @@ from cotune.server.proxy.rules import Refusal, call_of, content_length, passed_o
 from cotune.server.proxy.slots import Slot
 from cotune.server.proxy.upstream import SuperLink
 
-__all__ = ["PIECE", "Exchange"]
-
 PIECE = 64 * 1024  # bytes read at a time
 _MOST_ANNOUNCED = 8 * 2**20  # bytes of an answer to pull-messages that are looked into: a hundred thousand objects
 _PLAIN = Refusal(400, "this port speaks TLS, and got plain HTTP: give ca.crt of the server instead of --insecure")

@@ -16,8 +16,6 @@ from cotune.server.proxy.slots import Slot, Slots, group_of
 from cotune.server.proxy.sparing import Sparing
 from cotune.server.proxy.traffic import Traffic
 
-__all__ = ["Guard", "unnoted"]
-
 log = logging.getLogger("cotune.front")
 
 Noted = Callable[[str, str], None]  # whose request was refused, and why

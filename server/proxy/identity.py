@@ -21,8 +21,6 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 
 from cotune.server.proxy.rules import Refusal
 
-__all__ = ["Known", "signer"]
-
 Known = Callable[[bytes], str | None]  # public key (PEM) -> the member that it belongs to
 
 _NOT_REGISTERED = 2004  # Flower's code for a node that cannot be activated

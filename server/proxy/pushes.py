@@ -19,8 +19,6 @@ from google.protobuf.message import DecodeError
 
 from cotune.server.proxy.wire_format import Damaged, TooMany, fields, length_of
 
-__all__ = ["Sent", "reason_to_refuse_push"]
-
 MOST_DEPTH = 5  # message, its content, a record, an array, a chunk of it
 _MOST_HEADER = 16 * 2**10  # bytes of a message without its content: addresses, or an error's words
 _MOST_REMEMBERED = 200_000  # identifiers of what the server has sent, 32 bytes each

@@ -15,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cotune.server.proxy.rules import Refusal
 
-__all__ = ["Allowance", "Quotas", "Usage"]
-
 HOUR, DAY = 3600.0, 86400.0  # seconds
 _SPARE = 4  # replies
 _OBJECTS = ("push-object", "pull-object")  # the calls with content worth counting: the rest is bounded by `Limits`

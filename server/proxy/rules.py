@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import h11
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Limits", "Refusal", "call_of", "content_length", "passed_on", "reason_to_refuse"]
-
 KIB, MIB = 2**10, 2**20
 
 

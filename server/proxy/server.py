@@ -25,8 +25,6 @@ from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.slots import Slot, group_of
 from cotune.server.proxy.upstream import SuperLink
 
-__all__ = ["Front", "Setup", "listen", "serve"]
-
 TLS_HANDSHAKE = b"\x16"  # the first byte of every TLS connection (RFC 8446, 5.1)
 
 log = logging.getLogger("cotune.front")

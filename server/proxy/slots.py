@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 from cotune.server.proxy.rules import Limits
 
-__all__ = ["Slot", "Slots", "group_of"]
-
 
 @dataclass(eq=False)
 class Slot:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Sparing"]
-
 LINES, SECONDS = 5, 60.0
 _MOST_KINDS = 1000
 

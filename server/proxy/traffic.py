@@ -9,8 +9,6 @@ from contextlib import asynccontextmanager
 
 from cotune.server.proxy.rules import Limits
 
-__all__ = ["Traffic"]
-
 
 class Traffic:
     """Whoever comes while too much is under way waits for its turn, and is not read meanwhile."""

@@ -10,8 +10,6 @@ import httpx
 
 from cotune.server.proxy.rules import Limits, passed_on
 
-__all__ = ["SuperLink"]
-
 
 class SuperLink:
     """Over TLS: with SuperNode authentication it speaks nothing else."""

@@ -13,8 +13,6 @@ from torch import Tensor
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
 from cotune.strategies.updates import Delta
 
-__all__ = ["ClientTerm"]
-
 
 class ClientTerm:
     """The base of all: frozen dataclasses, whose fields are the plan's parameters. A term overrides what it needs.

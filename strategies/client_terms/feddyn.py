@@ -15,8 +15,6 @@ from cotune.strategies.parts import Needs, client_term
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
 from cotune.strategies.updates import Delta
 
-__all__ = ["FedDyn"]
-
 
 @client_term(
     "feddyn",

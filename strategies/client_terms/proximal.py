@@ -11,8 +11,6 @@ from torch import Tensor
 from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.parts import client_term
 
-__all__ = ["Proximal"]
-
 
 @client_term("proximal", cite="Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127 (FedProx)")
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from cotune.strategies.parts import Needs, client_term
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
 from cotune.strategies.updates import Delta
 
-__all__ = ["Scaffold"]
-
 
 @client_term(
     "scaffold",

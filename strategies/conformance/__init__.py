@@ -16,8 +16,6 @@ from cotune.strategies.conformance.samples import complete, sample
 from cotune.strategies.parts import PartInfo
 from cotune.strategies.round import RoundContext
 
-__all__ = ["Finding", "check_part"]
-
 _CHECKS = {
     "weighting": weightings.CHECKS,
     "fusion": fusions.CHECKS,

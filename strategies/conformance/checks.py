@@ -13,8 +13,6 @@ from cotune.models.errors import CotuneError
 from cotune.strategies.conformance.samples import Case
 from cotune.strategies.parts import PartInfo
 
-__all__ = ["Check", "Finding", "Problems", "checkpointed", "differing", "refusal", "run", "wrong_names", "wrong_shapes"]
-
 Problems = Iterator[str]
 _TOLERANCE = 1e-9  # relative: sums in another order, in float64
 

@@ -15,8 +15,6 @@ from cotune.strategies.conformance.samples import Case
 from cotune.strategies.round import Fused
 from cotune.strategies.updates import Delta
 
-__all__ = ["CHECKS"]
-
 Tensors = Mapping[str, Tensor]
 
 

@@ -19,8 +19,6 @@ from cotune.strategies.round import Fused, Weighed
 from cotune.strategies.sums import total
 from cotune.strategies.updates import Update
 
-__all__ = ["CHECKS"]
-
 
 def _result(case: Case) -> Problems:
     delta = case.fuse().delta

@@ -16,8 +16,6 @@ from cotune.strategies.parts import Needs, PartInfo
 from cotune.strategies.round import Fused, LocalSteps, RoundContext
 from cotune.strategies.updates import Delta, Update
 
-__all__ = ["Case", "complete", "sample"]
-
 _DENSE = {"encoder.weight": (4, 3), "head.weight": (3, 4), "head.bias": (3,)}
 _ADAPTERS = (
     Adapter("query.A", "query.B", "query.weight", scale=2.0, rank=3),

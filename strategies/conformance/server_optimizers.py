@@ -14,8 +14,6 @@ from cotune.strategies.conformance.samples import Case
 from cotune.strategies.round import Fused
 from cotune.strategies.sums import norm
 
-__all__ = ["CHECKS"]
-
 State = Mapping[str, Tensor]
 
 

@@ -14,8 +14,6 @@ from cotune.strategies.conformance.samples import Case
 from cotune.strategies.parts import builtin
 from cotune.strategies.updates import Update
 
-__all__ = ["CHECKS"]
-
 Weight = float | Mapping[str, float]
 
 

@@ -15,8 +15,6 @@ from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import Weighed
 from cotune.strategies.updates import Delta
 
-__all__ = ["bulyan"]
-
 
 @fusion(
     "bulyan",

@@ -15,8 +15,6 @@ from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import Fused, RoundContext, Weighed
 from cotune.strategies.sums import Sums, mean_of, weighted
 
-__all__ = ["centred_clipping"]
-
 _NOTHING = torch.zeros((), dtype=torch.float64)
 
 

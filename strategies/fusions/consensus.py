@@ -13,8 +13,6 @@ from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import Weighed
 from cotune.strategies.sums import Sums, mean_of, weighted
 
-__all__ = ["consensus"]
-
 _PLAIN = "plain sum of "
 
 

@@ -14,8 +14,6 @@ from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.round import RoundContext, Weighed
 from cotune.strategies.sums import Sums, mean_of, weighted
 
-__all__ = ["dare"]
-
 
 @fusion(
     "dare",

@@ -10,8 +10,6 @@ from cotune.strategies.adapters import averaged, factors_of, shares, stacked, we
 from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import RoundContext, Weighed
 
-__all__ = ["fedex"]
-
 
 @fusion(
     "fedex",

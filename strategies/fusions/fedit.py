@@ -6,8 +6,6 @@ from cotune.strategies.fusions.mean import mean
 from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.sums import Sums
 
-__all__ = ["fedit"]
-
 
 @fusion(
     "fedit",

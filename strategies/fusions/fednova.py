@@ -12,8 +12,6 @@ from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.round import RoundContext, Weighed
 from cotune.strategies.sums import Sums, mean_of, weighted
 
-__all__ = ["effective_steps", "fednova"]
-
 _STEPS, _WEIGHT = "steps of ", "weight in steps of "
 _TINY = 1e-300  # where every holder of a parameter weighs 0, its mean is 0
 

@@ -9,8 +9,6 @@ from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.round import RoundContext
 from cotune.strategies.sums import Sums, mean_of, weighted
 
-__all__ = ["fedsvd"]
-
 
 @fusion(
     "fedsvd",

@@ -12,8 +12,6 @@ from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.round import Weighed
 from cotune.strategies.sums import Sums
 
-__all__ = ["fisher"]
-
 _TRUST = "trust in "
 
 

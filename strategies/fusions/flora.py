@@ -12,8 +12,6 @@ from cotune.strategies.adapters import averaged, change, factors_of, shares, sta
 from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import RoundContext, Weighed
 
-__all__ = ["flora"]
-
 
 @fusion(
     "flora",

@@ -14,8 +14,6 @@ from cotune.strategies.round import Weighed
 from cotune.strategies.sums import Sums, mean_of, norm, weighted
 from cotune.strategies.updates import difference
 
-__all__ = ["PASSES", "SMOOTHING", "geometric_median", "weiszfeld"]
-
 PASSES = 50  # at most; where nobody is far away, it stays after about twenty
 SMOOTHING = 1e-6
 _STILL = 1e-12  # of the center's length: a pass that moves it by less is the last

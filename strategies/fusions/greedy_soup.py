@@ -9,8 +9,6 @@ from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import RoundContext, Weighed
 from cotune.strategies.updates import Delta
 
-__all__ = ["greedy_soup"]
-
 
 @fusion(
     "greedy_soup",

@@ -11,8 +11,6 @@ from cotune.strategies.adapters import averaged, change, factors_of, padded, pro
 from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import RoundContext, Weighed
 
-__all__ = ["hetlora"]
-
 
 @fusion(
     "hetlora",

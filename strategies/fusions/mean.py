@@ -5,8 +5,6 @@ from __future__ import annotations
 from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
 
-__all__ = ["mean"]
-
 
 @fusion(
     "mean",

@@ -11,8 +11,6 @@ from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import Weighed
 from cotune.strategies.updates import Delta
 
-__all__ = ["median", "middle"]
-
 
 @fusion(
     "median",

@@ -12,8 +12,6 @@ from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.round import Weighed
 from cotune.strategies.sums import Sums, norm
 
-__all__ = ["model_stock"]
-
 _DIRECTION, _COUNT = "direction of ", "count of "
 _ONE = torch.ones((), dtype=torch.float64)
 

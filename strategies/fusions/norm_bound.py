@@ -13,8 +13,6 @@ from cotune.strategies.round import Weighed
 from cotune.strategies.sums import Sums, mean_of, weighted
 from cotune.strategies.sums import norm as norm_of
 
-__all__ = ["clipped", "norm_bound"]
-
 
 @fusion(
     "norm_bound",

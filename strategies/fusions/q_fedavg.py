@@ -15,8 +15,6 @@ from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.round import RoundContext, Weighed
 from cotune.strategies.sums import Sums, norm
 
-__all__ = ["q_fedavg"]
-
 _STEP = "Σ h_k / L"
 _LEAST_LOSS = 1e-10  # added, as in the authors' code: F^(q − 1) of a perfect model
 

@@ -14,8 +14,6 @@ from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.round import Weighed
 from cotune.strategies.sums import Sums, mean_of, weighted
 
-__all__ = ["regmean"]
-
 _GRAM, _OUT = "gram of ", "output of "
 _NOTHING = 1e-6  # of the largest eigenvalue: inputs that vary less are rounding, as the Gram matrices come in float32
 

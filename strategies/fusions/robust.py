@@ -16,8 +16,6 @@ from cotune.strategies.round import Fused, Weighed
 from cotune.strategies.sums import Sums, norm, total
 from cotune.strategies.updates import Delta
 
-__all__ = ["FEWEST", "bounded_shares", "longest_of", "robust"]
-
 FEWEST = 4  # updates, from which on the one that lies can be told from the others
 _MOST_OF_FEW = 1.5  # times an equal share: what an update counts at most where there are fewer
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from cotune.strategies.round import Weighed
 
-__all__ = ["mean_of_each", "squared_distances", "stacked"]
-
 
 def stacked(updates: Sequence[Weighed]) -> dict[str, Tensor]:
     """Of every parameter the deltas of those that sent it, n × its shape, in float64."""

@@ -9,8 +9,6 @@ from pydantic import Field
 from cotune.strategies.parts import Needs, fusion
 from cotune.strategies.sums import Sums
 
-__all__ = ["task_arithmetic"]
-
 
 @fusion(
     "task_arithmetic",

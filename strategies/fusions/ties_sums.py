@@ -14,8 +14,6 @@ from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import Weighed
 from cotune.strategies.sums import Sums
 
-__all__ = ["ties_sums"]
-
 _WEIGHT = "weight of "
 
 

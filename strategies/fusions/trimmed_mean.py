@@ -13,8 +13,6 @@ from cotune.strategies.parts import Needs, Visibility, fusion
 from cotune.strategies.round import Weighed
 from cotune.strategies.updates import Delta
 
-__all__ = ["trimmed_mean"]
-
 _ROUNDING = 1e-9  # of β·n: a tenth of ten is one
 
 

@@ -16,8 +16,6 @@ from cotune.strategies.round import Fused, RoundContext
 from cotune.strategies.schedules import Schedule, Warmup, rate_of
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 
-__all__ = ["ServerAdagrad"]
-
 
 @server_optimizer("adagrad", cite="Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2 (FedAdagrad)")
 @dataclass(frozen=True)

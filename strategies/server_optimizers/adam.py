@@ -15,8 +15,6 @@ from cotune.strategies.round import Fused, RoundContext
 from cotune.strategies.schedules import Schedule, Warmup, rate_of
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 
-__all__ = ["ServerAdam"]
-
 
 @server_optimizer("adam", cite="Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2 (FedAdam)")
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from cotune.strategies.round import Fused, RoundContext
 
-__all__ = ["ServerOptimizer"]
-
 
 class ServerOptimizer:
     """The base of all: frozen dataclasses, whose fields are the plan's parameters (Reddi et al., ICLR 2021, algorithm 1)."""

@@ -16,8 +16,6 @@ from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.sums import norm
 from cotune.strategies.updates import apply_delta
 
-__all__ = ["FedExP"]
-
 
 @server_optimizer(
     "fedexp",

@@ -16,8 +16,6 @@ from cotune.strategies.schedules import Schedule, Warmup, rate_of
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.updates import apply_delta
 
-__all__ = ["ServerSGD"]
-
 
 @server_optimizer("sgd", cite="Hsu et al., 2019, https://arxiv.org/abs/1909.06335")
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from pydantic import Field
 from cotune.strategies.parts import weighting
 from cotune.strategies.updates import Update
 
-__all__ = ["examples"]
-
 
 @weighting("examples", cite="McMahan et al., AISTATS 2017, https://arxiv.org/abs/1602.05629, algorithm 1")
 def examples(update: Update, *, cap: Annotated[int, Field(ge=0)] = 0) -> float:

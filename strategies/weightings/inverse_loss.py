@@ -9,8 +9,6 @@ from pydantic import Field
 from cotune.strategies.parts import Needs, weighting
 from cotune.strategies.updates import Update
 
-__all__ = ["inverse_loss"]
-
 _LEAST = 1e-3  # nats; who claims less counts for no more, or one organisation could take over the model
 
 

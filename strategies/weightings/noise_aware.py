@@ -19,8 +19,6 @@ import torch
 from cotune.strategies.parts import Needs, weighting
 from cotune.strategies.updates import Update
 
-__all__ = ["RandomEffects", "noise_aware", "random_effects"]
-
 _FLOOR = 1e-3  # of the median variance: who states less is believed no more, or one partner could take over the model
 
 

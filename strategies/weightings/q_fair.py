@@ -9,9 +9,6 @@ from pydantic import Field
 from cotune.strategies.parts import Needs, weighting
 from cotune.strategies.updates import Update
 
-__all__ = ["q_fair"]
-
-
 _LEAST = 1e-10  # nats, as in q_fedavg: where nobody has any loss left, noised or not, everybody counts alike
 
 

@@ -11,8 +11,6 @@ from pydantic import Field
 from cotune.strategies.parts import Needs, weighting
 from cotune.strategies.updates import Update
 
-__all__ = ["tilted"]
-
 
 @weighting(
     "tilted",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from cotune.strategies.parts import weighting
 from cotune.strategies.updates import Update
 
-__all__ = ["uniform"]
-
 
 @weighting("uniform", cite="Li et al., ICLR 2020, https://arxiv.org/abs/1907.02189, scheme II")
 def uniform(update: Update) -> float:

@@ -10,8 +10,6 @@ from cotune.strategies.parts import Needs, Visibility, weighting
 from cotune.strategies.round import RoundContext
 from cotune.strategies.updates import Update
 
-__all__ = ["validation"]
-
 
 @weighting(
     "validation",

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from cotune.models.errors import Declined
 from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.ledger import Ledger, Limit
+from cotune.privacy.ledger import Ledger
+from cotune.privacy.limits import Limit
 
 LIMIT = Limit("budget.epsilon_total", 8.0, 1e-5)
 FIRST = Steps(1.0, 0.05, 60)

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from cotune.client.setting import Setting, setting_of
+from cotune.client.setting import setting_of
+from cotune.client.training_rows import Setting
 from cotune.models.features import vectors_of
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records

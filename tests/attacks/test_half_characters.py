@@ -19,10 +19,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from cotune.server.events import Events, read_events
 from cotune.strategies.parcel import Malformed, Parcel
 from tests.server.conftest import NewRun, adding
-from tests.server.test_asking import impatient, play
+from tests.server.test_asking import play
 from tests.server.wild import real, told, wild
-
-__all__ = ["impatient"]
 
 NAMES = ("org-1", "org-2", "org-3")
 HALF = "w\ud800"

@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cotune.client.setting import Setting, setting_of
+from cotune.client.setting import setting_of
+from cotune.client.training_rows import Setting
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records
 from cotune.plan.load import parse_plan

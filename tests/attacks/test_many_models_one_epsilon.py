@@ -18,9 +18,7 @@ from cotune.simulations.cells import parse_variation
 from cotune.simulations.compare import compare
 from cotune.simulations.simulate import simulate
 from cotune.simulations.together import epsilon_of_runs
-from tests.simulations.conftest import NewPlan, plan_file, toy_data, toy_plan
-
-__all__ = ["plan_file", "toy_data", "toy_plan"]  # fixtures
+from tests.simulations.conftest import NewPlan
 
 
 def composed(steps: list[Steps], delta: float) -> float:

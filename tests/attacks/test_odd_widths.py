@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, BertConfig, RobertaConfig
 
-from cotune.client.setting import Setting, check_gradients, setting_of
+from cotune.client.setting import check_gradients, setting_of
+from cotune.client.training_rows import Setting
 from cotune.models.alignment import AlignedRows
 from cotune.models.holdings import Holdings
 from cotune.models.records import Records

@@ -22,7 +22,8 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting import Steps
 from cotune.privacy.config import delta_of
-from cotune.privacy.ledger import Ledger, Limit
+from cotune.privacy.ledger import Ledger
+from cotune.privacy.limits import Limit
 from cotune.privacy.policy import Policy, dump_policy
 
 LIMIT, WHOLE, PART = 8.0, 10_000, 500

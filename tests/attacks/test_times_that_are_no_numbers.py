@@ -28,7 +28,7 @@ from cotune.server.carriers import Threaded
 from cotune.server.line import Line
 from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
 from cotune.server.proxy.rules import Limits
-from cotune.strategies.pieces import TooMuch
+from cotune.strategies.parcel import TooMuch
 from tests.support.calls import announcement
 
 NO_TIMES = (math.nan, math.inf, -math.inf, -1.0, 1e300)

@@ -23,10 +23,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from cotune.client import fleet
 from cotune.client.fleet import FleetError, NotKnown, connected
 from cotune.server.members import Members
-from tests.server.proxy.test_server import NORTH, STRANGER, Running, Upstream, folder, running, served, upstream
+from tests.server.proxy.test_server import NORTH, STRANGER, Running, Upstream, running, served
 from tests.support.calls import new_key
-
-__all__ = ["folder", "upstream"]
 
 
 def told(front: Running, key: EllipticCurvePrivateKey, kind: type[Exception] = FleetError) -> str:

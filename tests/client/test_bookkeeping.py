@@ -17,7 +17,7 @@ from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.config import delta_of
 from cotune.privacy.curves import gaussian_mu, true_positive_rate
 from cotune.privacy.filters import epsilon_filter, filter_order, renyi, renyi_epsilon
-from cotune.privacy.ledger import Limit
+from cotune.privacy.limits import Limit
 from cotune.privacy.policy import BudgetRules, Policy
 
 MakeSite = Callable[..., Site]

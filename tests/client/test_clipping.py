@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.client import feature_rows, setting
-from cotune.client.setting import Setting, check_gradients, check_stages, setting_of
+from cotune.client.setting import check_gradients, check_stages, setting_of
+from cotune.client.training_rows import Setting
 from cotune.models.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records

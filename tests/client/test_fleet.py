@@ -20,7 +20,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from cotune.client import bounded as bounded_module
 from cotune.client import fleet as fleet_module
 from cotune.client.bounded import distrust
-from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, TooMuch
+from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver
+from cotune.strategies.parcel import TooMuch
 
 NODE = 5
 

@@ -25,12 +25,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client import node as node_module
 from cotune.client.audit_log import AuditLog
-from cotune.client.fleet import CutOff, Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
+from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
 from cotune.client.node import Node, run_node
 from cotune.client.observe import observing
 from cotune.client.refusal import UNSAID
 from cotune.client.resident import ResidentDied
 from cotune.models.errors import DataError, RunError
+from cotune.strategies.pieces import CutOff
 
 NODE, RUN = 5, 77
 

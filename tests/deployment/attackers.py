@@ -34,20 +34,6 @@ from cotune.strategies import Update
 from cotune.strategies.wire import decode_request, encode_update, received_digest
 from tests.support.calls import announcement, identifier, new_key, signed
 
-__all__ = [
-    "ADDRESSES",
-    "DISTURBANCES",
-    "IDLE",
-    "Attacker",
-    "Deed",
-    "announce_and_stay_away",
-    "bomb",
-    "disturb_the_store",
-    "flood",
-    "locked",
-    "say_nothing",
-]
-
 CHUNK = b"ArrayChunk  %d\x00" % 2**19 + bytes(2**19)
 TIMES = 131_072  # that it is listed: 64 GiB, which nobody has to spare; with its list below the 1 MiB that any update may have
 ADDRESSES = ("127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5")

@@ -29,8 +29,6 @@ from tests.deployment.attackers import Attacker, Deed
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
 from loopback import free_port, until, write_model, write_sentences  # noqa: E402
 
-__all__ = ["Deployment", "deployment", "weights"]
-
 _Found = TypeVar("_Found")
 _PATIENCE = 420.0  # seconds for anything to happen, on a machine that does other things too
 

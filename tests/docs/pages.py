@@ -11,8 +11,6 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-__all__ = ["PAGES", "ROOT", "Block", "blocks_of", "commands_in", "commands_of", "spoken_in"]
-
 ROOT = Path(__file__).parents[2]
 PAGES = {str(file.relative_to(ROOT)): file for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 _MARK = re.compile(r"<!-- not played: (.+?) -->\s*$")

@@ -16,8 +16,6 @@ from cotune.plan.load import parse_plan
 from tests.cli.conftest import Cotune
 from tests.docs.pages import Block, commands_of
 
-__all__ = ["Player"]
-
 _SMALL = ("rounds=1", "simulation.min_examples=5", "model.max_length=16", "simulation.baselines=[]")
 
 

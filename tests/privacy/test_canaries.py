@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.privacy.canaries import Planted, fair_coins, new_canaries, plant
-from cotune.privacy.dp_sgd import Batch, private_steps
+from cotune.privacy.dp_sgd import private_steps
+from cotune.privacy.per_example import Batch
 from tests.support.batches import in_batches, stack
 
 torch.set_num_threads(1)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.privacy.delta_noise import LocalOptimizer, delta_noise_variance
-from cotune.privacy.dp_sgd import Batch, private_steps
+from cotune.privacy.dp_sgd import private_steps
+from cotune.privacy.per_example import Batch
 from tests.support.batches import in_batches
 
 torch.set_num_threads(1)

@@ -23,7 +23,8 @@ from cotune.models.features import feature_head
 from cotune.models.sharing import SharedModel
 from cotune.models.tasks import example_losses
 from cotune.models.text_task import collator
-from cotune.privacy.dp_sgd import Batch, LossPerExample, StepReport, check_clipping, private_steps
+from cotune.privacy.dp_sgd import StepReport, check_clipping, private_steps
+from cotune.privacy.per_example import Batch, LossPerExample
 from cotune.privacy.randomness import PoissonSampler
 from tests.support.batches import in_batches, stack
 

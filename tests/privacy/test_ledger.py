@@ -19,7 +19,8 @@ from cotune.privacy import filters
 from cotune.privacy.accounting import Steps, epsilon
 from cotune.privacy.chain import entry_hash
 from cotune.privacy.filters import epsilon_over_runs
-from cotune.privacy.ledger import Ledger, Limit
+from cotune.privacy.ledger import Ledger
+from cotune.privacy.limits import Limit
 
 ROUND = Steps(1.0, 0.05, 20)
 PROCESS = """

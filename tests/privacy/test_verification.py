@@ -15,7 +15,7 @@ from cotune.client.site import Site, SiteFile
 from cotune.models.errors import DataError
 from cotune.privacy.accounting import Steps
 from cotune.privacy.chain import START, entry_hash
-from cotune.privacy.ledger import Limit
+from cotune.privacy.limits import Limit
 from cotune.privacy.policy import BudgetRules, Policy, dump_policy
 from cotune.privacy.verification import verify
 

@@ -21,7 +21,7 @@ from cotune.server import asking, carriers
 from cotune.server.federation import FederationFolder
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import Progress, RunFolder
-from cotune.strategies.pieces import Malformed, TooMuch
+from cotune.strategies.parcel import Malformed, TooMuch
 from cotune.strategies.wire import Request
 from tests.server.conftest import Answer, NewRun, adding, model_of, update
 from tests.server.test_rounds import assert_moved, initial, raises, same

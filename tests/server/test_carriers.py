@@ -16,7 +16,7 @@ from cotune.server import carriers
 from cotune.server.addresses import Node
 from cotune.server.carriers import Threaded
 from cotune.server.line import Line
-from cotune.strategies.pieces import TooMuch
+from cotune.strategies.parcel import TooMuch
 
 
 class FakeLine:

@@ -19,7 +19,7 @@ from cotune.server.delivery import confirmed, deliver
 from cotune.server.federation import FederationFolder
 from cotune.server.rounds import run_rounds
 from cotune.server.run_folder import RunFolder
-from cotune.strategies.pieces import TooMuch
+from cotune.strategies.parcel import TooMuch
 from cotune.strategies.wire import Receipt, Request, decode_request, encode_receipt, received_digest
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.test_asking import wrong_shape

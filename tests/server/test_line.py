@@ -32,7 +32,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from cotune.server.line import Line, line_of
-from cotune.strategies.pieces import TooMuch
+from cotune.strategies.parcel import TooMuch
 
 Answer = Callable[[str, bytes], httpx.Response]
 

@@ -33,7 +33,8 @@ from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.plan.model import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.dp_sgd import Batch, StepReport, private_steps
+from cotune.privacy.dp_sgd import StepReport, private_steps
+from cotune.privacy.per_example import Batch
 from cotune.privacy.randomness import PoissonSampler, seeded_generator
 from cotune.simulations import audited_training
 from cotune.simulations.audit import AuditResult, audit

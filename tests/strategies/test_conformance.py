@@ -27,7 +27,8 @@ from cotune.strategies import (
     weighting,
 )
 from cotune.strategies.client_terms import base as client_term
-from cotune.strategies.conformance import Finding, check_part
+from cotune.strategies.conformance import check_part
+from cotune.strategies.conformance.checks import Finding
 from cotune.strategies.conformance.samples import complete
 from cotune.strategies.flower import flower_strategy
 from cotune.strategies.parts import FOLDERS, PartInfo, builtin

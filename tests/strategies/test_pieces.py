@@ -16,7 +16,8 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.strategies import pieces
-from cotune.strategies.pieces import CutOff, Malformed, NotThere, TooMuch, gather
+from cotune.strategies.parcel import Malformed, TooMuch
+from cotune.strategies.pieces import CutOff, NotThere, gather
 
 MOST, SILENCE = 2**20, 5.0
 

@@ -13,8 +13,6 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.proto.node_pb2 import Node
 
-__all__ = ["announcement", "identifier", "new_key", "public", "signed", "tree"]
-
 NODE = 2**40 + 7
 REQUEST = "f" * 64  # the message that is answered
 

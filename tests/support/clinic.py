@@ -15,8 +15,6 @@ from cotune.plan.model import model_of, shared_names
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 
-__all__ = ["LABELS", "make_plan", "make_site", "state_of"]
-
 LABELS = ("bad", "good", "so")
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-__all__ = ["Killed", "killed_before_each_change"]
-
 
 class Killed(BaseException):
     """As a process that ends there: nothing catches it to go on."""

@@ -29,8 +29,6 @@ from cotune.plan.signatures import (
 )
 from cotune.strategies.wire import decode_request, received_digest
 
-__all__ = ["FEDERATION", "NODE_KEY", "SERVER_KEY", "countersign", "sign_request", "trusting"]
-
 FEDERATION = 32 * "f"
 SERVER_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 NODE_KEY = ec.derive_private_key(7, ec.SECP384R1())

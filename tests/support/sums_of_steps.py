@@ -6,8 +6,6 @@ import numpy as np
 
 from cotune.privacy.accounting import Steps
 
-__all__ = ["sums_of_steps"]
-
 
 def sums_of_steps(
     steps: Steps, targets: int, rng: np.random.Generator, *, noise: float = 1.0, sensitivity: float = 1.0
