@@ -15,6 +15,10 @@ from rich.table import Table
 from cotune.cli import client_check, client_join, client_model
 from cotune.cli.client_check import SiteFolder
 from cotune.cli.screen import screen
+from cotune.models.durable import write_durably
+from cotune.models.errors import PlanError, RunError
+from cotune.plan.document import value_of
+from cotune.privacy.policy import Policy, changed_policy, check_rules, dump_policy
 from cotune.privacy.rounding import round_up
 
 app = typer.Typer(no_args_is_help=True, help="An organisation's own side: its site, policy and ledger; joining a federation.")
@@ -29,7 +33,6 @@ def ledger(
     """Show the privacy that was spent, over all runs and by each, and what is left."""
     from cotune.client import bookkeeping
     from cotune.client.site import Site
-    from cotune.models.durable import write_durably
 
     opened = Site(site.expanduser())
     if export is not None:
@@ -97,11 +100,6 @@ def policy(
     ] = None,
 ) -> None:
     """Print a policy as TOML, the strict default or a site's own; with --set, change the site's."""
-    from cotune.models.durable import write_durably
-    from cotune.models.errors import PlanError
-    from cotune.plan.document import value_of
-    from cotune.privacy.policy import Policy, changed_policy, check_rules, dump_policy
-
     settings = dict(_setting(text) for text in change or ())
     check_rules(settings)
     from cotune.client.site import Site
@@ -122,8 +120,6 @@ def policy(
 
 
 def _setting(text: str) -> tuple[str, str]:
-    from cotune.models.errors import PlanError
-
     rule, equals, value = text.partition("=")
     if not equals:
         raise PlanError(f'the setting "{text}" is not understood: expected rule=value, such as training.max_rounds=50')
@@ -154,7 +150,6 @@ def trust(
     """Believe the server's new keys, by a statement that the old ones have signed, where it did not come with a request."""
     from cotune.client.site import Site
     from cotune.client.trust import Trust, learn
-    from cotune.models.errors import RunError
     from cotune.plan.renewal import read_server_renewals
 
     folder, renewals = Site(site.expanduser()).folder, read_server_renewals(renewal.expanduser())

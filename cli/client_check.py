@@ -13,7 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.screen import beginning, screen
+from cotune.models.errors import PlanError
+from cotune.models.missing import check_source
 from cotune.models.nested import toml_of
+from cotune.plan.load import load_plan
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
@@ -52,8 +55,6 @@ def check(
     """Say what joining would mean here: policy, noise, ε, time and memory of one real step; whether the server lets you in."""
     from dataclasses import asdict
 
-    from cotune.models.missing import check_source
-
     check_source(data)
     beginning("loading PyTorch, then policy, records and base model; then one step on made-up records", quiet=as_json)
     from cotune.client.check import check as check_plan
@@ -86,9 +87,7 @@ def check(
 
 def _read(source: str) -> tuple[Invitation | None, Plan]:
     """A federation.toml with its plan, or a plan by itself: a TOML file, or in the folder of a run."""
-    from cotune.models.errors import PlanError
     from cotune.plan.invitation import read_invitation
-    from cotune.plan.load import load_plan
 
     path = Path(source).expanduser()
     if path.suffix == ".toml" and not path.exists():

@@ -26,7 +26,10 @@ from cotune.cli.client_check import (
 )
 from cotune.cli.screen import beginning, screen
 from cotune.cli.trail import verify_sent
+from cotune.client.observe import observing
+from cotune.models.durable import write_durably
 from cotune.models.errors import CotuneError
+from cotune.models.missing import check_source
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import SPACE, duration, size
 
@@ -72,16 +75,12 @@ def join(
     import logging
     import os
 
-    from cotune.models.missing import check_source
-
     check_source(data)
     beginning("loading PyTorch, then records and base model")
     from cotune.client.approval import Approvals
     from cotune.client.node import run_node
-    from cotune.client.observe import observing
     from cotune.client.site import Site
     from cotune.client.trust import Trust
-    from cotune.models.durable import write_durably
     from cotune.plan.invitation import read_invitation
 
     os.umask(0o077)  # what is written into a site is the organisation's own

@@ -14,6 +14,8 @@ from rich.table import Table
 from cotune.cli.client_check import SiteFolder
 from cotune.cli.evaluate import figure, with_interval
 from cotune.cli.screen import beginning, screen
+from cotune.models.errors import DataError
+from cotune.models.missing import check_source
 
 if TYPE_CHECKING:
     from cotune.client.site import Site
@@ -66,8 +68,6 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
 ) -> None:
     """Compare the received model with training alone, on the site's own records. Nothing is sent, and no ε is spent."""
-    from cotune.models.missing import check_source
-
     check_source(data)
     beginning("loading PyTorch, then the received model and own records", quiet=as_json)
     from cotune.client.own_model import evaluate_site, open_received
@@ -87,7 +87,6 @@ def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Holdings:
     """Read as the site's own records are."""
     import numpy as np
 
-    from cotune.models.errors import DataError
     from cotune.models.holdings import Holdings, HoldingsFile
     from cotune.models.records import read_records
 

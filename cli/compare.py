@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.compare_progress import showing_cells
 from cotune.cli.plan_options import (
     AsJson,
     By,
@@ -25,6 +26,7 @@ from cotune.cli.plan_options import (
     Text,
 )
 from cotune.cli.screen import beginning, screen
+from cotune.cli.selection_lines import show_selected, showing_selection
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
 
@@ -98,7 +100,6 @@ def compare(
 
 
 def _compare(console: Console, as_json: bool, source: str, variations: list[Variation], options: dict[str, Any]) -> None:
-    from cotune.cli.compare_progress import showing_cells
     from cotune.simulations.compare import compare as play
 
     with showing_cells(console) as listener:
@@ -119,7 +120,6 @@ def _select(
     expected_runs: float,
     options: dict[str, Any],
 ) -> None:
-    from cotune.cli.selection_lines import show_selected, showing_selection
     from cotune.simulations.selection import select
 
     with showing_selection(console) as listener:

@@ -14,6 +14,9 @@ from rich.table import Table
 from cotune.cli.meant import own_options
 from cotune.cli.predict import Device, Length, ModelSource, ThresholdOption
 from cotune.cli.screen import beginning, screen
+from cotune.models.config import DataConfig
+from cotune.models.errors import DataError
+from cotune.models.missing import check_source
 
 _MOST_CLASSES = 25  # of a confusion matrix on a terminal
 _WIDE = 24  # characters of a class name
@@ -33,8 +36,6 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Measure a fine-tuned model: by class, confusion matrix, AUROC and AUPRC, calibration, entities of tags. Nothing is sent."""
-    from cotune.models.missing import check_source
-
     check_source(data)
     beginning(f"loading PyTorch, then {model}, to judge it on {data}", quiet=as_json)
     from cotune.models.judging import judge_records
@@ -55,9 +56,6 @@ def evaluate(
 
 def _config(data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str) -> Any:
     from pydantic import ValidationError
-
-    from cotune.models.config import DataConfig
-    from cotune.models.errors import DataError
 
     source = data if data.startswith("package:") else str(Path(data).expanduser())
     given = {"source": source, "text": text, "image": image, "label": label, "unit": unit, "encoding": encoding}

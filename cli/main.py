@@ -22,6 +22,7 @@ from cotune.cli import server_run
 from cotune.cli import simulate as simulate_command
 from cotune.cli import strategies as strategy_commands
 from cotune.cli.meant import meant_option
+from cotune.models.errors import CotuneError
 from cotune.models.terminal import clean_output, printable
 
 app = typer.Typer(
@@ -73,8 +74,6 @@ def run() -> None:
         ("FLWR_DISABLE_UPDATE_CHECK", "1"),
     ):
         os.environ.setdefault(key, value)
-    from cotune.models.errors import CotuneError
-
     if not debug:
         logging.getLogger("cotune").setLevel(logging.CRITICAL)  # what the user can mend is said once, below
     try:

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cotune.models.errors import DataError
+from cotune.models.table import keys_called, keys_like
 from cotune.models.terminal import printable
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -23,8 +27,6 @@ def meant_option(error: click.NoSuchOption, arguments: Sequence[str]) -> str:
     name = error.option_name
     document = _document(error)
     if document is not None:
-        from cotune.models.table import keys_called, keys_like
-
         word = name.lstrip("-")
         keys = keys_called(word, document[1]) or ([] if _options_like(error) else keys_like(word, document[1]))
         if keys:
@@ -39,8 +41,6 @@ def meant_option(error: click.NoSuchOption, arguments: Sequence[str]) -> str:
 @contextmanager
 def own_options() -> Iterator[None]:
     """Lets what readers of records advise be an option of a command that takes no plan: `--text`, and not `--set data.text`."""
-    from cotune.models.errors import DataError
-
     try:
         yield
     except DataError as error:
@@ -51,12 +51,8 @@ def _document(error: click.NoSuchOption) -> tuple[str, type[BaseModel]] | None:
     """What --set of the command changes, in words, and its schema; None where there is no such option."""
     takes = {str(option.metavar) for option in error.ctx.command.params} if error.ctx is not None else set()
     if "KEY=VALUE" in takes:
-        from cotune.plan.schema import Plan
-
         return "key of the plan", Plan
     if "RULE=VALUE" in takes:
-        from cotune.privacy.policy import Policy
-
         return "rule of the policy", Policy
     return None
 

@@ -12,6 +12,10 @@ from cotune.cli.forecast_lines import show_forecast
 from cotune.cli.key_lines import show_explained, show_keys
 from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
 from cotune.cli.screen import beginning, screen
+from cotune.models.errors import PlanError
+from cotune.plan.document import preset_names, preset_text
+from cotune.plan.keys import explained, keys_of
+from cotune.plan.schema import Plan
 
 app = typer.Typer(help="Make and check plans.", no_args_is_help=True)
 
@@ -19,16 +23,12 @@ app = typer.Typer(help="Make and check plans.", no_args_is_help=True)
 @app.command("new")
 def new(preset: Annotated[str, typer.Argument(help="Which preset to start from.")] = "tweets") -> None:
     """Print a preset plan: `cotune plan new tweets > my.toml`."""
-    from cotune.plan.document import preset_text
-
     typer.echo(preset_text(preset), nl=False)
 
 
 @app.command("list")
 def names() -> None:
     """Name the preset plans."""
-    from cotune.plan.document import preset_names
-
     typer.echo("\n".join(preset_names()))
 
 
@@ -95,10 +95,6 @@ def keys(
     """List every key of a plan: its type, default, bounds and meaning."""
     from dataclasses import asdict
 
-    from cotune.models.errors import PlanError
-    from cotune.plan.keys import keys_of
-    from cotune.plan.schema import Plan
-
     word = (find or "").casefold()
     found = [key for key in keys_of(Plan) if word in f"{key.name} {key.meaning}".casefold()]
     if not found:
@@ -116,9 +112,6 @@ def explain(
 ) -> None:
     """Say what a key of a plan means, and how to set it."""
     from dataclasses import asdict
-
-    from cotune.plan.keys import explained
-    from cotune.plan.schema import Plan
 
     found = explained(key, Plan)
     if as_json:

@@ -16,6 +16,9 @@ from rich.table import Table
 
 from cotune.cli.meant import own_options
 from cotune.cli.screen import beginning, screen
+from cotune.models.durable import write_durably
+from cotune.models.errors import DataError
+from cotune.models.missing import check_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +66,6 @@ def predict(
         raise typer.BadParameter("--text and --image both name the column of the inputs: expected one of them")
     if out is not None and out.suffix.lower() not in _FORMATS:
         raise typer.BadParameter(f"--out {out} is of no known format: expected a name ending in .csv, .json or .jsonl")
-    from cotune.models.missing import check_file
-
     if file is not None:
         check_file(file)
     beginning(f"loading PyTorch, then {model}", quiet=as_json)
@@ -146,9 +147,6 @@ def _number(score: float | None) -> str:
 
 
 def _write(file: Path, found: Sequence[dict[str, Any]]) -> None:
-    from cotune.models.durable import write_durably
-    from cotune.models.errors import DataError
-
     kind = _FORMATS[file.suffix.lower()]
     if kind == "csv":
         content = _csv(found)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.screen import screen
+from cotune.models.errors import DataError
 from cotune.models.nested import json_of
 from cotune.privacy.rounding import round_up
 
@@ -29,7 +30,6 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
 ) -> None:
     """Compute an exported ledger anew: its hash chain, its charges, and ε by several accountants. Exit code 1: it is wrong."""
-    from cotune.models.errors import DataError
     from cotune.privacy import verification
 
     try:

@@ -13,6 +13,10 @@ from rich.table import Table
 from cotune.cli import trail
 from cotune.cli.plan_options import Set
 from cotune.cli.screen import beginning, screen
+from cotune.models.errors import PlanError, RunError
+from cotune.models.missing import check_new, check_source
+from cotune.plan.document import read_document
+from cotune.plan.load import load_plan
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.server.federation import FederationFolder
@@ -42,17 +46,12 @@ def init(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N: for judging the model.")] = "auto",
 ) -> None:
     """Make a federation: certificates, a plan with nothing left open, and what organisations are given."""
-    from cotune.models.errors import PlanError
-    from cotune.models.missing import check_new, check_source
-    from cotune.plan.document import read_document
-
     if port == superlink_port:
         raise PlanError(f"--port and --superlink-port are both {port}: expected two different ports")
     read_document(plan, override or [])
     check_source(None if test is None else str(test))
     check_new(folder)
     beginning(f"making {folder}: loading PyTorch, then base model and test records")
-    from cotune.plan.load import load_plan
     from cotune.server.federation import ServerConfig
     from cotune.server.founding import found
 
@@ -111,8 +110,6 @@ def invite(
 
 
 def _range(text: str | None) -> tuple[int, int] | None:
-    from cotune.models.errors import PlanError
-
     if text is None:
         return None
     low, _, high = text.partition(":")
@@ -196,7 +193,6 @@ def renew_keys(
     anyway: Annotated[bool, typer.Option("--anyway", help="Also where members do not know them yet.")] = False,
 ) -> None:
     """Renew the key that signs requests, and the certificate authority: announce new ones, and then, with --switch, use them."""
-    from cotune.models.errors import RunError
     from cotune.server import rotation
     from cotune.server.federation import FederationFolder
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.plan_options import Set
+from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
 from cotune.models.nested import json_of
 from cotune.plan.document import read_document
@@ -50,7 +51,6 @@ def run(
     if override and (folder / "plan.toml").is_file():  # before anything heavy is imported
         check_tables(read_document(folder / "plan.toml", override))
     beginning(f"reading {folder}")
-    from cotune.cli.progress import showing_remote_progress
     from cotune.server.federation import FederationFolder
     from cotune.server.running import carry_out, hand_over, newest, only_follower
     from cotune.server.superlink import control

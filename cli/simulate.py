@@ -27,6 +27,7 @@ from cotune.cli.plan_options import (
     Task,
     Text,
 )
+from cotune.cli.progress import showing_progress
 from cotune.cli.screen import screen
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import duration, size
@@ -62,7 +63,6 @@ def simulate(
         raise typer.BadParameter("a run is continued as it was started: --resume takes no plan, engine, device or overrides")
     told = screen(stderr=as_json)
     _begin(told, options, resume)
-    from cotune.cli.progress import showing_progress
     from cotune.simulations import simulate as simulations
 
     with showing_progress(told):

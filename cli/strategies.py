@@ -13,6 +13,12 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from cotune.cli.screen import screen
+from cotune.cli.strategies_page import renewed
+from cotune.models.durable import write_durably
+from cotune.models.errors import PlanError
+from cotune.plan.document import value_of
+from cotune.strategies import catalogue, plugins
+from cotune.strategies.parts import FOLDERS
 
 if TYPE_CHECKING:
     import click
@@ -53,8 +59,6 @@ def overview(
     """List all strategies and parts; with a NAME, explain it."""
     if context.invoked_subcommand is not None:
         return
-    from cotune.strategies import catalogue
-
     found = [*catalogue.recipes(), *catalogue.parts()]
     if page is not None:
         _renew(page)
@@ -65,9 +69,6 @@ def overview(
 
 
 def _renew(page: Path) -> None:
-    from cotune.cli.strategies_page import renewed
-    from cotune.models.durable import write_durably
-
     write_durably(page, renewed(page.read_text(encoding="utf-8")).encode())
 
 
@@ -92,8 +93,6 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
 @app.command("show", hidden=True)
 def show(name: Annotated[str, typer.Argument(help="A strategy or a part.")], as_json: AsJson = False) -> None:
     """Explain a strategy or a part."""
-    from cotune.strategies import catalogue
-
     found = catalogue.search(name)
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
@@ -146,8 +145,6 @@ def new(
     """Begin a rule of one's own: a file with the rule, and a test that runs the conformance checks."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from cotune.models.errors import PlanError
-
     file = out or Path(f"{name}.py")
     test = file.with_name(f"test_{file.stem}.py")
     if not name.isidentifier() or not file.stem.isidentifier() or file.suffix != ".py":
@@ -176,8 +173,6 @@ def check(
     """Check that a part does what it says of itself; exit code 1 if it does not."""
     from dataclasses import asdict
 
-    from cotune.models.errors import PlanError
-    from cotune.plan.document import value_of
     from cotune.strategies.conformance import check_part
 
     info = _part(name, kind)
@@ -196,10 +191,6 @@ def check(
 
 def _part(name: str, kind: Kind | None) -> PartInfo:
     """The part of that name, or in that file or package."""
-    from cotune.models.errors import PlanError
-    from cotune.strategies import plugins
-    from cotune.strategies.parts import FOLDERS
-
     if plugins.is_file(name):
         found = plugins.object_in(name, plugins.read_file(name, Path()))
         info: PartInfo | None = getattr(found, "part", None)

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from cotune.cli.screen import screen
+from cotune.models.errors import RunError
 
 if TYPE_CHECKING:
     from cotune.client.site import Site
@@ -21,7 +22,6 @@ def verify_trail(
 ) -> None:
     """Compare the trail of a run with an organization's log: signatures, and what one of them lacks."""
     from cotune.client.audit_log import AuditLog
-    from cotune.models.errors import RunError
     from cotune.plan.trail import compare, of_coordinator, of_organization
     from cotune.server.run_folder import RunFolder
     from cotune.server.trail import keys_of, read_trail

@@ -18,6 +18,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict, UserConfig
 
 from cotune.client.refusal import UNSAID, refusal
+from cotune.models.errors import RunError
 from cotune.models.terminal import clean_output
 from cotune.strategies.parcel import Malformed, Parcel, TooMuch
 
@@ -112,7 +113,6 @@ def _answer(parcel: Parcel, folder: Path, server: str = "") -> Message:
     from cotune.client.audit_log import AuditLog
     from cotune.client.received import opened
     from cotune.client.site import Site
-    from cotune.models.errors import RunError
 
     header = parcel.header("")
     about = header.metadata

@@ -23,7 +23,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from cotune.models.errors import CotuneError
+from cotune.plan.load import parse_plan
 from cotune.server.events import Listener, listening
+from cotune.strategies.plugins import read_file
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,7 @@ class Task:
 
 def play_here(task: Task, listener: Listener) -> str:
     """Plays a cell in this process, from its last finished round; returns why it failed, or "" when it did not."""
-    from cotune.models.errors import CotuneError
-    from cotune.plan.load import parse_plan
     from cotune.simulations.simulate import resume, simulate  # not above: a worker watches its parent before it imports torch
-    from cotune.strategies.plugins import read_file
 
     def forward(event: str, fields: dict[str, Any]) -> None:
         if event == "round_finished":
