@@ -15,6 +15,7 @@ from rich.table import Table
 from cotune.cli import client_check, client_join, client_model
 from cotune.cli.client_check import SiteFolder
 from cotune.cli.screen import screen
+from cotune.client.site_folder import SiteFolder as OpenedSite
 from cotune.models.durable import write_durably
 from cotune.models.errors import PlanError, RunError
 from cotune.plan.document import value_of
@@ -102,9 +103,8 @@ def policy(
     """Print a policy as TOML, the strict default or a site's own; with --set, change the site's."""
     settings = dict(_setting(text) for text in change or ())
     check_rules(settings)
-    from cotune.client.site import Site
 
-    opened = None if site is None else Site(site.expanduser())
+    opened = None if site is None else OpenedSite(site.expanduser())
     before = Policy() if opened is None else opened.policy()
     if not change:
         typer.echo(dump_policy(before), nl=False)

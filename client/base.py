@@ -5,7 +5,8 @@ Its hash decides in both cases whether it is the right one.
 
 from __future__ import annotations
 
-from cotune.client.site import Site, SiteFile
+from cotune.client.site import Site
+from cotune.client.site_folder import SiteFile
 from cotune.models.base import BaseModelFolder, find_base
 from cotune.models.errors import ModelError
 from cotune.models.sharing import SharedModel

@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from cotune.client.base import find_base_here
 from cotune.client.credentials import read_private_key
-from cotune.client.site import Site, SiteFile
+from cotune.client.site import Site
+from cotune.client.site_folder import SiteFile
 from cotune.models.config import DataConfig
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.setting import check_stages
-from cotune.client.site import SiteFile
+from cotune.client.site_folder import SiteFile
 from cotune.models.base import find_base
 from cotune.models.device import pick_device
 from cotune.models.durable import write_durably

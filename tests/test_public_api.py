@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 import cotune
+from cotune.client.site_folder import SiteFile
 
 HEAVY = {"torch", "transformers", "opacus", "flwr", "pandas", "scipy", "numpy"}
 ROOMS = ("cli", "client", "models", "plan", "privacy", "server", "simulations", "strategies")
 
 
-def loaded_by(code: str) -> set[str]:
-    """Return which heavy packages a fresh interpreter has loaded after the code."""
+def loaded_by(code: str, folder: Path | None = None) -> set[str]:
+    """Return which heavy packages a fresh interpreter has loaded after the code, run in a folder."""
     shown = f"{code}\nimport sys\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
-    return HEAVY & set(done.stdout.split())
+    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True, cwd=folder)
+    return HEAVY & set(done.stdout.splitlines()[-1].split())
 
 
 def test_every_public_name_can_be_imported() -> None:
@@ -48,3 +49,35 @@ def test_a_room_cannot_be_imported_under_another_name(room: str) -> None:
     done = subprocess.run([sys.executable, "-c", f"import {room}"], cwd=root, capture_output=True, text=True)
     assert done.returncode
     assert f"cotune.{room}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("--version",),
+        ("simulate", "--help"),
+        ("plan", "list"),
+        ("plan", "new", "tweets"),
+        ("plan", "keys"),
+        ("plan", "explain", "learning_rate"),
+        ("client", "policy"),
+        ("client", "policy", "SITE"),
+        ("client", "policy", "SITE", "--set", "training.max_rounds=7"),
+    ],
+)
+def test_commands_that_compute_nothing_do_not_load_pytorch(words: tuple[str, ...], tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "site.json").write_text(SiteFile(organisation="hospital-a").model_dump_json())
+    given = [str(site) if word == "SITE" else word for word in words]
+    code = f"""
+import sys
+from cotune.cli.main import run
+sys.argv = ["cotune", *{given!r}]
+try:
+    run()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert not {"torch", "transformers", "opacus", "flwr", "pandas", "scipy"} & loaded_by(code, tmp_path)

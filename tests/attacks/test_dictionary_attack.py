@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from cotune.client.bookkeeping import export
-from cotune.client.site import Site, SiteFile
+from cotune.client.site import Site
+from cotune.client.site_folder import SiteFile
 from cotune.models.errors import PrivacyError
 from cotune.models.inputs import identity_of
 from cotune.privacy.accounting import Steps

@@ -18,7 +18,8 @@ import pytest
 import cotune.client.account as account_module
 import cotune.privacy.dp_sgd as dp_sgd
 from cotune.client.refusal import UNSAID
-from cotune.client.site import Site, SiteFile
+from cotune.client.site import Site
+from cotune.client.site_folder import SiteFile
 from cotune.client.training import train_round
 from cotune.models.config import DataConfig
 from cotune.models.errors import Declined, PrivacyError

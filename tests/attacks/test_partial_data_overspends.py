@@ -14,7 +14,8 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 
 from cotune.client.account import Account
-from cotune.client.site import Site, SiteFile
+from cotune.client.site import Site
+from cotune.client.site_folder import SiteFile
 from cotune.models.config import DataConfig
 from cotune.models.errors import Declined
 from cotune.models.holdings import write_holdings

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.site import Site, SiteFile
+from cotune.client.site import Site
+from cotune.client.site_folder import SiteFile
 from cotune.models.config import DataConfig
 from cotune.models.errors import PrivacyError
 from cotune.models.holdings import Holdings, HoldingsFile, Portion

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cotune.client.bookkeeping import export
-from cotune.client.site import Site, SiteFile
+from cotune.client.site import Site
+from cotune.client.site_folder import SiteFile
 from cotune.models.errors import DataError
 from cotune.privacy.accounting import Steps
 from cotune.privacy.chain import START, entry_hash

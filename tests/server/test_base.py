@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cotune.client.base import find_base_here
-from cotune.client.site import SiteFile
+from cotune.client.site_folder import SiteFile
 from cotune.models.base import find_base
 from cotune.models.config import ModelConfig
 from cotune.models.errors import ModelError
