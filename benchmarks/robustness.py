@@ -27,6 +27,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from cotune.models.encoding import encoded_features
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import State
 from cotune.models.tasks import Metrics
@@ -93,7 +94,7 @@ def read(seed: int) -> Data:
     model = model_of(plan, "cpu")
     model.load({})
     holdings = Holdings(((records, np.arange(len(records.labels))),), plan.labels, plan.task)
-    vectors = holdings.features(model, {}, plan.model.precision).numpy()
+    vectors = encoded_features(holdings, model, {}, plan.model.precision).numpy()
     rows = np.random.default_rng(seed).permutation(np.concatenate([np.asarray(share.rows) for share in prepared.shares]))
     ends = np.cumsum([0, *SIZES]) * len(rows)
     parts = tuple(rows[int(a) : int(b)] for a, b in itertools.pairwise(ends))

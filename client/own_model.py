@@ -24,6 +24,7 @@ from cotune.client.site import Site
 from cotune.models.adapter import name_seed
 from cotune.models.base import draw_head
 from cotune.models.device import pick_device
+from cotune.models.encoding import encoded_features
 from cotune.models.errors import ModelError, RunError
 from cotune.models.export import export_model
 from cotune.models.features import feature_head
@@ -163,7 +164,7 @@ def _own(received: Received, held: Holdings) -> OwnRecords:
 
 
 def _fitted_to(model: SharedModel, plan: Plan, held: Holdings) -> OwnRecords:
-    return own_records(held.features(model, {}, plan.model.precision), held.targets, units_of(held), len(plan.labels))
+    return own_records(encoded_features(held, model, {}, plan.model.precision), held.targets, units_of(held), len(plan.labels))
 
 
 def evaluate_site(site: Site, new: Holdings | None = None, wanted: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cotune.client.training_rows import Setting, all_right, of_each_slot
 from cotune.models.alignment import AlignedRows
 from cotune.models.batching import fixed_batches, tight_batches
 from cotune.models.device import bfloat16_is_fast
+from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.errors import DataError, PlanError, PrivacyError
 from cotune.models.features import encode_batch, feature_head
 from cotune.models.holdings import Holdings
@@ -49,7 +50,8 @@ def setting_of(
         )
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
-        features = holdings.features(
+        features = encoded_features(
+            holdings,
             model,
             state,
             plan.model.precision,
@@ -58,7 +60,7 @@ def setting_of(
         precision = plan.model.precision
         weights = _weights_of(plan, model)
         return on_features(precision, model, head, features, holdings.targets, expected_batch, holdings.units, weights)
-    return _on_examples(plan, stage, model, holdings.examples(model), holdings.units)
+    return _on_examples(plan, stage, model, encoded_examples(holdings, model), holdings.units)
 
 
 def made_up_setting(plan: Plan, stage: Stage, model: SharedModel, records: int) -> Setting:

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.models.config import DataConfig, TaskName
 from cotune.models.errors import DataError
-from cotune.models.features import Progress, features_of, rows_of_answers
 from cotune.models.inputs import Input, Label, names_in, stratum_of
 from cotune.models.records import Records, read_records
-from cotune.models.sharing import SharedModel, State
-from cotune.models.text_task import IGNORED, Example
+from cotune.models.text_task import IGNORED
 from cotune.models.units import RECORD, UnitRule, agree, chosen, grouped, identity_of_person
 
 _SURPLUS = "more than max_records of their unit"
@@ -262,24 +259,3 @@ class Holdings:
     def identities(self) -> list[bytes]:
         """16 bytes for each record, by which a ledger knows it again (see `inputs.identity_of`)."""
         return [records.identities[int(i)] for records, rows in self.parts for i in rows]
-
-    def examples(self, model: SharedModel) -> list[Example]:
-        """What the task's collator takes, for each record."""
-        loaded = model.loaded
-        return loaded.task.examples(loaded.reader, loaded.max_length, self.inputs(), self.targets)
-
-    def features(self, model: SharedModel, state: State, precision: str, progress: Progress | None = None) -> torch.Tensor:
-        """What the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has."""
-        found = []
-        for records, rows in self.parts:
-            features = features_of(model, records.inputs, state, precision, progress)
-            found.append(features[_answers(records.inputs, rows)])
-        return torch.cat(found)
-
-
-def _answers(inputs: Sequence[Input], rows: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
-    """Where the answers of some records are among those of all."""
-    if not any(isinstance(given, tuple) for given in inputs[:1]):
-        return torch.as_tensor(rows)  # one answer each
-    places = rows_of_answers(inputs)
-    return torch.tensor([place for row in rows for place in places[int(row)]], dtype=torch.long)

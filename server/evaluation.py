@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features import feature_head
 from cotune.models.head_fit import told_by
 from cotune.models.holdings import Holdings
@@ -48,11 +49,11 @@ def predict(model: SharedModel, state: State, test: Holdings, precision: str) ->
     head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
     if head is None:
         return _predict(model, test)
-    return told_by(head(test.features(model, state, precision).to(model.device)).logits.float()).tolist()
+    return told_by(head(encoded_features(test, model, state, precision).to(model.device)).logits.float()).tolist()
 
 
 def _predict(model: SharedModel, test: Holdings) -> list[int]:
-    examples, task = test.examples(model), model.loaded.task
+    examples, task = encoded_examples(test, model), model.loaded.task
     order = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
     collate = task.collator(model.module, model.loaded.reader, model.device)
     told: list[tuple[int, ...]] = [()] * len(examples)

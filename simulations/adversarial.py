@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cotune.client.setting import setting_of
+from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features import feature_head
 from cotune.models.holdings import Holdings
 from cotune.models.sharing import SharedModel, State
@@ -82,7 +83,7 @@ def probe_states(
 def _unlike(holdings: Holdings, model: SharedModel) -> Holdings:
     """The rows of a few units: of the longest, the shortest and those between."""
     loaded = model.loaded
-    examples = holdings.examples(model)
+    examples = encoded_examples(holdings, model)
     units = sorted(holdings.units, key=lambda unit: max(loaded.task.order(examples[row]) for row in unit))
     picked = np.unique(np.linspace(0, len(units) - 1, min(_UNITS, len(units))).round().astype(int))
     return _only(holdings, [row for i in picked for row in units[i]])
@@ -113,7 +114,7 @@ def _states(
     if norms:
         yield "huge normalization weights", {name: torch.full_like(t, LARGEST) for name, t in norms.items()}
     if stage.mode == "head" and feature_head(model) is not None:
-        features = few.features(model, state, plan.model.precision).nan_to_num()
+        features = encoded_features(few, model, state, plan.model.precision).nan_to_num()
         picked = {name: _undecided(features, t) for name, t in head.items() if t.shape == (len(plan.labels), features.shape[1])}
         if picked:
             zeros = {name: torch.zeros_like(t) for name, t in head.items()}

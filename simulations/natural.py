@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import re
 
+from cotune.models.config import DataConfig, TaskName
 from cotune.models.errors import DataError
 from cotune.models.inputs import Input
 from cotune.models.records import Records, read_records
-from cotune.plan.schema import Plan
 
 _SCHEME = "column:"
 _LENGTH = 63
 
 
-def column_of(plan: Plan) -> str | None:
+def column_of(partition: str) -> str | None:
     """The column that names the organizations (`simulation.partition = "column:NAME"`); None where records are dealt out."""
-    scheme = plan.simulation.partition
-    return scheme.removeprefix(_SCHEME) if scheme.startswith(_SCHEME) else None
+    return partition.removeprefix(_SCHEME) if partition.startswith(_SCHEME) else None
 
 
-def owners_of(plan: Plan, records: Records, column: str) -> tuple[str, ...]:
+def owners_of(data: DataConfig, task: TaskName, records: Records, column: str) -> tuple[str, ...]:
     """Return the organization of each record, by a name that a folder can have.
 
     Of a text that `data.deduplicate` keeps once, it is the organization that comes first in the file.
@@ -30,10 +29,10 @@ def owners_of(plan: Plan, records: Records, column: str) -> tuple[str, ...]:
     Raises:
         DataError: For a file without the column, records without a value in it, or fewer than two values.
     """
-    every = plan.data.model_copy(update={"deduplicate": False})
-    whole = read_records(every, task=plan.task)
+    every = data.model_copy(update={"deduplicate": False})
+    whole = read_records(every, task=task)
     try:
-        named = read_records(every.model_copy(update={"unit": column}), task=plan.task)
+        named = read_records(every.model_copy(update={"unit": column}), task=task)
     except DataError as error:  # it advises about the column of units, as which this one is read
         raise DataError(str(error).replace("--set data.unit=", "--by ")) from None
     if named.inputs != whole.inputs:
@@ -50,7 +49,7 @@ def owners_of(plan: Plan, records: Records, column: str) -> tuple[str, ...]:
     first: dict[tuple[Input, str], str] = {}
     for given, unit, owner in zip(whole.inputs, whole.units or [""] * len(whole), named.units, strict=True):
         first.setdefault((given, unit), folders[owner])
-    if not plan.data.deduplicate:
+    if not data.deduplicate:
         return tuple(folders[owner] for owner in named.units)
     return tuple(first[pair] for pair in zip(records.inputs, records.units or [""] * len(records), strict=True))
 

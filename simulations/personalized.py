@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cotune.client.adaptation import Adapted, adapt, own_records, units_of
+from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.errors import CotuneError
 from cotune.models.features import encode_batch, feature_head
 from cotune.models.head_fit import head_names, head_scores, told_by
@@ -79,8 +80,8 @@ def _features(model: SharedModel, plan: Plan, served: State, held: Holdings) -> 
     """Of an encoder as it came they are kept on disk; of one that this run has trained they are computed."""
     model.load(served)
     if any(name.startswith(model.prefix) for name in served):
-        return encode_batch(model, held.examples(model), plan.model.precision)
-    return held.features(model, served, plan.model.precision)
+        return encode_batch(model, encoded_examples(held, model), plan.model.precision)
+    return encoded_features(held, model, served, plan.model.precision)
 
 
 def _told(model: SharedModel, head: State, features: Tensor) -> Told:

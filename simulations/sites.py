@@ -205,7 +205,7 @@ def _pools(
     plan: Plan, records: Mapping[Path | None, Records], units: Mapping[Path | None, UnitGroups]
 ) -> Iterator[tuple[Path | None, str | None, UnitGroups, Records]]:
     """(file, organization, its units, the file's records); the organization is None where its records are dealt out."""
-    column = column_of(plan)
+    column = column_of(plan.simulation.partition)
     if column is not None and None not in records:
         raise PlanError(
             f'the plan has simulation.partition = "{plan.simulation.partition}" for a folder with one file per organization:'
@@ -215,7 +215,7 @@ def _pools(
         if file is not None or column is None:
             yield file, None if file is None else organisation_name(file), units[file], found
             continue
-        for name, own in units[file].by(owners_of(plan, found, column)).items():
+        for name, own in units[file].by(owners_of(plan.data, plan.task, found, column)).items():
             yield file, _checked_size(plan, name, own), own, found
 
 

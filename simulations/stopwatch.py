@@ -13,6 +13,7 @@ import torch
 from cotune.client.setting import made_up_setting, optimizer_of, setting_of
 from cotune.client.training_rows import Setting
 from cotune.models.batching import FINE_LENGTHS, LENGTHS
+from cotune.models.encoding import encoded_examples
 from cotune.models.features import FEATURE_SLOTS, encode_batch
 from cotune.models.head_fit import fit_head, head_names
 from cotune.models.holdings import Holdings
@@ -85,7 +86,7 @@ class Stopwatch:
 
     def __init__(self, plan: Plan, model: SharedModel, sample: Holdings, measure: Measure = measure) -> None:
         self.plan, self.model, self.sample, self.measure = plan, model, sample, measure
-        self.examples: list[Example] = sample.examples(model)
+        self.examples: list[Example] = encoded_examples(sample, model)
 
     def lengths(self, buckets: Sequence[int]) -> list[int]:
         """How long each record of the sample is, of those that batches come in."""

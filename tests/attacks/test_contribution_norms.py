@@ -29,6 +29,7 @@ from transformers import AutoModel
 
 from cotune.client.setting import setting_of
 from cotune.client.training_rows import Setting
+from cotune.models.encoding import encoded_examples
 from cotune.models.features import vectors_of
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records
@@ -141,7 +142,7 @@ def amplified(model: SharedModel, holdings: Holdings, state: State) -> State:
     For each record i with feature f_i alone, and f'_i in a bfloat16 batch padded to the longest: one row w of the head's last
     layer with w·f_i = 0 and w·(f'_i − f_i) = 10³, by least squares; where nothing moves, a row of noise.
     """
-    examples = holdings.examples(model)
+    examples = encoded_examples(holdings, model)
     collate = model.loaded.task.collator(model.module, model.loaded.reader, model.device)
     together = vectors_of(model, collate(examples), torch.bfloat16)[:-1].double()
     alone = torch.cat([vectors_of(model, collate([e]), torch.bfloat16) for e in examples[:-1]]).double()

@@ -18,6 +18,7 @@ from cotune.client.finished import keep_finished
 from cotune.client.own_model import COLUMNS, adapt_site, evaluate_site, open_received
 from cotune.client.site import Site
 from cotune.models.config import DataConfig
+from cotune.models.encoding import encoded_features
 from cotune.models.errors import DataError, ModelError, RunError
 from cotune.models.head_fit import head_scores
 from cotune.models.holdings import Holdings, write_holdings
@@ -71,7 +72,7 @@ def test_an_adapted_model_is_exported_and_nothing_else_changes(received: tuple[P
     card = (done.folder / "README.md").read_text(encoding="utf-8")
     assert "No ε bounds" in card
     opened, held = open_received(site), site.holdings(plan.labels)
-    scores = head_scores(opened.model, done.adapted.head, held.features(opened.model, {}, "float32"))
+    scores = head_scores(opened.model, done.adapted.head, encoded_features(held, opened.model, {}, "float32"))
     told = pipeline("text-classification", str(done.folder), truncation=True)(held.inputs(), top_k=None)
     for each, row in zip(told, scores.softmax(dim=1).tolist(), strict=True):
         assert {one["label"]: one["score"] for one in each} == pytest.approx(dict(zip(plan.labels, row, strict=True)), abs=1e-4)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cotune.client.site import Site
 from cotune.client.training import train_round
+from cotune.models.encoding import encoded_examples
 from cotune.models.errors import PlanError, PrivacyError
 from cotune.models.sharing import SharedModel, State
 from cotune.models.tasks import example_losses
@@ -33,7 +34,7 @@ def trained(plan: Plan, site: Site, state: State) -> tuple[Update, SharedModel, 
     model = model_of(plan, "cpu")
     model.load(apply_delta(state, update.delta))
     collate = collator(model.module, model.loaded.reader, model.device)
-    return update, model, [collate([example]) for example in site.holdings(plan.labels).examples(model)]
+    return update, model, [collate([example]) for example in encoded_examples(site.holdings(plan.labels), model)]
 
 
 @pytest.mark.parametrize("train", ["head", "lora", "full"])

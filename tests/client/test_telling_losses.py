@@ -16,6 +16,7 @@ from cotune.client.budget import planned_telling
 from cotune.client.site import Site
 from cotune.client.telling import Teller
 from cotune.client.training import train_round
+from cotune.models.encoding import encoded_examples
 from cotune.models.errors import Declined, RunError
 from cotune.models.sharing import State
 from cotune.models.tasks import example_losses
@@ -44,7 +45,7 @@ def losses(plan: Plan, site: Site, state: State) -> torch.Tensor:
     """Of every record under the received model, from the whole model at once."""
     model = model_of(plan, "cpu")
     model.load(state)
-    batch = collator(model.module, model.loaded.reader, model.device)(site.holdings(plan.labels).examples(model))
+    batch = collator(model.module, model.loaded.reader, model.device)(encoded_examples(site.holdings(plan.labels), model))
     with torch.no_grad():
         return example_losses(model.module, batch)
 

@@ -22,6 +22,7 @@ from cotune.client.observe import observing
 from cotune.client.site import Site
 from cotune.client.training import train_round
 from cotune.models.config import TrainMode
+from cotune.models.encoding import encoded_examples
 from cotune.models.errors import CotuneError, DataError, Declined, PrivacyError, RunError
 from cotune.models.sharing import SharedModel, State, resident
 from cotune.models.tasks import example_losses, logits
@@ -127,7 +128,7 @@ def gradient_descent(plan: Plan, site: Site, state: State, rates: Callable[[str]
     model = resident_model(plan)
     model.load(state)
     parameters = dict(model.parameters())
-    batch = collator(model.module, model.loaded.reader, model.device)(site.holdings(plan.labels).examples(model))
+    batch = collator(model.module, model.loaded.reader, model.device)(encoded_examples(site.holdings(plan.labels), model))
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     names = list(state)

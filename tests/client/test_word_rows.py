@@ -13,6 +13,7 @@ import torch
 
 from cotune.client.setting import _on_examples, setting_of
 from cotune.client.training_rows import Setting
+from cotune.models.encoding import encoded_examples
 from cotune.models.holdings import Holdings
 from cotune.models.records import read_records
 from cotune.models.sharing import SharedModel
@@ -49,7 +50,7 @@ def both(plan: Plan) -> tuple[SharedModel, Setting, Setting]:
     records = read_records(plan.data, task=plan.task)
     held = Holdings(((records, np.arange(len(records))),), plan.labels, plan.task)
     on_features = setting_of(plan, stage, model, held, {}, "clinic", expected_batch=4)
-    return model, on_features, _on_examples(plan, stage, model, held.examples(model), held.units)
+    return model, on_features, _on_examples(plan, stage, model, encoded_examples(held, model), held.units)
 
 
 def seen(given: Setting) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cotune.models.config import DataConfig
+from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.errors import DataError
 from cotune.models.features import features_of
 from cotune.models.holdings import Holdings, HoldingsFile, write_holdings
@@ -61,13 +62,13 @@ def test_no_records(tmp_path: Path, first: Path, shared: Callable[..., SharedMod
     nothing = HoldingsFile.read(tmp_path / "data.json", LABELS)
     assert len(nothing) == 0
     assert nothing.label_counts() == {"good": 0, "bad": 0, "so": 0}
-    assert nothing.features(shared("bert"), {}, "float32").shape == (0, 16)
+    assert encoded_features(nothing, shared("bert"), {}, "float32").shape == (0, 16)
 
 
 def test_examples_are_tokens_and_classes(holdings: Holdings, shared: Callable[..., SharedModel]) -> None:
     model = shared("bert")
     ids = encode(model.loaded.reader, ["the road", "great day", "awful", "happy"], 32)
-    assert holdings.examples(model) == [
+    assert encoded_examples(holdings, model) == [
         {"input_ids": row, "labels": target} for row, target in zip(ids, [2, 0, 1, 0], strict=True)
     ]
 
@@ -82,12 +83,12 @@ def test_features_are_computed_once_per_file(
 ) -> None:
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
     model = shared("bert")
-    got = holdings.features(model, {}, "float32")
+    got = encoded_features(holdings, model, {}, "float32")
     one = features_of(model, ["great day", "awful", "a tree", "the road"], {}, "float32")
     other = features_of(model, ["very sad", "happy"], {}, "float32")
     assert torch.equal(got, torch.stack([one[3], one[0], one[1], other[1]]))
     write_holdings(tmp_path / "neighbour.json", config(first), [(None, [2])])
-    neighbour = HoldingsFile.read(tmp_path / "neighbour.json", LABELS).features(model, {}, "float32")
+    neighbour = encoded_features(HoldingsFile.read(tmp_path / "neighbour.json", LABELS), model, {}, "float32")
     assert torch.equal(neighbour, one[[2]])
     assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 2
 

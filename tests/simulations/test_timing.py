@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cotune.models.batching import FINE_LENGTHS, LENGTHS, fixed_batches
+from cotune.models.encoding import encoded_examples
 from cotune.models.features import FEATURE_SLOTS
 from cotune.models.holdings import Holdings
 from cotune.plan.model import model_of
@@ -44,7 +45,7 @@ def batches(prepared: Prepared, lengths: Any, slots: int) -> int:
     model = model_of(prepared.plan, "cpu")
     total = 0
     for records in prepared.records.values():
-        examples = Holdings(((records, range(len(records))),), prepared.plan.labels).examples(model)  # type: ignore[arg-type]
+        examples = encoded_examples(Holdings(((records, range(len(records))),), prepared.plan.labels), model)  # type: ignore[arg-type]
         task, longest = model.loaded.task, model.loaded.max_length
         total += len(list(fixed_batches(range(len(examples)), lambda i: task.bucket(examples[i], longest, lengths), slots)))  # noqa: B023
     return total

@@ -1,0 +1,40 @@
+"""What a model reads of a data set: its records as examples of the task, or as features of the frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cotune.models.features import Progress, features_of, rows_of_answers
+from cotune.models.holdings import Holdings
+from cotune.models.inputs import Input
+from cotune.models.sharing import SharedModel, State
+from cotune.models.text_task import Example
+
+
+def encoded_examples(holdings: Holdings, model: SharedModel) -> list[Example]:
+    """Return what the task's collator takes, for each record."""
+    loaded = model.loaded
+    return loaded.task.examples(loaded.reader, loaded.max_length, holdings.inputs(), holdings.targets)
+
+
+def encoded_features(
+    holdings: Holdings, model: SharedModel, state: State, precision: str, progress: Progress | None = None
+) -> torch.Tensor:
+    """Return what the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has."""
+    found = []
+    for records, rows in holdings.parts:
+        features = features_of(model, records.inputs, state, precision, progress)
+        found.append(features[_answers(records.inputs, rows)])
+    return torch.cat(found)
+
+
+def _answers(inputs: Sequence[Input], rows: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
+    """Where the answers of some records are among those of all."""
+    if not any(isinstance(given, tuple) for given in inputs[:1]):
+        return torch.as_tensor(rows)  # one answer each
+    places = rows_of_answers(inputs)
+    return torch.tensor([place for row in rows for place in places[int(row)]], dtype=torch.long)
