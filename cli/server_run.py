@@ -19,7 +19,7 @@ from cotune.cli.plan_options import Set
 from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
 from cotune.models.nested import json_of
-from cotune.plan.document import read_document
+from cotune.plan.document import overrides_alone, read_document
 from cotune.plan.load import check_tables
 from cotune.privacy.rounding import round_up
 from cotune.server.figures import instant, percent, size
@@ -48,8 +48,7 @@ def run(
     """Carry out the plan with the organisations that were invited."""
     if resume and (new or override):
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
-    if override and (folder / "plan.toml").is_file():  # before anything heavy is imported
-        check_tables(read_document(folder / "plan.toml", override))
+    _check_overrides(folder / "plan.toml", override or ())
     beginning(f"reading {folder}")
     from cotune.server.federation import FederationFolder
     from cotune.server.running import carry_out, hand_over, newest, only_follower
@@ -65,6 +64,14 @@ def run(
         with showing_remote_progress(console) as tell:
             carry_out(played, executor, tell)
     _show_result(console, played)
+
+
+def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
+    """Find a slip before anything heavy is imported. Raises PlanError."""
+    if plan.is_file():
+        check_tables(read_document(plan, overrides))
+    else:
+        check_tables(overrides_alone(overrides), partial=True)
 
 
 def _begin(

@@ -14,7 +14,7 @@ from cotune.models.errors import RunError
 from cotune.server.events import Listener
 from cotune.server.run_folder import keep_others_off
 from cotune.server.summary import dumps
-from cotune.simulations.cells import Cell, baseline_of, cells_of, is_finished, measure, place_of
+from cotune.simulations.cells import Cell, baseline_of, cells_of, is_finished, measure, parse_variation, place_of
 from cotune.simulations.comparison import Comparison, Measured, Variation, combine
 from cotune.simulations.comparison_report import write_comparison
 from cotune.simulations.playing import make_folder, play_all, summary_of, task_of
@@ -25,7 +25,7 @@ from cotune.simulations.workers import import_all
 
 def compare(
     source: str | Path,
-    variations: Sequence[Variation],
+    variations: Sequence[Variation | str],
     *,
     seeds: int = 5,
     baseline: str | None = None,
@@ -38,15 +38,16 @@ def compare(
 ) -> Comparison:
     """Plays what is not finished yet of every combination under `seeds` seeds, from the plan's own on, and writes the results.
 
-    source, overrides: as of `load_plan`. baseline: a value of the first variation; None: its first. out: None: compare/<plan>.
+    source, overrides: as of `load_plan`. variations: also as on the command line, such as "local.steps=5,20". baseline: a value of the first variation; None: its first. out: None: compare/<plan>.
     jobs: processes beside each other; None: as many as cores and memory allow, one on a GPU; 1: this process. imports: modules
     (by name, or by path) that a worker imports first, such as one that registers an architecture. A cell that fails while it runs
     is a result like any other; a combination that cannot be had is refused before any runs, by PlanError. Raises RunError when
     another process works on the folder, or it holds a private selection.
     """
     import_all(imports)
-    chosen = baseline_of(variations, baseline)
-    cells = cells_of(source, variations, seeds, overrides, device, listener)
+    varied = [parse_variation(each) if isinstance(each, str) else each for each in variations]
+    chosen = baseline_of(varied, baseline)
+    cells = cells_of(source, varied, seeds, overrides, device, listener)
     folder = (out or Path("compare") / cells[0].plan.name).expanduser().resolve()
     make_folder(folder)
     with keep_others_off(folder):
