@@ -36,13 +36,26 @@ def compare(
     imports: Sequence[str] = (),
     listener: Listener = lambda event, fields: None,
 ) -> Comparison:
-    """Plays what is not finished yet of every combination under `seeds` seeds, from the plan's own on, and writes the results.
+    """Play what is not finished yet of every combination under `seeds` seeds, from the plan's own on, and write the results.
 
-    source, overrides: as of `load_plan`. variations: also as on the command line, such as "local.steps=5,20". baseline: a value of the first variation; None: its first. out: None: compare/<plan>.
-    jobs: processes beside each other; None: as many as cores and memory allow, one on a GPU; 1: this process. imports: modules
-    (by name, or by path) that a worker imports first, such as one that registers an architecture. A cell that fails while it runs
-    is a result like any other; a combination that cannot be had is refused before any runs, by PlanError. Raises RunError when
-    another process works on the folder, or it holds a private selection.
+    Args:
+        source: A preset or a TOML file, as of `load_plan`.
+        variations: What differs, also as on the command line: "local.steps=5,20".
+        seeds: How many, each combination under the same ones.
+        baseline: A value of the first variation, which the others are compared with; None: its first.
+        overrides: As of `load_plan`.
+        out: The folder of the results; None: compare/<plan>.
+        jobs: Processes beside each other; None: as many as cores and memory allow, one on a GPU; 1: this process.
+        device: auto, cpu, cuda or cuda:N.
+        imports: Modules (by name, or by path) that a worker imports first, such as one that registers an architecture.
+        listener: Called with every event.
+
+    Returns:
+        The figures. A cell that fails while it runs is a result like any other.
+
+    Raises:
+        PlanError: For a combination that cannot be had, before any runs.
+        RunError: When another process works on the folder, or it holds a private selection.
     """
     import_all(imports)
     varied = [parse_variation(each) if isinstance(each, str) else each for each in variations]
@@ -60,7 +73,7 @@ def compare(
         found = Comparison(
             folder,
             cells[0].plan.name,
-            tuple(variations),
+            tuple(varied),
             chosen,
             tuple(sorted({cell.plan.seed for cell in cells})),
             any(cell.plan.privacy != "none" for cell in cells),
