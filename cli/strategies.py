@@ -90,11 +90,13 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
 
 
 @app.command("show", hidden=True)
-def show(name: Annotated[str, typer.Argument(help="A strategy or a part.")], as_json: AsJson = False) -> None:
-    """Explain a strategy or a part."""
+def show(name: Annotated[str, typer.Argument(help="A strategy or a part; my_rules.py:my_fusion.")], as_json: AsJson = False) -> None:
+    """Explain a strategy or a part; my_rules.py:my_fusion one of your own."""
     from cotune.strategies import catalogue
+    from cotune.strategies.plugins import is_code
 
-    found = catalogue.search(name)
+    _check_own_name(name)
+    found = [catalogue.described(_part(name, None))] if is_code(name) else catalogue.search(name)
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -180,6 +182,7 @@ def check(
     from cotune.plan.load import value_of
     from cotune.strategies.conformance import check_part
 
+    _check_own_name(name)
     info = _part(name, kind)
     parameters = {key.strip(): value_of(value) for key, _, value in (text.partition("=") for text in given or [])}
     try:
@@ -192,6 +195,15 @@ def check(
         _show_findings(screen(), info, findings)
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
+
+
+def _check_own_name(name: str) -> None:
+    """Raises PlanError for the name of a rule without that of its file."""
+    from cotune.models.errors import PlanError
+    from cotune.strategies.own_names import own_name
+
+    if found := own_name(name, Path()):
+        raise PlanError(f'there is neither a strategy nor a part "{name}": a rule in a file is named with its file, as "{found}"')
 
 
 def _part(name: str, kind: Kind | None) -> PartInfo:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.models.errors import DataError
-from cotune.models.features import Progress, features_of, rows_of_answers
+from cotune.models.features import features_of, rows_of_answers
 from cotune.models.inputs import Input, Label, names_in, stratum_of
 from cotune.models.records import DataConfig, Records, read_records
 from cotune.models.sharing import SharedModel, State
@@ -33,6 +33,7 @@ _SURPLUS = "more than max_records of their unit"
 
 # which of some identities are in another collection than the named one (see `privacy.ledger.Ledger.elsewhere`)
 Elsewhere = Callable[[Sequence[bytes], str], set[bytes]]
+Encoding = Callable[[str, int, int], None]  # (the file, its records that are encoded, its distinct records)
 
 
 class Portion(BaseModel):
@@ -270,11 +271,15 @@ class Holdings:
         loaded = model.loaded
         return loaded.task.examples(loaded.reader, loaded.max_length, self.inputs(), self.targets)
 
-    def features(self, model: SharedModel, state: State, precision: str, progress: Progress | None = None) -> torch.Tensor:
-        """What the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has."""
+    def features(self, model: SharedModel, state: State, precision: str, progress: Encoding | None = None) -> torch.Tensor:
+        """What the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has.
+
+        All records of a file are encoded, whoever holds them: the next one who asks finds them on disk.
+        """
         found = []
         for records, rows in self.parts:
-            features = features_of(model, records.inputs, state, precision, progress)
+            told = None if progress is None else partial(progress, records.source)
+            features = features_of(model, records.inputs, state, precision, told)
             found.append(features[_answers(records.inputs, rows)])
         return torch.cat(found)
 

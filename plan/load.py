@@ -14,6 +14,7 @@ from cotune.models.table import first_mistake
 from cotune.plan.document import folder_of, preset_names, preset_text, read_document, value_of
 from cotune.plan.schema import Plan
 from cotune.strategies.compatibility import first_problem
+from cotune.strategies.own_names import check_own_names
 from cotune.strategies.plugins import pinned
 from cotune.strategies.recipes import expand
 
@@ -43,6 +44,7 @@ def parse_plan(table: Mapping[str, Any]) -> Plan:
 def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
     """The plan, with what must be said about parts that are code: their content, parameters, and what they want sent."""
     try:
+        check_own_names(table.get("strategy"), folder)
         table = expand(table)
         table["strategy"], infos = pinned(table.get("strategy", {}), folder)
     except ValueError as error:
