@@ -26,10 +26,12 @@ def new(preset: Annotated[str, typer.Argument(help="Which preset to start from."
 
 @app.command("list")
 def names() -> None:
-    """Name the preset plans."""
-    from cotune.plan.document import preset_names
+    """Name the preset plans, and what each is for."""
+    from cotune.plan.document import preset_names, preset_summary
 
-    typer.echo("\n".join(preset_names()))
+    width = max(map(len, preset_names()))
+    for name in preset_names():
+        typer.echo(f"{name:<{width}}  {preset_summary(name)}")
 
 
 @app.command("check")
