@@ -151,6 +151,19 @@ def test_simulate_shows_lines_then_the_answer(cotune: Cotune, folder: Path) -> N
     assert "baseline pooled: accuracy" in shown.out
 
 
+def test_it_is_said_whose_records_are_encoded_and_how_many(
+    cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a file at once, whoever holds them, and none twice: 240 texts, of which some are the same."""
+    monkeypatch.setenv("COTUNE_CACHE", str(folder / "cache"))
+    distinct = len({text for text, _ in sentences(240)})
+    shown = cotune("simulate", "toy.toml", "--out", "run", "--set", "rounds=1", "--set", "simulation.baselines=[]")
+    told = [line for line in shown.out.splitlines() if line.startswith("encoding ")]
+    assert told
+    assert all(f"the {distinct} distinct records of reviews.csv once" in line for line in told)
+    assert told[-1].endswith(f": {distinct} done")
+
+
 def test_with_privacy_the_epsilon_of_each_organisation_is_shown(cotune: Cotune, folder: Path) -> None:
     shown = cotune("simulate", "toy.toml", "--out", "run", "--set", "privacy={epsilon=3}", "--set", "simulation.baselines=[]")
     assert (shown.code, shown.err) == (0, "")
