@@ -143,7 +143,9 @@ def show(console: Console, found: Comparison) -> None:
         console.print(f"[bold red]failed[/bold red]: {escape(words(cell.settings))}, seed {cell.seed}: {escape(cell.reason)}")
     if few := few_seeds(found):
         console.print(few)
-    console.print("accuracy: of the last model, on everybody's test records; worst and spread: over the organizations' own accuracies")
+    console.print(
+        "accuracy: of the last model, on everybody's test records; worst and spread: over the organizations' own accuracies"
+    )
     console.print("± and p: 95 % interval and paired t-test over the seeds, p corrected by Holm's method for each table")
     if costs:
         console.print(TIME)

@@ -90,7 +90,9 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
 
 
 @app.command("show", hidden=True)
-def show(name: Annotated[str, typer.Argument(help="A strategy or a part; my_rules.py:my_fusion.")], as_json: AsJson = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A strategy or a part; my_rules.py:my_fusion.")], as_json: AsJson = False
+) -> None:
     """Explain a strategy or a part; my_rules.py:my_fusion one of your own."""
     from cotune.strategies import catalogue
     from cotune.strategies.plugins import is_code

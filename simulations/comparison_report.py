@@ -126,7 +126,7 @@ def few_seeds(found: Comparison) -> str | None:
     if seeds >= _ENOUGH_SEEDS:
         return None
     told = "One seed tells no difference from chance" if seeds == 1 else f"{seeds} seeds tell large differences only"
-    return f"{told}: with --seeds {_ENOUGH_SEEDS} the same command plays the {_ENOUGH_SEEDS - seeds} further ones, and no other again."
+    return f"{told}: with --seeds {_ENOUGH_SEEDS} the same command plays the {_ENOUGH_SEEDS - seeds} further ones alone."
 
 
 def has_gain(found: Comparison) -> bool:
