@@ -202,7 +202,9 @@ def attack(kind: Kind, page: Page, what: str, deed: Deed, *options: str) -> list
         fed.run(*options)
         check_end(kind, page, what, "every round", struck, "mallory, in the run's events")
     assert left_out(fed.newest(), fed.newest().load().history) == ["mallory"]
-    return [event for event in fed.events() if event.get("organisation") == "mallory"]
+    told = [event for event in fed.events() if event.get("organisation") == "mallory"]
+    assert [event["event"] for event in told].count("undelivered") == 1  # who is left out is told of the end like everybody
+    return [event for event in told if event["event"] != "undelivered"]
 
 
 def test_a_member_says_nothing(with_mallory: Kind, page: Page) -> None:
