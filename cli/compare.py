@@ -132,19 +132,30 @@ def _select(
 
 def show(console: Console, found: Comparison) -> None:
     """The tables at the end, one for each facet."""
-    from cotune.simulations.comparison_report import GAIN, facets_of, has_gain, together, words
+    from cotune.simulations.comparison_report import GAIN, TIME, answer, facets_of, few_seeds, has_gain, together, words
 
+    costs = console.width >= _WIDE
     for facet, rows in facets_of(found):
-        console.print(_table(found, facet, rows, costs=console.width >= _WIDE))
+        console.print(_table(found, facet, rows, costs=costs))
+        if said := answer(rows, found.baseline):
+            console.print(f"[bold]{escape(said)}[/bold]")
     for cell in found.failed:
         console.print(f"[bold red]failed[/bold red]: {escape(words(cell.settings))}, seed {cell.seed}: {escape(cell.reason)}")
+    if few := few_seeds(found):
+        console.print(few)
+    console.print(
+        "accuracy: of the last model, on everybody's test records; worst and spread: over the organizations' own accuracies"
+    )
     console.print("± and p: 95 % interval and paired t-test over the seeds, p corrected by Holm's method for each table")
+    if costs:
+        console.print(TIME)
     if has_gain(found):
         console.print(GAIN)
     if found.private:
         console.print(together(found))
     for file in ("compare.html", "results.csv", "results.json"):
         console.print(f"{file:<13} {found.folder / file}", soft_wrap=True)
+    console.print("next: the same command with further values or seeds plays only those; it also goes on where it was stopped")
 
 
 def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs: bool) -> Table:

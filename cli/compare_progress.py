@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cotune.server.figures import duration
+
+_CHECK_SECONDS = 10.0  # between two plain lines about checking
 
 
 @contextmanager
@@ -27,12 +30,15 @@ def showing_cells(console: Console) -> Iterator[Callable[[str, dict[str, Any]], 
 class _Lines:
     def __init__(self, console: Console) -> None:
         self.console, self.done, self.cells = console, 0, 0
+        self.told = time.monotonic()
 
     def print(self, line: str) -> None:
         self.console.print(line, soft_wrap=True, markup=False)
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
-        if event == "comparison_started":
+        if event == "cell_checked":
+            self._checking(fields)
+        elif event == "comparison_started":
             self.cells, self.done = fields["cells"], fields["finished"]
             self.print(f"{self.cells} runs, {self.done} of them finished before, in {fields['folder']}")
         elif event == "cell_finished":
@@ -42,6 +48,22 @@ class _Lines:
         elif event == "cell_failed":
             self.done += 1
             self.print(f"{self.done}/{self.cells} {fields['cell']} failed: {fields['reason']}")
+
+    def _checking(self, fields: dict[str, Any]) -> None:
+        """At the first combination how many there are, and from time to time how far it is."""
+        if not fields["checked"]:
+            self.print(f"checking {_counted(fields)} against data and model")
+        elif time.monotonic() - self.told <= _CHECK_SECONDS:
+            return
+        else:
+            self.print(f"checked {fields['checked']} of {fields['cells']}")
+        self.told = time.monotonic()
+
+
+def _counted(fields: dict[str, Any]) -> str:
+    """Such as "16 combinations, each under 5 seeds"."""
+    combinations = f"{fields['combinations']} combination{'s' if fields['combinations'] > 1 else ''}"
+    return combinations if fields["seeds"] == 1 else f"{combinations}, each under {fields['seeds']} seeds,"
 
 
 class _Live(_Lines):
@@ -55,8 +77,8 @@ class _Live(_Lines):
     def event(self, event: str, fields: dict[str, Any]) -> None:
         super().event(event, fields)
         if event == "cell_checked":
-            self._check(fields["checked"], fields["cells"])
-        elif event == "comparison_started":
+            return
+        if event == "comparison_started":
             self.progress.remove_task(self.bars.pop("checking plans"))
             self.bars[""] = self.progress.add_task("runs", total=self.cells, completed=self.done)
         elif event == "cell_started":
@@ -67,7 +89,8 @@ class _Live(_Lines):
             self.progress.remove_task(self.bars.pop(fields["cell"]))
             self.progress.update(self.bars[""], completed=self.done)
 
-    def _check(self, checked: int, cells: int) -> None:
+    def _checking(self, fields: dict[str, Any]) -> None:
         if "checking plans" not in self.bars:
-            self.bars["checking plans"] = self.progress.add_task("checking plans", total=cells)
-        self.progress.update(self.bars["checking plans"], completed=checked)
+            super()._checking(fields)
+            self.bars["checking plans"] = self.progress.add_task("checking plans", total=fields["cells"])
+        self.progress.update(self.bars["checking plans"], completed=fields["checked"])

@@ -13,7 +13,7 @@ from cotune.cli.key_lines import show_explained, show_keys
 from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
 from cotune.cli.screen import beginning, screen
 from cotune.models.errors import PlanError
-from cotune.plan.document import preset_names, preset_text
+from cotune.plan.document import preset_names, preset_summary, preset_text
 from cotune.plan.keys import explained, keys_of
 from cotune.plan.schema import Plan
 
@@ -28,8 +28,10 @@ def new(preset: Annotated[str, typer.Argument(help="Which preset to start from."
 
 @app.command("list")
 def names() -> None:
-    """Name the preset plans."""
-    typer.echo("\n".join(preset_names()))
+    """Name the preset plans, and what each is for."""
+    width = max(map(len, preset_names()))
+    for name in preset_names():
+        typer.echo(f"{name:<{width}}  {preset_summary(name)}")
 
 
 @app.command("check")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -91,7 +93,8 @@ class _Lines:
     def step(self, what: str, details: dict[str, Any]) -> None:
         if what == "features" and (time.monotonic() - self.told > _FEATURE_SECONDS or details["done"] == details["total"]):
             self.told = time.monotonic()
-            self.print(f"encoding records once: {details['done']:,} of {details['total']:,}")
+            records = f"the {details['total']:,} distinct records of {_file_of(details)}"
+            self.print(f"encoding {records} once, for all who read that file: {details['done']:,} done")
 
 
 class _Live(_Lines):
@@ -126,7 +129,7 @@ class _Live(_Lines):
 
     def step(self, what: str, details: dict[str, Any]) -> None:
         if what == "features":
-            self._bar("features", "encoding records once", details["done"], details["total"])
+            self._bar("features", escape(f"encoding {_file_of(details)} once"), details["done"], details["total"])
             if details["done"] == details["total"]:
                 self._drop("features")
             return
@@ -143,6 +146,11 @@ class _Live(_Lines):
     def _drop(self, key: str) -> None:
         if key in self.bars:
             self.progress.remove_task(self.bars.pop(key))
+
+
+def _file_of(details: dict[str, Any]) -> str:
+    """The file, or the package, whose records are encoded; without its folder."""
+    return Path(details["source"]).name
 
 
 def _round_line(fields: dict[str, Any], rounds: int, remaining: float | None) -> str:

@@ -18,7 +18,9 @@ from cotune.models.durable import write_durably
 from cotune.models.errors import PlanError
 from cotune.plan.document import value_of
 from cotune.strategies import catalogue, plugins
+from cotune.strategies.own_names import own_name
 from cotune.strategies.parts import FOLDERS
+from cotune.strategies.plugins import is_code
 
 if TYPE_CHECKING:
     import click
@@ -91,9 +93,12 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
 
 
 @app.command("show", hidden=True)
-def show(name: Annotated[str, typer.Argument(help="A strategy or a part.")], as_json: AsJson = False) -> None:
-    """Explain a strategy or a part."""
-    found = catalogue.search(name)
+def show(
+    name: Annotated[str, typer.Argument(help="A strategy or a part; my_rules.py:my_fusion.")], as_json: AsJson = False
+) -> None:
+    """Explain a strategy or a part; my_rules.py:my_fusion one of your own."""
+    _check_own_name(name)
+    found = [catalogue.described(_part(name, None))] if is_code(name) else catalogue.search(name)
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -175,6 +180,7 @@ def check(
 
     from cotune.strategies.conformance import check_part
 
+    _check_own_name(name)
     info = _part(name, kind)
     parameters = {key.strip(): value_of(value) for key, _, value in (text.partition("=") for text in given or [])}
     try:
@@ -187,6 +193,12 @@ def check(
         _show_findings(screen(), info, findings)
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
+
+
+def _check_own_name(name: str) -> None:
+    """Raises PlanError for the name of a rule without that of its file."""
+    if found := own_name(name, Path()):
+        raise PlanError(f'there is neither a strategy nor a part "{name}": a rule in a file is named with its file, as "{found}"')
 
 
 def _part(name: str, kind: Kind | None) -> PartInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from cotune.client.observe import tell
 from cotune.client.training_rows import Setting, all_right, of_each_slot
 from cotune.models.alignment import AlignedRows
 from cotune.models.batching import fixed_batches, tight_batches
-from cotune.models.device import bfloat16_is_fast
+from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.errors import DataError, PlanError, PrivacyError
 from cotune.models.features import encode_batch, feature_head
@@ -29,6 +30,8 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.dp_sgd import check_clipping
 from cotune.privacy.per_example import Batch, Unit, kinds_without_rule
 
+_Checked = tuple[object, ...]
+_checked: WeakKeyDictionary[SharedModel, set[_Checked]] = WeakKeyDictionary()  # what was found right, as comparisons ask again
 _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
 
 
@@ -55,7 +58,7 @@ def setting_of(
             model,
             state,
             plan.model.precision,
-            lambda done, total: tell("features", organisation=name, done=done, total=total),
+            lambda source, done, total: tell("features", organisation=name, source=source, done=done, total=total),
         )
         precision = plan.model.precision
         weights = _weights_of(plan, model)
@@ -113,7 +116,17 @@ def check_stages(plan: Plan, model: SharedModel) -> None:
     for stage in plan.stages:
         model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
         if isinstance(plan.privacy, RecordPrivacy):
-            check_gradients(made_up_setting(plan, stage, model, 3), plan.privacy, stage.mode)
+            _check_gradients_once(plan, stage, model, plan.privacy)
+
+
+def _check_gradients_once(plan: Plan, stage: Stage, model: SharedModel, privacy: RecordPrivacy) -> None:
+    """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition."""
+    taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernels_of(model.device)
+    key = stage.mode, stage.freeze_embeddings, stage.local.physical_batch_size, *taken
+    known = _checked.setdefault(model, set())
+    if key not in known:
+        check_gradients(made_up_setting(plan, stage, model, 3), privacy, stage.mode)
+        known.add(key)
 
 
 def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> float:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from cotune.models.features import Progress, features_of, rows_of_answers
+from cotune.models.features import features_of, rows_of_answers
 from cotune.models.holdings import Holdings
 from cotune.models.inputs import Input
 from cotune.models.sharing import SharedModel, State
 from cotune.models.text_task import Example
+
+Encoding = Callable[[str, int, int], None]  # (the file, its records that are encoded, its distinct records)
 
 
 def encoded_examples(holdings: Holdings, model: SharedModel) -> list[Example]:
@@ -22,12 +25,16 @@ def encoded_examples(holdings: Holdings, model: SharedModel) -> list[Example]:
 
 
 def encoded_features(
-    holdings: Holdings, model: SharedModel, state: State, precision: str, progress: Progress | None = None
+    holdings: Holdings, model: SharedModel, state: State, precision: str, progress: Encoding | None = None
 ) -> torch.Tensor:
-    """Return what the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has."""
+    """Return what the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has.
+
+    All records of a file are encoded, whoever holds them: the next one who asks finds them on disk.
+    """
     found = []
     for records, rows in holdings.parts:
-        features = features_of(model, records.inputs, state, precision, progress)
+        told = None if progress is None else partial(progress, records.source)
+        features = features_of(model, records.inputs, state, precision, told)
         found.append(features[_answers(records.inputs, rows)])
     return torch.cat(found)
 

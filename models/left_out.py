@@ -51,18 +51,20 @@ def cut_texts(model: SharedModel, inputs: Sequence[Input]) -> dict[str, int]:
     return {cut_reason(loaded.max_length): count} if count else {}
 
 
-def left_out_line(reasons: Mapping[str, int], records: int) -> str | None:
+def left_out_line(reasons: Mapping[str, int], records: int, source: str = "") -> str | None:
     """Return "left out: 75 blank texts; 517 texts cut at 128 tokens (8 %)"; None where nothing is.
 
     Args:
         reasons: How many records there are for each reason.
         records: How many can be used, of which the share of the cut ones is told.
+        source: Of which file or files, where there are several.
 
     >>> left_out_line({"blank text": 75, cut_reason(128): 517, "duplicate": 1500}, 6500)
     'left out: 75 blank texts; 517 texts cut at 128 tokens (8 %); 1,500 duplicates'
     """
     parts = [_part(reason, count, records) for reason, count in reasons.items() if count]
-    return f"left out: {'; '.join(parts)}" if parts else None
+    of = f" of {source}" if source else ""
+    return f"left out{of}: {'; '.join(parts)}" if parts else None
 
 
 def _part(reason: str, count: int, records: int) -> str:

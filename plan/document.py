@@ -5,6 +5,8 @@ Nothing here imports torch, so that a plan or a file that is not there is named 
 
 from __future__ import annotations
 
+import itertools
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -19,6 +21,13 @@ def preset_names() -> list[str]:
     """The plans that come with cotune."""
     folder = resources.files("cotune.plan") / "presets"
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def preset_summary(name: str) -> str:
+    """What a preset is for: the first sentence of its comment. Raises PlanError for an unknown name."""
+    lines = preset_text(name).splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in itertools.takewhile(lambda each: each.startswith("#"), lines))
+    return re.split(r"[.:] ", comment, maxsplit=1)[0].rstrip(".")
 
 
 def preset_text(name: str) -> str:

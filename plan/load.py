@@ -15,6 +15,7 @@ from cotune.plan.document import folder_of, read_document
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PlanTables
 from cotune.strategies.compatibility import first_problem
+from cotune.strategies.own_names import check_own_names
 from cotune.strategies.plugins import pinned
 from cotune.strategies.recipes import expand
 
@@ -66,6 +67,7 @@ def parse_plan(table: Mapping[str, Any]) -> Plan:
 def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
     """The plan, with what must be said about parts that are code: their content, parameters, and what they want sent."""
     try:
+        check_own_names(table.get("strategy"), folder)
         table = expand(table)
         table["strategy"], infos = pinned(table.get("strategy", {}), folder)
     except ValueError as error:

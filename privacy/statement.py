@@ -80,9 +80,10 @@ def together_statement(runs: int, together: float | None, delta: float | None) -
             " finished."
         )
     return (
-        f"All {runs} runs together: ε = {round_up(together)} at δ = {delta:.1e}, for any single record in the runs that train on "
-        "it, as long as the values were fixed before the first run. No ε covers what the accuracies tell of the records that "
-        "test, which are others under another seed, nor worst and spread, which may be computed from exact label counts."
+        f"The table as a whole: ε = {round_up(together)} at δ = {delta:.1e}, of all {runs} runs together (the column ε is of one "
+        "run). It bounds what the table tells about any single record by the runs that train on it, if the values were fixed "
+        "before the first run. No ε covers what the accuracies tell about a record in the runs that test on it (a seed draws who "
+        "tests), nor worst and spread, which may be computed from exact label counts."
     )
 
 

@@ -104,18 +104,22 @@ def cells_of(
     device: str,
     listener: Listener = lambda event, fields: None,
 ) -> list[Cell]:
-    """All cells in the order of the grid, seeds last. Raises PlanError, which names the combination that cannot be had."""
+    """All cells in the order of the grid, seeds last. Raises PlanError, which names the combination that cannot be had.
+
+    What a plan alone shows to be wrong, such as a name that is unknown, is refused before the first one meets data and model.
+    """
     if not 1 <= seeds <= _MOST_SEEDS:
         raise PlanError(f"expected 1 to {_MOST_SEEDS} seeds, got {seeds}")
     keys = [variation.key for variation in variations]
     grid = [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(each.values for each in variations))]
     paths = {variation.key: variation.path for variation in variations}
     first = _plan(source, grid[0], paths, overrides).seed
+    seeded = [(settings, seed) for seed in range(first, first + seeds) for settings in grid]
+    plans = {key: _plan(source, key[0], paths, [*overrides, f"seed={key[1]}"]) for key in seeded}
     found: dict[tuple[Settings, int], Cell] = {}
-    for seed in range(first, first + seeds):  # outermost: one seed has one initial model, which is loaded once
-        for settings in grid:
-            listener("cell_checked", {"checked": len(found), "cells": len(grid) * seeds})
-            found[settings, seed] = _checked(settings, _plan(source, settings, paths, [*overrides, f"seed={seed}"]), device)
+    for (settings, seed), plan in plans.items():  # seeds outermost: one has one initial model, which is loaded once
+        listener("cell_checked", {"checked": len(found), "cells": len(plans), "combinations": len(grid), "seeds": seeds})
+        found[settings, seed] = _checked(settings, plan, device)
     cells = [found[settings, seed] for settings in grid for seed in range(first, first + seeds)]
     _check_distinct(cells)
     return cells

@@ -14,6 +14,7 @@ from cotune.server.report import page_environment
 from cotune.simulations.comparison import Combination, Comparison, Estimate, Measured, Settings, estimate
 
 _NAME = "compare.html.j2"
+_ENOUGH_SEEDS = 5
 CAVEATS = (
     "One seed has the same initial model, the same partition, the same organisations asked in each round and, without privacy,"
     " the same order of batches for every row, so that differences are taken seed by seed.",
@@ -21,6 +22,10 @@ CAVEATS = (
     " for the number of rows that one table compares with the baseline; both need two seeds at least, and few prove little.",
     "Worst and spread are the smallest and the standard deviation of the organisations' own accuracies: of the last model on"
     " records like theirs.",
+)
+TIME = (
+    "Time is of a run as it was played: the first ones encode the records too, which later ones find on disk, and runs beside"
+    " each other slow each other down."
 )
 GAIN = (
     "Gain is what joining brings an organization on its own held-out records, against training alone without privacy: the mean"
@@ -36,10 +41,14 @@ def render_comparison(found: Comparison) -> str:
     return page.render(
         found=found,
         compared=found.variations[0].key,
-        facets=[(words(facet), rows, _curves(i, rows)) for i, (facet, rows) in enumerate(facets_of(found))],
+        facets=[
+            (words(facet), rows, answer(rows, found.baseline), _curves(i, rows))
+            for i, (facet, rows) in enumerate(facets_of(found))
+        ],
+        few_seeds=few_seeds(found),
         gain=has_gain(found),
         answers_of=answers_of,
-        caveats=(*CAVEATS, *((GAIN,) if has_gain(found) else ()), *((PRIVATE, together(found)) if found.private else ())),
+        caveats=(*CAVEATS, TIME, *((GAIN,) if has_gain(found) else ()), *((PRIVATE, together(found)) if found.private else ())),
         points=points,
         verdict=verdict,
         words=words,
@@ -74,6 +83,34 @@ def points(value: Estimate | None, *, apart: bool = False) -> str:
         return "–"
     mean = signed(100 * value.mean) if apart else f"{100 * value.mean:.1f}"
     return mean if value.half is None else f"{mean} ± {100 * value.half:.1f}"
+
+
+def answer(rows: Sequence[Combination], baseline: str) -> str | None:
+    """Which rows of a facet are better than the baseline, worse, and too close to it to tell; None where nothing is beside it.
+
+    By the corrected p-value, below 0.05; what one seed shows is too close to tell.
+    """
+    apart = [(row.value, row.difference) for row in rows if row.difference is not None]
+    if not apart:
+        return None
+    better = [value for value, found in apart if found.significant and found.estimate.mean > 0]
+    worse = [value for value, found in apart if found.significant and found.estimate.mean < 0]
+    close = [value for value, _ in apart if value not in (*better, *worse)]
+    parts = (f"better than {baseline}: {_listed(better)}", f"worse: {_listed(worse)}", f"too close to tell: {_listed(close)}")
+    return "; ".join(parts)
+
+
+def _listed(values: Sequence[str]) -> str:
+    return ", ".join(values) or "none"
+
+
+def few_seeds(found: Comparison) -> str | None:
+    """What to do where there are too few seeds for the test to tell much; None where there are enough."""
+    seeds = len(found.seeds)
+    if seeds >= _ENOUGH_SEEDS:
+        return None
+    told = "One seed tells no difference from chance" if seeds == 1 else f"{seeds} seeds tell large differences only"
+    return f"{told}: with --seeds {_ENOUGH_SEEDS} the same command plays the {_ENOUGH_SEEDS - seeds} further ones alone."
 
 
 def has_gain(found: Comparison) -> bool:

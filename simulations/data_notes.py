@@ -15,27 +15,51 @@ from cotune.models.records import Records
 from cotune.models.sharing import SharedModel
 from cotune.plan.schema import Plan
 
+LeftOut = Mapping[Path | None, Mapping[str, int]]
+"""File -> how many of its records do not count in training, or not in full, by the reason."""
 _SHOWN = 5  # groups of classes that are named
+_FILES = 10  # that are named one by one
 _MANY, _RECORDS_OF_A_CLASS = 20, 5  # more classes than the first, with fewer records than the second in the mean
 _counted: dict[tuple[str, str, int], Mapping[str, int]] = {}  # (records, model, length) -> how many texts are cut
 
 
-def left_out_of(plan: Plan, records: Mapping[Path | None, Records], model: SharedModel) -> dict[str, int]:
-    """Return how many records of all files do not count in training, or not in full, by the reason."""
+def left_out_of(plan: Plan, records: Mapping[Path | None, Records], model: SharedModel) -> LeftOut:
+    """Return how many records of each file do not count in training, or not in full, by the reason."""
+    return {file: _losses(plan, each, model) for file, each in records.items()}
+
+
+def _losses(plan: Plan, records: Records, model: SharedModel) -> Mapping[str, int]:
     found: Counter[str] = Counter()
-    for each in records.values():
-        found.update(each.skipped)
-    for each in records.values():
-        found.update(_cut(each, model))
-    for each in records.values():
-        found.update(_copies(plan, each))
+    for reasons in (records.skipped, _cut(records, model), _copies(plan, records)):
+        found.update(reasons)
     return {reason: count for reason, count in found.items() if count}
 
 
-def data_notes(plan: Plan, left_out: Mapping[str, int], records: int) -> list[str]:
+def data_notes(plan: Plan, left_out: LeftOut, records: Mapping[Path | None, Records]) -> list[str]:
     """Return the sentences about the records of a simulation."""
-    line = left_out_line(left_out, records)
-    return [*([] if line is None else [line]), *alike_notes(plan.labels), *_many_classes(plan, records)]
+    total = sum(map(len, records.values()))
+    return [*_lines(left_out, records), *alike_notes(plan.labels), *_many_classes(plan, total)]
+
+
+def _lines(left_out: LeftOut, records: Mapping[Path | None, Records]) -> Iterator[str]:
+    """What is left out: of several files each that loses anything, by its name, those that lose most first."""
+    if len(records) == 1:
+        ((file, held),) = records.items()
+        yield from _line(left_out.get(file, {}), len(held), "")
+        return
+    losing = sorted((file for file in left_out if left_out[file]), key=lambda file: -sum(left_out[file].values()))
+    named = losing if len(losing) <= _FILES + 1 else losing[:_FILES]
+    for file in named:
+        yield from _line(left_out[file], len(records[file]), Path(records[file].source).name)
+    if others := losing[len(named) :]:
+        together = sum((Counter(left_out[file]) for file in others), Counter[str]())
+        yield from _line(together, sum(len(records[file]) for file in others), f"{len(others)} other files")
+
+
+def _line(reasons: Mapping[str, int], records: int, source: str) -> Iterator[str]:
+    line = left_out_line(reasons, records, source)
+    if line is not None:
+        yield line
 
 
 def alike_notes(labels: Sequence[str]) -> Iterator[str]:

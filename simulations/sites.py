@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -31,7 +32,7 @@ from cotune.privacy.randomness import seeded_generator
 from cotune.privacy.rounding import two_digits
 from cotune.server.run_folder import Participant, RunFile, RunFolder
 from cotune.server.suitability import check_suits
-from cotune.simulations.data_notes import data_notes, left_out_of
+from cotune.simulations.data_notes import LeftOut, data_notes, left_out_of
 from cotune.simulations.natural import column_of, owners_of
 from cotune.simulations.partitions import PartitionConfig, Rows, deal_alike, partition, split_test
 from cotune.simulations.unit_groups import UnitGroups, unit_groups
@@ -69,7 +70,7 @@ class Prepared:
     records: dict[Path | None, Records]
     noise: dict[str, float]  # organisation -> σ; empty without privacy
     validation: tuple[tuple[Path | None, Rows], ...] = ()  # of the server
-    left_out: Mapping[str, int] = field(default_factory=dict)  # how many records do not count, by the reason
+    left_out_by_file: LeftOut = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -77,9 +78,14 @@ class Prepared:
         return hashlib.sha256("".join(records.fingerprint for records in self.records.values()).encode()).hexdigest()
 
     @property
+    def left_out(self) -> dict[str, int]:
+        """How many records of all files do not count, by the reason."""
+        return dict(sum((Counter(reasons) for reasons in self.left_out_by_file.values()), Counter[str]()))
+
+    @property
     def notes(self) -> list[str]:
         """What whoever reads the results should know about the records."""
-        return data_notes(self.plan, self.left_out, sum(map(len, self.records.values())))
+        return data_notes(self.plan, self.left_out_by_file, self.records)
 
     def label_counts(self, share: Share) -> dict[str, int]:
         """Records of each class; with tags, words of each tag."""
@@ -107,7 +113,10 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     noise = _noise(resolved, shares)
     model = model_of(resolved, device)
     check_stages(resolved, model)
-    left_out = {**left_out_of(resolved, records, model), **({ELSEWHERE: elsewhere} if elsewhere else {})}
+    left_out = {
+        file: {**reasons, **({ELSEWHERE: elsewhere[file]} if elsewhere[file] else {})}
+        for file, reasons in left_out_of(resolved, records, model).items()
+    }
     return Prepared(resolved, shares, test, records, noise, validation, left_out)
 
 
@@ -153,8 +162,8 @@ def _joined(records: list[Records]) -> Records:
 Portions = tuple[tuple[Path | None, Rows], ...]
 
 
-def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], Portions, Portions, int]:
-    """(shares, test set, validation set, how many records are left out of the last two as their unit is elsewhere).
+def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], Portions, Portions, Counter[Path | None]]:
+    """(shares, test set, validation set, how many records of a file are left out of the last two as their unit is elsewhere).
 
     One file is split over simulated organisations; of several files each is one. The records of a unit stay together (see
     `unit_groups`); of one that several files hold, those that would test are left out where another file trains on it.
@@ -175,20 +184,24 @@ def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share
             shares.append(replace(_share(plan, found, name, file, own.rows(train)), held_out=test[-1][1]))
         else:
             shares += _dealt(plan, found, own, train, held_out, rng)
-    before = _size(test) + _size(validation)
+    before = _sizes(test) + _sizes(validation)
     if len(units) > 1:
         validation = _apart(validation, units, [(share.file, share.rows) for share in shares])
         test = _apart(test, units, [(share.file, share.rows) for share in shares] + validation)
         shares = [replace(share, held_out=rows) for share, (_, rows) in zip(shares, test, strict=True)]
-    if not _size(test):
+    if not sum(_sizes(test).values()):
         raise DataError(
             f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
         )
-    return tuple(shares), tuple(test), tuple(validation), before - _size(test) - _size(validation)
+    return tuple(shares), tuple(test), tuple(validation), before - _sizes(test) - _sizes(validation)
 
 
-def _size(portions: Sequence[tuple[Path | None, Rows]]) -> int:
-    return sum(len(rows) for _, rows in portions)
+def _sizes(portions: Sequence[tuple[Path | None, Rows]]) -> Counter[Path | None]:
+    """File -> how many of its records they hold."""
+    found: Counter[Path | None] = Counter()
+    for file, rows in portions:
+        found[file] += len(rows)
+    return found
 
 
 def _held_out(

@@ -15,6 +15,7 @@ from cotune.strategies.parts import PartInfo
 
 Problems = Iterator[str]
 _TOLERANCE = 1e-9  # relative: sums in another order, in float64
+_SINGLE = 1e-6  # relative: rounding in float32
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, ex
             return f"{name} is not the same bit for bit"
         error, scale = (found[name].double() - tensor.double()).abs(), max(1e-3, float(tensor.double().abs().max()))
         if not bool((error <= _TOLERANCE * scale).all()):
-            return f"{name} is off by {float(error.max()):.2g}"
+            rounded = bool((error <= _SINGLE * scale).all())
+            why = " (as much as float32 rounds: is a tensor made without dtype=torch.float64?)" if rounded else ""
+            return f"{name} is off by {float(error.max()):.2g}{why}"
     return None
 
 

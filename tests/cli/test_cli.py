@@ -52,7 +52,9 @@ def test_version_and_help(cotune: Cotune) -> None:
 
 
 def test_a_new_plan_is_a_plan(cotune: Cotune, folder: Path) -> None:
-    assert cotune("plan", "list").out.split() == preset_names() == ["text", "tweets", "tweets-lora"]
+    listed = [line.split(maxsplit=1) for line in cotune("plan", "list").out.splitlines()]
+    assert [name for name, _ in listed] == preset_names() == ["text", "tweets", "tweets-lora"]
+    assert all(len(about.split()) > 3 for _, about in listed)
     for name in preset_names():
         printed = cotune("plan", "new", name)
         assert (printed.code, printed.err) == (0, "")
@@ -148,6 +150,17 @@ def test_simulate_shows_lines_then_the_answer(cotune: Cotune, folder: Path) -> N
         assert f"{folder / 'run' / file}" in shown.out
     assert "\x1b" not in shown.out
     assert "baseline pooled: accuracy" in shown.out
+
+
+def test_it_is_said_whose_records_are_encoded_and_how_many(cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a file at once, whoever holds them, and none twice: 240 texts, of which some are the same."""
+    monkeypatch.setenv("COTUNE_CACHE", str(folder / "cache"))
+    distinct = len({text for text, _ in sentences(240)})
+    shown = cotune("simulate", "toy.toml", "--out", "run", "--set", "rounds=1", "--set", "simulation.baselines=[]")
+    told = [line for line in shown.out.splitlines() if line.startswith("encoding ")]
+    assert told
+    assert all(f"the {distinct} distinct records of reviews.csv once" in line for line in told)
+    assert told[-1].endswith(f": {distinct} done")
 
 
 def test_with_privacy_the_epsilon_of_each_organisation_is_shown(cotune: Cotune, folder: Path) -> None:

@@ -20,7 +20,8 @@ def test_strategies_side_by_side(cotune: Cotune, folder: Path) -> None:
     shown = cotune("compare", "toy.toml", *VARY, "--vary", "partition=iid,dirichlet:1", "--seeds", "2", *QUICK)
     assert (shown.code, shown.err) == (0, "")
     lines = shown.out.splitlines()
-    assert lines[0] == f"8 runs, 0 of them finished before, in {folder / 'compare' / 'toy'}"
+    assert lines[0].startswith("checking 4 combinations, each under 2 seeds")
+    assert lines[1] == f"8 runs, 0 of them finished before, in {folder / 'compare' / 'toy'}"
     told = [
         line
         for line in lines
@@ -36,7 +37,7 @@ def test_strategies_side_by_side(cotune: Cotune, folder: Path) -> None:
     results = json.loads((folder / "compare" / "toy" / "results.json").read_bytes())
     assert results["vary"] == {"strategy.weighting": ["examples", "uniform"], "partition": ["iid", "dirichlet:1"]}
     again = cotune("compare", "toy.toml", *VARY, "--vary", "partition=iid,dirichlet:1", "--seeds", "2", *QUICK)
-    assert again.out.startswith("8 runs, 8 of them finished before")
+    assert "\n8 runs, 8 of them finished before" in again.out
     assert "test accuracy" not in again.out
 
 
@@ -62,7 +63,7 @@ def test_the_gain_on_own_records_is_shown_and_no_epsilon_covers_it(cotune: Cotun
     told = [each["worth"]["answer"] for each in summary["organisations"]]
     assert cell["answers"] == [told.count("yes"), told.count("no"), told.count("too close to tell")]
     assert results["epsilon_together"] is None  # alone is trained without privacy
-    assert "gain" in shown.out.splitlines()[2]
+    assert "gain" in shown.out.splitlines()[3]
 
 
 def test_a_failed_run_is_said_and_is_the_exit_code(cotune: Cotune, folder: Path) -> None:
@@ -81,11 +82,28 @@ def test_mistakes_are_one_sentence(cotune: Cotune, folder: Path) -> None:
         (("--vary", "partition=iid", "--baseline", "shards"), 'the baseline "shards" is no value of partition'),
     ):
         shown = cotune("compare", "toy.toml", *arguments)
-        assert (shown.code, shown.out) == (2, "")
+        assert shown.code == 2
+        assert all(line.startswith("checking ") for line in shown.out.splitlines())
         assert shown.err.startswith("cotune: ")
         assert words in shown.err
         assert shown.err.count("\n") == 1
     assert not (folder / "compare").exists()
+
+
+def test_a_slip_in_any_plan_is_refused_before_data_and_model_are_looked_at(cotune: Cotune, folder: Path) -> None:
+    (folder / "reviews.csv").unlink()
+    (folder / "base").unlink()
+    shown = cotune("compare", "toy.toml", "--vary", "strategy.weighting=examples,unifrom", "--data", "toy.toml", *QUICK)
+    assert (shown.code, shown.out) == (2, "")
+    assert "strategy.weighting=unifrom: " in shown.err
+
+
+def test_the_rows_are_told_apart_in_words(cotune: Cotune, folder: Path) -> None:
+    shown = cotune("compare", "toy.toml", "--vary", "local.steps=1,2", "--seeds", "2", "--set", "rounds=1", *QUICK)
+    assert shown.code == 0
+    [said] = [line for line in shown.out.splitlines() if line.startswith("better than 1: ")]
+    assert sum(part.endswith(": 2") for part in said.split("; ")) == 1
+    assert any("--seeds 5" in line and "3 further" in line for line in shown.out.splitlines())
 
 
 def test_a_live_display_shows_the_same_lines(folder: Path) -> None:
@@ -95,6 +113,7 @@ def test_a_live_display_shows_the_same_lines(folder: Path) -> None:
         rates = parse_variation("server.max_update_norm=1000,1e-30")
         compare("toy.toml", [rates], seeds=1, out=folder / "out", jobs=1, device="cpu", listener=listener)
     shown = stream.getvalue()
+    assert shown.count("checking 2 combinations against") == 1
     assert "2 runs, 0 of them finished before" in shown
     assert re.search(r"1/2 server.max_update_norm=1000, seed=7: test accuracy 0\.\d{3}", shown)
     assert "2/2 server.max_update_norm=1e-30, seed=7 failed" in shown

@@ -99,6 +99,34 @@ def test_an_unknown_name(cotune: Cotune) -> None:
     assert shown.err.count("\n") == 1
 
 
+OWN = 'import torch\nfrom cotune.strategies import *\n\n\n@fusion("mine", cite="none")\ndef mine(*, step: float = 1.0):\n'
+OWN += '    """D: the mean."""\n    sums = yield weighted\n    return mean_of(sums)\n'
+
+
+@pytest.mark.parametrize("file", ["mine.py", "rules.py"])
+def test_a_rule_of_ones_own_that_is_named_without_its_file(cotune: Cotune, folder: Path, file: str) -> None:
+    """Wherever an unknown name is refused, it is said how it is named; under that name it is explained."""
+    (folder / file).write_text(OWN, encoding="utf-8")
+    for arguments in (
+        ("strategies", "mine"),
+        ("strategies", "test", "mine"),
+        ("plan", "check", "toy.toml", "--set", "strategy=mine"),
+        ("plan", "check", "toy.toml", "--set", "strategy.fusion=mine"),
+        ("simulate", "toy.toml", "--set", 'strategy.fusion={name="mine",step=2}'),
+        ("simulate", "toy.toml", "--set", "strategy.server_optimizer=mine"),
+        ("compare", "toy.toml", "--vary", "strategy=fedavg,mine"),
+        ("compare", "toy.toml", "--vary", "strategy.fusion=mean,mine"),
+        ("server", "init", "fed", "--plan", "named.toml", "--host", "localhost"),
+    ):
+        (folder / "named.toml").write_text('strategy = "mine"\n' + (folder / "toy.toml").read_text("utf-8"), encoding="utf-8")
+        shown = cotune(*arguments)
+        assert shown.code == 2, arguments
+        assert f'"{file}:mine"' in shown.err, arguments
+        assert shown.err.count("\n") == 1
+    [part] = json.loads(cotune("strategies", f"{file}:mine", "--json").out)
+    assert (part["kind"], part["summary"], part["parameters"][0]["name"]) == ("fusion", "D: the mean.", "step")
+
+
 def test_the_page_of_the_documentation_is_up_to_date() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert text == renewed(text), "run `cotune strategies --page docs/strategies.md`"

@@ -174,6 +174,33 @@ def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, kind: st
     check_stages(plan, model_of(plan, "cpu"))
 
 
+def test_the_gradients_of_one_model_are_checked_once_for_all_plans_that_take_them_alike(
+    new_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison asks for every combination and seed; whatever decides how gradients are taken is checked anew."""
+    checked: list[str] = []
+    check = setting.check_gradients
+    monkeypatch.setattr(setting, "check_gradients", lambda *given: (checked.append(given[2]), check(*given)))
+    plan = new_plan("bert", "sequence-classification", train="head")
+    model = model_of(plan, "cpu")
+    alike = [plan, plan.model_copy(update={"rounds": 9}), plan.model_copy(update={"test_fraction": 0.4})]
+    for each in (*alike, *alike):
+        check_stages(each, model)
+    assert checked == ["head"]
+    tables: list[dict[str, Any]] = [
+        {"privacy": {"epsilon": 8.0, "clip_norm": 0.25}},
+        {"privacy": {"epsilon": 8.0, "clipping": "per_layer"}},
+        {"local": {"physical_batch_size": 5}},
+        {"train": "full"},
+        {"class_weights": {"good": 2.0}},
+    ]
+    for number, table in enumerate(tables, start=2):
+        other = new_plan("bert", "sequence-classification", **{"train": "head", **table})
+        for _ in range(2):
+            check_stages(other, model)
+            assert len(checked) == number, table
+
+
 # --- classes that count more or less
 
 

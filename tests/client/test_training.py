@@ -567,7 +567,9 @@ def test_observers_are_told_of_every_step(
         site = make_site()
         update = train_round(plan, site, 1, state_for(plan))
     distinct = len(set(site.holdings(plan.labels).inputs()))
-    assert ("features", {"organisation": "clinic", "done": distinct, "total": distinct}) in told
+    read = [details for what, details in told if what == "features"]
+    assert {each.pop("source") for each in read} == {records.source for records, _ in site.holdings(plan.labels).parts}
+    assert {"organisation": "clinic", "done": distinct, "total": distinct} in read
     steps = [details for what, details in told if what == "step"]
     assert [(s["organisation"], s["round"], s["step"], s["steps"]) for s in steps] == [("clinic", 1, i, 4) for i in range(1, 5)]
     assert {math.ceil(s["epsilon"] * 100) / 100 for s in steps} == {update.epsilon}

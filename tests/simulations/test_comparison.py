@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.simulations.comparison import Measured, combine, difference, estimate, holm
+from cotune.simulations.comparison_report import answer
 
 T4, T2 = 2.776445, 4.302653  # 97.5 % quantiles of Student's t with 4 and 2 degrees of freedom, from a table
 
@@ -154,3 +155,15 @@ def test_the_gain_is_a_mean_over_seeds_and_the_answers_are_counted() -> None:
     assert mean.gain.mean == pytest.approx(0.03)
     assert mean.answers == (1, 1, 4)
     assert ties.gain is ties.answers is None
+
+
+def test_the_answer_names_what_is_better_worse_and_too_close() -> None:
+    """By the corrected p-value alone: of +0.1 in three seeds almost alike, −0.1, and ±0.1."""
+    shifts = {"up": (0.100, 0.101, 0.099), "down": (-0.100, -0.101, -0.099), "close": (0.1, -0.1, 0.05), "equal": (0.0, 0.0, 0.0)}
+    base = [cell("avg", seed, 0.5 + 0.01 * seed) for seed in (1, 2, 3)]
+    moved = [cell(name, seed, 0.5 + 0.01 * seed + by) for name, shift in shifts.items() for seed, by in enumerate(shift, start=1)]
+    said = answer(combine([*base, *moved], "avg"), "avg")
+    assert said == "better than avg: up; worse: down; too close to tell: close, equal"
+    one = [each for each in (*base, *moved) if each.seed == 1]
+    assert answer(combine(one, "avg"), "avg") == "better than avg: none; worse: none; too close to tell: up, down, close, equal"
+    assert answer(combine(base, "avg"), "avg") is None

@@ -48,6 +48,35 @@ def test_what_does_not_count_is_told_in_one_line(toy_plan: NewPlan, tmp_path: Pa
     assert public.left_out == {**{key: found[key] for key in list(found)[:4]}, "duplicate that is trained on": 4}
 
 
+def test_of_several_files_each_that_loses_records_is_named_with_its_own(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """By hand: a holds 2 blank texts, b a missing label and 3 of 80 texts of more than 8 tokens, c nothing of the kind."""
+    (tmp_path / "orgs").mkdir()
+    rows = {name: [(f"{number} {name} great", label) for number, (_, label) in enumerate(sentences(80))] for name in "abc"}
+    rows["a"] += [("", "good"), (" ", "bad")]
+    rows["b"] = [(" ".join(["tree"] * 9 + [text]), label) for text, label in rows["b"][:3]] + rows["b"][3:] + [("a", "")]
+    for name in rows:
+        write_csv(tmp_path / "orgs" / f"{name}.csv", rows[name])
+    prepared = prepare(toy_plan(data={"source": str(tmp_path / "orgs")}, model={"max_length": 8}))
+    found = {file.name: dict(reasons) for file, reasons in prepared.left_out_by_file.items() if file is not None}
+    assert found == {"a.csv": {"blank text": 2}, "b.csv": {"missing label": 1, "cut at 8 tokens": 3}, "c.csv": {}}
+    assert prepared.left_out == {"blank text": 2, "missing label": 1, "cut at 8 tokens": 3}
+    of_b, of_a = prepared.notes  # who loses most comes first, who loses nothing is not named
+    assert ("a.csv" in of_a, "2 blank texts" in of_a, "b.csv" in of_a) == (True, True, False)
+    assert ("b.csv" in of_b, "1 missing label" in of_b, "3 texts cut at 8 tokens (4 %)" in of_b) == (True, True, True)
+
+
+def test_of_very_many_files_the_rest_is_told_together(toy_plan: NewPlan, tmp_path: Path) -> None:
+    (tmp_path / "orgs").mkdir()
+    for number in range(15):
+        rows = [(f"{number} {i} great", label) for i, (_, label) in enumerate(sentences(40))]
+        write_csv(tmp_path / "orgs" / f"{number:02}.csv", [*rows, *[("", "good")] * (20 - number)])
+    notes = prepare(toy_plan(data={"source": str(tmp_path / "orgs")})).notes
+    assert [note.partition(":")[0].split()[-1] for note in notes[:10]] == [f"{number:02}.csv" for number in range(10)]
+    assert "5 other files" in notes[10]
+    assert f"{sum(range(6, 11))} blank texts" in notes[10]
+    assert len(notes) == 11
+
+
 def test_classes_that_differ_in_spelling_alone_are_pointed_out(toy_plan: NewPlan, tmp_path: Path) -> None:
     rows = [(text, "Good" if label == "good" and number % 2 else label) for number, (text, label) in enumerate(sentences(240))]
     prepared = prepare(toy_plan(data={"source": str(write_csv(tmp_path / "mine.csv", rows))}))

@@ -130,6 +130,25 @@ def test_the_watch_runs_what_it_measures_again() -> None:
     assert 0 <= found.low <= found.high
 
 
+@pytest.mark.parametrize(
+    ("lasting", "found"),
+    [
+        ([4.0, 0.5], Seconds(0.4, 0.55)),  # the first is ten times as slow as what follows, and does not count
+        ([0.01, 0.02, 0.04, 0.03], Seconds(0.02, 0.04)),
+        ([10.0], Seconds(8.0, 11.0)),  # nobody waits for that again
+    ],
+)
+def test_what_ran_first_is_no_measure_unless_it_takes_very_long(lasting: list[float], found: Seconds) -> None:
+    now, left = [0.0], iter(lasting)
+
+    def work() -> None:
+        now[0] += next(left)
+
+    measured = measure(work, lambda: now[0])
+    assert (measured.low, measured.high) == (pytest.approx(found.low), pytest.approx(found.high))
+    assert next(left, None) is None
+
+
 def test_batches_that_are_measured_are_of_one_length_each(toy_plan: NewPlan) -> None:
     """So that none pays for another's padding; the shortest and the longest are among them."""
     prepared = prepare(toy_plan(), "cpu")

@@ -21,19 +21,19 @@ from cotune.strategies import (
     Sums,
     Visibility,
     Weighed,
-    client_term,
     fusion,
     mean_of,
-    server_optimizer,
     weighted,
     weighting,
 )
+from cotune.strategies.client_terms import base as client_term
 from cotune.strategies.conformance import check_part
 from cotune.strategies.conformance.checks import Finding
 from cotune.strategies.conformance.samples import complete
 from cotune.strategies.flower import flower_strategy
 from cotune.strategies.parts import FOLDERS, PartInfo, builtin
 from cotune.strategies.round import LocalSteps
+from cotune.strategies.server_optimizers import base as server_optimizer
 from cotune.strategies.updates import Update
 
 EVERY = [info for kind in FOLDERS for info in builtin(kind).values()]
@@ -148,6 +148,11 @@ def doubled(updates: Sequence[Weighed]) -> Delta:
 
 
 @_broken()
+def in_single(updates: Sequence[Weighed]) -> Delta:
+    return {n: d * float(torch.tensor(1.1)) / 1.1 for n, d in _mean(updates).items()}
+
+
+@_broken()
 def unweighted(updates: Sequence[Weighed]) -> Delta:
     return {n: torch.stack([u.delta[n] for u in updates]).mean(0) for n in updates[0].delta}
 
@@ -228,6 +233,7 @@ def typed_memory(updates: Sequence[Weighed], context: RoundContext) -> Fused:
         (in_place, "leaves its inputs alone", "changes an update"),
         (clipped, "scales", "expected scales=False"),
         (doubled, "keeps what all agree on", "expected keeps=False"),
+        (in_single, "keeps what all agree on", "float32"),
         (unweighted, "gives weight 0 no say", "an update of weight 0 changes the result"),
         (weighted_after_all, "uses no weights", "weights change the result"),
         (one_weight_for_all, "follows weights by parameter", "got one for each parameter"),
