@@ -21,19 +21,19 @@ from cotune.strategies import (
     Sums,
     Visibility,
     Weighed,
+    client_term,
     fusion,
     mean_of,
+    server_optimizer,
     weighted,
     weighting,
 )
-from cotune.strategies.client_terms import base as client_term
 from cotune.strategies.conformance import check_part
 from cotune.strategies.conformance.checks import Finding
 from cotune.strategies.conformance.samples import complete
 from cotune.strategies.flower import flower_strategy
 from cotune.strategies.parts import FOLDERS, PartInfo, builtin
 from cotune.strategies.round import LocalSteps
-from cotune.strategies.server_optimizers import base as server_optimizer
 from cotune.strategies.updates import Update
 
 EVERY = [info for kind in FOLDERS for info in builtin(kind).values()]
