@@ -9,51 +9,42 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cotune.models.errors import (
-        CotuneError,
-        DataError,
-        Declined,
-        DeviceError,
-        ModelError,
-        PlanError,
-        PrivacyError,
-        RunError,
-    )
+    from cotune.errors import CotuneError, DataError, Declined, DeviceError, ModelError, PlanError, PrivacyError, RunError
     from cotune.plan.load import load_plan
     from cotune.plan.schema import Plan
-    from cotune.privacy.ledger import Ledger
+    from cotune.privacy.ledger.ledger import Ledger
     from cotune.privacy.policy import Policy
-    from cotune.simulations.audit import audit
-    from cotune.simulations.compare import compare
-    from cotune.simulations.forecast import forecast
-    from cotune.simulations.simulate import Run, resume, simulate
-    from cotune.strategies.parts import client_term, fusion, server_optimizer, weighting
+    from cotune.simulations.auditing.audit import audit
+    from cotune.simulations.comparison.compare import compare
+    from cotune.simulations.forecast.forecast import forecast
+    from cotune.simulations.run import Run, resume, simulate
+    from cotune.strategies.registry import client_term, fusion, server_optimizer, weighting
 
 __version__ = version("cotune")
 
 _MODULES = {
-    "CotuneError": "models.errors",
-    "DataError": "models.errors",
-    "Declined": "models.errors",
-    "DeviceError": "models.errors",
-    "Ledger": "privacy.ledger",
-    "ModelError": "models.errors",
+    "CotuneError": "errors",
+    "DataError": "errors",
+    "Declined": "errors",
+    "DeviceError": "errors",
+    "Ledger": "privacy.ledger.ledger",
+    "ModelError": "errors",
     "Plan": "plan.schema",
-    "PlanError": "models.errors",
+    "PlanError": "errors",
     "Policy": "privacy.policy",
-    "PrivacyError": "models.errors",
-    "Run": "simulations.simulate",
-    "RunError": "models.errors",
-    "audit": "simulations.audit",
-    "client_term": "strategies.parts",
-    "compare": "simulations.compare",
-    "forecast": "simulations.forecast",
-    "fusion": "strategies.parts",
+    "PrivacyError": "errors",
+    "Run": "simulations.run",
+    "RunError": "errors",
+    "audit": "simulations.auditing.audit",
+    "client_term": "strategies.registry",
+    "compare": "simulations.comparison.compare",
+    "forecast": "simulations.forecast.forecast",
+    "fusion": "strategies.registry",
     "load_plan": "plan.load",
-    "resume": "simulations.simulate",
-    "server_optimizer": "strategies.parts",
-    "simulate": "simulations.simulate",
-    "weighting": "strategies.parts",
+    "resume": "simulations.run",
+    "server_optimizer": "strategies.registry",
+    "simulate": "simulations.run",
+    "weighting": "strategies.registry",
 }
 
 __all__ = [

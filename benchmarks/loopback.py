@@ -23,18 +23,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from cotune.flower.control_client import APP, Control, control
 from cotune.plan.load import parse_plan
-from cotune.server.certificates import new_authority
-from cotune.server.run_folder import RunFolder
-from cotune.server.superlink import APP, Control, control
-from cotune.simulations.sites import make_run, prepare
+from cotune.server.deployment.certificates import new_authority
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.prepare import make_run, prepare
 
 _Found = TypeVar("_Found")
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", "the", "a", "is", "very", "it"]
 NODE = """
 import logging, sys
 from pathlib import Path
-from cotune.client.node import run_node
+from cotune.client.node.node import run_node
 logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
 logging.getLogger("cotune").setLevel(logging.INFO)
 if __name__ == "__main__":

@@ -27,18 +27,18 @@ from flwr.clientapp import ClientApp
 from scipy.stats import t as student
 
 from cotune.client.site import Site
-from cotune.client.training import train_round
+from cotune.client.training.round import train_round
+from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.plan.load import load_plan
-from cotune.plan.model import model_of
-from cotune.privacy.randomness import seeded_generator
+from cotune.plan.parameters import model_of
+from cotune.privacy.mechanisms.random import seeded_generator
+from cotune.protocol.messages import decode_request, encode_update
 from cotune.server.app import play
-from cotune.server.run_folder import RunFolder
-from cotune.simulations.grid import InProcessGrid
-from cotune.simulations.sites import make_run, make_site, prepare
-from cotune.strategies.parts import Needs, weighting
-from cotune.strategies.updates import Update
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.prepare import make_run, make_site, prepare
+from cotune.strategies.registry import Needs, weighting
+from cotune.strategies.types import Update
 from cotune.strategies.weightings.noise_aware import random_effects
-from cotune.strategies.wire import decode_request, encode_update
 
 WEIGHTINGS = ("examples", "uniform", "noise_aware", "persistent")
 LOCAL = ("local.learning_rate=2.0", "local.batch_size=0.05")  # what docs/results/noise-aware.md was measured with

@@ -27,23 +27,23 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from cotune.data.dataset import Holdings
+from cotune.data.tasks.task import Metrics
+from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_features
-from cotune.models.holdings import Holdings
-from cotune.models.sharing import State
-from cotune.models.tasks import Metrics
+from cotune.models.trainable import State
 from cotune.plan.load import load_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import calibrate
+from cotune.privacy.accounting.composition import calibrate
 from cotune.privacy.config import delta_of
-from cotune.server.robust_default import with_robust_default
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import Participant, RunFile, RunFolder
-from cotune.simulations.grid import InProcessGrid
-from cotune.simulations.sites import prepare
-from cotune.strategies.strategy import StrategyConfig
-from cotune.strategies.updates import Update
-from cotune.strategies.wire import Request, decode_request, encode_update, received_digest
+from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
+from cotune.server.runs.suitability import with_robust_default
+from cotune.simulations.prepare import prepare
+from cotune.strategies.config import StrategyConfig
+from cotune.strategies.types import Update
 
 MEASURED = "<!-- below: written by benchmarks/robustness.py -->"
 SIZES = (0.608, 0.2, 0.113, 0.079)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from cotune.simulations.compare import compare
-from cotune.simulations.comparison import Combination, Variation
+from cotune.reporting.comparison_statistics import Combination, Variation
+from cotune.simulations.comparison.compare import compare
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from digits import write_digits  # its architecture is registered by this import, and by the workers'

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from cotune.models.errors import CotuneError
+from cotune.errors import CotuneError
 from cotune.plan.load import load_plan
-from cotune.simulations.simulate import resume, simulate
+from cotune.simulations.run import resume, simulate
 
 SEEDS = (7, 8, 9)
 EPSILONS = ("8", "3", "none")

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanOptions, Set, Task, Text
 from cotune.cli.screen import beginning, screen
-from cotune.privacy.rounding import round_up
-from cotune.server.figures import SPACE, duration, percent, scientific
+from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.formatting import SPACE, duration, percent, scientific
 
 if TYPE_CHECKING:
-    from cotune.simulations.audit import AuditResult
+    from cotune.simulations.auditing.audit import AuditResult
 
 _SOME = 2_000
 _MANY = 10_000
@@ -83,7 +83,7 @@ def audit(
     if not run:
         options.check_files()
     beginning(f"{options.source}: loading PyTorch, then records and base model; then training with canaries", quiet=as_json)
-    from cotune.simulations.audit import audit as run_audit
+    from cotune.simulations.auditing.audit import audit as run_audit
 
     console = screen()
     with screen(stderr=True, quiet=as_json).status("training with canaries"):
@@ -97,7 +97,7 @@ def audit(
             device=device,
         )
     if as_json:
-        from cotune.server.summary import dumps
+        from cotune.server.runs.results import dumps
 
         typer.echo(dumps(result.as_dict()).decode())
     else:

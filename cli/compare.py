@@ -1,37 +1,147 @@
-"""`cotune compare`: strategies side by side on the same data and seeds, with error bars."""
+"""`cotune compare`: strategies side by side on the same data and seeds, with error bars.
+
+What is shown while a comparison goes on: live bars on a terminal, a line for each finished cell elsewhere.
+
+What `cotune compare --private-selection` shows: how it begins and what is released, and nothing of single runs.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cotune.cli.compare_progress import showing_cells
-from cotune.cli.plan_options import (
-    AsJson,
-    By,
-    Clients,
-    Data,
-    Label,
-    Model,
-    Partition,
-    PlanArgument,
-    PlanOptions,
-    Set,
-    Task,
-    Text,
-)
+from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
 from cotune.cli.screen import beginning, screen
-from cotune.cli.selection_lines import show_selected, showing_selection
-from cotune.privacy.rounding import round_up
-from cotune.server.figures import duration, size
+from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.formatting import duration, percent, size
 
 if TYPE_CHECKING:
-    from cotune.simulations.comparison import Combination, Comparison, Settings, Variation
+    from cotune.reporting.comparison_statistics import Combination, Comparison, Settings, Variation
+    from cotune.simulations.comparison.selected import Selected
+
+
+_CHECK_SECONDS = 10.0  # between two plain lines about checking
+
+
+@contextmanager
+def showing_cells(console: Console) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """A listener for `compare`, which shows what it hears during the block."""
+    if not console.is_terminal:
+        yield _Lines(console).event
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Live(console, progress).event
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self.console, self.done, self.cells = console, 0, 0
+        self.told = time.monotonic()
+
+    def print(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "cell_checked":
+            self._checking(fields)
+        elif event == "comparison_started":
+            self.cells, self.done = fields["cells"], fields["finished"]
+            self.print(f"{self.cells} runs, {self.done} of them finished before, in {fields['folder']}")
+        elif event == "cell_finished":
+            self.done += 1
+            spent = duration(fields["seconds"])
+            self.print(f"{self.done}/{self.cells} {fields['cell']}: test accuracy {fields['accuracy']:.3f}, {spent}")
+        elif event == "cell_failed":
+            self.done += 1
+            self.print(f"{self.done}/{self.cells} {fields['cell']} failed: {fields['reason']}")
+
+    def _checking(self, fields: dict[str, Any]) -> None:
+        """At the first combination how many there are, and from time to time how far it is."""
+        if not fields["checked"]:
+            self.print(f"checking {_counted(fields)} against data and model")
+        elif time.monotonic() - self.told <= _CHECK_SECONDS:
+            return
+        else:
+            self.print(f"checked {fields['checked']} of {fields['cells']}")
+        self.told = time.monotonic()
+
+
+def _counted(fields: dict[str, Any]) -> str:
+    """Such as "16 combinations, each under 5 seeds"."""
+    combinations = f"{fields['combinations']} combination{'s' if fields['combinations'] > 1 else ''}"
+    return combinations if fields["seeds"] == 1 else f"{combinations}, each under {fields['seeds']} seeds,"
+
+
+class _Live(_Lines):
+    """The same lines above a bar for all cells and one for each that is running."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        super().__init__(console)
+        self.progress = progress
+        self.bars: dict[str, TaskID] = {}
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        super().event(event, fields)
+        if event == "cell_checked":
+            return
+        if event == "comparison_started":
+            self.progress.remove_task(self.bars.pop("checking plans"))
+            self.bars[""] = self.progress.add_task("runs", total=self.cells, completed=self.done)
+        elif event == "cell_started":
+            self.bars[fields["cell"]] = self.progress.add_task(escape(fields["cell"]), total=fields["rounds"])
+        elif event == "cell_round":
+            self.progress.update(self.bars[fields["cell"]], completed=fields["round"])
+        else:
+            self.progress.remove_task(self.bars.pop(fields["cell"]))
+            self.progress.update(self.bars[""], completed=self.done)
+
+    def _checking(self, fields: dict[str, Any]) -> None:
+        if "checking plans" not in self.bars:
+            super()._checking(fields)
+            self.bars["checking plans"] = self.progress.add_task("checking plans", total=fields["cells"])
+        self.progress.update(self.bars["checking plans"], completed=fields["checked"])
+
+
+@contextmanager
+def showing_selection(console: Console) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """A listener for `select`, with a sign of life on a terminal. How many runs there are is a secret, so that nothing counts."""
+    with console.status("checking plans") as status:
+
+        def listen(event: str, fields: dict[str, Any]) -> None:
+            if event == "selection_started":
+                cost = f"ε = {round_up(fields['epsilon'])} at δ = {fields['delta']:.1e}"
+                line = f"choosing among {fields['plans']} plans in {fields['folder']}: {cost} for what is released"
+                console.print(line, soft_wrap=True, markup=False)
+                status.update("playing a secret number of runs")
+
+        yield listen
+
+
+def show_selected(console: Console, found: Selected, folder: Path) -> None:
+    """The table at the end, and what it promises."""
+    from cotune.simulations.comparison.selected import statement_of
+
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    for key in found.settings:
+        table.add_column(escape(key), overflow="fold")
+    for heading in ("accuracy", "macro F1", "ε", "δ"):
+        table.add_column(heading, justify="right")
+    figures = (percent(found.test["accuracy"]), percent(found.test["f1"]), round_up(found.epsilon), f"{found.delta:.1e}")
+    table.add_row(*(escape(value) for value in found.settings.values()), *figures)
+    console.print(table)
+    for paragraph in statement_of(found):
+        console.print(paragraph, markup=False)
+    console.print(f"released      {folder}", soft_wrap=True, markup=False)
 
 
 _WIDE = 100  # characters; a narrower terminal leaves bytes and time to the page
@@ -82,7 +192,7 @@ def compare(
     options = PlanOptions(plan, data, task, text, label, model, clients, partition, by, override)
     options.check_files(vary or ())
     beginning(f"plan {options.source}: loading PyTorch; every combination is checked, then played", quiet=as_json)
-    from cotune.simulations.cells import parse_variation
+    from cotune.simulations.comparison.grid import parse_variation
 
     told = screen(stderr=as_json)
     variations = [parse_variation(each) for each in vary or []]
@@ -100,7 +210,7 @@ def compare(
 
 
 def _compare(console: Console, as_json: bool, source: str, variations: list[Variation], options: dict[str, Any]) -> None:
-    from cotune.simulations.compare import compare as play
+    from cotune.simulations.comparison.compare import compare as play
 
     with showing_cells(console) as listener:
         found = play(source, variations, listener=listener, **options)
@@ -120,7 +230,7 @@ def _select(
     expected_runs: float,
     options: dict[str, Any],
 ) -> None:
-    from cotune.simulations.selection import select
+    from cotune.simulations.comparison.selection import select
 
     with showing_selection(console) as listener:
         found, folder = select(source, variations, expected_runs=expected_runs, listener=listener, **options)
@@ -132,7 +242,7 @@ def _select(
 
 def show(console: Console, found: Comparison) -> None:
     """The tables at the end, one for each facet."""
-    from cotune.simulations.comparison_report import GAIN, TIME, answer, facets_of, few_seeds, has_gain, together, words
+    from cotune.reporting.comparison_report import GAIN, TIME, answer, facets_of, few_seeds, has_gain, together, words
 
     costs = console.width >= _WIDE
     for facet, rows in facets_of(found):
@@ -159,7 +269,7 @@ def show(console: Console, found: Comparison) -> None:
 
 
 def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs: bool) -> Table:
-    from cotune.simulations.comparison_report import answers_of, has_gain, points, words
+    from cotune.reporting.comparison_report import answers_of, has_gain, points, words
 
     title = escape(words(facet)) or None
     gain = has_gain(found)
@@ -191,7 +301,7 @@ def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs
 
 
 def _quality(row: Combination, baseline: str) -> tuple[str, ...]:
-    from cotune.simulations.comparison_report import points, verdict
+    from cotune.reporting.comparison_report import points, verdict
 
     apart = points(row.difference.estimate if row.difference else None, apart=True)
     p = verdict(row).removeprefix("p ").removeprefix("= ")

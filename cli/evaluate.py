@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.meant import own_options
+from cotune.cli.plan_options import own_options
 from cotune.cli.predict import Device, Length, ModelSource, ThresholdOption
 from cotune.cli.screen import beginning, screen
-from cotune.models.config import DataConfig
-from cotune.models.errors import DataError
-from cotune.models.missing import check_source
+from cotune.data.config import DataConfig
+from cotune.data.readers.sources import check_source
+from cotune.errors import DataError
 
 _MOST_CLASSES = 25  # of a confusion matrix on a terminal
 _WIDE = 24  # characters of a class name
@@ -38,10 +38,9 @@ def evaluate(
     """Measure a fine-tuned model: by class, confusion matrix, AUROC and AUPRC, calibration, entities of tags. Nothing is sent."""
     check_source(data)
     beginning(f"loading PyTorch, then {model}, to judge it on {data}", quiet=as_json)
-    from cotune.models.judging import judge_records
-    from cotune.models.predictor import open_predictor
-    from cotune.models.quality import parse_threshold
-    from cotune.models.records import read_records
+    from cotune.data.records import read_records
+    from cotune.models.evaluation.predictor import judge_records, open_predictor
+    from cotune.models.evaluation.quality import parse_threshold
 
     predictor = open_predictor(model, device, max_length)
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)

@@ -11,19 +11,19 @@ import click
 import typer
 
 from cotune.cli import audit as audit_command
-from cotune.cli import client as client_commands
 from cotune.cli import compare as compare_command
 from cotune.cli import evaluate as evaluate_command
 from cotune.cli import plan as plan_commands
 from cotune.cli import predict as predict_command
 from cotune.cli import privacy as privacy_commands
-from cotune.cli import server as server_commands
-from cotune.cli import server_run
 from cotune.cli import simulate as simulate_command
 from cotune.cli import strategies as strategy_commands
-from cotune.cli.meant import meant_option
-from cotune.models.errors import CotuneError
-from cotune.models.terminal import clean_output, printable
+from cotune.cli.client import commands as client_commands
+from cotune.cli.plan_options import meant_option
+from cotune.cli.server import commands as server_commands
+from cotune.cli.server import run as server_run
+from cotune.errors import CotuneError
+from cotune.printable import clean_output, printable
 
 app = typer.Typer(
     name="cotune",

@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.meant import own_options
+from cotune.cli.plan_options import own_options
 from cotune.cli.screen import beginning, screen
-from cotune.models.durable import write_durably
-from cotune.models.errors import DataError
-from cotune.models.missing import check_file
+from cotune.data.readers.sources import check_file
+from cotune.errors import DataError
+from cotune.storage.files import write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cotune.models.predictor import Predictor
-    from cotune.models.quality import Threshold
-    from cotune.models.unlabeled import Row
+    from cotune.data.unlabeled import Row
+    from cotune.models.evaluation.predictor import Predictor
+    from cotune.models.evaluation.quality import Threshold
 
 
 _WIDE = 60  # characters of a text that a table shows
@@ -69,9 +69,9 @@ def predict(
     if file is not None:
         check_file(file)
     beginning(f"loading PyTorch, then {model}", quiet=as_json)
-    from cotune.models.predictor import open_predictor
-    from cotune.models.quality import parse_threshold
-    from cotune.models.unlabeled import read_typed, read_unlabeled
+    from cotune.data.unlabeled import read_typed, read_unlabeled
+    from cotune.models.evaluation.predictor import open_predictor
+    from cotune.models.evaluation.quality import parse_threshold
 
     predictor = open_predictor(model, device, max_length)
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
@@ -107,7 +107,7 @@ def _predictions(predictor: Predictor, rows: Sequence[Row], threshold: Threshold
 
 def _answer(predictor: Predictor, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:
     """One class; of words a list of tags, None for one that was not read."""
-    from cotune.models.quality import NOT_TOLD, told_classes
+    from cotune.models.evaluation.quality import NOT_TOLD, told_classes
 
     numbers = told_classes(probabilities.numpy(), predictor.labels, threshold).tolist()
     labels = [None if number == NOT_TOLD else predictor.labels[number] for number in numbers]

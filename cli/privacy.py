@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.screen import screen
-from cotune.models.errors import DataError
-from cotune.models.nested import json_of
-from cotune.privacy.rounding import round_up
+from cotune.errors import DataError
+from cotune.privacy.accounting.rounding import round_up
+from cotune.storage.files import json_of
 
 app = typer.Typer(no_args_is_help=True, help="What an exported privacy ledger proves.")
 
@@ -30,7 +30,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
 ) -> None:
     """Compute an exported ledger anew: its hash chain, its charges, and ε by several accountants. Exit code 1: it is wrong."""
-    from cotune.privacy import verification
+    from cotune.privacy.ledger import verification
 
     try:
         content = json_of(export.expanduser().read_bytes())

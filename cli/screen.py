@@ -16,7 +16,7 @@ from rich.errors import MarkupError
 from rich.segment import Segment
 from rich.text import Text
 
-from cotune.models.terminal import Clean, lines_of, printable
+from cotune.printable import Clean, lines_of, printable
 
 _ANY_WIDTH = 10_000  # columns
 _TAG = re.compile(r"(\\*)\[([a-z#/@][^[]*?)]")  # as rich.markup finds them

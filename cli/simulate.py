@@ -13,28 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.plan_options import (
-    AsJson,
-    By,
-    Clients,
-    Data,
-    Label,
-    Model,
-    Partition,
-    PlanArgument,
-    PlanOptions,
-    Set,
-    Task,
-    Text,
-)
+from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
 from cotune.cli.progress import showing_progress
 from cotune.cli.screen import screen
-from cotune.privacy.rounding import round_up
-from cotune.server.figures import duration, size
-from cotune.server.verdict import few_note, is_personal, is_private, judge, own_columns, partition_note
+from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.formatting import duration, size
+from cotune.reporting.verdict import few_note, is_personal, is_private, judge, own_columns, partition_note
 
 if TYPE_CHECKING:
-    from cotune.simulations.simulate import Run
+    from cotune.simulations.run import Run
 
 
 _WIDE = 90  # columns of a terminal, for two spaces between those of the verdict
@@ -63,7 +50,7 @@ def simulate(
         raise typer.BadParameter("a run is continued as it was started: --resume takes no plan, engine, device or overrides")
     told = screen(stderr=as_json)
     _begin(told, options, resume)
-    from cotune.simulations import simulate as simulations
+    from cotune.simulations import run as simulations
 
     with showing_progress(told):
         if resume is not None:
@@ -73,7 +60,7 @@ def simulate(
                 options.load(), out, engine=engine or "in-process", device=device or "auto", noted=partial(_note, told)
             )
     if as_json:
-        from cotune.server.summary import dumps
+        from cotune.server.runs.results import dumps
 
         typer.echo(dumps(result.summary).decode())
     else:

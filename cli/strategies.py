@@ -1,8 +1,12 @@
-"""`cotune strategies`: what there is to choose from, what each part does and needs; one's own rules, begun and checked."""
+"""`cotune strategies`: what there is to choose from, what each part does and needs; one's own rules, begun and checked.
+
+The tables of docs/strategies.md, from what cotune's parts say of themselves.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,22 +17,78 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from cotune.cli.screen import screen
-from cotune.cli.strategies_page import renewed
-from cotune.models.durable import write_durably
-from cotune.models.errors import PlanError
-from cotune.plan.document import value_of
-from cotune.strategies import catalogue, plugins
+from cotune.errors import PlanError
+from cotune.plan.load import value_of
+from cotune.storage.files import write_durably
+from cotune.strategies import catalog as catalogue
+from cotune.strategies import plugins
 from cotune.strategies.own_names import own_name
-from cotune.strategies.parts import FOLDERS
 from cotune.strategies.plugins import is_code
+from cotune.strategies.registry import FOLDERS
 
 if TYPE_CHECKING:
     import click
 
     from cotune.strategies.conformance.checks import Finding
-    from cotune.strategies.parts import Kind, PartInfo
+    from cotune.strategies.registry import Kind, PartInfo
 
+
+_MARK = "<!-- From here on the page is written by `cotune strategies --page docs/strategies.md`. -->"
 _HEADINGS = {
+    "weighting": "Weightings",
+    "fusion": "Fusions",
+    "server_optimizer": "Server optimisers",
+    "client_term": "Client terms",
+}
+
+
+def renewed(page: str) -> str:
+    """The page with new tables below its mark; what stands above it is kept."""
+    return "\n".join([page.partition(_MARK)[0].rstrip(), "", _MARK, "", *_tables()]).rstrip() + "\n"
+
+
+def _tables() -> Iterator[str]:
+    yield from ("## Strategies by name", "")
+    yield from _table(
+        ("name", "parts", "adapters", "the server sees", "record-level ε", "client-level ε", "source"),
+        [_recipe(recipe) for recipe in catalogue.recipes()],
+    )
+    parts = catalogue.parts(installed=False)
+    for kind, heading in _HEADINGS.items():
+        found = [part for part in parts if part["kind"] == kind]
+        if found:
+            yield from ("", f"## {heading}", "")
+            columns = ("name", "what it does", "parameters", "the server sees", "organisations send", "they keep")
+            yield from _table((*columns, "record-level ε", "client-level ε", "source"), [_part(part) for part in found])
+
+
+def _recipe(recipe: dict[str, Any]) -> Sequence[str]:
+    adapters = ", ".join(f"{key} = {value}" for key, value in recipe["lora"].items())
+    return (f"`{recipe['name']}`", recipe["summary"], adapters, recipe["sees"], *_privacy(recipe), "; ".join(recipe["cite"]))
+
+
+def _part(part: dict[str, Any]) -> Sequence[str]:
+    parameters = "; ".join(_parameter(p) for p in part["parameters"])
+    sends = ", ".join(part["sends"])
+    return (f"`{part['name']}`", part["summary"], parameters, part["sees"], sends, part["state"], *_privacy(part), part["cite"])
+
+
+def _parameter(parameter: dict[str, Any]) -> str:
+    default = "" if parameter["required"] else f" = {json.dumps(parameter['default'], ensure_ascii=False)}"
+    bounds = f", {parameter['bounds']}" if parameter["bounds"] else ""
+    return f"`{parameter['name']}{default}` ({parameter['type']}{bounds})"
+
+
+def _privacy(part: dict[str, Any]) -> Sequence[str]:
+    return part["record_privacy"].partition(":")[0], part["client_privacy"].partition(":")[0]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for row in (headings, ["---"] * len(headings), *rows):
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+
+
+_PAGE_HEADINGS = {
     "recipe": "strategies",
     "weighting": "weightings",
     "fusion": "fusions",
@@ -75,7 +135,7 @@ def _renew(page: Path) -> None:
 
 
 def _list(console: Console, found: list[dict[str, Any]]) -> None:
-    for kind, heading in _HEADINGS.items():
+    for kind, heading in _PAGE_HEADINGS.items():
         of_kind = [part for part in found if part["kind"] == kind]
         if not of_kind:
             continue
@@ -98,7 +158,7 @@ def show(
 ) -> None:
     """Explain a strategy or a part; my_rules.py:my_fusion one of your own."""
     _check_own_name(name)
-    found = [catalogue.described(_part(name, None))] if is_code(name) else catalogue.search(name)
+    found = [catalogue.described(_page_part(name, None))] if is_code(name) else catalogue.search(name)
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -181,7 +241,7 @@ def check(
     from cotune.strategies.conformance import check_part
 
     _check_own_name(name)
-    info = _part(name, kind)
+    info = _page_part(name, kind)
     parameters = {key.strip(): value_of(value) for key, _, value in (text.partition("=") for text in given or [])}
     try:
         findings = check_part(info, parameters)
@@ -201,7 +261,7 @@ def _check_own_name(name: str) -> None:
         raise PlanError(f'there is neither a strategy nor a part "{name}": a rule in a file is named with its file, as "{found}"')
 
 
-def _part(name: str, kind: Kind | None) -> PartInfo:
+def _page_part(name: str, kind: Kind | None) -> PartInfo:
     """The part of that name, or in that file or package."""
     if plugins.is_file(name):
         found = plugins.object_in(name, plugins.read_file(name, Path()))

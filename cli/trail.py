@@ -9,11 +9,11 @@ import typer
 from rich.markup import escape
 
 from cotune.cli.screen import screen
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 
 if TYPE_CHECKING:
     from cotune.client.site import Site
-    from cotune.plan.trail import End, Trails
+    from cotune.protocol.trail import End, Trails
 
 
 def verify_trail(
@@ -22,9 +22,9 @@ def verify_trail(
 ) -> None:
     """Compare the trail of a run with an organization's log: signatures, and what one of them lacks."""
     from cotune.client.audit_log import AuditLog
-    from cotune.plan.trail import compare, of_coordinator, of_organization
-    from cotune.server.run_folder import RunFolder
-    from cotune.server.trail import keys_of, read_trail
+    from cotune.protocol.trail import compare, of_coordinator, of_organization
+    from cotune.server.runs.run_folder import RunFolder
+    from cotune.server.runs.trail import keys_of, read_trail
 
     folder, entries = RunFolder(run.expanduser().resolve()), AuditLog.at(site_log.expanduser()).entries()
     server, nodes = keys_of(folder)
@@ -43,10 +43,10 @@ def verify_trail(
 def verify_sent(site: Site, trail: Path | None) -> None:
     """Checks the signatures in an organization's log and, with a copy of a run's trail.jsonl, that both agree."""
     from cotune.client.audit_log import AuditLog
-    from cotune.client.keys import public_keys
-    from cotune.client.trust import Trust
-    from cotune.plan.trail import compare, of_coordinator, of_organization
-    from cotune.server.trail import read_trail
+    from cotune.client.node.keys import public_keys
+    from cotune.client.node.trust import Trust
+    from cotune.protocol.trail import compare, of_coordinator, of_organization
+    from cotune.server.runs.trail import read_trail
 
     server = [each.signing_key for each in Trust.read(site.folder).generations]
     node = public_keys(site.folder)
@@ -59,7 +59,7 @@ def verify_sent(site: Site, trail: Path | None) -> None:
 
 
 def _of_the_same_runs(own: End, other: End) -> End:
-    from cotune.plan.trail import End
+    from cotune.protocol.trail import End
 
     runs = {request.run for request in other.requests.values()}
     parts = [own.for_run(run) for run in sorted(runs)]

@@ -9,23 +9,21 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from cotune.client.budget import Budget, budget_of, noise_multiplier, total_delta
-from cotune.client.consent import unsaid_number
+from cotune.client.budget import Budget, Total, budget_of, noise_multiplier, total_delta
+from cotune.client.policy_check import unsaid_number
 from cotune.client.site import Site
-from cotune.client.total import Total
-from cotune.models.errors import Declined, PrivacyError
-from cotune.models.holdings import Holdings
-from cotune.models.units import RECORD
+from cotune.data.dataset import Holdings
+from cotune.data.units import RECORD
+from cotune.errors import Declined, PrivacyError
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.rounding import two_digits
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.gaussian import add_gaussian_noise
-from cotune.privacy.geometric import add_geometric_noise
-from cotune.privacy.ledger import Ledger
-from cotune.privacy.limits import Limit
+from cotune.privacy.ledger.charges import Limit
+from cotune.privacy.ledger.ledger import Ledger
+from cotune.privacy.mechanisms.noise import add_gaussian_noise, add_geometric_noise
+from cotune.privacy.mechanisms.random import private_generator
 from cotune.privacy.policy import Policy
-from cotune.privacy.randomness import private_generator
-from cotune.privacy.rounding import two_digits
 
 _COUNT = "example count"
 _DELTA = 1e-10  # at which the draw of N is held against the total: below that of any data set, whose δ follows from N

@@ -20,9 +20,9 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from cotune.models.errors import RunError
-from cotune.models.nested import json_of
-from cotune.strategies.wire import payload_bytes
+from cotune.errors import RunError
+from cotune.protocol.messages import payload_bytes
+from cotune.storage.files import json_of
 
 _START = "0" * 64  # the hash before the first line
 _LONGEST_LINE = 64 * 1024  # bytes; what is read to find the last line

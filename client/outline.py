@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cotune.models.terminal import printable
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import longest_by_gradients
+from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 
 _MANY = 10_000  # records, where epochs and a batch in records make the steps depend on them

@@ -11,13 +11,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cotune.client.site_folder import SiteFolder
-from cotune.models.durable import remove_parts, write_durably
-from cotune.models.errors import RunError
-from cotune.models.holdings import Holdings, HoldingsFile
+from cotune.data.dataset import Holdings, HoldingsFile
+from cotune.errors import RunError
 from cotune.plan.schema import Plan
-from cotune.privacy.ledger import Ledger
-from cotune.strategies.update_file import read_update, round_of, update_bytes
-from cotune.strategies.updates import Update
+from cotune.privacy.ledger.ledger import Ledger
+from cotune.protocol.update_file import read_update, round_of, update_bytes
+from cotune.storage.files import remove_parts, write_durably
+from cotune.strategies.types import Update
 
 
 class Site(SiteFolder):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cotune.models.errors import DataError
+from cotune.errors import DataError
 from cotune.privacy.policy import Policy, read_policy
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cotune.models.errors import DeviceError
+from cotune.errors import DeviceError
 
 
 def pick_device(wanted: str = "auto") -> torch.device:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cotune.data.dataset import Holdings
+from cotune.data.tasks.text import Example
+from cotune.data.types import Input
 from cotune.models.features import features_of, rows_of_answers
-from cotune.models.holdings import Holdings
-from cotune.models.inputs import Input
-from cotune.models.sharing import SharedModel, State
-from cotune.models.text_task import Example
+from cotune.models.trainable import SharedModel, State
 
 Encoding = Callable[[str, int, int], None]  # (the file, its records that are encoded, its distinct records)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from cotune.models.base import dropout_settings, quiet
+from cotune.models.base_model import dropout_settings, quiet
 from cotune.models.lora import merge_adapters
-from cotune.models.sharing import SharedModel
+from cotune.models.trainable import SharedModel
 
 
 def export_model(model: SharedModel, folder: Path, beside: Mapping[str, str] | None = None) -> None:

@@ -28,16 +28,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from cotune.models.alignment import AlignedRows
-from cotune.models.batching import FINE_LENGTHS, fixed_batches
+from cotune.data.tasks.batching import FINE_LENGTHS, fixed_batches
+from cotune.data.tasks.task import logits
+from cotune.data.tasks.text import IGNORED, Batch, Example
+from cotune.data.types import Input, answer_count, content_of
+from cotune.models.architecture import AlignedRows, encoder_name
 from cotune.models.device import bfloat16_is_fast, kernels_of
-from cotune.models.durable import write_durably
-from cotune.models.encoder import encoder_name
-from cotune.models.inputs import Input, answer_count, content_of
 from cotune.models.probes import example_probes, lengths_of, mixes
-from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import logits
-from cotune.models.text_task import IGNORED, Batch, Example
+from cotune.models.trainable import SharedModel, State
+from cotune.storage.files import write_durably
 
 FEATURE_SLOTS = 64  # rows of every forward pass: a public constant
 _FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 from cotune.models.features import feature_head
-from cotune.models.sharing import SharedModel, State
+from cotune.models.trainable import SharedModel, State
 
 _ITERATIONS = 60
 _TOLERANCE = 1e-6

@@ -25,15 +25,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cotune.models.batching import LENGTHS
+from cotune.data.tasks.batching import LENGTHS
+from cotune.data.tasks.task import logits
+from cotune.data.tasks.text import Batch, Example
+from cotune.errors import PrivacyError
 from cotune.models.config import TrainMode
 from cotune.models.device import bfloat16_is_fast, kernels_of
-from cotune.models.errors import PrivacyError
 from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
 from cotune.models.probes import PerSlot, example_probes, feature_probes, lengths_of, mixes, stretched
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import logits
-from cotune.models.text_task import Batch, Example
+from cotune.models.trainable import SharedModel
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
 _FEATURES_TRIED = 4

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from cotune.errors import ModelError
 from cotune.models.adapter import Adapter, drawn_a, name_seed
-from cotune.models.base import LoadedModel
+from cotune.models.architecture import encoder_name
+from cotune.models.base_model import LoadedModel
 from cotune.models.config import LoraConfig
-from cotune.models.encoder import encoder_name
-from cotune.models.errors import ModelError
 
 _OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cotune.models.batching import LENGTHS
-from cotune.models.errors import ModelError
-from cotune.models.sharing import SharedModel
-from cotune.models.text_task import IGNORED, Batch, Example
+from cotune.data.tasks.batching import LENGTHS
+from cotune.data.tasks.text import IGNORED, Batch, Example
+from cotune.errors import ModelError
+from cotune.models.trainable import SharedModel
 
 PerSlot = Callable[
     [Batch], Sequence[Tensor]

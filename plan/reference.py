@@ -1,19 +1,154 @@
-"""docs/plan.md and docs/policy.md: every key of a plan and of a policy, from the schemas themselves.
+"""Every key of a plan and of a policy, from the schemas themselves: the pages of docs and `cotune plan keys`.
+
+`python -m cotune.plan.reference docs` writes the pages anew; a test compares.
+
+docs/plan.md and docs/policy.md: every key of a plan and of a policy, from the schemas themselves.
 
 `python -m cotune.plan.reference docs` writes them anew; a test compares.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from cotune.plan.keys import Key, key_of, tables_of
+from cotune.errors import PlanError
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
+from cotune.storage.config_table import models_in
+
+_BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}", "min_length": "length ≥ {}", "max_length": "length ≤ {}"}
+_OF_TABLE = re.compile(r" \(the `\w+` table( of a plan)?\)")
+_SHOWN = 3  # keys that a hint names
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key by its full name, such as privacy.epsilon. table: whether it holds keys itself."""
+
+    name: str
+    type: str
+    default: str
+    bounds: str
+    meaning: str
+    table: bool
+
+
+def keys_of(model: type[BaseModel]) -> list[Key]:
+    """Return all keys of a document, a table's own after the table, in the order of the schema."""
+    return list(_keys(model, ""))
+
+
+def _keys(model: type[BaseModel], path: str) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        full, inner = f"{path}.{name}" if path else name, _inner(field.annotation)
+        yield key_of(full, field)
+        for each in inner:
+            yield from _keys(each, full)
+
+
+def explained(name: str, model: type[BaseModel]) -> list[Key]:
+    """Return the keys that a name may mean: a full one with those in its table, else every key with that ending.
+
+    >>> from pydantic import create_model
+    >>> Document = create_model("Document", local=(create_model("Local", learning_rate=(float, 0.1)), ...))
+    >>> [key.name for key in explained("learning-rate", Document)]
+    ['local.learning_rate']
+
+    Raises:
+        PlanError: For a name that no key has, with the nearest.
+    """
+    wanted, keys = name.strip().replace("-", "_").casefold(), keys_of(model)
+    found = [key for key in keys if key.name == wanted]
+    found += [key for key in keys if found and key.name.startswith(f"{wanted}.")]
+    found = found or [key for key in keys if key.name.endswith(f".{wanted}")]
+    if not found:
+        raise PlanError(f'there is no key "{name}"{_near(wanted, keys)} (`cotune plan keys` lists all)')
+    return found
+
+
+def _near(wanted: str, keys: list[Key]) -> str:
+    """By its full name, or by its last part."""
+    ends = [key.name.rpartition(".")[2] for key in keys]
+    close = difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=1, cutoff=0.6)
+    names = [key.name for key, end in zip(keys, ends, strict=True) if end in close]
+    whole = difflib.get_close_matches(wanted, [key.name for key in keys], n=1, cutoff=0.8)
+    meant = list(dict.fromkeys([*whole, *names]))[:_SHOWN]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
+
+
+def tables_of(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Where a table is, and the table: the model itself, and every one in it, those further in last."""
+    yield path, model
+    within = [
+        (f"{path}.{name}" if path else name, inner)
+        for name, field in model.model_fields.items()
+        for inner in _inner(field.annotation)
+    ]
+    for place, inner in sorted(within, key=lambda each: bool(_places(each[1]))):
+        yield from tables_of(inner, place)
+
+
+def _places(model: type[BaseModel]) -> list[type[BaseModel]]:
+    return [inner for field in model.model_fields.values() for inner in _inner(field.annotation)]
+
+
+def key_of(name: str, field: FieldInfo) -> Key:
+    """Return a field of a schema as a key; a table without a description has that of its schema."""
+    inner = _inner(field.annotation)
+    meaning = field.description or (_about(inner[0]) if inner else "")
+    return Key(name, _type(field.annotation), _default(field), _limits(field), meaning, bool(inner))
+
+
+def _about(model: type[BaseModel]) -> str:
+    """What a table is for, without its name."""
+    return _OF_TABLE.sub("", (model.__doc__ or "").strip().partition("\n")[0])
+
+
+def _inner(annotation: Any) -> list[type[BaseModel]]:
+    """The tables in a type, each once."""
+    return list(dict.fromkeys(models_in(annotation)))
+
+
+def _type(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{json.dumps(part)}`" for part in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(part) for part in parts if part is not NoneType)
+    if origin in (tuple, list):
+        return f"list of {_type(parts[0])}"
+    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel | dict)):
+        return "table"
+    names = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Path: "path"}
+    if annotation in names:
+        return names[annotation]
+    return _type(parts[0]) if parts else getattr(annotation, "__name__", str(annotation))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "its own"
+    return "absent" if value is None else f"`{json.dumps(value, ensure_ascii=False, default=str)}`"
+
+
+def _limits(field: FieldInfo) -> str:
+    found = [(name, getattr(rule, name)) for rule in field.metadata for name in _BOUNDS if getattr(rule, name, None) is not None]
+    return ", ".join(_BOUNDS[name].format(f"{value:,.12g}") for name, value in found)
+
 
 _WRITTEN = "<!-- Written by `python -m cotune.plan.reference docs`: change the schemas instead. -->"
 _HEAD = "| key | type | default | bounds | meaning |\n|---|---|---|---|---|"

@@ -9,13 +9,12 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from cotune.models.class_names import is_shown, shown
-from cotune.models.errors import nearest
+from cotune.data.class_names import is_shown, shown
+from cotune.errors import nearest
 from cotune.plan.tables import PlanTables, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.recipes import expand
-from cotune.strategies.strategy import StrategyConfig
+from cotune.strategies.config import StrategyConfig, expand
 
 
 class Plan(PlanTables):

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cotune.models.class_names import class_name
-from cotune.models.config import DataConfig, LoraConfig, ModelConfig, TaskName, TrainMode
-from cotune.models.table import Table
+from cotune.data.class_names import class_name
+from cotune.data.config import DataConfig, TaskName
+from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
-from cotune.strategies.schedules import Schedule, decay
+from cotune.storage.config_table import Table
+from cotune.strategies.server_optimizers.schedules import Schedule, decay
 
 _LARGEST_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
 _LONGEST_WAIT = 30 * 24 * 3600.0

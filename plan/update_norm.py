@@ -15,12 +15,12 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from cotune.models.errors import PrivacyError
+from cotune.errors import PrivacyError
 from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining, Stage
-from cotune.privacy.accounting import calibrate
+from cotune.privacy.accounting.composition import calibrate
+from cotune.privacy.accounting.rounding import two_digits
 from cotune.privacy.config import RecordPrivacy, delta_of
-from cotune.privacy.rounding import two_digits
 
 _UNDERSTATED = 2.0  # times as many records in a batch as the declared number expects: a site is warned beyond that
 _OWN_BUDGET = 10.0  # times the plan's noise: of organizations that spend less than it allows

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.tradeoff import gaussian_mu, true_positive_rate
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.curves import gaussian_mu, true_positive_rate
-from cotune.privacy.rounding import round_up
 
 SMALL_DELTA = 1e-6  # δ at which every statement repeats ε, so that statements can be compared
 FALSE_POSITIVE_RATE = 0.01

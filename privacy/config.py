@@ -10,8 +10,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cotune.models.errors import PrivacyError
-from cotune.models.table import Table
+from cotune.errors import PrivacyError
+from cotune.storage.config_table import Table
 
 
 class RecordPrivacy(Table):

@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
-from cotune.models.config import TaskName
-from cotune.models.errors import PlanError, nearest
-from cotune.models.nested import toml_of
-from cotune.models.table import Table, first_mistake
+from cotune.data.config import TaskName
+from cotune.errors import PlanError, nearest
 from cotune.privacy.config import check_delta
+from cotune.storage.config_table import Table, first_mistake
+from cotune.storage.files import toml_of
 
 _EVERYTHING = ("*",)
 

@@ -9,20 +9,20 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from cotune.models.errors import CotuneError
-from cotune.models.holdings import HoldingsFile
-from cotune.models.sharing import State
-from cotune.models.tasks import Metrics
-from cotune.models.terminal import clean_output
-from cotune.server.base import model_here
-from cotune.server.conclusion import conclude
-from cotune.server.delivery import deliver
-from cotune.server.evaluation import evaluate, present_judge
-from cotune.server.events import listening, read_events
-from cotune.server.handover import place_of
-from cotune.server.refusals import Watch
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import RunFolder
+from cotune.data.dataset import HoldingsFile
+from cotune.data.tasks.task import Metrics
+from cotune.errors import CotuneError
+from cotune.flower.control_client import place_of
+from cotune.models.trainable import State
+from cotune.printable import clean_output
+from cotune.server.deployment.refusals import Watch
+from cotune.server.rounds.evaluation import evaluate, present_judge
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.rounds.model_delivery import deliver
+from cotune.server.runs.base_model import model_here
+from cotune.server.runs.events import listening, read_events
+from cotune.server.runs.results import conclude
+from cotune.server.runs.run_folder import RunFolder
 
 app = ServerApp()
 

@@ -13,17 +13,17 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from cotune.models.errors import CotuneError, RunError
-from cotune.models.nested import toml_of
-from cotune.models.table import Table, first_mistake
-from cotune.models.terminal import clean_output, printable
-from cotune.server import certificates
-from cotune.server.members import Members
+from cotune.errors import CotuneError, RunError
+from cotune.printable import clean_output, printable
+from cotune.server.deployment import certificates
+from cotune.server.deployment.members import Members
+from cotune.server.deployment.refusals import Refusals
 from cotune.server.proxy.guard import unnoted
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Setup, serve
-from cotune.server.refusals import Refusals
+from cotune.storage.config_table import Table, first_mistake
+from cotune.storage.files import toml_of
 
 log = logging.getLogger("cotune.front")
 

@@ -1,32 +1,50 @@
-"""What the federated model is compared with: each organisation alone, and all data in one place without privacy.
+"""What the federated model is compared with: each organization alone, all data in one place, and the model adapted to each.
 
 A baseline is a run like any other, with one participant, through the same loop, client and ledger; it has a folder of its own
 inside the run's, and is continued like a run. Alone without privacy is one only where the encoder is trained: a head is fitted to
 the end instead (see `personalized`), as whoever trains for itself would do.
+
+Where organisations keep a part of their models to themselves: how good each of their models is, and each of them as a folder.
+
+A simulation can look into their sites. The own part is the newest that a site holds.
+
+What each organization reaches once it has adapted the federated model to itself, and what it reaches alone without any noise.
+
+Both are heads on features, fitted to the organization's own training records (see `client.adaptation`); both are judged once, on
+the common test set, of which its own held-out records are a part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from cotune.client.app import app as client_app
-from cotune.models.errors import RunError
-from cotune.models.features import feature_head
-from cotune.models.holdings import HoldingsFile
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import Metrics, score
-from cotune.plan.model import model_of
+from cotune.client.personalization.adaptation import Adapted, adapt, own_records, units_of
+from cotune.client.site import Site
+from cotune.client.training.extensions import PERSONAL
+from cotune.data.dataset import Holdings, HoldingsFile
+from cotune.data.tasks.task import Metrics, score
+from cotune.errors import CotuneError, RunError
+from cotune.flower.inprocess_grid import InProcessGrid
+from cotune.models.encoding import encoded_examples, encoded_features
+from cotune.models.export import export_model
+from cotune.models.features import encode_batch, feature_head
+from cotune.models.head_fit import head_names, head_scores, told_by
+from cotune.models.trainable import SharedModel, State
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
+from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import play
-from cotune.server.evaluation import predict
-from cotune.server.run_folder import Participant, RunFile, RunFolder
-from cotune.server.step import served_of
-from cotune.simulations.grid import InProcessGrid
-from cotune.simulations.sites import Prepared, Share, make_site
-from cotune.strategies.strategy import StrategyConfig
+from cotune.server.rounds.evaluation import Judge, evaluate, predict
+from cotune.server.rounds.loop import served_of
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
+from cotune.simulations.prepare import Prepared, Share, make_site
+from cotune.strategies.config import StrategyConfig
 
 ALONE = "alone"
 ALONE_WITHOUT_PRIVACY = "alone-without-privacy"
@@ -117,3 +135,106 @@ def _judge(folder: RunFolder, baseline: RunFolder) -> Judged:
     test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
     told = predict(model, served_of(baseline.plan, baseline.load()), test, plan.model.precision)
     return Judged(score(test.truth, told, len(test.labels)), tuple(told))
+
+
+def each_judge(folder: RunFolder) -> Judge:
+    """The mean over all organisations that have trained, each with its own model."""
+
+    def judge(state: State) -> Metrics | None:
+        metrics = personal_metrics(folder, state)
+        return mean_metrics(list(metrics.values())) if metrics else None
+
+    return judge
+
+
+def personal_metrics(folder: RunFolder, state: State) -> dict[str, Metrics]:
+    """Organisation -> metrics of its own model on the common test set."""
+    plan = folder.plan
+    model = model_of(plan, folder.file.device)
+    test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
+    return {name: evaluate(model, own, test, plan.model.precision) for name, own in personal_states(folder, state).items()}
+
+
+def export_each(folder: RunFolder, state: State) -> None:
+    """Writes the model of every organisation that has trained to `model/` in its site."""
+    model = model_of(folder.plan, folder.file.device)
+    for name, own in personal_states(folder, state).items():
+        model.load(own)
+        card = model_card(folder.plan, privacy=promised(folder.plan), length=model.loaded.max_length)
+        export_model(model, folder.path / "sites" / name / "model", {CARD: card})
+
+
+def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
+    tables = [m.as_dict() for m in metrics]
+    return Metrics(**{key: sum(t[key] for t in tables) / len(tables) for key in tables[0]})
+
+
+def personal_states(folder: RunFolder, state: State) -> dict[str, State]:
+    """Organisation -> the shared state with its own part."""
+    own = {who.name: Site(folder.path / who.site).newest(folder.plan.plan_id, PERSONAL) for who in folder.file.participants}
+    return {name: {**state, **part} for name, part in own.items() if part}
+
+
+Told = tuple[int, ...]  # class numbers, in the order of the common test set
+
+
+@dataclass(frozen=True)
+class Personalized:
+    """By organization; empty where nothing was fitted.
+
+    Attributes:
+        adapted: How each has adapted the federated model.
+        told: What its adapted model tells.
+        alone: What its head without privacy and without the others tells.
+    """
+
+    adapted: dict[str, Adapted] = field(default_factory=dict)
+    told: dict[str, Told] = field(default_factory=dict)
+    alone: dict[str, Told] = field(default_factory=dict)
+
+
+def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Personalized:
+    """Adapt a finished run's model for every organization, as far as the plan asks for a comparison with training alone.
+
+    Nothing is fitted where there are no features to fit a head to, or where every organization has a model of its own.
+    """
+    plan = prepared.plan
+    model = model_of(plan, folder.file.device)
+    if "alone" not in plan.simulation.baselines or plan.keeps_personal or feature_head(model) is None:
+        return Personalized()
+    found = Personalized()
+    test = _features(model, plan, served, HoldingsFile.read(folder.path / "test" / "data.json", plan.labels))
+    model.load(served)
+    shared = model.state(head_names(model))
+    for share in prepared.shares:
+        try:
+            adapted = _adapt(model, prepared, share, served, shared)
+        except CotuneError as error:  # a comparison that cannot be made must not cost the run itself
+            folder.events.tell("adaptation_failed", organisation=share.name, reason=str(error))
+            continue
+        if plan.personalize.methods:
+            found.adapted[share.name] = adapted
+            found.told[share.name] = _told(model, adapted.head, test)
+        if fits_alone(plan, model):
+            found.alone[share.name] = _told(model, adapted.alone, test)
+        folder.events.tell("adapted", organisation=share.name, method=adapted.described)
+    return found
+
+
+def _adapt(model: SharedModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adapted:
+    plan, records = prepared.plan, prepared.records[share.file]
+    held = Holdings(((records, share.rows),), plan.labels, plan.task)
+    own = own_records(_features(model, plan, served, held), held.targets, units_of(held), len(plan.labels))
+    return adapt(model, own, shared, plan.personalize, plan.seed)
+
+
+def _features(model: SharedModel, plan: Plan, served: State, held: Holdings) -> Tensor:
+    """Of an encoder as it came they are kept on disk; of one that this run has trained they are computed."""
+    model.load(served)
+    if any(name.startswith(model.prefix) for name in served):
+        return encode_batch(model, encoded_examples(held, model), plan.model.precision)
+    return encoded_features(held, model, served, plan.model.precision)
+
+
+def _told(model: SharedModel, head: State, features: Tensor) -> Told:
+    return tuple(told_by(head_scores(model, head, features)).tolist())

@@ -13,12 +13,12 @@ from flwr.app import Context, RecordDict, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
 from cotune.client.app import app as client_app
-from cotune.models.errors import CotuneError, PlanError, RunError, nearest
+from cotune.errors import CotuneError, PlanError, RunError, nearest
+from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.server.app import app as server_app
-from cotune.server.evaluation import judged_by
-from cotune.server.run_folder import RunFolder
-from cotune.simulations.grid import InProcessGrid
-from cotune.simulations.personal import each_judge
+from cotune.server.rounds.evaluation import judged_by
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.baselines import each_judge
 
 
 def check_engine(engine: str) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.client.adaptation import units_of
-from cotune.models.holdings import Holdings
-from cotune.models.inputs import names_in
-from cotune.models.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
-from cotune.models.tasks import score
-from cotune.simulations.sites import Prepared, Share
+from cotune.client.personalization.adaptation import units_of
+from cotune.data.dataset import Holdings
+from cotune.data.tasks.task import score
+from cotune.data.types import names_in
+from cotune.models.evaluation.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
+from cotune.simulations.prepare import Prepared, Share
 
 COLUMNS = ("majority", "alone", "alone_without_privacy", "federated", "adapted")  # from the floor up
 JOINED = ("adapted", "federated")  # what an organization has when it joins: the first that was measured

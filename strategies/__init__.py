@@ -12,12 +12,11 @@ if __name__ != "cotune.strategies":  # a second copy of every class would be mad
 
 if TYPE_CHECKING:
     from cotune.strategies.client_terms.base import ClientTerm
-    from cotune.strategies.parts import Needs, Visibility, client_term, fusion, server_optimizer, weighting
-    from cotune.strategies.round import Fused, RoundContext, Weighed
+    from cotune.strategies.config import Part, StrategyConfig
+    from cotune.strategies.registry import Needs, Visibility, client_term, fusion, server_optimizer, weighting
     from cotune.strategies.server_optimizers.base import ServerOptimizer
-    from cotune.strategies.strategy import Part, StrategyConfig
     from cotune.strategies.sums import Sums, mean_of, norm, weighted
-    from cotune.strategies.updates import Delta, Update, apply_delta, difference
+    from cotune.strategies.types import Delta, Fused, RoundContext, Update, Weighed, apply_delta, difference
 
 __all__ = [
     "ClientTerm",
@@ -45,12 +44,11 @@ __all__ = [
 
 _MODULES = {
     "client_terms.base": ("ClientTerm",),
-    "parts": ("Needs", "Visibility", "client_term", "fusion", "server_optimizer", "weighting"),
-    "round": ("Fused", "RoundContext", "Weighed"),
+    "config": ("Part", "StrategyConfig"),
+    "registry": ("Needs", "Visibility", "client_term", "fusion", "server_optimizer", "weighting"),
     "server_optimizers.base": ("ServerOptimizer",),
-    "strategy": ("Part", "StrategyConfig"),
     "sums": ("Sums", "mean_of", "norm", "weighted"),
-    "updates": ("Delta", "Update", "apply_delta", "difference"),
+    "types": ("Delta", "Fused", "RoundContext", "Update", "Weighed", "apply_delta", "difference"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from cotune.strategies.parts import Kind, PartInfo, Visibility
-from cotune.strategies.strategy import Part, StrategyConfig
+from cotune.strategies.config import Part, StrategyConfig
+from cotune.strategies.registry import Kind, PartInfo, Visibility
 
 _STATISTICS = {"fisher", "gram"}
 

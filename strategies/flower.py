@@ -27,9 +27,9 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from cotune.models.errors import CotuneError, PlanError, RunError, nearest
-from cotune.strategies.parts import Needs, PartInfo, Visibility
-from cotune.strategies.round import Fused, RoundContext, Weighed
+from cotune.errors import CotuneError, PlanError, RunError, nearest
+from cotune.strategies.registry import Needs, PartInfo, Visibility
+from cotune.strategies.types import Fused, RoundContext, Weighed
 
 _OURS: dict[str, Any] = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}  # whom to ask is the plan's
 _UNUSED = {"fraction_train", "fraction_evaluate", "min_evaluate_nodes", "arrayrecord_key", "configrecord_key", "weighted_by_key"}

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cotune.strategies.parts import FOLDERS
+from cotune.strategies.config import RECIPES
 from cotune.strategies.plugins import known
-from cotune.strategies.recipes import RECIPES
+from cotune.strategies.registry import FOLDERS
 
 _MOST_FILES = 100  # of a folder that are looked into
 _MOST_BYTES = 1_000_000

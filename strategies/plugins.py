@@ -18,8 +18,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from cotune.models.errors import PlanError, nearest
-from cotune.strategies.parts import FOLDERS, Kind, PartInfo, builtin, undecorated
+from cotune.errors import PlanError, nearest
+from cotune.strategies.registry import FOLDERS, Kind, PartInfo, builtin, undecorated
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _FLOWER = re.compile(r"flwr(\.\w+)*:[A-Za-z_]\w*")

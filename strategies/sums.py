@@ -17,8 +17,7 @@ from collections.abc import Callable, Generator, Mapping
 import torch
 from torch import Tensor
 
-from cotune.strategies.round import Fused, Weighed
-from cotune.strategies.updates import Delta
+from cotune.strategies.types import Delta, Fused, Weighed
 
 Contribution = Callable[[Weighed], Mapping[str, Tensor]]  # of one update, in float64
 Sums = Generator[Contribution, Mapping[str, Tensor], Delta | Fused]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 from cotune.server.proxy.connection import PIECE, Exchange
 from cotune.server.proxy.guard import Guard, unnoted
 from cotune.server.proxy.identity import Known

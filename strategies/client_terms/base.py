@@ -10,8 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cotune.strategies.round import Fused, LocalSteps, RoundContext
-from cotune.strategies.updates import Delta
+from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext
 
 
 class ClientTerm:

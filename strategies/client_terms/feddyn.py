@@ -11,9 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies.client_terms.base import ClientTerm
-from cotune.strategies.parts import Needs, client_term
-from cotune.strategies.round import Fused, LocalSteps, RoundContext
-from cotune.strategies.updates import Delta
+from cotune.strategies.registry import Needs, client_term
+from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext
 
 
 @client_term(

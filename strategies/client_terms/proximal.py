@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies.client_terms.base import ClientTerm
-from cotune.strategies.parts import client_term
+from cotune.strategies.registry import client_term
 
 
 @client_term("proximal", cite="Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127 (FedProx)")

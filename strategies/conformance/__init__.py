@@ -1,6 +1,6 @@
 """Does a part of a strategy do what it says of itself? Checks for any part, cotune's and others', on made-up updates.
 
->>> from cotune.strategies.parts import builtin
+>>> from cotune.strategies.registry import builtin
 >>> [f for f in check_part(builtin("fusion")["mean"]) if not f.passed]
 []
 """
@@ -13,8 +13,8 @@ from typing import Any
 from cotune.strategies.conformance import client_terms, fusions, server_optimizers, weightings
 from cotune.strategies.conformance.checks import Finding, run
 from cotune.strategies.conformance.samples import complete, sample
-from cotune.strategies.parts import PartInfo
-from cotune.strategies.round import RoundContext
+from cotune.strategies.registry import PartInfo
+from cotune.strategies.types import RoundContext
 
 _CHECKS = {
     "weighting": weightings.CHECKS,

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cotune.models.errors import CotuneError
+from cotune.errors import CotuneError
 from cotune.strategies.conformance.samples import Case
-from cotune.strategies.parts import PartInfo
+from cotune.strategies.registry import PartInfo
 
 Problems = Iterator[str]
 _TOLERANCE = 1e-9  # relative: sums in another order, in float64

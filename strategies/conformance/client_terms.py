@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cotune.strategies.conformance.checks import Check, Problems, checkpointed, differing, wrong_names, wrong_shapes
 from cotune.strategies.conformance.samples import Case
-from cotune.strategies.round import Fused
-from cotune.strategies.updates import Delta
+from cotune.strategies.types import Delta, Fused
 
 Tensors = Mapping[str, Tensor]
 

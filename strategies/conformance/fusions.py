@@ -14,10 +14,9 @@ from torch import Tensor
 
 from cotune.strategies.conformance.checks import Check, Problems, checkpointed, differing, refusal, wrong_names, wrong_shapes
 from cotune.strategies.conformance.samples import Case, sample
-from cotune.strategies.parts import Visibility
-from cotune.strategies.round import Fused, Weighed
+from cotune.strategies.registry import Visibility
 from cotune.strategies.sums import total
-from cotune.strategies.updates import Update
+from cotune.strategies.types import Fused, Update, Weighed
 
 
 def _result(case: Case) -> Problems:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
-from cotune.strategies.combination import WeightedFusion
-from cotune.strategies.parts import Needs, PartInfo
-from cotune.strategies.round import Fused, LocalSteps, RoundContext
-from cotune.strategies.updates import Delta, Update
+from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.registry import Needs, PartInfo
+from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext, Update
 
 _DENSE = {"encoder.weight": (4, 3), "head.weight": (3, 4), "head.bias": (3,)}
 _ADAPTERS = (

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cotune.strategies.conformance.checks import Check, Problems, checkpointed, differing, wrong_names, wrong_shapes
 from cotune.strategies.conformance.samples import Case
-from cotune.strategies.round import Fused
 from cotune.strategies.sums import norm
+from cotune.strategies.types import Fused
 
 State = Mapping[str, Tensor]
 

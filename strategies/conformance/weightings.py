@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cotune.strategies.combination import WeightedFusion
+from cotune.strategies.aggregator import WeightedFusion
 from cotune.strategies.conformance.checks import Check, Problems, differing, refusal
 from cotune.strategies.conformance.samples import Case
-from cotune.strategies.parts import builtin
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import builtin
+from cotune.strategies.types import Update
 
 Weight = float | Mapping[str, float]
 

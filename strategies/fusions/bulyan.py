@@ -10,10 +10,9 @@ from torch import Tensor
 
 from cotune.strategies.fusions.krum import ranked
 from cotune.strategies.fusions.median import middle
-from cotune.strategies.fusions.stacked import squared_distances, stacked
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Weighed
-from cotune.strategies.updates import Delta
+from cotune.strategies.fusions.robust_ops import squared_distances, stacked
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import Delta, Weighed
 
 
 @fusion(

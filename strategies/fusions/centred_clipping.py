@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies.fusions.norm_bound import clipped
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Fused, RoundContext, Weighed
+from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.types import Fused, RoundContext, Weighed
 
 _NOTHING = torch.zeros((), dtype=torch.float64)
 

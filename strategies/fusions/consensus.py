@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Weighed
+from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.types import Weighed
 
 _PLAIN = "plain sum of "
 

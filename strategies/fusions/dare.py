@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.parts import Needs, fusion
-from cotune.strategies.round import RoundContext, Weighed
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.types import RoundContext, Weighed
 
 
 @fusion(

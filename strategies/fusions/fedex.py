@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cotune.strategies.adapters import averaged, factors_of, shares, stacked, weight_change
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import RoundContext, Weighed
+from cotune.strategies.low_rank import averaged, factors_of, shares, stacked, weight_change
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import RoundContext, Weighed
 
 
 @fusion(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cotune.strategies.fusions.mean import mean
-from cotune.strategies.parts import Needs, fusion
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums
 
 

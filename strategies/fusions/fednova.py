@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cotune.models.errors import RunError
-from cotune.strategies.parts import Needs, fusion
-from cotune.strategies.round import RoundContext, Weighed
+from cotune.errors import RunError
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.types import RoundContext, Weighed
 
 _STEPS, _WEIGHT = "steps of ", "weight in steps of "
 _TINY = 1e-300  # where every holder of a parameter weighs 0, its mean is 0

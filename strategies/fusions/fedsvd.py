@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from cotune.strategies.adapters import change, truncated
-from cotune.strategies.parts import Needs, fusion
-from cotune.strategies.round import RoundContext
+from cotune.strategies.low_rank import change, truncated
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.types import RoundContext
 
 
 @fusion(

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.parts import Needs, fusion
-from cotune.strategies.round import Weighed
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums
+from cotune.strategies.types import Weighed
 
 _TRUST = "trust in "
 

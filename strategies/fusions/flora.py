@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import drawn_a, name_seed
-from cotune.strategies.adapters import averaged, change, factors_of, shares, stacked, weight_change
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import RoundContext, Weighed
+from cotune.strategies.low_rank import averaged, change, factors_of, shares, stacked, weight_change
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import RoundContext, Weighed
 
 
 @fusion(

@@ -9,10 +9,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Weighed
+from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, mean_of, norm, weighted
-from cotune.strategies.updates import difference
+from cotune.strategies.types import Weighed, difference
 
 PASSES = 50  # at most; where nobody is far away, it stays after about twenty
 SMOOTHING = 1e-6

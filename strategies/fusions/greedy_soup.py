@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cotune.strategies.fusions.stacked import mean_of_each
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import RoundContext, Weighed
-from cotune.strategies.updates import Delta
+from cotune.strategies.fusions.robust_ops import mean_of_each
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import Delta, RoundContext, Weighed
 
 
 @fusion(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cotune.strategies.adapters import averaged, change, factors_of, padded, product_norm, shares
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import RoundContext, Weighed
+from cotune.strategies.low_rank import averaged, change, factors_of, padded, product_norm, shares
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import RoundContext, Weighed
 
 
 @fusion(

@@ -8,10 +8,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.stacked import squared_distances
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Weighed
-from cotune.strategies.updates import Delta
+from cotune.strategies.fusions.robust_ops import squared_distances
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import Delta, Weighed
 
 
 @fusion(

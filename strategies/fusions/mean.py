@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cotune.strategies.parts import Needs, fusion
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cotune.strategies.fusions.stacked import stacked
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Weighed
-from cotune.strategies.updates import Delta
+from cotune.strategies.fusions.robust_ops import stacked
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import Delta, Weighed
 
 
 @fusion(

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cotune.strategies.parts import Needs, fusion
-from cotune.strategies.round import Weighed
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, norm
+from cotune.strategies.types import Weighed
 
 _DIRECTION, _COUNT = "direction of ", "count of "
 _ONE = torch.ones((), dtype=torch.float64)

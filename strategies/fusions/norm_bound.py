@@ -8,10 +8,10 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.parts import Needs, fusion
-from cotune.strategies.round import Weighed
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
 from cotune.strategies.sums import norm as norm_of
+from cotune.strategies.types import Weighed
 
 
 @fusion(

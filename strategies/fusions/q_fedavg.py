@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.models.errors import RunError
-from cotune.strategies.parts import Needs, fusion
-from cotune.strategies.round import RoundContext, Weighed
+from cotune.errors import RunError
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, norm
+from cotune.strategies.types import RoundContext, Weighed
 
 _STEP = "Σ h_k / L"
 _LEAST_LOSS = 1e-10  # added, as in the authors' code: F^(q − 1) of a perfect model

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.models.errors import RunError
-from cotune.strategies.parts import Needs, fusion
-from cotune.strategies.round import Weighed
+from cotune.errors import RunError
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.types import Weighed
 
 _GRAM, _OUT = "gram of ", "output of "
 _NOTHING = 1e-6  # of the largest eigenvalue: inputs that vary less are rounding, as the Gram matrices come in float32

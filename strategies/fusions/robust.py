@@ -11,10 +11,9 @@ from torch import Tensor
 
 from cotune.strategies.fusions.geometric_median import PASSES, SMOOTHING, weiszfeld
 from cotune.strategies.fusions.norm_bound import clipped
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Fused, Weighed
+from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, norm, total
-from cotune.strategies.updates import Delta
+from cotune.strategies.types import Delta, Fused, Weighed
 
 FEWEST = 4  # updates, from which on the one that lies can be told from the others
 _MOST_OF_FEW = 1.5  # times an equal share: what an update counts at most where there are fewer

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.parts import Needs, fusion
+from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums
 
 

@@ -9,9 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Weighed
-from cotune.strategies.updates import Delta
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import Delta, Weighed
 
 
 @fusion(

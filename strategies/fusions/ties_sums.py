@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies.fusions.ties import trimmed
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Weighed
+from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums
+from cotune.strategies.types import Weighed
 
 _WEIGHT = "weight of "
 

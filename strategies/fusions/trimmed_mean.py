@@ -8,10 +8,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.fusions.stacked import stacked
-from cotune.strategies.parts import Needs, Visibility, fusion
-from cotune.strategies.round import Weighed
-from cotune.strategies.updates import Delta
+from cotune.strategies.fusions.robust_ops import stacked
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import Delta, Weighed
 
 _ROUNDING = 1e-9  # of β·n: a tenth of ten is one
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cotune.strategies.round import Fused, RoundContext
+from cotune.strategies.types import Fused, RoundContext
 
 
 class ServerOptimizer:

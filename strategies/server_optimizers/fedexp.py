@@ -10,11 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.parts import Needs, server_optimizer
-from cotune.strategies.round import Fused, RoundContext
+from cotune.strategies.registry import Needs, server_optimizer
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.sums import norm
-from cotune.strategies.updates import apply_delta
+from cotune.strategies.types import Fused, RoundContext, apply_delta
 
 
 @server_optimizer(

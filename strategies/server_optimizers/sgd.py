@@ -10,11 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.parts import server_optimizer
-from cotune.strategies.round import Fused, RoundContext
-from cotune.strategies.schedules import Schedule, Warmup, rate_of
+from cotune.strategies.registry import server_optimizer
 from cotune.strategies.server_optimizers.base import ServerOptimizer
-from cotune.strategies.updates import apply_delta
+from cotune.strategies.server_optimizers.schedules import Schedule, Warmup, rate_of
+from cotune.strategies.types import Fused, RoundContext, apply_delta
 
 
 @server_optimizer("sgd", cite="Hsu et al., 2019, https://arxiv.org/abs/1909.06335")

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.adaptive import adaptive_step
-from cotune.strategies.parts import server_optimizer
-from cotune.strategies.round import Fused, RoundContext
-from cotune.strategies.schedules import Schedule, Warmup, rate_of
+from cotune.strategies.registry import server_optimizer
+from cotune.strategies.server_optimizers.adaptive import adaptive_step
 from cotune.strategies.server_optimizers.base import ServerOptimizer
+from cotune.strategies.server_optimizers.schedules import Schedule, Warmup, rate_of
+from cotune.strategies.types import Fused, RoundContext
 
 
 @server_optimizer("yogi", cite="Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2 (FedYogi)")

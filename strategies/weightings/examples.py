@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.parts import weighting
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import weighting
+from cotune.strategies.types import Update
 
 
 @weighting("examples", cite="McMahan et al., AISTATS 2017, https://arxiv.org/abs/1602.05629, algorithm 1")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.parts import Needs, weighting
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import Needs, weighting
+from cotune.strategies.types import Update
 
 _LEAST = 1e-3  # nats; who claims less counts for no more, or one organisation could take over the model
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cotune.strategies.parts import Needs, weighting
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import Needs, weighting
+from cotune.strategies.types import Update
 
 _FLOOR = 1e-3  # of the median variance: who states less is believed no more, or one partner could take over the model
 

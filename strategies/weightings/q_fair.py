@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.parts import Needs, weighting
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import Needs, weighting
+from cotune.strategies.types import Update
 
 _LEAST = 1e-10  # nats, as in q_fedavg: where nobody has any loss left, noised or not, everybody counts alike
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.parts import Needs, weighting
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import Needs, weighting
+from cotune.strategies.types import Update
 
 
 @weighting(

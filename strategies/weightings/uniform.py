@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cotune.strategies.parts import weighting
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import weighting
+from cotune.strategies.types import Update
 
 
 @weighting("uniform", cite="Li et al., ICLR 2020, https://arxiv.org/abs/1907.02189, scheme II")

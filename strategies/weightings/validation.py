@@ -6,9 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.parts import Needs, Visibility, weighting
-from cotune.strategies.round import RoundContext
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import Needs, Visibility, weighting
+from cotune.strategies.types import RoundContext, Update
 
 
 @weighting(

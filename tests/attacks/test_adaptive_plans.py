@@ -15,10 +15,10 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cotune.models.errors import Declined
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.ledger import Ledger
-from cotune.privacy.limits import Limit
+from cotune.errors import Declined
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.ledger.charges import Limit
+from cotune.privacy.ledger.ledger import Ledger
 
 LIMIT = Limit("budget.epsilon_total", 8.0, 1e-5)
 FIRST = Steps(1.0, 0.05, 60)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.config import DataConfig, TaskName
-from cotune.models.errors import DataError
-from cotune.models.holdings import HoldingsFile, Portion
+from cotune.data.config import DataConfig, TaskName
+from cotune.data.dataset import HoldingsFile, Portion
+from cotune.errors import DataError
 
 TAGS = ("B", "O")
 

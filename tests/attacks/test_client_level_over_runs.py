@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.server.client_level import ClientLevelPrivacy, account_of
-from cotune.server.run_folder import Participant, Progress, RunFile, RunFolder
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.server.rounds.client_dp import ClientLevelPrivacy, account_of
+from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
 from tests.server.conftest import NewRun
 
 UNIFORM = {"weighting": "uniform"}

@@ -27,19 +27,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from cotune.client.setting import setting_of
-from cotune.client.training_rows import Setting
+from cotune.client.training.rows import Setting
+from cotune.client.training.setup import setting_of
+from cotune.data.dataset import Holdings
+from cotune.data.records import read_records
 from cotune.models.encoding import encoded_examples
 from cotune.models.features import vectors_of
-from cotune.models.holdings import Holdings
-from cotune.models.records import read_records
-from cotune.models.sharing import SharedModel, State
+from cotune.models.trainable import SharedModel, State
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.clipping import ExactSum
-from cotune.privacy.gaussian import grid_of
-from cotune.privacy.per_example import per_example, unit_gradients
+from cotune.privacy.mechanisms.noise import grid_of
+from cotune.privacy.mechanisms.per_example import ExactSum, per_example, unit_gradients
 from tests import conftest
 from tests.conftest import COLOURS, VOCABULARY, write_csv, write_images
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.errors import RunError
-from cotune.server.events import Events, follow, read_events
-from cotune.server.superlink import control
+from cotune.errors import RunError
+from cotune.flower.control_client import control
+from cotune.server.runs.events import Events, follow, read_events
 
 
 @pytest.mark.parametrize("line", [b"null", b"[1]", b"7", b'"event"', b"{}", b"\x00" * 50, b"\xff\xfe"])

@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.client.audit_log import AuditLog
-from cotune.models.errors import CotuneError
-from cotune.models.nested import json_of, toml_of
-from cotune.plan.invitation import read_invitation
+from cotune.errors import CotuneError
 from cotune.plan.load import dump_plan, load_plan
 from cotune.privacy.policy import read_policy
-from cotune.server.events import Events, read_events
+from cotune.protocol.federation_file import read_invitation
+from cotune.server.runs.events import Events, read_events
+from cotune.storage.files import json_of, toml_of
 from tests.cli.conftest import Cotune
 
 DOCUMENTS = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import pytest
 
-from cotune.client.consent import broken_rules
+from cotune.client.policy_check import broken_rules
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps
+from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.claim import SMALL_DELTA, figures_of
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy

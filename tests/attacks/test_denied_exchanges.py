@@ -23,10 +23,11 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict, UserConf
 from cotune.cli.main import run as command
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
+from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
-from cotune.client.trust import Trust, TrustedServer
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import (
+from cotune.privacy.policy import Policy, changed_policy
+from cotune.protocol.signatures import (
     RECEIPT,
     REFUSAL,
     ReplyStatement,
@@ -36,13 +37,14 @@ from cotune.plan.signatures import (
     signed_words,
     words_digest,
 )
-from cotune.privacy.policy import Policy, changed_policy
-from cotune.server import asking, carriers, delivery
-from cotune.server.delivery import confirmed, deliver
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import Participant, RunFile, RunFolder
-from cotune.server.signing import public_hex, read_signing_key
-from cotune.server.trail import read_trail
+from cotune.server.deployment.signing import public_hex, read_signing_key
+from cotune.server.rounds import model_delivery as delivery
+from cotune.server.rounds import requests as asking
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.rounds.model_delivery import confirmed, deliver
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
+from cotune.server.runs.trail import read_trail
+from cotune.server.transport import superlink as carriers
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import PRIVATE, WildGrid, real, told, wild
 from tests.support.signing import FEDERATION, countersign

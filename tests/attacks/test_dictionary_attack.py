@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.bookkeeping import export
+from cotune.client.ledger_report import export
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.models.errors import PrivacyError
-from cotune.models.inputs import identity_of
-from cotune.privacy.accounting import Steps
-from cotune.privacy.ledger import Ledger
+from cotune.data.types import identity_of
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps
+from cotune.privacy.ledger.ledger import Ledger
 
 KNOWN = [f"patient {i} is well" for i in range(20)]
 SECRET = "the patient has HIV"

@@ -16,12 +16,12 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.models.errors import Declined
+from cotune.errors import Declined
 from cotune.plan.tables import RoundsConfig
-from cotune.server.addresses import REVOKED, Node
-from cotune.server.asking import Asking
-from cotune.server.post import Letter
-from cotune.server.tally import Tally
+from cotune.server.rounds.requests import Asking
+from cotune.server.rounds.tally import Tally
+from cotune.server.transport.base import Letter
+from cotune.server.transport.node_registry import REVOKED, Node
 
 DAY = 24 * 3600.0
 NOT_APPROVED = Declined("training.approval", "x").public

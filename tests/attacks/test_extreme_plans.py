@@ -18,13 +18,13 @@ import torch
 from cotune.client.outline import outline
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.client.training import train_round
-from cotune.models.config import DataConfig
-from cotune.models.errors import PlanError, RunError
-from cotune.models.holdings import write_holdings
-from cotune.models.sharing import State, resident
+from cotune.client.training.round import train_round
+from cotune.data.config import DataConfig
+from cotune.data.dataset import write_holdings
+from cotune.errors import PlanError, RunError
+from cotune.models.trainable import State, resident
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import h11
 import pytest
 
-from cotune.server.federation import FederationFolder
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.refusals import Refusals
+from cotune.server.deployment.status import look
 from cotune.server.proxy.guard import Guard
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits, Refusal
 from cotune.server.proxy.slots import Slot
-from cotune.server.refusals import Refusals
-from cotune.server.status import look
 from tests.server.conftest import NewRun
 from tests.server.wild import real
 from tests.support.calls import new_key, public, signed

@@ -19,17 +19,17 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
+from cotune.client.node.trust import Trust
 from cotune.client.site import Site
-from cotune.client.trust import Trust
-from cotune.models.errors import RunError
-from cotune.models.sharing import State
-from cotune.plan.renewal import NodeRenewal, ServerRenewal
+from cotune.errors import RunError
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import ReplyStatement
-from cotune.server.certificates import authority_pem, next_authority
+from cotune.protocol.key_renewal import NodeRenewal, ServerRenewal
+from cotune.protocol.messages import Recipient, encode_requests
+from cotune.protocol.signatures import ReplyStatement
+from cotune.server.deployment.certificates import authority_pem, next_authority
+from cotune.server.deployment.members import Members
 from cotune.server.front import Keys
-from cotune.server.members import Members
-from cotune.strategies.wire import Recipient, encode_requests
 from tests.support.calls import new_key, public
 from tests.support.signing import FEDERATION, SERVER_KEY, sign_request
 

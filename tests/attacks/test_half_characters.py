@@ -16,8 +16,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.server.events import Events, read_events
-from cotune.strategies.parcel import Malformed, Parcel
+from cotune.flower.chunks import Malformed, Parcel
+from cotune.server.runs.events import Events, read_events
 from tests.server.conftest import NewRun, adding
 from tests.server.test_asking import play
 from tests.server.wild import real, told, wild

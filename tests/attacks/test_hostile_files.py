@@ -24,11 +24,11 @@ import tomli_w
 
 from cotune.cli.screen import screen
 from cotune.client.audit_log import AuditLog
-from cotune.client.set_up import make_site
-from cotune.models.terminal import Clean
-from cotune.server.child import meaningful_line
-from cotune.server.federation import FederationFolder
-from cotune.server.new_run import real_run
+from cotune.client.site_setup import make_site
+from cotune.printable import Clean
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.processes import meaningful_line
+from cotune.server.runs.create import real_run
 from tests.cli.conftest import Cotune, Outcome
 from tests.server.coordinators import founded
 

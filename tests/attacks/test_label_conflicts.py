@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.models.config import DataConfig
-from cotune.models.holdings import Holdings
-from cotune.models.records import read_records
+from cotune.data.config import DataConfig
+from cotune.data.dataset import Holdings
+from cotune.data.records import read_records
 from cotune.privacy.config import RecordPrivacy
 from tests.support.movement import movement
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-import cotune.privacy.dp_sgd as dp_sgd
-from cotune.client.set_up import name_records
+import cotune.privacy.mechanisms.dp_sgd as dp_sgd
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.client.training import train_round
-from cotune.models.config import DataConfig
-from cotune.models.errors import DataError
-from cotune.models.holdings import HoldingsFile, Portion
-from cotune.models.sharing import State
+from cotune.client.site_setup import name_records
+from cotune.client.training.round import train_round
+from cotune.data.config import DataConfig
+from cotune.data.dataset import HoldingsFile, Portion
+from cotune.errors import DataError
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, TellRules, dump_policy
 

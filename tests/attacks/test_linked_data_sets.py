@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 
 import cotune.client.account as account_module
-import cotune.privacy.dp_sgd as dp_sgd
-from cotune.client.refusal import UNSAID
+import cotune.privacy.mechanisms.dp_sgd as dp_sgd
+from cotune.client.egress_guard import UNSAID
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.client.training import train_round
-from cotune.models.config import DataConfig
-from cotune.models.errors import Declined, PrivacyError
-from cotune.models.holdings import HoldingsFile, Portion
-from cotune.models.sharing import State
+from cotune.client.training.round import train_round
+from cotune.data.config import DataConfig
+from cotune.data.dataset import HoldingsFile, Portion
+from cotune.errors import Declined, PrivacyError
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
+from cotune.privacy.mechanisms.random import seeded_generator
 from cotune.privacy.policy import Policy, TellRules, dump_policy
-from cotune.privacy.randomness import seeded_generator
 
 OLD = [f"the table is very {word}" for word in ("great", "sad", "awful", "happy")]
 NEW = [f"a {word} tree it is" for word in ("great", "sad", "awful", "happy")]

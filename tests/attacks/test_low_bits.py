@@ -21,14 +21,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cotune.client.setting import setting_of
-from cotune.client.training_rows import Setting
-from cotune.models.holdings import Holdings
-from cotune.models.records import read_records
+from cotune.client.training.rows import Setting
+from cotune.client.training.setup import setting_of
+from cotune.data.dataset import Holdings
+from cotune.data.records import read_records
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
-from cotune.privacy.dp_sgd import private_steps
-from cotune.privacy.gaussian import grid_step
+from cotune.plan.parameters import model_of
+from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.noise import grid_step
 from tests.conftest import write_csv
 
 RATE = 2.0**60  # nothing of the parameters before the step is left beside it

@@ -13,11 +13,11 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 
 from cotune.client.site import Site
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.simulations.cells import parse_variation
-from cotune.simulations.compare import compare
-from cotune.simulations.simulate import simulate
-from cotune.simulations.together import epsilon_of_runs
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.simulations.comparison.compare import compare
+from cotune.simulations.comparison.grid import parse_variation
+from cotune.simulations.released_models import epsilon_of_runs
+from cotune.simulations.run import simulate
 from tests.simulations.conftest import NewPlan
 
 

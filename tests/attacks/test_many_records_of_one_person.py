@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.models.holdings import Holdings
-from cotune.models.records import Records
+from cotune.data.dataset import Holdings
+from cotune.data.records import Records
 from cotune.privacy.config import RecordPrivacy
 from tests.support.movement import movement
 

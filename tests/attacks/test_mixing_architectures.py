@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from cotune.client.setting import check_stages
-from cotune.models.errors import PrivacyError
+from cotune.client.training.setup import check_stages
+from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from tests.conftest import sentences, write_csv
 from tests.models.architectures import REFUSED, folder_of

@@ -15,9 +15,9 @@ import pytest
 
 from cotune.client.budget import budget_of, noise_multiplier, planned_steps, planned_telling
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps, deltas
+from cotune.privacy.accounting.composition import Steps, deltas
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.geometric import geometric_epsilon
+from cotune.privacy.mechanisms.noise import geometric_epsilon
 from cotune.privacy.policy import Policy, TellRules
 
 EPSILON = 1.0

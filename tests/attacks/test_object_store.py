@@ -15,10 +15,10 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 
+from cotune.protocol.messages import Recipient, encode_requests, encode_update
 from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
 from cotune.server.proxy.rules import Limits
 from cotune.strategies import Update
-from cotune.strategies.wire import Recipient, encode_requests, encode_update
 from tests.support.calls import announcement, identifier, tree
 
 ZEROS = {"head.weight": torch.zeros(2, 3), "head.bias": torch.zeros(2)}

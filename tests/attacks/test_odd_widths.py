@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, BertConfig, RobertaConfig
 
-from cotune.client.setting import check_gradients, setting_of
-from cotune.client.training_rows import Setting
-from cotune.models.alignment import AlignedRows
-from cotune.models.holdings import Holdings
-from cotune.models.records import Records
-from cotune.models.sharing import SharedModel, State
+from cotune.client.training.rows import Setting
+from cotune.client.training.setup import check_gradients, setting_of
+from cotune.data.dataset import Holdings
+from cotune.data.records import Records
+from cotune.models.architecture import AlignedRows
+from cotune.models.trainable import SharedModel, State
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy import dp_sgd
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.dp_sgd import private_steps
+from cotune.privacy.mechanisms import dp_sgd
+from cotune.privacy.mechanisms.dp_sgd import private_steps
 from tests.conftest import sentences, tokenizer
 
 WIDTHS = (17, 31, 32, 33, 35, 47, 50, 65)

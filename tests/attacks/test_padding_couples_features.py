@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.models.base import load_model
+from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.features import features_of
-from cotune.models.sharing import SharedModel
+from cotune.models.trainable import SharedModel
 from tests.conftest import VOCABULARY, tokenizer
 
 WORDS = [word for word in VOCABULARY if not word.startswith("[")]

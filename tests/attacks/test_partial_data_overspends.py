@@ -16,15 +16,15 @@ from dp_accounting.pld import PLDAccountant
 from cotune.client.account import Account
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.models.config import DataConfig
-from cotune.models.errors import Declined
-from cotune.models.holdings import write_holdings
+from cotune.data.config import DataConfig
+from cotune.data.dataset import write_holdings
+from cotune.errors import Declined
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps
+from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import delta_of
-from cotune.privacy.ledger import Ledger
-from cotune.privacy.limits import Limit
+from cotune.privacy.ledger.charges import Limit
+from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.policy import Policy, dump_policy
 
 LIMIT, WHOLE, PART = 8.0, 10_000, 500

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.client.approval import Approvals
-from cotune.client.received import plan_of
+from cotune.client.node.received import plan_of
+from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
-from cotune.models.class_names import class_name
-from cotune.models.errors import Declined
+from cotune.data.class_names import class_name
+from cotune.errors import Declined
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
-from cotune.strategies.wire import Request
+from cotune.protocol.messages import Request
 
 STRANGE = ["a\u200b\u0301", " \u200d x"]
 

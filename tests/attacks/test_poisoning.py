@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.models.tasks import Metrics
-from cotune.privacy.dp_sgd import check_clipping
-from cotune.server.events import read_events
-from cotune.server.robust_default import with_robust_default
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import RunFolder
-from cotune.strategies.strategy import StrategyConfig
-from cotune.strategies.wire import Request
+from cotune.data.tasks.task import Metrics
+from cotune.privacy.mechanisms.dp_sgd import check_clipping
+from cotune.protocol.messages import Request
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.runs.events import read_events
+from cotune.server.runs.run_folder import RunFolder
+from cotune.server.runs.suitability import with_robust_default
+from cotune.strategies.config import StrategyConfig
 from tests.server.conftest import Answer, NewRun, federation, model_of, update
 
 NAMES = ("org-1", "org-2", "org-3", "org-4")

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-import cotune.client.training as training
+import cotune.client.training.round as training
 from cotune.client.site import Site
-from cotune.models.sharing import resident
+from cotune.models.trainable import resident
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, TellRules, dump_policy
-from cotune.simulations.sites import prepare
-from cotune.strategies.updates import Update
+from cotune.simulations.prepare import prepare
+from cotune.strategies.types import Update
 from tests.support import clinic
 
 ROWS = 121

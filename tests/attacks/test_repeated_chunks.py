@@ -15,17 +15,16 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.client import resident
 from cotune.client.audit_log import AuditLog
-from cotune.client.refusal import UNSAID
+from cotune.client.egress_guard import UNSAID
+from cotune.client.node import worker as resident
 from cotune.client.site import Site
-from cotune.models.sharing import State
+from cotune.flower.chunks import Malformed, Parcel, TooMuch, gather, inflated_bytes
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, changed_policy
-from cotune.server.rounds import run_rounds
-from cotune.strategies.parcel import Malformed, Parcel, TooMuch, inflated_bytes
-from cotune.strategies.pieces import gather
-from cotune.strategies.wire import Recipient, encode_requests
+from cotune.protocol.messages import Recipient, encode_requests
+from cotune.server.rounds.loop import run_rounds
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import WildGrid, real, told, wild
 from tests.support.signing import sign_request

@@ -18,12 +18,12 @@ from dp_accounting.pld import privacy_loss_distribution
 from cotune.client.account import Account
 from cotune.client.budget import budget_of, noise_multiplier
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.errors import PrivacyError
-from cotune.models.sharing import State
+from cotune.client.training.round import train_round
+from cotune.errors import PrivacyError
+from cotune.models.trainable import State
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, TellRules
 

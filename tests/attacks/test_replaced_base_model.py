@@ -16,13 +16,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
-from cotune.client.refusal import UNSAID
+from cotune.client.egress_guard import UNSAID
 from cotune.client.site import Site
-from cotune.models.sharing import State
-from cotune.plan.model import model_of, state_shapes
+from cotune.models.trainable import State
+from cotune.plan.parameters import model_of, state_shapes
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import words_of
-from cotune.strategies.wire import Recipient, encode_requests
+from cotune.protocol.messages import Recipient, encode_requests
+from cotune.protocol.signatures import words_of
 from tests.support.signing import sign_request
 
 PRIVATE = {"epsilon": 8.0, "delta": 1e-3}

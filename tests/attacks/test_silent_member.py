@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import pytest
 
 from cotune.plan.tables import RoundsConfig
-from cotune.server import asking, carriers
-from cotune.server.asking import Asking
-from cotune.server.rounds import run_rounds
-from cotune.server.strikes import left_out, strikes_of
-from cotune.server.tally import Tally
+from cotune.server.rounds import requests as asking
+from cotune.server.rounds.exclusions import left_out, strikes_of
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.rounds.requests import Asking
+from cotune.server.rounds.tally import Tally
+from cotune.server.transport import superlink as carriers
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import real, told, wild
 

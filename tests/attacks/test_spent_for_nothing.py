@@ -18,13 +18,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
-from cotune.client.check import check
+from cotune.client.preflight import check
 from cotune.client.site import Site
-from cotune.models.sharing import State
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import FINISHED, words_of
 from cotune.privacy.policy import Policy, changed_policy
-from cotune.strategies.wire import Recipient, encode_requests
+from cotune.protocol.messages import Recipient, encode_requests
+from cotune.protocol.signatures import FINISHED, words_of
 from tests.support.signing import sign_request
 
 RANGE = {"least": 500, "most": 20_000}

@@ -13,13 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.cli.progress import _round_line
-from cotune.cli.remote_lines import remote_line
-from cotune.privacy.rounding import round_up, rounded_up
-from cotune.server.conclusion import summarise
-from cotune.server.figures import duration, percent, scientific, signed, size
-from cotune.server.report import render_report
-from cotune.server.rounds import run_rounds
+from cotune.cli.progress import _round_line, remote_line
+from cotune.privacy.accounting.rounding import round_up, rounded_up
+from cotune.reporting.formatting import duration, percent, scientific, signed, size
+from cotune.reporting.run_report import render_report
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.runs.results import summarise
 from tests.server.conftest import NewRun, adding, federation, model_of, update
 from tests.server.wild import real, wild
 

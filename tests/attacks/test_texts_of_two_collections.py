@@ -14,11 +14,11 @@ import pytest
 
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.models.config import DataConfig
-from cotune.models.errors import PrivacyError
-from cotune.models.holdings import Holdings, HoldingsFile, Portion
+from cotune.data.config import DataConfig
+from cotune.data.dataset import Holdings, HoldingsFile, Portion
+from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
-from cotune.privacy.accounting import Steps
+from cotune.privacy.accounting.composition import Steps
 
 PLAN = parse_plan(
     {

@@ -22,13 +22,13 @@ from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 
-from cotune.server import carriers
-from cotune.server.addresses import Node
-from cotune.server.carriers import Threaded
-from cotune.server.line import Line
+from cotune.flower.chunks import TooMuch
+from cotune.flower.runtime_client import Line
 from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
 from cotune.server.proxy.rules import Limits
-from cotune.strategies.parcel import TooMuch
+from cotune.server.transport import superlink as carriers
+from cotune.server.transport.node_registry import Node
+from cotune.server.transport.superlink import Threaded
 from tests.support.calls import announcement
 
 NO_TIMES = (math.nan, math.inf, -math.inf, -1.0, 1e300)

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.base import find_base, load_model
+from cotune.client.training.round import train_round
+from cotune.errors import ModelError
+from cotune.models.base_model import find_base, load_model
 from cotune.models.config import ModelConfig
-from cotune.models.errors import ModelError
-from cotune.models.sharing import State
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 
 LABELS = ("bad", "good", "so")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client.setting import setting_of
-from cotune.client.training import _correct, _total_loss
-from cotune.models.config import DataConfig
-from cotune.models.holdings import Holdings
-from cotune.models.records import read_records
+from cotune.client.training.round import _correct, _total_loss
+from cotune.client.training.setup import setting_of
+from cotune.data.config import DataConfig
+from cotune.data.dataset import Holdings
+from cotune.data.records import read_records
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 
 CEILING = 0.01  # every loss is above it, so that each record counts for all of it
 

@@ -20,9 +20,9 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from cotune.client import fleet
-from cotune.client.fleet import FleetError, NotKnown, connected
-from cotune.server.members import Members
+from cotune.flower import fleet_client as fleet
+from cotune.flower.fleet_client import FleetError, NotKnown, connected
+from cotune.server.deployment.members import Members
 from tests.server.proxy.test_server import NORTH, STRANGER, Running, Upstream, running, served
 from tests.support.calls import new_key
 

@@ -16,16 +16,16 @@ from collections.abc import Callable
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from cotune.client import trust
 from cotune.client.audit_log import AuditLog
-from cotune.client.requested import last_range
+from cotune.client.node import trust
+from cotune.client.node.requests import last_range
+from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
-from cotune.client.trust import Trust, TrustedServer
-from cotune.models.errors import RunError
-from cotune.models.sharing import State
-from cotune.plan.renewal import ServerRenewal
+from cotune.errors import RunError
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import RequestStatement
+from cotune.protocol.key_renewal import ServerRenewal
+from cotune.protocol.signatures import RequestStatement
 from tests.attacks.test_unsigned_requests import ask, request
 from tests.support.signing import FEDERATION, SERVER_KEY, sign_request
 

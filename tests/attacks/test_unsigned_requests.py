@@ -19,10 +19,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
-from cotune.models.sharing import State
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import FINISHED, attach, detach
-from cotune.strategies.wire import Recipient, encode_requests
+from cotune.protocol.messages import Recipient, encode_requests
+from cotune.protocol.signatures import FINISHED, attach, detach
 from tests.support.signing import SERVER_KEY, sign_request
 
 Change = Callable[[RecordDict], None]

@@ -20,10 +20,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from cotune.models.config import DataConfig, TaskName
-from cotune.models.errors import DataError
-from cotune.models.holdings import Holdings, HoldingsFile, Portion
-from cotune.models.images import opened
+from cotune.data.config import DataConfig, TaskName
+from cotune.data.dataset import Holdings, HoldingsFile, Portion
+from cotune.data.readers.images import opened
+from cotune.errors import DataError
 
 LABELS = ("B", "O")
 CLASSES = {"names": ["B", "O"], "_type": "ClassLabel"}

@@ -6,16 +6,16 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from cotune.data.records import read_records
 from cotune.models.features import feature_head
-from cotune.models.records import read_records
 from cotune.plan.load import load_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.server.run_folder import RunFolder
-from cotune.simulations.cells import parse_variation
-from cotune.simulations.compare import compare
-from cotune.simulations.sites import prepare
-from cotune.simulations.workers import import_all
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.comparison.compare import compare
+from cotune.simulations.comparison.grid import parse_variation
+from cotune.simulations.comparison.workers import import_all
+from cotune.simulations.prepare import prepare
 
 MODULE = str(Path(__file__).parents[2] / "benchmarks" / "digits.py")
 

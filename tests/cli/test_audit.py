@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cotune.privacy.dp_sgd import StepReport, private_steps
-from cotune.simulations import audited_training
+from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.simulations.auditing import training as audited_training
 from tests.cli.conftest import Cotune
 
 PRIVATE = ("--set", "privacy={epsilon=3}", "--set", "simulation.baselines=[]")

@@ -15,9 +15,8 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from cotune.cli.progress import showing_progress
-from cotune.plan.document import preset_names
-from cotune.plan.load import load_plan
-from cotune.simulations.simulate import simulate
+from cotune.plan.load import load_plan, preset_names
+from cotune.simulations.run import simulate
 from tests.cli.conftest import Cotune
 from tests.conftest import sentences, write_csv, write_images, write_tagged
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.claim import attack_line
-from cotune.privacy.ledger import Ledger
+from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.policy import Policy, read_policy
-from cotune.privacy.rounding import round_up
 from tests.cli.conftest import Cotune
 
 PRIVATE = ("--set", "privacy.epsilon=4", "--set", "simulation.baselines=[]", "--set", "rounds=2")

@@ -15,20 +15,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cotune.cli.client_join import Shown
-from cotune.client.approval import Approvals
+from cotune.cli.client.join import Shown
 from cotune.client.audit_log import AuditLog
-from cotune.client.set_up import fingerprint_of
+from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
-from cotune.models.base import find_base
+from cotune.client.site_setup import fingerprint_of
+from cotune.models.base_model import find_base
 from cotune.models.config import ModelConfig
-from cotune.plan.invitation import Invitation
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import FINISHED, TRAIN, RequestStatement
 from cotune.privacy.policy import Policy, read_policy
-from cotune.server.certificates import new_authority
-from cotune.server.members import Members, read_public_key
+from cotune.protocol.federation_file import Invitation
+from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement
+from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.members import Members, read_public_key
 from tests.cli.conftest import Cotune, Started
 
 SETTINGS = ("labels=['bad','good','so']", "privacy={epsilon=4.0,delta=1e-3}", "model.precision=float32")

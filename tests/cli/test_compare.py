@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cotune.cli.compare_progress import showing_cells
-from cotune.simulations.cells import parse_variation
-from cotune.simulations.compare import compare
+from cotune.cli.compare import showing_cells
+from cotune.simulations.comparison.compare import compare
+from cotune.simulations.comparison.grid import parse_variation
 from tests.cli.conftest import Cotune
 
 VARY = ("--vary", "strategy.weighting=examples,uniform")

@@ -203,7 +203,7 @@ def test_the_script_says_one_line_and_exits_with_2_and_debug_shows_where(started
     assert out == ""
     assert debug.returncode == 1
     assert "Traceback" in trace
-    assert trace.splitlines()[-1].startswith("cotune.models.errors.DataError: nowhere.csv does not exist")
+    assert trace.splitlines()[-1].startswith("cotune.errors.DataError: nowhere.csv does not exist")
 
 
 def test_a_run_that_fails_says_one_line_and_exits_with_1(script: Cotune, folder: Path) -> None:

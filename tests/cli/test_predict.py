@@ -9,15 +9,16 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from cotune.client.finished import keep_finished
-from cotune.models.base import load_model
-from cotune.models.config import ModelConfig, TaskName
+from cotune.client.app import keep_finished
+from cotune.data.config import TaskName
+from cotune.models.base_model import load_model
+from cotune.models.config import ModelConfig
 from cotune.models.export import export_model
 from cotune.models.features import encode_batch
 from cotune.models.head_fit import fit_head, head_names
-from cotune.models.sharing import SharedModel
+from cotune.models.trainable import SharedModel
 from cotune.privacy.policy import Policy
-from cotune.strategies.wire import Request
+from cotune.protocol.messages import Request
 from tests.cli.conftest import Cotune
 from tests.conftest import COLOURS, sentences, write_csv, write_images, write_tagged
 from tests.support import clinic

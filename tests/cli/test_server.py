@@ -8,8 +8,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from cotune.client.trust import Trust
-from cotune.plan.invitation import read_invitation
+from cotune.client.node.trust import Trust
+from cotune.protocol.federation_file import read_invitation
 from tests.cli.conftest import Cotune
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cotune.cli.progress import showing_remote_progress
-from cotune.cli.remote_lines import remote_line
-from cotune.cli.server_run import _show_result
-from cotune.server.federation import FederationFolder
-from cotune.server.new_run import real_run
-from cotune.server.run_folder import Progress
+from cotune.cli.progress import remote_line, showing_remote_progress
+from cotune.cli.server.run import _show_result
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.runs.create import real_run
+from cotune.server.runs.run_folder import Progress
 from tests.cli.conftest import Cotune
 from tests.server.coordinators import founded
 

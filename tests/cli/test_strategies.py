@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from cotune.cli.strategies_page import renewed
+from cotune.cli.strategies import renewed
 from cotune.client.site import Site
-from cotune.client.training import train_round
+from cotune.client.training.round import train_round
 from cotune.plan.load import load_plan, parse_plan
 from cotune.strategies import plugins
-from cotune.strategies.parts import FOLDERS, builtin
-from cotune.strategies.recipes import RECIPES
+from cotune.strategies.config import RECIPES
+from cotune.strategies.registry import FOLDERS, builtin
 from tests.cli.conftest import Cotune
 
 KINDS = ("fusion", "weighting", "server_optimizer")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cotune.client.site import Site
-from cotune.models.sharing import State, resident
+from cotune.models.trainable import State, resident
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from tests.support import clinic

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.client.adaptation import OwnRecords, adapt, base_head, own_records, parts
+from cotune.client.personalization.adaptation import OwnRecords, adapt, base_head, own_records, parts
+from cotune.errors import DataError
 from cotune.models.config import ModelConfig
-from cotune.models.errors import DataError
 from cotune.models.head_fit import fit_head, head_scores
-from cotune.models.sharing import SharedModel, State, resident
+from cotune.models.trainable import SharedModel, State, resident
 from cotune.plan.tables import PersonalizeConfig
 
 POINTS = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from cotune.client.approval import Approvals
 from cotune.client.outline import changes, outline
+from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.errors import Declined, RunError
-from cotune.models.sharing import State
+from cotune.client.training.round import train_round
+from cotune.errors import Declined, RunError
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, changed_policy
 

@@ -13,8 +13,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from cotune.client.audit_log import AuditLog, record_sizes
-from cotune.models.errors import RunError
-from cotune.plan.signatures import content_digest
+from cotune.errors import RunError
+from cotune.protocol.signatures import content_digest
 
 
 def test_each_line_holds_the_hash_of_the_line_before(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.bookkeeping import export, overview
+from cotune.client.ledger_report import export, overview
 from cotune.client.site import Site
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.filters import epsilon_filter, filter_order, renyi, renyi_epsilon
+from cotune.privacy.accounting.tradeoff import gaussian_mu, true_positive_rate
 from cotune.privacy.config import delta_of
-from cotune.privacy.curves import gaussian_mu, true_positive_rate
-from cotune.privacy.filters import epsilon_filter, filter_order, renyi, renyi_epsilon
-from cotune.privacy.limits import Limit
+from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.policy import BudgetRules, Policy
 
 MakeSite = Callable[..., Site]

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from cotune.client.budget import budget_of, noise_multiplier
-from cotune.client.check import check
+from cotune.client.preflight import check
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.config import DataConfig
-from cotune.models.errors import PlanError
-from cotune.models.holdings import HoldingsFile, Portion
+from cotune.client.training.round import train_round
+from cotune.data.config import DataConfig
+from cotune.data.dataset import HoldingsFile, Portion
+from cotune.errors import PlanError
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, changed_policy

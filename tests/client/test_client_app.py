@@ -18,13 +18,13 @@ from cotune.client import app as client_app
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.sharing import State
+from cotune.client.training.round import train_round
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import ReplyStatement, RequestStatement, content_digest, detach, signed_by_node, words_of
 from cotune.privacy.policy import Policy, changed_policy
-from cotune.strategies.updates import Update
-from cotune.strategies.wire import Recipient, decode_update, encode_requests, payload_bytes, state_digest
+from cotune.protocol.messages import Recipient, decode_update, encode_requests, payload_bytes, state_digest
+from cotune.protocol.signatures import ReplyStatement, RequestStatement, content_digest, detach, signed_by_node, words_of
+from cotune.strategies.types import Update
 from tests.support.signing import NODE_KEY, sign_request
 
 MakePlan = Callable[..., Plan]

@@ -17,19 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.client import feature_rows, setting
-from cotune.client.setting import check_gradients, check_stages, setting_of
-from cotune.client.training_rows import Setting
-from cotune.models.errors import DataError, ModelError, PlanError, PrivacyError
-from cotune.models.holdings import Holdings
-from cotune.models.records import read_records
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import logits
+from cotune.client.training import feature_rows
+from cotune.client.training import setup as setting
+from cotune.client.training.rows import Setting
+from cotune.client.training.setup import check_gradients, check_stages, setting_of
+from cotune.data.dataset import Holdings
+from cotune.data.records import read_records
+from cotune.data.tasks.task import logits
+from cotune.errors import DataError, ModelError, PlanError, PrivacyError
+from cotune.models.trainable import SharedModel
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import private_steps
 from tests.conftest import ARCHITECTURES, COLOURS, TAGS, write_csv, write_images
 
 LR = 1024.0  # large: the movement is then not lost in the rounding of the parameters

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from cotune.client import training
-from cotune.client.consent import check_consent
+from cotune.client.policy_check import check_consent
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.base import find_base
-from cotune.models.errors import Declined, PrivacyError
-from cotune.models.sharing import State
+from cotune.client.training import round as training
+from cotune.client.training.round import train_round
+from cotune.errors import Declined, PrivacyError
+from cotune.models.base_model import find_base
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.errors import RunError
-from cotune.models.sharing import State
+from cotune.client.training.round import train_round
+from cotune.errors import RunError
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy import dp_sgd
+from cotune.privacy.mechanisms import dp_sgd
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]

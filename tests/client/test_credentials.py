@@ -6,8 +6,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from cotune.client.credentials import read_certificates, read_private_key
-from cotune.models.errors import RunError
+from cotune.client.site_setup import read_certificates, read_private_key
+from cotune.errors import RunError
 
 
 def write_key(file: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey, mode: int = 0o600) -> Path:

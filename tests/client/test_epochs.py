@@ -9,10 +9,10 @@ import pytest
 
 from cotune.client.budget import planned_steps
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.sharing import State
+from cotune.client.training.round import train_round
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import epsilon
+from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.policy import Policy, TellRules
 
 MakePlan = Callable[..., Plan]

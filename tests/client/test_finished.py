@@ -14,20 +14,19 @@ from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 from transformers import pipeline
 
-from cotune.client import finished as finished_module
-from cotune.client.app import app
+from cotune.client import app as finished_module
+from cotune.client.app import app, keep_finished
 from cotune.client.audit_log import AuditLog
-from cotune.client.finished import keep_finished
-from cotune.client.personal import PERSONAL
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.errors import Declined, ModelError, RunError
-from cotune.models.sharing import State
-from cotune.plan.model import model_of
+from cotune.client.training.extensions import PERSONAL
+from cotune.client.training.round import train_round
+from cotune.errors import Declined, ModelError, RunError
+from cotune.models.trainable import State
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import FINISHED, detach, words_of
 from cotune.privacy.policy import Policy, changed_policy
-from cotune.strategies.wire import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
+from cotune.protocol.messages import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
+from cotune.protocol.signatures import FINISHED, detach, words_of
 from tests.support.signing import sign_request
 
 MakePlan = Callable[..., Plan]

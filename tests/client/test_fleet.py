@@ -17,11 +17,11 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from cotune.client import bounded as bounded_module
-from cotune.client import fleet as fleet_module
-from cotune.client.bounded import distrust
-from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver
-from cotune.strategies.parcel import TooMuch
+from cotune.flower import bounded as bounded_module
+from cotune.flower import fleet_client as fleet_module
+from cotune.flower.bounded import distrust
+from cotune.flower.chunks import TooMuch
+from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, Request, RequestOver
 
 NODE = 5
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cotune.client.guard import Guard
-from cotune.models.errors import RunError
-from cotune.models.sharing import SharedModel
-from cotune.plan.model import model_of
+from cotune.client.training.setup import Guard
+from cotune.errors import RunError
+from cotune.models.trainable import SharedModel
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.dp_sgd import StepReport
+from cotune.privacy.mechanisms.dp_sgd import StepReport
 
 FIRST, SECOND = StepReport(1, 4, 0.7), StepReport(2, 4, 0.7)
 

@@ -11,17 +11,15 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from cotune.client.connection import Entrance
-from cotune.client.credentials import read_private_key
-from cotune.client.fleet import FleetError, NotKnown
-from cotune.client.keys import next_key, public_keys, take_next
-from cotune.client.renewal import renew_key
-from cotune.client.set_up import fingerprint_of, make_site
+from cotune.client.node.connection import Entrance
+from cotune.client.node.keys import next_key, public_keys, renew_key, take_next
+from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
-from cotune.client.trust import Trust, TrustedServer
-from cotune.models.errors import RunError
-from cotune.plan.renewal import fingerprint, read_node_renewal
-from cotune.server.members import Members, read_public_key
+from cotune.client.site_setup import fingerprint_of, make_site, read_private_key
+from cotune.errors import RunError
+from cotune.flower.fleet_client import FleetError, NotKnown
+from cotune.protocol.key_renewal import fingerprint, read_node_renewal
+from cotune.server.deployment.members import Members, read_public_key
 from tests.support.kills import killed_before_each_change
 from tests.support.signing import FEDERATION
 

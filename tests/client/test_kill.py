@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from cotune.client.site import Site
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.accounting.composition import Steps, epsilon
 
 ROUNDS, KILLS, DELTA = 10, 20, 1e-3
 # Runs in a process of its own. The only thing that is replaced is the sampler's iterator, which every step starts with.
@@ -34,11 +34,11 @@ import tomllib
 from pathlib import Path
 from safetensors.torch import load_file
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.client import training
-from cotune.models.errors import PrivacyError
+from cotune.client.training.round import train_round
+from cotune.client.training import round as training
+from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
-from cotune.privacy import dp_sgd
+from cotune.privacy.mechanisms import dp_sgd
 
 site, state = Site(Path({site!r})), load_file({state!r})
 notes = open({notes!r}, "a")
@@ -84,7 +84,7 @@ note(over=True)
 @pytest.fixture
 def start() -> Iterator[Callable[[str], BaseProcess]]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "cotune.cli.main", "cotune.cli.progress", "cotune.simulations.simulate"])
+    context.set_forkserver_preload(["pytest", "cotune.cli.main", "cotune.cli.progress", "cotune.simulations.run"])
     started: list[BaseProcess] = []
 
     def run(code: str) -> BaseProcess:

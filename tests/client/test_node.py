@@ -23,15 +23,15 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.client import node as node_module
 from cotune.client.audit_log import AuditLog
-from cotune.client.fleet import Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
-from cotune.client.node import Node, run_node
-from cotune.client.observe import observing
-from cotune.client.refusal import UNSAID
-from cotune.client.resident import ResidentDied
-from cotune.models.errors import DataError, RunError
-from cotune.strategies.pieces import CutOff
+from cotune.client.egress_guard import UNSAID
+from cotune.client.node import node as node_module
+from cotune.client.node.node import Node, run_node
+from cotune.client.node.worker import ResidentDied
+from cotune.client.training.observe import observing
+from cotune.errors import DataError, RunError
+from cotune.flower.chunks import CutOff
+from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
 
 NODE, RUN = 5, 77
 

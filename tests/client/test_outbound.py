@@ -14,17 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.client.account import Account
-from cotune.client.outbound import Blocked, check_reason, check_receipt, check_update
-from cotune.client.refusal import UNSAID
+from cotune.client.egress_guard import UNSAID, Blocked, check_reason, check_receipt, check_update
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.errors import Declined, RunError
-from cotune.models.sharing import State
+from cotune.client.training.round import train_round
+from cotune.errors import Declined, RunError
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps
+from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.strategies import wire
-from cotune.strategies.wire import (
+from cotune.protocol import messages as wire
+from cotune.protocol.messages import (
     SALTED,
     Receipt,
     Recipient,

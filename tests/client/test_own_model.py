@@ -13,21 +13,21 @@ import pytest
 import torch
 from transformers import pipeline
 
-from cotune.client import own_model
-from cotune.client.finished import keep_finished
-from cotune.client.own_model import COLUMNS, adapt_site, evaluate_site, open_received
+from cotune.client.app import keep_finished
+from cotune.client.personalization import evaluation as own_model
+from cotune.client.personalization.evaluation import COLUMNS, adapt_site, evaluate_site, open_received
 from cotune.client.site import Site
-from cotune.models.config import DataConfig
+from cotune.data.config import DataConfig
+from cotune.data.dataset import Holdings, write_holdings
+from cotune.data.records import read_records
+from cotune.errors import DataError, ModelError, RunError
 from cotune.models.encoding import encoded_features
-from cotune.models.errors import DataError, ModelError, RunError
 from cotune.models.head_fit import head_scores
-from cotune.models.holdings import Holdings, write_holdings
-from cotune.models.records import read_records
-from cotune.models.sharing import State
-from cotune.plan.model import model_of
+from cotune.models.trainable import State
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.server.evaluation import evaluate
-from cotune.strategies.wire import Request
+from cotune.protocol.messages import Request
+from cotune.server.rounds.evaluation import evaluate
 from tests.conftest import TAGS, tagged, write_csv, write_tagged
 
 MakePlan = Callable[..., Plan]

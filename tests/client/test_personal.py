@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.client.personal import PERSONAL
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.errors import RunError
-from cotune.models.sharing import State
-from cotune.plan.model import model_of, shared_names, trained_names
+from cotune.client.training.extensions import PERSONAL
+from cotune.client.training.round import train_round
+from cotune.errors import RunError
+from cotune.models.trainable import State
+from cotune.plan.parameters import model_of, shared_names, trained_names
 from cotune.plan.schema import Plan
-from cotune.strategies.updates import apply_delta
+from cotune.strategies.types import apply_delta
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.client.consent import check_consent
+from cotune.client.policy_check import check_consent
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.errors import Declined
-from cotune.models.sharing import SharedModel, State
-from cotune.plan.model import model_of, trained_names
+from cotune.client.training.round import train_round
+from cotune.errors import Declined
+from cotune.models.trainable import SharedModel, State
+from cotune.plan.parameters import model_of, trained_names
 from cotune.plan.schema import Plan
-from cotune.privacy import dp_sgd
+from cotune.privacy.mechanisms import dp_sgd
 from cotune.privacy.policy import Policy
 
 MakePlan = Callable[..., Plan]

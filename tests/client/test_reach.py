@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cotune.client.reach import explained, reach
-from cotune.models.errors import RunError
-from cotune.server.certificates import new_authority
+from cotune.errors import RunError
+from cotune.protocol.connectivity import explained, reach
+from cotune.server.deployment.certificates import new_authority
 
 
 @contextmanager

@@ -9,11 +9,11 @@ import pytest
 from flwr.app import RecordDict
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.requested import Requested, check_limits, verified
+from cotune.client.node.requests import Requested, check_limits, verified
 from cotune.client.site import Site
-from cotune.models.errors import Declined
-from cotune.plan.signatures import FINISHED, TRAIN
+from cotune.errors import Declined
 from cotune.privacy.policy import Policy, changed_policy
+from cotune.protocol.signatures import FINISHED, TRAIN
 from tests.support.signing import sign_request
 
 

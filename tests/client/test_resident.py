@@ -12,14 +12,14 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.refusal import UNSAID
-from cotune.client.resident import Resident, ResidentDied
+from cotune.client.egress_guard import UNSAID
+from cotune.client.node.worker import Resident, ResidentDied
 from cotune.client.site import Site
-from cotune.models.sharing import State
+from cotune.flower.chunks import Parcel
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import detach
-from cotune.strategies.parcel import Parcel
-from cotune.strategies.wire import Recipient, decode_update, encode_requests
+from cotune.protocol.messages import Recipient, decode_update, encode_requests
+from cotune.protocol.signatures import detach
 from tests.support.signing import sign_request
 
 

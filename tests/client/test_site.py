@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from cotune.client.site import Site
-from cotune.models.errors import DataError, PrivacyError, RunError
-from cotune.privacy.accounting import Steps
-from cotune.strategies.updates import Update
+from cotune.errors import DataError, PrivacyError, RunError
+from cotune.privacy.accounting.composition import Steps
+from cotune.strategies.types import Update
 
 MakeSite = Callable[..., Site]
 

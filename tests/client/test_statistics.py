@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.site import Site
-from cotune.client.training import train_round
+from cotune.client.training.round import train_round
+from cotune.data.tasks.task import example_losses
+from cotune.data.tasks.text import collator
+from cotune.errors import PlanError, PrivacyError
 from cotune.models.encoding import encoded_examples
-from cotune.models.errors import PlanError, PrivacyError
-from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import example_losses
-from cotune.models.text_task import collator
-from cotune.plan.model import model_of, trained_names
+from cotune.models.trainable import SharedModel, State
+from cotune.plan.parameters import gram_layers, model_of, statistic_shapes, trained_names
 from cotune.plan.schema import Plan
-from cotune.plan.statistics import gram_layers, statistic_shapes
-from cotune.strategies.updates import Update, apply_delta
-from cotune.strategies.wire import decode_update, encode_update
+from cotune.protocol.messages import decode_update, encode_update
+from cotune.strategies.types import Update, apply_delta
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]

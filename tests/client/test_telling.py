@@ -12,11 +12,11 @@ import pytest
 from cotune.client.account import Account
 from cotune.client.budget import planned_telling
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.errors import Declined
-from cotune.models.sharing import State
+from cotune.client.training.round import train_round
+from cotune.errors import Declined
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.policy import Policy, TellRules
 
 MakePlan = Callable[..., Plan]

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client import training
 from cotune.client.account import Account
 from cotune.client.budget import planned_telling
 from cotune.client.site import Site
-from cotune.client.telling import Teller
-from cotune.client.training import train_round
+from cotune.client.training import round as training
+from cotune.client.training.disclosures import Teller
+from cotune.client.training.round import train_round
+from cotune.data.tasks.task import example_losses
+from cotune.data.tasks.text import collator
+from cotune.errors import Declined, RunError
 from cotune.models.encoding import encoded_examples
-from cotune.models.errors import Declined, RunError
-from cotune.models.sharing import State
-from cotune.models.tasks import example_losses
-from cotune.models.text_task import collator
-from cotune.plan.model import model_of
+from cotune.models.trainable import State
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.policy import Policy, TellRules
 
 MakePlan = Callable[..., Plan]

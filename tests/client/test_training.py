@@ -15,26 +15,27 @@ from dp_accounting.rdp import RdpAccountant
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.client import setting, training
 from cotune.client.account import Account
 from cotune.client.budget import budget_of, check_examples, noise_multiplier, planned_steps
-from cotune.client.observe import observing
 from cotune.client.site import Site
-from cotune.client.training import train_round
+from cotune.client.training import round as training
+from cotune.client.training import setup as setting
+from cotune.client.training.observe import observing
+from cotune.client.training.round import train_round
+from cotune.data.tasks.task import example_losses, logits
+from cotune.data.tasks.text import collator
+from cotune.errors import CotuneError, DataError, Declined, PrivacyError, RunError
 from cotune.models.config import TrainMode
 from cotune.models.encoding import encoded_examples
-from cotune.models.errors import CotuneError, DataError, Declined, PrivacyError, RunError
-from cotune.models.sharing import SharedModel, State, resident
-from cotune.models.tasks import example_losses, logits
-from cotune.models.text_task import collator
-from cotune.plan.model import model_of
+from cotune.models.trainable import SharedModel, State, resident
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining
-from cotune.privacy.accounting import Steps, calibrate
+from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.dp_sgd import StepReport
+from cotune.privacy.mechanisms.dp_sgd import StepReport
 from cotune.privacy.policy import Policy, TellRules
-from cotune.strategies.updates import apply_delta
+from cotune.strategies.types import apply_delta
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]

@@ -9,10 +9,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.trust import AUTHORITY_DAYS, Trust, TrustedServer, learn, note_use
-from cotune.models.errors import RunError
-from cotune.plan.renewal import ServerRenewal
-from cotune.server.certificates import authority_pem, next_authority
+from cotune.client.node.trust import AUTHORITY_DAYS, Trust, TrustedServer, learn, note_use
+from cotune.errors import RunError
+from cotune.protocol.key_renewal import ServerRenewal
+from cotune.server.deployment.certificates import authority_pem, next_authority
 from tests.support.kills import killed_before_each_change
 
 FED = 32 * "a"

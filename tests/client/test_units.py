@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.check import check
+from cotune.client.preflight import check
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.config import DataConfig
-from cotune.models.errors import DataError, Declined, PrivacyError
-from cotune.models.holdings import write_holdings
-from cotune.models.sharing import State
+from cotune.client.training.round import train_round
+from cotune.data.config import DataConfig
+from cotune.data.dataset import write_holdings
+from cotune.errors import DataError, Declined, PrivacyError
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, TrainingRules, dump_policy
 from tests.client.conftest import EXAMPLES

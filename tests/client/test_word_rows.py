@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client.setting import _on_examples, setting_of
-from cotune.client.training_rows import Setting
+from cotune.client.training.rows import Setting
+from cotune.client.training.setup import _on_examples, setting_of
+from cotune.data.dataset import Holdings
+from cotune.data.records import read_records
 from cotune.models.encoding import encoded_examples
-from cotune.models.holdings import Holdings
-from cotune.models.records import read_records
-from cotune.models.sharing import SharedModel
+from cotune.models.trainable import SharedModel
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.per_example import per_example
+from cotune.privacy.mechanisms.per_example import per_example
 
 TEXTS = ["great", "the table is very sad and this", "awful road", "a happy day to the tree", "of", "the " * 12]
 

@@ -26,12 +26,12 @@ from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 
-from cotune.client.credentials import read_private_key
-from cotune.client.fleet import Fleet, Request, connected
+from cotune.client.site_setup import read_private_key
+from cotune.flower.fleet_client import Fleet, Request, connected
 from cotune.plan.load import parse_plan
-from cotune.plan.signatures import detach
+from cotune.protocol.messages import decode_request, encode_update, received_digest
+from cotune.protocol.signatures import detach
 from cotune.strategies import Update
-from cotune.strategies.wire import decode_request, encode_update, received_digest
 from tests.support.calls import announcement, identifier, new_key, signed
 
 CHUNK = b"ArrayChunk  %d\x00" % 2**19 + bytes(2**19)

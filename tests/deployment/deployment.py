@@ -15,15 +15,14 @@ from typing import Any, TypeVar
 import psutil
 import tomli_w
 
-from cotune.client.set_up import make_site
+from cotune.client.site_setup import make_site
 from cotune.plan.load import load_plan
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.server.events import read_events
-from cotune.server.federation import FederationFolder, ServerConfig
-from cotune.server.founding import found
-from cotune.server.members import read_public_key
-from cotune.server.run_folder import Progress, RunFolder
-from cotune.simulations.workers import import_all
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
+from cotune.server.deployment.members import read_public_key
+from cotune.server.runs.events import read_events
+from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.simulations.comparison.workers import import_all
 from tests.deployment.attackers import Attacker, Deed
 
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cotune.server.run_folder import RunFolder
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.comparison.workers import import_all
 from cotune.simulations.engines import play_on
-from cotune.simulations.workers import import_all
 from tests.deployment.deployment import weights
 
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.bookkeeping import overview
+from cotune.client.ledger_report import overview
 from cotune.client.site import Site
-from cotune.server.strikes import left_out
+from cotune.server.rounds.exclusions import left_out
 from tests.deployment.attackers import (
     ADDRESSES,
     IDLE,

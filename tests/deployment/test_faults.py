@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from cotune.client.fleet import Fleet, Request
-from cotune.server.strikes import left_out
+from cotune.flower.fleet_client import Fleet, Request
+from cotune.server.rounds.exclusions import left_out
 from tests.deployment.attackers import ADDRESSES, DISTURBANCES, IDLE, Attacker, bomb, disturb_the_store, flood, locked
 from tests.deployment.deployment import Deployment, deployment, weights
 

@@ -18,8 +18,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cotune.server.certificates import new_authority
-from cotune.server.members import Members, read_public_key
+from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.members import Members, read_public_key
 
 BINARIES = Path(sys.executable).parent
 PATIENCE = 600.0  # seconds for a process to do what it should; on a shared machine a start can take long

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from cotune.simulations.workers import import_all
+from cotune.simulations.comparison.workers import import_all
 from tests.cli.conftest import Cotune, _logging_as_it_was, cotune, folder  # noqa: F401
 from tests.conftest import sentences
 from tests.docs.pages import blocks_of, commands_of, spoken_in

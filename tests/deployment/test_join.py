@@ -16,12 +16,12 @@ import pytest
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
-from cotune.plan.invitation import Invitation
-from cotune.server.federation import FederationFolder, ServerConfig, write_config
-from cotune.server.members import read_public_key
-from cotune.server.run_folder import Participant, RunFolder
-from cotune.server.signing import new_signing_key, public_hex, read_signing_key
-from cotune.simulations.workers import import_all
+from cotune.protocol.federation_file import Invitation
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
+from cotune.server.deployment.members import read_public_key
+from cotune.server.deployment.signing import new_signing_key, public_hex, read_signing_key
+from cotune.server.runs.run_folder import Participant, RunFolder
+from cotune.simulations.comparison.workers import import_all
 
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
 from loopback import Federation, federation, prepare_run, until  # noqa: E402

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cotune.server.members import Members, read_public_key
-from cotune.simulations.workers import import_all
+from cotune.server.deployment.members import Members, read_public_key
+from cotune.simulations.comparison.workers import import_all
 
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
 from loopback import Federation, federation, free_port, prepare_run, until  # noqa: E402

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cotune.server.events import read_events
-from cotune.server.run_folder import RunFolder
-from cotune.simulations.workers import import_all
+from cotune.server.runs.events import read_events
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.comparison.workers import import_all
 
 import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
 from loopback import Federation, federation, prepare_run, until  # noqa: E402

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.renewal import renew_key
+from cotune.client.node.keys import renew_key
 from cotune.client.site import Site
-from cotune.plan.renewal import read_node_renewal
-from cotune.server import rotation
-from cotune.server.federation import FederationFolder
+from cotune.protocol.key_renewal import read_node_renewal
+from cotune.server.deployment import key_rotation as rotation
+from cotune.server.deployment.federation import FederationFolder
 from tests.deployment.deployment import Deployment, deployment
 
 pytestmark = pytest.mark.long

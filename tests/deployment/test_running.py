@@ -15,13 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from cotune.client.set_up import make_site
+from cotune.client.site_setup import make_site
 from cotune.plan.load import parse_plan
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.server.events import follow
-from cotune.server.federation import ServerConfig
-from cotune.server.founding import found
-from cotune.server.members import read_public_key
+from cotune.server.deployment.federation import ServerConfig, found
+from cotune.server.deployment.members import read_public_key
+from cotune.server.runs.events import follow
 from tests.conftest import sentences, write_csv
 from tests.deployment.test_supervisor import Served, free_port, runs, serving, until
 

@@ -18,13 +18,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
+from cotune.flower.control_client import control
 from cotune.plan.load import parse_plan
-from cotune.server.federation import FederationFolder, ServerConfig, write_config
-from cotune.server.founding import found
-from cotune.server.run_folder import Participant, RunFile, RunFolder
-from cotune.server.superlink import control
-from cotune.server.supervisor import supervise
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, found, write_config
+from cotune.server.deployment.supervisor import supervise
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 
 pytestmark = pytest.mark.long
 

@@ -15,14 +15,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.run_pb2 import GetRunRequest
 
-from cotune.client.fleet import Fleet, Request, connected
+from cotune.flower.control_client import control
+from cotune.flower.fleet_client import Fleet, Request, connected
 from cotune.plan.load import parse_plan
-from cotune.plan.signatures import SIGNED, detach
-from cotune.server.federation import FederationFolder, ServerConfig
-from cotune.server.founding import found
-from cotune.server.new_run import real_run
-from cotune.server.superlink import control
-from cotune.strategies.wire import decode_header
+from cotune.protocol.messages import decode_header
+from cotune.protocol.signatures import SIGNED, detach
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
+from cotune.server.runs.create import real_run
 from tests.deployment.test_supervisor import free_port, serving, until
 
 pytestmark = pytest.mark.long

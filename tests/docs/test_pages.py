@@ -17,11 +17,11 @@ import pytest
 import typer
 
 from cotune.cli.main import app
-from cotune.client.finished import keep_finished
+from cotune.client.app import keep_finished
 from cotune.models.export import export_model
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.privacy.policy import Policy
-from cotune.strategies.wire import Request
+from cotune.protocol.messages import Request
 from tests.cli.conftest import Cotune, _logging_as_it_was, cotune, folder  # noqa: F401
 from tests.conftest import sentences, write_csv, write_images, write_tagged
 from tests.docs.pages import PAGES, ROOT, Block, blocks_of, commands_of, spoken_in

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cotune.plan.reference import pages
-from cotune.server.tally import Tally
+from cotune.server.rounds.tally import Tally
 
 ROOT = Path(__file__).parents[2]
 RUN_FOLDER = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")

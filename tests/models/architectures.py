@@ -11,9 +11,9 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel
 
-from cotune.models.base import load_model
+from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.sharing import SharedModel
+from cotune.models.trainable import SharedModel
 from tests.conftest import VOCABULARY, tokenizer
 
 _SMALL = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.models.base import load_model
+from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.sharing import SharedModel
+from cotune.models.trainable import SharedModel
 
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from cotune.models import base_files
-from cotune.models.base import _make_deterministic, find_base, load_model
+from cotune.errors import ModelError
+from cotune.models import base_folder as base_files
+from cotune.models.base_model import _make_deterministic, find_base, load_model
 from cotune.models.config import ModelConfig
-from cotune.models.errors import ModelError
 
 LABELS = ("bad", "good", "so")
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.base import load_model
-from cotune.models.batching import LENGTHS, bucket_of_length, fixed_batches
+from cotune.data.readers.images import Image
+from cotune.data.tasks.batching import LENGTHS, bucket_of_length, fixed_batches
+from cotune.data.tasks.task import example_losses, logits, task_named
+from cotune.data.tasks.text import IGNORED
+from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
-from cotune.models.images import Image
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import example_losses, logits, task_named
-from cotune.models.text_task import IGNORED
+from cotune.models.trainable import SharedModel
 
 Make = Callable[..., SharedModel]
 

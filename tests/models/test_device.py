@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cotune.errors import DeviceError
 from cotune.models.device import bfloat16_is_fast, peak_memory_bytes, pick_device
-from cotune.models.errors import DeviceError
 
 HAS_CUDA = torch.cuda.is_available()
 

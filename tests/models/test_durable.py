@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.durable import write_durably
+from cotune.storage.files import write_durably
 
 
 def test_new_content_replaces_old(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
 WRITER = """
 import sys
 from pathlib import Path
-from cotune.models.durable import write_durably
+from cotune.storage.files import write_durably
 file = Path(sys.argv[1])
 contents = [b"a" * 300_000, b"b" * 700_000]
 write_durably(file, contents[0])

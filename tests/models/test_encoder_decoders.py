@@ -9,10 +9,10 @@ import torch
 import transformers
 from transformers import AutoModel
 
-from cotune.models.base import load_model
+from cotune.data.tasks.task import example_losses, task_named
+from cotune.errors import ModelError
+from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
-from cotune.models.errors import ModelError
-from cotune.models.tasks import example_losses, task_named
 from tests.conftest import VOCABULARY
 from tests.models.architectures import ending_tokenizer
 

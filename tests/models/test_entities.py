@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.entities import entities, entity_quality
+from cotune.models.evaluation.quality import entities, entity_quality
 
 
 def test_the_example_of_seqeval() -> None:

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cotune.models.base import load_model
+from cotune.data.tasks.task import logits
+from cotune.data.tasks.text import collator, encode
+from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.export import export_model
-from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import logits
-from cotune.models.text_task import collator, encode
+from cotune.models.trainable import SharedModel, State
 
 LABELS = ("so so", "good", "bad")
 CASES = [

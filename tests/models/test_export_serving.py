@@ -14,11 +14,12 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
-from cotune.models.base import load_model
-from cotune.models.config import ModelConfig, TaskName
+from cotune.data.config import TaskName
+from cotune.data.tasks.task import logits
+from cotune.models.base_model import load_model
+from cotune.models.config import ModelConfig
 from cotune.models.export import export_model
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import logits
+from cotune.models.trainable import SharedModel
 from tests.conftest import COLOURS, write_images
 
 LABELS = ("bad", "good", "so")

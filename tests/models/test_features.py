@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.models.base import load_model
+from cotune.data.tasks.task import logits
+from cotune.data.tasks.text import collator, encode
+from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features import FEATURE_SLOTS, cache_folder, feature_head, features_of
-from cotune.models.sharing import SharedModel, State
-from cotune.models.tasks import logits
-from cotune.models.text_task import collator, encode
+from cotune.models.trainable import SharedModel, State
 
 Make = Callable[..., SharedModel]
 CASES = [

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, softmax
 
 from cotune.models.config import ModelConfig
 from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
-from cotune.models.sharing import SharedModel, State, resident
+from cotune.models.trainable import SharedModel, State, resident
 
 CLASSES = ("bad", "good", "so")
 

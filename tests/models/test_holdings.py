@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.models.config import DataConfig
+from cotune.data.config import DataConfig
+from cotune.data.dataset import Holdings, HoldingsFile, write_holdings
+from cotune.data.tasks.text import encode
+from cotune.errors import DataError
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.errors import DataError
 from cotune.models.features import features_of
-from cotune.models.holdings import Holdings, HoldingsFile, write_holdings
-from cotune.models.sharing import SharedModel
-from cotune.models.text_task import encode
+from cotune.models.trainable import SharedModel
 
 LABELS = ("good", "bad", "so")  # the plan's order, not the alphabet's
 

@@ -13,17 +13,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from cotune.client.setting import check_stages
-from cotune.models.base import load_model
-from cotune.models.config import DataConfig, LoraConfig, ModelConfig
-from cotune.models.errors import DataError, ModelError, PrivacyError
+from cotune.client.training.setup import check_stages
+from cotune.data.config import DataConfig
+from cotune.data.readers.images import Image
+from cotune.data.records import Records, organisation_files, read_records
+from cotune.data.tasks.task import logits, task_named
+from cotune.errors import DataError, ModelError, PrivacyError
+from cotune.models.base_model import load_model
+from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features import feature_head, features_of
-from cotune.models.images import Image
-from cotune.models.records import Records, organisation_files, read_records
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import logits, task_named
+from cotune.models.trainable import SharedModel
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from tests.conftest import COLOURS, PROCESSOR, write_images
 
 TASK = task_named("image-classification")
@@ -75,7 +76,7 @@ def test_images_as_hugging_face_keeps_them(images: Path, tmp_path: Path) -> None
 
 
 def opened_as(file: Path) -> Image:
-    from cotune.models.images import opened
+    from cotune.data.readers.images import opened
 
     return opened(file)
 

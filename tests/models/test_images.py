@@ -14,8 +14,8 @@ import torch
 from PIL import Image as Pillow
 from transformers import BitImageProcessorPil, ViTImageProcessorPil
 
-from cotune.models.errors import DataError, ModelError
-from cotune.models.images import ImageReader, opened
+from cotune.data.readers.images import ImageReader, opened
+from cotune.errors import DataError, ModelError
 from tests.conftest import PROCESSOR
 
 

@@ -10,17 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cotune.data.tasks.batching import fixed_batches
+from cotune.data.tasks.task import logits
+from cotune.data.tasks.text import Batch
+from cotune.errors import PrivacyError
 from cotune.models import features, independence
-from cotune.models.base import load_model
-from cotune.models.batching import fixed_batches
+from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.errors import PrivacyError
 from cotune.models.features import arithmetic, features_of
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import example_probes, lengths_of, mixes
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import logits
-from cotune.models.text_task import Batch
+from cotune.models.trainable import SharedModel
 from tests.conftest import ARCHITECTURES, VOCABULARY
 from tests.models.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from cotune.models.images import opened
-from cotune.models.inputs import Label, content_of, identity_of, names_in, plain, stratum_of
+from cotune.data.readers.images import opened
+from cotune.data.types import Label, content_of, identity_of, names_in, plain, stratum_of
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 from sklearn.metrics import f1_score
 
-from cotune.models.intervals import Answers, accuracy_interval, answers_of, f1_interval, paired, wilson
+from cotune.models.evaluation.intervals import Answers, accuracy_interval, answers_of, f1_interval, paired, wilson
 
 
 def of(right: list[int], units: list[int] | None = None) -> Answers:

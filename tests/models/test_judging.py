@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cotune.models.errors import DataError
-from cotune.models.judging import class_numbers
+from cotune.errors import DataError
+from cotune.models.evaluation.predictor import class_numbers
 
 
 def test_classes_have_the_numbers_of_the_head() -> None:

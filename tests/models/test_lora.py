@@ -11,10 +11,10 @@ import torch
 from peft import PeftType
 from pydantic import ValidationError
 
+from cotune.errors import ModelError
 from cotune.models.config import LoraConfig
-from cotune.models.errors import ModelError
 from cotune.models.lora import _WHY_NOT, merge_adapters
-from cotune.models.sharing import SharedModel
+from cotune.models.trainable import SharedModel
 from tests.conftest import ARCHITECTURES
 
 Make = Callable[..., SharedModel]

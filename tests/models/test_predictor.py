@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import pipeline
 
-from cotune.models.base import load_model
-from cotune.models.config import ModelConfig, TaskName
-from cotune.models.errors import DataError, ModelError
+from cotune.data.config import TaskName
+from cotune.data.unlabeled import read_typed, read_unlabeled
+from cotune.errors import DataError, ModelError
+from cotune.models.base_model import load_model
+from cotune.models.config import ModelConfig
+from cotune.models.evaluation.predictor import open_predictor
 from cotune.models.export import export_model
-from cotune.models.predictor import open_predictor
-from cotune.models.sharing import SharedModel
-from cotune.models.unlabeled import read_typed, read_unlabeled
+from cotune.models.trainable import SharedModel
 from tests.conftest import COLOURS, write_images
 
 LABELS = ("bad", "good", "so")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cotune.data.tasks.text import IGNORED, Batch
 from cotune.models.probes import feature_probes, mixes
-from cotune.models.text_task import IGNORED, Batch
 
 Answer = Callable[[Batch], Sequence[Tensor]]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import classification_report
 
-from cotune.models.errors import DataError
-from cotune.models.quality import NOT_TOLD, Threshold, calibration, parse_threshold, quality, told_classes
+from cotune.errors import DataError
+from cotune.models.evaluation.quality import NOT_TOLD, Threshold, calibration, parse_threshold, quality, told_classes
 
 LABELS = ("bad", "good", "so")
 

@@ -13,9 +13,9 @@ import torch
 import transformers
 from transformers import AutoModel
 
-from cotune.models.base import load_model
+from cotune.errors import ModelError
+from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
-from cotune.models.errors import ModelError
 from tests.conftest import VOCABULARY, tokenizer
 
 SMALL = {

@@ -25,12 +25,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cotune.models import records as read_records_module
-from cotune.models.class_names import class_name, like_missing, spelled_alike
-from cotune.models.config import DataConfig
-from cotune.models.errors import DataError
-from cotune.models.records import Records, check_labels, organisation_files, read_records
-from cotune.models.separated import SEPARATORS
+from cotune.data import records as read_records_module
+from cotune.data.class_names import class_name, like_missing, spelled_alike
+from cotune.data.config import DataConfig
+from cotune.data.readers.csv_dialect import SEPARATORS
+from cotune.data.records import Records, check_labels, organisation_files, read_records
+from cotune.errors import DataError
 
 PAIRS = [("good, really", "pos"), ('it "broke"\ntwice', "neg"), ("naïve café 🙂", "pos")]
 
@@ -755,7 +755,7 @@ def refuse(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
         raise SystemExit(event)
 sys.addaudithook(refuse)
-from cotune.models.records import DataConfig, read_records
+from cotune.data.records import DataConfig, read_records
 for path in sys.argv[1:]:
     print(len(read_records(DataConfig(source=path))), flush=True)
 os._exit(0)  # Arrow's threads sometimes abort an interpreter that ends in the regular way on a loaded machine
@@ -765,7 +765,7 @@ os._exit(0)  # Arrow's threads sometimes abort an interpreter that ends in the r
 THREADS = """
 import os, sys
 import datasets, pyarrow.parquet
-from cotune.models.records import DataConfig, read_records
+from cotune.data.records import DataConfig, read_records
 before = len(os.listdir("/proc/self/task"))
 print(len(read_records(DataConfig(source=sys.argv[1]))), len(os.listdir("/proc/self/task")) - before)
 """

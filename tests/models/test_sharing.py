@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cotune.data.tasks.task import example_losses, logits
+from cotune.data.tasks.text import Batch, collator, encode
+from cotune.errors import ModelError
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
-from cotune.models.errors import ModelError
 from cotune.models.lora import merge_adapters
-from cotune.models.sharing import SharedModel, State, named_under, resident
-from cotune.models.tasks import example_losses, logits
-from cotune.models.text_task import Batch, collator, encode
+from cotune.models.trainable import SharedModel, State, named_under, resident
 
 Make = Callable[..., SharedModel]
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
+from cotune.data.tasks.task import Metrics, example_losses, logits, majority, score
+from cotune.data.tasks.text import collator, encode
 from cotune.models.config import LoraConfig
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import Metrics, example_losses, logits, majority, score
-from cotune.models.text_task import collator, encode
+from cotune.models.trainable import SharedModel
 
 Make = Callable[..., SharedModel]
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models import terminal
-from cotune.models.terminal import Clean, clean_output, lines_of, printable
+from cotune import printable as terminal
+from cotune.printable import Clean, clean_output, lines_of, printable
 
 TEXT = st.text(st.characters(codec=None), max_size=40)
 

@@ -15,13 +15,14 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from cotune.models.base import LoadedModel, load_model
-from cotune.models.config import DataConfig, ModelConfig
-from cotune.models.errors import DataError
+from cotune.data.config import DataConfig
+from cotune.data.records import Records, read_records
+from cotune.data.tasks.task import example_losses, logits, task_named
+from cotune.errors import DataError
+from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.config import ModelConfig
 from cotune.models.features import feature_head
-from cotune.models.records import Records, read_records
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import example_losses, logits, task_named
+from cotune.models.trainable import SharedModel
 from tests.conftest import ARCHITECTURES
 
 TASK = task_named("token-classification")

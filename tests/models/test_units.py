@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.config import DataConfig, TaskName
-from cotune.models.errors import DataError
-from cotune.models.holdings import Holdings
-from cotune.models.inputs import plain
-from cotune.models.records import Records, read_records
+from cotune.data.config import DataConfig, TaskName
+from cotune.data.dataset import Holdings
+from cotune.data.records import Records, read_records
+from cotune.data.types import plain
+from cotune.errors import DataError
 from cotune.privacy.config import RecordPrivacy
 from tests.conftest import tagged, write_images
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.models.base import load_model
+from cotune.data.tasks.task import logits
+from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.features import FeatureHead, encode_batch, feature_head, features_of, rows_of_answers
 from cotune.models.head_fit import told_by
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import logits
+from cotune.models.trainable import SharedModel
 from tests.conftest import ARCHITECTURES
 from tests.models.test_features import counting
 

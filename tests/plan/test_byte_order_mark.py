@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cotune.cli.client_check import _read
-from cotune.models.errors import PlanError
+from cotune.cli.client.check import _read
+from cotune.errors import PlanError
 from cotune.plan.load import load_plan
 from cotune.privacy.policy import Policy, dump_policy, read_policy
 

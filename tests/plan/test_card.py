@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cotune.plan.card import model_card, promised
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
+from cotune.reporting.model_card import model_card, promised
 
 
 def plan(**tables: object) -> Plan:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cotune.models.errors import PlanError
+from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.tables import LocalTraining
 

@@ -10,11 +10,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from cotune.models.errors import PlanError, RunError
-from cotune.plan.document import preset_names
-from cotune.plan.invitation import Invitation, read_invitation
-from cotune.plan.load import load_plan
-from cotune.strategies.wire import PROTOCOL
+from cotune.errors import PlanError, RunError
+from cotune.plan.load import load_plan, preset_names
+from cotune.protocol.federation_file import Invitation, read_invitation
+from cotune.protocol.messages import PROTOCOL
 
 
 def authority() -> str:

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models import table
-from cotune.models.errors import PlanError
-from cotune.plan import keys
-from cotune.plan.keys import explained, keys_of
+from cotune.errors import PlanError
+from cotune.plan import reference as keys
 from cotune.plan.load import parse_plan
+from cotune.plan.reference import explained, keys_of
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
+from cotune.storage import config_table as table
 
 
 def names_in(value: object, path: str = "") -> set[str]:

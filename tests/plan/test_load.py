@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.models.errors import PlanError
-from cotune.plan.document import preset_names, preset_text
-from cotune.plan.load import dump_plan, load_plan, parse_plan
+from cotune.errors import PlanError
+from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names, preset_text
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 

@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.errors import RunError
-from cotune.plan.renewal import (
+from cotune.errors import RunError
+from cotune.protocol.key_renewal import (
     MOST_SERVER_RENEWALS,
     NodeRenewal,
     ServerRenewal,
@@ -18,7 +18,7 @@ from cotune.plan.renewal import (
     read_node_renewal,
     read_server_renewals,
 )
-from cotune.server.certificates import authority_pem, next_authority
+from cotune.server.deployment.certificates import authority_pem, next_authority
 
 FED = 32 * "a"
 OLD, NEW, OTHER = (ec.generate_private_key(ec.SECP384R1()) for _ in range(3))

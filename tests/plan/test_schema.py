@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cotune.models.errors import PlanError
-from cotune.plan.document import preset_names
-from cotune.plan.load import dump_plan, load_plan, parse_plan
+from cotune.errors import PlanError
+from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names
 from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining
 

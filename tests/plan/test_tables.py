@@ -8,16 +8,15 @@ import tomllib
 
 import pytest
 
-from cotune.models.errors import PlanError
-from cotune.plan.document import preset_names, preset_text, read_document
-from cotune.plan.load import check_key, check_tables, load_plan, parse_plan
+from cotune.errors import PlanError
+from cotune.plan.load import check_key, check_tables, load_plan, parse_plan, preset_names, preset_text, read_document
 from cotune.privacy.policy import Policy, changed_policy, check_rules
 
 OWN = ['data.source="x"', 'model.base="m"']
 CONFIGURATION = (
-    *("cotune.plan.document", "cotune.plan.keys", "cotune.plan.load", "cotune.plan.reference", "cotune.plan.schema"),
+    *("cotune.plan.load", "cotune.plan.reference", "cotune.plan.load", "cotune.plan.reference", "cotune.plan.schema"),
     *("cotune.plan.tables", "cotune.models.config", "cotune.privacy.config", "cotune.privacy.policy"),
-    *("cotune.strategies", "cotune.strategies.catalogue", "cotune.strategies.compatibility", "cotune.strategies.strategy"),
+    *("cotune.strategies", "cotune.strategies.catalog", "cotune.strategies.compatibility", "cotune.strategies.config"),
 )
 SLIPS = (
     *("local.learnin_rate=0.1", "learning-rate=3", "privacy.epsilom=3", "epsilon=3", "zzz=1", "locl.steps=3", "train=heads"),

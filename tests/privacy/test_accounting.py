@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, calibrate, epsilon, epsilon_below, epsilon_rdp
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps, calibrate, epsilon, epsilon_below, epsilon_rdp
+from cotune.privacy.accounting.tradeoff import gaussian_mu, trade_off, true_positive_rate
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.curves import gaussian_mu, trade_off, true_positive_rate
 
 DELTA = 1e-5
 few = settings(max_examples=8, deadline=None)

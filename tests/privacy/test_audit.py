@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.audit import (
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.tradeoff import trade_off
+from cotune.privacy.auditing.lower_bounds import (
     Evidence,
     Guess,
     evidence,
@@ -20,7 +21,6 @@ from cotune.privacy.audit import (
     perfect_evidence,
     require_statistics,
 )
-from cotune.privacy.curves import trade_off
 from tests.support.sums_of_steps import sums_of_steps
 
 DELTA = 1e-5

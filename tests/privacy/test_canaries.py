@@ -12,9 +12,9 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.privacy.canaries import Planted, fair_coins, new_canaries, plant
-from cotune.privacy.dp_sgd import private_steps
-from cotune.privacy.per_example import Batch
+from cotune.privacy.auditing.canaries import Planted, fair_coins, new_canaries, plant
+from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.per_example import Batch
 from tests.support.batches import in_batches, stack
 
 torch.set_num_threads(1)

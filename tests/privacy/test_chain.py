@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps
-from cotune.privacy.chain import Chain, entry_hash
-from cotune.privacy.ledger import Ledger
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps
+from cotune.privacy.ledger.ledger import Ledger
+from cotune.storage.append_only_log import Chain, entry_hash
 
 ROUND = Steps(1.0, 0.05, 20)
 FORCE = "DROP TRIGGER entries_stay; DROP TRIGGER entries_remain;"

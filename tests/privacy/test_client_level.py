@@ -9,9 +9,9 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from scipy.stats import norm
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.client_level import RoundNoise, next_clip_norm, round_noise
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.client_dp import RoundNoise, next_clip_norm, round_noise
 from cotune.privacy.config import ClientPrivacy
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.client_level_account import ClientLevelAccount
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.client_dp import ClientLevelAccount
 
 ROUND = Steps(2.0, 1.0, 1)
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.privacy.clipping import Clipping, ExactSum, clip_factors
-from cotune.privacy.gaussian import grid_of
+from cotune.privacy.mechanisms.noise import grid_of
+from cotune.privacy.mechanisms.per_example import Clipping, ExactSum, clip_factors
 
 SHAPES = ((7, 5), (5,), (1, 3))
 ENTRIES = 43

@@ -16,16 +16,16 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.models.base import load_model
+from cotune.data.tasks.task import example_losses
+from cotune.data.tasks.text import collator
+from cotune.errors import PrivacyError
+from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
-from cotune.models.errors import PrivacyError
 from cotune.models.features import feature_head
-from cotune.models.sharing import SharedModel
-from cotune.models.tasks import example_losses
-from cotune.models.text_task import collator
-from cotune.privacy.dp_sgd import StepReport, check_clipping, private_steps
-from cotune.privacy.per_example import Batch, LossPerExample
-from cotune.privacy.randomness import PoissonSampler
+from cotune.models.trainable import SharedModel
+from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping, private_steps
+from cotune.privacy.mechanisms.per_example import Batch, LossPerExample
+from cotune.privacy.mechanisms.random import PoissonSampler
 from tests.support.batches import in_batches, stack
 
 KINDS = ("bert", "distilbert", "gpt2", "llama", "qwen2")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cotune.privacy.drawn_noise import Run, examine
+from cotune.privacy.auditing.drawn_noise import Run, examine
 
 CERTAIN = 1e-8
 SHAPES = ((100, 3), (100, 997))  # about 100,000 draws a run

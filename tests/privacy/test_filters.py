@@ -9,10 +9,10 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy import filters
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.filters import (
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting import filters
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.filters import (
     check_accountants,
     composition,
     epsilon_filter,

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy.gaussian import add_gaussian_noise, grid_of, grid_step, quantized_clip
-from cotune.privacy.randomness import private_generator
+from cotune.errors import PrivacyError
+from cotune.privacy.mechanisms.noise import add_gaussian_noise, grid_of, grid_step, quantized_clip
+from cotune.privacy.mechanisms.random import private_generator
 
 clips = st.sampled_from([1e-3, 0.1, 1.0, 7.3, 100.0])
 noises = st.floats(0.3, 1000.0)

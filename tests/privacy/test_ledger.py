@@ -14,20 +14,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cotune.models.errors import Declined, PrivacyError
-from cotune.privacy import filters
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.chain import entry_hash
-from cotune.privacy.filters import epsilon_over_runs
-from cotune.privacy.ledger import Ledger
-from cotune.privacy.limits import Limit
+from cotune.errors import Declined, PrivacyError
+from cotune.privacy.accounting import filters
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.filters import epsilon_over_runs
+from cotune.privacy.ledger.charges import Limit
+from cotune.privacy.ledger.ledger import Ledger
+from cotune.storage.append_only_log import entry_hash
 
 ROUND = Steps(1.0, 0.05, 20)
 PROCESS = """
 import sys
 from pathlib import Path
-from cotune.privacy.accounting import Steps
-from cotune.privacy.ledger import Ledger
+from cotune.privacy.accounting.composition import Steps
+from cotune.privacy.ledger.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 print("open", flush=True)
 sys.stdin.readline()
@@ -280,8 +280,8 @@ def test_a_limit_is_checked_before_anything_is_charged(ledger: Ledger) -> None:
 
 def test_processes_together_do_not_exceed_a_limit(ledger: Ledger) -> None:
     code = """
-from cotune.models.errors import Declined
-from cotune.privacy.ledger import Limit
+from cotune.errors import Declined
+from cotune.privacy.ledger.ledger import Limit
 try:
     for n in range(12):
         ledger.reserve(sys.argv[2], n, Steps(1.0, 0.05, 20), limits=[Limit("total", 3.0, 1e-5)])

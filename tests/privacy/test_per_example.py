@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cotune.privacy.per_example import Batch, kinds_without_rule, per_example
+from cotune.privacy.mechanisms.per_example import Batch, kinds_without_rule, per_example
 
 
 class _Scaled(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cotune.models.errors import PlanError
+from cotune.errors import PlanError
 from cotune.privacy.policy import BudgetRules, Policy, TellRules, TrainingRules, changed_policy, dump_policy, read_policy
 
 

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.privacy.accounting import Steps
-from cotune.privacy.client_level import RoundNoise
-from cotune.privacy.private_mean import PrivateMean, clipped
-from cotune.strategies.updates import Delta, Update
+from cotune.privacy.accounting.composition import Steps
+from cotune.privacy.client_dp import PrivateMean, RoundNoise, clipped
+from cotune.strategies.types import Delta, Update
 
 SHAPES = {"w": torch.zeros(2, 3), "b": torch.zeros(())}
 

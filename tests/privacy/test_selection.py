@@ -6,10 +6,10 @@ from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant
 from scipy import stats
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.filters import renyi
-from cotune.privacy.selection import draw_repetitions, selection_epsilon
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.filters import renyi
+from cotune.privacy.accounting.selection import draw_repetitions, selection_epsilon
 
 ORDERS = [1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64]
 

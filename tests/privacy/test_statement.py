@@ -5,9 +5,9 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.privacy import statement as statements
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.statement import statement
+from cotune.reporting import privacy_statement as statements
+from cotune.reporting.privacy_statement import statement
 
 
 def stated(text: str) -> float:

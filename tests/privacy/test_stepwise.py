@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cotune.models.errors import PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.curves import trade_off
-from cotune.privacy.stepwise import (
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.tradeoff import trade_off
+from cotune.privacy.auditing.stepwise import (
     Errors,
     Separation,
     _error_rates,

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from cotune.client.bookkeeping import export
+from cotune.client.ledger_report import export
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.models.errors import DataError
-from cotune.privacy.accounting import Steps
-from cotune.privacy.chain import START, entry_hash
-from cotune.privacy.limits import Limit
+from cotune.errors import DataError
+from cotune.privacy.accounting.composition import Steps
+from cotune.privacy.ledger.charges import Limit
+from cotune.privacy.ledger.verification import verify
 from cotune.privacy.policy import BudgetRules, Policy, dump_policy
-from cotune.privacy.verification import verify
+from cotune.storage.append_only_log import START, entry_hash
 
 DELTA = 1e-5
 

@@ -13,14 +13,14 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from cotune.models.sharing import SharedModel, resident
+from cotune.flower.inprocess_grid import InProcessGrid
+from cotune.models.trainable import SharedModel, resident
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.plan.signatures import detach
-from cotune.server.run_folder import Participant, RunFile, RunFolder
-from cotune.simulations.grid import InProcessGrid
-from cotune.strategies.updates import Update
-from cotune.strategies.wire import Request, decode_request, encode_update, received_digest
+from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
+from cotune.protocol.signatures import detach
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
+from cotune.strategies.types import Update
 from tests.support.signing import countersign
 
 torch.set_num_threads(1)  # with more, tiny models spend their time waiting for a core whenever the machine is shared

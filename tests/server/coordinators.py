@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
+from cotune.flower.control_client import Node, RunState
 from cotune.plan.load import parse_plan
-from cotune.server.federation import FederationFolder, ServerConfig
-from cotune.server.founding import found
-from cotune.server.superlink import Node, RunState
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
 from tests.server.wild import LINES
 
 Step = Callable[[int], RunState | None]  # what a state call answers; it may write events, or raise

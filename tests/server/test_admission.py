@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.admission import most_bytes, reason_to_refuse
-from cotune.strategies.updates import Update
+from cotune.server.rounds.update_validation import most_bytes, reason_to_refuse
+from cotune.strategies.types import Update
 
 SHAPES = {"head.weight": torch.zeros(2, 3), "head.bias": torch.zeros(2)}
 GOOD = Update("org-1", 3, {name: torch.ones_like(tensor) for name, tensor in SHAPES.items()}, examples=5, steps=1)

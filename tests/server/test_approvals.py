@@ -11,15 +11,17 @@ from flwr.app import Error, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.errors import Declined, RunError
-from cotune.server import approvals, asking, carriers
-from cotune.server.approvals import Approvals, awaits_approval
-from cotune.server.conclusion import summarise
-from cotune.server.federation import FederationFolder
-from cotune.server.report import write_report
-from cotune.server.run_folder import RunFolder
-from cotune.server.status import look
-from cotune.server.strikes import strikes_of
+from cotune.errors import Declined, RunError
+from cotune.reporting.run_report import write_report
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.status import look
+from cotune.server.rounds import requests as approvals
+from cotune.server.rounds import requests as asking
+from cotune.server.rounds.exclusions import strikes_of
+from cotune.server.rounds.requests import Approvals, awaits_approval
+from cotune.server.runs.results import summarise
+from cotune.server.runs.run_folder import RunFolder
+from cotune.server.transport import superlink as carriers
 from tests.server.conftest import NewRun, adding
 from tests.server.test_asking import dropped, play
 from tests.server.test_rounds import assert_moved, initial

@@ -16,13 +16,14 @@ import torch
 from flwr.app import Message
 from flwr.supercore.run import RunNotRunningException
 
-from cotune.models.errors import RunError
-from cotune.server import asking, carriers
-from cotune.server.federation import FederationFolder
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import Progress, RunFolder
-from cotune.strategies.parcel import Malformed, TooMuch
-from cotune.strategies.wire import Request
+from cotune.errors import RunError
+from cotune.flower.chunks import Malformed, TooMuch
+from cotune.protocol.messages import Request
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.rounds import requests as asking
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.transport import superlink as carriers
 from tests.server.conftest import Answer, NewRun, adding, model_of, update
 from tests.server.test_rounds import assert_moved, initial, raises, same
 from tests.server.test_rounds import play as simulate

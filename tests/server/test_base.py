@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.base import find_base_here
 from cotune.client.site_folder import SiteFile
-from cotune.models.base import find_base
+from cotune.client.site_setup import find_base_here
+from cotune.errors import ModelError
+from cotune.models.base_model import find_base
 from cotune.models.config import ModelConfig
-from cotune.models.errors import ModelError
-from cotune.server.base import model_here
-from cotune.server.federation import FederationFolder, write_config
-from cotune.server.new_run import real_run
+from cotune.server.deployment.federation import FederationFolder, write_config
+from cotune.server.runs.base_model import model_here
+from cotune.server.runs.create import real_run
 from tests.server.coordinators import founded
 
 

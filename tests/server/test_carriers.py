@@ -12,11 +12,11 @@ import httpx
 import pytest
 from flwr.app import Message
 
-from cotune.server import carriers
-from cotune.server.addresses import Node
-from cotune.server.carriers import Threaded
-from cotune.server.line import Line
-from cotune.strategies.parcel import TooMuch
+from cotune.flower.chunks import TooMuch
+from cotune.flower.runtime_client import Line
+from cotune.server.transport import superlink as carriers
+from cotune.server.transport.node_registry import Node
+from cotune.server.transport.superlink import Threaded
 
 
 class FakeLine:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from cotune.models.errors import RunError
-from cotune.server.certificates import check, new_authority, renew
+from cotune.errors import RunError
+from cotune.server.deployment.certificates import check, new_authority, renew
 
 NOW = datetime.now(UTC)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cotune.models.errors import RunError
-from cotune.server import child as module
-from cotune.server.child import Child, running, stop
+from cotune.errors import RunError
+from cotune.server.deployment import processes as module
+from cotune.server.deployment.processes import Child, running, stop
 
 NewChild = Callable[..., Child]
 

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.models.errors import PlanError, PrivacyError, RunError
-from cotune.models.sharing import State
-from cotune.models.tasks import Metrics
-from cotune.privacy import private_mean
-from cotune.privacy.accounting import Steps
-from cotune.server.client_level import ClientLevelPrivacy, account_of
-from cotune.server.events import read_events
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import Progress, RunFolder
-from cotune.server.selection import select
-from cotune.strategies.wire import Request
+from cotune.data.tasks.task import Metrics
+from cotune.errors import PlanError, PrivacyError, RunError
+from cotune.models.trainable import State
+from cotune.privacy import client_dp as private_mean
+from cotune.privacy.accounting.composition import Steps
+from cotune.protocol.messages import Request
+from cotune.server.rounds.client_dp import ClientLevelPrivacy, account_of
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.rounds.selection import select
+from cotune.server.runs.events import read_events
+from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.privacy.test_private_mean import SILENT
 from tests.server.conftest import Answer, NewRun, adding, federation, model_of, update
 

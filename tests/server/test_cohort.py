@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message
 
-from cotune.models.errors import RunError
-from cotune.plan.signatures import RequestStatement, detach
-from cotune.server import asking, carriers
-from cotune.server.cohort import cohort_of, remember_waiting
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import Progress, RunFolder
+from cotune.errors import RunError
+from cotune.protocol.signatures import RequestStatement, detach
+from cotune.server.rounds import requests as asking
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.rounds.selection import cohort_of, remember_waiting
+from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.transport import superlink as carriers
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import real, told, wild
 

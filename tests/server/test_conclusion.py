@@ -11,16 +11,15 @@ import pytest
 import torch
 from transformers import pipeline
 
-from cotune.models.holdings import HoldingsFile
-from cotune.server.base import model_here
-from cotune.server.conclusion import conclude
-from cotune.server.evaluation import evaluate
-from cotune.server.events import read_events
-from cotune.server.new_run import real_run
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import RunFolder
-from cotune.server.step import served_of
-from cotune.strategies.wire import Request
+from cotune.data.dataset import HoldingsFile
+from cotune.protocol.messages import Request
+from cotune.server.rounds.evaluation import evaluate
+from cotune.server.rounds.loop import run_rounds, served_of
+from cotune.server.runs.base_model import model_here
+from cotune.server.runs.create import real_run
+from cotune.server.runs.events import read_events
+from cotune.server.runs.results import conclude
+from cotune.server.runs.run_folder import RunFolder
 from tests.conftest import sentences, write_csv
 from tests.server.conftest import Answer, update
 from tests.server.coordinators import founded

@@ -10,17 +10,19 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from cotune.models.errors import RunError
-from cotune.plan.signatures import RECEIPT, detach
+from cotune.errors import RunError
+from cotune.flower.chunks import TooMuch
+from cotune.protocol.messages import Receipt, Request, decode_request, encode_receipt, received_digest
+from cotune.protocol.signatures import RECEIPT, detach
 from cotune.server import app as server_app
-from cotune.server import asking, carriers, delivery
 from cotune.server.app import main
-from cotune.server.delivery import confirmed, deliver
-from cotune.server.federation import FederationFolder
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import RunFolder
-from cotune.strategies.parcel import TooMuch
-from cotune.strategies.wire import Receipt, Request, decode_request, encode_receipt, received_digest
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.rounds import model_delivery as delivery
+from cotune.server.rounds import requests as asking
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.rounds.model_delivery import confirmed, deliver
+from cotune.server.runs.run_folder import RunFolder
+from cotune.server.transport import superlink as carriers
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.test_asking import wrong_shape
 from tests.server.wild import PRIVATE, WildGrid, real, told, wild

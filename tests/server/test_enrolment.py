@@ -11,11 +11,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.errors import RunError
-from cotune.server import enrolment as module
-from cotune.server.enrolment import Enrolment, reconcile
-from cotune.server.members import Member
-from cotune.server.superlink import Node
+from cotune.errors import RunError
+from cotune.flower.control_client import Node
+from cotune.server.deployment import node_registration as module
+from cotune.server.deployment.members import Member
+from cotune.server.deployment.node_registration import Enrolment, reconcile
 
 
 def member(name: str) -> Member:

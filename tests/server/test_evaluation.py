@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.models.config import DataConfig, ModelConfig, TrainMode
-from cotune.models.holdings import Holdings, HoldingsFile, write_holdings
-from cotune.models.sharing import SharedModel, State, resident
-from cotune.server.evaluation import evaluate
+from cotune.data.config import DataConfig
+from cotune.data.dataset import Holdings, HoldingsFile, write_holdings
+from cotune.models.config import ModelConfig, TrainMode
+from cotune.models.trainable import SharedModel, State, resident
+from cotune.server.rounds.evaluation import evaluate
 from tests.conftest import ARCHITECTURES, sentences, write_csv, write_tagged
 
 LABELS = ("bad", "good", "so")

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.models.errors import RunError
-from cotune.server.events import Events, follow, listening, read_events
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import RunFolder
+from cotune.errors import RunError
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.runs.events import Events, follow, listening, read_events
+from cotune.server.runs.run_folder import RunFolder
 from tests.server.conftest import NewRun, adding, federation, model_of
 from tests.server.wild import full_disk
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.errors import RunError
-from cotune.server.federation import FederationFolder, ServerConfig, write_config
+from cotune.errors import RunError
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
 
 CONFIG = ServerConfig(name="tumours", hosts=("fed.example.org", "10.0.0.7"), superlink_port=9100, database=False)
 

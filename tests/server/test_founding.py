@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 
-from cotune.models.base import find_base
-from cotune.models.errors import CotuneError, DataError, DeviceError, ModelError, PlanError, RunError
+from cotune.errors import CotuneError, DataError, DeviceError, ModelError, PlanError, RunError
+from cotune.models.base_model import find_base
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
-from cotune.server import certificates
-from cotune.server.federation import FederationFolder, ServerConfig, write_config
-from cotune.server.founding import address_of, found, renew
-from cotune.server.signing import public_hex, read_signing_key
+from cotune.server.deployment import certificates
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, address_of, found, renew, write_config
+from cotune.server.deployment.signing import public_hex, read_signing_key
 from tests.conftest import sentences, write_csv
 
 LABELS = ["bad", "good", "so"]
 RULES = """
-from cotune.strategies.parts import fusion
+from cotune.strategies.registry import fusion
 
 @fusion("first", cite="")
 def first(updates):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.errors import RunError
-from cotune.server import supervisor
-from cotune.server.federation import FederationFolder
-from cotune.server.handover import HOME, name_of, place_of
+from cotune.errors import RunError
+from cotune.flower.control_client import HOME, name_of, place_of
+from cotune.server.deployment import supervisor
+from cotune.server.deployment.federation import FederationFolder
 from tests.server.coordinators import founded
 
 

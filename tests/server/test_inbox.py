@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cotune.models.errors import RunError
-from cotune.server.inbox import Inbox, Turns
-from cotune.strategies.updates import Update
+from cotune.errors import RunError
+from cotune.server.rounds.buffers import Inbox, Turns
+from cotune.strategies.types import Update
 from tests.server.wild import files
 
 ORDER = ("c", "a", "d", "b")

@@ -4,11 +4,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cotune.plan.invitation import Invitation
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.server.certificates import new_authority
-from cotune.server.instructions import instructions, what_leaves
+from cotune.protocol.federation_file import Invitation
+from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.federation import instructions, what_leaves
 from tests.docs.pages import blocks_of, commands_of
 
 SIGNS = {"id": 32 * "a", "signing_key": 64 * "b"}

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.models.errors import PlanError
+from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
-from cotune.server import asking, carriers
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import Progress, RunFolder
-from cotune.strategies.wire import Request
+from cotune.protocol.messages import Request
+from cotune.server.rounds import requests as asking
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.transport import superlink as carriers
 from tests.server.conftest import NewRun, adding, model_of, update
 from tests.server.test_rounds import assert_moved, initial
 from tests.server.wild import WildGrid, real, told, wild

@@ -31,8 +31,8 @@ from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from cotune.server.line import Line, line_of
-from cotune.strategies.parcel import TooMuch
+from cotune.flower.chunks import TooMuch
+from cotune.flower.runtime_client import Line, line_of
 
 Answer = Callable[[str, bytes], httpx.Response]
 

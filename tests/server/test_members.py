@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.models.errors import PlanError, RunError
-from cotune.server.members import Members, read_public_key
+from cotune.errors import PlanError, RunError
+from cotune.server.deployment.members import Members, read_public_key
 
 
 def ssh(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> str:

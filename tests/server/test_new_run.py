@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cotune.models.errors import CotuneError
-from cotune.models.holdings import HoldingsFile
-from cotune.server.new_run import new_folder, real_run
+from cotune.data.dataset import HoldingsFile
+from cotune.errors import CotuneError
+from cotune.server.runs.create import new_folder, real_run
 from tests.conftest import sentences, write_csv
 from tests.server.coordinators import founded
 

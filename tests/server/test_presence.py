@@ -9,11 +9,13 @@ from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server import carriers, delivery, presence
-from cotune.server.delivery import deliver
-from cotune.server.enrolment import reconcile
-from cotune.server.presence import LEFT, Presence, Seen
-from cotune.server.superlink import Node
+from cotune.flower.control_client import Node
+from cotune.server.deployment.node_registration import reconcile
+from cotune.server.rounds import model_delivery as delivery
+from cotune.server.rounds.model_delivery import deliver
+from cotune.server.transport import node_registry as presence
+from cotune.server.transport import superlink as carriers
+from cotune.server.transport.node_registry import LEFT, Presence, Seen
 from tests.server.conftest import NewRun
 from tests.server.test_asking import NAMES, dropped, everybody, play
 from tests.server.test_delivery import finished, receiving

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cotune.server.processes import Record, end, sessions
+from cotune.server.deployment.processes import Record, end, sessions
 
 DEAF = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(600)"
 PARENT = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {DEAF!r}]).wait()"

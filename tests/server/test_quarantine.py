@@ -9,8 +9,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors import safe_open
 
-from cotune.server import quarantine
-from cotune.server.quarantine import Quarantine
+from cotune.server.rounds import buffers as quarantine
+from cotune.server.rounds.buffers import Quarantine
 from tests.server.wild import files
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.durable import write_durably
-from cotune.server import refusals
-from cotune.server.events import Events, listening, read_events
-from cotune.server.refusals import Refusals, Watch, read_refusals, read_strangers
+from cotune.server.deployment import refusals
+from cotune.server.deployment.refusals import Refusals, Watch, read_refusals, read_strangers
+from cotune.server.runs.events import Events, listening, read_events
+from cotune.storage.files import write_durably
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from jinja2 import UndefinedError
 
-from cotune.server import charts, figures
-from cotune.server.report import render_report, write_report
-from cotune.server.verdict import judge
+from cotune.reporting import charts
+from cotune.reporting import formatting as figures
+from cotune.reporting.run_report import render_report, write_report
+from cotune.reporting.verdict import judge
 
 Summary = dict[str, Any]
 VOID = {"meta", "link", "br"}  # the elements of the page that HTML does not close

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
-from cotune.server.events import read_events
-from cotune.server.new_run import real_run
-from cotune.server.robust_default import with_robust_default
+from cotune.server.runs.create import real_run
+from cotune.server.runs.events import read_events
+from cotune.server.runs.suitability import with_robust_default
 from tests.server.coordinators import founded
 from tests.server.wild import LINES
 

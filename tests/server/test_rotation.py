@@ -13,26 +13,25 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.keys import next_key, take_next
-from cotune.client.keys import public_keys as node_public_keys
-from cotune.client.renewal import renew_key
-from cotune.client.requested import countersign, verified
-from cotune.client.set_up import make_site
-from cotune.client.trust import Trust, learn, note_use
-from cotune.models.errors import RunError
+from cotune.client.node.keys import next_key, renew_key, take_next
+from cotune.client.node.keys import public_keys as node_public_keys
+from cotune.client.node.requests import countersign, verified
+from cotune.client.node.trust import Trust, learn, note_use
+from cotune.client.site_setup import make_site
+from cotune.errors import RunError
 from cotune.plan.load import parse_plan
-from cotune.plan.renewal import read_node_renewal, read_server_renewals
-from cotune.plan.signatures import TRAIN, UPDATE, content_digest
-from cotune.plan.trail import compare, of_coordinator, of_organization
-from cotune.server import certificates, rotation
-from cotune.server.federation import FederationFolder, ServerConfig
-from cotune.server.founding import found
-from cotune.server.founding import renew as renew_certificate
-from cotune.server.members import read_public_key
-from cotune.server.run_folder import Participant, RunFile, RunFolder
-from cotune.server.signing import public_hex, public_keys, read_signing_key
-from cotune.server.trail import Trail, keys_of, read_trail
-from cotune.strategies.wire import Recipient, encode_requests
+from cotune.protocol.key_renewal import read_node_renewal, read_server_renewals
+from cotune.protocol.messages import Recipient, encode_requests
+from cotune.protocol.signatures import TRAIN, UPDATE, content_digest
+from cotune.protocol.trail import compare, of_coordinator, of_organization
+from cotune.server.deployment import certificates
+from cotune.server.deployment import key_rotation as rotation
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
+from cotune.server.deployment.federation import renew as renew_certificate
+from cotune.server.deployment.members import read_public_key
+from cotune.server.deployment.signing import public_hex, public_keys, read_signing_key
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
+from cotune.server.runs.trail import Trail, keys_of, read_trail
 from tests.support.kills import killed_before_each_change
 
 

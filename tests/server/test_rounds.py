@@ -14,18 +14,17 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from cotune.models.errors import RunError
-from cotune.models.sharing import State
-from cotune.models.tasks import Metrics
-from cotune.server import post
-from cotune.server.events import read_events
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import Participant, Progress, RunFile, RunFolder
-from cotune.simulations.grid import InProcessGrid
-from cotune.strategies.round import Weighed
+from cotune.data.tasks.task import Metrics
+from cotune.errors import RunError
+from cotune.flower.inprocess_grid import InProcessGrid
+from cotune.models.trainable import State
+from cotune.protocol.messages import Request, encode_update
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.runs.events import read_events
+from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
+from cotune.server.transport import base as post
 from cotune.strategies.sums import weighted
-from cotune.strategies.updates import Update
-from cotune.strategies.wire import Request, encode_update
+from cotune.strategies.types import Update, Weighed
 from tests.server.conftest import Answer, NewRun, adding, federation, model_of, update
 
 

@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from cotune.models.errors import CotuneError, RunError
+from cotune.errors import CotuneError, RunError
 from cotune.plan.load import parse_plan
-from cotune.server.run_folder import Participant, Progress, RunFile, RunFolder
+from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
 from tests.server.conftest import NewRun
 
 

@@ -14,21 +14,21 @@ from typing import Any
 
 import pytest
 
-from cotune.models.errors import RunError
-from cotune.server.events import Events
-from cotune.server.federation import FederationFolder
-from cotune.server.new_run import real_run
-from cotune.server.players import is_played
-from cotune.server.run_folder import RunFolder
-from cotune.server.running import (
+from cotune.errors import RunError
+from cotune.flower.control_client import RunState
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.run_controller import (
     Pace,
     carry_out,
     check_none_unfinished,
     hand_over,
+    is_played,
     newest,
     only_follower,
 )
-from cotune.server.superlink import RunState
+from cotune.server.runs.create import real_run
+from cotune.server.runs.events import Events
+from cotune.server.runs.run_folder import RunFolder
 from tests.server.coordinators import FakeSuperLink, Step, away, founded
 from tests.server.wild import full_disk
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from cotune.models.errors import PlanError
+from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
-from cotune.server.selection import check_sample_size, enough, select
+from cotune.server.rounds.selection import check_sample_size, enough, select
 from tests.server.conftest import NewRun
 
 PEOPLE = tuple(f"org-{i}" for i in range(10))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.errors import RunError
-from cotune.server.signing import SIGNING_KEY, new_signing_key, next_serial, public_hex, read_signing_key
+from cotune.errors import RunError
+from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, next_serial, public_hex, read_signing_key
 
 
 def test_a_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:

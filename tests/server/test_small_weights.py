@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import pytest
 from flwr.app import RecordDict
 
-from cotune.server.rounds import run_rounds
-from cotune.server.run_folder import RunFolder
-from cotune.strategies.updates import Update
-from cotune.strategies.wire import Request
+from cotune.protocol.messages import Request
+from cotune.server.rounds.loop import run_rounds
+from cotune.server.runs.run_folder import RunFolder
+from cotune.strategies.types import Update
 from tests.server.conftest import Answer, NewRun, adding, federation, model_of
 from tests.server.wild import told
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cotune.models.adapter import Adapter
-from cotune.server.admission import reason_to_refuse
-from cotune.strategies.updates import Update
+from cotune.server.rounds.update_validation import reason_to_refuse
+from cotune.strategies.types import Update
 
 LAYER = Adapter(a="x.a", b="x.b", weight="x", scale=2.0, rank=4)
 SHAPES = {"x.a": torch.zeros(4, 7), "x.b": torch.zeros(5, 4), "head": torch.zeros(3)}

@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import pytest
 
-from cotune.models.errors import RunError
-from cotune.server.certificates import check
-from cotune.server.federation import FederationFolder
-from cotune.server.new_run import real_run
-from cotune.server.run_folder import Progress, RunFolder
-from cotune.server.status import OrganisationStatus, Status, connections, look
-from cotune.server.superlink import Control
+from cotune.errors import RunError
+from cotune.flower.control_client import Control
+from cotune.server.deployment.certificates import check
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.status import OrganisationStatus, Status, connections, look
+from cotune.server.runs.create import real_run
+from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.server.coordinators import FakeSuperLink, founded
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cotune.models.errors import RunError
-from cotune.server.run_folder import RunFolder
-from cotune.server.strikes import left_out, remember
+from cotune.errors import RunError
+from cotune.server.rounds.exclusions import left_out, remember
+from cotune.server.runs.run_folder import RunFolder
 from tests.server.conftest import NewRun, adding
 from tests.server.test_asking import play, wrong_shape
 from tests.server.wild import real, told, wild

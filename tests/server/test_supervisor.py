@@ -13,13 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 from cotune.plan.load import parse_plan
-from cotune.server import certificates, supervisor
-from cotune.server.child import Child, running
-from cotune.server.federation import FederationFolder, ServerConfig
-from cotune.server.founding import found
-from cotune.server.supervisor import supervise
+from cotune.server.deployment import certificates, supervisor
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
+from cotune.server.deployment.processes import Child, running
+from cotune.server.deployment.supervisor import supervise
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 
-from cotune.server.events import read_events
-from cotune.server.federation import FederationFolder, ServerConfig, write_config
-from cotune.server.run_folder import Participant, RunFile, RunFolder
-from cotune.server.signing import new_signing_key
-from cotune.simulations.grid import InProcessGrid
+from cotune.flower.inprocess_grid import InProcessGrid
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
+from cotune.server.deployment.signing import new_signing_key
+from cotune.server.runs.events import read_events
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from tests.server.conftest import Answer, federation
 
 PRIVATE = [ec.generate_private_key(ec.SECP384R1()) for _ in range(5)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
-from cotune.server.events import read_events
+from cotune.server.runs.events import read_events
 from tests.conftest import sentences, write_csv
 
 torch.set_num_threads(1)  # with more, tiny models spend their time waiting for a core whenever the machine is shared
@@ -105,7 +105,7 @@ run()
 def cotune(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
     """Starts `cotune ARGUMENTS` in a process of its own; what it prints goes to cotune.log in the folder of the test."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "cotune.cli.main", "cotune.cli.progress", "cotune.simulations.simulate"])
+    context.set_forkserver_preload(["pytest", "cotune.cli.main", "cotune.cli.progress", "cotune.simulations.run"])
     started: list[BaseProcess] = []
 
     def start(*arguments: str | Path) -> BaseProcess:

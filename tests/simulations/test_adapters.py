@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cotune.client.site import Site
-from cotune.models.errors import PlanError
-from cotune.plan.model import model_of
+from cotune.errors import PlanError
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.server.run_folder import RunFolder
-from cotune.simulations.forecast import forecast
-from cotune.simulations.simulate import simulate
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.forecast.forecast import forecast
+from cotune.simulations.run import simulate
 from tests.simulations.conftest import NewPlan, final_model
 
 LORA: dict[str, Any] = {"train": "lora", "local": {"learning_rate": 1.0, "momentum": 0.0, "steps": 3}}

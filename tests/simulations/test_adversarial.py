@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.privacy.dp_sgd import StepReport, private_steps
-from cotune.simulations import audited_training
-from cotune.simulations.audit import AuditResult, audit
+from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.simulations.auditing import training as audited_training
+from cotune.simulations.auditing.audit import AuditResult, audit
 from tests.simulations.conftest import NewPlan
 
 torch.set_num_threads(1)

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from cotune.client.site import Site
-from cotune.models.errors import DataError, PlanError, PrivacyError
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.dp_sgd import StepReport, private_steps
-from cotune.simulations import audited_training
-from cotune.simulations.audit import audit
-from cotune.simulations.forecast import forecast
-from cotune.simulations.simulate import simulate
-from cotune.simulations.sites import prepare
+from cotune.errors import DataError, PlanError, PrivacyError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.simulations.auditing import training as audited_training
+from cotune.simulations.auditing.audit import audit
+from cotune.simulations.forecast.forecast import forecast
+from cotune.simulations.prepare import prepare
+from cotune.simulations.run import simulate
 from tests.simulations.conftest import NewPlan
 
 SMALL: dict[str, Any] = {"privacy": {"epsilon": 3}, "rounds": 2, "simulation": {"clients": 2, "baselines": []}}
@@ -125,9 +125,9 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     import numpy as np
     import torch
 
-    from cotune.models.holdings import Holdings
-    from cotune.plan.model import model_of
-    from cotune.simulations.sites import prepare
+    from cotune.data.dataset import Holdings
+    from cotune.plan.parameters import model_of
+    from cotune.simulations.prepare import prepare
 
     prepared = prepare(toy_plan(train="full", **SMALL), "cpu")
     plan, share = prepared.plan, prepared.shares[0]

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.models.holdings import HoldingsFile
-from cotune.models.sharing import State, resident
-from cotune.models.tasks import Metrics
+from cotune.client.training.round import train_round
+from cotune.data.dataset import HoldingsFile
+from cotune.data.tasks.task import Metrics
+from cotune.models.trainable import State, resident
 from cotune.plan.schema import Plan
-from cotune.server.evaluation import evaluate
-from cotune.server.events import listening
-from cotune.server.run_folder import RunFolder
+from cotune.server.rounds.evaluation import evaluate
+from cotune.server.runs.events import listening
+from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import run_baselines
-from cotune.simulations.sites import Prepared, make_run, make_site, prepare
+from cotune.simulations.prepare import Prepared, make_run, make_site, prepare
 from tests.simulations.conftest import NewPlan, same
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cotune.cli.forecast_lines import show_forecast
+from cotune.cli.plan import show_forecast
 from cotune.cli.simulate import show
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.server.events import listening
-from cotune.simulations.forecast import forecast
-from cotune.simulations.simulate import resume, simulate
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.server.runs.events import listening
+from cotune.simulations.forecast.forecast import forecast
+from cotune.simulations.run import resume, simulate
 from tests.simulations.conftest import NewPlan, final_model
 
 CENTRAL = {"epsilon": 6.0, "clip_norm": 0.5}

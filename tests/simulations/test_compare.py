@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.client.observe import observing
-from cotune.models.errors import PlanError, RunError
-from cotune.server.run_folder import keep_others_off
-from cotune.simulations.cells import parse_variation
-from cotune.simulations.compare import compare
-from cotune.simulations.comparison import Comparison, Variation
+from cotune.client.training.observe import observing
+from cotune.errors import PlanError, RunError
+from cotune.reporting.comparison_statistics import Comparison, Variation
+from cotune.server.runs.run_folder import keep_others_off
+from cotune.simulations.comparison.compare import compare
+from cotune.simulations.comparison.grid import parse_variation
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import rounds_played, table
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.simulations.comparison import Measured, combine, difference, estimate, holm
-from cotune.simulations.comparison_report import answer
+from cotune.reporting.comparison_report import answer
+from cotune.reporting.comparison_statistics import Measured, combine, difference, estimate, holm
 
 T4, T2 = 2.776445, 4.302653  # 97.5 % quantiles of Student's t with 4 and 2 degrees of freedom, from a table
 

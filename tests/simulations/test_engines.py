@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.errors import PlanError
+from cotune.errors import PlanError
 from cotune.plan.load import dump_plan
 from cotune.simulations.engines import ENGINES, check_engine
-from cotune.simulations.simulate import simulate
+from cotune.simulations.run import simulate
 from tests.simulations.conftest import NewPlan, final_model, same
 
 ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from cotune.client.budget import planned_telling
-from cotune.client.consent import broken_rules, check_consent
+from cotune.client.policy_check import broken_rules, check_consent
 from cotune.client.site import Site
-from cotune.models.errors import Declined, PlanError
-from cotune.privacy.accounting import Steps, epsilon
+from cotune.errors import Declined, PlanError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.rounding import two_digits
 from cotune.privacy.policy import BudgetRules, Policy
-from cotune.privacy.rounding import two_digits
-from cotune.simulations.expected import parse_examples
-from cotune.simulations.forecast import forecast, forecast_for
-from cotune.simulations.simulate import simulate
+from cotune.simulations.forecast.expected import parse_examples
+from cotune.simulations.forecast.forecast import forecast, forecast_for
+from cotune.simulations.run import simulate
 from tests.simulations.conftest import NewPlan
 
 

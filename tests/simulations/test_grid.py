@@ -5,7 +5,7 @@ from collections.abc import Callable
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from cotune.simulations.grid import InProcessGrid
+from cotune.flower.inprocess_grid import InProcessGrid
 
 Answer = Callable[[Message, Context], RecordDict]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cotune.server.events import listening
-from cotune.simulations.simulate import resume, simulate
+from cotune.server.runs.events import listening
+from cotune.simulations.run import resume, simulate
 from tests.simulations.conftest import NewPlan
 from tests.simulations.test_resume import tensors_of
 

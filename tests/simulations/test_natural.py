@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cotune.models.errors import DataError, PlanError
-from cotune.simulations.sites import prepare
+from cotune.errors import DataError, PlanError
+from cotune.simulations.prepare import prepare
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan
 

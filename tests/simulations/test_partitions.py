@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cotune.models.errors import DataError, PlanError
-from cotune.simulations.partitions import PartitionConfig, Rows, deal_alike, partition, split_test
+from cotune.data.partition import PartitionConfig, Rows, deal_alike, partition, split_test
+from cotune.errors import DataError, PlanError
 
 
 def split(labels: list[str], seed: int = 0, **config: Any) -> list[Rows]:

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from cotune.cli.simulate import show
-from cotune.client.personal import PERSONAL
 from cotune.client.site import Site
-from cotune.models.errors import PlanError
-from cotune.plan.model import model_of
+from cotune.client.training.extensions import PERSONAL
+from cotune.errors import PlanError
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.server.events import listening
-from cotune.server.run_folder import RunFolder
-from cotune.server.verdict import judge
-from cotune.simulations.simulate import Run, resume, simulate
+from cotune.reporting.verdict import judge
+from cotune.server.runs.events import listening
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.run import Run, resume, simulate
 from tests.simulations.conftest import NewPlan, same
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from cotune.client.site import Site
-from cotune.models.errors import PlanError
-from cotune.privacy.accounting import epsilon
-from cotune.server.events import listening, read_events
-from cotune.simulations.forecast import forecast
-from cotune.simulations.simulate import simulate
+from cotune.errors import PlanError
+from cotune.privacy.accounting.composition import epsilon
+from cotune.server.runs.events import listening, read_events
+from cotune.simulations.forecast.forecast import forecast
+from cotune.simulations.run import simulate
 from tests.simulations.conftest import NewPlan
 
 

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.models.errors import CotuneError, ModelError, RunError
+from cotune.errors import CotuneError, ModelError, RunError
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.ledger import Ledger
-from cotune.server.events import listening, read_events
-from cotune.simulations.simulate import resume, simulate
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.ledger.ledger import Ledger
+from cotune.server.runs.events import listening, read_events
+from cotune.simulations.run import resume, simulate
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan, final_model, same
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from cotune.models.errors import DeviceError
-from cotune.simulations.room import Room, available_memory
+from cotune.errors import DeviceError
+from cotune.simulations.comparison.workers import Room, available_memory
 
 
 def test_the_first_cell_shows_how_many_fit() -> None:

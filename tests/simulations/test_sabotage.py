@@ -28,17 +28,17 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.client import training
 from cotune.client.site import Site
-from cotune.client.training import train_round
-from cotune.plan.model import model_of
+from cotune.client.training import round as training
+from cotune.client.training.round import train_round
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.privacy.dp_sgd import StepReport, private_steps
-from cotune.privacy.per_example import Batch
-from cotune.privacy.randomness import PoissonSampler, seeded_generator
-from cotune.simulations import audited_training
-from cotune.simulations.audit import AuditResult, audit
-from cotune.simulations.sites import make_run, prepare
+from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.privacy.mechanisms.per_example import Batch
+from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
+from cotune.simulations.auditing import training as audited_training
+from cotune.simulations.auditing.audit import AuditResult, audit
+from cotune.simulations.prepare import make_run, prepare
 from tests.simulations.conftest import NewPlan
 from tests.support.batches import in_batches, stack
 
@@ -89,7 +89,7 @@ class _Shuffled(PoissonSampler):
 
 def shuffled(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
     """(4)"""
-    with patch("cotune.privacy.dp_sgd.PoissonSampler", _Shuffled):
+    with patch("cotune.privacy.mechanisms.dp_sgd.PoissonSampler", _Shuffled):
         yield from private_steps(*arguments, **settings)
 
 

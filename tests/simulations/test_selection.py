@@ -13,17 +13,17 @@ from dp_accounting.rdp import RdpAccountant
 from safetensors.torch import load_file
 
 from cotune.client.site import Site
-from cotune.models.errors import CotuneError, PlanError, PrivacyError, RunError
+from cotune.errors import CotuneError, PlanError, PrivacyError, RunError
 from cotune.plan.load import load_plan
-from cotune.privacy.accounting import epsilon
-from cotune.server.events import listening
-from cotune.simulations.candidates import Candidates
-from cotune.simulations.cells import cells_of, parse_variation
-from cotune.simulations.compare import compare
-from cotune.simulations.comparison import Variation
-from cotune.simulations.selected import Selected
-from cotune.simulations.selection import select
-from cotune.simulations.together import divergences, steps_of_folder
+from cotune.privacy.accounting.composition import epsilon
+from cotune.reporting.comparison_statistics import Variation
+from cotune.server.runs.events import listening
+from cotune.simulations.comparison.candidates import Candidates
+from cotune.simulations.comparison.compare import compare
+from cotune.simulations.comparison.grid import cells_of, parse_variation
+from cotune.simulations.comparison.selected import Selected
+from cotune.simulations.comparison.selection import select
+from cotune.simulations.released_models import divergences, steps_of_folder
 from tests.conftest import sentences, write_csv
 from tests.simulations.test_resume import kill_when
 

@@ -19,16 +19,16 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cotune.models.config import DataConfig
-from cotune.models.errors import RunError
-from cotune.models.records import read_records
+from cotune.data.config import DataConfig
+from cotune.data.records import read_records
+from cotune.errors import RunError
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.ledger import Ledger
-from cotune.privacy.rounding import two_digits
-from cotune.server.events import listening, read_events
-from cotune.server.new_run import new_folder
-from cotune.simulations.simulate import Run, simulate
+from cotune.privacy.accounting.rounding import two_digits
+from cotune.privacy.ledger.ledger import Ledger
+from cotune.server.runs.create import new_folder
+from cotune.server.runs.events import listening, read_events
+from cotune.simulations.run import Run, simulate
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan, final_model, same
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from cotune.client.site import Site
-from cotune.models.errors import DataError, ModelError, PlanError, PrivacyError
-from cotune.models.holdings import HoldingsFile
-from cotune.models.left_out import ELSEWHERE
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.rounding import two_digits
-from cotune.simulations.sites import make_run, prepare
+from cotune.data.dataset import HoldingsFile
+from cotune.data.left_out import ELSEWHERE
+from cotune.errors import DataError, ModelError, PlanError, PrivacyError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.rounding import two_digits
+from cotune.simulations.prepare import make_run, prepare
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.models.errors import PlanError
-from cotune.server.admission import reason_to_refuse
-from cotune.simulations.forecast import forecast
-from cotune.simulations.simulate import simulate
-from cotune.strategies.updates import Update
+from cotune.errors import PlanError
+from cotune.server.rounds.update_validation import reason_to_refuse
+from cotune.simulations.forecast.forecast import forecast
+from cotune.simulations.run import simulate
+from cotune.strategies.types import Update
 from tests.simulations.conftest import NewPlan
 
 

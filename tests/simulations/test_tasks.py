@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, ResNetConfig, pipeline
 
 from cotune.client.site import Site
-from cotune.models.errors import CotuneError, ModelError, PrivacyError
+from cotune.errors import CotuneError, ModelError, PrivacyError
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.simulations.forecast import forecast
-from cotune.simulations.simulate import resume, simulate
-from cotune.simulations.sites import prepare
+from cotune.simulations.forecast.forecast import forecast
+from cotune.simulations.prepare import prepare
+from cotune.simulations.run import resume, simulate
 from tests.conftest import COLOURS, PROCESSOR, tagged, write_images, write_tagged
 from tests.simulations.conftest import NewPlan
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting import Steps, epsilon
-from cotune.privacy.dp_sgd import StepReport, private_steps
-from cotune.simulations import audited_training
-from cotune.simulations.audit import AuditResult, audit, tightened
-from cotune.simulations.sites import prepare
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.simulations.auditing import training as audited_training
+from cotune.simulations.auditing.audit import AuditResult, audit, tightened
+from cotune.simulations.prepare import prepare
 from tests.simulations.conftest import NewPlan
 
 torch.set_num_threads(1)

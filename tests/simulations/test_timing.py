@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.models.batching import FINE_LENGTHS, LENGTHS, fixed_batches
+from cotune.data.dataset import Holdings
+from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS, fixed_batches
 from cotune.models.encoding import encoded_examples
 from cotune.models.features import FEATURE_SLOTS
-from cotune.models.holdings import Holdings
-from cotune.plan.model import model_of
+from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.simulations.sites import Prepared, prepare
-from cotune.simulations.stopwatch import Seconds, Stopwatch, by_length, measure
-from cotune.simulations.timing import estimate
+from cotune.simulations.forecast.timing import Seconds, Stopwatch, by_length, estimate, measure
+from cotune.simulations.prepare import Prepared, prepare
 from tests.simulations.conftest import NewPlan
 
 ALONE, POOLED = {"baselines": ["alone"]}, {"baselines": ["pooled"]}

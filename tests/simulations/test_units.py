@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from cotune.client.site import Site
-from cotune.models.config import TaskName
-from cotune.models.errors import DataError
-from cotune.models.holdings import HoldingsFile
+from cotune.data.config import TaskName
+from cotune.data.dataset import HoldingsFile
+from cotune.errors import DataError
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.dp_sgd import StepReport, private_steps
-from cotune.simulations import audited_training
-from cotune.simulations.audit import AuditResult, audit
-from cotune.simulations.simulate import simulate
-from cotune.simulations.sites import Prepared, make_run, prepare
+from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.simulations.auditing import training as audited_training
+from cotune.simulations.auditing.audit import AuditResult, audit
+from cotune.simulations.prepare import Prepared, make_run, prepare
+from cotune.simulations.run import simulate
 from tests.conftest import sentences, tagged, write_images
 
 PRIVATE = {"epsilon": 8.0, "unit": "patient_id", "max_records": 5}

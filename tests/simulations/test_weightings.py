@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.server.admission import reason_to_refuse
-from cotune.simulations.simulate import simulate
-from cotune.strategies.updates import Update
+from cotune.server.rounds.update_validation import reason_to_refuse
+from cotune.simulations.run import simulate
+from cotune.strategies.types import Update
 from tests.simulations.conftest import NewPlan, final_model, same
 
 

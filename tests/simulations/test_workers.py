@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from cotune.simulations.cells import parse_variation
-from cotune.simulations.compare import compare
-from cotune.simulations.workers import import_all
+from cotune.simulations.comparison.compare import compare
+from cotune.simulations.comparison.grid import parse_variation
+from cotune.simulations.comparison.workers import import_all
 from tests.simulations.conftest import rounds_played, table
 
 WEIGHTINGS = parse_variation("strategy.weighting=examples,uniform")

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.models.holdings import Holdings
-from cotune.plan.model import model_of
-from cotune.server.evaluation import predict
-from cotune.server.run_folder import RunFolder
-from cotune.simulations.simulate import Run, simulate
-from cotune.simulations.sites import Prepared, prepare
+from cotune.data.dataset import Holdings
+from cotune.plan.parameters import model_of
+from cotune.server.rounds.evaluation import predict
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.prepare import Prepared, prepare
+from cotune.simulations.run import Run, simulate
 from cotune.simulations.worth import TestSet, organisation_worth, own_majority
 from tests.conftest import sentences, write_csv, write_tagged
 from tests.simulations.conftest import NewPlan

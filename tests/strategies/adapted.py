@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
-from cotune.strategies.combination import WeightedFusion
-from cotune.strategies.parts import builtin
-from cotune.strategies.round import RoundContext
-from cotune.strategies.updates import Update
+from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.registry import builtin
+from cotune.strategies.types import RoundContext, Update
 
 A, B, W, HEAD = "layer.lora_A.default.weight", "layer.lora_B.default.weight", "layer.weight", "classifier.weight"
 IN, OUT = 7, 5

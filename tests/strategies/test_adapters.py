@@ -8,13 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.strategies.adapters import averaged, padded, product_norm, stacked, truncated
 from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.parts import Needs, PartInfo
-from cotune.strategies.round import Weighed
-from cotune.strategies.strategy import Part, StrategyConfig
-from cotune.strategies.updates import Update
+from cotune.strategies.config import Part, StrategyConfig
+from cotune.strategies.low_rank import averaged, padded, product_norm, stacked, truncated
+from cotune.strategies.registry import Needs, PartInfo
+from cotune.strategies.types import Update, Weighed
 from tests.strategies.adapted import A, B, close
 
 sizes = st.integers(1, 6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 from cotune.strategies import (
     Delta,
     Fused,
@@ -22,9 +22,8 @@ from cotune.strategies import (
     mean_of,
     weighted,
 )
-from cotune.strategies.build import build_aggregator
-from cotune.strategies.combination import WeightedFusion
-from cotune.strategies.parts import PartInfo, builtin, fusion, undecorated
+from cotune.strategies.aggregator import WeightedFusion, build_aggregator
+from cotune.strategies.registry import PartInfo, builtin, fusion, undecorated
 
 
 def update(values: dict[str, float], examples: int = 10, noise: dict[str, float] | None = None) -> Update:

@@ -9,7 +9,7 @@ import pytest
 
 from cotune.strategies import Needs, StrategyConfig, Visibility
 from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.parts import Kind, PartInfo
+from cotune.strategies.registry import Kind, PartInfo
 
 
 def part(kind: Kind, least: int = 1, **needs: Any) -> dict[Kind, PartInfo]:

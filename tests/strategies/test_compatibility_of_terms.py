@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.parts import Needs, PartInfo
-from cotune.strategies.strategy import StrategyConfig
+from cotune.strategies.config import StrategyConfig
+from cotune.strategies.registry import Needs, PartInfo
 
 
 def problem(term: str, *, facts: Facts = Facts(), **parts: Any) -> str | None:

@@ -32,9 +32,8 @@ from cotune.strategies.conformance import check_part
 from cotune.strategies.conformance.checks import Finding
 from cotune.strategies.conformance.samples import complete
 from cotune.strategies.flower import flower_strategy
-from cotune.strategies.parts import FOLDERS, PartInfo, builtin
-from cotune.strategies.round import LocalSteps
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import FOLDERS, PartInfo, builtin
+from cotune.strategies.types import LocalSteps, Update
 
 EVERY = [info for kind in FOLDERS for info in builtin(kind).values()]
 PER_CLIENT = Needs(visibility=Visibility.PER_CLIENT)

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cotune.models.errors import PlanError, RunError
-from cotune.strategies.combination import WeightedFusion
+from cotune.errors import PlanError, RunError
+from cotune.strategies.aggregator import WeightedFusion
 from cotune.strategies.flower import FlowerFusion, _kept, _restore, _Roll, flower_part, flower_strategy
-from cotune.strategies.parts import Visibility, builtin
-from cotune.strategies.round import RoundContext
-from cotune.strategies.updates import Update
+from cotune.strategies.registry import Visibility, builtin
+from cotune.strategies.types import RoundContext, Update
 
 SHAPES = {"z.weight": (4, 3), "a.bias": (4,)}
 EXAMPLES = (100, 250, 70, 330, 120)

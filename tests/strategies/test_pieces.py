@@ -15,9 +15,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.strategies import pieces
-from cotune.strategies.parcel import Malformed, TooMuch
-from cotune.strategies.pieces import CutOff, NotThere, gather
+from cotune.flower import chunks as pieces
+from cotune.flower.chunks import CutOff, Malformed, NotThere, TooMuch, gather
 
 MOST, SILENCE = 2**20, 5.0
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from cotune.models.errors import PlanError
+from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.strategies import plugins
-from cotune.strategies.build import build_aggregator, build_client_term
+from cotune.strategies.aggregator import build_aggregator, build_client_term
 from cotune.strategies.flower import FlowerFusion
-from cotune.strategies.parts import Visibility
 from cotune.strategies.plugins import from_installed, known, part_named
-from cotune.strategies.round import RoundContext
+from cotune.strategies.registry import Visibility
+from cotune.strategies.types import RoundContext
 
 RULES = '''
 import pathlib

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.strategies.round import RoundContext
-from cotune.strategies.schedules import Schedule, rate_of
+from cotune.strategies.server_optimizers.schedules import Schedule, rate_of
+from cotune.strategies.types import RoundContext
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from pydantic import ValidationError
 
 from cotune.strategies import Fused, Part, RoundContext, StrategyConfig, Update
-from cotune.strategies.build import build_aggregator, build_server_optimizer
-from cotune.strategies.recipes import expand
+from cotune.strategies.aggregator import build_aggregator, build_server_optimizer
+from cotune.strategies.config import expand
 from cotune.strategies.server_optimizers.sgd import ServerSGD
 
 

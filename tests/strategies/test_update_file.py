@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.strategies.update_file import read_update, update_bytes
-from cotune.strategies.updates import Update
+from cotune.protocol.update_file import read_update, update_bytes
+from cotune.strategies.types import Update
 
 UPDATE = Update(
     organisation="Zürich",

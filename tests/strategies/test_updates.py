@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.strategies import Update, apply_delta, difference
-from cotune.strategies.parts import builtin
+from cotune.strategies.registry import builtin
 
 floats = st.floats(-1e3, 1e3, width=32)
 

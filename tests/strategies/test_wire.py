@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.models.errors import RunError
-from cotune.strategies import Update
-from cotune.strategies.wire import (
+from cotune.errors import RunError
+from cotune.protocol.messages import (
     PROTOCOL,
     Receipt,
     Recipient,
@@ -33,6 +32,7 @@ from cotune.strategies.wire import (
     salt_of,
     state_digest,
 )
+from cotune.strategies import Update
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)  # () and empty ones included
 names = st.text(min_size=1, max_size=20)

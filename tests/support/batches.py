@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cotune.privacy.per_example import Batch, Batches
+from cotune.privacy.mechanisms.per_example import Batch, Batches
 
 
 def stack(records: Sequence[Batch]) -> Batch:

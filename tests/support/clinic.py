@@ -8,11 +8,11 @@ from typing import Any
 
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.models.config import DataConfig
-from cotune.models.holdings import write_holdings
-from cotune.models.sharing import State
+from cotune.data.config import DataConfig
+from cotune.data.dataset import write_holdings
+from cotune.models.trainable import State
 from cotune.plan.load import parse_plan
-from cotune.plan.model import model_of, shared_names
+from cotune.plan.parameters import model_of, shared_names
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.privacy.dp_sgd import private_steps
-from cotune.privacy.per_example import Batch
+from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.per_example import Batch
 from tests.support.batches import in_batches
 
 

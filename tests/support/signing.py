@@ -14,9 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import RecordDict
 
-from cotune.client.trust import Trust, TrustedServer
+from cotune.client.node.trust import Trust, TrustedServer
 from cotune.plan.load import parse_plan
-from cotune.plan.signatures import (
+from cotune.protocol.messages import decode_request, received_digest
+from cotune.protocol.signatures import (
     TRAIN,
     UPDATE,
     ReplyStatement,
@@ -27,7 +28,6 @@ from cotune.plan.signatures import (
     roster_digest,
     sign,
 )
-from cotune.strategies.wire import decode_request, received_digest
 
 FEDERATION = 32 * "f"
 SERVER_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cotune.privacy.accounting import Steps
+from cotune.privacy.accounting.composition import Steps
 
 
 def sums_of_steps(

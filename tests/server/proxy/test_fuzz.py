@@ -135,7 +135,7 @@ def test_any_headers_are_a_members_or_a_refusal(headers: list[tuple[bytes, bytes
 
 
 FOLDER = Path(str(proxy.__file__)).parent
-OF_THE_REST = {"cotune.models.errors"}  # one class of exception, which the command line shows as a sentence
+OF_THE_REST = {"cotune.errors"}  # one class of exception, which the command line shows as a sentence
 LIBRARIES = {"cryptography", "flwr", "google", "h11", "httpx", "pydantic"}
 
 

@@ -16,10 +16,10 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotune.protocol.messages import Recipient, encode_requests, encode_update
 from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
 from cotune.server.proxy.wire_format import Damaged, fields
 from cotune.strategies import Update
-from cotune.strategies.wire import Recipient, encode_requests, encode_update
 from tests.support.calls import NODE, announcement, identifier, tree
 
 LIMIT = 4096

@@ -22,15 +22,15 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 
-from cotune.models.errors import RunError
-from cotune.server.certificates import new_authority
-from cotune.server.events import Events, read_events
+from cotune.errors import RunError
+from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.members import Members
+from cotune.server.deployment.refusals import Watch, read_refusals
 from cotune.server.front import FrontConfig, Keys, read_config, setup
-from cotune.server.members import Members
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Front
-from cotune.server.refusals import Watch, read_refusals
+from cotune.server.runs.events import Events, read_events
 from tests.support.calls import announcement, identifier, new_key, public, signed, tree
 
 CALL = "/v1/fleet/push-object"

@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.strategies.build import build_aggregator
+from cotune.strategies.aggregator import build_aggregator
 from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.client_terms.feddyn import FedDyn
 from cotune.strategies.client_terms.proximal import Proximal
 from cotune.strategies.client_terms.scaffold import Scaffold
-from cotune.strategies.round import LocalSteps, RoundContext
-from cotune.strategies.strategy import StrategyConfig
-from cotune.strategies.updates import Update, apply_delta
+from cotune.strategies.config import StrategyConfig
+from cotune.strategies.types import LocalSteps, RoundContext, Update, apply_delta
 
 A, B, EXAMPLES = (1.0, 4.0), (0.0, 3.0), (100, 200)
 OPTIMUM = 8 / 3

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.strategies.combination import WeightedFusion
-from cotune.strategies.parts import builtin, undecorated
-from cotune.strategies.round import Fused, RoundContext
-from cotune.strategies.updates import Update
+from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.registry import builtin, undecorated
+from cotune.strategies.types import Fused, RoundContext, Update
 
 Fuse = Callable[..., Any]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.strategies.round import RoundContext
+from cotune.strategies.types import RoundContext
 
 
 def test_by_hand(fuse: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from cotune.strategies.round import RoundContext
+from cotune.strategies.types import RoundContext
 
 
 def test_every_entry_is_dropped_or_grows(fuse: Any) -> None:

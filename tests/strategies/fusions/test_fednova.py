@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 from cotune.strategies.fusions.fednova import effective_steps
-from cotune.strategies.round import LocalSteps, RoundContext
+from cotune.strategies.types import LocalSteps, RoundContext
 
 CONTEXT = RoundContext(local=LocalSteps(steps=20))
 

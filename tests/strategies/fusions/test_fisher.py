@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.strategies.build import build_aggregator
+from cotune.strategies.aggregator import build_aggregator
 from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.round import Fused, RoundContext
-from cotune.strategies.strategy import StrategyConfig
-from cotune.strategies.updates import Update
+from cotune.strategies.config import StrategyConfig
+from cotune.strategies.types import Fused, RoundContext, Update
 
 
 def update(delta: list[float], trust: list[float], examples: int = 1) -> Update:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.round import RoundContext
-from cotune.strategies.strategy import StrategyConfig
-from cotune.strategies.updates import Delta
+from cotune.strategies.config import StrategyConfig
+from cotune.strategies.types import Delta, RoundContext
 
 
 def judged(score: Callable[[float], float]) -> RoundContext:

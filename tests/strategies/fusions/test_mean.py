@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 from cotune.strategies import Delta, RoundContext, Update
-from cotune.strategies.combination import WeightedFusion
-from cotune.strategies.parts import builtin, undecorated
+from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.registry import builtin, undecorated
 
 SHAPES = {"a": (3,), "b": (2, 2), "c": ()}
 

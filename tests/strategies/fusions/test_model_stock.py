@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 
 
 def ratio(deltas: np.ndarray) -> float:

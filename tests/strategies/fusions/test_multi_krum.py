@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.models.errors import RunError
+from cotune.errors import RunError
 
 
 def test_by_hand(fuse: Any) -> None:

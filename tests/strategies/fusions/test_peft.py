@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import AutoModel
 
 from cotune.models.lora import adapters_of
-from cotune.strategies.combination import WeightedFusion
-from cotune.strategies.parts import builtin
-from cotune.strategies.round import RoundContext
-from cotune.strategies.updates import Update
+from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.registry import builtin
+from cotune.strategies.types import RoundContext, Update
 
 RANKS, COUNTS, RANK, ALPHA = (2, 4, 3), (1, 2, 5), 4, 6.0
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"]}

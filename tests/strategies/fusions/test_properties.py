@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.parts import PartInfo, Visibility, builtin
-from cotune.strategies.recipes import RECIPES, expand
-from cotune.strategies.round import LocalSteps, RoundContext
-from cotune.strategies.strategy import StrategyConfig
+from cotune.strategies.config import RECIPES, StrategyConfig, expand
+from cotune.strategies.registry import PartInfo, Visibility, builtin
+from cotune.strategies.types import LocalSteps, RoundContext
 
 COUNT = 11  # enough for every rule's defaults
 NAMES = [name for name, info in builtin("fusion").items() if not info.needs.adapters and set(info.needs.sends) <= {"loss"}]

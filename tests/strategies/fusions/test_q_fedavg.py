@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flwr.serverapp.strategy.qfedavg import compute_delta_and_h
 
-from cotune.models.errors import RunError
-from cotune.strategies.round import LocalSteps, RoundContext
+from cotune.errors import RunError
+from cotune.strategies.types import LocalSteps, RoundContext
 
 
 def told(*losses: float) -> list[dict[str, Any]]:

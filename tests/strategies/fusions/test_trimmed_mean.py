@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cotune.models.errors import RunError
-from cotune.strategies.parts import builtin
+from cotune.errors import RunError
+from cotune.strategies.registry import builtin
 
 
 def test_by_hand(fuse: Any) -> None:

@@ -12,11 +12,11 @@ from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
 from flwr.server.strategy import FedAdagrad, FedYogi
 from torch import Tensor
 
-from cotune.strategies.round import Fused, RoundContext
 from cotune.strategies.server_optimizers.adagrad import ServerAdagrad
 from cotune.strategies.server_optimizers.adam import ServerAdam
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.server_optimizers.yogi import ServerYogi
+from cotune.strategies.types import Fused, RoundContext
 
 ALL: list[type[Any]] = [ServerAdam, ServerYogi, ServerAdagrad]
 

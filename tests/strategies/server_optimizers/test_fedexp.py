@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.strategies.build import build_aggregator
-from cotune.strategies.round import Fused, RoundContext
+from cotune.strategies.aggregator import build_aggregator
+from cotune.strategies.config import StrategyConfig
 from cotune.strategies.server_optimizers.fedexp import FedExP
-from cotune.strategies.strategy import StrategyConfig
-from cotune.strategies.updates import Update
+from cotune.strategies.types import Fused, RoundContext, Update
 
 
 def fused_of(*deltas: list[float], examples: tuple[int, ...] | None = None) -> Fused:

@@ -11,11 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.strategies.build import build_aggregator
+from cotune.strategies.aggregator import build_aggregator
 from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.round import Fused, RoundContext
-from cotune.strategies.strategy import StrategyConfig
-from cotune.strategies.updates import Update
+from cotune.strategies.config import StrategyConfig
+from cotune.strategies.types import Fused, RoundContext, Update
 from cotune.strategies.weightings.inverse_loss import inverse_loss
 from cotune.strategies.weightings.q_fair import q_fair
 from cotune.strategies.weightings.tilted import tilted

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.strategies.updates import Update
+from cotune.strategies.types import Update
 from cotune.strategies.weightings.noise_aware import noise_aware, random_effects
 
 

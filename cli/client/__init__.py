@@ -1,0 +1,1 @@
+"""`cotune client`: the commands of an organization."""

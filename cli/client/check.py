@@ -1,0 +1,212 @@
+"""`cotune client check`: what joining a federation would mean here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cotune.cli.screen import beginning, screen
+from cotune.data.readers.sources import check_source
+from cotune.errors import PlanError
+from cotune.plan.load import load_plan
+from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.formatting import duration, size
+from cotune.storage.files import toml_of
+
+if TYPE_CHECKING:
+    from cotune.client.node.connection import Tried
+    from cotune.client.policy_check import Broken
+    from cotune.client.preflight import Checked
+    from cotune.client.site import Site
+    from cotune.plan.schema import Plan
+    from cotune.protocol.federation_file import Invitation
+
+
+SiteFolder = Annotated[Path, typer.Argument(help="The organisation's site: a folder that `cotune client init` made.")]
+Data = Annotated[str | None, typer.Option(help="Where the records are: a file, or a folder of images. Kept in the site.")]
+Text = Annotated[str | None, typer.Option(help="The column that holds the text (or image), where it is not the plan's.")]
+Label = Annotated[str | None, typer.Option(help="The column that holds the label, where it is not the plan's.")]
+Unit = Annotated[str | None, typer.Option(help="The column that says whose a record is, where it is not the plan's.")]
+Collection = Annotated[
+    str | None, typer.Option(help="The collection that the records of --data are in, with an ε total of its own.")
+]
+Model = Annotated[Path | None, typer.Option(help="A folder with the plan's base model, where it has another place here.")]
+
+
+def check(
+    site: SiteFolder,
+    federation: Annotated[str, typer.Argument(help="The federation.toml that the coordinator gave you; or a plan, or a run.")],
+    data: Data = None,
+    text: Text = None,
+    label: Label = None,
+    unit: Unit = None,
+    collection: Collection = None,
+    model: Model = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not try to connect.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+) -> None:
+    """Say what joining would mean here: policy, noise, ε, time and memory of one real step; whether the server lets you in."""
+    from dataclasses import asdict
+
+    check_source(data)
+    beginning("loading PyTorch, then policy, records and base model; then one step on made-up records", quiet=as_json)
+    from cotune.client.node.connection import try_connection, versions
+    from cotune.client.preflight import check as check_plan
+    from cotune.client.site import Site
+
+    opened, console = Site(site.expanduser()), screen()
+    invitation, plan = _read(federation)
+    with screen(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
+        opened = keep_what_is_named(opened, plan, data, text, label, unit, collection, model)
+        found = check_plan(plan, opened)
+        tried = None
+        if invitation is not None and not offline:
+            tried = try_connection(opened, invitation.address, invitation.certificates)
+    about = None if invitation is None else _about(invitation)
+    if as_json:
+        rules = [asdict(broken) | {"command": allowing(opened, broken)} for broken in found.broken]
+        connection = None if tried is None else asdict(tried)
+        together = {"federation": about, "versions": versions(), "connection": connection, **asdict(found), "broken": rules}
+        typer.echo(json.dumps(together, indent=1))
+    else:
+        if about is not None:
+            _show_federation(console, about, versions())
+        _show_check(console, opened, found, private=plan.privacy != "none")
+        if tried is not None:
+            _show_connection(console, tried)
+    if found.declined or (tried is not None and tried.problem):
+        raise typer.Exit(1)
+
+
+def _read(source: str) -> tuple[Invitation | None, Plan]:
+    """A federation.toml with its plan, or a plan by itself: a TOML file, or in the folder of a run."""
+    from cotune.protocol.federation_file import read_invitation
+
+    path = Path(source).expanduser()
+    if path.suffix == ".toml" and not path.exists():
+        raise PlanError(f"{source} does not exist: expected the federation.toml that the coordinator gave you, or a plan")
+    document = path / "plan.toml" if (path / "plan.toml").exists() else path
+    try:
+        is_invitation = {"protocol", "server"} <= toml_of(document.read_text(encoding="utf-8-sig")).keys()
+    except (OSError, ValueError):
+        is_invitation = document.name == "federation.toml"
+    if not is_invitation:
+        return None, load_plan(document if path.exists() else source, own_code=False)
+    invitation = read_invitation(document)
+    return invitation, invitation.plan
+
+
+def keep_what_is_named(
+    site: Site,
+    plan: Plan,
+    data: str | None,
+    text: str | None,
+    label: str | None,
+    unit: str | None,
+    collection: str | None,
+    model: Path | None,
+) -> Site:
+    """Writes into the site where records and base model are, as far as the command line says so."""
+    from cotune.client.site_setup import name_base, name_records
+
+    name_records(site, plan, data, text=text, label=label, unit=unit, collection=collection)
+    return site if model is None else name_base(site, plan, model)
+
+
+def allowing(site: Site, broken: Broken) -> str | None:
+    """The command that would allow what a rule does not."""
+    if broken.allowing is None:
+        return None
+    setting = f"{broken.rule}={json.dumps(broken.allowing, ensure_ascii=False)}"
+    return f"cotune client policy {shlex.quote(str(site.folder))} --set {shlex.quote(setting)}"
+
+
+def _about(invitation: Invitation) -> dict[str, Any]:
+    from cotune.protocol.messages import PROTOCOL
+
+    return {
+        "name": invitation.name,
+        "address": invitation.address,
+        "fingerprint": invitation.fingerprint,
+        "protocol": PROTOCOL,
+        "plan": invitation.plan.name,
+        "plan_id": invitation.plan.plan_id,
+    }
+
+
+def _show_federation(console: Console, about: dict[str, Any], found: dict[str, str]) -> None:
+    where, plan = escape(about["address"]), escape(about["plan"])
+    console.print(f"[bold]{escape(about['name'])}[/bold] at {where}: plan {plan} ({about['plan_id'][:12]}…)")
+    console.print(f"fingerprint of its federation.toml, to compare with the coordinator's: {about['fingerprint']}")
+    installed = ", ".join(f"{name} {number}" for name, number in found.items())
+    console.print(f"protocol {about['protocol']}; installed here: {installed}")
+
+
+def _show_check(console: Console, site: Site, found: Checked, *, private: bool) -> None:
+    from cotune.data.left_out import left_out_line
+
+    console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
+    line = left_out_line(found.left_out, found.examples)
+    if line is not None:
+        console.print(escape(line))
+    for warning in found.warnings:
+        console.print(f"[bold yellow]{escape(warning)}[/bold yellow]")
+    if found.declined:
+        show_broken(console, site, found.broken)
+        for problem in found.problems:
+            console.print(f"[bold red]{escape(problem)}[/bold red]")
+    else:
+        console.print("the policy allows this plan")
+    if private:
+        _show_figures(console, found)
+    else:
+        console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
+
+
+def _show_figures(console: Console, found: Checked) -> None:
+    """What the plan would spend and take, also where it is declined: whoever changes a rule wants to know for what."""
+    if found.epsilon is None or found.delta is None:
+        return
+    total = f" of {found.epsilon_total:g} in total" if (found.epsilon_total or 0.0) < 1e6 else ""
+    spent = f"ε {round_up(found.epsilon_spent or 0.0)}{total} is spent already"
+    noise = "no noise would do" if found.noise_multiplier is None else f"σ = {found.noise_multiplier:.3f}"
+    console.print(f"{noise}: it would spend ε = {found.epsilon:g} at δ = {found.delta:.1e}; {spent}")
+    if not found.stages:
+        return
+    table = Table("stage", box=None, header_style="bold", pad_edge=False)
+    for heading in ("rounds", "steps", "batch", "one step", "one round", "memory", "gradient error"):
+        table.add_column(heading, justify="right")
+    for s in found.stages:
+        times = (duration(s.seconds), duration(s.seconds * s.steps))
+        figures = (str(s.rounds), str(s.steps), f"{s.batch:.0f}", *times, size(s.peak_memory_bytes), f"{s.gradient_error:.0e}")
+        table.add_row(s.mode, *figures)
+    console.print(table)
+    console.print("tried on made-up records of full length; nothing was trained on, charged or sent")
+
+
+def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwise: str = "") -> None:
+    """Every rule that does not allow a plan, with the command that would. otherwise: what to say where it is no rule's doing."""
+    if not rules:
+        console.print(f"[bold red]{escape(otherwise)}[/bold red]")
+    for broken in rules:
+        console.print(f"[bold red]declined by the rule {escape(broken.rule)}[/bold red]: {escape(broken.problem)}")
+        command = allowing(site, broken)
+        if command is not None:
+            console.print(f"  to allow it: {escape(command)}")
+
+
+def _show_connection(console: Console, tried: Tried) -> None:
+    if tried.problem is not None:
+        console.print(f"[bold red]not connected[/bold red]: {escape(tried.problem)}")
+        return
+    how = "the server lets this organisation in"
+    if tried.served:
+        how = "the server answers; whether the node of this site is connected, it says itself (`cotune client join`)"
+    console.print(f"{how}; the server's certificate is good for {tried.days_left} days")

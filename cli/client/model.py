@@ -1,0 +1,132 @@
+"""`cotune client adapt` and `cotune client evaluate`: the received model, on the site's own records. Nothing of it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cotune.cli.client.check import SiteFolder
+from cotune.cli.evaluate import figure, with_interval
+from cotune.cli.screen import beginning, screen
+from cotune.data.readers.sources import check_source
+from cotune.errors import DataError
+
+if TYPE_CHECKING:
+    from cotune.client.site import Site
+    from cotune.data.dataset import Holdings
+
+
+_HEADINGS = {
+    "majority": "always the most frequent class",
+    "alone": "alone, without privacy",
+    "received": "the received model",
+    "adapted": "adapted to own records",
+}
+WantedPlan = Annotated[str, typer.Option("--plan", metavar="ID", help="First digits of a plan's id; default: the newest model.")]
+
+
+def adapt(
+    site: SiteFolder,
+    out: Annotated[Path | None, typer.Option(help="Folder of the adapted model; default: adapted/<plan> in the site.")] = None,
+    plan: WantedPlan = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+) -> None:
+    """Adapt the received model to the site's own records. Sends nothing and spends no ε, as nothing of it leaves."""
+    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
+    from cotune.client.personalization.evaluation import STAYS, adapt_site
+    from cotune.client.site import Site
+
+    opened, console = Site(site.expanduser()), screen()
+    with screen(stderr=True, quiet=as_json).status("fitting to own records"):
+        done = adapt_site(opened, out, plan)
+    found = done.adapted
+    if as_json:
+        about = {"method": found.method, "described": found.described, "tried": found.tried}
+        together = {"model": str(done.folder), "records": done.records, **about, "sent": False, "epsilon": 0.0}
+        typer.echo(json.dumps(together, indent=1))
+        return
+    tried = ", ".join(f"{method} {figure(accuracy)}" for method, accuracy in found.tried.items())
+    console.print(f"{done.records:,} own records; accuracy on parts that were not fitted to: {tried}")
+    console.print(f"kept: [bold]{found.described}[/bold]")
+    console.print("nothing was sent and no ε was spent. " + STAYS)
+    console.print(f"model         {escape(str(done.folder))}")
+
+
+def evaluate(
+    site: SiteFolder,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Labeled records that were in no run, in the columns of the site's own; default: a fifth of those."),
+    ] = None,
+    plan: WantedPlan = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+) -> None:
+    """Compare the received model with training alone, on the site's own records. Nothing is sent, and no ε is spent."""
+    check_source(data)
+    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
+    from cotune.client.personalization.evaluation import evaluate_site, open_received
+    from cotune.client.site import Site
+
+    opened = Site(site.expanduser())
+    with screen(stderr=True, quiet=as_json).status("fitting to own records"):
+        new = None if data is None else _new_records(opened, data, open_received(opened, plan).plan.labels)
+        found = evaluate_site(opened, new, plan)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show(screen(), found)
+
+
+def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Holdings:
+    """Read as the site's own records are."""
+    import numpy as np
+
+    from cotune.data.dataset import Holdings, HoldingsFile
+    from cotune.data.records import read_records
+
+    try:
+        document = HoldingsFile.model_validate_json((site.folder / "data.json").read_bytes())
+    except (OSError, ValueError):
+        raise DataError(f"{site.folder} does not say how its records are read: name them with `cotune client check`") from None
+    source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
+    records = read_records(document.data.model_copy(update={"source": source}), None, document.task)
+    return Holdings(((records, np.arange(len(records))),), labels, document.task, lenient=True)
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    own = "new records" if not found["seen_by_received"] else "own records"
+    console.print(
+        f"[bold]{escape(found['organisation'])}[/bold], plan {escape(found['plan'])} ({found['plan_id'][:12]}…):"
+        f" {found['records']:,} {own} judge, {found['fitted_to']:,} were fitted to"
+    )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("model")
+    for heading in ("accuracy (95 % interval)", "macro F1"):
+        table.add_column(heading, justify="right")
+    for name, metrics in found["columns"].items():
+        table.add_row(_HEADINGS[name], with_interval(metrics["accuracy"], metrics["accuracy_interval"]), figure(metrics["f1"]))
+    console.print(table)
+    worth = found["worth"]
+    low, high = worth["interval"]
+    console.print(
+        f"adapted minus alone: {worth['difference']:+.3f} ({low:+.3f} to {high:+.3f}). Worth it?"
+        f" [bold]{worth['answer']}[/bold] ({worth['test']}, p = {worth['p']:.3f})"
+    )
+    for note in _notes(found):
+        console.print(note)
+
+
+def _notes(found: dict[str, Any]) -> list[str]:
+    notes = []
+    if found["worth"]["few"]:
+        notes.append("fewer than 200 records judge: only large differences can be told from chance")
+    if found["seen_by_received"]:
+        bounded = "ε bounds how much of them it remembers" if found["private"] else "without privacy, so that this flatters it"
+        notes.append(f"the received model was trained with these records, too: {bounded}; --data names others")
+    return [*notes, "nothing was sent and no ε was spent: what was computed here is for you alone"]

@@ -1,0 +1,1 @@
+"""`cotune server`: the commands of a coordinator."""

@@ -1,0 +1,205 @@
+"""The last look at what is about to leave an organisation: nothing besides what plan and policy have agreed on.
+
+It reads the encoded message, not what training has computed, and compares it with request, plan, policy, records and ledger anew:
+a mistake anywhere before shows here, and then nothing leaves.
+
+What an organisation answers instead of an update: an error reply whose words hold nothing of its data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+
+from cotune.client.account import Account
+from cotune.client.site import Site
+from cotune.client.site_setup import model_here
+from cotune.errors import RunError
+from cotune.models.trainable import SharedModel
+from cotune.plan.parameters import shared_names, statistic_shapes
+from cotune.plan.schema import Plan
+from cotune.plan.update_norm import longest_update
+from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.policy import Policy
+from cotune.protocol.messages import (
+    Receipt,
+    Request,
+    decode_receipt,
+    decode_update,
+    encode_receipt,
+    encode_update,
+    received_digest,
+    salt_of,
+)
+from cotune.strategies.sums import norm
+from cotune.strategies.types import Update, not_finite
+
+UNSAID = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
+_REFUSED = 1001  # error code of a reply in which an organisation says why it did not train
+
+
+def refusal(message: Message, reason: str) -> Message:
+    return Message(Error(_REFUSED, reason), reply_to=message)
+
+
+_OF_RECORDS = {  # rules that the number of records decides: plan after plan, their names would tell it
+    ("budget", "delta_per_run"),
+    ("budget", "delta_times_records"),
+    ("training", "min_examples"),
+    ("training", "min_batch"),
+    ("tell", "declared_examples"),
+}
+_DECLINED = re.compile(r"declined: its rule ([a-z_]+)\.([a-z_]+) does not allow this plan")
+
+
+class Blocked(RunError):
+    """Something was about to leave that was not agreed on."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"nothing was sent: {problem}; this is a mistake in cotune, or in what was changed here: please report it"
+        )
+
+
+def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) -> tuple[Update, Account]:
+    """The update that the message holds, and the account that it was compared with. Raises Blocked."""
+    with _own_message():
+        update = decode_update(content, plan.plan_id)
+    policy = site.policy()
+    holdings = site.counted(plan)
+    account = Account(plan, policy, site, holdings, round=request.round)
+    for problem in _problems(content, update, request, account, model_here(plan, site)):
+        raise Blocked(problem)
+    return update, account
+
+
+def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site) -> None:
+    """Raises Blocked for anything but the receipt of this request."""
+    expected = Receipt(site.organisation, plan.plan_id, received_digest(request.state, request.sent))
+    with _own_message():
+        found = decode_receipt(content)
+    if found != expected or not _same(content, encode_receipt(expected, salt_of(content))):
+        raise Blocked("the receipt is not that of this request alone")
+
+
+@contextmanager
+def _own_message() -> Iterator[None]:
+    """What this machine has made and nobody could read is not for a server either."""
+    try:
+        yield
+    except RunError as error:
+        raise Blocked(str(error)) from None
+
+
+def check_reason(reason: str) -> None:
+    """Raises Blocked for words of a refusal that are not among those that say nothing of the records."""
+    declined, rules = _DECLINED.fullmatch(reason), Policy().model_dump()
+    known = declined is not None and declined[2] in rules.get(declined[1], {}) and declined.groups() not in _OF_RECORDS
+    if reason != UNSAID and not known:
+        raise Blocked("a refusal has other words than the few that may be told")
+
+
+def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: SharedModel) -> Iterator[str]:
+    plan, site = account.plan, account.site
+    names = shared_names(plan, model, request.round)
+    if not _same(content, encode_update(update, plan.plan_id, salt_of(content))):
+        yield "the message holds more than an update, or holds it in another form"
+    if (update.organisation, update.round) != (site.organisation, request.round):
+        yield f"the update is of {update.organisation[:80]} for round {update.round}, not of this organisation for this round"
+    if update.received != received_digest(request.state, request.sent):
+        yield "the update was not trained from what the request holds"
+    yield from _wrong_delta(update, request, account, model, names)
+    yield from _wrong_words(update, account, request.round)
+    private = isinstance(plan.privacy, RecordPrivacy)
+    allowed = account.policy.tell.statistics and not private
+    expected = statistic_shapes(plan, model, names) if allowed else {}
+    if {name: tuple(tensor.shape) for name, tensor in update.statistics.items()} != expected:
+        yield "the update holds other statistics of the records than plan and policy agree on"
+    if not_finite(update.statistics):
+        yield "its statistics are not finite"
+
+
+def _wrong_delta(update: Update, request: Request, account: Account, model: SharedModel, names: list[str]) -> Iterator[str]:
+    """Only what travels, in the shapes that came (or of the own smaller rank), finite, and no longer than the plan allows."""
+    surplus, lacking = sorted(update.delta.keys() - set(names)), sorted(set(names) - update.delta.keys())
+    if surplus or lacking:
+        yield f"the update has {', '.join(surplus[:3]) or 'nothing'} too much and lacks {', '.join(lacking[:3]) or 'nothing'}"
+        return
+    expected = {name: tuple(request.state[name].shape) for name in names if name in request.state}
+    expected |= _own_shapes(account, model, request.round, expected)
+    for name, tensor in update.delta.items():
+        if tuple(tensor.shape) != expected.get(name):
+            yield f"{name} has the shape {tuple(tensor.shape)}, expected {expected.get(name)}"
+    if not_finite(update.delta):
+        yield "the update is not finite"
+    start = norm({name: request.state[name] for name in names if name in request.state})
+    entries = sum(tensor.numel() for tensor in update.delta.values())
+    stage, length = account.plan.stage_of(request.round), norm(update.delta)
+    most = longest_update(account.plan, stage, examples=update.examples, entries=entries, start=start)
+    if most is not None and length > most:
+        yield f"the update has the norm {length:.3g}, and the plan allows {most:.3g} (server.max_update_norm)"
+
+
+def _own_shapes(
+    account: Account, model: SharedModel, round: int, whole: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    rank = account.policy.training.rank_for(account.plan.lora.rank)
+    if account.plan.stage_of(round).mode != "lora" or rank == account.plan.lora.rank:
+        return {}
+    own: dict[str, tuple[int, ...]] = {
+        adapter.a: (rank, whole[adapter.a][1]) for adapter in model.adapters() if adapter.a in whole
+    }
+    return own | {adapter.b: (whole[adapter.b][0], rank) for adapter in model.adapters() if adapter.b in whole}
+
+
+def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
+    """What is said beside the delta: count, steps, ε, noise, and whatever else is told."""
+    plan, policy, count = account.plan, account.policy, account.public_examples
+    if update.examples != count:
+        yield f"the update declares {update.examples} records, which is not what the rule tell.example_count says"
+    if update.steps != plan.stage_of(round).local.steps_of(count):
+        yield f"the update states {update.steps} steps, expected {plan.stage_of(round).local.steps_of(count)} as in the plan"
+    private = isinstance(plan.privacy, RecordPrivacy)
+    if update.epsilon != (account.stated_epsilon() if private else None):
+        yield f"the update states ε = {update.epsilon}, which is not what the ledger says"
+    if update.noise_variance is not None:
+        allowed = private and plan.strategy.compares_noise and policy.tell.noise_level
+        if not allowed or update.noise_variance.keys() != update.delta.keys():
+            yield "the update states its noise where plan and policy do not agree on it"
+    surplus = sorted(update.told.keys() - _may_be_told(plan, policy))
+    if surplus:
+        yield f"the update tells {surplus[0][:80]!r}, which plan and policy do not agree on"
+
+
+def _may_be_told(plan: Plan, policy: Policy) -> set[str]:
+    names = set[str]()
+    if plan.tell.label_histogram and policy.tell.label_histogram == "noised":
+        names |= {f"label {label}" for label in plan.labels}
+    if plan.tell.local_metrics and policy.tell.local_metrics != "none":
+        names |= {"correct", "records"}
+    if "loss" in plan.strategy.sends and policy.tell.local_loss != "none":
+        names |= {"loss"}
+    return names
+
+
+def _same(content: RecordDict, expected: RecordDict) -> bool:
+    """Record by record, field by field, byte by byte: nothing hides behind an array's own end or in its header."""
+    if content.keys() != expected.keys():
+        return False
+    for name, record in content.items():
+        other = expected[name]
+        if type(record) is not type(other) or list(record) != list(other):
+            return False
+        if isinstance(record, ArrayRecord) and isinstance(other, ArrayRecord):
+            if any((a.dtype, a.shape, a.stype, a.data) != (b.dtype, b.shape, b.stype, b.data) for a, b in _pairs(record, other)):
+                return False
+        elif any(type(record[key]) is not type(other[key]) or record[key] != other[key] for key in record):
+            return False
+    return True
+
+
+def _pairs(one: ArrayRecord, other: ArrayRecord) -> Iterator[tuple[Array, Array]]:
+    return ((one[name], other[name]) for name in one)

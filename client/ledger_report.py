@@ -1,0 +1,119 @@
+"""What an organization's ledger says, for its own people and for auditors: per collection, per run, ε and what is left."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from cotune.client.site import Site
+from cotune.privacy.accounting.filters import composition, epsilon_over_runs, epsilon_spent, rate_over_runs
+from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, run_figures
+from cotune.privacy.config import delta_of
+from cotune.privacy.ledger.charges import (
+    Charge,
+    DataSet,
+    charged_elsewhere,
+    collections_of,
+    counted_for,
+    data_sets_of,
+    histories_of,
+)
+from cotune.privacy.ledger.verification import FORMAT
+from cotune.privacy.policy import BudgetRules
+from cotune.storage.append_only_log import Entry
+
+
+def overview(site: Site) -> dict[str, Any]:
+    """The ledger as plain values, one table for each collection ("" where there is none).
+
+    ε is composed anew from the charges that count there, at the smallest δ that was in force. composition says how: "pld" for one
+    run, "renyi filter, order α" over several, whose plans may have been chosen after seeing answers (see `privacy.filters`).
+    epsilon is that of what was noised; `unprotected` lists what left beside it without any privacy, which no ε bounds. Raises
+    PrivacyError for a ledger that is damaged, and makes none where there is none.
+    """
+    return _books(site, events=False)[0]
+
+
+def export(site: Site) -> dict[str, Any]:
+    """The overview with every event that counts in each collection, and the log itself: all that an auditor needs.
+
+    ε follows from the events with dp-accounting alone, and the hashes of the log from SHA-256 alone (see docs/ledger.md).
+    """
+    found, entries = _books(site, events=True)
+    return {"format": FORMAT, **found, "entries": [asdict(entry) for entry in entries]}
+
+
+def _books(site: Site, *, events: bool) -> tuple[dict[str, Any], list[Entry]]:
+    entries = site.ledger().entries() if site.ledger_file.exists() else []
+    known, rules = list(data_sets_of(entries).values()), site.policy().budget
+    names = collections_of(entries) if entries else []
+    tables = [_collection(rules, entries, name, known, events=events) for name in names]
+    return {
+        "organisation": site.organisation,
+        "head": entries[-1].hash if entries else None,
+        "collections": tables,
+    }, entries
+
+
+def _collection(rules: BudgetRules, entries: list[Entry], name: str, known: list[DataSet], *, events: bool) -> dict[str, Any]:
+    [history] = histories_of(entries, name, "budget.epsilon_total")
+    counted = list(counted_for(entries, name))
+    elsewhere = charged_elsewhere(entries, name) - {charge.data for charge in counted}
+    held = [data for data in known if data.fingerprint not in elsewhere]
+    delta = history.delta if history.delta < 1 else _delta(rules, held)
+    counted_as = epsilon_over_runs(history.runs, rules.epsilon_total, delta)
+    return {
+        "collection": name,
+        "data_sets": [_data_set(data) for data in held],
+        "delta": delta,
+        "epsilon": epsilon_spent(history.runs, rules.epsilon_total, delta),
+        "epsilon_at_small_delta": epsilon_spent(history.runs, rules.epsilon_total, delta, at=SMALL_DELTA),
+        "true_positive_rate": rate_over_runs(history.runs, rules.epsilon_total, delta, FALSE_POSITIVE_RATE),
+        "composition": composition(history.runs, rules.epsilon_total, delta),
+        "epsilon_total": rules.epsilon_total,
+        "epsilon_left": max(0.0, rules.epsilon_total - counted_as),
+        "unprotected": [_left(e) for e in entries if e.kind == "unprotected" and e.body.get("collection", "") in ("", name)],
+        "runs": [_run(plan_id, counted, delta) for plan_id in history.runs],
+    } | ({"events": [_event(charge) for charge in counted]} if events else {})
+
+
+def _delta(rules: BudgetRules, held: list[DataSet]) -> float:
+    """δ of the largest data set, where no charge names one; that of every statement, where no data set is known."""
+    return min((delta_of(rules.delta_total, max(1, data.records)) for data in held), default=SMALL_DELTA)
+
+
+def _data_set(data: DataSet) -> dict[str, Any]:
+    return {
+        "fingerprint": data.fingerprint,
+        "records": data.records,
+        "unit": data.unit,
+        "first_seen": data.first_seen,
+        "shares_records_with": data.shares,
+    }
+
+
+def _left(entry: Entry) -> dict[str, Any]:
+    """What left without any privacy: no ε bounds it."""
+    return {"at": entry.at, **{key: entry.body[key] for key in ("plan_id", "plan", "round", "what")}}
+
+
+def _run(plan_id: str, counted: list[Charge], delta: float) -> dict[str, Any]:
+    own = [c for c in counted if c.plan_id == plan_id]
+    steps = [c.steps for c in own]
+    return {
+        "plan_id": plan_id,
+        "plan": next((c.plan for c in own if c.plan), ""),
+        "rounds": len({c.round for c in own}),
+        "steps": sum(c.steps.count for c in own if c.purpose == "training"),
+        "interrupted": sum(c.state == "reserved" for c in own),
+        "first": own[0].at,
+        "last": own[-1].at,
+        **run_figures(steps, delta),
+    }
+
+
+def _event(charge: Charge) -> dict[str, Any]:
+    """A charge as an accounting event: `steps` times a mechanism of σ, a Gaussian one perhaps on Poisson samples of rate q."""
+    table, steps = asdict(charge), charge.steps
+    parameters = {"noise_multiplier": steps.noise_multiplier, "sample_rate": steps.sample_rate, "steps": steps.count}
+    return {**table, "mechanism": steps.name, **parameters}

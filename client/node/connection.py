@@ -1,0 +1,132 @@
+"""How a node connects with its site's keys, and whether a server lets the organization in, found out before it joins."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from cotune.client.node.keys import next_key, take_next, write_public
+from cotune.client.node.trust import Trust
+from cotune.client.site import Site
+from cotune.client.site_setup import read_certificates, read_private_key
+from cotune.errors import RunError
+from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, connected
+from cotune.protocol.connectivity import reach
+
+
+class Entrance:
+    """Where a node goes in. Keys and authorities are read anew for every connection: both may be renewed while the node stays.
+
+    root_certificates: PEM; where it is the site's own node/ca.crt, the authorities are those that the site trusts at the time.
+    key: where it is the site's own node.key, the one that is to follow is tried once a server refuses the present one. Raises
+    RunError for files that cannot be used.
+    """
+
+    def __init__(
+        self,
+        site: Path,
+        address: str,
+        root_certificates: Path | None,
+        key: Path,
+        connect: Callable[..., AbstractContextManager[Fleet]] = connected,
+    ) -> None:
+        self._site, self._address, self._root, self._key, self._connect = site, address, root_certificates, key, connect
+        self._certificates()
+        present = read_private_key(key)
+        if self._is_own_key:
+            write_public(site, present)  # a renewal may have been cut off before it
+
+    @contextmanager
+    def __call__(self, known: int | None, anew: bool) -> Iterator[Fleet]:
+        """As `connected`."""
+        certificates = self._certificates()
+        with ExitStack() as held:
+            try:
+                fleet = held.enter_context(self._connect(self._address, certificates, read_private_key(self._key), known, anew))
+            except NotKnown as refused:
+                fleet = self._enter_with_next(held, certificates, refused)
+            yield fleet
+
+    def _enter_with_next(self, held: ExitStack, certificates: bytes | None, refused: NotKnown) -> Fleet:
+        """refused: raised again where there is no next key, or the server does not know that either."""
+        following = next_key(self._site) if self._is_own_key else None
+        if following is None:
+            raise refused
+        try:
+            fleet = held.enter_context(self._connect(self._address, certificates, following))
+        except NotKnown:
+            raise refused from None
+        take_next(self._site, following)
+        return fleet
+
+    @property
+    def _is_own_key(self) -> bool:
+        return self._key == self._site / "node.key"
+
+    def _certificates(self) -> bytes | None:
+        if self._root == self._site / "node" / "ca.crt" and (self._site / "node" / "trust.json").exists():
+            return Trust.read(self._site).certificates()
+        return read_certificates(self._root)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """expires: ISO 8601, of the server's certificate. problem: why this organisation would not get in; None: it would.
+
+    served: a node of this site runs, and holds the key at the server; whether it is connected, it says itself.
+    """
+
+    address: str
+    problem: str | None
+    expires: str | None = None
+    days_left: int | None = None
+    served: bool = False
+
+
+def try_connection(site: Site, address: str, certificates: bytes | None) -> Tried:
+    """Connects with the organisation's key, and leaves at once. Raises RunError for a key that cannot be used.
+
+    While a node serves this site nobody else is let in with its key: then only the server is looked at.
+    """
+    key = read_private_key(site.folder / "node.key")
+    try:
+        expires = reach(address, certificates)
+    except RunError as error:
+        return Tried(address, str(error))
+    tried = Tried(address, None, expires.isoformat(timespec="seconds"), (expires - datetime.now(UTC)).days)
+    if _is_served(site.folder / "node" / "lock"):
+        return Tried(**{**vars(tried), "served": True})
+    try:
+        with connected(address, certificates, key) as fleet:
+            fleet.leave()
+    except FleetError as error:
+        return Tried(**{**vars(tried), "problem": str(error)})
+    return tried
+
+
+def _is_served(lock: Path) -> bool:
+    try:
+        with open(lock, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def versions() -> dict[str, str]:
+    """Of what has a say in whether two sides understand each other, and in what training costs."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("cotune", "flwr", "torch", "transformers", "opacus"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,140 @@
+"""The keys by which servers know an organization's node: the present one, the next one, and how it is renewed.
+
+node.key, node.pub      in the site: the present one
+node/next.key           made by `cotune client renew-key`; takes the place of node.key once the server lets the node in with it
+node/former.pub         the public halves of those that were replaced, one a line
+
+A process that is killed between any two writes leaves the present key, or the next one in its place; the same again finishes it.
+
+An organization renews the key by which servers know its node: a statement for the coordinator, signed by the old key.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_public_key,
+)
+from filelock import FileLock
+
+from cotune.client.node.trust import Trust
+from cotune.client.site import Site
+from cotune.client.site_setup import read_private_key
+from cotune.errors import RunError
+from cotune.protocol.key_renewal import NodeRenewal, fingerprint
+from cotune.storage.files import write_durably
+
+FORMER = "former.pub"  # in node/
+
+
+def public_keys(site: Path) -> list[EllipticCurvePublicKey]:
+    """The present one first, those before it, and one that is to follow. Raises RunError."""
+    file = site / "node" / FORMER
+    try:
+        former = [load_ssh_public_key(line) for line in _lines(file)]
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise RunError(f"{file} is damaged ({type(error).__name__}): expected a public key in each line") from None
+    return [read_private_key(site / "node.key").public_key(), *(key for key in former if isinstance(key, EllipticCurvePublicKey))]
+
+
+def next_key(site: Path) -> EllipticCurvePrivateKey | None:
+    """The key that is to follow, if one was made. Raises RunError."""
+    file = _next(site)
+    return read_private_key(file) if file.exists() else None
+
+
+def both_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurvePrivateKey]:
+    """The present key, and the one that is to follow it, made where there is none. Raises RunError."""
+    with _changing(site):
+        present, following = read_private_key(site / "node.key"), next_key(site)
+        if following is None:
+            following = ec.generate_private_key(ec.SECP384R1())
+            write_durably(_next(site), private_bytes(following))
+        return present, following
+
+
+def take_next(site: Path, key: EllipticCurvePrivateKey) -> None:
+    """Puts the key that was to follow, and with which a server has let the node in, in the place of the present one.
+
+    The former one is noted before it is gone, so that what it has signed can be verified; its private half is not kept.
+    """
+    with _changing(site):
+        following = next_key(site)
+        if following is None or following.public_key() != key.public_key():
+            return  # another process has done it
+        present, file = read_private_key(site / "node.key").public_key(), site / "node" / FORMER
+        line = present.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        lines = _lines(file)
+        if line not in lines:
+            write_durably(file, b"".join(each + b"\n" for each in (*lines, line)))
+        os.replace(_next(site), site / "node.key")
+        write_public(site, key)
+
+
+def write_public(site: Path, key: EllipticCurvePrivateKey) -> None:
+    """node.pub, with the comment that it has, where it is another key's."""
+    file, line = site / "node.pub", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    before = file.read_bytes() if file.exists() else b""
+    if not before.startswith(line):
+        comment = b" ".join(before.split()[2:])
+        write_durably(file, b" ".join((line, comment)).strip() + b"\n")
+
+
+def private_bytes(key: EllipticCurvePrivateKey) -> bytes:
+    """As OpenSSH keeps it."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+
+
+def _next(site: Path) -> Path:
+    return site / "node" / "next.key"
+
+
+def _lines(file: Path) -> list[bytes]:
+    return file.read_bytes().splitlines() if file.exists() else []
+
+
+def _changing(site: Path) -> FileLock:
+    (site / "node").mkdir(mode=0o700, exist_ok=True)
+    return FileLock(site / "node" / ".keys.lock", mode=0o600)
+
+
+def renew_key(site: Site) -> tuple[Path, str]:
+    """Makes the next key, and the statement that the coordinator is to be given. The same again renews the same key.
+
+    Until the coordinator has accepted it, the node goes on with the present key; from then on it uses the next one by itself.
+
+    Returns:
+        The statement's file, and the new key's fingerprint: SHA-256, hex.
+
+    Raises:
+        RunError: For a site that has joined no federation, keys that cannot be read, and a folder that cannot be written.
+    """
+    federation, file = Trust.read(site.folder).federation, site.folder / "node-renewal.json"
+    try:
+        present, following = both_keys(site.folder)
+        renewal = _kept(file, federation, fingerprint(following.public_key()))
+        if renewal is None:
+            renewal = NodeRenewal.make(federation, site.organisation, present, following)
+            write_durably(file, renewal.text().encode() + b"\n")
+    except OSError as error:
+        raise RunError(f"{site.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+    return file, fingerprint(following.public_key())
+
+
+def _kept(file: Path, federation: str, new: str) -> NodeRenewal | None:
+    """The statement that was made before, so that the coordinator is shown one and the same."""
+    try:
+        renewal = NodeRenewal.parse(file.read_text(encoding="ascii"))
+        about = renewal.about
+        return renewal if (about.federation, fingerprint(renewal.new_key())) == (federation, new) else None
+    except (OSError, ValueError, RunError):
+        return None

@@ -1,0 +1,388 @@
+"""The resident node: stays connected to a server, answers its requests by the cotune that is installed here, and comes back.
+
+Nothing that the server sends is executed. Training runs in a process of its own (resident.py), so that heartbeats go on
+meanwhile and a crash costs one answer. A request is kept until it is answered: a node that was killed goes on with it.
+
+node/request.pb    in the site: the request that is being answered, without its content
+node/id            the node's number at the server, while it is online, and where that is: a copy of the site is another node
+node/lock          held by the process that serves the site
+
+What a run's bundle (Flower's FAB, a zip archive) holds. It is looked at and never unpacked.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import platform
+import random
+import signal
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from flwr.app import Message, MessageType
+
+from cotune.client.audit_log import AuditLog
+from cotune.client.egress_guard import UNSAID, refusal
+from cotune.client.node.connection import Entrance
+from cotune.client.node.worker import Resident, ResidentDied
+from cotune.client.training.observe import tell
+from cotune.errors import DataError, RunError
+from cotune.flower.chunks import CutOff, Parcel
+from cotune.flower.fleet_client import Fleet, FleetError, Request, RequestOver
+from cotune.storage.files import only_one, write_durably
+
+_CONFIGURATION = {".toml", ".md", ".txt", ".json", ".yaml", ".yml"}
+_PLAIN = {".info/CONTENT", "LICENSE"}
+
+
+def reason_to_refuse(content: bytes) -> str | None:
+    """Why a run with this bundle is not served: it holds more than configuration. The words may be told to the server."""
+    try:
+        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return "the run's bundle is not a zip archive: expected the one that cotune starts its runs with"
+    foreign = [name for name in names if name not in _PLAIN and PurePosixPath(name).suffix.lower() not in _CONFIGURATION]
+    if not foreign:
+        return None
+    return (
+        f"the run's bundle holds {foreign[0][:80]!r}: expected configuration only, as this organisation runs the cotune that is"
+        " installed there"
+    )
+
+
+_POLL_SECONDS = 0.1
+_MOST_POLL_SECONDS = 1.0
+_LATER = 0.05  # of the time that it has waited already: it asks less and less often, and is late by that share at most
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 10.0  # before it connects again
+_OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
+_log = logging.getLogger(__name__)
+
+Connect = Callable[[int | None, bool], AbstractContextManager[Fleet]]  # as `connected`: known, anew
+
+
+class Worker(Protocol):
+    """Who answers: a Resident."""
+
+    def give(self, parcel: Parcel) -> None: ...
+    def answer(self, seconds: float) -> Message | None: ...
+
+
+def run_node(
+    site: Path, address: str, *, root_certificates: Path | None = None, key: Path, stop: threading.Event | None = None
+) -> None:
+    """Serves the organisation of the folder `site` until SIGINT, SIGTERM or `stop`, whatever happens to the server.
+
+    address: host:port of the server, or of the TLS front before it. root_certificates: a PEM file; without one, those that this
+    machine trusts. key: the file of the organisation's private key (OpenSSH, elliptic curve), which the server has registered.
+    Raises DataError when the folder is not a site, RunError when another node serves it, or when the address, the key or the
+    certificates cannot be used.
+    """
+    if not (site / "site.json").is_file():
+        raise DataError(f"{site} is not a site: expected a folder with a site.json")
+    _check_address(address)
+    connect = Entrance(site, address, root_certificates, key)
+    stop = stop or threading.Event()
+    with _alone(site / "node"), _stopped_by_signals(stop):
+        worker = Resident(site.resolve(), address)
+        try:
+            Node(site / "node", worker, stop, AuditLog(site)).stay(connect)
+        finally:
+            worker.stop()
+
+
+class Node:
+    """What a node does with connections and a worker: one request at a time, until `stop`.
+
+    folder: what it keeps. sent: where its own refusals are entered before they leave; the worker enters what it answers.
+    """
+
+    def __init__(self, folder: Path, worker: Worker, stop: threading.Event, sent: AuditLog | None = None) -> None:
+        self._worker, self._stop, self._sent = worker, stop, sent
+        self._request_file, self._id_file = folder / "request.pb", folder / "id"
+        self._place = f"{platform.node()} {folder.resolve()}"
+        self._deadline = 0.0  # of the request, by the clock that never jumps
+        self._request, self._known = self._kept_request(), self._kept_id()
+        self._in_doubt = True  # whether the server may have handed over a request that never arrived: it does so once
+        self._opened = self._given = self._again = False  # its content was asked for; the worker has it; for the second time
+        self._at = ""  # the content that the worker is at for a number which this node has no more
+        self._reply: Message | None = None
+        self._own_entry: dict[str, Any] = {}  # of the log of what was sent, where the node itself answers
+        self._began = self._active = time.monotonic()  # the request; when there was something to do last
+        self._newest: dict[int, int] = {}  # run -> its newest round
+        self._fit_run: int | None = None  # the last run whose bundle was found fit
+
+    def stay(self, connect: Connect) -> None:
+        """Connects, serves, and connects again when the connection breaks off; waits longer after each failure."""
+        wait = 0.0
+        while not self._stop.wait(wait):
+            started = time.monotonic()
+            try:
+                with connect(self._known, self._in_doubt and self._request is None) as fleet:
+                    self._enter(fleet)
+                    self.serve(fleet)
+                    self._leave(fleet)
+            except Exception as error:  # a node that stays must outlive what nobody thought of, too
+                lasted = time.monotonic() - started
+                wait = _next_wait(0.0 if lasted > _LONGEST_WAIT_SECONDS else wait)
+                unforeseen = None if isinstance(error, FleetError) else error
+                tell("disconnected", reason=str(error))
+                _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
+
+    def serve(self, fleet: Fleet) -> None:
+        """Until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
+        while not self._stop.is_set():
+            try:
+                if not self._step(fleet):
+                    waited = time.monotonic() - self._active
+                    self._stop.wait(min(_MOST_POLL_SECONDS, max(_POLL_SECONDS, _LATER * waited)))
+            except RequestOver as error:
+                if self._request is None:
+                    raise
+                self._drop(fleet, str(error))
+
+    def _step(self, fleet: Fleet) -> bool:
+        """The next thing to do; False where there is none."""
+        if self._request is None:
+            self._request = self._receive(fleet)
+            if self._request is None:
+                return False
+            self._accept(fleet, self._request)
+        elif self._reply is not None:
+            self._send(fleet, self._request, self._reply)
+        elif self._given:
+            self._wait_for_reply(fleet, self._request)
+        else:
+            self._begin(fleet, self._request)
+        self._active = time.monotonic()
+        return True
+
+    def _receive(self, fleet: Fleet) -> Request | None:
+        self._in_doubt = True
+        request = fleet.receive()
+        self._in_doubt = False
+        return request
+
+    def _accept(self, fleet: Fleet, request: Request) -> None:
+        """Keeps a request; one that nobody waits for any more is dropped. The finished model may be that of an earlier round."""
+        self._deadline = time.monotonic() + request.seconds
+        round = int(request.round) if request.round.isdecimal() else 0
+        newest = self._newest.get(request.run, 0)
+        if round < newest and request.header.metadata.message_type == MessageType.TRAIN:
+            return self._drop(fleet, f"round {newest} has come already")
+        self._newest[request.run] = max(round, newest)
+        self._began = time.monotonic()
+        try:
+            write_durably(self._request_file, request.to_bytes())
+        except OSError as error:
+            self._refuse(request, UNSAID, f"the site cannot be written ({error}): make room, or mend its permissions")
+
+    def _begin(self, fleet: Fleet, request: Request) -> None:
+        """Hands a request to the worker, when the run's bundle is fit for it."""
+        if self._is_late():
+            return self._drop(fleet, "its time has passed")
+        if request.run != self._fit_run:
+            refused = reason_to_refuse(fleet.bundle(request.run))
+            if refused is not None:
+                _log.warning("run %s is refused: %s", request.run, refused)
+                return self._refuse(request, refused, refused)
+            self._fit_run = request.run
+        if not self._is_at(request):
+            self._give(fleet, request)
+
+    def _is_at(self, request: Request) -> bool:
+        """Whether the worker is still at the same content. Its update is kept when it is done, and then answers this request."""
+        if self._at and self._at == _content_of(request):
+            with suppress(ResidentDied):
+                if self._worker.answer(_POLL_SECONDS) is None:
+                    return True
+        self._at = ""
+        return False
+
+    def _give(self, fleet: Fleet, request: Request) -> None:
+        try:
+            parcel = fleet.open(request)
+            self._opened = True
+            self._worker.give(parcel)
+            self._given = True
+            _log.info("round %s of run %s begins", request.round, request.run)
+            tell("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
+        except FleetError:
+            raise
+        except CutOff as error:
+            self._ask_anew(fleet, error)
+        except ResidentDied as error:
+            self._died(request, error)
+        except Exception as error:  # what a stranger sent may be malformed in any way
+            _log.warning("the request cannot be read: %s", error)
+            self._refuse(request, UNSAID, f"the request cannot be read: {error}")
+
+    def _ask_anew(self, fleet: Fleet, error: CutOff) -> None:
+        """The server's call was cut off, as by a SuperLink that was killed: whoever connects anew is asked again."""
+        self._drop(fleet, f"{error}; it is to be asked again")
+        self._in_doubt = True
+        raise FleetError("a request did not come whole")
+
+    def _refuse(self, request: Request, said: str, reason: str) -> None:
+        """Answers without the worker. said: to the server. reason: for the organisation's own log of what was sent."""
+        self._reply, self._own_entry = (
+            refusal(request.header, said),
+            {"what": "refusal", "round": request.round, "reason": reason},
+        )
+        try:
+            if self._sent is not None:
+                self._sent.append(said=said, **self._own_entry)
+        except RunError as error:  # what is refused without it says nothing of the records
+            _log.error("%s", error)
+
+    def _wait_for_reply(self, fleet: Fleet, request: Request) -> None:
+        fleet.check_known()
+        try:
+            self._reply = self._worker.answer(_POLL_SECONDS)
+        except ResidentDied as error:
+            self._died(request, error)
+        if self._reply is None and time.monotonic() > self._deadline + _OVERDUE_SECONDS:
+            newer = self._receive(fleet)
+            if newer is not None:
+                self._drop(fleet, "its time has long passed, and another one waits; what it was to spend counts as spent")
+                self._request = newer
+                self._accept(fleet, newer)
+
+    def _died(self, request: Request, error: ResidentDied) -> None:
+        """A process that was killed costs time, and with privacy what it had reserved; one that dies of its work would die
+        again.
+        """
+        _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
+        if self._again:
+            return self._refuse(request, UNSAID, str(error))
+        self._again, self._given = True, False
+        tell("again", round=request.round, reason=str(error))
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def _send(self, fleet: Fleet, request: Request, reply: Message) -> None:
+        if self._is_late():
+            return self._drop(fleet, "its answer came too late")
+        seconds = time.monotonic() - self._began
+        fleet.send(reply, seconds)
+        _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)
+        entry = self._own_entry or self._last_entry()
+        self._forget(fleet, request)
+        tell("answered", round=request.round, seconds=seconds, entry=entry)
+
+    def _last_entry(self) -> dict[str, Any]:
+        """What the worker has entered about its answer."""
+        return {} if self._sent is None else self._sent.last()
+
+    def _drop(self, fleet: Fleet, reason: str) -> None:
+        assert self._request is not None
+        _log.warning("round %s of run %s is dropped: %s", self._request.round, self._request.run, reason)
+        tell("dropped", round=self._request.round, reason=reason)
+        self._forget(fleet, self._request)
+
+    def _forget(self, fleet: Fleet, request: Request) -> None:
+        """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
+        opened = self._opened
+        self._request, self._reply, self._own_entry = None, None, {}
+        self._opened = self._given = self._again = False
+        with suppress(OSError):
+            self._request_file.unlink()
+        if opened:
+            with suppress(FleetError):
+                fleet.confirm(request)
+
+    def _enter(self, fleet: Fleet) -> None:
+        _log.info("connected as node %s", fleet.node_id)
+        tell("connected", node=fleet.node_id)
+        self._known, self._in_doubt = fleet.node_id, False
+        try:
+            write_durably(self._id_file, f"{fleet.node_id} {self._place}".encode())
+        except OSError as error:
+            _log.error("the site cannot be written (%s): make room, or mend its permissions", error)
+        if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:
+            self._at = _content_of(self._request) if self._given and self._reply is None else ""
+            self._drop(fleet, "the server knows this node by another number now, and asks it anew")
+
+    def _leave(self, fleet: Fleet) -> None:
+        """A node that is stopped says so: nobody waits for what it was at."""
+        for file in (self._request_file, self._id_file):
+            with suppress(OSError):
+                file.unlink()
+        with suppress(FleetError):
+            fleet.leave()
+
+    def _kept_request(self) -> Request | None:
+        try:
+            kept = Request.from_bytes(self._request_file.read_bytes())
+            age = max(0.0, time.time() - self._request_file.stat().st_mtime)
+            self._deadline = time.monotonic() + kept.header.metadata.ttl - age
+            return kept
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
+            _log.warning("%s is damaged (%s): it is left out", self._request_file, error)
+            return None
+
+    def _kept_id(self) -> int | None:
+        try:
+            number, _, place = self._id_file.read_text(encoding="utf-8").partition(" ")
+            return int(number) if place == self._place else None
+        except (OSError, ValueError):
+            return None
+
+
+def _content_of(request: Request) -> str:
+    """The identifier of what a request holds: a hash of it, the same when it is asked anew."""
+    return str(request.tree.children[0].object_id) if request.tree.children else ""
+
+
+def _next_wait(last: float) -> float:
+    longest = min(_LONGEST_WAIT_SECONDS, max(_FIRST_WAIT_SECONDS, 2 * last))
+    return longest * random.uniform(0.8, 1.0)  # not all nodes at once
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise RunError(f'"{address}" is not the address of a server: expected host:port, as in fed.example.org:8443')
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a second node off a site."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+    with only_one(folder / "lock", f"another node serves {folder.parent}: stop it first, or leave it to its work"):
+        yield
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set `stop`; a second one ends the process as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def answer(*_: object) -> None:
+        stop.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        restore()

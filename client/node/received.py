@@ -1,0 +1,95 @@
+"""What a request may hold, decided by the plan and the model here alone, before any of its arrays is put together or loaded.
+
+A request comes from a server that is not trusted: it may be larger than any plan makes one, and its state may name parameters
+that no round has trained, so that another model would take the place of the base model that the organization has approved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+
+from flwr.app import Message, MessageType
+
+from cotune.client.node.requests import verified
+from cotune.client.policy_check import Approvals, check_base_model, check_plan
+from cotune.client.site import Site
+from cotune.client.site_setup import model_here
+from cotune.errors import CotuneError, RunError
+from cotune.flower.chunks import Parcel
+from cotune.plan.load import parse_plan
+from cotune.plan.parameters import state_shapes
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy
+from cotune.protocol.messages import Request, decode_header
+from cotune.protocol.signatures import SIGNED
+
+Consent = Callable[[Plan, Policy], None]  # raises Declined
+Shapes = Mapping[str, tuple[int, ...]]
+
+_ARRAY_HEAD = 1024  # bytes of an array before its values, and some to spare
+
+
+def plan_of(request: Request) -> Plan:
+    """Raises PlanError; RunError for a text that is none, or not one of Unicode, and so has no hash; or that is another plan once
+    it is read again, as from the file in which it waits for approval.
+    """
+    try:
+        plan = parse_plan(json.loads(request.plan))
+        plan.canonical().encode()
+        if parse_plan(json.loads(plan.canonical())) != plan:
+            raise RunError("the plan is another one when it is read again: expected the canonical form of one plan")
+    except UnicodeEncodeError:
+        raise RunError("the plan holds half a character: expected Unicode text") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"the plan cannot be read ({type(error).__name__}): expected JSON") from None
+    return plan
+
+
+def expected_shapes(plan: Plan, site: Site, round: int, check: Consent) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape, of what the state of a request for a round may hold (`plan.model.state_shapes`).
+
+    No record is read; a model is looked for once the plan is approved and the policy allows it. Raises Declined; ModelError for a
+    base model not found here; RunError for a round that is none of the plan's.
+    """
+    policy = site.policy()
+    Approvals(site).check(plan, policy)
+    check(plan, policy)
+    if not 1 <= round <= plan.rounds:
+        raise RunError(f"a request came for round {round}: expected one of the plan's {plan.rounds} rounds")
+    return state_shapes(plan, model_here(plan, site), round)
+
+
+def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
+    """Raises RunError for a state with other names or shapes than those of the rounds so far, before anything is charged."""
+    for name, tensor in request.state.items():
+        if name not in expected:
+            raise RunError(
+                f"the request's state holds {name[:80]}, which no round up to {request.round} trains: expected those parameters"
+                " alone, and the approved base model for the rest"
+            )
+        if tuple(tensor.shape) != expected[name]:
+            raise RunError(f"the request's {name[:80]} has the shape {tuple(tensor.shape)}, expected {expected[name]}")
+    if request.sent and plan.strategy.client_term is None:
+        raise RunError("the request sends tensors beside the state: expected none, as the plan has no client term")
+
+
+def opened(parcel: Parcel, site: Site) -> Message:
+    """The message of a request, if it is no larger than its plan makes one.
+
+    Without its arrays where it is not signed, or the plan is not approved or cannot be read: whoever answers refuses it for the
+    same reason. Raises TooMuch, Malformed.
+    """
+    header = parcel.header("request", SIGNED)
+    if not header.has_content():
+        return header
+    try:
+        unsigned = header.content if site.file.simulated else verified(header.content, site.folder)[0]
+        request = decode_header(unsigned)
+        plan, check = plan_of(request), check_plan if header.metadata.message_type == MessageType.TRAIN else check_base_model
+        expected = expected_shapes(plan, site, request.round, check)
+    except CotuneError:
+        return header
+    arrays = sum(4 * math.prod(shape) + _ARRAY_HEAD for shape in expected.values())
+    return parcel.message(arrays if plan.strategy.client_term is None else 2 * arrays)

@@ -1,0 +1,193 @@
+"""A request as its server has signed it: verified before anything of it is loaded or charged, and answered under a signature.
+
+What is refused: no signature, or one of another key; a request of another federation, for another organization, of another kind;
+one whose plan, round or arrays are not those that were signed; and one that was asked before another that was accepted. The last
+request itself may come again: an answer may have been lost. The server's new keys may come with it (trust.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flwr.app import RecordDict
+
+from cotune.client.audit_log import AuditLog
+from cotune.client.node.trust import Trust, learn, note_use
+from cotune.client.site_setup import read_private_key
+from cotune.errors import Declined, RunError
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy
+from cotune.protocol.key_renewal import ServerRenewal
+from cotune.protocol.messages import Request, received_digest
+from cotune.protocol.signatures import (
+    FINISHED,
+    REFUSAL,
+    TRAIN,
+    ReplyStatement,
+    RequestStatement,
+    attach,
+    detach,
+    roster_digest,
+    sign,
+    signed_by_server,
+    signed_words,
+    words_digest,
+)
+
+_MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
+
+
+@dataclass(frozen=True)
+class Requested:
+    """key: the server's, as hex. roster: fingerprints of those that took part in the round before."""
+
+    statement: RequestStatement
+    signature: str
+    key: str
+    roster: tuple[str, ...]
+    trusts: str
+
+    @property
+    def is_notice(self) -> bool:
+        """Whether no model comes, but the word that the organization was left out of the run."""
+        return self.statement.kind == FINISHED and self.statement.strikes > 0
+
+    def entry(self) -> dict[str, Any]:
+        """What the log of what was sent says of it."""
+        return {
+            "statement": self.statement.text(),
+            "signature": self.signature,
+            "key": self.key,
+            "roster": list(self.roster[:_MOST_LOGGED]),
+        }
+
+
+def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> tuple[RecordDict, Requested]:
+    """The message without its signature, and who has signed what. folder: of the site.
+
+    Raises RunError for a signature that is missing, malformed, or not of a key that the site accepts, for another federation, and
+    for new keys of the server that its old one has not signed.
+    """
+    rest, signed = detach(content)
+    if signed is None:
+        raise RunError("the request is not signed: expected a server whose cotune signs its requests")
+    learn(folder, ServerRenewal.parse_all(signed.about.pop("renewals", "")))
+    trust, statement = Trust.read(folder), RequestStatement.parse(signed.text)
+    keys = trust.signing_keys()
+    key = next((key for key in keys if signed_by_server(statement, signed.signature, key)), None)
+    if key is None:
+        raise RunError(f"the signature of the request is not of the server of {trust.name}: expected its signing key")
+    if statement.federation != trust.federation:
+        raise RunError(f"the request is of federation {statement.federation[:12]}: expected {trust.federation[:12]}")
+    roster = tuple(signed.about.get("roster", "").split())
+    if len(set(roster)) != statement.cohort or roster_digest(roster) != statement.roster:
+        raise RunError("the roster of the request is not the one that was signed")
+    if key != keys[0]:
+        note_use(folder, key, now)
+    return rest, Requested(statement, signed.signature, key, roster, trust.newest.signing_key)
+
+
+def check_request(requested: Requested, kind: str, request: Request, plan: Plan, log: AuditLog) -> None:
+    """Raises RunError for a header that is not the one that was signed, and for one that was asked before the last accepted."""
+    statement = requested.statement
+    found = {
+        "kind": kind,
+        "recipient": request.organisation,
+        "round": request.round,
+        "admitted": request.admitted,
+        "plan": plan.plan_id,
+    }
+    for name, value in found.items():
+        if getattr(statement, name) != value:
+            raise RunError(f"the request has {name} = {value!s:.80}: expected {getattr(statement, name)!s:.80}, as was signed")
+    last = _last(log, statement.federation)
+    if last is not None and statement != last and statement.serial <= last.serial:
+        raise RunError(
+            f"the request of {statement.at} for round {statement.round} is an old one: expected one signed after {last.at}"
+        )
+
+
+def check_arrays(requested: Requested, request: Request) -> None:
+    """Raises RunError for arrays that are not those that were signed."""
+    if received_digest(request.state, request.sent) != requested.statement.received:
+        raise RunError("the request holds other arrays than were signed: expected those of its server")
+
+
+def check_limits(requested: Requested, policy: Policy, log: AuditLog, now: datetime | None = None) -> None:
+    """Raises Declined where too few took part in the round before, or too many rounds were begun today (UTC)."""
+    rules, statement = policy.training, requested.statement
+    if statement.kind != TRAIN:
+        return
+    if statement.cohort < rules.min_cohort:
+        problem = f"{statement.cohort} took part in the round before, expected at least {rules.min_cohort}"
+        raise Declined("training.min_cohort", problem)
+    if rules.max_rounds_per_day is None:
+        return
+    begun = _rounds_of_day(log, (now or datetime.now(UTC)).date().isoformat())
+    if len(begun - {(statement.run, statement.round)}) >= rules.max_rounds_per_day:
+        raise Declined(
+            "training.max_rounds_per_day", f"{len(begun)} rounds were begun today, expected at most {rules.max_rounds_per_day}"
+        )
+
+
+def countersign(content: RecordDict, kind: str, digest: str, requested: Requested, folder: Path) -> dict[str, str]:
+    """Signs an answer with the key of the organization's node; returns what the log says of it. digest: of its content.
+
+    Raises RunError for a key that cannot be read.
+    """
+    statement, signature = _countersigned(kind, digest, requested, folder)
+    attach(content, statement, signature)
+    return {"statement": statement.text(), "signature": signature}
+
+
+def countersign_refusal(words: str, requested: Requested, folder: Path) -> tuple[str, dict[str, str]]:
+    """The words of a refusal under a signature, and what the log says of it: with the request, which is in no line of its own.
+
+    Raises RunError as `countersign` does.
+    """
+    digest = words_digest(words)
+    statement, signature = _countersigned(REFUSAL, digest, requested, folder)
+    entry = {"sha256": digest, "statement": statement.text(), "signature": signature}
+    entry |= {"refused": requested.statement.text(), "refused_signature": requested.signature}
+    return signed_words(words, statement, signature), entry
+
+
+def _countersigned(kind: str, digest: str, requested: Requested, folder: Path) -> tuple[ReplyStatement, str]:
+    request = requested.statement
+    statement = ReplyStatement(request.digest, request.recipient, kind, digest, requested.trusts)
+    return statement, sign(statement, read_private_key(folder / "node.key"))
+
+
+def last_range(log: AuditLog, plan_id: str) -> tuple[int, int] | None:
+    """Between which numbers of records the declared one has to be, by the last request to train by this plan; None: unknown."""
+    for entry in log.newest_first():
+        if entry.get("what") == "request":
+            statement = RequestStatement.parse(str(entry.get("statement")))
+            if (statement.kind, statement.plan) == (TRAIN, plan_id):
+                return statement.declarable
+    return None
+
+
+def _last(log: AuditLog, federation: str) -> RequestStatement | None:
+    """The last request of the federation that was accepted."""
+    for entry in log.newest_first():
+        if entry.get("what") == "request":
+            statement = RequestStatement.parse(str(entry.get("statement")))
+            if statement.federation == federation:
+                return statement
+    return None
+
+
+def _rounds_of_day(log: AuditLog, day: str) -> set[tuple[str, int]]:
+    """(run, round) of those that were begun on the day, by this machine's clock."""
+    found = set[tuple[str, int]]()
+    for entry in log.newest_first():
+        if str(entry.get("at", ""))[:10] < day:
+            break
+        if entry.get("what") == "request":
+            statement = RequestStatement.parse(str(entry.get("statement")))
+            found |= {(statement.run, statement.round)} if statement.kind == TRAIN else set()
+    return found

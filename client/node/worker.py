@@ -1,0 +1,135 @@
+"""The process that trains for a node: the cotune that is installed here, with the model of the last plan kept between rounds.
+
+It is started afresh (spawn), ends with the node however that ends, and may itself end at any moment: the node lives on.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict, UserConfig
+
+from cotune.client.egress_guard import UNSAID, refusal
+from cotune.errors import RunError
+from cotune.flower.chunks import Malformed, Parcel, TooMuch
+from cotune.printable import clean_output
+
+_log = logging.getLogger(__name__)
+
+
+class ResidentDied(Exception):
+    """The process ended before it answered."""
+
+
+class Resident:
+    """Answers one message at a time for the site in `folder`. server: who asks, as its own log of what was sent names it.
+
+    Messages come to it in their pieces: what they may become is decided where the model is (received.py).
+    """
+
+    def __init__(self, folder: Path, server: str = "") -> None:
+        self._folder, self._server, self._busy = folder, server, False
+        self._process, self._pipe = self._start()
+
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        level = logging.getLogger("cotune").getEffectiveLevel()
+        process = context.Process(
+            target=_work, args=(theirs, self._folder, self._server, level), name="cotune-resident", daemon=True
+        )
+        process.start()
+        theirs.close()
+        return process, ours
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def give(self, parcel: Parcel) -> None:
+        """Starts work on a message, in a new process if the old one has ended, or is at a message that nobody waits for any more.
+
+        Raises ResidentDied.
+        """
+        if self._busy or not self._process.is_alive():
+            self.stop()
+            self._process, self._pipe = self._start()
+        self._busy = True
+        try:
+            self._pipe.send(parcel)
+        except OSError:
+            raise self._died() from None
+
+    def answer(self, seconds: float) -> Message | None:
+        """The reply, when it comes within so many seconds. Raises ResidentDied."""
+        try:
+            if not self._pipe.poll(seconds):
+                return None
+            reply: Message = self._pipe.recv()
+            self._busy = False
+            return reply
+        except (EOFError, OSError):
+            raise self._died() from None
+
+    def stop(self) -> None:
+        """What it was at is lost, except for what the site keeps."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def _died(self) -> ResidentDied:
+        self._process.join()
+        return ResidentDied(f"the training process ended with {self._process.exitcode}: perhaps memory ran out")
+
+
+def _work(pipe: Connection, folder: Path, server: str, level: int) -> None:
+    """What the process does until the node ends."""
+    clean_output()
+    os.umask(0o077)  # what it keeps is the organisation's own
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service sends them to all: the node answers for both
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.getLogger("cotune").setLevel(level)
+    import cotune.client.app  # noqa: F401  # not above: it watches its parent before it imports torch
+
+    while True:
+        try:
+            parcel = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_answer(parcel, folder, server))
+
+
+def _answer(parcel: Parcel, folder: Path, server: str = "") -> Message:
+    from cotune.client.app import app
+    from cotune.client.audit_log import AuditLog
+    from cotune.client.node.received import opened
+    from cotune.client.site import Site
+
+    header = parcel.header("")
+    about = header.metadata
+    site = UserConfig({"site": str(folder), "server": server})
+    context = Context(about.run_id, about.dst_node_id, site, RecordDict(), UserConfig())
+    try:
+        return app(opened(parcel, Site(folder)), context)
+    except Exception as error:  # such as a message of a kind that is not served
+        foreseen = isinstance(error, TooMuch | Malformed)
+        _log.error("the message could not be answered: %s", error, exc_info=None if foreseen else error)
+        with suppress(RunError):  # what is refused without it says nothing of the records
+            AuditLog(folder).append("refusal", server=server, said=UNSAID, reason=f"{type(error).__name__}: {error}")
+        return refusal(header, UNSAID)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

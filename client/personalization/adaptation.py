@@ -1,0 +1,244 @@
+"""An organization adapts the finished model to itself: nothing of it leaves, so that nothing is noised and no ε is spent.
+
+Tried are the model as it came, and
+- prior: its scores, shifted to the organization's own mix of classes (see `head_fit.corrected`);
+- head: a head of its own, fitted from that one and pulled toward it, with several strengths;
+- alone: a head that knows nothing of the shared one;
+- mix: the mean of the parameters of a head fitted alone and the shared one, shifted, in several parts.
+
+Which one is kept is decided on parts of the organization's own training records that the candidates were not fitted to. No test
+record has a say. The shared model was trained on all of them, with privacy as a rule, which leaves it little to remember; trained
+without, it is flattered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from cotune.data.dataset import Holdings
+from cotune.data.tasks.task import Target
+from cotune.errors import DataError
+from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
+from cotune.models.trainable import SharedModel, State
+from cotune.plan.tables import PersonalizeConfig
+from cotune.privacy.mechanisms.random import seeded_generator
+
+_PULLS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)  # over the number of records, of the penalty toward a head
+_PARTS = (0.25, 0.5, 0.75)  # of the head that was fitted alone, in a mix
+_MANY = 2000  # records, from which on one part judges instead of every one in turn
+SHARED = "federated"  # the model as it came
+
+
+@dataclass(frozen=True)
+class OwnRecords:
+    """What a head is fitted to.
+
+    Attributes:
+        features: (n, d): of each record, or of each word of those with tags.
+        targets: (n,) class numbers.
+        records: (n,) the number of the record that a row is of.
+        units: (n,) the number of its unit: those of one unit are in one part.
+    """
+
+    features: Tensor
+    targets: Tensor
+    records: NDArray[np.int64]
+    units: NDArray[np.int64]
+
+    @property
+    def count(self) -> int:
+        """How many records there are."""
+        return len(np.unique(self.records))
+
+    def at(self, rows: NDArray[np.bool_]) -> OwnRecords:
+        """The rows that are marked."""
+        chosen = torch.as_tensor(np.flatnonzero(rows))
+        return OwnRecords(self.features[chosen], self.targets[chosen], self.records[rows], self.units[rows])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to a head: a family, and what it is tried with."""
+
+    method: str
+    value: float = 0.0  # the strength of its penalty
+    part: float = 0.0  # of the head that was fitted alone, in a mix
+
+    @property
+    def described(self) -> str:
+        strength = f", penalty {self.value:g} / n" if self.value else ""
+        return f"{self.method}{strength}{f', {self.part:g} of it alone' if self.part else ''}"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What an organization keeps.
+
+    Attributes:
+        method: The one that was best: "federated", "prior", "head", "mix" or "alone".
+        described: With its strength.
+        head: The head's parameters.
+        alone: The best head that knows nothing of the shared one.
+        tried: Method -> accuracy of its best on the parts that it was not fitted to.
+    """
+
+    method: str
+    described: str
+    head: State
+    alone: State
+    tried: dict[str, float]
+
+
+def own_records(features: Tensor, targets: Sequence[Target], units: Sequence[int], classes: int) -> OwnRecords:
+    """Return the records that can be used: encoded, and of a class that the plan has.
+
+    Args:
+        features: (n, d) of the records, or of the words of all records, as `Holdings.features` gives them.
+        targets: Of each record, the number of its class or those of its words' tags.
+        units: The number of each record's unit.
+        classes: How many the plan has.
+
+    Raises:
+        DataError: For fewer than two.
+    """
+    answers = [(target,) if isinstance(target, int) else target for target in targets]
+    records = np.repeat(np.arange(len(answers)), [len(each) for each in answers])
+    numbers = torch.as_tensor([number for each in answers for number in each])
+    usable = ~features.isnan().any(dim=1) & (numbers >= 0) & (numbers < classes)
+    found = OwnRecords(features, numbers, records, np.asarray(units, dtype=np.int64)[records]).at(usable.numpy())
+    _check_units(found)
+    return found
+
+
+def _check_units(own: OwnRecords) -> None:
+    """One part judges what was fitted to the others: there must be two. Raises DataError."""
+    if (units := len(np.unique(own.units))) < 2:
+        raise DataError(
+            f"{own.count} records of {units} units (equal ones are one) can be used to adapt a model: expected two units or more;"
+            " use the model as it came, with `cotune predict` and `cotune evaluate`"
+        )
+
+
+def units_of(held: Holdings) -> list[int]:
+    """Return the number of each record's unit."""
+    names = [(records.units or records.identities)[int(row)] for records, rows in held.parts for row in rows]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return [number[name] for name in names]
+
+
+def base_head(model: SharedModel) -> State:
+    """The head as the plan's seed makes it."""
+    model.load({})
+    return model.state(head_names(model))
+
+
+def adapt(model: SharedModel, own: OwnRecords, shared: State, config: PersonalizeConfig, seed: int) -> Adapted:
+    """Choose the best head for an organization by its own records, and fit it to all of them.
+
+    Args:
+        shared: The head of the shared model; features are of its encoder.
+        seed: Of the parts.
+
+    Raises:
+        DataError: For records of one unit only, which cannot both train and judge.
+    """
+    _check_units(own)
+    candidates = _candidates(has_layer=last_layer(model) is not None)
+    scores = {candidate: _Score() for candidate in candidates}
+    start = base_head(model)
+    for train, judge in parts(own, config.folds, seed):
+        for candidate, head in _fitted(model, train, shared, start, candidates):
+            scores[candidate].add(head_scores(model, head, judge.features), judge.targets)
+    allowed = [c for c in candidates if c.method in (SHARED, *config.methods)]
+    best = max(allowed, key=lambda candidate: scores[candidate].rank)
+    alone = max((c for c in candidates if c.method == "alone"), key=lambda candidate: scores[candidate].rank)
+    heads = dict(_fitted(model, own, shared, start, _needed(best, alone)))
+    methods = dict.fromkeys(candidate.method for candidate in allowed)
+    tried = {method: max(scores[c].accuracy for c in allowed if c.method == method) for method in methods}
+    return Adapted(best.method, best.described, heads[best], heads[alone], tried)
+
+
+@dataclass
+class _Score:
+    """Of a candidate, over the parts that it was not fitted to."""
+
+    right: int = 0
+    loss: float = 0.0
+    count: int = 0
+
+    def add(self, scores: Tensor, targets: Tensor) -> None:
+        self.right += int((scores.argmax(dim=1) == targets).sum())
+        self.loss += float(functional.cross_entropy(scores, targets, reduction="sum"))
+        self.count += len(targets)
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.count
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        return self.accuracy, -self.loss
+
+
+def _candidates(*, has_layer: bool) -> list[Candidate]:
+    """In the order in which they are fitted: a mix needs the head that was fitted alone."""
+    return [
+        Candidate(SHARED),
+        *([Candidate("prior")] if has_layer else []),
+        *(Candidate("head", pull) for pull in _PULLS),
+        *(Candidate("alone", pull) for pull in _PULLS),
+        *(Candidate("mix", pull, part) for pull in _PULLS for part in _PARTS),
+    ]
+
+
+def _needed(*chosen: Candidate) -> list[Candidate]:
+    """The chosen ones, and what their fits begin with."""
+    wanted = set(chosen) | {Candidate("alone", candidate.value) for candidate in chosen if candidate.method == "mix"}
+    return [candidate for candidate in _candidates(has_layer=True) if candidate in wanted]
+
+
+def _fitted(
+    model: SharedModel, own: OwnRecords, shared: State, start: State, candidates: Iterable[Candidate]
+) -> Iterator[tuple[Candidate, State]]:
+    """Each candidate's head, fitted to records; a weaker penalty begins where the stronger one has ended."""
+    here = shared if last_layer(model) is None else corrected(model, shared, own.features, own.targets)
+    toward = {"head": here, "alone": start}
+    last, alone = dict(toward), dict[float, State]()
+    for candidate in candidates:
+        method = candidate.method
+        if method in toward:
+            pull = candidate.value / len(own.targets)
+            last[method] = fit_head(model, own.features, own.targets, start=last[method], toward=toward[method], pull=pull)
+        if method == "alone":
+            alone[candidate.value] = last[method]
+        if method == "mix":
+            yield candidate, _mixed(here, alone[candidate.value], candidate.part)
+        else:
+            yield candidate, last.get(method, here if method == "prior" else shared)
+
+
+def _mixed(one: State, other: State, part: float) -> State:
+    return {name: (1 - part) * tensor + part * other[name] for name, tensor in one.items()}
+
+
+def parts(own: OwnRecords, folds: int, seed: int) -> Iterator[tuple[OwnRecords, OwnRecords]]:
+    """(records to fit to, records to judge by), class by class: every part in turn, or of many records one."""
+    _, first, unit = np.unique(own.units, return_index=True, return_inverse=True)
+    strata, rng = own.targets.numpy()[first], seeded_generator(seed, "own folds")
+    fold = np.empty(len(first), dtype=np.int64)
+    dealt = 0
+    for stratum in np.unique(strata):
+        groups = rng.permutation(np.flatnonzero(strata == stratum))
+        fold[groups] = (dealt + np.arange(len(groups))) % folds
+        dealt += len(groups)
+    for number in range(1 if len(own.targets) >= _MANY else folds):
+        judging = (fold == number)[unit]
+        if judging.any() and not judging.all():
+            yield own.at(~judging), own.at(judging)

@@ -1,0 +1,258 @@
+"""The model that a site has received, adapted to the site's own records and compared with what it reaches alone.
+
+All of it happens here: nothing is sent, and as nothing leaves, nothing is noised and no ε is charged. What is fitted to the
+records may reveal single ones, so that an adapted model is to stay where the records are.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cotune.client.app import ABOUT
+from cotune.client.personalization.adaptation import Adapted, OwnRecords, adapt, base_head, own_records, parts, units_of
+from cotune.client.policy_check import Approvals
+from cotune.client.site import Site
+from cotune.client.site_setup import model_here
+from cotune.data.dataset import Holdings
+from cotune.data.tasks.task import score
+from cotune.errors import ModelError, RunError
+from cotune.models.adapter import name_seed
+from cotune.models.base_model import draw_head
+from cotune.models.device import pick_device
+from cotune.models.encoding import encoded_features
+from cotune.models.evaluation.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
+from cotune.models.evaluation.predictor import load_finished
+from cotune.models.export import export_model
+from cotune.models.features import feature_head
+from cotune.models.head_fit import head_names, head_scores, told_by
+from cotune.models.trainable import SharedModel, State
+from cotune.plan.load import parse_plan
+from cotune.plan.schema import Plan
+from cotune.plan.tables import PersonalizeConfig
+from cotune.reporting.model_card import CARD, model_card
+from cotune.storage.files import json_of
+
+COLUMNS = ("majority", "alone", "received", "adapted")  # from the floor up
+STAYS = (
+    "Adapted by one organization to its own records, without noise. No ε bounds what it reveals of them: keep it where the"
+    " records are."
+)
+
+
+@dataclass(frozen=True)
+class Received:
+    """A finished model in a site.
+
+    Attributes:
+        folder: Where it is.
+        plan: That it was trained by.
+        model: Its encoder, with a head that knows nothing.
+        head: The head that came.
+    """
+
+    folder: Path
+    plan: Plan
+    model: SharedModel
+    head: State
+
+
+@dataclass(frozen=True)
+class AdaptedSite:
+    """An adapted model.
+
+    Attributes:
+        folder: Where it was written.
+        records: How many it was fitted to.
+        adapted: How.
+    """
+
+    folder: Path
+    records: int
+    adapted: Adapted
+
+
+def open_received(site: Site, wanted: str = "") -> Received:
+    """Open the newest of the finished models, or the one whose plan's id begins with `wanted`.
+
+    Raises:
+        RunError: When there is none.
+        ModelError: When its head reads something else than one vector of a record, or of each word.
+    """
+    folder, plan = _chosen(site, wanted)
+    loaded, labels, task = load_finished(str(folder), plan.model.max_length)
+    if (labels, task) != (plan.labels, plan.task):
+        raise ModelError(f"{folder} is not the model of its plan: expected the classes {', '.join(plan.labels)[:80]}; remove it")
+    model = SharedModel(loaded, None, plan.seed, pick_device(site.file.device))
+    head = model.state(head_names(model))
+    draw_head(loaded.module, name_seed(plan.seed, "head"))  # before anything is remembered: the model's base from now on
+    if feature_head(model) is None:
+        raise ModelError(
+            f"the head of the model of the plan {plan.name} cannot be run without its encoder: expected one that can be fitted by"
+            " itself; use it as it came, with `cotune predict` and `cotune evaluate`"
+        )
+    return Received(folder, plan, model, head)
+
+
+def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
+    found = {file.parent: _about(file) for file in sorted((site.folder / "models").glob(f"*/{ABOUT}"))}
+    fitting = [folder for folder, about in found.items() if about["plan_id"].startswith(wanted)]
+    if not fitting or (wanted and len(fitting) > 1):
+        known = ", ".join(about["plan_id"][:12] for about in found.values()) or "none so far"
+        of_plan = f" of a plan {wanted[:64]}" if wanted else ""
+        raise RunError(
+            f"{site.folder} has {len(fitting)} finished models{of_plan}: expected one, which comes when a run has ended; models"
+            f" of the plans {known} are here"
+        )
+    newest = max(fitting, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
+    about = found[newest]  # an earlier version has kept the plan's id alone
+    plan = parse_plan(about["plan"]) if "plan" in about else Approvals(site).find(about["plan_id"])
+    if plan.plan_id != about["plan_id"]:
+        raise RunError(f"{newest / ABOUT} does not hold the plan of its model: expected it as it came; remove the folder")
+    return newest, plan
+
+
+def _about(file: Path) -> dict[str, Any]:
+    try:
+        found = json_of(file.read_bytes())
+        return {**found, "plan_id": str(found["plan_id"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{file} is damaged: expected the plan of a finished model; remove its folder") from None
+
+
+def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> AdaptedSite:
+    """Adapt the received model to the site's own records and export it.
+
+    Args:
+        site: Whose policy, ledger and audit log are left as they are.
+        out: Where to; None: adapted/<plan>/ in the site.
+        wanted: First digits of a plan's id; "": the newest model.
+
+    Raises:
+        DataError: Without usable records.
+        RunError, ModelError: As `open_received`.
+    """
+    received = open_received(site, wanted)
+    own = _own(received, site.holdings(received.plan.labels))
+    adapted = adapt(received.model, own, received.head, received.plan.personalize, received.plan.seed)
+    received.model.load(adapted.head)
+    folder = (out or site.folder / "adapted" / received.folder.name).expanduser()
+    _check_free(folder)
+    length = received.model.loaded.max_length
+    card = model_card(received.plan, privacy=[STAYS], length=length, about=f"{adapted.described}: {STAYS}")
+    about = {"plan_id": received.plan.plan_id, "adapted": adapted.described}
+    export_model(received.model, folder, {CARD: card, ABOUT: json.dumps(about)})
+    return AdaptedSite(folder, own.count, adapted)
+
+
+def _check_free(folder: Path) -> None:
+    """An export replaces a folder: that must be an earlier one."""
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / ABOUT).exists())):
+        raise RunError(f"{folder} holds something else than an adapted model: choose another folder with --out")
+
+
+def _own(received: Received, held: Holdings) -> OwnRecords:
+    """The features of the records, by the received encoder, and whose each record is."""
+    return _fitted_to(received.model, received.plan, held)
+
+
+def _fitted_to(model: SharedModel, plan: Plan, held: Holdings) -> OwnRecords:
+    return own_records(encoded_features(held, model, {}, plan.model.precision), held.targets, units_of(held), len(plan.labels))
+
+
+def evaluate_site(site: Site, new: Holdings | None = None, wanted: str = "") -> dict[str, Any]:
+    """Compare the received model with what the site reaches alone, on records that nothing was fitted to here.
+
+    Args:
+        site: It is left as it is.
+        new: Records that were in no run: then all own records train, and these judge. None: a fifth of the own records, class by
+            class and all records of a unit together, judges. The received model was trained with them.
+        wanted: First digits of a plan's id; "": the newest model.
+
+    Returns:
+        Plain values: `columns` (majority, alone, received, adapted) with metrics and intervals, and `worth`: the paired
+        comparison of the adapted model with the one trained alone.
+    """
+    received = open_received(site, wanted)
+    plan, own = received.plan, _own(received, site.holdings(received.plan.labels))
+    train, judge = next(parts(own, _FOLDS, plan.seed)) if new is None else (own, _own(received, new))
+    adapted = adapt(received.model, train, received.head, plan.personalize, plan.seed)
+    told = {
+        "majority": torch.full_like(judge.targets, int(train.targets.bincount(minlength=len(plan.labels)).argmax())),
+        "received": _told(received.model, received.head, judge.features),
+        "adapted": _told(received.model, adapted.head, judge.features),
+    }
+    told["alone"] = _alone(site, received, adapted, (train, judge), new)
+    answers = {name: _answers(told[name], judge, len(plan.labels)) for name in COLUMNS}
+    return {
+        "organisation": site.organisation,
+        "plan": plan.name,
+        "plan_id": plan.plan_id,
+        "model": str(received.folder),
+        "fitted_to": train.count,
+        "records": judge.count,
+        "seen_by_received": new is None,
+        "private": plan.privacy != "none",
+        "columns": {name: _metrics(each) for name, each in answers.items()},
+        "worth": _worth(answers),
+        "adaptation": {"method": adapted.method, "described": adapted.described, "tried": adapted.tried},
+    }
+
+
+_FOLDS = 5  # of which one judges
+
+
+def _told(model: SharedModel, head: State, features: Tensor) -> Tensor:
+    return told_by(head_scores(model, head, features))
+
+
+def _alone(site: Site, received: Received, adapted: Adapted, both: tuple[OwnRecords, OwnRecords], new: Holdings | None) -> Tensor:
+    """What a head fitted to own records tells that knows nothing of the others.
+
+    On the received encoder's features where that is still the base model's; else on those of the base model.
+    """
+    train, judge = both
+    plan = received.plan
+    if all(stage.mode == "head" for stage in plan.stages):
+        return _told(received.model, adapted.alone, judge.features)
+    base = model_here(plan, site)
+    base.load({})
+    own = _fitted_to(base, plan, site.holdings(plan.labels))
+    if new is None:
+        train, judge = next(parts(own, _FOLDS, plan.seed))
+    else:
+        train, judge = own, _fitted_to(base, plan, new)
+    config = PersonalizeConfig(methods=("alone",), folds=plan.personalize.folds)
+    return _told(base, adapt(base, train, base_head(base), config, plan.seed).alone, judge.features)
+
+
+def _answers(told: Tensor, judge: OwnRecords, classes: int) -> Answers:
+    numbers: NDArray[np.int64] = told.numpy().astype(np.int64)
+    return Answers(judge.targets.numpy().astype(np.int64), numbers, judge.units, classes)
+
+
+def _metrics(answers: Answers) -> dict[str, Any]:
+    found = score(answers.truth.tolist(), answers.told.tolist(), answers.classes).as_dict()
+    return {**found, "accuracy_interval": list(accuracy_interval(answers)), "f1_interval": list(f1_interval(answers))}
+
+
+def _worth(answers: dict[str, Answers]) -> dict[str, Any]:
+    """As the report of a simulation answers it: adapted against alone, and never yes where a constant answer does as well."""
+    found = paired(answers["adapted"], answers["alone"])
+    useful = bool(answers["adapted"].right.mean() > answers["majority"].right.mean())
+    return {
+        "answer": found.answer if useful or found.answer != "yes" else "no",
+        "useful": useful,
+        "difference": found.difference,
+        "interval": [found.low, found.high],
+        "p": found.p,
+        "test": found.test,
+        "few": len(np.unique(answers["adapted"].units)) < FEW,
+    }

@@ -1,0 +1,320 @@
+"""Whether an organisation's policy allows a plan. The policy overrules the plan; what is not allowed is not trained.
+
+Which plans an organisation has approved: nothing of it is touched for any other, unless its policy says so.
+
+plans/<plan id>.json   in the site: the plans that came, approved or not, as canonical JSON
+approved.jsonl         which were approved, when, and by which command
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from cotune.client.site import Site
+from cotune.errors import Declined, RunError
+from cotune.plan.load import parse_plan
+from cotune.plan.schema import Plan
+from cotune.privacy.config import RecordPrivacy, delta_of
+from cotune.privacy.policy import Policy
+from cotune.storage.files import json_of, write_durably
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule that a plan breaks. allowing: a value of it that would allow the plan; None: none would that is worth having."""
+
+    rule: str
+    problem: str
+    allowing: Any = None
+
+
+def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> None:
+    """Raises Declined for the first rule of the policy that the plan breaks.
+
+    examples: records that the organisation holds. hours: of training that the plan has taken so far.
+    """
+    for broken in broken_rules(plan, policy, examples, hours):
+        raise Declined(broken.rule, broken.problem)
+
+
+def check_plan(plan: Plan, policy: Policy) -> None:
+    """The same for the rules that ask nothing of the records: to be checked before those are read, as even a failure to read them
+    may tell of one.
+    """
+    for broken in _of_plan(plan, policy, hours=0.0):
+        raise Declined(broken.rule, broken.problem)
+
+
+def check_base_model(plan: Plan, policy: Policy) -> None:
+    """Raises Declined for a base model that the policy does not name."""
+    for broken in _not_allowed(plan, policy):
+        if broken.rule == "training.base_models":
+            raise Declined(broken.rule, broken.problem)
+
+
+def check_number(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> None:
+    """Raises Declined for a public number of records that the coordinator would refuse, so that nothing is trained for it.
+
+    declarable: between which numbers it has to be, as the coordinator has signed; None: whatever the plan takes.
+    """
+    for broken in outside(plan, policy, examples, declarable):
+        raise Declined(broken.rule, broken.problem)
+
+
+def outside(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> Iterator[Broken]:
+    """The rule by which the public number is, where that is not one that the coordinator takes."""
+    least, most = declarable or (1, plan.server.max_examples)
+    most = min(most, plan.server.max_examples)
+    if not least <= examples <= most:
+        which = "tell.declared_examples" if policy.tell.example_count == "declared" else "it"
+        yield Broken(
+            "tell.example_count",
+            f"{which} makes the number of records {examples}, and the coordinator takes {least} to {most} from this organization;"
+            f" change {which}, or ask for another invitation (--examples)",
+        )
+
+
+def broken_rules(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> Iterator[Broken]:
+    """All of them. What depends on the number of records comes last: an earlier answer says nothing about it."""
+    yield from _of_plan(plan, policy, hours)
+    if isinstance(plan.privacy, RecordPrivacy):
+        yield from _too_large_delta(plan.privacy, policy, examples)
+    yield from _too_few(plan, policy, examples)
+
+
+def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
+    yield from _not_allowed(plan, policy)
+    yield from _too_wide(plan, policy)
+    yield from _too_long(plan, policy, hours)
+    if isinstance(plan.privacy, RecordPrivacy):
+        yield from _over_budget(plan.privacy, policy)
+        if plan.strategy.compares_noise and not policy.tell.noise_level:
+            name = plan.strategy.weighting.name
+            yield Broken(
+                "tell.noise_level",
+                f"the plan weighs updates by their noise ({name}), expected a weighting that need not know it",
+                True,
+            )
+    elif policy.training.record_privacy:
+        yield Broken("training.record_privacy", "the plan says privacy = none, expected record-level differential privacy", False)
+    yield from _telling(plan, policy)
+    yield from _undeclared(policy)
+
+
+def _telling(plan: Plan, policy: Policy) -> Iterator[Broken]:
+    statistics = sorted({"fisher", "gram"} & set(plan.strategy.sends))
+    if statistics and not policy.tell.statistics:
+        yield Broken(
+            "tell.statistics",
+            f"the plan wants statistics of the records ({', '.join(statistics)}), expected one without them",
+            True,
+        )
+    if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
+        parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
+        yield Broken(
+            "tell.local_loss",
+            f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it",
+            "noised",
+        )
+
+
+def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Broken]:
+    rules, base = policy.training, plan.model.base_hash
+    asked: dict[str, list[str]] = {
+        "tasks": [plan.task],
+        "base_models": [base or "a base model without a hash"],  # what is not allowed is not even fetched
+        "train_modes": [stage.mode for stage in plan.stages],
+        "units": [plan.privacy.unit] if isinstance(plan.privacy, RecordPrivacy) else [],
+        "weightings": [plan.strategy.weighting.name],
+        "fusions": [plan.strategy.fusion.name],
+        "client_terms": [] if plan.strategy.client_term is None else [plan.strategy.client_term.name],
+    }
+    for key, wanted in asked.items():
+        allowed = getattr(rules, key)
+        lacking = [] if "*" in allowed else [item for item in dict.fromkeys(wanted) if item not in allowed]
+        for item in lacking:
+            known = ", ".join(allowed) or "nothing so far"
+            yield Broken(
+                f"training.{key}",
+                _promised(item, known)
+                if key == "units"
+                else f"the plan asks for {item}, expected one of: {known}; add it to the rule to allow it",
+                None if key == "base_models" and base is None else [*allowed, *lacking],
+            )
+
+
+def _promised(unit: str, known: str) -> str:
+    """Why a plan must not promise its privacy to this unit."""
+    problem = f"the plan promises its privacy to each {unit}, expected to each one of: {known}"
+    if unit != "record":
+        return f"{problem}; add it to the rule where it stands for a person"
+    return f'{problem}; where each record is a person, add "record" to the rule, else ask for a plan with privacy.unit'
+
+
+def _too_wide(plan: Plan, policy: Policy) -> Iterator[Broken]:
+    own = policy.training.rank_for(plan.lora.rank)
+    if plan.uses_lora and own < plan.lora.rank and not plan.mixed_ranks:
+        yield Broken(
+            "training.own_rank",
+            f"the plan trains adapters of rank {plan.lora.rank} and takes no smaller ones, expected lora.smaller_ranks = true",
+            plan.lora.rank,
+        )
+
+
+def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
+    rules, rounds = policy.training, plan.rounds
+    if rounds > rules.max_rounds:
+        yield Broken("training.max_rounds", f"the plan has {rounds} rounds, expected at most {rules.max_rounds}", rounds)
+    if hours >= rules.max_hours:
+        problem = f"the plan has trained for {hours:.1f} hours, expected at most {rules.max_hours:g}"
+        yield Broken("training.max_hours", problem, float(round(2 * hours)) or 1.0)
+
+
+def unsaid_number() -> str:
+    """What is wrong with a policy that declares a number of records and does not say which."""
+    return "the policy declares a number of records and gives none, expected tell.declared_examples near the true number"
+
+
+def _undeclared(policy: Policy) -> Iterator[Broken]:
+    if policy.tell.example_count == "declared" and policy.tell.declared_examples is None:
+        yield Broken("tell.declared_examples", unsaid_number())
+
+
+def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Broken]:
+    rules = policy.training
+    if examples < rules.min_examples:
+        yield Broken(
+            "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}", examples
+        )
+    batches = [stage.local.sample_rate(examples) * examples for stage in plan.stages]
+    for batch in batches:
+        if batch < rules.min_batch:
+            problem = f"a batch would have {batch:.0f} records, expected at least {rules.min_batch:g}"
+            yield Broken("training.min_batch", problem, math.floor(min(batches)))
+
+
+def _too_large_delta(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Broken]:
+    wanted, allowed = privacy.delta_for(examples), delta_of(policy.budget.delta_per_run, examples)
+    if wanted > allowed:
+        problem = f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
+        yield Broken("budget.delta_per_run", problem, privacy.delta)
+    most = policy.budget.largest_delta(examples)
+    if wanted > most:
+        problem = f"the plan asks for δ = {wanted:.2g}, expected at most {most:.2g}: the promise may fail for a record in 1/δ"
+        yield Broken("budget.delta_times_records", problem, min(1.0, float(f"{wanted * examples:.2g}") * 1.1))
+
+
+def _over_budget(privacy: RecordPrivacy, policy: Policy) -> Iterator[Broken]:
+    rules = policy.budget
+    run = rules.epsilon_for(privacy.epsilon)
+    if run > rules.epsilon_per_run:
+        yield Broken(
+            "budget.epsilon_per_run",
+            f"the plan would spend ε = {run:g}, expected at most {rules.epsilon_per_run:g}; to join with more noise, set"
+            " budget.own_epsilon to what you want to spend",
+            run,
+        )
+
+
+def limit_gpu_memory(policy: Policy, device: torch.device) -> None:
+    """Lets this process take no more GPU memory than the policy allows: more raises torch's out-of-memory error."""
+    if policy.training.max_gpu_memory_gib is not None and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, policy.training.max_gpu_memory_gib * 2**30 / whole), device)
+
+
+_MOST_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them
+_MOST_CHARACTERS = 1_000_000
+
+
+class Approvals:
+    """Of one site. Read anew by every call: they are given by one process and asked for by another."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._plans, self._approved = site.folder / "plans", site.folder / "approved.jsonl"
+
+    def check(self, plan: Plan, policy: Policy) -> None:
+        """Raises Declined for a plan that nobody here has approved, and keeps it to be looked at.
+
+        At a simulated organisation there is nobody to ask: whoever simulates it has chosen the plan.
+        """
+        if self.site.file.simulated or policy.training.approval == "none" or plan.plan_id in self.ids():
+            return
+        self._keep_pending(plan)
+        command = f"cotune client approve {self.site.folder} {plan.plan_id[:12]}"
+        raise Declined("training.approval", f"nobody has approved the plan {plan.name}; look at it and approve it by `{command}`")
+
+    def approve(self, plan: Plan, how: str) -> None:
+        """Durable when this returns. how: the command that approves. An approved plan is not approved again."""
+        with FileLock(self.site.folder / ".approved.lock", mode=0o600):
+            if plan.plan_id in self.ids():
+                return
+            write_durably(self._file(plan.plan_id), plan.canonical().encode())
+            line = {"plan_id": plan.plan_id, "plan": plan.name, "at": datetime.now(UTC).isoformat(timespec="seconds"), "how": how}
+            before = self._approved.read_bytes() if self._approved.exists() else b""
+            write_durably(self._approved, before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+    def ids(self) -> list[str]:
+        """Of the plans that were approved, in that order. Raises RunError for a damaged file."""
+        try:
+            lines = self._approved.read_text(encoding="utf-8").splitlines()
+            return [str(json_of(line)["plan_id"]) for line in lines]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{self._approved} is damaged ({type(error).__name__}): expected one JSON object with a plan_id in each line;"
+                " remove it, and approve the plans again"
+            ) from None
+
+    def pending(self) -> list[Plan]:
+        """The plans that came and were not approved, in the order of their ids."""
+        approved = set(self.ids())
+        return [self._read(file) for file in sorted(self._plans.glob("*.json")) if file.stem not in approved]
+
+    def last(self) -> Plan | None:
+        """The plan that was approved last, if it is still here."""
+        ids = self.ids()
+        return self._read(self._file(ids[-1])) if ids and self._file(ids[-1]).exists() else None
+
+    def find(self, prefix: str = "") -> Plan:
+        """The plan whose id begins so; without a prefix, the only pending one. Raises RunError where that is none, or several."""
+        approved = set(self.ids())
+        wanted = [
+            f for f in sorted(self._plans.glob("*.json")) if (f.stem.startswith(prefix) if prefix else f.stem not in approved)
+        ]
+        if len(wanted) == 1:
+            return self._read(wanted[0])
+        if not wanted and not prefix:
+            raise RunError("no plan waits for approval: one does once it was asked for, or join with its federation.toml")
+        known = ", ".join(f"{plan.plan_id[:12]} ({plan.name})" for plan in self.pending()) or "none"
+        what = f"{len(wanted)} plans begin with {prefix[:64]!r}" if prefix else f"{len(wanted)} plans wait for approval"
+        raise RunError(f"{what}: expected the id of one; waiting: {known}")
+
+    def _keep_pending(self, plan: Plan) -> None:
+        waiting = sum(file.stem not in set(self.ids()) for file in self._plans.glob("*.json"))
+        content = plan.canonical()
+        if not self._file(plan.plan_id).exists() and waiting < _MOST_PENDING and len(content) <= _MOST_CHARACTERS:
+            write_durably(self._file(plan.plan_id), content.encode())
+
+    def _file(self, plan_id: str) -> Path:
+        return self._plans / f"{plan_id}.json"
+
+    def _read(self, file: Path) -> Plan:
+        try:
+            plan = parse_plan(json_of(file.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file} cannot be read ({type(error).__name__}): remove it; the plan comes again") from None
+        if plan.plan_id != file.stem:
+            raise RunError(f"{file} is not the plan that came under this id: somebody has changed it; remove it")
+        return plan

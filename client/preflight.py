@@ -1,0 +1,238 @@
+"""What a plan would mean for an organisation before it joins: the policy's verdict, the noise, one real step on its hardware.
+
+The steps are taken on made-up records as long as the plan allows; no record is trained on, nothing is charged, nothing is sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from cotune.client.account import Account
+from cotune.client.audit_log import AuditLog
+from cotune.client.budget import check_examples
+from cotune.client.node.requests import last_range
+from cotune.client.policy_check import Broken, broken_rules, limit_gpu_memory, outside
+from cotune.client.site import Site
+from cotune.client.site_setup import find_base_here, model_here
+from cotune.client.training.setup import Guard, check_gradients, made_up_setting, optimizer_of
+from cotune.data.left_out import cut_texts
+from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
+from cotune.models.device import peak_memory_bytes
+from cotune.models.trainable import SharedModel
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
+from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.mechanisms.dp_sgd import private_steps
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StageCheck:
+    """One stage. gradient_error: relative, of the clipped sum against single records. seconds: of one step of `batch` records.
+
+    peak_memory_bytes: the most that was held, on the GPU where one is used, else by the whole process so far.
+    """
+
+    mode: str
+    rounds: int
+    steps: int
+    batch: float
+    gradient_error: float
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The verdict, for the organization's own eyes.
+
+    declined: why not, the rule first; the figures are told as far as they are known even then. problems: what no rule says.
+    left_out: how many rows of the files contribute nothing, by reason.
+    """
+
+    organisation: str
+    examples: int
+    device: str
+    declined: str | None
+    broken: tuple[Broken, ...] = ()  # every rule that does not allow the plan
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    epsilon_spent: float | None = None
+    epsilon_total: float | None = None
+    stages: tuple[StageCheck, ...] = ()
+
+
+def check(plan: Plan, site: Site) -> Checked:
+    """Judges the plan and, with privacy, tries it. Raises DataError and ModelError where records or model cannot be read."""
+    if not plan.labels:
+        raise PlanError(
+            "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
+            " give the plan.toml of a run, or list labels in the plan"
+        )
+    policy, holdings = site.policy(), site.counted(plan)
+    account = Account(plan, policy, site, holdings, draws=False)
+    checked = Checked(
+        site.organisation,
+        len(holdings.units),
+        site.file.device,
+        None,
+        warnings=tuple(_warnings(account)),
+        left_out=holdings.left_out(),
+    )
+    broken, problems = _judged(account, _declarable(plan, site))
+    if holdings.unknown and holdings.lenient and not any(number >= 0 for number in holdings.truth):
+        problems.append(
+            f"not one record can be learned from, as none has a class that the plan lists ({', '.join(plan.labels)}): rounds"
+            " would spend ε and be answered with noise alone; rename the classes, or name another column with --label"
+        )
+    sigma = _kept(problems, lambda: _noise(account))
+    budget = _kept(problems, lambda: account.budget)
+    _kept(problems, lambda: _check_stages(account))
+    rules = [str(Declined(each.rule, each.problem)) for each in broken]
+    problems = [each for each in dict.fromkeys(problems) if each not in rules]
+    checked = replace(checked, broken=broken, problems=tuple(problems), declined=next(iter([*rules, *problems]), None))
+    if budget is not None:
+        checked = replace(
+            checked,
+            noise_multiplier=sigma,
+            epsilon=budget.epsilon,
+            delta=budget.delta,
+            epsilon_spent=account.spent_in_total(),
+            epsilon_total=budget.total_epsilon,
+        )
+    return _tried(checked, account)
+
+
+def _check_stages(account: Account) -> None:
+    for stage in account.plan.stages:
+        check_examples(account.public_examples, stage.local, account.site.organisation)
+
+
+def _judged(account: Account, declarable: tuple[int, int] | None) -> tuple[tuple[Broken, ...], list[str]]:
+    """The rules that do not allow the plan, and what makes it impossible to judge the others."""
+    plan, policy, examples = account.plan, account.policy, account.public_examples
+    found = list[Broken](outside(plan, policy, examples, declarable))
+    problems = list[str]()
+    _kept(problems, lambda: found.extend(broken_rules(plan, policy, examples, account.hours())))  # as far as they can be
+    return tuple(found), problems
+
+
+def _kept(problems: list[str], ask: Callable[[], T]) -> T | None:
+    """What is asked for; None, with the reason among the problems, where it cannot be given."""
+    try:
+        return ask()
+    except (PrivacyError, DataError) as problem:  # a rule says no, the budget is used up, or there are too few records
+        problems.append(str(problem))
+        return None
+
+
+def _tried(checked: Checked, account: Account) -> Checked:
+    """With the times of each stage. For a declined plan no base model is fetched, and one that is not here is no error."""
+    plan, site, examples = account.plan, account.site, account.public_examples
+    if checked.declined and not _is_here(plan, site):
+        note = "time and memory are measured once the policy allows the base model: it is not fetched before"
+        return replace(checked, warnings=(*checked.warnings, note))
+    try:
+        find_base_here(plan, site.file)
+        model = model_here(plan, site)
+    except ModelError as error:
+        if not checked.declined:
+            raise
+        return replace(checked, warnings=(*checked.warnings, str(error)))
+    limit_gpu_memory(account.policy, model.device)
+    left_out = {**checked.left_out, **cut_texts(model, account.holdings.inputs())}
+    checked = replace(checked, device=str(model.device), left_out=left_out)
+    if checked.epsilon is None or any(stage.local.sample_rate(examples) * examples < 1 for stage in plan.stages):
+        return checked
+    sigma = checked.noise_multiplier or 1.0  # a step takes as long with any
+    return replace(checked, stages=tuple(_try(plan, stage, model, examples, sigma) for stage in plan.stages))
+
+
+def _is_here(plan: Plan, site: Site) -> bool:
+    """Whether the base model is found without asking anybody."""
+    base = plan.model.base
+    return site.file.base is not None or base.startswith("package:") or Path(base).expanduser().exists()
+
+
+def _declarable(plan: Plan, site: Site) -> tuple[int, int] | None:
+    """Which numbers of records the coordinator takes from here, where it has asked for a round already; None: unknown."""
+    return None if site.file.simulated else last_range(AuditLog(site.folder), plan.plan_id)
+
+
+def _noise(account: Account) -> float | None:
+    """σ of the plan's first round; None without privacy. Raises Declined for a plan that has run here."""
+    if account.budget is None:
+        return None
+    played = account.ledger.rounds(account.plan.plan_id)
+    if played:
+        raise Declined(
+            "privacy.epsilon",
+            f"this plan has run here already (rounds {played[0]}–{played[-1]}), and what it"
+            " spent is spent; it goes on where it stopped, or starts anew with another seed",
+        )
+    return account.plan_noise(1)
+
+
+def _warnings(account: Account) -> Iterator[str]:
+    """What does not stop a run, and makes it worth less than it could be."""
+    holdings, plan = account.holdings, account.plan
+    if not len(holdings):
+        yield "no record is usable: rounds would be answered with noise alone; look at the file, or name another one with --data"
+    if holdings.unknown:
+        yield (
+            f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
+            " would be trained without a label"
+        )
+    declared, held = account.public_examples, account.true_examples
+    if account.policy.tell.example_count == "declared" and not held / 2 <= declared <= 1.1 * held:
+        yield (
+            f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"
+            " batches and noise follow from it"
+        )
+
+
+def _try(plan: Plan, stage: Stage, model: SharedModel, examples: int, sigma: float) -> StageCheck:
+    """One step of DP-SGD on as many made-up records as a batch is expected to have."""
+    assert isinstance(plan.privacy, RecordPrivacy)
+    batch = stage.local.sample_rate(examples) * examples
+    model.load({})
+    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+    parameters = model.train_only(names)
+    setting = made_up_setting(plan, stage, model, max(1, round(batch)))
+    error = check_gradients(setting, plan.privacy, stage.mode)
+    guard = Guard(model, model.state(names), noise=True)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    reports = private_steps(
+        setting.module,
+        optimizer_of(stage.local, model, names, parameters),
+        setting.loss,
+        units=setting.units,
+        batches=setting.batches,
+        noise_multiplier=sigma,
+        clip_norm=plan.privacy.clip_norm,
+        sample_rate=1.0,
+        expected_batch=float(setting.rows),
+        steps=1,
+        clipping=plan.privacy.clipping,
+    )
+    began = time.perf_counter()
+    for report in reports:
+        guard.after_step(report)
+    if on_gpu:
+        torch.cuda.synchronize(model.device)
+    seconds = time.perf_counter() - began
+    memory = torch.cuda.max_memory_allocated(model.device) if on_gpu else peak_memory_bytes()
+    return StageCheck(stage.mode, stage.rounds, stage.local.steps_of(examples), batch, error, seconds, memory)

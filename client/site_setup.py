@@ -1,0 +1,196 @@
+"""An organisation's site, made: its folder with key pair, strict policy and ledger; and what it says about records and model.
+
+The files by which a node and its server know each other.
+
+The base model of a plan as it is found here: under the plan's name for it, or in the folder that the organisation has named.
+
+Its hash decides in both cases whether it is the right one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import ssl
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_ssh_private_key
+
+from cotune.client.site import Site
+from cotune.client.site_folder import SiteFile
+from cotune.data.config import DataConfig
+from cotune.data.dataset import HoldingsFile, Portion
+from cotune.data.tasks.task import task_named
+from cotune.errors import DataError, ModelError, RunError
+from cotune.models.base_model import BaseModelFolder, find_base
+from cotune.models.device import pick_device
+from cotune.models.trainable import SharedModel
+from cotune.plan.parameters import model_of
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy, dump_policy
+from cotune.protocol.federation_file import check_name
+from cotune.storage.files import write_durably
+
+
+def read_private_key(file: Path) -> EllipticCurvePrivateKey:
+    """Raises RunError, also where others may read the file."""
+    try:
+        key = load_ssh_private_key(file.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise RunError(f"{file} is not a key for a node: expected a private key as `ssh-keygen -t ecdsa -b 384 -N ''` makes it")
+    if file.stat().st_mode & 0o077:
+        raise RunError(f"the private key {file} is open to others: expected a file for its owner alone; run `chmod 600 {file}`")
+    return key
+
+
+def read_certificates(file: Path | None) -> bytes | None:
+    """PEM; None where no file is given. Raises RunError."""
+    if file is None:
+        return None
+    try:
+        content = file.read_bytes()
+        ssl.create_default_context(cadata=content.decode("ascii"))
+    except (OSError, ValueError, ssl.SSLError):
+        raise RunError(f"{file} holds no certificates: expected the server's ca.crt, in PEM") from None
+    return content
+
+
+def model_here(plan: Plan, site: Site) -> SharedModel:
+    """The plan's model, as `plan.model.model_of` loads it, on the site's device."""
+    return model_of(_with_own_base(plan, site.file), site.file.device)
+
+
+def find_base_here(plan: Plan, file: SiteFile) -> BaseModelFolder:
+    """Raises ModelError, which says how another folder is named."""
+    try:
+        return find_base(_with_own_base(plan, file).model)
+    except ModelError as error:
+        raise ModelError(f"{error}; a copy of it in another folder is named with --model FOLDER") from None
+
+
+def _with_own_base(plan: Plan, file: SiteFile) -> Plan:
+    """For loading alone: what identifies a plan is the plan as it came."""
+    if file.base is None:
+        return plan
+    return plan.model_copy(update={"model": plan.model.model_copy(update={"base": str(file.base)})})
+
+
+def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None = None) -> Site:
+    """A new site, for its owner alone. key: a private key as ssh-keygen makes it, to be copied; None: a new one (ECDSA, P-384).
+
+    site.json is written last: what a crash has left is no site, and may be made again with the key that is there. Raises
+    PlanError for a name that is none, DeviceError for a device that is not here, RunError for a site or a key that is there
+    already, and for a folder that cannot be written.
+    """
+    check_name(name)
+    pick_device(device)
+    if (folder / "site.json").exists() or (key is not None and (folder / "node.key").exists()):
+        raise RunError(f"{folder} is a site already: expected a new folder; its key and ledger are not written over")
+    own = None if key is None else read_private_key(key)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        _write_keys(folder, name, own)
+        if not (folder / "policy.toml").exists():
+            write_durably(folder / "policy.toml", dump_policy(Policy()).encode())
+        write_durably(folder / "site.json", SiteFile(organisation=name, device=device).model_dump_json(indent=1).encode())
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise RunError(f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it") from None
+    site = Site(folder)
+    site.ledger()
+    return site
+
+
+def _write_keys(folder: Path, name: str, own: ec.EllipticCurvePrivateKey | None) -> None:
+    """The private key first: a public one without it would be of no use."""
+    file = folder / "node.key"
+    key = own or (read_private_key(file) if file.exists() else ec.generate_private_key(ec.SECP384R1()))
+    write_durably(file, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))  # with mode 0600
+    line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    write_durably(folder / "node.pub", line + f" {name}\n".encode())
+
+
+def fingerprint_of(site: Site) -> str:
+    """SHA-256 (hex) over the public key (PEM, SubjectPublicKeyInfo), as the coordinator sees it. Raises RunError."""
+    public = read_private_key(site.folder / "node.key").public_key()
+    return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def name_records(
+    site: Site,
+    plan: Plan,
+    data: str | None,
+    *,
+    text: str | None = None,
+    label: str | None = None,
+    unit: str | None = None,
+    collection: str | None = None,
+) -> int:
+    """Writes data.json, once the records were read; columns that are not given are the plan's. Returns how many there are.
+
+    Somebody is here to read what is wrong: other than in a round, records of which none is usable are refused.
+
+    Args:
+        data: A file, a folder of images, or package:NAME; None: what data.json says already.
+        collection: The collection that they are in (see docs/ledger.md); None: none.
+
+    Raises:
+        DataError: Also when data.json says nothing, or is about another task.
+        PlanError: For a collection's name that is none.
+    """
+    if collection is not None:
+        check_name(collection)
+    document = site.folder / "data.json"
+    if data is None and collection is not None:
+        raise DataError(f"--collection {collection} says where the records of --data count: expected both")
+    if data is None and document.exists():
+        held = site.holdings(plan.labels)
+        if held.task != plan.task:
+            raise DataError(
+                f"the site describes its records as for {held.task}, expected {plan.task} as in the plan: name others with --data"
+            )
+        return len(held)
+    if data is None:
+        raise DataError(f"{site.folder} does not say where the records are: name their file with --data")
+    source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
+    columns = {task_named(plan.task).key: text, "label": label, "unit": unit}
+    config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
+    try:
+        described = HoldingsFile(
+            task=plan.task, data=DataConfig(**config), portions=(Portion(path=None),), collection=collection or ""
+        )
+    except ValueError:
+        named = ", ".join(repr(name) for name in columns.values() if name is not None)
+        raise DataError(f"the columns {named} cannot be had: expected different ones") from None
+    return _write_once_read(document, described, plan)
+
+
+def _write_once_read(document: Path, described: HoldingsFile, plan: Plan) -> int:
+    """A description that does not fit leaves the one before as it was."""
+    draft = document.with_name("data.json.draft")
+    try:
+        write_durably(draft, described.model_dump_json(indent=1).encode())
+        count = len(HoldingsFile.read(draft, plan.labels, lenient=True))
+        if not count:
+            HoldingsFile.read(draft, plan.labels)  # read strictly, it says why
+            raise DataError("none of the records is usable: expected some; look at the file")
+        os.replace(draft, document)
+    except DataError as error:
+        raise DataError(str(error).replace("--set data.", "--")) from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return count
+
+
+def name_base(site: Site, plan: Plan, folder: Path) -> Site:
+    """Writes to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
+    file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
+    find_base_here(plan, file)
+    write_durably(site.folder / "site.json", file.model_dump_json(indent=1).encode())
+    return Site(site.folder)

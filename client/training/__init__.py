@@ -1,0 +1,1 @@
+"""One round at an organization: from the shared state to an update."""

@@ -1,0 +1,185 @@
+"""What an organization tells the server beside its update, as far as plan and policy agree.
+
+What is noised is a Gaussian mechanism on sums, which one record changes by a known amount at most: charged to the ledger before
+it is computed. What is told once per run is drawn once and remembered, so that asking again reveals nothing new.
+
+What an organisation says about the privacy noise in its delta: where the plan's weighting asks and its policy agrees.
+
+What some fusions want beside a delta: squared gradients and inputs of the trained model on the own records, without noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cotune.client.account import Account
+from cotune.client.training.rows import Setting
+from cotune.errors import PrivacyError, RunError
+from cotune.models.trainable import SharedModel
+from cotune.plan.parameters import gram_layers
+from cotune.plan.schema import Plan
+from cotune.plan.tables import LocalTraining, Stage
+from cotune.privacy.accounting.composition import Steps
+from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.mechanisms.update_noise import LocalOptimizer, delta_noise_variance
+
+
+class Teller:
+    """Tells for one account."""
+
+    def __init__(self, account: Account) -> None:
+        self.account, self.plan, self.policy = account, account.plan, account.policy
+
+    def histogram(self, counts: Sequence[float]) -> dict[str, float]:
+        """Label -> how many records have it, with noise: once per run; empty unless plan and policy want it."""
+        if not (self.plan.tell.label_histogram and self.policy.tell.label_histogram == "noised"):
+            return {}
+        noised = self.account.once("label histogram", counts)
+        return {f"label {label}": value for label, value in zip(self.plan.labels, noised, strict=True)}
+
+    def metrics(self, correct: Callable[[], tuple[float, int]], round: int) -> dict[str, float]:
+        """Records that the received model classifies rightly, of how many; empty unless plan and policy want it.
+
+        correct: computes both. One unit changes both by one at most: the sensitivity of the pair is √2.
+        """
+        if not self.plan.tell.local_metrics or self.policy.tell.local_metrics == "none":
+            return {}
+        if self.policy.tell.local_metrics == "clear":
+            self.account.leave_unprotected(round, "local metrics")
+            right, records = map(float, correct())
+        else:
+            charge = self.account.reserve(round, self._one(), "local metrics")
+            right, records = self.account.noised(correct(), math.sqrt(2))
+            self.account.ledger.settle(charge, 1)
+        return {"correct": right, "records": records}
+
+    def loss(self, total: Callable[[float], float], count: int, round: int) -> dict[str, float]:
+        """The received model's mean loss in nats; empty unless the plan's strategy asks for it.
+
+        total: c -> Σ min(ℓ_i, c) over the own records, of which there are `count`. With noise, c is the policy's ceiling, which
+        is then the sensitivity of the sum, and the divisor is the public number of records. Without
+        privacy the delta says more than the loss, and no noise is added. Raises RunError for a loss that is not finite.
+        """
+        if "loss" not in self.plan.strategy.sends:
+            return {}
+        if self.policy.tell.local_loss == "noised" and self.account.budget is not None:
+            ceiling, declared = self.policy.tell.loss_ceiling, self.account.public_examples
+            charge = self.account.reserve(round, self._one(), "local loss")
+            [noised] = self.account.noised([total(ceiling)], ceiling)
+            self.account.ledger.settle(charge, 1)
+            return {"loss": min(max(noised / declared, 0.0), ceiling)}
+        self.account.leave_unprotected(round, "local loss")
+        mean = total(math.inf) / count
+        if not math.isfinite(mean):
+            raise RunError(f"the received model's loss is {mean}: expected a finite one, as the plan weighs updates by it")
+        return {"loss": mean}
+
+    def _one(self) -> Steps:
+        return Steps(self.policy.tell.noise_multiplier, 1.0, 1)
+
+
+def stated_noise(
+    account: Account,
+    sigma: float,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, float] | None:
+    """Parameter name -> variance of the noise on each coordinate of its delta; None where nothing is to be said.
+
+    sigma: the noise multiplier of the round, which follows from public numbers, as all of this does.
+    """
+    plan, policy, examples = account.plan, account.policy, account.public_examples
+    if not (plan.strategy.compares_noise and policy.tell.noise_level and isinstance(plan.privacy, RecordPrivacy)):
+        return None
+    scale = sigma * plan.privacy.clip_norm / (stage.local.sample_rate(examples) * examples)  # σC/B
+    return noise_variance(stage.local, optimizer, parameters, scale=scale, steps=stage.local.steps_of(examples))
+
+
+def noise_variance(
+    local: LocalTraining, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, scale: float, steps: int
+) -> dict[str, float]:
+    """The variances to 3 significant digits after `steps` steps. scale: σC/B, standard deviation of the noise on a step's
+    gradient.
+    """
+    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for name, parameter in parameters.items():
+        settings = LocalOptimizer(local.optimizer, rates[id(parameter)], local.momentum, local.weight_decay)
+        variance = delta_noise_variance(settings, noise_multiplier=scale, clip_norm=1.0, expected_batch=1.0, steps=steps)
+        found[name] = float(f"{variance:.3g}")
+    return found
+
+
+def statistics_of(plan: Plan, model: SharedModel, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+    """The arrays of `plan.statistics.statistic_shapes`, float32 on the CPU; empty unless the plan's fusion wants some.
+
+    names: parameters that travel. The model must be set to the state after training. Raises PrivacyError under record-level
+    privacy, which no noise here would keep. Costs one backward pass per record (fisher), one forward pass over all
+    records (gram) and, for as long as it takes, 8 bytes for each entry.
+    """
+    found: dict[str, Tensor] = {}
+    if isinstance(plan.privacy, RecordPrivacy) and {"fisher", "gram"} & set(plan.strategy.sends):
+        raise PrivacyError("the plan asks for statistics of the records that no noise protects: expected privacy = none")
+    if "fisher" in plan.strategy.sends:
+        found |= {f"fisher/{name}": f for name, f in _fisher(dict(model.parameters()), names, setting).items()}
+    if "gram" in plan.strategy.sends:
+        found |= {f"gram/{name}": g for name, g in _grams(model, names, setting).items()}
+    return {name: tensor.to("cpu", torch.float32) for name, tensor in found.items()}
+
+
+def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+    """The mean over the records of each record's squared gradient: the diagonal of the empirical Fisher information."""
+    parameters = [own[name] for name in names]
+    squares = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    for row in range(setting.rows):
+        loss = setting.exact(setting.alone(row)).sum()
+        for square, gradient in zip(squares, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if gradient is not None:
+                square += gradient.double().square()
+    return {name: square / setting.rows for name, square in zip(names, squares, strict=True)}
+
+
+@torch.no_grad()
+def _grams(model: SharedModel, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+    """XᵀX / n of every trained linear layer: X has a row for each position of a record that is not padding, and a column of ones
+    where the bias is trained.
+    """
+    layers, grams, mask = gram_layers(model, names), dict[str, Tensor](), _Mask()
+    hooks = []
+    for name, (layer, with_bias) in layers.items():
+        size = layer.in_features + with_bias
+        grams[name] = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
+        hooks.append(layer.register_forward_pre_hook(_adding(grams[name], with_bias, mask)))
+    try:
+        for _, batch in setting.everything():
+            mask.now = batch.get("attention_mask")
+            setting.exact(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: gram / setting.rows for name, gram in grams.items()}
+
+
+class _Mask:
+    """Which positions of the batch of the moment are no padding: (b, t); None where there are no positions."""
+
+    now: Tensor | None = None
+
+
+def _adding(gram: Tensor, with_bias: bool, mask: _Mask) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0].detach()
+        if mask.now is not None and x.dim() == 3 and x.shape[:2] == mask.now.shape:
+            x = x[mask.now.bool()]
+        x = x.reshape(-1, x.shape[-1]).double()
+        if with_bias:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        gram.add_(x.T @ x)
+
+    return add

@@ -1,0 +1,183 @@
+"""Training a head on features: the encoder is frozen, and has been run over each record once.
+
+A record of most tasks is one vector. A record with tags is a vector for each word that the model reads, and its loss is the mean
+over its words, as it is where the encoder runs in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cotune.client.training.rows import Setting, all_right, of_each_slot
+from cotune.data.tasks.batching import bucket_of_length, fixed_batches
+from cotune.data.tasks.task import Target, losses_of
+from cotune.data.tasks.text import IGNORED
+from cotune.models.features import FeatureHead
+from cotune.models.independence import check_independence
+from cotune.models.probes import lengths_of
+from cotune.models.trainable import SharedModel
+from cotune.privacy.mechanisms.per_example import Batch, Unit
+
+_MOST_SLOTS = 512  # rows of features in a batch
+_MOST_ENTRIES = 2**24  # of the gradients of a batch of features, and of the features themselves
+
+
+def on_features(
+    precision: str,
+    model: SharedModel,
+    head: FeatureHead,
+    features: Tensor,
+    targets: Sequence[Target],
+    expected_batch: float,
+    units: Sequence[Unit],
+    weights: Tensor | None = None,
+) -> Setting:
+    """Return the setting of a head that is trained on features.
+
+    Args:
+        precision: What the features were computed in (`model.precision` of a plan).
+        features: (n, d), as `Holdings.features` gives them; NaN where a record, or a word, could not be read.
+        targets: Of each record, the number of its class or those of its words' tags.
+        expected_batch: Rows of a step, a public number: it decides the shape of batches.
+        units: Row numbers of each unit.
+        weights: (classes,) how much a label of each class counts in the loss; None: all the same.
+    """
+    given = _Given(precision, model, head, expected_batch, weights)
+    return (_on_words if head.reads_words else _on_vectors)(given, features, targets, units)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What `on_features` is given and does not depend on the records."""
+
+    precision: str
+    model: SharedModel
+    head: FeatureHead
+    expected_batch: float
+    weights: Tensor | None
+
+    def scores(self, batch: Batch) -> Tensor:
+        return cast(Tensor, self.head(batch["features"]).logits.float())
+
+    def loss(self, batch: Batch) -> Tensor:
+        return losses_of(self.scores(batch), batch["labels"], self.weights)
+
+    def correct(self, batch: Batch) -> Tensor:
+        return all_right(self.scores(batch), batch["labels"])
+
+    def keep_apart(self, slots: int, width: int, lengths: Sequence[int] | None) -> None:
+        """See `check_independence`."""
+        per_slot = of_each_slot(self.head, self.loss, self.scores)
+        check_independence(self.model, "head", self.precision, per_slot, slots=slots, width=width, lengths=lengths)
+
+
+def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> Setting:
+    labels = torch.tensor(targets, dtype=torch.long)  # of no records, too
+    unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
+    if bool(unreadable.any()):
+        features = features.nan_to_num(nan=0.0)
+        labels[unreadable] = IGNORED
+    width = features.shape[1]
+    slots = _slots_for(given.head, given.expected_batch)
+
+    def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
+        for start in range(0, len(rows), slots):
+            positions = range(start, min(start + slots, len(rows)))
+            yield positions, filled([rows[p] for p in positions], slots)
+
+    def filled(rows: Sequence[int], size: int) -> Batch:
+        index = torch.as_tensor(rows)
+        vectors = torch.zeros(size, width)
+        vectors[: len(rows)] = features[index]
+        numbers = torch.full((size,), IGNORED)
+        numbers[: len(rows)] = labels[index]
+        return {"features": vectors.to(given.model.device), "labels": numbers.to(given.model.device)}
+
+    def samples() -> Setting:
+        vectors = torch.linspace(-1, 1, 3 * width).reshape(3, -1)
+        return _on_vectors(given, vectors, [0, 1, 0], [[0], [1], [2]])
+
+    return Setting(
+        module=given.head,
+        rows=len(labels),
+        units=units,
+        batches=batches,
+        alone=lambda row: filled([row], 1),
+        loss=given.loss,
+        exact=given.loss,
+        correct=given.correct,
+        samples=samples,
+        keep_apart=lambda: given.keep_apart(slots, width, None),
+    )
+
+
+def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> Setting:
+    """As `_on_vectors`, of records that have one vector for each word: batches are as long as a bucket of word counts."""
+    labels = torch.tensor([number for target in targets for number in cast(tuple[int, ...], target)], dtype=torch.long)
+    read = _read_words(features, targets)
+    longest = given.model.loaded.max_length
+    width = features.shape[1]
+    slots = _slots_for(given.head, given.expected_batch, entries=longest * width)
+
+    def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
+        bucket = [bucket_of_length(len(read[row]), longest) for row in rows]
+        for positions, length in fixed_batches(range(len(rows)), bucket.__getitem__, slots):
+            yield positions, filled([rows[p] for p in positions], length, slots)
+
+    def filled(rows: Sequence[int], length: int, size: int) -> Batch:
+        """The mask is for who counts positions; the head reads each by itself."""
+        vectors = torch.zeros(size, length, width)
+        numbers = torch.full((size, length), IGNORED)
+        mask = torch.zeros(size, length, dtype=torch.long)
+        for slot, row in enumerate(rows):
+            words = read[row]
+            vectors[slot, : len(words)] = features[words]
+            numbers[slot, : len(words)] = labels[words]
+            mask[slot, : len(words)] = 1
+        batch = {"features": vectors, "labels": numbers, "attention_mask": mask}
+        return {key: value.to(given.model.device) for key, value in batch.items()}
+
+    def samples() -> Setting:
+        vectors = torch.linspace(-1, 1, 6 * width).reshape(6, -1)
+        return _on_words(given, vectors, [(0, 1), (1, 0, 1), (0,)], [[0], [1], [2]])
+
+    return Setting(
+        module=given.head,
+        rows=len(targets),
+        units=units,
+        batches=batches,
+        alone=lambda row: filled([row], max(1, len(read[row])), 1),
+        loss=given.loss,
+        exact=given.loss,
+        correct=given.correct,
+        samples=samples,
+        keep_apart=lambda: given.keep_apart(slots, width, lengths_of(given.model)),
+    )
+
+
+def _read_words(features: Tensor, targets: Sequence[Target]) -> list[Tensor]:
+    """Which rows of the features are the words of each record that the model has read."""
+    readable = ~features.isnan().any(dim=1)
+    counts = [len(cast(tuple[int, ...], target)) for target in targets]
+    return [
+        end - count + readable[end - count : end].nonzero()[:, 0] for count, end in zip(counts, accumulate(counts), strict=True)
+    ]
+
+
+def _slots_for(head: nn.Module, expected_batch: float, entries: int = 1) -> int:
+    """A power of two, for about as many rows as a step has: from public numbers alone.
+
+    entries: Of a row's features.
+    """
+    trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    most = min(_MOST_SLOTS, max(16, _MOST_ENTRIES // max(1, trained, entries)))
+    slots = 16
+    while slots * 2 <= most and slots < expected_batch:
+        slots *= 2
+    return slots

@@ -1,0 +1,68 @@
+"""What one stage of local training sees of an organization's records: rows, batches of them, and the loss of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cotune.data.tasks.text import IGNORED
+from cotune.models.probes import PerSlot
+from cotune.privacy.mechanisms.per_example import Batch, Batches, Unit, per_example
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a stage trains on.
+
+    Attributes:
+        rows: How many there are.
+        units: The row numbers of each unit of privacy.
+        batches: Row numbers -> batches, see `privacy.per_example.Batches`; under privacy of fixed shapes with blank slots.
+        alone: A row number -> a batch of that row alone, without padding.
+        loss: A batch -> the loss of each slot, of its row alone; zero for blank slots.
+        exact: The same in float32.
+        correct: A batch -> which slots the module classifies rightly.
+        samples: The same setting on three made-up rows, to check gradients with.
+        keep_apart: Raises PrivacyError where a row's numbers depend on more than the row.
+    """
+
+    module: nn.Module
+    rows: int
+    units: Sequence[Unit]
+    batches: Batches
+    alone: Callable[[int], Batch]
+    loss: Callable[[Batch], Tensor]
+    exact: Callable[[Batch], Tensor]
+    correct: Callable[[Batch], Tensor]
+    samples: Callable[[], Setting]
+    keep_apart: Callable[[], object]
+
+    def everything(self) -> Iterator[tuple[Tensor, Batch]]:
+        """All rows once: what each filled slot of a batch counts for, on the CPU, so that a unit counts for one; the batch."""
+        weights = torch.zeros(self.rows, dtype=torch.float64)
+        for unit in self.units:
+            weights[list(unit)] = 1 / len(unit)
+        for positions, batch in self.batches(range(self.rows)):
+            yield weights[list(positions)], batch
+
+
+def of_each_slot(module: nn.Module, loss: Callable[[Batch], Tensor], scores: Callable[[Batch], Tensor]) -> PerSlot:
+    """A batch -> all that training or what is told may take from it: scores, losses, and gradients."""
+
+    def answer(batch: Batch) -> Sequence[Tensor]:
+        with torch.no_grad():
+            seen = scores(batch)
+        with per_example(module, loss) as of:
+            losses, gradients = of.gradients(batch)
+        return [seen, losses, *gradients]
+
+    return answer
+
+
+def all_right(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return (b,) which slots are classified rightly: with a label for each position, all of them. IGNORED ones always are."""
+    right = (scores.argmax(dim=-1) == labels) | (labels == IGNORED)
+    return right.reshape(len(right), -1).all(dim=1)

@@ -1,0 +1,306 @@
+"""What a stage trains on at an organization: a module, its rows, how they become batches, the loss of each row.
+
+What should move moves, and nothing else: looked at after the first step, where a wrong wiring costs one step and no more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from cotune.client.training.feature_rows import on_features
+from cotune.client.training.observe import tell
+from cotune.client.training.rows import Setting, all_right, of_each_slot
+from cotune.data.dataset import Holdings
+from cotune.data.tasks.batching import fixed_batches, tight_batches
+from cotune.data.tasks.task import Target, example_losses, logits
+from cotune.data.tasks.text import IGNORED, Example
+from cotune.errors import DataError, PlanError, PrivacyError, RunError
+from cotune.models.architecture import AlignedRows
+from cotune.models.device import bfloat16_is_fast, kernels_of
+from cotune.models.encoding import encoded_examples, encoded_features
+from cotune.models.features import encode_batch, feature_head
+from cotune.models.independence import check_independence, check_padding
+from cotune.models.trainable import SharedModel, State
+from cotune.plan.schema import Plan
+from cotune.plan.tables import LocalTraining, Stage
+from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping
+from cotune.privacy.mechanisms.per_example import Batch, Unit, kinds_without_rule
+
+_Checked = tuple[object, ...]
+_checked: WeakKeyDictionary[SharedModel, set[_Checked]] = WeakKeyDictionary()  # what was found right, as comparisons ask again
+_MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
+
+
+def setting_of(
+    plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings, state: State, name: str, *, expected_batch: float
+) -> Setting:
+    """Return the stage's setting on the records of the organization `name`; the model must be set to `state`.
+
+    Args:
+        expected_batch: Rows of a step, a public number: it decides the shape of batches of features.
+
+    Raises:
+        DataError: For records that are described as those of another task.
+    """
+    if holdings.task != plan.task:
+        raise DataError(
+            f"{name} describes its records as for {holdings.task}, expected {plan.task} as in the plan: mend its description of"
+            " holdings, or take no part in this plan"
+        )
+    head = feature_head(model) if stage.mode == "head" else None
+    if head is not None:
+        features = encoded_features(
+            holdings,
+            model,
+            state,
+            plan.model.precision,
+            lambda source, done, total: tell("features", organisation=name, source=source, done=done, total=total),
+        )
+        precision = plan.model.precision
+        weights = _weights_of(plan, model)
+        return on_features(precision, model, head, features, holdings.targets, expected_batch, holdings.units, weights)
+    return _on_examples(plan, stage, model, encoded_examples(holdings, model), holdings.units)
+
+
+def made_up_setting(plan: Plan, stage: Stage, model: SharedModel, records: int) -> Setting:
+    """Return the stage's setting on so many made-up records, as long as the plan allows: what it costs, without any record."""
+    task, reader = model.loaded.task, model.loaded.reader
+    samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
+    numbers = [i % len(samples) for i in range(records)]
+    units = [[i] for i in range(records)]
+    head = feature_head(model) if stage.mode == "head" else None
+    if head is not None:
+        vectors = encode_batch(model, samples, plan.model.precision)
+        targets = [_target_of(example) for example in samples]
+        parts = torch.split(vectors, [len(target) if isinstance(target, tuple) else 1 for target in targets])
+        features = torch.cat([parts[i] for i in numbers])
+        chosen = [targets[i] for i in numbers]
+        weights = _weights_of(plan, model)
+        return on_features(plan.model.precision, model, head, features, chosen, float(records), units, weights)
+    return _on_examples(plan, stage, model, [samples[i] for i in numbers], units)
+
+
+def _target_of(example: Example) -> Target:
+    """The class of an example, or those of its words."""
+    labels = example["labels"]
+    return tuple(labels[place] for place in example["starts"]) if "starts" in example else int(labels)
+
+
+def _lengthened(example: Example, length: int) -> Example:
+    """An example of tokens, repeated to the full length; one without tokens as it is."""
+    tokens = example.get("input_ids")
+    if tokens is None:
+        return example
+    times = -(-length // len(tokens))
+    longer = {key: (value * times)[:length] if isinstance(value, list) else value for key, value in example.items()}
+    if "starts" in longer:
+        longer["starts"] = [place for place, label in enumerate(longer["labels"]) if label != IGNORED]
+    return longer
+
+
+def check_stages(plan: Plan, model: SharedModel) -> None:
+    """Check before a run that every stage has something to train, and under privacy that its gradients are those of single rows.
+
+    Raises:
+        ModelError, PrivacyError: In a sentence that names the train mode.
+        PlanError: For a weight of a class that is none of the labels.
+    """
+    _weights_of(plan, model)
+    model.load({})
+    if isinstance(plan.privacy, RecordPrivacy):
+        check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
+    for stage in plan.stages:
+        model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+        if isinstance(plan.privacy, RecordPrivacy):
+            _check_gradients_once(plan, stage, model, plan.privacy)
+
+
+def _check_gradients_once(plan: Plan, stage: Stage, model: SharedModel, privacy: RecordPrivacy) -> None:
+    """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition."""
+    taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernels_of(model.device)
+    key = stage.mode, stage.freeze_embeddings, stage.local.physical_batch_size, *taken
+    known = _checked.setdefault(model, set())
+    if key not in known:
+        check_gradients(made_up_setting(plan, stage, model, 3), privacy, stage.mode)
+        known.add(key)
+
+
+def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> float:
+    """Return the relative error of the clipped sum over made-up rows against gradients taken one row at a time, without padding.
+
+    Raises:
+        PrivacyError: When it is more than rounding, or when a row's numbers depend on its place in a batch or on its neighbors:
+            then this model cannot be trained privately in this mode and arithmetic.
+    """
+    made_up = setting.samples()
+    try:
+        error = check_clipping(
+            made_up.module,
+            made_up.exact,
+            batches=made_up.batches,
+            alone=[made_up.alone(row) for row in range(made_up.rows)],
+            clip_norm=privacy.clip_norm,
+            clipping=privacy.clipping,
+        )
+    except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
+        reason = _why_no_gradients(raised, made_up.module)
+        raise PrivacyError(
+            f"train = {mode} cannot be had with differential privacy for this model ({reason}): expected a gradient for each"
+            " record; use another train mode or model"
+        ) from None
+    if not error <= _MAX_GRADIENT_ERROR:
+        raise PrivacyError(
+            f"the clipped gradients of this model are wrong by {error:.2g} (relative) in train = {mode}, expected at most"
+            f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model"
+        )
+    setting.keep_apart()
+    return error
+
+
+def _why_no_gradients(raised: Exception, module: nn.Module) -> str:
+    """What a library said; where that is about its own variables, the layers that it stumbled over."""
+    unused = re.search(r"differentiated Tensor at index ([0-9]+) appears to not have been used", str(raised))
+    if unused:
+        names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        return f"{names[int(unused[1])]} and what else has no part in a prediction"
+    kinds = kinds_without_rule(module) if isinstance(raised, AttributeError | TypeError) else []
+    if kinds:
+        return f"Opacus has no rule for the gradients of single records in layers of the kind {', '.join(kinds[:3])}"
+    return (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
+
+
+def _weights_of(plan: Plan, model: SharedModel) -> Tensor | None:
+    """How much a label of each class counts in the loss, (classes,); None where all count the same. Raises PlanError."""
+    try:
+        weights = plan.weights_of_classes()
+    except ValueError as error:  # of a plan whose labels were found in the records
+        raise PlanError(f"the plan is not valid: {error}") from None
+    return None if weights is None else torch.tensor(weights, device=model.device)
+
+
+def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Example], units: Sequence[Unit]) -> Setting:
+    task, reader, longest = model.loaded.task, model.loaded.reader, model.loaded.max_length
+    collate = task.collator(model.module, reader, model.device)
+    private = isinstance(plan.privacy, RecordPrivacy)
+    slots = max(2, stage.local.physical_batch_size)
+    low_precision = plan.model.precision == "bfloat16" or (
+        not private and plan.model.precision == "auto" and model.device.type == "cuda" and bfloat16_is_fast(model.device)
+    )
+
+    def batches(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
+        places = range(len(numbers))
+        if private:
+            for positions, length in fixed_batches(places, lambda p: task.bucket(rows[numbers[p]], longest), slots):
+                yield positions, collate([rows[numbers[p]] for p in positions], length, slots)
+            return
+        for positions in tight_batches(places, lambda p: task.order(rows[numbers[p]]), slots):
+            yield positions, collate([rows[numbers[p]] for p in positions])
+
+    weights = _weights_of(plan, model)
+
+    def loss(batch: Batch) -> Tensor:
+        with AlignedRows(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
+            return example_losses(model.module, batch, weights)
+
+    def exact(batch: Batch) -> Tensor:
+        with AlignedRows():
+            return example_losses(model.module, batch, weights)
+
+    def scores(batch: Batch) -> Tensor:
+        with AlignedRows(), torch.autocast(model.device.type, enabled=False):
+            return logits(model.module, batch)
+
+    def correct(batch: Batch) -> Tensor:
+        """Rows, whatever the task: of tags, all words of a record must be told rightly."""
+        return all_right(scores(batch), batch["labels"])
+
+    return Setting(
+        module=model.module,
+        rows=len(rows),
+        units=units,
+        batches=batches,
+        alone=lambda row: collate([rows[row]]),
+        loss=loss,
+        exact=exact,
+        correct=correct,
+        samples=lambda: _on_examples(plan, stage, model, task.samples(reader), [[0], [1], [2]]),
+        keep_apart=lambda: check_independence(
+            model,
+            stage.mode,
+            "bfloat16" if low_precision else "float32",
+            of_each_slot(model.module, loss, scores),
+            slots=slots,
+        ),
+    )
+
+
+def optimizer_of(
+    local: LocalTraining, model: SharedModel, names: list[str], parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return the stage's optimizer, with the head in a group of its own rate."""
+    head = [p for n, p in zip(names, parameters, strict=True) if not n.startswith(model.prefix)]
+    encoder = [p for n, p in zip(names, parameters, strict=True) if n.startswith(model.prefix)]
+    head_rate = local.head_learning_rate if encoder and local.head_learning_rate else local.learning_rate
+    groups: list[dict[str, Any]] = [{"params": encoder, "lr": local.learning_rate}] if encoder else []
+    groups.append({"params": head, "lr": head_rate})
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=local.momentum, weight_decay=local.weight_decay)
+    adam = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
+    return adam(groups, weight_decay=local.weight_decay)
+
+
+_USUAL = 100.0  # of a parameter of a usable model
+
+
+class Guard:
+    """Watches one round. before: the trained parameters as they were received. noise: whether every step adds noise."""
+
+    def __init__(self, model: SharedModel, before: Mapping[str, Tensor], *, noise: bool) -> None:
+        self.model, self.before, self.noise = model, before, noise
+        self.frozen = self._checksums()
+
+    def after_step(self, report: StepReport) -> None:
+        """Raises RunError when the first step changed a frozen parameter, or left one without the noise that it was to get."""
+        if report.step > 1:
+            return
+        changed = [name for name, checksum in self._checksums().items() if checksum != self.frozen[name]]
+        if changed:
+            raise RunError(f"the first step changed {changed[0]}, which is frozen: expected only the shared parameters to move")
+        still = [name for name in self._still() if self._usual(name)]
+        if self.noise and still:
+            raise RunError(
+                f"the first step did not move {still[0]}: expected every shared parameter to get its noise; it takes no part in"
+                " the forward pass of this model, so use another train mode"
+            )
+
+    def after_round(self) -> None:
+        """Raises RunError when nothing moved in the whole round: an adapter that is not wired in."""
+        still = self._still()
+        if len(still) == len(self.before) and all(self._usual(name) for name in still):
+            raise RunError("no parameter moved in this round: expected every shared one to be trained; check the train mode")
+
+    def _still(self) -> list[str]:
+        own = dict(self.model.parameters())
+        return [name for name, value in self.before.items() if torch.equal(own[name].detach().cpu(), value)]
+
+    def _usual(self, name: str) -> bool:
+        """Whether the values are so small that a step is not lost in rounding: those of a state that was attacked need not be."""
+        value = self.before[name]
+        return value.numel() == 0 or float(value.abs().max()) < _USUAL
+
+    def _checksums(self) -> dict[str, int]:
+        """The sum of every frozen tensor's bits, parameters and buffers."""
+        tensors: Iterable[tuple[str, Tensor]] = [*self.model.parameters(), *self.model.module.named_buffers()]
+        return {name: _checksum(tensor) for name, tensor in tensors if name not in self.before}
+
+
+def _checksum(tensor: Tensor) -> int:
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(words).sum(dtype=torch.int64))

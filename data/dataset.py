@@ -1,0 +1,261 @@
+"""Which records somebody holds: rows of one or several files, as a small JSON document beside its row numbers.
+
+An organisation's site and the server's test set are both described this way. Features are computed per file, not per holder, so
+that they are the same whoever asks and computed once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cotune.data.config import DataConfig, TaskName
+from cotune.data.records import Records, read_records
+from cotune.data.tasks.text import IGNORED
+from cotune.data.types import Input, Label, names_in, stratum_of
+from cotune.data.units import RECORD, UnitRule, agree, chosen, grouped, identity_of_person
+from cotune.errors import DataError
+
+_SURPLUS = "more than max_records of their unit"
+
+
+# which of some identities are in another collection than the named one (see `privacy.ledger.Ledger.elsewhere`)
+Elsewhere = Callable[[Sequence[bytes], str], set[bytes]]
+
+
+class Portion(BaseModel):
+    """Rows of one file; `rows`: the name of a .npy file with their numbers beside the document; None: all of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: Path | None
+    rows: str | None = None
+
+
+class HoldingsFile(BaseModel):
+    """The document."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    task: TaskName = "sequence-classification"  # what the records are read as
+    data: DataConfig
+    portions: tuple[Portion, ...]
+    collection: str = ""  # which total their charges count against (see privacy/charges.py); "": every one
+
+    @classmethod
+    def read(cls, file: Path, labels: tuple[str, ...], *, lenient: bool = False) -> Holdings:
+        """The holdings that the document describes, with the records read. Raises DataError.
+
+        lenient: a real organisation must not fail by the classes of its records: whether it does would tell of single ones.
+        """
+        try:
+            document = cls.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise DataError(
+                f"{file} cannot be read ({type(error).__name__}): expected a description of the records, such as"
+                ' {"data": {"source": "records.csv", "text": "text", "label": "label"}, "portions": [{"path": null}]}'
+            ) from None
+        parts = []
+        for portion in document.portions:
+            records = read_records(document.data, portion.path, document.task, lenient=lenient, labels=labels)
+            parts.append((records, _rows(file, portion, len(records))))
+        return Holdings(tuple(parts), labels, document.task, lenient, collection=document.collection)
+
+
+def _rows(file: Path, portion: Portion, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The portion's row numbers. Raises DataError when they cannot be read, or are not rows of the file."""
+    if portion.rows is None:
+        return np.arange(records)
+    try:
+        rows = np.asarray(np.load(file.parent / portion.rows, allow_pickle=False), dtype=np.int64)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file.parent / portion.rows} cannot be read ({type(error).__name__}): expected row numbers") from None
+    if rows.size and not 0 <= rows.min() <= rows.max() < records:
+        raise DataError(
+            f"{file} names row {rows.max()} of a file with {records} usable records: expected the file as it was when the records"
+            " were handed out; restore it, or start a new run"
+        )
+    return rows
+
+
+def write_holdings(
+    file: Path, data: DataConfig, portions: list[tuple[Path | None, Any]], task: TaskName = "sequence-classification"
+) -> None:
+    """Writes the document and the row numbers beside it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for i, (path, rows) in enumerate(portions):
+        np.save(file.parent / f"{file.stem}-rows-{i}.npy", np.asarray(rows, dtype=np.int64), allow_pickle=False)
+        written.append(Portion(path=path, rows=f"{file.stem}-rows-{i}.npy"))
+    file.write_text(HoldingsFile(task=task, data=data, portions=tuple(written)).model_dump_json(indent=1), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Records held, in a fixed order; labels as class numbers in the plan's order.
+
+    unit: whom a promise is made to, see `bounded`; None: nobody, and every row stands for itself. collection: the one of the
+    organization's that they are in. dropped: how many rows of the files are not among them, by reason.
+    """
+
+    parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
+    labels: tuple[str, ...]
+    task: TaskName = "sequence-classification"
+    lenient: bool = False  # whether a record of a class that the plan lacks is one without a loss, instead of an error
+    unit: str | None = None
+    whole: Holdings | None = field(default=None, repr=False)  # before it was bounded
+    collection: str = ""
+    dropped: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows in self.parts)
+
+    @cached_property
+    def targets(self) -> list[Any]:
+        """The class number of each record, or those of its tags. Raises DataError for a class that the plan does not have."""
+        number = {label: i for i, label in enumerate(self.labels)}
+        if self.unknown and not self.lenient:
+            raise DataError(
+                f"the data have the classes {', '.join(self.unknown[:5])}, which the plan does not list:"
+                f" expected {', '.join(self.labels)}"
+            )
+        return [
+            number.get(label, IGNORED) if isinstance(label, str) else tuple(number.get(tag, IGNORED) for tag in label)
+            for label in self._held_labels
+        ]
+
+    @cached_property
+    def unknown(self) -> list[str]:
+        """The classes of the records that the plan does not list."""
+        held = {name for label in self._held_labels for name in names_in(label)}
+        return sorted(held - set(self.labels))
+
+    @property
+    def truth(self) -> list[int]:
+        """What a model is to tell: the class number of each record, or of each word of all records."""
+        return [number for target in self.targets for number in ((target,) if isinstance(target, int) else target)]
+
+    def bounded(self, privacy: UnitRule | Literal["none"], seed: int) -> Holdings:
+        """The records that count under a promise, and the units that it is made to; the holdings as they are without one.
+
+        Of a unit from a column, at most `privacy.max_records` records count, chosen by the seed and their own content. Where each
+        record is a unit, records of equal identity are one, of which one counts, and none if they differ (see `units.agree`):
+        then one row of a file, added or removed, changes the records that count by one or none.
+        Guarantee: which records of a unit count is decided by the records of that unit and the seed alone.
+        Raises DataError where the unit is from a column and the records were read without one.
+        """
+        if privacy == "none":
+            return self
+        whole = replace(self, unit=privacy.unit, whole=self)
+        inputs, labels, identities = self.inputs(), self._held_labels, whole.unit_identities()
+        kept, dropped = np.zeros(len(self), dtype=bool), Counter[str]()
+        for unit, group in zip(identities, whole.units, strict=True):
+            records = [(inputs[row], labels[row]) for row in group]
+            if privacy.unit == RECORD and not agree(records):
+                dropped["copies that differ"] += len(group)
+                continue
+            counting = chosen(unit, records, privacy.max_records or 1, seed)
+            kept[[group[i] for i in counting]] = True
+            dropped[_SURPLUS if privacy.unit != RECORD else "copies"] += len(group) - len(counting)
+        return whole._only(kept, dropped)
+
+    def apart(self, elsewhere: Elsewhere, privacy: UnitRule | Literal["none"]) -> Holdings:
+        """Without the units that are in another of the organization's collections.
+
+        They contribute nothing here, like a record that cannot be read: nobody sees from outside that they are in the file.
+        """
+        if not self.collection:
+            return self
+        ours = self if privacy == "none" else replace(self, unit=privacy.unit)
+        kept = np.ones(len(self), dtype=bool)
+        known = elsewhere(ours.unit_identities(), self.collection)
+        for unit, group in zip(ours.unit_identities(), ours.units, strict=True):
+            if unit in known:
+                kept[group] = False
+        return self._only(kept, {"in another collection": int((~kept).sum())})
+
+    def _only(self, kept: np.ndarray[Any, np.dtype[np.bool_]], dropped: Mapping[str, int]) -> Holdings:
+        """Some of the rows, in their order; how many were dropped now, by reason."""
+        ends = np.cumsum([len(rows) for _, rows in self.parts])
+        held = zip(self.parts, np.split(kept, ends[:-1]), strict=True)
+        parts = tuple((records, rows[counts]) for (records, rows), counts in held)
+        return replace(self, parts=parts, dropped=dict(Counter(self.dropped) + Counter(dropped)))
+
+    def left_out(self) -> dict[str, int]:
+        """How many rows of the files contribute nothing to training, by the reason; for the organization's own eyes."""
+        found = Counter(self.dropped)
+        for records, _ in self.parts:
+            found.update(records.skipped)
+        known = set(self.labels)
+        found["label unknown to the plan"] = sum(isinstance(label, str) and label not in known for label in self._held_labels)
+        return {reason: count for reason, count in found.items() if count}
+
+    def _unit_names(self, unit: str) -> list[str]:
+        if any(len(records.units) != len(records) for records, _ in self.parts):
+            raise DataError(
+                f"the plan makes its promise to each {unit} (privacy.unit), and nothing says whose the records are: expected the"
+                " name of their column in data.unit"
+            )
+        return [records.units[int(i)] for records, rows in self.parts for i in rows]
+
+    @cached_property
+    def units(self) -> list[list[int]]:
+        """The row numbers (0 … n-1) of each unit, ascending; the units by their identity: a file's order is no matter.
+
+        Without a promise every row is by itself, in order.
+        """
+        if self.unit is None:
+            return [[row] for row in range(len(self))]
+        return sorted(grouped(self._unit_keys), key=lambda group: self._unit_keys[group[0]])
+
+    def unit_identities(self) -> list[bytes]:
+        """16 bytes for each of `units`, in their order, by which a ledger knows it again; those of records without a promise."""
+        keys = self._unit_keys
+        return [keys[group[0]] for group in self.units]
+
+    def further_identities(self) -> list[bytes]:
+        """Of units that are more than a record: their records, whether they count or not.
+
+        By them a ledger links a data set to those that were charged under another unit.
+        """
+        return [] if self.unit in (None, RECORD) or self.whole is None else self.whole.identities()
+
+    @cached_property
+    def _unit_keys(self) -> list[bytes]:
+        """The identity of each row's unit."""
+        if self.unit in (None, RECORD):
+            return self.identities()
+        return [identity_of_person(name) for name in self._unit_names(self.unit)]
+
+    @cached_property
+    def weights(self) -> list[float]:
+        """What each row counts for, so that every unit counts for one: one over the records of its unit."""
+        sizes = {row: len(group) for group in self.units for row in group}
+        return [1 / sizes[row] for row in range(len(self))]
+
+    def label_counts(self) -> dict[str, float]:
+        """How many units each class has, every unit counting for one, parted among its records; of tags by their `stratum_of`.
+
+        What is told of these counts under privacy relies on it: one unit changes them by one at most, in L1 and so in L2.
+        """
+        counts = dict.fromkeys(self.labels, 0.0)
+        for label, weight in zip(self._held_labels, self.weights, strict=True):
+            if (name := stratum_of(label)) in counts:
+                counts[name] += weight
+        return counts
+
+    @property
+    def _held_labels(self) -> list[Label]:
+        return [records.labels[int(i)] for records, rows in self.parts for i in rows]
+
+    def inputs(self) -> list[Input]:
+        return [records.inputs[int(i)] for records, rows in self.parts for i in rows]
+
+    def identities(self) -> list[bytes]:
+        """16 bytes for each record, by which a ledger knows it again (see `inputs.identity_of`)."""
+        return [records.identities[int(i)] for records, rows in self.parts for i in rows]

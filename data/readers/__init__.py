@@ -1,0 +1,1 @@
+"""Files of records, in the formats that people have."""

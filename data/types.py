@@ -1,0 +1,83 @@
+"""What a record is made of, whatever the task: its input, its label, and how a ledger and a cache know it again.
+
+An input is a text, the words of one, or an image; a label is one class, or one tag for each word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter
+
+from cotune.data.readers.images import Image
+from cotune.printable import IGNORABLE
+
+Input = str | tuple[str, ...] | Image
+Label = str | tuple[str, ...]
+_NO_TAG = "O"  # outside of any entity, in the IOB schemes
+
+
+def answer_count(given: Input) -> int:
+    """Return how many answers a record of this input has: one, or one for each word."""
+    return len(given) if isinstance(given, tuple) else 1
+
+
+def content_of(value: Input | Label) -> bytes:
+    """Bytes that are equal for equal inputs or labels and for no others of the same kind."""
+    if isinstance(value, Image):
+        return value.digest
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def identity_of(given: Input) -> bytes:
+    """16 bytes that stay the same when a file is shuffled, exported anew, labeled anew or retyped a little.
+
+    SHA-256 over the plain form of a text (see `plain`), whether it is kept as one or as its words; over the decoded pixels and
+    the size of an image. A corrected label is still the same record. Whoever can guess a text can recognize its identity: what
+    is stored or exported is keyed first (see `privacy.ledger`).
+    """
+    if isinstance(given, Image):
+        return given.digest[:16]
+    text = given if isinstance(given, str) else " ".join(given)
+    return hashlib.sha256(plain(text).encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def plain(text: str) -> str:
+    """A text without what a reader does not see or would not call a difference.
+
+    Compatibility forms are unified (NFKC), case is folded, control and format characters (zero-width ones, directions, soft
+    hyphens, variation selectors) are dropped, white space becomes single spaces, and punctuation at both ends goes, unless
+    nothing else is there.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    seen = "".join(" " if char.isspace() else char for char in folded if char.isspace() or not _is_invisible(char))
+    words = " ".join(unicodedata.normalize("NFKC", seen).split())
+    return words.strip("".join({char for char in words if _is_punctuation(char)} | {" "})) or words
+
+
+def _is_invisible(char: str) -> bool:
+    """Control and format characters, and those that Unicode says are ignored where they cannot be shown."""
+    return unicodedata.category(char) in ("Cc", "Cf") or char in IGNORABLE
+
+
+def _is_punctuation(char: str) -> bool:
+    return unicodedata.category(char).startswith("P")
+
+
+def names_in(label: Label) -> tuple[str, ...]:
+    """The class names that a label consists of: one, or one for each word."""
+    return (label,) if isinstance(label, str) else label
+
+
+def stratum_of(label: Label) -> str:
+    """The one class by which a record is split over organisations and held out for testing.
+
+    Of tags it is the most frequent one that is not O, and of equally frequent ones the alphabetically first; O where there is no
+    other.
+    """
+    if isinstance(label, str):
+        return label
+    counts = Counter(tag for tag in label if tag != _NO_TAG)
+    return min(counts, key=lambda tag: (-counts[tag], tag), default=_NO_TAG)

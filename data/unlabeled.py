@@ -1,0 +1,106 @@
+"""Inputs without labels, to be predicted: a column of a file, the images of a folder, or what was typed.
+
+Every row has an answer, also one that cannot be used: whoever joins predictions to a file counts on its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cotune.data.config import DataConfig, TaskName
+from cotune.data.readers.csv_reader import shown_names
+from cotune.data.readers.formats import READERS, DataFile
+from cotune.data.readers.images import SUFFIXES, Image
+from cotune.data.tasks.task import task_named
+from cotune.data.types import Input
+from cotune.errors import DataError, nearest, reason_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input. shown: how it is named in the output. reason: why it cannot be used; then there is no input."""
+
+    shown: str
+    given: Input | None
+    reason: str = ""
+
+
+def read_unlabeled(path: Path, task: TaskName, *, column: str | None = None, encoding: str = "utf-8") -> list[Row]:
+    """Return the rows of a file, in its order; or the images of a folder and of the folders in it, by name.
+
+    Args:
+        path: CSV, TSV, JSON or Parquet; for images also a folder.
+        task: Of the model.
+        column: That holds the inputs; None: "text", or "image".
+        encoding: Of a CSV, TSV or JSON file.
+
+    Raises:
+        DataError: For a file that cannot be read, or has no such column.
+    """
+    key = task_named(task).key
+    if path.is_dir() and key == "image":
+        return _made(_file(path, b"", key, key), task, list(_images(path)))
+    wanted = column or key
+    file = _file(path, _content(path), key, wanted, encoding)
+    names, values = READERS[file.suffix](file)
+    if names.count(wanted) != 1:
+        known = shown_names(names, (wanted,))
+        hint = nearest(wanted, known) if known else ""
+        problem = "no column" if wanted not in names else f"{names.count(wanted)} columns"
+        raise DataError(f"{path} has {problem} {wanted!r}: name the one to predict with --{key}{hint}".removesuffix("."))
+    return _made(file, task, values[wanted])
+
+
+def read_typed(given: Sequence[str], task: TaskName) -> list[Row]:
+    """Return texts as they were typed; for an image model, paths of images."""
+    key = task_named(task).key
+    return _made(_file(Path("typed"), b"", key, key), task, [Path(each) for each in given] if key == "image" else given)
+
+
+def _made(file: DataFile, task: TaskName, values: Sequence[object]) -> list[Row]:
+    return [_row(file, task, number, value) for number, value in enumerate(values, 1)]
+
+
+def _row(file: DataFile, task: TaskName, number: int, value: object) -> Row:
+    shown = value if isinstance(value, str) else str(value) if isinstance(value, Path) else f"record {number}"
+    try:
+        found = task_named(task).unlabeled(file, number, value)
+    except DataError as error:
+        return Row(shown, None, str(error))
+    if isinstance(found, str):
+        return Row(shown, None, found)
+    given = found[0]
+    return Row(shown if isinstance(given, Image) else given if isinstance(given, str) else " ".join(given), given)
+
+
+def _file(path: Path, raw: bytes, key: str, column: str, encoding: str = "utf-8") -> DataFile:
+    label = "label" if column != "label" else "text"  # no label is read; a column must not be both
+    try:
+        config = DataConfig.model_validate({"source": str(path), key: column, "label": label, "encoding": encoding})
+    except ValueError:
+        raise DataError(f"the column {column!r} or the encoding {encoding!r} cannot be had: expected names of such") from None
+    return DataFile(str(path), path, raw, config, key)
+
+
+def _content(path: Path) -> bytes:
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{path} cannot be predicted: expected a file ending in one of {', '.join(sorted(READERS))}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({reason_of(error)}): check the path and its permissions") from None
+    if not content:
+        raise DataError(f"{path} is empty (0 bytes): expected records")
+    return content
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    try:
+        found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be opened ({reason_of(error)}): check its permissions") from None
+    if not found:
+        raise DataError(f"{folder} holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
+    yield from found

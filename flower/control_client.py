@@ -1,0 +1,185 @@
+"""Flower's Control API as the coordinator uses it. All of it that is internal to Flower is in this file.
+
+The API asks nobody who they are, so it must be reached on loopback alone. Runs are started with a bundle of configuration only;
+both sides run the cotune that is installed on their machines.
+
+How a run is named to the SuperLink, whose every member can ask for a run's configuration: by its name, and no place.
+
+The processes that play runs are told where the federation's folder is by their environment, which does not leave this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from cryptography.x509 import load_pem_x509_certificates
+from flwr.app import UserConfig
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+from cotune.errors import RunError
+
+HOME = "COTUNE_FEDERATION"  # the federation's folder, in the environment of what `cotune server start` has started
+
+
+def name_of(run: Path) -> str:
+    """What the SuperLink is told of the folder of a run."""
+    return run.name
+
+
+def place_of(told: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """The folder of the run that a run configuration names; in a simulation, where no federation is, it names the folder itself.
+
+    Raises RunError for what is neither.
+    """
+    if not told:
+        raise RunError('the run configuration has no "run": expected the folder of a run')
+    home = environment.get(HOME)
+    if not home:
+        return Path(told)
+    if told in (".", "..") or Path(told).name != told:
+        raise RunError(f"the run configuration names {told[:100]!r}: expected the name of a run of the federation")
+    return Path(home) / "runs" / told
+
+
+APP = b"""
+[project]
+name = "cotune"
+version = "0.1.0"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "cotune"
+[tool.flwr.app.components]
+serverapp = "cotune.server.app:app"
+clientapp = "cotune.client.app:app"
+[tool.flwr.app.config]
+run = ""
+"""
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True)
+class Node:
+    """An organisation's node as the SuperLink knows it. key: PEM."""
+
+    id: int
+    key: bytes
+    online: bool
+    last_online: str = ""
+    until: float = 0.0  # when it is, or was, offline without another heartbeat, in seconds since 1970
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Of a run on the SuperLink. status: pending, starting, running or finished; outcome: then completed, failed or stopped."""
+
+    status: str
+    outcome: str = ""
+    details: str = ""
+
+
+class Control:
+    """Calls, one after the other. Every one raises RunError where the SuperLink cannot be reached or refuses."""
+
+    def __init__(self, client: ControlHttpClient) -> None:
+        self._client = client
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Those whose keys are registered."""
+        found = _call(self._client.ListNodes, ListNodesRequest()).nodes_info
+        present = [node for node in found if node.status != "unregistered"]
+        return tuple(Node(n.node_id, n.public_key, n.status == "online", n.last_activated_at, n.online_until) for n in present)
+
+    def register(self, key: bytes, name: str) -> int:
+        """Lets the node with this public key (PEM) in. Returns its id."""
+        return int(_call(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name)).node_id)
+
+    def unregister(self, node: int) -> None:
+        """From then on its requests are refused."""
+        _call(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node))
+
+    def start(self, run: Path) -> int:
+        """Hands the folder of a run to the executor. Returns the run's id. What is told here, members can read."""
+        content, _ = build_fab_from_files({"pyproject.toml": APP})
+        bundle = Fab(hashlib.sha256(content).hexdigest(), content, {})
+        config = user_config_to_proto(UserConfig({"run": name_of(run)}))
+        answer = _call(self._client.StartRun, StartRunRequest(fab=fab_to_proto(bundle), override_config=config))
+        if not answer.HasField("run_id"):
+            raise RunError(f"the SuperLink did not take the run ({answer.note or 'no reason given'}): see its log")
+        return int(answer.run_id)
+
+    def stop(self, run_id: int) -> None:
+        """Ends a run; what it has finished is in its folder."""
+        _call(self._client.StopRun, StopRunRequest(run_id=run_id))
+
+    def state(self, run_id: int) -> RunState | None:
+        """None where the SuperLink knows no such run, as after a restart without a database."""
+        try:
+            found = _call(self._client.ListRuns, ListRunsRequest(run_id=run_id)).run_dict.get(run_id)
+        except _Refused as error:
+            if error.status == httpx.codes.NOT_FOUND:
+                return None
+            raise
+        return None if found is None else RunState(found.status.status, found.status.sub_status, found.status.details)
+
+    def running(self) -> tuple[int, ...]:
+        """The ids of the runs that are not finished."""
+        runs = _call(self._client.ListRuns, ListRunsRequest()).run_dict
+        return tuple(sorted(run_id for run_id, run in runs.items() if run.status.status != "finished"))
+
+
+class _Refused(RunError):
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(f"the SuperLink refused a request ({status}: {detail}): see its log")
+        self.status = status
+
+
+@contextmanager
+def control(address: str, certificates: Path) -> Iterator[Control]:
+    """address: host:port on loopback. certificates: the coordinator's folder of them. Nothing is asked before the first call."""
+    try:
+        authority = (certificates / "ca.crt").read_bytes()
+        load_pem_x509_certificates(authority)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it holds no certificate"
+        raise RunError(f"{certificates / 'ca.crt'} cannot be read ({reason}): expected the federation's own") from None
+    version = RuntimeVersionHttpInterceptor(component_name="cotune")
+    with ControlHttpClient.from_server_address(address, False, authority, interceptors=[version]) as client:
+        yield Control(client)
+
+
+def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
+    try:
+        return method(request)
+    except httpx.HTTPStatusError as error:
+        raise _Refused(error.response.status_code, error.response.text[:200]) from None
+    except httpx.HTTPError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise RunError(
+                "another server than this federation's answers at the SuperLink's port: stop it, or choose another superlink_port"
+                " in server.toml and start again"
+            ) from None
+        raise RunError(
+            f"the SuperLink cannot be reached ({error}): expected one that `cotune server start` keeps running"
+        ) from None
+    except ValueError as error:
+        raise RunError(f"the SuperLink's answer is not Flower's ({error}): use the flwr that cotune was installed with") from None

@@ -1,0 +1,170 @@
+"""The line to the SuperLink: messages there, and the answers back. Flower's Runtime API is known to this file alone.
+
+Flower's own grid makes a call that failed again without a word, so that nobody learns what was lost with the first; it waits a
+second for a piece that is not there yet, and takes an answer however large it is. Here a call that fails raises, and the calls
+and their order are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+import httpx
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node, NodeInfo
+from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest, PushAppMessagesRequest
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import push_objects
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from cotune.flower.chunks import NotThere, fetched, gather
+
+_SILENCE_SECONDS = 200.0  # for the rest of an answer: after 180 the SuperLink gives up who sends it
+
+_Answer = TypeVar("_Answer")
+
+
+class Line(Protocol):
+    """Every call raises what goes wrong with it, RunNotRunningException where the run was stopped; several threads make them."""
+
+    def get_nodes(self) -> Iterable[NodeInfo]: ...
+
+    def push(self, message: Message) -> str:
+        """Hands a request over. Returns its number; "" where it was not taken."""
+        ...
+
+    def announced(self, numbers: Sequence[str]) -> Mapping[str, Any]:
+        """Which of the requests may have an answer that can be fetched now -> what `fetch` needs to know of it. An answer is
+        announced once: where this call fails, or `fetch`, it may be gone.
+        """
+        ...
+
+    def fetch(self, answer: Any, most_bytes: int, came: Callable[[], None]) -> Message | None:
+        """The answer, if it is there. came: called for every piece of it, by several threads.
+
+        Raises TooMuch for more bytes than that, CutOff where the rest of it does not come, Malformed where it is no message.
+        """
+        ...
+
+
+def line_of(grid: Grid) -> Line:
+    return _RuntimeLine(grid) if isinstance(grid, HttpGrid) else _GridLine(grid)
+
+
+class _GridLine:
+    """By what every grid offers."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return self._grid.get_nodes()
+
+    def push(self, message: Message) -> str:
+        numbers = list(self._grid.push_messages([message]))
+        return numbers[0] if numbers else ""
+
+    def announced(self, numbers: Sequence[str]) -> Mapping[str, str]:
+        return {number: number for number in numbers}
+
+    def fetch(self, answer: str, most_bytes: int, came: Callable[[], None]) -> Message | None:
+        return fetched(self._grid, answer)
+
+
+class _RuntimeLine:
+    """As the grid of a process that a SuperLink's executor has started, with connections of its own."""
+
+    def __init__(self, grid: HttpGrid) -> None:
+        self._run = grid.run.run_id
+        self._node = Node(node_id=SUPERLINK_NODE_ID)
+        self._ended = threading.Lock()  # held once the process was told to end
+        self._client = RuntimeHttpClient.from_server_address(
+            grid._addr,
+            grid._insecure,
+            grid._cert,
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"),
+                RuntimeTokenHttpInterceptor(token=grid._token),
+            ],
+        )
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        nodes: Iterable[NodeInfo] = self._call(self._client.GetNodes, GetNodesRequest()).nodes
+        return nodes
+
+    def push(self, message: Message) -> str:
+        with no_object_id_recompute():
+            message.metadata.__dict__["_message_id"] = message.object_id
+            request = PushAppMessagesRequest(
+                messages_list=[message_to_proto(remove_content_from_message(message))],
+                message_object_trees=[get_object_tree(message)],
+            )
+            answer = self._call(self._client.PushMessages, request)
+            if not answer.message_ids[0]:
+                return ""
+            send = make_push_object_fn_protobuf(self._calling(self._client.PushObject), self._node, self._run, answer.session_id)
+            push_objects(get_all_nested_objects(message), send, object_ids_to_push=set(answer.objects_to_push))
+        return str(answer.message_ids[0])
+
+    def announced(self, numbers: Sequence[str]) -> dict[str, ObjectTree]:
+        answer = self._call(self._client.PullMessages, PullAppMessagesRequest(message_ids=numbers))
+        replies = zip(answer.messages_list, answer.message_object_trees, strict=True)
+        return {reply.metadata.reply_to_message_id: tree for reply, tree in replies}
+
+    def fetch(self, answer: ObjectTree, most_bytes: int, came: Callable[[], None]) -> Message:
+        pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, self._run)
+        message = gather(answer, _patient(pull, came), most_bytes, _SILENCE_SECONDS)
+        received = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=answer.object_id)
+        with suppress(httpx.HTTPError):  # it keeps what nobody needs
+            self._call(self._client.ConfirmMessageReceived, received)
+        return message
+
+    def _calling(self, method: Callable[[Any], _Answer]) -> Callable[[Any], _Answer]:
+        return lambda request: self._call(method, request)
+
+    def _call(self, method: Callable[[Any], _Answer], request: Any) -> _Answer:
+        try:
+            return method(request)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.FORBIDDEN:
+                raise RunNotRunningException from None
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:  # it has begun anew, without its memory
+                self._end_process()
+            raise
+
+    def _end_process(self) -> None:
+        """As Flower's own client does: another process is started. Once: a second signal would cut its ending short."""
+        if self._ended.acquire(blocking=False):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _patient(pull: Callable[[str], bytes], came: Callable[[], None]) -> Callable[[str], bytes]:
+    """A piece stays where it is while the SuperLink is away, or busy."""
+
+    def patient(number: str) -> bytes:
+        try:
+            content = pull(number)
+            came()
+            return content
+        except httpx.TransportError:
+            raise NotThere(number) from None
+        except httpx.HTTPStatusError as error:
+            if error.response.is_server_error:
+                raise NotThere(number) from None
+            raise
+
+    return patient

@@ -1,0 +1,175 @@
+"""What the program must know of an architecture: its encoder and its head, mean pooling, and layers whose rows are aligned.
+
+Mean pooling as one more encoder layer, so that the fine-tuned model stays a plain architecture that anybody can load.
+
+Sentence encoders are trained to be read by the mean of their token vectors; BertForSequenceClassification reads the first
+token. A layer whose queries and keys are zero attends to all tokens evenly: with values s·I and a large s, its residual stream
+holds s times the mean, and its LayerNorm brings it to unit variance. Its feed-forward part is zero. The result is
+tanh(LayerNorm(mean)/8): nothing but weights, no code of ours is needed to load it.
+
+Linear layers whose rows are all computed alike, whatever the width.
+
+A kernel for a product with few columns, such as the scores of a head, adds a row up in an order that depends on where the row
+begins in memory. Rows of 33 float32 begin at every remainder of 16 bytes, so that a record's scores depended on its slot, and
+with it on how many records stand before it: in a state of weights of unlike size one record moved others by 1.8e-6 clip norms.
+Rows of a multiple of 64 bytes begin all at the same remainder, whichever instructions a processor has.
+
+A product with one column (a LoRA factor of rank 1) is one of a matrix and a vector, whose kernel takes rows by fours, and those
+that are left over in another way: it gets a second column.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from cotune.errors import ModelError
+
+
+def encoder_name(module: Any) -> str:
+    """Return the attribute that holds the encoder of a classifier of transformers.
+
+    It is called as the class says, but for some that classify with a part of their base model: of CLIP and SigLIP it is
+    `vision_model`, the only part with parameters that is no single layer.
+
+    Raises:
+        ModelError: Where nothing, or more than one part, may be the encoder.
+    """
+    declared = str(module.base_model_prefix)
+    if isinstance(getattr(module, declared, None), nn.Module):
+        return declared
+    parts: list[str] = [name for name, part in module.named_children() if _is_no_single_layer(part)]
+    if len(parts) != 1:
+        raise ModelError(
+            f"the architecture {module.config.model_type} does not say which of its parts ({', '.join(parts) or 'none'}) is the"
+            " encoder: expected one beside the head; use another base model"
+        )
+    return parts[0]
+
+
+def _is_no_single_layer(part: nn.Module) -> bool:
+    return any(True for _ in part.children()) and any(True for _ in part.parameters())
+
+
+_SCALE = 1024.0  # s: exact in bfloat16, and large enough that the first token's own vector does not count
+_SQUASH = 0.125  # the pooler's tanh stays close to linear: LayerNorm'd entries are rarely above 5
+
+
+def wants_mean_pooling(path: Path) -> bool:
+    """Whether the folder says, as sentence-transformers folders do, that token vectors are to be averaged."""
+    file = path / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return False
+    declared = json.loads(file.read_bytes())
+    return bool(declared.get("pooling_mode_mean_tokens") or declared.get("pooling_mode") == "mean")
+
+
+def can_pool_mean(config: Any) -> bool:
+    """Whether the architecture has encoder layers that can be written as a mean."""
+    return config.model_type in ("bert", "distilbert")
+
+
+@torch.no_grad()
+def add_mean_pooling(config: Any, module: nn.Module | None) -> tuple[str, ...]:
+    """With module None: makes room for the layer in the configuration. Then: writes the layer into the loaded module.
+
+    Returns the prefixes of the parameters that must stay frozen.
+    """
+    if config.model_type == "bert":
+        return _bert(config, module)
+    return _distilbert(config, module)
+
+
+def _bert(config: Any, module: Any) -> tuple[str, ...]:
+    if module is None:
+        config.num_hidden_layers += 1
+        return ()
+    last = config.num_hidden_layers - 1
+    layer = module.bert.encoder.layer[last]
+    attention = layer.attention
+    _uniform_attention(attention.self.query, attention.self.key, attention.self.value, attention.output.dense)
+    _identity_norm(attention.output.LayerNorm)
+    _no_feed_forward(layer.intermediate.dense, layer.output.dense)
+    _identity_norm(layer.output.LayerNorm)
+    _scaled_identity(module.bert.pooler.dense, _SQUASH)
+    return (f"bert.encoder.layer.{last}.", "bert.pooler.")
+
+
+def _distilbert(config: Any, module: Any) -> tuple[str, ...]:
+    if module is None:
+        config.n_layers += 1
+        return ()
+    last = config.n_layers - 1
+    layer = module.distilbert.transformer.layer[last]
+    _uniform_attention(layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin, layer.attention.out_lin)
+    _identity_norm(layer.sa_layer_norm)
+    _no_feed_forward(layer.ffn.lin1, layer.ffn.lin2)
+    _identity_norm(layer.output_layer_norm)
+    return (f"distilbert.transformer.layer.{last}.",)
+
+
+def _uniform_attention(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear) -> None:
+    for linear in (query, key):
+        _scaled_identity(linear, 0.0)
+    _scaled_identity(value, _SCALE)
+    _scaled_identity(out, 1.0)
+
+
+def _scaled_identity(linear: nn.Linear, scale: float) -> None:
+    linear.weight.copy_(torch.eye(linear.out_features, linear.in_features) * scale)
+    linear.bias.zero_()
+
+
+def _no_feed_forward(first: nn.Linear, second: nn.Linear) -> None:
+    for linear in (first, second):
+        linear.weight.zero_()
+        linear.bias.zero_()
+
+
+def _identity_norm(norm: nn.LayerNorm) -> None:
+    norm.weight.fill_(1.0)
+    norm.bias.zero_()
+
+
+_MULTIPLE = 16  # entries of a row: 64 bytes of float32, a cache line, and more than any vector register's alignment
+
+
+class AlignedRows(TorchFunctionMode):
+    """For the time of the block, inputs and weights of linear layers are filled up with zeros.
+
+    To rows of a multiple of 64 bytes, and to two columns at least.
+
+    What is computed stays the same up to rounding. Layers that have such a width already are left alone, to the bit.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call what was called, with filled-up rows where it is a linear layer."""
+        if func is functional.linear:
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` of the same arguments."""
+    lacking, columns = -input.shape[-1] % _MULTIPLE, len(weight)
+    if lacking:
+        input = functional.pad(input, (0, lacking))
+        weight = functional.pad(weight, (0, lacking))
+    if columns > 1:
+        return functional.linear(input, weight, bias)
+    if bias is not None:
+        bias = functional.pad(bias, (0, 1))
+    return functional.linear(input, functional.pad(weight, (0, 0, 0, 1)), bias)[..., :columns]

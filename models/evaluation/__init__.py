@@ -1,0 +1,1 @@
+"""How good a finished model is on labeled records, and how far the figures can be trusted."""

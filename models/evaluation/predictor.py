@@ -1,0 +1,227 @@
+"""A finished model, opened to be used and to be judged: its folder holds the head too, and nothing of it runs code.
+
+Only configuration, tokenizer (or image processor) and safetensors are read; custom code is never run.
+
+A finished model on labeled records: the figures of `quality`, and of tags those of whole entities.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoConfig
+
+from cotune.data.class_names import shown
+from cotune.data.config import TaskName
+from cotune.data.records import Records
+from cotune.data.tasks.batching import tight_batches
+from cotune.data.tasks.task import logits, task_named
+from cotune.data.tasks.text import Example
+from cotune.data.types import Input, Label, names_in
+from cotune.errors import DataError, ModelError, nearest, reason_of
+from cotune.models.base_folder import base_labels, read_settings
+from cotune.models.base_model import LoadedModel, find_base, load_model
+from cotune.models.config import ModelConfig
+from cotune.models.device import pick_device
+from cotune.models.evaluation.quality import NOT_TOLD, Threshold, entity_quality, quality, told_classes
+from cotune.models.trainable import SharedModel
+
+_BATCH = 64
+_LENGTH = 512  # tokens, where a folder does not say how long texts were in training
+_LONGEST = 32768
+_TASKS: tuple[TaskName, ...] = ("sequence-classification", "token-classification", "image-classification")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A finished model.
+
+    Attributes:
+        model: In the state of its folder.
+        labels: Class names in the order of the head.
+        task: What it is for.
+    """
+
+    model: SharedModel
+    labels: tuple[str, ...]
+    task: TaskName
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that it reads of a text."""
+        return self.model.loaded.max_length
+
+    @torch.no_grad()
+    def probabilities(self, inputs: Sequence[Input]) -> list[Tensor]:
+        """Return for each input (answers, classes) in float64: one row, or one for each word; NaN for what was not read."""
+        loaded = self.model.loaded
+        made_up = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in inputs]
+        examples = loaded.task.examples(loaded.reader, loaded.max_length, inputs, made_up)
+        found: list[Tensor] = [torch.empty(0)] * len(examples)
+        for rows in tight_batches(range(len(examples)), lambda row: loaded.task.order(examples[row]), _BATCH):
+            for row, scores in zip(rows, self._scores([examples[row] for row in rows]), strict=True):
+                found[row] = functional.softmax(scores.double(), dim=-1).cpu()
+        return found
+
+    def _scores(self, examples: Sequence[Example]) -> list[Tensor]:
+        loaded = self.model.loaded
+        collate = loaded.task.collator(self.model.module, loaded.reader, self.model.device)
+        return loaded.task.answer_scores(logits(self.model.module, collate(examples)), examples)
+
+
+def open_predictor(source: str, device: str = "auto", max_length: int | None = None) -> Predictor:
+    """Open a model.
+
+    Args:
+        source: Its folder, the folder of a run with `model/` in it, or a Hugging Face hub id.
+        device: auto, cpu, cuda or cuda:N.
+        max_length: Tokens to read of a text; None: as many as in training, as far as the folder says so.
+
+    Raises:
+        ModelError: When it cannot be used, or has no trained head.
+        DeviceError: When the device is not here.
+    """
+    to = pick_device(device)
+    loaded, labels, task = load_finished(_folder_of(source), max_length)
+    return Predictor(SharedModel(loaded, None, 0, to), labels, task)
+
+
+def load_finished(source: str, max_length: int | None = None) -> tuple[LoadedModel, tuple[str, ...], TaskName]:
+    """Return a finished model with its labels and task. Raises ModelError."""
+    try:
+        path = find_base(ModelConfig(base=source)).path
+        task, labels = _task_of(path), _labels_of(path)
+        config = ModelConfig(base=source, pooling="native", max_length=max_length or _length_of(path))
+        return load_model(config, labels, 0, task, finished=True), labels, task
+    except ModelError as error:
+        raise ModelError(str(error).replace("the base model", "the model")) from None
+
+
+def _folder_of(source: str) -> str:
+    """The model in the folder of a run, or the folder itself."""
+    folder = Path(source).expanduser()
+    inner = folder / "model"
+    return str(inner) if not (folder / "config.json").exists() and (inner / "config.json").exists() else source
+
+
+def _task_of(path: Path) -> TaskName:
+    """By the architecture that the configuration names, which says what kind of head the weights are for."""
+    settings = read_settings(path)
+    architectures = settings.get("architectures")
+    named = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    for task in _TASKS:
+        kind = task_named(task).model_class().__name__.removeprefix("AutoModel")
+        if any(name.endswith(kind) for name in named):
+            _check_one_class(settings.get("problem_type"))
+            return task
+    raise ModelError(
+        f"the model's config.json names the architecture {', '.join(named)[:80] or 'of nothing'}: expected one for sequence,"
+        " token or image classification, such as `model/` in the folder of a run"
+    )
+
+
+def _check_one_class(problem_type: object) -> None:
+    if problem_type not in (None, "single_label_classification"):
+        raise ModelError(
+            f"the model's config.json says problem_type = {json.dumps(problem_type)[:40]}: expected a model that tells one class"
+            " of several (single_label_classification)"
+        )
+
+
+def _labels_of(path: Path) -> tuple[str, ...]:
+    """In the order of the head. Raises ModelError for fewer than two."""
+    names = base_labels(path)
+    if not names:
+        names = _generic_labels(path)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ModelError(
+            f"the model's config.json names the classes {', '.join(names)[:80]}: expected two or more, all different"
+        )
+    return names
+
+
+def _generic_labels(path: Path) -> tuple[str, ...]:
+    """Those that a configuration has which names none, or LABEL_0, LABEL_1, …"""
+    try:
+        known = AutoConfig.from_pretrained(str(path), trust_remote_code=False).id2label
+    except Exception as error:  # a configuration that is not as its architecture expects raises anything
+        raise ModelError(
+            f"{path / 'config.json'} cannot be read as that of a model ({reason_of(error)[:120]}): expected one as"
+            " save_pretrained() writes it"
+        ) from None
+    return tuple(str(known[number]) for number in sorted(known))
+
+
+def _length_of(path: Path) -> int:
+    """What the tokenizer's settings say; those of most pretrained models say a number that means that nobody knows."""
+    try:
+        said = json.loads((path / "tokenizer_config.json").read_bytes())["model_max_length"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return _LENGTH
+    return said if isinstance(said, int) and 2 <= said <= _LONGEST else _LENGTH
+
+
+_SHOWN = 5  # unknown classes that an error names
+_NO_TAG = "O"
+
+
+def judge_records(predictor: Predictor, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
+    """Return how good a model is on records, as plain values.
+
+    Raises:
+        DataError: For classes that the model does not have.
+    """
+    truth = class_numbers(records.labels, predictor.labels, records.source)
+    rows = predictor.probabilities(records.inputs)
+    lengths = [len(each) for each in truth]
+    probabilities = torch.cat(rows).numpy()
+    units = np.repeat(_units(records), lengths)
+    found = quality(np.concatenate(truth), probabilities, units, predictor.labels, threshold)
+    if predictor.task == "token-classification":
+        found["entities"] = _entities(records.labels, told_classes(probabilities, predictor.labels, threshold), predictor.labels)
+    return {
+        "task": predictor.task,
+        "labels": list(predictor.labels),
+        "max_length": predictor.max_length if predictor.model.loaded.task.key == "text" else None,
+        "records": len(records),
+        "left_out": dict(records.skipped),
+        **found,
+    }
+
+
+def class_numbers(labels: Sequence[Label], known: Sequence[str], source: str) -> list[NDArray[np.int64]]:
+    """Return the class number of each record, or those of its tags. Raises DataError for a class that is not known."""
+    number = {label: i for i, label in enumerate(known)}
+    strange = sorted({name for label in labels for name in names_in(label)} - number.keys())
+    if strange:
+        named = ", ".join(map(shown, strange[:_SHOWN])) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
+        raise DataError(
+            f"{source} holds classes that the model does not have ({named}): rename them, or drop their records"
+            f"{nearest(strange[0], known)}"
+        )
+    return [np.asarray([number[name] for name in names_in(label)], dtype=np.int64) for label in labels]
+
+
+def _units(records: Records) -> NDArray[np.int64]:
+    """The number of each record's unit: itself, or whose it is."""
+    if not records.units:
+        return np.arange(len(records))
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(records.units))}
+    return np.asarray([numbers[name] for name in records.units], dtype=np.int64)
+
+
+def _entities(labels: Sequence[Label], told: NDArray[np.int64], known: Sequence[str]) -> dict[str, Any]:
+    names = [*known, _NO_TAG]  # the last one, which NOT_TOLD is the number of: a word that was not read is in no entity
+    assert NOT_TOLD == -1
+    ends = np.cumsum([len(names_in(label)) for label in labels])[:-1]
+    said = [[names[int(number)] for number in part] for part in np.split(told, ends)]
+    return entity_quality([list(names_in(label)) for label in labels], said)

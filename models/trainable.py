@@ -1,0 +1,167 @@
+"""What is trained and travels: the sharing groups, and the model that moves through the stages of a plan.
+
+A stage trains one group of parameters: the `head`; `lora` factors and the head; or `full`, the encoder and the head. The
+*state* is every tensor that any stage so far has trained, by name: with it and the base model, everybody has the same model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from cotune.data.config import TaskName
+from cotune.errors import ModelError
+from cotune.models.adapter import Adapter, name_seed
+from cotune.models.architecture import encoder_name
+from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
+from cotune.models.device import pick_device
+from cotune.models.lora import adapters_of, inject
+
+State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
+
+
+class SharedModel:
+    """A loaded model with the bookkeeping of what is trained, and how to set it to any state.
+
+    One instance is kept per process; `load` makes its parameters a function of the base model and the given state alone, so that
+    simulated clients can take turns with it.
+    """
+
+    def __init__(self, loaded: LoadedModel, lora: LoraConfig | None, seed: int, device: torch.device) -> None:
+        self.loaded, self.lora, self.seed, self.device = loaded, lora, seed, device
+        self.module: nn.Module = loaded.module.to(device)  # on its device before peft wraps it
+        self.prefix = f"{encoder_name(loaded.module)}."
+        if lora is not None:
+            inject(loaded, lora, seed)
+        self._initial: State = {}
+
+    def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1) -> list[str]:
+        """The parameters that a stage trains and shares, in the model's order. Raises ModelError when there are none.
+
+        round: from 1; which factors of adapters are trained may depend on it.
+        """
+        chosen = [name for name, _ in self.parameters() if self._belongs(name, mode, freeze_embeddings, round)]
+        if not chosen:
+            raise ModelError(f"the model has no parameters to train for train = {mode}: expected at least a head")
+        return chosen
+
+    def _belongs(self, name: str, mode: TrainMode, freeze_embeddings: bool, round: int) -> bool:
+        if not name.startswith(self.prefix):
+            return True  # the head is part of every stage
+        if mode == "head" or name.startswith(self.loaded.frozen):
+            return False
+        if ".lora_" in name:
+            return mode == "lora" and self.lora is not None and _is_trained(name, self.lora.factors, round)
+        return mode == "full" and not (freeze_embeddings and _is_embedding(name))
+
+    def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Parameters by their stable names: the same with and without adapters around a layer."""
+        for name, parameter in self.module.named_parameters():
+            yield name.replace(".base_layer.", "."), parameter
+
+    def train_only(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """Makes the named parameters trainable and freezes all others; returns them in the model's order."""
+        wanted = set(names)
+        self._remember(dict(self.parameters()), wanted)
+        chosen = []
+        for name, parameter in self.parameters():
+            parameter.requires_grad_(name in wanted)
+            if name in wanted:
+                chosen.append(parameter)
+        return chosen
+
+    def state(self, names: Iterable[str]) -> State:
+        """Copies of the named parameters, in float32 on the CPU."""
+        own = dict(self.parameters())
+        return {name: own[name].detach().to("cpu", torch.float32, copy=True) for name in names}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Sets the model to the base model with `state` on top. Raises ModelError for a name or shape that it does not have."""
+        own = dict(self.parameters())
+        for name, tensor in state.items():
+            if name not in own or own[name].shape != tensor.shape:
+                got = f"{name} {tuple(tensor.shape)}"
+                raise ModelError(
+                    f"a state holds {got}, expected a parameter of this model: it was made with another plan or model"
+                )
+        self._remember(own, state)
+        for name, initial in self._initial.items():
+            own[name].copy_(state.get(name, initial))
+
+    @contextmanager
+    def at_random(self, names: Iterable[str]) -> Iterator[None]:
+        """For the time of the block: the base model with random weights in the named parameters, whatever state it is in.
+
+        Weights are normal, with the standard deviation that keeps the size of what a layer is given; always the same ones.
+        """
+        own, chosen = dict(self.parameters()), list(names)
+        self._remember(own, chosen)
+        before = {name: own[name].detach().clone() for name in self._initial}
+        self.load({})
+        generator = torch.Generator().manual_seed(0)
+        try:
+            with torch.no_grad():
+                for name in chosen:
+                    shape = own[name].shape
+                    own[name].copy_(torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:])))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in before.items():
+                    own[name].copy_(tensor)
+
+    def _remember(self, own: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        """Keeps the base value of every tensor that is about to be changed for the first time."""
+        for name in names:
+            if name not in self._initial:
+                self._initial[name] = own[name].detach().to("cpu", copy=True)
+
+    def adapter_names(self) -> list[str]:
+        """The parameters of its adapters, trained or not."""
+        return [name for name, _ in self.parameters() if ".lora_" in name]
+
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Its LoRA layers."""
+        return adapters_of(self.loaded.module)
+
+    def parameter_count(self) -> int:
+        """All parameters of the model, adapters included."""
+        return sum(p.numel() for p in self.module.parameters())
+
+
+def _is_trained(name: str, factors: Factors, round: int) -> bool:
+    """Whether a factor of an adapter is trained in a round."""
+    if factors == "alternate":
+        return (".lora_B." in name) == (round % 2 == 1)
+    return ".lora_B." in name or factors == "ab"
+
+
+def _is_embedding(name: str) -> bool:
+    """Tables of tokens and positions; of a ViT, its class token and patches too."""
+    return any(part in ("embeddings", "wte", "wpe", "embed_tokens", "word_embeddings") for part in name.split("."))
+
+
+def named_under(prefix: str, tensors: Mapping[str, Tensor]) -> State:
+    """Those whose names begin with the prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@lru_cache(maxsize=1)
+def resident(
+    model: ModelConfig,
+    labels: tuple[str, ...],
+    lora: LoraConfig | None,
+    seed: int,
+    device: str,
+    task: TaskName = "sequence-classification",
+) -> SharedModel:
+    """The one model that a process keeps: loaded at the first call, shared by everybody in the process who takes turns."""
+    loaded = load_model(model, labels, name_seed(seed, "head"), task)
+    return SharedModel(loaded, lora, seed, pick_device(device))

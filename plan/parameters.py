@@ -1,0 +1,105 @@
+"""Which parameters a plan trains and shares, in its model; and which statistics its strategy wants of them.
+
+Which arrays a plan's strategy wants beside the deltas, by name and shape: the client makes them, the server checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cotune.errors import PrivacyError
+from cotune.models.trainable import SharedModel, resident
+from cotune.plan.schema import Plan
+from cotune.privacy.config import RecordPrivacy
+from cotune.strategies.plugins import is_code
+
+
+def model_of(plan: Plan, device: str) -> SharedModel:
+    """The plan's base model with its head, and its adapters where a stage trains them: one per process, shared by all callers.
+
+    Raises ModelError when it cannot be loaded, PrivacyError when it mixes records.
+    """
+    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, device, plan.task)
+    if isinstance(plan.privacy, RecordPrivacy):
+        _refuse_batch_norm(model)
+    return model
+
+
+def trained_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
+    """The parameters that organisations train in a round, in the model's order."""
+    stage = plan.stage_of(round)
+    return model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
+
+
+def shared_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
+    """Those of them that travel: all, unless the plan lets organisations keep some to themselves."""
+    names = trained_names(plan, model, round)
+    if not plan.keeps_personal:
+        return names
+    return [name for name in names if name.startswith(model.prefix) and ".lora_B." not in name]
+
+
+def rewritten_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
+    """What the fusion may change beside what organizations train: other factors of adapters, or the weights that they adapt.
+
+    A fusion that is code is not opened here, so that it may be any of them.
+    """
+    if plan.stage_of(round).mode != "lora":
+        return []
+    fusion = plan.strategy.fusion
+    kinds = ("a", "b", "weight") if is_code(fusion.name) else fusion.info("fusion").needs.rewrites
+    return [getattr(adapter, kind) for adapter in model.adapters() for kind in kinds]
+
+
+def state_shapes(plan: Plan, model: SharedModel, round: int) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape, of all that the state may hold in a round: what rounds up to it share, and what their fusions change.
+
+    Everything else is the base model's, on which everybody has agreed.
+    """
+    own = dict(model.parameters())
+    names = (
+        name
+        for number in _rounds_that_differ(plan, round)
+        for name in [*shared_names(plan, model, number), *rewritten_names(plan, model, number)]
+    )
+    return {name: tuple(own[name].shape) for name in names}
+
+
+def _rounds_that_differ(plan: Plan, round: int) -> Iterator[int]:
+    """Of each stage up to a round its first two: which factors of adapters are trained may depend on whether a round is odd."""
+    first = 1
+    for stage in plan.stages:
+        yield from range(first, min(first + min(stage.rounds, 2), round + 1))
+        first += stage.rounds
+
+
+def _refuse_batch_norm(model: SharedModel) -> None:
+    found = [name for name, layer in model.module.named_modules() if isinstance(layer, _BatchNorm)]
+    if found:
+        raise PrivacyError(
+            f"the base model normalises over the batch in {found[0]}, which mixes records, so that their privacy cannot be"
+            " bounded: expected a model without batch norm, such as a ViT; use another base model, or privacy = none"
+        )
+
+
+def statistic_shapes(plan: Plan, model: SharedModel, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Array -> shape, for a round that trains `names`: "fisher/<parameter>" like the parameter, "gram/<weight>" (d, d)."""
+    names, own = list(names), dict(model.parameters())
+    shapes: dict[str, tuple[int, ...]] = {}
+    if "fisher" in plan.strategy.sends:
+        shapes |= {f"fisher/{name}": tuple(own[name].shape) for name in names}
+    if "gram" in plan.strategy.sends:
+        sizes = {name: layer.in_features + with_bias for name, (layer, with_bias) in gram_layers(model, names).items()}
+        shapes |= {f"gram/{name}": (size, size) for name, size in sizes.items()}
+    return shapes
+
+
+def gram_layers(model: SharedModel, names: Iterable[str]) -> dict[str, tuple[nn.Linear, bool]]:
+    """Weight -> its linear layer, where it is trained, and whether its bias is trained with it."""
+    wanted, own = set(names), {id(parameter): name for name, parameter in model.parameters()}
+    linear = [layer for layer in model.module.modules() if isinstance(layer, nn.Linear)]
+    trained = {own[id(layer.weight)]: layer for layer in linear if own.get(id(layer.weight)) in wanted}
+    return {name: (layer, layer.bias is not None and own[id(layer.bias)] in wanted) for name, layer in trained.items()}

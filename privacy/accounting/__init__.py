@@ -1,0 +1,1 @@
+"""How much privacy a sequence of steps spends, and several runs together."""

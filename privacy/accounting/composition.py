@@ -1,0 +1,208 @@
+"""How much privacy a sequence of DP-SGD steps spends, and how much noise a budget asks for.
+
+Within one run everything is decided by the privacy-loss-distribution (PLD) accountant of Google's dp-accounting (Doroshenko et
+al., "Connect the Dots", PETS 2022), composed over every step that ran. Across runs, whose plans may have been chosen after seeing
+earlier answers, a Rényi filter decides (see `filters`). What an answer decides within a run, as the number of records does, is
+added up without them (see `geometric`). Neighboring data sets differ by adding or removing one record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from typing import Any, Literal
+
+import numpy as np
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
+from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import brentq
+
+from cotune.errors import PrivacyError
+from cotune.privacy.mechanisms.noise import geometric_epsilon, randomized_response
+
+Curve = np.ndarray[Any, np.dtype[np.float64]]
+
+MAX_NOISE_MULTIPLIER = 1000.0  # σ above this drowns any signal: the budget counts as out of reach
+MIN_NOISE_MULTIPLIER = 0.3  # below this the PLD grid becomes huge and the guarantee meaningless
+_FINE, _COARSE = 5e-4, 2e-3  # width of the grid of privacy losses; each gives an upper bound, the fine one a tight one
+_FINEST = 1e-5  # of the grid of the lower bound: a finer one takes seconds
+_TOLERANCE = 1e-3  # relative, of a calibrated σ
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A number of DP-SGD steps with the same parameters: one accounting event.
+
+    noise_multiplier: σ, noise standard deviation / clip norm. sample_rate: q, the probability with which each record enters a
+    batch, independently (Poisson sampling). count: how many steps. mechanism: "gaussian", or "geometric" for a number whose
+    answer decides the parameters of what follows; that one is never sampled.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    count: int
+    mechanism: Literal["gaussian", "geometric"] = "gaussian"
+
+    @property
+    def name(self) -> str:
+        """The mechanism in words: "gaussian", "poisson-subsampled gaussian" or "geometric"."""
+        return self.mechanism if self.sample_rate >= 1 else f"poisson-subsampled {self.mechanism}"
+
+    @property
+    def possible(self) -> bool:
+        """Whether a mechanism can have these parameters."""
+        is_known = self.mechanism == "gaussian" or (self.mechanism == "geometric" and self.sample_rate == 1)
+        return is_known and 0 < self.noise_multiplier < math.inf and 0 < self.sample_rate <= 1 and self.count >= 0
+
+    def event(self) -> dp_event.DpEvent:
+        """The steps as a dp-accounting event."""
+        gaussian = dp_event.GaussianDpEvent(self.noise_multiplier)
+        step = gaussian if self.sample_rate >= 1 else dp_event.PoissonSampledDpEvent(self.sample_rate, gaussian)
+        return dp_event.SelfComposedDpEvent(step, self.count)
+
+
+def epsilon(spent: Iterable[Steps], delta: float) -> float:
+    """ε of all the steps together at δ: that of the Gaussian ones by PLD, plus that of the geometric ones; 0 for no steps."""
+    pure, merged = _merge(spent)
+    return pure + _epsilon(merged, delta, _FINE)
+
+
+def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> Curve:
+    """δ of all the steps together at each ε, none below 0: the whole privacy curve, from above.
+
+    With geometric steps the privacy loss of these is ±ε₁, and that of the others comes on top: δ(ε) = p·δ₂(ε - ε₁) +
+    (1 - p)·δ₂(ε + ε₁), p = e^ε₁ / (1 + e^ε₁), where δ₂ is the curve of the run that has followed: a bound for this run. Of the
+    runs that other answers would have led to, ε is the same at their δ; other points of the curve may differ by a few percent.
+    """
+    pure, merged = _merge(spent)
+    at = np.asarray(epsilons, dtype=np.float64)
+    likelier = randomized_response(pure)
+    return likelier * _deltas(merged, at - pure) + (1 - likelier) * _deltas(merged, at + pure)
+
+
+def _deltas(merged: tuple[Steps, ...], epsilons: Curve) -> Curve:
+    """Below 0 it is 1 - e^ε·(1 - δ(-ε)): losing less than ε is what the other of two neighbors loses more of."""
+    size, places = np.unique(np.abs(epsilons), return_inverse=True)  # sorted, as dp-accounting wants them
+    found = np.asarray(_composed(merged, _COARSE).get_delta(size.tolist())) if merged else np.zeros_like(size)
+    size, found = size[places], found[places]
+    return np.where(epsilons < 0, 1 - np.exp(-size) * (1 - found), found)
+
+
+def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:
+    """The same by Rényi accounting: looser, independent of PLD, for cross-checks only."""
+    pure, merged = _merge(spent)
+    accountant = RdpAccountant()
+    for steps in merged:
+        accountant.compose(steps.event())
+    return pure + float(accountant.get_epsilon(delta))
+
+
+def epsilon_below(spent: Iterable[Steps], delta: float) -> float:
+    """A lower bound on ε of all the steps together at δ: PLD accounting in which every privacy loss is rounded down.
+
+    For cross-checks of `epsilon`, which rounds up: the truth lies between them. Geometric steps are added as there.
+    """
+    pure, merged = _merge(spent)
+    return pure + (_epsilon_below(merged, delta) if merged else 0.0)
+
+
+@lru_cache(maxsize=1024)
+def _epsilon_below(merged: tuple[Steps, ...], delta: float) -> float:
+    steps_of_all = sum(s.count for s in merged)
+    interval = min(_COARSE, max(0.2 * _spread(merged) / math.sqrt(steps_of_all), _FINEST))  # rounding adds up over the steps
+    interval = 2.0 ** math.floor(math.log2(interval))  # few different grids, so that a single step is computed once
+    parts = [_step_below(s.noise_multiplier, s.sample_rate, interval).self_compose(s.count) for s in merged]
+    return float(reduce(lambda whole, part: whole.compose(part), parts).get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=16)
+def _step_below(sigma: float, rate: float, interval: float) -> Any:
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        sigma,
+        value_discretization_interval=interval,
+        sampling_prob=min(rate, 1.0),
+        pessimistic_estimate=False,
+        use_connect_dots=False,
+    )
+
+
+def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
+    """ε of all geometric steps, and the Gaussian ones with the counts of equal steps added up: one convolution for each."""
+    pure = 0.0
+    counts: dict[tuple[float, float], int] = {}
+    for s in spent:
+        if s.mechanism == "geometric":
+            pure += s.count * geometric_epsilon(s.noise_multiplier)
+        elif s.mechanism != "gaussian":
+            raise PrivacyError(f"{s} is of an unknown mechanism: expected gaussian or geometric, or a newer cotune")
+        elif s.count:
+            counts[s.noise_multiplier, s.sample_rate] = counts.get((s.noise_multiplier, s.sample_rate), 0) + s.count
+    return pure, tuple(Steps(sigma, q, count) for (sigma, q), count in sorted(counts.items()))
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
+    return float(_composed(merged, interval).get_epsilon(delta)) if merged else 0.0
+
+
+@lru_cache(maxsize=16)
+def _composed(merged: tuple[Steps, ...], interval: float) -> PLDAccountant:
+    """Composing is the work; reading ε at several δ from it is not."""
+    accountant = PLDAccountant(value_discretization_interval=min(interval, interval / _FINE * 0.2 * _spread(merged)))
+    for steps in merged:
+        accountant.compose(steps.event())
+    return accountant
+
+
+def _spread(merged: tuple[Steps, ...]) -> float:
+    """About the standard deviation of one step's privacy loss: a grid that is coarser would cost tightness."""
+    variance = sum(s.count * s.sample_rate**2 * math.expm1(min(s.noise_multiplier**-2, 50.0)) for s in merged)
+    return math.sqrt(variance / sum(s.count for s in merged))
+
+
+def calibrate(planned: Sequence[tuple[float, int]], *, epsilon: float, delta: float, spent: Sequence[Steps] = ()) -> float:
+    """The smallest noise multiplier σ with which all the planned steps stay within ε, on top of what was spent.
+
+    planned: (sample rate, number of steps) of every remaining stage. Guarantee: composing `spent` with the planned steps at the
+    returned σ gives at most `epsilon` at `delta`; a σ smaller by one part in a thousand would not.
+    Raises PrivacyError when no σ up to 1000 suffices.
+    """
+    pure, merged = _merge(spent)
+    found = _calibrate(tuple(planned), epsilon - pure, delta, merged)
+    if found is None:
+        raise _unreachable(planned, epsilon, delta, spent)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]) -> float | None:
+    """None where no σ suffices."""
+
+    def gap(sigma: float, interval: float = _FINE) -> float:
+        return _epsilon((*spent, *(Steps(sigma, q, count) for q, count in planned if count)), delta, interval) - target
+
+    if gap(MIN_NOISE_MULTIPLIER, _COARSE) <= 0:
+        return MIN_NOISE_MULTIPLIER
+    grid = _COARSE if gap(MAX_NOISE_MULTIPLIER, _COARSE) <= 0 else _FINE
+    if grid == _FINE and gap(MAX_NOISE_MULTIPLIER) > 0:
+        return None
+    low, high = MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER
+    sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), math.log(low), math.log(high), xtol=1e-4))
+    while gap(sigma) > 0:  # the coarse grid found the neighbourhood, on either side; the fine one decides
+        sigma *= 1 + _TOLERANCE
+    while sigma > low and gap(sigma / (1 + _TOLERANCE)) <= 0:
+        sigma /= 1 + _TOLERANCE
+    return sigma
+
+
+def _unreachable(planned: Sequence[tuple[float, int]], target: float, delta: float, spent: Sequence[Steps]) -> PrivacyError:
+    steps = sum(count for _, count in planned)
+    best = epsilon([*spent, *(Steps(MAX_NOISE_MULTIPLIER, q, count) for q, count in planned)], delta)
+    already = f" after ε = {epsilon(spent, delta):.3g} was spent before" if spent else ""
+    return PrivacyError(
+        f"ε = {target:g} at δ = {delta:.2g} cannot be reached by {steps} steps{already}: even with a noise multiplier of"
+        f" {MAX_NOISE_MULTIPLIER:g} they cost ε = {best:.3g}; allow a larger ε, or plan fewer steps or smaller batches"
+    )

@@ -1,0 +1,70 @@
+"""What (ε, δ) curves say of attacks: trade-off curves, the share of members that an attack finds, the Gaussian μ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+
+from cotune.privacy.accounting.composition import Steps, deltas
+
+_EPSILONS = np.concatenate([np.zeros(1), np.geomspace(1e-3, 60.0, 300)])  # where a trade-off curve is supported
+_SMALLEST_DELTA = 1e-10  # of the privacy curve: below, the accountant's truncation of the tails is no longer negligible
+
+
+def trade_off(spent: Iterable[Steps]) -> Callable[[float], float]:
+    """α -> a lower bound on the error of the second kind of any test at level α, for one record in or out of these steps.
+
+    Dong, Roth, Su, "Gaussian Differential Privacy", 2019, https://arxiv.org/abs/1905.02383, section 2.3: every (ε, δ) of the
+    accountant is two lines below the curve.
+    """
+    found = deltas(spent, _EPSILONS.tolist())
+    slopes = np.concatenate([-np.exp(_EPSILONS), -np.exp(-_EPSILONS)])
+    heights = np.concatenate([1 - found, np.exp(-_EPSILONS) * (1 - found)])
+    return lambda alpha: max(0.0, float(np.max(heights + slopes * alpha)))
+
+
+def true_positive_rate(spent: Iterable[Steps], false_positive_rate: float) -> float:
+    """The share of the members, at most, that an attack finds when it takes this share of the non-members for members.
+
+    An upper bound over all attacks, for one record in or out of these steps: 1 - f(false positive rate), with f the trade-off
+    curve of the accountant (see `trade_off`). Without steps it is the false positive rate itself: guessing.
+    Raises ValueError for a rate outside of [0, 1].
+    """
+    if not 0 <= false_positive_rate <= 1:
+        raise ValueError(f"expected a false positive rate in [0, 1], got {false_positive_rate}")
+    charged = [s for s in spent if s.count]
+    return 1 - trade_off(charged)(false_positive_rate) if charged else false_positive_rate
+
+
+def gaussian_mu(spent: Iterable[Steps]) -> float:
+    """The smallest μ for which telling N(0, 1) from N(μ, 1) is no harder than telling one record in from out of these steps.
+
+    "No harder" is checked at 301 values of ε from 0 to 60, as far as δ there is at least 1e-10: the Gaussian curve of μ, δ(ε) =
+    Φ(μ/2 - ε/μ) - exp(ε)·Φ(-μ/2 - ε/μ), lies on or above that of the accountant, which is an upper bound itself (Dong, Roth, Su,
+    "Gaussian Differential Privacy", 2019, corollary 2.13). So it is an upper bound on that range, and of a Gaussian mechanism
+    without sampling it is √steps/σ. It says nothing about events rarer than 1e-10. 0 for no steps.
+    """
+    found = deltas(spent, _EPSILONS.tolist())
+    mu = 0.0
+    for eps, delta in zip(_EPSILONS.tolist(), found.tolist(), strict=True):
+        if delta >= _SMALLEST_DELTA and gaussian_delta(mu, eps) < delta:
+            mu = _mu_through(eps, min(delta, 1 - 1e-15), mu)
+    return mu
+
+
+def gaussian_delta(mu: float, eps: float) -> float:
+    """δ(ε) of a Gaussian mechanism whose sensitivity is μ noise standard deviations (Balle & Wang, ICML 2018, theorem 8)."""
+    if mu == 0:
+        return 0.0
+    return float(np.exp(log_ndtr(mu / 2 - eps / mu)) - np.exp(eps + log_ndtr(-mu / 2 - eps / mu)))
+
+
+def _mu_through(eps: float, delta: float, low: float) -> float:
+    """The μ whose Gaussian curve passes through (ε, δ); above `low`."""
+    high = max(2 * low, 1.0)
+    while gaussian_delta(high, eps) < delta:
+        high *= 2
+    return float(brentq(lambda mu: gaussian_delta(mu, eps) - delta, low, high, xtol=1e-12)) * (1 + 1e-9)

@@ -1,0 +1,1 @@
+"""What attacks on a training run prove about its ε."""

@@ -1,0 +1,280 @@
+"""Client-level (central) differential privacy: what the models after the server may reveal about a whole organisation.
+
+DP-FedAvg (McMahan et al., ICLR 2018) with a public divisor: every update is clipped to the norm C, the clipped ones are summed
+with equal weights, and the round's delta is (Σ clipped + N(0, (zC)² I)) / K, where K is the expected number of participants. One
+organisation changes the sum by C at most, so that a round is one Gaussian mechanism of noise multiplier z. z is calibrated once,
+for all rounds of the plan.
+
+With adaptive clipping (Andrew et al., NeurIPS 2021) each update also tells b_k = 1 if it was within C, and C follows a quantile
+of the norms: C ← C·exp(−η(b̃ − γ)) with b̃ = ½ + (Σ (b_k − ½) + N(0, σ_b²)) / K. Shifted by ½, an organisation changes the sum
+of bits by ½; with z_Δ = (z⁻² − (2σ_b)⁻²)^(−½) on the updates, both together cost exactly one Gaussian of multiplier z.
+
+The mean of a round's updates under client-level differential privacy: clip, sum, add noise, divide by a public number.
+
+The durable account of client-level privacy: one line per round whose noise was about to be drawn, on the server's disk.
+
+A federation has one account for all its runs: the same organizations take part in them, and whoever watches them sees them all. A
+line is on the disk before the noise is drawn, so that a crash in between counts as spent. Stored are accounting events (z, q,
+count), never an ε. The file is replaced as a whole, fsynced, and never shortened.
+
+A federation's account begins with its limit for all runs and its δ. The first charge fixes both: the order of the Rényi filter
+follows from them, and a later plan, which may have been chosen after seeing answers, must not move it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from cotune.errors import PrivacyError
+from cotune.privacy.accounting.composition import Steps, calibrate, epsilon
+from cotune.privacy.accounting.filters import epsilon_over_runs
+from cotune.privacy.config import ClientPrivacy
+from cotune.privacy.mechanisms.noise import add_gaussian_noise, grid_of
+from cotune.privacy.mechanisms.random import private_generator
+from cotune.storage.files import json_of, write_durably
+from cotune.strategies.types import Delta, Update
+
+_BITS = 20  # σ_b = K/20 (Andrew et al., section 3)
+
+
+@dataclass(frozen=True)
+class RoundNoise:
+    """What one round draws. charge: what it costs, a Gaussian of multiplier z at rate q. updates: z_Δ, noise of the sum in
+    units of C (z itself with fixed clipping). bits: σ_b, None with fixed clipping. expected: K."""
+
+    charge: Steps
+    updates: float
+    bits: float | None
+    expected: float
+
+
+def round_noise(privacy: ClientPrivacy, *, rounds: int, organisations: int, sample_rate: float) -> RoundNoise:
+    """The noise with which `rounds` rounds stay within ε, for so many registered organisations.
+
+    Raises PrivacyError where δ is no promise for so few organisations, ε is out of reach, or σ_b is too small for z.
+    """
+    if privacy.delta * organisations >= 1:
+        raise PrivacyError(
+            f"client_privacy.delta = {privacy.delta:g} for {organisations} organisations promises nothing: expected less than"
+            f" 1/{organisations}, such as 1e-5"
+        )
+    rate = sample_rate if privacy.amplification else 1.0
+    z = calibrate([(rate, rounds)], epsilon=privacy.epsilon, delta=privacy.delta)
+    expected = sample_rate * organisations
+    charge = Steps(z, rate, 1)
+    if privacy.clipping == "fixed":
+        return RoundNoise(charge, z, None, expected)
+    bits = max(expected / _BITS, z) if privacy.bit_noise is None else privacy.bit_noise
+    if 2 * bits <= z:
+        raise PrivacyError(
+            f"client_privacy.bit_noise = {bits:g} would by itself cost more than the round's noise multiplier {z:.4g} allows:"
+            f" expected more than {z / 2:.4g}; leave it out for {max(expected / _BITS, z):.4g}"
+        )
+    return RoundNoise(charge, (z**-2 - (2 * bits) ** -2) ** -0.5, bits, expected)
+
+
+def next_clip_norm(privacy: ClientPrivacy, clip_norm: float, unclipped: float) -> float:
+    """C·exp(−η(b̃ − γ)): smaller where more than the target quantile was within C, larger where less.
+
+    b̃ is a noised fraction, cut to [0, 1] (post-processing): with few organisations its noise would carry C away.
+    """
+    fraction = min(1.0, max(0.0, unclipped))
+    return clip_norm * math.exp(-privacy.clip_learning_rate * (fraction - privacy.target_quantile))
+
+
+_MARGIN = 1 - 1e-12  # rounding must not carry a clipped norm over C
+
+
+def clipped(delta: Delta, clip_norm: float) -> tuple[dict[str, Tensor], bool]:
+    """The delta in float64, scaled to a norm of at most C over all its tensors; and whether it was within C already.
+
+    A zero delta stays zero. Raises ValueError for values that are not finite: admission refuses those before.
+    """
+    wide = {name: tensor.to(torch.float64) for name, tensor in delta.items()}
+    norm = math.sqrt(sum(float(tensor.pow(2).sum()) for tensor in wide.values()))
+    if not math.isfinite(norm):
+        raise ValueError("expected a delta of finite values")
+    if norm <= clip_norm:
+        return wide, True
+    return {name: tensor * (clip_norm / norm * _MARGIN) for name, tensor in wide.items()}, False
+
+
+class PrivateMean:
+    """(Σ Q(clipped) + round(N(0, (zC)² I))) / K, fed one update at a time: it holds the running sum, never a second delta.
+
+    Q rounds each update to the grid of `gaussian`, on which the sum is exact and the noise lies too: nothing is left in low bits.
+    Guarantee: one update more or less changes the sum by C at most, whatever is in it and whatever examples it declares, and what
+    `result` and `unclipped` give are the noised sums over K. Every parameter of `shapes` gets noise, whoever sent something.
+    generator: for tests only; no plan can reach it.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, Tensor], clip_norm: float, noise: RoundNoise, generator: np.random.Generator | None = None
+    ) -> None:
+        if not 0 < clip_norm < math.inf:
+            raise ValueError(f"expected a positive clip norm, got {clip_norm}")
+        self._sums = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in shapes.items()}
+        self._clip_norm = clip_norm
+        self._noise = noise
+        self._generator = generator or private_generator()
+        self._grid = grid_of(clip_norm, noise.updates, sum(tensor.numel() for tensor in shapes.values()))
+        self._bits = 0.0  # Σ (b_k − ½)
+        self._released = False
+        self.unclipped: float | None = None  # b̃, once released, with adaptive clipping
+
+    def add(self, update: Update) -> None:
+        """Add an update's contribution. Raises KeyError for a parameter that the round does not share."""
+        delta, within = clipped(update.delta, self._grid.clip_norm)
+        for name, tensor in delta.items():
+            self._sums[name].add_(tensor.div(self._grid.step).round_().mul_(self._grid.step))
+        self._bits += 0.5 if within else -0.5
+
+    def result(self) -> Delta:
+        """Draw the noise: once, as a second draw would be a second release. Raises RuntimeError when asked again."""
+        if self._released:
+            raise RuntimeError("the noise of this round was drawn already: expected one release")
+        self._released = True
+        expected = self._noise.expected
+        for name, total in self._sums.items():
+            noised = add_gaussian_noise(total, self._clip_norm, self._noise.updates, self._generator)
+            self._sums[name] = noised.div_(expected)
+        if self._noise.bits is not None:
+            bits = add_gaussian_noise(torch.tensor(self._bits, dtype=torch.float64), 1.0, self._noise.bits, self._generator)
+            self.unclipped = 0.5 + float(bits) / expected
+        return self._sums
+
+
+@dataclass(frozen=True)
+class ClientLevelAccount:
+    """The charges of one run, in an account that several runs may share.
+
+    Attributes:
+        allowed: ε that this run's charges may reach, at δ.
+        delta: δ of each run. Over several runs together it is 3δ/2: one run counts by PLD at δ, several by a filter at δ/2.
+        run: What the run is known by among those of the account; "": the account is this run's alone, and has no first line.
+        total: ε that the charges of all runs may reach together, by this run's plan; None: as much as a run alone.
+    """
+
+    path: Path
+    allowed: float
+    delta: float
+    run: str = ""
+    total: float | None = None
+
+    def runs(self) -> dict[str, list[tuple[int, Steps]]]:
+        """Return what each run was charged, as (round, steps), in the order in which it was.
+
+        Raises:
+            PrivacyError: For a file that is no account.
+        """
+        return self._read()[1]
+
+    def charges(self) -> list[tuple[int, Steps]]:
+        """Return (round, what it cost) of this run. Raises PrivacyError for a file that is no account."""
+        return self.runs().get(self.run, [])
+
+    def spent(self) -> float:
+        """Return ε of this run's charges at δ."""
+        return epsilon((steps for _, steps in self.charges()), self.delta)
+
+    def spent_in_all_runs(self) -> float:
+        """Return ε of the charges of all runs; of one run alone, that of `spent`."""
+        return self._of_all({name: [steps for _, steps in charged] for name, charged in self.runs().items()})
+
+    def delta_of_all_runs(self) -> float:
+        """Return δ at which `spent_in_all_runs` holds."""
+        return self.delta if len(self.runs()) <= 1 else 1.5 * self.delta
+
+    def check(self) -> None:
+        """Check that this run's plan keeps to what the first charge of the account fixed, before anybody is asked.
+
+        Raises:
+            PrivacyError: For another δ, or a larger ε for all runs.
+        """
+        total, delta = self._fixed()
+        if self.delta == delta and self._most <= total:
+            return
+        raise PrivacyError(
+            f"the plan asks for client-level ε = {self._most:g} of all runs at δ = {self.delta:g}, and the first run of this"
+            f" federation fixed ε = {total:g} at δ = {delta:g} for good: expected the same δ and no larger ε; to start over, make"
+            " a new federation"
+        )
+
+    def allows(self, steps: Steps) -> bool:
+        """Return whether one more charge stays within ε, of this run and of all together."""
+        runs = {name: [before for _, before in charged] for name, charged in self.runs().items()}
+        runs.setdefault(self.run, []).append(steps)
+        return epsilon(runs[self.run], self.delta) <= self.allowed and self._of_all(runs) <= self._most
+
+    def charge(self, round: int, steps: Steps) -> None:
+        """Charge a round, durably when this returns.
+
+        Raises:
+            PrivacyError: When ε would be exceeded, or see `check`; nothing is charged then.
+        """
+        with FileLock(f"{self.path}.lock"):  # two runs of a federation are two processes
+            self.check()
+            if not self.allows(steps):
+                raise PrivacyError(
+                    f"round {round} would exceed the client-level ε = {self.allowed:g} of a run, or {self._most:g} of all runs:"
+                    " expected a round that fits"
+                )
+            before = (self.path.read_bytes() if self.path.exists() else b"") or self._first_line()
+            write_durably(self.path, before + json.dumps(self._line(round, steps)).encode() + b"\n")
+
+    @property
+    def _most(self) -> float:
+        return self.allowed if self.total is None else self.total
+
+    def _of_all(self, runs: dict[str, list[Steps]]) -> float:
+        charged = [steps for steps in runs.values() if steps]
+        return epsilon(charged[0], self.delta) if len(charged) == 1 else epsilon_over_runs(runs, *self._fixed())
+
+    def _fixed(self) -> tuple[float, float]:
+        """ε of all runs and δ, as the first charge fixed them; before it, those of this run's plan."""
+        return self._read()[0] or (self._most, self.delta)
+
+    def _read(self) -> tuple[tuple[float, float] | None, dict[str, list[tuple[int, Steps]]]]:
+        """What the first line fixes, where there is one, and the charges of each run."""
+        try:
+            rows = [json_of(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            fixed = (float(rows[0]["epsilon_total"]), float(rows[0]["delta"])) if self.run and rows else None
+            found: dict[str, list[tuple[int, Steps]]] = {}
+            for row in rows[1:] if fixed else rows:
+                found.setdefault(str(row.get("run", "")), []).append(_charge(row))
+            return fixed, found
+        except FileNotFoundError:
+            return None, {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PrivacyError(
+                f"the privacy account {self.path} cannot be read ({error}): expected one JSON object per line; nothing is"
+                " released without it, so restore it from a backup"
+            ) from None
+
+    def _first_line(self) -> bytes:
+        """What the first charge of a federation fixes; a run's own account has none."""
+        fixed = {"epsilon_total": self._most, "delta": self.delta}
+        return json.dumps(fixed).encode() + b"\n" if self.run else b""
+
+    def _line(self, round: int, steps: Steps) -> dict[str, Any]:
+        return {
+            **({"run": self.run} if self.run else {}),
+            "round": round,
+            "noise_multiplier": steps.noise_multiplier,
+            "sample_rate": steps.sample_rate,
+            "count": steps.count,
+        }
+
+
+def _charge(row: dict[str, Any]) -> tuple[int, Steps]:
+    return int(row["round"]), Steps(float(row["noise_multiplier"]), float(row["sample_rate"]), int(row["count"]))

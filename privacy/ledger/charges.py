@@ -1,0 +1,206 @@
+"""What a ledger's log says: its charges and data sets, and what counts for which.
+
+The same for the ledger itself and for whoever holds an exported log: pure functions of the entries.
+
+All charges count against one total, whichever data sets they were made on. If only those counted that share a record, refusals
+and noise would tell whether they do. An owner may keep records in *collections*, each with a total of its own: a charge made in a
+collection counts there, one made in none ("") counts in all. Collections hold different records, since a record that was charged
+in one is left out of all others (see `privacy.ledger`), so that a record's charges are those of one collection and of none.
+
+Whether a charge may be made: what it would bring every record to that it concerns, against what was allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from cotune.errors import Declined
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.accounting.filters import check_accountants, epsilon_over_runs
+from cotune.privacy.accounting.rounding import round_up
+from cotune.storage.append_only_log import Entry
+
+_COUNTED = ("reserve", "unprotected")  # kinds of entries that are in a collection
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that the ledger has seen. shares: other data sets -> how many records they have in common.
+
+    unit: what one identity stands for, "record" or the name of a column.
+    """
+
+    fingerprint: str
+    records: int
+    first_seen: str
+    shares: dict[str, int]
+    unit: str = "record"
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What was spent at once: steps at their worst case while reserved, those that ran once settled.
+
+    data: the fingerprint of the data set; "" where an older cotune named none. purpose: "training", or what was told.
+    collection: where it counts; "": in all.
+    """
+
+    id: int
+    at: str
+    data: str
+    plan_id: str
+    plan: str
+    round: int
+    steps: Steps
+    purpose: str
+    state: Literal["reserved", "settled"]
+    seconds: float
+    collection: str = ""
+
+
+@dataclass(frozen=True)
+class History:
+    """All that counts for the records of one collection.
+
+    collection: its name. runs: id of a run -> what it was charged, in the order of the first charges. delta: the smallest δ at
+    which a limit was ever checked there; 1 for none.
+    """
+
+    collection: str
+    runs: Mapping[str, tuple[Steps, ...]]
+    delta: float = 1.0
+
+    def with_steps(self, plan_id: str, steps: Iterable[Steps]) -> dict[str, tuple[Steps, ...]]:
+        """The runs, with further steps of one of them."""
+        return {**self.runs, plan_id: (*self.runs.get(plan_id, ()), *steps)}
+
+
+def reserved_steps(body: Mapping[str, Any]) -> Steps:
+    """What an entry of the kind "reserve" charges at its worst case. An older cotune named no mechanism: it had the Gaussian."""
+    return Steps(body["noise_multiplier"], body["sample_rate"], body["count"], body.get("mechanism", "gaussian"))
+
+
+def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
+    """All charges, in order."""
+    settled: dict[int, Mapping[str, Any]] = {}
+    for e in entries:
+        if e.kind == "settle":
+            settled.setdefault(e.body["charge"], e.body)
+    for e in entries:
+        if e.kind == "reserve":
+            b, end = e.body, settled.get(e.id)
+            reserved = reserved_steps(b)
+            steps = replace(reserved, count=end["steps"]) if end else reserved
+            state: Literal["reserved", "settled"] = "settled" if end else "reserved"
+            seconds = end["seconds"] if end else 0.0
+            about = (b["data"], b["plan_id"], b["plan"], b["round"], steps, b["purpose"], state, seconds)
+            yield Charge(e.id, e.at, *about, collection=b.get("collection", ""))
+
+
+def data_sets_of(entries: Sequence[Entry]) -> dict[str, DataSet]:
+    """Fingerprint -> data set, in the order in which they were first seen; the links in both directions."""
+    found: dict[str, DataSet] = {}
+    for e in entries:
+        if e.kind == "data":
+            new = DataSet(e.body["fingerprint"], e.body["records"], e.at, dict(e.body["shares"]), e.body.get("unit", "record"))
+            for other, common in new.shares.items():
+                found[other].shares[new.fingerprint] = common
+            found[new.fingerprint] = new
+    return found
+
+
+def collections_of(entries: Sequence[Entry]) -> list[str]:
+    """The collections of which something was charged or has left, in order; [""] where all was in none."""
+    named = dict.fromkeys(e.body["collection"] for e in entries if e.kind in _COUNTED and e.body.get("collection"))
+    return list(named) or [""]
+
+
+def concerned_by(entries: Sequence[Entry], collection: str) -> list[str]:
+    """The collections whose totals a charge concerns: its own; made in none, every one."""
+    return [collection] if collection else collections_of(entries)
+
+
+def charged_elsewhere(entries: Sequence[Entry], collection: str) -> set[str]:
+    """Data sets that were charged in another collection than this one; none for the records of no collection."""
+    charges = charges_of(entries) if collection else ()
+    return {charge.data for charge in charges if charge.data and charge.collection not in ("", collection)}
+
+
+def counted_for(entries: Sequence[Entry], collection: str | None) -> Iterator[Charge]:
+    """The charges that count for the records of a collection: those in it, and those in none. None: all charges."""
+    return (c for c in charges_of(entries) if collection is None or c.collection in ("", collection))
+
+
+def histories_of(entries: Sequence[Entry], collection: str, rule: str = "", plan_id: str | None = None) -> list[History]:
+    """What counts in each collection that a charge in `collection` concerns.
+
+    rule, plan_id: those of the limit whose smallest δ is looked up.
+    """
+    return [
+        History(name, _runs(counted_for(entries, name)), _smallest_delta(entries, name, rule, plan_id))
+        for name in concerned_by(entries, collection)
+    ]
+
+
+def _runs(charges: Iterable[Charge]) -> dict[str, tuple[Steps, ...]]:
+    runs: dict[str, tuple[Steps, ...]] = {}
+    for charge in charges:
+        runs[charge.plan_id] = (*runs.get(charge.plan_id, ()), charge.steps)
+    return runs
+
+
+def _smallest_delta(entries: Sequence[Entry], collection: str, rule: str, plan_id: str | None) -> float:
+    """δ of a record never grows: the smallest one under which something was charged to its collection."""
+    charged = (e.body for e in entries if e.kind == "reserve" and e.body.get("collection", "") in ("", collection))
+    before = (limit for body in charged for limit in body.get("limits", ()))
+    return min((limit["delta"] for limit in before if (limit["rule"], limit["plan_id"]) == (rule, plan_id)), default=1.0)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Composing a new charge with those before must stay within ε at δ.
+
+    plan_id: only charges of that plan, composed by PLD; None: those of all runs, composed by `epsilon_over_runs`.
+    """
+
+    rule: str
+    epsilon: float
+    delta: float
+    plan_id: str | None = None
+
+    def reached(self, runs: Mapping[str, Sequence[Steps]], delta: float) -> float:
+        """ε of the runs as far as they count for this limit."""
+        if self.plan_id is None:
+            return epsilon_over_runs(runs, self.epsilon, delta)
+        return epsilon(runs.get(self.plan_id, ()), delta)
+
+
+def check_charge(entries: Sequence[Entry], collection: str, plan_id: str, steps: Steps, limits: Sequence[Limit]) -> None:
+    """Raises Declined when a limit would be exceeded for a collection that the charge concerns.
+
+    Each is looked at with all charges that may have touched one of its records, and at the smallest δ that was ever promised
+    there: what is decided here follows from the charges and from no record. Raises PrivacyError when two accountants contradict
+    each other about the run.
+    """
+    for limit in limits:
+        for history in histories_of(entries, collection, limit.rule, limit.plan_id):
+            _check_limit(limit, history, plan_id, steps)
+    if limits:
+        delta = min(limit.delta for limit in limits)
+        for history in histories_of(entries, collection):
+            check_accountants(history.with_steps(plan_id, [steps])[plan_id], delta)
+
+
+def _check_limit(limit: Limit, history: History, plan_id: str, steps: Steps) -> None:
+    delta = min(limit.delta, history.delta)
+    after = limit.reached(history.with_steps(plan_id, [steps]), delta)
+    if after > limit.epsilon:
+        left = max(0.0, limit.epsilon - limit.reached(history.runs, delta))
+        which = f"the collection {history.collection}" if history.collection else "this organization"
+        raise Declined(
+            limit.rule,
+            f"{steps.count} steps would bring {which} to ε = {round_up(after)} at δ = {delta:.2g}, expected at most"
+            f" {limit.epsilon:g}, of which {left:.2f} are left: raise {limit.rule} in policy.toml, or stay out",
+        )

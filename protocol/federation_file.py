@@ -1,0 +1,181 @@
+"""federation.toml: what a coordinator hands to every organisation, so that it can look at the plan, and join.
+
+It holds nothing secret. Whoever changes it on its way can name another server: it is to come over a channel that both sides
+trust, or its SHA-256 is to be compared (`fingerprint`).
+
+The names of organisations: they become the names of folders and files, and are shown to people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+import tomli_w
+from cryptography.x509 import load_pem_x509_certificates
+from pydantic import Field, ValidationError, field_validator
+
+from cotune.errors import PlanError, RunError
+from cotune.plan.load import dump_plan, parse_plan
+from cotune.plan.schema import Plan
+from cotune.protocol.messages import PROTOCOL
+from cotune.storage.config_table import Table, first_mistake
+from cotune.storage.files import toml_of
+
+_FORMAT = 1
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})", re.ASCII)
+
+
+class Server(Table):
+    """Who is joined (the `server` table)."""
+
+    address: str = Field(description="host:port of the coordinator's public port")
+    certificates: str = Field(description="PEM: the authority that vouches for the server")
+    signing_key: str = Field(pattern=r"^[0-9a-f]{64}$", description="hex: the Ed25519 key that signs what it asks for")
+
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        found = _ADDRESS.fullmatch(value)
+        if found is None or not 1 <= int(found[3]) <= 65535:
+            raise ValueError("expected host:port, as in fed.example.org:9092")
+        return value
+
+    @field_validator("certificates")
+    @classmethod
+    def _authority(cls, value: str) -> str:
+        try:
+            load_pem_x509_certificates(value.encode())
+        except ValueError:
+            raise ValueError("expected certificates in PEM") from None
+        return value
+
+
+class Document(Table):
+    """The document, but for its plan."""
+
+    format: int = Field(description="of this file")
+    protocol: int = Field(description="of the messages; the same everywhere")
+    name: str = Field(max_length=100, description="of the federation")
+    id: str = Field(pattern=r"^[0-9a-f]{32}$", description="of the federation: what it signs holds for no other")
+    server: Server
+
+    @field_validator("name")
+    @classmethod
+    def _shown_as_it_is(cls, value: str) -> str:
+        """It is printed to terminals, which obey some characters."""
+        if not value.isprintable():
+            raise ValueError("expected printable characters only")
+        return value
+
+
+class Invitation:
+    """A federation, as an organisation gets to know it."""
+
+    def __init__(self, name: str, address: str, certificates: str, plan: Plan, *, id: str, signing_key: str) -> None:
+        """Raises PlanError for an address, certificates, id or signing key that are none."""
+        self.plan = plan
+        self._document = _checked(
+            {
+                "format": _FORMAT,
+                "protocol": PROTOCOL,
+                "name": name,
+                "id": id,
+                "server": {"address": address, "certificates": certificates, "signing_key": signing_key},
+            }
+        )
+
+    @property
+    def name(self) -> str:
+        return self._document.name
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return self._document.server.address
+
+    @property
+    def certificates(self) -> bytes:
+        """PEM."""
+        return self._document.server.certificates.encode()
+
+    @property
+    def id(self) -> str:
+        """Of the federation."""
+        return self._document.id
+
+    @property
+    def signing_key(self) -> str:
+        """Of the server, as hex."""
+        return self._document.server.signing_key
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the document: the same for the same server, authority, signing key and plan."""
+        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self._document.model_dump(), multiline_strings=True) + "\n[plan]\n" + _under_plan(self.plan)
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Raises PlanError, in one sentence."""
+        try:
+            table = toml_of(text)
+        except tomllib.TOMLDecodeError as error:
+            raise PlanError(f"the federation.toml is not valid TOML ({error}): get it from the coordinator again") from None
+        plan = table.pop("plan", None)
+        if not isinstance(plan, dict):
+            raise PlanError("the federation.toml has no plan: get it from the coordinator again")
+        document = _checked(table)
+        server = document.server
+        about = {"id": document.id, "signing_key": server.signing_key}
+        return cls(document.name, server.address, server.certificates, parse_plan(plan), **about)
+
+
+def read_invitation(file: Path) -> Invitation:
+    """Raises RunError for a file that cannot be read, PlanError for what is not a federation.toml of this protocol."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read ({error}): expected the federation.toml that the coordinator gave you") from None
+    return Invitation.from_toml(text)
+
+
+def _checked(table: dict[str, Any]) -> Document:
+    protocol = table.get("protocol")
+    if table.get("format") == _FORMAT and isinstance(protocol, int) and protocol != PROTOCOL:
+        raise PlanError(
+            f"the federation.toml is for protocol {protocol}, and this cotune speaks {PROTOCOL}: use the same cotune everywhere"
+        )
+    try:
+        document = Document.model_validate(table)
+    except ValidationError as error:
+        raise PlanError(first_mistake(error, Document, "federation.toml")) from None
+    if document.format != _FORMAT:
+        raise PlanError(
+            f"the federation.toml has the format {document.format}, expected {_FORMAT}: use the same cotune everywhere"
+        )
+    return document
+
+
+def _under_plan(plan: Plan) -> str:
+    """The plan as TOML, as a table named plan."""
+    nested = tomli_w.dumps({"plan": tomllib.loads(dump_plan(plan))})
+    return nested.removeprefix("[plan]\n")
+
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
+
+
+def check_name(name: str) -> str:
+    """The name itself, 1 to 63 letters a to z, digits and hyphens, as in the name of a host. Raises PlanError for any other."""
+    if not _NAME.fullmatch(name):
+        raise PlanError(
+            f"{name[:80]!r} cannot be the name of an organisation: expected 1 to 63 small letters, digits and hyphens, such as"
+            " hospital-a"
+        )
+    return name

@@ -1,0 +1,323 @@
+"""What travels, as Flower records: requests to train, and updates. Arrays and plain values only; never code or pickles.
+
+A request holds the plan (canonical JSON) and the state of the shared model; an update holds the delta, the declared weight, and
+what ties both to plan, round and organisation. Every field has one name and one type, checked on arrival.
+
+No object of one message is an object of another: Flower's store knows objects by the hash of their content and shares them
+between nodes, so that whoever can guess a content can get in its way (docs/decisions/0013-object-store.md). Each message has a
+random salt in its header, from which every record and array of it is made unlike all others; the salt hides nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.constant import SType
+from torch import Tensor
+
+from cotune.errors import RunError
+from cotune.strategies.types import Update
+
+PROTOCOL = 5
+SALTED = "cotune.salted"  # how an array is written: NumPy's format, masked
+_SALT = "cotune/salt"  # no name of a parameter, and of nothing that is told
+_SALT_BYTES = 32
+_IN_EVERY_HEADER = {"protocol", "salt", "own"}
+_MOST_TOLD = 10_000  # values beside an update: a number per class and a few more
+_MOST_ARRAY_HEAD = 16_384  # bytes before the values of an array, in NumPy's format
+_FLOATS = {"float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The server's request to train: one round of a plan, from a state, by one organisation.
+
+    admitted: the last round whose update of this organisation is in the model; 0: none. sent: what the plan's client term sends
+    beside the state. site: only in simulations, the folder of the simulated organisation.
+    """
+
+    plan: str
+    round: int
+    organisation: str
+    state: Mapping[str, Tensor]
+    admitted: int = 0
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
+    site: str = ""
+
+
+@dataclass(frozen=True)
+class Recipient:
+    """Whom a request is for. admitted, site: as in the request."""
+
+    organisation: str
+    admitted: int = 0
+    site: str = ""
+
+
+def encode_requests(
+    plan: str,
+    round: int,
+    state: Mapping[str, Tensor],
+    recipients: Sequence[Recipient],
+    sent: Mapping[str, Tensor] | None = None,
+) -> list[RecordDict]:
+    """One request per recipient; they share one copy of the arrays, and their salt."""
+    salt = _new_salt()
+    shared = {"state": _arrays(state, salt, "state")}
+    if sent:
+        shared["sent"] = _arrays(sent, salt, "sent")
+    return [RecordDict({**shared, "request": _header(plan, round, who, salt)}) for who in recipients]
+
+
+def _header(plan: str, round: int, who: Recipient, salt: bytes) -> ConfigRecord:
+    """own: as the salt of the arrays is known to the others."""
+    return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, **asdict(who), "salt": salt, "own": _new_salt()})
+
+
+def _new_salt() -> bytes:
+    return secrets.token_bytes(_SALT_BYTES)
+
+
+def salt_of(content: RecordDict) -> bytes:
+    """The salt of an update or a receipt, for whoever encodes the same again. Raises RunError where there is none."""
+    for key in ("update", "receipt"):
+        if isinstance(record := content.get(key), ConfigRecord):
+            return _salt(record)
+    raise RunError("a message came without its header: expected a ConfigRecord named update or receipt")
+
+
+def _salt(record: ConfigRecord) -> bytes:
+    salt = record.get("salt")
+    if not isinstance(salt, bytes) or len(salt) != _SALT_BYTES:
+        raise RunError(f"a message has salt = {salt!r:.60}: expected {_SALT_BYTES} bytes")
+    return salt
+
+
+def decode_request(content: RecordDict) -> Request:
+    """Raises RunError, in one sentence, for anything but a well-formed request of this protocol."""
+    header = decode_header(content)
+    _check_records(content, ("request", "state", "sent"))
+    sent = _tensors(content, "sent", "request") if "sent" in content else {}
+    return replace(header, state=_tensors(content, "state", "request"), sent=sent)
+
+
+def decode_header(content: RecordDict) -> Request:
+    """A request without its arrays, which are not looked at. Raises RunError as `decode_request` does."""
+    fields = _fields(content, "request", {"plan": str, "round": int, "organisation": str, "admitted": int, "site": str})
+    return Request(**fields, state={})
+
+
+def encode_update(update: Update, plan_id: str, salt: bytes | None = None) -> RecordDict:
+    """salt: of a message that is encoded again; otherwise a new one."""
+    salt = salt or _new_salt()
+    record: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "plan_id": plan_id,
+        "round": update.round,
+        "organisation": update.organisation,
+        "examples": update.examples,
+        "steps": update.steps,
+        "epsilon": -1.0 if update.epsilon is None else update.epsilon,
+        "received": update.received,
+        "salt": salt,
+    }
+    content = RecordDict({"delta": _arrays(update.delta, salt, "delta"), "update": ConfigRecord(record)})
+    if update.told:
+        told = {name: float(value) for name, value in update.told.items()}
+        content["told"] = ConfigRecord({**told, _SALT: _derived(salt, "told")})
+    if update.statistics:
+        content["statistics"] = _arrays(update.statistics, salt, "statistics")
+    if update.noise_variance is not None:
+        noise = {name: float(v) for name, v in update.noise_variance.items()}
+        content["noise_variance"] = MetricRecord({**noise, _SALT: list(_derived(salt, "noise_variance"))})
+    return content
+
+
+def decode_update(content: RecordDict, plan_id: str) -> Update:
+    """Raises RunError for an update that is malformed or belongs to another plan."""
+    _check_records(content, ("update", "delta", "told", "statistics", "noise_variance"))
+    types = {"plan_id": str, "round": int, "organisation": str, "examples": int, "steps": int, "epsilon": float, "received": str}
+    fields = _fields(content, "update", types)
+    if fields["plan_id"] != plan_id:
+        raise RunError(f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}")
+    stated = fields["epsilon"]
+    if not math.isfinite(stated):
+        raise RunError(f"an update states ε = {stated}: expected a finite number")
+    return Update(
+        organisation=fields["organisation"],
+        round=fields["round"],
+        delta=_tensors(content, "delta", "update"),
+        examples=fields["examples"],
+        steps=fields["steps"],
+        epsilon=None if stated < 0 else stated,
+        told=_told(content),
+        noise_variance=_variances(content),
+        statistics=_tensors(content, "statistics", "update") if "statistics" in content else {},
+        received=fields["received"],
+    )
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What an organisation answers when it has been given the finished model. received: `received_digest` of what it got."""
+
+    organisation: str
+    plan_id: str
+    received: str
+
+
+def encode_receipt(receipt: Receipt, salt: bytes | None = None) -> RecordDict:
+    """salt: as of an update."""
+    return RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, **asdict(receipt), "salt": salt or _new_salt()})})
+
+
+def decode_receipt(content: RecordDict) -> Receipt:
+    """Raises RunError for anything but a well-formed receipt of this protocol."""
+    _check_records(content, ("receipt",))
+    return Receipt(**_fields(content, "receipt", {"organisation": str, "plan_id": str, "received": str}))
+
+
+def _check_records(content: RecordDict, known: Collection[str]) -> None:
+    """Nothing travels beside what is known: it would be carried, kept and shown unread."""
+    surplus = sorted(content.keys() - set(known))
+    if surplus:
+        raise RunError(f"a message holds the record {surplus[0][:80]!r} too much: expected {', '.join(known)} alone")
+
+
+def _variances(content: RecordDict) -> dict[str, float] | None:
+    """The noise that an update states; None where it states none. Whether its names are right is for admission to say."""
+    if "noise_variance" not in content:
+        return None
+    record = content["noise_variance"]
+    if not isinstance(record, MetricRecord):
+        raise RunError("a message states its noise in another form: expected a MetricRecord named noise_variance")
+    for name, value in _unsalted(record):
+        if type(value) is not float or not 0 <= value < math.inf:
+            raise RunError(
+                f"an update states the noise variance {value!r:.60} for {name[:80]}: expected a finite number, 0 or more"
+            )
+    return {name: value for name, value in record.items() if isinstance(value, float)}
+
+
+def _told(content: RecordDict) -> dict[str, float]:
+    """What an organisation says beside its update: few names, finite numbers; without the record, nothing."""
+    record = content.get("told", ConfigRecord())
+    if not isinstance(record, ConfigRecord) or len(record) > _MOST_TOLD:
+        raise RunError(f"an update tells something strange: expected a ConfigRecord named told, of at most {_MOST_TOLD} values")
+    for name, value in _unsalted(record):
+        if type(value) is not float or not math.isfinite(value):
+            raise RunError(f"an update tells {name[:80]!r} = {value!r:.60}: expected a finite number")
+    return {name: value for name, value in record.items() if isinstance(value, float)}
+
+
+def _unsalted(record: ConfigRecord | MetricRecord) -> Iterator[tuple[str, object]]:
+    return ((name, value) for name, value in record.items() if name != _SALT)
+
+
+def _derived(salt: bytes, *names: str) -> bytes:
+    """32 bytes for one part of a message."""
+    return hashlib.sha256(b"\0".join([salt, *(name.encode() for name in names)])).digest()
+
+
+def _masked(data: bytes, key: bytes) -> bytes:
+    """Every byte of it, as Flower cuts long arrays into objects of their own. The same again gives the data back."""
+    return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(data)
+
+
+def _arrays(tensors: Mapping[str, Tensor], salt: bytes, record: str) -> ArrayRecord:
+    return ArrayRecord({name: _array(tensor, _derived(salt, record, name)) for name, tensor in tensors.items()})
+
+
+def _array(tensor: Tensor, key: bytes) -> Array:
+    plain = Array(tensor.detach().cpu().contiguous().numpy())
+    return Array(plain.dtype, plain.shape, SALTED, _masked(plain.data, key))
+
+
+def _tensors(content: RecordDict, key: str, header: str) -> dict[str, Tensor]:
+    record = content.get(key)
+    if not isinstance(record, ArrayRecord):
+        raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}")
+    about = content[header]
+    assert isinstance(about, ConfigRecord), "its fields were read before"
+    salt = _salt(about)
+    return {name: _tensor(name, _plain(array, _derived(salt, key, name))) for name, array in record.items()}
+
+
+def _plain(array: Array, key: bytes) -> Array:
+    """An array that its sender has not salted is taken too: only its own message suffers."""
+    return Array(array.dtype, array.shape, SType.NUMPY, _masked(array.data, key)) if array.stype == SALTED else array
+
+
+def _tensor(name: str, array: Array) -> Tensor:
+    if array.dtype not in _FLOATS or array.stype != SType.NUMPY:
+        raise RunError(f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray")
+    try:
+        values = np.asarray(array.numpy())  # numpy.load with allow_pickle=False; an archive is not an array
+    except Exception:
+        raise RunError(f"the array {name[:80]} cannot be read: expected a NumPy array of float32") from None
+    if values.dtype != np.float32 or tuple(values.shape) != tuple(array.shape):
+        raise RunError(f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}")
+    if (rest := len(array.data) - values.nbytes) > _MOST_ARRAY_HEAD:
+        raise RunError(f"the array {name[:80]} has {rest:,} bytes beside its values: expected a short header alone")
+    return torch.from_numpy(values.copy())
+
+
+def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[str, Any]:
+    record = content.get(key)
+    if not isinstance(record, ConfigRecord):
+        raise RunError(f"a message came without its header: expected a ConfigRecord named {key}")
+    if record.get("protocol") != PROTOCOL:
+        raise RunError(
+            f"a message of protocol {record.get('protocol')!r:.20} came, expected {PROTOCOL}: use the same cotune everywhere"
+        )
+    surplus = sorted(record.keys() - types.keys() - _IN_EVERY_HEADER)
+    if surplus:
+        raise RunError(f"the header of a message holds {surplus[0][:80]!r} too much: expected {', '.join(types)} alone")
+    for name, kind in types.items():
+        if type(record.get(name)) is not kind:
+            raise RunError(f"a message has {name} = {record.get(name)!r:.60}: expected {kind.__name__}")
+    return {name: record[name] for name in types}
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Bytes of names, arrays and values of a message, before Flower's own framing.
+
+    Counted here: Flower's `ConfigRecord.count_bytes` raises for an empty text.
+    """
+    return sum(_record_bytes(record) for record in content.values())
+
+
+def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    if isinstance(record, ArrayRecord):
+        return sum(len(name.encode()) + len(array.data) for name, array in record.items())
+    return sum(len(name.encode()) + _value_bytes(value) for name, value in record.items())
+
+
+def _value_bytes(value: object) -> int:
+    if isinstance(value, list):
+        return sum(_value_bytes(item) for item in value)
+    return len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, bytes) else 8
+
+
+def received_digest(state: Mapping[str, Tensor], sent: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 of what an organisation trains from: the state, and what is sent beside it."""
+    return state_digest({**state, **{f"sent/{name}": tensor for name, tensor in (sent or {}).items()}})
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values: the same for the same state on every machine."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name}{tuple(state[name].shape)}".encode())
+        digest.update(state[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()

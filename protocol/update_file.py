@@ -1,0 +1,63 @@
+"""An update as a file: safetensors, with everything that is not a tensor as JSON in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cotune.models.trainable import named_under
+from cotune.storage.files import json_of
+from cotune.strategies.types import Update
+
+
+def update_bytes(update: Update, **about: str) -> bytes:
+    """The content of the file. about: what else it says, such as the plan that the update is for."""
+    plain = {f.name: getattr(update, f.name) for f in fields(update) if f.name not in ("delta", "statistics")}
+    tensors = {f"delta/{n}": t for n, t in update.delta.items()} | {f"statistics/{n}": t for n, t in update.statistics.items()}
+    content: bytes = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(plain | about)})
+    return content
+
+
+def round_of(file: Path, plan_id: str) -> int | None:
+    """The round of the update in a file; None where there is no file, or its update is of another plan.
+
+    Raises ValueError for a file that is damaged.
+    """
+    try:
+        with _opened(file) as (_, about):
+            return int(about["round"]) if about["plan_id"] == plan_id else None
+    except FileNotFoundError:
+        return None
+
+
+def read_update(file: Path, **expected: Any) -> Update | None:
+    """The update; None where what the file says differs from what is expected.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged.
+    """
+    with _opened(file) as (tensors, about):
+        if any(about[name] != value for name, value in expected.items()):
+            return None
+        plain = {f.name: about[f.name] for f in fields(Update) if f.name not in ("delta", "statistics")}
+        found: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        return Update(delta=named_under("delta/", found), statistics=named_under("statistics/", found), **plain)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
+    """The tensors of an update's file, and what it says of itself; raises as `read_update` does, also in the block."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors, json_of(tensors.metadata()["update"])
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(str(error)) from None

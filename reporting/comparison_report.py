@@ -1,0 +1,186 @@
+"""The page of a comparison: a table and curves for each facet, in the style and under the rules of the report of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from cotune.reporting.charts import COLOURS, MOST_DOTS, Chart, Key, Line, Point, Scale, round_ticks, value_scale, value_ticks
+from cotune.reporting.comparison_statistics import Combination, Comparison, Estimate, Measured, Settings, estimate
+from cotune.reporting.formatting import percent, signed
+from cotune.reporting.privacy_statement import together_statement
+from cotune.reporting.run_report import page_environment
+from cotune.storage.files import write_durably
+
+_NAME = "compare.html.j2"
+_ENOUGH_SEEDS = 5
+CAVEATS = (
+    "One seed has the same initial model, the same partition, the same organisations asked in each round and, without privacy,"
+    " the same order of batches for every row, so that differences are taken seed by seed.",
+    "± is half of a 95 % Student t interval of the mean over the seeds. p is that of a paired t-test, corrected by Holm's method"
+    " for the number of rows that one table compares with the baseline; both need two seeds at least, and few prove little.",
+    "Worst and spread are the smallest and the standard deviation of the organisations' own accuracies: of the last model on"
+    " records like theirs.",
+)
+TIME = (
+    "Time is of a run as it was played: the first ones encode the records too, which later ones find on disk, and runs beside"
+    " each other slow each other down."
+)
+GAIN = (
+    "Gain is what joining brings an organization on its own held-out records, against training alone without privacy: the mean"
+    " over the organizations, in points. Beside it stands how many of them, over all seeds, are told that it is worth it, that it"
+    " is not, and that it is too close to tell."
+)
+PRIVATE = "Privacy noise and private sampling are not paired: they come from the operating system and differ in every cell."
+
+
+def render_comparison(found: Comparison) -> str:
+    """The page, complete and self-contained."""
+    page = page_environment().get_template(_NAME)
+    return page.render(
+        found=found,
+        compared=found.variations[0].key,
+        facets=[
+            (words(facet), rows, answer(rows, found.baseline), _curves(i, rows))
+            for i, (facet, rows) in enumerate(facets_of(found))
+        ],
+        few_seeds=few_seeds(found),
+        gain=has_gain(found),
+        answers_of=answers_of,
+        caveats=(*CAVEATS, TIME, *((GAIN,) if has_gain(found) else ()), *((PRIVATE, together(found)) if found.private else ())),
+        points=points,
+        verdict=verdict,
+        words=words,
+    )
+
+
+def together(found: Comparison) -> str:
+    """What all runs give away."""
+    return together_statement(len(found.cells), found.epsilon_together, found.delta_together)
+
+
+def write_comparison(found: Comparison, path: Path) -> None:
+    write_durably(path, render_comparison(found).encode(errors="replace"))
+
+
+def facets_of(found: Comparison) -> list[tuple[Settings, list[Combination]]]:
+    """The rows by facet."""
+    return [(facet, list(rows)) for facet, rows in groupby(found.rows, key=lambda row: row.facet)]
+
+
+def words(settings: Settings) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in settings)
+
+
+def points(value: Estimate | None, *, apart: bool = False) -> str:
+    """In per cent, or `apart`: in points of it with a sign.
+
+    >>> points(Estimate(0.925, 0.004, 3)), points(Estimate(-0.01, None, 1), apart=True), points(None)
+    ('92.5 ± 0.4', '−1.0', '–')
+    """
+    if value is None:
+        return "–"
+    mean = signed(100 * value.mean) if apart else f"{100 * value.mean:.1f}"
+    return mean if value.half is None else f"{mean} ± {100 * value.half:.1f}"
+
+
+def answer(rows: Sequence[Combination], baseline: str) -> str | None:
+    """Which rows of a facet are better than the baseline, worse, and too close to it to tell; None where nothing is beside it.
+
+    By the corrected p-value, below 0.05; what one seed shows is too close to tell.
+    """
+    apart = [(row.value, row.difference) for row in rows if row.difference is not None]
+    if not apart:
+        return None
+    better = [value for value, found in apart if found.significant and found.estimate.mean > 0]
+    worse = [value for value, found in apart if found.significant and found.estimate.mean < 0]
+    close = [value for value, _ in apart if value not in (*better, *worse)]
+    parts = (f"better than {baseline}: {_listed(better)}", f"worse: {_listed(worse)}", f"too close to tell: {_listed(close)}")
+    return "; ".join(parts)
+
+
+def _listed(values: Sequence[str]) -> str:
+    return ", ".join(values) or "none"
+
+
+def few_seeds(found: Comparison) -> str | None:
+    """What to do where there are too few seeds for the test to tell much; None where there are enough."""
+    seeds = len(found.seeds)
+    if seeds >= _ENOUGH_SEEDS:
+        return None
+    told = "One seed tells no difference from chance" if seeds == 1 else f"{seeds} seeds tell large differences only"
+    return f"{told}: with --seeds {_ENOUGH_SEEDS} the same command plays the {_ENOUGH_SEEDS - seeds} further ones alone."
+
+
+def has_gain(found: Comparison) -> bool:
+    """Whether training alone was measured beside any run."""
+    return any(row.gain is not None for row in found.rows)
+
+
+def answers_of(row: Combination) -> str:
+    """The answers in words: "2 yes, 1 no, 1 too close"; "–" where there is none."""
+    if row.answers is None:
+        return "–"
+    yes, no, close = row.answers
+    return f"{yes} yes, {no} no, {close} too close"
+
+
+def verdict(row: Combination) -> str:
+    """The corrected p-value in words: "p = 0.012"; "–" where there is none."""
+    if row.difference is None or row.difference.holm is None:
+        return "–"
+    p = row.difference.holm
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def _curves(number: int, rows: Sequence[Combination]) -> Chart | None:
+    """Mean test accuracy over the rounds, a line for each row, with the interval of the mean; None where nothing was tested."""
+    curves = [(row, list(_mean_curve(row.cells))) for row in rows]
+    curves = [(row, curve) for row, curve in curves if curve]
+    if not curves:
+        return None
+    rounds = [r for _, curve in curves for r, _ in curve]
+    x = Scale(min(rounds) - 0.5, max(rounds) + 0.5)
+    y = value_scale(100 * edge for _, curve in curves for _, value in curve for edge in _edges(value))
+    ends = [(row.value, percent(curve[-1][1].mean)) for row, curve in curves]
+    return Chart(
+        name=f"curves-{number}",
+        title="Test accuracy after each round (%): mean over the seeds, and its interval",
+        description="After the last round: " + ", ".join(f"{name} {end}" for name, end in ends) + ".",
+        legend=tuple(Key(_style(i), name, end) for i, (name, end) in enumerate(ends)),
+        lines=tuple(_line(i, row.value, curve, x, y) for i, (row, curve) in enumerate(curves)),
+        bands=(),
+        x_ticks=round_ticks(x),
+        y_ticks=value_ticks(y),
+    )
+
+
+def _mean_curve(cells: Sequence[Measured]) -> Iterator[tuple[int, Estimate]]:
+    """(round, estimate over the seeds that have it)."""
+    found: dict[int, list[float]] = {}
+    for cell in cells:
+        for round, accuracy in cell.curve:
+            found.setdefault(round, []).append(accuracy)
+    for round in sorted(found):
+        value = estimate(found[round])
+        assert value is not None
+        yield round, value
+
+
+def _edges(value: Estimate) -> tuple[float, float]:
+    """The interval, within what an accuracy can be."""
+    return max(0.0, value.mean - (value.half or 0.0)), min(1.0, value.mean + (value.half or 0.0))
+
+
+def _line(number: int, name: str, curve: Sequence[tuple[int, Estimate]], x: Scale, y: Scale) -> Line:
+    along = [(x.along(r), *(y.down(100 * edge) for edge in _edges(value))) for r, value in curve]
+    area = [*(Point(at, high, "") for at, _, high in along), *(Point(at, low, "") for at, low, _ in reversed(along))]
+    uncertain = any(value.half is not None for _, value in curve)
+    dots = tuple(Point(x.along(r), y.down(100 * v.mean), f"{name}, round {r}: {points(v)} %") for r, v in curve)
+    return Line(_style(number), dots, len(dots) <= MOST_DOTS, tuple(area) if uncertain else ())
+
+
+def _style(number: int) -> str:
+    """A colour and a dash pattern: 36 that differ."""
+    return f"c{number % COLOURS} pattern{(number + number // COLOURS) % COLOURS}"

@@ -1,0 +1,124 @@
+"""The model card of an exported model: what it is, how it is called, what is promised about the records, what it reached.
+
+It is Markdown, and it travels with the model. Names that come from a plan or from records are shown as they are, and can neither
+end a line nor begin a tag.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cotune.data.readers.sources import path_of_base
+from cotune.data.tasks.task import task_named
+from cotune.models.base_model import FOLDER
+from cotune.plan.schema import Plan
+from cotune.privacy.claim import claim_of
+from cotune.privacy.config import RecordPrivacy
+
+CARD = "README.md"  # its name in the folder of a model
+Measured = Mapping[str, Mapping[str, Any] | None]  # what was tested -> its metrics; None: not tested
+_METRICS = ("accuracy", "precision", "recall", "f1")
+_MOST_LABELS = 200
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
+
+
+def model_card(
+    plan: Plan,
+    *,
+    privacy: Sequence[str],
+    length: int,
+    test: Measured | None = None,
+    examples: int = 0,
+    about: str = "Fine-tuned with cotune by organizations that did not share their records.",
+) -> str:
+    """Return the card.
+
+    Args:
+        plan: Of the run, resolved.
+        privacy: Paragraphs about what is promised.
+        length: Tokens that the model reads of a text.
+        test: Metrics of the model and of what it is compared with.
+        examples: How many records they were measured on.
+        about: What it is, in one sentence.
+    """
+    task = task_named(plan.task)
+    lines = [
+        *("---", "library_name: transformers", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
+        *(about, "", *_use(task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
+        *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
+        *("", "## Privacy", "", "\n\n".join(map(_shown, privacy))),
+        *_results(test or {}, examples),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def promised(plan: Plan) -> list[str]:
+    """Return what a plan promises about the records of every organization, where what was spent is not known."""
+    if not isinstance(plan.privacy, RecordPrivacy):
+        return ["No differential privacy for records: the plan says privacy = none. The model may reveal single records."]
+    claim = claim_of(plan.privacy, None)
+    return [
+        f"Record-level differential privacy: ε at most {claim.epsilon_allowed:g} at δ = {claim.delta_rule} for what each"
+        f" organization has sent, as the plan says (neighboring data sets: {claim.neighbors}). {claim.mechanism}.",
+        f"Not covered: {'; '.join(claim.not_covered)}.",
+    ]
+
+
+def _use(pipeline: str, length: int) -> Iterator[str]:
+    is_image = pipeline == "image-classification"
+    cut = ", truncation=True" if pipeline == "text-classification" else ""
+    yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
+    yield f'predict = pipeline("{pipeline}", "FOLDER"{cut})'
+    yield from (f'print(predict("{"photo.png" if is_image else "a text"}"))', "```", "")
+    if cut:
+        yield (
+            f"`truncation=True` cuts a text after {length} tokens, as in training. Without it transformers reads the whole text,"
+            " which may change the answer, and fails where the text is longer than the model has positions."
+        )
+    elif not is_image:
+        yield f"A text is cut after {length} tokens, as in training."
+    yield f"`cotune predict FOLDER {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
+
+
+def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
+    labels = ", ".join(plan.labels[:_MOST_LABELS]) + (" …" if len(plan.labels) > _MOST_LABELS else "")
+    yield "task", plan.task
+    yield "labels", f"{len(plan.labels)}, in the order of the head: {labels}"
+    if key == "text":
+        yield "length", f"{length} tokens; the rest of a text is not read"
+    yield "base model", _base(plan)
+    yield "plan", f"{plan.name}, id {plan.plan_id}"
+    yield "training", "; ".join(f"{stage.rounds} rounds of train = {stage.mode}" for stage in plan.stages)
+    if plan.class_weights:
+        yield "class weights", ", ".join(f"{label}: {weight:g}" for label, weight in plan.class_weights.items())
+    yield "strategy", f"{plan.strategy.weighting.name} weights, {plan.strategy.fusion.name} fusion"
+
+
+def _base(plan: Plan) -> str:
+    """A folder by its last name alone: where it is on a machine is nobody's business."""
+    base = plan.model.base
+    name = base.removeprefix(FOLDER) if path_of_base(base) is None else Path(base).name
+    revision = "" if plan.model.revision is None else f", revision {plan.model.revision}"
+    return f"{name}{revision}, SHA-256 {plan.model.base_hash or 'not given'}"
+
+
+def _results(test: Measured, examples: int) -> Iterator[str]:
+    rows = [(name, metrics) for name, metrics in test.items() if metrics]
+    if not rows:
+        return
+    means = "precision, recall and F1 are means over the classes. No ε covers these figures."
+    yield from ("", "## Test", "", f"On {examples:,} held-out records; {means}", "")
+    yield f"| | {' | '.join(_METRICS)} |"
+    yield f"|---|{'---|' * len(_METRICS)}"
+    for name, metrics in rows:
+        yield f"| {_shown(name)} | {' | '.join(f'{float(metrics[key]):.3f}' for key in _METRICS)} |"
+
+
+def _shown(text: str) -> str:
+    """One line, with Markdown's and HTML's own characters escaped."""
+    line = " ".join("".join(" " if unicodedata.category(c).startswith("C") else c for c in text).split())
+    return _SPECIAL.sub(r"\\\1", line)

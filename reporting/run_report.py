@@ -1,0 +1,72 @@
+"""The report of a run: one HTML page that answers, for a manager and for an engineer, "is it worth joining?".
+
+The page is made from the run's `summary.json` alone. It loads nothing (its content security policy forbids it), runs
+no script, and follows the reader's light or dark setting. Names and labels come from other organisations, so everything
+is escaped. Charts are SVG whose places are percentages: they stretch with the page while their text keeps its size, on
+a phone as on a desk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.charts import accuracy_chart, epsilon_chart, label_bar, label_keys
+from cotune.reporting.formatting import duration, instant, percent, scientific, signed, size
+from cotune.reporting.verdict import Summary, is_private, is_real, judge, own_columns, results
+from cotune.storage.files import write_durably
+
+
+def render_report(summary: Summary) -> str:
+    """The page for one `summary.json` (schema 1), complete and self-contained.
+
+    What was not measured is None there and is left out here, with a note. Raises KeyError or jinja2.UndefinedError
+    where a field is absent.
+    """
+    page = page_environment().get_template("report.html.j2")
+    return page.render(
+        summary=summary,
+        private=is_private(summary),
+        real=is_real(summary),
+        verdict=judge(summary),
+        results=results(summary),
+        own_columns={} if is_real(summary) else own_columns(summary),
+        accuracy_chart=accuracy_chart(summary),
+        epsilon_chart=epsilon_chart(summary),
+        label_keys=() if is_real(summary) else label_keys(summary),
+        label_bar=lambda organisation: label_bar(summary, organisation["labels"]),
+        dropped=_dropped(summary),
+    )
+
+
+def _dropped(summary: Summary) -> dict[tuple[str, str], list[int]]:
+    """(organisation, reason) -> the rounds: whoever declines a plan does so in each of them."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for entry in summary["rounds"]:
+        for each in entry["dropped"]:
+            found.setdefault((each["organisation"], each["reason"]), []).append(entry["round"])
+    return found
+
+
+def write_report(summary: Summary, path: Path) -> None:
+    """Write the page to `path` in one step: a reader finds the old page or the new one, never half of one."""
+    # "replace": a name may hold half a surrogate pair, which JSON allows and UTF-8 does not
+    write_durably(path, render_report(summary).encode(errors="replace"))
+
+
+def _or_dash(write: Callable[[float], str]) -> Callable[[float | None], str]:
+    return lambda value: "–" if value is None else write(value)
+
+
+def page_environment(*folders: Path) -> Environment:
+    """Templates in `folders`, beside the report's own. Escapes everything, and refuses a field that is not there."""
+    environment = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    numbers = (percent, signed, round_up, scientific, size, duration)
+    environment.filters.update({write.__name__: _or_dash(write) for write in numbers}, instant=instant, whole="{:,}".format)
+    return environment

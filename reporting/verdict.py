@@ -1,0 +1,204 @@
+"""Is it worth joining? The answer, its numbers, and what a careful reader should know beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cotune.models.evaluation.intervals import FEW
+from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.formatting import SPACE, percent, signed
+
+Summary = Mapping[str, Any]
+_MOST_NAMES = 5
+
+
+def is_private(summary: Summary) -> bool:
+    return bool(summary["privacy"]["mode"] != "none")
+
+
+def is_personal(summary: Summary) -> bool:
+    """Whether every organisation has a model of its own, and there is no common one."""
+    return any(organisation.get("personal") for organisation in summary["organisations"])
+
+
+def is_real(summary: Summary) -> bool:
+    """Whether real organisations took part: then nobody compared, and ε is what they state."""
+    return bool(summary["engine"] == "superlink")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer in a few words, the sentence with its numbers, and what a careful reader should know beside it."""
+
+    answer: str  # "Yes", "No", "It depends", "Too close to tell", "Measured" with nothing to compare with, "Not measured"
+    sentence: str
+    notes: tuple[str, ...]
+
+
+def judge(summary: Summary) -> Verdict:
+    """What joining gives each organization on its own held-out records, against training alone without privacy.
+
+    "Yes" where it is better for some and worse for none, by a paired test; "It depends" where it is both.
+    """
+    test, worth = summary["test"], summary["worth"]
+    if test["federated"] is None:
+        return Verdict("Not measured", _nobody_knows(test), (*_members_note(summary), *_privacy_note(summary)))
+    if worth is None:
+        notes = (*_members_note(summary), *_personal_note(summary), _chance_note(test), *_privacy_note(summary))
+        return Verdict("Measured", _measured(summary), notes)
+    notes = (
+        *_personal_note(summary),
+        _means_note(summary),
+        *few_note(summary),
+        f"On everybody's records mixed, {_measured(summary)} {_chance_note(test)}",
+        *partition_note(summary),
+        *_privacy_note(summary),
+    )
+    return Verdict(worth["answer"].capitalize(), _sentence(summary), notes)
+
+
+def _members_note(summary: Summary) -> Iterator[str]:
+    """How many real organizations have a part in the model."""
+    if is_real(summary):
+        rounds = [o["rounds"] for o in summary["organisations"]]
+        yield f"{sum(1 for count in rounds if count)} of {len(rounds)} organizations are in this model."
+
+
+def _nobody_knows(test: Summary) -> str:
+    if test["examples"]:
+        return "every organisation has a model of its own, and how good it is only the organisation can see."
+    return "the coordinator has no test set, so nobody knows how good the federated model is."
+
+
+def _sentence(summary: Summary) -> str:
+    answers, compared = summary["worth"]["answers"], [o["worth"] for o in summary["organisations"] if o["worth"]]
+    gains = [100 * each["difference"] for each in compared]
+    return (
+        f"each on its own held-out records, joining is better than training alone for {answers['yes']} of {len(gains)}"
+        f" organisations, worse for {answers['no']} and too close to tell for {answers['too close to tell']}: {_range(gains)}."
+    )
+
+
+def _range(gains: Sequence[float]) -> str:
+    low, high = signed(min(gains)), signed(max(gains))
+    return f"by {low} points of accuracy" if low == high else f"from {low} to {high} points of accuracy"
+
+
+_COLUMNS = {
+    "majority": "majority class",
+    "alone": "alone with the same privacy",
+    "alone_without_privacy": "alone without privacy",
+    "federated": "federated",
+    "adapted": "federated and adapted",
+}
+
+
+def _means_note(summary: Summary) -> str:
+    means, names = summary["worth"]["own_means"], dict(_COLUMNS)
+    if not is_private(summary):
+        names["alone"] = "alone, as the plan trains"
+    said = ", ".join(f"{names[name]} {percent(means[name]['accuracy'])}" for name in names if means[name] is not None)
+    how = "the federated model, which each has adapted to itself" if means["adapted"] else "the federated model"
+    return (
+        f"Joining means {how}; alone means without privacy, which nobody needs who shares nothing. Mean accuracy on own held-out"
+        f" records: {said}."
+    )
+
+
+def few_note(summary: Summary) -> Iterator[str]:
+    few = [o["name"] for o in summary["organisations"] if o["worth"] and o["worth"]["few"]]
+    if few:
+        names = ", ".join(few[:_MOST_NAMES]) + (f" and {len(few) - _MOST_NAMES} more" if len(few) > _MOST_NAMES else "")
+        yield f"With fewer than {FEW} test records of their own, only large differences can be told from chance: {names}."
+
+
+def partition_note(summary: Summary) -> Iterator[str]:
+    partition = summary["partition"]
+    if partition in (None, "files") or partition.startswith("column:"):
+        return
+    (command, *_) = summary["reproduce"]
+    plan = command.removeprefix("cotune simulate ")
+    yield (
+        f"Who holds which records was drawn ({partition}), and the answer depends on it. See by how much: cotune compare {plan}"
+        " --vary partition=iid,dirichlet:1,dirichlet:0.1; or name the column that says it: cotune simulate --by COLUMN."
+    )
+
+
+def _measured(summary: Summary) -> str:
+    """Accuracy on the common test set, against a constant answer and the bound."""
+    test = summary["test"]
+    federated = test["federated"]
+    who = "each organisation's own model reaches, in the mean," if is_personal(summary) else "the federated model reaches"
+    constant = f"always giving the most frequent label{' of the test set' if is_real(summary) else ''}"
+    against = [_against(_points(federated, test["majority"]), constant)]
+    if test["pooled"] is not None:
+        against.append(_against(_points(federated, test["pooled"]), "pooling all data without privacy"))
+    known = summary["worth"] is not None or is_real(summary)
+    unknown = "" if known else "; what the organisations reach alone was not measured"
+    return f"{who} {percent(federated['accuracy'])} accuracy, {', and '.join(against)}{unknown}."
+
+
+def _against(points: float, name: str) -> str:
+    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'} {name}" if points else f"level with {name}"
+
+
+def _personal_note(summary: Summary) -> Iterator[str]:
+    if is_personal(summary):
+        yield "There is no common model: every organisation keeps a part of its own, and has its model in its own folder."
+
+
+def _chance_note(test: Summary) -> str:
+    """The 95 % interval of an accuracy on so many examples."""
+    accuracy = test["federated"]["accuracy"]
+    margin = 100 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / test["examples"])
+    return (
+        f"Measured on {test['examples']:,} test examples, where chance moves an accuracy by about ±{margin:.1f} points"
+        f" (95{SPACE}%)."
+    )
+
+
+def _privacy_note(summary: Summary) -> Iterator[str]:
+    privacy = summary["privacy"]
+    spent = [o["epsilon_spent"] for o in summary["organisations"] if o["epsilon_spent"] is not None]
+    if is_private(summary) and privacy["epsilon"] is not None:
+        delta = f" at δ = {privacy['delta']} for an organisation with n examples" if privacy["delta"] else ""
+        verb = "states" if is_real(summary) else "spent"
+        most = f"; the most that any organisation {verb} is {round_up(max(spent))}" if spent else ""
+        yield f"Differential privacy for every single record: the plan allows ε = {privacy['epsilon']:g}{delta}{most}."
+
+
+def _points(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float:
+    """Percentage points between two accuracies, to the one decimal that is shown: words and numbers agree."""
+    return round(100 * (ours["accuracy"] - theirs["accuracy"]), 1)
+
+
+def results(summary: Summary) -> dict[str, Mapping[str, float] | None]:
+    """The rows of the table on the common test set, from floor to bound."""
+    test = summary["test"]
+    same = ", same privacy" if is_private(summary) else ""
+    rows = {
+        "Majority class": test["majority"],
+        f"Each organisation alone (mean{same})": test["alone"] and test["alone"]["mean"],
+        "Each organisation alone (mean, without privacy)": test["alone_without_privacy"]
+        and test["alone_without_privacy"]["mean"],
+        f"Federated ({'each with its own model, mean of ' if is_personal(summary) else ''}this run)": test["federated"],
+        "Federated, adapted by each (mean)": test["adapted"] and test["adapted"]["mean"],
+        "All data pooled, without privacy (the bound)": test["pooled"],
+    }
+    return {name: metrics for name, metrics in rows.items() if metrics is not None or "adapted" not in name}
+
+
+def own_columns(summary: Summary) -> dict[str, str]:
+    """The columns of the table on own records: key in `own` -> heading; those that some organization has."""
+    headings = {
+        "majority": "Majority class",
+        "alone": "Alone, same privacy" if is_private(summary) else "Alone, as the plan trains",
+        "alone_without_privacy": "Alone, without privacy",
+        "federated": "Own model" if is_personal(summary) else "Federated",
+        "adapted": "Federated, adapted",
+    }
+    held = [each["own"] for each in summary["organisations"] if each["own"]]
+    return {key: heading for key, heading in headings.items() if any(own[key] is not None for own in held)}

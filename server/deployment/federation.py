@@ -1,0 +1,283 @@
+"""The coordinator's folder: everything that a federation is, on the machine that serves it.
+
+server.toml        where it listens, and what it judges by
+plan.toml          the plan that runs follow, with nothing left open; beside it the files of its own rules
+federation.toml    what organisations are given (plan/invitation), and JOIN.md, what they do with it
+members.json       who was invited (members.py)
+certificates/      the authority, and what the server shows (certificates.py)
+superlink/         what Flower's processes keep, their logs, and which of them run
+runs/<run>/        one folder per run (run_folder.py)
+
+A federation is made: the coordinator's folder, whole or not at all, with a plan that leaves nothing open.
+
+JOIN.md: what an organisation types to join, and what leaves its machine under the plan (templates/join.md.j2).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import tomli_w
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import Field, ValidationError
+from safetensors import safe_open
+
+from cotune.data.readers.sources import check_new, path_of_base
+from cotune.data.records import check_labels, read_records
+from cotune.errors import PlanError, RunError
+from cotune.models.base_folder import base_labels
+from cotune.models.base_model import find_base
+from cotune.models.device import pick_device
+from cotune.plan.load import dump_plan, load_plan
+from cotune.plan.schema import Plan
+from cotune.privacy.config import RecordPrivacy
+from cotune.protocol.federation_file import Invitation, read_invitation
+from cotune.server.deployment import certificates
+from cotune.server.deployment.members import Members
+from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
+from cotune.server.proxy.quotas import Quotas
+from cotune.server.runs.base_model import without_place
+from cotune.server.runs.suitability import with_robust_default
+from cotune.storage.config_table import Table, first_mistake
+from cotune.storage.files import toml_of, write_durably
+from cotune.strategies.plugins import content_of
+
+
+class ServerConfig(Table):
+    """server.toml."""
+
+    name: str = Field(description="of the federation")
+    id: str = Field("", pattern=r"^([0-9a-f]{32})?$", description="drawn once: what the federation signs holds for no other")
+    hosts: tuple[str, ...] = Field(min_length=1, description="names and addresses that organisations reach the server by")
+    listen: str = Field("0.0.0.0", description="the address that the public port is opened at")
+    port: int = Field(9092, ge=1, le=65535, description="the public port")
+    superlink_port: int = Field(9093, ge=1, le=65535, description="of the SuperLink, on loopback")
+    database: bool = Field(
+        True, description="the SuperLink keeps messages in a file, so that its restart does not end a round; false: in memory"
+    )
+    test: Path | None = Field(None, description="records that every round's model is judged by, if the coordinator has any")
+    base: Path | None = Field(None, description="the folder of the base model, of which the plan tells members the name alone")
+    quotas: Quotas = Field(Quotas(), description="of the server that one member may take; reply is drawn from the base model")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N: for judging and exporting the model")
+
+
+class FederationFolder:
+    """The folder, opened. Raises RunError when it is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().resolve()
+        file = self.path / "server.toml"
+        try:
+            self.config = ServerConfig.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
+        except ValidationError as error:
+            raise RunError(f"{first_mistake(error, ServerConfig, 'server.toml')} ({file})") from None
+        except (OSError, ValueError) as error:
+            reason = f"server.toml: {error.strerror if isinstance(error, OSError) else error}"
+            raise RunError(
+                f"{path} is not the folder of a federation ({reason}): expected one that `cotune server init` made"
+            ) from None
+        self.members = Members(self.path / "members.json")
+
+    @property
+    def plan(self) -> Plan:
+        """Raises PlanError."""
+        return load_plan(self.path / "plan.toml")
+
+    @property
+    def invitation(self) -> Invitation:
+        return read_invitation(self.path / "federation.toml")
+
+    @property
+    def certificates(self) -> Path:
+        return self.path / "certificates"
+
+    @property
+    def superlink(self) -> Path:
+        return self.path / "superlink"
+
+    @property
+    def superlink_address(self) -> str:
+        """host:port, on loopback."""
+        return f"127.0.0.1:{self.config.superlink_port}"
+
+    def runs(self) -> Iterator[Path]:
+        """The folders of runs, the newest last."""
+        found = (self.path / "runs").glob("*/run.json")
+        yield from (file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file)))  # written once
+
+
+def write_config(path: Path, config: ServerConfig) -> None:
+    table = config.model_dump(mode="json", exclude_none=True)
+    write_durably(path / "server.toml", tomli_w.dumps(table).encode())
+
+
+_TRAINED = {
+    "head": "the classification head",
+    "lora": "the adapters and the classification head",
+    "full": "the whole model",
+}
+_SENT = {
+    "noise": "how much privacy noise is in the update",
+    "loss": "the received model's mean loss on your records",
+    "fisher": "squared gradients of your records, summed, **without noise**",
+    "gram": "products of the layers' inputs, summed over your records, **without noise**",
+}
+
+
+def instructions(invitation: Invitation) -> str:
+    """The page, as Markdown."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template("join.md.j2").render(
+        invitation=invitation, plan=invitation.plan, version=version("cotune"), leaves=list(what_leaves(invitation.plan))
+    )
+
+
+def what_leaves(plan: Plan) -> Iterator[str]:
+    """One phrase for everything that a plan asks organisations to send."""
+    trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
+    if plan.keeps_personal:
+        trained = "one half of the adapters (the other half and the head stay with you)"
+    yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_protection(plan)}"
+    yield "beside it a number of records, as your rule `tell.example_count` has it, the number of steps, and the ε of it at most"
+    yield from (_SENT[payload] for payload in plan.strategy.sends)
+    if plan.tell.local_metrics:
+        yield "how many of your records the received model classifies rightly, every round"
+    if plan.tell.label_histogram:
+        yield "how many of your records each class has, once"
+
+
+def _protection(plan: Plan) -> str:
+    if not isinstance(plan.privacy, RecordPrivacy):
+        return "**without differential privacy**, so that single records may show in it"
+    return f"with differential privacy for every single record, ε at most {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"
+
+
+_BYTES_PER_PARAMETER, _BYTES_BESIDE = 16, 256 * 2**20  # of a reply, at most
+
+
+def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
+    """Makes the folder `path`, which must not be there, and its missing parents.
+
+    Raises RunError for a folder that is there or cannot be written and for what is no host; what else is wrong with plan, base
+    model, test records or device raises PlanError, ModelError, DataError or DeviceError.
+    """
+    path = path.expanduser().absolute()
+    check_new(path)
+    pick_device(config.device)
+    resolved = with_robust_default(_resolved(plan, config))
+    config = _with_quotas(config.model_copy(update={"base": path_of_base(plan.model.base)}), plan)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
+        try:
+            _fill(part, resolved, config)
+            os.rename(part, path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be made ({error.strerror}): check the permissions and the space of {path.parent}"
+        ) from None
+    return FederationFolder(path)
+
+
+def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
+    """A fresh certificate for the same key; hosts: other ones than before, if any are given. A federation that has no key to sign
+    requests with, as it is of an older cotune, gets one.
+
+    Returns whether organizations need the new federation.toml, as the first host or the signing key is another. Raises RunError.
+    """
+    certificates.renew(folder.certificates, hosts or None)
+    before, signs = folder.config, (folder.certificates / SIGNING_KEY).exists()
+    folder.config = with_id(before.model_copy(update={"hosts": tuple(hosts) or before.hosts}))
+    write_config(folder.path, folder.config)
+    if signs and before.id and address_of(before) == address_of(folder.config):
+        return False
+    new_signing_key(folder.certificates)
+    write_handout(folder.path, folder.plan, folder.config)
+    return True
+
+
+def with_id(config: ServerConfig) -> ServerConfig:
+    """The same with an id, where it has none."""
+    return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
+
+
+def _with_quotas(config: ServerConfig, plan: Plan) -> ServerConfig:
+    """With the largest reply that a plan on this base model can have, where the coordinator has not set it: a change and a
+    statistic of all its parameters, in float32, and some to spare.
+    """
+    if "reply" in config.quotas.model_fields_set:
+        return config
+    reply = _BYTES_PER_PARAMETER * _parameters(find_base(plan.model).path) + _BYTES_BESIDE
+    return config.model_copy(update={"quotas": config.quotas.model_copy(update={"reply": reply})})
+
+
+def _parameters(base: Path) -> int:
+    """By the heads of its files: nothing is loaded."""
+    count = 0
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return count
+
+
+def address_of(config: ServerConfig) -> str:
+    """host:port that organisations join."""
+    host = config.hosts[0]
+    return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
+
+
+def _resolved(plan: Plan, config: ServerConfig) -> Plan:
+    """The plan with the base model's hash and the class names, and without the place of the base model."""
+    base = find_base(plan.model)
+    labels = _labels(plan, config.test, base_labels(base.path))
+    model = plan.model.model_copy(update=base.pins)
+    return without_place(plan.model_copy(update={"labels": labels, "model": model}))
+
+
+def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:
+    """The plan's; else those of the test records, in the base model's order where it has the same."""
+    if test is None and not plan.labels:
+        raise PlanError(
+            "the plan does not list the class names, and nobody sees the records of all organisations: expected labels ="
+            ' ["no", "yes"] in the plan, or --test with records of every class'
+        )
+    if test is None:
+        return plan.labels
+    found = check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels or None)
+    return plan.labels or (of_base if set(of_base) == set(found) else found)
+
+
+def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
+    config = with_id(config)
+    certificates.new_authority(folder / "certificates", config.hosts)
+    new_signing_key(folder / "certificates")
+    for name, sha256 in plan.strategy.files.items():
+        write_durably(folder / name.rpartition(":")[0], content_of(name, sha256))
+    write_durably(folder / "plan.toml", dump_plan(plan).encode())
+    write_handout(folder, plan, config)
+    write_config(folder, config)
+    for name in ("certificates", "superlink", "runs"):
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
+        (folder / name).chmod(0o700)
+
+
+def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
+    """federation.toml and JOIN.md, by the keys that are in use."""
+    authority = certificates.authority_pem(folder / "certificates")
+    key = public_hex(read_signing_key(folder / "certificates"))
+    invitation = Invitation(config.name, address_of(config), authority, plan, id=config.id, signing_key=key)
+    write_durably(folder / "federation.toml", invitation.to_toml().encode())
+    write_durably(folder / "JOIN.md", instructions(invitation).encode())

@@ -1,0 +1,191 @@
+"""The organisations of a federation: under which name and with which key each was invited. members.json in the federation's
+folder.
+
+A key belongs to one organisation and an organisation has one key: who takes part is known by the key alone, never by what
+somebody says. Whoever was revoked stays in the list, and so does a key that its organization has replaced (plan/renewal.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, SSHPublicKeyTypes, load_ssh_public_key
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from cotune.errors import PlanError, RunError
+from cotune.protocol.federation_file import check_name
+from cotune.protocol.key_renewal import NodeRenewal
+from cotune.storage.files import write_durably
+
+
+class Member(BaseModel):
+    """One organisation. public_key: one line as OpenSSH writes it. examples: between which numbers its declared count must be.
+
+    renewed: the statement by which this key took the place of the one before, as JSON.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str  # that of folders and files too, so it is checked again where the list was edited by hand
+    public_key: str
+    invited: str
+    revoked: str | None = None
+    examples: tuple[int, int] | None = None
+    renewed: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        try:
+            return check_name(value)
+        except PlanError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def loaded(self) -> SSHPublicKeyTypes:
+        return load_ssh_public_key(self.public_key.encode())
+
+    @property
+    def key(self) -> bytes:
+        """The public key as Flower keeps it: PEM, SubjectPublicKeyInfo."""
+        return self.loaded.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the key, to be compared on another channel."""
+        return hashlib.sha256(self.key).hexdigest()
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    members: tuple[Member, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> _Document:
+        for what in ("name", "key"):
+            found = [getattr(member, what) for member in self.members if member.revoked is None]
+            if len(set(found)) != len(found):
+                raise ValueError(f"two members have one {what}")
+        return self
+
+
+class Members:
+    """The list, in the order in which they were invited. Read anew by every call: other processes change it."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def all(self) -> tuple[Member, ...]:
+        """Raises RunError for a damaged file."""
+        try:
+            return _Document.model_validate_json(self._file.read_bytes()).members
+        except FileNotFoundError:
+            return ()
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            reason = type(error).__name__
+            raise RunError(
+                f"{self._file} is damaged ({reason}): expected the list of members; restore it from a backup"
+            ) from None
+
+    def active(self) -> tuple[Member, ...]:
+        """Those that may take part."""
+        return tuple(member for member in self.all() if member.revoked is None)
+
+    def invite(self, name: str, public_key: str, examples: tuple[int, int] | None = None) -> Member:
+        """Adds an organisation. The same invitation again changes nothing.
+
+        Raises PlanError for a name that is none, RunError for a name or a key that is taken, also by whoever was revoked.
+        """
+        check_name(name)
+        with self._changing():
+            before = self.all()
+            for member in before:
+                if member.revoked is None and (member.name, member.public_key) == (name, public_key):
+                    return self._replace(before, member.model_copy(update={"examples": examples or member.examples}))
+                if member.public_key == public_key:
+                    revoked = ", which was revoked" if member.revoked else ""
+                    raise RunError(
+                        f"this key is that of {member.name}{revoked}: expected another for {name}, made on its own machine"
+                    )
+                if member.name == name and member.revoked is None:
+                    raise RunError(f"{name} has another key already: revoke it first (`cotune server revoke`)")
+            added = Member(name=name, public_key=public_key, invited=_now(), examples=examples)
+            self._write((*before, added))
+            return added
+
+    def renew(self, renewal: NodeRenewal, federation: str) -> Member:
+        """Puts an organization's new key in the place of its present one, which is never let in again. The same again changes
+        nothing. federation: the id of this one.
+
+        Raises RunError for a statement of another federation or organization, one that the present key has not signed, such as an
+        old one that is shown again, and a new key that is or was anybody's.
+        """
+        about, new = renewal.about, renewal.new_key()
+        with self._changing():
+            before = self.all()
+            for member in before:
+                if member.revoked is None and member.renewed == renewal.text():
+                    return member
+            present = next((m for m in before if m.revoked is None and m.fingerprint == about.old), None)
+            if present is None:
+                raise RunError("the statement replaces a key that is no member's now: expected an organization's present key")
+            renewal.check(present.loaded)
+            if (about.federation, about.organization) != (federation, present.name):
+                raise RunError(
+                    f"the statement is of {about.organization[:80]!r} in federation {about.federation[:12]}: expected"
+                    f" {present.name} in {federation[:12]}"
+                )
+            taken = next((member for member in before if member.loaded == new), None)
+            if taken is not None:
+                raise RunError(f"the new key is or was that of {taken.name}: expected one that was never used here")
+            added = present.model_copy(update={"public_key": about.new, "renewed": renewal.text()})
+            former = present.model_copy(update={"revoked": _now()})
+            place = before.index(present)  # it keeps its place: runs take their organizations in this order
+            self._write((*before[:place], former, added, *before[place + 1 :]))
+            return added
+
+    def revoke(self, name: str) -> Member:
+        """Raises RunError where there is no such member."""
+        with self._changing():
+            before = self.all()
+            for member in before:
+                if member.name == name and member.revoked is None:
+                    return self._replace(before, member.model_copy(update={"revoked": _now()}))
+        known = ", ".join(member.name for member in before if member.revoked is None) or "none so far"
+        raise RunError(f"{name[:80]!r} is not a member: expected one of: {known}")
+
+    def _replace(self, before: tuple[Member, ...], changed: Member) -> Member:
+        self._write(tuple(changed if m.public_key == changed.public_key else m for m in before))
+        return changed
+
+    def _write(self, members: tuple[Member, ...]) -> None:
+        write_durably(self._file, _Document(members=members).model_dump_json(indent=1).encode())
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with FileLock(self._file.with_suffix(".lock"), mode=0o600):
+            yield
+
+
+def read_public_key(file: Path) -> str:
+    """The key in a .pub file as `ssh-keygen -t ecdsa` or `cotune client init` writes it, without its comment. Raises RunError."""
+    try:
+        text = file.read_text(encoding="ascii").strip()
+        key = load_ssh_public_key(text.encode())
+    except (OSError, ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise RunError(
+            f"{file} is not the public key of an organisation: expected the file node.pub that `cotune client init` makes there"
+        )
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

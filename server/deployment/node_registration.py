@@ -1,0 +1,114 @@
+"""The SuperLink lets in the keys of the members and nobody else's, whatever happens to it, and to the list meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol, Self
+
+from cotune.errors import RunError
+from cotune.flower.control_client import Node
+from cotune.server.deployment.members import Member
+from cotune.server.transport.node_registry import Presence, Seen
+
+_EVERY_SECONDS = 2.0
+_PATIENCE = 6  # failures before a word is said: a SuperLink that was restarted is back by then
+
+Say = Callable[[str], None]
+
+
+class Registry(Protocol):
+    """Where keys are registered: a Control."""
+
+    def nodes(self) -> tuple[Node, ...]: ...
+    def register(self, key: bytes, name: str) -> int: ...
+    def unregister(self, node: int) -> None: ...
+
+
+def reconcile(registry: Registry, members: Iterable[Member], say: Say, presence: Presence | None = None) -> set[str]:
+    """Registers the members that are not yet, and removes every other key. Returns the names of those that are online.
+
+    members: whoever was revoked included. presence: what learns who was there at this look. Raises RunError where the registry
+    does.
+    """
+    everybody = {member.key: member for member in members}
+    named = {key: member.name for key, member in everybody.items() if member.revoked is None}
+    nodes = registry.nodes()
+    for node in nodes:
+        if node.key not in named:
+            registry.unregister(node.id)
+            say(f"{_whose(node.key, everybody, named)} is shut out")
+    _let_in(registry, {key: name for key, name in named.items() if key not in {node.key for node in nodes}}, say)
+    known = [node for node in nodes if node.key in named]
+    if presence is not None:
+        presence.look(Seen(named[node.key], node.online, node.until) for node in known)
+    return {named[node.key] for node in known if node.online}
+
+
+def _whose(key: bytes, everybody: Mapping[bytes, Member], named: Mapping[bytes, str]) -> str:
+    if key not in everybody:
+        return "a key of nobody"
+    name = everybody[key].name
+    return f"the former key of {name}" if name in named.values() else name
+
+
+def _let_in(registry: Registry, named: Mapping[bytes, str], say: Say) -> None:
+    refused = list[RunError]()
+    for key, name in named.items():
+        try:
+            registry.register(key, name)
+            say(f"{name} may join")
+        except RunError as error:  # the others still may
+            refused.append(error)
+    if refused:
+        raise refused[0]
+
+
+class Enrolment:
+    """Reconciles every two seconds while it is entered, in a thread of its own: a SuperLink that is stuck answers late."""
+
+    def __init__(
+        self, connect: Callable[[], AbstractContextManager[Registry]], members: Callable[[], Iterable[Member]], say: Say
+    ) -> None:
+        self._connect, self._members, self._say = connect, members, say
+        self._stop, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
+        self._online: set[str] = set()
+        self._presence, self._left = Presence(), frozenset[str]()
+        self._reached, self._failures = False, 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(_EVERY_SECONDS)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the SuperLink has ever let the members in."""
+        return self._reached
+
+    def _run(self) -> None:
+        with self._connect() as registry:
+            while not self._stop.is_set():
+                self._look(registry)
+                self._stop.wait(_EVERY_SECONDS)
+
+    def _look(self, registry: Registry) -> None:
+        try:
+            online = reconcile(registry, self._members(), self._say, self._presence)
+        except Exception as error:  # who may join must be followed whatever happens, and nobody sees a thread end
+            self._failures += 1
+            if self._reached and self._failures == _PATIENCE and not self._stop.is_set():
+                self._say(f"the SuperLink does not know at present who may join: {error}")
+            return
+        if self._failures >= _PATIENCE and self._reached:
+            self._say("the SuperLink knows who may join")
+        self._reached, self._failures = True, 0
+        for name in sorted(online ^ self._online):
+            self._say(f"{name} is {'online' if name in online else 'offline'}")
+        for name in sorted(self._presence.left - self._left):
+            self._say(f"{name} has left the federation")
+        self._online, self._left = online, self._presence.left

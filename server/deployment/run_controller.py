@@ -1,0 +1,315 @@
+"""A run on the SuperLink, from the coordinator's side: handed over, followed, handed over again where it was lost, stopped.
+
+The SuperLink's executor plays a run in a process of its own, which holds the lock of the run's folder while it plays; that lock
+(players.py) is the last word on whether it does. Whoever follows a run may be killed and come back: the run goes on meanwhile.
+
+superlink.json in a run's folder: what the SuperLink was asked for last.
+
+Which process plays a run: the one that holds the lock of the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cotune.errors import RunError
+from cotune.flower.control_client import RunState
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.runs.events import Listener, follow
+from cotune.server.runs.run_folder import RunFolder, keep_others_off
+from cotune.storage.files import write_durably
+
+
+class Ticket(BaseModel):
+    """One attempt at a run. run_id: None where the SuperLink was asked and its answer is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    submitted: str
+    offset: int  # where the attempt begins in events.jsonl, in bytes
+    run_id: int | None = None
+
+
+def read_ticket(folder: RunFolder) -> Ticket | None:
+    """None where nobody was asked yet. Raises RunError for a damaged file."""
+    try:
+        return Ticket.model_validate_json((folder.path / "superlink.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise RunError(
+            f"{folder.path / 'superlink.json'} is damaged ({type(error).__name__}): remove it once no process plays the run"
+        ) from None
+
+
+def write_ticket(folder: RunFolder, ticket: Ticket) -> Ticket:
+    """Durable when it returns. Raises RunError."""
+    try:
+        write_durably(folder.path / "superlink.json", json.dumps(ticket.model_dump(), indent=1).encode())
+    except OSError as error:
+        raise RunError(
+            f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
+            " --resume"
+        ) from None
+    return ticket
+
+
+_LOOK_SECONDS = 0.1
+
+
+def is_played(run: Path) -> bool:
+    """Whether a process holds the lock of the run's folder."""
+    if not (run / ".lock").exists():
+        return False
+    try:
+        with keep_others_off(run, patience=0.0):
+            return False
+    except RunError:
+        return True
+
+
+def await_end(run: Path, grace: float) -> None:
+    """Until nobody plays the run: a process that the SuperLink has given up is asked to end after `grace` seconds, then killed.
+
+    Raises RunError.
+    """
+    for ask in (None, signal.SIGINT, signal.SIGKILL):
+        if ask is not None:
+            for process in _players(run):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(ask)
+        deadline = time.monotonic() + grace
+        while is_played(run):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return
+    raise RunError(f"a process that this user may not end is working on {run}: end it, then continue with --resume")
+
+
+def _players(run: Path) -> list[psutil.Process]:
+    """The processes that have the run's lock open."""
+    lock, found = str(run / ".lock"), []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and any(file.path == lock for file in process.open_files()):
+                found.append(process)
+    return found
+
+
+_MOST_TRIES = 5  # without a finished round between them
+_FIRST_WORDS = ("run_started", "delivery_started")  # of a process that holds the lock
+_LAST_WORDS = ("run_concluded", "run_failed")
+
+
+class Executor(Protocol):
+    """What is asked of the SuperLink; every call raises RunError where it cannot be reached."""
+
+    def start(self, run: Path) -> int: ...
+    def stop(self, run_id: int) -> None: ...
+    def state(self, run_id: int) -> RunState | None: ...
+    def running(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Pace:
+    """In seconds. grace: what the process that plays a run gets to end by itself, once the SuperLink has given it up."""
+
+    poll: float = 0.5
+    again: float = 2.0  # doubled with every try
+    grace: float = 10.0
+
+
+def newest(federation: FederationFolder, name: str | None = None) -> RunFolder:
+    """The run that is called so, else the last that was begun. Raises RunError where there is none."""
+    runs = [path for path in federation.runs() if name in (None, path.name)]
+    if not runs:
+        known = f"called {name[:100]!r} " if name else ""
+        raise RunError(f"{federation.path} has no run {known}to go on with: begin one without --resume")
+    return RunFolder(runs[-1])
+
+
+def check_none_unfinished(federation: FederationFolder, executor: Executor, *, leave: bool) -> None:
+    """Before a new run. leave: an unfinished run that nobody plays may stay behind. Raises RunError."""
+    runs = list(federation.runs())
+    for path in runs:
+        if is_played(path) or (path == runs[-1] and _is_handed_over(RunFolder(path), executor)):
+            raise RunError(
+                f"the run {path.name} is going on: follow it with --resume, and stop it there before you begin another"
+            )
+    if runs and not leave and not RunFolder(runs[-1]).finished:
+        raise RunError(
+            f"the run {runs[-1].name} is not finished: go on with it (--resume), or leave it and begin another (--new)"
+        )
+
+
+def _is_handed_over(folder: RunFolder, executor: Executor) -> bool:
+    ticket = read_ticket(folder)
+    return ticket is not None and _under_way(folder, ticket, executor) is not None
+
+
+@contextmanager
+def only_follower(federation: FederationFolder) -> Iterator[None]:
+    """During the block no other process hands over or follows runs of the federation. Raises RunError."""
+    try:
+        (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{federation.path} cannot be written ({error.strerror}): mend its permissions") from None
+    with keep_others_off(federation.path / "runs"):
+        yield
+
+
+def hand_over(folder: RunFolder, executor: Executor, pace: Pace | None = None) -> Ticket:
+    """The attempt that is under way; or else a new one, once nobody plays the run any more. Raises RunError."""
+    ticket = read_ticket(folder)
+    if ticket is not None:
+        run_id = _under_way(folder, ticket, executor)
+        if run_id is not None:
+            return write_ticket(folder, ticket.model_copy(update={"run_id": run_id}))
+    await_end(folder.path, (pace or Pace()).grace)
+    _, offset = follow(folder.events.path)
+    asked = Ticket(submitted=datetime.now(UTC).isoformat(timespec="seconds"), offset=offset)
+    write_ticket(folder, asked)
+    return write_ticket(folder, asked.model_copy(update={"run_id": executor.start(folder.path)}))
+
+
+def carry_out(folder: RunFolder, executor: Executor, tell: Listener, pace: Pace | None = None) -> None:
+    """Hands a run over and follows it until its report is written. What happens is told as events, as in events.jsonl.
+
+    What ends without a word is handed over again; what says why it failed is not. Interrupted, it stops the run first. Raises
+    RunError.
+    """
+    pace = pace or Pace()
+    try:
+        ending, tries = _watch(folder, executor, hand_over(folder, executor, pace), tell, pace), 1
+        while ending.event is None:
+            tries = 1 if ending.progress else tries + 1
+            if tries > _MOST_TRIES:
+                raise RunError(
+                    f"the run ended {_MOST_TRIES} times without finishing a round ({ending.reason}): see the logs in the"
+                    " federation's superlink folder, then continue with --resume"
+                )
+            wait = pace.again * 2 ** (tries - 1)
+            tell("run_lost", {"reason": ending.reason, "seconds": wait})
+            time.sleep(wait)
+            ending = _again(folder, executor, tell, pace)
+    except KeyboardInterrupt:
+        tell("run_stopping", {})
+        _stop(folder, executor, pace)
+        raise
+    if ending.event == "run_failed":
+        raise RunError(ending.reason if "--resume" in ending.reason else f"{ending.reason}; continue with --resume")
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Of an attempt. event: its last word; None where it ended without one."""
+
+    event: str | None
+    reason: str
+    progress: bool = False
+
+
+def _watch(folder: RunFolder, executor: Executor, ticket: Ticket, tell: Listener, pace: Pace) -> _Ending:
+    """Tells what happens until the attempt ends."""
+    offset, begun, progress, reachable = ticket.offset, False, False, True
+    while True:
+        reason, reached = _reason_for_end(executor, ticket)  # asked first: whatever was written before is read below
+        if reached != reachable:
+            reachable = reached
+            tell("superlink_back" if reached else "superlink_lost", {})
+        held = is_played(folder.path) if begun else True
+        events, offset = follow(folder.events.path, offset)
+        for fields in events:
+            event = _told(fields, tell)
+            begun, progress = begun or event in _FIRST_WORDS, progress or event == "round_finished"
+            if event in _LAST_WORDS:
+                return _Ending(event, str(fields.get("reason", "")), progress)
+        if reason is not None or not held:
+            return _Ending(None, reason or "its process died", progress)
+        time.sleep(pace.poll)
+
+
+def _told(fields: dict[str, Any], tell: Listener) -> str:
+    event = str(fields.get("event", ""))
+    tell(event, {key: value for key, value in fields.items() if key not in ("at", "event")})
+    return event
+
+
+def _reason_for_end(executor: Executor, ticket: Ticket) -> tuple[str | None, bool]:
+    """Why the attempt is over, as far as the SuperLink knows, or None; and whether it could be reached."""
+    assert ticket.run_id is not None, "an attempt that is watched was handed over"
+    try:
+        state = executor.state(ticket.run_id)
+    except RunError:
+        return None, False
+    if state is None:
+        return "the SuperLink does not know it any more", True
+    if state.status != "finished":
+        return None, True
+    how = f": {state.details[:200]}" if state.details else ""
+    return f"its process ended ({state.outcome}){how}", True
+
+
+def _again(folder: RunFolder, executor: Executor, tell: Listener, pace: Pace) -> _Ending:
+    """Another attempt, once the SuperLink answers."""
+    try:
+        _await_superlink(executor, tell, pace)
+        return _watch(folder, executor, hand_over(folder, executor, pace), tell, pace)
+    except RunError as error:
+        return _Ending(None, str(error))
+
+
+def _await_superlink(executor: Executor, tell: Listener, pace: Pace) -> None:
+    away = False
+    while True:
+        try:
+            executor.running()
+        except RunError:
+            if not away:
+                tell("superlink_lost", {})
+            away = True
+            time.sleep(pace.poll)
+        else:
+            if away:
+                tell("superlink_back", {})
+            return
+
+
+def _stop(folder: RunFolder, executor: Executor, pace: Pace) -> None:
+    """Ends the present attempt, at the SuperLink and on this machine."""
+    with suppress(RunError):  # the SuperLink is away, or has ended the run itself
+        ticket = read_ticket(folder)
+        known = () if ticket is None or ticket.run_id is None else (ticket.run_id,)
+        for run_id in known or executor.running():
+            executor.stop(run_id)
+    await_end(folder.path, pace.grace)
+
+
+def _under_way(folder: RunFolder, ticket: Ticket, executor: Executor) -> int | None:
+    """The id of an attempt that goes on, or None."""
+    events, _ = follow(folder.events.path, ticket.offset)
+    if any(event.get("event") in _LAST_WORDS for event in events):
+        return None
+    if ticket.run_id is None:
+        running = executor.running()  # the SuperLink is this federation's alone, and plays one run at a time
+        return running[-1] if running else None
+    state = executor.state(ticket.run_id)
+    if state is None or state.status == "finished":
+        return None
+    if any(event.get("event") in _FIRST_WORDS for event in events) and not is_played(folder.path):
+        executor.stop(ticket.run_id)  # its process died, which the SuperLink notices after a minute
+        return None
+    return ticket.run_id

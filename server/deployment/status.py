@@ -1,0 +1,246 @@
+"""How a federation stands: its organisations, its newest run, its certificate. Works whether or not anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cotune.errors import RunError
+from cotune.flower.control_client import Control
+from cotune.privacy.accounting.rounding import rounded_up
+from cotune.server.deployment.certificates import check
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.members import Member
+from cotune.server.deployment.refusals import read_refusals, read_strangers
+from cotune.server.rounds.exclusions import left_out, strikes_of
+from cotune.server.rounds.model_delivery import confirmed
+from cotune.server.runs.events import read_events
+from cotune.server.runs.results import bytes_of, epsilon_stated, weight_of
+from cotune.server.runs.run_folder import RunFolder
+
+_PHASES = {
+    "run_started": "under way",
+    "waiting": "waiting for organisations",
+    "awaiting_approval": "waiting for organisations to approve the plan",
+    "run_finished": "handing out the model",
+    "run_stopped": "handing out the model",
+    "delivery_started": "handing out the model",
+    "run_concluded": "finished",
+    "run_failed": "failed",
+}
+
+_OVER = ("run_concluded", "run_failed")
+
+History = Sequence[Mapping[str, Any]]  # of the finished rounds
+
+
+@dataclass(frozen=True)
+class OrganisationStatus:
+    """connection: online, offline, or unknown while the server does not run. last_round: whose update entered the model; 0:
+    none. weight: its share in the last round that it took part in. strikes: refused updates and time-outs in the run. word: what
+    came of it last, in words. epsilon: as it stated it, rounded up; None: it stated none."""
+
+    name: str
+    invited: str
+    revoked: str | None
+    connection: str
+    last_round: int
+    word: str
+    epsilon: float | None
+    bytes_up: int
+    weight: float | None = None
+    strikes: int = 0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """round: the last that is finished. phase: by the last event that says one, unless nobody plays the run. accuracy: on the
+    coordinator's test set."""
+
+    run: str
+    folder: str
+    plan: str
+    plan_id: str
+    created: str
+    round: int
+    rounds: int
+    phase: str
+    reason: str | None
+    last_event: str | None
+    last_at: str | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class RefusedStatus:
+    """Whose messages the front has refused since it was first started. who: a member, or the address of somebody who has not
+    shown that it is one. reason: of the last."""
+
+    who: str
+    is_member: bool
+    count: int
+    reason: str
+    at: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """certificate_expires: UTC; None where the certificate is not one that organisations accept, and `certificate_problem` says
+    why."""
+
+    federation: str
+    server_reachable: bool
+    certificate_expires: str | None
+    certificate_problem: str | None
+    run: RunStatus | None
+    organisations: tuple[OrganisationStatus, ...]
+    refused: tuple[RefusedStatus, ...] = ()
+
+
+def connections(members: Sequence[Member], control: Control) -> dict[str, str] | None:
+    """Organisation -> online or offline; None where the SuperLink cannot be asked."""
+    try:
+        online = {node.key for node in control.nodes() if node.online}
+    except RunError:
+        return None
+    return {member.name: "online" if member.key in online else "offline" for member in members if member.revoked is None}
+
+
+def look(federation: FederationFolder, connected: Mapping[str, str] | None, *, plays: bool = True) -> Status:
+    """connected: see `connections`; None where the server does not run. plays: whether it has a run that is not over, as far as
+    is known. Raises RunError for damaged files."""
+    run, history, events = _newest(federation)
+    members = federation.members.all()
+    expires, problem = _certificate(federation)
+    organisations = (_organisation(member, connected, run, history, events) for member in members)
+    return Status(
+        federation=federation.config.name,
+        server_reachable=connected is not None,
+        certificate_expires=expires,
+        certificate_problem=problem,
+        run=None if run is None else _run(run, history, events, plays=plays),
+        organisations=tuple(organisations),
+        refused=tuple(_refused(federation)),
+    )
+
+
+def _refused(federation: FederationFolder) -> Iterator[RefusedStatus]:
+    file = federation.superlink / "refused.json"
+    for found, is_member in ((read_refusals(file), True), (read_strangers(file), False)):
+        for who, refused in sorted(found.items(), key=lambda item: -item[1].count):
+            yield RefusedStatus(who, is_member, refused.count, refused.reason, refused.at)
+
+
+def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, list[dict[str, Any]]]:
+    paths = list(federation.runs())
+    if not paths:
+        return None, (), []
+    run = RunFolder(paths[-1])
+    return run, run.history(), read_events(run.events.path) if run.events.path.exists() else []
+
+
+def _certificate(federation: FederationFolder) -> tuple[str | None, str | None]:
+    try:
+        return check(federation.certificates, federation.config.hosts[0]).isoformat(timespec="seconds"), None
+    except RunError as error:
+        return None, str(error)
+
+
+def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]], *, plays: bool) -> RunStatus:
+    telling = [event for event in events if event["event"] in _PHASES or event["event"] == "round_started"]
+    last = telling[-1] if telling else {"event": ""}
+    phase = "not begun" if not telling else _phase(last)
+    tested = [entry["metrics"]["accuracy"] for entry in history if entry["metrics"]]
+    return RunStatus(
+        run=run.file.run,
+        folder=str(run.path),
+        plan=run.plan.name,
+        plan_id=run.plan.plan_id,
+        created=run.file.created,
+        round=len(history),
+        rounds=run.plan.rounds,
+        phase=phase if plays or last["event"] in _OVER else "interrupted: `cotune server run --resume` goes on",
+        reason=last.get("reason") if last["event"] == "run_failed" else run.stopped,
+        last_event=events[-1]["event"] if events else None,
+        last_at=events[-1]["at"] if events else None,
+        accuracy=tested[-1] if tested else None,
+    )
+
+
+def _phase(last: Mapping[str, Any]) -> str:
+    if last["event"] == "awaiting_approval" and not last["organisations"]:
+        return "under way"
+    return _PHASES.get(last["event"], "under way")
+
+
+def _organisation(
+    member: Member,
+    connected: Mapping[str, str] | None,
+    run: RunFolder | None,
+    history: History,
+    events: Sequence[Mapping[str, Any]],
+) -> OrganisationStatus:
+    name = member.name
+    stated = epsilon_stated(history).get(name)
+    rounds = [entry["round"] for entry in history if name in entry["participants"]]
+    return OrganisationStatus(
+        name=name,
+        invited=member.invited,
+        revoked=member.revoked,
+        connection="unknown" if connected is None else connected.get(name, "offline"),
+        last_round=max(rounds, default=0),
+        word=_word(member, run, history, events),
+        epsilon=None if stated is None else rounded_up(stated),
+        bytes_up=bytes_of(events, name),
+        weight=weight_of(history, name),
+        strikes=0 if run is None else strikes_of(run, history)[name],
+    )
+
+
+def _word(member: Member, run: RunFolder | None, history: History, events: Sequence[Mapping[str, Any]]) -> str:
+    """The last that is known of an organisation in the run."""
+    name = member.name
+    if member.revoked is not None:
+        return "revoked"
+    if run is None or name not in [who.name for who in run.file.participants]:
+        return "not in a run yet" if run is None else "not in this run"
+    if name in left_out(run, history):
+        return "left out after refused updates or time-outs"
+    has_model, said = name in confirmed(run), _last_said(name, events)
+    if has_model and not any(name in entry["participants"] for entry in history):
+        return f"{said}; has the finished model"
+    return "has the finished model" if has_model else said
+
+
+def _last_said(name: str, events: Sequence[Mapping[str, Any]]) -> str:
+    for event in reversed(events):
+        if event.get("organisation") == name and (said := _said(event)):
+            return said
+        if event["event"] == "awaiting_approval" and name in event["organisations"]:
+            return f"has yet to approve the plan, asked in round {event['round']}"
+        if event["event"] == "round_started" and name in event["organisations"]:
+            return f"asked in round {event['round']}"
+    return "not asked yet"
+
+
+def _said(event: Mapping[str, Any]) -> str:
+    match event["event"]:
+        case "update_received":
+            return f"answered in round {event['round']}"
+        case "update_quarantined":
+            return f"refused in round {event['round']}: {event['reason']}"
+        case "update_dropped":
+            return f"dropped in round {event['round']}: {event['reason']}"
+        case "late_update_received":
+            return f"answered late, to round {event['of_round']}"
+        case "late_update_ignored":
+            return f"answered too late, to round {event['of_round']}"
+        case "messages_refused":
+            return f"{event['count']} messages refused at the front: {event['reason']}"
+        case "organisation_left":
+            return "has left the federation"
+        case "undelivered":
+            return f"lacks the finished model: {event['reason']}"
+        case _:
+            return ""

@@ -1,0 +1,183 @@
+"""`cotune server start`: Flower's SuperLink, the front and an executor for runs, kept running until it is told to stop.
+
+superlink/ in the federation's folder:
+processes.json              what runs, for whoever comes after a supervisor that was killed
+superlink.log front.log executor.log    what they say; .1: of the start before
+state.sqlite                messages on their way, unless they are kept in memory; begun anew with every start
+front.toml flwr/            settings of the front; what else Flower keeps
+refused.json                whose announcements the front has refused
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+
+import tomli_w
+
+from cotune.errors import RunError
+from cotune.flower.control_client import HOME, control
+from cotune.server.deployment import certificates
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, address_of
+from cotune.server.deployment.node_registration import Enrolment
+from cotune.server.deployment.processes import Child, Record, end, running, stop
+from cotune.server.proxy.server import listen
+from cotune.server.runs.run_folder import keep_others_off
+from cotune.storage.files import write_durably
+
+LEFT_DAYS = 30  # of the certificate, from which on there is a warning
+_LOOK_SECONDS = 0.3
+_GRACE_SECONDS = 10.0
+_SWITCHES = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+Say = Callable[[str], None]
+
+
+def supervise(folder: FederationFolder, say: Say) -> None:
+    """Serves until SIGINT, SIGTERM or SIGHUP; nothing that it has started is left then. say: is told every event, in a line.
+
+    Raises RunError for certificates that organisations would refuse, a damaged list of members, a port that is taken,
+    another supervisor of the folder, a folder that cannot be written, and a process that ends at once, again and again, before
+    all were ready; afterwards none is given up.
+    """
+
+    def told(line: str) -> None:
+        with suppress(OSError):  # a terminal that was closed must not keep what runs from being ended
+            say(line)
+
+    try:
+        folder.superlink.mkdir(mode=0o700, exist_ok=True)
+        with keep_others_off(folder.superlink), _stop_signals() as stopped:
+            _supervise(folder, told, stopped)
+    except OSError as error:
+        raise RunError(
+            f"{folder.superlink} cannot be used ({error.strerror or error}): check the permissions and the space there"
+        ) from None
+
+
+def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) -> None:
+    _tell_expiry(certificates.check(folder.certificates, folder.config.hosts[0]), say)
+    folder.members.all()  # a list that is damaged is told now, and not when nobody can join
+    record = Record(folder.superlink / "processes.json", say)
+    if left := end(record.left(), _GRACE_SECONDS):
+        say(f"ended {left} processes that a killed `cotune server start` had left")
+    for host, port in (("127.0.0.1", folder.config.superlink_port), (folder.config.listen, folder.config.port)):
+        listen(host, port).close()
+    _write_settings(folder)
+    for file in folder.superlink.glob("state.sqlite*"):  # never compacted; what a killed start was at is asked for anew
+        file.unlink()
+    children = _children(folder, say)
+    say(f"starting {folder.config.name} at {address_of(folder.config)}")
+    try:
+        with Enrolment(lambda: control(folder.superlink_address, folder.certificates), folder.members.all, say) as enrolment:
+            ready = False
+            while not stopped():
+                if not ready and enrolment.ready and _listens(folder.config):
+                    ready = True
+                    say("ready: organisations can join")
+                    for child in children:
+                        child.never_give_up()
+                for child in children:
+                    if child.tend():
+                        record.keep(running(children))
+                record.keep(running(children))
+                time.sleep(_LOOK_SECONDS)
+    finally:
+        say("stopping")
+        stop(children, _GRACE_SECONDS)
+        record.keep(())
+
+
+def _listens(config: ServerConfig) -> bool:
+    """Whether the front does, at the public port."""
+    try:
+        socket.create_connection((config.listen, config.port), timeout=_LOOK_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _children(folder: FederationFolder, say: Say) -> list[Child]:
+    environment, shown = _environment(folder), folder.certificates
+    superlink = [
+        *(_binary("flower-superlink", environment), "--host", "127.0.0.1", "--port", str(folder.config.superlink_port)),
+        *("--ssl-ca-certfile", str(shown / "ca.crt")),
+        *("--ssl-certfile", str(shown / "server.crt"), "--ssl-keyfile", str(shown / "server.key")),
+        *("--enable-supernode-auth", "--isolation", "process", "--disable-runtime-dependency-installation"),
+        *(("--database", str(folder.superlink / "state.sqlite")) if folder.config.database else ()),
+    ]
+    front = [sys.executable, "-m", "cotune.server.front", str(folder.superlink / "front.toml")]
+    executor = [
+        *(_binary("flower-superexec", environment), "--runtime-api-address", folder.superlink_address),
+        *("--root-certificates", str(shown / "ca.crt")),
+    ]
+    commands = {"SuperLink": superlink, "front": front, "executor": executor}
+    return [
+        Child(name, command, folder.superlink / f"{name.lower()}.log", environment, say) for name, command in commands.items()
+    ]
+
+
+def _environment(folder: FederationFolder) -> dict[str, str]:
+    """With the programs of this Python first on the path: Flower starts the apps of runs by their bare names."""
+    path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
+    return {**os.environ, **_SWITCHES, "FLWR_HOME": str(folder.superlink / "flwr"), HOME: str(folder.path), "PATH": path}
+
+
+def _binary(name: str, environment: Mapping[str, str]) -> str:
+    found = shutil.which(name, path=environment["PATH"])
+    if found is None:
+        raise RunError(f"{name} is not installed beside {sys.executable}: install cotune again, with its flwr")
+    return found
+
+
+def _write_settings(folder: FederationFolder) -> None:
+    (folder.superlink / "flwr").mkdir(mode=0o700, exist_ok=True)
+    front = {
+        "certificates": str(folder.certificates),
+        "members": str(folder.path / "members.json"),
+        "refusals": str(folder.superlink / "refused.json"),
+        "superlink_port": folder.config.superlink_port,
+        "host": folder.config.listen,
+        "port": folder.config.port,
+        "quotas": folder.config.quotas.model_dump(exclude_none=True),
+    }
+    write_durably(folder.superlink / "front.toml", tomli_w.dumps(front).encode())
+
+
+def _tell_expiry(until: datetime, say: Say) -> None:
+    left = (until - datetime.now(UTC)).days
+    say(f"the certificate is valid until {until:%Y-%m-%d}")
+    if left < LEFT_DAYS:
+        say(f"WARNING: that is in {left} days; renew it with `cotune server renew`")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether one has come. Only noted, as what runs is ended in one place."""
+    told: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        told.append(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield lambda: bool(told)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,90 @@
+"""Client-level privacy as a part of the round loop: between fusion and server optimiser, with a hard stop at its ε."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cotune.errors import PrivacyError
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.client_dp import ClientLevelAccount, PrivateMean, RoundNoise, next_clip_norm, round_noise
+from cotune.privacy.config import ClientPrivacy
+from cotune.server.runs.run_folder import Progress, RunFolder
+
+
+def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
+    """Return the account of the run: the federation's, or its own where it is a simulation.
+
+    A run of before runs had an id goes on with the account in its own folder.
+    """
+    shared = bool(folder.file.federation and folder.file.id)
+    home = Path(folder.file.federation) if shared else folder.path
+    total = max(privacy.epsilon, privacy.epsilon_total or privacy.epsilon)
+    run = folder.file.id if shared else ""
+    return ClientLevelAccount(home / "client-privacy.jsonl", privacy.epsilon, privacy.delta, run, total)
+
+
+def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:
+    """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
+    assert plan.client_privacy is not None
+    rounds = plan.rounds
+    return round_noise(plan.client_privacy, rounds=rounds, organisations=organisations, sample_rate=plan.server.sample_rate)
+
+
+class ClientLevelPrivacy:
+    """Of one run.
+
+    Raises PrivacyError when the plan's client-level privacy cannot be given, its account is lost, or the plan asks for another δ
+    or a larger ε for all runs than the federation's first run fixed.
+    """
+
+    def __init__(self, folder: RunFolder, privacy: ClientPrivacy) -> None:
+        self.privacy, self.account = privacy, account_of(folder, privacy)
+        self.account.check()
+        self.noise = client_level_noise(folder.plan, len(folder.file.participants))
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> ClientLevelPrivacy | None:
+        """None where the plan asks for none."""
+        return None if folder.plan.client_privacy is None else cls(folder, folder.plan.client_privacy)
+
+    def reason_to_stop(self, progress: Progress) -> str | None:
+        """Why the next round must not be played, before anybody is asked to train; None when it may."""
+        charged = {round for round, _ in self.account.charges()}
+        missing = [round for round in range(1, progress.round + 1) if round not in charged]
+        if missing:
+            raise PrivacyError(
+                f"the privacy account {self.account.path} has no charge for round {missing[0]}, which was played: expected one"
+                " for every round; restore it from a backup"
+            )
+        if self.account.allows(self.noise.charge):
+            return None
+        return (
+            f"round {progress.round + 1} would exceed the client-level ε = {self.privacy.epsilon:g}, or that of all runs of this"
+            f" federation: interrupted rounds count, and ε = {round_up(self.account.spent())} is spent in this run,"
+            f" {round_up(self.account.spent_in_all_runs())} in all at δ = {self.account.delta_of_all_runs():g};"
+            f" the run ends with the model after round {progress.round}"
+        )
+
+    def new_mean(self, shapes: Mapping[str, Tensor], before: Progress) -> PrivateMean:
+        return PrivateMean(shapes, self.clip_norm(before), self.noise)
+
+    def clip_norm(self, before: Progress) -> float:
+        """C of the round after `before`."""
+        return self.privacy.clip_norm if before.clip_norm is None else before.clip_norm
+
+    def next_clip_norm(self, before: Progress, mean: PrivateMean) -> float:
+        used = self.clip_norm(before)
+        return used if mean.unclipped is None else next_clip_norm(self.privacy, used, mean.unclipped)
+
+    def charge(self, round: int) -> None:
+        """Before the noise of a round is drawn."""
+        self.account.charge(round, self.noise.charge)
+
+    def entry(self, before: Progress, mean: PrivateMean) -> dict[str, Any]:
+        """What a round's entry in summary.json says."""
+        return {"epsilon": self.account.spent(), "clip_norm": self.clip_norm(before), "unclipped": mean.unclipped}

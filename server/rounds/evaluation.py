@@ -1,0 +1,65 @@
+"""How good the shared model is on the common test set; and who judges in its place where there is no common model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cotune.data.dataset import Holdings
+from cotune.data.tasks.task import Metrics, logits, score
+from cotune.models.encoding import encoded_examples, encoded_features
+from cotune.models.features import feature_head
+from cotune.models.head_fit import told_by
+from cotune.models.trainable import SharedModel, State
+
+_BATCH = 64
+Judge = Callable[[State], Metrics | None]
+_judges: list[Judge] = []
+
+
+@contextmanager
+def judged_by(judge: Judge) -> Iterator[None]:
+    """During the block, runs of this process whose organisations have models of their own are judged by it."""
+    _judges.append(judge)
+    try:
+        yield
+    finally:
+        _judges.remove(judge)
+
+
+def present_judge() -> Judge:
+    """The judge of such a run; without one, as in a real federation, nobody sees these models."""
+    return _judges[-1] if _judges else lambda _: None
+
+
+def evaluate(model: SharedModel, state: State, test: Holdings, precision: str) -> Metrics:
+    """Metrics of the model in a state."""
+    return score(test.truth, predict(model, state, test, precision), len(test.labels))
+
+
+@torch.no_grad()
+def predict(model: SharedModel, state: State, test: Holdings, precision: str) -> list[int]:
+    """What the model in a state tells, in the order of `test.truth`.
+
+    While the encoder is as it came, only the head is computed, on kept features.
+    """
+    model.load(state)
+    head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
+    if head is None:
+        return _predict(model, test)
+    return told_by(head(encoded_features(test, model, state, precision).to(model.device)).logits.float()).tolist()
+
+
+def _predict(model: SharedModel, test: Holdings) -> list[int]:
+    examples, task = encoded_examples(test, model), model.loaded.task
+    order = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
+    collate = task.collator(model.module, model.loaded.reader, model.device)
+    told: list[tuple[int, ...]] = [()] * len(examples)
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+        batch = [examples[i] for i in rows]
+        for row, answer in zip(rows, task.answers(logits(model.module, collate(batch)), batch), strict=True):
+            told[row] = answer
+    return [number for answer in told for number in answer]

@@ -1,0 +1,138 @@
+"""A round's answers: each opened, verified, and added in its turn; what is not as agreed is shown and kept aside."""
+
+from __future__ import annotations
+
+from flwr.app import Message, RecordDict
+
+from cotune.errors import CotuneError
+from cotune.protocol.messages import payload_bytes
+from cotune.protocol.signatures import UPDATE
+from cotune.server.rounds.buffers import Inbox, Late, Lateness, Quarantine, Turns
+from cotune.server.rounds.requests import Asking
+from cotune.server.rounds.tally import Tally
+from cotune.server.rounds.update_validation import Opened, Verify, one_line
+from cotune.server.runs.run_folder import RunFolder
+from cotune.server.runs.trail import Trail
+from cotune.server.transport.base import Letter, Post
+from cotune.strategies.aggregator import Combination, WeightedFusion
+from cotune.strategies.types import Update
+
+
+class Gathering:
+    """Of one run."""
+
+    def __init__(self, folder: RunFolder, post: Post) -> None:
+        self._post, self._events = post, folder.events
+        self._names = [participant.name for participant in folder.file.participants]
+        self._inbox, self._quarantine = Inbox(folder.path / "inbox"), Quarantine(folder.path / "quarantine")
+        self._lateness = Lateness(folder.plan.server, Inbox(folder.path / "inbox" / "late"))
+        self.trail = Trail(folder)
+        self._answered: set[Late] = set()
+
+    def gather(self, asking: Asking, round: int, verify: Verify, tally: Tally, combination: Combination) -> None:
+        """Adds the updates as they come, each in its turn."""
+        turns = Turns(tally.people, self._inbox)
+        self._lateness.open(round, verify)
+        for letter in asking.letters():
+            if letter.round != round:
+                self._receive_late(letter, round, tally)
+            elif asking.is_waited_for(letter):
+                self._enter_refusal(letter)
+            else:
+                self._answered.add((round, letter.organisation))
+                update = self._admit(letter, verify, round, tally)
+                organisation = letter.organisation
+                del letter
+                for ready in turns.settle(organisation, update):
+                    update = None
+                    combination.add(ready)
+                    del ready
+                del update
+        for ready in turns.rest():
+            combination.add(ready)
+            del ready
+        if isinstance(combination, WeightedFusion):
+            for ready in self._lateness.take(self._names):
+                combination.add(ready, round - ready.round)
+                del ready
+        self._inbox.clear()
+        oldest = self._lateness.oldest(round)
+        self._post.forget(oldest)
+        self._answered = {each for each in self._answered if each[0] >= oldest}
+
+    def _admit(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> Update | None:
+        """The update in a letter, if it may enter the model; otherwise the organisation is shown, with the reason."""
+        name, events = letter.organisation, self._events
+        update, size = self._opened(letter, verify, round, tally)
+        if update is None:
+            return None
+        tally.admit(name, update, size)
+        events.tell("update_received", round=round, organisation=name, bytes=size, steps=update.steps, epsilon=update.epsilon)
+        return update
+
+    def _opened(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> tuple[Update | None, int]:
+        """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
+        reply, letter.reply = letter.reply, None
+        name, tell = letter.organisation, self._events.tell
+        opened = Opened(None, letter.refused, refused=True) if reply is None else self._looked_into(reply, letter, verify)
+        if opened.update is not None and reply is not None:
+            return opened.update, payload_bytes(reply.content)
+        if letter.round == round:
+            tally.dropped[name] = opened.reason
+        if not opened.refused:
+            tell("update_dropped", round=letter.round, organisation=name, reason=opened.reason)
+            return None, 0
+        file = self._kept(reply.content if reply else RecordDict(), name, letter.round, opened.reason)
+        tally.quarantined.append(name)
+        tell("update_quarantined", round=letter.round, organisation=name, reason=opened.reason, file=file)
+        return None, 0
+
+    def _enter_refusal(self, letter: Letter) -> None:
+        """Of one that is asked again, in the trail alone."""
+        reply, letter.reply = letter.reply, None
+        if reply is not None:
+            self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organisation)
+
+    def _kept(self, content: RecordDict, name: str, round: int, reason: str) -> str:
+        """The file in quarantine; what cannot even be written there is described by its reason alone."""
+        try:
+            return self._quarantine.keep(content, name, round, reason)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            return self._quarantine.keep(RecordDict(), name, round, f"{reason} ({type(error).__name__})")
+
+    def _looked_into(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
+        """What a stranger has sent may be wrong in any way, and must end nobody's run. Raises CotuneError for faults here."""
+        try:
+            return self._verified(reply, letter, verify)
+        except (CotuneError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            return Opened(None, f"it cannot be read ({type(error).__name__})", refused=True)
+
+    def _verified(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
+        """An answer is held to its organization's signature first, and to the plan then."""
+        if reply.has_error():
+            return Opened(None, one_line(self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organisation)))
+        wrong = self.trail.accept(reply, UPDATE, letter.round, letter.organisation) if reply.has_content() else ""
+        return Opened(None, one_line(wrong), refused=True) if wrong else verify(reply, letter.organisation)
+
+    def _receive_late(self, letter: Letter, round: int, tally: Tally) -> None:
+        """An answer of an earlier round: put aside for the end of this one, or shown as ignored. Whoever was asked twice counts
+        once.
+        """
+        name, tell = letter.organisation, self._events.tell
+        if (letter.round, name) in self._answered:
+            return
+        self._answered.add((letter.round, name))
+        verify = self._lateness.verify_of(letter.round)
+        if verify is None or name in tally.left_out:
+            tell("late_update_ignored", round=round, organisation=name, of_round=letter.round)
+            return
+        update, size = self._opened(letter, verify, round, tally)
+        if update is not None:
+            self._lateness.put(update)
+            tally.late.append({"organisation": name, "round": letter.round})
+            tally.bytes_up += size
+            tell("late_update_received", round=round, organisation=name, of_round=letter.round, bytes=size)

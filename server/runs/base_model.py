@@ -1,0 +1,30 @@
+"""The base model of a run where it is on the coordinator's machine: members see its name and its hash, and no folder.
+
+A plan that names its base model by a folder goes to members with the folder's last name alone, as `folder:NAME`. Where that is is
+in server.toml, and in run.json of each run.
+"""
+
+from __future__ import annotations
+
+from cotune.data.readers.sources import path_of_base
+from cotune.models.base_model import FOLDER
+from cotune.models.trainable import SharedModel
+from cotune.plan.parameters import model_of
+from cotune.plan.schema import Plan
+from cotune.server.runs.run_folder import RunFolder
+
+
+def without_place(plan: Plan) -> Plan:
+    """The same with the folder's last name alone."""
+    place = path_of_base(plan.model.base)
+    return plan if place is None else _naming(plan, f"{FOLDER}{place.name}")
+
+
+def model_here(folder: RunFolder) -> SharedModel:
+    """The model of a run's plan, on the run's device, as `plan.model.model_of` loads it."""
+    plan = folder.plan if not folder.file.base else _naming(folder.plan, folder.file.base)
+    return model_of(plan, folder.file.device)
+
+
+def _naming(plan: Plan, base: str) -> Plan:
+    return plan.model_copy(update={"model": plan.model.model_copy(update={"base": base})})

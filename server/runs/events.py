@@ -1,0 +1,98 @@
+"""What happens in a run, one JSON object per line in events.jsonl, and to whoever listens in this process."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cotune.errors import RunError
+from cotune.storage.files import json_of
+
+Listener = Callable[[str, dict[str, Any]], None]  # (event, its fields)
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Calls the listener for every event of this process during the block."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+class Events:
+    """Appends to one file. A line that a crash cut short is ended first, and skipped by `read_events`.
+
+    Whoever only looks at a run leaves the file as it is: its writer may be in the middle of a line.
+    """
+
+    def __init__(self, path: Path, *, silent: bool = False) -> None:
+        self.path, self.silent, self._lock, self._begun = path, silent, threading.Lock(), False
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Raises RunError where the file cannot be written."""
+        line = json.dumps(
+            {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, ensure_ascii=False
+        )
+        with self._lock:
+            try:
+                self._begin()
+                with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:  # for half a character
+                    stream.write(line + "\n")
+            except OSError as error:
+                self._begun = False  # a part of the line may be there
+                raise RunError(
+                    f"{self.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue"
+                    " with --resume"
+                ) from None
+        if not self.silent:
+            for listener in tuple(_listeners):
+                listener(event, fields)
+
+    def _begin(self) -> None:
+        if self._begun:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("ab") as stream:
+                stream.write(b"\n")
+        self._begun = True
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All whole lines."""
+    return _parsed(path.read_bytes())
+
+
+def _parsed(content: bytes) -> list[dict[str, Any]]:
+    found = list[dict[str, Any]]()
+    for line in content.split(b"\n"):  # splitlines would also cut at a line separator inside a text
+        try:
+            event = json_of(line)
+        except ValueError:
+            continue  # cut short by a crash, perhaps within a letter
+        if isinstance(event, dict) and "event" in event:
+            found.append(event)
+    return found
+
+
+def follow(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from this byte on that another process has written so far, and the byte to go on from.
+
+    A line without its end is left for the next call; one that a crash cut short is skipped.
+    """
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            content = stream.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = content[: content.rfind(b"\n") + 1]
+    return _parsed(whole), offset + len(whole)

@@ -1,0 +1,258 @@
+"""What came out of a run: summary.json, and for a real run the exported model and the report.
+
+A coordinator knows less than a simulation: nothing of an organisation's records, and of its ε what it states. What is not known
+is None in the summary, and no sentence of the report is about it.
+
+What summary.json says of every run, simulated or real: what the server knows by itself. See docs/run-folder.md.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cotune.data.dataset import HoldingsFile
+from cotune.data.tasks.task import majority
+from cotune.models.device import peak_memory_bytes
+from cotune.models.export import export_model
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting.composition import epsilon
+from cotune.privacy.claim import claim_of
+from cotune.privacy.config import RecordPrivacy
+from cotune.reporting.model_card import CARD, model_card
+from cotune.reporting.privacy_statement import client_statement, stated
+from cotune.reporting.run_report import write_report
+from cotune.server.rounds.client_dp import account_of, client_level_noise
+from cotune.server.rounds.exclusions import left_out
+from cotune.server.rounds.loop import served_of
+from cotune.server.rounds.model_delivery import confirmed
+from cotune.server.runs.base_model import model_here
+from cotune.server.runs.events import read_events
+from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.storage.files import write_durably
+
+_ABOUT_THE_RUN = 3  # paragraphs; a simulation's next one is about the models that it compares this one with
+_PACKAGES = ("cotune", "flwr", "torch", "transformers", "opacus", "peft", "dp-accounting")
+
+
+def identity(folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """Which run of which plan, on which model, and how it ended."""
+    plan = folder.plan
+    return {
+        "schema": 1,
+        "run": folder.file.run,
+        "plan": plan.name,
+        "plan_id": plan.plan_id,
+        "created": folder.file.created,
+        "engine": folder.file.engine,
+        "status": "finished" if folder.stopped is None else "stopped",
+        "stopped": folder.stopped,
+        "client_privacy": client_privacy(folder, progress),
+        "model": {
+            "base": plan.model.base,
+            "base_hash": plan.model.base_hash,
+            "parameters": model_here(folder).parameter_count(),
+            "shared_parameters": sum(t.numel() for t in progress.state.values()),
+        },
+        "labels": list(plan.labels),
+    }
+
+
+def performance(progress: Progress, seconds: float) -> dict[str, Any]:
+    """What the rounds were, and what they took."""
+    return {
+        "rounds": list(progress.history),
+        "bytes": {"up": _total(progress, "bytes_up"), "down": _total(progress, "bytes_down")},
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+    }
+
+
+def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
+    """From the server's account; None where the plan asks for none."""
+    plan, privacy = folder.plan, folder.plan.client_privacy
+    if privacy is None:
+        return None
+    noise = client_level_noise(plan, len(folder.file.participants))
+    account = account_of(folder, privacy)
+    charged = [steps for _, steps in account.charges()]
+    return {
+        "epsilon": privacy.epsilon,
+        "delta": privacy.delta,
+        "epsilon_spent": epsilon(charged, privacy.delta),
+        "epsilon_spent_in_all_runs": account.spent_in_all_runs(),
+        "delta_in_all_runs": account.delta_of_all_runs(),
+        "runs": len(account.runs()),
+        "rounds_charged": len(charged),
+        "noise_multiplier": noise.charge.noise_multiplier,
+        "clipping": privacy.clipping,
+        "clip_norm": privacy.clip_norm if progress.clip_norm is None else progress.clip_norm,
+        "sample_rate": plan.server.sample_rate,
+        "amplification": privacy.amplification,
+        "expected_organisations": noise.expected,
+        "statement": client_statement(privacy, noise, charged, sample_rate=plan.server.sample_rate),
+    }
+
+
+def run_card(plan: Plan, summary: Mapping[str, Any], length: int) -> str:
+    """Return the card of a run's model. length: tokens that it reads of a text."""
+    client_level, test = summary["client_privacy"], summary["test"]
+    more = [] if client_level is None else [*client_level["statement"]]
+    return model_card(
+        plan,
+        privacy=[*summary["privacy"]["statement"][:_ABOUT_THE_RUN], *more],
+        length=length,
+        test={"this model": test["federated"], "always the most frequent class": test["majority"]},
+        examples=test["examples"],
+    )
+
+
+def dumps(summary: Mapping[str, Any]) -> bytes:
+    return json.dumps(summary, indent=1, ensure_ascii=False).encode()
+
+
+def _total(progress: Progress, key: str) -> int:
+    return sum(int(entry[key]) for entry in progress.history)
+
+
+_TOLD = "what an organization's own policy lets out without noise"
+_NOT_KNOWN = (
+    "epsilon_all_models",
+    "examples",
+    "labels",
+    "alone",
+    "personal",
+    "gain",
+    "common",
+    "worth",
+    "adaptation",
+    "delta",
+    "noise_multiplier",
+    "sample_rate",
+    "steps",
+    "own",
+)
+
+
+def conclude(folder: RunFolder) -> dict[str, Any]:
+    """Writes model/, summary.json and report.html, each in one step, and returns the summary; again, it replaces them.
+
+    Where every organisation has a model of its own there is no model/. The folder must have a finished round.
+    """
+    progress = folder.load()
+    summary = summarise(folder, progress)
+    if not folder.plan.keeps_personal:
+        _export(folder, progress, summary)
+    write_durably(folder.path / "summary.json", dumps(summary))
+    write_report(summary, folder.path / "report.html")
+    folder.events.tell("run_concluded", summary=str(folder.path / "summary.json"))
+    return summary
+
+
+def _export(folder: RunFolder, progress: Progress, summary: Mapping[str, Any]) -> None:
+    model = model_here(folder)
+    model.load(served_of(folder.plan, progress))
+    export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})
+
+
+def summarise(folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """The summary of a real run as plain values (schema 1)."""
+    events = read_events(folder.path / "events.jsonl") if (folder.path / "events.jsonl").exists() else []
+    return {
+        **identity(folder, progress),
+        "federation": folder.file.federation,
+        "privacy": _privacy(folder, progress),
+        "partition": None,
+        "worth": None,
+        "test": _test(folder, progress),
+        "organisations": [_organisation(folder, who.name, progress, events) for who in folder.file.participants],
+        **performance(progress, sum(float(entry["seconds"]) for entry in progress.history)),
+        "reproduce": [f"cotune server run {folder.file.federation}"],
+    }
+
+
+def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    privacy, spent = folder.plan.privacy, epsilon_stated(progress.history)
+    known = privacy if isinstance(privacy, RecordPrivacy) else None
+    claim = claim_of(known, None, not_covered=(_TOLD, "the coordinator's test set")) if known else None
+    return {
+        "mode": "record" if known else "none",
+        "epsilon": known.epsilon if known else None,
+        "delta": str(known.delta) if known else None,
+        "clip_norm": known.clip_norm if known else None,
+        "claim": claim.as_dict() if claim else None,
+        "claim_table": claim.rows() if claim else [],
+        "epsilon_all_models": None,
+        "statement": stated(
+            known,
+            spent,
+            client_level=folder.plan.client_privacy is not None,
+            silent=len(folder.file.participants) - len(spent),
+        ),
+    }
+
+
+def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """Of the coordinator's own test set; without one, nothing was measured."""
+    document, metrics = folder.path / "test" / "data.json", progress.history[-1]["metrics"]
+    nothing = {
+        "examples": 0,
+        "majority": None,
+        "alone": None,
+        "alone_without_privacy": None,
+        "federated": metrics,
+        "adapted": None,
+        "pooled": None,
+    }
+    if not document.exists():
+        return nothing
+    test = HoldingsFile.read(document, folder.plan.labels)
+    constant = majority(test.truth, test.truth, len(folder.plan.labels))
+    return {**nothing, "examples": len(test), "majority": constant.as_dict()}
+
+
+def epsilon_stated(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Organisation -> ε as it stated it last."""
+    return {name: _number(value) for entry in history for name, value in entry["epsilon"].items()}
+
+
+def _number(value: float) -> float:
+    """Older runs admitted whatever was stated; an integer in JSON may be larger than any float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _organisation(folder: RunFolder, name: str, progress: Progress, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    privacy = folder.plan.privacy
+    return {
+        "name": name,
+        **dict.fromkeys(_NOT_KNOWN),
+        "epsilon_spent": epsilon_stated(progress.history).get(name),
+        "epsilon_allowed": privacy.epsilon if isinstance(privacy, RecordPrivacy) else None,
+        "rounds": sum(name in entry["participants"] for entry in progress.history),
+        "bytes_up": bytes_of(events, name),
+        "weight": weight_of(progress.history, name),
+        "dropped": sum(dropped["organisation"] == name for entry in progress.history for dropped in entry["dropped"]),
+        "quarantined": sum(name in entry["quarantined"] for entry in progress.history),
+        "left_out": name in left_out(folder, progress.history),
+        "delivered": name in confirmed(folder),
+    }
+
+
+def weight_of(history: Iterable[Mapping[str, Any]], name: str) -> float | None:
+    """The share of an organization in the last round that it took part in, of 1; None where it took part in none."""
+    shares = [entry["weights"][name] for entry in history if name in entry.get("weights", {})]
+    return float(shares[-1]) if shares else None
+
+
+def bytes_of(events: Iterable[Mapping[str, Any]], name: str) -> int:
+    """Of the updates of an organisation that were received, interrupted rounds included."""
+    own = (event for event in events if event.get("organisation") == name)
+    return sum(int(event["bytes"]) for event in own if event["event"] in ("update_received", "late_update_received"))

@@ -1,0 +1,203 @@
+"""The folder of a run: everything that is needed to continue it, to repeat it and to report on it.
+
+plan.toml               the resolved plan, and beside it the files of its own rules, if it has any
+run.json                who takes part, when and how it was started
+events.jsonl            what happened, line by line
+checkpoints/            one file per finished round: model, server optimiser, history
+client-privacy.jsonl    with client-level privacy: its account; of a real run it is in the federation's folder
+selection.key           with amplification by sampling: the secret that draws who takes part
+stopped.json            why the run ended before its last round, if it did
+trail.jsonl             of a real run: requests and answers with their signatures (trail.py)
+inbox/                  during a round: updates that came before their turn
+quarantine/             updates that were refused, as they came (quarantine.py)
+delivered.json          who has confirmed the finished model (delivery.py)
+test/data.json          the common test set
+sites/<organisation>/   the simulated organisations (only in simulations)
+model/ summary.json report.html    at the end
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cotune.errors import RunError
+from cotune.models.trainable import State, named_under
+from cotune.plan.load import dump_plan, parse_plan
+from cotune.plan.schema import Plan
+from cotune.server.runs.events import Events
+from cotune.storage.files import json_of, only_one, remove_parts, toml_of, write_durably
+from cotune.strategies.plugins import content_of, read_file
+
+
+class Participant(BaseModel):
+    """An organisation of the run; `site`: in simulations, its folder within the run's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    site: str = ""
+
+
+class RunFile(BaseModel):
+    """run.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    run: str
+    id: str = ""  # drawn by `RunFolder.create`: what accounts know the run by, as a name may be given twice; "": from before
+    created: str
+    engine: str
+    device: str = "auto"
+    participants: tuple[Participant, ...]
+    data: str = ""  # fingerprint of the records
+    federation: str = ""  # the federation's folder; "": a simulation
+    base: str = ""  # the folder of the base model, where the plan tells members its name alone; "": as the plan says
+    silent: bool = False  # a baseline: its events are written but not shown
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run after its last finished round: what a checkpoint holds."""
+
+    round: int = 0
+    state: State = field(default_factory=dict)
+    memory: State = field(default_factory=dict)  # of the server optimiser
+    history: tuple[dict[str, Any], ...] = ()  # one entry per round, as in summary.json
+    clip_norm: float | None = None  # of the next round, under client-level privacy
+
+    @property
+    def admitted(self) -> dict[str, int]:
+        """Organisation -> the last round whose update of it is in the model."""
+        applied = [entry for entry in self.history if entry.get("applied", True)]
+        return {name: int(entry["round"]) for entry in applied for name in entry["participants"]}
+
+
+class RunFolder:
+    """The folder, with its plan. Raises RunError when it is not the folder of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.plan: Plan = parse_plan(toml_of((path / "plan.toml").read_text(encoding="utf-8")))
+            self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
+        except (OSError, ValueError):
+            raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
+        for name in self.plan.strategy.files:
+            if (path / name.rpartition(":")[0]).exists():
+                read_file(name, path)
+        self.events = Events(path / "events.jsonl", silent=self.file.silent)
+
+    @classmethod
+    def create(cls, path: Path, plan: Plan, file: RunFile) -> RunFolder:
+        """Draws the run's id and writes plan.toml and, last, run.json: from then on it is the folder of a run."""
+        named = file.model_copy(update={"id": secrets.token_hex(16)})
+        for name, sha256 in plan.strategy.files.items():
+            write_durably(path / name.rpartition(":")[0], content_of(name, sha256))
+        write_durably(path / "plan.toml", dump_plan(plan).encode())
+        write_durably(path / "run.json", named.model_dump_json(indent=1).encode())
+        return cls(path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done, or the run was stopped with what it had."""
+        return self.last_round >= self.plan.rounds or self.stopped is not None
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the run ended before its last round; None if it did not."""
+        try:
+            return str(json_of((self.path / "stopped.json").read_bytes())["reason"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{self.path / 'stopped.json'} is damaged: expected a JSON object with a reason; remove it") from None
+
+    def stop(self, reason: str) -> None:
+        """Ends the run before its last round, for good."""
+        write_durably(self.path / "stopped.json", json.dumps({"reason": reason}, ensure_ascii=False).encode())
+
+    def _checkpoints(self) -> dict[int, Path]:
+        found = (self.path / "checkpoints").glob("round-*.safetensors")
+        numbers = {path: path.stem.removeprefix("round-") for path in found}
+        return {int(number): path for path, number in numbers.items() if number.isdecimal()}
+
+    @property
+    def last_round(self) -> int:
+        """The last finished one; 0 where none is."""
+        return max(self._checkpoints(), default=0)
+
+    def save(self, progress: Progress) -> None:
+        """Makes the round durable: after this returns, it is never repeated."""
+        tensors = {f"state/{n}": t.contiguous() for n, t in progress.state.items()}
+        tensors |= {  # copies: a rule may remember a tensor of the state, and safetensors writes none twice
+            f"memory/{n}": t.clone(memory_format=torch.contiguous_format) for n, t in progress.memory.items()
+        }
+        about = {"round": progress.round, "plan_id": self.plan.plan_id, "history": list(progress.history)}
+        about |= {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
+        content = save(tensors, metadata={"checkpoint": json.dumps(about)})
+        file = self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors"
+        remove_parts(file)
+        write_durably(file, content)
+        for round, path in sorted(self._checkpoints().items()):
+            if self.plan.keep_checkpoints and round <= progress.round - self.plan.keep_checkpoints:
+                path.unlink(missing_ok=True)
+
+    def load(self) -> Progress:
+        """The last finished round; an empty progress where none is. Raises RunError for a damaged or foreign checkpoint."""
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            return Progress()
+        path = checkpoints[max(checkpoints)]
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json_of(file.metadata()["checkpoint"])
+                round, plan_id, history = about["round"], about["plan_id"], tuple(about["history"])
+                clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
+                tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
+        if plan_id != self.plan.plan_id:
+            raise RunError(
+                f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml;"
+                " a run goes on with the version of cotune that began it"
+            )
+        return Progress(round, named_under("state/", tensors), named_under("memory/", tensors), history, clip_norm)
+
+    def history(self) -> tuple[dict[str, Any], ...]:
+        """The rounds that are finished, also while another process plays; tensors are not read. Raises RunError as `load`."""
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            return ()
+        path = checkpoints[max(checkpoints)]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return tuple(json_of(file.metadata()["checkpoint"])["history"])
+        except FileNotFoundError:
+            return self.history()  # a newer one has taken its place
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second process off the same run during the block. Raises RunError."""
+        with keep_others_off(self.path):
+            yield
+
+
+@contextmanager
+def keep_others_off(path: Path, patience: float = 0.5) -> Iterator[None]:
+    """Keeps a second process off a folder during the block. patience: seconds, as one that only looks holds it for a moment.
+
+    Raises RunError, also where the folder cannot be written.
+    """
+    with only_one(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", patience=patience):
+        yield

@@ -1,0 +1,1 @@
+"""How requests reach organizations and their answers come back."""

@@ -1,0 +1,320 @@
+"""The post of a real run: a line whose calls may be slow, hang or fail.
+
+Requests are handed over, and answers fetched, by threads of their own, so that whoever hangs holds up nobody else, nor the end of
+a round or of the process.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import httpx
+from flwr.app import Message
+from flwr.serverapp import Grid
+from flwr.supercore.run import RunNotRunningException
+
+from cotune.errors import RunError
+from cotune.flower.chunks import CutOff, Malformed, TooMuch
+from cotune.flower.runtime_client import Line, line_of
+from cotune.server.runs.run_folder import RunFolder
+from cotune.server.transport.base import Direct, Letter, Post
+from cotune.server.transport.node_registry import Addresses, Node, Registered, Simulated
+
+_WATCH_SECONDS = 0.5  # between two looks at who is connected
+_SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach
+_POLL_SECONDS = 0.1  # between two looks for answers, at least
+_MOST_POLL_SECONDS = 1.0
+_LATER = 0.05  # of the time without an answer so far: looks become rarer, and an answer is found late by that share at most
+_LONGEST_WAIT_SECONDS = 2.0  # before a look that failed is made again
+_AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
+_SLOW_SECONDS = 20.0  # without a piece of an answer: it may have been cut off while it was sent
+_AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
+_HELD_UP_SECONDS = 30.0  # who hangs for so long holds up nobody else any more
+_CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
+_LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
+
+Tell = Callable[..., None]
+
+
+def post_of(grid: Grid, folder: RunFolder) -> Post:
+    if not folder.file.federation:
+        return Direct(grid, Simulated(grid, [participant.name for participant in folder.file.participants]))
+    line = line_of(grid)
+    return Threaded(line, Registered(line, Path(folder.file.federation)), folder.events.tell)
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A request that may be answered. since: when its answer began to be fetched; infinite once that was found slow. latest: when
+    the last piece of it came.
+    """
+
+    round: int
+    organisation: str
+    most_bytes: int
+    since: float | None = None
+    latest: float = 0.0
+
+    def came(self) -> None:
+        self.latest = time.monotonic()
+
+
+class _Turns:
+    """One after the other. Whoever hangs is overtaken by one, not by all at once: each would send all that is not there yet."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._holder: object | None = None
+        self._since = 0.0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        ours = object()
+        with self._free:
+            while self._holder and (left := self._since + _HELD_UP_SECONDS - time.monotonic()) > 0:
+                self._free.wait(left)
+            self._holder, self._since = ours, time.monotonic()
+        try:
+            yield
+        finally:
+            with self._free:
+                if self._holder is ours:
+                    self._holder = None
+                    self._free.notify()
+
+
+class Threaded:
+    """In threads of its own, which end with the process however they hang."""
+
+    def __init__(self, line: Line, addresses: Addresses, tell: Tell) -> None:
+        self._line, self._addresses, self._tell = line, addresses, tell
+        self._letters: SimpleQueue[tuple[Letter, bool]] = SimpleQueue()  # whether it is one of those at a time
+        self._hands, self._turns = threading.Semaphore(_AT_A_TIME), _Turns()
+        self._asked: dict[str, _Asked] = {}  # number -> request
+        self._closed, self._stopped = threading.Event(), threading.Event()
+        self._found: Mapping[str, Node] = {}
+        self._told_left: frozenset[str] = frozenset()
+        self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
+        self._active = time.monotonic()  # when a request was handed over, or an answer found, last
+        self._returns, self._doubts = 0, Counter[str]()  # times that all answers, and one's, may have been lost on the way
+        self._threads: list[threading.Thread] = []
+        self._start("watch", self._watch)
+        self._start("collect", self._collect)
+
+    def _start(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        thread = threading.Thread(target=self._until_stopped, args=(work, *arguments), name=f"cotune-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _until_stopped(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except RunNotRunningException:
+            self._stopped.set()
+
+    def connected(self) -> Mapping[str, Node]:
+        """Whose answer may have been lost on the way counts as connected anew: Flower hands over each answer only once."""
+        self._check()
+        lost = {name: self._returns + self._doubts[name] for name in self._found}
+        return {name: replace(node, since=f"{node.since} {lost[name]}") for name, node in self._found.items()}
+
+    def looked(self) -> float:
+        return self._looked
+
+    def left(self) -> frozenset[str]:
+        return self._addresses.left()
+
+    def revoked(self) -> frozenset[str]:
+        return self._addresses.revoked()
+
+    def _watch(self) -> None:
+        refused = False
+        while not self._closed.is_set():
+            try:
+                started = time.monotonic()
+                self._found = self._addresses.connected()
+                if self._looked and (refused or time.monotonic() - self._looked > _AWAY_SECONDS):
+                    self._returns += 1
+                self._looked, self._failure, refused = started, "", False
+                self._doubt_the_slow()
+            except RunNotRunningException:
+                raise
+            except Exception as error:
+                self._failure, refused = _words(error), refused or isinstance(error, httpx.ConnectError)
+            self._closed.wait(_WATCH_SECONDS)
+
+    def _doubt_the_slow(self) -> None:
+        for asked in list(self._asked.values()):
+            if asked.since is not None and time.monotonic() - max(asked.since, asked.latest) > _SLOW_SECONDS:
+                asked.since = math.inf  # once
+                self._doubts[asked.organisation] += 1
+
+    def _check(self) -> None:
+        """Tells when the connection is lost, or back. Raises RunError when the run was stopped."""
+        if self._stopped.is_set():
+            raise RunError("the run was stopped at the SuperLink: expected it to go on; continue it with --resume")
+        away = time.monotonic() - max(self._looked, self._began) > _SILENT_SECONDS
+        if away and not self._away:
+            self._tell(
+                "connection_lost", reason=self._failure or f"the SuperLink has not answered for {_SILENT_SECONDS:g} seconds"
+            )
+        elif self._away and not away:
+            self._tell("connection_back")
+        self._away = away
+        self._tell_who_left()
+
+    def _tell_who_left(self) -> None:
+        left, before = self.left(), self._told_left
+        self._told_left = left
+        for name in sorted(left - before):
+            self._tell("organisation_left", organisation=name)
+
+    def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
+        self._start(organisation, self._hand_over, _Asked(round, organisation, most_bytes), message)
+
+    def _hand_over(self, asked: _Asked, message: Message) -> None:
+        """One after the other: what several requests have in common is sent once."""
+        try:
+            with self._turns.taken():
+                if self._closed.is_set():
+                    return
+                number = self._line.push(message)
+        except RunNotRunningException:
+            raise
+        except Exception as error:
+            return self._lose(asked, f"its request could not be handed over: {_words(error)}")
+        if not number:
+            return self._lose(asked, "the SuperLink did not take its request")
+        self._asked[number] = asked
+        self._active = time.monotonic()
+
+    def _lose(self, asked: _Asked, reason: str) -> None:
+        self._letters.put((Letter(asked.round, asked.organisation, None, reason), False))
+
+    def _collect(self) -> None:
+        wait = _POLL_SECONDS
+        while not self._closed.wait(wait):
+            waiting = [(number, asked) for number, asked in list(self._asked.items()) if asked.since is None]
+            some = [dict(waiting[first : first + _AT_A_TIME]) for first in range(0, len(waiting), _AT_A_TIME)]
+            answered = [self._look(few) for few in some]
+            wait = self._pause() if all(answered) else min(_LONGEST_WAIT_SECONDS, 2 * wait)
+
+    def _pause(self) -> float:
+        """Seconds until the next look: a SuperLink answers some thirty calls a second, from all organizations together."""
+        return min(_MOST_POLL_SECONDS, max(_POLL_SECONDS, _LATER * (time.monotonic() - self._active)))
+
+    def _look(self, waiting: Mapping[str, _Asked]) -> bool:
+        """Whether the SuperLink has said who has answered. A few at a time: a call that takes too long loses all answers that it
+        was to announce. Where it fails at one of them, that one must not hide the answers of the others.
+        """
+        try:
+            found = self._line.announced(list(waiting))
+        except RunNotRunningException:
+            raise
+        except Exception as error:  # it is busy, or starting; `_watch` tells of it
+            if isinstance(error, httpx.HTTPStatusError) and len(waiting) > 1:
+                looked = [self._look({number: asked}) for number, asked in waiting.items()]
+                return any(looked)
+            if _may_be_gone(error):
+                self._doubts.update(asked.organisation for asked in waiting.values())
+            return False
+        for number in found.keys() & waiting.keys():
+            self._active = time.monotonic()
+            waiting[number].since = self._active
+            self._start(waiting[number].organisation, self._fetch, number, waiting[number], found[number])
+        return True
+
+    def _fetch(self, number: str, asked: _Asked, answer: Any) -> None:
+        held = self._hands.acquire(timeout=_HELD_UP_SECONDS)
+        try:
+            letter = self._letter(asked, answer)
+            if letter is None:
+                asked.since = None
+            else:
+                self._asked.pop(number, None)
+                self._letters.put((letter, held))
+                held = False
+        finally:
+            if held:
+                self._hands.release()
+
+    def _letter(self, asked: _Asked, answer: Any) -> Letter | None:
+        """None where the answer is to be looked for again."""
+        lost = refused = ""
+        try:
+            reply = self._line.fetch(answer, asked.most_bytes, asked.came)
+            if reply is None:
+                return None
+            if not reply.has_error() or reply.error.code not in _LOST:
+                return Letter(asked.round, asked.organisation, reply)
+            lost = "it has left, or its machine or network is gone; it is asked again when it comes back"
+        except RunNotRunningException:
+            raise
+        except (TooMuch, Malformed) as error:
+            refused = str(error)
+        except CutOff as error:
+            lost = f"its answer was cut off: {error}"
+        except Exception as error:
+            self._doubts[asked.organisation] += _may_be_gone(error)
+            return None
+        return Letter(asked.round, asked.organisation, None, lost, refused)
+
+    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
+        wait = 0.0 if last else seconds
+        while True:
+            self._check()
+            try:
+                letter, held = self._letters.get(timeout=wait) if wait else self._letters.get_nowait()
+            except Empty:
+                return
+            wait = 0.0
+            if letter.answers:
+                self._settle(letter.round, letter.organisation)
+            try:
+                yield letter
+            finally:
+                del letter
+                if held:
+                    self._hands.release()
+
+    def _settle(self, round: int, organisation: str) -> None:
+        """Whatever else it was asked in this round needs no answer."""
+        for number, asked in list(self._asked.items()):
+            if (asked.round, asked.organisation) == (round, organisation):
+                self._asked.pop(number, None)
+
+    def forget(self, round: int) -> None:
+        for number, asked in list(self._asked.items()):
+            if asked.round <= round:
+                self._asked.pop(number, None)
+
+    def close(self) -> None:
+        """Ends the threads, but for those that hang: they end with the process."""
+        self._closed.set()
+        self._asked.clear()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _may_be_gone(error: Exception) -> bool:
+    """Whether an answer may have been handed over when a call failed: not where the call did not get there, nor where it was
+    refused before anything was handed over.
+    """
+    if isinstance(error, httpx.HTTPStatusError):
+        return not error.request.url.path.endswith("/pull-messages")
+    return not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+
+
+def _words(error: Any) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,288 @@
+"""An audit: the plan's own steps on an organisation's records with canaries among them, attacked, and compared with the claim.
+
+Trained is what the organisation would train: the same module, loss, optimiser, clip norm, σ, sampling and number of steps, by the
+same `private_steps`, round after round from its own updates. Whoever attacks sees every delta. Nothing leaves this process and no
+ledger is opened: an audit releases nothing but its result, which is for the organisation's own eyes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cotune.client.account import Account
+from cotune.client.budget import budget_of, check_examples, noise_multiplier
+from cotune.client.site import Site
+from cotune.data.dataset import Holdings, HoldingsFile
+from cotune.errors import DataError, PlanError, PrivacyError, nearest
+from cotune.plan.parameters import model_of
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting.composition import MIN_NOISE_MULTIPLIER, Steps, epsilon
+from cotune.privacy.accounting.tradeoff import trade_off
+from cotune.privacy.auditing import stepwise
+from cotune.privacy.auditing.canaries import fair_coins
+from cotune.privacy.auditing.drawn_noise import DrawnNoise
+from cotune.privacy.auditing.lower_bounds import (
+    Evidence,
+    evidence,
+    lower_bound_any,
+    lower_bound_steps,
+    perfect_evidence,
+    require_statistics,
+)
+from cotune.privacy.auditing.stepwise import Separation, perfect, refutes, separation
+from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.mechanisms.random import private_generator
+from cotune.privacy.policy import Policy
+from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations.auditing.adversarial import Probe
+from cotune.simulations.auditing.training import AuditedTraining, Targets
+from cotune.simulations.prepare import prepare
+
+_TESTS = 6  # two attacks by two theorems, that on every step, the noise: each takes a sixth of the allowed probability
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What was attacked and found. at_least_any, at_least: lower bounds on ε for any mechanism, and for the claimed steps.
+
+    power: what `at_least` would be after an attack without a mistake; a claim above it cannot be refuted by so few targets.
+    """
+
+    name: str
+    targets: int
+    auc: float
+    at_least_any: float
+    at_least: float
+    power: float
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """The claim (ε at δ of `steps` steps) and what the attacks prove. The bounds hold together with `confidence`.
+
+    tight: whether one step of all records was audited in each stage, see `tightened`. noise: what was drawn, in each stage.
+    states: what adversarial states led to; exact, without any chance.
+    """
+
+    plan: str
+    plan_id: str
+    organisation: str
+    tight: bool
+    examples: int
+    rounds: int
+    rounds_planned: int
+    steps: int
+    noise_multiplier: float
+    clip_norm: float
+    epsilon: float
+    delta: float
+    confidence: float
+    attacks: tuple[Attack, ...]
+    noise: tuple[DrawnNoise, ...]
+    states: tuple[Probe, ...]
+    seconds: float
+
+    @property
+    def at_least(self) -> float:
+        """The largest of the lower bounds."""
+        return max(max(attack.at_least, attack.at_least_any) for attack in self.attacks)
+
+    @property
+    def power(self) -> float:
+        """The largest ε that could have been shown."""
+        return max(attack.power for attack in self.attacks)
+
+    @property
+    def broken(self) -> bool:
+        """Whether the claim is refuted."""
+        return self.at_least > self.epsilon or bool(self.faults)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What was found wrong inside the steps, in sentences."""
+        drawn = [fault for noise in self.noise for fault in noise.faults]
+        led = [
+            f"{probe.state}: a record moves the sum by {probe.contribution:.6g} C, through others by {probe.influence:.2g} C, and"
+            f" {probe.off_grid:.0%} of what is released is off the grid"
+            for probe in self.states
+            if probe.broken
+        ]
+        return (*drawn, *led)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": 2,
+            **asdict(self),
+            "at_least": self.at_least,
+            "power": self.power,
+            "faults": self.faults,
+            "broken": self.broken,
+        }
+
+
+def audit(
+    source: Plan | Path,
+    *,
+    organisation: str | None = None,
+    canaries: int = 2000,
+    rounds: int | None = None,
+    tight: bool = False,
+    confidence: float = 0.95,
+    device: str | None = None,
+) -> AuditResult:
+    """Audit a plan on records that its simulation gives to an organization, or the plan of a run on records of one of its own.
+
+    Args:
+        source: A plan, or the folder of a run, which is only read.
+        organisation: Whose records; None: the first organization's.
+        canaries: How many targets of each kind (records as far as there are so many).
+        rounds: How many of the plan's are audited; the claim is that of the audited ones. None: all.
+        tight: Audit `tightened` steps instead of the plan's own.
+        confidence: Of all lower bounds together.
+        device: auto, cpu, cuda or cuda:N; None: the run's, or auto.
+
+    Raises:
+        PrivacyError: When there is nothing to audit.
+        CotuneError: What `prepare` raises.
+    """
+    audited = _of_run(source, organisation) if isinstance(source, Path) else _of_plan(source, organisation, device or "auto")
+    return _audit(audited, canaries, rounds, tight, confidence, device or audited.device)
+
+
+@dataclass(frozen=True)
+class _Audited:
+    """Whose training is attacked. examples: the public number of records, which decides rate, batch, σ and δ as in training."""
+
+    plan: Plan
+    policy: Policy
+    examples: int
+    holdings: Holdings
+    name: str
+    device: str
+
+
+def _of_plan(plan: Plan, organisation: str | None, device: str) -> _Audited:
+    _check(plan)
+    prepared = prepare(plan, device)
+    name = _chosen(organisation, [share.name for share in prepared.shares])
+    share = next(share for share in prepared.shares if share.name == name)
+    resolved = prepared.plan
+    holdings = Holdings(((prepared.records[share.file], share.rows),), resolved.labels, resolved.task)
+    holdings = holdings.bounded(resolved.privacy, resolved.seed)
+    return _Audited(resolved, share.policy(resolved), share.public_examples(resolved), holdings, name, device)
+
+
+def _of_run(path: Path, organisation: str | None) -> _Audited:
+    folder = RunFolder(path)
+    _check(folder.plan)
+    name = _chosen(organisation, [who.name for who in folder.file.participants])
+    site = next(who.site for who in folder.file.participants if who.name == name)
+    holdings = HoldingsFile.read(folder.path / site / "data.json", folder.plan.labels)
+    holdings = holdings.bounded(folder.plan.privacy, folder.plan.seed)
+    at = Site(folder.path / site)
+    policy = at.policy()
+    examples = Account(folder.plan, policy, at, holdings, draws=False).public_examples
+    return _Audited(folder.plan, policy, examples, holdings, name, folder.file.device)
+
+
+def _check(plan: Plan) -> None:
+    """Before anything is read: that there is something to audit, and the means to."""
+    if not isinstance(plan.privacy, RecordPrivacy):
+        raise PrivacyError("the plan says privacy = none: expected one that claims an ε, for there is nothing else to audit")
+    require_statistics()
+
+
+def _chosen(organisation: str | None, names: Sequence[str]) -> str:
+    if organisation is not None and organisation not in names:
+        raise DataError(f'there is no organisation "{organisation}"{nearest(organisation, names)}')
+    return names[0] if organisation is None else organisation
+
+
+def tightened(plan: Plan, examples: int) -> Plan:
+    """Return the plan with one step of all records in each of its stages, in which its whole ε is spent.
+
+    The engine, model, clip norm and ε are the plan's own. No sampling hides who is in, and what an attacker can learn comes
+    in one sum: where Nasr et al. (USENIX Security 2023) find that bounds come nearest to the claim.
+
+    Args:
+        examples: The public number of records.
+    """
+    step = {"batch_size": float(examples), "steps": 1, "epochs": None}
+    stages = [stage.model_copy(update={"rounds": 1, "local": stage.local.model_copy(update=step)}) for stage in plan.stages]
+    return plan.model_copy(update={"train": tuple(stages), "rounds": len(stages)})
+
+
+def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, confidence: float, device: str) -> AuditResult:
+    began = time.monotonic()
+    plan = source.plan
+    holdings = source.holdings
+    name = source.name
+    examples = source.examples
+    assert isinstance(plan.privacy, RecordPrivacy)
+    audited = tightened(plan, examples) if tight else plan
+    planned, held = audited.rounds, len(holdings.units)
+    if rounds is not None and not 1 <= rounds <= planned:
+        raise PlanError(f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}")
+    for stage in audited.stages:
+        check_examples(examples, stage.local, name)
+    coins = private_generator()
+    records = np.sort(coins.choice(held, size=min(held, canaries), replace=False))
+    targets = Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
+    budget = budget_of(plan.privacy, source.policy, examples)
+    sigma, delta = noise_multiplier(audited, source.policy, budget, examples, 1), budget.delta
+    error = (1 - confidence) / _TESTS
+    training = AuditedTraining(audited, plan.privacy, holdings, name, targets, sigma, model_of(plan, device), error, examples)
+    for round in range(1, (rounds or planned) + 1):
+        training.play(round)
+    found = {
+        "canaries": evidence(training.canary_scores(), targets.canaries_in, coins),
+        "records": evidence(training.record_scores, targets.records_in, coins),
+    }
+    steps = [Steps(sigma, rate, count) for rate, count in training.taken.items()]
+    claim = epsilon(steps, delta)
+    attacks = [_attack(kind, e, steps, delta, error) for kind, e in found.items()]
+    attacks.append(_stepwise(separation(training.step_scores, targets.canaries_in, claim), steps, delta, error))
+    return AuditResult(
+        plan=plan.name,
+        plan_id=plan.plan_id,
+        organisation=name,
+        tight=tight,
+        examples=held,
+        rounds=rounds or planned,
+        rounds_planned=planned,
+        steps=sum(s.count for s in steps),
+        noise_multiplier=sigma,
+        clip_norm=plan.privacy.clip_norm,
+        epsilon=claim,
+        delta=delta,
+        confidence=confidence,
+        attacks=tuple(attacks),
+        noise=tuple(training.noise),
+        states=tuple(training.probes),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _attack(name: str, found: Evidence, steps: Sequence[Steps], delta: float, error: float) -> Attack:
+    perfect = lower_bound_steps(perfect_evidence(found.targets), steps, delta, error)
+    lower = lower_bound_any(found, delta, error), lower_bound_steps(found, steps, delta, error)
+    return Attack(name, found.targets, found.auc, *lower, perfect)
+
+
+def _stepwise(found: Separation, steps: Sequence[Steps], delta: float, error: float) -> Attack:
+    """The attack of who sees every step; both of its bounds follow from the same intervals."""
+    lower = stepwise.lower_bound_any(found, delta, error), stepwise.lower_bound_steps(found, steps, delta, error)
+    return Attack("canaries, every step", found.members + found.others, found.auc, *lower, _power(found, steps, delta, error))
+
+
+def _power(found: Separation, steps: Sequence[Steps], delta: float, error: float) -> float:
+    """What an attack without a mistake would prove at least: ε of half the noise, where it refutes that."""
+    half = [replace(s, noise_multiplier=s.noise_multiplier / 2) for s in steps]
+    refuted = min(s.noise_multiplier for s in half) >= MIN_NOISE_MULTIPLIER and refutes(perfect(found), trade_off(half), error)
+    return max(stepwise.lower_bound_any(perfect(found), delta, error), epsilon(half, delta) if refuted else 0.0)

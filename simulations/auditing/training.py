@@ -1,0 +1,180 @@
+"""The training that an audit attacks: the organisation's own rounds, with canaries and held-out records among its own.
+
+Whoever attacks sees every delta, and the model that each round began with; who sees more, the noised sum of every step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cotune.client.training.rows import Setting
+from cotune.client.training.setup import optimizer_of, setting_of
+from cotune.data.dataset import Holdings
+from cotune.models.trainable import SharedModel, State
+from cotune.plan.parameters import trained_names
+from cotune.plan.schema import Plan
+from cotune.plan.tables import Stage
+from cotune.privacy.auditing.canaries import Coins, Planted, new_canaries, plant
+from cotune.privacy.auditing.drawn_noise import DrawnNoise
+from cotune.privacy.auditing.stepwise import log_likelihood_ratios
+from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.simulations.auditing.adversarial import Probe, probe_states
+from cotune.simulations.auditing.released import Mechanism, Subject, draw_noise, watch
+from cotune.strategies.types import Delta, difference
+
+_IDLE = 4096  # coordinates in which nobody has a gradient
+_STEP = 1e-2  # of the delta, to either side, in the difference quotient of the losses
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Who is in by a coin: all canaries, and the records numbered `records`."""
+
+    canaries_in: Coins
+    records: np.ndarray[Any, np.dtype[np.int64]]
+    records_in: Coins
+
+    def present(self, examples: int) -> Coins:
+        """(n,), which of all records are in: those without a coin are."""
+        everybody = np.ones(examples, dtype=bool)
+        everybody[self.records] = self.records_in
+        return everybody
+
+
+class AuditedTraining:
+    """The organisation's rounds with the targets among its records, and the attacks' scores, round by round.
+
+    Every record enters a batch with the q, and noise is added with the σ, of the organisation's real run. Canaries are rows on
+    top: B, by which sums are divided, grows with them, and nothing else.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        privacy: RecordPrivacy,
+        holdings: Holdings,
+        organisation: str,
+        targets: Targets,
+        sigma: float,
+        model: SharedModel,
+        error: float,
+        examples: int,
+    ) -> None:
+        self.plan, self.privacy, self.holdings, self.organisation = plan, privacy, holdings, organisation
+        self.targets, self.sigma, self.model, self.examples = targets, sigma, model, examples
+        self.error = error / len(plan.stages)  # allowed for the test of the noise, in each stage
+        self.canaries = new_canaries(len(targets.canaries_in), model.device)
+        self.state: State = {}
+        self.record_scores = np.zeros(len(targets.records))
+        self.step_scores = np.zeros(len(targets.canaries_in))  # log-likelihood ratios, of who sees every step
+        self.noise: list[DrawnNoise] = []  # of each stage
+        self.probes: list[Probe] = []
+        self._looked_at: Stage | None = None
+        self.taken: Counter[float] = Counter()  # sample rate -> steps that were taken with it
+
+    def canary_scores(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """How far each canary's parameter went down its line, over all rounds."""
+        moved: np.ndarray[Any, np.dtype[np.float64]] = self.canaries.weight.detach()[1:, 0].double().cpu().numpy()
+        return -moved
+
+    def play(self, round: int) -> None:
+        stage, model = self.plan.stage_of(round), self.model
+        model.load(self.state)
+        names = trained_names(self.plan, model, round)
+        parameters = model.train_only(names)
+        batch = stage.local.sample_rate(self.examples) * self.examples
+        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation, expected_batch=batch)
+        before = model.state(names)
+        if stage != self._looked_at:
+            self._look_inside(stage, setting, names)
+            self._looked_at = stage
+        self._train(stage, setting, names, parameters)
+        after = model.state(names)
+        self.record_scores += self._alignment(
+            setting, dict(zip(names, parameters, strict=True)), before, difference(after, before)
+        )
+        self.state |= after
+
+    def _planted(self, setting: Setting, canaries: nn.Embedding, canaries_in: Coins) -> Planted:
+        return plant(
+            setting.module,
+            setting.units,
+            setting.batches,
+            setting.loss,
+            canaries=canaries,
+            canaries_in=canaries_in,
+            units_in=self.targets.present(len(setting.units)),
+            clip_norm=self.privacy.clip_norm,
+            rows_each=self.privacy.max_records or 1,
+        )
+
+    def _mechanism(self, stage: Stage) -> Mechanism:
+        """B counts the canaries too, and nothing else follows them."""
+        rate = stage.local.sample_rate(self.examples)
+        batch = rate * (self.examples + len(self.targets.canaries_in))
+        return Mechanism(self.sigma, self.privacy.clip_norm, rate, batch, self.privacy.clipping)
+
+    def _look_inside(self, stage: Stage, setting: Setting, names: list[str]) -> None:
+        """Once in each stage: the noise of its steps, and what adversarial states do."""
+        mechanism = self._mechanism(stage)
+        idle = new_canaries(_IDLE, self.model.device)  # more coordinates to draw noise in
+        planted = self._planted(setting, idle, np.zeros(_IDLE, dtype=bool))
+        subject = Subject(private_steps, planted.module, planted.loss, setting.units, planted.batches)
+        self.noise.append(draw_noise(subject, mechanism, self.error))
+        self.probes += probe_states(private_steps, self.plan, stage, self.model, names, self.state, self.holdings, mechanism)
+
+    def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:
+        planted = self._planted(setting, self.canaries, self.targets.canaries_in)
+        mechanism = self._mechanism(stage)
+        optimizer = optimizer_of(stage.local, self.model, names, parameters)
+        optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
+        watch(optimizer, planted.canaries, mechanism.expected_batch, lambda sums: self._see(sums, mechanism))
+        reports = private_steps(
+            planted.module,
+            optimizer,
+            planted.loss,
+            units=planted.units,
+            batches=planted.batches,
+            noise_multiplier=self.sigma,
+            clip_norm=self.privacy.clip_norm,
+            sample_rate=mechanism.sample_rate,
+            expected_batch=mechanism.expected_batch,
+            steps=stage.local.steps_of(self.examples),
+            clipping=self.privacy.clipping,
+        )
+        for _ in reports:
+            self.taken[mechanism.sample_rate] += 1
+
+    def _see(self, sums: Tensor, mechanism: Mechanism) -> None:
+        """The sums of one step in the canaries' coordinates."""
+        seen = sums[1:, 0].cpu().numpy() / mechanism.clip_norm
+        self.step_scores += log_likelihood_ratios(seen, mechanism.noise_multiplier, mechanism.sample_rate)
+
+    @torch.no_grad()
+    def _alignment(
+        self, setting: Setting, parameters: dict[str, nn.Parameter], before: State, delta: Delta
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """<Δ, −∇ℓ_i(θ)> for each target unit, θ being what the round began with: how much Δ was to its liking.
+
+        By a central difference of the losses along Δ, which asks nothing of the architecture.
+        """
+        targets = [setting.units[int(i)] for i in self.targets.records]
+        rows = [row for unit in targets for row in unit]
+        owners = np.repeat(np.arange(len(targets)), [len(unit) for unit in targets])
+
+        def losses(along: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name] + along * delta[name])
+            found = np.zeros(len(rows))
+            for positions, batch in setting.batches(rows):
+                found[list(positions)] = setting.exact(batch)[: len(positions)].double().cpu().numpy()
+            return np.asarray(np.bincount(owners, weights=found, minlength=len(targets)), dtype=np.float64)
+
+        return (losses(-_STEP) - losses(_STEP)) / (2 * _STEP)

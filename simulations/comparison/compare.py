@@ -1,0 +1,190 @@
+"""A fair comparison: every combination of variations of a plan, under the same seeds, played once and kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cotune.errors import RunError
+from cotune.reporting.comparison_report import write_comparison
+from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine
+from cotune.server.runs.events import Listener
+from cotune.server.runs.results import dumps
+from cotune.server.runs.run_folder import keep_others_off
+from cotune.simulations.comparison.grid import Cell, baseline_of, cells_of, is_finished, measure, parse_variation, place_of
+from cotune.simulations.comparison.workers import Room, import_all, make_folder, play_all, summary_of, task_of
+from cotune.simulations.released_models import epsilon_of_runs, steps_of_folder
+from cotune.storage.files import write_durably
+
+
+def compare(
+    source: str | Path,
+    variations: Sequence[Variation | str],
+    *,
+    seeds: int = 5,
+    baseline: str | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    jobs: int | None = None,
+    device: str = "auto",
+    imports: Sequence[str] = (),
+    listener: Listener = lambda event, fields: None,
+) -> Comparison:
+    """Play what is not finished yet of every combination under `seeds` seeds, from the plan's own on, and write the results.
+
+    Args:
+        source: A preset or a TOML file, as of `load_plan`.
+        variations: What differs, also as on the command line: "local.steps=5,20".
+        seeds: How many, each combination under the same ones.
+        baseline: A value of the first variation, which the others are compared with; None: its first.
+        overrides: As of `load_plan`.
+        out: The folder of the results; None: compare/<plan>.
+        jobs: Processes beside each other; None: as many as cores and memory allow, one on a GPU; 1: this process.
+        device: auto, cpu, cuda or cuda:N.
+        imports: Modules (by name, or by path) that a worker imports first, such as one that registers an architecture.
+        listener: Called with every event.
+
+    Returns:
+        The figures. A cell that fails while it runs is a result like any other.
+
+    Raises:
+        PlanError: For a combination that cannot be had, before any runs.
+        RunError: When another process works on the folder, or it holds a private selection.
+    """
+    import_all(imports)
+    varied = [parse_variation(each) if isinstance(each, str) else each for each in variations]
+    chosen = baseline_of(varied, baseline)
+    cells = cells_of(source, varied, seeds, overrides, device, listener)
+    folder = (out or Path("compare") / cells[0].plan.name).expanduser().resolve()
+    make_folder(folder)
+    with keep_others_off(folder):
+        _check_no_selection(folder)
+        places = {cell.name: place_of(folder, cell) for cell in cells}
+        todo = [cell for cell in cells if not is_finished(places[cell.name], cell)]
+        listener("comparison_started", {"folder": str(folder), "cells": len(cells), "finished": len(cells) - len(todo)})
+        reasons = _play(todo, places, [places[c.name] for c in cells if c not in todo], jobs, device, imports, listener)
+        measured = [measure(cell, folder, places[cell.name], reasons.get(cell.name, "")) for cell in cells]
+        found = Comparison(
+            folder,
+            cells[0].plan.name,
+            tuple(varied),
+            chosen,
+            tuple(sorted({cell.plan.seed for cell in cells})),
+            any(cell.plan.privacy != "none" for cell in cells),
+            tuple(measured),
+            combine(measured, chosen),
+            *_together(cells, places, measured),
+        )
+        _write(found)
+    return found
+
+
+def _together(
+    cells: Sequence[Cell], places: Mapping[str, Path], measured: Sequence[Measured]
+) -> tuple[float, float] | tuple[None, None]:
+    """ε of all runs, failed ones too, and the smallest δ of any; None where a run had no privacy.
+
+    None too where models were trained beside it for comparison: the data pooled, and alone, are trained without privacy.
+    """
+    deltas = [delta for cell in measured for delta in cell.deltas]
+    if not deltas or any(cell.plan.privacy == "none" or cell.plan.simulation.baselines for cell in cells):
+        return None, None
+    return epsilon_of_runs([steps_of_folder(places[cell.name]) for cell in cells], min(deltas)), min(deltas)
+
+
+def _check_no_selection(folder: Path) -> None:
+    if (folder / "private").exists() or (folder / "released").exists():
+        raise RunError(
+            f"{folder} holds a private selection, beside which the figures of all runs must not stand: choose another folder with"
+            " --out"
+        )
+
+
+def _play(
+    todo: Sequence[Cell],
+    places: Mapping[str, Path],
+    finished: Sequence[Path],
+    jobs: int | None,
+    device: str,
+    imports: Sequence[str],
+    listener: Listener,
+) -> dict[str, str]:
+    """Plays the cells, in this process or in several; returns why those that failed did."""
+    tasks = [task_of(cell, cell.name, places[cell.name], device) for cell in todo]
+    room, reasons = Room.here(len(tasks), jobs, device), {}
+    for path in finished:
+        room.saw(summary_of(path)["peak_memory_bytes"])
+    for task, reason in play_all(tasks, room, imports, listener):
+        if reason:
+            reasons[task.name] = reason
+            listener("cell_failed", {"cell": task.name, "reason": reason})
+        else:
+            summary = summary_of(task.folder)
+            room.saw(summary["peak_memory_bytes"])
+            accuracy, seconds = summary["test"]["federated"]["accuracy"], summary["seconds"]
+            listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
+    return reasons
+
+
+_COLUMNS = (
+    *(
+        "accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "worst",
+        "spread",
+        "gain",
+        "answers",
+        "bytes_up",
+        "bytes_down",
+        "seconds",
+        "epsilon",
+    ),
+    *("status", "reason"),
+)
+
+
+def _write(found: Comparison) -> None:
+    """results.csv, results.json and compare.html."""
+    write_durably(found.folder / "results.csv", _csv(found).encode())
+    write_durably(found.folder / "results.json", dumps(_as_dict(found)))
+    write_comparison(found, found.folder / "compare.html")
+
+
+def _csv(found: Comparison) -> str:
+    stream = io.StringIO()
+    table = csv.writer(stream, lineterminator="\n")
+    table.writerow([*(variation.key for variation in found.variations), "seed", "plan_id", *_COLUMNS])
+    for cell in found.cells:
+        values = (_plain(getattr(cell, column)) for column in _COLUMNS)
+        settings = (value for _, value in cell.settings)
+        table.writerow([*settings, cell.seed, cell.plan_id, *("" if value is None else value for value in values)])
+    return stream.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """Answers as "yes/no/too close", such as 2/1/0."""
+    return "/".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _as_dict(found: Comparison) -> dict[str, Any]:
+    rows = []
+    for row in found.rows:
+        table = {key: value for key, value in asdict(row).items() if key != "cells"}
+        rows.append({**table, "facet": dict(row.facet), "seeds": [cell.seed for cell in row.cells if cell.status != "failed"]})
+    return {
+        "schema": 1,
+        "plan": found.plan,
+        "vary": {variation.key: list(variation.values) for variation in found.variations},
+        "baseline": found.baseline,
+        "seeds": list(found.seeds),
+        "epsilon_together": found.epsilon_together,
+        "delta_together": found.delta_together,
+        "rows": rows,
+        "cells": [{**asdict(cell), "settings": dict(cell.settings)} for cell in found.cells],
+    }

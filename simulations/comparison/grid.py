@@ -1,0 +1,263 @@
+"""The cells of a comparison: combinations of variations under a seed, checked before anything runs, each with its folder.
+
+A cell's folder is named for its plan's id, so that one that is there already is read and not played again, whoever asked for it.
+The id holds the plan and the base model's hash but not the records: a cell counts only while the fingerprint of the records in
+its run.json is that of today's.
+
+What a plan costs its records when it is played, and which records it is judged by: known before anything runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cotune.client.budget import planned_charges
+from cotune.errors import CotuneError, PlanError, RunError, nearest
+from cotune.plan.load import load_plan
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting.composition import Steps
+from cotune.privacy.config import RecordPrivacy
+from cotune.reporting.comparison_statistics import Measured, Settings, Variation
+from cotune.server.runs.events import Listener
+from cotune.server.runs.run_folder import RunFile
+from cotune.simulations.prepare import Prepared, prepare
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Of a plan that was checked.
+
+    Attributes:
+        charges: For each organization, all that it will be charged if nothing is interrupted; nothing without privacy.
+        deltas: δ of each organization.
+        held_out: SHA-256 over which records test and validate.
+    """
+
+    charges: tuple[tuple[Steps, ...], ...]
+    deltas: tuple[float, ...]
+    held_out: str
+
+
+def promise_of(prepared: Prepared) -> Promise:
+    """Return what a plan promises, from the noise that is calibrated for all of its rounds."""
+    plan, privacy = prepared.plan, prepared.plan.privacy
+    if not isinstance(privacy, RecordPrivacy):
+        return Promise((), (), _held_out(prepared))
+    charges, deltas = [], []
+    for share in prepared.shares:
+        examples, sigma = share.public_examples(plan), prepared.noise[share.name]
+        charges.append(tuple(planned_charges(plan, share.policy(plan), sigma, examples)))
+        deltas.append(privacy.delta_for(examples))
+    return Promise(tuple(charges), tuple(deltas), _held_out(prepared))
+
+
+def _held_out(prepared: Prepared) -> str:
+    digest = hashlib.sha256()
+    for what, portions in (("test", prepared.test), ("validation", prepared.validation)):
+        for file, rows in portions:
+            digest.update(f"{what}\0{file}\0{len(rows)}\0".encode())
+            digest.update(np.asarray(rows, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+_CLOSING = {"{": "}", "[": "]", "(": ")"}
+_MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A combination under a seed, checked. plan: resolved. data: fingerprint of the records."""
+
+    settings: Settings
+    plan: Plan
+    plan_id: str
+    data: str
+    promise: Promise
+
+    @property
+    def combination(self) -> str:
+        return _words(self.settings)
+
+    @property
+    def name(self) -> str:
+        return f"{self.combination}, seed={self.plan.seed}"
+
+
+def parse_variation(text: str) -> Variation:
+    """A variation as KEY=V1,V2, split at commas outside of brackets and quotes. Raises PlanError.
+
+    >>> parse_variation('strategy.fusion=mean,{name="ties",density=0.3}').values
+    ('mean', '{name="ties",density=0.3}')
+    """
+    key, _, rest = text.partition("=")
+    values = tuple(value.strip() for value in _split(rest))
+    if not key.strip() or not all(values):
+        raise PlanError(f'the variation "{text}" is not understood: expected KEY=V1,V2, such as partition=iid,dirichlet:0.1')
+    if len(set(values)) < len(values):
+        raise PlanError(f'the variation "{text}" has a value twice: expected distinct ones')
+    return Variation(key.strip(), values)
+
+
+def _split(text: str) -> Iterator[str]:
+    start, closing, quote = 0, list[str](), ""
+    for i, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter in _CLOSING:
+            closing.append(_CLOSING[letter])
+        elif closing and letter == closing[-1]:
+            closing.pop()
+        elif letter == "," and not closing:
+            yield text[start:i]
+            start = i + 1
+    yield text[start:]
+
+
+def baseline_of(variations: Sequence[Variation], baseline: str | None) -> str:
+    """The value that others are compared with. Raises PlanError for variations that make no grid."""
+    if not variations:
+        raise PlanError(
+            "there is nothing to compare: expected at least one --vary, such as --vary strategy.weighting=examples,uniform"
+        )
+    paths = [variation.path for variation in variations]
+    if "seed" in paths:
+        raise PlanError("the seed is no key to vary: expected --seeds, which plays every combination under each")
+    if len(set(paths)) < len(paths):
+        raise PlanError(f"the keys {', '.join(paths)} cannot be varied together: expected distinct ones")
+    first = variations[0]
+    if baseline is not None and baseline not in first.values:
+        raise PlanError(f'the baseline "{baseline}" is no value of {first.key}{nearest(baseline, first.values)}')
+    return first.values[0] if baseline is None else baseline
+
+
+def cells_of(
+    source: str | Path,
+    variations: Sequence[Variation],
+    seeds: int,
+    overrides: Sequence[str],
+    device: str,
+    listener: Listener = lambda event, fields: None,
+) -> list[Cell]:
+    """All cells in the order of the grid, seeds last. Raises PlanError, which names the combination that cannot be had.
+
+    What a plan alone shows to be wrong, such as a name that is unknown, is refused before the first one meets data and model.
+    """
+    if not 1 <= seeds <= _MOST_SEEDS:
+        raise PlanError(f"expected 1 to {_MOST_SEEDS} seeds, got {seeds}")
+    keys = [variation.key for variation in variations]
+    grid = [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(each.values for each in variations))]
+    paths = {variation.key: variation.path for variation in variations}
+    first = _plan(source, grid[0], paths, overrides).seed
+    seeded = [(settings, seed) for seed in range(first, first + seeds) for settings in grid]
+    plans = {key: _plan(source, key[0], paths, [*overrides, f"seed={key[1]}"]) for key in seeded}
+    found: dict[tuple[Settings, int], Cell] = {}
+    for (settings, seed), plan in plans.items():  # seeds outermost: one has one initial model, which is loaded once
+        listener("cell_checked", {"checked": len(found), "cells": len(plans), "combinations": len(grid), "seeds": seeds})
+        found[settings, seed] = _checked(settings, plan, device)
+    cells = [found[settings, seed] for settings in grid for seed in range(first, first + seeds)]
+    _check_distinct(cells)
+    return cells
+
+
+def _plan(source: str | Path, settings: Settings, paths: Mapping[str, str], overrides: Sequence[str]) -> Plan:
+    """The plan of a combination; without baselines, which cost much and compare nothing here, unless it asks for them."""
+    given = [*overrides, *(f"{paths[key]}={value}" for key, value in settings)]
+    try:
+        plan = load_plan(source, given)
+        asked = "baselines" in plan.simulation.model_fields_set
+        return plan if asked else load_plan(source, [*given, "simulation.baselines=[]"])
+    except PlanError as error:
+        raise PlanError(f"{_words(settings)}: {error}") from None
+
+
+def _checked(settings: Settings, plan: Plan, device: str) -> Cell:
+    try:
+        prepared = prepare(plan, device)
+    except CotuneError as error:
+        raise PlanError(f"{_words(settings)}, seed={plan.seed}: {error}") from None
+    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared))
+
+
+def _check_distinct(cells: Sequence[Cell]) -> None:
+    seen: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        other = seen.setdefault((cell.plan_id, cell.data), cell)
+        if other is not cell:
+            raise PlanError(f"{other.name} and {cell.name} are the same plan: expected values that differ")
+
+
+def _words(settings: Settings) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings)
+
+
+def place_of(folder: Path, cell: Cell) -> Path:
+    """The folder of a cell's run: named for its plan, and for its records too where that one holds a run on others.
+
+    Raises RunError where a run.json is damaged.
+    """
+    path = folder / "cells" / cell.plan_id[:16]
+    file = path / "run.json"
+    try:
+        other = file.exists() and RunFile.model_validate_json(file.read_bytes()).data != cell.data
+    except ValueError:
+        raise RunError(f"{file} is damaged: expected that of a run; remove its folder") from None
+    return path.with_name(f"{path.name}-{cell.data[:8]}") if other else path
+
+
+def is_finished(path: Path, cell: Cell) -> bool:
+    try:
+        return bool(json.loads((path / "summary.json").read_bytes())["plan_id"] == cell.plan_id)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
+    """A cell's result from its summary.json. Raises RunError where that is gone."""
+    common = Measured(cell.settings, cell.plan.seed, cell.plan_id, "failed", reason, folder=str(path.relative_to(folder)))
+    if reason:
+        return common
+    try:
+        summary = json.loads((path / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        raise RunError(
+            f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder"
+        ) from None
+    own = [each["own"]["accuracy"] for each in summary["organisations"] if each["own"] and each["own"]["federated"]]
+    spent = [each["epsilon_spent"] for each in summary["organisations"] if each["epsilon_spent"] is not None]
+    return replace(
+        common,
+        **summary["test"]["federated"],
+        status=summary["status"],
+        reason=summary["stopped"] or "",
+        worst=min(own, default=None),
+        spread=statistics.pstdev(own) if own else None,
+        **_gain([each for each in summary["organisations"] if each["worth"]]),
+        bytes_up=summary["bytes"]["up"],
+        bytes_down=summary["bytes"]["down"],
+        seconds=summary["seconds"],
+        epsilon=max(spent, default=None),
+        deltas=tuple(each["delta"] for each in summary["organisations"] if each["delta"] is not None),
+        curve=tuple((entry["round"], entry["metrics"]["accuracy"]) for entry in summary["rounds"] if entry["metrics"]),
+    )
+
+
+def _gain(compared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the organizations whose own records say whether joining is worth it; nothing where nobody has trained alone."""
+    if not compared:
+        return {}
+    told = [each["worth"]["answer"] for each in compared]
+    return {
+        "gain": statistics.fmean(each["gain"] for each in compared),
+        "answers": (told.count("yes"), told.count("no"), told.count("too close to tell")),
+    }

@@ -1,0 +1,1 @@
+"""What a plan will do, before it does it: noise, ε, bytes and time."""

@@ -1,0 +1,201 @@
+"""Whom a forecast is about: the organizations of a simulation, or of a federation of which only numbers of records are known.
+
+What the policy of a new site says to a plan: the rules that decline it, and what a smaller ε of the site's own would bring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from cotune.client.budget import budget_of, check_examples, noise_multiplier, planned_charges
+from cotune.client.policy_check import broken_rules
+from cotune.client.training.setup import check_stages
+from cotune.errors import PlanError, PrivacyError
+from cotune.models.base_folder import base_labels
+from cotune.models.base_model import find_base
+from cotune.models.device import pick_device
+from cotune.models.trainable import SharedModel
+from cotune.plan.parameters import model_of
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting.composition import epsilon
+from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.policy import BudgetRules, Policy
+from cotune.server.runs.suitability import check_suits
+from cotune.simulations.prepare import Prepared
+
+_TWO_CLASSES = ("first class", "second class")  # where nobody has said which there are
+
+
+@dataclass(frozen=True)
+class Member:
+    """An organization as its noise follows from what is known of it.
+
+    Attributes:
+        examples: Its units of privacy, for the eyes of whoever asks.
+        public: N, the number that its noise and its batches follow from.
+        noise_multiplier: σ; None without privacy.
+    """
+
+    name: str
+    examples: int
+    public: int
+    policy: Policy
+    noise_multiplier: float | None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A plan with nothing left open, its model, and who takes part.
+
+    Attributes:
+        test_examples: None where no records are known.
+        notes: What whoever reads the forecast should know about records and classes.
+    """
+
+    plan: Plan
+    model: SharedModel
+    members: tuple[Member, ...]
+    test_examples: int | None
+    notes: tuple[str, ...]
+
+
+def members_of(prepared: Prepared, model: SharedModel) -> Expected:
+    """Return the organizations of a simulation, which allow everything."""
+    plan = prepared.plan
+    members = tuple(
+        Member(share.name, share.units, share.public_examples(plan), share.policy(plan), prepared.noise.get(share.name))
+        for share in prepared.shares
+    )
+    return Expected(plan, model, members, sum(len(rows) for _, rows in prepared.test), tuple(prepared.notes))
+
+
+def stated_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> Expected:
+    """Return organizations with so many records each, of which none is read.
+
+    Their policies allow the plan, and tell what a new policy tells: the number of records with noise, which is charged, too.
+
+    Raises:
+        PlanError, PrivacyError, DataError, ModelError, DeviceError: For a plan that so many organizations cannot carry out.
+    """
+    pick_device(device)
+    resolved, notes = open_plan(plan)
+    policy = Policy.permissive().model_copy(update={"tell": Policy().tell})
+    names = [f"org-{number}" for number in range(1, len(examples) + 1)]
+    for name, count in zip(names, examples, strict=True):
+        for stage in resolved.stages:
+            check_examples(count, stage.local, name)
+    check_suits(resolved, len(examples), server_data=False)
+    noise = {count: _noise(resolved, policy, count) for count in dict.fromkeys(examples)}
+    members = tuple(Member(name, count, count, policy, noise[count]) for name, count in zip(names, examples, strict=True))
+    model = model_of(resolved, device)
+    check_stages(resolved, model)
+    return Expected(resolved, model, members, None, notes)
+
+
+def open_plan(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+    """Return the plan with its base model pinned and its classes named, without looking at records; what is assumed in it."""
+    base = find_base(plan.model)
+    labels = plan.labels or base_labels(base.path)
+    notes = tuple[str, ...]()
+    if not labels:
+        labels = _TWO_CLASSES
+        notes = ("the plan lists no labels: sizes are those of two classes; list all classes in labels for the real ones",)
+    pinned = plan.model.model_copy(update=base.pins)
+    return plan.model_copy(update={"labels": labels, "model": pinned}), notes
+
+
+def parse_examples(text: str) -> tuple[int, ...]:
+    """Return the numbers of records in a text such as "1000,5000,800". Raises PlanError for anything else."""
+    words = [word.strip().replace("_", "") for word in text.split(",")]
+    if not all(word.isdecimal() and 0 < int(word) <= 10**12 for word in words):
+        raise PlanError(f'--examples {text}: expected the number of records of each organization, such as "1000,5000,800"')
+    return tuple(int(word) for word in words)
+
+
+def _noise(plan: Plan, policy: Policy, examples: int) -> float | None:
+    if not isinstance(plan.privacy, RecordPrivacy):
+        return None
+    return noise_multiplier(plan, policy, budget_of(plan.privacy, policy, examples), examples, 1)
+
+
+_BUDGET = "budget.epsilon_per_run"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rule of a new policy that declines the plan. organisations: whose; all of them where the plan alone decides."""
+
+    rule: str
+    problem: str
+    organisations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OwnBound:
+    """An organization that joins with its own, smaller ε. noise_multiplier: σ. epsilon: what its run spends."""
+
+    organisation: str
+    noise_multiplier: float
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class NewPolicy:
+    """The answer of a policy that nobody has changed.
+
+    Attributes:
+        to_fill_in: Rules that allow nothing until an organization has named something in them.
+        refused: The other rules that decline the plan.
+        own_epsilon: The ε for a run with which the plan is within the policy's bound; None where it is already.
+        bounds: What follows from it, for each organization that can join so.
+    """
+
+    to_fill_in: tuple[str, ...]
+    refused: tuple[Refusal, ...]
+    own_epsilon: float | None
+    bounds: tuple[OwnBound, ...]
+
+
+def new_policy(plan: Plan, members: Sequence[Member]) -> NewPolicy:
+    """Return what new policies say to a plan whose base model is pinned."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for member in members:
+        for broken in broken_rules(plan, Policy(), member.public):
+            found.setdefault((broken.rule, broken.problem), []).append(member.name)
+    refused = tuple(Refusal(rule, problem, tuple(names)) for (rule, problem), names in found.items())
+    empty = set(_empty_lists())
+    own = BudgetRules().epsilon_per_run if any(each.rule == _BUDGET for each in refused) else None
+    return NewPolicy(
+        tuple(dict.fromkeys(each.rule for each in refused if each.rule in empty)),
+        tuple(each for each in refused if each.rule not in empty),
+        own,
+        () if own is None else tuple(_bounds(plan, members, own)),
+    )
+
+
+def _empty_lists() -> Iterable[str]:
+    """Rules that a new policy leaves to be filled in."""
+    training = Policy().training
+    return [f"training.{rule}" for rule in type(training).model_fields if getattr(training, rule) == ()]
+
+
+def _bounds(plan: Plan, members: Sequence[Member], own: float) -> Iterator[OwnBound]:
+    if not isinstance(plan.privacy, RecordPrivacy):
+        return
+    policy = Policy(budget=BudgetRules(own_epsilon=own))
+    found = {public: _spent(plan, plan.privacy, policy, public) for public in dict.fromkeys(m.public for m in members)}
+    for member in members:
+        spent = found[member.public]
+        if spent is not None:
+            yield OwnBound(member.name, *spent)
+
+
+def _spent(plan: Plan, privacy: RecordPrivacy, policy: Policy, examples: int) -> tuple[float, float] | None:
+    """σ and ε of a run; None where another rule does not let the organization join."""
+    try:
+        budget = budget_of(privacy, policy, examples)
+        sigma = noise_multiplier(plan, policy, budget, examples, 1)
+    except PrivacyError:
+        return None
+    return sigma, epsilon(planned_charges(plan, policy, sigma, examples), budget.delta)

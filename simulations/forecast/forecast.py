@@ -1,0 +1,183 @@
+"""What a plan will do, before it does it: who holds how much, how much noise, how many bytes, about how long."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cotune.client.budget import planned_charges, planned_steps
+from cotune.plan.parameters import model_of, statistic_shapes
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting.composition import epsilon
+from cotune.privacy.claim import Figures, figures_of, worst
+from cotune.privacy.config import RecordPrivacy
+from cotune.protocol.messages import Recipient, encode_requests, encode_update, payload_bytes
+from cotune.reporting.privacy_statement import client_statement
+from cotune.server.rounds.client_dp import client_level_noise
+from cotune.server.rounds.loop import enter_round
+from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, members_of, new_policy, stated_members
+from cotune.simulations.forecast.timing import Seconds, estimate
+from cotune.simulations.prepare import prepare
+from cotune.strategies.types import Update
+
+
+@dataclass(frozen=True)
+class OrganisationForecast:
+    """Per organisation; the privacy figures are None without privacy. batch: expected records per step."""
+
+    name: str
+    examples: int
+    batch: float
+    steps: int
+    noise_multiplier: float | None
+    epsilon_allowed: float | None
+    epsilon_planned: float | None
+    delta: float | None
+    figures: Figures | None = None
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """Per stage. bytes_up and bytes_down: of one round, all organisations together. parameters: that are trained and travel.
+    steps: in one round, of the organisation that takes most.
+    """
+
+    mode: str
+    rounds: int
+    steps: int
+    parameters: int
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class ClientForecast:
+    """Of client-level privacy. noise, signal: norms in one round's mean, of the noise and, at most, of what it should hide."""
+
+    epsilon_planned: float
+    noise_multiplier: float
+    expected_organisations: float
+    noise: float
+    signal: float
+    statement: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The whole plan.
+
+    Attributes:
+        test_examples: None where no records were read.
+        seconds: How long a simulation takes on this machine, from, to; None where no records were read.
+        new_policy: What the policy of a new site says to the plan.
+        notes: About records and classes.
+    """
+
+    plan: Plan
+    test_examples: int | None
+    organisations: tuple[OrganisationForecast, ...]
+    stages: tuple[StageForecast, ...]
+    seconds: Seconds | None
+    new_policy: NewPolicy
+    client_privacy: ClientForecast | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def figures(self) -> Figures | None:
+        """Of record-level privacy, the largest of any organization's; None without it."""
+        return worst({o.name: o.figures for o in self.organisations if o.figures is not None})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values; of the plan, what identifies it."""
+        plan = self.plan
+        about = {"plan": plan.name, "plan_id": plan.plan_id, "labels": plan.labels, "rounds": plan.rounds}
+        base = {"base": plan.model.base, "base_hash": plan.model.base_hash}
+        privacy = plan.privacy if plan.privacy == "none" else plan.privacy.model_dump(mode="json")
+        values = {key: value for key, value in asdict(self).items() if key != "plan"}
+        return {"schema": 1, **about, **base, "privacy": privacy, **values}
+
+
+def forecast(plan: Plan, device: str = "auto", began: float | None = None) -> Forecast:
+    """Reads data and model and times a few batches; trains nothing. Raises what `prepare` raises.
+
+    began: when the command began, by `time.perf_counter`: what it needs to get here a simulation needs, too.
+    """
+    start = time.perf_counter() if began is None else began
+    prepared = prepare(plan, device)
+    model = model_of(prepared.plan, device)
+    spent = time.perf_counter() - start
+    return _forecast(members_of(prepared, model), estimate(prepared, model, spent))
+
+
+def forecast_for(plan: Plan, examples: Sequence[int], device: str = "auto") -> Forecast:
+    """The same for organizations with so many records each: no data are looked at. Raises what `stated_members` raises."""
+    return _forecast(stated_members(plan, examples, device), None)
+
+
+def _forecast(expected: Expected, seconds: Seconds | None) -> Forecast:
+    stages = tuple(_stages(expected))
+    return Forecast(
+        expected.plan,
+        expected.test_examples,
+        tuple(_organisation(expected.plan, member) for member in expected.members),
+        stages,
+        seconds,
+        new_policy(expected.plan, expected.members),
+        _client_privacy(expected, max(stage.parameters for stage in stages)),
+        expected.notes,
+    )
+
+
+def _client_privacy(expected: Expected, parameters: int) -> ClientForecast | None:
+    plan, privacy = expected.plan, expected.plan.client_privacy
+    if privacy is None:
+        return None
+    noise = client_level_noise(plan, len(expected.members))
+    planned = [replace(noise.charge, count=plan.rounds)]
+    return ClientForecast(
+        epsilon(planned, privacy.delta),
+        noise.charge.noise_multiplier,
+        noise.expected,
+        noise.updates * privacy.clip_norm * math.sqrt(parameters) / noise.expected,
+        privacy.clip_norm,
+        tuple(client_statement(privacy, noise, planned, sample_rate=plan.server.sample_rate)),
+    )
+
+
+def _organisation(plan: Plan, member: Member) -> OrganisationForecast:
+    planned = planned_steps(plan, member.public)
+    steps, batch = sum(count for _, count in planned), planned[-1][0] * member.public
+    if not isinstance(plan.privacy, RecordPrivacy) or member.noise_multiplier is None:
+        return OrganisationForecast(member.name, member.examples, batch, steps, None, None, None, None)
+    sigma, delta = member.noise_multiplier, plan.privacy.delta_for(member.public)
+    figures = figures_of(planned_charges(plan, member.policy, sigma, member.public), delta)
+    allowed = member.policy.budget.epsilon_for(plan.privacy.epsilon)
+    return OrganisationForecast(member.name, member.examples, batch, steps, sigma, allowed, figures.epsilon, delta, figures)
+
+
+def _stages(expected: Expected) -> Iterator[StageForecast]:
+    """Sizes are those of real messages with the model's present values in them."""
+    plan, model, names = expected.plan, expected.model, [member.name for member in expected.members]
+    held, first = dict[str, Tensor](), 1
+    for stage in plan.stages:
+        held, travelling = enter_round(model, plan, held, first)
+        shared, first = {name: held[name] for name in travelling}, first + stage.rounds
+        term = plan.strategy.client_term
+        beside = shared if term is not None and term.info("client_term").needs.receives else {}
+        requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names], beside)
+        arrays = {name: torch.zeros(shape) for name, shape in statistic_shapes(plan, model, shared).items()}
+        update = encode_update(Update(names[0], 1, shared, 1, 1, statistics=arrays, received="0" * 64), plan.plan_id)
+        yield StageForecast(
+            stage.mode,
+            stage.rounds,
+            max(stage.local.steps_of(member.public) for member in expected.members),
+            sum(tensor.numel() for tensor in shared.values()),
+            payload_bytes(update) * len(names),
+            sum(payload_bytes(request) for request in requests),
+        )

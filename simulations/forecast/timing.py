@@ -1,0 +1,350 @@
+"""About how long a simulation will take on this machine: what is done how often, times what one of it was measured to cost.
+
+Counted are reading and checking (as long as that has just taken), encoding, the steps of every round, judging the model, the
+baselines, and the heads that organizations fit to themselves.
+
+What one batch and one step of a plan take on this machine: measured on real records sorted by length, for some two seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+
+import numpy as np
+import torch
+
+from cotune.client.training.rows import Setting
+from cotune.client.training.setup import made_up_setting, optimizer_of, setting_of
+from cotune.data.dataset import Holdings
+from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS
+from cotune.data.tasks.task import logits
+from cotune.data.tasks.text import Example
+from cotune.models.encoding import encoded_examples
+from cotune.models.features import FEATURE_SLOTS, are_kept, encode_batch, feature_head
+from cotune.models.head_fit import fit_head, head_names
+from cotune.models.trainable import SharedModel
+from cotune.plan.schema import Plan
+from cotune.plan.tables import LocalTraining, Stage
+from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.simulations.baselines import fits_alone
+from cotune.simulations.prepare import Prepared
+
+_BUDGET = 0.3  # seconds for each thing that is measured: there are about seven
+_LONG = 5.0  # seconds, after which what is slow only at first does not matter
+_LENGTHS = 3  # of batches that are measured; those between them are interpolated
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A range: how long something takes at least, and at most, as far as measuring can tell."""
+
+    low: float = 0.0
+    high: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.low + other.low, self.high + other.high)
+
+    def __mul__(self, times: float) -> Seconds:
+        return Seconds(self.low * times, self.high * times)
+
+
+Measure = Callable[[Callable[[], object]], Seconds]
+
+
+def measure(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Seconds:
+    """Time some work: once to warm up, then at least once more, and again until three times or the budget are over.
+
+    What ran first is no measure, however long it took: a first private step takes ten times as long as those after it, and on a
+    busy machine many times more.
+    """
+    first = _timed(work, clock)
+    if first > _LONG:
+        return Seconds(0.8 * first, 1.1 * first)
+    times = [_timed(work, clock)]
+    while len(times) < _REPEATS and first + sum(times) < _BUDGET:
+        times.append(_timed(work, clock))
+    return Seconds(min(times), max(times)) if len(times) > 1 else Seconds(0.8 * times[0], 1.1 * times[0])
+
+
+def _timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    began = clock()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+def rows_at_once(stage: Stage, *, private: bool) -> int:
+    """Return how many records a batch of a step has; with privacy a slot is blank."""
+    return max(2, stage.local.physical_batch_size) - private
+
+
+def by_length(costs: dict[int, Seconds], length: int) -> Seconds:
+    """Return the cost of a batch of some length, between those of the lengths beside it."""
+    known = sorted(costs)
+    low, high = ([getattr(costs[each], bound) for each in known] for bound in ("low", "high"))
+    return Seconds(float(np.interp(length, known, low)), float(np.interp(length, known, high)))
+
+
+class Stopwatch:
+    """Measures with one model. Nothing that it trains is kept: the model is as it came whenever something begins.
+
+    sample: some of the records, by which lengths are known and batches are made.
+    """
+
+    def __init__(self, plan: Plan, model: SharedModel, sample: Holdings, measure: Measure = measure) -> None:
+        self.plan, self.model, self.sample, self.measure = plan, model, sample, measure
+        self.examples: list[Example] = encoded_examples(sample, model)
+
+    def lengths(self, buckets: Sequence[int]) -> list[int]:
+        """How long each record of the sample is, of those that batches come in."""
+        task, longest = self.model.loaded.task, self.model.loaded.max_length
+        return [task.bucket(example, longest, buckets) for example in self.examples]
+
+    def encoding(self) -> dict[int, Seconds]:
+        """Length -> what a batch of the encoder costs, forward alone."""
+        found = {}
+        for length, rows in self._chosen(FINE_LENGTHS, FEATURE_SLOTS - 1):
+            batch = [self.examples[row] for row in rows]
+            self.model.load({})
+            found[length] = self.measure(partial(encode_batch, self.model, batch, self.plan.model.precision))
+        return found
+
+    def reading(self) -> dict[int, Seconds]:
+        """The same for a model whose head reads more than one vector: the whole of it, forward."""
+        loaded = self.model.loaded
+        collate, found = loaded.task.collator(self.model.module, loaded.reader, self.model.device), {}
+        for length, rows in self._chosen(FINE_LENGTHS, FEATURE_SLOTS):
+            batch = collate([self.examples[row] for row in rows])
+            with torch.no_grad():
+                found[length] = self.measure(partial(logits, self.model.module, batch))
+        return found
+
+    def on_features(self, stage: Stage, batch: int, *, private: bool) -> Seconds:
+        """One step of a head on so many features."""
+        setting = self._made_up(stage, max(1, batch))
+        return self._step(setting, stage, range(setting.rows), private=private)
+
+    def on_examples(self, stage: Stage, *, private: bool) -> dict[int, Seconds]:
+        """Length -> what a batch of a step costs, forward and backward; 0 -> what a step costs beside its batches."""
+        self.model.load({})
+        plan = self.plan if private else self.plan.model_copy(update={"privacy": "none"})
+        setting = setting_of(plan, stage, self.model, self.sample, {}, "sample", expected_batch=1.0)
+        rows = rows_at_once(stage, private=private)
+        nothing = self._step(setting, stage, (), private=private)
+        found = {0: nothing}
+        for length, chosen in self._chosen(LENGTHS, rows):
+            whole = self._step(setting, stage, chosen, private=private)
+            found[length] = Seconds(max(0.0, whole.low - nothing.high), max(0.0, whole.high - nothing.low))
+        return found
+
+    def fit(self, records: int) -> Seconds:
+        """One head fitted to so many features, see `client.adaptation`."""
+        self.model.load({})
+        head = self.model.state(head_names(self.model))
+        vectors = encode_batch(self.model, self.examples[:8], self.plan.model.precision).nan_to_num()
+        features = vectors[torch.arange(records) % len(vectors)]
+        noisy = features + 0.1 * features.std() * torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+        targets = torch.arange(records) % len(self.plan.labels)
+        return self.measure(lambda: fit_head(self.model, noisy, targets, start=head, toward=head, pull=1.0 / records))
+
+    def _chosen(self, buckets: Sequence[int], rows: int) -> list[tuple[int, list[int]]]:
+        """Of the lengths that there are the shortest, the longest and one between, each with as many rows as a batch has."""
+        lengths = self.lengths(buckets)
+        there = sorted(set(lengths))
+        places = np.unique(np.linspace(0, len(there) - 1, min(_LENGTHS, len(there))).round().astype(int))
+        return [(there[place], _filled([i for i, n in enumerate(lengths) if n == there[place]], rows)) for place in places]
+
+    def _made_up(self, stage: Stage, rows: int) -> Setting:
+        self.model.load({})
+        self.model.train_only(self.model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+        return made_up_setting(self.plan, stage, self.model, rows)
+
+    def _step(self, setting: Setting, stage: Stage, rows: Sequence[int], *, private: bool) -> Seconds:
+        names = self.model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+        optimizer = optimizer_of(stage.local, self.model, names, self.model.train_only(names))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # nothing moves, however often it is measured
+        privacy = self.plan.privacy
+        if not private or not isinstance(privacy, RecordPrivacy):
+            return self.measure(lambda: _plain_step(setting, optimizer, rows))
+
+        def step() -> None:
+            units = [[row] for row in rows]
+            for _ in private_steps(
+                setting.module,
+                optimizer,
+                setting.loss,
+                units=units,
+                batches=setting.batches,
+                noise_multiplier=1.0,
+                clip_norm=privacy.clip_norm,
+                sample_rate=1.0,
+                expected_batch=float(max(1, len(units))),
+                steps=1,
+                clipping=privacy.clipping,
+            ):
+                pass
+
+        return self.measure(step)
+
+
+def _filled(rows: list[int], count: int) -> list[int]:
+    """As many of the rows as a batch has; the same ones again where there are fewer."""
+    return [rows[i % len(rows)] for i in range(count)]
+
+
+def _plain_step(setting: Setting, optimizer: torch.optim.Optimizer, rows: Sequence[int]) -> None:
+    """As without privacy."""
+    optimizer.zero_grad()
+    for _, batch in setting.batches(rows):
+        (setting.loss(batch).sum() / len(rows)).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+_SAMPLE = 1000  # records whose lengths are looked at
+_FITS = 12  # heads that an organization fits to each part of its records, see `client.adaptation`
+_EASIER = Seconds(0.4, 1.1)  # of a fit from scratch: those that begin where another has ended need fewer iterations
+_BESIDE = Seconds(0.04, 0.12)  # per organization and round: messages, ledger and outbox, which wait for the disk
+_TOO_MUCH = 1.3  # of the upper end: other processes, memory, warming
+
+
+def estimate(prepared: Prepared, model: SharedModel, spent: float, measure: Measure = measure) -> Seconds:
+    """Return the range for a whole simulation.
+
+    Args:
+        spent: Seconds that reading and checking have just taken, and will take again.
+        measure: Times some work.
+    """
+    work = _Work(prepared, model, Stopwatch(prepared.plan, model, _sample(prepared), measure))
+    model.load({})
+    with torch.random.fork_rng(devices=[]):
+        parts = [Seconds(spent, spent), *work.parts()]
+    model.load({})
+    whole = reduce(Seconds.__add__, parts)
+    return Seconds(whole.low, _TOO_MUCH * whole.high)
+
+
+def _sample(prepared: Prepared) -> Holdings:
+    """Records from all files, spread evenly."""
+    total = sum(map(len, prepared.records.values()))
+    apart = max(1, total // _SAMPLE)
+    parts = tuple((records, np.arange(0, len(records), apart)) for records in prepared.records.values())
+    return Holdings(parts, prepared.plan.labels, prepared.plan.task)
+
+
+class _Work:
+    """What is done how often."""
+
+    def __init__(self, prepared: Prepared, model: SharedModel, stopwatch: Stopwatch) -> None:
+        self.prepared, self.plan, self.model, self.stopwatch = prepared, prepared.plan, model, stopwatch
+        self.sizes = [share.public_examples(self.plan) for share in prepared.shares]
+        self.has_features = feature_head(model) is not None
+        self.encoding = stopwatch.encoding() if self.has_features else {}
+
+    def parts(self) -> Iterator[Seconds]:
+        """Each part of the run, then of the baselines, then the fits."""
+        baselines = self.plan.simulation.baselines
+        private = isinstance(self.plan.privacy, RecordPrivacy)
+        run = self._training(self.plan.stages, private=private)
+        yield from run
+        yield self._judging(self.plan.stages)
+        if "alone" in baselines:
+            yield from run
+            if private and not fits_alone(self.plan, self.model):
+                yield from self._training(self._without_privacy(), private=False)
+            yield from self._fits()
+        if "pooled" in baselines:
+            yield from self._training(self._without_privacy(), private=False)
+        yield self._encode(0 if self._kept() else self._distinct)
+
+    def _without_privacy(self) -> tuple[Stage, ...]:
+        """As baselines without privacy are trained."""
+        own = self.plan.simulation.pooled
+        return self.plan.stages if own is None else tuple(stage.model_copy(update={"local": own}) for stage in self.plan.stages)
+
+    def _training(self, stages: Sequence[Stage], *, private: bool) -> list[Seconds]:
+        return [self._rounds(stages, number, private=private) for number in range(len(stages))]
+
+    def _rounds(self, stages: Sequence[Stage], number: int, *, private: bool) -> Seconds:
+        """All rounds of a stage, of all organizations one after the other."""
+        stage = stages[number]
+        beside = _BESIDE * (stage.rounds * len(self.sizes))
+        steps = [stage.rounds * stage.local.steps_of(n) for n in self.sizes]
+        if stage.mode == "head" and self.has_features:
+            batch = round(sum(self._batch(stage.local, n) for n in self.sizes) / len(self.sizes))
+            again = self._encode(self._distinct) if _trains_encoder(stages[:number]) else Seconds()
+            return again + self.stopwatch.on_features(stage, batch, private=private) * sum(steps) + beside
+        costs = self.stopwatch.on_examples(stage, private=private)
+        rows = rows_at_once(stage, private=private)
+        counts = [self._counted(LENGTHS, self._batch(stage.local, n), rows) for n in self.sizes]
+        taken = [(_total(costs, count) + costs[0]) * times for count, times in zip(counts, steps, strict=True)]
+        return reduce(Seconds.__add__, taken) + beside
+
+    @staticmethod
+    def _batch(local: LocalTraining, examples: int) -> float:
+        return local.sample_rate(examples) * examples
+
+    def _judging(self, stages: Sequence[Stage]) -> Seconds:
+        """The records of test and validation after each round in which the encoder is not as it came: no features are kept."""
+        held = sum(len(rows) for _, rows in (*self.prepared.test, *self.prepared.validation))
+        trained = (stage.rounds for number, stage in enumerate(stages) if _trains_encoder(stages[: number + 1]))
+        return self._read(held) * sum(trained)
+
+    def _fits(self) -> Iterator[Seconds]:
+        """Of each organization, on most of its records."""
+        if self.plan.keeps_personal or not self.has_features:
+            return
+        held = [len(share.rows) for share in self.prepared.shares]
+        one = self.stopwatch.fit(max(2, round(sum(held) / len(held))))
+        folds = [1 if n >= 2000 else self.plan.personalize.folds for n in held]
+        fits = sum(_FITS * each + 2 for each in folds)
+        yield Seconds(one.low * _EASIER.low * fits, one.high * _EASIER.high * fits)
+        if _trains_encoder(self.plan.stages):
+            yield self._encode(sum(held))
+
+    @property
+    def _distinct(self) -> int:
+        return sum(len(set(records.inputs)) for records in self.prepared.records.values())
+
+    def _kept(self) -> bool:
+        """Whether no features need be computed: nobody reads any, or they are on disk."""
+        if not self.has_features or (self.plan.stages[0].mode != "head" and "alone" not in self.plan.simulation.baselines):
+            return True
+        precision = self.plan.model.precision
+        return all(are_kept(self.model, records.inputs, precision) for records in self.prepared.records.values())
+
+    def _read(self, records: int) -> Seconds:
+        """So many records, sorted, forward alone."""
+        if not self.encoding:  # tags: a head that reads every vector
+            self.encoding = self.stopwatch.reading()
+        lengths = Counter(self.stopwatch.lengths(FINE_LENGTHS))
+        filled = max(1.0, records / FEATURE_SLOTS) / lengths.total()
+        return _total(self.encoding, {length: n * filled for length, n in lengths.items()})
+
+    def _encode(self, records: int) -> Seconds:
+        """So many records, forward alone, in batches that their lengths alone decide."""
+        if not records:
+            return Seconds()
+        return _total(self.encoding, self._counted(FINE_LENGTHS, records, FEATURE_SLOTS - 1))
+
+    def _counted(self, buckets: Sequence[int], records: float, rows: int) -> dict[int, float]:
+        """Length -> how many batches so many records are in, with the lengths of the sample."""
+        lengths = self.stopwatch.lengths(buckets)
+        return {length: math.ceil(records * n / len(lengths) / rows) for length, n in Counter(lengths).items()}
+
+
+def _trains_encoder(stages: Sequence[Stage]) -> bool:
+    return any(stage.mode != "head" for stage in stages)
+
+
+def _total(costs: Mapping[int, Seconds], counts: Mapping[int, float]) -> Seconds:
+    known = {length: cost for length, cost in costs.items() if length}
+    return reduce(Seconds.__add__, (by_length(known, length) * count for length, count in counts.items()), Seconds())

@@ -1,0 +1,229 @@
+"""Weighting and fusion as one, fed by the round loop: updates in, one at a time, and the fused delta out.
+
+How much memory a round takes is decided here: a weighting that looks at one update at a time and a fusion that needs one sum
+keep the running sums only; where updates are compared, the server holds every delta of the round, 4 bytes per shared parameter
+and organisation.
+
+The parts of a strategy, built from its table: what one round and one run need of it.
+
+Apart from the table itself (`strategy`), as parts compute with PyTorch and a table is data alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cotune.errors import RunError
+from cotune.strategies.client_terms.base import ClientTerm
+from cotune.strategies.config import StrategyConfig
+from cotune.strategies.registry import PartInfo, Visibility
+from cotune.strategies.server_optimizers.base import ServerOptimizer
+from cotune.strategies.sums import Contribution, norm, total
+from cotune.strategies.types import Delta, Fused, RoundContext, Update, Weighed, not_finite
+
+
+class Combination(Protocol):
+    """Takes the admitted updates of a round, then gives what moves the model."""
+
+    def add(self, update: Update) -> None: ...
+
+    def result(self) -> Delta | Fused: ...
+
+
+@dataclass(frozen=True)
+class UpdateLook:
+    """share: of the round's weight. norm: of the update as it came. distance, cosine: to the middle of the updates (the median of
+    every coordinate); None where the server has not held them, or where two cannot have a middle.
+    """
+
+    share: float
+    norm: float
+    distance: float | None = None
+    cosine: float | None = None
+
+
+def _apart(held: Sequence[Update]) -> dict[str, tuple[float, float]]:
+    """Organization -> (distance, cosine) of its delta to the median of every coordinate, over the parameters that all sent."""
+    if len(held) < 3:
+        return {}
+    sums: dict[str, list[float]] = {update.organisation: [0.0, 0.0, 0.0] for update in held}
+    length = 0.0
+    for name, first in held[0].delta.items():
+        deltas = [u.delta[name].double() for u in held if name in u.delta and u.delta[name].shape == first.shape]
+        if len(deltas) < len(held):
+            continue
+        middle = torch.stack(deltas).median(dim=0).values
+        length += float(middle.pow(2).sum())
+        for update, delta in zip(held, deltas, strict=True):
+            found = ((delta - middle).pow(2).sum(), (delta * middle).sum(), delta.pow(2).sum())
+            sums[update.organisation] = [a + float(b) for a, b in zip(sums[update.organisation], found, strict=True)]
+    return {
+        name: (math.sqrt(far), inner / math.sqrt(own * length) if own * length > 0 else 0.0)
+        for name, (far, inner, own) in sums.items()
+    }
+
+
+class WeightedFusion:
+    """One round of a weighting and a fusion, each with its parameters."""
+
+    def __init__(
+        self,
+        weighting: tuple[PartInfo, Mapping[str, Any]],
+        fusion: tuple[PartInfo, Mapping[str, Any]],
+        context: RoundContext,
+    ) -> None:
+        self._weighting, self._fusion, self._context = weighting, fusion, context
+        self._weigh = _bound(*weighting, context)
+        self._fuse = _bound(*fusion, context)
+        self._in_sums = inspect.isgeneratorfunction(fusion[0].build)
+        self._streams = self._in_sums and fusion[0].needs.visibility == Visibility.SUM and not weighting[0].sees_all
+        self._held: list[Update] = []
+        self._sums: dict[str, Tensor] = {}
+        self._passes = self._fuse() if self._in_sums else None
+        self._contribute: Contribution | None = next(self._passes) if self._passes is not None else None
+        self._count, self._weights, self._squares = 0, 0.0, 0.0
+        self._seen: dict[str, tuple[float, float]] = {}  # organization -> the weight and the norm of its update
+        self._given: Mapping[str, float] = {}
+        self._places: Mapping[str, tuple[float, float]] = {}
+
+    def add(self, update: Update, staleness: int = 0) -> None:
+        """Takes an update; one that is late by s rounds counts (1 + s)^(-½) times as much: Xie et al. 2019,
+        https://arxiv.org/abs/1903.03934, section 5.2; Nguyen et al., AISTATS 2022, https://arxiv.org/abs/2106.06639, section 5.
+
+        Raises RunError for an update with values that are not finite. A rule that compares updates takes none that are late.
+        """
+        if not_finite(update.delta):
+            raise RunError(f"the update of {update.organisation[:80]} is not finite: expected finite values")
+        self._count += 1
+        if self._streams:
+            self._add_up(self._weighed(update, _discounted(self._weigh(update), staleness)))
+        elif staleness:
+            raise RunError(f"the update of {update.organisation[:80]} is late: expected a rule that adds updates up")
+        else:
+            self._held.append(update)
+
+    def _weighed(self, update: Update, weight: Any) -> Weighed:
+        values = weight.values() if isinstance(weight, Mapping) else (weight,)
+        if not all(isinstance(w, int | float) and 0 <= w < math.inf for w in values):
+            raise RunError(
+                f'the weighting "{self._weighting[0].name}" gave {update.organisation[:80]} the weight {weight!r:.60}: expected a'
+                " finite number, 0 or more"
+            )
+        length, mean = norm(update.delta), sum(values) / max(1, len(values))
+        square = length**2
+        self._seen[update.organisation] = (mean, length)
+        self._weights, self._squares = self._weights + mean, self._squares + mean * square
+        return Weighed(update, weight, self._context.state)
+
+    def _add_up(self, weighed: Weighed) -> None:
+        assert self._contribute is not None
+        total(self._sums, self._contribute(weighed))
+
+    def result(self) -> Fused:
+        """Raises RunError where the updates do not suffice for the rule, or its result is not a delta of the model."""
+        if not self._count:
+            return Fused({}, 0)  # nobody was asked in this round
+        info, parameters = self._fusion
+        least = info.least(**parameters)
+        if self._count < least:
+            raise RunError(
+                f'the fusion "{info.name}" needs {least} updates, and the round has {self._count}: ask more organisations, raise'
+                " server.quorum, or choose another fusion"
+            )
+        weighed = [] if self._streams else self._weigh_all()
+        if not self._weights > 0:
+            raise RunError(f'the weighting "{self._weighting[0].name}" gave every update the weight 0: expected one above')
+        found = self._passed(weighed) if self._passes is not None else self._fuse(weighed)
+        fused = found if isinstance(found, Fused) else Fused(found)
+        self._given, self._places = fused.weights, _apart(self._held)
+        self._held.clear()
+        _check(info.name, fused.delta, self._context.state)
+        return Fused(fused.delta, self._count, self._squares / self._weights, fused.memory)
+
+    def looks(self) -> dict[str, UpdateLook]:
+        """Organization -> what its update looked like; after `result`."""
+        total_weight = sum(weight for weight, _ in self._seen.values())
+        shares = self._given or {name: weight / total_weight for name, (weight, _) in self._seen.items() if total_weight > 0}
+        return {
+            name: UpdateLook(shares.get(name, 0.0), length, *self._places.get(name, (None, None)))
+            for name, (_, length) in self._seen.items()
+        }
+
+    def _weigh_all(self) -> list[Weighed]:
+        weights: Sequence[Any] = (
+            self._weigh(self._held) if self._weighting[0].sees_all else [self._weigh(update) for update in self._held]
+        )
+        return [self._weighed(update, weight) for update, weight in zip(self._held, weights, strict=True)]
+
+    def _passed(self, weighed: Sequence[Weighed]) -> Delta | Fused:
+        """The passes of a generator over the updates; where they were streamed, its one sum is there already."""
+        assert self._passes is not None
+        try:
+            while True:
+                for update in weighed:
+                    self._add_up(update)
+                sums, self._sums = self._sums, {}
+                self._contribute = self._passes.send(sums)
+                if self._streams:
+                    raise RunError(
+                        f'the fusion "{self._fusion[0].name}" asks for a second pass: expected needs.visibility to say so'
+                    )
+        except StopIteration as end:
+            result: Delta | Fused = end.value
+            return result
+
+
+def _discounted(weight: Any, staleness: int) -> Any:
+    if not staleness:
+        return weight
+    factor = (1 + staleness) ** -0.5
+    return {name: w * factor for name, w in weight.items()} if isinstance(weight, Mapping) else weight * factor
+
+
+def _bound(info: PartInfo, parameters: Mapping[str, Any], context: RoundContext) -> Callable[..., Any]:
+    return partial(info.build, **parameters, **({"context": context} if info.wants_context else {}))
+
+
+def _check(name: str, delta: Delta, state: Mapping[str, Tensor]) -> None:
+    for key, tensor in delta.items():
+        if state and key not in state:
+            raise RunError(
+                f'the fusion "{name}" gave a delta of {key[:80]}, which the model has not: expected its own parameters'
+            )
+        if key in state and state[key].shape != tensor.shape:
+            raise RunError(
+                f'the fusion "{name}" gave {key} {tuple(tensor.shape)}: expected {tuple(state[key].shape)}, as in the model'
+            )
+        if not bool(tensor.isfinite().all()):
+            raise RunError(f'the fusion "{name}" gave values for {key} that are not finite: expected a finite delta')
+
+
+def build_aggregator(strategy: StrategyConfig, context: RoundContext) -> WeightedFusion:
+    """Return weighting and fusion for one round."""
+    weighting = strategy.weighting
+    fusion = strategy.fusion
+    return WeightedFusion(
+        (weighting.info("weighting"), weighting.parameters), (fusion.info("fusion"), fusion.parameters), context
+    )
+
+
+def build_server_optimizer(strategy: StrategyConfig) -> ServerOptimizer:
+    """Return what moves the shared model by a fused delta."""
+    part = strategy.server_optimizer
+    built: ServerOptimizer = part.info("server_optimizer").build(**part.parameters)
+    return built
+
+
+def build_client_term(strategy: StrategyConfig) -> ClientTerm:
+    """Return what organizations add to their gradients; the base class, which adds nothing, where the strategy has no term."""
+    part = strategy.client_term
+    built: ClientTerm = ClientTerm() if part is None else part.info("client_term").build(**part.parameters)
+    return built

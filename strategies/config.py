@@ -1,0 +1,234 @@
+"""The strategy of a plan as data: names and parameters of its parts, and the recipes of the literature.
+
+Named recipes: what the literature calls a strategy, as parts. `strategy = "fedadam"` in a plan stands for its line here.
+
+A part that a recipe does not name keeps its default (weighting examples, fusion mean, server optimiser sgd, no client term).
+`lora` goes to the plan's table of that name; `cite` is the source of a recipe that is no part's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cotune.errors import nearest
+from cotune.strategies.plugins import NO_TERM, is_code, is_file, load_code, part_named
+from cotune.strategies.registry import FOLDERS, Kind, PartInfo, Payload, builtin
+
+
+class Part(BaseModel):
+    """A part of a strategy: its name and its parameters, as in `{ name = "sgd", lr = 0.5 }`, or the name alone.
+
+    sha256: of the file, where the name is `file.py:function`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str = Field(description="of a part (`cotune strategies` lists them), or file.py:function")
+    sha256: str | None = Field(None, description="of the file, where the name is file.py:function")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def info(self, kind: Kind) -> PartInfo:
+        """What the part says of itself. Runs the code that it names. Raises PlanError for a file that is not the plan's."""
+        return load_code(kind, self.name, self.sha256 or "") if is_code(self.name) else part_named(kind, self.name)
+
+
+_DEFAULT_PARTS: dict[Kind, Part] = {
+    "weighting": Part(name="examples", cap=0),
+    "fusion": Part(name="mean"),
+    "server_optimizer": Part(name="sgd", lr=1.0, momentum=0.0, schedule="constant", warmup=0),
+}
+
+
+def _complete(kind: Kind, part: Any) -> Any:
+    """A part with all its parameters, so that a plan says everything. Code is not opened: see `plugins`."""
+    table = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else part
+    if isinstance(table, Part):
+        table = table.model_dump()
+    if isinstance(table, dict) and kind in _DEFAULT_PARTS:
+        table.setdefault("name", _DEFAULT_PARTS[kind].name)  # parameters alone are those of the default
+    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+        words = kind.replace("_", " ").replace("optimizer", "optimiser")
+        raise ValueError(f"expected the name of a {words}, or a table with its name and parameters, got {part!r:.80}")
+    name, sha256 = table.pop("name"), table.pop("sha256", None)
+    if not is_code(name):
+        return {"name": name, **part_named(kind, name).check(table)}
+    if kind == "client_term":
+        raise ValueError(f'"{name}" names code: {NO_TERM}')
+    if is_file(name) and sha256 is None:
+        raise ValueError(f'"{name}" came without the SHA-256 of the file: expected a plan that was read from its own file')
+    return {"name": name, "sha256": sha256, **table}
+
+
+class StrategyConfig(BaseModel):
+    """weighting → fusion → server optimiser (the `strategy` table of a plan); the default is FedAvg on deltas."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weighting: Part = Field(_DEFAULT_PARTS["weighting"], description="who counts how much")
+    fusion: Part = Field(_DEFAULT_PARTS["fusion"], description="how the deltas become one")
+    server_optimizer: Part = Field(
+        _DEFAULT_PARTS["server_optimizer"],
+        description="how the one delta moves the model",
+    )
+    client_term: Part | None = Field(None, description="what organisations add to their gradients; absent: nothing")
+    sends: tuple[Payload, ...] = Field((), description="what organisations send beside their deltas; found from the parts")
+
+    @field_validator(*FOLDERS, mode="before")
+    @classmethod
+    def _parts(cls, part: Any, info: Any) -> Any:
+        return None if part is None and info.field_name == "client_term" else _complete(info.field_name, part)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_that_are_used(cls, table: Any) -> Any:
+        """Who names a fusion that uses no weights need not name the uniform weighting beside it."""
+        if isinstance(table, Mapping) and "weighting" not in table and "fusion" in table:
+            fusion = table["fusion"]
+            name = fusion.get("name") if isinstance(fusion, Mapping) else fusion
+            if isinstance(name, str) and not is_code(name) and not part_named("fusion", name).needs.weights:
+                return {**table, "weighting": "uniform"}
+        return table
+
+    @model_validator(mode="after")
+    def _sends(self) -> Self:
+        """Those of known parts; those of code are in the plan, which was made where the code could be run.
+
+        The default parts send nothing; to skip them spares a process that only reads tables the import of all parts.
+        """
+        others = [(kind, part) for kind, part in self.parts() if part != _DEFAULT_PARTS.get(kind) and not is_code(part.name)]
+        asked = {payload for kind, part in others for payload in part.info(kind).needs.sends}
+        object.__setattr__(self, "sends", tuple(sorted(asked | set(self.sends))))
+        return self
+
+    def parts(self) -> list[tuple[Kind, Part]]:
+        """The parts that the strategy has."""
+        found: list[tuple[Kind, Part | None]] = [
+            ("weighting", self.weighting),
+            ("fusion", self.fusion),
+            ("server_optimizer", self.server_optimizer),
+            ("client_term", self.client_term),
+        ]
+        return [(kind, part) for kind, part in found if part is not None]
+
+    def known_parts(self) -> list[tuple[Kind, Part, PartInfo]]:
+        """Without those that are code, which must be run to be known."""
+        return [(kind, part, part.info(kind)) for kind, part in self.parts() if not is_code(part.name)]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Parts in files: `file.py:function` -> SHA-256 of the file."""
+        return {part.name: part.sha256 or "" for _, part in self.parts() if is_file(part.name)}
+
+    @property
+    def compares_noise(self) -> bool:
+        """Whether the weights depend on the noise that updates state."""
+        return "noise" in self.sends
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether organisations keep tensors from round to round."""
+        return self.client_term is not None and self.client_term.info("client_term").needs.client_state
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # averaging
+    "fedavg": {},
+    "fedavgm": {"server_optimizer": {"name": "sgd", "momentum": 0.9}},
+    # averaging that corrects for local steps, or for who is worse off
+    "fednova": {"fusion": "fednova"},
+    "qfedavg": {"weighting": "uniform", "fusion": "q_fedavg"},
+    "tilted": {"weighting": "tilted"},
+    # robust to a few wrong or hostile organisations
+    "median": {"weighting": "uniform", "fusion": "median"},
+    "trimmed_mean": {"weighting": "uniform", "fusion": "trimmed_mean"},
+    "krum": {"weighting": "uniform", "fusion": "krum"},
+    "multi_krum": {"weighting": "uniform", "fusion": "multi_krum"},
+    "bulyan": {"weighting": "uniform", "fusion": "bulyan"},
+    "robust": {"fusion": "robust"},
+    "rfa": {"fusion": "geometric_median"},
+    "norm_bound": {"fusion": "norm_bound"},
+    "centred_clipping": {"weighting": "uniform", "fusion": "centred_clipping"},
+    # model merging
+    "soup": {"weighting": "uniform"},
+    "greedy_soup": {"weighting": "uniform", "fusion": "greedy_soup"},
+    "task_arithmetic": {"weighting": "uniform", "fusion": "task_arithmetic"},
+    "ties": {"weighting": "uniform", "fusion": "ties"},
+    "dare": {"fusion": "dare"},
+    "model_stock": {"weighting": "uniform", "fusion": "model_stock"},
+    "consensus": {"weighting": "uniform", "fusion": "consensus"},
+    "fisher": {"fusion": "fisher"},
+    "regmean": {"fusion": "regmean"},
+    # adapters
+    "fedit": {"fusion": "fedit", "lora": {"factors": "ab"}},
+    "ffa_lora": {"lora": {"factors": "b"}, "cite": "Sun et al., ICLR 2024, https://arxiv.org/abs/2403.12313"},
+    "rolora": {"lora": {"factors": "alternate"}, "cite": "Chen et al., NeurIPS 2025, https://arxiv.org/abs/2502.01755"},
+    "fedsvd": {"fusion": "fedsvd", "lora": {"factors": "b"}},
+    "fedex": {"fusion": "fedex", "lora": {"factors": "ab"}},
+    "flora": {"fusion": "flora", "lora": {"factors": "ab"}},
+    "flexlora": {"fusion": "flexlora", "lora": {"factors": "ab"}},
+    "fedsa": {"lora": {"factors": "ab", "keep": "b"}, "cite": "Guo et al., ICLR 2025, https://arxiv.org/abs/2410.01463"},
+    "hetlora": {"weighting": "uniform", "fusion": "hetlora", "lora": {"factors": "ab"}},
+    # server optimisers
+    "fedadam": {"server_optimizer": "adam"},
+    "fedyogi": {"server_optimizer": "yogi"},
+    "fedadagrad": {"server_optimizer": "adagrad"},
+    "fedexp": {"server_optimizer": "fedexp"},
+    # client terms
+    "fedprox": {"client_term": "proximal"},
+    "scaffold": {"weighting": "uniform", "client_term": "scaffold"},
+    "feddyn": {"weighting": "uniform", "client_term": "feddyn"},
+}
+
+
+def parts_of(name: str) -> dict[str, Any]:
+    """The parts that a recipe names, as a plan would have them."""
+    return {key: value for key, value in RECIPES[name].items() if key not in ("lora", "cite")}
+
+
+def expand(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with its recipe written out; what the plan gives beside it wins. Raises ValueError for an unknown recipe.
+
+    Code in a recipe's place, `file.py:function` or `flwr.serverapp.strategy:Krum`, is the fusion.
+    """
+    given = table.get("strategy")
+    given = {"recipe": given} if isinstance(given, str) else given
+    if not isinstance(given, Mapping) or "recipe" not in given:
+        return dict(table)
+    name = str(given["recipe"])
+    if name not in RECIPES and ":" not in name:
+        for kind in FOLDERS:
+            if name in builtin(kind):
+                raise ValueError(f'"{name}" is a part and no strategy: expected strategy.{kind} = "{name}"')
+        raise ValueError(f'unknown strategy "{name}"{nearest(name, RECIPES)}')
+    wanted = {"fusion": "mean", **parts_of(name)} if name in RECIPES else {"fusion": {"name": name}}
+    strategy = {**wanted, **{key: _with_name(wanted.get(key), value) for key, value in given.items() if key != "recipe"}}
+    lora = _lora(name, RECIPES.get(name, {}).get("lora", {}), table)
+    return {**table, "strategy": strategy, **({"lora": lora} if lora else {})}
+
+
+def _with_name(recipe: Any, given: Any) -> Any:
+    """Parameters alone are those of the recipe's part."""
+    if not isinstance(given, Mapping) or "name" in given or recipe is None:
+        return given
+    return {**({"name": recipe} if isinstance(recipe, str) else recipe), **given}
+
+
+def _lora(name: str, wanted: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
+    """The plan's table `lora` with what the recipe wants of adapters. Where none are trained, the recipe would do nothing."""
+    given, train = table.get("lora", {}), table.get("train", "head")
+    modes = [each.get("mode") if isinstance(each, Mapping) else each for each in (train if isinstance(train, list) else [train])]
+    if wanted and all(mode in ("head", "full") for mode in modes):
+        raise ValueError(f'the strategy "{name}" is for adapters, and no stage of the plan trains any: expected train = lora')
+    if not isinstance(given, Mapping):
+        return given
+    for key, value in wanted.items():
+        if given.get(key, value) != value:
+            raise ValueError(
+                f'the strategy "{name}" is for lora.{key} = "{value}", and the plan has "{given[key]}": leave it out'
+            )
+    return {**given, **wanted}

@@ -1,0 +1,209 @@
+"""The parts of a strategy as data: what a part is called, where it comes from, what it needs, and which parameters it takes.
+
+A part is a function or a frozen dataclass with one of the four decorators on it; its signature is the schema of the plan.
+Built-in parts are found in the folders weightings/, fusions/, server_optimizers/ and client_terms/: a new one is a new file,
+nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from cotune.errors import nearest
+
+Kind = Literal["weighting", "fusion", "server_optimizer", "client_term"]
+Payload = Literal["noise", "loss", "fisher", "gram"]  # what organisations send beside their deltas
+FOLDERS: dict[Kind, str] = {
+    "weighting": "weightings",
+    "fusion": "fusions",
+    "server_optimizer": "server_optimizers",
+    "client_term": "client_terms",
+}
+_GIVEN = ("update", "updates", "context")  # arguments that the round fills in; all others are the plan's
+_Build = TypeVar("_Build", bound=Callable[..., Any])
+
+
+class Visibility(StrEnum):
+    """What the server must see of the updates."""
+
+    SUM = "one sum"
+    SUM_2PASS = "sums, in several passes"
+    PER_CLIENT = "each update"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a part asks of a run; the compatibility checks read it.
+
+    sends: what organisations must send beside their deltas. receives: it sends them tensors beside the model. client_state:
+    organisations keep tensors between rounds. participation: the least fraction of them that each round must ask. optimizers: the
+    local optimisers it assumes (empty: any). momentum: whether these may have momentum. weights: whether it uses the weights of
+    the weighting. by_parameter: it treats every entry by itself, so that weights may differ between parameters. adapters: the
+    values of lora.factors that it is for (empty: it need not know of adapters). mixed_ranks: organisations may train smaller
+    ranks. rewrites: what it changes of adapters, trained or not. sets_state: its result is a new state rather than a direction,
+    which a server optimiser must not bend. mean: it counts on a fusion that is the weighted mean, as terms that keep or
+    receive tensors do anyway. server_data: it judges by validation records of the server. client_privacy: why
+    client-level privacy cannot be had with it (empty: it can).
+    """
+
+    visibility: Visibility = Visibility.SUM
+    sends: tuple[Payload, ...] = ()
+    receives: bool = False
+    client_state: bool = False
+    participation: float = 0.0
+    optimizers: tuple[str, ...] = ()
+    momentum: bool = True
+    weights: bool = True
+    by_parameter: bool = False
+    adapters: tuple[str, ...] = ()
+    mixed_ranks: bool = False
+    rewrites: tuple[Literal["a", "b", "weight"], ...] = ()
+    sets_state: bool = False
+    mean: bool = False
+    server_data: bool = False
+    client_privacy: str = ""
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """A part. build: a function (weighting, fusion) or a dataclass (server optimiser, client term). cite: its source.
+
+    least: parameters -> how many updates a round must have at least. scales: c·Δ_k for all k gives c·D. keeps: identical deltas
+    give that delta.
+    """
+
+    kind: Kind
+    name: str
+    build: Callable[..., Any]
+    cite: str
+    needs: Needs
+    least: Callable[..., int] = field(default=lambda **_: 1)
+    scales: bool = True
+    keeps: bool = True
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (inspect.getdoc(self.build) or "").split("\n")[0]
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Those that a plan may give."""
+        return {name: p for name, p in inspect.signature(self.build).parameters.items() if name not in _GIVEN}
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether a weighting looks at all updates together."""
+        return "updates" in inspect.signature(self.build).parameters
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether a fusion gives the weighted mean of what was trained, entry by entry."""
+        return self.needs.by_parameter and self.scales and self.keeps and not self.needs.sends
+
+    @property
+    def wants_context(self) -> bool:
+        return "context" in inspect.signature(self.build).parameters
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All parameters with their values, defaults filled in. Raises ValueError, in words, for what the signature does not
+        allow.
+        """
+        known, words = self.parameters, self.kind.replace("_", " ").replace("optimizer", "optimiser")
+        for key in given:
+            if key not in known:
+                hint = nearest(key, known) if known else ": it takes no parameters"
+                raise ValueError(f'{words} "{self.name}" has no parameter "{key}"{hint}')
+        try:
+            return dict(self._model.model_validate(dict(given)).model_dump())
+        except ValidationError as error:
+            first = error.errors()[0]
+            key, message = str(first["loc"][0]) if first["loc"] else "", first["msg"].removeprefix("Value error, ")
+            if first["type"] == "missing":
+                raise ValueError(f'{words} "{self.name}" lacks its parameter {key}: expected it to be given') from None
+            raise ValueError(f'{words} "{self.name}" has {key} = {first["input"]!r}: {message[0].lower()}{message[1:]}') from None
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Its parameters as JSON Schema: types, defaults, bounds, choices."""
+        return dict(self._model.model_json_schema())
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        target = self.build.__init__ if inspect.isclass(self.build) else self.build
+        hints = get_type_hints(target, include_extras=True)
+        fields: dict[str, Any] = {
+            name: (hints.get(name, float), ... if p.default is inspect.Parameter.empty else p.default)
+            for name, p in self.parameters.items()
+        }
+        return create_model("Parameters", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
+
+
+def _decorator(
+    kind: Kind, name: str, cite: str, least: Callable[..., int] | None, scales: bool, keeps: bool, needs: Needs
+) -> Callable[[_Build], _Build]:
+    def mark(build: _Build) -> _Build:
+        info = PartInfo(kind, name, build, cite, needs, least or (lambda **_: 1), scales, keeps)
+        build.part = info  # type: ignore[attr-defined]
+        return build
+
+    return mark
+
+
+def weighting(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_Build], _Build]:
+    """Marks `f(update, …) -> w_k`, or `f(updates, …) -> [w_1, …]` where they are compared; a weight may be one for each
+    parameter.
+    """
+    return _decorator("weighting", name, cite, None, True, True, needs)
+
+
+def fusion(
+    name: str,
+    *,
+    cite: str,
+    needs: Needs = Needs(),
+    least: Callable[..., int] | None = None,
+    scales: bool = True,
+    keeps: bool = True,
+) -> Callable[[_Build], _Build]:
+    """Marks `f(updates, …) -> Delta`, or a generator of contributions (see `sums`), which never sees a single update."""
+    return _decorator("fusion", name, cite, least, scales, keeps, needs)
+
+
+def server_optimizer(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_Build], _Build]:
+    """Marks a frozen dataclass with the methods of `server_optimizer.ServerOptimizer`."""
+    return _decorator("server_optimizer", name, cite, None, True, True, needs)
+
+
+def client_term(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_Build], _Build]:
+    """Marks a frozen dataclass derived from `client_term.ClientTerm`."""
+    return _decorator("client_term", name, cite, None, True, True, needs)
+
+
+def undecorated(kind: Kind, name: str, build: Callable[..., Any]) -> PartInfo:
+    """A part that says nothing about itself: a generator sees sums, any other function each update."""
+    visibility = Visibility.SUM if kind != "fusion" or inspect.isgeneratorfunction(build) else Visibility.PER_CLIENT
+    return PartInfo(kind, name, build, "", Needs(visibility=visibility))
+
+
+@functools.cache
+def builtin(kind: Kind) -> Mapping[str, PartInfo]:
+    """The parts that come with cotune, by name."""
+    found: dict[str, PartInfo] = {}
+    folder = importlib.import_module(f"cotune.strategies.{FOLDERS[kind]}")
+    for module_info in pkgutil.iter_modules(folder.__path__):
+        module = importlib.import_module(f"{folder.__name__}.{module_info.name}")
+        for value in vars(module).values():
+            info = getattr(value, "part", None)
+            if isinstance(info, PartInfo) and info.kind == kind and info.build.__module__ == module.__name__:
+                found[info.name] = info
+    return dict(sorted(found.items()))
