@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from cotune.cli.screen import screen
 from cotune.errors import PlanError
 from cotune.plan.load import value_of
+from cotune.reporting.pages import render_text
 from cotune.storage.files import write_durably
 from cotune.strategies import catalog as catalogue
 from cotune.strategies import plugins
@@ -208,8 +209,6 @@ def new(
     out: Annotated[Path | None, typer.Option(help="The file to write; default: NAME.py.")] = None,
 ) -> None:
     """Begin a rule of one's own: a file with the rule, and a test that runs the conformance checks."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     file = out or Path(f"{name}.py")
     test = file.with_name(f"test_{file.stem}.py")
     if not name.isidentifier() or not file.stem.isidentifier() or file.suffix != ".py":
@@ -217,10 +216,9 @@ def new(
     taken = [path for path in (file, test) if path.exists()]
     if taken:
         raise PlanError(f"{taken[0]} exists already: expected another --out, as nothing is overwritten")
-    pages = Environment(loader=PackageLoader("cotune.cli"), undefined=StrictUndefined, keep_trailing_newline=True)
     words = {"name": name, "file": file.name, "module": file.stem, "test": test.name}
-    file.write_text(pages.get_template(f"{kind}.py.j2").render(words), encoding="utf-8")
-    test.write_text(pages.get_template("test.py.j2").render(words), encoding="utf-8")
+    file.write_text(render_text(f"rules/{kind}.py.j2", **words), encoding="utf-8")
+    test.write_text(render_text("rules/test.py.j2", **words), encoding="utf-8")
     typer.echo(f"{file}: the rule; name it in a plan as {file.name}:{name}")
     typer.echo(f"{test}: its test; `cotune strategies test {file}:{name}` runs the same checks")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from cotune.reporting.charts import COLOURS, MOST_DOTS, Chart, Key, Line, Point, Scale, round_ticks, value_scale, value_ticks
 from cotune.reporting.comparison_statistics import Combination, Comparison, Estimate, Measured, Settings, estimate
 from cotune.reporting.formatting import percent, signed
+from cotune.reporting.pages import page_environment
 from cotune.reporting.privacy_statement import together_statement
-from cotune.reporting.run_report import page_environment
 from cotune.storage.files import write_durably
 
 _NAME = "compare.html.j2"

@@ -8,14 +8,10 @@ a phone as on a desk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.charts import accuracy_chart, epsilon_chart, label_bar, label_keys
-from cotune.reporting.formatting import duration, instant, percent, scientific, signed, size
+from cotune.reporting.pages import page_environment
 from cotune.reporting.verdict import Summary, is_private, is_real, judge, own_columns, results
 from cotune.storage.files import write_durably
 
@@ -55,18 +51,3 @@ def write_report(summary: Summary, path: Path) -> None:
     """Write the page to `path` in one step: a reader finds the old page or the new one, never half of one."""
     # "replace": a name may hold half a surrogate pair, which JSON allows and UTF-8 does not
     write_durably(path, render_report(summary).encode(errors="replace"))
-
-
-def _or_dash(write: Callable[[float], str]) -> Callable[[float | None], str]:
-    return lambda value: "–" if value is None else write(value)
-
-
-def page_environment(*folders: Path) -> Environment:
-    """Templates in `folders`, beside the report's own. Escapes everything, and refuses a field that is not there."""
-    environment = Environment(
-        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    numbers = (percent, signed, round_up, scientific, size, duration)
-    environment.filters.update({write.__name__: _or_dash(write) for write in numbers}, instant=instant, whole="{:,}".format)
-    return environment

@@ -25,7 +25,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import tomli_w
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field, ValidationError
 from safetensors import safe_open
 
@@ -39,6 +38,7 @@ from cotune.plan.load import dump_plan, load_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.federation_file import Invitation, read_invitation
+from cotune.reporting.pages import render_text
 from cotune.server.deployment import certificates
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
@@ -133,12 +133,12 @@ _SENT = {
 
 def instructions(invitation: Invitation) -> str:
     """The page, as Markdown."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    return environment.get_template("join.md.j2").render(
-        invitation=invitation, plan=invitation.plan, version=version("cotune"), leaves=list(what_leaves(invitation.plan))
+    return render_text(
+        "join.md.j2",
+        invitation=invitation,
+        plan=invitation.plan,
+        version=version("cotune"),
+        leaves=list(what_leaves(invitation.plan)),
     )
 
 

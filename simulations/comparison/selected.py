@@ -19,8 +19,8 @@ from cotune.errors import RunError
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.reporting.model_card import CARD, model_card
+from cotune.reporting.pages import page_environment
 from cotune.reporting.privacy_statement import selection_statement
-from cotune.reporting.run_report import page_environment
 from cotune.server.runs.results import dumps
 from cotune.storage.files import sync, write_durably
 

@@ -1,0 +1,37 @@
+"""The templates of pages and files that cotune writes: HTML that escapes everything, and plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.formatting import duration, instant, percent, scientific, signed, size
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render_text(name: str, **values: object) -> str:
+    """Return a text file such as `join.md.j2`, filled in. A field that is not given is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template(name).render(values)
+
+
+def _or_dash(write: Callable[[float], str]) -> Callable[[float | None], str]:
+    return lambda value: "–" if value is None else write(value)
+
+
+def page_environment() -> Environment:
+    """Return the environment of HTML pages: it escapes everything, and refuses a field that is not there."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    numbers = (percent, signed, round_up, scientific, size, duration)
+    environment.filters.update({write.__name__: _or_dash(write) for write in numbers}, instant=instant, whole="{:,}".format)
+    return environment
