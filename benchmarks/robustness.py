@@ -5,7 +5,7 @@
 Tweets, ε = 8, the head on kept features, four organizations with 61, 20, 11 and 8 % of the records, labels alike; the attacker
 has 20 %. Every round goes through the product's loop: admission with its bounds, weighting, fusion, step, and for `default` the
 guard by the coordinator's test set. The members' DP-SGD is computed in closed form, as the gradient of a linear head's row is an
-outer product: the same clipping, sampling and noise as `privacy.dp_sgd`, without its grid, in a fraction of the time.
+outer product: the same clipping, sampling and noise as `privacy.mechanisms.dp_sgd`, without its grid, in a fraction of the time.
 
 What stands above the marker in the page is by people and stays.
 """

@@ -81,7 +81,7 @@ class Account:
     def _draw_count(self) -> list[float]:
         """Charged before δ is known, which follows from it: against the total, at a δ that is public without it.
 
-        All that follows depends on the answer, so that it has an ε of its own (see `privacy.geometric`).
+        All that follows depends on the answer, so that it has an ε of its own (see `privacy.mechanisms.noise`).
         """
         total = self.policy.budget.epsilon_total
         sigma = self.policy.tell.noise_multiplier
@@ -138,7 +138,8 @@ class Account:
     def check_unanswered(self, round: int) -> None:
         """Whether a round may be trained: each is answered once, and none after a later one.
 
-        The ε of a run is composed on the ground that all its parameters are fixed before the first answer (`privacy.filters`). A
+        The ε of a run is composed on the ground that all its parameters are fixed before the first answer
+        (`privacy.accounting.filters`). A
         server that could have a round again, on another state, or go back, would choose by the answers what comes next.
 
         Raises:
@@ -204,7 +205,7 @@ class Account:
         return drawn
 
     def noised(self, values: Sequence[float], sensitivity: float) -> list[float]:
-        """Sums with Gaussian noise, both on a grid, so that no low bit tells a sum (see `privacy.gaussian`).
+        """Sums with Gaussian noise, both on a grid, so that no low bit tells a sum (see `privacy.mechanisms.noise`).
 
         sensitivity: how much one unit of privacy changes the sums at most, in L2. Rounding them to the grid may add one step for
         each entry, at most 2⁻¹⁸ of the sensitivity, for which the noise is enlarged.

@@ -1,7 +1,7 @@
 """The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here.
 
-The first thing that happens to every request: who approved its plan, and what it may hold (received.py). The last thing that
-happens to every answer: it is checked once more (outbound.py), and entered in the organisation's own log of
+The first thing that happens to every request: who approved its plan, and what it may hold (node/received.py). The last thing that
+happens to every answer: it is checked once more (egress_guard.py), and entered in the organisation's own log of
 what it has sent (audit_log.py).
 
 The finished model of a plan: what every organisation is given at the end, as a Hugging Face folder in its site.

@@ -27,7 +27,8 @@ def overview(site: Site) -> dict[str, Any]:
     """The ledger as plain values, one table for each collection ("" where there is none).
 
     ε is composed anew from the charges that count there, at the smallest δ that was in force. composition says how: "pld" for one
-    run, "renyi filter, order α" over several, whose plans may have been chosen after seeing answers (see `privacy.filters`).
+    run, "renyi filter, order α" over several, whose plans may have been chosen after seeing answers (see
+    `privacy.accounting.filters`).
     epsilon is that of what was noised; `unprotected` lists what left beside it without any privacy, which no ε bounds. Raises
     PrivacyError for a ledger that is damaged, and makes none where there is none.
     """

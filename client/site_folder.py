@@ -1,14 +1,14 @@
 """An organisation's site: one folder with its description, its ledger, and the last update it sent.
 
 site.json         name, device, where its copy of the base model is, and whether it is a simulated one
-data.json         which records it holds (see models/holdings.py)
+data.json         which records it holds (see data/dataset.py)
 policy.toml       what it allows; without one, the strict defaults
 node.key .pub     by which a server knows it
-plans/            the plans that came, and in approved.jsonl those that it has approved (approval.py)
+plans/            the plans that came, and in approved.jsonl those that it has approved (policy_check.py)
 ledger.sqlite     the privacy it has spent
 ledger.key        the secret by which the ledger knows records
 audit.jsonl       what it has sent (audit_log.py)
-node/             what its node keeps while it works (node.py)
+node/             what its node keeps while it works (node/node.py)
 outbox/           the last finished update, so that a crash after training costs nothing
 models/<plan>/    the finished model of a plan, as a Hugging Face folder
 kept/<plan>/      what is kept from round to round, by the round after which it was kept: tensors of a plan's client term, and in

@@ -45,7 +45,7 @@ class HoldingsFile(BaseModel):
     task: TaskName = "sequence-classification"  # what the records are read as
     data: DataConfig
     portions: tuple[Portion, ...]
-    collection: str = ""  # which total their charges count against (see privacy/charges.py); "": every one
+    collection: str = ""  # which total their charges count against (see privacy/ledger/charges.py); "": every one
 
     @classmethod
     def read(cls, file: Path, labels: tuple[str, ...], *, lenient: bool = False) -> Holdings:
@@ -257,5 +257,5 @@ class Holdings:
         return [records.inputs[int(i)] for records, rows in self.parts for i in rows]
 
     def identities(self) -> list[bytes]:
-        """16 bytes for each record, by which a ledger knows it again (see `inputs.identity_of`)."""
+        """16 bytes for each record, by which a ledger knows it again (see `types.identity_of`)."""
         return [records.identities[int(i)] for records, rows in self.parts for i in rows]

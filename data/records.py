@@ -44,7 +44,7 @@ class Records:
 
     labels: as `class_name` has them (1.0 reads "1", True reads "true"). source: the name to show. skipped: how many records of
     the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate", …). units: whose each record
-    is, by its plain name (see `inputs.plain`); empty where no column says it.
+    is, by its plain name (see `types.plain`); empty where no column says it.
     """
 
     inputs: tuple[Input, ...] = field(repr=False)  # private: never in a log by accident

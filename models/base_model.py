@@ -46,7 +46,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 class BaseModelFolder:
     """A checked folder.
 
-    content_hash: SHA-256 over the names and contents of the files that decide what is computed (`base_files.deciding_files`).
+    content_hash: SHA-256 over the names and contents of the files that decide what is computed (`base_folder.deciding_files`).
     revision: the commit, where the folder is a snapshot of the Hugging Face hub.
     """
 
@@ -264,7 +264,7 @@ def _configure(path: Path, labels: tuple[str, ...]) -> Any:
 
 
 def _check_padding_row(config: Any) -> None:
-    """A padding token has a row of the table of tokens; what its tokenizer says is looked at by `reach.check_tokens`."""
+    """A padding token has a row of the table of tokens; what its tokenizer says is looked at by `token_limits.check_tokens`."""
     pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise ModelError(

@@ -10,7 +10,8 @@ A simulation can look into their sites. The own part is the newest that a site h
 
 What each organization reaches once it has adapted the federated model to itself, and what it reaches alone without any noise.
 
-Both are heads on features, fitted to the organization's own training records (see `client.adaptation`); both are judged once, on
+Both are heads on features, fitted to the organization's own training records (see `client.personalization.adaptation`); both are
+judged once, on
 the common test set, of which its own held-out records are a part.
 """
 

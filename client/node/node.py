@@ -1,6 +1,6 @@
 """The resident node: stays connected to a server, answers its requests by the cotune that is installed here, and comes back.
 
-Nothing that the server sends is executed. Training runs in a process of its own (resident.py), so that heartbeats go on
+Nothing that the server sends is executed. Training runs in a process of its own (worker.py), so that heartbeats go on
 meanwhile and a crash costs one answer. A request is kept until it is answered: a node that was killed goes on with it.
 
 node/request.pb    in the site: the request that is being answered, without its content

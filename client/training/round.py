@@ -45,7 +45,7 @@ def train_round(
 ) -> Update:
     """Trains one round from `state` and returns the update; the same request again gets the same update, without training.
 
-    admitted, sent: as in the request (see strategies/wire). declarable: see `consent.check_number`.
+    admitted, sent: as in the request (see protocol/messages). declarable: see `policy_check.check_number`.
     Raises DataError when the organisation's records cannot be used, PrivacyError when its budget does not suffice.
     """
     stage, sent = plan.stage_of(round), sent or {}

@@ -99,7 +99,7 @@ def accuracy_interval(answers: Answers) -> Interval:
 def f1_interval(answers: Answers) -> Interval:
     """Return the percentiles of macro F1 over a bootstrap of the units (Efron & Tibshirani, 1993, chapter 13).
 
-    A class that neither is there nor is told in a draw has F1 0, as in `tasks.score`.
+    A class that neither is there nor is told in a draw has F1 0, as in `data.tasks.task.score`.
     """
     classes = np.arange(answers.classes)
     there, told = answers.truth[:, None] == classes, answers.told[:, None] == classes

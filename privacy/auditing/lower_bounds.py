@@ -38,7 +38,7 @@ from cotune.privacy.accounting.tradeoff import trade_off
 from cotune.privacy.auditing.canaries import Coins
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-TradeOff = Callable[[float], float]  # see `accounting.trade_off`
+TradeOff = Callable[[float], float]  # see `tradeoff.trade_off`
 
 _FEWEST_GUESSES = 16
 _MOST_NOISE = 64.0  # times the claimed σ: a bound from still more noise is no bound worth printing

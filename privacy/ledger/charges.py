@@ -5,7 +5,8 @@ The same for the ledger itself and for whoever holds an exported log: pure funct
 All charges count against one total, whichever data sets they were made on. If only those counted that share a record, refusals
 and noise would tell whether they do. An owner may keep records in *collections*, each with a total of its own: a charge made in a
 collection counts there, one made in none ("") counts in all. Collections hold different records, since a record that was charged
-in one is left out of all others (see `privacy.ledger`), so that a record's charges are those of one collection and of none.
+in one is left out of all others (see `privacy.ledger.ledger`), so that a record's charges are those of one collection and of
+none.
 
 Whether a charge may be made: what it would bring every record to that it concerns, against what was allowed.
 """

@@ -4,7 +4,8 @@ A charge is *reserved* with the worst case before training starts, and *settled*
 leaves the reservation standing: it counts as spent. Stored are accounting events (σ, q, steps, mechanism), never an ε, so that
 composition stays tight over rounds, runs, plans, restarts and years.
 
-All charges count against one total, or in collections (see `privacy.charges`) against one each. Which charges count is decided by
+All charges count against one total, or in collections (see `privacy.ledger.charges`) against one each. Which charges count is
+decided by
 nothing that a record could change: neither noise nor a refusal tells whether two data sets share one. A record that was charged
 in a collection is left out of all others: `elsewhere` names it beforehand, and no charge is made on data that still hold it.
 

@@ -216,7 +216,7 @@ class ExactSum:
 
     Args:
         like: The trained parameters: their shapes and device.
-        grid: Of `gaussian.grid_of`, for as many entries as `like` has.
+        grid: Of `noise.grid_of`, for as many entries as `like` has.
     """
 
     def __init__(self, like: Sequence[Tensor], grid: Grid, clipping: Clipping) -> None:

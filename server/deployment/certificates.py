@@ -3,7 +3,8 @@
 ca.crt          goes to every organisation        ca.key        signs; may be kept elsewhere between renewals
 server.crt      what the server shows             server.key    stays on the server
 
-Where the authority was replaced (rotation.py), ca.crt holds the one before it too, second: whatever still shows a certificate of
+Where the authority was replaced (key_rotation.py), ca.crt holds the one before it too, second: whatever still shows a certificate
+of
 that one is believed on this machine until it is restarted. Organizations are given the first (`authority_pem`).
 """
 

@@ -6,7 +6,7 @@ federation.toml    what organisations are given (plan/invitation), and JOIN.md, 
 members.json       who was invited (members.py)
 certificates/      the authority, and what the server shows (certificates.py)
 superlink/         what Flower's processes keep, their logs, and which of them run
-runs/<run>/        one folder per run (run_folder.py)
+runs/<run>/        one folder per run (server/runs/run_folder.py)
 
 A federation is made: the coordinator's folder, whole or not at all, with a plan that leaves nothing open.
 

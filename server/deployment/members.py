@@ -2,7 +2,8 @@
 folder.
 
 A key belongs to one organisation and an organisation has one key: who takes part is known by the key alone, never by what
-somebody says. Whoever was revoked stays in the list, and so does a key that its organization has replaced (plan/renewal.py).
+somebody says. Whoever was revoked stays in the list, and so does a key that its organization has replaced
+(protocol/key_renewal.py).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ reached any more; and at the latest `server.deadline_seconds` after it began. In
 the others took: once the quorum and half of those who are asked have answered, whoever has had `server.patience` times their
 median, and `server.least_seconds`, has timed out.
 
-Where nobody has approved the plan yet (approvals.py), the organization is asked again. The round does not wait for it once the
+Where nobody has approved the plan yet, the organization is asked again. The round does not wait for it once the
 quorum stands, and otherwise for at most `server.approval_seconds`: from then on it is asked again only while somebody else is
 waited for, so that two that take turns do not keep a round from ending. Whoever is revoked is not waited for at all.
 

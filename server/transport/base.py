@@ -1,5 +1,5 @@
 """Messages to organisations and their answers. In a simulation the calls are made at once, one organisation after the other;
-a real run's post is carried by threads (carriers.py).
+a real run's post is carried by threads (superlink.py).
 """
 
 from __future__ import annotations
