@@ -2,10 +2,10 @@
 
     CotuneError
     ├── PlanError      the plan, or an override of it, is not valid
-    ├── DataError      the organisation's records cannot be used as the plan says
+    ├── DataError      the organization's records cannot be used as the plan says
     ├── ModelError     the base model cannot be used as the plan says
     ├── PrivacyError   the privacy that was asked for cannot be given, or would be exceeded
-    │   └── Declined   a rule of the organisation's own does not allow what a plan asks for
+    │   └── Declined   a rule of the organization's own does not allow what a plan asks for
     ├── DeviceError    the hardware that was asked for is not there
     └── RunError       a run could not go on
 
@@ -32,7 +32,7 @@ class PlanError(CotuneError):
 
 
 class DataError(CotuneError):
-    """The organisation's records cannot be used as the plan says."""
+    """The organization's records cannot be used as the plan says."""
 
 
 class ModelError(CotuneError):
@@ -44,9 +44,9 @@ class PrivacyError(CotuneError):
 
 
 class Declined(PrivacyError):
-    """A rule of the organisation's own does not allow what a plan asks for.
+    """A rule of the organization's own does not allow what a plan asks for.
 
-    The sentence is for the organisation; `public` names the rule alone, and may be told where the records do not decide it.
+    The sentence is for the organization; `public` names the rule alone, and may be told where the records do not decide it.
     """
 
     def __init__(self, rule: str, reason: str) -> None:

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 
 SIDE = 8  # pixels
 PLAN = """\
-# FedAvg on 10 organisations with very unequal classes reaches about .92 after 20 rounds.
+# FedAvg on 10 organizations with very unequal classes reaches about .92 after 20 rounds.
 task = "image-classification"
 train = "head"
 rounds = 20

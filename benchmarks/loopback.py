@@ -55,7 +55,7 @@ def until(condition: Callable[[], _Found], seconds: float = 180.0) -> _Found:
 
 @dataclass(frozen=True)
 class Federation:
-    """keys: of the organisations, in the order of their node ids, as the server asks them in this order."""
+    """keys: of the organizations, in the order of their node ids, as the server asks them in this order."""
 
     folder: Path
     port: int
@@ -161,10 +161,10 @@ class Federation:
 
 
 @contextmanager
-def federation(folder: Path, organisations: int, *options: str | Path) -> Iterator[Federation]:
+def federation(folder: Path, organizations: int, *options: str | Path) -> Iterator[Federation]:
     """Certificates and keys, a running SuperLink with these options, and the keys registered there."""
     (folder / "flwr").mkdir(parents=True)
-    made = Federation(folder, free_port(), [_write_key(folder / f"key-{i}") for i in range(organisations)], {})
+    made = Federation(folder, free_port(), [_write_key(folder / f"key-{i}") for i in range(organizations)], {})
     new_authority(made.certificates, ())
     config = f'[superlink.loopback]\naddress = "{made.address}"\nroot-certificates = "{made.certificates / "ca.crt"}"\n'
     (folder / "flwr" / "config.toml").write_text(config)
@@ -177,8 +177,8 @@ def federation(folder: Path, organisations: int, *options: str | Path) -> Iterat
         made.stop()
 
 
-def prepare_run(folder: Path, organisations: int, rounds: int, steps: int = 2) -> RunFolder:
-    """A run on a tiny, random bert and made-up sentences, with a site for each organisation."""
+def prepare_run(folder: Path, organizations: int, rounds: int, steps: int = 2) -> RunFolder:
+    """A run on a tiny, random bert and made-up sentences, with a site for each organization."""
     plan = {
         "rounds": rounds,
         "privacy": "none",
@@ -186,7 +186,7 @@ def prepare_run(folder: Path, organisations: int, rounds: int, steps: int = 2) -
         "data": {"source": str(write_sentences(folder.parent / "sentences.csv"))},
         "local": {"learning_rate": 1.0, "batch_size": 0.5, "steps": steps},
         "server": {"quorum": 0.5},
-        "simulation": {"clients": organisations, "partition": "iid"},
+        "simulation": {"clients": organizations, "partition": "iid"},
     }
     return make_run(prepare(parse_plan(plan), "cpu"), folder, "superlink", "cpu")
 

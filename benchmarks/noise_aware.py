@@ -1,12 +1,12 @@
-"""Does `weighting = "noise_aware"` pay off where every organisation chooses its own ε? Measured on real tweets.
+"""Does `weighting = "noise_aware"` pay off where every organization chooses its own ε? Measured on real tweets.
 
     python benchmarks/noise_aware.py --out docs/results/noise-aware.md
 
-Six organisations train the head of one frozen encoder; their ε, from 0.5 to 8, are dealt out to them by seed, so that small and
+Six organizations train the head of one frozen encoder; their ε, from 0.5 to 8, are dealt out to them by seed, so that small and
 large ones draw strict and loose ones alike. Each seed has one partition and one deal, on which every weighting is run.
 
 `persistent` is no weighting of cotune's, it is here to explain the others: 1/(v + Rτ²) for R rounds. Noise is drawn afresh in
-every round and averages out over them; what is particular to an organisation is not and does not.
+every round and averages out over them; what is particular to an organization is not and does not.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--partitions", nargs="+", default=["dirichlet:0.5", "iid", "quantity:0.5"])
-    parser.add_argument("--epsilons", nargs="+", type=float, default=list(EPSILONS), help="one per organisation")
+    parser.add_argument("--epsilons", nargs="+", type=float, default=list(EPSILONS), help="one per organization")
     parser.add_argument("--repetitions", type=int, default=30, help="of the round whose variance is measured")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of the plan")
     parser.add_argument("--out", type=Path, default=Path("docs/results/noise-aware.md"))
@@ -85,7 +85,7 @@ def main() -> None:
 
 def prediction(repetitions: int) -> str:
     """The stated noise against the variance of repeated rounds from one state: what curvature, signal and sampling change."""
-    rows = ["| ε | optimiser | parameter | stated v | measured variance | ratio |", "|---|---|---|---|---|---|"]
+    rows = ["| ε | optimizer | parameter | stated v | measured variance | ratio |", "|---|---|---|---|---|---|"]
     optimizers = {"tweets preset": [], "adam": ["local.optimizer=adam", "local.learning_rate=0.02"]}
     for epsilon, (name, changes) in itertools.product((0.5, 8.0), optimizers.items()):
         settings = ["simulation.partition=iid", "strategy.weighting=noise_aware", f"privacy.epsilon={epsilon}", *changes]
@@ -98,7 +98,7 @@ def prediction(repetitions: int) -> str:
 
 
 def repeated(settings: Sequence[str], repetitions: int) -> list[Update]:
-    """The first round of one organisation of four, again and again from the same state, each with a ledger of its own."""
+    """The first round of one organization of four, again and again from the same state, each with a ledger of its own."""
     prepared = prepare(load_plan("tweets", [*LOCAL, *settings]), "cpu")
     plan, share = prepared.plan, prepared.shares[0]
     model = model_of(plan, "cpu")
@@ -194,7 +194,7 @@ def accuracies(runs: list[tuple[Deal, dict[str, Seen]]]) -> str:
 def shares(runs: list[tuple[Deal, dict[str, Seen]]]) -> str:
     """Who counts how much, and why: first and last round of the noise-aware runs, for the parameter with the most entries."""
     rows = [
-        "| seed | organisation | records | labels | ε | √v, first round"
+        "| seed | organization | records | labels | ε | √v, first round"
         " | share by examples | noise-aware, first round | last round |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -227,7 +227,7 @@ def _shares(updates: list[Update]) -> _Shares:
     variances = [(u.noise_variance or {})[name] for u in updates]
     found = random_effects(updates, [name], variances)
     total = sum(found.weights)
-    people = [u.organisation for u in updates]
+    people = [u.organization for u in updates]
     shares = dict(zip(people, (w / total for w in found.weights), strict=True))
     return _Shares(found.between, dict(zip(people, variances, strict=True)), shares)
 

@@ -153,7 +153,7 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
     rng = np.random.default_rng([seed, 1])
 
     def answer(request: Request) -> Update:
-        part = int(request.organisation[-1]) - 1
+        part = int(request.organization[-1]) - 1
         hostile = part == ATTACKER and attack != "none"
         delta = trained(data, plan, part, matrix(dict(request.state)), attack if hostile else "", noises[part], rng)
         twist = TWISTS.get(attack) if hostile else None
@@ -161,7 +161,7 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
         named = {"classifier.weight": delta[:, :-1], "classifier.bias": delta[:, -1]}
         tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in named.items()}
         received, steps = received_digest(request.state, request.sent), plan.stages[0].local.steps or 1
-        return Update(request.organisation, request.round, tensors, count or len(data.parts[part]), steps, received=received)
+        return Update(request.organization, request.round, tensors, count or len(data.parts[part]), steps, received=received)
 
     people = tuple(Participant(name=f"org-{i + 1}") for i in range(len(SIZES)))
     file = RunFile(run="robustness", created="2026-01-01T00:00:00+00:00", engine="in-process", participants=people, silent=True)

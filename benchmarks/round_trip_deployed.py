@@ -1,6 +1,6 @@
 """How long is a deployed round that trains next to nothing: by the public port, directly at the SuperLink, and before a change?
 
-    python benchmarks/round_trip_deployed.py [--organisations 2] [--rounds 20] [--times 3] [--before PYTHON]
+    python benchmarks/round_trip_deployed.py [--organizations 2] [--rounds 20] [--times 3] [--before PYTHON]
 
 Everything by cotune's own commands, over TLS and with keys: `server start`, `client join`, `server run`. The sides take turns,
 `--times` times, each with a server and nodes of its own that end before the next begins. `--before` is the Python of another
@@ -38,7 +38,7 @@ class Side:
     name: str
     folder: Path
     python: str
-    organisations: tuple[str, ...]
+    organizations: tuple[str, ...]
     direct: bool
 
     @property
@@ -89,7 +89,7 @@ def set_up(side: Side, rounds: int) -> None:
     ports = ("--port", str(free_port()), "--superlink-port", str(free_port()))
     side.do("server", "init", side.fed, "--plan", side.folder / "plan.toml", "--host", "localhost", "--device", "cpu", *ports)
     policy = subprocess.run([side.python, "-c", PERMISSIVE], capture_output=True, text=True, check=True).stdout
-    for number, name in enumerate(side.organisations):
+    for number, name in enumerate(side.organizations):
         write_sentences(side.folder / f"{name}.csv", number)
         side.do("client", "init", side.folder / name, "--name", name, "--device", "cpu")
         (side.folder / name / "policy.toml").write_text(policy, encoding="utf-8")
@@ -111,10 +111,10 @@ def measure(side: Side) -> list[float]:
     with ExitStack() as stack:
         said = stack.enter_context(side.staying("server", "server", "start", side.fed))
         until(lambda: "ready: " in said())
-        for name in side.organisations:
+        for name in side.organizations:
             own = () if (side.folder / name / "data.json").exists() else own_files(side, name)
             stack.enter_context(side.staying(name, "client", "join", side.folder / name, side.folder / "federation.toml", *own))
-        until(lambda: all(f"{name} is online" in said() for name in side.organisations))
+        until(lambda: all(f"{name} is online" in said() for name in side.organizations))
         side.do("server", "run", side.fed)
     newest = max((side.fed / "runs").glob("*/events.jsonl"), key=lambda file: file.stat().st_mtime)
     events = [json.loads(line) for line in newest.read_text(encoding="utf-8").splitlines()]
@@ -123,12 +123,12 @@ def measure(side: Side) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--organisations", type=int, default=2)
+    parser.add_argument("--organizations", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--before", metavar="PYTHON", help="of an installation of another cotune")
     given = parser.parse_args()
-    names = tuple(f"org-{i + 1}" for i in range(given.organisations))
+    names = tuple(f"org-{i + 1}" for i in range(given.organizations))
     with tempfile.TemporaryDirectory() as folder:
         pythons = {PORT: sys.executable, SUPERLINK: sys.executable, **({BEFORE: given.before} if given.before else {})}
         sides = [

@@ -2,7 +2,7 @@
 
     python benchmarks/strategies.py --out docs/results/strategies.md
 
-Digits: ten organisations, labels by Dirichlet 0.1 and 0.5, all of them or three in a round, five seeds. A knob that decides over
+Digits: ten organizations, labels by Dirichlet 0.1 and 0.5, all of them or three in a round, five seeds. A knob that decides over
 success or failure is chosen from a few candidates on other seeds, with all ten at Dirichlet 0.1, and kept for all that is
 reported. Tweets: the preset `tweets-lora` cut down to what a laptop can train, from a fresh head.
 
@@ -60,7 +60,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "bulyan": ("bulyan",),
     "rfa": ("rfa",),
     "norm_bound": _with("norm_bound", "fusion", norm=(0.3, 1.0, 3.0)),
-    "centred_clipping": _with("centred_clipping", "fusion", norm=(0.3, 1.0, 3.0)),
+    "centered_clipping": _with("centered_clipping", "fusion", norm=(0.3, 1.0, 3.0)),
     "task_arithmetic": _with("task_arithmetic", "fusion", scale=(0.1, 0.2, 0.4)),
     "ties": _with("ties", "fusion", density=(0.2, 0.5, 0.8)),
     "dare": _with("dare", "fusion", drop=(0.5, 0.9)),
@@ -141,7 +141,7 @@ def digits(runs: Path, names: Sequence[str], seeds: int, jobs: int | None) -> It
 
 
 def choose(plan: Path, runs: Path, names: Sequence[str], jobs: int | None) -> tuple[str, dict[str, str]]:
-    """The best candidate of each strategy by mean accuracy under the tuning seeds, all ten organisations, Dirichlet 0.1."""
+    """The best candidate of each strategy by mean accuracy under the tuning seeds, all ten organizations, Dirichlet 0.1."""
     several = {name: CANDIDATES[name] for name in names if len(CANDIDATES[name]) > 1}
     values = tuple(value for candidates in several.values() for value in candidates)
     accuracy: dict[str, float] = {}
@@ -178,7 +178,7 @@ def table(rows: Mapping[str, Combination]) -> str:
     baseline = next(iter(rows))
     headings = (
         "strategy", "accuracy, mean ± 95 %", f"difference to {baseline}, points (95 %)", "p (Holm)", "worst"
-        " organisation", "spread",
+        " organization", "spread",
         "kB up", "s",
     )  # fmt: skip
     ranked = sorted(rows.items(), key=lambda item: -(item[1].accuracy.mean if item[1].accuracy else 0.0))

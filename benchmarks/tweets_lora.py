@@ -2,7 +2,7 @@
 
     python benchmarks/tweets_lora.py --out docs/results/tweets-lora.md
 
-Every row is trained with the same total ε per organisation, on the same partition for each seed. What was trained is kept under
+Every row is trained with the same total ε per organization, on the same partition for each seed. What was trained is kept under
 --runs, and not trained again: the command can be stopped and started again. The table has what is finished.
 """
 

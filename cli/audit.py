@@ -30,7 +30,7 @@ _LIMITS = (
     " 1 % too small shows in its test. Tried are a few adversarial states and records, not all there are. Audited are the steps"
     " from the records to the delta; not the sending or the ledger.",
     "The attack on the records is a plain one: an AUC near 0.5 is no proof that a better one would learn nothing.",
-    "Nothing was released and no ledger was touched. The table is computed from the records: it is for the organisation alone.",
+    "Nothing was released and no ledger was touched. The table is computed from the records: it is for the organization alone.",
 )
 
 
@@ -51,7 +51,7 @@ def audit(
     clients: Clients = None,
     partition: Partition = None,
     by: By = None,
-    organisation: Annotated[str | None, typer.Option(help="Whose records; default: the first organisation's.")] = None,
+    organization: Annotated[str | None, typer.Option(help="Whose records; default: the first organization's.")] = None,
     canaries: Annotated[
         int | None,
         typer.Option(
@@ -89,7 +89,7 @@ def audit(
     with screen(stderr=True, quiet=as_json).status("training with canaries"):
         result = run_audit(
             Path(options.source) if run else options.load(),
-            organisation=organisation,
+            organization=organization,
             canaries=targets,
             rounds=rounds,
             tight=tight,
@@ -108,7 +108,7 @@ def audit(
 
 def _show(console: Console, result: AuditResult) -> None:
     console.print(
-        f"[bold]{escape(result.plan)}[/bold]: {escape(result.organisation)}, {result.examples:,} examples, {_part(result)},"
+        f"[bold]{escape(result.plan)}[/bold]: {escape(result.organization)}, {result.examples:,} examples, {_part(result)},"
         f" σ = {result.noise_multiplier:.3f}, {duration(result.seconds)}"
     )
     console.print("ε is at least, for any mechanism or for these steps; what no mistake would show:")

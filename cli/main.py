@@ -59,7 +59,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure; anywhere on the line.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Organisations that cannot pool their data fine-tune one model together, with record-level differential privacy."""
+    """Organizations that cannot pool their data fine-tune one model together, with record-level differential privacy."""
 
 
 def run() -> None:

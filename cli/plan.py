@@ -46,7 +46,7 @@ def show_forecast(console: Console, seen: Forecast) -> None:
     for note in seen.notes:
         console.print(escape(note))
     console.print(_stages(seen))
-    console.print(_organisations(seen))
+    console.print(_organizations(seen))
     if plan.privacy == "none":
         kind = "differential privacy" if plan.client_privacy is None else "record-level differential privacy"
         console.print(f"[bold red]No {kind}: the plan says privacy = none.[/bold red]")
@@ -54,7 +54,7 @@ def show_forecast(console: Console, seen: Forecast) -> None:
         _show_claim(console, seen.figures)
     if seen.client_privacy is not None:
         _show_client_privacy(console, seen.client_privacy)
-    _show_new_policy(console, seen.new_policy, len(seen.organisations))
+    _show_new_policy(console, seen.new_policy, len(seen.organizations))
     console.print(f"{_time(seen)}nothing was trained")
 
 
@@ -80,19 +80,19 @@ def _show_claim(console: Console, figures: Figures) -> None:
 def _show_client_privacy(console: Console, seen: ClientForecast) -> None:
     console.print(
         f"client-level privacy: ε {round_up(seen.epsilon_planned)} planned, noise multiplier {seen.noise_multiplier:.3f}; in each"
-        f" round's mean of {seen.expected_organisations:g} organisations the noise has the norm {seen.noise:.3g}, where what they"
+        f" round's mean of {seen.expected_organizations:g} organizations the noise has the norm {seen.noise:.3g}, where what they"
         f" sent has {seen.signal:.3g} at most (with the clip norm of the start)"
     )
     for paragraph in seen.statement:
         console.print(escape(paragraph))
 
 
-def _show_new_policy(console: Console, said: NewPolicy, organisations: int) -> None:
+def _show_new_policy(console: Console, said: NewPolicy, organizations: int) -> None:
     """What an organization whose policy is as `cotune client init` makes it will say, a line for each rule."""
     for rule in dict.fromkeys(refusal.rule for refusal in said.refused):
         first, *others = (refusal for refusal in said.refused if refusal.rule == rule)
-        whose = "" if len(first.organisations) == organisations else f" of {_named(first.organisations)}"
-        rest = [name for refusal in others for name in refusal.organisations]
+        whose = "" if len(first.organizations) == organizations else f" of {_named(first.organizations)}"
+        rest = [name for refusal in others for name in refusal.organizations]
         also = f"; by the same rule that of {_named(rest)}" if rest else ""
         line = f"a new policy{whose} declines this plan by the rule [bold]{escape(rule)}[/bold]: "
         console.print(line + escape(_bound(first, said) + also))
@@ -131,12 +131,12 @@ def _stages(seen: Forecast) -> Table:
     return table
 
 
-def _organisations(seen: Forecast) -> Table:
+def _organizations(seen: Forecast) -> Table:
     private = seen.plan.privacy != "none"
     table = Table("organization", box=None, header_style="bold", pad_edge=False)
     for heading in ("examples", "batch", "steps", *(("σ", "ε planned", "ε allowed", "δ") if private else ())):
         table.add_column(heading, justify="right")
-    for o in seen.organisations:
+    for o in seen.organizations:
         figures = (
             (f"{o.noise_multiplier:.3f}", round_up(o.epsilon_planned or 0.0), f"{o.epsilon_allowed:g}", f"{o.delta:.1e}")
             if private
@@ -232,7 +232,7 @@ def check(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Say what a plan will do: organisations, rounds, steps, noise, ε, bytes and time; train nothing."""
+    """Say what a plan will do: organizations, rounds, steps, noise, ε, bytes and time; train nothing."""
     began = time.perf_counter()
     options = PlanOptions(plan, data, task, text, label, model, clients, partition, by, override)
     if examples is None:

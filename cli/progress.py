@@ -33,14 +33,14 @@ from cotune.server.runs.events import Listener, listening
 
 def remote_line(event: str, fields: dict[str, Any]) -> str | None:
     """None for any other event."""
-    who, round = fields.get("organisation"), fields.get("round")
+    who, round = fields.get("organization"), fields.get("round")
     match event:
         case "waiting":
             return _waiting(fields)
         case "awaiting_approval":
             return _awaiting_approval(fields)
         case "round_started" if round == 1:
-            return f"round 1: asking {', '.join(fields['organisations'])}; each encodes its records first, for minutes"
+            return f"round 1: asking {', '.join(fields['organizations'])}; each encodes its records first, for minutes"
         case "update_received":
             return _received(fields)
         case "update_quarantined":
@@ -53,13 +53,13 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return f"{who} counts {100 * fields['weight']:.2g} % only: agree on its number of records (`invite --examples`)"
         case "note":
             return f"note: {fields['text']}"
-        case "organisation_left_out":
+        case "organization_left_out":
             return f"{who} is left out of the run from now on: {fields['reason']}"
         case "connection_lost":
             return f"the connection to the SuperLink is lost: {fields.get('reason', 'it does not answer')}"
         case "connection_back":
             return "the connection to the SuperLink is back"
-        case "organisation_left":
+        case "organization_left":
             return f"{who} has left the federation: it is asked again once it rejoins"
         case "delivered":
             return f"{who} has the finished model"
@@ -85,11 +85,11 @@ def _waiting(fields: dict[str, Any]) -> str:
     connected = fields["connected"]
     there = connected if isinstance(connected, int) else len(connected)
     absent = f"; not connected: {', '.join(fields['absent'])}" if fields["absent"] else ""
-    return f"waiting for organisations: {there} connected, {fields['needed']} needed{absent}"
+    return f"waiting for organizations: {there} connected, {fields['needed']} needed{absent}"
 
 
 def _awaiting_approval(fields: dict[str, Any]) -> str:
-    round, names = fields["round"], ", ".join(fields["organisations"])
+    round, names = fields["round"], ", ".join(fields["organizations"])
     if not names:
         return f"round {round}: nobody has to approve the plan any more"
     return (
@@ -99,7 +99,7 @@ def _awaiting_approval(fields: dict[str, Any]) -> str:
 
 
 def _not_applied(fields: dict[str, Any]) -> str:
-    names = ", ".join(each["organisation"] for each in fields["suspects"])
+    names = ", ".join(each["organization"] for each in fields["suspects"])
     whom = f"; what stood out most: the update of {names}" if names else ""
     return (
         f"round {fields['round']} is not applied, as the accuracy on the test set fell to {fields['accuracy']:.3f}"
@@ -109,7 +109,7 @@ def _not_applied(fields: dict[str, Any]) -> str:
 
 def _received(fields: dict[str, Any]) -> str:
     spent = "" if fields["epsilon"] is None else f", ε {round_up(fields['epsilon'])} stated"
-    return f"round {fields['round']}: {fields['organisation']} answered, {size(fields['bytes'])}{spent}"
+    return f"round {fields['round']}: {fields['organization']} answered, {size(fields['bytes'])}{spent}"
 
 
 _FEATURE_SECONDS = 5.0  # between two plain lines about encoding
@@ -162,7 +162,7 @@ class _Lines:
             self.seconds.append(fields["seconds"])
             self.print(_round_line(fields, self.rounds, self._remaining(fields["round"])))
         elif event == "update_dropped":
-            self.print(f"round {fields['round']}: {fields['organisation']} left out: {fields['reason']}")
+            self.print(f"round {fields['round']}: {fields['organization']} left out: {fields['reason']}")
         elif event == "run_stopped":
             self.print(f"the run was stopped: {fields['reason']}")
         elif event == "baseline_failed":
@@ -219,7 +219,7 @@ class _Live(_Lines):
             return
         spent = f", ε {round_up(details['epsilon'])}" if details["epsilon"] is not None else ""
         loss = f", loss {details['loss']:.3f}" if details["loss"] is not None else ""
-        where = f"baseline {self.baseline}" if self.baseline else details["organisation"]
+        where = f"baseline {self.baseline}" if self.baseline else details["organization"]
         self._bar("steps", f"round {details['round']}, {where}{loss}{spent}", details["step"], details["steps"])
 
     def _bar(self, key: str, description: str, done: int, total: int) -> None:
@@ -238,7 +238,7 @@ def _file_of(details: dict[str, Any]) -> str:
 
 
 def _round_line(fields: dict[str, Any], rounds: int, remaining: float | None) -> str:
-    parts = [f"round {fields['round']}/{rounds} ({fields['stage']})", f"{len(fields['participants'])} organisations"]
+    parts = [f"round {fields['round']}/{rounds} ({fields['stage']})", f"{len(fields['participants'])} organizations"]
     if fields["metrics"]:
         parts.append(f"test accuracy {fields['metrics']['accuracy']:.3f}")
     if fields["epsilon"]:

@@ -92,12 +92,12 @@ def show(console: Console, result: Run) -> None:
     if summary["stopped"] is not None:
         console.print(f"[bold]The run was stopped: {escape(summary['stopped'])}.[/bold]")
     console.print(
-        "[bold]is it worth joining?[/bold] accuracy on each organisation's own held-out records; alone: without privacy"
+        "[bold]is it worth joining?[/bold] accuracy on each organization's own held-out records; alone: without privacy"
     )
     console.print(_own_records(console, summary))
     _answer(console, summary)
     console.print(_comparison(summary))
-    console.print(_organisations(summary))
+    console.print(_organizations(summary))
     for note in summary["data"]["notes"]:
         console.print(escape(note))
     traffic = f"{size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down"
@@ -113,15 +113,15 @@ def show(console: Console, result: Run) -> None:
 
 
 def _own_records(console: Console, summary: dict[str, Any]) -> Table:
-    """What each choice reaches on an organisation's own held-out records, and whether joining and alone differ there."""
+    """What each choice reaches on an organization's own held-out records, and whether joining and alone differ there."""
     columns, headings = own_columns(summary), {"majority": "majority", "alone_without_privacy": "alone", "adapted": "adapted"}
     headings |= {"alone": "alone, ε" if is_private(summary) else "alone, plan", "federated": "federated"}
     narrow = console.width < _WIDE
     table = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0) if narrow else (0, 1))
-    table.add_column("organisation", overflow="fold")
+    table.add_column("organization", overflow="fold")
     for heading in (*(headings[key] for key in columns), "gain", "records", "worth it"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for o in summary["organisations"]:
+    for o in summary["organizations"]:
         own, worth = o["own"], o["worth"]
         figures = [f"{own[key]['accuracy']:.3f}" if own and own[key] else "–" for key in columns]
         gain = f"{worth['difference']:+.3f}" if worth else "–"
@@ -146,13 +146,13 @@ def _comparison(summary: dict[str, Any]) -> Table:
     )
     for heading in ("accuracy", "precision", "recall", "F1"):
         table.add_column(heading, justify="right")
-    alone = "each organisation alone, mean" + (" (same privacy)" if private else "")
+    alone = "each organization alone, mean" + (" (same privacy)" if private else "")
     without = (test["alone_without_privacy"] or {}).get("mean")
     rows = [("majority class", test["majority"]), (alone, (test["alone"] or {}).get("mean"))]
     rows += [
-        ("each organisation alone, mean (without privacy)", without),
+        ("each organization alone, mean (without privacy)", without),
         (f"federated ({'own models, mean of ' if is_personal(summary) else ''}this run)", test["federated"]),
-        ("federated, adapted by each organisation, mean", (test["adapted"] or {}).get("mean")),
+        ("federated, adapted by each organization, mean", (test["adapted"] or {}).get("mean")),
         ("all data pooled, without privacy (the bound)", test["pooled"]),
     ]
     for name, metrics in rows:
@@ -162,14 +162,14 @@ def _comparison(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _organisations(summary: dict[str, Any]) -> Table:
+def _organizations(summary: dict[str, Any]) -> Table:
     private = summary["privacy"]["mode"] != "none"
-    table = Table("organisation", header_style="bold", pad_edge=False, box=None)
+    table = Table("organization", header_style="bold", pad_edge=False, box=None)
     claim = summary["privacy"].get("claim")
     counted = "examples" if claim is None or claim["unit"] == "record" else f"{claim['unit']}s"
     for heading in (escape(counted), "rounds", *(("ε spent", "ε allowed") if private else ())):
         table.add_column(heading, justify="right")
-    for o in summary["organisations"]:
+    for o in summary["organizations"]:
         privacy = (round_up(o["epsilon_spent"]), f"{o['epsilon_allowed']:g}") if private else ()
         table.add_row(escape(o["name"]), f"{o['examples']:,}", str(o["rounds"]), *privacy)
     return table

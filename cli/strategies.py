@@ -21,7 +21,7 @@ from cotune.errors import PlanError
 from cotune.plan.load import value_of
 from cotune.reporting.pages import render_text
 from cotune.storage.files import write_durably
-from cotune.strategies import catalog as catalogue
+from cotune.strategies import catalog as catalog
 from cotune.strategies import plugins
 from cotune.strategies.own_names import own_name
 from cotune.strategies.plugins import is_code
@@ -38,7 +38,7 @@ _MARK = "<!-- From here on the page is written by `cotune strategies --page docs
 _HEADINGS = {
     "weighting": "Weightings",
     "fusion": "Fusions",
-    "server_optimizer": "Server optimisers",
+    "server_optimizer": "Server optimizers",
     "client_term": "Client terms",
 }
 
@@ -52,14 +52,14 @@ def _tables() -> Iterator[str]:
     yield from ("## Strategies by name", "")
     yield from _table(
         ("name", "parts", "adapters", "the server sees", "record-level ε", "client-level ε", "source"),
-        [_recipe(recipe) for recipe in catalogue.recipes()],
+        [_recipe(recipe) for recipe in catalog.recipes()],
     )
-    parts = catalogue.parts(installed=False)
+    parts = catalog.parts(installed=False)
     for kind, heading in _HEADINGS.items():
         found = [part for part in parts if part["kind"] == kind]
         if found:
             yield from ("", f"## {heading}", "")
-            columns = ("name", "what it does", "parameters", "the server sees", "organisations send", "they keep")
+            columns = ("name", "what it does", "parameters", "the server sees", "organizations send", "they keep")
             yield from _table((*columns, "record-level ε", "client-level ε", "source"), [_part(part) for part in found])
 
 
@@ -93,7 +93,7 @@ _PAGE_HEADINGS = {
     "recipe": "strategies",
     "weighting": "weightings",
     "fusion": "fusions",
-    "server_optimizer": "server optimisers",
+    "server_optimizer": "server optimizers",
     "client_term": "client terms",
 }
 AsJson = Annotated[bool, typer.Option("--json", help="Print plain JSON.")]
@@ -122,7 +122,7 @@ def overview(
     """List all strategies and parts; with a NAME, explain it."""
     if context.invoked_subcommand is not None:
         return
-    found = [*catalogue.recipes(), *catalogue.parts()]
+    found = [*catalog.recipes(), *catalog.parts()]
     if page is not None:
         _renew(page)
     elif as_json:
@@ -159,7 +159,7 @@ def show(
 ) -> None:
     """Explain a strategy or a part; my_rules.py:my_fusion one of your own."""
     _check_own_name(name)
-    found = [catalogue.described(_page_part(name, None))] if is_code(name) else catalogue.search(name)
+    found = [catalog.described(_page_part(name, None))] if is_code(name) else catalog.search(name)
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -169,16 +169,16 @@ def show(
 
 
 def _explain(console: Console, part: dict[str, Any]) -> None:
-    kind = part["kind"].replace("_", " ").replace("optimizer", "optimiser")
+    kind = part["kind"].replace("_", " ").replace("optimizer", "optimizer")
     console.print(f"[bold]{escape(part['name'])}[/bold], a {'strategy' if kind == 'recipe' else kind}", soft_wrap=True)
     for line in (part.get("description") or part["summary"]).splitlines():
         console.print(escape(line), soft_wrap=True)
     rows = {
         "source": "; ".join([part["cite"]] if isinstance(part["cite"], str) else part["cite"]),
         "the server sees": part["sees"],
-        "organisations send": ", ".join(part["sends"]),
-        "organisations receive": part.get("receives", ""),
-        "organisations keep": part["state"],
+        "organizations send": ", ".join(part["sends"]),
+        "organizations receive": part.get("receives", ""),
+        "organizations keep": part["state"],
         "adapters": ", ".join(f"lora.{key} = {value}" for key, value in part.get("lora", {}).items()),
         "record-level privacy": part["record_privacy"],
         "client-level privacy": part["client_privacy"],
@@ -277,7 +277,7 @@ def _page_part(name: str, kind: Kind | None) -> PartInfo:
 
 
 def _show_findings(console: Console, info: PartInfo, findings: list[Finding]) -> None:
-    kind = info.kind.replace("_", " ").replace("optimizer", "optimiser")
+    kind = info.kind.replace("_", " ").replace("optimizer", "optimizer")
     console.print(f"[bold]{escape(info.name)}[/bold], a {kind}")
     table = Table("", "check", "what is wrong", box=None, header_style="bold", pad_edge=False)
     for finding in findings:

@@ -52,10 +52,10 @@ def verify_sent(site: Site, trail: Path | None) -> None:
     node = public_keys(site.folder)
     own = of_organization(AuditLog(site.folder).entries(), server, node)
     if trail is None:
-        _show(site.organisation, compare(own, own))
+        _show(site.organization, compare(own, own))
         return
-    other = of_coordinator(read_trail(trail.expanduser()), site.organisation, server, node)
-    _show(site.organisation, compare(other, _of_the_same_runs(own, other)))
+    other = of_coordinator(read_trail(trail.expanduser()), site.organization, server, node)
+    _show(site.organization, compare(other, _of_the_same_runs(own, other)))
 
 
 def _of_the_same_runs(own: End, other: End) -> End:

@@ -1,4 +1,4 @@
-"""One run's account at an organisation: its ledger, seen for one plan and one data set, and the public number of its records."""
+"""One run's account at an organization: its ledger, seen for one plan and one data set, and the public number of its records."""
 
 from __future__ import annotations
 

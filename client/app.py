@@ -1,10 +1,10 @@
 """The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here.
 
 The first thing that happens to every request: who approved its plan, and what it may hold (node/received.py). The last thing that
-happens to every answer: it is checked once more (egress_guard.py), and entered in the organisation's own log of
+happens to every answer: it is checked once more (egress_guard.py), and entered in the organization's own log of
 what it has sent (audit_log.py).
 
-The finished model of a plan: what every organisation is given at the end, as a Hugging Face folder in its site.
+The finished model of a plan: what every organization is given at the end, as a Hugging Face folder in its site.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and
 
 
 def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
-    """Exports the model, with the own part where the plan lets organisations keep one, and returns its folder; no record is read.
+    """Exports the model, with the own part where the plan lets organizations keep one, and returns its folder; no record is read.
 
     The same model again changes nothing. Raises Declined for a plan that nobody here has approved, or a base model that is not
     allowed; ModelError for parameters that are not the plan's; RunError for a round that is none of the plan's, and for a model
@@ -247,13 +247,13 @@ def _update(request: Request, plan: Plan, site: Site, signed: Requested | None) 
 
 def _receipt(request: Request, plan: Plan, site: Site, signed: Requested | None) -> _Answer:
     folder = keep_finished(request, plan, site)
-    content = encode_receipt(Receipt(site.organisation, plan.plan_id, received_digest(request.state, request.sent)))
+    content = encode_receipt(Receipt(site.organization, plan.plan_id, received_digest(request.state, request.sent)))
     check_receipt(content, request, plan, site)
     return "receipt", content, {"model": str(folder)}
 
 
 def _site(request: Request, context: Context) -> Site:
-    """The organisation's own folder: given by its node; only under Flower's simulation engines by the request."""
+    """The organization's own folder: given by its node; only under Flower's simulation engines by the request."""
     given = context.node_config.get("site")
     simulated = "partition-id" in context.node_config
     if given is None and not (simulated and request.site):
@@ -261,20 +261,20 @@ def _site(request: Request, context: Context) -> Site:
     site = Site(Path(str(given or request.site)))
     if given is None and not site.file.simulated:
         raise RunError("a request named a site that is not a simulated one: expected the node's own configuration to name it")
-    if site.organisation != request.organisation:
-        raise RunError(f"a request for {request.organisation} came to {site.organisation}: expected one for this organisation")
+    if site.organization != request.organization:
+        raise RunError(f"a request for {request.organization} came to {site.organization}: expected one for this organization")
     return site
 
 
 def _log_of(context: Context) -> AuditLog | None:
-    """Of the node's own site, whatever the request says; a simulated organisation keeps none."""
+    """Of the node's own site, whatever the request says; a simulated organization keeps none."""
     given = context.node_config.get("site")
     site = None if given is None else Site(Path(str(given)))
     return None if site is None or site.file.simulated else AuditLog(site.folder)
 
 
 def _refusal(message: Message, asked: _Asked, error: Exception, detail: str) -> Message:
-    """A simulated organisation says everything; a real one only which rule declined, or that something failed."""
+    """A simulated organization says everything; a real one only which rule declined, or that something failed."""
     if asked.site is not None and asked.site.file.simulated:
         return refusal(message, detail)
     said = _sayable(error)
@@ -289,7 +289,7 @@ def _refusal(message: Message, asked: _Asked, error: Exception, detail: str) -> 
 
 def _signed_refusal(said: str, asked: _Asked) -> tuple[str, dict[str, str]]:
     """What is sent, and what the log says of the signature; without one where the request is nobody's, or for another."""
-    if asked.signed is None or asked.site is None or asked.signed.statement.recipient != asked.site.organisation:
+    if asked.signed is None or asked.site is None or asked.signed.statement.recipient != asked.site.organization:
         return said, {}
     try:
         return countersign_refusal(said, asked.signed, asked.site.folder)

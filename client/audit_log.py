@@ -1,4 +1,4 @@
-"""What an organisation was asked for and what it has sent, line by line, on its own disk before it leaves: site/audit.jsonl.
+"""What an organization was asked for and what it has sent, line by line, on its own disk before it leaves: site/audit.jsonl.
 
 A request is entered as it was signed, before anything is done for it: it proves what the server has asked for.
 

@@ -1,4 +1,4 @@
-"""How much noise an organisation adds, so that all rounds of a plan stay within its budget.
+"""How much noise an organization adds, so that all rounds of a plan stay within its budget.
 
 The total that an organization allows over all runs, in every collection that a run's charges concern.
 """
@@ -71,7 +71,7 @@ _MOST_NOISE = 4.0  # times the calibrated σ; an update with more is nearly pure
 
 @dataclass(frozen=True)
 class Budget:
-    """What an organisation allows: ε at δ for one run, and in total over all runs."""
+    """What an organization allows: ε at δ for one run, and in total over all runs."""
 
     epsilon: float
     delta: float
@@ -86,7 +86,7 @@ class Budget:
 
 
 def budget_of(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
-    """The plan's ε or the organisation's own, whichever is smaller. Raises PrivacyError for a δ that says nothing."""
+    """The plan's ε or the organization's own, whichever is smaller. Raises PrivacyError for a δ that says nothing."""
     rules = policy.budget
     return Budget(
         rules.epsilon_for(privacy.epsilon), privacy.delta_for(examples), rules.epsilon_total, total_delta(policy, examples)
@@ -105,18 +105,18 @@ def total_delta(policy: Policy, examples: int) -> float:
     return delta
 
 
-def check_examples(examples: int, local: LocalTraining, organisation: str) -> None:
+def check_examples(examples: int, local: LocalTraining, organization: str) -> None:
     """Raises DataError when the records do not fill a batch."""
     needed = local.batch_size if local.batch_size >= 1 else 1 / local.batch_size
     if examples < needed:
         raise DataError(
-            f"{organisation} has {examples} examples, fewer than a batch needs ({needed:g} with local.batch_size ="
-            f" {local.batch_size:g}): use fewer organisations, or another batch size"
+            f"{organization} has {examples} examples, fewer than a batch needs ({needed:g} with local.batch_size ="
+            f" {local.batch_size:g}): use fewer organizations, or another batch size"
         )
 
 
 def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple[float, int]]:
-    """(sample rate, steps) of every stage from a round on, for an organisation with `examples` records."""
+    """(sample rate, steps) of every stage from a round on, for an organization with `examples` records."""
     planned, last = [], 0
     for stage in plan.stages:
         rounds = min(stage.rounds, last + stage.rounds - first_round + 1)

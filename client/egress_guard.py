@@ -1,9 +1,9 @@
-"""The last look at what is about to leave an organisation: nothing besides what plan and policy have agreed on.
+"""The last look at what is about to leave an organization: nothing besides what plan and policy have agreed on.
 
 It reads the encoded message, not what training has computed, and compares it with request, plan, policy, records and ledger anew:
 a mistake anywhere before shows here, and then nothing leaves.
 
-What an organisation answers instead of an update: an error reply whose words hold nothing of its data.
+What an organization answers instead of an update: an error reply whose words hold nothing of its data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cotune.strategies.sums import norm
 from cotune.strategies.types import Update, not_finite
 
 UNSAID = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
-_REFUSED = 1001  # error code of a reply in which an organisation says why it did not train
+_REFUSED = 1001  # error code of a reply in which an organization says why it did not train
 
 
 def refusal(message: Message, reason: str) -> Message:
@@ -78,7 +78,7 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
 
 def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site) -> None:
     """Raises Blocked for anything but the receipt of this request."""
-    expected = Receipt(site.organisation, plan.plan_id, received_digest(request.state, request.sent))
+    expected = Receipt(site.organization, plan.plan_id, received_digest(request.state, request.sent))
     with _own_message():
         found = decode_receipt(content)
     if found != expected or not _same(content, encode_receipt(expected, salt_of(content))):
@@ -107,8 +107,8 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
     names = shared_names(plan, model, request.round)
     if not _same(content, encode_update(update, plan.plan_id, salt_of(content))):
         yield "the message holds more than an update, or holds it in another form"
-    if (update.organisation, update.round) != (site.organisation, request.round):
-        yield f"the update is of {update.organisation[:80]} for round {update.round}, not of this organisation for this round"
+    if (update.organization, update.round) != (site.organization, request.round):
+        yield f"the update is of {update.organization[:80]} for round {update.round}, not of this organization for this round"
     if update.received != received_digest(request.state, request.sent):
         yield "the update was not trained from what the request holds"
     yield from _wrong_delta(update, request, account, model, names)

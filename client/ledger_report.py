@@ -50,7 +50,7 @@ def _books(site: Site, *, events: bool) -> tuple[dict[str, Any], list[Entry]]:
     names = collections_of(entries) if entries else []
     tables = [_collection(rules, entries, name, known, events=events) for name in names]
     return {
-        "organisation": site.organisation,
+        "organization": site.organization,
         "head": entries[-1].hash if entries else None,
         "collections": tables,
     }, entries

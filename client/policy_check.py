@@ -1,6 +1,6 @@
-"""Whether an organisation's policy allows a plan. The policy overrules the plan; what is not allowed is not trained.
+"""Whether an organization's policy allows a plan. The policy overrules the plan; what is not allowed is not trained.
 
-Which plans an organisation has approved: nothing of it is touched for any other, unless its policy says so.
+Which plans an organization has approved: nothing of it is touched for any other, unless its policy says so.
 
 plans/<plan id>.json   in the site: the plans that came, approved or not, as canonical JSON
 approved.jsonl         which were approved, when, and by which command
@@ -40,7 +40,7 @@ class Broken:
 def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> None:
     """Raises Declined for the first rule of the policy that the plan breaks.
 
-    examples: records that the organisation holds. hours: of training that the plan has taken so far.
+    examples: records that the organization holds. hours: of training that the plan has taken so far.
     """
     for broken in broken_rules(plan, policy, examples, hours):
         raise Declined(broken.rule, broken.problem)
@@ -246,7 +246,7 @@ class Approvals:
     def check(self, plan: Plan, policy: Policy) -> None:
         """Raises Declined for a plan that nobody here has approved, and keeps it to be looked at.
 
-        At a simulated organisation there is nobody to ask: whoever simulates it has chosen the plan.
+        At a simulated organization there is nobody to ask: whoever simulates it has chosen the plan.
         """
         if self.site.file.simulated or policy.training.approval == "none" or plan.plan_id in self.ids():
             return

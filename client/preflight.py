@@ -1,4 +1,4 @@
-"""What a plan would mean for an organisation before it joins: the policy's verdict, the noise, one real step on its hardware.
+"""What a plan would mean for an organization before it joins: the policy's verdict, the noise, one real step on its hardware.
 
 The steps are taken on made-up records as long as the plan allows; no record is trained on, nothing is charged, nothing is sent.
 """
@@ -57,7 +57,7 @@ class Checked:
     left_out: how many rows of the files contribute nothing, by reason.
     """
 
-    organisation: str
+    organization: str
     examples: int
     device: str
     declined: str | None
@@ -83,7 +83,7 @@ def check(plan: Plan, site: Site) -> Checked:
     policy, holdings = site.policy(), site.counted(plan)
     account = Account(plan, policy, site, holdings, draws=False)
     checked = Checked(
-        site.organisation,
+        site.organization,
         len(holdings.units),
         site.file.device,
         None,
@@ -116,7 +116,7 @@ def check(plan: Plan, site: Site) -> Checked:
 
 def _check_stages(account: Account) -> None:
     for stage in account.plan.stages:
-        check_examples(account.public_examples, stage.local, account.site.organisation)
+        check_examples(account.public_examples, stage.local, account.site.organization)
 
 
 def _judged(account: Account, declarable: tuple[int, int] | None) -> tuple[tuple[Broken, ...], list[str]]:

@@ -24,7 +24,7 @@ class Site(SiteFolder):
     """The folder with what is computed of it: records, ledger, and the tensors that are kept."""
 
     def holdings(self, labels: tuple[str, ...]) -> Holdings:
-        """The organisation's own records."""
+        """The organization's own records."""
         return HoldingsFile.read(self.folder / "data.json", labels, lenient=not self.file.simulated)
 
     def counted(self, plan: Plan) -> Holdings:

@@ -1,4 +1,4 @@
-"""An organisation's site: one folder with its description, its ledger, and the last update it sent.
+"""An organization's site: one folder with its description, its ledger, and the last update it sent.
 
 site.json         name, device, where its copy of the base model is, and whether it is a simulated one
 data.json         which records it holds (see data/dataset.py)
@@ -29,7 +29,7 @@ class SiteFile(BaseModel):
     """site.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    organisation: str
+    organization: str
     simulated: bool = False
     device: str = "auto"
     base: Path | None = None  # a folder with the base model, where a plan names one that is not to be found here
@@ -48,11 +48,11 @@ class SiteFolder:
             ) from None
 
     @property
-    def organisation(self) -> str:
-        return self.file.organisation
+    def organization(self) -> str:
+        return self.file.organization
 
     def policy(self) -> Policy:
-        """policy.toml. Without one, a simulated organisation allows everything, a real one nothing but the strict defaults."""
+        """policy.toml. Without one, a simulated organization allows everything, a real one nothing but the strict defaults."""
         file = self.folder / "policy.toml"
         if file.exists():
             return read_policy(file)

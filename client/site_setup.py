@@ -1,8 +1,8 @@
-"""An organisation's site, made: its folder with key pair, strict policy and ledger; and what it says about records and model.
+"""An organization's site, made: its folder with key pair, strict policy and ledger; and what it says about records and model.
 
 The files by which a node and its server know each other.
 
-The base model of a plan as it is found here: under the plan's name for it, or in the folder that the organisation has named.
+The base model of a plan as it is found here: under the plan's name for it, or in the folder that the organization has named.
 
 Its hash decides in both cases whether it is the right one.
 """
@@ -98,7 +98,7 @@ def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None
         _write_keys(folder, name, own)
         if not (folder / "policy.toml").exists():
             write_durably(folder / "policy.toml", dump_policy(Policy()).encode())
-        write_durably(folder / "site.json", SiteFile(organisation=name, device=device).model_dump_json(indent=1).encode())
+        write_durably(folder / "site.json", SiteFile(organization=name, device=device).model_dump_json(indent=1).encode())
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise RunError(f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it") from None

@@ -10,13 +10,13 @@ TaskName = Literal["sequence-classification", "token-classification", "image-cla
 
 
 class DataConfig(BaseModel):
-    """Where an organisation's records are, and which of their columns are used."""
+    """Where an organization's records are, and which of their columns are used."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(
         min_length=1,
-        description="a file, a folder with one file per organisation, or package:NAME for data in a Python package",
+        description="a file, a folder with one file per organization, or package:NAME for data in a Python package",
     )
     text: str = Field(default="text", min_length=1, description="the column that holds the text, or the words of one")
     image: str = Field(default="image", min_length=1, description="the column that holds an image: its path, or (Parquet) bytes")

@@ -1,6 +1,6 @@
 """Which records somebody holds: rows of one or several files, as a small JSON document beside its row numbers.
 
-An organisation's site and the server's test set are both described this way. Features are computed per file, not per holder, so
+An organization's site and the server's test set are both described this way. Features are computed per file, not per holder, so
 that they are the same whoever asks and computed once.
 """
 
@@ -51,7 +51,7 @@ class HoldingsFile(BaseModel):
     def read(cls, file: Path, labels: tuple[str, ...], *, lenient: bool = False) -> Holdings:
         """The holdings that the document describes, with the records read. Raises DataError.
 
-        lenient: a real organisation must not fail by the classes of its records: whether it does would tell of single ones.
+        lenient: a real organization must not fail by the classes of its records: whether it does would tell of single ones.
         """
         try:
             document = cls.model_validate_json(file.read_bytes())

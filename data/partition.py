@@ -44,7 +44,7 @@ class PartitionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    clients: int = Field(default=4, ge=1, description="number of simulated organisations")
+    clients: int = Field(default=4, ge=1, description="number of simulated organizations")
     scheme: str = Field(
         default="dirichlet:0.5",
         description=(

@@ -1,4 +1,4 @@
-"""An organisation's labelled records, read from one file (CSV, TSV, JSON, Parquet or Excel) or from a folder of images.
+"""An organization's labeled records, read from one file (CSV, TSV, JSON, Parquet or Excel) or from a folder of images.
 
 Whatever is wrong with a file is told in one `DataError` sentence, which names files, columns and positions, but no
 record's text. Nothing is written: no cache, no temporary copy of private records.
@@ -40,7 +40,7 @@ SHOWN = 5  # how many unknown classes an error names
 
 @dataclass(frozen=True)
 class Records:
-    """Labelled inputs, in the order of their file: texts and classes, words and tags, or images and classes.
+    """Labeled inputs, in the order of their file: texts and classes, words and tags, or images and classes.
 
     labels: as `class_name` has them (1.0 reads "1", True reads "true"). source: the name to show. skipped: how many records of
     the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate", …). units: whose each record
@@ -119,50 +119,50 @@ def read_records(
         with _PARSING:
             return _parse_folder(real, name, image_folders.signature(file), config, task, lenient)
     if stat.S_ISDIR(status.st_mode):
-        raise DataError(f"{name} is a folder, expected one organisation's file: name one of the files in it")
+        raise DataError(f"{name} is a folder, expected one organization's file: name one of the files in it")
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{name} is a pipe or a device, expected a file: save the records to a file first")
     with _PARSING:  # of clients in threads, the second waits for what the first one reads
         return _parse(real, name, status.st_mtime_ns, status.st_size, config, task, lenient, labels if lenient else ())
 
 
-def organisation_files(folder: Path, task: TaskName = "sequence-classification") -> dict[str, Path]:
-    """The data files (or folders of images) in a folder by organisation: the file's stem, the folder's name; others are ignored.
+def organization_files(folder: Path, task: TaskName = "sequence-classification") -> dict[str, Path]:
+    """The data files (or folders of images) in a folder by organization: the file's stem, the folder's name; others are ignored.
 
-    Raises DataError if there is no such folder, no data file in it, or two files for one organisation.
+    Raises DataError if there is no such folder, no data file in it, or two files for one organization.
     """
     try:
         paths = [path for path in sorted(folder.iterdir()) if _is_data(path, task)]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{folder} is not a folder: expected one with a data file for each organisation") from error
+        raise DataError(f"{folder} is not a folder: expected one with a data file for each organization") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{str(folder)!r} cannot be opened ({reason_of(error)}): check its permissions") from error
     if not paths:
-        raise DataError(f"{folder} holds no data file: expected one per organisation, ending in {_suffixes()}")
+        raise DataError(f"{folder} holds no data file: expected one per organization, ending in {_suffixes()}")
     files: dict[str, Path] = {}
     for path in paths:
-        name = organisation_name(path)
+        name = organization_name(path)
         if name in files:
             both = f"{files[name].name} and {path.name}"
-            raise DataError(f"{folder} holds two files for organisation {name!r} ({both}): keep one of them")
+            raise DataError(f"{folder} holds two files for organization {name!r} ({both}): keep one of them")
         files[name] = path
     return dict(sorted(files.items()))
 
 
-def organisation_name(path: Path) -> str:
+def organization_name(path: Path) -> str:
     """Whose a data file, or a folder of images, is."""
     return path.name if path.is_dir() else path.stem
 
 
 def is_one_source(folder: Path, task: TaskName) -> bool:
-    """Whether the folder is itself the records of one organisation: images in a sub-folder for each class."""
+    """Whether the folder is itself the records of one organization: images in a sub-folder for each class."""
     return task_named(task).key == "image" and image_folders.holds_classes(folder)
 
 
 def check_labels(records: Records, known: Sequence[str] | None) -> tuple[str, ...]:
     """The class names in their one order: numeric if all are integers, otherwise alphabetical.
 
-    They are those of `known` if it is given (the records may lack some, as one organisation's often do), otherwise
+    They are those of `known` if it is given (the records may lack some, as one organization's often do), otherwise
     those of the records. Raises DataError for fewer than two classes, or for a class in the records that `known` lacks.
     """
     found = _ordered(name for label in records.labels for name in names_in(label))
@@ -171,7 +171,7 @@ def check_labels(records: Records, known: Sequence[str] | None) -> tuple[str, ..
         got = f"{records.source} holds" if known is None else "the plan lists"
         raise DataError(
             f"{got} the class {', '.join(map(shown, names)) or 'of nothing'} only, and a classifier needs two or more:"
-            " check data.label, or list the classes of all organisations in the plan"
+            " check data.label, or list the classes of all organizations in the plan"
         )
     strange = [name for name in found if name not in set(names)]
     if strange:
@@ -262,7 +262,7 @@ def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task
             f"{name} is a folder of images, which has no column {config.unit!r} (data.unit): expected a CSV or Parquet file with"
             " that column beside the paths or bytes of the images"
         )
-    found = image_folders.labelled_images(Path(path))
+    found = image_folders.labeled_images(Path(path))
     file = DataFile(name, Path(path), b"", config, "image", lenient)
     return _clean(file, task_named(task), [image for image, _ in found], [label for _, label in found])
 

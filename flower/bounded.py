@@ -10,7 +10,7 @@ _MOST_ANSWER_BYTES = 64 * 2**20  # of one answer: a piece of an array, a bundle,
 
 
 def distrust(calls: httpx.Client) -> None:
-    """A server may not send the node's calls on to another place, inside the organisation's network for one, nor fill its memory.
+    """A server may not send the node's calls on to another place, inside the organization's network for one, nor fill its memory.
 
     Compressed answers are not taken: a small one may be endless.
     """

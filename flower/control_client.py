@@ -79,7 +79,7 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True)
 class Node:
-    """An organisation's node as the SuperLink knows it. key: PEM."""
+    """An organization's node as the SuperLink knows it. key: PEM."""
 
     id: int
     key: bytes

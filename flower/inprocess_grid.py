@@ -1,6 +1,6 @@
 """The embedded engine: a Flower Grid whose nodes are ClientApp calls in this process. No Ray, no ports, one base model.
 
-A message is answered when its reply is pulled, so that one organisation trains at a time and one reply is held at a time.
+A message is answered when its reply is pulled, so that one organization trains at a time and one reply is held at a time.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def find_base(config: ModelConfig) -> BaseModelFolder:
     if config.base_hash not in (None, folder.content_hash):
         raise ModelError(
             f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
-            " plan: get the same weights, configuration and tokenizer as the other organisations"
+            " plan: get the same weights, configuration and tokenizer as the other organizations"
         )
     return folder
 

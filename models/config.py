@@ -67,7 +67,7 @@ class LoraConfig(Table):
     )
     keep: Literal["nothing", "b"] = Field(
         "nothing",
-        description="what organisations train and do not share; b: B and the head, so that each has a model of its own around"
+        description="what organizations train and do not share; b: B and the head, so that each has a model of its own around"
         " a common A (FedSA-LoRA, Guo et al., ICLR 2025)",
     )
     targets: tuple[str, ...] | Literal["auto"] = Field(
@@ -75,7 +75,7 @@ class LoraConfig(Table):
         description="names of the linear modules that get an adapter (auto: what peft adapts in this architecture)",
     )
     smaller_ranks: bool = Field(
-        False, description="organisations may train the first slices of the rank alone, as their policy says"
+        False, description="organizations may train the first slices of the rank alone, as their policy says"
     )
     layers: int | None = Field(None, ge=1, description="only the last so many transformer layers get adapters; default: all")
 

@@ -248,7 +248,7 @@ def _read(file: Path, expected: int) -> Tensor | None:
 
 @lru_cache(maxsize=1)
 def _load(file: Path, mtime_ns: int, size: int) -> Tensor:
-    """The last file stays in memory: the next organisation and the next round want it too. Nobody changes the tensor."""
+    """The last file stays in memory: the next organization and the next round want it too. Nobody changes the tensor."""
     features: Tensor = load_file(file)["features"]
     return features
 

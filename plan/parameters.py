@@ -29,13 +29,13 @@ def model_of(plan: Plan, device: str) -> SharedModel:
 
 
 def trained_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
-    """The parameters that organisations train in a round, in the model's order."""
+    """The parameters that organizations train in a round, in the model's order."""
     stage = plan.stage_of(round)
     return model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
 
 
 def shared_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
-    """Those of them that travel: all, unless the plan lets organisations keep some to themselves."""
+    """Those of them that travel: all, unless the plan lets organizations keep some to themselves."""
     names = trained_names(plan, model, round)
     if not plan.keeps_personal:
         return names
@@ -80,7 +80,7 @@ def _refuse_batch_norm(model: SharedModel) -> None:
     found = [name for name, layer in model.module.named_modules() if isinstance(layer, _BatchNorm)]
     if found:
         raise PrivacyError(
-            f"the base model normalises over the batch in {found[0]}, which mixes records, so that their privacy cannot be"
+            f"the base model normalizes over the batch in {found[0]}, which mixes records, so that their privacy cannot be"
             " bounded: expected a model without batch norm, such as a ViT; use another base model, or privacy = none"
         )
 

@@ -44,7 +44,7 @@ class Plan(PlanTables):
     def _sampling_fits_client_privacy(self) -> Self:
         if self.client_privacy and self.server.sample_size:
             raise ValueError(
-                "client_privacy accounts for organisations that are asked by chance, independently, which server.sample_size does"
+                "client_privacy accounts for organizations that are asked by chance, independently, which server.sample_size does"
                 " not do: expected server.sample_rate instead"
             )
         if self.client_privacy and self.client_privacy.amplification and self.server.sample_rate >= 1:
@@ -70,7 +70,7 @@ class Plan(PlanTables):
         if self.lora.factors != "ab":
             raise ValueError(f'lora.keep = "b" shares A alone, and lora.factors = "{self.lora.factors}": expected "ab"')
         if any(stage.mode != "lora" for stage in self.stages):
-            raise ValueError('lora.keep = "b" keeps the head of every organisation apart: expected train = lora in all rounds')
+            raise ValueError('lora.keep = "b" keeps the head of every organization apart: expected train = lora in all rounds')
         return self
 
     @model_validator(mode="after")
@@ -85,7 +85,7 @@ class Plan(PlanTables):
         if self.server.late != "fold":
             return self
         problems = {
-            "client_privacy, which bounds what an organisation adds to one round": self.client_privacy is not None,
+            "client_privacy, which bounds what an organization adds to one round": self.client_privacy is not None,
             "several stages, as an update may come in the next one": len(self.stages) > 1,
             "lora.keep, which ties what is kept to a round": self.keeps_personal,
             "adapters of different ranks, as a rank may change in between": self.mixed_ranks,
@@ -141,7 +141,7 @@ class Plan(PlanTables):
             client_privacy=self.client_privacy is not None,
             sums_only=self.server.visibility == "sum",
             participation=self.server.sample_rate,
-            organisations=self.server.sample_size or None,
+            organizations=self.server.sample_size or None,
             optimizers=tuple(local.optimizer for local in locals_),
             momentum=any(local.optimizer == "sgd" and local.momentum > 0 for local in locals_),
             same_steps=all(local.epochs is None for local in locals_),
@@ -160,12 +160,12 @@ class Plan(PlanTables):
 
     @property
     def mixed_ranks(self) -> bool:
-        """Whether organisations may train smaller ranks than the plan's."""
+        """Whether organizations may train smaller ranks than the plan's."""
         return self.uses_lora and (self.lora.smaller_ranks or any(rank < self.lora.rank for rank in self.simulation.ranks))
 
     @property
     def keeps_personal(self) -> bool:
-        """Whether organisations keep parameters to themselves: then each has a model of its own, and there is no common one."""
+        """Whether organizations keep parameters to themselves: then each has a model of its own, and there is no common one."""
         return self.lora.keep != "nothing"
 
     def canonical(self) -> str:

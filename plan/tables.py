@@ -24,7 +24,7 @@ _LONGEST_WAIT = 30 * 24 * 3600.0
 
 
 class LocalTraining(Table):
-    """How an organisation trains in one round (the `local` table of a plan)."""
+    """How an organization trains in one round (the `local` table of a plan)."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
     learning_rate: float = Field(0.5, gt=0, le=_LARGEST_RATE, description="length of a step along the mean gradient")
@@ -35,7 +35,7 @@ class LocalTraining(Table):
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(0.0, ge=0, le=10, description="pull of the trained parameters toward zero, of the optimizer")
     batch_size: float = Field(256, gt=0, le=1e6, description="expected records per step; below 1: the fraction of the records")
-    steps: int | None = Field(20, ge=1, le=100_000, description="optimiser steps per round; null where epochs are given")
+    steps: int | None = Field(20, ge=1, le=100_000, description="optimizer steps per round; null where epochs are given")
     epochs: float | None = Field(None, gt=0, le=1000, description="instead of steps: passes over the own records per round")
     physical_batch_size: int = Field(
         32, ge=1, le=65_536, description="records held in memory at a time; no influence on the result"
@@ -76,7 +76,7 @@ class LocalTraining(Table):
         return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / examples)
 
     def steps_of(self, examples: int) -> int:
-        """Optimiser steps per round of an organisation with so many records: max(1, epochs / q) where epochs are given."""
+        """Optimizer steps per round of an organization with so many records: max(1, epochs / q) where epochs are given."""
         if self.epochs is not None:
             return max(1, round(self.epochs / self.sample_rate(examples)))
         assert self.steps is not None, "a plan gives one of both"
@@ -95,7 +95,7 @@ class Stage(Table):
 class RoundsConfig(Table):
     """How rounds go (the `server` table of a plan)."""
 
-    sample_rate: float = Field(1.0, gt=0, le=1, description="probability with which each organisation is asked in a round")
+    sample_rate: float = Field(1.0, gt=0, le=1, description="probability with which each organization is asked in a round")
     sample_size: int = Field(
         0,
         ge=0,
@@ -106,7 +106,7 @@ class RoundsConfig(Table):
         None,
         gt=0,
         le=1,
-        description="fraction of the asked organisations whose updates a round needs; absent: half, and where real ones are all"
+        description="fraction of the asked organizations whose updates a round needs; absent: half, and where real ones are all"
         " asked at least two, as one update is no fusion",
     )
     over_selection: float = Field(
@@ -116,20 +116,20 @@ class RoundsConfig(Table):
         description="asked beyond sample_size, as a fraction of it; a round closes with its first sample_size updates",
     )
     deadline_seconds: float = Field(
-        3600.0, gt=0, le=_LONGEST_WAIT, description="how long a round waits for an organisation that was asked"
+        3600.0, gt=0, le=_LONGEST_WAIT, description="how long a round waits for an organization that was asked"
     )
     patience: float = Field(
         10.0,
         ge=0,
         le=1e6,
-        description="once half of the asked organisations have answered, the others are waited for so many times their median"
+        description="once half of the asked organizations have answered, the others are waited for so many times their median"
         " time; whoever needs longer gets a strike; 0: always deadline_seconds",
     )
     least_seconds: float = Field(
         300.0,
         gt=0,
         le=_LONGEST_WAIT,
-        description="an organisation that was asked is waited for at least so long, whatever patience says",
+        description="an organization that was asked is waited for at least so long, whatever patience says",
     )
     absent_seconds: float = Field(
         60.0,
@@ -172,7 +172,7 @@ class RoundsConfig(Table):
         3,
         ge=0,
         le=100_000,
-        description="refused updates and time-outs after which an organisation is left out of the run; 0: never",
+        description="refused updates and time-outs after which an organization is left out of the run; 0: never",
     )
     visibility: Literal["updates", "sum"] = Field(
         "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"
@@ -206,7 +206,7 @@ class RoundsConfig(Table):
 
 
 class TellConfig(Table):
-    """What organisations are asked to tell beside their updates (the `tell` table); each one's policy has the last word."""
+    """What organizations are asked to tell beside their updates (the `tell` table); each one's policy has the last word."""
 
     local_metrics: bool = Field(False, description="how many of its records the received model classifies rightly, every round")
     label_histogram: bool = Field(False, description="how many records each class has, once per run")
@@ -225,17 +225,17 @@ class PersonalizeConfig(Table):
 class SimulationConfig(Table):
     """Only for simulations (the `simulation` table of a plan)."""
 
-    clients: int = Field(4, ge=1, le=10_000, description="organisations that one pooled file is split over")
+    clients: int = Field(4, ge=1, le=10_000, description="organizations that one pooled file is split over")
     partition: str = Field(
         "dirichlet:0.5",
         description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA, shards:K, or column:NAME (as a column of the file says)",
     )
-    min_examples: int = Field(20, ge=1, le=10**9, description="per organisation")
+    min_examples: int = Field(20, ge=1, le=10**9, description="per organization")
     epsilons: tuple[float, ...] = Field(
-        (), description="own ε of each organisation, in their order, where it is smaller than the plan's; empty: the plan's"
+        (), description="own ε of each organization, in their order, where it is smaller than the plan's; empty: the plan's"
     )
     ranks: tuple[int, ...] = Field(
-        (), description="rank of adapters that each organisation trains, in their order, at most lora.rank; empty: that"
+        (), description="rank of adapters that each organization trains, in their order, at most lora.rank; empty: that"
     )
     baselines: tuple[Literal["alone", "pooled"], ...] = Field(
         ("alone", "pooled"),
@@ -249,7 +249,7 @@ class SimulationConfig(Table):
     @classmethod
     def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not all(epsilon > 0 for epsilon in value):
-            raise ValueError(f"expected ε above 0 for every organisation, got {list(value)}")
+            raise ValueError(f"expected ε above 0 for every organization, got {list(value)}")
         return value
 
 
@@ -282,7 +282,7 @@ class PlanTables(Table):
     lora: LoraConfig = LoraConfig()
     local: LocalTraining = LocalTraining()
     privacy: RecordPrivacy | Literal["none"] = RecordPrivacy()
-    client_privacy: ClientPrivacy | None = Field(None, description="absent: no promise to whole organisations")
+    client_privacy: ClientPrivacy | None = Field(None, description="absent: no promise to whole organizations")
     strategy: Any = Field(None, description="left to `Plan`: its parts must be imported to be checked")
     server: RoundsConfig = RoundsConfig()
     tell: TellConfig = TellConfig()

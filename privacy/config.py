@@ -15,7 +15,7 @@ from cotune.storage.config_table import Table
 
 
 class RecordPrivacy(Table):
-    """What every organisation promises each of its records (the `privacy` table of a plan)."""
+    """What every organization promises each of its records (the `privacy` table of a plan)."""
 
     mode: Literal["record"] = Field("record", description="promised within each organization, by noise in its training")
     unit: str = Field(
@@ -24,8 +24,8 @@ class RecordPrivacy(Table):
     max_records: int | None = Field(
         None, ge=1, le=10_000, description="records of a unit that count at most; only for another unit than record"
     )
-    epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organisation over the whole run")
-    delta: float | str = Field("1/n^1.5", description='δ: a number, or "1/n^p" with n the organisation\'s records')
+    epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed per organization over the whole run")
+    delta: float | str = Field("1/n^1.5", description='δ: a number, or "1/n^p" with n the organization\'s records')
     clip_norm: float = Field(1.0, ge=1e-6, le=1e3, description="C, bound on the L2 norm of one record's gradient")
     clipping: Literal["flat", "per_layer"] = Field(
         "flat", description="the gradient as a whole, or each parameter tensor to C/√L; per_layer: head and lora only"
@@ -46,7 +46,7 @@ class RecordPrivacy(Table):
         return self
 
     def delta_for(self, examples: int) -> float:
-        """δ for an organisation with `examples` records.
+        """δ for an organization with `examples` records.
 
         Raises PrivacyError when δ is larger than 1/n, where the guarantee would be empty (publishing one whole record at random
         would satisfy it), and for fewer than 2 records.
@@ -88,7 +88,7 @@ def _delta_exponent(rule: str) -> float | None:
 
 
 class ClientPrivacy(Table):
-    """What every organisation is promised about its taking part (the `client_privacy` table of a plan)."""
+    """What every organization is promised about its taking part (the `client_privacy` table of a plan)."""
 
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed over the whole run")
     epsilon_total: float | None = Field(
@@ -97,9 +97,9 @@ class ClientPrivacy(Table):
         le=1000,
         description="ε allowed over all runs of a federation, fixed by the first; default: that of one run",
     )
-    delta: float = Field(1e-5, gt=0, lt=1, description="δ, below one over the number of organisations")
+    delta: float = Field(1e-5, gt=0, lt=1, description="δ, below one over the number of organizations")
     clip_norm: float = Field(
-        1.0, ge=1e-6, le=1e6, description="C, bound on an organisation's update, in L2 norm; adaptive: at first"
+        1.0, ge=1e-6, le=1e6, description="C, bound on an organization's update, in L2 norm; adaptive: at first"
     )
     clipping: Literal["fixed", "adaptive"] = Field("fixed", description="adaptive: C follows a quantile of the norms")
     target_quantile: float = Field(0.5, gt=0, lt=1, description="γ, fraction of the updates that adaptive clipping leaves as is")

@@ -1,7 +1,7 @@
-"""An organisation's own limits, which overrule any plan: policy.toml in its site.
+"""An organization's own limits, which overrule any plan: policy.toml in its site.
 
-The defaults are the strict ones: a plan is declined unless the organisation has allowed what it asks for. A simulated
-organisation without a policy allows everything.
+The defaults are the strict ones: a plan is declined unless the organization has allowed what it asks for. A simulated
+organization without a policy allows everything.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BudgetRules(Table):
     delta_total: float | str = Field("1/n^1.5", description="δ at which epsilon_total is measured")
 
     def epsilon_for(self, planned: float) -> float:
-        """ε of a run: the plan's, or the organisation's own where that is smaller."""
+        """ε of a run: the plan's, or the organization's own where that is smaller."""
         return min(planned, self.own_epsilon or planned)
 
     def largest_delta(self, examples: int) -> float:
@@ -101,7 +101,7 @@ class TrainingRules(Table):
         return _each(value, re.compile("head|lora|full"), "head, lora or full")
 
     def rank_for(self, planned: int) -> int:
-        """Rank of the adapters that are trained: the plan's, or the organisation's own where that is smaller."""
+        """Rank of the adapters that are trained: the plan's, or the organization's own where that is smaller."""
         return min(planned, self.own_rank or planned)
 
 
@@ -138,7 +138,7 @@ class Policy(Table):
 
     @classmethod
     def permissive(cls, epsilon: float | None = None, rank: int | None = None, examples: int | None = None) -> Policy:
-        """A simulated organisation's: allows everything; `epsilon`, `rank`: its own ε for a run, and rank of adapters.
+        """A simulated organization's: allows everything; `epsilon`, `rank`: its own ε for a run, and rank of adapters.
 
         examples: the number that it declares; None: its true one is public.
         """

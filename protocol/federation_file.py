@@ -1,9 +1,9 @@
-"""federation.toml: what a coordinator hands to every organisation, so that it can look at the plan, and join.
+"""federation.toml: what a coordinator hands to every organization, so that it can look at the plan, and join.
 
 It holds nothing secret. Whoever changes it on its way can name another server: it is to come over a channel that both sides
 trust, or its SHA-256 is to be compared (`fingerprint`).
 
-The names of organisations: they become the names of folders and files, and are shown to people.
+The names of organizations: they become the names of folders and files, and are shown to people.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Document(Table):
 
 
 class Invitation:
-    """A federation, as an organisation gets to know it."""
+    """A federation, as an organization gets to know it."""
 
     def __init__(self, name: str, address: str, certificates: str, plan: Plan, *, id: str, signing_key: str) -> None:
         """Raises PlanError for an address, certificates, id or signing key that are none."""
@@ -175,7 +175,7 @@ def check_name(name: str) -> str:
     """The name itself, 1 to 63 letters a to z, digits and hyphens, as in the name of a host. Raises PlanError for any other."""
     if not _NAME.fullmatch(name):
         raise PlanError(
-            f"{name[:80]!r} cannot be the name of an organisation: expected 1 to 63 small letters, digits and hyphens, such as"
+            f"{name[:80]!r} cannot be the name of an organization: expected 1 to 63 small letters, digits and hyphens, such as"
             " hospital-a"
         )
     return name

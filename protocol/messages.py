@@ -1,7 +1,7 @@
 """What travels, as Flower records: requests to train, and updates. Arrays and plain values only; never code or pickles.
 
 A request holds the plan (canonical JSON) and the state of the shared model; an update holds the delta, the declared weight, and
-what ties both to plan, round and organisation. Every field has one name and one type, checked on arrival.
+what ties both to plan, round and organization. Every field has one name and one type, checked on arrival.
 
 No object of one message is an object of another: Flower's store knows objects by the hash of their content and shares them
 between nodes, so that whoever can guess a content can get in its way (docs/decisions/0013-object-store.md). Each message has a
@@ -40,15 +40,15 @@ _FLOATS = {"float32": torch.float32}
 
 @dataclass(frozen=True)
 class Request:
-    """The server's request to train: one round of a plan, from a state, by one organisation.
+    """The server's request to train: one round of a plan, from a state, by one organization.
 
-    admitted: the last round whose update of this organisation is in the model; 0: none. sent: what the plan's client term sends
-    beside the state. site: only in simulations, the folder of the simulated organisation.
+    admitted: the last round whose update of this organization is in the model; 0: none. sent: what the plan's client term sends
+    beside the state. site: only in simulations, the folder of the simulated organization.
     """
 
     plan: str
     round: int
-    organisation: str
+    organization: str
     state: Mapping[str, Tensor]
     admitted: int = 0
     sent: Mapping[str, Tensor] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Request:
 class Recipient:
     """Whom a request is for. admitted, site: as in the request."""
 
-    organisation: str
+    organization: str
     admitted: int = 0
     site: str = ""
 
@@ -113,7 +113,7 @@ def decode_request(content: RecordDict) -> Request:
 
 def decode_header(content: RecordDict) -> Request:
     """A request without its arrays, which are not looked at. Raises RunError as `decode_request` does."""
-    fields = _fields(content, "request", {"plan": str, "round": int, "organisation": str, "admitted": int, "site": str})
+    fields = _fields(content, "request", {"plan": str, "round": int, "organization": str, "admitted": int, "site": str})
     return Request(**fields, state={})
 
 
@@ -124,7 +124,7 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None) -> Re
         "protocol": PROTOCOL,
         "plan_id": plan_id,
         "round": update.round,
-        "organisation": update.organisation,
+        "organization": update.organization,
         "examples": update.examples,
         "steps": update.steps,
         "epsilon": -1.0 if update.epsilon is None else update.epsilon,
@@ -146,7 +146,7 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None) -> Re
 def decode_update(content: RecordDict, plan_id: str) -> Update:
     """Raises RunError for an update that is malformed or belongs to another plan."""
     _check_records(content, ("update", "delta", "told", "statistics", "noise_variance"))
-    types = {"plan_id": str, "round": int, "organisation": str, "examples": int, "steps": int, "epsilon": float, "received": str}
+    types = {"plan_id": str, "round": int, "organization": str, "examples": int, "steps": int, "epsilon": float, "received": str}
     fields = _fields(content, "update", types)
     if fields["plan_id"] != plan_id:
         raise RunError(f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}")
@@ -154,7 +154,7 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
     if not math.isfinite(stated):
         raise RunError(f"an update states ε = {stated}: expected a finite number")
     return Update(
-        organisation=fields["organisation"],
+        organization=fields["organization"],
         round=fields["round"],
         delta=_tensors(content, "delta", "update"),
         examples=fields["examples"],
@@ -169,9 +169,9 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an organisation answers when it has been given the finished model. received: `received_digest` of what it got."""
+    """What an organization answers when it has been given the finished model. received: `received_digest` of what it got."""
 
-    organisation: str
+    organization: str
     plan_id: str
     received: str
 
@@ -184,7 +184,7 @@ def encode_receipt(receipt: Receipt, salt: bytes | None = None) -> RecordDict:
 def decode_receipt(content: RecordDict) -> Receipt:
     """Raises RunError for anything but a well-formed receipt of this protocol."""
     _check_records(content, ("receipt",))
-    return Receipt(**_fields(content, "receipt", {"organisation": str, "plan_id": str, "received": str}))
+    return Receipt(**_fields(content, "receipt", {"organization": str, "plan_id": str, "received": str}))
 
 
 def _check_records(content: RecordDict, known: Collection[str]) -> None:
@@ -210,7 +210,7 @@ def _variances(content: RecordDict) -> dict[str, float] | None:
 
 
 def _told(content: RecordDict) -> dict[str, float]:
-    """What an organisation says beside its update: few names, finite numbers; without the record, nothing."""
+    """What an organization says beside its update: few names, finite numbers; without the record, nothing."""
     record = content.get("told", ConfigRecord())
     if not isinstance(record, ConfigRecord) or len(record) > _MOST_TOLD:
         raise RunError(f"an update tells something strange: expected a ConfigRecord named told, of at most {_MOST_TOLD} values")
@@ -310,7 +310,7 @@ def _value_bytes(value: object) -> int:
 
 
 def received_digest(state: Mapping[str, Tensor], sent: Mapping[str, Tensor] | None = None) -> str:
-    """SHA-256 of what an organisation trains from: the state, and what is sent beside it."""
+    """SHA-256 of what an organization trains from: the state, and what is sent beside it."""
     return state_digest({**state, **{f"sent/{name}": tensor for name, tensor in (sent or {}).items()}})
 
 

@@ -12,7 +12,7 @@ from cotune.reporting.formatting import percent
 from cotune.reporting.verdict import Summary, is_private, is_real
 
 _MOST_DRAWN = 1e12  # ε: older runs admitted whatever was stated
-COLOURS = 6  # in the page's palette, which colour-blind readers can tell apart
+COLORS = 6  # in the page's palette, which color-blind readers can tell apart
 MOST_DOTS = 30  # on one line; more run into each other on a phone
 
 
@@ -107,20 +107,20 @@ def accuracy_chart(summary: Summary) -> Chart | None:
 
 
 def epsilon_chart(summary: Summary) -> Chart | None:
-    """ε spent by each organisation after each round, and what it allows; None without privacy, before any spending, or where one
+    """ε spent by each organization after each round, and what it allows; None without privacy, before any spending, or where one
     is stated that no chart could show.
     """
     rounds = _round_scale(summary)
     spent = [value for r in summary["rounds"] for value in r["epsilon"].values()]
     if not is_private(summary) or not spent or not all(abs(value) <= _MOST_DRAWN for value in spent):
         return None
-    allowed = sorted({o["epsilon_allowed"] for o in summary["organisations"] if o["epsilon_allowed"] is not None})
+    allowed = sorted({o["epsilon_allowed"] for o in summary["organizations"] if o["epsilon_allowed"] is not None})
     y = value_scale([0, *spent, *allowed])
     verb = "stated" if is_real(summary) else "spent"
     return Chart(
         name="epsilon",
         title=f"Privacy budget: ε {verb} after each round",
-        description=f"The most that any organisation {verb} is {round_up(max(spent))}. Allowed: {_listed(allowed)}.",
+        description=f"The most that any organization {verb} is {round_up(max(spent))}. Allowed: {_listed(allowed)}.",
         legend=(*_epsilon_legend(summary), *([Key("limit", "allowed", _listed(allowed))] if allowed else [])),
         lines=(*(_level("limit", y.down(value)) for value in allowed), *_epsilon_lines(summary, rounds, y)),
         bands=_bands(summary, rounds),
@@ -130,31 +130,31 @@ def epsilon_chart(summary: Summary) -> Chart | None:
 
 
 def _epsilon_lines(summary: Summary, rounds: Scale, y: Scale) -> Iterator[Line]:
-    names = [o["name"] for o in summary["organisations"]]
+    names = [o["name"] for o in summary["organizations"]]
     for style, name in zip(_styles(len(names)), names, strict=True):
         spent = [(r["round"], r["epsilon"][name]) for r in summary["rounds"] if name in r["epsilon"]]
         points = tuple(Point(rounds.along(r), y.down(e), f"{name}, round {r}: ε = {round_up(e)}") for r, e in spent)
-        yield Line(style, points, len(names) <= COLOURS and len(points) <= MOST_DOTS)
+        yield Line(style, points, len(names) <= COLORS and len(points) <= MOST_DOTS)
 
 
 def _epsilon_legend(summary: Summary) -> Iterator[Key]:
-    """An entry each while the colours last, else one for all."""
-    spent = {o["name"]: o["epsilon_spent"] for o in summary["organisations"] if o["epsilon_spent"] is not None}
-    styles = _styles(len(summary["organisations"]))
-    if len(styles) > COLOURS:
+    """An entry each while the colors last, else one for all."""
+    spent = {o["name"]: o["epsilon_spent"] for o in summary["organizations"] if o["epsilon_spent"] is not None}
+    styles = _styles(len(summary["organizations"]))
+    if len(styles) > COLORS:
         yield Key(
             styles[0],
-            f"each of {len(styles)} organisations",
+            f"each of {len(styles)} organizations",
             f"at most {round_up(max(spent.values()))}" if spent else "",
         )
         return
-    for style, each in zip(styles, summary["organisations"], strict=True):
+    for style, each in zip(styles, summary["organizations"], strict=True):
         yield Key(style, each["name"], round_up(spent[each["name"]]) if each["name"] in spent else "")
 
 
 def _styles(count: int) -> list[str]:
-    """A colour and a dash pattern each, while they last."""
-    return [f"c{i} pattern{i}" for i in range(count)] if count <= COLOURS else ["c0 faint"] * count
+    """A color and a dash pattern each, while they last."""
+    return [f"c{i} pattern{i}" for i in range(count)] if count <= COLORS else ["c0 faint"] * count
 
 
 def _baselines(test: Summary) -> list[tuple[str, str, float]]:
@@ -219,7 +219,7 @@ def _bands(summary: Summary, rounds: Scale) -> tuple[Band, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """A label's part of an organisation's examples."""
+    """A label's part of an organization's examples."""
 
     style: str
     x: float  # where it starts, %
@@ -228,21 +228,21 @@ class Part:
 
 
 def label_keys(summary: Summary) -> tuple[Key, ...]:
-    """The labels that get a colour of their own: all, or the most frequent ones and one entry for the others."""
+    """The labels that get a color of their own: all, or the most frequent ones and one entry for the others."""
     labels = summary["labels"]
-    if len(labels) <= COLOURS:
+    if len(labels) <= COLORS:
         return tuple(Key(f"c{i}", label, "") for i, label in enumerate(labels))
-    total = {label: sum(o["labels"].get(label, 0) for o in summary["organisations"]) for label in labels}
-    frequent = sorted(labels, key=lambda label: -total[label])[: COLOURS - 1]
+    total = {label: sum(o["labels"].get(label, 0) for o in summary["organizations"]) for label in labels}
+    frequent = sorted(labels, key=lambda label: -total[label])[: COLORS - 1]
     own = (Key(f"c{i}", label, "") for i, label in enumerate(label for label in labels if label in frequent))
-    return (*own, Key(f"c{COLOURS - 1}", f"{len(labels) - len(frequent)} others", ""))
+    return (*own, Key(f"c{COLORS - 1}", f"{len(labels) - len(frequent)} others", ""))
 
 
 def label_bar(summary: Summary, counts: Mapping[str, int]) -> tuple[Part, ...]:
-    """The stacked bar of one organisation, in the order of `label_keys`; empty if it has no labelled example."""
+    """The stacked bar of one organization, in the order of `label_keys`; empty if it has no labeled example."""
     keys, total = label_keys(summary), sum(counts.values())
     own = [counts.get(key.name, 0) for key in keys]
-    if len(summary["labels"]) > COLOURS:
+    if len(summary["labels"]) > COLORS:
         own[-1] = total - sum(own[:-1])
     parts, start = [], 0
     for key, count in zip(keys, own, strict=True) if total else ():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from cotune.reporting.charts import COLOURS, MOST_DOTS, Chart, Key, Line, Point, Scale, round_ticks, value_scale, value_ticks
+from cotune.reporting.charts import COLORS, MOST_DOTS, Chart, Key, Line, Point, Scale, round_ticks, value_scale, value_ticks
 from cotune.reporting.comparison_statistics import Combination, Comparison, Estimate, Measured, Settings, estimate
 from cotune.reporting.formatting import percent, signed
 from cotune.reporting.pages import page_environment
@@ -16,11 +16,11 @@ from cotune.storage.files import write_durably
 _NAME = "compare.html.j2"
 _ENOUGH_SEEDS = 5
 CAVEATS = (
-    "One seed has the same initial model, the same partition, the same organisations asked in each round and, without privacy,"
+    "One seed has the same initial model, the same partition, the same organizations asked in each round and, without privacy,"
     " the same order of batches for every row, so that differences are taken seed by seed.",
     "± is half of a 95 % Student t interval of the mean over the seeds. p is that of a paired t-test, corrected by Holm's method"
     " for the number of rows that one table compares with the baseline; both need two seeds at least, and few prove little.",
-    "Worst and spread are the smallest and the standard deviation of the organisations' own accuracies: of the last model on"
+    "Worst and spread are the smallest and the standard deviation of the organizations' own accuracies: of the last model on"
     " records like theirs.",
 )
 TIME = (
@@ -182,5 +182,5 @@ def _line(number: int, name: str, curve: Sequence[tuple[int, Estimate]], x: Scal
 
 
 def _style(number: int) -> str:
-    """A colour and a dash pattern: 36 that differ."""
-    return f"c{number % COLOURS} pattern{(number + number // COLOURS) % COLOURS}"
+    """A color and a dash pattern: 36 that differ."""
+    return f"c{number % COLORS} pattern{(number + number // COLORS) % COLORS}"

@@ -29,7 +29,7 @@ _NO_SPREAD = 1e-12  # differences this close to each other are one number with r
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell of the grid. What a failed one lacks is None; worst and spread: over the organisations' own accuracies.
+    """One cell of the grid. What a failed one lacks is None; worst and spread: over the organizations' own accuracies.
 
     gain: what joining brings on an organization's own held-out records, against alone without privacy; the mean over the
     organizations. answers: how many of them are told yes, no, and too close to tell. Both only where alone was trained.
@@ -95,7 +95,7 @@ class Combination:
     bytes_up: float | None
     bytes_down: float | None
     seconds: float | None
-    epsilon: float | None  # the largest that any organisation spent under any seed
+    epsilon: float | None  # the largest that any organization spent under any seed
 
     @property
     def failed(self) -> tuple[Measured, ...]:

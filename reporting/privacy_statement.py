@@ -9,7 +9,7 @@ from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.client_dp import RoundNoise
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 
-_CLEAR = "the local metrics, which organisations told as they are, without noise; "
+_CLEAR = "the local metrics, which organizations told as they are, without noise; "
 _MEANING = (
     "Whatever anybody concludes from it about a record, they would have concluded without that record too, with a probability "
     "smaller by a factor of e^ε at most, but for a chance of δ. An ε of 1 or less is a strong promise, one of 8 a weak one."
@@ -33,23 +33,23 @@ def statement(
     client_level: bool = False,
     clear_metrics: bool = False,
 ) -> list[str]:
-    """Paragraphs about single records. spent: organisation -> (ε spent, δ), from the ledgers; without privacy, None and nothing.
+    """Paragraphs about single records. spent: organization -> (ε spent, δ), from the ledgers; without privacy, None and nothing.
 
     client_level: whether there is privacy of the other kind, which `client_statement` is about. clear_metrics: whether any
-    organisation told local metrics as they are.
+    organization told local metrics as they are.
     """
     if privacy is None:
         return [_none(client_level)]
     most = max((epsilon for epsilon, _ in spent.values()), default=0.0)
     return [
-        "Record-level differential privacy: for adding or removing any single record of an organisation, what left the "
-        f"organisation in this run{', but for its local metrics,' if clear_metrics else ''} is (ε, δ)-differentially private, "
+        "Record-level differential privacy: for adding or removing any single record of an organization, what left the "
+        f"organization in this run{', but for its local metrics,' if clear_metrics else ''} is (ε, δ)-differentially private, "
         f"with ε at most {round_up(most)} of {privacy.epsilon:g} allowed and δ = {privacy.delta} for the public number n of "
         f"its records. {_MEANING}",
         f"{_how(privacy)}{_persons(privacy)} ε is composed over every step of every round, interrupted ones included, from the "
-        "organisations' "
+        "organizations' "
         f"ledgers, with the privacy loss distribution accountant of dp-accounting. {_AGAINST}",
-        f"What it does not cover: {_CLEAR if clear_metrics else ''}the number that each organisation declares for its records is "
+        f"What it does not cover: {_CLEAR if clear_metrics else ''}the number that each organization declares for its records is "
         f"public, and rates, noise, steps and δ follow from it alone. {_LIMITS} The test set of this simulation and the "
         f"baselines trained beside it are not "
         "covered.",
@@ -62,12 +62,12 @@ def all_models_statement(together: float, *, pooled: bool) -> str:
     together: ε of the federated model and of an organization's own, the largest. pooled: whether all data were pooled as well.
     """
     return (
-        "This report compares several models of the same records. The federated model and the one that each organisation trained "
-        f"alone with the same privacy cost ε = {round_up(together)} together, the most that any organisation spent at its δ; "
+        "This report compares several models of the same records. The federated model and the one that each organization trained "
+        f"alone with the same privacy cost ε = {round_up(together)} together, the most that any organization spent at its δ; "
         'they were fixed before training, so that their steps compose as one list. No ε covers the columns "alone without '
-        'privacy" and "adapted": these models are fitted to an organisation\'s records without noise, and would stay with it. '
+        'privacy" and "adapted": these models are fitted to an organization\'s records without noise, and would stay with it. '
         "No ε covers what is computed from records as they are: numbers of records, label counts, the majority class, and every "
-        "figure on test records, an organisation's own held-out ones included, which no model was trained on"
+        "figure on test records, an organization's own held-out ones included, which no model was trained on"
         + ("; nor the model of all data pooled, which is trained without privacy." if pooled else ".")
     )
 
@@ -111,25 +111,25 @@ def selection_statement(
 def stated(
     privacy: RecordPrivacy | None, spent: Mapping[str, float], *, client_level: bool = False, silent: int = 0
 ) -> list[str]:
-    """As `statement`, of a real run, by what the coordinator knows. spent: organisation -> ε as it stated it last.
+    """As `statement`, of a real run, by what the coordinator knows. spent: organization -> ε as it stated it last.
 
-    silent: how many organisations stated none, as no update of theirs came.
+    silent: how many organizations stated none, as no update of theirs came.
     """
     if privacy is None:
         return [_none(client_level)]
     most = f"the highest stated is {round_up(max(spent.values()))}" if spent else "none was stated"
     rest = f"; {silent} of {silent + len(spent)} stated nothing" if silent and spent else ""
     return [
-        "Record-level differential privacy, as the plan asks it of every organisation: for adding or removing any single record, "
+        "Record-level differential privacy, as the plan asks it of every organization: for adding or removing any single record, "
         "what it sends in this run is (ε, δ)-differentially private, with ε at most "
         f"{privacy.epsilon:g} and δ = {privacy.delta} for n records; its own policy may ask for less. Of the ε that was spent "
         f"{most}{rest}. {_MEANING}",
-        f"{_how(privacy)}{_persons(privacy)} Each organisation adds the noise itself, on its own machine, and composes ε from "
+        f"{_how(privacy)}{_persons(privacy)} Each organization adds the noise itself, on its own machine, and composes ε from "
         f"its own ledger, over "
         "every step of every round, interrupted ones included, with the privacy loss distribution accountant of dp-accounting. "
-        "The coordinator knows what the organisations state, and cannot check it: an auditor can, from the ledger that each "
+        "The coordinator knows what the organizations state, and cannot check it: an auditor can, from the ledger that each "
         f"keeps. {_AGAINST}",
-        "What it does not cover: what an organisation's own policy lets out without noise, such as the exact number of its "
+        "What it does not cover: what an organization's own policy lets out without noise, such as the exact number of its "
         f"records or its local metrics; its own ledger names that. {_LIMITS} The coordinator's test set is not covered.",
     ]
 
@@ -137,7 +137,7 @@ def stated(
 def _none(client_level: bool) -> str:
     return (
         f"No {'record-level ' if client_level else ''}differential privacy: the plan says privacy = none. The updates that"
-        " left the organisations were neither clipped nor noised, and may reveal single records to whoever sees them. Records"
+        " left the organizations were neither clipped nor noised, and may reveal single records to whoever sees them. Records"
         " themselves did not leave."
     )
 
@@ -169,19 +169,19 @@ def client_statement(privacy: ClientPrivacy, noise: RoundNoise, charged: Sequenc
     rounds, z = sum(steps.count for steps in charged), noise.charge.noise_multiplier
     spent = epsilon(charged, privacy.delta)
     return [
-        "Client-level differential privacy: for any single organisation, whether its updates entered this run or were left out "
+        "Client-level differential privacy: for any single organization, whether its updates entered this run or were left out "
         f"altogether, the models that the server gave out are (ε, δ)-differentially private, with ε at most {round_up(spent)} of "
-        f"{privacy.epsilon:g} allowed and δ = {privacy.delta:g}. It protects the organisation as a whole, all its records "
-        "together, against those who see the models after the server: the other organisations, and whoever gets the result. It "
+        f"{privacy.epsilon:g} allowed and δ = {privacy.delta:g}. It protects the organization as a whole, all its records "
+        "together, against those who see the models after the server: the other organizations, and whoever gets the result. It "
         "does not protect against the server, which sees every update as it was sent.",
         "How: every update is clipped to a norm C over all its parameters"
         + (", which follows a noised quantile of the norms" if privacy.clipping == "adaptive" else f" = {privacy.clip_norm:g}")
         + f"; the clipped ones are summed with equal weights; Gaussian noise of noise multiplier {z:.4g} from a cryptographic "
-        f"generator is added to the sum, which is divided by {noise.expected:g}, the number of organisations that is expected, "
+        f"generator is added to the sum, which is divided by {noise.expected:g}, the number of organizations that is expected, "
         f"whoever took part. ε is composed over {rounds} rounds, interrupted ones included: each is charged to a durable account "
         "before its noise is drawn, and the run ends rather than exceed what is allowed.",
         _amplification(privacy, charged, spent, sample_rate),
-        "What it does not cover: which organisations are registered, who took part in which round, and whether a round found "
+        "What it does not cover: which organizations are registered, who took part in which round, and whether a round found "
         "enough of them counts as known; so does what else the folder of the run says about updates (sizes, steps, stated ε), "
         "which stays with the server. The settings must not have been chosen by looking at the updates. Sum and noise are "
         "rounded "
@@ -194,10 +194,10 @@ def _amplification(privacy: ClientPrivacy, charged: Sequence[Steps], spent: floa
         chance = (
             f" They were asked by chance (rate {sample_rate:g}), but for that nothing is taken off." if sample_rate < 1 else ""
         )
-        return f"ε counts as if every organisation had taken part in every round.{chance}"
+        return f"ε counts as if every organization had taken part in every round.{chance}"
     full = epsilon([Steps(steps.noise_multiplier, 1.0, steps.count) for steps in charged], privacy.delta)
     return (
-        f"This ε takes into account that each organisation is asked in a round by a secret chance of {sample_rate:g} only. That "
-        "holds against those who do not learn who took part in which round. The server knows, an organisation knows it of itself,"
+        f"This ε takes into account that each organization is asked in a round by a secret chance of {sample_rate:g} only. That "
+        "holds against those who do not learn who took part in which round. The server knows, an organization knows it of itself,"
         f" and whoever watches the network may find out: against them the same rounds cost ε = {round_up(full)}."
     )

@@ -1,7 +1,7 @@
 """The report of a run: one HTML page that answers, for a manager and for an engineer, "is it worth joining?".
 
 The page is made from the run's `summary.json` alone. It loads nothing (its content security policy forbids it), runs
-no script, and follows the reader's light or dark setting. Names and labels come from other organisations, so everything
+no script, and follows the reader's light or dark setting. Names and labels come from other organizations, so everything
 is escaped. Charts are SVG whose places are percentages: they stretch with the page while their text keeps its size, on
 a phone as on a desk.
 """
@@ -33,17 +33,17 @@ def render_report(summary: Summary) -> str:
         accuracy_chart=accuracy_chart(summary),
         epsilon_chart=epsilon_chart(summary),
         label_keys=() if is_real(summary) else label_keys(summary),
-        label_bar=lambda organisation: label_bar(summary, organisation["labels"]),
+        label_bar=lambda organization: label_bar(summary, organization["labels"]),
         dropped=_dropped(summary),
     )
 
 
 def _dropped(summary: Summary) -> dict[tuple[str, str], list[int]]:
-    """(organisation, reason) -> the rounds: whoever declines a plan does so in each of them."""
+    """(organization, reason) -> the rounds: whoever declines a plan does so in each of them."""
     found: dict[tuple[str, str], list[int]] = {}
     for entry in summary["rounds"]:
         for each in entry["dropped"]:
-            found.setdefault((each["organisation"], each["reason"]), []).append(entry["round"])
+            found.setdefault((each["organization"], each["reason"]), []).append(entry["round"])
     return found
 
 

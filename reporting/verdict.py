@@ -20,12 +20,12 @@ def is_private(summary: Summary) -> bool:
 
 
 def is_personal(summary: Summary) -> bool:
-    """Whether every organisation has a model of its own, and there is no common one."""
-    return any(organisation.get("personal") for organisation in summary["organisations"])
+    """Whether every organization has a model of its own, and there is no common one."""
+    return any(organization.get("personal") for organization in summary["organizations"])
 
 
 def is_real(summary: Summary) -> bool:
-    """Whether real organisations took part: then nobody compared, and ε is what they state."""
+    """Whether real organizations took part: then nobody compared, and ε is what they state."""
     return bool(summary["engine"] == "superlink")
 
 
@@ -63,22 +63,22 @@ def judge(summary: Summary) -> Verdict:
 def _members_note(summary: Summary) -> Iterator[str]:
     """How many real organizations have a part in the model."""
     if is_real(summary):
-        rounds = [o["rounds"] for o in summary["organisations"]]
+        rounds = [o["rounds"] for o in summary["organizations"]]
         yield f"{sum(1 for count in rounds if count)} of {len(rounds)} organizations are in this model."
 
 
 def _nobody_knows(test: Summary) -> str:
     if test["examples"]:
-        return "every organisation has a model of its own, and how good it is only the organisation can see."
+        return "every organization has a model of its own, and how good it is only the organization can see."
     return "the coordinator has no test set, so nobody knows how good the federated model is."
 
 
 def _sentence(summary: Summary) -> str:
-    answers, compared = summary["worth"]["answers"], [o["worth"] for o in summary["organisations"] if o["worth"]]
+    answers, compared = summary["worth"]["answers"], [o["worth"] for o in summary["organizations"] if o["worth"]]
     gains = [100 * each["difference"] for each in compared]
     return (
         f"each on its own held-out records, joining is better than training alone for {answers['yes']} of {len(gains)}"
-        f" organisations, worse for {answers['no']} and too close to tell for {answers['too close to tell']}: {_range(gains)}."
+        f" organizations, worse for {answers['no']} and too close to tell for {answers['too close to tell']}: {_range(gains)}."
     )
 
 
@@ -109,7 +109,7 @@ def _means_note(summary: Summary) -> str:
 
 
 def few_note(summary: Summary) -> Iterator[str]:
-    few = [o["name"] for o in summary["organisations"] if o["worth"] and o["worth"]["few"]]
+    few = [o["name"] for o in summary["organizations"] if o["worth"] and o["worth"]["few"]]
     if few:
         names = ", ".join(few[:_MOST_NAMES]) + (f" and {len(few) - _MOST_NAMES} more" if len(few) > _MOST_NAMES else "")
         yield f"With fewer than {FEW} test records of their own, only large differences can be told from chance: {names}."
@@ -131,13 +131,13 @@ def _measured(summary: Summary) -> str:
     """Accuracy on the common test set, against a constant answer and the bound."""
     test = summary["test"]
     federated = test["federated"]
-    who = "each organisation's own model reaches, in the mean," if is_personal(summary) else "the federated model reaches"
+    who = "each organization's own model reaches, in the mean," if is_personal(summary) else "the federated model reaches"
     constant = f"always giving the most frequent label{' of the test set' if is_real(summary) else ''}"
     against = [_against(_points(federated, test["majority"]), constant)]
     if test["pooled"] is not None:
         against.append(_against(_points(federated, test["pooled"]), "pooling all data without privacy"))
     known = summary["worth"] is not None or is_real(summary)
-    unknown = "" if known else "; what the organisations reach alone was not measured"
+    unknown = "" if known else "; what the organizations reach alone was not measured"
     return f"{who} {percent(federated['accuracy'])} accuracy, {', and '.join(against)}{unknown}."
 
 
@@ -147,7 +147,7 @@ def _against(points: float, name: str) -> str:
 
 def _personal_note(summary: Summary) -> Iterator[str]:
     if is_personal(summary):
-        yield "There is no common model: every organisation keeps a part of its own, and has its model in its own folder."
+        yield "There is no common model: every organization keeps a part of its own, and has its model in its own folder."
 
 
 def _chance_note(test: Summary) -> str:
@@ -162,11 +162,11 @@ def _chance_note(test: Summary) -> str:
 
 def _privacy_note(summary: Summary) -> Iterator[str]:
     privacy = summary["privacy"]
-    spent = [o["epsilon_spent"] for o in summary["organisations"] if o["epsilon_spent"] is not None]
+    spent = [o["epsilon_spent"] for o in summary["organizations"] if o["epsilon_spent"] is not None]
     if is_private(summary) and privacy["epsilon"] is not None:
-        delta = f" at δ = {privacy['delta']} for an organisation with n examples" if privacy["delta"] else ""
+        delta = f" at δ = {privacy['delta']} for an organization with n examples" if privacy["delta"] else ""
         verb = "states" if is_real(summary) else "spent"
-        most = f"; the most that any organisation {verb} is {round_up(max(spent))}" if spent else ""
+        most = f"; the most that any organization {verb} is {round_up(max(spent))}" if spent else ""
         yield f"Differential privacy for every single record: the plan allows ε = {privacy['epsilon']:g}{delta}{most}."
 
 
@@ -181,8 +181,8 @@ def results(summary: Summary) -> dict[str, Mapping[str, float] | None]:
     same = ", same privacy" if is_private(summary) else ""
     rows = {
         "Majority class": test["majority"],
-        f"Each organisation alone (mean{same})": test["alone"] and test["alone"]["mean"],
-        "Each organisation alone (mean, without privacy)": test["alone_without_privacy"]
+        f"Each organization alone (mean{same})": test["alone"] and test["alone"]["mean"],
+        "Each organization alone (mean, without privacy)": test["alone_without_privacy"]
         and test["alone_without_privacy"]["mean"],
         f"Federated ({'each with its own model, mean of ' if is_personal(summary) else ''}this run)": test["federated"],
         "Federated, adapted by each (mean)": test["adapted"] and test["adapted"]["mean"],
@@ -200,5 +200,5 @@ def own_columns(summary: Summary) -> dict[str, str]:
         "federated": "Own model" if is_personal(summary) else "Federated",
         "adapted": "Federated, adapted",
     }
-    held = [each["own"] for each in summary["organisations"] if each["own"]]
+    held = [each["own"] for each in summary["organizations"] if each["own"]]
     return {key: heading for key, heading in headings.items() if any(own[key] is not None for own in held)}

@@ -4,7 +4,7 @@ A baseline is a run like any other, with one participant, through the same loop,
 inside the run's, and is continued like a run. Alone without privacy is one only where the encoder is trained: a head is fitted to
 the end instead (see `personalized`), as whoever trains for itself would do.
 
-Where organisations keep a part of their models to themselves: how good each of their models is, and each of them as a folder.
+Where organizations keep a part of their models to themselves: how good each of their models is, and each of them as a folder.
 
 A simulation can look into their sites. The own part is the newest that a site holds.
 
@@ -60,7 +60,7 @@ class Judged:
 
 
 def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Judged]:
-    """ "alone/<organisation>", "alone-without-privacy/<organisation>" and "pooled" on the common test set.
+    """ "alone/<organization>", "alone-without-privacy/<organization>" and "pooled" on the common test set.
 
     As far as the plan asks for them and they could be trained.
     """
@@ -139,7 +139,7 @@ def _judge(folder: RunFolder, baseline: RunFolder) -> Judged:
 
 
 def each_judge(folder: RunFolder) -> Judge:
-    """The mean over all organisations that have trained, each with its own model."""
+    """The mean over all organizations that have trained, each with its own model."""
 
     def judge(state: State) -> Metrics | None:
         metrics = personal_metrics(folder, state)
@@ -149,7 +149,7 @@ def each_judge(folder: RunFolder) -> Judge:
 
 
 def personal_metrics(folder: RunFolder, state: State) -> dict[str, Metrics]:
-    """Organisation -> metrics of its own model on the common test set."""
+    """Organization -> metrics of its own model on the common test set."""
     plan = folder.plan
     model = model_of(plan, folder.file.device)
     test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
@@ -157,7 +157,7 @@ def personal_metrics(folder: RunFolder, state: State) -> dict[str, Metrics]:
 
 
 def export_each(folder: RunFolder, state: State) -> None:
-    """Writes the model of every organisation that has trained to `model/` in its site."""
+    """Writes the model of every organization that has trained to `model/` in its site."""
     model = model_of(folder.plan, folder.file.device)
     for name, own in personal_states(folder, state).items():
         model.load(own)
@@ -171,7 +171,7 @@ def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
 
 
 def personal_states(folder: RunFolder, state: State) -> dict[str, State]:
-    """Organisation -> the shared state with its own part."""
+    """Organization -> the shared state with its own part."""
     own = {who.name: Site(folder.path / who.site).newest(folder.plan.plan_id, PERSONAL) for who in folder.file.participants}
     return {name: {**state, **part} for name, part in own.items() if part}
 
@@ -211,14 +211,14 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
         try:
             adapted = _adapt(model, prepared, share, served, shared)
         except CotuneError as error:  # a comparison that cannot be made must not cost the run itself
-            folder.events.tell("adaptation_failed", organisation=share.name, reason=str(error))
+            folder.events.tell("adaptation_failed", organization=share.name, reason=str(error))
             continue
         if plan.personalize.methods:
             found.adapted[share.name] = adapted
             found.told[share.name] = _told(model, adapted.head, test)
         if fits_alone(plan, model):
             found.alone[share.name] = _told(model, adapted.alone, test)
-        folder.events.tell("adapted", organisation=share.name, method=adapted.described)
+        folder.events.tell("adapted", organization=share.name, method=adapted.described)
     return found
 
 

@@ -50,7 +50,7 @@ def _context(folder: RunFolder) -> Context:
 
 
 def _ray(folder: RunFolder) -> None:
-    """Flower's own simulation: every organisation is a virtual node, its ClientApp runs in Ray's worker processes."""
+    """Flower's own simulation: every organization is a virtual node, its ClientApp runs in Ray's worker processes."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -53,10 +53,10 @@ def _print(event: str, fields: dict[str, Any]) -> None:
     if event == "round_finished":
         accuracy = f", test accuracy {fields['metrics']['accuracy']:.3f}" if fields["metrics"] else ""
         print(
-            f"cotune: round {fields['round']} ({fields['stage']}), {len(fields['participants'])} organisations{accuracy}",
+            f"cotune: round {fields['round']} ({fields['stage']}), {len(fields['participants'])} organizations{accuracy}",
             flush=True,
         )
     elif event == "run_stopped":
         print(f"cotune: the run was stopped: {fields['reason']}", flush=True)
     elif event in ("update_dropped", "update_quarantined", "run_failed"):
-        print(f"cotune: round {fields['round']}: {fields.get('organisation', 'failed')}: {fields['reason']}", flush=True)
+        print(f"cotune: round {fields['round']}: {fields.get('organization', 'failed')}: {fields['reason']}", flush=True)

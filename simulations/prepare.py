@@ -1,4 +1,4 @@
-"""Before a simulation: the plan is resolved against data and model, the data are split, and every organisation gets its site.
+"""Before a simulation: the plan is resolved against data and model, the data are split, and every organization gets its site.
 
 What a simulation says about its records: how many do not count and why, and classes that look like one.
 """
@@ -24,7 +24,7 @@ from cotune.data.dataset import Holdings, write_holdings
 from cotune.data.left_out import ELSEWHERE, KEPT, cut_texts, left_out_line
 from cotune.data.natural_partition import column_of, owners_of
 from cotune.data.partition import PartitionConfig, Rows, UnitGroups, deal_alike, partition, split_test, unit_groups
-from cotune.data.records import Records, check_labels, is_one_source, organisation_files, organisation_name, read_records
+from cotune.data.records import Records, check_labels, is_one_source, organization_files, organization_name, read_records
 from cotune.errors import DataError, PlanError
 from cotune.models.base_folder import base_labels
 from cotune.models.base_model import find_base
@@ -133,7 +133,7 @@ def _cut(records: Records, model: SharedModel) -> Mapping[str, int]:
 
 @dataclass(frozen=True)
 class Share:
-    """The training records of one organisation: rows of a file. units: to how many the plan's promise is made."""
+    """The training records of one organization: rows of a file. units: to how many the plan's promise is made."""
 
     name: str
     file: Path | None
@@ -161,7 +161,7 @@ class Prepared:
     shares: tuple[Share, ...]
     test: tuple[tuple[Path | None, Rows], ...]
     records: dict[Path | None, Records]
-    noise: dict[str, float]  # organisation -> σ; empty without privacy
+    noise: dict[str, float]  # organization -> σ; empty without privacy
     validation: tuple[tuple[Path | None, Rows], ...] = ()  # of the server
     left_out_by_file: LeftOut = field(default_factory=dict)
 
@@ -218,7 +218,7 @@ def _with_own(what: Literal["epsilon", "rank"], values: Sequence[float], shares:
         return shares
     if len(values) != len(shares):
         raise PlanError(
-            f"the plan has {len(values)} values in simulation.{what}s for {len(shares)} organisations: expected one for each"
+            f"the plan has {len(values)} values in simulation.{what}s for {len(shares)} organizations: expected one for each"
         )
     own: list[dict[str, Any]] = [{what: value} for value in values]
     return tuple(replace(share, **rule) for share, rule in zip(shares, own, strict=True))
@@ -228,7 +228,7 @@ def _read(plan: Plan) -> dict[Path | None, Records]:
     """All files of the source; None stands for a source that is one file, or one folder of images."""
     folder, data, task = Path(plan.data.source).expanduser(), plan.data, plan.task
     if not data.source.startswith("package:") and folder.is_dir() and not is_one_source(folder, task):
-        return {path.resolve(): read_records(data, path, task) for path in organisation_files(folder, task).values()}
+        return {path.resolve(): read_records(data, path, task) for path in organization_files(folder, task).values()}
     return {None: read_records(data, task=task)}
 
 
@@ -258,7 +258,7 @@ Portions = tuple[tuple[Path | None, Rows], ...]
 def _split(plan: Plan, records: dict[Path | None, Records]) -> tuple[tuple[Share, ...], Portions, Portions, Counter[Path | None]]:
     """(shares, test set, validation set, how many records of a file are left out of the last two as their unit is elsewhere).
 
-    One file is split over simulated organisations; of several files each is one. The records of a unit stay together (see
+    One file is split over simulated organizations; of several files each is one. The records of a unit stay together (see
     `unit_groups`); of one that several files hold, those that would test are left out where another file trains on it.
     """
     rng = seeded_generator(plan.seed, "partition")
@@ -319,7 +319,7 @@ def _pools(
         )
     for file, found in records.items():
         if file is not None or column is None:
-            yield file, None if file is None else organisation_name(file), units[file], found
+            yield file, None if file is None else organization_name(file), units[file], found
             continue
         for name, own in units[file].by(owners_of(plan.data, plan.task, found, column)).items():
             yield file, _checked_size(plan, name, own), own, found
@@ -399,8 +399,8 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
 
 
 def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
-    """A simulated organisation's folder; its ledger and outbox are left alone where they exist."""
+    """A simulated organization's folder; its ledger and outbox are left alone where they exist."""
     write_holdings(folder / "data.json", plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
         write_durably(folder / "policy.toml", dump_policy(shares[0].policy(plan)).encode())
-    write_durably(folder / "site.json", SiteFile(organisation=name, simulated=True, device=device).model_dump_json().encode())
+    write_durably(folder / "site.json", SiteFile(organization=name, simulated=True, device=device).model_dump_json().encode())

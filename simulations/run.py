@@ -46,7 +46,7 @@ from cotune.simulations.baselines import (
 from cotune.simulations.engines import check_engine, play_on
 from cotune.simulations.prepare import Prepared, Share, make_run, prepare
 from cotune.simulations.released_models import steps_of_models
-from cotune.simulations.worth import TestSet, organisation_worth, overall_worth, own_majority
+from cotune.simulations.worth import TestSet, organization_worth, overall_worth, own_majority
 from cotune.storage.files import write_durably
 
 _METRICS = ("accuracy", "precision", "recall", "f1")
@@ -58,10 +58,10 @@ _EXACT = (  # figures of a simulation that are computed from training records as
 )
 
 
-def summarise(
+def summarize(
     folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Judged], personalized: Personalized, seconds: float
 ) -> dict[str, Any]:
-    """The summary of a finished run as plain values. ε is composed from the organisations' ledgers, not from the plan."""
+    """The summary of a finished run as plain values. ε is composed from the organizations' ledgers, not from the plan."""
     plan, progress = folder.plan, folder.load()
     metrics = Metrics(**progress.history[-1]["metrics"])
     alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
@@ -69,15 +69,15 @@ def summarise(
     personal = personal_metrics(folder, served_of(plan, progress)) if plan.keeps_personal else {}
     test = TestSet(prepared)
     choices = _choices(folder, prepared, progress, baselines, personalized)
-    organisations = [
+    organizations = [
         {
-            **_organisation(folder, prepared, s, progress, alone.get(s.name), personal.get(s.name)),
-            **organisation_worth(test, s, choices[s.name]),
+            **_organization(folder, prepared, s, progress, alone.get(s.name), personal.get(s.name)),
+            **organization_worth(test, s, choices[s.name]),
             "adaptation": _adaptation(personalized, s),
         }
         for s in prepared.shares
     ]
-    for each in organisations:
+    for each in organizations:
         each["gain"] = each["worth"] and each["worth"]["difference"]
     return {
         **identity(folder, progress),
@@ -88,17 +88,17 @@ def summarise(
             "left_out": dict(prepared.left_out),
             "notes": prepared.notes,
         },
-        "worth": overall_worth(organisations),
+        "worth": overall_worth(organizations),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
             "majority": _majority(folder, prepared).as_dict(),
             "alone": _each({n: m.as_dict() for n, m in alone.items()}),
-            "alone_without_privacy": _common(organisations, "alone_without_privacy"),
+            "alone_without_privacy": _common(organizations, "alone_without_privacy"),
             "federated": metrics.as_dict(),
-            "adapted": _common(organisations, "adapted"),
+            "adapted": _common(organizations, "adapted"),
             "pooled": pooled.metrics.as_dict() if pooled else None,
         },
-        "organisations": organisations,
+        "organizations": organizations,
         **performance(progress, seconds),
         "reproduce": [f"cotune simulate {folder.path / 'plan.toml'}"],
     }
@@ -150,9 +150,9 @@ def _each(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
     return {"mean": mean_metrics([Metrics(**m) for m in metrics.values()]).as_dict(), "each": dict(metrics)}
 
 
-def _common(organisations: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any] | None:
+def _common(organizations: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any] | None:
     """Of each organization on the common test set, without intervals."""
-    known = {each["name"]: each["common"][column] for each in organisations if each["common"][column] is not None}
+    known = {each["name"]: each["common"][column] for each in organizations if each["common"][column] is not None}
     return _each({name: {key: table[key] for key in _METRICS} for name, table in known.items()})
 
 
@@ -202,14 +202,14 @@ def _all_models(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> floa
 
 
 def _in_clear(folder: RunFolder) -> bool:
-    """Whether any organisation's policy lets it tell the local metrics or the loss that the plan asks for as they are."""
+    """Whether any organization's policy lets it tell the local metrics or the loss that the plan asks for as they are."""
     tell = [Site(folder.path / who.site).policy().tell for who in folder.file.participants]
     metrics = folder.plan.tell.local_metrics and any(rules.local_metrics == "clear" for rules in tell)
     return metrics or ("loss" in folder.plan.strategy.sends and any(rules.local_loss == "clear" for rules in tell))
 
 
 def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:
-    """(ε spent, δ) of an organisation, from its ledger."""
+    """(ε spent, δ) of an organization, from its ledger."""
     delta = privacy.delta_for(share.public_examples(folder.plan))
     return epsilon(_charged(folder, share), delta), delta
 
@@ -219,7 +219,7 @@ def _charged(folder: RunFolder, share: Share) -> list[Steps]:
 
 
 def _training(folder: RunFolder, share: Share) -> list[Steps]:
-    """The steps of training that are charged to an organisation."""
+    """The steps of training that are charged to an organization."""
     ledger = Site(folder.path / "sites" / share.name).ledger()
     return [charge.steps for charge in ledger.charges() if charge.purpose == "training"]
 
@@ -232,7 +232,7 @@ def _majority(folder: RunFolder, prepared: Prepared) -> Metrics:
     return majority(train, test.truth, len(folder.plan.labels))
 
 
-def _organisation(
+def _organization(
     folder: RunFolder,
     prepared: Prepared,
     share: Share,
@@ -286,7 +286,7 @@ def simulate(
     device: str = "auto",
     noted: Notes = lambda notes: None,
 ) -> Run:
-    """Runs a plan with simulated organisations: train, compare, report.
+    """Runs a plan with simulated organizations: train, compare, report.
 
     out: the folder of the run; None: runs/<time>-<plan>. engine: "in-process" or "ray". device: auto, cpu, cuda, cuda:N. noted:
     is called with the notes about the records before anything is trained; they are in the summary, too.
@@ -332,7 +332,7 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Run:
     began = time.monotonic()
     results = run_baselines(folder, prepared)
     personalized = personalize(folder, prepared, served_of(folder.plan, folder.load()))
-    summary = summarise(folder, prepared, results, personalized, seconds + time.monotonic() - began)
+    summary = summarize(folder, prepared, results, personalized, seconds + time.monotonic() - began)
     _export(folder, summary)
     write_durably(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
@@ -340,7 +340,7 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Run:
 
 
 def _export(folder: RunFolder, summary: dict[str, Any]) -> None:
-    """The model of the run; or, where there is no common one, each organisation's in its site."""
+    """The model of the run; or, where there is no common one, each organization's in its site."""
     state = served_of(folder.plan, folder.load())
     if folder.plan.keeps_personal:
         export_each(folder, state)

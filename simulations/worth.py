@@ -68,7 +68,7 @@ def own_majority(prepared: Prepared, share: Share) -> int:
     return max(counts, key=lambda c: (counts[c], -c))
 
 
-def organisation_worth(test: TestSet, share: Share, choices: Choices) -> dict[str, Any]:
+def organization_worth(test: TestSet, share: Share, choices: Choices) -> dict[str, Any]:
     """Return `own`, `common` and `worth` of summary.json; `own` and `worth` are None without held-out records."""
     where = test.own(share)
     return {
@@ -112,15 +112,15 @@ def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[st
     }
 
 
-def overall_worth(organisations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def overall_worth(organizations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """`worth` of summary.json: the answers counted, and the means on own records; None where nobody could be compared."""
-    answers = Counter(each["worth"]["answer"] for each in organisations if each["worth"])
+    answers = Counter(each["worth"]["answer"] for each in organizations if each["worth"])
     if not answers:
         return None
     return {
         "answer": _overall(answers),
         "answers": {name: answers[name] for name in ("yes", "no", "too close to tell")},
-        "own_means": {name: _mean([each["own"] for each in organisations if each["own"]], name) for name in COLUMNS},
+        "own_means": {name: _mean([each["own"] for each in organizations if each["own"]], name) for name in COLUMNS},
     }
 
 

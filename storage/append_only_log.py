@@ -78,7 +78,7 @@ class Log:
 
 
 class Chain:
-    """The log in one file, opened for one transaction at a time; SQLite serialises the processes that write.
+    """The log in one file, opened for one transaction at a time; SQLite serializes the processes that write.
 
     Raises PrivacyError for whatever is wrong with the file: it is never repaired, replaced or written over.
     """

@@ -2,7 +2,7 @@
 
 How much memory a round takes is decided here: a weighting that looks at one update at a time and a fusion that needs one sum
 keep the running sums only; where updates are compared, the server holds every delta of the round, 4 bytes per shared parameter
-and organisation.
+and organization.
 
 The parts of a strategy, built from its table: what one round and one run need of it.
 
@@ -54,7 +54,7 @@ def _apart(held: Sequence[Update]) -> dict[str, tuple[float, float]]:
     """Organization -> (distance, cosine) of its delta to the median of every coordinate, over the parameters that all sent."""
     if len(held) < 3:
         return {}
-    sums: dict[str, list[float]] = {update.organisation: [0.0, 0.0, 0.0] for update in held}
+    sums: dict[str, list[float]] = {update.organization: [0.0, 0.0, 0.0] for update in held}
     length = 0.0
     for name, first in held[0].delta.items():
         deltas = [u.delta[name].double() for u in held if name in u.delta and u.delta[name].shape == first.shape]
@@ -64,7 +64,7 @@ def _apart(held: Sequence[Update]) -> dict[str, tuple[float, float]]:
         length += float(middle.pow(2).sum())
         for update, delta in zip(held, deltas, strict=True):
             found = ((delta - middle).pow(2).sum(), (delta * middle).sum(), delta.pow(2).sum())
-            sums[update.organisation] = [a + float(b) for a, b in zip(sums[update.organisation], found, strict=True)]
+            sums[update.organization] = [a + float(b) for a, b in zip(sums[update.organization], found, strict=True)]
     return {
         name: (math.sqrt(far), inner / math.sqrt(own * length) if own * length > 0 else 0.0)
         for name, (far, inner, own) in sums.items()
@@ -101,12 +101,12 @@ class WeightedFusion:
         Raises RunError for an update with values that are not finite. A rule that compares updates takes none that are late.
         """
         if not_finite(update.delta):
-            raise RunError(f"the update of {update.organisation[:80]} is not finite: expected finite values")
+            raise RunError(f"the update of {update.organization[:80]} is not finite: expected finite values")
         self._count += 1
         if self._streams:
             self._add_up(self._weighed(update, _discounted(self._weigh(update), staleness)))
         elif staleness:
-            raise RunError(f"the update of {update.organisation[:80]} is late: expected a rule that adds updates up")
+            raise RunError(f"the update of {update.organization[:80]} is late: expected a rule that adds updates up")
         else:
             self._held.append(update)
 
@@ -114,12 +114,12 @@ class WeightedFusion:
         values = weight.values() if isinstance(weight, Mapping) else (weight,)
         if not all(isinstance(w, int | float) and 0 <= w < math.inf for w in values):
             raise RunError(
-                f'the weighting "{self._weighting[0].name}" gave {update.organisation[:80]} the weight {weight!r:.60}: expected a'
+                f'the weighting "{self._weighting[0].name}" gave {update.organization[:80]} the weight {weight!r:.60}: expected a'
                 " finite number, 0 or more"
             )
         length, mean = norm(update.delta), sum(values) / max(1, len(values))
         square = length**2
-        self._seen[update.organisation] = (mean, length)
+        self._seen[update.organization] = (mean, length)
         self._weights, self._squares = self._weights + mean, self._squares + mean * square
         return Weighed(update, weight, self._context.state)
 
@@ -135,7 +135,7 @@ class WeightedFusion:
         least = info.least(**parameters)
         if self._count < least:
             raise RunError(
-                f'the fusion "{info.name}" needs {least} updates, and the round has {self._count}: ask more organisations, raise'
+                f'the fusion "{info.name}" needs {least} updates, and the round has {self._count}: ask more organizations, raise'
                 " server.quorum, or choose another fusion"
             )
         weighed = [] if self._streams else self._weigh_all()

@@ -107,7 +107,7 @@ def _record_privacy(info: PartInfo) -> str:
     if problem:
         return f"no: it {problem}"
     if "loss" in info.needs.sends:
-        return "at a price: the loss is a release of its own, noised and charged as each organisation's policy has it"
+        return "at a price: the loss is a release of its own, noised and charged as each organization's policy has it"
     where = "is added after clipping and noising" if info.kind == "client_term" else "works on what was noised already"
     return f"free: it {where}"
 
@@ -126,11 +126,11 @@ def _visibility(info: PartInfo) -> Visibility:
 def _needs(info: PartInfo) -> Iterator[str]:
     needs = info.needs
     if needs.participation:
-        yield f"every organisation must be asked at least every {1 / needs.participation:g} rounds"
+        yield f"every organization must be asked at least every {1 / needs.participation:g} rounds"
     if needs.optimizers:
-        yield f"organisations train with {' or '.join(needs.optimizers)}, at one learning rate"
+        yield f"organizations train with {' or '.join(needs.optimizers)}, at one learning rate"
     if not needs.momentum:
-        yield "organisations train without momentum"
+        yield "organizations train without momentum"
     if needs.adapters:
         yield f"for adapters, with lora.factors = {' or '.join(needs.adapters)}"
     if needs.rewrites:
@@ -138,11 +138,11 @@ def _needs(info: PartInfo) -> Iterator[str]:
     if needs.server_data:
         yield "the server holds validation records (validation_fraction)"
     if needs.sets_state:
-        yield "its result is a new model: the server optimiser must be sgd with lr 1"
+        yield "its result is a new model: the server optimizer must be sgd with lr 1"
     if needs.mean or needs.client_state:
         yield "counts on the weighted mean as fusion"
     if needs.client_state:
-        yield "wants the weighting uniform where not all organisations are asked in every round"
+        yield "wants the weighting uniform where not all organizations are asked in every round"
     if info.kind == "fusion" and not needs.weights:
         yield "uses no weights"
     if needs.by_parameter and info.kind == "weighting":
@@ -191,4 +191,4 @@ def _call(part: Part, given: Any) -> str:
 
 
 def _word(kind: Kind) -> str:
-    return kind.replace("_", " ").replace("optimizer", "optimiser")
+    return kind.replace("_", " ").replace("optimizer", "optimizer")

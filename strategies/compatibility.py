@@ -15,9 +15,9 @@ _STATISTICS = {"fisher", "gram"}
 @dataclass(frozen=True)
 class Facts:
     """What a plan says beside its strategy. sums_only: the server may see sums alone. participation: the fraction of the
-    organisations that each round asks. organisations: that it asks in a round, at least; None where that is not known before the
+    organizations that each round asks. organizations: that it asks in a round, at least; None where that is not known before the
     run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
-    personal: organisations keep some of what they train to themselves. same_steps: every organisation takes as many steps in a
+    personal: organizations keep some of what they train to themselves. same_steps: every organization takes as many steps in a
     round. folds_late: updates of earlier rounds are folded into later ones.
     """
 
@@ -25,7 +25,7 @@ class Facts:
     client_privacy: bool = False
     sums_only: bool = False
     participation: float = 1.0
-    organisations: int | None = None
+    organizations: int | None = None
     optimizers: tuple[str, ...] = ("sgd",)
     momentum: bool = False
     one_rate: bool = True
@@ -54,7 +54,7 @@ def privacy_problem(info: PartInfo, facts: Facts) -> str | None:
 
 
 def _sending(strategy: StrategyConfig, facts: Facts) -> Iterator[str]:
-    """What the plan itself says that organisations send: it need not be what its parts want."""
+    """What the plan itself says that organizations send: it need not be what its parts want."""
     statistics = sorted(_STATISTICS & set(strategy.sends))
     if facts.record_privacy and statistics:
         yield (
@@ -72,7 +72,7 @@ def _problems(found: Found, facts: Facts) -> Iterator[str]:
 
 
 def _word(kind: Kind) -> str:
-    return kind.replace("_", " ").replace("optimizer", "optimiser")
+    return kind.replace("_", " ").replace("optimizer", "optimizer")
 
 
 def _between_parts(found: Found) -> Iterator[str]:
@@ -91,13 +91,13 @@ def _between_parts(found: Found) -> Iterator[str]:
     for kind, (part, info) in found.items():
         if optimizer and info.needs.sets_state and not _plain(optimizer[0]):
             yield (
-                f'the {_word(kind)} "{part.name}" gives a new model rather than a direction, which the server optimiser'
+                f'the {_word(kind)} "{part.name}" gives a new model rather than a direction, which the server optimizer'
                 f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
                 " no schedule"
             )
         if fusion and _counts_on_the_mean(info) and not fusion[1].is_mean:
             yield (
-                f'the {_word(kind)} "{part.name}" counts on the mean of what the organisations trained, and the fusion'
+                f'the {_word(kind)} "{part.name}" counts on the mean of what the organizations trained, and the fusion'
                 f' "{fusion[0].name}" gives something else: expected fusion = "mean", or another {_word(kind)}'
             )
 
@@ -115,12 +115,12 @@ def _with_term(term: tuple[Part, PartInfo] | None, weighting: tuple[Part, PartIn
         return
     if needs.sends or needs.server_data or weighting[1].sees_all:
         yield (
-            f'the client term "{term[0].name}" sums up what organisations keep, and the weighting "{name}" changes from round to'
+            f'the client term "{term[0].name}" sums up what organizations keep, and the weighting "{name}" changes from round to'
             ' round: expected weighting = "uniform"'
         )
     if facts.participation < 1:
         yield (
-            f'the client term "{term[0].name}" sums up what organisations keep, which the weighting "{name}" gets wrong where not'
+            f'the client term "{term[0].name}" sums up what organizations keep, which the weighting "{name}" gets wrong where not'
             ' all of them are asked in every round: expected weighting = "uniform"'
         )
 
@@ -153,7 +153,7 @@ def _privacy(info: PartInfo, facts: Facts) -> Iterator[str]:
         )
     if facts.client_privacy and info.kind == "weighting" and info.name != "uniform":
         yield (
-            "would undo client_privacy, which bounds what one organisation changes by its clip norm: expected"
+            "would undo client_privacy, which bounds what one organization changes by its clip norm: expected"
             ' strategy.weighting = "uniform"'
         )
     if facts.client_privacy and info.kind == "fusion" and info.name != "mean":
@@ -172,14 +172,14 @@ def _participation(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:
     needs, least = info.needs, info.least(**part.parameters)
     if facts.participation < needs.participation:
         yield (
-            f"needs every organisation at least every {1 / needs.participation:g} rounds, and each is asked with"
+            f"needs every organization at least every {1 / needs.participation:g} rounds, and each is asked with"
             f" {facts.participation:g}: expected server.sample_rate of {needs.participation:g} or more, or a strategy"
             f" without state"
-            ' at the organisations, such as "fedadam"'
+            ' at the organizations, such as "fedadam"'
         )
-    if facts.organisations is not None and facts.organisations < least:
+    if facts.organizations is not None and facts.organizations < least:
         some = facts.participation < 1
-        asks = f"{'may ask as few as' if some else 'asks'} {facts.organisations} organisations"
+        asks = f"{'may ask as few as' if some else 'asks'} {facts.organizations} organizations"
         more = f"server.sample_size of {least} or more" if some else "more of them"
         yield f"needs {least} updates in a round, and the plan {asks}: expected {more}"
 
@@ -194,7 +194,7 @@ def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
     if needs.optimizers and not facts.one_rate:
         yield "assumes one learning rate, and the plan has another local.head_learning_rate: leave it out"
     if needs.client_state and not facts.same_steps:
-        yield "assumes as many steps at every organisation, and the plan has local.epochs: expected local.steps"
+        yield "assumes as many steps at every organization, and the plan has local.epochs: expected local.steps"
     if needs.adapters and "lora" not in facts.modes:
         yield "is for adapters, and no stage of the plan trains any: expected train = lora"
     if needs.adapters and facts.factors is not None and facts.factors not in needs.adapters:

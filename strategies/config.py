@@ -2,7 +2,7 @@
 
 Named recipes: what the literature calls a strategy, as parts. `strategy = "fedadam"` in a plan stands for its line here.
 
-A part that a recipe does not name keeps its default (weighting examples, fusion mean, server optimiser sgd, no client term).
+A part that a recipe does not name keeps its default (weighting examples, fusion mean, server optimizer sgd, no client term).
 `lora` goes to the plan's table of that name; `cite` is the source of a recipe that is no part's.
 """
 
@@ -52,7 +52,7 @@ def _complete(kind: Kind, part: Any) -> Any:
     if isinstance(table, dict) and kind in _DEFAULT_PARTS:
         table.setdefault("name", _DEFAULT_PARTS[kind].name)  # parameters alone are those of the default
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-        words = kind.replace("_", " ").replace("optimizer", "optimiser")
+        words = kind.replace("_", " ").replace("optimizer", "optimizer")
         raise ValueError(f"expected the name of a {words}, or a table with its name and parameters, got {part!r:.80}")
     name, sha256 = table.pop("name"), table.pop("sha256", None)
     if not is_code(name):
@@ -65,7 +65,7 @@ def _complete(kind: Kind, part: Any) -> Any:
 
 
 class StrategyConfig(BaseModel):
-    """weighting → fusion → server optimiser (the `strategy` table of a plan); the default is FedAvg on deltas."""
+    """weighting → fusion → server optimizer (the `strategy` table of a plan); the default is FedAvg on deltas."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,8 +75,8 @@ class StrategyConfig(BaseModel):
         _DEFAULT_PARTS["server_optimizer"],
         description="how the one delta moves the model",
     )
-    client_term: Part | None = Field(None, description="what organisations add to their gradients; absent: nothing")
-    sends: tuple[Payload, ...] = Field((), description="what organisations send beside their deltas; found from the parts")
+    client_term: Part | None = Field(None, description="what organizations add to their gradients; absent: nothing")
+    sends: tuple[Payload, ...] = Field((), description="what organizations send beside their deltas; found from the parts")
 
     @field_validator(*FOLDERS, mode="before")
     @classmethod
@@ -131,7 +131,7 @@ class StrategyConfig(BaseModel):
 
     @property
     def keeps_state(self) -> bool:
-        """Whether organisations keep tensors from round to round."""
+        """Whether organizations keep tensors from round to round."""
         return self.client_term is not None and self.client_term.info("client_term").needs.client_state
 
 
@@ -143,7 +143,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fednova": {"fusion": "fednova"},
     "qfedavg": {"weighting": "uniform", "fusion": "q_fedavg"},
     "tilted": {"weighting": "tilted"},
-    # robust to a few wrong or hostile organisations
+    # robust to a few wrong or hostile organizations
     "median": {"weighting": "uniform", "fusion": "median"},
     "trimmed_mean": {"weighting": "uniform", "fusion": "trimmed_mean"},
     "krum": {"weighting": "uniform", "fusion": "krum"},
@@ -152,7 +152,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "robust": {"fusion": "robust"},
     "rfa": {"fusion": "geometric_median"},
     "norm_bound": {"fusion": "norm_bound"},
-    "centred_clipping": {"weighting": "uniform", "fusion": "centred_clipping"},
+    "centered_clipping": {"weighting": "uniform", "fusion": "centered_clipping"},
     # model merging
     "soup": {"weighting": "uniform"},
     "greedy_soup": {"weighting": "uniform", "fusion": "greedy_soup"},
@@ -173,7 +173,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "flexlora": {"fusion": "flexlora", "lora": {"factors": "ab"}},
     "fedsa": {"lora": {"factors": "ab", "keep": "b"}, "cite": "Guo et al., ICLR 2025, https://arxiv.org/abs/2410.01463"},
     "hetlora": {"weighting": "uniform", "fusion": "hetlora", "lora": {"factors": "ab"}},
-    # server optimisers
+    # server optimizers
     "fedadam": {"server_optimizer": "adam"},
     "fedyogi": {"server_optimizer": "yogi"},
     "fedadagrad": {"server_optimizer": "adagrad"},

@@ -2,7 +2,7 @@
 
 Flower's strategies work on whole weights and keep their state in themselves. In every round the strategy is built anew, gets back
 the arrays and numbers that it held after the round before, is asked to configure the round, and aggregates θ + Δ_k as if
-organisations had answered with them; what it gives, less θ, is the delta. Organisations train as the plan says, so that a
+organizations had answered with them; what it gives, less θ, is the delta. Organizations train as the plan says, so that a
 strategy which wants something else of them is refused.
 """
 
@@ -34,12 +34,12 @@ from cotune.strategies.types import Fused, RoundContext, Weighed
 _OURS: dict[str, Any] = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}  # whom to ask is the plan's
 _UNUSED = {"fraction_train", "fraction_evaluate", "min_evaluate_nodes", "arrayrecord_key", "configrecord_key", "weighted_by_key"}
 _PLAIN = {bool, int, float, str, type(None)}
-_PATIENCE = 5  # how often a strategy may count the organisations of a round; Flower's own do it twice, or every second for ever
+_PATIENCE = 5  # how often a strategy may count the organizations of a round; Flower's own do it twice, or every second for ever
 _NAMES = "parameters"  # in the memory: a digest of the names that the round shared
-_CHANNEL = "server-round"  # all that a strategy may tell organisations: they do not listen
+_CHANNEL = "server-round"  # all that a strategy may tell organizations: they do not listen
 _INSTEAD = {
-    "FedProx": 'the strategy "fedprox", whose term organisations do add to their gradients',
-    "QFedAvg": 'the strategy "qfedavg", for which organisations send their loss if their policy allows it',
+    "FedProx": 'the strategy "fedprox", whose term organizations do add to their gradients',
+    "QFedAvg": 'the strategy "qfedavg", for which organizations send their loss if their policy allows it',
     "DifferentialPrivacyServerSideFixedClipping": "the plan's table client_privacy, which accounts for what it promises",
     "DifferentialPrivacyClientSideFixedClipping": "the plan's table client_privacy, which accounts for what it promises",
     "DifferentialPrivacyServerSideAdaptiveClipping": "the plan's table client_privacy, which accounts for what it promises",
@@ -72,7 +72,7 @@ def flower_part(name: str, build: type[Strategy]) -> PartInfo:
     """A strategy's class as a fusion; its constructor's plain parameters are those of the part. Raises PlanError."""
     for refused, instead in _INSTEAD.items():
         if issubclass(build, getattr(flower, refused)):
-            raise PlanError(f"{name} wants of organisations what they do not do for a strategy of Flower's: expected {instead}")
+            raise PlanError(f"{name} wants of organizations what they do not do for a strategy of Flower's: expected {instead}")
     return PartInfo(
         "fusion",
         name,
@@ -147,14 +147,14 @@ class FlowerFusion:
             raise RunError(f"{self.name} failed in round {round} ({type(error).__name__}: {error})") from error
 
     def _configured(self, strategy: Strategy, arrays: Mapping[str, Any], count: int, round: int) -> list[Message]:
-        """What it would send to organisations, looked through, and a message of ours to each instead."""
+        """What it would send to organizations, looked through, and a message of ours to each instead."""
         record = _record(arrays)
         for message in strategy.configure_train(round, record, ConfigRecord(), _Roll(count)):
             told = {key for config in message.content.config_records.values() for key in config} - {_CHANNEL}
             if told:
-                self._refuse(f'tells organisations "{min(told)}", and they train as the plan says', "a client_term in the plan")
+                self._refuse(f'tells organizations "{min(told)}", and they train as the plan says', "a client_term in the plan")
             if any(sent is not record and not _same(sent, arrays) for sent in message.content.array_records.values()):
-                self._refuse("sends organisations other arrays than the model", "one that sends the model alone")
+                self._refuse("sends organizations other arrays than the model", "one that sends the model alone")
         return [Message(RecordDict(), i + 1, "train") for i in range(count)]
 
     def _memory(self, strategy: Strategy, fresh: Mapping[str, Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ def _as_server() -> Iterator[None]:
 
 
 class _Roll(Grid):
-    """The organisations that have answered, numbered from 1. A strategy may count them, wait for no more, and talk to none."""
+    """The organizations that have answered, numbered from 1. A strategy may count them, wait for no more, and talk to none."""
 
     def __init__(self, count: int) -> None:
         self._count, self._asked = count, 0
@@ -228,11 +228,11 @@ class _Roll(Grid):
     def get_node_ids(self) -> Iterable[int]:
         self._asked += 1
         if self._asked > _PATIENCE:
-            raise RunError("a strategy of Flower's waits for more organisations to come: expected one that takes those that have")
+            raise RunError("a strategy of Flower's waits for more organizations to come: expected one that takes those that have")
         return range(1, self._count + 1)
 
     def _silent(self, *_: Any, **__: Any) -> NoReturn:
-        raise RunError("a strategy of Flower's talks to organisations by itself: expected one that leaves this to its caller")
+        raise RunError("a strategy of Flower's talks to organizations by itself: expected one that leaves this to its caller")
 
     set_run = create_message = push_messages = pull_messages = send_and_receive = _silent
     run = property(_silent)

@@ -1,4 +1,4 @@
-"""Linear algebra of low-rank factors: what organisations trained, their products side by side, and a product cut to a rank.
+"""Linear algebra of low-rank factors: what organizations trained, their products side by side, and a product cut to a rank.
 
 Nothing here builds a product of the size of a weight matrix, unless that is what the caller wants.
 """
@@ -30,7 +30,7 @@ def shares(updates: Sequence[Weighed]) -> list[float]:
 
 
 def factors_of(update: Weighed, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """(B_k, A_k) after training, (d_out, r_k) and (r_k, d_in) in float64; what the organisation did not train is as received."""
+    """(B_k, A_k) after training, (d_out, r_k) and (r_k, d_in) in float64; what the organization did not train is as received."""
     sent = update.update.delta
     rank = sent[adapter.b].shape[1] if adapter.b in sent else sent[adapter.a].shape[0]
     b, a = update.state[adapter.b][:, :rank].to(torch.float64), update.state[adapter.a][:rank].to(torch.float64)

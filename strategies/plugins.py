@@ -3,7 +3,7 @@
 `my_rules.py:my_fusion` is a file beside the plan. It is code: it runs on the coordinator's own machine alone, and only while its
 content is what the plan says (SHA-256); the folder of a run keeps a copy beside the plan. So it is with
 `flwr.serverapp.strategy:Krum`, a class of the installed Flower. Clients read a plan without ever opening either. Client terms
-run at the organisations: they come from cotune or from a package that is installed there, never from a file that a plan names.
+run at the organizations: they come from cotune or from a package that is installed there, never from a file that a plan names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cotune.strategies.registry import FOLDERS, Kind, PartInfo, builtin, undecor
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _FLOWER = re.compile(r"flwr(\.\w+)*:[A-Za-z_]\w*")
 NO_TERM = (
-    "expected one of cotune, or of a package that every organisation has installed, as no client runs code that a plan brings"
+    "expected one of cotune, or of a package that every organization has installed, as no client runs code that a plan brings"
 )
 _read: dict[str, tuple[Path, bytes]] = {}  # by SHA-256: the files that this process has read
 
@@ -216,4 +216,4 @@ def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str
 
 
 def _word(kind: Kind) -> str:
-    return kind.replace("_", " ").replace("optimizer", "optimiser")
+    return kind.replace("_", " ").replace("optimizer", "optimizer")

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from cotune.errors import nearest
 
 Kind = Literal["weighting", "fusion", "server_optimizer", "client_term"]
-Payload = Literal["noise", "loss", "fisher", "gram"]  # what organisations send beside their deltas
+Payload = Literal["noise", "loss", "fisher", "gram"]  # what organizations send beside their deltas
 FOLDERS: dict[Kind, str] = {
     "weighting": "weightings",
     "fusion": "fusions",
@@ -44,13 +44,13 @@ class Visibility(StrEnum):
 class Needs:
     """What a part asks of a run; the compatibility checks read it.
 
-    sends: what organisations must send beside their deltas. receives: it sends them tensors beside the model. client_state:
-    organisations keep tensors between rounds. participation: the least fraction of them that each round must ask. optimizers: the
-    local optimisers it assumes (empty: any). momentum: whether these may have momentum. weights: whether it uses the weights of
+    sends: what organizations must send beside their deltas. receives: it sends them tensors beside the model. client_state:
+    organizations keep tensors between rounds. participation: the least fraction of them that each round must ask. optimizers: the
+    local optimizers it assumes (empty: any). momentum: whether these may have momentum. weights: whether it uses the weights of
     the weighting. by_parameter: it treats every entry by itself, so that weights may differ between parameters. adapters: the
-    values of lora.factors that it is for (empty: it need not know of adapters). mixed_ranks: organisations may train smaller
+    values of lora.factors that it is for (empty: it need not know of adapters). mixed_ranks: organizations may train smaller
     ranks. rewrites: what it changes of adapters, trained or not. sets_state: its result is a new state rather than a direction,
-    which a server optimiser must not bend. mean: it counts on a fusion that is the weighted mean, as terms that keep or
+    which a server optimizer must not bend. mean: it counts on a fusion that is the weighted mean, as terms that keep or
     receive tensors do anyway. server_data: it judges by validation records of the server. client_privacy: why
     client-level privacy cannot be had with it (empty: it can).
     """
@@ -75,7 +75,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class PartInfo:
-    """A part. build: a function (weighting, fusion) or a dataclass (server optimiser, client term). cite: its source.
+    """A part. build: a function (weighting, fusion) or a dataclass (server optimizer, client term). cite: its source.
 
     least: parameters -> how many updates a round must have at least. scales: c·Δ_k for all k gives c·D. keeps: identical deltas
     give that delta.
@@ -118,7 +118,7 @@ class PartInfo:
         """All parameters with their values, defaults filled in. Raises ValueError, in words, for what the signature does not
         allow.
         """
-        known, words = self.parameters, self.kind.replace("_", " ").replace("optimizer", "optimiser")
+        known, words = self.parameters, self.kind.replace("_", " ").replace("optimizer", "optimizer")
         for key in given:
             if key not in known:
                 hint = nearest(key, known) if known else ": it takes no parameters"

@@ -1,6 +1,6 @@
 """Fusions that need sums alone: written as generators, they see no single update.
 
-Such a rule yields a *contribution*, a function that each organisation could apply to its own update by itself, and is sent back
+Such a rule yields a *contribution*, a function that each organization could apply to its own update by itself, and is sent back
 the sum over all of them; a rule of several passes yields again, and what it has learnt so far is in the closure of the next
 contribution, as if it had been broadcast:
 

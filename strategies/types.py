@@ -19,7 +19,7 @@ Delta = Mapping[str, Tensor]  # parameter name -> Δθ of that parameter
 
 @dataclass(frozen=True)
 class Update:
-    """One organisation's contribution to a round.
+    """One organization's contribution to a round.
 
     delta: float32 tensors of the parameters that the stage shares. examples: the number of records it declares, its weight.
     steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy. told: what
@@ -29,7 +29,7 @@ class Update:
     received: SHA-256 of what it was trained from (wire.state_digest of the state, and of what was sent beside it).
     """
 
-    organisation: str
+    organization: str
     round: int
     delta: Delta
     examples: int
@@ -59,7 +59,7 @@ def apply_delta(state: Mapping[str, Tensor], delta: Delta) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class LocalSteps:
-    """How every organisation trains in the round.
+    """How every organization trains in the round.
 
     learning_rate: η of the first parameter group. steps: K, or no real limit where the plan gives epochs.
     """
@@ -73,7 +73,7 @@ class LocalSteps:
 class RoundContext:
     """What a part may know of the round beside the updates; a part that wants it has a parameter named `context`.
 
-    round: from 1 to rounds. seed: the plan's. organisations: of the run, asked or not. state: θ, as everybody received it.
+    round: from 1 to rounds. seed: the plan's. organizations: of the run, asked or not. state: θ, as everybody received it.
     adapters: of the stage, where it trains LoRA factors. memory: what this part remembered of the round before; empty in the
     first. score: the accuracy of θ + delta on the server's own validation records; None where it holds none.
     """
@@ -81,7 +81,7 @@ class RoundContext:
     round: int = 1
     rounds: int = 1
     seed: int = 0
-    organisations: int = 1
+    organizations: int = 1
     state: Mapping[str, Tensor] = field(default_factory=dict)
     local: LocalSteps = LocalSteps()
     adapters: tuple[Adapter, ...] = ()
@@ -91,9 +91,9 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class Weighed:
-    """An update with its weight w_k, 0 or more and not normalised; a weighting may weigh every parameter by itself.
+    """An update with its weight w_k, 0 or more and not normalized; a weighting may weigh every parameter by itself.
 
-    state: θ as received, for the shapes: an organisation with a smaller rank sends smaller LoRA factors.
+    state: θ as received, for the shapes: an organization with a smaller rank sends smaller LoRA factors.
     """
 
     update: Update
@@ -106,7 +106,7 @@ class Weighed:
         return {name: self._padded(name, tensor.to(torch.float64)) for name, tensor in self.update.delta.items()}
 
     def weight_of(self, name: str) -> float | Tensor:
-        """w_k of a parameter; a mask times w_k where the organisation holds a part of it only."""
+        """w_k of a parameter; a mask times w_k where the organization holds a part of it only."""
         weight = self.weight if isinstance(self.weight, int | float) else self.weight[name]
         sent = self.update.delta[name]
         if name not in self.state or self.state[name].shape == sent.shape:

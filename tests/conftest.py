@@ -141,7 +141,7 @@ def write_csv(path: Path, rows: list[tuple[str, str]], columns: tuple[str, str] 
 
 
 TAGS = {"good": "B-GOOD", "bad": "B-BAD", "so": "B-SO"}
-COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
 
 def tagged(count: int, seed: int = 0) -> list[tuple[list[str], list[str]]]:
@@ -158,21 +158,21 @@ def write_tagged(path: Path, count: int = 240, seed: int = 0) -> Path:
     return path
 
 
-def write_images(folder: Path, count: int = 60, seed: int = 0, classes: tuple[str, ...] = tuple(COLOURS)) -> Path:
-    """A folder for each colour, with noisy images of unlike sizes in it, PNG and JPEG in turn."""
+def write_images(folder: Path, count: int = 60, seed: int = 0, classes: tuple[str, ...] = tuple(COLORS)) -> Path:
+    """A folder for each color, with noisy images of unlike sizes in it, PNG and JPEG in turn."""
     rng = np.random.default_rng(seed)
     for i in range(count):
-        colour = classes[i % len(classes)]
-        (folder / colour).mkdir(parents=True, exist_ok=True)
+        color = classes[i % len(classes)]
+        (folder / color).mkdir(parents=True, exist_ok=True)
         shape = (int(rng.integers(12, 30)), int(rng.integers(12, 30)), 3)
-        pixels = np.clip(np.array(COLOURS[colour]) + rng.normal(0, 30, shape), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / colour / f"{i}.{'png' if i % 2 else 'jpg'}")
+        pixels = np.clip(np.array(COLORS[color]) + rng.normal(0, 30, shape), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / color / f"{i}.{'png' if i % 2 else 'jpg'}")
     return folder
 
 
 @pytest.fixture
 def reviews(tmp_path: Path) -> Path:
-    """A CSV of 240 labelled sentences in three classes."""
+    """A CSV of 240 labeled sentences in three classes."""
     return write_csv(tmp_path / "reviews.csv", sentences(240))
 
 

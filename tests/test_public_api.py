@@ -69,7 +69,7 @@ def test_a_room_cannot_be_imported_under_another_name(room: str) -> None:
 def test_commands_that_compute_nothing_do_not_load_pytorch(words: tuple[str, ...], tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    (site / "site.json").write_text(SiteFile(organisation="hospital-a").model_dump_json())
+    (site / "site.json").write_text(SiteFile(organization="hospital-a").model_dump_json())
     given = [str(site) if word == "SITE" else word for word in words]
     code = f"""
 import sys

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cotune.protocol.federation_file import Invitation
 
 
-SiteFolder = Annotated[Path, typer.Argument(help="The organisation's site: a folder that `cotune client init` made.")]
+SiteFolder = Annotated[Path, typer.Argument(help="The organization's site: a folder that `cotune client init` made.")]
 Data = Annotated[str | None, typer.Option(help="Where the records are: a file, or a folder of images. Kept in the site.")]
 Text = Annotated[str | None, typer.Option(help="The column that holds the text (or image), where it is not the plan's.")]
 Label = Annotated[str | None, typer.Option(help="The column that holds the label, where it is not the plan's.")]
@@ -152,7 +152,7 @@ def _show_federation(console: Console, about: dict[str, Any], found: dict[str, s
 def _show_check(console: Console, site: Site, found: Checked, *, private: bool) -> None:
     from cotune.data.left_out import left_out_line
 
-    console.print(f"[bold]{escape(found.organisation)}[/bold]: {found.examples:,} examples, device {found.device}")
+    console.print(f"[bold]{escape(found.organization)}[/bold]: {found.examples:,} examples, device {found.device}")
     line = left_out_line(found.left_out, found.examples)
     if line is not None:
         console.print(escape(line))
@@ -206,7 +206,7 @@ def _show_connection(console: Console, tried: Tried) -> None:
     if tried.problem is not None:
         console.print(f"[bold red]not connected[/bold red]: {escape(tried.problem)}")
         return
-    how = "the server lets this organisation in"
+    how = "the server lets this organization in"
     if tried.served:
         how = "the server answers; whether the node of this site is connected, it says itself (`cotune client join`)"
     console.print(f"{how}; the server's certificate is good for {tried.days_left} days")

@@ -1,4 +1,4 @@
-"""`cotune client ledger | policy | renew-key | trust`, and the other commands of an organisation."""
+"""`cotune client ledger | policy | renew-key | trust`, and the other commands of an organization."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.policy import Policy, changed_policy, check_rules, dump_policy
 from cotune.storage.files import write_durably
 
-app = typer.Typer(no_args_is_help=True, help="An organisation's own side: its site, policy and ledger; joining a federation.")
+app = typer.Typer(no_args_is_help=True, help="An organization's own side: its site, policy and ledger; joining a federation.")
 
 
 @app.command()
@@ -49,7 +49,7 @@ def ledger(
 
 def _show_ledger(console: Console, found: dict[str, Any]) -> None:
     if not any(table["runs"] or table["unprotected"] for table in found["collections"]):
-        console.print(f"{escape(found['organisation'])} has spent nothing: no record was trained on with differential privacy")
+        console.print(f"{escape(found['organization'])} has spent nothing: no record was trained on with differential privacy")
     for table in found["collections"]:
         if table["collection"]:
             console.print(f"[bold]collection {escape(table['collection'])}[/bold], with all that was charged in none")

@@ -1,4 +1,4 @@
-"""`cotune client init | join | approve | sent`: an organisation's way into a federation."""
+"""`cotune client init | join | approve | sent`: an organization's way into a federation."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 def init(
     site: Annotated[Path, typer.Argument(help="The folder to make.")],
-    name: Annotated[str, typer.Option(help="Of the organisation, such as hospital-a.")],
+    name: Annotated[str, typer.Option(help="Of the organization, such as hospital-a.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     key: Annotated[
         Path | None, typer.Option(help="A private key as `ssh-keygen -t ecdsa -b 384` makes it, to be copied.")
     ] = None,
 ) -> None:
-    """Make an organisation's site: a key pair, a strict policy and an empty ledger, for your eyes only."""
+    """Make an organization's site: a key pair, a strict policy and an empty ledger, for your eyes only."""
     beginning(f"making {site}")
     from cotune.client.site_setup import fingerprint_of, make_site
 
@@ -73,7 +73,7 @@ def join(
     from cotune.client.site import Site
     from cotune.protocol.federation_file import read_invitation
 
-    os.umask(0o077)  # what is written into a site is the organisation's own
+    os.umask(0o077)  # what is written into a site is the organization's own
     logging.getLogger("cotune").setLevel(logging.ERROR)  # what people want to know is shown below, once
     invitation, console = read_invitation(federation.expanduser()), screen()
     opened = keep_what_is_named(Site(site.expanduser()), invitation.plan, data, text, label, unit, collection, model)
@@ -82,7 +82,7 @@ def join(
     authority = opened.folder / "node" / "ca.crt"
     write_durably(authority, Trust.join(opened.folder, invitation).certificates())
     where = f"{escape(invitation.name)} at {escape(invitation.address)}"
-    console.print(f"joining {where} as {escape(opened.organisation)}; Ctrl-C leaves it")
+    console.print(f"joining {where} as {escape(opened.organization)}; Ctrl-C leaves it")
     with observing(Shown(console)):
         run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")
     console.print("left the federation; what was spent is in the ledger, and the same command joins again")

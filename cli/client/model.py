@@ -102,7 +102,7 @@ def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Holdings:
 def _show(console: Console, found: dict[str, Any]) -> None:
     own = "new records" if not found["seen_by_received"] else "own records"
     console.print(
-        f"[bold]{escape(found['organisation'])}[/bold], plan {escape(found['plan'])} ({found['plan_id'][:12]}…):"
+        f"[bold]{escape(found['organization'])}[/bold], plan {escape(found['plan'])} ({found['plan_id'][:12]}…):"
         f" {found['records']:,} {own} judge, {found['fitted_to']:,} were fitted to"
     )
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -21,16 +21,16 @@ if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need 
     from cotune.server.deployment.federation import FederationFolder
     from cotune.server.deployment.members import Member
 
-app = typer.Typer(no_args_is_help=True, help="Coordinate a federation: make it, serve it, invite organisations, run its plan.")
+app = typer.Typer(no_args_is_help=True, help="Coordinate a federation: make it, serve it, invite organizations, run its plan.")
 Federation = Annotated[Path, typer.Argument(metavar="FED", help="The federation's folder.")]
-Host = Annotated[list[str] | None, typer.Option("--host", help="Name or address that organisations reach this machine by.")]
+Host = Annotated[list[str] | None, typer.Option("--host", help="Name or address that organizations reach this machine by.")]
 
 
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FED", help="The folder to make.")],
     plan: Annotated[str, typer.Option(help="A preset or a TOML file.")],
-    host: Annotated[list[str], typer.Option(help="Name or address that organisations reach this machine by; repeatable.")],
+    host: Annotated[list[str], typer.Option(help="Name or address that organizations reach this machine by; repeatable.")],
     override: Set = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The public port.")] = 9092,
     superlink_port: Annotated[int, typer.Option(min=1, max=65535, help="Of the SuperLink, on loopback.")] = 9093,
@@ -44,7 +44,7 @@ def init(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N: for judging the model.")] = "auto",
 ) -> None:
-    """Make a federation: certificates, a plan with nothing left open, and what organisations are given."""
+    """Make a federation: certificates, a plan with nothing left open, and what organizations are given."""
     if port == superlink_port:
         raise PlanError(f"--port and --superlink-port are both {port}: expected two different ports")
     read_document(plan, override or [])
@@ -68,14 +68,14 @@ def init(
     console = screen()
     console.print(f"{escape(str(made.path))} is the federation [bold]{escape(config.name)}[/bold]")
     console.print(f"labels: {escape(', '.join(made.plan.labels))}")
-    console.print(f"give {escape(str(made.path / 'federation.toml'))} and JOIN.md to every organisation;")
+    console.print(f"give {escape(str(made.path / 'federation.toml'))} and JOIN.md to every organization;")
     console.print(f"its fingerprint, to be compared by telephone: {made.invitation.fingerprint}")
     console.print(f"next: cotune server start {escape(str(folder))}")
 
 
 @app.command()
 def start(folder: Federation) -> None:
-    """Serve organisations until Ctrl-C: Flower's SuperLink on loopback, the TLS front before it, and an executor for runs."""
+    """Serve organizations until Ctrl-C: Flower's SuperLink on loopback, the TLS front before it, and an executor for runs."""
     from datetime import datetime
 
     beginning(f"starting {folder}; it takes some seconds until it is ready")
@@ -92,13 +92,13 @@ def start(folder: Federation) -> None:
 @app.command()
 def invite(
     folder: Federation,
-    name: Annotated[str, typer.Argument(help="Of the organisation, such as hospital-a.")],
+    name: Annotated[str, typer.Argument(help="Of the organization, such as hospital-a.")],
     key: Annotated[Path, typer.Argument(metavar="KEY.pub", help="Its public key, as `cotune client init` has made it.")],
     examples: Annotated[
         str | None, typer.Option(metavar="LOW:HIGH", help="Updates that declare fewer or more records are refused.")
     ] = None,
 ) -> None:
-    """Let an organisation in by its public key."""
+    """Let an organization in by its public key."""
     from cotune.server.deployment.federation import FederationFolder
     from cotune.server.deployment.members import read_public_key
 
@@ -117,8 +117,8 @@ def _range(text: str | None) -> tuple[int, int] | None:
 
 
 @app.command()
-def revoke(folder: Federation, name: Annotated[str, typer.Argument(help="Of the organisation.")]) -> None:
-    """Shut an organisation out. Its key is never let in again."""
+def revoke(folder: Federation, name: Annotated[str, typer.Argument(help="Of the organization.")]) -> None:
+    """Shut an organization out. Its key is never let in again."""
     from cotune.server.deployment.federation import FederationFolder
 
     member = FederationFolder(folder).members.revoke(name)
@@ -130,7 +130,7 @@ def accept_key(
     folder: Federation,
     renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The node-renewal.json of `cotune client renew-key`.")],
 ) -> None:
-    """Put an organisation's new key in the place of its present one, which is never let in again. A run goes on meanwhile."""
+    """Put an organization's new key in the place of its present one, which is never let in again. A run goes on meanwhile."""
     from cotune.protocol.key_renewal import read_node_renewal
     from cotune.server.deployment.federation import FederationFolder
 
@@ -158,7 +158,7 @@ def members(folder: Federation, as_json: Annotated[bool, typer.Option("--json", 
 
 
 def _table(found: tuple[Member, ...]) -> Table:
-    table = Table("organisation", "invited", "key", "records", "", box=None, header_style="bold", pad_edge=False)
+    table = Table("organization", "invited", "key", "records", "", box=None, header_style="bold", pad_edge=False)
     for member in found:
         low_high = "–" if member.examples is None else f"{member.examples[0]:,} to {member.examples[1]:,}"
         revoked = "" if member.revoked is None else f"revoked {member.revoked[:10]}"
@@ -168,7 +168,7 @@ def _table(found: tuple[Member, ...]) -> Table:
 
 @app.command()
 def renew(folder: Federation, host: Host = None) -> None:
-    """Make a fresh certificate for the same key. Organisations need to do nothing, unless the first host is another."""
+    """Make a fresh certificate for the same key. Organizations need to do nothing, unless the first host is another."""
     from cotune.server.deployment import certificates
     from cotune.server.deployment import federation as founding
     from cotune.server.deployment import key_rotation as rotation
@@ -182,7 +182,7 @@ def renew(folder: Federation, host: Host = None) -> None:
     if changed:
         fingerprint = opened.invitation.fingerprint
         typer.echo(
-            f"the address is another now: give federation.toml to every organisation again; its fingerprint: {fingerprint}"
+            f"the address is another now: give federation.toml to every organization again; its fingerprint: {fingerprint}"
         )
 
 

@@ -44,7 +44,7 @@ def run(
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Hand the run over, and do not follow it.")] = False,
 ) -> None:
-    """Carry out the plan with the organisations that were invited."""
+    """Carry out the plan with the organizations that were invited."""
     if resume and (new or override):
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
     _check_overrides(folder / "plan.toml", override or ())
@@ -84,7 +84,7 @@ def _begin(
     begun = real_run(federation, override, name)
     if begun.plan.plan_id != federation.plan.plan_id:
         console.print(
-            f"--set makes another plan ({begun.plan.plan_id[:12]}…) than organisations were given: each decides by its policy,"
+            f"--set makes another plan ({begun.plan.plan_id[:12]}…) than organizations were given: each decides by its policy,"
             " and may have to approve it first"
         )
     return begun
@@ -96,8 +96,8 @@ def _show_result(console: Console, played: RunFolder) -> None:
         console.print("[bold red]No record-level differential privacy: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:
         console.print(f"[bold]The run was stopped: {escape(summary['stopped'])}.[/bold]")
-    console.print(_headline([o["rounds"] for o in summary["organisations"]]))
-    console.print(_organisations(summary))
+    console.print(_headline([o["rounds"] for o in summary["organizations"]]))
+    console.print(_organizations(summary))
     test = summary["test"]
     if test["federated"] is not None:
         reached, constant = percent(test["federated"]["accuracy"]), percent(test["majority"]["accuracy"])
@@ -115,12 +115,12 @@ def _headline(rounds: Sequence[int]) -> str:
     return said if part == len(rounds) else f"[bold red]{said}[/bold red]"
 
 
-def _organisations(summary: dict[str, Any]) -> Table:
+def _organizations(summary: dict[str, Any]) -> Table:
     private = summary["privacy"]["mode"] != "none"
-    table = Table("organisation", header_style="bold", pad_edge=False, box=None)
+    table = Table("organization", header_style="bold", pad_edge=False, box=None)
     for heading in ("rounds", "weight", *(("ε stated",) if private else ()), "sent", "dropped", "quarantined", "has the model"):
         table.add_column(heading, justify="right")
-    for o in summary["organisations"]:
+    for o in summary["organizations"]:
         stated = ("–" if o["epsilon_spent"] is None else round_up(o["epsilon_spent"]),) if private else ()
         counts = (size(o["bytes_up"]), str(o["dropped"]), str(o["quarantined"]))
         weight = "–" if o["weight"] is None else f"{100 * o['weight']:.3g} %"
@@ -133,7 +133,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew every two seconds, until Ctrl-C.")] = False,
 ) -> None:
-    """Show the organisations, the newest run and the certificate; also while nothing runs."""
+    """Show the organizations, the newest run and the certificate; also while nothing runs."""
     if watch and as_json:
         raise typer.BadParameter("--watch is for people: --json prints once")
     from dataclasses import asdict
@@ -194,7 +194,7 @@ def _run_lines(found: Status) -> list[str]:
     lines = [f"run {at.run}, plan {at.plan} ({at.plan_id[:12]}…), begun {instant(at.created)}"]
     lines.append(f"round {at.round} of {at.rounds}, {at.phase}{accuracy}")
     if at.round:
-        members = [o for o in found.organisations if o.revoked is None or o.last_round]
+        members = [o for o in found.organizations if o.revoked is None or o.last_round]
         lines.append(f"{sum(1 for o in members if o.last_round)} of {len(members)} organizations are in this model")
     if at.reason is not None:
         lines.append(at.reason)
@@ -206,12 +206,12 @@ def _run_lines(found: Status) -> list[str]:
 def _members(found: Status) -> Table:
     """Narrow enough for 80 columns: who was invited when, and with which key, is `list`'s to say."""
     table = Table(header_style="bold", pad_edge=False, box=None)
-    table.add_column("organisation", overflow="fold")
+    table.add_column("organization", overflow="fold")
     table.add_column("connection")
     for heading in ("last round", "weight", "ε stated", "sent", "strikes"):
         table.add_column(heading, justify="right")
     table.add_column("last word", overflow="fold")
-    for o in found.organisations:
+    for o in found.organizations:
         figures = (
             str(o.last_round or "–"),
             "–" if o.weight is None else f"{100 * o.weight:.3g} %",

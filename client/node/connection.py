@@ -77,7 +77,7 @@ class Entrance:
 
 @dataclass(frozen=True)
 class Tried:
-    """expires: ISO 8601, of the server's certificate. problem: why this organisation would not get in; None: it would.
+    """expires: ISO 8601, of the server's certificate. problem: why this organization would not get in; None: it would.
 
     served: a node of this site runs, and holds the key at the server; whether it is connected, it says itself.
     """
@@ -90,7 +90,7 @@ class Tried:
 
 
 def try_connection(site: Site, address: str, certificates: bytes | None) -> Tried:
-    """Connects with the organisation's key, and leaves at once. Raises RunError for a key that cannot be used.
+    """Connects with the organization's key, and leaves at once. Raises RunError for a key that cannot be used.
 
     While a node serves this site nobody else is let in with its key: then only the server is looked at.
     """

@@ -123,7 +123,7 @@ def renew_key(site: Site) -> tuple[Path, str]:
         present, following = both_keys(site.folder)
         renewal = _kept(file, federation, fingerprint(following.public_key()))
         if renewal is None:
-            renewal = NodeRenewal.make(federation, site.organisation, present, following)
+            renewal = NodeRenewal.make(federation, site.organization, present, following)
             write_durably(file, renewal.text().encode() + b"\n")
     except OSError as error:
         raise RunError(f"{site.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None

@@ -51,7 +51,7 @@ def reason_to_refuse(content: bytes) -> str | None:
     if not foreign:
         return None
     return (
-        f"the run's bundle holds {foreign[0][:80]!r}: expected configuration only, as this organisation runs the cotune that is"
+        f"the run's bundle holds {foreign[0][:80]!r}: expected configuration only, as this organization runs the cotune that is"
         " installed there"
     )
 
@@ -76,10 +76,10 @@ class Worker(Protocol):
 def run_node(
     site: Path, address: str, *, root_certificates: Path | None = None, key: Path, stop: threading.Event | None = None
 ) -> None:
-    """Serves the organisation of the folder `site` until SIGINT, SIGTERM or `stop`, whatever happens to the server.
+    """Serves the organization of the folder `site` until SIGINT, SIGTERM or `stop`, whatever happens to the server.
 
     address: host:port of the server, or of the TLS front before it. root_certificates: a PEM file; without one, those that this
-    machine trusts. key: the file of the organisation's private key (OpenSSH, elliptic curve), which the server has registered.
+    machine trusts. key: the file of the organization's private key (OpenSSH, elliptic curve), which the server has registered.
     Raises DataError when the folder is not a site, RunError when another node serves it, or when the address, the key or the
     certificates cannot be used.
     """
@@ -229,7 +229,7 @@ class Node:
         raise FleetError("a request did not come whole")
 
     def _refuse(self, request: Request, said: str, reason: str) -> None:
-        """Answers without the worker. said: to the server. reason: for the organisation's own log of what was sent."""
+        """Answers without the worker. said: to the server. reason: for the organization's own log of what was sent."""
         self._reply, self._own_entry = (
             refusal(request.header, said),
             {"what": "refusal", "round": request.round, "reason": reason},

@@ -95,7 +95,7 @@ def check_request(requested: Requested, kind: str, request: Request, plan: Plan,
     statement = requested.statement
     found = {
         "kind": kind,
-        "recipient": request.organisation,
+        "recipient": request.organization,
         "round": request.round,
         "admitted": request.admitted,
         "plan": plan.plan_id,

@@ -93,7 +93,7 @@ class Resident:
 def _work(pipe: Connection, folder: Path, server: str, level: int) -> None:
     """What the process does until the node ends."""
     clean_output()
-    os.umask(0o077)  # what it keeps is the organisation's own
+    os.umask(0o077)  # what it keeps is the organization's own
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service sends them to all: the node answers for both
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

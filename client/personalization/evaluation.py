@@ -192,7 +192,7 @@ def evaluate_site(site: Site, new: Holdings | None = None, wanted: str = "") -> 
     told["alone"] = _alone(site, received, adapted, (train, judge), new)
     answers = {name: _answers(told[name], judge, len(plan.labels)) for name in COLUMNS}
     return {
-        "organisation": site.organisation,
+        "organization": site.organization,
         "plan": plan.name,
         "plan_id": plan.plan_id,
         "model": str(received.folder),

@@ -3,7 +3,7 @@
 What is noised is a Gaussian mechanism on sums, which one record changes by a known amount at most: charged to the ledger before
 it is computed. What is told once per run is drawn once and remembered, so that asking again reveals nothing new.
 
-What an organisation says about the privacy noise in its delta: where the plan's weighting asks and its policy agrees.
+What an organization says about the privacy noise in its delta: where the plan's weighting asks and its policy agrees.
 
 What some fusions want beside a delta: squared gradients and inputs of the trained model on the own records, without noise.
 """

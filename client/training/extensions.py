@@ -1,8 +1,8 @@
 """What a plan adds to plain training: client terms, parameters that stay with the organization, and smaller ranks.
 
-What an organisation trains and keeps to itself: its own part of the model, durable from round to round.
+What an organization trains and keeps to itself: its own part of the model, durable from round to round.
 
-An organisation that trains a smaller rank than the plan's adapters have: the first rows of A and columns of B alone.
+An organization that trains a smaller rank than the plan's adapters have: the first rows of A and columns of B alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cotune.strategies.types import Delta, LocalSteps
 
 
 class Correction:
-    """Of one round at one organisation. admitted: the last round whose update of it is in the model; 0: none.
+    """Of one round at one organization. admitted: the last round whose update of it is in the model; 0: none.
 
     What is kept belongs to that round: were it of a later one, whose update never entered the model, client and server would
     count on different things. Raises RunError when it is lost.
@@ -39,7 +39,7 @@ class Correction:
 
     @contextmanager
     def applied(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """During the block every step of the optimiser sees gradient + term: DP-SGD has left the noised gradient by then."""
+        """During the block every step of the optimizer sees gradient + term: DP-SGD has left the noised gradient by then."""
         if self.plan.strategy.client_term is None:
             yield
             return
@@ -76,7 +76,7 @@ PERSONAL = "personal"  # the folder of what is kept
 
 
 class Personal:
-    """Of one round at one organisation. Where the plan shares all that is trained, nothing here does anything.
+    """Of one round at one organization. Where the plan shares all that is trained, nothing here does anything.
 
     admitted: the last round whose update of it is in the model; 0: none, and the personal part starts as the base model has it.
     What is kept belongs to that round, as the shared part that it was trained with does. Raises RunError when it is lost.
@@ -104,7 +104,7 @@ class Personal:
 
 
 class OwnRank:
-    """Of one round at one organisation. Where its rank is the plan's, nothing here does anything.
+    """Of one round at one organization. Where its rank is the plan's, nothing here does anything.
 
     The other slices are 0 while it trains, A and B together: they take no part in the model and get no gradient, so that they
     take nothing of a clip norm either. Noise on them is thrown away after it was added, which is post-processing.

@@ -1,4 +1,4 @@
-"""What a local observer may watch while an organisation works: never sent anywhere, losses are private."""
+"""What a local observer may watch while an organization works: never sent anywhere, losses are private."""
 
 from __future__ import annotations
 

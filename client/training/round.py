@@ -1,4 +1,4 @@
-"""One round at an organisation: from the state of the shared model to an update, charged to its ledger before it trains."""
+"""One round at an organization: from the state of the shared model to an update, charged to its ledger before it trains."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train_round(
     """Trains one round from `state` and returns the update; the same request again gets the same update, without training.
 
     admitted, sent: as in the request (see protocol/messages). declarable: see `policy_check.check_number`.
-    Raises DataError when the organisation's records cannot be used, PrivacyError when its budget does not suffice.
+    Raises DataError when the organization's records cannot be used, PrivacyError when its budget does not suffice.
     """
     stage, sent = plan.stage_of(round), sent or {}
     if not 0 <= admitted < round:
@@ -68,7 +68,7 @@ def train_round(
     if finished is not None:
         return finished
     check_consent(plan, policy, examples, account.hours())
-    check_examples(examples, stage.local, site.organisation)
+    check_examples(examples, stage.local, site.organization)
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
     model.load(state)
@@ -79,7 +79,7 @@ def train_round(
     received = own_rank.held(model, personal.joined(state))
     parameters = model.train_only(names)
     batch = stage.local.sample_rate(examples) * examples
-    setting = setting_of(plan, stage, model, holdings, state, site.organisation, expected_batch=batch)
+    setting = setting_of(plan, stage, model, holdings, state, site.organization, expected_batch=batch)
     optimizer, named = optimizer_of(stage.local, model, names, parameters), dict(zip(names, parameters, strict=True))
     guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
     teller = Teller(account)
@@ -99,7 +99,7 @@ def train_round(
     delta = own_rank.sent(difference(model.state(personal.shared), received))
     _check_finite(delta)
     statistics = statistics_of(plan, model, personal.shared, setting)
-    update = Update(site.organisation, round, delta, examples, steps, spent, told, noise, statistics, digest)
+    update = Update(site.organization, round, delta, examples, steps, spent, told, noise, statistics, digest)
     correction.keep(round, stage, delta)
     personal.keep()
     site.keep(update, plan.plan_id)
@@ -162,7 +162,7 @@ def _train_privately(
         steps=planned,
         clipping=privacy.clipping,
     )
-    taken = _follow(_in_time(reports, account), account.site.organisation, round, account.epsilon(), guard)
+    taken = _follow(_in_time(reports, account), account.site.organization, round, account.epsilon(), guard)
     account.ledger.settle(charge, taken, time.monotonic() - began)
     return taken
 
@@ -178,7 +178,7 @@ def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepRe
 
 
 def _tell(teller: Teller, setting: Setting, account: Account, round: int) -> dict[str, float]:
-    """What else the organisation says, about its records and the received model."""
+    """What else the organization says, about its records and the received model."""
     counts = list(account.holdings.label_counts().values())
     return {
         **teller.histogram(counts),
@@ -216,10 +216,10 @@ def _train_plainly(
     examples: int,
 ) -> int:
     """The same batches by Poisson sampling, but reproducible, and without clipping and noise. An empty batch takes no step."""
-    generator = seeded_generator(plan.seed, "batches", site.organisation, round)
+    generator = seeded_generator(plan.seed, "batches", site.organization, round)
     rate, steps = stage.local.sample_rate(examples), stage.local.steps_of(examples)
     sampler = PoissonSampler(setting.rows, rate, steps, generator)
-    return _follow(_plain_steps(setting, optimizer, sampler), site.organisation, round, None, guard)
+    return _follow(_plain_steps(setting, optimizer, sampler), site.organization, round, None, guard)
 
 
 def _plain_steps(setting: Setting, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:
@@ -235,7 +235,7 @@ def _plain_steps(setting: Setting, optimizer: torch.optim.Optimizer, sampler: Po
         yield StepReport(step, len(sampler), total if batch else None)
 
 
-def _follow(reports: Iterator[StepReport], organisation: str, round: int, spent: float | None, guard: Guard) -> int:
+def _follow(reports: Iterator[StepReport], organization: str, round: int, spent: float | None, guard: Guard) -> int:
     """Runs the steps to the end, checks the first, and tells local observers of each; returns how many were taken.
 
     spent: ε with this round, which is reserved already.
@@ -246,7 +246,7 @@ def _follow(reports: Iterator[StepReport], organisation: str, round: int, spent:
         taken = report.step
         tell(
             "step",
-            organisation=organisation,
+            organization=organization,
             round=round,
             step=report.step,
             steps=report.steps,

@@ -61,7 +61,7 @@ def setting_of(
             model,
             state,
             plan.model.precision,
-            lambda source, done, total: tell("features", organisation=name, source=source, done=done, total=total),
+            lambda source, done, total: tell("features", organization=name, source=source, done=done, total=total),
         )
         precision = plan.model.precision
         weights = _weights_of(plan, model)

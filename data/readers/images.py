@@ -2,7 +2,7 @@
 
 Only PNG and JPEG are opened, by Pillow's own readers of these two; others, damaged ones and decompression bombs are refused.
 
-Folders of image files: a folder for each class, and, one level up, a folder for each organisation.
+Folders of image files: a folder for each class, and, one level up, a folder for each organization.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _bytes(source: Path | bytes) -> bytes:
 
 
 class ImageReader:
-    """Resizes, crops and normalises as preprocessor_config.json says: an image -> a tensor (3, height, width).
+    """Resizes, crops and normalizes as preprocessor_config.json says: an image -> a tensor (3, height, width).
 
     What Hugging Face's processors of the ViT kind do, without torchvision. Raises ModelError for a configuration that asks for
     more.
@@ -105,7 +105,7 @@ class ImageReader:
                 raise ValueError("no object")
         except (OSError, ValueError, RecursionError):
             raise ModelError(
-                "the base model has no readable preprocessor_config.json, which says how images are resized and normalised:"
+                "the base model has no readable preprocessor_config.json, which says how images are resized and normalized:"
                 " download the folder again"
             ) from None
         _check_known(config)
@@ -145,7 +145,7 @@ class ImageReader:
                 return size["height"], size["width"]
         raise ModelError(
             "the base model's preprocessor_config.json lets the size of an image stand as it is: expected size with height and"
-            " width, or a centre crop"
+            " width, or a center crop"
         )
 
     def save_pretrained(self, folder: Path) -> None:
@@ -161,8 +161,8 @@ def _check_known(config: dict[str, Any]) -> None:
         asked.append("crop_pct")
     if asked:
         raise ModelError(
-            f"the base model's preprocessor_config.json asks for {asked[0]}, which is not supported: expected resizing, a centre"
-            " crop and normalising only; use another base model"
+            f"the base model's preprocessor_config.json asks for {asked[0]}, which is not supported: expected resizing, a center"
+            " crop and normalizing only; use another base model"
         )
 
 
@@ -189,7 +189,7 @@ def _cropped(pixels: Pillow.Image, wanted: dict[str, int]) -> Pillow.Image:
     return pixels.crop((left, top, left + wanted["width"], top + wanted["height"]))
 
 
-def labelled_images(folder: Path) -> list[tuple[Path, str]]:
+def labeled_images(folder: Path) -> list[tuple[Path, str]]:
     """(file, class) of every image in the folder's sub-folders, which are named for their classes; sorted. Raises DataError."""
     try:
         classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -199,14 +199,14 @@ def labelled_images(folder: Path) -> list[tuple[Path, str]]:
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether the folder is one organisation's: its sub-folders hold images."""
-    return folder.is_dir() and bool(labelled_images(folder))
+    """Whether the folder is one organization's: its sub-folders hold images."""
+    return folder.is_dir() and bool(labeled_images(folder))
 
 
 def signature(folder: Path) -> int:
     """A number that changes when an image is added, removed, renamed or written anew."""
     digest = hashlib.sha256()
-    for file, _ in labelled_images(folder):
+    for file, _ in labeled_images(folder):
         status = file.stat()
         digest.update(f"{file}\n{status.st_size}\n{status.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
     return int.from_bytes(digest.digest()[:8], "big")

@@ -139,7 +139,7 @@ def logits(module: nn.Module, batch: Batch) -> Tensor:
 def example_losses(module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
     """The loss of each example by itself: (b,). Exactly 0 for one whose every label is IGNORED.
 
-    Cross-entropy; of an example with a label for each position, the mean over its own labelled positions. A mean over the batch's
+    Cross-entropy; of an example with a label for each position, the mean over its own labeled positions. A mean over the batch's
     would let one record change the gradient of another, which clipping could not bound.
 
     Args:

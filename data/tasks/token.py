@@ -1,6 +1,6 @@
 """Token classification: every word of a text has a tag.
 
-A word's tag belongs to its first token; its other tokens and special tokens have none. The words are tokenised as the running
+A word's tag belongs to its first token; its other tokens and special tokens have none. The words are tokenized as the running
 text that they make with single spaces, which is how `transformers.pipeline` will meet them; a word's first token is the first one
 that covers a letter of it.
 """

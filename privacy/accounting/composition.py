@@ -191,7 +191,7 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
         return None
     low, high = MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER
     sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), math.log(low), math.log(high), xtol=1e-4))
-    while gap(sigma) > 0:  # the coarse grid found the neighbourhood, on either side; the fine one decides
+    while gap(sigma) > 0:  # the coarse grid found the neighborhood, on either side; the fine one decides
         sigma *= 1 + _TOLERANCE
     while sigma > low and gap(sigma / (1 + _TOLERANCE)) <= 0:
         sigma /= 1 + _TOLERANCE

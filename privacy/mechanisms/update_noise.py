@@ -1,10 +1,10 @@
 """How much of a delta is privacy noise: the variance that DP-SGD puts on each of its coordinates, known before training.
 
-In every step the gradient carries noise of standard deviation s = σC/B per coordinate; the optimiser accumulates it over the T
+In every step the gradient carries noise of standard deviation s = σC/B per coordinate; the optimizer accumulates it over the T
 steps of a round. For SGD with momentum μ and weight decay λ this is a linear recurrence, and the variance is s² Σ_t h_t², h_t
 being what a unit impulse in step t has done to the parameter after step T (plain SGD: T (ησC/B)²). Adam and AdamW divide by the
 size of what they see, so that noise alone moves a coordinate by a factor of η that does not depend on s: the variance is
-*defined* here as that of torch's own optimiser fed with nothing but noise, over 50,000 coordinates under a fixed seed.
+*defined* here as that of torch's own optimizer fed with nothing but noise, over 50,000 coordinates under a fixed seed.
 
 Both leave out the loss. Curvature pulls noise back (SGD: an upper estimate where the loss is convex), and where the gradient is
 as large as the noise Adam divides by both (an upper estimate too).
@@ -18,13 +18,13 @@ from typing import Literal
 
 import torch
 
-_COORDINATES = 50_000  # of the simulated optimiser: the variance is found to √(2/50000) = 0.6 %
+_COORDINATES = 50_000  # of the simulated optimizer: the variance is found to √(2/50000) = 0.6 %
 _SEED = 20
 
 
 @dataclass(frozen=True)
 class LocalOptimizer:
-    """An optimiser that starts afresh in every round, with torch's defaults for what is not said. momentum: of sgd."""
+    """An optimizer that starts afresh in every round, with torch's defaults for what is not said. momentum: of sgd."""
 
     kind: Literal["sgd", "adam", "adamw"]
     learning_rate: float

@@ -1,6 +1,6 @@
-"""The coordinator's own certificate authority and its server certificate, so that organisations know whom they talk to.
+"""The coordinator's own certificate authority and its server certificate, so that organizations know whom they talk to.
 
-ca.crt          goes to every organisation        ca.key        signs; may be kept elsewhere between renewals
+ca.crt          goes to every organization        ca.key        signs; may be kept elsewhere between renewals
 server.crt      what the server shows             server.key    stays on the server
 
 Where the authority was replaced (key_rotation.py), ca.crt holds the one before it too, second: whatever still shows a certificate
@@ -57,12 +57,12 @@ def new_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None = 
 def renew(folder: Path, hosts: Sequence[str] | None = None, *, now: datetime | None = None) -> datetime:
     """A fresh certificate for the same key, and for other hosts if they are given; returns when it expires.
 
-    Organisations keep their ca.crt. It is one atomic write; programs that run show it after a restart. Raises RunError for
+    Organizations keep their ca.crt. It is one atomic write; programs that run show it after a restart. Raises RunError for
     what is no host, for unreadable files, and for an authority that has expired.
     """
     now = now or datetime.now(UTC)
     authority, old = _certificate(folder / "ca.crt"), _certificate(folder / "server.crt")
-    _check_lifetime(authority, folder / "ca.crt", now, "make a new authority, and give its ca.crt to every organisation")
+    _check_lifetime(authority, folder / "ca.crt", now, "make a new authority, and give its ca.crt to every organization")
     authority_key, server_key = _key(folder / "ca.key"), _key(folder / "server.key")
     _check_pair(authority_key, authority, folder, "ca")
     alternatives = x509.SubjectAlternativeName(_alternatives_of(old)) if hosts is None else _alternatives(hosts)
@@ -107,7 +107,7 @@ def check(folder: Path, host: str = "localhost", *, now: datetime | None = None)
     now = now or datetime.now(UTC)
     authorities, server = _certificates(folder / "ca.crt"), _certificate(folder / "server.crt")
     authority = next((each for each in authorities if _has_signed(each, server)), authorities[0])
-    _check_lifetime(authority, folder / "ca.crt", now, "make a new authority, and give its ca.crt to every organisation")
+    _check_lifetime(authority, folder / "ca.crt", now, "make a new authority, and give its ca.crt to every organization")
     _check_lifetime(server, folder / "server.crt", now, "renew it")
     _check_pair(_key(folder / "server.key"), server, folder, "server")
     subject = _alternative(host)

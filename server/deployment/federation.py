@@ -2,7 +2,7 @@
 
 server.toml        where it listens, and what it judges by
 plan.toml          the plan that runs follow, with nothing left open; beside it the files of its own rules
-federation.toml    what organisations are given (plan/invitation), and JOIN.md, what they do with it
+federation.toml    what organizations are given (plan/invitation), and JOIN.md, what they do with it
 members.json       who was invited (members.py)
 certificates/      the authority, and what the server shows (certificates.py)
 superlink/         what Flower's processes keep, their logs, and which of them run
@@ -10,7 +10,7 @@ runs/<run>/        one folder per run (server/runs/run_folder.py)
 
 A federation is made: the coordinator's folder, whole or not at all, with a plan that leaves nothing open.
 
-JOIN.md: what an organisation types to join, and what leaves its machine under the plan (templates/join.md.j2).
+JOIN.md: what an organization types to join, and what leaves its machine under the plan (templates/join.md.j2).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ServerConfig(Table):
 
     name: str = Field(description="of the federation")
     id: str = Field("", pattern=r"^([0-9a-f]{32})?$", description="drawn once: what the federation signs holds for no other")
-    hosts: tuple[str, ...] = Field(min_length=1, description="names and addresses that organisations reach the server by")
+    hosts: tuple[str, ...] = Field(min_length=1, description="names and addresses that organizations reach the server by")
     listen: str = Field("0.0.0.0", description="the address that the public port is opened at")
     port: int = Field(9092, ge=1, le=65535, description="the public port")
     superlink_port: int = Field(9093, ge=1, le=65535, description="of the SuperLink, on loopback")
@@ -143,7 +143,7 @@ def instructions(invitation: Invitation) -> str:
 
 
 def what_leaves(plan: Plan) -> Iterator[str]:
-    """One phrase for everything that a plan asks organisations to send."""
+    """One phrase for everything that a plan asks organizations to send."""
     trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
     if plan.keeps_personal:
         trained = "one half of the adapters (the other half and the head stay with you)"
@@ -234,7 +234,7 @@ def _parameters(base: Path) -> int:
 
 
 def address_of(config: ServerConfig) -> str:
-    """host:port that organisations join."""
+    """host:port that organizations join."""
     host = config.hosts[0]
     return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
 
@@ -251,7 +251,7 @@ def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[st
     """The plan's; else those of the test records, in the base model's order where it has the same."""
     if test is None and not plan.labels:
         raise PlanError(
-            "the plan does not list the class names, and nobody sees the records of all organisations: expected labels ="
+            "the plan does not list the class names, and nobody sees the records of all organizations: expected labels ="
             ' ["no", "yes"] in the plan, or --test with records of every class'
         )
     if test is None:

@@ -1,7 +1,7 @@
-"""The organisations of a federation: under which name and with which key each was invited. members.json in the federation's
+"""The organizations of a federation: under which name and with which key each was invited. members.json in the federation's
 folder.
 
-A key belongs to one organisation and an organisation has one key: who takes part is known by the key alone, never by what
+A key belongs to one organization and an organization has one key: who takes part is known by the key alone, never by what
 somebody says. Whoever was revoked stays in the list, and so does a key that its organization has replaced
 (protocol/key_renewal.py).
 """
@@ -27,7 +27,7 @@ from cotune.storage.files import write_durably
 
 
 class Member(BaseModel):
-    """One organisation. public_key: one line as OpenSSH writes it. examples: between which numbers its declared count must be.
+    """One organization. public_key: one line as OpenSSH writes it. examples: between which numbers its declared count must be.
 
     renewed: the statement by which this key took the place of the one before, as JSON.
     """
@@ -99,7 +99,7 @@ class Members:
         return tuple(member for member in self.all() if member.revoked is None)
 
     def invite(self, name: str, public_key: str, examples: tuple[int, int] | None = None) -> Member:
-        """Adds an organisation. The same invitation again changes nothing.
+        """Adds an organization. The same invitation again changes nothing.
 
         Raises PlanError for a name that is none, RunError for a name or a key that is taken, also by whoever was revoked.
         """
@@ -183,7 +183,7 @@ def read_public_key(file: Path) -> str:
         key = None
     if not isinstance(key, EllipticCurvePublicKey):
         raise RunError(
-            f"{file} is not the public key of an organisation: expected the file node.pub that `cotune client init` makes there"
+            f"{file} is not the public key of an organization: expected the file node.pub that `cotune client init` makes there"
         )
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 

@@ -123,7 +123,7 @@ class Watch:
             more = refused.count - (seen if seen <= refused.count else 0)  # fewer: the file was begun anew
             if more > 0:
                 self._seen[member] = refused.count
-                self._tell("messages_refused", organisation=member, count=more, total=refused.count, reason=refused.reason)
+                self._tell("messages_refused", organization=member, count=more, total=refused.count, reason=refused.reason)
 
 
 def _before(file: Path, kept: Path) -> dict[str, int]:
@@ -140,7 +140,7 @@ def _told(events: Path) -> dict[str, int]:
     """Member -> the total that was told last."""
     found = read_events(events) if events.exists() else []
     return {
-        str(event["organisation"]): int(event["total"])
+        str(event["organization"]): int(event["total"])
         for event in found
         if event["event"] == "messages_refused" and "total" in event
     }

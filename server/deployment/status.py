@@ -1,4 +1,4 @@
-"""How a federation stands: its organisations, its newest run, its certificate. Works whether or not anything runs."""
+"""How a federation stands: its organizations, its newest run, its certificate. Works whether or not anything runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cotune.server.runs.run_folder import RunFolder
 
 _PHASES = {
     "run_started": "under way",
-    "waiting": "waiting for organisations",
-    "awaiting_approval": "waiting for organisations to approve the plan",
+    "waiting": "waiting for organizations",
+    "awaiting_approval": "waiting for organizations to approve the plan",
     "run_finished": "handing out the model",
     "run_stopped": "handing out the model",
     "delivery_started": "handing out the model",
@@ -36,7 +36,7 @@ History = Sequence[Mapping[str, Any]]  # of the finished rounds
 
 
 @dataclass(frozen=True)
-class OrganisationStatus:
+class OrganizationStatus:
     """connection: online, offline, or unknown while the server does not run. last_round: whose update entered the model; 0:
     none. weight: its share in the last round that it took part in. strikes: refused updates and time-outs in the run. word: what
     came of it last, in words. epsilon: as it stated it, rounded up; None: it stated none."""
@@ -86,7 +86,7 @@ class RefusedStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """certificate_expires: UTC; None where the certificate is not one that organisations accept, and `certificate_problem` says
+    """certificate_expires: UTC; None where the certificate is not one that organizations accept, and `certificate_problem` says
     why."""
 
     federation: str
@@ -94,12 +94,12 @@ class Status:
     certificate_expires: str | None
     certificate_problem: str | None
     run: RunStatus | None
-    organisations: tuple[OrganisationStatus, ...]
+    organizations: tuple[OrganizationStatus, ...]
     refused: tuple[RefusedStatus, ...] = ()
 
 
 def connections(members: Sequence[Member], control: Control) -> dict[str, str] | None:
-    """Organisation -> online or offline; None where the SuperLink cannot be asked."""
+    """Organization -> online or offline; None where the SuperLink cannot be asked."""
     try:
         online = {node.key for node in control.nodes() if node.online}
     except RunError:
@@ -113,14 +113,14 @@ def look(federation: FederationFolder, connected: Mapping[str, str] | None, *, p
     run, history, events = _newest(federation)
     members = federation.members.all()
     expires, problem = _certificate(federation)
-    organisations = (_organisation(member, connected, run, history, events) for member in members)
+    organizations = (_organization(member, connected, run, history, events) for member in members)
     return Status(
         federation=federation.config.name,
         server_reachable=connected is not None,
         certificate_expires=expires,
         certificate_problem=problem,
         run=None if run is None else _run(run, history, events, plays=plays),
-        organisations=tuple(organisations),
+        organizations=tuple(organizations),
         refused=tuple(_refused(federation)),
     )
 
@@ -169,22 +169,22 @@ def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]], 
 
 
 def _phase(last: Mapping[str, Any]) -> str:
-    if last["event"] == "awaiting_approval" and not last["organisations"]:
+    if last["event"] == "awaiting_approval" and not last["organizations"]:
         return "under way"
     return _PHASES.get(last["event"], "under way")
 
 
-def _organisation(
+def _organization(
     member: Member,
     connected: Mapping[str, str] | None,
     run: RunFolder | None,
     history: History,
     events: Sequence[Mapping[str, Any]],
-) -> OrganisationStatus:
+) -> OrganizationStatus:
     name = member.name
     stated = epsilon_stated(history).get(name)
     rounds = [entry["round"] for entry in history if name in entry["participants"]]
-    return OrganisationStatus(
+    return OrganizationStatus(
         name=name,
         invited=member.invited,
         revoked=member.revoked,
@@ -199,7 +199,7 @@ def _organisation(
 
 
 def _word(member: Member, run: RunFolder | None, history: History, events: Sequence[Mapping[str, Any]]) -> str:
-    """The last that is known of an organisation in the run."""
+    """The last that is known of an organization in the run."""
     name = member.name
     if member.revoked is not None:
         return "revoked"
@@ -215,11 +215,11 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
 
 def _last_said(name: str, events: Sequence[Mapping[str, Any]]) -> str:
     for event in reversed(events):
-        if event.get("organisation") == name and (said := _said(event)):
+        if event.get("organization") == name and (said := _said(event)):
             return said
-        if event["event"] == "awaiting_approval" and name in event["organisations"]:
+        if event["event"] == "awaiting_approval" and name in event["organizations"]:
             return f"has yet to approve the plan, asked in round {event['round']}"
-        if event["event"] == "round_started" and name in event["organisations"]:
+        if event["event"] == "round_started" and name in event["organizations"]:
             return f"asked in round {event['round']}"
     return "not asked yet"
 
@@ -238,7 +238,7 @@ def _said(event: Mapping[str, Any]) -> str:
             return f"answered too late, to round {event['of_round']}"
         case "messages_refused":
             return f"{event['count']} messages refused at the front: {event['reason']}"
-        case "organisation_left":
+        case "organization_left":
             return "has left the federation"
         case "undelivered":
             return f"lacks the finished model: {event['reason']}"

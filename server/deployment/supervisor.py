@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 def supervise(folder: FederationFolder, say: Say) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP; nothing that it has started is left then. say: is told every event, in a line.
 
-    Raises RunError for certificates that organisations would refuse, a damaged list of members, a port that is taken,
+    Raises RunError for certificates that organizations would refuse, a damaged list of members, a port that is taken,
     another supervisor of the folder, a folder that cannot be written, and a process that ends at once, again and again, before
     all were ready; afterwards none is given up.
     """
@@ -87,7 +87,7 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
             while not stopped():
                 if not ready and enrolment.ready and _listens(folder.config):
                     ready = True
-                    say("ready: organisations can join")
+                    say("ready: organizations can join")
                     for child in children:
                         child.never_give_up()
                 for child in children:

@@ -55,10 +55,10 @@ class Setup:
 
 def serve(setup: Setup) -> None:
     """Until SIGTERM or SIGINT. Raises RunError as `Front` does."""
-    asyncio.run(_until_signalled(setup))
+    asyncio.run(_until_signaled(setup))
 
 
-async def _until_signalled(setup: Setup) -> None:
+async def _until_signaled(setup: Setup) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)

@@ -84,7 +84,7 @@ def suspects(looks: Mapping[str, UpdateLook]) -> list[dict[str, Any]]:
     found = sorted(looks, key=lambda name: (-strange(name), name))[: (len(looks) - 1) // 2]
     return [
         {
-            "organisation": name,
+            "organization": name,
             "norm": float(f"{looks[name].norm:.4g}"),
             "median_norm": float(f"{length:.4g}"),
             "cosine": None if looks[name].cosine is None else round(looks[name].cosine or 0.0, 3),

@@ -6,7 +6,7 @@ Which rounds can be answered late is kept in memory alone: after a restart their
 
 Updates that were refused, kept as they came for a person to look at: nothing in them is decoded or executed.
 
-quarantine/round-00003-<organisation>.safetensors    every array's bytes as uint8; all else as JSON in the metadata
+quarantine/round-00003-<organization>.safetensors    every array's bytes as uint8; all else as JSON in the metadata
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Inbox:
 
 
 class Turns:
-    """Gives updates back in the order of the organisations, whoever came first: each as soon as all before it are settled."""
+    """Gives updates back in the order of the organizations, whoever came first: each as soon as all before it are settled."""
 
     def __init__(self, order: Sequence[str], inbox: Inbox) -> None:
         self._number = {name: i for i, name in enumerate(order)}
@@ -70,7 +70,7 @@ class Turns:
         self._settled: dict[int, bool] = {}  # who is done before their turn -> whether an update was put aside
 
     def settle(self, name: str, update: Update | None) -> Iterator[Update]:
-        """What can be added now that this organisation has sent an update, or will send none."""
+        """What can be added now that this organization has sent an update, or will send none."""
         number = self._number[name]
         if number != self._next:
             self._settled[number] = update is not None
@@ -95,7 +95,7 @@ class Turns:
             yield self._inbox.take(number)
 
 
-Late = tuple[int, str]  # the round that the update is for, and the organisation
+Late = tuple[int, str]  # the round that the update is for, and the organization
 
 
 class Lateness:
@@ -123,10 +123,10 @@ class Lateness:
 
     def put(self, update: Update) -> None:
         self._inbox.put(len(self._came), update)
-        self._came.append((update.round, update.organisation))
+        self._came.append((update.round, update.organization))
 
     def take(self, order: Sequence[str]) -> Iterator[Update]:
-        """The late updates, by round and organisation, whoever came first."""
+        """The late updates, by round and organization, whoever came first."""
         came, self._came = self._came, []
         for number in sorted(range(len(came)), key=lambda i: (came[i][0], order.index(came[i][1]))):
             yield self._inbox.take(number)
@@ -134,7 +134,7 @@ class Lateness:
 
 _MOST_BYTES = 64 * 2**20  # of the arrays of one update; of a larger one only the description is kept
 _MOST_ARRAYS = 100_000  # likewise: their names are a part of the file
-_MOST_FILES = 10  # of one organisation; the oldest go
+_MOST_FILES = 10  # of one organization; the oldest go
 _MOST_TEXT = 200  # characters of a name or a value in a header
 _MOST_ENTRIES = 1000  # in a description
 
@@ -143,7 +143,7 @@ class Quarantine:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def keep(self, content: RecordDict, organisation: str, round: int, reason: str) -> str:
+    def keep(self, content: RecordDict, organization: str, round: int, reason: str) -> str:
         """Keeps a message, durably. Returns the name of its file."""
         arrays = {
             f"{key[:_MOST_TEXT]}/{name[:_MOST_TEXT]}": array.data
@@ -153,7 +153,7 @@ class Quarantine:
         }
         size = sum(len(data) for data in arrays.values())
         about = {
-            "organisation": organisation,
+            "organization": organization,
             "round": round,
             "reason": reason,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -164,9 +164,9 @@ class Quarantine:
         }
         kept = arrays if size + sum(map(len, arrays)) <= _MOST_BYTES and len(arrays) <= _MOST_ARRAYS else {}
         tensors = {name: np.frombuffer(data, np.uint8) for name, data in kept.items()}
-        file = self.folder / f"round-{round:05d}-{organisation}.safetensors"
+        file = self.folder / f"round-{round:05d}-{organization}.safetensors"
         write_durably(file, save(tensors, metadata={"quarantine": json.dumps(about, ensure_ascii=False)}))
-        for older in sorted(self.folder.glob(f"round-?????-{glob.escape(organisation)}.safetensors"))[:-_MOST_FILES]:
+        for older in sorted(self.folder.glob(f"round-?????-{glob.escape(organization)}.safetensors"))[:-_MOST_FILES]:
             older.unlink(missing_ok=True)
         return file.name
 

@@ -1,4 +1,4 @@
-"""Client-level privacy as a part of the round loop: between fusion and server optimiser, with a hard stop at its ε."""
+"""Client-level privacy as a part of the round loop: between fusion and server optimizer, with a hard stop at its ε."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
     return ClientLevelAccount(home / "client-privacy.jsonl", privacy.epsilon, privacy.delta, run, total)
 
 
-def client_level_noise(plan: Plan, organisations: int) -> RoundNoise:
+def client_level_noise(plan: Plan, organizations: int) -> RoundNoise:
     """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
     assert plan.client_privacy is not None
     rounds = plan.rounds
-    return round_noise(plan.client_privacy, rounds=rounds, organisations=organisations, sample_rate=plan.server.sample_rate)
+    return round_noise(plan.client_privacy, rounds=rounds, organizations=organizations, sample_rate=plan.server.sample_rate)
 
 
 class ClientLevelPrivacy:

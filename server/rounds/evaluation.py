@@ -21,7 +21,7 @@ _judges: list[Judge] = []
 
 @contextmanager
 def judged_by(judge: Judge) -> Iterator[None]:
-    """During the block, runs of this process whose organisations have models of their own are judged by it."""
+    """During the block, runs of this process whose organizations have models of their own are judged by it."""
     _judges.append(judge)
     try:
         yield

@@ -1,6 +1,6 @@
 """Who has had too many updates refused, or has let too many rounds wait in vain, and is left out of a run.
 
-strikes.json    organisation -> its strikes in rounds that failed; those of finished rounds are in the checkpoints
+strikes.json    organization -> its strikes in rounds that failed; those of finished rounds are in the checkpoints
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fates_of(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> dict[st
     reasons = dict[str, str]()
     for entry in history:
         refused = {*entry.get("quarantined", ()), *entry.get("timed_out", ())}
-        reasons |= {who["organisation"]: who["reason"][:_LONGEST] for who in entry["dropped"] if who["organisation"] in refused}
+        reasons |= {who["organization"]: who["reason"][:_LONGEST] for who in entry["dropped"] if who["organization"] in refused}
     return {name: Fate(reasons.get(name, ""), count) for name, count in strikes_of(folder, history).items()}
 
 
@@ -41,8 +41,8 @@ def left_out(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def strikes_of(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> Counter[str]:
-    """Refused updates and time-outs of each organisation; an answer that came after all, and was folded in, is none."""
-    late = {(entry["round"], entry["organisation"]) for each in history for entry in each.get("late", ())}
+    """Refused updates and time-outs of each organization; an answer that came after all, and was folded in, is none."""
+    late = {(entry["round"], entry["organization"]) for each in history for entry in each.get("late", ())}
     strikes = _of_failed_rounds(folder) + Counter(name for entry in history for name in entry.get("quarantined", ()))
     return strikes + Counter(
         name for entry in history for name in entry.get("timed_out", ()) if (entry["round"], name) not in late
@@ -62,4 +62,4 @@ def _of_failed_rounds(folder: RunFolder) -> Counter[str]:
     except FileNotFoundError:
         return Counter()
     except (OSError, ValueError, TypeError, AttributeError):
-        raise RunError(f"{file} is damaged: expected organisations with numbers; remove it to begin counting anew") from None
+        raise RunError(f"{file} is damaged: expected organizations with numbers; remove it to begin counting anew") from None

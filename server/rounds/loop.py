@@ -1,6 +1,6 @@
 """The round loop, the same for every engine: send, stream the replies in, admit, fuse, step, evaluate, checkpoint.
 
-Updates are added one at a time, in the order of the organisations, so that the sum is the same whoever was faster; the server
+Updates are added one at a time, in the order of the organizations, so that the sum is the same whoever was faster; the server
 never holds more than a few beside the running sum, unless the weighting must compare them (strategies/combination).
 
 The strategy's half of a round: what its parts see, what they remember, and how the fused delta moves the model.
@@ -45,7 +45,7 @@ _ANY = 10**9  # steps, where the plan gives epochs: each update's are held to it
 
 
 def enter_round(model: SharedModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
-    """The state, with what this round adds to it at its present values; and the names that the organisations share."""
+    """The state, with what this round adds to it at its present values; and the names that the organizations share."""
     model.load(state)
     names = shared_names(plan, model, round)
     wanted = [*names, *rewritten_names(plan, model, round)]
@@ -53,7 +53,7 @@ def enter_round(model: SharedModel, plan: Plan, state: State, round: int) -> tup
 
 
 def context_of(
-    plan: Plan, model: SharedModel, before: Progress, state: State, round: int, *, organisations: int, score: Score | None
+    plan: Plan, model: SharedModel, before: Progress, state: State, round: int, *, organizations: int, score: Score | None
 ) -> RoundContext:
     """What the fusion and the weighting of a round may know."""
     stage = plan.stage_of(round)
@@ -62,7 +62,7 @@ def context_of(
         round=round,
         rounds=plan.rounds,
         seed=plan.seed,
-        organisations=organisations,
+        organizations=organizations,
         state=state,
         local=LocalSteps(local.learning_rate, local.momentum, local.steps or _ANY),
         adapters=model.adapters() if stage.mode == "lora" else (),
@@ -72,12 +72,12 @@ def context_of(
 
 
 def sent_beside(plan: Plan, before: Progress) -> dict[str, Tensor]:
-    """What the plan's client term sends to the organisations beside the state."""
+    """What the plan's client term sends to the organizations beside the state."""
     return build_client_term(plan.strategy).send(_remembered(before, "term"))
 
 
 def move(plan: Plan, before: Progress, state: State, fused: Delta | Fused, context: RoundContext) -> tuple[State, State]:
-    """The next state, and all that the parts remember: fusion → the client term's server half → server optimiser."""
+    """The next state, and all that the parts remember: fusion → the client term's server half → server optimizer."""
     fused = fused if isinstance(fused, Fused) else Fused(fused)
     if not fused.delta:
         return dict(state), dict(before.memory)  # nobody was asked
@@ -88,7 +88,7 @@ def move(plan: Plan, before: Progress, state: State, fused: Delta | Fused, conte
 
 
 def served(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
-    """The model to judge and to hand out: θ, or what the server optimiser makes of it."""
+    """The model to judge and to hand out: θ, or what the server optimizer makes of it."""
     return build_server_optimizer(plan.strategy).serve(state, named_under("optimizer/", memory))
 
 
@@ -183,8 +183,8 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     people, tally = _people(run, before, round, members)
     stage = plan.stage_of(round)
     state, names = enter_round(run.model, plan, before.state, round)
-    context = context_of(plan, run.model, before, state, round, organisations=len(folder.file.participants), score=run.score)
-    folder.events.tell("round_started", round=round, stage=stage.mode, organisations=tally.people)
+    context = context_of(plan, run.model, before, state, round, organizations=len(folder.file.participants), score=run.score)
+    folder.events.tell("round_started", round=round, stage=stage.mode, organizations=tally.people)
     shapes = {name: state[name] for name in names}
     private_mean = client_level.new_mean(shapes, before) if client_level else None
     combination = private_mean or build_aggregator(plan.strategy, context)
@@ -259,7 +259,7 @@ def _tell_of_small_weights(folder: RunFolder, before: Progress, round: int, weig
     known = {name for entry in before.history for name in entry.get("weights", {})}
     for name, share in weights.items():
         if name not in known and share * len(weights) < _HARDLY:
-            folder.events.tell("weight_is_small", round=round, organisation=name, weight=share)
+            folder.events.tell("weight_is_small", round=round, organization=name, weight=share)
 
 
 def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Member]) -> tuple[list[Participant], Tally]:
@@ -276,7 +276,7 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
         (revoked, REVOKED),
     ):
         for name in [name for name in names if name not in known]:
-            folder.events.tell("organisation_left_out", round=round, organisation=name, reason=reason)
+            folder.events.tell("organization_left_out", round=round, organization=name, reason=reason)
     without = sorted({*struck, *revoked})
     if len(without) >= len(folder.file.participants):
         raise RunError(f"nobody may take part any more: all of {', '.join(without)[:500]} are left out; start a new run")
@@ -285,7 +285,7 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
     needed = plan.server.needed(closing, fuses=_fuses(folder)) if people else 0
     if needed > len(people) > 0:
         raise RunError(
-            f"only {people[0].name} is left of {len(folder.file.participants)} organisations, without {', '.join(without)[:500]}:"
+            f"only {people[0].name} is left of {len(folder.file.participants)} organizations, without {', '.join(without)[:500]}:"
             " expected at least two, as one update is no fusion; ask them why, and start a new run, or one with server.quorum"
         )
     return people, Tally([person.name for person in people], needed, left_out=without)

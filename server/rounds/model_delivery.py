@@ -1,6 +1,6 @@
-"""The finished model, handed to every organisation of a run; delivered.json says who has confirmed it.
+"""The finished model, handed to every organization of a run; delivered.json says who has confirmed it.
 
-An organisation that was away gets it when the run is continued: whoever has not confirmed is asked again. One that is connected
+An organization that was away gets it when the run is continued: whoever has not confirmed is asked again. One that is connected
 and silent does not hold up the end of the run: once half have confirmed, it is waited for `server.patience` times their median,
 and at least `server.least_seconds`, as in a round; it gets it when the run is continued, too.
 """
@@ -34,7 +34,7 @@ from cotune.server.transport.superlink import post_of
 from cotune.storage.files import json_of, write_durably
 
 _POLL_SECONDS = 0.1
-_EXPORT_SECONDS = 600.0  # how long an organisation may take to write its model
+_EXPORT_SECONDS = 600.0  # how long an organization may take to write its model
 _NOTICE_SECONDS = 10.0
 _MOST_BYTES = 2**20  # of a receipt
 _MOST_TIMES = 3
@@ -43,7 +43,7 @@ _LOOK_SECONDS = 10.0  # for the first look at who is connected, however short th
 
 
 def confirmed(folder: RunFolder) -> dict[str, str]:
-    """Organisation -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
+    """Organization -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
     file = folder.path / "delivered.json"
     try:
         found = json_of(file.read_bytes())
@@ -51,7 +51,7 @@ def confirmed(folder: RunFolder) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError):
-        raise RunError(f"{file} is damaged: expected organisations with times; remove it to hand the model out again") from None
+        raise RunError(f"{file} is damaged: expected organizations with times; remove it to hand the model out again") from None
 
 
 def deliver(grid: Grid, folder: RunFolder) -> list[str]:
@@ -69,7 +69,7 @@ def deliver(grid: Grid, folder: RunFolder) -> list[str]:
 def _hand_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mapping[str, Member]) -> list[str]:
     without = {*left_out(folder, progress.history), *confirmed(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
-    folder.events.tell("delivery_started", organisations=lacking)
+    folder.events.tell("delivery_started", organizations=lacking)
     if not progress.round or not lacking:
         return []
     state = served_of(folder.plan, progress)
@@ -120,8 +120,8 @@ class _Delivery:
         while not self._over():
             self._send()
             for letter in self._post.receive(_POLL_SECONDS):
-                if letter.organisation in self._waiting and self._arrived(letter):
-                    lacking.remove(letter.organisation)
+                if letter.organization in self._waiting and self._arrived(letter):
+                    lacking.remove(letter.organization)
         for name in [name for name in lacking if name in self._idle or name in self._waiting]:
             self._undelivered(name, self._why_not(name))
         return lacking
@@ -170,8 +170,8 @@ class _Delivery:
         self._post.send(self._round, name, message, _MOST_BYTES)
 
     def _arrived(self, letter: Letter) -> bool:
-        """Whether the organisation has confirmed; one that was lost is tried again."""
-        name = letter.organisation
+        """Whether the organization has confirmed; one that was lost is tried again."""
+        name = letter.organization
         self._under_way[name] -= 1
         if not letter.answers and self._under_way[name]:
             return False  # it was asked twice, and may answer the other request
@@ -194,7 +194,7 @@ class _Delivery:
         document = json.dumps({**confirmed(self._folder), name: now}, ensure_ascii=False, indent=1)
         write_durably(self._folder.path / "delivered.json", document.encode())
         self._took.append(time.monotonic() - self._asked_at[name])
-        self._folder.events.tell("delivered", organisation=name)
+        self._folder.events.tell("delivered", organization=name)
         return True
 
     def _looked_into(self, reply: Message, name: str) -> str:
@@ -218,13 +218,13 @@ class _Delivery:
             receipt = decode_receipt(reply.content)
         except RunError as error:
             return one_line(str(error))
-        found = (receipt.organisation, receipt.plan_id, receipt.received)
+        found = (receipt.organization, receipt.plan_id, receipt.received)
         if found != (name, self._folder.plan.plan_id, self._received):
-            return "its receipt is for another model or organisation"
+            return "its receipt is for another model or organization"
         return ""
 
     def _undelivered(self, name: str, reason: str) -> None:
-        self._folder.events.tell("undelivered", organisation=name, reason=reason)
+        self._folder.events.tell("undelivered", organization=name, reason=reason)
 
 
 class _Notices(_Delivery):

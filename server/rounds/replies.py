@@ -39,11 +39,11 @@ class Gathering:
             elif asking.is_waited_for(letter):
                 self._enter_refusal(letter)
             else:
-                self._answered.add((round, letter.organisation))
+                self._answered.add((round, letter.organization))
                 update = self._admit(letter, verify, round, tally)
-                organisation = letter.organisation
+                organization = letter.organization
                 del letter
-                for ready in turns.settle(organisation, update):
+                for ready in turns.settle(organization, update):
                     update = None
                     combination.add(ready)
                     del ready
@@ -61,37 +61,37 @@ class Gathering:
         self._answered = {each for each in self._answered if each[0] >= oldest}
 
     def _admit(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> Update | None:
-        """The update in a letter, if it may enter the model; otherwise the organisation is shown, with the reason."""
-        name, events = letter.organisation, self._events
+        """The update in a letter, if it may enter the model; otherwise the organization is shown, with the reason."""
+        name, events = letter.organization, self._events
         update, size = self._opened(letter, verify, round, tally)
         if update is None:
             return None
         tally.admit(name, update, size)
-        events.tell("update_received", round=round, organisation=name, bytes=size, steps=update.steps, epsilon=update.epsilon)
+        events.tell("update_received", round=round, organization=name, bytes=size, steps=update.steps, epsilon=update.epsilon)
         return update
 
     def _opened(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> tuple[Update | None, int]:
         """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
         reply, letter.reply = letter.reply, None
-        name, tell = letter.organisation, self._events.tell
+        name, tell = letter.organization, self._events.tell
         opened = Opened(None, letter.refused, refused=True) if reply is None else self._looked_into(reply, letter, verify)
         if opened.update is not None and reply is not None:
             return opened.update, payload_bytes(reply.content)
         if letter.round == round:
             tally.dropped[name] = opened.reason
         if not opened.refused:
-            tell("update_dropped", round=letter.round, organisation=name, reason=opened.reason)
+            tell("update_dropped", round=letter.round, organization=name, reason=opened.reason)
             return None, 0
         file = self._kept(reply.content if reply else RecordDict(), name, letter.round, opened.reason)
         tally.quarantined.append(name)
-        tell("update_quarantined", round=letter.round, organisation=name, reason=opened.reason, file=file)
+        tell("update_quarantined", round=letter.round, organization=name, reason=opened.reason, file=file)
         return None, 0
 
     def _enter_refusal(self, letter: Letter) -> None:
         """Of one that is asked again, in the trail alone."""
         reply, letter.reply = letter.reply, None
         if reply is not None:
-            self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organisation)
+            self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)
 
     def _kept(self, content: RecordDict, name: str, round: int, reason: str) -> str:
         """The file in quarantine; what cannot even be written there is described by its reason alone."""
@@ -114,25 +114,25 @@ class Gathering:
     def _verified(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
         """An answer is held to its organization's signature first, and to the plan then."""
         if reply.has_error():
-            return Opened(None, one_line(self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organisation)))
-        wrong = self.trail.accept(reply, UPDATE, letter.round, letter.organisation) if reply.has_content() else ""
-        return Opened(None, one_line(wrong), refused=True) if wrong else verify(reply, letter.organisation)
+            return Opened(None, one_line(self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)))
+        wrong = self.trail.accept(reply, UPDATE, letter.round, letter.organization) if reply.has_content() else ""
+        return Opened(None, one_line(wrong), refused=True) if wrong else verify(reply, letter.organization)
 
     def _receive_late(self, letter: Letter, round: int, tally: Tally) -> None:
         """An answer of an earlier round: put aside for the end of this one, or shown as ignored. Whoever was asked twice counts
         once.
         """
-        name, tell = letter.organisation, self._events.tell
+        name, tell = letter.organization, self._events.tell
         if (letter.round, name) in self._answered:
             return
         self._answered.add((letter.round, name))
         verify = self._lateness.verify_of(letter.round)
         if verify is None or name in tally.left_out:
-            tell("late_update_ignored", round=round, organisation=name, of_round=letter.round)
+            tell("late_update_ignored", round=round, organization=name, of_round=letter.round)
             return
         update, size = self._opened(letter, verify, round, tally)
         if update is not None:
             self._lateness.put(update)
-            tally.late.append({"organisation": name, "round": letter.round})
+            tally.late.append({"organization": name, "round": letter.round})
             tally.bytes_up += size
-            tell("late_update_received", round=round, organisation=name, of_round=letter.round, bytes=size)
+            tell("late_update_received", round=round, organization=name, of_round=letter.round, bytes=size)

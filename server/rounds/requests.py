@@ -1,6 +1,6 @@
 """One round's asking: who is asked, asked again, waited for, and when the round is over.
 
-A round begins when as many organisations are connected as its quorum needs. It is over when everybody has answered, or enough
+A round begins when as many organizations are connected as its quorum needs. It is over when everybody has answered, or enough
 have; when the quorum stands and those who are missing have stayed away for `server.absent_seconds`; when the quorum cannot be
 reached any more; and at the latest `server.deadline_seconds` after it began. In a real run nobody is waited for much longer than
 the others took: once the quorum and half of those who are asked have answered, whoever has had `server.patience` times their
@@ -92,7 +92,7 @@ def _wait(times: int) -> float:
 
 _POLL_SECONDS = 0.1
 _LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
-_MOST_LOSSES = 3  # of an organisation in a round
+_MOST_LOSSES = 3  # of an organization in a round
 _MOST_REQUESTS = 10  # to it: it may connect anew again and again
 _AGAIN_SECONDS = 2.0  # before a lost one is asked again, and twice as long after the second loss
 _LATEST = "the round was complete before it answered"
@@ -107,7 +107,7 @@ class _Lost:
 
 
 class Asking:
-    """contents: organisation -> its request, in the order of the organisations. most_bytes: of an answer. enough: updates that
+    """contents: organization -> its request, in the order of the organizations. most_bytes: of an answer. enough: updates that
     close the round. real: whether organizations work side by side, so that their times can be compared. fuses: whether a round
     needs several updates. clock: seconds.
     """
@@ -168,7 +168,7 @@ class Asking:
 
     def is_waited_for(self, letter: Letter) -> bool:
         """Whether a letter of this round was no last word: its sender is asked again."""
-        return letter.organisation in self._approvals
+        return letter.organization in self._approvals
 
     def _await_quorum(self) -> None:
         people, told = list(self._contents), None
@@ -182,7 +182,7 @@ class Asking:
             waited = self._clock() - self._began
             if waited > self._config.wait_seconds and (self._post.looked() or waited > _LOOK_SECONDS):
                 raise RunError(
-                    f"round {self._round} has {len(here)} of {len(people)} organisations connected after"
+                    f"round {self._round} has {len(here)} of {len(people)} organizations connected after"
                     f" {self._config.wait_seconds:g} seconds, expected at least {needed} (server.quorum); not there:"
                     f" {', '.join(_without(people, here))[:500]}"
                 )
@@ -232,8 +232,8 @@ class Asking:
         return Message(self._contents[name], node, MessageType.TRAIN, ttl=seconds, group_id=str(self._round))
 
     def _settles(self, letter: Letter) -> bool:
-        """Whether the letter is an answer; one of an organisation that was lost is noted here."""
-        name = letter.organisation
+        """Whether the letter is an answer; one of an organization that was lost is noted here."""
+        name = letter.organization
         if letter.round != self._round:
             return letter.answers
         if name not in self._contents:
@@ -264,7 +264,7 @@ class Asking:
             self._tell_of_approvals()
 
     def _tell_of_approvals(self) -> None:
-        self._tell("awaiting_approval", round=self._round, organisations=self._approvals.names())
+        self._tell("awaiting_approval", round=self._round, organizations=self._approvals.names())
 
     def _answered(self, name: str) -> None:
         if self._approvals.settle(name):
@@ -330,7 +330,7 @@ class Asking:
     def _drop(self, name: str, reason: str) -> None:
         self._answered(name)
         self._tally.dropped[name] = reason
-        self._tell("update_dropped", round=self._round, organisation=name, reason=reason)
+        self._tell("update_dropped", round=self._round, organization=name, reason=reason)
 
     @property
     def _complete(self) -> bool:

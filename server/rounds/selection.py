@@ -28,7 +28,7 @@ from cotune.storage.files import json_of, write_durably
 
 
 def select(folder: RunFolder, round: int, without: Collection[str] = ()) -> list[Participant]:
-    """The organisations of a round, in the order in which their updates are added; possibly none. The same again when a round is
+    """The organizations of a round, in the order in which their updates are added; possibly none. The same again when a round is
     repeated after a crash.
 
     Drawn from the plan's seed, which everybody knows, unless privacy is to be amplified by it: then from a key that the
@@ -61,11 +61,11 @@ def enough(plan: Plan, asked: int) -> int:
     return min(asked, plan.server.sample_size) if plan.server.over_selection else asked
 
 
-def check_sample_size(plan: Plan, organisations: int) -> None:
-    """Raises PlanError when the plan asks more organisations in a round than there are."""
-    if plan.server.sample_size > organisations:
+def check_sample_size(plan: Plan, organizations: int) -> None:
+    """Raises PlanError when the plan asks more organizations in a round than there are."""
+    if plan.server.sample_size > organizations:
         raise PlanError(
-            f"the plan has server.sample_size = {plan.server.sample_size} and {organisations} organisations: expected at most as"
+            f"the plan has server.sample_size = {plan.server.sample_size} and {organizations} organizations: expected at most as"
             " many as there are, or 0 for all of them"
         )
 
@@ -88,7 +88,7 @@ def cohort_of(folder: RunFolder, history: tuple[Mapping[str, Any], ...], asked: 
     if not history:
         return list(asked)
     last = history[-1]
-    dropped = {str(who["organisation"]): str(who.get("reason", "")) for who in last.get("dropped", ())}
+    dropped = {str(who["organization"]): str(who.get("reason", "")) for who in last.get("dropped", ())}
     return [*last["participants"], *waiting_in(dropped), *_waiting_before(folder, len(history) + 1)]
 
 

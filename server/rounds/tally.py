@@ -20,7 +20,7 @@ class Tally:
     needed: int
     left_out: list[str] = field(default_factory=list)
     participants: list[str] = field(default_factory=list)
-    dropped: dict[str, str] = field(default_factory=dict)  # organisation -> reason
+    dropped: dict[str, str] = field(default_factory=dict)  # organization -> reason
     quarantined: list[str] = field(default_factory=list)
     timed_out: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -63,12 +63,12 @@ class Tally:
             "told": self._in_order(self.told),
             "client_privacy": None,
             "participants": [name for name in self.people if name in came],
-            "dropped": [{"organisation": name, "reason": reason} for name, reason in self._in_order(self.dropped).items()],
+            "dropped": [{"organization": name, "reason": reason} for name, reason in self._in_order(self.dropped).items()],
             "quarantined": sorted(self.quarantined),
             "timed_out": sorted(self.timed_out),
             "absent": [name for name in self.people if name in self.absent],
             "left_out": self.left_out,
-            "late": sorted(self.late, key=lambda late: (late["round"], late["organisation"])),
+            "late": sorted(self.late, key=lambda late: (late["round"], late["organization"])),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": round(seconds, 3),

@@ -33,7 +33,7 @@ _MOST_LOSS = 1e6  # nats: no model that trains at all is so wrong, and powers of
 def reason_to_refuse(
     update: Update,
     *,
-    organisation: str,
+    organization: str,
     round: int,
     shapes: Mapping[str, Tensor],
     max_norm: float,
@@ -58,8 +58,8 @@ def reason_to_refuse(
     names of what may be told beside the update; None: whatever. most_told: how large a told number may be, but for a loss.
     epsilon: the plan's, which no stated one exceeds; None: none may be stated.
     """
-    if update.organisation != organisation:
-        return f"it is from {update.organisation[:80]}, expected {organisation}"
+    if update.organization != organization:
+        return f"it is from {update.organization[:80]}, expected {organization}"
     if update.round != round:
         return f"it is for round {update.round}, expected {round}"
     if update.examples < 1:
@@ -221,7 +221,7 @@ class Verify:
             epsilon=plan.privacy.epsilon if isinstance(plan.privacy, RecordPrivacy) else None,
         )
 
-    def __call__(self, reply: Message, organisation: str) -> Opened:
+    def __call__(self, reply: Message, organization: str) -> Opened:
         if not reply.has_content():
             return Opened(None, "its answer is empty")
         size = payload_bytes(reply.content)
@@ -231,22 +231,22 @@ class Verify:
             update = decode_update(reply.content, self._plan.plan_id)
         except RunError as error:
             return Opened(None, one_line(str(error)), refused=True)  # it may repeat a stranger's words
-        allowed = self._examples(organisation)
+        allowed = self._examples(organization)
         longest = self._longest(examples=min(max(update.examples, allowed[0]), allowed[1]))
         reason = self._refuse(
-            update, organisation=organisation, examples=allowed, max_norm=math.inf if longest is None else longest
+            update, organization=organization, examples=allowed, max_norm=math.inf if longest is None else longest
         )
         return Opened(update) if reason is None else Opened(None, one_line(reason), refused=True)
 
-    def _examples(self, organisation: str) -> tuple[int, int]:
+    def _examples(self, organization: str) -> tuple[int, int]:
         most = self._plan.server.max_examples
-        member = self._members.get(organisation)
+        member = self._members.get(organization)
         least, own = (member.examples if member else None) or (1, most)
         return max(1, least), min(most, own)
 
 
 def _may_be_told(plan: Plan) -> set[str]:
-    """What the plan asks to be told; each organisation decides for itself whether it does."""
+    """What the plan asks to be told; each organization decides for itself whether it does."""
     names = {f"label {label}" for label in plan.labels} if plan.tell.label_histogram else set()
     return names | ({"correct", "records"} if plan.tell.local_metrics else set()) | ({"loss"} & set(plan.strategy.sends))
 

@@ -43,7 +43,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     """Makes the folder of a run of the federation's plan by its present members. name: of the folder; None: <time>-<plan>.
 
     Raises RunError without members or where the folder cannot be written, PlanError for overrides that are none and for a plan
-    that does not suit so many organisations, PrivacyError where client-level privacy cannot be given to so many, DataError for a
+    that does not suit so many organizations, PrivacyError where client-level privacy cannot be given to so many, DataError for a
     test set that cannot be read.
     """
     plan, base = _with_base(federation, load_plan(federation.path / "plan.toml", overrides))

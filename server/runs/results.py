@@ -1,6 +1,6 @@
 """What came out of a run: summary.json, and for a real run the exported model and the report.
 
-A coordinator knows less than a simulation: nothing of an organisation's records, and of its ε what it states. What is not known
+A coordinator knows less than a simulation: nothing of an organization's records, and of its ε what it states. What is not known
 is None in the summary, and no sentence of the report is about it.
 
 What summary.json says of every run, simulated or real: what the server knows by itself. See docs/run-folder.md.
@@ -94,7 +94,7 @@ def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | No
         "clip_norm": privacy.clip_norm if progress.clip_norm is None else progress.clip_norm,
         "sample_rate": plan.server.sample_rate,
         "amplification": privacy.amplification,
-        "expected_organisations": noise.expected,
+        "expected_organizations": noise.expected,
         "statement": client_statement(privacy, noise, charged, sample_rate=plan.server.sample_rate),
     }
 
@@ -142,10 +142,10 @@ _NOT_KNOWN = (
 def conclude(folder: RunFolder) -> dict[str, Any]:
     """Writes model/, summary.json and report.html, each in one step, and returns the summary; again, it replaces them.
 
-    Where every organisation has a model of its own there is no model/. The folder must have a finished round.
+    Where every organization has a model of its own there is no model/. The folder must have a finished round.
     """
     progress = folder.load()
-    summary = summarise(folder, progress)
+    summary = summarize(folder, progress)
     if not folder.plan.keeps_personal:
         _export(folder, progress, summary)
     write_durably(folder.path / "summary.json", dumps(summary))
@@ -160,7 +160,7 @@ def _export(folder: RunFolder, progress: Progress, summary: Mapping[str, Any]) -
     export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})
 
 
-def summarise(folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def summarize(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """The summary of a real run as plain values (schema 1)."""
     events = read_events(folder.path / "events.jsonl") if (folder.path / "events.jsonl").exists() else []
     return {
@@ -170,7 +170,7 @@ def summarise(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         "partition": None,
         "worth": None,
         "test": _test(folder, progress),
-        "organisations": [_organisation(folder, who.name, progress, events) for who in folder.file.participants],
+        "organizations": [_organization(folder, who.name, progress, events) for who in folder.file.participants],
         **performance(progress, sum(float(entry["seconds"]) for entry in progress.history)),
         "reproduce": [f"cotune server run {folder.file.federation}"],
     }
@@ -217,7 +217,7 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 
 
 def epsilon_stated(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Organisation -> ε as it stated it last."""
+    """Organization -> ε as it stated it last."""
     return {name: _number(value) for entry in history for name, value in entry["epsilon"].items()}
 
 
@@ -229,7 +229,7 @@ def _number(value: float) -> float:
         return math.inf
 
 
-def _organisation(folder: RunFolder, name: str, progress: Progress, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _organization(folder: RunFolder, name: str, progress: Progress, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     privacy = folder.plan.privacy
     return {
         "name": name,
@@ -239,7 +239,7 @@ def _organisation(folder: RunFolder, name: str, progress: Progress, events: Iter
         "rounds": sum(name in entry["participants"] for entry in progress.history),
         "bytes_up": bytes_of(events, name),
         "weight": weight_of(progress.history, name),
-        "dropped": sum(dropped["organisation"] == name for entry in progress.history for dropped in entry["dropped"]),
+        "dropped": sum(dropped["organization"] == name for entry in progress.history for dropped in entry["dropped"]),
         "quarantined": sum(name in entry["quarantined"] for entry in progress.history),
         "left_out": name in left_out(folder, progress.history),
         "delivered": name in confirmed(folder),
@@ -253,6 +253,6 @@ def weight_of(history: Iterable[Mapping[str, Any]], name: str) -> float | None:
 
 
 def bytes_of(events: Iterable[Mapping[str, Any]], name: str) -> int:
-    """Of the updates of an organisation that were received, interrupted rounds included."""
-    own = (event for event in events if event.get("organisation") == name)
+    """Of the updates of an organization that were received, interrupted rounds included."""
+    own = (event for event in events if event.get("organization") == name)
     return sum(int(event["bytes"]) for event in own if event["event"] in ("update_received", "late_update_received"))

@@ -3,7 +3,7 @@
 plan.toml               the resolved plan, and beside it the files of its own rules, if it has any
 run.json                who takes part, when and how it was started
 events.jsonl            what happened, line by line
-checkpoints/            one file per finished round: model, server optimiser, history
+checkpoints/            one file per finished round: model, server optimizer, history
 client-privacy.jsonl    with client-level privacy: its account; of a real run it is in the federation's folder
 selection.key           with amplification by sampling: the secret that draws who takes part
 stopped.json            why the run ended before its last round, if it did
@@ -12,7 +12,7 @@ inbox/                  during a round: updates that came before their turn
 quarantine/             updates that were refused, as they came (rounds/buffers.py)
 delivered.json          who has confirmed the finished model (rounds/model_delivery.py)
 test/data.json          the common test set
-sites/<organisation>/   the simulated organisations (only in simulations)
+sites/<organization>/   the simulated organizations (only in simulations)
 model/ summary.json report.html    at the end
 """
 
@@ -41,7 +41,7 @@ from cotune.strategies.plugins import content_of, read_file
 
 
 class Participant(BaseModel):
-    """An organisation of the run; `site`: in simulations, its folder within the run's."""
+    """An organization of the run; `site`: in simulations, its folder within the run's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -70,13 +70,13 @@ class Progress:
 
     round: int = 0
     state: State = field(default_factory=dict)
-    memory: State = field(default_factory=dict)  # of the server optimiser
+    memory: State = field(default_factory=dict)  # of the server optimizer
     history: tuple[dict[str, Any], ...] = ()  # one entry per round, as in summary.json
     clip_norm: float | None = None  # of the next round, under client-level privacy
 
     @property
     def admitted(self) -> dict[str, int]:
-        """Organisation -> the last round whose update of it is in the model."""
+        """Organization -> the last round whose update of it is in the model."""
         applied = [entry for entry in self.history if entry.get("applied", True)]
         return {name: int(entry["round"]) for entry in applied for name in entry["participants"]}
 

@@ -77,7 +77,7 @@ class Trail:
         keys = {name: member.fingerprint for name, member in members.items()}
         roster = sorted(keys[name] for name in set(cohort) & keys.keys())
         for who in recipients:
-            fate, member = (fates or {}).get(who.organisation, Fate()), members.get(who.organisation)
+            fate, member = (fates or {}).get(who.organization, Fate()), members.get(who.organization)
             least, most = (member.examples if member and kind == TRAIN else None) or (0, 0)
             statement = RequestStatement(
                 federation=self._federation.config.id,
@@ -85,7 +85,7 @@ class Trail:
                 kind=kind,
                 plan=self._plan_id,
                 round=round,
-                recipient=who.organisation,
+                recipient=who.organization,
                 admitted=who.admitted,
                 received=received,
                 cohort=len(roster),
@@ -100,8 +100,8 @@ class Trail:
             signature = sign(statement, key)
             self._log.tell("request", statement=statement.text(), signature=signature, roster=roster)
             about = {"roster": "\n".join(roster), **({"renewals": renewed} if renewed else {})}
-            attach(contents[who.organisation], statement, signature, **about)
-            self._requests[_answer_to(kind), round, who.organisation] = statement.digest
+            attach(contents[who.organization], statement, signature, **about)
+            self._requests[_answer_to(kind), round, who.organization] = statement.digest
 
     def accept(self, reply: Message, kind: str, round: int, organization: str) -> str:
         """Takes the signature out of an answer, and enters it; "" where it is that of its organization, else what is wrong.

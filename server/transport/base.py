@@ -1,4 +1,4 @@
-"""Messages to organisations and their answers. In a simulation the calls are made at once, one organisation after the other;
+"""Messages to organizations and their answers. In a simulation the calls are made at once, one organization after the other;
 a real run's post is carried by threads (superlink.py).
 """
 
@@ -26,7 +26,7 @@ class Letter:
     """
 
     round: int
-    organisation: str
+    organization: str
     reply: Message | None
     lost: str = ""
     refused: str = ""
@@ -38,7 +38,7 @@ class Letter:
 
 class Post(Protocol):
     def connected(self) -> Mapping[str, Node]:
-        """Organisation -> node of those that were connected at the last look."""
+        """Organization -> node of those that were connected at the last look."""
         ...
 
     def looked(self) -> float:
@@ -53,7 +53,7 @@ class Post(Protocol):
         """Those whose invitation was revoked, at the last look."""
         ...
 
-    def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
+    def send(self, round: int, organization: str, message: Message, most_bytes: int) -> None:
         """Hands a request over, or begins to; once more where the first may be lost: whichever is answered first counts.
         most_bytes: of its answer; a larger one is not taken.
         """
@@ -71,12 +71,12 @@ class Post(Protocol):
 
 
 class Direct:
-    """In this thread: the first organisation's answer, then the second's; one answer is held at a time."""
+    """In this thread: the first organization's answer, then the second's; one answer is held at a time."""
 
     def __init__(self, grid: Grid, addresses: Addresses) -> None:
         self._grid, self._addresses = grid, addresses
         self._round = 0
-        self._waiting: dict[str, str] = {}  # organisation -> id of its message
+        self._waiting: dict[str, str] = {}  # organization -> id of its message
         self._earlier: dict[tuple[int, str], str] = {}  # the same of rounds before
 
     def connected(self) -> Mapping[str, Node]:
@@ -91,12 +91,12 @@ class Direct:
     def revoked(self) -> Collection[str]:
         return ()
 
-    def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
+    def send(self, round: int, organization: str, message: Message, most_bytes: int) -> None:
         if round != self._round:
             self._earlier |= {(self._round, name): number for name, number in self._waiting.items()}
             self._round, self._waiting = round, {}
         for number in self._grid.push_messages([message]):
-            self._waiting[organisation] = number
+            self._waiting[organization] = number
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
         for (round, name), number in list(self._earlier.items()):

@@ -1,7 +1,7 @@
 """Which node belongs to which organization, who is connected, and who has left of its own accord.
 
-In a real run an organisation is known by its public key alone, never by what somebody says. In a simulation the i-th organisation
-is at the i-th node; with fewer nodes than organisations, nodes serve several.
+In a real run an organization is known by its public key alone, never by what somebody says. In a simulation the i-th organization
+is at the i-th node; with fewer nodes than organizations, nodes serve several.
 
 Who has left of its own accord, as by Ctrl-C, and whose machine or network is gone.
 
@@ -66,7 +66,7 @@ class Node:
 
 class Addresses(Protocol):
     def connected(self) -> Mapping[str, Node]:
-        """Organisation -> node, of those that are connected now. Asks the grid, and may fail as that does."""
+        """Organization -> node, of those that are connected now. Asks the grid, and may fail as that does."""
         ...
 
     def left(self) -> frozenset[str]:
@@ -79,7 +79,7 @@ class Addresses(Protocol):
 
 
 class Simulated:
-    """names: the organisations of the run, in their order."""
+    """names: the organizations of the run, in their order."""
 
     def __init__(self, grid: Grid, names: Iterable[str]) -> None:
         self._grid, self._names = grid, tuple(names)

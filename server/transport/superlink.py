@@ -59,7 +59,7 @@ class _Asked:
     """
 
     round: int
-    organisation: str
+    organization: str
     most_bytes: int
     since: float | None = None
     latest: float = 0.0
@@ -157,7 +157,7 @@ class Threaded:
         for asked in list(self._asked.values()):
             if asked.since is not None and time.monotonic() - max(asked.since, asked.latest) > _SLOW_SECONDS:
                 asked.since = math.inf  # once
-                self._doubts[asked.organisation] += 1
+                self._doubts[asked.organization] += 1
 
     def _check(self) -> None:
         """Tells when the connection is lost, or back. Raises RunError when the run was stopped."""
@@ -177,10 +177,10 @@ class Threaded:
         left, before = self.left(), self._told_left
         self._told_left = left
         for name in sorted(left - before):
-            self._tell("organisation_left", organisation=name)
+            self._tell("organization_left", organization=name)
 
-    def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
-        self._start(organisation, self._hand_over, _Asked(round, organisation, most_bytes), message)
+    def send(self, round: int, organization: str, message: Message, most_bytes: int) -> None:
+        self._start(organization, self._hand_over, _Asked(round, organization, most_bytes), message)
 
     def _hand_over(self, asked: _Asked, message: Message) -> None:
         """One after the other: what several requests have in common is sent once."""
@@ -199,7 +199,7 @@ class Threaded:
         self._active = time.monotonic()
 
     def _lose(self, asked: _Asked, reason: str) -> None:
-        self._letters.put((Letter(asked.round, asked.organisation, None, reason), False))
+        self._letters.put((Letter(asked.round, asked.organization, None, reason), False))
 
     def _collect(self) -> None:
         wait = _POLL_SECONDS
@@ -226,12 +226,12 @@ class Threaded:
                 looked = [self._look({number: asked}) for number, asked in waiting.items()]
                 return any(looked)
             if _may_be_gone(error):
-                self._doubts.update(asked.organisation for asked in waiting.values())
+                self._doubts.update(asked.organization for asked in waiting.values())
             return False
         for number in found.keys() & waiting.keys():
             self._active = time.monotonic()
             waiting[number].since = self._active
-            self._start(waiting[number].organisation, self._fetch, number, waiting[number], found[number])
+            self._start(waiting[number].organization, self._fetch, number, waiting[number], found[number])
         return True
 
     def _fetch(self, number: str, asked: _Asked, answer: Any) -> None:
@@ -256,7 +256,7 @@ class Threaded:
             if reply is None:
                 return None
             if not reply.has_error() or reply.error.code not in _LOST:
-                return Letter(asked.round, asked.organisation, reply)
+                return Letter(asked.round, asked.organization, reply)
             lost = "it has left, or its machine or network is gone; it is asked again when it comes back"
         except RunNotRunningException:
             raise
@@ -265,9 +265,9 @@ class Threaded:
         except CutOff as error:
             lost = f"its answer was cut off: {error}"
         except Exception as error:
-            self._doubts[asked.organisation] += _may_be_gone(error)
+            self._doubts[asked.organization] += _may_be_gone(error)
             return None
-        return Letter(asked.round, asked.organisation, None, lost, refused)
+        return Letter(asked.round, asked.organization, None, lost, refused)
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
         wait = 0.0 if last else seconds
@@ -279,7 +279,7 @@ class Threaded:
                 return
             wait = 0.0
             if letter.answers:
-                self._settle(letter.round, letter.organisation)
+                self._settle(letter.round, letter.organization)
             try:
                 yield letter
             finally:
@@ -287,10 +287,10 @@ class Threaded:
                 if held:
                     self._hands.release()
 
-    def _settle(self, round: int, organisation: str) -> None:
+    def _settle(self, round: int, organization: str) -> None:
         """Whatever else it was asked in this round needs no answer."""
         for number, asked in list(self._asked.items()):
-            if (asked.round, asked.organisation) == (round, organisation):
+            if (asked.round, asked.organization) == (round, organization):
                 self._asked.pop(number, None)
 
     def forget(self, round: int) -> None:

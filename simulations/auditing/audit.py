@@ -1,8 +1,8 @@
-"""An audit: the plan's own steps on an organisation's records with canaries among them, attacked, and compared with the claim.
+"""An audit: the plan's own steps on an organization's records with canaries among them, attacked, and compared with the claim.
 
-Trained is what the organisation would train: the same module, loss, optimiser, clip norm, σ, sampling and number of steps, by the
+Trained is what the organization would train: the same module, loss, optimizer, clip norm, σ, sampling and number of steps, by the
 same `private_steps`, round after round from its own updates. Whoever attacks sees every delta. Nothing leaves this process and no
-ledger is opened: an audit releases nothing but its result, which is for the organisation's own eyes.
+ledger is opened: an audit releases nothing but its result, which is for the organization's own eyes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class AuditResult:
 
     plan: str
     plan_id: str
-    organisation: str
+    organization: str
     tight: bool
     examples: int
     rounds: int
@@ -129,7 +129,7 @@ class AuditResult:
 def audit(
     source: Plan | Path,
     *,
-    organisation: str | None = None,
+    organization: str | None = None,
     canaries: int = 2000,
     rounds: int | None = None,
     tight: bool = False,
@@ -140,7 +140,7 @@ def audit(
 
     Args:
         source: A plan, or the folder of a run, which is only read.
-        organisation: Whose records; None: the first organization's.
+        organization: Whose records; None: the first organization's.
         canaries: How many targets of each kind (records as far as there are so many).
         rounds: How many of the plan's are audited; the claim is that of the audited ones. None: all.
         tight: Audit `tightened` steps instead of the plan's own.
@@ -151,7 +151,7 @@ def audit(
         PrivacyError: When there is nothing to audit.
         CotuneError: What `prepare` raises.
     """
-    audited = _of_run(source, organisation) if isinstance(source, Path) else _of_plan(source, organisation, device or "auto")
+    audited = _of_run(source, organization) if isinstance(source, Path) else _of_plan(source, organization, device or "auto")
     return _audit(audited, canaries, rounds, tight, confidence, device or audited.device)
 
 
@@ -167,10 +167,10 @@ class _Audited:
     device: str
 
 
-def _of_plan(plan: Plan, organisation: str | None, device: str) -> _Audited:
+def _of_plan(plan: Plan, organization: str | None, device: str) -> _Audited:
     _check(plan)
     prepared = prepare(plan, device)
-    name = _chosen(organisation, [share.name for share in prepared.shares])
+    name = _chosen(organization, [share.name for share in prepared.shares])
     share = next(share for share in prepared.shares if share.name == name)
     resolved = prepared.plan
     holdings = Holdings(((prepared.records[share.file], share.rows),), resolved.labels, resolved.task)
@@ -178,10 +178,10 @@ def _of_plan(plan: Plan, organisation: str | None, device: str) -> _Audited:
     return _Audited(resolved, share.policy(resolved), share.public_examples(resolved), holdings, name, device)
 
 
-def _of_run(path: Path, organisation: str | None) -> _Audited:
+def _of_run(path: Path, organization: str | None) -> _Audited:
     folder = RunFolder(path)
     _check(folder.plan)
-    name = _chosen(organisation, [who.name for who in folder.file.participants])
+    name = _chosen(organization, [who.name for who in folder.file.participants])
     site = next(who.site for who in folder.file.participants if who.name == name)
     holdings = HoldingsFile.read(folder.path / site / "data.json", folder.plan.labels)
     holdings = holdings.bounded(folder.plan.privacy, folder.plan.seed)
@@ -198,10 +198,10 @@ def _check(plan: Plan) -> None:
     require_statistics()
 
 
-def _chosen(organisation: str | None, names: Sequence[str]) -> str:
-    if organisation is not None and organisation not in names:
-        raise DataError(f'there is no organisation "{organisation}"{nearest(organisation, names)}')
-    return names[0] if organisation is None else organisation
+def _chosen(organization: str | None, names: Sequence[str]) -> str:
+    if organization is not None and organization not in names:
+        raise DataError(f'there is no organization "{organization}"{nearest(organization, names)}')
+    return names[0] if organization is None else organization
 
 
 def tightened(plan: Plan, examples: int) -> Plan:
@@ -251,7 +251,7 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
     return AuditResult(
         plan=plan.name,
         plan_id=plan.plan_id,
-        organisation=name,
+        organization=name,
         tight=tight,
         examples=held,
         rounds=rounds or planned,

@@ -1,4 +1,4 @@
-"""The training that an audit attacks: the organisation's own rounds, with canaries and held-out records among its own.
+"""The training that an audit attacks: the organization's own rounds, with canaries and held-out records among its own.
 
 Whoever attacks sees every delta, and the model that each round began with; who sees more, the noised sum of every step.
 """
@@ -49,9 +49,9 @@ class Targets:
 
 
 class AuditedTraining:
-    """The organisation's rounds with the targets among its records, and the attacks' scores, round by round.
+    """The organization's rounds with the targets among its records, and the attacks' scores, round by round.
 
-    Every record enters a batch with the q, and noise is added with the σ, of the organisation's real run. Canaries are rows on
+    Every record enters a batch with the q, and noise is added with the σ, of the organization's real run. Canaries are rows on
     top: B, by which sums are divided, grows with them, and nothing else.
     """
 
@@ -60,14 +60,14 @@ class AuditedTraining:
         plan: Plan,
         privacy: RecordPrivacy,
         holdings: Holdings,
-        organisation: str,
+        organization: str,
         targets: Targets,
         sigma: float,
         model: SharedModel,
         error: float,
         examples: int,
     ) -> None:
-        self.plan, self.privacy, self.holdings, self.organisation = plan, privacy, holdings, organisation
+        self.plan, self.privacy, self.holdings, self.organization = plan, privacy, holdings, organization
         self.targets, self.sigma, self.model, self.examples = targets, sigma, model, examples
         self.error = error / len(plan.stages)  # allowed for the test of the noise, in each stage
         self.canaries = new_canaries(len(targets.canaries_in), model.device)
@@ -90,7 +90,7 @@ class AuditedTraining:
         names = trained_names(self.plan, model, round)
         parameters = model.train_only(names)
         batch = stage.local.sample_rate(self.examples) * self.examples
-        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organisation, expected_batch=batch)
+        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organization, expected_batch=batch)
         before = model.state(names)
         if stage != self._looked_at:
             self._look_inside(stage, setting, names)

@@ -233,8 +233,8 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
         raise RunError(
             f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder"
         ) from None
-    own = [each["own"]["accuracy"] for each in summary["organisations"] if each["own"] and each["own"]["federated"]]
-    spent = [each["epsilon_spent"] for each in summary["organisations"] if each["epsilon_spent"] is not None]
+    own = [each["own"]["accuracy"] for each in summary["organizations"] if each["own"] and each["own"]["federated"]]
+    spent = [each["epsilon_spent"] for each in summary["organizations"] if each["epsilon_spent"] is not None]
     return replace(
         common,
         **summary["test"]["federated"],
@@ -242,12 +242,12 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
         reason=summary["stopped"] or "",
         worst=min(own, default=None),
         spread=statistics.pstdev(own) if own else None,
-        **_gain([each for each in summary["organisations"] if each["worth"]]),
+        **_gain([each for each in summary["organizations"] if each["worth"]]),
         bytes_up=summary["bytes"]["up"],
         bytes_down=summary["bytes"]["down"],
         seconds=summary["seconds"],
         epsilon=max(spent, default=None),
-        deltas=tuple(each["delta"] for each in summary["organisations"] if each["delta"] is not None),
+        deltas=tuple(each["delta"] for each in summary["organizations"] if each["delta"] is not None),
         curve=tuple((entry["round"], entry["metrics"]["accuracy"]) for entry in summary["rounds"] if entry["metrics"]),
     )
 

@@ -124,18 +124,18 @@ _BUDGET = "budget.epsilon_per_run"
 
 @dataclass(frozen=True)
 class Refusal:
-    """A rule of a new policy that declines the plan. organisations: whose; all of them where the plan alone decides."""
+    """A rule of a new policy that declines the plan. organizations: whose; all of them where the plan alone decides."""
 
     rule: str
     problem: str
-    organisations: tuple[str, ...]
+    organizations: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class OwnBound:
     """An organization that joins with its own, smaller ε. noise_multiplier: σ. epsilon: what its run spends."""
 
-    organisation: str
+    organization: str
     noise_multiplier: float
     epsilon: float
 

@@ -28,8 +28,8 @@ from cotune.strategies.types import Update
 
 
 @dataclass(frozen=True)
-class OrganisationForecast:
-    """Per organisation; the privacy figures are None without privacy. batch: expected records per step."""
+class OrganizationForecast:
+    """Per organization; the privacy figures are None without privacy. batch: expected records per step."""
 
     name: str
     examples: int
@@ -44,8 +44,8 @@ class OrganisationForecast:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """Per stage. bytes_up and bytes_down: of one round, all organisations together. parameters: that are trained and travel.
-    steps: in one round, of the organisation that takes most.
+    """Per stage. bytes_up and bytes_down: of one round, all organizations together. parameters: that are trained and travel.
+    steps: in one round, of the organization that takes most.
     """
 
     mode: str
@@ -62,7 +62,7 @@ class ClientForecast:
 
     epsilon_planned: float
     noise_multiplier: float
-    expected_organisations: float
+    expected_organizations: float
     noise: float
     signal: float
     statement: tuple[str, ...]
@@ -81,7 +81,7 @@ class Forecast:
 
     plan: Plan
     test_examples: int | None
-    organisations: tuple[OrganisationForecast, ...]
+    organizations: tuple[OrganizationForecast, ...]
     stages: tuple[StageForecast, ...]
     seconds: Seconds | None
     new_policy: NewPolicy
@@ -91,7 +91,7 @@ class Forecast:
     @property
     def figures(self) -> Figures | None:
         """Of record-level privacy, the largest of any organization's; None without it."""
-        return worst({o.name: o.figures for o in self.organisations if o.figures is not None})
+        return worst({o.name: o.figures for o in self.organizations if o.figures is not None})
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values; of the plan, what identifies it."""
@@ -125,7 +125,7 @@ def _forecast(expected: Expected, seconds: Seconds | None) -> Forecast:
     return Forecast(
         expected.plan,
         expected.test_examples,
-        tuple(_organisation(expected.plan, member) for member in expected.members),
+        tuple(_organization(expected.plan, member) for member in expected.members),
         stages,
         seconds,
         new_policy(expected.plan, expected.members),
@@ -150,15 +150,15 @@ def _client_privacy(expected: Expected, parameters: int) -> ClientForecast | Non
     )
 
 
-def _organisation(plan: Plan, member: Member) -> OrganisationForecast:
+def _organization(plan: Plan, member: Member) -> OrganizationForecast:
     planned = planned_steps(plan, member.public)
     steps, batch = sum(count for _, count in planned), planned[-1][0] * member.public
     if not isinstance(plan.privacy, RecordPrivacy) or member.noise_multiplier is None:
-        return OrganisationForecast(member.name, member.examples, batch, steps, None, None, None, None)
+        return OrganizationForecast(member.name, member.examples, batch, steps, None, None, None, None)
     sigma, delta = member.noise_multiplier, plan.privacy.delta_for(member.public)
     figures = figures_of(planned_charges(plan, member.policy, sigma, member.public), delta)
     allowed = member.policy.budget.epsilon_for(plan.privacy.epsilon)
-    return OrganisationForecast(member.name, member.examples, batch, steps, sigma, allowed, figures.epsilon, delta, figures)
+    return OrganizationForecast(member.name, member.examples, batch, steps, sigma, allowed, figures.epsilon, delta, figures)
 
 
 def _stages(expected: Expected) -> Iterator[StageForecast]:
@@ -166,8 +166,8 @@ def _stages(expected: Expected) -> Iterator[StageForecast]:
     plan, model, names = expected.plan, expected.model, [member.name for member in expected.members]
     held, first = dict[str, Tensor](), 1
     for stage in plan.stages:
-        held, travelling = enter_round(model, plan, held, first)
-        shared, first = {name: held[name] for name in travelling}, first + stage.rounds
+        held, traveling = enter_round(model, plan, held, first)
+        shared, first = {name: held[name] for name in traveling}, first + stage.rounds
         term = plan.strategy.client_term
         beside = shared if term is not None and term.info("client_term").needs.receives else {}
         requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names], beside)

@@ -1,7 +1,7 @@
-"""What a client term is: something added to an organisation's gradients, its durable state, and the server's half of it.
+"""What a client term is: something added to an organization's gradients, its durable state, and the server's half of it.
 
-Under DP-SGD the term is added after clipping and noising, to the privatised gradient: it depends on released values alone (the
-model, former deltas of the organisation itself), so that it is post-processing and takes nothing of the clip norm.
+Under DP-SGD the term is added after clipping and noising, to the privatized gradient: it depends on released values alone (the
+model, former deltas of the organization itself), so that it is post-processing and takes nothing of the clip norm.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class ClientTerm:
     ) -> Tensor | None:
         """What is added to the gradient of a parameter in every step; None: nothing.
 
-        received: its value at the start of the round. kept: the organisation's own tensor. sent: the server's, of this round.
+        received: its value at the start of the round. kept: the organization's own tensor. sent: the server's, of this round.
         """
         return None
 
     def keep(self, kept: Mapping[str, Tensor], delta: Delta, sent: Mapping[str, Tensor], local: LocalSteps) -> dict[str, Tensor]:
-        """What the organisation keeps after its round, durably; from released values only."""
+        """What the organization keeps after its round, durably; from released values only."""
         return {}
 
     def send(self, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What travels to the organisations beside the model."""
+        """What travels to the organizations beside the model."""
         return {}
 
     def fold(self, fused: Fused, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
-        """The server's half: (D, own memory) -> (D, own memory), between the fusion and the server optimiser."""
+        """The server's half: (D, own memory) -> (D, own memory), between the fusion and the server optimizer."""
         return fused.delta, {}

@@ -1,4 +1,4 @@
-"""Dynamic regularisation: every organisation's optimum is moved until all agree on one."""
+"""Dynamic regularization: every organization's optimum is moved until all agree on one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext
         client_state=True,
         participation=0.1,
         sets_state=True,
-        client_privacy="its server half would follow a clipped and noised mean, and the organisations their true deltas",
+        client_privacy="its server half would follow a clipped and noised mean, and the organizations their true deltas",
     ),
 )
 @dataclass(frozen=True)
 class FedDyn(ClientTerm):
     """Gradient − λ_k + α(θ_k − θ), with λ_k ← λ_k − αΔ_k; the server keeps h ← h − αfD and moves by D − h/α.
 
-    f: the fraction of the organisations that took part, so that h is the mean of all λ_k: under full participation with any
+    f: the fraction of the organizations that took part, so that h is the mean of all λ_k: under full participation with any
     fixed weights, else with equal ones. alpha: α, per step; local.learning_rate · alpha must stay below 2. The smaller it is, the
     larger are the steps h/α of the server.
     """
@@ -46,7 +46,7 @@ class FedDyn(ClientTerm):
         return {name: self._moved(kept.get(name), d, 1.0) for name, d in delta.items()}
 
     def fold(self, fused: Fused, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
-        fraction = fused.participants / context.organisations
+        fraction = fused.participants / context.organizations
         h = {name: self._moved(memory.get(name), d, fraction) for name, d in fused.delta.items()}
         return {name: d.to(torch.float64) - h[name] / self.alpha for name, d in fused.delta.items()}, {**memory, **h}
 

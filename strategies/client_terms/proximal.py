@@ -15,7 +15,7 @@ from cotune.strategies.registry import client_term
 @client_term("proximal", cite="Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127 (FedProx)")
 @dataclass(frozen=True)
 class Proximal(ClientTerm):
-    """Gradient + μ(θ_k − θ): organisations with unlike records drift less from the received model θ.
+    """Gradient + μ(θ_k − θ): organizations with unlike records drift less from the received model θ.
 
     mu: μ, per step; local.learning_rate · mu must stay below 2, or the pull itself diverges.
     """

@@ -1,4 +1,4 @@
-"""Control variates: every organisation's steps are corrected by how its gradients differ from everybody's."""
+"""Control variates: every organization's steps are corrected by how its gradients differ from everybody's."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext
         participation=0.1,
         optimizers=("sgd",),
         momentum=False,
-        client_privacy="its control variate would follow a clipped and noised mean, and those of the organisations true deltas",
+        client_privacy="its control variate would follow a clipped and noised mean, and those of the organizations true deltas",
     ),
 )
 @dataclass(frozen=True)
 class Scaffold(ClientTerm):
-    """Gradient − c_k + c, with c_k⁺ = c_k − c − Δ_k/(Kη): the variates of the organisation and of everybody.
+    """Gradient − c_k + c, with c_k⁺ = c_k − c − Δ_k/(Kη): the variates of the organization and of everybody.
 
     As c_k⁺ − c_k = −c − Δ_k/(Kη), the server finds c ← (1 − f)c − f·D/(Kη) from D alone, f being the fraction of the
-    organisations that took part: nothing travels back but Δ_k. So c is the mean of all c_k: under full participation with any
+    organizations that took part: nothing travels back but Δ_k. So c is the mean of all c_k: under full participation with any
     fixed weights, else with equal ones. torch adds weight decay to the corrected gradient, which for SGD is the same in any
     order: the variates are gradients of the loss with its decay.
     """
@@ -50,7 +50,7 @@ class Scaffold(ClientTerm):
         return {name: c.to(torch.float32) for name, c in memory.items()}
 
     def fold(self, fused: Fused, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
-        fraction = fused.participants / context.organisations
+        fraction = fused.participants / context.organizations
         scale = fraction / (context.local.steps * context.local.learning_rate)
         moved = {name: (1 - fraction) * _of(memory, name) - d.to(torch.float64) * scale for name, d in fused.delta.items()}
         return fused.delta, {**memory, **moved}

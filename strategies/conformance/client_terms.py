@@ -1,4 +1,4 @@
-"""Checks of client terms: the organisation's half and the server's."""
+"""Checks of client terms: the organization's half and the server's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _kept(case: Case, sent: Tensors | None = None) -> Tensors:
 
 
 def _harmless(case: Case) -> Problems:
-    """In an organisation's first step of all, nothing is known that could correct it."""
+    """In an organization's first step of all, nothing is known that could correct it."""
     for name, parameter in case.context.state.items():
         more = case.build().correction(name, parameter.clone(), parameter.clone(), None, None)
         if more is not None and bool(more.any()):
@@ -100,7 +100,7 @@ def _memory(case: Case) -> Problems:
     again = [keep(held, delta, case.build().send(memory), case.context.local) for held in (kept, checkpointed(kept))]
     wrong = differing(again[1], again[0], exact=True)
     if wrong:
-        yield f"the organisation's half is another one after it was stored: {wrong}"
+        yield f"the organization's half is another one after it was stored: {wrong}"
 
 
 def _new_parameters(case: Case) -> Problems:

@@ -70,7 +70,7 @@ def _scale(case: Case) -> Problems:
 
 def _identical(case: Case) -> Problems:
     first = case.updates[0]
-    alike = [replace(first, organisation=u.organisation) for u in case.updates]
+    alike = [replace(first, organization=u.organization) for u in case.updates]
     found = case.fuse(alike).delta
     expected = {name: tensor.to(torch.float64) for name, tensor in first.delta.items()}
     wrong = differing({name: found[name] for name in found if name in expected}, expected)
@@ -80,7 +80,7 @@ def _identical(case: Case) -> Problems:
 
 def _no_weight(case: Case) -> Problems:
     first = case.updates[0]
-    more = replace(first, organisation="weightless", delta={name: -3 * tensor for name, tensor in first.delta.items()})
+    more = replace(first, organization="weightless", delta={name: -3 * tensor for name, tensor in first.delta.items()})
     found = case.fuse([*case.updates, more], weights={**case.weights, "weightless": 0.0}).delta
     wrong = differing(found, case.fuse().delta)
     if wrong:
@@ -88,21 +88,21 @@ def _no_weight(case: Case) -> Problems:
 
 
 def _weights_unused(case: Case) -> Problems:
-    uneven = {u.organisation: 1.0 + i for i, u in enumerate(case.updates)}
+    uneven = {u.organization: 1.0 + i for i, u in enumerate(case.updates)}
     wrong = differing(case.fuse(weights=uneven).delta, case.fuse().delta)
     if wrong:
         yield f"it says weights=False, and weights change the result: {wrong}"
 
 
 def _by_parameter(case: Case) -> Problems:
-    each = {u.organisation: dict.fromkeys(u.delta, case.weights[u.organisation]) for u in case.updates}
+    each = {u.organization: dict.fromkeys(u.delta, case.weights[u.organization]) for u in case.updates}
     wrong = differing(case.fuse(weights=each).delta, case.fuse().delta)
     if wrong:
         yield f"the same weight for every parameter is not that weight for the update: {wrong}; expected by_parameter=False"
 
 
 def _other_keys(case: Case) -> Problems:
-    """An organisation without the head: it is fused over those that have one, or the round is refused in words."""
+    """An organization without the head: it is fused over those that have one, or the round is refused in words."""
     lacking = _without(case.updates[-1], "head.weight" if "head.weight" in case.sent else sorted(case.sent)[-1])
     given = [*case.updates[:-1], lacking]
     if not refusal(lambda: case.fuse(given)):
@@ -120,7 +120,7 @@ def _least(case: Case) -> Problems:
 
 
 def _not_finite(case: Case) -> Problems:
-    """A diverged organisation is never repaired in silence, whatever it sends."""
+    """A diverged organization is never repaired in silence, whatever it sends."""
     for name, broken in _broken(case.updates[0]).items():
         if not refusal(partial(case.fuse, [broken, *case.updates[1:]])):
             yield f"{name} of an update is not a number, and the round goes on: expected it to be refused"
@@ -137,7 +137,7 @@ def _broken(update: Update) -> dict[str, Update]:
 
 
 def _visible(case: Case) -> Problems:
-    """As under secure aggregation: every organisation contributes by itself, with a generator that sees no other's update, and
+    """As under secure aggregation: every organization contributes by itself, with a generator that sees no other's update, and
     the server's generator gets sums alone. It must come to what the driver comes to.
     """
     if not inspect.isgeneratorfunction(case.info.build):
@@ -147,15 +147,15 @@ def _visible(case: Case) -> Problems:
     if passes > 1 and case.info.needs.visibility == Visibility.SUM:
         yield f"it asks for {passes} sums, and says that it needs one: expected Visibility.SUM_2PASS"
     if any(shapes != keys[0] for shapes in keys):
-        yield "contributions of different organisations are kept apart: expected the same names and shapes from everybody"
+        yield "contributions of different organizations are kept apart: expected the same names and shapes from everybody"
     wrong = differing(fused.delta, case.fuse().delta)
     if wrong:
         yield f"the sums alone give another result, so that it has looked at single updates: {wrong}"
 
 
 def _apart(case: Case) -> tuple[Fused, int, list[Any]]:
-    """(result, passes, names and shapes of every organisation's contributions)."""
-    weighed = [Weighed(u, case.weights[u.organisation], case.context.state) for u in case.updates]
+    """(result, passes, names and shapes of every organization's contributions)."""
+    weighed = [Weighed(u, case.weights[u.organization], case.context.state) for u in case.updates]
     generators = [_generator(case) for _ in range(len(weighed) + 1)]
     contributions = [next(generator) for generator in generators]
     keys: list[Any] = [[] for _ in weighed]
@@ -192,7 +192,7 @@ def _memory(case: Case) -> Problems:
 
 
 def _smaller_ranks(case: Case) -> Problems:
-    """An organisation with rank 2 sends the first two rows of A and the first two columns of B."""
+    """An organization with rank 2 sends the first two rows of A and the first two columns of B."""
     info = case.info
     if not case.context.adapters:
         case = sample(replace(info, needs=replace(info.needs, adapters=("ab",))), case.parameters)
@@ -216,7 +216,7 @@ CHECKS: Sequence[Check] = (
     Check("gives weight 0 no say", _no_weight, lambda info: info.needs.weights),
     Check("uses no weights, as it says", _weights_unused, lambda info: not info.needs.weights),
     Check("follows weights by parameter", _by_parameter, lambda info: info.needs.by_parameter),
-    Check("bears organisations with other parameters", _other_keys),
+    Check("bears organizations with other parameters", _other_keys),
     Check("works with the least number of updates", _least),
     Check("bears smaller ranks", _smaller_ranks, lambda info: info.needs.mixed_ranks),
     Check("refuses what is not a number", _not_finite),

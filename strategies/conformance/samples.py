@@ -1,4 +1,4 @@
-"""Made-up rounds to try a part on: a small model, updates of organisations that differ, and whatever the part says it needs."""
+"""Made-up rounds to try a part on: a small model, updates of organizations that differ, and whatever the part says it needs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ADAPTERS = (
     Adapter("value.A", "value.B", "value.weight", scale=0.5, rank=3),
 )
 _ADAPTED = {f"{part}.{name}": shape for part in ("query", "value") for name, shape in (("A", (3, 5)), ("B", (4, 3)))}
-_ORGANISATIONS = 5
+_ORGANIZATIONS = 5
 _STEPS = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """A part with its parameters, and a round for it. weights: of each organisation, where the fusion uses them."""
+    """A part with its parameters, and a round for it. weights: of each organization, where the fusion uses them."""
 
     info: PartInfo
     parameters: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Case:
         return set(self.updates[0].delta)
 
     def build(self) -> Any:
-        """A server optimiser or a client term."""
+        """A server optimizer or a client term."""
         return self.info.build(**self.parameters)
 
     def fuse(
@@ -52,7 +52,7 @@ class Case:
     ) -> Fused:
         """The round through the driver, with the weights of the case."""
         given = self.weights if weights is None else weights
-        weigh = PartInfo("weighting", "given", lambda update: given.get(update.organisation, 1.0), "", Needs(by_parameter=True))
+        weigh = PartInfo("weighting", "given", lambda update: given.get(update.organization, 1.0), "", Needs(by_parameter=True))
         driver = WeightedFusion((weigh, {}), (self.info, self.parameters), context or self.context)
         for update in self.updates if updates is None else updates:
             driver.add(update)
@@ -82,15 +82,15 @@ def _value(about: Mapping[str, Any]) -> Any:
 
 
 def sample(info: PartInfo, parameters: Mapping[str, Any], context: RoundContext | None = None) -> Case:
-    """A case for a part: as many updates as it needs, with all that it asks organisations to send."""
+    """A case for a part: as many updates as it needs, with all that it asks organizations to send."""
     generator = torch.Generator().manual_seed(1)
     context = context or _context(info, generator)
-    count = max(_ORGANISATIONS, info.least(**parameters))
+    count = max(_ORGANIZATIONS, info.least(**parameters))
     names = _sent(info, context)
     common = _like(context.state, names, generator)
     updates = [_update(i, common, context, info, generator) for i in range(count)]
-    weights = {u.organisation: float(u.examples) if info.needs.weights else 1.0 for u in updates}
-    return Case(info, parameters, replace(context, organisations=count), updates, weights)
+    weights = {u.organization: float(u.examples) if info.needs.weights else 1.0 for u in updates}
+    return Case(info, parameters, replace(context, organizations=count), updates, weights)
 
 
 def _context(info: PartInfo, generator: torch.Generator) -> RoundContext:
@@ -108,7 +108,7 @@ def _context(info: PartInfo, generator: torch.Generator) -> RoundContext:
 
 
 def _sent(info: PartInfo, context: RoundContext) -> list[str]:
-    """What organisations train: all factors where the part may meet them, else B alone; and what belongs to no adapter."""
+    """What organizations train: all factors where the part may meet them, else B alone; and what belongs to no adapter."""
     both = not info.needs.adapters or "ab" in info.needs.adapters
     hidden = {a.weight for a in context.adapters} | (set() if both else {a.a for a in context.adapters})
     return [name for name in context.state if name not in hidden]
@@ -123,7 +123,7 @@ def _update(i: int, common: Delta, context: RoundContext, info: PartInfo, genera
     own = _like(context.state, list(common), generator)
     needs = info.needs
     return Update(
-        organisation=f"organisation-{i}",
+        organization=f"organization-{i}",
         round=context.round,
         delta={name: common[name] + tensor for name, tensor in own.items()},
         examples=100 + 50 * i,

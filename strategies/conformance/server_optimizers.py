@@ -1,4 +1,4 @@
-"""Checks of server optimisers."""
+"""Checks of server optimizers."""
 
 from __future__ import annotations
 

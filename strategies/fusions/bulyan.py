@@ -24,7 +24,7 @@ from cotune.strategies.types import Delta, Weighed
 def bulyan(updates: Sequence[Weighed], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
     """D_j = the mean of the n − 4f values nearest to the median, among n − 2f updates that Krum chooses one by one.
 
-    Whom Krum has chosen is no neighbour any more of those that are left.
+    Whom Krum has chosen is no neighbor any more of those that are left.
 
     malicious: f, how many of the n updates may be; n ≥ 4f + 3.
     """

@@ -24,13 +24,13 @@ from cotune.strategies.types import RoundContext, Weighed
 def dare(*, drop: Annotated[float, Field(ge=0, lt=1)] = 0.5, context: RoundContext) -> Sums:
     """D = Σ p_k m_k ⊙ Δ_k / (1 − p): entries are dropped at random and the others grow, so that E[D] is the weighted mean.
 
-    The masks m_k follow from the plan's seed, the round and the organisation's name.
+    The masks m_k follow from the plan's seed, the round and the organization's name.
 
     drop: p, the probability that an entry is dropped.
     """
 
     def contribution(update: Weighed) -> Mapping[str, Tensor]:
-        generator = torch.Generator().manual_seed(_seed(context, update.update.organisation))
+        generator = torch.Generator().manual_seed(_seed(context, update.update.organization))
         return weighted(update, {name: _thinned(update.delta[name], drop, generator) for name in sorted(update.delta)})
 
     return mean_of((yield contribution))
@@ -41,7 +41,7 @@ def _thinned(tensor: Tensor, drop: float, generator: torch.Generator) -> Tensor:
     return tensor * kept / (1 - drop)
 
 
-def _seed(context: RoundContext, organisation: str) -> int:
+def _seed(context: RoundContext, organization: str) -> int:
     """torch keeps 32 bits of it."""
-    text = f"dare\x1f{context.seed}\x1f{context.round}\x1f{organisation}"
+    text = f"dare\x1f{context.seed}\x1f{context.round}\x1f{organization}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -20,7 +20,7 @@ from cotune.strategies.types import RoundContext, Weighed
 def fedex(updates: Sequence[Weighed], *, context: RoundContext) -> dict[str, Tensor]:
     """Weighted means of A and of B, and W += s(Σ p_k B_k A_k − B̄·Ā): exact, the rest goes into the weights.
 
-    The weights that are adapted travel to the organisations too. Under record-level privacy the noise on both factors multiplies;
+    The weights that are adapted travel to the organizations too. Under record-level privacy the noise on both factors multiplies;
     there FFA-LoRA and `fedsvd` are the choice.
     """
     delta = averaged(updates)

@@ -46,7 +46,7 @@ def effective_steps(steps: int, momentum: float) -> float:
 
 def _steps(update: Weighed, most: int) -> int:
     """Who states more steps than the plan has would move the model further."""
-    steps, organisation = update.update.steps, update.update.organisation[:80]
+    steps, organization = update.update.steps, update.update.organization[:80]
     if not 1 <= steps <= most:
-        raise RunError(f"the update of {organisation} states {steps} local steps: expected 1 to {most}; leave it out")
+        raise RunError(f"the update of {organization} states {steps} local steps: expected 1 to {most}; leave it out")
     return steps

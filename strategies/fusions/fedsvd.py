@@ -20,7 +20,7 @@ from cotune.strategies.types import RoundContext
 def fedsvd(*, context: RoundContext) -> Sums:
     """Weighted mean of B; then UΣVᵀ = B̄·A, B = UΣ and A = Vᵀ: the same product, and A follows what was learnt.
 
-    Exact: all organisations train B under one A, so that the mean of the products is B̄·A, which nothing is cut off from. Noise is
+    Exact: all organizations train B under one A, so that the mean of the products is B̄·A, which nothing is cut off from. Noise is
     on one factor only, and what is done to the mean is post-processing: with FFA-LoRA the choice under record-level privacy. The
     orthonormal rows of A bound the gradients of B.
     """

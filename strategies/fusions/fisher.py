@@ -1,4 +1,4 @@
-"""The mean that trusts every organisation where its records say most."""
+"""The mean that trusts every organization where its records say most."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TRUST = "trust in "
 def fisher(*, floor: Annotated[float, Field(gt=0)] = 1e-6) -> Sums:
     """D = Σ w_k F_k Δ_k / Σ w_k F_k, entry by entry, with the diagonal Fisher information F_k of each trained model.
 
-    F_k is the mean squared gradient of the organisation's own records, for the labels that they have. floor: added to every F_k;
+    F_k is the mean squared gradient of the organization's own records, for the labels that they have. floor: added to every F_k;
     where nobody's records say anything, it makes D the weighted mean.
     """
 

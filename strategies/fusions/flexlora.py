@@ -22,7 +22,7 @@ from cotune.strategies.types import RoundContext, Weighed
 def flexlora(updates: Sequence[Weighed], *, context: RoundContext, blocks: bool = False) -> dict[str, Tensor]:
     """The best B·A of rank r for Σ p_k B_k A_k, by SVD: B = U_r Σ_r, A = V_rᵀ.
 
-    blocks: weigh each of the r products of a column of B_k and a row of A_k among those organisations that hold it (raFLoRA).
+    blocks: weigh each of the r products of a column of B_k and a row of A_k among those organizations that hold it (raFLoRA).
     Otherwise, where ranks differ, what only a few hold shrinks from round to round, until the smallest rank is all there is.
     Under record-level privacy the noise on two trained factors multiplies; with lora.factors = "b" it is on B alone.
     """

@@ -1,4 +1,4 @@
-"""Means of zero-padded factors, weighted by how much each organisation's adapter does."""
+"""Means of zero-padded factors, weighted by how much each organization's adapter does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cotune.strategies.types import RoundContext, Weighed
 def hetlora(updates: Sequence[Weighed], *, context: RoundContext) -> dict[str, Tensor]:
     """Means of zero-padded A and of B with p_k ∝ w_k ‖B_k A_k‖_F in each adapter, so that padding weakens the mean less.
 
-    The paper has w_k = 1 (the recipe `hetlora`), and lets organisations lower their ranks as they go; here a rank is theirs to
+    The paper has w_k = 1 (the recipe `hetlora`), and lets organizations lower their ranks as they go; here a rank is theirs to
     choose. Biased, as `fedit` is. Under record-level privacy the noise on both factors multiplies, and decides the norms.
     """
     delta = averaged(updates)

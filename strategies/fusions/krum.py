@@ -20,7 +20,7 @@ from cotune.strategies.types import Delta, Weighed
     least=lambda malicious: 2 * malicious + 3,
 )
 def krum(updates: Sequence[Weighed], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
-    """D = Δ_i of the least Σ ‖Δ_i − Δ_j‖² over its n − f − 2 nearest neighbours j: one update, as it is.
+    """D = Δ_i of the least Σ ‖Δ_i − Δ_j‖² over its n − f − 2 nearest neighbors j: one update, as it is.
 
     malicious: f, how many of the n updates may be; n ≥ 2f + 3.
     """
@@ -28,12 +28,12 @@ def krum(updates: Sequence[Weighed], *, malicious: Annotated[int, Field(ge=0)] =
 
 
 def ranked(distances: Tensor, malicious: int) -> list[int]:
-    """The updates by the sum of the squared distances to their n − f − 2 nearest neighbours, the least first.
+    """The updates by the sum of the squared distances to their n − f − 2 nearest neighbors, the least first.
 
-    distances: squared, n × n. At least one neighbour counts, where few updates are left to choose from; then two that are each
+    distances: squared, n × n. At least one neighbor counts, where few updates are left to choose from; then two that are each
     other's nearest are as good, and who is nearer to all comes first, whatever the order of the updates.
     """
-    neighbours = max(1, len(distances) - malicious - 2)
-    nearest = distances.sort(dim=1).values[:, 1 : 1 + neighbours].sum(dim=1).tolist()  # without itself
+    neighbors = max(1, len(distances) - malicious - 2)
+    nearest = distances.sort(dim=1).values[:, 1 : 1 + neighbors].sum(dim=1).tolist()  # without itself
     total = distances.sum(dim=1).tolist()
     return sorted(range(len(distances)), key=lambda k: (nearest[k], total[k]))

@@ -12,6 +12,6 @@ from cotune.strategies.sums import Sums, mean_of, weighted
     needs=Needs(by_parameter=True, mixed_ranks=True),
 )
 def mean() -> Sums:
-    """D = Σ w_k Δ_k / Σ w_k, for every entry over the organisations that sent it."""
+    """D = Σ w_k Δ_k / Σ w_k, for every entry over the organizations that sent it."""
     sums = yield weighted
     return mean_of(sums)

@@ -49,7 +49,7 @@ def _ratio(sums: Mapping[str, Tensor], names: list[str]) -> float:
     """t of the parameters together."""
     count = max(float(sums[_COUNT + name]) for name in names)
     if count < 2:
-        return 1.0  # one organisation alone has the parameter
+        return 1.0  # one organization alone has the parameter
     square = norm({name: sums[_DIRECTION + name] for name in names}) ** 2
     cosine = max(0.0, (square - count) / (count * (count - 1)))
     return count * cosine / (1 + (count - 1) * cosine)

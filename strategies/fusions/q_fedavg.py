@@ -1,4 +1,4 @@
-"""The mean that leans to organisations for which the model is still bad."""
+"""The mean that leans to organizations for which the model is still bad."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LEAST_LOSS = 1e-10  # added, as in the authors' code: F^(q − 1) of a perfect 
 def q_fedavg(
     *, q: Annotated[float, Field(ge=0)] = 1.0, lipschitz: Annotated[float, Field(ge=0)] = 0.0, context: RoundContext
 ) -> Sums:
-    """D = Σ F_k^q Δ_k / Σ (F_k^q + q F_k^(q−1) L ‖Δ_k‖²), F_k being the loss of the received model at organisation k.
+    """D = Σ F_k^q Δ_k / Σ (F_k^q + q F_k^(q−1) L ‖Δ_k‖²), F_k being the loss of the received model at organization k.
 
     The paper's w − Σ F_k^q L(w − w̄_k) / Σ h_k, with both sums divided by L. Raises RunError for an update that states no loss.
 
@@ -52,7 +52,7 @@ def _loss(update: Weighed) -> float:
     loss = update.update.told.get("loss", math.nan)
     if not 0 <= loss < math.inf:
         raise RunError(
-            f"the update of {update.update.organisation[:80]} states the loss {loss}: expected a finite number, 0 or more; let"
+            f"the update of {update.update.organization[:80]} states the loss {loss}: expected a finite number, 0 or more; let"
             " its policy tell the loss, or choose another fusion"
         )
     return loss

@@ -1,4 +1,4 @@
-"""The linear layers that come closest to what every organisation's own layer does with its own inputs."""
+"""The linear layers that come closest to what every organization's own layer does with its own inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NOTHING = 1e-6  # of the largest eigenvalue: inputs that vary less are rounding
 def regmean(*, off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9) -> Sums:
     """D = (Σ w_k Δ_k G_k)(Σ w_k G_k)⁻¹ for every linear layer, G_k = X_kᵀX_k of its inputs; the weighted mean for all else.
 
-    That is least squares: of Σ w_k ‖X_k D − X_k Δ_k‖². A bias is a column of Δ_k, its input 1. Where no organisation's inputs
+    That is least squares: of Σ w_k ‖X_k D − X_k Δ_k‖². A bias is a column of Δ_k, its input 1. Where no organization's inputs
     vary, D is the weighted mean. off_diagonal: α, the factor of all entries of G_k but its diagonal; below 1 the layers of
     models that have drifted apart are fused more cautiously.
     """

@@ -44,7 +44,7 @@ def robust(
     longest = longest_of([norm(update.delta) for update in counted], ratio)
     weighed = [_bounded(update, p, longest) for update, p in zip(counted, shares, strict=True)]
     found = _played(weiszfeld(PASSES if len(counted) >= FEWEST else 0, SMOOTHING), weighed)
-    by_name = {update.update.organisation: p for update, p in zip(counted, shares, strict=True)}
+    by_name = {update.update.organization: p for update, p in zip(counted, shares, strict=True)}
     return Fused(found, weights=by_name)
 
 

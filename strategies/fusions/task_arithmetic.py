@@ -17,7 +17,7 @@ from cotune.strategies.sums import Sums
     keeps=False,
 )
 def task_arithmetic(*, scale: Annotated[float, Field(gt=0)] = 0.4) -> Sums:
-    """D = λ Σ Δ_k: what organisations have learnt is added up, not averaged.
+    """D = λ Σ Δ_k: what organizations have learnt is added up, not averaged.
 
     scale: λ; 1 / n gives the plain mean of n updates.
     """

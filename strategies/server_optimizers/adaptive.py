@@ -1,4 +1,4 @@
-"""What the adaptive server optimisers have in common: a step that every coordinate takes at its own rate.
+"""What the adaptive server optimizers have in common: a step that every coordinate takes at its own rate.
 
 Reddi et al., ICLR 2021, algorithm 2; it corrects no bias, and v starts at τ². They differ in how v goes on.
 """

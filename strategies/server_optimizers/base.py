@@ -1,4 +1,4 @@
-"""What a server optimiser is: it moves the shared model by a fused delta, an optimiser on the pseudo-gradient −D."""
+"""What a server optimizer is: it moves the shared model by a fused delta, an optimizer on the pseudo-gradient −D."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server step whose length follows from how much the organisations agree."""
+"""A server step whose length follows from how much the organizations agree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FedExP(ServerOptimizer):
     """θ += η_g·D with η_g = max(1, Σ p_k ‖Δ_k‖² / (2(‖D‖² + ε))): far where the updates are many and disagree.
 
     Judged and handed out is the mean of the last two θ, as η_g makes them swing. Under record-level privacy the noise of the
-    updates is in ‖Δ_k‖² whole and in ‖D‖² averaged, so that noise alone pushes η_g towards half the number of organisations.
+    updates is in ‖Δ_k‖² whole and in ‖D‖² averaged, so that noise alone pushes η_g towards half the number of organizations.
     epsilon: ε, in the squared unit of the parameters; it bounds η_g where the updates cancel out.
     """
 

@@ -1,7 +1,7 @@
-"""Random-effects weights: an organisation whose delta carries more privacy noise counts less, by as much as is known.
+"""Random-effects weights: an organization whose delta carries more privacy noise counts less, by as much as is known.
 
 Under DP-SGD the variance v_k that noise put on each coordinate of a delta is known, not estimated. The deltas are seen as
-Δ_k = Δ + (what is particular to organisation k, variance τ²) + (its privacy noise, variance v_k); the mean with the least
+Δ_k = Δ + (what is particular to organization k, variance τ²) + (its privacy noise, variance v_k); the mean with the least
 variance weighs each by 1 / (v_k + τ²) (DerSimonian & Laird, Controlled Clinical Trials 1986). τ² comes from the deltas by their
 method of moments, over all coordinates that share the same v. Malekmohammadi, Yu & Cao, ICML 2024, estimate the noise instead.
 The number of records counts only through v_k, as in the literature: more records, less noise.
@@ -24,7 +24,7 @@ _FLOOR = 1e-3  # of the median variance: who states less is believed no more, or
 
 @dataclass(frozen=True)
 class RandomEffects:
-    """between: τ², variance between organisations per coordinate. weights: of each update, the largest being 1."""
+    """between: τ², variance between organizations per coordinate. weights: of each update, the largest being 1."""
 
     between: float
     weights: tuple[float, ...]
@@ -36,7 +36,7 @@ class RandomEffects:
     needs=Needs(sends=("noise",), by_parameter=True),
 )
 def noise_aware(updates: Sequence[Update]) -> list[dict[str, float]]:
-    """w_k = 1 / (v_k + τ²), v_k being the variance of the privacy noise in Δ_k, τ² that between organisations.
+    """w_k = 1 / (v_k + τ²), v_k being the variance of the privacy noise in Δ_k, τ² that between organizations.
 
     For each parameter by itself, in the order of the updates; they all hold the same parameters. An update that states no
     noise (no privacy) has v = 0. If all have, the weights are equal: the plain mean.

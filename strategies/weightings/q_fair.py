@@ -18,9 +18,9 @@ _LEAST = 1e-10  # nats, as in q_fedavg: where nobody has any loss left, noised o
     needs=Needs(sends=("loss",)),
 )
 def q_fair(update: Update, *, q: Annotated[float, Field(ge=0, le=10)] = 1.0) -> float:
-    """w_k = F_k^q, F_k being the mean loss of the received model on the organisation's records.
+    """w_k = F_k^q, F_k being the mean loss of the received model on the organization's records.
 
-    The direction of steepest descent on Σ F_k^(q+1), every organisation being one of equals; the length of the paper's step is
-    left to the server optimiser. q: 0 counts everybody alike, large q the worst served alone. A loss is believed as it is told.
+    The direction of steepest descent on Σ F_k^(q+1), every organization being one of equals; the length of the paper's step is
+    left to the server optimizer. q: 0 counts everybody alike, large q the worst served alone. A loss is believed as it is told.
     """
     return float(max(update.told["loss"], _LEAST) ** q)

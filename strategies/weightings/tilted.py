@@ -18,7 +18,7 @@ from cotune.strategies.types import Update
     needs=Needs(sends=("loss",)),
 )
 def tilted(updates: Sequence[Update], *, t: Annotated[float, Field(ge=-100, le=100)] = 1.0) -> list[float]:
-    """w_k ∝ n_k e^(t·F_k), F_k being the mean loss of the received model on the organisation's records.
+    """w_k ∝ n_k e^(t·F_k), F_k being the mean loss of the received model on the organization's records.
 
     t: per nat; above 0, who is served badly counts more; below 0, less; 0 counts by records. The largest exponent is subtracted
     from all, so that none overflows. A loss is believed as it is told.

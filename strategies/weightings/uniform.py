@@ -8,5 +8,5 @@ from cotune.strategies.types import Update
 
 @weighting("uniform", cite="Li et al., ICLR 2020, https://arxiv.org/abs/1907.02189, scheme II")
 def uniform(update: Update) -> float:
-    """w_k = 1: every organisation counts the same."""
+    """w_k = 1: every organization counts the same."""
     return 1.0

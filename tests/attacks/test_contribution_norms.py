@@ -40,7 +40,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.noise import grid_of
 from cotune.privacy.mechanisms.per_example import ExactSum, per_example, unit_gradients
 from tests import conftest
-from tests.conftest import COLOURS, VOCABULARY, write_csv, write_images
+from tests.conftest import COLORS, VOCABULARY, write_csv, write_images
 
 LONGEST = 128
 WORDS = [word for word in VOCABULARY if not word.startswith("[")]
@@ -177,7 +177,7 @@ def test_a_record_contributes_the_clip_norm_at_most(
     images = kind == "vit"
     source = write_images(tmp_path / "images", OTHERS + 1) if images else one_long_record(tmp_path)
     task = "image-classification" if images else "sequence-classification"
-    plan = plan_of(long_model(kind), source, task, mode, precision, tuple(COLOURS) if images else CLASSES)
+    plan = plan_of(long_model(kind), source, task, mode, precision, tuple(COLORS) if images else CLASSES)
     model, holdings, honest = prepared(plan)
     for state in (honest, amplified(model, holdings, honest), steep(honest, 1e4)):
         assert sensitivity(plan, model, holdings, state, 1.0) <= 1 + 1e-6

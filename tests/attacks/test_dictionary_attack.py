@@ -31,7 +31,7 @@ DICTIONARY = [f"the patient has {disease}" for disease in ("flu", "asthma", "HIV
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     """Its ledger knows the secret among others, and alone; both were charged."""
-    (tmp_path / "site.json").write_text(SiteFile(organisation="clinic").model_dump_json())
+    (tmp_path / "site.json").write_text(SiteFile(organization="clinic").model_dump_json())
     site = Site(tmp_path)
     ledger = site.ledger()
     for number, texts in enumerate(([*KNOWN, SECRET], [SECRET]), start=1):

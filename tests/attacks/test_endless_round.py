@@ -62,12 +62,12 @@ class Scripted:
     def left(self) -> Collection[str]:
         return ()
 
-    def send(self, round: int, organisation: str, message: Message, most_bytes: int) -> None:
-        self.asked[organisation] = self.asked.get(organisation, 0) + 1
-        seconds, words = self.answers[organisation](self.asked[organisation])
+    def send(self, round: int, organization: str, message: Message, most_bytes: int) -> None:
+        self.asked[organization] = self.asked.get(organization, 0) + 1
+        seconds, words = self.answers[organization](self.asked[organization])
         message.metadata.__dict__["_message_id"] = "1"
         reply = Message(Error(1001, words), reply_to=message) if words else Message(RecordDict(), reply_to=message)
-        self._due.append((self.now + seconds, Letter(round, organisation, reply)))
+        self._due.append((self.now + seconds, Letter(round, organization, reply)))
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
         """The next that is due, or half a minute later."""
@@ -76,8 +76,8 @@ class Scripted:
         if self._due and self._due[0][0] <= later:
             at, letter = self._due.pop(0)
             self.now = max(self.now, at)
-            if letter.organisation in self.restless:
-                self._since[letter.organisation] = self._since.get(letter.organisation, 0) + 1
+            if letter.organization in self.restless:
+                self._since[letter.organization] = self._since.get(letter.organization, 0) + 1
             yield letter
         else:
             self.now = later
@@ -107,7 +107,7 @@ def played(post: Scripted, config: RoundsConfig, needed: int, each: Callable[[],
     for letter in round.letters():
         each()
         if not round.is_waited_for(letter) and letter.reply is not None and not letter.reply.has_error():
-            tally.participants.append(letter.organisation)
+            tally.participants.append(letter.organization)
         if post.now - began > 30 * DAY:
             break
     return tally, post.now - began

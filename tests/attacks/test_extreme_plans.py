@@ -77,7 +77,7 @@ def plan_of(base_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
 def site(tmp_path: Path) -> Site:
     folder = tmp_path / "site"
     write_holdings(folder / "data.json", DataConfig(source=str(tmp_path / "records.csv")), [(None, list(range(40)))])
-    (folder / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
+    (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
     (folder / "policy.toml").write_text(dump_policy(Policy.permissive()))
     return Site(folder)
 
@@ -147,7 +147,7 @@ def test_finite_rows_whose_sum_overflows_are_no_answer_about_a_person(base_model
         )
         site = tmp_path / folder
         write_holdings(site / "data.json", DataConfig(source=str(source), unit="pid"), [(None, list(range(len(held))))])
-        (site / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
+        (site / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
         (site / "policy.toml").write_text(dump_policy(Policy.permissive(examples=20)))
         state = {name: _steep(name, tensor) for name, tensor in start(plan).items()}
         assert max(float(tensor.abs().max()) for tensor in state.values()) <= 1e4

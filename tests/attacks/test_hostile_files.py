@@ -167,7 +167,7 @@ def test_a_log_of_what_was_sent(cotune: Cotune, site: Path) -> None:
 def test_what_a_run_has_told_and_its_members(cotune: Cotune, fed: FederationFolder) -> None:
     run = real_run(fed, name="one")
     run.events.tell("run_started", rounds=2)
-    run.events.tell("update_dropped", round=1, organisation="hospital-b", reason=HOSTILE)
+    run.events.tell("update_dropped", round=1, organization="hospital-b", reason=HOSTILE)
     run.events.tell("run_failed", round=1, reason=f"{HOSTILE}\nrun two: finished")
     for words in ((), ("--json",)):
         done = cotune("server", "status", fed.path, *words)

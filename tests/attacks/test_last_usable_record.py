@@ -58,7 +58,7 @@ def make(tmp_path: Path) -> Callable[..., Site]:
             example_count="declared", declared_examples=60, local_metrics="noised", local_loss="noised", label_histogram="noised"
         )
         (folder / "policy.toml").write_text(dump_policy(Policy.permissive().model_copy(update={"tell": tell})))
-        (folder / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
+        (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
         return Site(folder)
 
     return site

@@ -57,7 +57,7 @@ def new_site(tmp_path: Path) -> Callable[..., Site]:
         budget = allowed.budget.model_copy(update={"epsilon_total": total, "delta_total": 1e-3})
         rules = {"budget": budget} | ({"tell": TellRules(**tell)} if tell else {})
         (folder / "policy.toml").write_text(dump_policy(allowed.model_copy(update=rules)))
-        (folder / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
+        (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
         return Site(folder)
 
     return make

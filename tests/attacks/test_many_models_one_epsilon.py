@@ -31,14 +31,14 @@ def composed(steps: list[Steps], delta: float) -> float:
 def test_a_simulation_states_the_epsilon_of_all_its_models(toy_plan: NewPlan, tmp_path: Path) -> None:
     plan = toy_plan(privacy={"epsilon": 8.0}, rounds=2)
     summary = simulate(plan, tmp_path / "run", device="cpu").summary
-    for each in summary["organisations"]:
+    for each in summary["organizations"]:
         sites = (f"sites/{each['name']}", f"baselines/alone/{each['name']}/site")
         steps = [s for site in sites for s in Site(tmp_path / "run" / site).ledger().spent()]
         assert each["epsilon_spent"] <= 8.0 < each["epsilon_all_models"]
         assert each["epsilon_all_models"] == pytest.approx(composed(steps, each["delta"]), abs=0.02)
     claim = summary["privacy"]["claim"]
-    assert summary["privacy"]["epsilon_all_models"] == max(each["epsilon_all_models"] for each in summary["organisations"])
-    assert claim["figures"]["epsilon"] == max(each["epsilon_spent"] for each in summary["organisations"])
+    assert summary["privacy"]["epsilon_all_models"] == max(each["epsilon_all_models"] for each in summary["organizations"])
+    assert claim["figures"]["epsilon"] == max(each["epsilon_spent"] for each in summary["organizations"])
     assert any("label counts" in text for text in claim["not_covered"])
 
 

@@ -48,7 +48,7 @@ def counted(folder: Path, texts: list[str], collection: str) -> Holdings:
     source.write_text("text,label\n" + quoted, encoding="utf-8")
     described = HoldingsFile(data=DataConfig(source=str(source)), portions=(Portion(path=None),), collection=collection)
     (folder / "data.json").write_text(described.model_dump_json())
-    (folder / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
+    (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
     return Site(folder).counted(PLAN)
 
 

@@ -85,7 +85,7 @@ def test_a_part_at_a_real_site_is_declined(tmp_path: Path) -> None:
     def account(rows: range, seed: int) -> Account:
         folder = tmp_path / "site"
         write_holdings(folder / "data.json", DataConfig(source=str(source)), [(None, list(rows))])
-        (folder / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
+        (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
         allowed = Policy.permissive()
         rules = {**dict(allowed.budget), "epsilon_total": 3.0}
         (folder / "policy.toml").write_text(dump_policy(allowed.model_copy(update={"budget": type(allowed.budget)(**rules)})))

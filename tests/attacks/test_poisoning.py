@@ -190,7 +190,7 @@ def test_a_round_that_ruins_the_accuracy_is_not_applied_and_the_suspect_is_shown
     grid = federation(folder.plan, answers)
     history = run_rounds(grid, folder, model_of(folder.plan), world.metrics, world.accuracy).history
     assert [entry["applied"] for entry in history] == [True, True, False, True]
-    assert history[2]["suspects"][0]["organisation"] == ATTACKER
+    assert history[2]["suspects"][0]["organization"] == ATTACKER
     assert history[3]["metrics"]["accuracy"] > history[1]["metrics"]["accuracy"] - 0.02
     (event,) = [e for e in read_events(folder.path / "events.jsonl") if e["event"] == "round_not_applied"]
     assert event["round"] == 3

@@ -131,7 +131,7 @@ class _Bombs(WildGrid):
                 yield reply
 
     def _name_of(self, reply: Message) -> str:
-        return str(reply.content["update"]["organisation"])  # type: ignore[index]
+        return str(reply.content["update"]["organization"])  # type: ignore[index]
 
 
 def gather_bomb(reply: Message) -> Message:
@@ -147,4 +147,4 @@ def test_the_round_goes_on_and_the_sender_gets_a_strike(new_run: NewRun) -> None
     assert entry["participants"] == ["org-1"]
     assert entry["quarantined"] == ["org-2"]
     [event] = told(folder, "update_quarantined")
-    assert event["organisation"] == "org-2"
+    assert event["organization"] == "org-2"

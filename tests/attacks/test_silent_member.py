@@ -36,11 +36,11 @@ def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRu
     progress = run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     assert [entry["timed_out"] for entry in progress.history] == [["org-2"]] * 3 + [[]] * 2
     assert [entry["left_out"] for entry in progress.history] == [[]] * 3 + [["org-2"]] * 2
-    assert [d["organisation"] for entry in progress.history for d in entry["dropped"]] == ["org-2"] * 3
+    assert [d["organization"] for entry in progress.history for d in entry["dropped"]] == ["org-2"] * 3
     assert left_out(folder, progress.history) == ["org-2"]
     assert strikes_of(folder, progress.history) == {"org-2": 3}
-    [event] = told(folder, "organisation_left_out")
-    assert (event["organisation"], event["round"]) == ("org-2", 4)
+    [event] = told(folder, "organization_left_out")
+    assert (event["organization"], event["round"]) == ("org-2", 4)
 
 
 def of(people: list[str], came: dict[str, float], clock: Iterator[float], **config: float) -> Asking:
@@ -76,5 +76,5 @@ def test_an_outage_of_the_coordinator_is_nobodys_strike(new_run: NewRun) -> None
     grid = wild(folder, {name: adding(1.0) for name in ("org-1", "org-2", "org-3")})
     grid.delay = {"org-2": 3600.0, "org-3": 3600.0}
     [entry] = run_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
-    assert [d["organisation"] for d in entry["dropped"]] == ["org-2", "org-3"]
+    assert [d["organization"] for d in entry["dropped"]] == ["org-2", "org-3"]
     assert entry["timed_out"] == []

@@ -18,7 +18,7 @@ from cotune.privacy.accounting.rounding import round_up, rounded_up
 from cotune.reporting.formatting import duration, percent, scientific, signed, size
 from cotune.reporting.run_report import render_report
 from cotune.server.rounds.loop import run_rounds
-from cotune.server.runs.results import summarise
+from cotune.server.runs.results import summarize
 from tests.server.conftest import NewRun, adding, federation, model_of, update
 from tests.server.wild import real, wild
 
@@ -74,7 +74,7 @@ def test_a_run_that_holds_one_already_is_shown(new_run: NewRun, value: float) ->
     grid = wild(folder, {"org-1": stating(epsilon=8.0), "org-2": stating(epsilon=8.0)})
     progress = run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     progress.history[0]["epsilon"]["org-2"] = value
-    summary = json.loads(json.dumps(summarise(folder, progress)))
+    summary = json.loads(json.dumps(summarize(folder, progress)))
     assert "org-2" in render_report(summary)
 
 
@@ -83,7 +83,7 @@ def test_no_formatter_raises(value: float) -> None:
     for write in (percent, signed, scientific, size, duration, round_up):
         assert write(value)
     assert isinstance(rounded_up(value), int | float)
-    fields = {"round": 1, "organisation": "a", "bytes": 1, "epsilon": value, "reason": "", "of_round": 1}
+    fields = {"round": 1, "organization": "a", "bytes": 1, "epsilon": value, "reason": "", "of_round": 1}
     assert remote_line("update_received", fields)
     entry = {
         "round": 1,

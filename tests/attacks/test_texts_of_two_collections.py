@@ -44,7 +44,7 @@ def counted(folder: Path, rows: list[Row], collection: str) -> Holdings:
         data=DataConfig(source=str(source), unit="pid"), portions=(Portion(path=None),), collection=collection
     )
     (folder / "data.json").write_text(described.model_dump_json())
-    (folder / "site.json").write_text(SiteFile(organisation="clinic", device="cpu").model_dump_json())
+    (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
     return Site(folder).counted(PLAN)
 
 

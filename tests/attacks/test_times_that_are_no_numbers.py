@@ -122,7 +122,7 @@ def test_one_at_which_the_superlink_fails_hides_no_other(monkeypatch: pytest.Mon
         for name in names:
             post.send(1, name, cast(Message, name), 100)
         for _ in range(500):
-            came |= {letter.organisation for letter in post.receive(0.02)}
+            came |= {letter.organization for letter in post.receive(0.02)}
             if len(came) == 3:
                 break
     assert came == {"north", "south", "west"}

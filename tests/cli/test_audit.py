@@ -42,11 +42,11 @@ def test_the_bounds_stand_beside_the_claim(cotune: Cotune, folder: Path) -> None
 
 
 def test_json_is_all_that_is_printed(cotune: Cotune) -> None:
-    options = ("--organisation", "org-2", "--rounds", "1", "--json")
+    options = ("--organization", "org-2", "--rounds", "1", "--json")
     shown = cotune("audit", "toy.toml", *PRIVATE, *FEW, *options)
     found = json.loads(shown.out)
     assert (shown.code, found["schema"], found["broken"]) == (0, 2, False)
-    assert (found["organisation"], found["rounds"], found["steps"], found["confidence"]) == ("org-2", 1, 3, 0.9999999)
+    assert (found["organization"], found["rounds"], found["steps"], found["confidence"]) == ("org-2", 1, 3, 0.9999999)
     assert [attack["name"] for attack in found["attacks"]] == ["canaries", "records", "canaries, every step"]
     assert not found["tight"]
     assert found["at_least"] == max(max(a["at_least"], a["at_least_any"]) for a in found["attacks"])
@@ -76,7 +76,7 @@ def test_a_broken_claim_is_exit_code_1(cotune: Cotune, monkeypatch: pytest.Monke
 
 def test_a_run_is_audited_as_it_was(cotune: Cotune) -> None:
     assert cotune("simulate", "toy.toml", *PRIVATE, "--out", "run").code == 0
-    shown = cotune("audit", "run", "--organisation", "org-2", *FEW)
+    shown = cotune("audit", "run", "--organization", "org-2", *FEW)
     assert (shown.code, shown.err) == (0, "")
     assert "toy: org-2, 101 examples, all rounds, 6 steps" in shown.out
     assert "a run is audited as it was: --set is for plans" in sentence(cotune("audit", "run", "--set", "rounds=1").err)
@@ -86,7 +86,7 @@ def test_a_run_is_audited_as_it_was(cotune: Cotune) -> None:
     ("arguments", "words"),
     [
         (["toy.toml"], "the plan says privacy = none: expected one that claims an ε"),
-        (["toy.toml", *PRIVATE, "--organisation", "org-9"], 'there is no organisation "org-9"'),
+        (["toy.toml", *PRIVATE, "--organization", "org-9"], 'there is no organization "org-9"'),
         (["toy.toml", *PRIVATE, "--rounds", "3"], "expected 1 to 2 rounds to audit, as many as the plan has, got 3"),
         (["toy.toml", *PRIVATE, "--confidence", "1"], "expected a confidence below 1"),
         (["toy.toml", *PRIVATE, "--tight", "--rounds", "1"], "--tight audits one step in each stage of the plan"),

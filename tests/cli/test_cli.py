@@ -127,20 +127,20 @@ def test_simulate_shows_lines_then_the_answer(cotune: Cotune, folder: Path) -> N
     assert any(re.fullmatch(rf"plan toy \({summary['plan_id'][:12]}…\): 3 rounds", line) for line in lines)
     for r in summary["rounds"]:
         accuracy = f"{r['metrics']['accuracy']:.3f}"
-        start = rf"round {r['round']}/3 \(head\), 2 organisations, test accuracy {accuracy}, [\d.]+ k?B up, [\d.]+ k?B down"
+        start = rf"round {r['round']}/3 \(head\), 2 organizations, test accuracy {accuracy}, [\d.]+ k?B up, [\d.]+ k?B down"
         (line,) = [line for line in lines if re.match(start, line)]
         assert line.endswith(" left") == (r["round"] == 2)  # the first round, which encodes the texts, says nothing of the others
     assert "No differential privacy: the plan says privacy = none." in shown.out
     test = summary["test"]
     for name, metrics in {
         "majority class": test["majority"],
-        "each organisation alone, mean": test["alone"]["mean"],
+        "each organization alone, mean": test["alone"]["mean"],
         r"federated \(this run\)": test["federated"],
         r"all data pooled, without privacy \(the bound\)": test["pooled"],
     }.items():
         figures = " +".join(f"{metrics[key]:.3f}" for key in ("accuracy", "precision", "recall", "f1"))
         assert re.search(rf"{name} +{figures}", shown.out)
-    for o in summary["organisations"]:
+    for o in summary["organizations"]:
         columns = ("majority", "alone", "alone_without_privacy", "federated", "adapted")
         own = " +".join(f"{o['own'][key]['accuracy']:.3f}" for key in columns)
         gain = re.escape(f"{o['gain']:+.3f}")
@@ -162,12 +162,12 @@ def test_it_is_said_whose_records_are_encoded_and_how_many(cotune: Cotune, folde
     assert told[-1].endswith(f": {distinct} done")
 
 
-def test_with_privacy_the_epsilon_of_each_organisation_is_shown(cotune: Cotune, folder: Path) -> None:
+def test_with_privacy_the_epsilon_of_each_organization_is_shown(cotune: Cotune, folder: Path) -> None:
     shown = cotune("simulate", "toy.toml", "--out", "run", "--set", "privacy={epsilon=3}", "--set", "simulation.baselines=[]")
     assert (shown.code, shown.err) == (0, "")
     assert "No differential privacy" not in shown.out
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
-    for o in summary["organisations"]:
+    for o in summary["organizations"]:
         found = re.search(rf"{o['name']} +{o['examples']} +{o['rounds']} +([\d.]+) +3\b", shown.out)
         assert found
         assert o["epsilon_spent"] <= float(found[1]) <= 3.0  # never shown smaller than it is
@@ -223,7 +223,7 @@ def test_options_are_short_for_keys_and_set_wins(cotune: Cotune, folder: Path) -
     assert (plan["simulation"]["clients"], plan["simulation"]["partition"]) == (4, "shards:2")
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["labels"] == ["1", "3", "5"]
-    assert all(sum(count > 0 for count in o["labels"].values()) <= 2 for o in summary["organisations"])
+    assert all(sum(count > 0 for count in o["labels"].values()) <= 2 for o in summary["organizations"])
 
 
 def test_resume_goes_on_and_says_so(cotune: Cotune, folder: Path) -> None:
@@ -240,11 +240,11 @@ def test_resume_goes_on_and_says_so(cotune: Cotune, folder: Path) -> None:
     assert cotune("simulate", "--resume", "run").code == 0  # a finished run is reported again
 
 
-def test_an_organisation_that_is_left_out_is_shown(cotune: Cotune, folder: Path) -> None:
-    (folder / "organisations").mkdir()
+def test_an_organization_that_is_left_out_is_shown(cotune: Cotune, folder: Path) -> None:
+    (folder / "organizations").mkdir()
     for i, name in enumerate(("[bold]a", "b", "c")):
-        write_csv(folder / "organisations" / f"{name}.csv", sentences(60, seed=i))
-    arguments = ["--data", "organisations", "--out", "run", "--set", "simulation.baselines=[]", "--set", "rounds=2"]
+        write_csv(folder / "organizations" / f"{name}.csv", sentences(60, seed=i))
+    arguments = ["--data", "organizations", "--out", "run", "--set", "simulation.baselines=[]", "--set", "rounds=2"]
     assert cotune("simulate", "toy.toml", *arguments).code == 0
     (folder / "run" / "checkpoints" / "round-00002.safetensors").unlink()
     site = folder / "run" / "sites" / "[bold]a"
@@ -278,7 +278,7 @@ def test_the_live_display_on_a_terminal(folder: Path) -> None:
     with showing_progress(console):
         simulate(load_plan("toy.toml", ["privacy={epsilon=3}"]), folder / "run", device="cpu")
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
-    assert re.search(r"round 2/2 \(head\), 2 organisations, test accuracy", shown)
+    assert re.search(r"round 2/2 \(head\), 2 organizations, test accuracy", shown)
     assert "baseline pooled: accuracy" in shown
     assert "rounds" in shown
 
@@ -288,5 +288,5 @@ def test_the_script_writes_lines_and_nothing_on_stderr(script: Cotune, folder: P
     assert shown.code == 0
     assert shown.err == ""
     assert "\x1b" not in shown.out
-    assert "round 1/2 (full), 2 organisations" in shown.out
+    assert "round 1/2 (full), 2 organizations" in shown.out
     assert (folder / "run" / "report.html").exists()

@@ -18,7 +18,7 @@ PRIVATE = ("--set", "privacy.epsilon=4", "--set", "simulation.baselines=[]", "--
 
 @pytest.fixture
 def site(cotune: Cotune, folder: Path) -> Path:
-    """The site of an organisation that took part in a run."""
+    """The site of an organization that took part in a run."""
     done = cotune("simulate", "toy.toml", *PRIVATE, "--out", "run")
     assert done.code == 0, done.err
     return folder / "run" / "sites" / "org-1"
@@ -34,7 +34,7 @@ def test_the_ledger_is_shown(cotune: Cotune, site: Path) -> None:
     assert re.search(rf"{run['plan_id'][:12]}… +toy +2 +{run['steps']} +0 ", shown.out)
     assert f"head of the log: {found['head']}" in shown.out
     summary = json.loads((site.parents[1] / "summary.json").read_text())
-    assert table["epsilon"] == pytest.approx(summary["organisations"][0]["epsilon_spent"])
+    assert table["epsilon"] == pytest.approx(summary["organizations"][0]["epsilon_spent"])
     assert attack_line(table["true_positive_rate"]) in shown.out
     assert f"ε {round_up(table['epsilon_at_small_delta'])} at δ = 1e-06" in shown.out
     assert table["true_positive_rate"] == run["true_positive_rate"] < 1  # of a single run
@@ -98,7 +98,7 @@ def test_a_plan_is_checked_before_joining(cotune: Cotune, site: Path) -> None:
 
 
 def test_a_site_that_spent_nothing_says_so(cotune: Cotune, folder: Path) -> None:
-    (folder / "site.json").write_text('{"organisation": "clinic"}')
+    (folder / "site.json").write_text('{"organization": "clinic"}')
     assert "clinic has spent nothing" in cotune("client", "ledger", ".").out
     assert json.loads(cotune("client", "ledger", ".", "--json").out)["collections"] == []
     assert not (folder / "ledger.sqlite").exists()
@@ -108,6 +108,6 @@ def test_a_site_that_spent_nothing_says_so(cotune: Cotune, folder: Path) -> None
 def test_the_strict_policy_is_printed(cotune: Cotune, folder: Path) -> None:
     (folder / "policy.toml").write_text(cotune("client", "policy").out, encoding="utf-8")
     assert read_policy(folder / "policy.toml") == Policy()
-    (folder / "site.json").write_text('{"organisation": "clinic"}')
+    (folder / "site.json").write_text('{"organization": "clinic"}')
     (folder / "policy.toml").write_text("[budget]\nepsilon_total = 2.0\n")
     assert "epsilon_total = 2.0 " in cotune("client", "policy", ".").out

@@ -1,4 +1,4 @@
-"""An organisation's way into a federation, as it is typed."""
+"""An organization's way into a federation, as it is typed."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_key_that_is_there_already_is_taken(cotune: Cotune, folder: Path) -> N
 def test_a_name_that_is_none(cotune: Cotune, folder: Path, name: str) -> None:
     shown = cotune("client", "init", "site", "--name", name)
     assert shown.code == 2
-    assert "cannot be the name of an organisation" in shown.err
+    assert "cannot be the name of an organization" in shown.err
     assert not (folder / "site").exists()
 
 

@@ -57,10 +57,10 @@ def test_the_gain_on_own_records_is_shown_and_no_epsilon_covers_it(cotune: Cotun
     results = json.loads((folder / "compare" / "toy" / "results.json").read_bytes())
     [cell] = results["cells"]
     summary = json.loads((folder / "compare" / "toy" / cell["folder"] / "summary.json").read_bytes())
-    own = [each["own"] for each in summary["organisations"]]
+    own = [each["own"] for each in summary["organizations"]]
     gains = [each["adapted"]["accuracy"] - each["alone_without_privacy"]["accuracy"] for each in own]
     assert abs(cell["gain"] - sum(gains) / 2) < 1e-9
-    told = [each["worth"]["answer"] for each in summary["organisations"]]
+    told = [each["worth"]["answer"] for each in summary["organizations"]]
     assert cell["answers"] == [told.count("yes"), told.count("no"), told.count("too close to tell")]
     assert results["epsilon_together"] is None  # alone is trained without privacy
     assert "gain" in shown.out.splitlines()[3]

@@ -41,7 +41,7 @@ def sentence(outcome: Outcome, code: int) -> str:
         (["--data", "one.csv"], ["'good' only", "two or more"]),
         (["--data", "nothing"], ["holds no data file"]),
         ([MORE_CLASSES], ["classes that the plan does not list ('so')"]),
-        (["--data", "organisations", MORE_CLASSES], ["south.csv", "classes that the plan does not list ('so')"]),
+        (["--data", "organizations", MORE_CLASSES], ["south.csv", "classes that the plan does not list ('so')"]),
         (["--set", "local.batch_size=150"], ["fewer than a batch needs (150"]),
         (["--clients", "100"], ["100 clients", "use fewer clients"]),
         # the plan
@@ -109,9 +109,9 @@ def broken(folder: Path) -> Path:
     (folder / "reviews.xlsx").write_bytes(b"PK\x03\x04")
     write_csv(folder / "one.csv", sentences(50, classes=("good",)))
     (folder / "nothing").mkdir()
-    (folder / "organisations").mkdir()
-    write_csv(folder / "organisations" / "north.csv", sentences(60, classes=("good", "bad")))
-    write_csv(folder / "organisations" / "south.csv", sentences(60, seed=1))
+    (folder / "organizations").mkdir()
+    write_csv(folder / "organizations" / "north.csv", sentences(60, classes=("good", "bad")))
+    write_csv(folder / "organizations" / "south.csv", sentences(60, seed=1))
     for name in ("bare", "pickled", "broken", "pointer"):
         shutil.copytree(folder / "base", folder / name)
         (folder / name / "model.safetensors").unlink()

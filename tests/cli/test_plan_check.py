@@ -46,8 +46,8 @@ def test_json_is_all_that_is_on_stdout(cotune: Cotune, folder: Path) -> None:
         assert (shown.code, shown.err) == (0, "")
         seen = json.loads(shown.out)
         table = rows(cotune("plan", "check", "toy.toml", *PRIVATE, *also).out)
-        assert [o["name"] for o in seen["organisations"]] == list(table)
-        for o in seen["organisations"]:
+        assert [o["name"] for o in seen["organizations"]] == list(table)
+        for o in seen["organizations"]:
             assert f"{o['noise_multiplier']:.3f}" == table[o["name"]][4]
             assert f"{o['examples']:,}" == table[o["name"]][1]
         assert len(seen["plan_id"]) == len(seen["base_hash"]) == 64

@@ -43,7 +43,7 @@ def test_plan_check_takes_them(cotune: Cotune, folder: Path) -> None:
     assert (shown.code, shown.err) == (0, "")
     seen = json.loads(shown.out)
     assert seen["plan"] == "text"  # the preset for one's own file
-    assert [o["name"] for o in seen["organisations"]] == ["org-1", "org-2", "org-3"]
+    assert [o["name"] for o in seen["organizations"]] == ["org-1", "org-2", "org-3"]
     assert seen["labels"] == ["bad", "good", "so"]
 
 
@@ -60,7 +60,7 @@ def test_compare_takes_them_and_prints_json(cotune: Cotune, folder: Path) -> Non
 def test_audit_takes_them(cotune: Cotune, folder: Path) -> None:
     few = ("--canaries", "64", "--confidence", "0.9999999", "--set", "privacy={epsilon=3}", "--json")
     found = json.loads(cotune("audit", "toy.toml", *SHORT, *QUICK, *few).out)
-    whole = json.loads(cotune("audit", "toy.toml", *QUICK, *few).out)  # of two organisations
+    whole = json.loads(cotune("audit", "toy.toml", *QUICK, *few).out)  # of two organizations
     assert found["examples"] < whole["examples"]
 
 

@@ -20,7 +20,7 @@ from cotune.models.trainable import SharedModel
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request
 from tests.cli.conftest import Cotune
-from tests.conftest import COLOURS, sentences, write_csv, write_images, write_tagged
+from tests.conftest import COLORS, sentences, write_csv, write_images, write_tagged
 from tests.support import clinic
 
 LABELS = ("bad", "good", "so")
@@ -109,7 +109,7 @@ def test_tags_and_their_entities(cotune: Cotune, model: Callable[..., Path], fol
 
 
 def test_images(cotune: Cotune, model: Callable[..., Path], folder: Path) -> None:
-    made = model("vit", "image-classification", tuple(sorted(COLOURS)))
+    made = model("vit", "image-classification", tuple(sorted(COLORS)))
     write_images(folder / "photos", 9)
     found = json.loads(cotune("evaluate", made, "--data", "photos", "--json").out)
     assert (found["records"], found["max_length"]) == (9, None)

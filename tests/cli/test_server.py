@@ -79,7 +79,7 @@ def test_a_folder_that_is_there_is_left_alone(cotune: Cotune, fed: Path) -> None
     assert done.err == f"cotune: {fed} is there already: expected the name of a new folder, as nothing is overwritten\n"
 
 
-def test_an_organisation_is_invited_listed_and_revoked(cotune: Cotune, fed: Path, key: Path) -> None:
+def test_an_organization_is_invited_listed_and_revoked(cotune: Cotune, fed: Path, key: Path) -> None:
     assert "nobody is invited so far" in cotune("server", "list", "fed").out
     invited = cotune("server", "invite", "fed", "hospital-a", key, "--examples", "500:20000")
     assert (invited.code, invited.err) == (0, "")
@@ -113,11 +113,11 @@ def test_a_certificate_is_renewed(cotune: Cotune, fed: Path) -> None:
     assert "address" not in done.out
     assert (fed / "certificates" / "server.crt").read_bytes() != before
     moved = cotune("server", "renew", "fed", "--host", "new.example.org")
-    assert "give federation.toml to every organisation again" in moved.out
+    assert "give federation.toml to every organization again" in moved.out
     assert 'address = "new.example.org:9092"' in (fed / "federation.toml").read_text()
 
 
-def test_an_organisation_renews_its_key_by_a_file(cotune: Cotune, fed: Path, folder: Path) -> None:
+def test_an_organization_renews_its_key_by_a_file(cotune: Cotune, fed: Path, folder: Path) -> None:
     assert cotune("client", "init", "site", "--name", "hospital-a", "--device", "cpu").code == 0
     unknown = cotune("client", "renew-key", "site")
     assert (unknown.code, "cotune client join" in unknown.err) == (1, True)

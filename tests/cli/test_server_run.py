@@ -78,7 +78,7 @@ def test_the_end_of_a_run_says_how_many_organizations_are_in_the_model(
     run, console = real_run(fed), Console(width=200, record=True, force_terminal=True, color_system="standard", highlight=False)
     asked = {"weight": None, "epsilon_spent": None, "bytes_up": 0, "dropped": 0, "quarantined": 0, "delivered": True}
     members = [{"name": who.name, "rounds": count, **asked} for who, count in zip(run.file.participants, rounds, strict=True)]
-    summary = {"privacy": {"mode": "none"}, "stopped": None, "organisations": members, "test": {"federated": None}, "rounds": []}
+    summary = {"privacy": {"mode": "none"}, "stopped": None, "organizations": members, "test": {"federated": None}, "rounds": []}
     (run.path / "summary.json").write_text(json.dumps({**summary, "bytes": {"up": 0, "down": 0}}), encoding="utf-8")
     _show_result(console, run)
     [line] = [line for line in console.export_text(styles=True).splitlines() if "in this model" in line]
@@ -89,7 +89,7 @@ def test_the_end_of_a_run_says_how_many_organizations_are_in_the_model(
 def test_status_as_json(cotune: Cotune, fed: FederationFolder) -> None:
     done = cotune("server", "status", fed.path, "--json")
     found = json.loads(done.out)
-    assert [(o["name"], o["connection"]) for o in found["organisations"]] == [
+    assert [(o["name"], o["connection"]) for o in found["organizations"]] == [
         ("hospital-a", "unknown"),
         ("hospital-b", "unknown"),
     ]
@@ -101,7 +101,7 @@ def test_in_a_pipe_no_line_is_broken_and_no_word_cut(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     run = real_run(fed, name="one")
-    run.events.tell("update_dropped", round=1, organisation="hospital-b", reason="declined: its rule privacy does not allow it")
+    run.events.tell("update_dropped", round=1, organization="hospital-b", reason="declined: its rule privacy does not allow it")
     lines = [line.split() for line in cotune("server", "status", fed.path).out.splitlines()]
     told = "hospital-b unknown – – – 0 B – dropped in round 1: declined: its rule privacy does not allow it"
     assert told.split() in lines
@@ -123,15 +123,15 @@ def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
     with showing_remote_progress(console) as tell:
         tell("run_started", {"folder": "f", "plan": "p", "plan_id": "ab" * 32, "rounds": 2, "resumed_after": 0})
         tell("waiting", {"connected": ["a"], "needed": 2, "absent": ["b", "c"]})
-        tell("update_received", {"round": 1, "organisation": "a", "bytes": 1200, "steps": 3, "epsilon": 0.991})
-        tell("update_quarantined", {"round": 1, "organisation": "b", "reason": "not finite"})
-        tell("messages_refused", {"organisation": "c", "count": 4, "reason": "it replies to nothing"})
-        tell("organisation_left_out", {"organisation": "b", "reason": "3 refused updates"})
-        tell("delivered", {"organisation": "a"})
+        tell("update_received", {"round": 1, "organization": "a", "bytes": 1200, "steps": 3, "epsilon": 0.991})
+        tell("update_quarantined", {"round": 1, "organization": "b", "reason": "not finite"})
+        tell("messages_refused", {"organization": "c", "count": 4, "reason": "it replies to nothing"})
+        tell("organization_left_out", {"organization": "b", "reason": "3 refused updates"})
+        tell("delivered", {"organization": "a"})
         tell("run_lost", {"reason": "its process ended (failed)", "seconds": 4.0})
     told = console.export_text().replace("\u00a0", " ")
     for line in (
-        "waiting for organisations: 1 connected, 2 needed; not connected: b, c",
+        "waiting for organizations: 1 connected, 2 needed; not connected: b, c",
         "round 1: a answered, 1.2 kB, ε 1.00 stated",
         "round 1: the update of b was refused and put aside: not finite",
         "c has had 4 messages refused at the public port: it replies to nothing",
@@ -140,5 +140,5 @@ def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
         "the run ended without a word (its process ended (failed)); it is handed over again in 4 seconds",
     ):
         assert line in told
-    assert remote_line("round_started", {"round": 2, "organisations": ["a"]}) is None
-    assert "a, b" in str(remote_line("round_started", {"round": 1, "organisations": ["a", "b"]}))
+    assert remote_line("round_started", {"round": 2, "organizations": ["a"]}) is None
+    assert "a, b" in str(remote_line("round_started", {"round": 1, "organizations": ["a", "b"]}))

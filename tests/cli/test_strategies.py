@@ -48,7 +48,7 @@ def test_names_are_whole_on_a_narrow_terminal(cotune: Cotune, monkeypatch: pytes
 def test_a_part_is_explained(cotune: Cotune) -> None:
     shown = cotune("strategies", "sgd")
     assert (shown.code, shown.err) == (0, "")
-    assert "sgd, a server optimiser" in shown.out
+    assert "sgd, a server optimizer" in shown.out
     assert "θ += lr·v with v = momentum·v + D" in shown.out
     assert "https://arxiv.org/abs/1909.06335" in shown.out
     assert re.search(r"momentum +number +0.0 +at least 0, below 1", shown.out)
@@ -210,7 +210,7 @@ def test_a_rule_that_does_not_conform(cotune: Cotune, folder: Path) -> None:
         (("meen",), "unknown fusion \"meen\"; did you mean 'mean'?"),
         (("nowhere.py:rule",), "nowhere.py cannot be read"),
         (("mean", "--set", "density=0.3"), 'fusion "mean" has no parameter "density"'),
-        (("sgd", "--set", "lr=-1"), 'server optimiser "sgd" has lr = -1: input should be greater than 0'),
+        (("sgd", "--set", "lr=-1"), 'server optimizer "sgd" has lr = -1: input should be greater than 0'),
         (("flwr.serverapp.strategy:FedProx",), 'expected the strategy "fedprox"'),
     ],
 )
@@ -266,7 +266,7 @@ def test_a_run_with_a_rule_of_ones_own_goes_on_and_is_repeated(
     assert "my_rules.py is not the file that the plan was made with" in refused.err
 
 
-def test_an_organisation_checks_and_trains_a_plan_without_its_files(
+def test_an_organization_checks_and_trains_a_plan_without_its_files(
     cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "my_rules.py").write_text(RULE)
@@ -276,7 +276,7 @@ def test_an_organisation_checks_and_trains_a_plan_without_its_files(
     (folder / "my_rules.py").unlink()
     (folder / "run" / "my_rules.py").unlink()
     monkeypatch.setattr(plugins, "_read", {})
-    monkeypatch.setattr(plugins, "_run", lambda *_: pytest.fail("an organisation ran a file"))
+    monkeypatch.setattr(plugins, "_run", lambda *_: pytest.fail("an organization ran a file"))
     shown = cotune("client", "check", "run/sites/org-1", plan)
     assert shown.code == 0, shown.err
     assert "the policy allows this plan" in shown.out

@@ -1,4 +1,4 @@
-"""A plan on a tiny model, the site of an organisation with its own records, and the state that a server would send."""
+"""A plan on a tiny model, the site of an organization with its own records, and the state that a server would send."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _one_model_at_a_time() -> Iterator[None]:
 
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
-    """A CSV of 60 labelled sentences, no two alike."""
+    """A CSV of 60 labeled sentences, no two alike."""
     rng = random.Random(0)
     rows = ["text,label"]
     while len(rows) <= EXAMPLES:
@@ -58,7 +58,7 @@ def make_plan(base_model: Callable[[str], Path], records: Path) -> Callable[...,
 
 @pytest.fixture
 def make_site(tmp_path: Path, records: Path) -> Callable[..., Site]:
-    """name -> the organisation's site, with the rows of the records that it holds, and a policy that allows everything."""
+    """name -> the organization's site, with the rows of the records that it holds, and a policy that allows everything."""
 
     def make(
         name: str = "clinic",

@@ -96,7 +96,7 @@ def test_a_single_run_is_composed_by_pld(make_site: MakeSite) -> None:
 
 def test_a_site_that_never_trained_has_no_ledger_and_gets_none(make_site: MakeSite) -> None:
     site = make_site()
-    assert overview(site) == {"organisation": "clinic", "head": None, "collections": []}
+    assert overview(site) == {"organization": "clinic", "head": None, "collections": []}
     assert not site.ledger_file.exists()
 
 

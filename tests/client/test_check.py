@@ -29,7 +29,7 @@ def test_every_stage_is_tried_and_nothing_is_charged(make_plan: MakePlan, make_s
     policy = Policy.permissive()
     sigma = noise_multiplier(plan, policy, budget_of(plan.privacy, policy, 60), 60, 1)
     assert (found.declined, found.noise_multiplier, found.epsilon, found.delta) == (None, sigma, 2.0, 1e-3)
-    assert (found.organisation, found.examples, found.device, found.epsilon_spent) == ("clinic", 60, "cpu", 0.0)
+    assert (found.organization, found.examples, found.device, found.epsilon_spent) == ("clinic", 60, "cpu", 0.0)
     assert [(s.mode, s.rounds, s.steps, s.batch) for s in found.stages] == [(m, 1, 4, 6.0) for m in ("head", "lora", "full")]
     for stage in found.stages:
         assert stage.gradient_error < 1e-5
@@ -88,7 +88,7 @@ def test_the_model_is_as_it_was(make_plan: MakePlan, make_site: MakeSite, state_
     assert all(bool((before[name] == after[name]).all()) for name in before)
 
 
-def test_classes_that_the_plan_lacks_are_named_to_the_organisation(make_plan: MakePlan, make_site: MakeSite) -> None:
+def test_classes_that_the_plan_lacks_are_named_to_the_organization(make_plan: MakePlan, make_site: MakeSite) -> None:
     """In training they could not be: whether it fails would tell the server of single records."""
     found = check(make_plan(privacy=PRIVATE, labels=("bad", "good", "other")), make_site())
     [warning] = found.warnings

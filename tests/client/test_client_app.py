@@ -32,7 +32,7 @@ MakeSite = Callable[..., Site]
 StateFor = Callable[..., State]
 
 NODE = 2
-SANITISED = "it did not train; the reason is in its own log"  # whatever it was: the kind of failure may depend on a record
+SANITIZED = "it did not train; the reason is in its own log"  # whatever it was: the kind of failure may depend on a record
 SIMULATED = {"partition-id": 0, "num-partitions": 1}
 
 
@@ -51,13 +51,13 @@ def ask(content: RecordDict, node_config: dict[str, Any], *, signed: bool = Fals
     return reply
 
 
-def request(plan: Plan, state: State, organisation: str = "clinic", site: str = "", round: int = 1) -> RecordDict:
-    (content,) = encode_requests(plan.canonical(), round, state, [Recipient(organisation, site=site)])
+def request(plan: Plan, state: State, organization: str = "clinic", site: str = "", round: int = 1) -> RecordDict:
+    (content,) = encode_requests(plan.canonical(), round, state, [Recipient(organization, site=site)])
     return content
 
 
 def reason(reply: Message) -> str:
-    """Why the organisation did not train."""
+    """Why the organization did not train."""
     assert reply.has_error()
     assert not reply.has_content()
     assert reply.error.code == 1001
@@ -79,7 +79,7 @@ def test_a_real_node_trains_on_its_own_site(plan: Plan, state: State, make_site:
     site = make_site()
     reply = ask(request(plan, state), {"site": str(site.folder)})
     update = decode_update(reply.content, plan.plan_id)
-    assert (update.organisation, update.round, update.examples, update.steps) == ("clinic", 1, 60, 4)
+    assert (update.organization, update.round, update.examples, update.steps) == ("clinic", 1, 60, 4)
     assert update.delta.keys() == state.keys()
     assert all(bool(d.any()) for d in update.delta.values())
     kept = site.kept(plan.plan_id, 1, state_digest(state))
@@ -91,7 +91,7 @@ def test_a_simulated_node_trains_on_the_site_that_is_named(plan: Plan, state: St
     for name in ("clinic", "bank"):
         site = make_site(name, simulated=True)
         reply = ask(request(plan, state, name, str(site.folder)), SIMULATED)
-        assert decode_update(reply.content, plan.plan_id).organisation == name
+        assert decode_update(reply.content, plan.plan_id).organization == name
 
 
 def test_the_nodes_own_site_overrules_the_request(plan: Plan, state: State, make_site: MakeSite) -> None:
@@ -104,12 +104,12 @@ def test_the_nodes_own_site_overrules_the_request(plan: Plan, state: State, make
 
 @pytest.mark.parametrize("node_config", [{}, SIMULATED])
 def test_a_node_without_a_site(plan: Plan, state: State, node_config: dict[str, Any]) -> None:
-    assert reason(ask(request(plan, state), node_config)) == SANITISED
+    assert reason(ask(request(plan, state), node_config)) == SANITIZED
 
 
 def test_a_real_node_does_not_take_a_site_from_a_request(plan: Plan, state: State, make_site: MakeSite) -> None:
     site = make_site(simulated=True)
-    assert reason(ask(request(plan, state, site=str(site.folder)), {})) == SANITISED
+    assert reason(ask(request(plan, state, site=str(site.folder)), {})) == SANITIZED
     assert not (site.folder / "outbox").exists()
 
 
@@ -127,14 +127,14 @@ def test_a_request_cannot_name_a_site_that_is_not_simulated(
 
 def test_a_site_that_is_none(plan: Plan, state: State, tmp_path: Path) -> None:
     for node_config, named in (({"site": str(tmp_path / "gone")}, ""), (SIMULATED, str(tmp_path / "gone"))):
-        assert reason(ask(request(plan, state, site=named), node_config)) == SANITISED
+        assert reason(ask(request(plan, state, site=named), node_config)) == SANITIZED
 
 
 @pytest.mark.parametrize("simulated", [True, False])
-def test_a_request_for_another_organisation(plan: Plan, state: State, make_site: MakeSite, simulated: bool) -> None:
+def test_a_request_for_another_organization(plan: Plan, state: State, make_site: MakeSite, simulated: bool) -> None:
     site = make_site(simulated=simulated)
     got = reason(ask(request(plan, state, "bank", str(site.folder)), {"site": str(site.folder)}))
-    assert got == SANITISED
+    assert got == SANITIZED
     assert not (site.folder / "outbox").exists()
 
 
@@ -174,9 +174,9 @@ def test_a_real_site_says_only_that_it_failed(
     broken, telling = spoil(plan, site)
     with caplog.at_level(logging.WARNING):
         got = reason(ask(request(broken, state), {"site": str(site.folder)}))
-    assert got == SANITISED
+    assert got == SANITIZED
     assert not any(word in got.split() or str(tmp_path) in got for word in telling)
-    assert all(word in caplog.text for word in telling)  # the organisation itself can read it
+    assert all(word in caplog.text for word in telling)  # the organization itself can read it
 
 
 def test_a_real_site_names_the_rule_that_declines_and_nothing_else(
@@ -187,7 +187,7 @@ def test_a_real_site_names_the_rule_that_declines_and_nothing_else(
     with caplog.at_level(logging.WARNING):
         got = reason(ask(request(plan, state_for(plan)), {"site": str(site.folder)}))
     assert got == "declined: its rule training.max_rounds does not allow this plan"
-    assert "the plan has 3 rounds, expected at most 2" in caplog.text  # for the organisation's own eyes
+    assert "the plan has 3 rounds, expected at most 2" in caplog.text  # for the organization's own eyes
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_plan_after_plan_a_server_does_not_learn_how_many_records_there_are(
     plan = make_plan(privacy={"epsilon": 2.0, "delta": delta}, local={"batch_size": 12, "steps": 2, **local})
     site = make_site(policy=changed_policy(Policy.permissive(), rules))
     with caplog.at_level(logging.WARNING):
-        assert reason(ask(request(plan, state_for(plan)), {"site": str(site.folder)})) == SANITISED
+        assert reason(ask(request(plan, state_for(plan)), {"site": str(site.folder)})) == SANITIZED
     assert problem in caplog.text
     assert problem in AuditLog(site.folder).last()["reason"]
 
@@ -268,7 +268,7 @@ def test_an_exception_is_answered_and_not_raised(
     if simulated:
         assert "secret" in got
     else:
-        assert got == SANITISED
+        assert got == SANITIZED
 
 
 def header(**fields: Any) -> Callable[[RecordDict], None]:
@@ -307,7 +307,7 @@ def test_a_malformed_request_is_answered(
     content = request(plan, state)
     spoil(content)
     got = reason(ask(content, {"site": str(site.folder)}))
-    assert got == SANITISED
+    assert got == SANITIZED
     assert not (site.folder / "outbox").exists()
 
 
@@ -379,16 +379,16 @@ def test_what_was_not_agreed_on_is_stopped(
     if simulated:
         assert "nothing was sent: the update tells 'records', which plan and policy do not agree on" in got
     else:
-        assert got == SANITISED
+        assert got == SANITIZED
         _, entry = AuditLog(site.folder).entries()
-        assert (entry["what"], entry["said"]) == ("blocked", SANITISED)
+        assert (entry["what"], entry["said"]) == ("blocked", SANITIZED)
         assert "the update tells 'records'" in entry["reason"]
 
 
 def test_nothing_leaves_that_cannot_be_entered(plan: Plan, state: State, make_site: MakeSite) -> None:
     site = make_site()
     (site.folder / "audit.jsonl").mkdir()
-    assert reason(ask(request(plan, state), {"site": str(site.folder)})) == SANITISED
+    assert reason(ask(request(plan, state), {"site": str(site.folder)})) == SANITIZED
 
 
 @pytest.mark.parametrize("text", [{"labels": ["bad", "\ud800"]}, {"model": {"base": "\udfff"}}])
@@ -400,16 +400,16 @@ def test_a_plan_of_half_characters_is_refused_and_entered(
     table = json.loads(plan.canonical())
     table |= {key: {**table[key], **value} if isinstance(value, dict) else value for key, value in text.items()}
     header(plan=json.dumps(table))(content)
-    assert reason(ask(content, {"site": str(site.folder)})) == SANITISED
+    assert reason(ask(content, {"site": str(site.folder)})) == SANITIZED
     [entry] = AuditLog(site.folder).entries()
-    assert (entry["what"], entry["said"]) == ("refusal", SANITISED)
+    assert (entry["what"], entry["said"]) == ("refusal", SANITIZED)
     assert "half a character" in entry["reason"]
 
 
 def test_a_plan_of_endless_depth_is_refused_and_entered(plan: Plan, state: State, make_site: MakeSite) -> None:
     site, content = make_site(), request(plan, state)
     header(plan="[" * 100_000)(content)
-    assert reason(ask(content, {"site": str(site.folder)})) == SANITISED
+    assert reason(ask(content, {"site": str(site.folder)})) == SANITIZED
     assert [entry["what"] for entry in AuditLog(site.folder).entries()] == ["refusal"]
 
 

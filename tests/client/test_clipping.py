@@ -31,13 +31,13 @@ from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import private_steps
-from tests.conftest import ARCHITECTURES, COLOURS, TAGS, write_csv, write_images
+from tests.conftest import ARCHITECTURES, COLORS, TAGS, write_csv, write_images
 
 LR = 1024.0  # large: the movement is then not lost in the rounding of the parameters
 CLASSES = {
     "sequence-classification": ("bad", "good", "so"),
     "token-classification": (*sorted(TAGS.values()), "O"),
-    "image-classification": tuple(COLOURS),
+    "image-classification": tuple(COLORS),
 }
 FAMILIES = [
     *((kind, task) for task in ("sequence-classification", "token-classification") for kind in ARCHITECTURES),

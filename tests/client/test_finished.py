@@ -99,7 +99,7 @@ def test_what_is_no_finished_model(make_plan: MakePlan, make_site: MakeSite, sta
 
 
 def ask(request: Request, site: Site) -> Message:
-    [content] = encode_requests(request.plan, request.round, request.state, [Recipient(request.organisation)])
+    [content] = encode_requests(request.plan, request.round, request.state, [Recipient(request.organization)])
     sign_request(content, FINISHED)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     message = Message(content, 2, MessageType.EVALUATE, group_id=str(request.round))

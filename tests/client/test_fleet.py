@@ -137,7 +137,7 @@ def served(answer: httpx.Response) -> tuple[Fleet, list[httpx.URL]]:
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_server_cannot_send_a_node_to_another_place(status: int) -> None:
-    """It would reach what only the organisation's own network does."""
+    """It would reach what only the organization's own network does."""
     node, asked = served(httpx.Response(status, headers={"location": "http://intranet/delete-everything"}))
     with pytest.raises(FleetError, match=f"the server answered with status {status}"):
         node.receive()

@@ -151,7 +151,7 @@ def test_a_bundle_with_code_is_refused_and_nothing_is_trained(tmp_path: Path, st
     assert fleet.calls == ["receive", "bundle", "send"] * 2  # not confirmed: it may not be complete at the server yet
     assert [reply.error.code for reply in fleet.sent] == [1001, 1001]
     assert reasons(fleet)[0] == (
-        "the run's bundle holds 'evil.py': expected configuration only, as this organisation runs the cotune that is installed there"
+        "the run's bundle holds 'evil.py': expected configuration only, as this organization runs the cotune that is installed there"
     )
 
 

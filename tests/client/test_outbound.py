@@ -47,7 +47,7 @@ class Case:
     """A request, and the encoded update that answers it; of round 1."""
 
     def __init__(self, plan: Plan, site: Site, state: State) -> None:
-        [content] = encode_requests(plan.canonical(), 1, state, [Recipient(site.organisation)])
+        [content] = encode_requests(plan.canonical(), 1, state, [Recipient(site.organization)])
         self.plan, self.site, self.request = plan, site, decode_request(content)
         self.content = encode_update(train_round(plan, site, 1, dict(self.request.state)), plan.plan_id)
 
@@ -153,8 +153,8 @@ def no_epsilon(case: Case) -> None:
     case.header(epsilon=-1.0)
 
 
-def another_organisation(case: Case) -> None:
-    case.header(organisation="bank")
+def another_organization(case: Case) -> None:
+    case.header(organization="bank")
 
 
 def another_round(case: Case) -> None:
@@ -198,7 +198,7 @@ def stated_noise(case: Case) -> None:
         more_steps,
         less_epsilon,
         no_epsilon,
-        another_organisation,
+        another_organization,
         another_round,
         another_plan,
         another_state,
@@ -285,8 +285,8 @@ def test_statistics_leave_where_both_agree(make_plan: MakePlan, make_site: MakeS
 
 def test_a_receipt_holds_nothing_else(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan, site = make_plan(), make_site()
-    request = Request(plan.canonical(), 3, site.organisation, state_for(plan))
-    honest = Receipt(site.organisation, plan.plan_id, received_digest(request.state))
+    request = Request(plan.canonical(), 3, site.organization, state_for(plan))
+    honest = Receipt(site.organization, plan.plan_id, received_digest(request.state))
     check_receipt(encode_receipt(honest), request, plan, site)
     content = encode_receipt(honest)
     content["told"] = ConfigRecord({"accuracy": 0.9})

@@ -1,4 +1,4 @@
-"""What an organisation trains and keeps to itself."""
+"""What an organization trains and keeps to itself."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_travels_and_the_rest_stays(make_plan: MakePlan, make_site: MakeSite, 
 
 
 def test_alone_it_makes_no_difference_what_is_shared(make_plan: MakePlan, make_site: MakeSite) -> None:
-    """Three rounds of one organisation: the same model to the bit as when it sends everything."""
+    """Three rounds of one organization: the same model to the bit as when it sends everything."""
     models = []
     for keep in ("b", "nothing"):
         plan, site = plan_of(make_plan, keep), make_site(at=keep)
@@ -76,7 +76,7 @@ def test_the_own_part_is_that_of_the_last_admitted_round(make_plan: MakePlan, ma
     assert not all(torch.equal(third[name], tensor) for name, tensor in afresh.items())
 
 
-def test_another_organisations_part_is_never_used(make_plan: MakePlan, make_site: MakeSite) -> None:
+def test_another_organizations_part_is_never_used(make_plan: MakePlan, make_site: MakeSite) -> None:
     """They take turns with one model."""
     plan = plan_of(make_plan)
     state = base_state(plan)

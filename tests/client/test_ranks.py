@@ -1,4 +1,4 @@
-"""An organisation that trains a smaller rank than the plan's."""
+"""An organization that trains a smaller rank than the plan's."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
     (content,) = encode_requests(plan.canonical(), 1, state_for(plan), [Recipient("clinic")])
     sign_request(content)
     resident.give(message(content))
-    assert decode_update(detach(answer(resident).content)[0], plan.plan_id).organisation == "clinic"
+    assert decode_update(detach(answer(resident).content)[0], plan.plan_id).organization == "clinic"
     log = AuditLog(resident._folder)
     for unfit in (message(RecordDict()), message(content, MessageType.QUERY)):  # malformed, and of a kind that is not served
         resident.give(unfit)

@@ -19,7 +19,7 @@ MakeSite = Callable[..., Site]
 def update(**changes: Any) -> Update:
     delta = {"head.weight": torch.tensor([[1.5, -0.25], [float(2**-30), 0.0]]), "head.bias": torch.ones(2)}
     return Update(
-        **({"organisation": "clinic", "round": 4, "delta": delta, "examples": 60, "steps": 7, "received": "state"} | changes)
+        **({"organization": "clinic", "round": 4, "delta": delta, "examples": 60, "steps": 7, "received": "state"} | changes)
     )
 
 
@@ -29,13 +29,13 @@ def outbox(site: Site) -> Path:
 
 def test_a_site_says_who_it_is(make_site: MakeSite) -> None:
     site = make_site("clinic", simulated=True)
-    assert site.organisation == "clinic"
+    assert site.organization == "clinic"
     assert site.file.simulated
     assert site.file.device == "cpu"
     assert len(site.holdings(("bad", "good", "so"))) == 60
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "{}", '{"organisation": "a", "simulatd": true}', '{"organisation": 3}'])
+@pytest.mark.parametrize("content", [None, "", "{", "{}", '{"organization": "a", "simulatd": true}', '{"organization": 3}'])
 def test_a_folder_that_is_no_site(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "site.json").write_text(content)
@@ -44,7 +44,7 @@ def test_a_folder_that_is_no_site(tmp_path: Path, content: str | None) -> None:
 
 
 def test_a_site_is_not_simulated_unless_it_says_so(tmp_path: Path) -> None:
-    (tmp_path / "site.json").write_text('{"organisation": "a"}')
+    (tmp_path / "site.json").write_text('{"organization": "a"}')
     assert not Site(tmp_path).file.simulated
 
 
@@ -55,7 +55,7 @@ def test_a_kept_update_comes_back(make_site: MakeSite, epsilon: float | None) ->
     site.keep(sent, "plan")
     got = Site(site.folder).kept("plan", 4, "state")  # by another process
     assert got is not None
-    assert (got.organisation, got.round, got.examples, got.steps, got.epsilon) == ("clinic", 4, 60, 7, epsilon)
+    assert (got.organization, got.round, got.examples, got.steps, got.epsilon) == ("clinic", 4, 60, 7, epsilon)
     assert got.delta.keys() == sent.delta.keys()
     for name, tensor in sent.delta.items():
         assert got.delta[name].dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Fisher information and Gram matrices of an organisation's records against autograd and against inputs taken by hand."""
+"""Fisher information and Gram matrices of an organization's records against autograd and against inputs taken by hand."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def test_they_are_what_the_server_expects_and_travel_as_they_are(
         plan, model, trained_names(plan, model, 1)
     )
     assert bool(update.statistics) == (fusion != "mean")
-    travelled = decode_update(encode_update(update, plan.plan_id), plan.plan_id)
+    traveled = decode_update(encode_update(update, plan.plan_id), plan.plan_id)
     again = train_round(plan, site, 1, state)  # from the outbox
-    for other in (travelled, again):
+    for other in (traveled, again):
         assert other.statistics.keys() == update.statistics.keys()
         assert all(torch.equal(other.statistics[name], tensor) for name, tensor in update.statistics.items())
 
@@ -129,7 +129,7 @@ def test_under_record_privacy_nobody_can_ask_for_them(
 
 
 def test_they_are_of_what_travels_alone(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    """What an organisation keeps to itself is not told of, and the server expects nothing of it."""
+    """What an organization keeps to itself is not told of, and the server expects nothing of it."""
     plan = make_plan(train="lora", strategy={"fusion": "fisher"}, lora={"factors": "ab", "keep": "b"})
     update = train_round(plan, make_site(), 1, state_for(plan))
     assert set(update.statistics) == {f"fisher/{name}" for name in update.delta}

@@ -89,7 +89,7 @@ def test_a_round_is_reproducible_to_the_bit(make_plan: MakePlan, make_site: Make
     again = train_round(plan, make_site(at="two"), 1, state)
     assert same(first.delta, again.delta)
     assert replace(first, delta={}) == replace(again, delta={})
-    assert (first.organisation, first.round, first.examples, first.steps, first.epsilon) == ("clinic", 1, 60, 4, None)
+    assert (first.organization, first.round, first.examples, first.steps, first.epsilon) == ("clinic", 1, 60, 4, None)
     assert not same(first.delta, other.delta)
 
 
@@ -456,7 +456,7 @@ def filter_epsilon(spent: Sequence[Steps]) -> float:
 
 
 def test_an_own_epsilon_makes_room(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    """An organisation may spend less than the plan allows: it adds more noise."""
+    """An organization may spend less than the plan allows: it adds more noise."""
     plan, site = make_plan(privacy=PRIVATE), make_site(policy=total(3.0, own=1.0))
     run(plan, site, state_for(plan), range(1, 4))
     assert 0.97 <= pld_epsilon(site.ledger().spent(), 1e-3) <= 1.0
@@ -570,9 +570,9 @@ def test_observers_are_told_of_every_step(
     distinct = len(set(site.holdings(plan.labels).inputs()))
     read = [details for what, details in told if what == "features"]
     assert {each.pop("source") for each in read} == {records.source for records, _ in site.holdings(plan.labels).parts}
-    assert {"organisation": "clinic", "done": distinct, "total": distinct} in read
+    assert {"organization": "clinic", "done": distinct, "total": distinct} in read
     steps = [details for what, details in told if what == "step"]
-    assert [(s["organisation"], s["round"], s["step"], s["steps"]) for s in steps] == [("clinic", 1, i, 4) for i in range(1, 5)]
+    assert [(s["organization"], s["round"], s["step"], s["steps"]) for s in steps] == [("clinic", 1, i, 4) for i in range(1, 5)]
     assert {math.ceil(s["epsilon"] * 100) / 100 for s in steps} == {update.epsilon}
 
 
@@ -623,7 +623,7 @@ def test_no_noise_is_stated_where_nobody_needs_it_or_the_policy_keeps_it(
 def test_the_stated_noise_does_not_tell_a_number_of_records_that_is_kept(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, declared: int
 ) -> None:
-    """It is that of an organisation of the declared size: the same for any true size."""
+    """It is that of an organization of the declared size: the same for any true size."""
     plan = make_plan(privacy={"epsilon": 2.0}, strategy={"weighting": "noise_aware"})
     tell = TellRules(example_count="declared", declared_examples=declared)
     policy = Policy.permissive().model_copy(update={"tell": tell})

@@ -143,7 +143,7 @@ def _update(asked: Message) -> Any:
     request = decode_request(detach(asked.content)[0])
     zeros = {name: torch.zeros_like(tensor) for name, tensor in request.state.items()}
     received = received_digest(request.state, request.sent)
-    update = Update(request.organisation, request.round, zeros, 10, 1, received=received)
+    update = Update(request.organization, request.round, zeros, 10, 1, received=received)
     return encode_update(update, parse_plan(json.loads(request.plan)).plan_id)
 
 

@@ -12,14 +12,14 @@ import pytest
 _INTRODUCTION = """# What may be killed, who may attack, and what becomes of the run
 
 Real processes on one machine, over TLS and with keys: `make test-faults`. Every line is a run of its own: four rounds of two
-organisations on a tiny model, struck in the second, or again and again until the run is over. "Seconds" are from
+organizations on a tiny model, struck in the second, or again and again until the run is over. "Seconds" are from
 the (first) fault to the end of the run, start of new processes included, and of the whole run where it attacks "every round"; they vary with the machine (those of
 2026-11-27: two cores that five others used, several times slower than those before). "All in all rounds" is of the
-organisations that are honest. "The same" compares every bit of the final model with that of a run in which nothing
+organizations that are honest. "The same" compares every bit of the final model with that of a run in which nothing
 happened (where a third member attacks: of one in which that member stayed away), where no privacy noise makes every run another;
 then the ledgers have been checked to hold every step. Lines that were not run again keep the day on which they were.
 
-`trainer:north` is an organisation's training process, `north` its node, `server` is `cotune server start`, which keeps `superlink`,
+`trainer:north` is an organization's training process, `north` its node, `server` is `cotune server start`, which keeps `superlink`,
 `superexec` (Flower's executor) and `front` running, `serverapp` plays the run, and `run` is `cotune server run`. What is not supervised was
 started again by the same command. `mallory` is a member that has its key, and uses it in a program of its own.
 

@@ -34,10 +34,10 @@ _PATIENCE = 420.0  # seconds for anything to happen, on a machine that does othe
 
 @dataclass
 class Deployment:
-    """`fed/`, a site for each organisation, and the processes that were started, by name: server, run, and the organisations'."""
+    """`fed/`, a site for each organization, and the processes that were started, by name: server, run, and the organizations'."""
 
     folder: Path
-    organisations: tuple[str, ...]
+    organizations: tuple[str, ...]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -80,7 +80,7 @@ class Deployment:
         self.start(name, "client", "join", self.site(name), self.fed / "federation.toml", *data)
 
     def leave(self, name: str) -> None:
-        """As Ctrl-C at the organisation does."""
+        """As Ctrl-C at the organization does."""
         self.processes[name].send_signal(signal.SIGTERM)
         assert self.processes[name].wait(600) == 0
         self.wait(lambda: name not in self.online())
@@ -163,7 +163,7 @@ class Deployment:
     # --- what may be killed
 
     def find(self, what: str) -> psutil.Process:
-        """A process by what it does: server, run, superlink, superexec, front, serverapp, an organisation, or trainer:<organisation>."""
+        """A process by what it does: server, run, superlink, superexec, front, serverapp, an organization, or trainer:<organization>."""
         if what in self.processes:
             return psutil.Process(self.processes[what].pid)
         if what.startswith("trainer:"):
@@ -227,15 +227,15 @@ def _environment() -> dict[str, str]:
 
 @contextmanager
 def deployment(
-    folder: Path, *organisations: str, plan: dict[str, Any] | None = None, database: bool = True, absent: tuple[str, ...] = ()
+    folder: Path, *organizations: str, plan: dict[str, Any] | None = None, database: bool = True, absent: tuple[str, ...] = ()
 ) -> Iterator[Deployment]:
-    """A federation that is set up, its server started and its organisations joined. plan: tables over the default's. absent:
+    """A federation that is set up, its server started and its organizations joined. plan: tables over the default's. absent:
     members beside them that have a site and join nothing.
     """
-    made = Deployment(folder, organisations)
+    made = Deployment(folder, organizations)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.toml").write_text(tomli_w.dumps(_plan(folder, plan or {})), encoding="utf-8")
-    for number, name in enumerate((*organisations, "test")):
+    for number, name in enumerate((*organizations, "test")):
         write_sentences(folder / f"{name}.csv", number)
     config = ServerConfig(
         name="faults",
@@ -246,15 +246,15 @@ def deployment(
         test=folder / "test.csv",
     )
     federation = found(made.fed, load_plan(folder / "plan.toml"), config)
-    for name in (*organisations, *absent):
+    for name in (*organizations, *absent):
         make_site(made.site(name), name, device="cpu")
         federation.members.invite(name, read_public_key(made.site(name) / "node.pub"))
         _allow(made.site(name) / "policy.toml")
     try:
         made.start_server()
-        for name in organisations:
+        for name in organizations:
             made.join(name)
-        made.wait(lambda: made.online() == set(organisations))
+        made.wait(lambda: made.online() == set(organizations))
         yield made
     finally:
         made.stop()

@@ -28,7 +28,7 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.mark.parametrize("stock", [0, 1])
 def test_the_same_model(in_process: RunFolder, tmp_path: Path, stock: int) -> None:
-    """stock: how many of the two organisations run Flower's own node, which starts the ClientApp anew for every message."""
+    """stock: how many of the two organizations run Flower's own node, which starts the ClientApp anew for every message."""
     run = RunFolder(Path(shutil.copytree(in_process.path.parent / "prepared", tmp_path / "run")))
     with federation(tmp_path / "loopback", 2) as fed:
         for number, participant in enumerate(run.file.participants):

@@ -120,7 +120,7 @@ def strike(kind: Kind, page: Page, what: str, when: str, fault: Callable[[], Non
 def check_end(kind: Kind, page: Page, what: str, when: str, struck: float, shown: str = "–") -> None:
     run = kind.fed.finish()
     seconds, history = time.monotonic() - struck, run.load().history
-    complete = [entry["participants"] for entry in history] == [list(kind.fed.organisations)] * ROUNDS
+    complete = [entry["participants"] for entry in history] == [list(kind.fed.organizations)] * ROUNDS
     same = None if kind.undisturbed is None else weights(run.load()) == kind.undisturbed
     page.add(what, when, kind.name, seconds, complete, same, shown)
     assert complete
@@ -202,7 +202,7 @@ def attack(kind: Kind, page: Page, what: str, deed: Deed, *options: str) -> list
         fed.run(*options)
         check_end(kind, page, what, "every round", struck, "mallory, in the run's events")
     assert left_out(fed.newest(), fed.newest().load().history) == ["mallory"]
-    told = [event for event in fed.events() if event.get("organisation") == "mallory"]
+    told = [event for event in fed.events() if event.get("organization") == "mallory"]
     assert [event["event"] for event in told].count("undelivered") == 1  # who is left out is told of the end like everybody
     return [event for event in told if event["event"] != "undelivered"]
 
@@ -210,19 +210,19 @@ def attack(kind: Kind, page: Page, what: str, deed: Deed, *options: str) -> list
 def test_a_member_says_nothing(with_mallory: Kind, page: Page) -> None:
     """On commit a605cba every round took the whole deadline, an hour by default."""
     told = attack(with_mallory, page, "mallory stays silent", say_nothing)
-    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["organisation_left_out"]
+    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["organization_left_out"]
 
 
 def test_a_member_announces_answers_that_never_come(with_mallory: Kind, page: Page) -> None:
     told = attack(with_mallory, page, "mallory announces answers that never come", announce_and_stay_away)
-    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["organisation_left_out"]
+    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["organization_left_out"]
 
 
 def test_a_member_sends_a_bomb(with_mallory: Kind, page: Page) -> None:
     """On commit a605cba the server ran out of memory, five times in a row, and the run was dead."""
     patient = ("--set", "server.least_seconds=240")  # none of it is late
     told = attack(with_mallory, page, "mallory sends 64 GiB in 1 MiB", bomb, *patient)
-    assert [event["event"] for event in told] == ["update_quarantined"] * 3 + ["organisation_left_out"]
+    assert [event["event"] for event in told] == ["update_quarantined"] * 3 + ["organization_left_out"]
 
 
 def test_a_member_disturbs_the_object_store(with_mallory: Kind, page: Page) -> None:
@@ -241,9 +241,9 @@ def test_everybody_is_killed_at_once(with_database: Kind, page: Page) -> None:
 
     def fault() -> None:
         fed = with_database.fed
-        for what in ("server", "run", *fed.organisations):
+        for what in ("server", "run", *fed.organizations):
             fed.kill(what)
-        for what in ("server", *fed.organisations, "run"):
+        for what in ("server", *fed.organizations, "run"):
             bring_back(fed, what)
 
     strike(with_database, page, "kill -9 of everybody", "training", fault)
@@ -271,7 +271,7 @@ def test_with_privacy_the_ledger_has_at_least_what_was_spent(private: Kind, page
     fed = private.fed
     seed = str(page.added)  # another plan, as this one has had its budget
     strike(private, page, f"kill -9 of {what}", when, kill(private, what), "--set", f"seed={seed}")
-    for name in fed.organisations:
+    for name in fed.organizations:
         (data,) = overview(Site(fed.site(name)))["collections"]
         (run,) = (run for run in data["runs"] if run["plan_id"] == fed.newest().plan.plan_id)
         assert run["rounds"] == ROUNDS

@@ -41,7 +41,7 @@ def bring_back(fed: Deployment, what: str) -> None:
         fed.start_server()
     elif what == "run":
         fed.run("--resume")
-    elif what in fed.organisations:
+    elif what in fed.organizations:
         fed.join(what)
 
 
@@ -93,4 +93,4 @@ def test_a_member_that_attacks_is_named_and_left_out(fed: Deployment) -> None:
     assert [entry["quarantined"] for entry in history] == [["south"]] * 3 + [[]]
     assert left_out(run, history) == ["south"]
     assert attacker.answers == [*DISTURBANCES, httpx.codes.OK, httpx.codes.OK, httpx.codes.OK]
-    assert sum(event["count"] for event in fed.events("messages_refused") if event["organisation"] == "south") >= 1
+    assert sum(event["count"] for event in fed.events("messages_refused") if event["organization"] == "south") >= 1

@@ -1,4 +1,4 @@
-"""The front before a real flower-superlink, with TLS and SuperNode authentication on: what organisations meet, and what outsiders do."""
+"""The front before a real flower-superlink, with TLS and SuperNode authentication on: what organizations meet, and what outsiders do."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def supernode(federation: Federation, *arguments: str) -> list[str]:
     return [str(BINARIES / "flower-supernode"), "--superlink", address, "--port", str(free_port()), *arguments]
 
 
-def test_an_organisation_whose_key_is_registered_joins_through_the_front(federation: Federation) -> None:
+def test_an_organization_whose_key_is_registered_joins_through_the_front(federation: Federation) -> None:
     key = key_pair(federation.folder, "hospital-a")
     federation.members.invite("hospital-a", read_public_key(key.with_suffix(".pub")))
     registered = federation.flwr("supernode", "register", f"{key}.pub", "inner", "--name", "hospital-a")
@@ -199,7 +199,7 @@ def test_a_second_front_on_the_port_ends_with_a_sentence(federation: Federation)
 
 
 def test_no_private_key_is_in_any_log(federation: Federation) -> None:
-    """After everything above: those of the server, of its authority, and of the organisations."""
+    """After everything above: those of the server, of its authority, and of the organizations."""
     folder = federation.folder
     keys = [*folder.glob("certificates/*.key"), *(public.with_suffix("") for public in folder.glob("*.pub"))]
     secret = [line for key in keys for line in key.read_text().splitlines() if not line.startswith("-----")]

@@ -1,4 +1,4 @@
-"""One organisation with the commands that it types, and a real SuperLink: from its first look to leaving."""
+"""One organization with the commands that it types, and a real SuperLink: from its first look to leaving."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cotune(*words: str | Path, code: int = 0) -> str:
     return done.stdout
 
 
-def test_an_organisation_joins_trains_and_leaves(fed: Federation, tmp_path: Path) -> None:
+def test_an_organization_joins_trains_and_leaves(fed: Federation, tmp_path: Path) -> None:
     first, second = (prepare_run(tmp_path / name / f"run-{name}", 1, rounds=2) for name in ("a", "b"))
     site, authority = tmp_path / "site", (fed.certificates / "ca.crt").read_text(encoding="ascii")
     document = tmp_path / "federation.toml"
@@ -61,7 +61,7 @@ def test_an_organisation_joins_trains_and_leaves(fed: Federation, tmp_path: Path
     fed.keys[:] = [site / "node"]
     fed.register()
     shown = cotune("check", site, document)
-    assert "the server lets this organisation in; the server's certificate is good for 364 days" in shown
+    assert "the server lets this organization in; the server's certificate is good for 364 days" in shown
 
     node = fed.start("join", sys.executable, "-m", "cotune.cli.main", "client", "join", site, document)
     log = fed.folder / "join.log"
@@ -95,7 +95,7 @@ def signing(folder: Path, site: Path) -> FederationFolder:
     write_config(folder, ServerConfig(name="tests", id=32 * "a", hosts=("localhost",)))
     home = FederationFolder(folder)
     new_signing_key(home.certificates)
-    home.members.invite(Site(site).organisation, read_public_key(site / "node.pub"))
+    home.members.invite(Site(site).organization, read_public_key(site / "node.pub"))
     return home
 
 

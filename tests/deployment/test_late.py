@@ -27,7 +27,7 @@ def test_an_update_that_is_late_is_folded_into_the_next_round(tmp_path: Path) ->
         time.sleep(1.0)
         trainer.send_signal(signal.SIGCONT)
         first, second, third = fed.finish().load().history
-    assert [each["organisation"] for each in first["dropped"]] == ["north"]
-    assert second["late"] == [{"organisation": "north", "round": 1}]
+    assert [each["organization"] for each in first["dropped"]] == ["north"]
+    assert second["late"] == [{"organization": "north", "round": 1}]
     assert second["participants"] == third["participants"] == ["north", "south"]
     assert [entry["quarantined"] for entry in (first, second, third)] == [[], [], []]

@@ -1,4 +1,4 @@
-"""docs/deploy/nginx.conf before the front: organisations take part through it, and nothing else passes. Needs nginx."""
+"""docs/deploy/nginx.conf before the front: organizations take part through it, and nothing else passes. Needs nginx."""
 
 from __future__ import annotations
 

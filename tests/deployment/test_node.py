@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """Two organisations whose nodes stay for all tests, and a SuperLink with a database."""
+    """Two organizations whose nodes stay for all tests, and a SuperLink with a database."""
     folder = tmp_path_factory.mktemp("federation")
     with federation(folder / "loopback", 2, "--database", folder / "superlink.sqlite") as made:
         yield made

@@ -36,7 +36,7 @@ def everybody(history: tuple[Mapping[str, Any], ...]) -> bool:
 
 def agree(fed: Deployment) -> None:
     """Both ends of every trail, over all renewals."""
-    for name in fed.organisations:
+    for name in fed.organizations:
         for run in fed.runs():
             verified = cotune("server", "verify-trail", run.parent, "--site-log", fed.site(name) / "audit.jsonl")
             assert verified.returncode == 0, verified.stdout + verified.stderr
@@ -73,7 +73,7 @@ def test_every_key_is_renewed_during_a_run(tmp_path: Path) -> None:
         fed.run()
         assert everybody(fed.finish().load().history)
         agree(fed)
-        for name in fed.organisations:
+        for name in fed.organizations:
             entries = AuditLog(fed.site(name)).entries()
             assert [entry["what"] for entry in entries].count("keys") == 1
             assert len({entry["key"] for entry in entries if entry["what"] == "request"}) == 2

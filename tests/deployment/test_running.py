@@ -1,4 +1,4 @@
-"""`cotune server run` with Flower's real programs and two organisations: through everything that may be killed, to the report."""
+"""`cotune server run` with Flower's real programs and two organizations: through everything that may be killed, to the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COTUNE = (sys.executable, "-m", "cotune.cli.main")
 
 @dataclass
 class Coordinator:
-    """A federation that is served, and two organisations that have joined it."""
+    """A federation that is served, and two organizations that have joined it."""
 
     served: Served
     logs: Path
@@ -127,11 +127,11 @@ def test_a_run_goes_on_whoever_is_killed_and_ends_with_a_report(coordinator: Coo
     assert "hospital-b has the finished model" in log()
     summary = json.loads((path / "runs" / "one" / "summary.json").read_bytes())
     assert [entry["participants"] for entry in summary["rounds"]] == [["hospital-a", "hospital-b"]] * 3
-    assert [(o["rounds"], o["delivered"]) for o in summary["organisations"]] == [(3, True), (3, True)]
+    assert [(o["rounds"], o["delivered"]) for o in summary["organizations"]] == [(3, True), (3, True)]
     assert summary["test"]["federated"]["accuracy"] > summary["test"]["majority"]["accuracy"]
     status = coordinator.status()
     assert (status["run"]["phase"], status["run"]["round"]) == ("finished", 3)
-    assert [(o["connection"], o["word"]) for o in status["organisations"]] == [("online", "has the finished model")] * 2
+    assert [(o["connection"], o["word"]) for o in status["organizations"]] == [("online", "has the finished model")] * 2
 
 
 def test_a_run_is_stopped_by_ctrl_c_and_gone_on_with(coordinator: Coordinator) -> None:

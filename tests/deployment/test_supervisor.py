@@ -153,7 +153,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str],
 
 @pytest.fixture
 def waiting_run(folder: FederationFolder, tmp_path: Path) -> RunFolder:
-    """A run of an organisation that never comes."""
+    """A run of an organization that never comes."""
     people = (Participant(name="hospital-a"),)
     file = RunFile(run="waiting", created="2026-01-01T00:00:00+00:00", engine="superlink", device="cpu", participants=people)
     path = folder.path / "runs" / f"waiting-{tmp_path.name}"

@@ -58,7 +58,7 @@ def test_every_field_of_a_round_is_on_the_page() -> None:
     entry = Tally(["a"], 1).entry(1, "head", None, 1.0)
     added = set(re.findall(r'entry(?:\["|\s\|= \{")(\w+)"', (ROOT / "server" / "rounds.py").read_text(encoding="utf-8")))
     row = next(line for line in RUN_FOLDER.splitlines() if line.startswith("| `rounds[]`"))
-    for name in {*entry, *added, "applied", "weights", "norms", "suspects"} - {"organisation", "reason"}:
+    for name in {*entry, *added, "applied", "weights", "norms", "suspects"} - {"organization", "reason"}:
         assert f"`{name}`" in row, name
 
 

@@ -20,7 +20,7 @@ from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.export import export_model
 from cotune.models.trainable import SharedModel
-from tests.conftest import COLOURS, write_images
+from tests.conftest import COLORS, write_images
 
 LABELS = ("bad", "good", "so")
 LONG = "great " + "the sad tree " * 40  # 121 words: beyond the length of training, and beyond the positions of the tiny models
@@ -78,7 +78,7 @@ def test_the_tokenizer_by_itself_truncates(made: Callable[..., SharedModel], tmp
 
 
 def test_images_are_still_read(made: Callable[..., SharedModel], tmp_path: Path) -> None:
-    export_model(made("vit", "image-classification", tuple(COLOURS)), tmp_path / "model")
+    export_model(made("vit", "image-classification", tuple(COLORS)), tmp_path / "model")
     image = next(write_images(tmp_path / "photos", 3).rglob("*.png"))
     told = pipeline("image-classification", str(tmp_path / "model"))(str(image))
     assert sum(each["score"] for each in told) == pytest.approx(1)

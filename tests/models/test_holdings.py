@@ -87,9 +87,9 @@ def test_features_are_computed_once_per_file(
     one = features_of(model, ["great day", "awful", "a tree", "the road"], {}, "float32")
     other = features_of(model, ["very sad", "happy"], {}, "float32")
     assert torch.equal(got, torch.stack([one[3], one[0], one[1], other[1]]))
-    write_holdings(tmp_path / "neighbour.json", config(first), [(None, [2])])
-    neighbour = encoded_features(HoldingsFile.read(tmp_path / "neighbour.json", LABELS), model, {}, "float32")
-    assert torch.equal(neighbour, one[[2]])
+    write_holdings(tmp_path / "neighbor.json", config(first), [(None, [2])])
+    neighbor = encoded_features(HoldingsFile.read(tmp_path / "neighbor.json", LABELS), model, {}, "float32")
+    assert torch.equal(neighbor, one[[2]])
     assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 2
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cotune.client.training.setup import check_stages
 from cotune.data.config import DataConfig
 from cotune.data.readers.images import Image
-from cotune.data.records import Records, organisation_files, read_records
+from cotune.data.records import Records, organization_files, read_records
 from cotune.data.tasks.task import logits, task_named
 from cotune.errors import DataError, ModelError, PrivacyError
 from cotune.models.base_model import load_model
@@ -25,10 +25,10 @@ from cotune.models.features import feature_head, features_of
 from cotune.models.trainable import SharedModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
-from tests.conftest import COLOURS, PROCESSOR, write_images
+from tests.conftest import COLORS, PROCESSOR, write_images
 
 TASK = task_named("image-classification")
-LABELS = tuple(COLOURS)
+LABELS = tuple(COLORS)
 
 
 def read(path: Path, **config: Any) -> Records:
@@ -89,15 +89,15 @@ def test_the_column_has_a_name(images: Path) -> None:
         read(file, label="finding")
 
 
-def test_organisations_are_folders_of_folders(tmp_path: Path) -> None:
+def test_organizations_are_folders_of_folders(tmp_path: Path) -> None:
     for name in ("north", "south.b"):
         write_images(tmp_path / "orgs" / name, 3)
     (tmp_path / "orgs" / ".cache" / "x").mkdir(parents=True)
     (tmp_path / "orgs" / "notes").mkdir()
     shutil.copy(listing(write_images(tmp_path / "orgs" / "images", 3), "csv"), tmp_path / "orgs" / "east.csv")
-    files = organisation_files(tmp_path / "orgs", "image-classification")
+    files = organization_files(tmp_path / "orgs", "image-classification")
     assert list(files) == ["east", "images", "list", "north", "south.b"]
-    with pytest.raises(DataError, match="is a folder, expected one organisation's file"):
+    with pytest.raises(DataError, match="is a folder, expected one organization's file"):
         read_records(DataConfig(source=str(tmp_path / "orgs" / "north")))  # of texts
 
 

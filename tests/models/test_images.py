@@ -139,7 +139,7 @@ def test_as_a_processor_that_crops_does(tmp_path: Path, size: tuple[int, int]) -
     assert made.shape() == (16, 16)
 
 
-def test_without_normalising(tmp_path: Path) -> None:
+def test_without_normalizing(tmp_path: Path) -> None:
     made = reader(tmp_path, do_normalize=False)(noise(16, 16))
     torch.testing.assert_close(made, torch.from_numpy(np.asarray(noise(16, 16)).copy()).permute(2, 0, 1) / 255)
 

@@ -40,7 +40,7 @@ def test_names_as_of_hosts(name: str) -> None:
     ],
 )
 def test_what_is_no_name(name: str) -> None:
-    with pytest.raises(PlanError, match="cannot be the name of an organisation: expected 1 to 63 small letters"):
+    with pytest.raises(PlanError, match="cannot be the name of an organization: expected 1 to 63 small letters"):
         check_name(name)
 
 

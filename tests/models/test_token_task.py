@@ -137,7 +137,7 @@ def test_the_loss_of_an_example_is_the_mean_over_its_own_words(base_model: Calla
             assert got == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
 
 
-def test_an_example_without_a_labelled_word_has_no_loss(base_model: Callable[[str], Path]) -> None:
+def test_an_example_without_a_labeled_word_has_no_loss(base_model: Callable[[str], Path]) -> None:
     model = loaded(base_model, "bert")
     batch = TASK.collator(model.module, model.reader, torch.device("cpu"))(
         [{"input_ids": [5, 6], "labels": [-100, -100], "starts": []}]

@@ -47,7 +47,7 @@ def test_a_stage_may_say_it_the_other_way() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["scaffold", "feddyn"])
-def test_state_at_the_organisations_wants_steps(strategy: str) -> None:
-    with pytest.raises(PlanError, match=f'"{strategy}" assumes as many steps at every organisation'):
+def test_state_at_the_organizations_wants_steps(strategy: str) -> None:
+    with pytest.raises(PlanError, match=f'"{strategy}" assumes as many steps at every organization'):
         parse_plan({**TABLE, "local": {"epochs": 1}, "strategy": strategy})
     parse_plan({**TABLE, "local": {"epochs": 1}, "strategy": "fedprox"})

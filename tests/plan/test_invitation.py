@@ -30,7 +30,7 @@ SIGNS = {"id": 32 * "a", "signing_key": 64 * "b"}
 
 
 def invitation(address: str = "fed.example.org:9092", plan: str = "text", *overrides: str) -> Invitation:
-    return Invitation("tumours", address, CA, load_plan(plan, overrides), **SIGNS)
+    return Invitation("tumors", address, CA, load_plan(plan, overrides), **SIGNS)
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -38,7 +38,7 @@ def test_it_comes_through_a_file(tmp_path: Path, preset: str) -> None:
     sent = invitation(plan=preset)
     (tmp_path / "federation.toml").write_text(sent.to_toml(), encoding="utf-8")
     got = read_invitation(tmp_path / "federation.toml")
-    assert (got.name, got.address, got.certificates) == ("tumours", "fed.example.org:9092", CA.encode())
+    assert (got.name, got.address, got.certificates) == ("tumors", "fed.example.org:9092", CA.encode())
     assert got.plan == sent.plan
     assert got.plan.plan_id == sent.plan.plan_id
     assert got.fingerprint == sent.fingerprint
@@ -54,10 +54,10 @@ def test_another_server_authority_or_plan_is_another_fingerprint() -> None:
     others = [
         invitation("fed.example.com:9092"),
         invitation("fed.example.org:9092", "text", "rounds=3"),
-        Invitation("tumours", own.address, authority(), own.plan, **SIGNS),
-        Invitation("tumors", own.address, CA, own.plan, **SIGNS),
-        Invitation("tumours", own.address, CA, own.plan, **{**SIGNS, "id": 32 * "0"}),
-        Invitation("tumours", own.address, CA, own.plan, **{**SIGNS, "signing_key": 64 * "0"}),
+        Invitation("tumors", own.address, authority(), own.plan, **SIGNS),
+        Invitation("lungs", own.address, CA, own.plan, **SIGNS),
+        Invitation("tumors", own.address, CA, own.plan, **{**SIGNS, "id": 32 * "0"}),
+        Invitation("tumors", own.address, CA, own.plan, **{**SIGNS, "signing_key": 64 * "0"}),
     ]
     assert len({own.fingerprint, *(other.fingerprint for other in others)}) == 7
     assert invitation().fingerprint == own.fingerprint
@@ -94,9 +94,9 @@ def test_another_protocol_is_told_before_anything_else() -> None:
     [
         ("format = 1", "format = 2", "has the format 2, expected 1"),
         ("format = 1", "", 'lacks "format"'),
-        ('name = "tumours"', "", 'lacks "name"'),
-        ('name = "tumours"', 'name = "tumours\\u001b[2J"', "expected printable characters only"),
-        ('name = "tumours"', f'name = "{101 * "x"}"', "at most 100 characters"),
+        ('name = "tumors"', "", 'lacks "name"'),
+        ('name = "tumors"', 'name = "tumors\\u001b[2J"', "expected printable characters only"),
+        ('name = "tumors"', f'name = "{101 * "x"}"', "at most 100 characters"),
         ("[server]", "[server]\ntoken = 3", 'unknown key "server.token"'),
         ("[plan]", "[plan]\nrunds = 3", "unknown key"),
         ("[plan]", "[[plan]]", "has no plan"),

@@ -362,8 +362,8 @@ def test_a_truth_value_is_no_number(key: str) -> None:
     [
         ("strategy.fusion=men", "unknown fusion \"men\"; did you mean 'mean'?"),
         ("strategy.weighting=example", "unknown weighting \"example\"; did you mean 'examples'?"),
-        ("strategy.server_optimizer=sdg", "unknown server optimiser \"sdg\"; did you mean 'sgd'?"),
-        ("strategy.server_optimizer={name='sgd', rate=1}", 'server optimiser "sgd" has no parameter "rate"'),
+        ("strategy.server_optimizer=sdg", "unknown server optimizer \"sdg\"; did you mean 'sgd'?"),
+        ("strategy.server_optimizer={name='sgd', rate=1}", 'server optimizer "sgd" has no parameter "rate"'),
         ("strategy.server_optimizer=3", "strategy.server_optimizer"),
         ("strategy.fusion=[1]", "strategy.fusion"),
     ],

@@ -65,7 +65,7 @@ def test_a_plan_written_as_toml_is_the_same_plan(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_the_canonical_form_is_the_plan(name: str) -> None:
-    """It is what travels: an organisation reads it and must arrive at the same identity."""
+    """It is what travels: an organization reads it and must arrive at the same identity."""
     one = PLANS[name]()
     again = parse_plan(json.loads(one.canonical()))
     assert again == one

@@ -108,7 +108,7 @@ def test_a_perfect_attack_is_counted_with_one_mistake() -> None:
     assert perfect == lower_bound_any(Evidence(400, (Guess(400, 399),), 1.0), DELTA, 0.05) > 2
 
 
-def test_randomised_response_stays_under_its_epsilon() -> None:
+def test_randomized_response_stays_under_its_epsilon() -> None:
     """The worst mechanism for pure ε: an answer that is right with probability e^ε / (1 + e^ε)."""
     rng = np.random.default_rng(0)
     for eps in (0.5, 1.0, 3.0):

@@ -15,8 +15,8 @@ from cotune.privacy.client_dp import RoundNoise, next_clip_norm, round_noise
 from cotune.privacy.config import ClientPrivacy
 
 
-def noise(rounds: int = 10, organisations: int = 100, sample_rate: float = 1.0, **settings: Any) -> RoundNoise:
-    return round_noise(ClientPrivacy(**settings), rounds=rounds, organisations=organisations, sample_rate=sample_rate)
+def noise(rounds: int = 10, organizations: int = 100, sample_rate: float = 1.0, **settings: Any) -> RoundNoise:
+    return round_noise(ClientPrivacy(**settings), rounds=rounds, organizations=organizations, sample_rate=sample_rate)
 
 
 def gaussian_delta(epsilon: float, multiplier: float, rounds: int) -> float:
@@ -69,13 +69,13 @@ def test_updates_and_bits_together_cost_one_gaussian(bit_noise: float | None) ->
 def test_the_papers_example() -> None:
     """z = 1, n = 100, σ_b = n/20 = 5: z_Δ = 1.005 (Andrew et al., section 3)."""
     assert pytest.approx(1.005, abs=5e-4) == (1 - (2 * 5) ** -2) ** -0.5
-    found = noise(rounds=1, organisations=10_000, clipping="adaptive", epsilon=1.0)
+    found = noise(rounds=1, organizations=10_000, clipping="adaptive", epsilon=1.0)
     assert found.bits == 500
 
 
-def test_bits_of_few_organisations_get_no_less_noise_than_the_updates() -> None:
+def test_bits_of_few_organizations_get_no_less_noise_than_the_updates() -> None:
     """n/20 would be 0.2 here, which no budget can pay."""
-    found = noise(organisations=4, clipping="adaptive")
+    found = noise(organizations=4, clipping="adaptive")
     assert found.bits == found.charge.noise_multiplier
     assert found.updates == pytest.approx(found.charge.noise_multiplier * (1 - 1 / 4) ** -0.5)
 
@@ -88,8 +88,8 @@ def test_a_bit_noise_that_costs_more_than_the_budget_is_refused() -> None:
 
 
 def test_a_delta_that_promises_nothing_is_refused() -> None:
-    with pytest.raises(PrivacyError, match=r"for 4 organisations promises nothing: expected less than 1/4"):
-        noise(organisations=4, delta=0.25)
+    with pytest.raises(PrivacyError, match=r"for 4 organizations promises nothing: expected less than 1/4"):
+        noise(organizations=4, delta=0.25)
 
 
 def test_a_budget_out_of_reach_is_refused() -> None:
@@ -110,7 +110,7 @@ def test_the_clip_norm_shrinks_when_more_than_the_quantile_is_within_it() -> Non
 @pytest.mark.parametrize("quantile", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("start", [1e-3, 100.0])
 def test_the_clip_norm_converges_to_the_quantile(quantile: float, start: float) -> None:
-    """200 organisations with log-normal norms, noised bits."""
+    """200 organizations with log-normal norms, noised bits."""
     rng = np.random.default_rng(0)
     privacy, clip = ClientPrivacy(clipping="adaptive", target_quantile=quantile, clip_learning_rate=0.2), start
     seen = []
@@ -122,8 +122,8 @@ def test_the_clip_norm_converges_to_the_quantile(quantile: float, start: float) 
     assert math.exp(np.mean(np.log(seen[300:]))) == pytest.approx(math.exp(norm.ppf(quantile)), rel=0.05)
 
 
-def test_with_few_organisations_the_noise_of_the_bits_does_not_carry_the_clip_norm_away() -> None:
-    """Four organisations, half of their updates always within C: it stays within a few powers of e over 200 rounds."""
+def test_with_few_organizations_the_noise_of_the_bits_does_not_carry_the_clip_norm_away() -> None:
+    """Four organizations, half of their updates always within C: it stays within a few powers of e over 200 rounds."""
     privacy = ClientPrivacy(clipping="adaptive", target_quantile=0.5, clip_learning_rate=0.2)
     rng = np.random.default_rng(0)
     for _ in range(20):

@@ -40,7 +40,7 @@ def test_weight_decay_by_hand() -> None:
 
 
 def test_momentum_and_weight_decay_as_torch_has_them() -> None:
-    """The response of torch's own optimiser to an impulse in each step."""
+    """The response of torch's own optimizer to an impulse in each step."""
     total = 0.0
     for impulse in range(12):
         parameter = torch.zeros(1, dtype=torch.float64, requires_grad=True)
@@ -61,7 +61,7 @@ def test_adam_does_not_see_the_size_of_the_noise(kind: Any) -> None:
     assert variance(LocalOptimizer(kind, 0.01), 1) == pytest.approx(1e-4, rel=1e-4)  # the first step is ±η
 
 
-def test_the_simulated_optimiser_gives_the_same_every_time() -> None:
+def test_the_simulated_optimizer_gives_the_same_every_time() -> None:
     from cotune.privacy.mechanisms.update_noise import _simulated
 
     first = variance(LocalOptimizer("adam", 0.02), 7)

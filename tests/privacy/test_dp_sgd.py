@@ -582,7 +582,7 @@ def test_a_parameter_outside_its_modules_forward_is_found(clip: float) -> None:
 
 
 def centered(module: nn.Module) -> LossPerExample:
-    """Every example is read relative to the mean of its batch, as in batch normalisation."""
+    """Every example is read relative to the mean of its batch, as in batch normalization."""
     return lambda b: functional.cross_entropy(module(b["x"] - 0.5 * b["x"].mean(dim=0)), b["y"], reduction="none")
 
 

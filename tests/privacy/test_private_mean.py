@@ -65,7 +65,7 @@ def test_a_clipped_delta_has_a_norm_of_c_at_most_over_all_its_tensors(delta: dic
 
 
 @given(st.lists(deltas, max_size=4), deltas, st.floats(1e-3, 1e3))
-def test_one_organisation_changes_the_sum_by_c_at_most(others: list[Delta], one: Delta, clip: float) -> None:
+def test_one_organization_changes_the_sum_by_c_at_most(others: list[Delta], one: Delta, clip: float) -> None:
     """Whatever it sends, and whoever else takes part: K = 1, so that the mean is the sum."""
     without, with_it = mean(others, clip).result(), mean([*others, one], clip).result()
     assert norm({n: with_it[n] - without[n] for n in SHAPES}) <= clip * (1 + 1e-9)

@@ -24,7 +24,7 @@ def test_without_privacy_the_statement_says_so() -> None:
 
 
 def test_the_largest_epsilon_is_stated() -> None:
-    """Records of different organisations are disjoint: the maximum counts, not the sum."""
+    """Records of different organizations are disjoint: the maximum counts, not the sum."""
     text = " ".join(statement(RecordPrivacy(epsilon=8.0), {"a": (2.5, 1e-5), "b": (7.25, 1e-4), "c": (0.5, 1e-6)}))
     assert stated(text) == 7.25
     assert "of 8 allowed" in text
@@ -53,7 +53,7 @@ def test_the_statement_names_its_conditions() -> None:
 
 def test_what_was_told_in_clear_is_not_covered() -> None:
     said = " ".join(statement(RecordPrivacy(), {"clinic": (1.0, 1e-5)}, clear_metrics=True))
-    assert "does not cover: the local metrics, which organisations told as they are, without noise; the number" in said
+    assert "does not cover: the local metrics, which organizations told as they are, without noise; the number" in said
     assert "local metrics" not in " ".join(statement(RecordPrivacy(), {"clinic": (1.0, 1e-5)}))
 
 

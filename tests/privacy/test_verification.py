@@ -26,7 +26,7 @@ DELTA = 1e-5
 @pytest.fixture
 def exported(tmp_path: Path) -> dict[str, Any]:
     """Two data sets in a collection, the second grown from the first and charged by a second run; one in another, interrupted."""
-    (tmp_path / "site.json").write_text(SiteFile(organisation="clinic").model_dump_json())
+    (tmp_path / "site.json").write_text(SiteFile(organization="clinic").model_dump_json())
     (tmp_path / "policy.toml").write_text(dump_policy(Policy(budget=BudgetRules(epsilon_total=8.0))))
     site = Site(tmp_path)
     ledger, total = site.ledger(), Limit("budget.epsilon_total", 8.0, DELTA)

@@ -1,4 +1,4 @@
-"""The folder of a small run, and a federation whose organisations are functions; model, grid and wire are the real ones."""
+"""The folder of a small run, and a federation whose organizations are functions; model, grid and wire are the real ones."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.support.signing import countersign
 
 torch.set_num_threads(1)  # with more, tiny models spend their time waiting for a core whenever the machine is shared
 
-Answer = Callable[[Request], Update | RecordDict]  # how an organisation answers a request to train
+Answer = Callable[[Request], Update | RecordDict]  # how an organization answers a request to train
 NewRun = Callable[..., RunFolder]
 
 
 @pytest.fixture
 def new_run(tmp_path: Path, base_model: Callable[[str], Path]) -> NewRun:
-    """(organisations, changes of the plan) -> a fresh folder of a run that trains the head of a tiny bert."""
+    """(organizations, changes of the plan) -> a fresh folder of a run that trains the head of a tiny bert."""
     numbers = itertools.count(1)
 
     def make(*names: str, **changes: Any) -> RunFolder:
@@ -60,30 +60,30 @@ def federation(
     grid: type[InProcessGrid] = InProcessGrid,
     key_of: Mapping[str, EllipticCurvePrivateKey] | None = None,
 ) -> InProcessGrid:
-    """One node per organisation; each answers requests with its function, and signs with its key where it has one."""
+    """One node per organization; each answers requests with its function, and signs with its key where it has one."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request = decode_request(detach(message.content)[0])
-        answer = answers[request.organisation](request)
+        answer = answers[request.organization](request)
         content = encode_update(answer, plan.plan_id) if isinstance(answer, Update) else answer
-        if key_of and request.organisation in key_of:
-            countersign(content, message.content, request.organisation, key_of[request.organisation])
+        if key_of and request.organization in key_of:
+            countersign(content, message.content, request.organization, key_of[request.organization])
         return Message(content, reply_to=message)
 
     return grid(app, len(answers))
 
 
 def adding(value: float, examples: int = 10) -> Answer:
-    """An organisation whose delta is `value` everywhere."""
+    """An organization whose delta is `value` everywhere."""
     return lambda request: update(request, {n: torch.full_like(t, value) for n, t in request.state.items()}, examples)
 
 
 def update(request: Request, delta: Mapping[str, torch.Tensor], examples: int = 10, **changes: Any) -> Update:
     received = received_digest(request.state, request.sent)
     fields = {
-        "organisation": request.organisation,
+        "organization": request.organization,
         "round": request.round,
         "examples": examples,
         "steps": 1,

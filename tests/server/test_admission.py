@@ -18,7 +18,7 @@ GOOD = Update("org-1", 3, {name: torch.ones_like(tensor) for name, tensor in SHA
 
 def verdict(max_norm: float = 1e4, **changes: Any) -> str | None:
     update = Update(**{**vars(GOOD), **changes})
-    return reason_to_refuse(update, organisation="org-1", round=3, shapes=SHAPES, max_norm=max_norm)
+    return reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=max_norm)
 
 
 def delta(**changes: Any) -> dict[str, torch.Tensor]:
@@ -35,8 +35,8 @@ def test_a_good_update_passes() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"organisation": "org-2"}, "it is from org-2, expected org-1"),
-        ({"organisation": "x" * 10_000}, f"it is from {'x' * 80}, expected org-1"),
+        ({"organization": "org-2"}, "it is from org-2, expected org-1"),
+        ({"organization": "x" * 10_000}, f"it is from {'x' * 80}, expected org-1"),
         ({"round": 2}, "it is for round 2, expected 3"),
         ({"round": 4}, "it is for round 4, expected 3"),
         ({"examples": 0}, "it declares 0 examples, expected at least 1"),
@@ -104,7 +104,7 @@ def test_where_weights_depend_on_it_noise_must_be_stated_and_above_zero() -> Non
 
     def needed(**changes: Any) -> str | None:
         update = Update(**{**vars(GOOD), **changes})
-        return reason_to_refuse(update, organisation="org-1", round=3, shapes=SHAPES, max_norm=1e4, noise_needed=True)
+        return reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=1e4, noise_needed=True)
 
     assert needed(noise_variance={"head.bias": 1e-9, "head.weight": 2.0}) is None
     assert "does not state the noise" in (needed() or "")
@@ -123,7 +123,7 @@ def test_where_weights_depend_on_it_noise_must_be_stated_and_above_zero() -> Non
 )
 def test_the_declared_count_is_held_to_its_range(declared: int, reason: str | None) -> None:
     update = Update(**{**vars(GOOD), "examples": declared})
-    found = reason_to_refuse(update, organisation="org-1", round=3, shapes=SHAPES, max_norm=1e4, examples=(10, 20))
+    found = reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=1e4, examples=(10, 20))
     assert found == reason
 
 
@@ -132,7 +132,7 @@ def test_what_the_plan_does_not_ask_for_is_not_kept_for_ever() -> None:
     update = Update(**{**vars(GOOD), "told": {"loss": 1.0, "my opinion": 2.0}})
 
     def refused(told: set[str]) -> str | None:
-        return reason_to_refuse(update, organisation="org-1", round=3, shapes=SHAPES, max_norm=1.0e4, told=told)
+        return reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=1.0e4, told=told)
 
     assert refused({"loss", "my opinion"}) is None
     assert refused({"loss"}) == "it tells 'my opinion', which the plan does not ask for"
@@ -141,7 +141,7 @@ def test_what_the_plan_does_not_ask_for_is_not_kept_for_ever() -> None:
 def test_an_update_must_name_the_model_that_it_was_trained_from() -> None:
     def found(received: str) -> str | None:
         update = Update(**{**vars(GOOD), "received": received})
-        return reason_to_refuse(update, organisation="org-1", round=3, shapes=SHAPES, max_norm=1e4, received="a" * 64)
+        return reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=1e4, received="a" * 64)
 
     assert found("a" * 64) is None
     assert found("b" * 99) == "it was trained from another model (bbbbbbbbbbbb), expected that of this round (aaaaaaaaaaaa)"

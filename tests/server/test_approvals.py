@@ -19,7 +19,7 @@ from cotune.server.rounds import requests as approvals
 from cotune.server.rounds import requests as asking
 from cotune.server.rounds.exclusions import strikes_of
 from cotune.server.rounds.requests import Approvals, awaits_approval
-from cotune.server.runs.results import summarise
+from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as carriers
 from tests.server.conftest import NewRun, adding
@@ -64,8 +64,8 @@ def test_a_run_that_nobody_has_approved_waits_and_goes_on_once_they_have(new_run
     assert len(progress.history[0]["participants"]) >= 2
     assert grid.pushed["org-1"] == 4 or grid.pushed["org-2"] == 3
     first = told(folder, "awaiting_approval")[0]
-    assert first == {"event": "awaiting_approval", "round": 1, "organisations": first["organisations"]}
-    assert {name for event in told(folder, "awaiting_approval") for name in event["organisations"]} == set(NAMES)
+    assert first == {"event": "awaiting_approval", "round": 1, "organizations": first["organizations"]}
+    assert {name for event in told(folder, "awaiting_approval") for name in event["organizations"]} == set(NAMES)
 
 
 def test_a_round_that_needs_everybody_waits_for_the_last_and_asks_the_others_once(new_run: NewRun) -> None:
@@ -75,7 +75,7 @@ def test_a_round_that_needs_everybody_waits_for_the_last_and_asks_the_others_onc
     assert [entry["participants"] for entry in progress.history] == [list(NAMES)] * 2
     assert_moved(progress.state, initial(folder), by=6.0)
     assert grid.pushed == {"org-1": 2, "org-2": 7, "org-3": 2}
-    assert [event["organisations"] for event in told(folder, "awaiting_approval")] == [["org-2"], []]
+    assert [event["organizations"] for event in told(folder, "awaiting_approval")] == [["org-2"], []]
     assert dropped(progress) == [{}, {}]
     assert strikes_of(folder, progress.history) == {}
 
@@ -102,9 +102,9 @@ def test_who_has_yet_to_approve_is_named_in_status_and_report(new_run: NewRun) -
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.5}))
     play(folder, not_approved(folder, org_3=0))
     status = look(FederationFolder(folder.path.parent.parent), None)
-    [word] = [each.word for each in status.organisations if each.name == "org-3"]
+    [word] = [each.word for each in status.organizations if each.name == "org-3"]
     assert "approve" in word
-    write_report(summarise(folder, folder.load()), folder.path / "report.html")
+    write_report(summarize(folder, folder.load()), folder.path / "report.html")
     assert approvals.NOT_APPROVED.split(";")[0] in (folder.path / "report.html").read_text(encoding="utf-8")
 
 
@@ -150,7 +150,7 @@ def test_a_run_that_is_killed_while_it_waits_waits_again(new_run: NewRun) -> Non
     progress = play(again, grid)
     assert progress.history[0]["participants"] == list(NAMES)
     assert grid.pushed["org-3"] == 3
-    assert [event["organisations"] for event in told(folder, "awaiting_approval")] == [["org-3"], ["org-3"], []]
+    assert [event["organizations"] for event in told(folder, "awaiting_approval")] == [["org-3"], ["org-3"], []]
 
 
 def test_whoever_is_waited_for_beyond_the_deadline_gets_a_deadline_of_its_own(new_run: NewRun) -> None:

@@ -50,7 +50,7 @@ def everybody(*values: float) -> dict[str, Answer]:
 
 def noise(request: Request) -> Any:
     """Sums of such different sizes depend on their order."""
-    number = int(request.organisation[-1])
+    number = int(request.organization[-1])
     rng = np.random.default_rng([request.round, number])
     scale = 1000.0**number
     draws = {n: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * scale) for n, t in sorted(request.state.items())}
@@ -58,13 +58,13 @@ def noise(request: Request) -> Any:
 
 
 def dropped(progress: Progress) -> list[Mapping[str, str]]:
-    return [{each["organisation"]: each["reason"] for each in entry["dropped"]} for entry in progress.history]
+    return [{each["organization"]: each["reason"] for each in entry["dropped"]} for entry in progress.history]
 
 
 # --- who is asked
 
 
-def test_organisations_are_known_by_their_keys_wherever_their_nodes_are(new_run: NewRun) -> None:
+def test_organizations_are_known_by_their_keys_wherever_their_nodes_are(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2))
     progress = play(folder, wild(folder, everybody(1.0, 2.0, 6.0)))
     assert_moved(progress.state, initial(folder), by=6.0)
@@ -91,8 +91,8 @@ def test_whoever_was_revoked_is_not_asked_and_the_quorum_is_of_the_others(new_ru
     progress = play(folder, grid)
     assert [entry["left_out"] for entry in progress.history] == [[], ["org-3"]]
     assert progress.history[1]["participants"] == ["org-1", "org-2"]
-    assert told(folder, "organisation_left_out") == [
-        {"event": "organisation_left_out", "round": 2, "organisation": "org-3", "reason": "its invitation was revoked"}
+    assert told(folder, "organization_left_out") == [
+        {"event": "organization_left_out", "round": 2, "organization": "org-3", "reason": "its invitation was revoked"}
     ]
 
 
@@ -117,7 +117,7 @@ def test_a_quorum_that_does_not_come_ends_the_run_which_can_be_resumed(new_run: 
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0, "wait_seconds": 0.1}))
     grid = wild(folder, everybody(1.0, 1.0, 1.0))
     grid.offline = {"org-2"}
-    with pytest.raises(RunError, match=r"round 1 has 2 of 3 organisations connected after 0\.1 seconds.*at least 3.*org-2"):
+    with pytest.raises(RunError, match=r"round 1 has 2 of 3 organizations connected after 0\.1 seconds.*at least 3.*org-2"):
         play(folder, grid)
     assert sum(grid.pushed.values()) == 0  # nobody has trained for nothing
     grid.offline = set()
@@ -192,7 +192,7 @@ def test_whoever_connects_anew_again_and_again_is_asked_ten_times(new_run: NewRu
     assert grid.pushed["org-2"] == 10
 
 
-def test_an_organisation_that_answers_twice_counts_once(new_run: NewRun) -> None:
+def test_an_organization_that_answers_twice_counts_once(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     grid.delay = dict.fromkeys(NAMES, 0.2)
@@ -215,7 +215,7 @@ def test_a_lost_node_that_stays_away_is_absent(new_run: NewRun) -> None:
     ]
 
 
-def test_what_an_organisation_says_itself_is_final_and_no_strike(new_run: NewRun) -> None:
+def test_what_an_organization_says_itself_is_final_and_no_strike(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=4))
     grid = wild(folder, {**everybody(1.0, 3.0), "org-3": raises})
     progress = play(folder, grid)
@@ -306,7 +306,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(new_run: NewRun) -> None:
         grid = wild(folder, dict.fromkeys(NAMES, noise))
         grid.delay = {name: 0.08 * order.index(name) for name in NAMES}
         assert same(play(folder, grid).state, expected)
-        received = [event["organisation"] for event in told(folder, "update_received") if event["round"] == 1]
+        received = [event["organization"] for event in told(folder, "update_received") if event["round"] == 1]
         assert received == list(order)
         assert files(folder.path / "inbox") == []
 
@@ -339,7 +339,7 @@ def wrong_shape(request: Request) -> Any:
     return update(request, {"classifier.bias": torch.ones(3)})
 
 
-def test_after_so_many_refused_updates_an_organisation_is_left_out_also_by_a_run_that_was_resumed(new_run: NewRun) -> None:
+def test_after_so_many_refused_updates_an_organization_is_left_out_also_by_a_run_that_was_resumed(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=4, server={"strikes": 2}))
     tell = folder.events.tell
 
@@ -355,11 +355,11 @@ def test_after_so_many_refused_updates_an_organisation_is_left_out_also_by_a_run
     progress = play(again, wild(again, {**everybody(1.0, 1.0), "org-3": wrong_shape}))
     assert [entry["quarantined"] for entry in progress.history] == [["org-3"], ["org-3"], [], []]
     assert [entry["left_out"] for entry in progress.history] == [[], [], ["org-3"], ["org-3"]]
-    [left] = told(folder, "organisation_left_out")
+    [left] = told(folder, "organization_left_out")
     assert left == {
-        "event": "organisation_left_out",
+        "event": "organization_left_out",
         "round": 3,
-        "organisation": "org-3",
+        "organization": "org-3",
         "reason": "2 of its updates were refused, or did not come in time",
     }
 
@@ -413,7 +413,7 @@ def test_an_update_in_the_name_of_another_is_refused(new_run: NewRun) -> None:
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}))
 
     def poses(request: Request) -> Any:
-        return update(request, dict(request.state), organisation="org-1")
+        return update(request, dict(request.state), organization="org-1")
 
     progress = play(folder, wild(folder, {"org-1": adding(1.0), "org-2": poses}))
     assert dropped(progress) == [{"org-2": "it is from org-1, expected org-2"}]
@@ -483,7 +483,7 @@ def test_an_answer_far_larger_than_the_request_is_refused_unread(new_run: NewRun
     assert (folder.path / "quarantine" / event["file"]).is_file()
 
 
-def test_the_history_is_plain_json_in_the_order_of_the_organisations(new_run: NewRun) -> None:
+def test_the_history_is_plain_json_in_the_order_of_the_organizations(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1))
     grid = wild(folder, everybody(1.0, 1.0, 1.0))
     grid.delay = {"org-1": 0.1, "org-2": 0.05}

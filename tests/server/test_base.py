@@ -59,5 +59,5 @@ def test_a_member_names_its_own_copy_and_nothing_is_fetched_by_the_name(
     monkeypatch.chdir(place.parent)
     plan = fed.invitation.plan
     with pytest.raises(ModelError, match=r"is a folder that only its coordinator has.*--model FOLDER"):
-        find_base_here(plan, SiteFile(organisation="north"))
-    assert find_base_here(plan, SiteFile(organisation="north", base=place)).content_hash == plan.model.base_hash
+        find_base_here(plan, SiteFile(organization="north"))
+    assert find_base_here(plan, SiteFile(organization="north", base=place)).content_hash == plan.model.base_hash

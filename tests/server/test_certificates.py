@@ -1,4 +1,4 @@
-"""The certificates by real TLS handshakes, as an organisation's client would make them."""
+"""The certificates by real TLS handshakes, as an organization's client would make them."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("silent")
 def test_updates_are_clipped_and_divided_by_the_expected_number(new_run: NewRun) -> None:
-    """51 coordinates of 1 have the norm √51: clipped to 1 each is 1/√51. Of three organisations one stays away: K is 3 still."""
+    """51 coordinates of 1 have the norm √51: clipped to 1 each is 1/√51. Of three organizations one stays away: K is 3 still."""
     folder = private_run(new_run, "org-1", "org-2", "org-3", rounds=1)
     start = initial(folder)
     answers = {"org-1": adding(1.0, examples=1000), "org-2": adding(9.0, examples=1), "org-3": crashes_in_round(1)}
@@ -92,7 +92,7 @@ def test_the_noise_in_the_model_is_zc_over_k(new_run: NewRun) -> None:
 
 
 @pytest.mark.usefixtures("silent")
-def test_the_server_optimiser_comes_after_the_noise(new_run: NewRun) -> None:
+def test_the_server_optimizer_comes_after_the_noise(new_run: NewRun) -> None:
     strategy = {**UNIFORM, "server_optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.5}}
     folder = new_run("org-1", rounds=2, client_privacy={"clip_norm": 1.0}, strategy=strategy)
     start = initial(folder)

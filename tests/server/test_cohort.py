@@ -102,5 +102,5 @@ def test_a_damaged_file_leaves_the_roster_as_it_was(new_run: NewRun, content: by
 def test_before_the_first_round_it_is_who_is_asked_and_then_who_took_part_or_waited(new_run: NewRun) -> None:
     folder = new_run("a", "b")
     assert cohort_of(folder, (), ["a", "b"]) == ["a", "b"]
-    dropped = [{"organisation": "b", "reason": OTHER}, {"organisation": "c", "reason": WAITS}]
+    dropped = [{"organization": "b", "reason": OTHER}, {"organization": "c", "reason": WAITS}]
     assert cohort_of(folder, ({"participants": ["a"], "dropped": dropped},), ["a", "b", "c"]) == ["a", "c"]

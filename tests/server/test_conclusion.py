@@ -36,7 +36,7 @@ NOT_KNOWN = {
 
 
 def stating(*epsilon: float | None) -> Answer:
-    """An organisation that states an ε in each round; of a round without one, it does not train."""
+    """An organization that states an ε in each round; of a round without one, it does not train."""
 
     def answer(request: Request) -> Any:
         stated = epsilon[request.round - 1]
@@ -74,11 +74,11 @@ def played(tmp_path: Path, base_model: Base) -> Callable[..., RunFolder]:
     return play
 
 
-def test_of_organisations_it_knows_what_they_sent_and_stated(played: Callable[..., RunFolder]) -> None:
+def test_of_organizations_it_knows_what_they_sent_and_stated(played: Callable[..., RunFolder]) -> None:
     folder = played(privacy={"epsilon": 8.0})
     (folder.path / "delivered.json").write_text(json.dumps({"zurich": "2026-01-01T00:00:00+00:00"}))
     summary = conclude(folder)
-    zurich, basel = summary["organisations"]
+    zurich, basel = summary["organizations"]
     assert {key for key in zurich if zurich[key] is None} == NOT_KNOWN
     assert (zurich["epsilon_spent"], zurich["epsilon_allowed"], zurich["rounds"], zurich["dropped"]) == (2.5, 8.0, 2, 0)
     assert (basel["epsilon_spent"], basel["epsilon_allowed"], basel["rounds"], basel["dropped"]) == (0.75, 8.0, 1, 1)

@@ -45,14 +45,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def receipt(folder: RunFolder, **changes: str) -> Callable[[Request], Receipt]:
     def answer(request: Request) -> Receipt:
-        found = {"organisation": request.organisation, "plan_id": folder.plan.plan_id}
+        found = {"organization": request.organization, "plan_id": folder.plan.plan_id}
         return Receipt(**{**found, "received": received_digest(request.state, request.sent), **changes})
 
     return answer
 
 
 def receiving(folder: RunFolder, *seen: list[Request], **answers: Callable[[Request], Receipt]) -> WildGrid:
-    """Organisations that add 1 in each round and confirm the model."""
+    """Organizations that add 1 in each round and confirm the model."""
     grid = wild(folder, {name: adding(1.0) for name in NAMES})
     app: ClientApp = grid._app
 
@@ -61,9 +61,9 @@ def receiving(folder: RunFolder, *seen: list[Request], **answers: Callable[[Requ
         request = decode_request(detach(message.content)[0])
         for requests in seen:
             requests.append(request)
-        answer = answers.get(request.organisation.replace("-", "_"), receipt(folder))
+        answer = answers.get(request.organization.replace("-", "_"), receipt(folder))
         content = encode_receipt(answer(request))
-        countersign(content, message.content, request.organisation, PRIVATE[NAMES.index(request.organisation)], RECEIPT)
+        countersign(content, message.content, request.organization, PRIVATE[NAMES.index(request.organization)], RECEIPT)
         return Message(content, reply_to=message)
 
     return grid
@@ -78,12 +78,12 @@ def finished(new_run: NewRun, **changes: Any) -> RunFolder:
 def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun) -> None:
     folder, seen = finished(new_run), list[Request]()
     assert deliver(receiving(folder, seen), folder) == []
-    assert sorted(request.organisation for request in seen) == list(NAMES)
+    assert sorted(request.organization for request in seen) == list(NAMES)
     for request in seen:
         assert (request.round, request.plan, request.admitted) == (2, folder.plan.canonical(), 2)
         assert received_digest(request.state) == received_digest(folder.load().state)
     assert sorted(confirmed(folder)) == list(NAMES)
-    assert sorted(event["organisation"] for event in told(folder, "delivered")) == list(NAMES)
+    assert sorted(event["organization"] for event in told(folder, "delivered")) == list(NAMES)
     seen.clear()
     assert deliver(receiving(folder, seen), folder) == []
     assert seen == []
@@ -94,9 +94,9 @@ def test_whoever_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) -> 
     grid = receiving(folder)
     grid.offline = {"org-2"}
     assert deliver(grid, folder) == ["org-2"]
-    assert told(folder, "undelivered") == [{"event": "undelivered", "organisation": "org-2", "reason": "it was not connected"}]
+    assert told(folder, "undelivered") == [{"event": "undelivered", "organization": "org-2", "reason": "it was not connected"}]
     assert deliver(receiving(folder, seen), folder) == []
-    assert [request.organisation for request in seen] == ["org-2"]
+    assert [request.organization for request in seen] == ["org-2"]
     assert sorted(confirmed(folder)) == list(NAMES)
 
 
@@ -139,7 +139,7 @@ def test_one_that_is_silent_does_not_hold_up_the_end_and_gets_it_later(new_run: 
     folder, grid = silent(new_run)
     assert deliver(grid, folder) == ["org-2"]
     assert told(folder, "undelivered") == [
-        {"event": "undelivered", "organisation": "org-2", "reason": "it did not confirm in time"}
+        {"event": "undelivered", "organization": "org-2", "reason": "it did not confirm in time"}
     ]
     assert deliver(grid, folder) == ["org-2"]  # nor when the run is continued, and it is the only one
     assert deliver(receiving(folder), folder) == []
@@ -176,7 +176,7 @@ def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: Ne
 
     monkeypatch.setattr(grid, "get_nodes", away)
     assert deliver(grid, folder) == list(NAMES)
-    assert told(folder, "delivery_started") == [{"event": "delivery_started", "organisations": list(NAMES)}]
+    assert told(folder, "delivery_started") == [{"event": "delivery_started", "organizations": list(NAMES)}]
 
 
 def test_whoever_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
@@ -186,17 +186,17 @@ def test_whoever_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
     FederationFolder(folder.path.parent.parent).members.revoke("org-2")
     seen = list[Request]()
     assert deliver(receiving(folder, seen), folder) == []
-    assert {request.organisation: bool(request.state) for request in seen} == {"org-1": True, "org-3": False}
+    assert {request.organization: bool(request.state) for request in seen} == {"org-1": True, "org-3": False}
     assert set(confirmed(folder)) == {"org-1"}
 
 
-@pytest.mark.parametrize("change", [{"received": "0" * 64}, {"organisation": "org-2"}, {"plan_id": "0" * 64}])
+@pytest.mark.parametrize("change", [{"received": "0" * 64}, {"organization": "org-2"}, {"plan_id": "0" * 64}])
 def test_a_receipt_for_something_else_is_none(new_run: NewRun, change: dict[str, str]) -> None:
     folder = finished(new_run)
     assert deliver(receiving(folder, org_1=receipt(folder, **change)), folder) == ["org-1"]
     assert sorted(confirmed(folder)) == ["org-2", "org-3"]
     [event] = told(folder, "undelivered")
-    assert event["reason"] == "its receipt is for another model or organisation"
+    assert event["reason"] == "its receipt is for another model or organization"
 
 
 def test_one_that_cannot_is_shown_and_one_that_was_lost_is_asked_again(new_run: NewRun) -> None:
@@ -214,7 +214,7 @@ def test_one_that_cannot_is_shown_and_one_that_was_lost_is_asked_again(new_run: 
 def test_a_damaged_list_is_a_run_error(new_run: NewRun) -> None:
     folder = finished(new_run)
     (folder.path / "delivered.json").write_text("[]")
-    with pytest.raises(RunError, match=r"delivered\.json is damaged: expected organisations with times"):
+    with pytest.raises(RunError, match=r"delivered\.json is damaged: expected organizations with times"):
         confirmed(folder)
 
 
@@ -234,7 +234,7 @@ def test_the_app_plays_a_real_run_hands_the_model_out_and_does_so_again_for_whoe
     assert sorted(confirmed(folder)) == ["org-1", "org-2"]
     seen = list[Request]()
     main(receiving(folder, seen), context(folder))
-    assert [request.organisation for request in seen] == ["org-3"]
+    assert [request.organization for request in seen] == ["org-3"]
     assert json.loads((folder.path / "delivered.json").read_bytes()).keys() == set(NAMES)
 
 

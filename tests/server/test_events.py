@@ -19,9 +19,9 @@ from tests.server.wild import full_disk
 
 FIELDS = {
     "run_started": {"folder", "plan", "plan_id", "rounds", "resumed_after"},
-    "round_started": {"round", "stage", "organisations"},
-    "update_received": {"round", "organisation", "bytes", "steps", "epsilon"},
-    "update_dropped": {"round", "organisation", "reason"},
+    "round_started": {"round", "stage", "organizations"},
+    "update_received": {"round", "organization", "bytes", "steps", "epsilon"},
+    "update_dropped": {"round", "organization", "reason"},
     "round_finished": {
         *(
             "round",
@@ -62,12 +62,12 @@ def told(path: Path) -> list[dict[str, Any]]:
 
 
 def test_an_event_is_one_line_with_its_time_and_its_fields(path: Path) -> None:
-    Events(path).tell("round_started", round=3, organisations=["Zürich", 'a "quoted"\nname'], reason=None)
+    Events(path).tell("round_started", round=3, organizations=["Zürich", 'a "quoted"\nname'], reason=None)
     (line,) = path.read_text(encoding="utf-8").splitlines()
     event = json.loads(line)
     at = datetime.fromisoformat(event.pop("at"))
     assert at.utcoffset() == timedelta(0)
-    assert event == {"event": "round_started", "round": 3, "organisations": ["Zürich", 'a "quoted"\nname'], "reason": None}
+    assert event == {"event": "round_started", "round": 3, "organizations": ["Zürich", 'a "quoted"\nname'], "reason": None}
     assert told(path) == [event]
 
 
@@ -111,14 +111,14 @@ def test_wherever_the_cut_is_whole_events_are_read_and_the_file_goes_on(
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "events.jsonl"
     events = Events(path)
-    events.tell("first", organisation=name)
+    events.tell("first", organization=name)
     whole = len(path.read_bytes())
-    events.tell("second", organisation=f"Köln {name} 北京")
+    events.tell("second", organization=f"Köln {name} 北京")
     content = path.read_bytes()
     cut = min(whole + kept, len(content) - 2)  # somewhere in the second line
     path.write_bytes(content[:cut])
-    Events(path).tell("third", organisation=name)
-    assert told(path) == [{"event": "first", "organisation": name}, {"event": "third", "organisation": name}]
+    Events(path).tell("third", organization=name)
+    assert told(path) == [{"event": "first", "organization": name}, {"event": "third", "organization": name}]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n"])
@@ -177,7 +177,7 @@ def test_a_follower_hears_every_event_once_however_it_is_written(
 ) -> None:
     path = tmp_path_factory.mktemp("follow") / "events.jsonl"
     for name in names:
-        Events(path).tell("update_received", organisation=name)
+        Events(path).tell("update_received", organization=name)
     content, whole = path.read_bytes(), read_events(path)
     growing, heard, offset = path.with_name("growing.jsonl"), [], 0
     for end in [*sorted(cuts), len(content)]:

@@ -8,7 +8,7 @@ import pytest
 from cotune.errors import RunError
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
 
-CONFIG = ServerConfig(name="tumours", hosts=("fed.example.org", "10.0.0.7"), superlink_port=9100, database=False)
+CONFIG = ServerConfig(name="tumors", hosts=("fed.example.org", "10.0.0.7"), superlink_port=9100, database=False)
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

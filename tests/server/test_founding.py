@@ -57,7 +57,7 @@ def test_a_federation_is_a_folder_that_only_its_owner_reads(plan: Callable[..., 
         certificates.check(made.certificates, host)
 
 
-def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organisations_get(
+def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organizations_get(
     plan: Callable[..., Plan], tmp_path: Path
 ) -> None:
     wanted = plan()
@@ -148,7 +148,7 @@ def test_a_place_that_cannot_hold_a_folder_is_one_sentence(plan: Callable[..., P
         found(tmp_path / "file" / "fed", plan(), config())
 
 
-def test_a_renewed_certificate_needs_nothing_of_organisations(plan: Callable[..., Plan], tmp_path: Path) -> None:
+def test_a_renewed_certificate_needs_nothing_of_organizations(plan: Callable[..., Plan], tmp_path: Path) -> None:
     made = found(tmp_path / "fed", plan(), config())
     authority, key, handed_out, shown = (
         (made.path / name).read_bytes()

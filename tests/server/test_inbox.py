@@ -21,7 +21,7 @@ def update(name: str) -> Update:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(came=st.permutations(ORDER), silent=st.sets(st.sampled_from(ORDER)), never=st.sets(st.sampled_from(ORDER)))
-def test_updates_come_out_in_the_order_of_the_organisations(
+def test_updates_come_out_in_the_order_of_the_organizations(
     tmp_path: Path, came: list[str], silent: set[str], never: set[str]
 ) -> None:
     turns = Turns(ORDER, Inbox(tmp_path / "inbox"))
@@ -30,8 +30,8 @@ def test_updates_come_out_in_the_order_of_the_organisations(
         if name not in never:
             out += list(turns.settle(name, None if name in silent else update(name)))
     out += list(turns.rest())
-    assert [one.organisation for one in out] == [name for name in ORDER if name not in silent | never]
-    assert all(float(one.delta["w"]) == ord(one.organisation) for one in out)
+    assert [one.organization for one in out] == [name for name in ORDER if name not in silent | never]
+    assert all(float(one.delta["w"]) == ord(one.organization) for one in out)
     assert files(tmp_path / "inbox") == []
 
 
@@ -39,7 +39,7 @@ def test_in_their_order_nothing_touches_the_disk(tmp_path: Path) -> None:
     turns = Turns(ORDER, Inbox(tmp_path / "inbox"))
     for name in ORDER:
         [one] = turns.settle(name, update(name))
-        assert one.organisation == name
+        assert one.organization == name
     assert not (tmp_path / "inbox").exists()
 
 

@@ -58,8 +58,8 @@ def test_a_late_update_counts_less_and_after_those_of_the_round(new_run: NewRun)
     weight = 30 / math.sqrt(2)
     second = (10 * 1 + 30 * 5 + weight * -4) / (40 + weight)
     assert_moved(progress.state, initial(folder), by=1 + second)
-    assert [entry["late"] for entry in progress.history] == [[], [{"organisation": "org-2", "round": 1}]]
-    assert progress.history[0]["dropped"] == [{"organisation": "org-2", "reason": "no reply within 1 seconds"}]
+    assert [entry["late"] for entry in progress.history] == [[], [{"organization": "org-2", "round": 1}]]
+    assert progress.history[0]["dropped"] == [{"organization": "org-2", "reason": "no reply within 1 seconds"}]
     assert all(1.9 < ttl <= 2.0 for ttl in grid.ttls["org-2"])
 
 
@@ -97,7 +97,7 @@ def test_an_ignored_late_update_that_is_seen_is_told_of(new_run: NewRun, monkeyp
     grid.on_push = releases
     assert_moved(play(folder, grid).state, initial(folder), by=2.0)
     assert told(folder, "late_update_ignored") == [
-        {"event": "late_update_ignored", "round": 2, "organisation": "org-2", "of_round": 1}
+        {"event": "late_update_ignored", "round": 2, "organization": "org-2", "of_round": 1}
     ]
 
 
@@ -116,7 +116,7 @@ TABLE = {"model": {"base": "b"}, "data": {"source": "d"}, "privacy": "none", "se
         ({"train": "lora", "lora": {"smaller_ranks": True}}, "adapters of different ranks"),
         (
             {"client_privacy": {"epsilon": 8.0}, "strategy": {"weighting": "uniform"}},
-            'cannot be had with client_privacy, which bounds what an organisation adds to one round: expected late = "ignore"',
+            'cannot be had with client_privacy, which bounds what an organization adds to one round: expected late = "ignore"',
         ),
     ],
 )
@@ -149,4 +149,4 @@ def test_a_late_update_that_comes_twice_is_folded_in_once(new_run: NewRun) -> No
     assert grid.pushed["org-2"] == 3
     weight = 30 / math.sqrt(2)
     assert_moved(progress.state, initial(folder), by=1 + (10 * 1 + 30 * 5 + weight * -4) / (40 + weight))
-    assert [entry["late"] for entry in progress.history] == [[], [{"organisation": "org-2", "round": 1}]]
+    assert [entry["late"] for entry in progress.history] == [[], [{"organization": "org-2", "round": 1}]]

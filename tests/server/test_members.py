@@ -37,14 +37,14 @@ def test_the_same_invitation_again_changes_nothing_but_the_range(tmp_path: Path)
     assert [member.invited for member in members.all()] == [first.invited]
 
 
-def test_a_name_and_a_key_belong_to_one_organisation(tmp_path: Path) -> None:
+def test_a_name_and_a_key_belong_to_one_organization(tmp_path: Path) -> None:
     members = Members(tmp_path / "members.json")
     members.invite("a", KEYS[0])
     with pytest.raises(RunError, match=r"^this key is that of a: expected another for b"):
         members.invite("b", KEYS[0])
     with pytest.raises(RunError, match=r"^a has another key already: revoke it first"):
         members.invite("a", KEYS[1])
-    with pytest.raises(PlanError, match="cannot be the name of an organisation"):
+    with pytest.raises(PlanError, match="cannot be the name of an organization"):
         members.invite("../a", KEYS[1])
     with pytest.raises(RunError, match=r"^'c' is not a member: expected one of: a$"):
         members.revoke("c")
@@ -123,5 +123,5 @@ def test_a_public_key_is_read_without_its_comment(tmp_path: Path) -> None:
 )
 def test_what_is_no_key_of_a_node_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "node.pub").write_text(content, encoding="utf-8")
-    with pytest.raises(RunError, match="is not the public key of an organisation"):
+    with pytest.raises(RunError, match="is not the public key of an organization"):
         read_public_key(tmp_path / "node.pub")

@@ -52,7 +52,7 @@ def test_overrides_make_another_plan_and_a_name_another_folder(tmp_path: Path, b
     ("names", "changes", "overrides", "name", "sentence"),
     [
         ((), {}, [], None, "no members: invite one first"),
-        (("a",), {"server": {"sample_size": 2}}, [], None, "sample_size = 2 and 1 organisations"),
+        (("a",), {"server": {"sample_size": 2}}, [], None, "sample_size = 2 and 1 organizations"),
         (("a", "b"), {}, ["strategy.fusion=krum"], None, "krum"),
         (("a",), {}, ["strategy=greedy_soup", "validation_fraction=0.1"], None, "judges updates by records of the server"),
         (("a",), {}, ["roundz=3"], None, "did you mean 'rounds'"),

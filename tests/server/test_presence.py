@@ -70,7 +70,7 @@ def test_whoever_leaves_during_a_round_is_reported_so(new_run: NewRun) -> None:
     progress = play(folder, grid)
     assert progress.history[0]["absent"] == ["org-2"]
     assert dropped(progress) == [{"org-2": LEFT}]
-    assert told(folder, "organisation_left") == [{"event": "organisation_left", "organisation": "org-2"}]
+    assert told(folder, "organization_left") == [{"event": "organization_left", "organization": "org-2"}]
 
 
 def test_it_is_asked_when_it_joins_anew(new_run: NewRun) -> None:
@@ -86,7 +86,7 @@ def test_it_is_asked_when_it_joins_anew(new_run: NewRun) -> None:
 
     def joins(event: str, **fields: str) -> None:
         tell(event, **fields)
-        if event == "organisation_left":
+        if event == "organization_left":
             grid.left.clear()
 
     grid.on_push = leaves

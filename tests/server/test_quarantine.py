@@ -16,7 +16,7 @@ from tests.server.wild import files
 
 def message(**arrays: bytes) -> RecordDict:
     held = {name: Array("float32", (len(data),), "numpy.ndarray", data) for name, data in arrays.items()}
-    header = ConfigRecord({"organisation": "x" * 5000, "round": 3, "raw": b"\x00", "list": [1, 2]})
+    header = ConfigRecord({"organization": "x" * 5000, "round": 3, "raw": b"\x00", "list": [1, 2]})
     return RecordDict({"delta": ArrayRecord(held), "update": header, "noise": MetricRecord({"a": 1.5})})
 
 
@@ -32,13 +32,13 @@ def test_every_byte_is_kept_as_it_came_beside_what_was_wrong(tmp_path: Path) -> 
     assert name == "round-00003-Zürich.safetensors"
     arrays, about = read(tmp_path / name)
     assert arrays == {"delta/a": b"\x80\x04N.", "delta/b": b""}
-    assert (about["organisation"], about["round"], about["reason"]) == ("Zürich", 3, "it cannot be read")
+    assert (about["organization"], about["round"], about["reason"]) == ("Zürich", 3, "it cannot be read")
     assert about["sha256"] == hashlib.sha256(b"delta/a\x80\x04N.delta/b").hexdigest()
     assert about["arrays"] == ["delta/a: float32 (4,) numpy.ndarray", "delta/b: float32 (0,) numpy.ndarray"]
     records = about["records"]
     assert isinstance(records, dict)
     assert records["noise"] == {"a": "1.5"}
-    assert len(records["update"]["organisation"]) == 200
+    assert len(records["update"]["organization"]) == 200
     assert {key: records["update"][key] for key in ("round", "raw", "list")} == {
         "round": "3",
         "raw": "b'\\x00'",
@@ -64,7 +64,7 @@ def test_of_what_is_too_large_the_description_alone_is_kept(tmp_path: Path, monk
         assert about["bytes"] == len(data) + 4
 
 
-def test_of_each_organisation_the_last_ten_stay(tmp_path: Path) -> None:
+def test_of_each_organization_the_last_ten_stay(tmp_path: Path) -> None:
     kept = Quarantine(tmp_path)
     for round in range(1, 13):
         kept.keep(message(a=b"1"), "[a]", round, "x")

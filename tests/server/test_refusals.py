@@ -100,14 +100,14 @@ def events(tmp_path: Path, file: Path) -> Iterator[Events]:
 
 def told(events: Events) -> list[tuple[str, int, str]]:
     found = [event for event in read_events(events.path) if event["event"] == "messages_refused"]
-    return [(event["organisation"], event["count"], event["reason"]) for event in found]
+    return [(event["organization"], event["count"], event["reason"]) for event in found]
 
 
 def test_the_run_names_whoever_was_refused_since_it_looked_last(file: Path, events: Events) -> None:
     noted(file, "south", 2, "its tree holds an object that the server has sent")
-    events.tell("update_received", round=1, organisation="north")
+    events.tell("update_received", round=1, organization="north")
     assert told(events) == []
-    events.tell("update_dropped", round=1, organisation="south", reason="no reply")
+    events.tell("update_dropped", round=1, organization="south", reason="no reply")
     assert told(events) == [("south", 2, "its tree holds an object that the server has sent")]
     noted(file, "south", 3, "it replies to nothing")
     noted(file, "north", 1, "it is no announcement")

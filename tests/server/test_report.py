@@ -39,7 +39,7 @@ def choices(alone: float, adapted: float, records: int) -> Summary:
     }  # fmt: skip
 
 
-def organisation(
+def organization(
     name: str, alone: float, spent: float, labels: dict[str, int], adapted: float = 0.75, answer: str = "yes"
 ) -> Summary:
     own, difference = choices(alone, adapted, 1500), adapted - alone - 0.01
@@ -75,10 +75,10 @@ def one_round(number: int, stage: str, accuracy: float | None, spent: float) -> 
 
 @pytest.fixture
 def summary() -> Summary:
-    """A finished, staged, private run of two organisations with both baselines."""
-    organisations = [
-        organisation("org-1", 0.70, 7.98, {"negative": 5000, "neutral": 1000, "positive": 4000}),
-        organisation("org-2", 0.644, 6.5, {"negative": 100, "neutral": 200, "positive": 100}),
+    """A finished, staged, private run of two organizations with both baselines."""
+    organizations = [
+        organization("org-1", 0.70, 7.98, {"negative": 5000, "neutral": 1000, "positive": 4000}),
+        organization("org-2", 0.644, 6.5, {"negative": 100, "neutral": 200, "positive": 100}),
     ]
     return {
         "schema": 1, "run": "20261122-101500-tweets", "plan": "tweets", "plan_id": "ab" * 32,
@@ -92,13 +92,13 @@ def summary() -> Summary:
         "test": {
             "examples": 5586,
             "majority": scores(0.448, 0.149, 0.333, 0.206),
-            "alone": {"mean": scores(0.672, 0.651, 0.639, 0.642), "each": {o["name"]: o["alone"] for o in organisations}},
+            "alone": {"mean": scores(0.672, 0.651, 0.639, 0.642), "each": {o["name"]: o["alone"] for o in organizations}},
             "alone_without_privacy": {"mean": scores(0.69, 0.68, 0.67, 0.66), "each": {}},
             "federated": scores(0.734, 0.713, 0.701, 0.704),
             "adapted": {"mean": scores(0.7, 0.69, 0.68, 0.67), "each": {}},
             "pooled": scores(0.745, 0.724, 0.712, 0.715),
         },
-        "organisations": organisations,
+        "organizations": organizations,
         "rounds": [one_round(1, "head", 0.55, 3.1), one_round(2, "head", None, 4.0), one_round(3, "lora", 0.734, 6.5)],
         "bytes": {"up": 27720, "down": 28272000}, "seconds": 100.0, "peak_memory_bytes": 2_000_000_000,
         "versions": {"cotune": "0.1.0", "torch": "2.11.0"}, "reproduce": ["cotune simulate plan.toml --set a=1"],
@@ -108,7 +108,7 @@ def summary() -> Summary:
 @pytest.fixture
 def without_privacy(summary: Summary) -> Summary:
     summary["privacy"] |= {"mode": "none", "epsilon": None, "delta": None, "clip_norm": None}
-    for each in summary["organisations"]:
+    for each in summary["organizations"]:
         each |= dict.fromkeys(["epsilon_spent", "epsilon_allowed", "delta", "noise_multiplier"])
     for each in summary["rounds"]:
         each["epsilon"] = {}
@@ -179,18 +179,18 @@ def test_the_same_summary_makes_the_same_page(summary: Summary) -> None:
 
 def test_it_names_the_run(summary: Summary) -> None:
     page = read(summary)
-    for words in ("tweets", "20261122-101500-tweets", "2026-11-22 10:15 UTC", "2 organisations"):
+    for words in ("tweets", "20261122-101500-tweets", "2026-11-22 10:15 UTC", "2 organizations"):
         assert words in page.text
 
 
 def test_the_verdict_is_about_own_records(summary: Summary) -> None:
     text = read(summary).text
-    assert "Yes: each on its own held-out records, joining is better than training alone for 2 of 2 organisations" in text
+    assert "Yes: each on its own held-out records, joining is better than training alone for 2 of 2 organizations" in text
     assert "from +4.0 to +9.6 points of accuracy." in text  # 75.0 against 71.0, and against 65.4
     for said in ("alone with the same privacy 67.2 %", "alone without privacy 68.2 %", "federated and adapted 75.1 %"):
         assert said in text
     assert "±1.2 points" in text  # 1.96 √(0.734 × 0.266 / 5586) = 0.0116
-    assert "the most that any organisation spent is 7.98" in text
+    assert "the most that any organization spent is 7.98" in text
     assert "--vary partition=" in text
 
 
@@ -202,20 +202,20 @@ def test_some_who_lose_are_not_outvoted(summary: Summary, yes: int, no: int, clo
     summary["worth"] = worth(yes, no, close)
     found = judge(summary)
     assert found.answer == answer
-    assert f"for {yes} of 2 organisations, worse for {no} and too close to tell for {close}" in found.sentence
+    assert f"for {yes} of 2 organizations, worse for {no} and too close to tell for {close}" in found.sentence
 
 
 def test_a_gain_on_mixed_records_does_not_hide_a_loss_on_own_ones(summary: Summary) -> None:
     """What the report said before: the federated model is far above alone on everybody's records."""
     summary["worth"] = worth(no=2)
-    for each in summary["organisations"]:
+    for each in summary["organizations"]:
         each["worth"] |= {"answer": "no", "difference": -0.05}
     assert summary["test"]["federated"]["accuracy"] > summary["test"]["alone"]["mean"]["accuracy"] + 0.05
     assert judge(summary).answer == "No"
 
 
 def test_few_records_and_a_natural_partition_are_said(summary: Summary) -> None:
-    summary["organisations"][1]["worth"]["few"] = True
+    summary["organizations"][1]["worth"]["few"] = True
     summary["partition"] = "column:hospital"
     text = read(summary).text
     assert "fewer than 200 test records" in text
@@ -225,8 +225,8 @@ def test_few_records_and_a_natural_partition_are_said(summary: Summary) -> None:
 def test_the_table_holds_every_number(summary: Summary) -> None:
     page = read(summary)
     assert page.row("Majority class") == ["44.8 %", "14.9 %", "33.3 %", "20.6 %"]
-    assert page.row("Each organisation alone (mean, same privacy)") == ["67.2 %", "65.1 %", "63.9 %", "64.2 %"]
-    assert page.row("Each organisation alone (mean, without privacy)") == ["69.0 %", "68.0 %", "67.0 %", "66.0 %"]
+    assert page.row("Each organization alone (mean, same privacy)") == ["67.2 %", "65.1 %", "63.9 %", "64.2 %"]
+    assert page.row("Each organization alone (mean, without privacy)") == ["69.0 %", "68.0 %", "67.0 %", "66.0 %"]
     assert page.row("Federated, adapted by each (mean)") == ["70.0 %", "69.0 %", "68.0 %", "67.0 %"]
     assert page.row("Federated (this run)") == ["73.4 %", "71.3 %", "70.1 %", "70.4 %"]
     assert page.row("All data pooled, without privacy (the bound)") == ["74.5 %", "72.4 %", "71.2 %", "71.5 %"]
@@ -237,7 +237,7 @@ def unmeasured(summary: Summary) -> None:
     """Without baselines."""
     summary["test"] |= {"alone": None, "pooled": None, "alone_without_privacy": None, "adapted": None}
     summary["worth"] = None
-    for each in summary["organisations"]:
+    for each in summary["organizations"]:
         each |= {"alone": None, "gain": None, "worth": None, "adaptation": None}
         for key in ("own", "common"):
             each[key] |= {"alone": None, "alone_without_privacy": None, "adapted": None}
@@ -248,16 +248,16 @@ def test_missing_baselines_are_left_out_with_a_note(summary: Summary) -> None:
     page = read(summary)
     assert (
         "Measured: the federated model reaches 73.4 % accuracy, 28.6 points above always giving the most frequent label; "
-        "what the organisations reach alone was not measured." in page.text
+        "what the organizations reach alone was not measured." in page.text
     )
-    assert "Not measured in this run: Each organisation alone" in page.text
+    assert "Not measured in this run: Each organization alone" in page.text
     assert "Not measured in this run: All data pooled" in page.text
-    assert not [row for row in page.rows if row[0].startswith(("Each organisation", "All data"))]
+    assert not [row for row in page.rows if row[0].startswith(("Each organization", "All data"))]
     assert page.row("org-1")[:2] == ["–", "–"]
     assert len(page.row("org-1")) == 5  # the answer and the difference, majority, federated, and the number of records
 
 
-def test_each_organisation_has_its_row(summary: Summary) -> None:
+def test_each_organization_has_its_row(summary: Summary) -> None:
     page = read(summary)
     own, common, contributed, _ = (row[1:] for row in page.rows if row[0] == "org-1")
     assert own[:2] == ["yes", "+4.0 +2.0 to +6.0 p = 0.012"]
@@ -274,8 +274,8 @@ def test_each_organisation_has_its_row(summary: Summary) -> None:
 
 
 def test_a_loss_and_an_overspent_budget_are_not_hidden(summary: Summary) -> None:
-    summary["organisations"][0] |= {"epsilon_spent": 8.001}
-    summary["organisations"][0]["worth"] |= {"answer": "no", "difference": -0.011}
+    summary["organizations"][0] |= {"epsilon_spent": 8.001}
+    summary["organizations"][0]["worth"] |= {"answer": "no", "difference": -0.011}
     summary["worth"] = worth(yes=1, no=1)
     page = read(summary)
     assert page.row("org-1")[0] == "no"
@@ -285,28 +285,28 @@ def test_a_loss_and_an_overspent_budget_are_not_hidden(summary: Summary) -> None
     assert "from −1.1 to +9.6 points" in page.text
 
 
-def test_an_organisation_without_labelled_examples_has_an_empty_bar(summary: Summary) -> None:
-    summary["organisations"][1] |= {"examples": 0, "labels": {}}
+def test_an_organization_without_labeled_examples_has_an_empty_bar(summary: Summary) -> None:
+    summary["organizations"][1] |= {"examples": 0, "labels": {}}
     assert ["org-2", "0", ""] in [row[:3] for row in read(summary).rows]
 
 
-def test_many_labels_and_organisations_share_the_colours(summary: Summary) -> None:
+def test_many_labels_and_organizations_share_the_colors(summary: Summary) -> None:
     labels = {f"intent-{i}": 10 + i for i in range(20)}
     summary |= {
         "labels": list(labels),
-        "organisations": [organisation(f"org-{i}", 0.7, 5 + i / 10, labels) for i in range(1, 11)],
+        "organizations": [organization(f"org-{i}", 0.7, 5 + i / 10, labels) for i in range(1, 11)],
     }
     page = read(summary)
     assert "15 others" in page.text
     assert "intent-19" in page.text
-    assert "each of 10 organisations at most 6.00" in page.text
+    assert "each of 10 organizations at most 6.00" in page.text
 
 
 def test_a_dropped_update_is_shown_with_its_reason(summary: Summary) -> None:
     assert "None: every update that was sent was used." in read(summary).text
-    summary["rounds"][1]["dropped"] = [{"organisation": "org-2", "reason": "norm 41.2, expected at most 10"}]
+    summary["rounds"][1]["dropped"] = [{"organization": "org-2", "reason": "norm 41.2, expected at most 10"}]
     assert "Round 2, org-2 : norm 41.2, expected at most 10" in read(summary).text
-    summary["rounds"][0]["dropped"] = [{"organisation": "org-2", "reason": "norm 41.2, expected at most 10"}]
+    summary["rounds"][0]["dropped"] = [{"organization": "org-2", "reason": "norm 41.2, expected at most 10"}]
     assert "Rounds 1, 2, org-2 : norm 41.2, expected at most 10" in read(summary).text
 
 
@@ -369,10 +369,10 @@ def test_every_place_in_a_chart_is_inside_it(summary: Summary, rounds: int) -> N
 
 def test_hostile_names_stay_text(summary: Summary) -> None:
     hostile = "<script>alert(1)</script>\"' onload=alert(1) {{ 7 * 7 }}"
-    summary["organisations"][0]["name"] = hostile
+    summary["organizations"][0]["name"] = hostile
     summary["labels"][0] = hostile
-    summary["organisations"][0]["labels"][hostile] = summary["organisations"][0]["labels"].pop("negative")
-    summary["rounds"][0] |= {"epsilon": {hostile: 1.0}, "dropped": [{"organisation": hostile, "reason": hostile}]}
+    summary["organizations"][0]["labels"][hostile] = summary["organizations"][0]["labels"].pop("negative")
+    summary["rounds"][0] |= {"epsilon": {hostile: 1.0}, "dropped": [{"organization": hostile, "reason": hostile}]}
     summary |= {"plan": hostile, "run": hostile, "engine": hostile, "reproduce": [hostile], "versions": {hostile: hostile}}
     html = render_report(summary)
     assert "<script" not in html
@@ -442,10 +442,10 @@ def test_the_examples_in_the_docstrings_hold() -> None:
 
 
 def test_client_level_privacy_is_stated_beside_the_other(summary: Summary) -> None:
-    summary["client_privacy"] = {"statement": ["Of the whole <organisation>."]}
+    summary["client_privacy"] = {"statement": ["Of the whole <organization>."]}
     page = render_report(summary)
-    assert "Of an organisation as a whole" in page
-    assert "Of the whole &lt;organisation&gt;." in page
+    assert "Of an organization as a whole" in page
+    assert "Of the whole &lt;organization&gt;." in page
     assert "First part." in page
 
 
@@ -464,16 +464,16 @@ def test_a_stopped_run_says_why(summary: Summary) -> None:
     assert "Round 4 would exceed the client-level ε = 3." in page
 
 
-def test_models_that_only_their_organisations_see_are_not_judged(summary: Summary) -> None:
+def test_models_that_only_their_organizations_see_are_not_judged(summary: Summary) -> None:
     summary["test"] |= dict.fromkeys(["majority", "alone", "alone_without_privacy", "federated", "adapted", "pooled"])
     verdict = judge(summary)
     assert verdict.answer == "Not measured"
-    assert verdict.sentence == "every organisation has a model of its own, and how good it is only the organisation can see."
+    assert verdict.sentence == "every organization has a model of its own, and how good it is only the organization can see."
 
 
 def test_a_real_run_of_many_classes_has_a_report(summary: Summary) -> None:
     summary |= {"engine": "superlink", "labels": [f"class {i}" for i in range(40)]}
-    for each in summary["organisations"]:
+    for each in summary["organizations"]:
         each |= {"labels": None, "examples": None, "bytes_up": 4620, "dropped": 0}
         each |= {"quarantined": 1, "left_out": True, "delivered": False}
         each |= dict.fromkeys(["alone", "gain", "own", "common", "worth", "adaptation"])
@@ -488,7 +488,7 @@ def test_a_real_run_of_many_classes_has_a_report(summary: Summary) -> None:
 def test_a_real_run_says_how_many_organizations_are_in_its_model(summary: Summary, rounds: tuple[int, int], part: int) -> None:
     """Whoever was struck out or declined every round has no part in it: the page says so in its first lines."""
     summary |= {"engine": "superlink", "worth": None, "partition": None}
-    for each, taken in zip(summary["organisations"], rounds, strict=True):
+    for each, taken in zip(summary["organizations"], rounds, strict=True):
         each |= {"rounds": taken, "labels": None, "examples": None, "bytes_up": 0, "dropped": 2 - taken}
         each |= {"quarantined": 0, "left_out": False, "delivered": True}
         each |= dict.fromkeys(["alone", "gain", "own", "common", "worth", "adaptation"])

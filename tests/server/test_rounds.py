@@ -51,7 +51,7 @@ def same(one: State, other: State) -> bool:
 # --- what a round computes
 
 
-def test_fedavg_of_two_organisations_with_unequal_weights(new_run: NewRun) -> None:
+def test_fedavg_of_two_organizations_with_unequal_weights(new_run: NewRun) -> None:
     """By hand: (10 · 1 + 30 · (−3)) / 40 = −2 in each round."""
     folder = new_run("org-1", "org-2", rounds=2)
     start = initial(folder)
@@ -84,19 +84,19 @@ def test_server_momentum_is_kept_in_the_checkpoint(new_run: NewRun) -> None:
     assert_moved(play(folder, {"org-1": adding(1.0)}).state, start, by=2.125)
 
 
-def test_every_organisation_gets_the_state_of_the_round_before(new_run: NewRun) -> None:
+def test_every_organization_gets_the_state_of_the_round_before(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", rounds=3)
     start, seen = initial(folder), defaultdict[str, list[Request]](list)
 
     def remembers(request: Request) -> Any:
-        seen[request.organisation].append(request)
+        seen[request.organization].append(request)
         return adding(1.0)(request)
 
     play(folder, {"org-1": remembers, "org-2": remembers})
     for name, requests in seen.items():
         assert [request.round for request in requests] == [1, 2, 3]
         for i, request in enumerate(requests):
-            assert (request.plan, request.organisation) == (folder.plan.canonical(), name)
+            assert (request.plan, request.organization) == (folder.plan.canonical(), name)
             assert_moved(dict(request.state), start, by=float(i))
 
 
@@ -143,7 +143,7 @@ def test_the_history_holds_what_happened(new_run: NewRun) -> None:
     assert 2 * (arrays + len(folder.plan.canonical())) < first["bytes_down"] < 2 * (arrays + len(folder.plan.canonical()) + 1000)
 
 
-def test_fewer_nodes_serve_several_organisations_each(new_run: NewRun) -> None:
+def test_fewer_nodes_serve_several_organizations_each(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", "org-3", rounds=1)
     start = initial(folder)
     answers = {"org-1": adding(1.0), "org-2": adding(2.0), "org-3": adding(6.0)}
@@ -152,7 +152,7 @@ def test_fewer_nodes_serve_several_organisations_each(new_run: NewRun) -> None:
     assert_moved(run_rounds(two, folder, model_of(folder.plan), lambda state: None).state, start, by=3.0)
 
 
-def test_organisations_that_are_not_simulated_have_no_site_in_their_requests(new_run: NewRun) -> None:
+def test_organizations_that_are_not_simulated_have_no_site_in_their_requests(new_run: NewRun) -> None:
     simulated = new_run("org-1", rounds=1)
     file = RunFile(run="real", created="2026-01-01T00:00:00+00:00", engine="flower", participants=(Participant(name="org-1"),))
     folder = RunFolder.create(simulated.path.parent / "real", simulated.plan, file)
@@ -212,7 +212,7 @@ class Delayed(InProcessGrid):
         ready = []
         for number in message_ids:
             message = self._pending.get(number)
-            name = str(message.content.config_records["request"]["organisation"]) if message else ""
+            name = str(message.content.config_records["request"]["organization"]) if message else ""
             waits = self.order.index(name) if name in self.order else 0
             if name not in self.never and self.pulls > waits:
                 ready.append(number)
@@ -223,10 +223,10 @@ def test_the_order_of_the_replies_does_not_change_a_bit_of_the_result(new_run: N
     names = ("org-1", "org-2", "org-3")
 
     def random(request: Request) -> Any:
-        rng = np.random.default_rng([request.round, int(request.organisation[-1])])
-        scale = 10.0 ** (3 * int(request.organisation[-1]))  # sums of such different sizes depend on their order
+        rng = np.random.default_rng([request.round, int(request.organization[-1])])
+        scale = 10.0 ** (3 * int(request.organization[-1]))  # sums of such different sizes depend on their order
         noise = {name: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * scale) for name, t in request.state.items()}
-        return update(request, noise, examples=int(request.organisation[-1]) * 7)
+        return update(request, noise, examples=int(request.organization[-1]) * 7)
 
     monkeypatch.setattr(post, "_POLL_SECONDS", 0.001)
     results = []
@@ -276,7 +276,7 @@ def record(request: Request, arrays: Mapping[str, Array] | None = None, **fields
         ),
     ],
 )
-def test_no_number_that_an_organisation_states_ends_the_run(
+def test_no_number_that_an_organization_states_ends_the_run(
     new_run: NewRun, strategy: Any, harm: dict[str, Any], reason: str
 ) -> None:
     told = {"loss": 1.0} if "told" in harm else {}  # what the strategy asks for, and nothing else
@@ -290,7 +290,7 @@ def test_no_number_that_an_organisation_states_ends_the_run(
     folder = new_run("org-1", "org-2", rounds=1, strategy=strategy)
     [entry] = play(folder, {"org-1": honest, "org-2": hostile}).history
     assert entry["participants"] == ["org-1"]
-    assert entry["dropped"] == [{"organisation": "org-2", "reason": reason}]
+    assert entry["dropped"] == [{"organization": "org-2", "reason": reason}]
 
 
 PLAN_ID: list[str] = []  # of the run under test
@@ -306,7 +306,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "huge": (lambda r: update(r, {n: 1e6 * t for n, t in ones(r).items()}), "expected at most 10000"),
     "other plan": (lambda r: record(r, plan_id="0" * 64), "an update for plan 000000000000 came"),
     "other round": (lambda r: update(r, ones(r), round=r.round + 1), "it is for round"),
-    "other name": (lambda r: update(r, ones(r), organisation="good-1"), "it is from good-1, expected bad"),
+    "other name": (lambda r: update(r, ones(r), organization="good-1"), "it is from good-1, expected bad"),
     "no examples": (lambda r: update(r, ones(r), examples=0), "it declares 0 examples"),
     "protocol": (lambda r: record(r, protocol=99), "protocol 99 came, expected 5"),
     "type": (lambda r: record(r, examples="many"), "examples = 'many': expected int"),
@@ -332,12 +332,12 @@ def test_a_bad_update_is_dropped_with_its_reason_and_the_round_goes_on(new_run: 
     for entry in progress.history:
         assert entry["participants"] == ["good-1", "good-2"]
         (dropped,) = entry["dropped"]
-        assert dropped["organisation"] == "bad"
+        assert dropped["organization"] == "bad"
         assert reason in dropped["reason"]
     told = [
         event for event in read_events(folder.path / "events.jsonl") if event["event"] in ("update_dropped", "update_quarantined")
     ]
-    assert [(event["round"], event["organisation"], event["reason"]) for event in told] == [
+    assert [(event["round"], event["organization"], event["reason"]) for event in told] == [
         (entry["round"], "bad", entry["dropped"][0]["reason"]) for entry in progress.history
     ]
 
@@ -350,14 +350,14 @@ def test_an_update_as_the_wire_test_helper_makes_it_is_good(new_run: NewRun) -> 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_whatever_epsilon_an_organisation_states_history_and_events_stay_valid_json(new_run: NewRun, value: float) -> None:
+def test_whatever_epsilon_an_organization_states_history_and_events_stay_valid_json(new_run: NewRun, value: float) -> None:
     def states(request: Request) -> Any:
         return record(request, epsilon=value)
 
     folder = new_run("org-1", "org-2", rounds=1)
     PLAN_ID[:] = [folder.plan.plan_id]
     progress = play(folder, {"org-1": adding(1.0), "org-2": states})
-    assert [d["organisation"] for d in progress.history[0]["dropped"]] == ["org-2"]
+    assert [d["organization"] for d in progress.history[0]["dropped"]] == ["org-2"]
     for line in (folder.path / "events.jsonl").read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
 
@@ -425,7 +425,7 @@ def test_a_reply_that_never_comes_is_dropped_after_the_deadline(new_run: NewRun,
     progress = play(folder, {name: adding(1.0) for name in names}, Delayed)
     assert time.monotonic() - began >= 2.0
     reason = "no reply within 2 seconds"
-    assert progress.history[0]["dropped"] == [{"organisation": name, "reason": reason} for name in ("org-1", "org-3")]
+    assert progress.history[0]["dropped"] == [{"organization": name, "reason": reason} for name in ("org-1", "org-3")]
     assert progress.history[0]["participants"] == ["org-2", "org-4"]
     assert_moved(progress.state, start, by=1.0)
 
@@ -442,7 +442,7 @@ class Nodeless(InProcessGrid):
 def test_without_nodes_the_run_fails_after_a_while(new_run: NewRun) -> None:
     folder = new_run("org-1", rounds=1, server={"wait_seconds": 0.1})
     with pytest.raises(
-        RunError, match=r"round 1 has 0 of 1 organisations connected after 0\.1 seconds, expected at least 1 .*org-1"
+        RunError, match=r"round 1 has 0 of 1 organizations connected after 0\.1 seconds, expected at least 1 .*org-1"
     ):
         play(folder, {"org-1": adding(1.0)}, Nodeless)
     assert [event["event"] for event in read_events(folder.path / "events.jsonl")][-1] == "run_failed"

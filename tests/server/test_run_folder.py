@@ -30,7 +30,7 @@ def progress(round: int) -> Progress:
     }
     memory = {"head.weight": torch.randn(3, 4, generator=generator, dtype=torch.float64)}
     history = tuple(
-        {"round": i, "stage": "head", "dropped": [{"organisation": "Zürich", "reason": "…"}]} for i in range(1, round + 1)
+        {"round": i, "stage": "head", "dropped": [{"organization": "Zürich", "reason": "…"}]} for i in range(1, round + 1)
     )
     return Progress(round, state, memory, history)
 

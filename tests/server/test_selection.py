@@ -42,7 +42,7 @@ def test_all_are_asked_equally_often_and_the_seed_decides(new_run: NewRun) -> No
 def test_more_than_there_are_cannot_be_asked(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", server={"sample_size": 3})
     for refused in (lambda: select(folder, 1), lambda: check_sample_size(folder.plan, 2)):
-        with pytest.raises(PlanError, match=r"server\.sample_size = 3 and 2 organisations: expected at most"):
+        with pytest.raises(PlanError, match=r"server\.sample_size = 3 and 2 organizations: expected at most"):
             refused()
     check_sample_size(folder.plan, 3)
 

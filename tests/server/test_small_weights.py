@@ -18,7 +18,7 @@ from tests.server.wild import told
 def played(folder: RunFolder, answers: Mapping[str, Answer]) -> list[tuple[int, str, float]]:
     """(round, organization, weight) of what was told."""
     run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
-    return [(event["round"], event["organisation"], event["weight"]) for event in told(folder, "weight_is_small")]
+    return [(event["round"], event["organization"], event["weight"]) for event in told(folder, "weight_is_small")]
 
 
 def test_a_member_that_states_one_record_among_thousands_is_shown_once(new_run: NewRun) -> None:

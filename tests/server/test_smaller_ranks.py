@@ -21,7 +21,7 @@ def verdict(*, allowed: bool = True, only_b: bool = False, **shapes: tuple[int, 
     came = {name: torch.zeros(shapes.get(short, expected[name].shape)) for short, name in names.items() if name in expected}
     update = Update("clinic", 1, came, examples=5, steps=1)
     smaller = (LAYER,) if allowed else ()
-    return reason_to_refuse(update, organisation="clinic", round=1, shapes=expected, max_norm=1.0, smaller=smaller)
+    return reason_to_refuse(update, organization="clinic", round=1, shapes=expected, max_norm=1.0, smaller=smaller)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])

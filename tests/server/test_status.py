@@ -15,7 +15,7 @@ from cotune.errors import RunError
 from cotune.flower.control_client import Control
 from cotune.server.deployment.certificates import check
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.status import OrganisationStatus, Status, connections, look
+from cotune.server.deployment.status import OrganizationStatus, Status, connections, look
 from cotune.server.runs.create import real_run
 from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.server.coordinators import FakeSuperLink, founded
@@ -34,8 +34,8 @@ def finish(run: RunFolder, round: int, **entry: Any) -> None:
     run.events.tell("round_finished", **whole)
 
 
-def of(status: Status, name: str) -> OrganisationStatus:
-    return next(organisation for organisation in status.organisations if organisation.name == name)
+def of(status: Status, name: str) -> OrganizationStatus:
+    return next(organization for organization in status.organizations if organization.name == name)
 
 
 def test_before_anything_runs_there_are_members_and_a_certificate(federation: FederationFolder) -> None:
@@ -44,7 +44,7 @@ def test_before_anything_runs_there_are_members_and_a_certificate(federation: Fe
     assert (status.federation, status.server_reachable, status.run) == ("toy", False, None)
     assert status.certificate_expires is not None
     assert datetime.fromisoformat(status.certificate_expires) == check(federation.certificates, "127.0.0.1")
-    assert [(o.name, o.connection, o.word, o.last_round) for o in status.organisations] == [
+    assert [(o.name, o.connection, o.word, o.last_round) for o in status.organizations] == [
         ("a", "unknown", "not in a run yet", 0),
         ("b", "unknown", "revoked", 0),
         ("c", "unknown", "not in a run yet", 0),
@@ -58,7 +58,7 @@ def test_who_is_connected_is_known_by_key(federation: FederationFolder) -> None:
     assert connections(federation.members.all(), superlink) == {"a": "offline", "b": "online"}
     status = look(federation, connections(federation.members.all(), superlink))
     assert status.server_reachable
-    assert [o.connection for o in status.organisations] == ["offline", "online", "offline"]
+    assert [o.connection for o in status.organizations] == ["offline", "online", "offline"]
     assert a.key != b.key
 
 
@@ -70,27 +70,27 @@ def test_a_superlink_that_is_away_leaves_connections_unknown(federation: Federat
     assert connections(federation.members.all(), cast(Control, Away())) is None
 
 
-def test_the_last_word_of_each_organisation(federation: FederationFolder) -> None:
+def test_the_last_word_of_each_organization(federation: FederationFolder) -> None:
     run = real_run(federation)
     tell = run.events.tell
-    assert [o.word for o in look(federation, None).organisations] == ["not asked yet"] * 3
+    assert [o.word for o in look(federation, None).organizations] == ["not asked yet"] * 3
     tell("run_started", rounds=2)
-    tell("round_started", round=1, organisations=["a", "b", "c"])
-    tell("update_received", round=1, organisation="a", bytes=600, steps=3, epsilon=1.234)
-    tell("update_quarantined", round=1, organisation="b", reason="its norm is 7e9")
-    tell("update_dropped", round=1, organisation="b", reason="refused: its norm is 7e9")
+    tell("round_started", round=1, organizations=["a", "b", "c"])
+    tell("update_received", round=1, organization="a", bytes=600, steps=3, epsilon=1.234)
+    tell("update_quarantined", round=1, organization="b", reason="its norm is 7e9")
+    tell("update_dropped", round=1, organization="b", reason="refused: its norm is 7e9")
     status = look(federation, None)
-    assert [o.word for o in status.organisations] == [
+    assert [o.word for o in status.organizations] == [
         "answered in round 1",
         "dropped in round 1: refused: its norm is 7e9",
         "asked in round 1",
     ]
     assert of(status, "a").bytes_up == 600
     finish(run, 1, participants=["a"], epsilon={"a": 1.231}, metrics={"accuracy": 0.5})
-    tell("round_started", round=2, organisations=["a", "c"])
-    tell("update_dropped", round=2, organisation="c", reason="declined: its rule privacy does not allow this plan")
+    tell("round_started", round=2, organizations=["a", "c"])
+    tell("update_dropped", round=2, organization="c", reason="declined: its rule privacy does not allow this plan")
     status = look(federation, None)
-    assert [(o.word, o.last_round, o.epsilon) for o in status.organisations] == [
+    assert [(o.word, o.last_round, o.epsilon) for o in status.organizations] == [
         ("asked in round 2", 1, 1.24),
         ("dropped in round 1: refused: its norm is 7e9", 0, None),
         ("dropped in round 2: declined: its rule privacy does not allow this plan", 0, None),
@@ -101,7 +101,7 @@ def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> 
     run = real_run(federation, ["server.strikes=1"])
     finish(run, 1, participants=["a", "b"], quarantined=["c"])
     (run.path / "delivered.json").write_text(json.dumps({"a": "2026-01-01T00:00:00+00:00"}))
-    words = [o.word for o in look(federation, None).organisations]
+    words = [o.word for o in look(federation, None).organizations]
     assert words == ["has the finished model", "not asked yet", "left out after refused updates or time-outs"]
 
 
@@ -117,7 +117,7 @@ def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) ->
 
 def test_whoever_gave_nothing_is_not_only_said_to_have_the_model(federation: FederationFolder) -> None:
     run = real_run(federation)
-    run.events.tell("update_dropped", round=1, organisation="a", reason="declined: its rule privacy does not allow this plan")
+    run.events.tell("update_dropped", round=1, organization="a", reason="declined: its rule privacy does not allow this plan")
     finish(run, 1, participants=["b", "c"])
     (run.path / "delivered.json").write_text(json.dumps({"a": "2026-01-01T00:00:00+00:00"}))
     declined = "dropped in round 1: declined: its rule privacy does not allow this plan"
@@ -135,8 +135,8 @@ def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: Fed
     assert stands() == (0, "not begun", None, None)
     run.events.tell("run_started", rounds=2)
     run.events.tell("waiting", connected=["a"], needed=2, absent=["b", "c"])
-    assert stands() == (0, "waiting for organisations", None, None)
-    run.events.tell("round_started", round=1, organisations=["a"])
+    assert stands() == (0, "waiting for organizations", None, None)
+    run.events.tell("round_started", round=1, organizations=["a"])
     finish(run, 1, metrics={"accuracy": 0.75})
     assert stands() == (1, "under way", 0.75, None)
     run.events.tell("run_failed", round=2, reason="too few")
@@ -170,4 +170,4 @@ def test_a_certificate_that_nobody_would_accept_is_a_problem(federation: Federat
 
 def test_it_is_plain_json(federation: FederationFolder) -> None:
     real_run(federation)
-    assert json.loads(json.dumps(asdict(look(federation, None))))["organisations"][0]["name"] == "a"
+    assert json.loads(json.dumps(asdict(look(federation, None))))["organizations"][0]["name"] == "a"

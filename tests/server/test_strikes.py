@@ -12,7 +12,7 @@ from tests.server.test_asking import play, wrong_shape
 from tests.server.wild import real, told, wild
 
 
-def test_so_many_refused_updates_leave_an_organisation_out(new_run: NewRun) -> None:
+def test_so_many_refused_updates_leave_an_organization_out(new_run: NewRun) -> None:
     history = [{"quarantined": ["a", "b"]}, {"quarantined": ["a"]}, {}, {"quarantined": ["c", "a", "b"]}]
     for strikes, out in ((0, []), (1, ["a", "b", "c"]), (2, ["a", "b"]), (3, ["a"]), (4, [])):
         assert left_out(new_run(server={"strikes": strikes}), history) == out
@@ -36,7 +36,7 @@ def test_a_run_that_needs_everybody_goes_on_without_whoever_is_refused_again_and
     progress = play(folder, wild(folder, answers))
     assert [entry["participants"] for entry in progress.history] == [["org-1"]] * 2
     assert [entry["left_out"] for entry in progress.history] == [["org-2"]] * 2
-    assert [event["organisation"] for event in told(folder, "organisation_left_out")] == ["org-2"]
+    assert [event["organization"] for event in told(folder, "organization_left_out")] == ["org-2"]
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": "many"}', "\x00"])

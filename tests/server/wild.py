@@ -32,7 +32,7 @@ PEMS = [key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) for ke
 
 
 def real(simulated: RunFolder, examples: Mapping[str, tuple[int, int]] | None = None) -> RunFolder:
-    """A run with the same plan and organisations, as a federation has it."""
+    """A run with the same plan and organizations, as a federation has it."""
     fed, names = simulated.path.parent / f"fed-{simulated.path.name}", [p.name for p in simulated.file.participants]
     write_config(fed, ServerConfig(name="fed", id=32 * "f", hosts=("localhost",)))
     new_signing_key(fed / "certificates")
@@ -52,7 +52,7 @@ def real(simulated: RunFolder, examples: Mapping[str, tuple[int, int]] | None = 
 
 
 class WildGrid(InProcessGrid):
-    """The i-th organisation's node is the i-th from the end; all is well unless a test says otherwise."""
+    """The i-th organization's node is the i-th from the end; all is well unless a test says otherwise."""
 
     def __init__(self, client_app: ClientApp, nodes: int = 1) -> None:
         super().__init__(client_app, nodes)
@@ -63,7 +63,7 @@ class WildGrid(InProcessGrid):
         self.since: dict[str, str] = {}
         self.swallowed: Counter[str] = Counter()  # requests that never reach it
         self.pushed: Counter[str] = Counter()
-        self.pushes_fail: Counter[str] = Counter()  # organisation -> how often yet
+        self.pushes_fail: Counter[str] = Counter()  # organization -> how often yet
         self.not_taken: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()  # answered with Flower's error 5
         self.pulls_fail: Counter[str] = Counter()
@@ -76,7 +76,7 @@ class WildGrid(InProcessGrid):
         self.ttls: dict[str, list[float]] = defaultdict(list)
         self.groups: dict[str, list[str]] = defaultdict(list)
         self._ready: dict[str, float] = {}
-        self._first: dict[str, str] = {}  # organisation -> its first request
+        self._first: dict[str, str] = {}  # organization -> its first request
 
     def get_nodes(self) -> list[NodeInfo]:
         found = [

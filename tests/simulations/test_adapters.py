@@ -1,4 +1,4 @@
-"""Whole runs with the rules of adapters: what the organisations receive and send, and the model that comes out."""
+"""Whole runs with the rules of adapters: what the organizations receive and send, and the model that comes out."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.simulations.conftest import NewPlan, final_model
 LORA: dict[str, Any] = {"train": "lora", "local": {"learning_rate": 1.0, "momentum": 0.0, "steps": 3}}
 
 
-def sent_last(run: Path, organisation: str) -> dict[str, Tensor]:
-    """The delta in an organisation's outbox."""
-    content = load_file(run / "sites" / organisation / "outbox" / "update.safetensors")
+def sent_last(run: Path, organization: str) -> dict[str, Tensor]:
+    """The delta in an organization's outbox."""
+    content = load_file(run / "sites" / organization / "outbox" / "update.safetensors")
     return {name.removeprefix("delta/"): content[name] for name in sorted(content)}
 
 
@@ -93,13 +93,13 @@ def test_fedsvd_hands_out_orthonormal_rows(toy_plan: NewPlan, tmp_path: Path) ->
         assert not torch.equal(state[adapter.a], model.state([adapter.a])[adapter.a])
 
 
-# --- organisations with smaller ranks
+# --- organizations with smaller ranks
 
 
 @pytest.mark.parametrize(
     ("recipe", "privacy"), [("ffa_lora", {"epsilon": 8.0}), ("flora", "none"), ("flexlora", "none"), ("hetlora", "none")]
 )
-def test_every_organisation_trains_its_own_rank(toy_plan: NewPlan, tmp_path: Path, recipe: str, privacy: Any) -> None:
+def test_every_organization_trains_its_own_rank(toy_plan: NewPlan, tmp_path: Path, recipe: str, privacy: Any) -> None:
     ranks = [2, 4, 8]
     simulation = {"clients": 3, "ranks": ranks, "baselines": ["alone"]}
     plan = toy_plan(strategy=recipe, rounds=2, **LORA, lora={"rank": 8}, privacy=privacy, simulation=simulation)
@@ -153,9 +153,9 @@ def test_the_same_rank_for_all_is_no_matter(toy_plan: NewPlan) -> None:
     assert not plan.mixed_ranks
 
 
-def test_every_organisation_needs_a_rank_of_its_own(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_every_organization_needs_a_rank_of_its_own(toy_plan: NewPlan, tmp_path: Path) -> None:
     plan = toy_plan(**LORA, lora={"rank": 8}, simulation={"clients": 3, "ranks": [2]})
-    with pytest.raises(PlanError, match=r"1 values in simulation\.ranks for 3 organisations: expected one for each"):
+    with pytest.raises(PlanError, match=r"1 values in simulation\.ranks for 3 organizations: expected one for each"):
         simulate(plan, tmp_path / "run", device="cpu")
 
 

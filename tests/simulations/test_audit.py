@@ -1,4 +1,4 @@
-"""An audit trains what the organisation would train, claims what its plan claims, and leaves everything as it was."""
+"""An audit trains what the organization would train, claims what its plan claims, and leaves everything as it was."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[dict[str, Any]]) -> None:
     plan = toy_plan(**SMALL)
-    result = audit(plan, organisation="org-2", canaries=64, device="cpu")
-    seen = forecast(plan, "cpu").organisations[1]
-    assert result.organisation == seen.name == "org-2"
+    result = audit(plan, organization="org-2", canaries=64, device="cpu")
+    seen = forecast(plan, "cpu").organizations[1]
+    assert result.organization == seen.name == "org-2"
     assert (result.examples, result.steps, result.noise_multiplier) == (seen.examples, seen.steps, seen.noise_multiplier)
     assert (result.epsilon, result.delta) == (pytest.approx(seen.epsilon_planned), seen.delta)
     assert (result.rounds, result.rounds_planned) == (2, 2)
@@ -80,10 +80,10 @@ def test_a_run_is_only_read(toy_plan: NewPlan, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     spent = Site(folder / "sites" / "org-1").ledger().spent()
     result = audit(folder, canaries=64)
-    assert result.organisation == "org-1"
+    assert result.organization == "org-1"
     assert result.epsilon == pytest.approx(epsilon(spent, result.delta))  # what the run claims, and spent
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
-    assert audit(folder, organisation="org-2", canaries=64).organisation == "org-2"
+    assert audit(folder, organization="org-2", canaries=64).organization == "org-2"
 
 
 def test_an_audit_of_a_plan_leaves_nothing(toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +100,8 @@ def test_two_audits_are_two_draws(toy_plan: NewPlan) -> None:
 def test_what_cannot_be_audited_is_one_sentence(toy_plan: NewPlan) -> None:
     with pytest.raises(PrivacyError, match="the plan says privacy = none: expected one that claims an ε"):
         audit(toy_plan())
-    with pytest.raises(DataError, match='there is no organisation "org-3"; did you mean \'org-'):
-        audit(toy_plan(**SMALL), organisation="org-3", device="cpu")
+    with pytest.raises(DataError, match='there is no organization "org-3"; did you mean \'org-'):
+        audit(toy_plan(**SMALL), organization="org-3", device="cpu")
     with pytest.raises(PlanError, match="expected 1 to 2 rounds to audit, as many as the plan has, got 3"):
         audit(toy_plan(**SMALL), rounds=3, device="cpu")
 
@@ -153,7 +153,7 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     assert found == pytest.approx(expected, rel=0.02, abs=2e-3)
 
 
-def test_an_organisation_with_an_own_epsilon_is_audited_at_that(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_an_organization_with_an_own_epsilon_is_audited_at_that(toy_plan: NewPlan, tmp_path: Path) -> None:
     changes = {**SMALL, "simulation": {**SMALL.get("simulation", {}), "epsilons": [0.5, 2.0]}}
     plan = toy_plan(**changes)
     noise = prepare(plan, "cpu").noise

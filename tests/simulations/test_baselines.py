@@ -41,7 +41,7 @@ def test_only_what_the_plan_asks_for_is_trained(toy_plan: NewPlan, tmp_path: Pat
 
 
 def by_itself(plan: Plan, site: Site) -> tuple[State, Metrics]:
-    """The oracle: an organisation that trains round after round and adds what it learned; no server, no grid, no strategy."""
+    """The oracle: an organization that trains round after round and adds what it learned; no server, no grid, no strategy."""
     model = resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
     model.load({})
     state = model.state(model.names("head"))
@@ -79,7 +79,7 @@ def test_where_the_encoder_is_trained_alone_is_also_a_run_without_privacy(toy_pl
     assert [kinds[name] == "none" for name in names] == [False, False, True, True]
 
 
-def test_pooled_is_one_organisation_with_all_training_data_without_privacy(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_pooled_is_one_organization_with_all_training_data_without_privacy(toy_plan: NewPlan, tmp_path: Path) -> None:
     own = {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 64, "steps": 7, "momentum": 0.0}
     plan = toy_plan(privacy={"epsilon": 1.0}, simulation={"baselines": ["pooled"], "pooled": own})
     folder, prepared = made(plan, tmp_path / "run")
@@ -124,7 +124,7 @@ def test_a_baseline_that_was_cut_short_goes_on_where_it_was(toy_plan: NewPlan, t
     assert same(RunFolder(path).load().state, state)
 
 
-def test_baselines_leave_the_run_and_its_organisations_alone(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_baselines_leave_the_run_and_its_organizations_alone(toy_plan: NewPlan, tmp_path: Path) -> None:
     folder, prepared = made(toy_plan(privacy={"epsilon": 2.0}, local={"learning_rate": 1.0}, rounds=1), tmp_path / "run")
     sites = folder.path / "sites"
     before = {path: path.stat().st_mtime_ns for path in sites.rglob("*")}

@@ -43,7 +43,7 @@ def test_a_whole_run_states_both_kinds_of_privacy(toy_plan: NewPlan, tmp_path: P
     z = central["noise_multiplier"]
     assert central["epsilon_spent"] == epsilon([Steps(z, 1.0, 3)], 1e-5) <= 6.0
     assert epsilon([Steps(z, 1.0, 4)], 1e-5) > 6.0
-    assert (central["rounds_charged"], central["expected_organisations"], central["amplification"]) == (3, 3, False)
+    assert (central["rounds_charged"], central["expected_organizations"], central["amplification"]) == (3, 3, False)
     assert (central["clip_norm"] == 0.5) == (clipping == "fixed")
     assert [r["client_privacy"]["epsilon"] for r in summary["rounds"]][-1] == central["epsilon_spent"]
     page = (result.folder / "report.html").read_text(encoding="utf-8")
@@ -72,13 +72,13 @@ def test_the_statement_says_what_holds_against_whom(toy_plan: NewPlan) -> None:
     assert seen.client_privacy is not None
     text = " ".join(seen.client_privacy.statement)
     for part in (
-        "any single organisation",
+        "any single organization",
         "all its records",
         "does not protect against the server",
         "norm C over all its parameters = 0.5",
         "divided by 2",
         "composed over 3 rounds",
-        "as if every organisation had taken part in every round.",
+        "as if every organization had taken part in every round.",
         "floating-point",
     ):
         assert part in text

@@ -1,4 +1,4 @@
-"""A run with state at its organisations, killed wherever it is, ends as if nothing had happened."""
+"""A run with state at its organizations, killed wherever it is, ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_killed_between_state_and_update(toy_plan: NewPlan, cotune: Cotune, tmp_
 
     rng = random.Random(8)
     moments: list[Callable[[], Any]] = [
-        lambda: told(run, "update_received", round=1, organisation="org-1"),
+        lambda: told(run, "update_received", round=1, organization="org-1"),
         lambda: list(run.glob("sites/org-1/kept/*/round-00003.safetensors")),  # kept, and perhaps not yet in the outbox
-        lambda: told(run, "update_received", round=3, organisation="org-2"),
+        lambda: told(run, "update_received", round=3, organization="org-2"),
         lambda: list(run.glob("sites/org-2/kept/*/round-00004.safetensors")),
     ]
     arguments: tuple[str | Path, ...] = ("simulate", file, "--out", run, "--device", "cpu")

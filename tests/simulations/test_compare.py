@@ -64,7 +64,7 @@ def test_a_grid_is_played(found: Comparison) -> None:
     for row, cell in zip(rows, found.cells, strict=True):
         assert cell.folder == f"cells/{cell.plan_id[:16]}"
         summary = json.loads((found.folder / cell.folder / "summary.json").read_bytes())
-        own = [each["own"]["accuracy"] for each in summary["organisations"]]
+        own = [each["own"]["accuracy"] for each in summary["organizations"]]
         assert summary["plan_id"] == row["plan_id"]
         assert float(row["accuracy"]) == summary["test"]["federated"]["accuracy"]
         assert (float(row["worst"]), float(row["spread"])) == (min(own), pytest.approx(np.std(own)))
@@ -82,11 +82,11 @@ def test_one_seed_gives_every_strategy_the_same_start(found: Comparison, plan_fi
 
     def watch(what: str, details: dict[str, Any]) -> None:
         if what == "step" and details["round"] == 1:
-            losses.append((details["organisation"], details["step"], details["loss"]))
+            losses.append((details["organization"], details["step"], details["loss"]))
 
     with observing(watch):
         again = compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path / "out", jobs=1, device="cpu")
-    assert len(losses) == 2 * 2 * 2  # strategies, organisations, steps
+    assert len(losses) == 2 * 2 * 2  # strategies, organizations, steps
     assert losses[:4] == losses[4:]
     one, other = (again.folder / cell.folder for cell in again.cells)
     for rows in ("sites/org-1/data-rows-0.npy", "sites/org-2/data-rows-0.npy", "test/data-rows-0.npy"):
@@ -164,7 +164,7 @@ def test_a_cell_that_fails_is_shown_and_the_others_go_on(plan_file: Path, tmp_pa
         (["partition=iid"], {"baseline": "idd"}, "the baseline \"idd\" is no value of partition; did you mean 'iid'?"),
         (["partition=iid,zipf:2"], {}, "partition=zipf:2"),
         (["local.stesp=1,2"], {}, 'local.stesp=1: the plan has an unknown key "local.stesp"; did you mean'),
-        (["server.sample_size=1,5"], {}, "server.sample_size=5, seed=7: the plan has server.sample_size = 5 and 2 organisations"),
+        (["server.sample_size=1,5"], {}, "server.sample_size=5, seed=7: the plan has server.sample_size = 5 and 2 organizations"),
         (["local.learning_rate=1,1.0"], {}, "are the same plan: expected values that differ"),
         (["partition=iid"], {"seeds": 0}, "expected 1 to 1000 seeds, got 0"),
     ],

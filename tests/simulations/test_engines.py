@@ -58,7 +58,7 @@ def test_ray_trains_the_same_model_and_a_failure_there_is_a_failure_of_the_comma
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["engine"] == "ray"
     assert summary["test"] == whole.summary["test"]
-    assert summary["organisations"] == whole.summary["organisations"]
+    assert summary["organizations"] == whole.summary["organizations"]
 
     (run / "checkpoints" / "round-00002.safetensors").unlink()
     (run / "checkpoints" / "round-00001.safetensors").write_bytes(b"damaged")

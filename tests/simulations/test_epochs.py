@@ -1,4 +1,4 @@
-"""Runs of epochs: organisations of different sizes take different numbers of steps, and the server holds each to its own."""
+"""Runs of epochs: organizations of different sizes take different numbers of steps, and the server holds each to its own."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def test_steps_follow_from_the_records(toy_plan: NewPlan, tmp_path: Path) -> Non
     plan = type(toy_plan()).model_validate({**table, "local": local, "rounds": 2})
     summary = simulate(plan, tmp_path / "run", device="cpu").summary
     assert [entry["dropped"] for entry in summary["rounds"]] == [[], []]
-    steps = {o["name"]: (o["steps"], 2 * max(1, round(2 * o["examples"] / 10))) for o in summary["organisations"]}
+    steps = {o["name"]: (o["steps"], 2 * max(1, round(2 * o["examples"] / 10))) for o in summary["organizations"]}
     assert all(taken == expected for taken, expected in steps.values())
     assert len({taken for taken, _ in steps.values()}) > 1
     seen = forecast(plan, "cpu")
-    assert {o.name: o.steps for o in seen.organisations} == {name: taken for name, (taken, _) in steps.items()}
+    assert {o.name: o.steps for o in seen.organizations} == {name: taken for name, (taken, _) in steps.items()}
     assert seen.stages[0].steps == max(taken for taken, _ in steps.values()) // 2
 
 
@@ -33,6 +33,6 @@ def test_steps_that_do_not_follow_are_not_admitted(steps: int, reason: str | Non
     shapes = {"w": torch.zeros(2)}
     update = Update("org", 1, shapes, 70, steps)
     found = reason_to_refuse(
-        update, organisation="org", round=1, shapes=shapes, max_norm=1.0, steps_of=lambda examples: examples // 10
+        update, organization="org", round=1, shapes=shapes, max_norm=1.0, steps_of=lambda examples: examples // 10
     )
     assert found == reason

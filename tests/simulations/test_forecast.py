@@ -25,8 +25,8 @@ def test_what_is_forecast_is_what_happens(toy_plan: NewPlan, tmp_path: Path) -> 
     seen, summary = forecast(plan, "cpu"), simulate(plan, tmp_path / "run", device="cpu").summary
     assert seen.plan.plan_id == summary["plan_id"]
     assert seen.test_examples == summary["test"]["examples"]
-    assert [(o.name, o.examples, o.steps) for o in seen.organisations] == [
-        (o["name"], o["examples"], o["steps"]) for o in summary["organisations"]
+    assert [(o.name, o.examples, o.steps) for o in seen.organizations] == [
+        (o["name"], o["examples"], o["steps"]) for o in summary["organizations"]
     ]
     assert [(s.mode, s.rounds) for s in seen.stages] == [("head", 2), ("full", 1)]
     assert seen.stages[-1].parameters == summary["model"]["shared_parameters"]
@@ -61,7 +61,7 @@ def test_sizes_by_hand(toy_plan: NewPlan) -> None:
 def test_noise_and_epsilon_are_those_of_the_run(toy_plan: NewPlan, tmp_path: Path) -> None:
     plan = toy_plan(privacy={"epsilon": 3.0}, local={"batch_size": 40, "learning_rate": 1.0}, simulation={"baselines": []})
     seen, result = forecast(plan, "cpu"), simulate(plan, tmp_path / "run", device="cpu")
-    for o in seen.organisations:
+    for o in seen.organizations:
         declared = two_digits(o.examples)
         charged = Site(result.folder / "sites" / o.name).ledger().spent()
         assert {(c.noise_multiplier, c.sample_rate) for c in charged} == {(o.noise_multiplier, 40 / declared)}
@@ -75,7 +75,7 @@ def test_noise_and_epsilon_are_those_of_the_run(toy_plan: NewPlan, tmp_path: Pat
 
 
 def test_without_privacy_there_are_no_privacy_figures(toy_plan: NewPlan) -> None:
-    for o in forecast(toy_plan(), "cpu").organisations:
+    for o in forecast(toy_plan(), "cpu").organizations:
         assert (o.noise_multiplier, o.epsilon_allowed, o.epsilon_planned, o.delta) == (None, None, None, None)
 
 
@@ -98,14 +98,14 @@ def test_stated_numbers_need_no_data(toy_plan: NewPlan) -> None:
     plan = toy_plan(**PRIVATE, data={"source": "/nowhere/records.csv"})
     seen = forecast_for(plan, (1000, 300, 5000), "cpu")
     assert (seen.test_examples, seen.seconds) == (None, None)
-    assert [(o.name, o.examples, o.batch) for o in seen.organisations] == [
+    assert [(o.name, o.examples, o.batch) for o in seen.organizations] == [
         ("org-1", 1000, pytest.approx(40)),
         ("org-2", 300, pytest.approx(40)),
         ("org-3", 5000, pytest.approx(40)),
     ]
     telling = planned_telling(plan, Policy())
     assert telling
-    for o in seen.organisations:
+    for o in seen.organizations:
         assert o.noise_multiplier is not None
         assert o.delta == pytest.approx(o.examples**-1.5)
         assert o.epsilon_planned == epsilon([*telling, Steps(o.noise_multiplier, 40 / o.examples, o.steps)], o.delta)
@@ -140,9 +140,9 @@ def test_a_new_policy_says_what_a_site_will_say(toy_plan: NewPlan) -> None:
     plan = toy_plan(**PRIVATE)
     seen = forecast_for(plan, (1000, 300), "cpu")
     said, resolved = seen.new_policy, seen.plan
-    for o in seen.organisations:
+    for o in seen.organizations:
         expected = {broken.rule for broken in broken_rules(resolved, Policy(), o.examples)}
-        mine = {refusal.rule for refusal in said.refused if o.name in refusal.organisations}
+        mine = {refusal.rule for refusal in said.refused if o.name in refusal.organizations}
         assert mine | set(said.to_fill_in) == expected
         assert "budget.epsilon_per_run" in mine
         assert ("training.min_examples" in mine) == (o.name == "org-2")
@@ -157,8 +157,8 @@ def test_a_new_policy_says_what_a_site_will_say(toy_plan: NewPlan) -> None:
     check_consent(resolved, own, 1000)
     with pytest.raises(Declined):
         check_consent(resolved, own.model_copy(update={"budget": BudgetRules()}), 1000)
-    for bound, o in zip(said.bounds, seen.organisations, strict=True):
-        assert bound.organisation == o.name
+    for bound, o in zip(said.bounds, seen.organizations, strict=True):
+        assert bound.organization == o.name
         assert o.noise_multiplier is not None
         assert bound.noise_multiplier > o.noise_multiplier
         assert 0.99 * said.own_epsilon < bound.epsilon <= said.own_epsilon

@@ -16,8 +16,8 @@ HEAD_THEN_ALL = [{"mode": "head", "rounds": 2}, {"mode": "full", "rounds": 1, "l
 RUNS: dict[str, dict[str, Any]] = {
     "adam": {"strategy": "fedadam", "train": HEAD_THEN_ALL},
     "fedexp": {"strategy": "fedexp", "train": HEAD_THEN_ALL},
-    "a centre and a velocity": {
-        "strategy": {"recipe": "centred_clipping", "server_optimizer": {"name": "sgd", "momentum": 0.5}},
+    "a center and a velocity": {
+        "strategy": {"recipe": "centered_clipping", "server_optimizer": {"name": "sgd", "momentum": 0.5}},
         "train": HEAD_THEN_ALL,
     },
     "c and Adam's moments": {
@@ -44,7 +44,7 @@ def test_cut_off_after_every_update(toy_plan: NewPlan, tmp_path: Path, kind: str
     seen = set[tuple[Any, ...]]()
 
     def cut(event: str, fields: dict[str, Any]) -> None:
-        what = (event, fields.get("round"), fields.get("organisation"))
+        what = (event, fields.get("round"), fields.get("organization"))
         if event in ("update_received", "round_finished") and what not in seen:
             seen.add(what)
             raise CutOff

@@ -1,4 +1,4 @@
-"""A run without a common model: A is shared, every organisation keeps its B and its head."""
+"""A run without a common model: A is shared, every organization keeps its B and its head."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plan_of(toy_plan: NewPlan, **changes: Any) -> Plan:
 
 
 def own_models(result: Run) -> dict[str, dict[str, torch.Tensor]]:
-    """The exported model of each organisation."""
+    """The exported model of each organization."""
     found = sorted((result.folder / "sites").glob("*/model/model.safetensors"))
     return {file.parts[-3]: load_file(file) for file in found}
 
@@ -42,7 +42,7 @@ def finished(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run
     return simulate(plan, tmp_path_factory.mktemp("personal") / "run", device="cpu")
 
 
-def test_every_organisation_has_a_model_and_the_run_has_none(finished: Run) -> None:
+def test_every_organization_has_a_model_and_the_run_has_none(finished: Run) -> None:
     models = own_models(finished)
     assert list(models) == ["org-1", "org-2"]
     assert not (finished.folder / "model").exists()
@@ -66,21 +66,21 @@ def test_an_exported_model_is_the_common_a_with_the_own_b(finished: Run) -> None
 
 def test_the_summary_has_each_model_and_the_mean(finished: Run) -> None:
     summary = finished.summary
-    each = [organisation["personal"]["accuracy"] for organisation in summary["organisations"]]
+    each = [organization["personal"]["accuracy"] for organization in summary["organizations"]]
     assert summary["test"]["federated"]["accuracy"] == pytest.approx(sum(each) / 2)
     assert summary["rounds"][-1]["metrics"]["accuracy"] == pytest.approx(sum(each) / 2)
     assert min(each) > summary["test"]["majority"]["accuracy"] + 0.05  # they have learnt something
-    for organisation, accuracy in zip(summary["organisations"], each, strict=True):
-        assert organisation["common"]["federated"]["accuracy"] == pytest.approx(accuracy)
-        own = organisation["own"]
-        assert organisation["gain"] == pytest.approx(own["federated"]["accuracy"] - own["alone_without_privacy"]["accuracy"])
+    for organization, accuracy in zip(summary["organizations"], each, strict=True):
+        assert organization["common"]["federated"]["accuracy"] == pytest.approx(accuracy)
+        own = organization["own"]
+        assert organization["gain"] == pytest.approx(own["federated"]["accuracy"] - own["alone_without_privacy"]["accuracy"])
         assert own["adapted"] is None  # it is its own already
     assert summary["test"]["pooled"]["accuracy"] >= summary["test"]["majority"]["accuracy"]
 
 
 def test_the_report_says_that_there_is_no_common_model(finished: Run) -> None:
     verdict = judge(finished.summary)
-    assert any("each organisation's own model reaches, in the mean," in note for note in verdict.notes)
+    assert any("each organization's own model reaches, in the mean," in note for note in verdict.notes)
     assert verdict.notes[0].startswith("There is no common model")
     page = (finished.folder / "report.html").read_text(encoding="utf-8")
     assert "There is no common model" in page
@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(toy_plan: NewPlan, fi
         pass
 
     def interrupt(event: str, fields: dict[str, Any]) -> None:
-        if event == "update_received" and (fields["round"], fields["organisation"]) == (3, "org-1"):
+        if event == "update_received" and (fields["round"], fields["organization"]) == (3, "org-1"):
             raise Interrupted
 
     with pytest.raises(Interrupted), listening(interrupt):
@@ -118,7 +118,7 @@ def test_under_privacy_with_partial_participation_and_smaller_ranks(toy_plan: Ne
     asked = {name for entry in result.summary["rounds"] for name in entry["participants"]}
     assert all(entry["dropped"] == [] for entry in result.summary["rounds"])
     assert {
-        name for name, o in zip(["org-1", "org-2", "org-3"], result.summary["organisations"], strict=True) if o["personal"]
+        name for name, o in zip(["org-1", "org-2", "org-3"], result.summary["organizations"], strict=True) if o["personal"]
     } == asked
     assert set(own_models(result)) == asked
 
@@ -130,7 +130,7 @@ def test_under_privacy_with_partial_participation_and_smaller_ranks(toy_plan: Ne
         ({"strategy": {}, "lora": {"keep": "b"}}, r'lora\.keep = "b" shares A alone, and lora\.factors = "b": expected "ab"'),
         (
             {"train": "head", "strategy": {}, "lora": {"keep": "b", "factors": "ab"}},
-            r"keeps the head of every organisation apart: expected train = lora in all rounds",
+            r"keeps the head of every organization apart: expected train = lora in all rounds",
         ),
         ({"train": [{"mode": "lora", "rounds": 1}, {"mode": "full", "rounds": 1}]}, r"expected train = lora in all rounds"),
         ({"strategy": "flora", "lora": {"keep": "b"}}, r'"flora" is about whole models, and lora\.keep leaves a part'),

@@ -1,4 +1,4 @@
-"""Organisations with a mind of their own: one declines and the others go on; each spends what it wants."""
+"""Organizations with a mind of their own: one declines and the others go on; each spends what it wants."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def test_one_declines_and_the_others_go_on(toy_plan: NewPlan, tmp_path: Path) ->
     for entry in result.summary["rounds"]:
         assert entry["participants"] == ["org-1", "org-3"]
         [dropped] = entry["dropped"]
-        assert dropped["organisation"] == "org-2"
+        assert dropped["organization"] == "org-2"
         assert dropped["reason"].startswith("declined by the rule training.base_models")
     told = [e["reason"] for e in read_events(run / "events.jsonl") if e["event"] == "update_dropped"]
     assert all(reason.startswith("declined") for reason in told)
     assert Site(run / "sites" / "org-2").ledger().charges() == []
-    assert result.summary["organisations"][1]["epsilon_spent"] == 0
+    assert result.summary["organizations"][1]["epsilon_spent"] == 0
 
 
-def test_each_organisation_spends_what_it_wants(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_each_organization_spends_what_it_wants(toy_plan: NewPlan, tmp_path: Path) -> None:
     own = [0.5, 4.0, 9.0]
     plan = toy_plan(privacy={"epsilon": 4.0}, simulation={"clients": 3, "baselines": ["alone"], "epsilons": own})
-    planned = [o.epsilon_planned for o in forecast(plan, "cpu").organisations]
+    planned = [o.epsilon_planned for o in forecast(plan, "cpu").organizations]
     result = simulate(plan, tmp_path / "run", device="cpu")
     for number, (allowed, foreseen) in enumerate(zip([0.5, 4.0, 4.0], planned, strict=True), start=1):
-        organisation = result.summary["organisations"][number - 1]
-        assert organisation["epsilon_allowed"] == allowed
-        assert 0.95 * allowed < organisation["epsilon_spent"] <= allowed
-        assert foreseen == pytest.approx(organisation["epsilon_spent"])
+        organization = result.summary["organizations"][number - 1]
+        assert organization["epsilon_allowed"] == allowed
+        assert 0.95 * allowed < organization["epsilon_spent"] <= allowed
+        assert foreseen == pytest.approx(organization["epsilon_spent"])
         alone = Site(tmp_path / "run" / "baselines" / "alone" / f"org-{number}" / "site")
-        assert epsilon(alone.ledger().spent(), organisation["delta"]) <= allowed  # the comparison is under the same privacy
+        assert epsilon(alone.ledger().spent(), organization["delta"]) <= allowed  # the comparison is under the same privacy
 
 
-def test_every_organisation_needs_an_epsilon_of_its_own(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_every_organization_needs_an_epsilon_of_its_own(toy_plan: NewPlan, tmp_path: Path) -> None:
     plan = toy_plan(privacy={"epsilon": 4.0}, simulation={"clients": 3, "epsilons": [1.0]})
-    with pytest.raises(PlanError, match=r"1 values in simulation\.epsilons for 3 organisations: expected one for each"):
+    with pytest.raises(PlanError, match=r"1 values in simulation\.epsilons for 3 organizations: expected one for each"):
         simulate(plan, tmp_path / "run", device="cpu")

@@ -89,11 +89,11 @@ def test_killed_at_many_moments_the_run_ends_as_if_it_had_not_been(toy_plan: New
     rng = random.Random(5)
     moments: list[tuple[str, dict[str, Any]]] = [
         ("round_started", {"round": 1}),
-        ("update_received", {"round": 2, "organisation": "org-1"}),
+        ("update_received", {"round": 2, "organization": "org-1"}),
         ("round_started", {"round": 3}),
-        ("update_received", {"round": 3, "organisation": "org-1"}),
+        ("update_received", {"round": 3, "organization": "org-1"}),
         ("round_finished", {"round": 3}),
-        ("update_received", {"round": 4, "organisation": "org-2"}),
+        ("update_received", {"round": 4, "organization": "org-2"}),
         ("baseline_started", {"baseline": "alone/org-1"}),
         ("baseline_started", {"baseline": "alone/org-2"}),
         ("baseline_started", {"baseline": "pooled"}),
@@ -117,7 +117,7 @@ def test_killed_at_many_moments_the_run_ends_as_if_it_had_not_been(toy_plan: New
         for entry in summary["rounds"]:
             del entry["seconds"]
     assert one["test"] == other["test"]
-    assert one["organisations"] == other["organisations"]
+    assert one["organizations"] == other["organizations"]
     assert one["rounds"] == other["rounds"]
     assert (run / "report.html").exists()
     assert not [path for path in run.rglob("*.part") if path.parent.name == "model"]
@@ -145,9 +145,9 @@ def test_the_console_script_killed_in_the_middle_of_training_and_resumed(toy_pla
 # --- with privacy: what was spent stays spent
 
 
-def charges(run: Path, organisation: str) -> list[tuple[int, float, float, int, str]]:
+def charges(run: Path, organization: str) -> list[tuple[int, float, float, int, str]]:
     """(round, σ, q, steps, state), from the file itself."""
-    file = run / "sites" / organisation / "ledger.sqlite"
+    file = run / "sites" / organization / "ledger.sqlite"
     if not file.exists():
         return []
     query = "SELECT round, noise_multiplier, sample_rate, steps, state FROM charges ORDER BY id"
@@ -184,7 +184,7 @@ def test_killed_in_training_the_steps_count_and_the_budget_holds(toy_plan: NewPl
     finish(cotune(*arguments), log)
 
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    first, second = summary["organisations"]
+    first, second = summary["organizations"]
     rows = charges(run, "org-2")
     assert [(round, steps, state) for round, _, _, steps, state in rows] == [
         *(
@@ -211,7 +211,7 @@ def test_killed_in_training_the_steps_count_and_the_budget_holds(toy_plan: NewPl
     assert first["steps"] == 60
 
 
-def test_without_any_budget_left_the_organisation_says_so(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_without_any_budget_left_the_organization_says_so(toy_plan: NewPlan, tmp_path: Path) -> None:
     """A ledger that was charged for other reasons is not overrun."""
     plan = toy_plan(privacy={"epsilon": 1.0}, local={"batch_size": 0.2, "learning_rate": 1.0})
     run = tmp_path / "run"
@@ -225,7 +225,7 @@ def test_without_any_budget_left_the_organisation_says_so(toy_plan: NewPlan, tmp
     with listening(spends):
         result = simulate(plan, run, device="cpu")
     dropped = [entry["dropped"] for entry in result.summary["rounds"]]
-    assert [[d["organisation"] for d in each] for each in dropped] == [[], ["org-2"], ["org-2"]]
+    assert [[d["organization"] for d in each] for each in dropped] == [[], ["org-2"], ["org-2"]]
     assert "cannot be reached" in dropped[1][0]["reason"]
     assert [round for round, *_ in charges(run, "org-2")] == [1, 1]
 

@@ -207,7 +207,7 @@ def presence(steps: Steps, examples: int, rate: float, count: int) -> np.ndarray
 
 
 def check_composition(plan: Plan, folder: Path, between_rounds: Callable[[Site], None]) -> None:
-    """What an organisation says that it has spent is the composition of all steps that ran, and within the plan's ε."""
+    """What an organization says that it has spent is the composition of all steps that ran, and within the plan's ε."""
     prepared = prepare(plan, "cpu")
     make_run(prepared, folder, "in-process", "cpu")
     site, resolved = Site(folder / "sites" / "org-1"), prepared.plan

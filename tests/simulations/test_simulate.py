@@ -57,7 +57,7 @@ def plain(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 @pytest.fixture(scope="module")
 def private(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """Organisations of unequal sizes with a fixed batch: their sampling rates and noises differ."""
+    """Organizations of unequal sizes with a fixed batch: their sampling rates and noises differ."""
     plan = toy_plan(
         privacy={"epsilon": 6.0, "clip_norm": 0.5},
         local={"batch_size": 30, "learning_rate": 1.0, "steps": 4},
@@ -116,7 +116,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
             "worth",
             "test",
         ),
-        *("organisations", "rounds", "bytes", "seconds", "peak_memory_bytes", "versions", "reproduce"),
+        *("organizations", "rounds", "bytes", "seconds", "peak_memory_bytes", "versions", "reproduce"),
     }
     fields = {"mode", "epsilon", "delta", "clip_norm", "claim", "claim_table", "epsilon_all_models", "statement"}
     assert set(summary["privacy"]) == fields
@@ -125,12 +125,12 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
     assert set(summary["test"]["alone"]) == {"mean", "each"}
     metrics = [summary["test"][key] for key in ("majority", "federated", "pooled")]
     metrics += [summary["test"]["alone"]["mean"], *summary["test"]["alone"]["each"].values()]
-    metrics += [r["metrics"] for r in summary["rounds"]] + [o["alone"] for o in summary["organisations"]]
+    metrics += [r["metrics"] for r in summary["rounds"]] + [o["alone"] for o in summary["organizations"]]
     for each in metrics:
         assert set(each) == METRICS
         assert all(0 <= value <= 1 for value in each.values())
-    for organisation in summary["organisations"]:
-        assert set(organisation) == {
+    for organization in summary["organizations"]:
+        assert set(organization) == {
             *(
                 "name",
                 "examples",
@@ -147,12 +147,12 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
         }
         columns = {"majority", "alone", "alone_without_privacy", "federated", "adapted"}
         for where in ("own", "common"):
-            assert set(organisation[where]) == {"records", "accuracy", *columns}
+            assert set(organization[where]) == {"records", "accuracy", *columns}
             for column in columns:
-                assert set(organisation[where][column]) == METRICS | {"accuracy_interval", "f1_interval"}
+                assert set(organization[where][column]) == METRICS | {"accuracy_interval", "f1_interval"}
         worth = {"answer", "useful", "joined", "against", "difference", "interval", "p", "test", "few"}
-        assert set(organisation["worth"]) == worth
-        assert set(organisation["adaptation"]) == {"method", "described", "tried"}
+        assert set(organization["worth"]) == worth
+        assert set(organization["adaptation"]) == {"method", "described", "tried"}
     assert set(summary["worth"]) == {"answer", "answers", "own_means"}
     for entry in summary["rounds"]:
         assert ("metrics_not_applied" in entry) != entry["applied"]
@@ -172,15 +172,15 @@ def test_the_numbers_of_the_summary_agree_with_each_other(done: Done) -> None:
     assert summary["rounds"][-1]["metrics"] == summary["test"]["federated"]
     assert summary["bytes"] == {way: sum(r[f"bytes_{way}"] for r in summary["rounds"]) for way in ("up", "down")}
     assert summary["model"]["shared_parameters"] == 3 * 16 + 3
-    arrays = 3 * 4 * summary["model"]["shared_parameters"]  # of three organisations
+    arrays = 3 * 4 * summary["model"]["shared_parameters"]  # of three organizations
     assert all(arrays < r["bytes_up"] < arrays + 3000 and arrays < r["bytes_down"] < arrays + 9000 for r in summary["rounds"])
-    assert sum(o["examples"] for o in summary["organisations"]) + summary["test"]["examples"] == (
+    assert sum(o["examples"] for o in summary["organizations"]) + summary["test"]["examples"] == (
         240 if plan.privacy == "none" else 239
     )
     each = summary["test"]["alone"]["each"]
     for key in METRICS:
         assert summary["test"]["alone"]["mean"][key] == pytest.approx(statistics.mean(m[key] for m in each.values()))
-    for o in summary["organisations"]:
+    for o in summary["organizations"]:
         assert 0 <= sum(o["labels"].values()) - o["examples"] <= 1  # one text is there twice, and is one unit
         assert o["alone"] == each[o["name"]]
         own = o["own"]
@@ -199,7 +199,7 @@ def test_label_counts_and_majority_by_hand(done: Done) -> None:
     """From the CSV's own rows: the most frequent class of the training data, always answered."""
     labels = [label for _, label in sentences(240)]
     rows = {name: np.load(done.folder / "sites" / name / "data-rows-0.npy") for name in ("org-1", "org-2", "org-3")}
-    for o in done.summary["organisations"]:
+    for o in done.summary["organizations"]:
         counted = Counter(labels[i] for i in rows[o["name"]])
         assert o["labels"] == {label: counted[label] for label in ("bad", "good", "so")}
     train = Counter(labels[i] for held in rows.values() for i in held)
@@ -254,7 +254,7 @@ def test_no_privacy_is_said_wherever_the_result_is_shown(plain: Done) -> None:
     assert (privacy["mode"], privacy["epsilon"], privacy["delta"], privacy["clip_norm"]) == ("none", None, None, None)
     assert privacy["statement"][0].startswith("No differential privacy")
     assert "No differential privacy" in (plain.folder / "report.html").read_text(encoding="utf-8")
-    for o in plain.summary["organisations"]:
+    for o in plain.summary["organizations"]:
         assert (o["epsilon_spent"], o["epsilon_allowed"], o["delta"], o["noise_multiplier"]) == (None, None, None, None)
     assert all(r["epsilon"] == {} for r in plain.summary["rounds"])
 
@@ -275,7 +275,7 @@ def test_memory_knobs_and_checkpoints_do_not_change_the_model(plain: Done, tmp_p
     assert same(final_model(result.folder), final_model(plain.folder))
     assert [path.name for path in (result.folder / "checkpoints").iterdir()] == ["round-00004.safetensors"]
     assert (result.summary["test"]["alone"], result.summary["test"]["pooled"]) == (None, None)
-    assert all((o["alone"], o["gain"]) == (None, None) for o in result.summary["organisations"])
+    assert all((o["alone"], o["gain"]) == (None, None) for o in result.summary["organizations"])
 
 
 # --- with privacy
@@ -298,7 +298,7 @@ def spent(site: Path, delta: float) -> float:
 
 def test_epsilon_is_that_of_the_ledger_recomputed(private: Done) -> None:
     noises = set()
-    for o in private.summary["organisations"]:
+    for o in private.summary["organizations"]:
         site = private.folder / "sites" / o["name"]
         charges = ledger(site)
         assert [(steps, state) for _, _, steps, state in charges] == [(4, "settled")] * 3
@@ -314,13 +314,13 @@ def test_epsilon_is_that_of_the_ledger_recomputed(private: Done) -> None:
 
 
 def test_epsilon_of_the_rounds_grows_to_that_of_the_ledger(private: Done) -> None:
-    for o in private.summary["organisations"]:
+    for o in private.summary["organizations"]:
         stated = [r["epsilon"][o["name"]] for r in private.summary["rounds"]]
         assert stated == sorted(stated)
-        assert stated[0] < stated[-1] == math.ceil(o["epsilon_spent"] * 100 - 1e-9) / 100  # rounded up by the organisation
+        assert stated[0] < stated[-1] == math.ceil(o["epsilon_spent"] * 100 - 1e-9) / 100  # rounded up by the organization
 
 
-def test_baselines_do_not_charge_the_organisations_ledgers(private: Done) -> None:
+def test_baselines_do_not_charge_the_organizations_ledgers(private: Done) -> None:
     for name in ("org-1", "org-2", "org-3"):
         own = ledger(private.folder / "baselines" / "alone" / name / "site")
         assert own == ledger(private.folder / "sites" / name)  # the same privacy, in a ledger of its own
@@ -330,7 +330,7 @@ def test_baselines_do_not_charge_the_organisations_ledgers(private: Done) -> Non
 def test_the_statement_does_not_say_less_than_what_was_spent(private: Done) -> None:
     privacy = private.summary["privacy"]
     assert (privacy["mode"], privacy["epsilon"], privacy["clip_norm"]) == ("record", 6.0, 0.5)
-    most = max(o["epsilon_spent"] for o in private.summary["organisations"])
+    most = max(o["epsilon_spent"] for o in private.summary["organizations"])
     figures = [float(figure) for figure in re.findall(r"ε at most (\d+(?:\.\d+)?)", " ".join(privacy["statement"]))]
     assert figures
     assert all(most <= figure <= 6.0 for figure in figures)
@@ -357,7 +357,7 @@ def assert_moved_in_every_stage(result: Run, plan: Plan, ledgers: bool) -> None:
     summary = result.summary
     assert [(r["stage"], r["dropped"]) for r in summary["rounds"]] == [(s.mode, []) for s in plan.stages for _ in range(s.rounds)]
     assert accuracy_of_exported(result.folder) == pytest.approx(summary["test"]["federated"]["accuracy"], abs=0.03)
-    for o in summary["organisations"]:
+    for o in summary["organizations"]:
         assert o["steps"] == 2 * len(summary["rounds"])
         if ledgers:
             charges = ledger(result.folder / "sites" / o["name"])
@@ -390,11 +390,11 @@ def test_full_from_the_start(toy_plan: NewPlan, tmp_path: Path, kind: str, priva
     assert_moved_in_every_stage(simulate(plan, tmp_path / "run", device="cpu"), plan, privacy == "with")
 
 
-# --- one file per organisation
+# --- one file per organization
 
 
-def test_a_folder_with_a_file_of_another_format_for_each_organisation(toy_plan: NewPlan, tmp_path: Path) -> None:
-    folder = tmp_path / "organisations"
+def test_a_folder_with_a_file_of_another_format_for_each_organization(toy_plan: NewPlan, tmp_path: Path) -> None:
+    folder = tmp_path / "organizations"
     folder.mkdir()
     rows = {name: sentences(size, seed=i) for i, (name, size) in enumerate({"a": 60, "b": 80, "c": 100}.items())}
     write_csv(folder / "a.csv", rows["a"])
@@ -403,12 +403,12 @@ def test_a_folder_with_a_file_of_another_format_for_each_organisation(toy_plan: 
     pandas.DataFrame(rows["c"], columns=["text", "label"]).to_parquet(folder / "c.parquet")
     (folder / "README.txt").write_text("not data")
     result = simulate(toy_plan(data={"source": str(folder)}), tmp_path / "run", device="cpu")
-    sizes = {o["name"]: o["examples"] for o in result.summary["organisations"]}
+    sizes = {o["name"]: o["examples"] for o in result.summary["organizations"]}
     assert set(sizes) == {"a", "b", "c"}
     assert all(0.8 * len(rows[name]) < size < 0.9 * len(rows[name]) for name, size in sizes.items())
     assert sum(sizes.values()) + result.summary["test"]["examples"] == 240
     assert accuracy_of_exported(result.folder) == pytest.approx(result.summary["test"]["federated"]["accuracy"])
-    for o in result.summary["organisations"]:
+    for o in result.summary["organizations"]:
         held = np.load(result.folder / "sites" / o["name"] / "data-rows-0.npy")
         counted = Counter(rows[o["name"]][i][1] for i in held)
         assert o["labels"] == {label: counted[label] for label in ("bad", "good", "so")}
@@ -417,7 +417,7 @@ def test_a_folder_with_a_file_of_another_format_for_each_organisation(toy_plan: 
 # --- when something fails
 
 
-def test_an_organisation_whose_training_fails_in_one_round_is_shown_as_dropped(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_an_organization_whose_training_fails_in_one_round_is_shown_as_dropped(toy_plan: NewPlan, tmp_path: Path) -> None:
     site = tmp_path / "run" / "sites" / "org-2"
 
     def breaks_in_round_two(event: str, fields: dict[str, Any]) -> None:
@@ -429,12 +429,12 @@ def test_an_organisation_whose_training_fails_in_one_round_is_shown_as_dropped(t
         result = simulate(toy_plan(), tmp_path / "run", device="cpu")
     rounds = result.summary["rounds"]
     assert [r["participants"] for r in rounds] == [["org-1", "org-2"], ["org-1"], ["org-1", "org-2"]]
-    assert [[d["organisation"] for d in r["dropped"]] for r in rounds] == [[], ["org-2"], []]
+    assert [[d["organization"] for d in r["dropped"]] for r in rounds] == [[], ["org-2"], []]
     assert "cannot be read" in rounds[1]["dropped"][0]["reason"]
-    first, second = result.summary["organisations"]
+    first, second = result.summary["organizations"]
     assert [(o["rounds"], o["steps"]) for o in (first, second)] == [(3, 15), (2, 10)]
     told = [e for e in read_events(result.folder / "events.jsonl") if e["event"] == "update_dropped"]
-    assert [(e["round"], e["organisation"]) for e in told] == [(2, "org-2")]
+    assert [(e["round"], e["organization"]) for e in told] == [(2, "org-2")]
     assert rounds[1]["bytes_up"] < rounds[0]["bytes_up"]
     report = (result.folder / "report.html").read_text(encoding="utf-8")
     assert "org-2" in report
@@ -448,7 +448,7 @@ def test_a_baseline_that_cannot_be_trained_does_not_cost_the_run(toy_plan: NewPl
 
     with listening(breaks):
         result = simulate(toy_plan(), tmp_path / "run", device="cpu")
-    test, (first, second) = result.summary["test"], result.summary["organisations"]
+    test, (first, second) = result.summary["test"], result.summary["organizations"]
     assert set(test["alone"]["each"]) == {"org-2"}
     assert test["alone"]["mean"] == test["alone"]["each"]["org-2"]
     assert (first["alone"], first["own"]["alone"]) == (None, None)  # without privacy it needs no run of its own
@@ -521,7 +521,7 @@ def test_tweets_with_a_real_encoder(tmp_path: Path) -> None:
     assert test["pooled"]["accuracy"] > test["majority"]["accuracy"] + 0.08
     assert test["federated"]["accuracy"] > test["majority"]["accuracy"] - 0.05
     assert test["federated"]["f1"] > test["majority"]["f1"]
-    for o in result.summary["organisations"]:
+    for o in result.summary["organizations"]:
         assert spent(result.folder / "sites" / o["name"], o["delta"]) <= o["epsilon_spent"] * (1 + 1e-6)
         assert o["epsilon_spent"] <= 8.0
     assert result.summary["model"]["parameters"] > 20_000_000

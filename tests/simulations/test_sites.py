@@ -102,7 +102,7 @@ def test_texts_that_another_file_trains_on_are_counted_and_test_nothing(toy_plan
     assert all(not set(rows.tolist()) & trained[1 - number] for number, (_, rows) in enumerate(prepared.test))
 
 
-def test_a_small_organisation_is_named(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_a_small_organization_is_named(toy_plan: NewPlan, tmp_path: Path) -> None:
     (tmp_path / "orgs").mkdir()
     write_csv(tmp_path / "orgs" / "big.csv", sentences(60))
     write_csv(tmp_path / "orgs" / "small.csv", [("great", "good"), ("awful", "bad")])
@@ -145,8 +145,8 @@ def test_labels_keep_the_order_of_a_base_model_that_knows_them(
     assert prepare(toy_plan(model={"base": str(folder)}, labels=["good", "bad", "so"])).plan.labels == ("good", "bad", "so")
 
 
-def test_each_file_of_a_folder_is_an_organisation(toy_plan: NewPlan, tmp_path: Path) -> None:
-    folder = tmp_path / "organisations"
+def test_each_file_of_a_folder_is_an_organization(toy_plan: NewPlan, tmp_path: Path) -> None:
+    folder = tmp_path / "organizations"
     folder.mkdir()
     write_csv(folder / "north.csv", sentences(60, seed=1))
     write_csv(folder / "Süd ost.csv", sentences(80, seed=2, classes=("bad", "so")))
@@ -166,7 +166,7 @@ def test_each_file_of_a_folder_is_an_organisation(toy_plan: NewPlan, tmp_path: P
 CLASSES = {"north": ("bad", "good", "so"), "Süd ost": ("bad", "so")}
 
 
-def test_the_noise_of_each_organisation_is_the_least_that_keeps_its_budget(toy_plan: NewPlan) -> None:
+def test_the_noise_of_each_organization_is_the_least_that_keeps_its_budget(toy_plan: NewPlan) -> None:
     plan = toy_plan(privacy={"epsilon": 3.0}, local={"batch_size": 30}, simulation={"partition": "quantity:2.0"})
     prepared = prepare(plan)
     assert set(prepared.noise) == {"org-1", "org-2"}
@@ -187,7 +187,7 @@ def test_a_run_folder_says_who_holds_what(toy_plan: NewPlan, tmp_path: Path) -> 
     texts, labels = zip(*sentences(240), strict=True)
     for share in prepared.shares:
         site = Site(folder.path / "sites" / share.name)
-        assert site.file.model_dump() == {"organisation": share.name, "simulated": True, "device": "cpu", "base": None}
+        assert site.file.model_dump() == {"organization": share.name, "simulated": True, "device": "cpu", "base": None}
         assert site.holdings(prepared.plan.labels).inputs() == [texts[i] for i in share.rows]
     test = HoldingsFile.read(folder.path / "test" / "data.json", prepared.plan.labels)
     assert test.targets == [("bad", "good", "so").index(labels[i]) for i in prepared.test[0][1]]
@@ -218,16 +218,16 @@ def test_what_cannot_work_is_said_before_anything_is_trained(
 
 
 def test_a_rule_that_chance_may_leave_too_few_updates_is_refused(toy_plan: NewPlan) -> None:
-    """Of 6 organisations, each asked with 0.5, fewer than 2 are in 1 of 9 rounds; with 0.999 in fewer than 1 of 10^14."""
+    """Of 6 organizations, each asked with 0.5, fewer than 2 are in 1 of 9 rounds; with 0.999 in fewer than 1 of 10^14."""
 
     def with_(**server: float) -> None:
         prepare(toy_plan(strategy="model_stock", server=server, simulation={"clients": 6}))
 
-    with pytest.raises(PlanError, match="needs 2 updates in a round, and the plan may ask as few as 1 organisations: expected"):
+    with pytest.raises(PlanError, match="needs 2 updates in a round, and the plan may ask as few as 1 organizations: expected"):
         with_(sample_rate=0.5)
     with_(sample_rate=0.999)
     with_(sample_size=2)
-    with pytest.raises(PlanError, match="needs 2 updates in a round, and the plan asks 1 organisations: expected more"):
+    with pytest.raises(PlanError, match="needs 2 updates in a round, and the plan asks 1 organizations: expected more"):
         with_(sample_size=1)
 
 

@@ -47,5 +47,5 @@ def test_wrong_arrays_are_not_admitted(arrays: dict[str, Tensor], reason: str | 
     shapes, right = {"w": torch.zeros(2)}, {"fisher/w": torch.ones(2), "gram/w": torch.eye(2)}
     update = Update("org", 1, shapes, 1, 1, statistics={**right, **arrays} if arrays else {})
     expected = {"fisher/w": (2,), "gram/w": (2, 2)}
-    found = reason_to_refuse(update, organisation="org", round=1, shapes=shapes, max_norm=1.0, statistics=expected)
+    found = reason_to_refuse(update, organization="org", round=1, shapes=shapes, max_norm=1.0, statistics=expected)
     assert found == reason if reason is None else str(found).startswith(reason)

@@ -21,7 +21,7 @@ from cotune.plan.schema import Plan
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import resume, simulate
-from tests.conftest import COLOURS, PROCESSOR, tagged, write_images, write_tagged
+from tests.conftest import COLORS, PROCESSOR, tagged, write_images, write_tagged
 from tests.simulations.conftest import NewPlan
 
 TAGS = ("B-BAD", "B-GOOD", "B-SO", "O")
@@ -39,14 +39,14 @@ def tags(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("colours") / "images", 90)
+def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("colors") / "images", 90)
 
 
 @pytest.fixture
-def new_plan(base_model: Callable[[str], Path], tags: Path, colours: Path) -> Callable[..., Plan]:
+def new_plan(base_model: Callable[[str], Path], tags: Path, colors: Path) -> Callable[..., Plan]:
     def make(task: str, /, **changes: Any) -> Plan:
-        kind, source = ("bert", tags) if task == "token-classification" else ("vit", colours)
+        kind, source = ("bert", tags) if task == "token-classification" else ("vit", colors)
         return parse_plan(
             {
                 "task": task,
@@ -75,29 +75,29 @@ def test_tags_are_learnt_and_the_model_is_a_plain_one(new_plan: Callable[..., Pl
     assert result.summary["labels"] == list(TAGS)
     assert gain(result.summary) > 0.05
     words = [len(w) for w, _ in tagged(240)]
-    assert sum(sum(o["labels"].values()) for o in result.summary["organisations"]) < sum(words)  # words, not records
+    assert sum(sum(o["labels"].values()) for o in result.summary["organizations"]) < sum(words)  # words, not records
     twice = 1 if privacy != "none" else 0  # one text is there twice, and counts once where something is promised to it
-    assert sum(o["examples"] for o in result.summary["organisations"]) + result.summary["test"]["examples"] == 240 - twice
+    assert sum(o["examples"] for o in result.summary["organizations"]) + result.summary["test"]["examples"] == 240 - twice
     if privacy == "none":
         tell = pipeline("token-classification", str(result.folder / "model"), ignore_labels=[])
         said = {entry["word"]: entry["entity"] for entry in tell("the great table is awful")}
         assert list(said) == ["the", "great", "table", "is", "awful"]
         assert set(said.values()) <= set(TAGS)
     else:
-        assert all(0 < o["epsilon_spent"] <= 8.0 for o in result.summary["organisations"])
+        assert all(0 < o["epsilon_spent"] <= 8.0 for o in result.summary["organizations"])
 
 
 @pytest.mark.parametrize("train", ["head", "full"])
-def test_colours_are_learnt_and_the_model_is_a_plain_one(
-    new_plan: Callable[..., Plan], tmp_path: Path, colours: Path, train: str
+def test_colors_are_learnt_and_the_model_is_a_plain_one(
+    new_plan: Callable[..., Plan], tmp_path: Path, colors: Path, train: str
 ) -> None:
     local = {"learning_rate": 0.5 if train == "head" else 0.1, "momentum": 0.9, "batch_size": 0.5, "steps": 6}
     result = simulate(new_plan("image-classification", train=train, local=local, privacy=PRIVATE), tmp_path / "run", device="cpu")
-    assert result.summary["labels"] == sorted(COLOURS)
+    assert result.summary["labels"] == sorted(COLORS)
     assert gain(result.summary) > 0.3
     tell = pipeline("image-classification", str(result.folder / "model"))
     right = 0
-    for file in sorted(colours.rglob("*.png"))[:20]:
+    for file in sorted(colors.rglob("*.png"))[:20]:
         with Image.open(file) as image:
             right += tell(image)[0]["label"] == file.parent.name
     assert right >= 12
@@ -109,20 +109,20 @@ def test_the_baselines_of_a_tagger(new_plan: Callable[..., Plan], tmp_path: Path
     assert set(summary["test"]["alone"]["each"]) == {"org-1", "org-2"}
     assert summary["test"]["pooled"]["accuracy"] > summary["test"]["majority"]["accuracy"]
     assert summary["test"]["majority"]["precision"] == pytest.approx(summary["test"]["majority"]["accuracy"] / 4)
-    for organisation in summary["organisations"]:
-        own = organisation["own"]
+    for organization in summary["organizations"]:
+        own = organization["own"]
         assert all(own[column] is not None for column in ("alone", "alone_without_privacy", "federated", "adapted"))
-        assert organisation["adaptation"]["method"] in organisation["adaptation"]["tried"]
-        assert organisation["worth"]["joined"] == "adapted"
+        assert organization["adaptation"]["method"] in organization["adaptation"]["tried"]
+        assert organization["worth"]["joined"] == "adapted"
 
 
-def test_organisations_as_folders_of_images(new_plan: Callable[..., Plan], tmp_path: Path) -> None:
+def test_organizations_as_folders_of_images(new_plan: Callable[..., Plan], tmp_path: Path) -> None:
     for seed, name in enumerate(("east.wing", "west")):
         write_images(tmp_path / "orgs" / name, 30 + 6 * seed, seed)
     plan = new_plan("image-classification", data={"source": str(tmp_path / "orgs")}, rounds=1)
     result = simulate(plan, tmp_path / "run", device="cpu")
-    assert {o["name"] for o in result.summary["organisations"]} == {"east.wing", "west"}
-    site = Site(result.folder / "sites" / "west").holdings(tuple(sorted(COLOURS)))
+    assert {o["name"] for o in result.summary["organizations"]} == {"east.wing", "west"}
+    site = Site(result.folder / "sites" / "west").holdings(tuple(sorted(COLORS)))
     assert site.task == "image-classification"
     assert len(set(site.identities())) == len(site)
     assert resume(result.folder).summary["test"]["federated"] == result.summary["test"]["federated"]
@@ -134,8 +134,8 @@ def test_a_plan_is_forecast(new_plan: Callable[..., Plan], task: str, train: str
     seen = forecast(new_plan(task, train=train, privacy=PRIVATE), "cpu")
     assert seen.seconds is not None
     assert 0 < seen.seconds.low <= seen.seconds.high
-    assert [o.name for o in seen.organisations] == ["org-1", "org-2"]
-    assert all(o.epsilon_planned is not None and o.epsilon_planned <= 8.0 for o in seen.organisations)
+    assert [o.name for o in seen.organizations] == ["org-1", "org-2"]
+    assert all(o.epsilon_planned is not None and o.epsilon_planned <= 8.0 for o in seen.organizations)
 
 
 # --- what cannot be trained is said before anything is
@@ -153,7 +153,7 @@ def resnet(tmp_path: Path) -> Path:
 def test_batch_norm_under_privacy(new_plan: Callable[..., Plan], resnet: Path, train: str) -> None:
     plan = new_plan("image-classification", model={"base": str(resnet)}, train=train, privacy=PRIVATE)
     for check in (prepare, forecast):
-        with pytest.raises(PrivacyError, match=r"normalises over the batch in resnet\.\S*normalization, which mixes records"):
+        with pytest.raises(PrivacyError, match=r"normalizes over the batch in resnet\.\S*normalization, which mixes records"):
             check(plan, "cpu")
     prepare(plan.model_copy(update={"privacy": "none"}), "cpu")
 

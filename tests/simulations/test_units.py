@@ -107,7 +107,7 @@ def test_the_promise_to_persons_is_kept_and_charged(plan: Callable[..., Plan], t
         (data,) = ledger.data_sets()
         assert (data.unit, data.records) == ("patient_id", share.units)
         assert ledger.spent()
-    assert all(0 < o["epsilon_spent"] <= 8.0 for o in result.summary["organisations"])
+    assert all(0 < o["epsilon_spent"] <= 8.0 for o in result.summary["organizations"])
 
 
 def test_copies_of_a_text_do_not_test_what_was_learned_of_them(toy_plan: Callable[..., Plan], tmp_path: Path) -> None:

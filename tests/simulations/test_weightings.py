@@ -27,7 +27,7 @@ def test_losses_are_told_in_every_round(toy_plan: NewPlan, tmp_path: Path, weigh
     if privacy == "none":
         assert told[1]["org-1"]["loss"] < told[0]["org-1"]["loss"]
     else:
-        assert all(o["epsilon_spent"] <= 8.0 for o in summary["organisations"])
+        assert all(o["epsilon_spent"] <= 8.0 for o in summary["organizations"])
 
 
 def test_the_server_judges_each_update(toy_plan: NewPlan, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_the_server_judges_each_update(toy_plan: NewPlan, tmp_path: Path) -> Non
 def test_an_update_without_its_loss_is_not_admitted(told: dict[str, float], reason: str | None) -> None:
     shapes = {"w": torch.zeros(2)}
     update = Update("org", 1, shapes, 1, 1, told=told)
-    about = {"organisation": "org", "round": 1, "shapes": shapes, "max_norm": 1.0}
+    about = {"organization": "org", "round": 1, "shapes": shapes, "max_norm": 1.0}
     assert reason_to_refuse(update, **about, loss_needed=True) == reason  # type: ignore[arg-type]
     silent = Update("org", 1, shapes, 1, 1)
     assert reason_to_refuse(silent, **about) is None  # type: ignore[arg-type]

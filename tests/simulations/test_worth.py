@@ -14,7 +14,7 @@ from cotune.server.rounds.evaluation import predict
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import Prepared, prepare
 from cotune.simulations.run import Run, simulate
-from cotune.simulations.worth import TestSet, organisation_worth, own_majority
+from cotune.simulations.worth import TestSet, organization_worth, own_majority
 from tests.conftest import sentences, write_csv, write_tagged
 from tests.simulations.conftest import NewPlan
 
@@ -30,7 +30,7 @@ def test_own_figures_are_those_of_the_rows_that_are_held_out(result: Run) -> Non
     prepared = prepare(folder.plan, "cpu")
     (_, everything), trained = prepared.test[0], {int(row) for share in prepared.shares for row in share.rows}
     assert sorted(int(row) for share in prepared.shares for row in share.held_out) == everything.tolist()
-    for share, said in zip(prepared.shares, result.summary["organisations"], strict=True):
+    for share, said in zip(prepared.shares, result.summary["organizations"], strict=True):
         assert not trained & {int(row) for row in share.held_out}
         own = Holdings(((prepared.records[None], share.held_out),), folder.plan.labels)
         states = {"federated": folder.load().state}
@@ -63,15 +63,15 @@ def test_classes_that_an_organization_never_sees_do_not_make_it_worth_joining(to
     only = own_majority(prepared, north)
     federated = [(n + 1) % 3 if i % 5 == 0 else n for i, n in enumerate(test.truth.tolist())]
     told = {"majority": [only] * len(test.truth), "alone_without_privacy": [only] * len(test.truth), "federated": federated}
-    found: dict[str, Any] = organisation_worth(test, north, told)
+    found: dict[str, Any] = organization_worth(test, north, told)
     common = {key: found["common"][key]["accuracy"] for key in told}
     assert common["federated"] > common["alone_without_privacy"] + 0.2  # by which the report said yes
     assert found["worth"]["answer"] == "no"
     assert found["worth"]["difference"] < -0.1
     right = dict(told, federated=test.truth.tolist(), majority=[only] * len(test.truth), alone_without_privacy=federated)
-    assert organisation_worth(test, north, right)["worth"]["answer"] == "yes"
+    assert organization_worth(test, north, right)["worth"]["answer"] == "yes"
     same = dict(told, federated=told["alone_without_privacy"])
-    assert organisation_worth(test, north, same)["worth"]["answer"] == "too close to tell"
+    assert organization_worth(test, north, same)["worth"]["answer"] == "too close to tell"
 
 
 def test_what_a_constant_answer_gives_is_no_reason_to_join(toy_plan: NewPlan, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_what_a_constant_answer_gives_is_no_reason_to_join(toy_plan: NewPlan, tm
     test, north = TestSet(prepared), next(share for share in prepared.shares if share.name == "north")
     constant = [own_majority(prepared, north)] * len(test.truth)
     wrong = [(n + 1) % 3 for n in test.truth.tolist()]
-    found = organisation_worth(test, north, {"majority": constant, "alone": wrong, "federated": constant})["worth"]
+    found = organization_worth(test, north, {"majority": constant, "alone": wrong, "federated": constant})["worth"]
     assert (found["answer"], found["useful"], found["against"]) == ("no", False, "alone")
 
 
@@ -89,7 +89,7 @@ def test_tags_are_compared_sentence_by_sentence(toy_plan: NewPlan, tmp_path: Pat
     prepared = prepare(plan, "cpu")
     test, share = TestSet(prepared), prepared.shares[0]
     told = {"majority": test.truth.tolist(), "alone": (test.truth + 1).tolist(), "federated": test.truth.tolist()}
-    found = organisation_worth(test, share, told)
+    found = organization_worth(test, share, told)
     assert found["worth"]["test"] == "paired bootstrap"
     assert found["own"]["records"] == len(share.held_out)
     words = sum(len(prepared.records[None].labels[int(row)]) for row in share.held_out)

@@ -1,4 +1,4 @@
-"""A model of one adapted layer and a head, organisations that have trained it, and what a fusion makes of them."""
+"""A model of one adapted layer and a head, organizations that have trained it, and what a fusion makes of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def state_of(rank: int, *, seed: int = 0, transposed: bool = False) -> dict[str,
 
 
 def deltas_of(state: Mapping[str, Tensor], ranks: Sequence[int], *, names: Sequence[str] = (A, B, HEAD), seed: int = 1) -> Any:
-    """Random deltas, one of each rank: what organisations send that hold the first rows of A and columns of B alone."""
+    """Random deltas, one of each rank: what organizations send that hold the first rows of A and columns of B alone."""
     rng = torch.Generator().manual_seed(seed)
     whole = [{name: torch.randn(state[name].shape, generator=rng) for name in names} for _ in ranks]
     return [{n: _cut(n, t, rank) for n, t in delta.items()} for rank, delta in zip(ranks, whole, strict=True)]

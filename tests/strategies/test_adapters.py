@@ -86,7 +86,7 @@ def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
         (
             {},
             "flora",
-            'the client term "mine.py:term" counts on the mean of what the organisations trained, and the fusion "flora"',
+            'the client term "mine.py:term" counts on the mean of what the organizations trained, and the fusion "flora"',
         ),
         ({}, "fedit", None),
         ({"mixed_ranks": True}, "mean", "is about whole adapters, and the plan has smaller ranks"),
@@ -94,7 +94,7 @@ def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
     ],
 )
 @pytest.mark.parametrize("needs", [Needs(client_state=True), Needs(receives=True), Needs()])
-def test_tensors_that_organisations_keep_are_about_whole_adapters_that_stay(
+def test_tensors_that_organizations_keep_are_about_whole_adapters_that_stay(
     facts: dict[str, Any], fusion: str, said: str | None, needs: Needs
 ) -> None:
     term = PartInfo("client_term", "term", ClientTerm, "", needs)

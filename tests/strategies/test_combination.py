@@ -173,7 +173,7 @@ def test_too_few_updates_are_refused() -> None:
 
 
 def test_factors_of_a_smaller_rank_count_only_where_they_are() -> None:
-    """Rank 2 and rank 1 of a factor B (2, r): the second column is that of the first organisation alone."""
+    """Rank 2 and rank 1 of a factor B (2, r): the second column is that of the first organization alone."""
 
     def factor(values: list[list[float]], n: int) -> Update:
         return Update("a", 1, {"b": torch.tensor(values)}, n, 1)

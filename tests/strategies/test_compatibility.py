@@ -29,7 +29,7 @@ def strategy(**parts: Any) -> StrategyConfig:
 
 def test_federated_averaging_goes_with_everything() -> None:
     everything = Facts(
-        record_privacy=True, sums_only=True, participation=0.01, organisations=1, optimizers=("adamw",), momentum=True, one_rate=False,
+        record_privacy=True, sums_only=True, participation=0.01, organizations=1, optimizers=("adamw",), momentum=True, one_rate=False,
         modes=("full",), mixed_ranks=True,
     )  # fmt: skip
     assert first_problem(StrategyConfig(), everything) is None
@@ -39,7 +39,7 @@ def test_federated_averaging_goes_with_everything() -> None:
 
 @pytest.mark.parametrize("sends", [["fisher"], ["gram"]])
 def test_no_plan_asks_for_statistics_under_record_privacy_by_hand(sends: list[str]) -> None:
-    """Parts in files are never opened by organisations: what the plan says is all that they know of what is sent."""
+    """Parts in files are never opened by organizations: what the plan says is all that they know of what is sent."""
     for strategy in ({"sends": sends}, {"sends": sends, "fusion": {"name": "mine.py:mine", "sha256": "00" * 32}}):
         found = problem(Facts(record_privacy=True), {}, **strategy)
         assert found is not None
@@ -58,7 +58,7 @@ def test_no_plan_asks_for_statistics_under_record_privacy_by_hand(sends: list[st
         (Facts(sums_only=True), part("fusion", visibility=Visibility.SUM_2PASS), "must see sums, in several passes"),
         (Facts(sums_only=True), part("weighting"), "compares the updates, and server.visibility allows one sum"),
         (Facts(participation=0.05), part("server_optimizer", participation=0.1), "every 10 rounds, and each is asked with 0.05"),
-        (Facts(organisations=4), part("fusion", least=5), "needs 5 updates in a round, and the plan asks 4 organisations"),
+        (Facts(organizations=4), part("fusion", least=5), "needs 5 updates in a round, and the plan asks 4 organizations"),
         (Facts(optimizers=("sgd", "adam")), part("server_optimizer", optimizers=("sgd",)), "local.optimizer = sgd, and the plan has adam"),
         (Facts(momentum=True), part("server_optimizer", momentum=False), "local.momentum above 0: expected 0"),
         (Facts(one_rate=False), part("server_optimizer", optimizers=("sgd",)), "another local.head_learning_rate"),
@@ -98,7 +98,7 @@ def test_a_judge_of_whole_models_takes_no_smaller_ranks() -> None:
     assert "is about whole adapters" in str(first_problem(strategy(weighting="validation", fusion="flexlora"), ranks))
 
 
-@pytest.mark.parametrize("fusion", ["median", "krum", "norm_bound", "centred_clipping", "model_stock", "dare"])
+@pytest.mark.parametrize("fusion", ["median", "krum", "norm_bound", "centered_clipping", "model_stock", "dare"])
 def test_a_step_found_from_the_norms_needs_the_mean(fusion: str) -> None:
     """One update of a huge norm, which a robust fusion leaves out, would make the step huge."""
     assert "counts on the mean" in str(first_problem(strategy(fusion=fusion, server_optimizer="fedexp"), NOTHING))
@@ -112,8 +112,8 @@ def test_a_smoothness_found_from_the_learning_rate_needs_gradient_descent() -> N
 
 
 def test_rounds_of_too_few_by_chance_are_refused() -> None:
-    found = str(first_problem(strategy(fusion="krum"), Facts(participation=0.3, organisations=2)))
-    assert found.endswith("the plan may ask as few as 2 organisations: expected server.sample_size of 5 or more")
+    found = str(first_problem(strategy(fusion="krum"), Facts(participation=0.3, organizations=2)))
+    assert found.endswith("the plan may ask as few as 2 organizations: expected server.sample_size of 5 or more")
 
 
 def test_weights_that_nobody_uses_are_refused() -> None:

@@ -51,7 +51,7 @@ def test_what_is_kept_follows_the_mean_alone(fusion: str) -> None:
         (Facts(optimizers=("adamw",)), "assumes local.optimizer = sgd, and the plan has adamw"),
         (Facts(momentum=True), "assumes plain gradient steps"),
         (Facts(one_rate=False), "assumes one learning rate"),
-        (Facts(participation=0.05), "needs every organisation at least every 10 rounds"),
+        (Facts(participation=0.05), "needs every organization at least every 10 rounds"),
         (Facts(client_privacy=True), "cannot be had with client_privacy"),
     ],
 )

@@ -107,7 +107,7 @@ def peeping() -> Sums:
 
 @_broken(needs=Needs())
 def one_key_each() -> Sums:
-    sums = yield lambda u: {**weighted(u), f"of {u.update.organisation}": u.delta["head.bias"]}
+    sums = yield lambda u: {**weighted(u), f"of {u.update.organization}": u.delta["head.bias"]}
     return mean_of({n: s for n, s in sums.items() if not n.startswith("of ")})
 
 
@@ -236,7 +236,7 @@ def typed_memory(updates: Sequence[Weighed], context: RoundContext) -> Fused:
         (unweighted, "gives weight 0 no say", "an update of weight 0 changes the result"),
         (weighted_after_all, "uses no weights", "weights change the result"),
         (one_weight_for_all, "follows weights by parameter", "got one for each parameter"),
-        (same_keys, "bears organisations with other parameters", "KeyError"),
+        (same_keys, "bears organizations with other parameters", "KeyError"),
         (needs_two, "works with the least", "not finite"),
         (one_rank, "bears smaller ranks", "RuntimeError"),
         (silent_repair, "refuses what is not a number", "a statistic"),
@@ -255,7 +255,7 @@ def test_a_broken_fusion_is_found(part: Any, check: str, words: str) -> None:
 def test_a_rule_that_says_all_that_is_true_of_it_passes() -> None:
     @_broken(needs=Needs(weights=False, visibility=Visibility.PER_CLIENT), least=lambda: 3, scales=False, keeps=False)
     def middle(updates: Sequence[Weighed]) -> Delta:
-        """The median plus a constant, of organisations that all send the same."""
+        """The median plus a constant, of organizations that all send the same."""
         names = set.intersection(*(set(u.delta) for u in updates))
         everything = {n: torch.stack([u.delta[n] for u in updates if n in u.delta]) for n in updates[0].delta}
         assert names
@@ -302,7 +302,7 @@ _seen: list[str] = []
 
 @weighting("broken", cite="")
 def counting(update: Update) -> float:
-    _seen.append(update.organisation)
+    _seen.append(update.organization)
     return float(len(_seen))
 
 
@@ -346,14 +346,14 @@ def test_a_broken_weighting_is_found(part: Any, check: str, words: str) -> None:
     assert words in reason
 
 
-# --- server optimisers
+# --- server optimizers
 
 State = Mapping[str, Tensor]
 Stepped = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def _optimizer(step: Callable[..., Stepped], serve: Callable[..., Any] | None = None) -> Any:
-    """A server optimiser that takes this step."""
+    """A server optimizer that takes this step."""
 
     @server_optimizer("broken", cite="")
     @dataclass(frozen=True)
@@ -506,7 +506,7 @@ class Spy:
     losses: list[float] = field(default_factory=list)
 
 
-def test_a_part_gets_what_it_asks_organisations_to_send() -> None:
+def test_a_part_gets_what_it_asks_organizations_to_send() -> None:
     spy = Spy()
 
     @weighting("spy", cite="", needs=Needs(sends=("loss",)))

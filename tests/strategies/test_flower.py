@@ -41,7 +41,7 @@ def model(seed: int = 0) -> dict[str, Tensor]:
 
 
 def trained(state: dict[str, Tensor], round: int) -> list[Update]:
-    """Updates that depend on the state, as those of organisations do."""
+    """Updates that depend on the state, as those of organizations do."""
     generator = torch.Generator().manual_seed(round)
     return [
         Update(
@@ -216,7 +216,7 @@ def test_state_of_any_form_comes_back() -> None:
         ("Result", 'has no strategy "Result"'),
     ],
 )
-def test_what_wants_more_of_organisations_is_refused(name: str, words: str) -> None:
+def test_what_wants_more_of_organizations_is_refused(name: str, words: str) -> None:
     with pytest.raises(PlanError) as error:
         flower_strategy(f"flwr.serverapp.strategy:{name}")
     assert words in str(error.value)
@@ -267,10 +267,10 @@ class Bounded(FedAvg):
 @pytest.mark.parametrize(
     ("strategy", "parameters", "words"),
     [
-        (Chatty, {}, 'tells organisations "learning-rate", and they train as the plan says'),
-        (Prunes, {}, "sends organisations other arrays than the model"),
-        (Calls, {}, "talks to organisations by itself"),
-        (Waits, {}, "waits for more organisations to come"),
+        (Chatty, {}, 'tells organizations "learning-rate", and they train as the plan says'),
+        (Prunes, {}, "sends organizations other arrays than the model"),
+        (Calls, {}, "talks to organizations by itself"),
+        (Waits, {}, "waits for more organizations to come"),
         (Bounded, {"clip": -1.0}, "cannot be made (ValueError: clip must be positive)"),
     ],
 )
@@ -380,7 +380,7 @@ def test_a_round_that_cannot_be_had_is_one_sentence(strategy: type[Strategy], wo
     assert words in str(error.value)
 
 
-def test_organisations_with_other_parameters_are_refused() -> None:
+def test_organizations_with_other_parameters_are_refused() -> None:
     info = flower_strategy("flwr.serverapp.strategy:FedAvg")
     driver = WeightedFusion((builtin("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
     first, second = trained(model(), 1)[:2]

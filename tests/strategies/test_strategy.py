@@ -89,18 +89,18 @@ def test_a_finished_part_is_checked_too() -> None:
     [
         ({"weighting": "exampels"}, "unknown weighting \"exampels\"; did you mean 'examples'? Known: "),
         ({"fusion": "men"}, "unknown fusion \"men\"; did you mean 'mean'? Known: "),
-        ({"server_optimizer": {"name": "sdg"}}, "unknown server optimiser \"sdg\"; did you mean 'sgd'? Known: "),
+        ({"server_optimizer": {"name": "sdg"}}, "unknown server optimizer \"sdg\"; did you mean 'sgd'? Known: "),
         ({"fusion": {"name": 3}}, "expected the name of a fusion, or a table with its name and parameters"),
         ({"client_term": {"mu": 3}}, "expected the name of a client term, or a table with its name and parameters"),
         ({"fusion": "os.system"}, 'unknown fusion "os.system"'),
         (
             {"server_optimizer": {"name": "sgd", "mommentum": 0.9}},
-            'server optimiser "sgd" has no parameter "mommentum"; did you mean \'momentum\'? Known: ',
+            'server optimizer "sgd" has no parameter "mommentum"; did you mean \'momentum\'? Known: ',
         ),
         ({"fusion": {"name": "mean", "density": 0.2}}, 'fusion "mean" has no parameter "density": it takes no parameters'),
         (
             {"server_optimizer": {"name": "sgd", "lr": True}},
-            'server optimiser "sgd" has lr = True: input should be a valid number',
+            'server optimizer "sgd" has lr = True: input should be a valid number',
         ),
         ({"server_optimizer": {"name": "sgd", "lr": "0.5"}}, "has lr = '0.5': input should be a valid number"),
         ({"server_optimizer": {"name": "sgd", "lr": None}}, "has lr = None: input should be a valid number"),
@@ -110,7 +110,7 @@ def test_a_finished_part_is_checked_too() -> None:
         ({"weighting": {"name": "uniform", "context": 1}}, 'has no parameter "context"'),
         ({"optimizer": "sgd"}, "Extra inputs are not permitted"),
         ({"fusion": "rules.py:best"}, "came without the SHA-256 of the file"),
-        ({"client_term": "rules.py:best"}, "expected one of cotune, or of a package that every organisation has"),
+        ({"client_term": "rules.py:best"}, "expected one of cotune, or of a package that every organization has"),
     ],
 )
 def test_what_is_wrong_is_said(table: dict[str, Any], message: str) -> None:

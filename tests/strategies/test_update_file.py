@@ -9,7 +9,7 @@ from cotune.protocol.update_file import read_update, update_bytes
 from cotune.strategies.types import Update
 
 UPDATE = Update(
-    organisation="Zürich",
+    organization="Zürich",
     round=3,
     delta={"w": torch.tensor([[1.5, -2.0], [0.0, 3e38]]), "turned": torch.arange(6.0).reshape(2, 3).T},
     examples=7,

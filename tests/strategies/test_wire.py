@@ -49,8 +49,8 @@ def states(draw: st.DrawFn) -> dict[str, Tensor]:
     return found
 
 
-def travelled(content: RecordDict) -> RecordDict:
-    """Through Flower's own serialisation, as between two machines."""
+def traveled(content: RecordDict) -> RecordDict:
+    """Through Flower's own serialization, as between two machines."""
     return recorddict_from_proto(recorddict_to_proto(content))
 
 
@@ -95,28 +95,28 @@ def with_field(name: str, value: Any) -> RecordDict:
 
 @given(states(), names, st.integers(1, 10**6), st.integers(1, 10**9), st.none() | st.floats(0.0, 100.0))
 def test_an_update_comes_back_as_it_was(
-    state: dict[str, Tensor], organisation: str, number: int, examples: int, epsilon: float | None
+    state: dict[str, Tensor], organization: str, number: int, examples: int, epsilon: float | None
 ) -> None:
-    update = Update(organisation, number, state, examples, 7, epsilon)
-    decoded = decode_update(travelled(encode_update(update, "plan")), "plan")
+    update = Update(organization, number, state, examples, 7, epsilon)
+    decoded = decode_update(traveled(encode_update(update, "plan")), "plan")
     assert same(dict(decoded.delta), state)
-    assert (decoded.organisation, decoded.round, decoded.examples, decoded.steps) == (organisation, number, examples, 7)
+    assert (decoded.organization, decoded.round, decoded.examples, decoded.steps) == (organization, number, examples, 7)
     assert decoded.epsilon == epsilon
 
 
 @given(states(), st.text(), names, st.text())
-def test_a_request_comes_back_as_it_was(state: dict[str, Tensor], plan: str, organisation: str, site: str) -> None:
-    (content,) = encode_requests(plan, 4, state, [Recipient(organisation, 3, site)], {"c": torch.ones(2)})
-    decoded = decode_request(travelled(content))
+def test_a_request_comes_back_as_it_was(state: dict[str, Tensor], plan: str, organization: str, site: str) -> None:
+    (content,) = encode_requests(plan, 4, state, [Recipient(organization, 3, site)], {"c": torch.ones(2)})
+    decoded = decode_request(traveled(content))
     assert same(dict(decoded.state), state)
     assert same(dict(decoded.sent), {"c": torch.ones(2)})
-    assert decoded == Request(plan, 4, organisation, decoded.state, 3, decoded.sent, site)
+    assert decoded == Request(plan, 4, organization, decoded.state, 3, decoded.sent, site)
 
 
 def test_values_that_are_not_finite_arrive_and_are_not_repaired() -> None:
     """Whether they may enter the model is for admission to say."""
     odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
-    decoded = decode_update(travelled(encode_update(Update("a", 1, {"w": odd}, 1, 1), "plan")), "plan")
+    decoded = decode_update(traveled(encode_update(Update("a", 1, {"w": odd}, 1, 1), "plan")), "plan")
     assert decoded.delta["w"].numpy().tobytes() == odd.numpy().tobytes()
 
 
@@ -136,7 +136,7 @@ def test_views_and_parameters_can_be_sent(tensor: Tensor) -> None:
 def test_requests_share_one_copy_of_the_arrays() -> None:
     contents = encode_requests("{}", 1, STATE, [Recipient("a"), Recipient("b", site="sites/b"), Recipient("c")])
     assert all(content["state"] is contents[0]["state"] for content in contents)
-    assert [decode_request(content).organisation for content in contents] == ["a", "b", "c"]
+    assert [decode_request(content).organization for content in contents] == ["a", "b", "c"]
     assert [decode_request(content).site for content in contents] == ["", "sites/b", ""]
 
 
@@ -245,7 +245,7 @@ def test_an_array_of_another_type_is_refused(dtype: str) -> None:
     assert message == f"the array w has the type {dtype}/numpy.ndarray: expected float32/numpy.ndarray"
 
 
-def test_an_array_in_another_serialisation_is_refused() -> None:
+def test_an_array_in_another_serialization_is_refused() -> None:
     assert "torch.save" in refusal(with_array(Array("float32", (3,), "torch.save", saved(np.zeros(3, np.float32)))))
 
 
@@ -269,8 +269,8 @@ def test_another_protocol_is_refused(protocol: Any) -> None:
         ("examples", 1e9, "int"),
         ("examples", None, "int"),
         ("steps", [1, 2], "int"),
-        ("organisation", b"north", "str"),
-        ("organisation", None, "str"),
+        ("organization", b"north", "str"),
+        ("organization", None, "str"),
         ("plan_id", 7, "str"),
         ("epsilon", 1, "float"),
         ("epsilon", None, "float"),
@@ -313,13 +313,13 @@ def test_no_privacy_is_not_the_same_as_none_spent() -> None:
 @given(st.dictionaries(names, st.floats(0.0, 1e30), max_size=4))
 def test_the_stated_noise_comes_back_as_it_was(noise: dict[str, float]) -> None:
     update = Update("a", 1, {}, 1, 1, None, noise_variance=noise)
-    assert decode_update(travelled(encode_update(update, "plan")), "plan").noise_variance == noise
+    assert decode_update(traveled(encode_update(update, "plan")), "plan").noise_variance == noise
 
 
 def test_no_stated_noise_is_not_the_same_as_none_added() -> None:
-    assert decode_update(travelled(encode_update(UPDATE, "plan")), "plan").noise_variance is None
+    assert decode_update(traveled(encode_update(UPDATE, "plan")), "plan").noise_variance is None
     silent = Update("a", 1, {}, 1, 1, None, noise_variance={})
-    assert decode_update(travelled(encode_update(silent, "plan")), "plan").noise_variance == {}
+    assert decode_update(traveled(encode_update(silent, "plan")), "plan").noise_variance == {}
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_no_stated_noise_is_not_the_same_as_none_added() -> None:
 def test_a_noise_that_is_no_variance_is_refused(record: Any) -> None:
     content = encode_update(UPDATE, "plan")
     content["noise_variance"] = record
-    assert "noise" in refusal(travelled(content))
+    assert "noise" in refusal(traveled(content))
 
 
 # --- sizes and digests
@@ -390,7 +390,7 @@ def test_the_digest_changes_with_names_shapes_and_values() -> None:
 
 @given(states())
 def test_what_arrives_has_the_digest_of_what_was_sent(state: dict[str, Tensor]) -> None:
-    decoded = decode_update(travelled(encode_update(Update("a", 1, state, 1, 1), "plan")), "plan")
+    decoded = decode_update(traveled(encode_update(Update("a", 1, state, 1, 1), "plan")), "plan")
     assert state_digest(decoded.delta) == state_digest(state)
 
 
@@ -398,7 +398,7 @@ def test_what_arrives_has_the_digest_of_what_was_sent(state: dict[str, Tensor]) 
 
 
 def test_what_an_update_was_trained_from_comes_through() -> None:
-    assert decode_update(travelled(encode_update(UPDATE, "plan")), "plan").received == "5f"
+    assert decode_update(traveled(encode_update(UPDATE, "plan")), "plan").received == "5f"
 
 
 def test_what_is_sent_beside_the_state_counts_and_is_told_from_it() -> None:
@@ -416,7 +416,7 @@ def test_what_is_sent_beside_the_state_counts_and_is_told_from_it() -> None:
 
 def test_a_receipt_comes_through() -> None:
     receipt = Receipt("north", "plan", "5f")
-    assert decode_receipt(travelled(encode_receipt(receipt))) == receipt
+    assert decode_receipt(traveled(encode_receipt(receipt))) == receipt
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_a_receipt_comes_through() -> None:
     [
         (RecordDict(), "came without its header: expected a ConfigRecord named receipt"),
         (RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL - 1})}), f"expected {PROTOCOL}: use the same cotune"),
-        (RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, "organisation": 3})}), "has organisation = 3: expected str"),
+        (RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, "organization": 3})}), "has organization = 3: expected str"),
     ],
 )
 def test_what_is_no_receipt(content: RecordDict, sentence: str) -> None:

@@ -40,7 +40,7 @@ def make_site(
 ) -> Site:
     """Write the site of an organization that holds these rows of the records."""
     write_holdings(folder / "data.json", DataConfig(source=str(records)), [(None, list(rows))])
-    described = SiteFile(organisation=name, simulated=simulated, device="cpu")
+    described = SiteFile(organization=name, simulated=simulated, device="cpu")
     (folder / "site.json").write_text(described.model_dump_json())
     (folder / "policy.toml").write_text(dump_policy(policy))
     return Site(folder)

@@ -68,7 +68,7 @@ def sign_request(
     }
     with suppress(Exception):
         request = decode_request(content)
-        said |= {"round": request.round, "recipient": request.organisation, "admitted": request.admitted}
+        said |= {"round": request.round, "recipient": request.organization, "admitted": request.admitted}
         said |= {"received": received_digest(request.state, request.sent)}
         said |= {"plan": parse_plan(json.loads(request.plan)).plan_id}
     statement = RequestStatement(**{**said, **changes})
@@ -85,7 +85,7 @@ def countersign(
     /,
     **changes: str,
 ) -> None:
-    """Signs an answer to a request as an organisation does; nothing where the request is not signed. changes: of the statement."""
+    """Signs an answer to a request as an organization does; nothing where the request is not signed. changes: of the statement."""
     _, signed = detach(asked_by)
     if signed is None:
         return

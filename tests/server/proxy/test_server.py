@@ -527,7 +527,7 @@ def test_a_member_beyond_a_quota_is_refused_and_named_and_the_others_are_not(
         assert time.monotonic() < until
         watch("round_finished", {})
         time.sleep(0.05)
-    assert {event["organisation"] for event in read_events(events.path)} == {"south"}
+    assert {event["organization"] for event in read_events(events.path)} == {"south"}
 
 
 def test_a_quota_of_bytes_is_of_both_directions_and_refused_before_content_is_read(folder: Path, upstream: Upstream) -> None:

@@ -1,6 +1,6 @@
-"""Client terms on two organisations with unlike losses, F_k(x) = a_k/2 (x − b_k)²: where the rounds end, by hand.
+"""Client terms on two organizations with unlike losses, F_k(x) = a_k/2 (x − b_k)²: where the rounds end, by hand.
 
-Organisation 1 has a = 1, b = 0 and a third of the weight, organisation 2 a = 4, b = 3 and two thirds: the optimum of the weighted
+Organization 1 has a = 1, b = 0 and a third of the weight, organization 2 a = 4, b = 3 and two thirds: the optimum of the weighted
 loss is Σ p a b / Σ p a = 8/3.
 """
 
@@ -28,7 +28,7 @@ LOCAL = LocalSteps(RATE, 0.0, STEPS)
 
 @dataclass
 class Federation:
-    """The rounds of a term over gradient descent: what organisations keep, what the server remembers, θ."""
+    """The rounds of a term over gradient descent: what organizations keep, what the server remembers, θ."""
 
     term: ClientTerm
     examples: tuple[int, ...] = EXAMPLES
@@ -37,7 +37,7 @@ class Federation:
     kept: list[dict[str, Tensor]] = field(default_factory=lambda: [{}, {}])
 
     def round(self, *people: int) -> float:
-        context = RoundContext(organisations=2, state=self.state, local=LOCAL)
+        context = RoundContext(organizations=2, state=self.state, local=LOCAL)
         combination = build_aggregator(StrategyConfig(), context)
         sent = self.term.send(self.memory)
         for k in people or (0, 1):
@@ -117,7 +117,7 @@ def test_so_it_does_with_equal_weights_when_one_takes_part(term: ClientTerm) -> 
 def test_first_rounds_by_hand() -> None:
     """D = ½, Kη = ½: SCAFFOLD's c = −1 is the mean gradient; FedDyn with α = 2: h = −1, so θ moves by ½ + ½."""
     delta = {"x": torch.tensor([0.5])}
-    context = RoundContext(organisations=2, local=LOCAL)
+    context = RoundContext(organizations=2, local=LOCAL)
     fused = build_aggregator(StrategyConfig(), context)
     for name in ("a", "b"):
         fused.add(Update(name, 1, delta, 1, STEPS))

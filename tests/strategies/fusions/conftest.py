@@ -40,8 +40,8 @@ def _play(
     **parameters: Any,
 ) -> Fused:
     updates = [replace(u, **change) for u, change in zip(_updates(deltas), changes or [{}] * len(deltas), strict=True)]
-    given = dict(zip([u.organisation for u in updates], weights or [1.0] * len(updates), strict=True))
-    weighting = undecorated("weighting", "given", lambda update: given[update.organisation])
+    given = dict(zip([u.organization for u in updates], weights or [1.0] * len(updates), strict=True))
+    weighting = undecorated("weighting", "given", lambda update: given[update.organization])
     info = builtin("fusion")[fusion]
     combination = WeightedFusion((weighting, {}), (info, info.check(parameters)), context)
     for update in updates:

@@ -34,14 +34,14 @@ def test_its_variance_is_that_of_peft(fuse: Any) -> None:
     assert peft.var() == pytest.approx(1.5 * 4, rel=0.05)
 
 
-def test_masks_follow_from_seed_round_and_organisation(fuse: Any) -> None:
+def test_masks_follow_from_seed_round_and_organization(fuse: Any) -> None:
     deltas = [np.ones(200)]
     first = fuse("dare", deltas, context=RoundContext(seed=1, round=2))
     assert np.array_equal(first, fuse("dare", deltas, context=RoundContext(seed=1, round=2)))
     others = [
         fuse("dare", deltas, context=RoundContext(seed=2, round=2)),
         fuse("dare", deltas, context=RoundContext(seed=1, round=3)),
-        fuse("dare", deltas, context=RoundContext(seed=1, round=2), changes=[{"organisation": "somebody else"}]),
+        fuse("dare", deltas, context=RoundContext(seed=1, round=2), changes=[{"organization": "somebody else"}]),
     ]
     assert not any(np.array_equal(first, other) for other in others)
 

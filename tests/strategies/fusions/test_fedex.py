@@ -25,7 +25,7 @@ def test_by_hand_at_rank_one() -> None:
     assert (float(new[A]), float(new[B]), float(new[W])) == (2.0, 2.0, 7.5)
 
 
-def test_organisations_that_agree_leave_the_weight_alone() -> None:
+def test_organizations_that_agree_leave_the_weight_alone() -> None:
     state = state_of(2)
     [delta] = deltas_of(state, (2,))
     new = fused("fedex", state, [delta, delta], (2, 5), adapter(2))

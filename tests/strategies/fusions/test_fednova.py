@@ -49,7 +49,7 @@ def test_with_equal_steps_it_is_fedavg(fuse: Any, rng: np.random.Generator) -> N
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_it_ends_at_the_joint_optimum_where_fedavg_does_not(fuse: Any, momentum: float) -> None:
     """Two quadratics ½(x − c_k)², 2 and 12 local steps: the paper's example of objective inconsistency. The optimum is 0."""
-    centres, steps, rate = (-1.0, 1.0), (2, 12), 0.002
+    centers, steps, rate = (-1.0, 1.0), (2, 12), 0.002
     context = RoundContext(local=LocalSteps(rate, momentum, 12))
 
     def local(x: float, k: int) -> float:
@@ -57,7 +57,7 @@ def test_it_ends_at_the_joint_optimum_where_fedavg_does_not(fuse: Any, momentum:
         optimizer = torch.optim.SGD([p], lr=rate, momentum=momentum)
         for _ in range(steps[k]):
             optimizer.zero_grad()
-            (0.5 * (p - centres[k]) ** 2).sum().backward()
+            (0.5 * (p - centers[k]) ** 2).sum().backward()
             optimizer.step()
         return float(p.detach()) - x
 

@@ -33,7 +33,7 @@ def test_where_only_small_ranks_came_there_are_directions_for_the_others() -> No
 
 
 def test_by_hand_blocks_weigh_a_slice_among_those_that_hold_it() -> None:
-    """Two organisations agree on slice 1; one alone holds slice 2: it counts in full instead of half."""
+    """Two organizations agree on slice 1; one alone holds slice 2: it counts in full instead of half."""
     eye = torch.eye(2)
     state = {A: torch.zeros(2, 2), B: torch.zeros(2, 2)}
     small, whole = {A: eye[:1], B: eye[:, :1] * 4}, {A: eye, B: eye * 4}

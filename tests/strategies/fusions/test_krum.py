@@ -9,7 +9,7 @@ from cotune.errors import RunError
 
 
 def test_by_hand(fuse: Any) -> None:
-    """n = 5, f = 1, so two neighbours: 0 → 1 + 4, 1 → 1 + 1, 2 → 1 + 4, 10 → 36 + 64, 4 → 4 + 9: 1 has the least."""
+    """n = 5, f = 1, so two neighbors: 0 → 1 + 4, 1 → 1 + 1, 2 → 1 + 4, 10 → 36 + 64, 4 → 4 + 9: 1 has the least."""
     assert fuse("krum", [[0.0], [1.0], [2.0], [10.0], [4.0]], malicious=1).tolist() == [1.0]
 
 
@@ -22,7 +22,7 @@ def test_distances_are_over_the_whole_delta(fuse: Any) -> None:
 
 @pytest.mark.parametrize(("count", "malicious"), [(5, 1), (7, 2), (9, 3), (12, 2), (6, 0)])
 def test_against_byzfl(fuse: Any, byzfl: Any, rng: np.random.Generator, count: int, malicious: int) -> None:
-    """byzfl takes n − f − 1 neighbours, the paper n − f − 2: its f is one more."""
+    """byzfl takes n − f − 1 neighbors, the paper n − f − 2: its f is one more."""
     for _ in range(20):
         deltas = rng.normal(size=(count, 8))
         assert np.array_equal(fuse("krum", list(deltas), malicious=malicious), byzfl.Krum(malicious + 1)(deltas))

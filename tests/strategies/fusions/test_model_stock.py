@@ -30,13 +30,13 @@ def test_against_the_formula_over_all_pairs(fuse: Any, rng: np.random.Generator,
 
 
 def test_for_two_it_is_the_nearest_point_to_where_noise_would_be_averaged_out(fuse: Any, rng: np.random.Generator) -> None:
-    """The paper's geometry: Δ_k = centre + noise of one length, square to the centre and to one another. D is then the foot of
-    the perpendicular from the centre to the line from 0 to the mean."""
+    """The paper's geometry: Δ_k = center + noise of one length, square to the center and to one another. D is then the foot of
+    the perpendicular from the center to the line from 0 to the mean."""
     frame, _ = np.linalg.qr(rng.normal(size=(9, 3)))
-    centre = 2.0 * frame[:, 0]
-    deltas = np.stack([centre + 1.5 * frame[:, k] for k in (1, 2)])
+    center = 2.0 * frame[:, 0]
+    deltas = np.stack([center + 1.5 * frame[:, k] for k in (1, 2)])
     found = fuse("model_stock", list(deltas))
-    assert found @ (centre - found) == pytest.approx(0, abs=1e-9)
+    assert found @ (center - found) == pytest.approx(0, abs=1e-9)
 
 
 def test_per_parameter_every_one_has_its_own_angle(fuse: Any) -> None:
@@ -53,7 +53,7 @@ def test_where_updates_point_against_one_another_the_model_stays(fuse: Any) -> N
     assert fuse("model_stock", [[0.0, 0.0], [0.0, 0.0]]).tolist() == [0.0, 0.0]
 
 
-def test_a_parameter_of_one_organisation_alone_is_taken_as_it_is(fuse: Any) -> None:
+def test_a_parameter_of_one_organization_alone_is_taken_as_it_is(fuse: Any) -> None:
     found = fuse("model_stock", [{"a": [1.0], "b": [4.0]}, {"a": [1.0]}], per="parameter")
     assert found["b"].tolist() == [4.0]
 

@@ -17,7 +17,7 @@ def test_by_hand(fuse: Any) -> None:
 
 @pytest.mark.parametrize(("count", "malicious"), [(5, 1), (7, 2), (9, 3), (12, 2), (6, 0)])
 def test_against_byzfl(fuse: Any, byzfl: Any, rng: np.random.Generator, count: int, malicious: int) -> None:
-    """byzfl takes n − f − 1 neighbours and keeps n − f: its f is one more."""
+    """byzfl takes n − f − 1 neighbors and keeps n − f: its f is one more."""
     for _ in range(20):
         deltas = rng.normal(size=(count, 8))
         found = fuse("multi_krum", list(deltas), malicious=malicious, keep=count - malicious - 1)

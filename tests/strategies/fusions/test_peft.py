@@ -21,8 +21,8 @@ RANKS, COUNTS, RANK, ALPHA = (2, 4, 3), (1, 2, 5), 4, 6.0
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"]}
 
 
-def organisations(folder: Path, kind: str) -> Any:
-    """A peft model with one adapter for each organisation, "0", "1" …, of its own rank and random; their scales are the same."""
+def organizations(folder: Path, kind: str) -> Any:
+    """A peft model with one adapter for each organization, "0", "1" …, of its own rank and random; their scales are the same."""
     scale = ALPHA / RANK
     configs = [
         LoraConfig(r=r, lora_alpha=scale * r, target_modules=TARGETS[kind], fan_in_fan_out=kind == "gpt2") for r in (RANK, *RANKS)
@@ -60,7 +60,7 @@ def next_state(model: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Tens
 @pytest.mark.parametrize(("fusion", "combination"), [("flora", "cat"), ("flexlora", "svd")])
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_peft_agrees(base_model: Callable[[str], Path], kind: str, fusion: str, combination: str) -> None:
-    model = organisations(base_model(kind), kind)
+    model = organizations(base_model(kind), kind)
     layers = dict(model.base_model.model.named_modules())
     shares = [count / sum(COUNTS) for count in COUNTS]
     model.add_weighted_adapter([str(i) for i in range(3)], shares, "merged", combination_type=combination, svd_rank=RANK)

@@ -29,7 +29,7 @@ def deltas_of(rng: np.random.Generator, count: int = COUNT) -> list[dict[str, np
 
 
 def changes(count: int = COUNT) -> list[dict[str, Any]]:
-    return [{"organisation": f"org-{k}", "steps": 1 + k % 3, "told": {"loss": 0.5 + k / 10}} for k in range(count)]
+    return [{"organization": f"org-{k}", "steps": 1 + k % 3, "told": {"loss": 0.5 + k / 10}} for k in range(count)]
 
 
 def weights_of(info: PartInfo, rng: np.random.Generator) -> list[float]:
@@ -111,7 +111,7 @@ def test_every_rule_says_where_it_comes_from(name: str) -> None:
 @pytest.mark.parametrize("recipe", [r for r, parts in RECIPES.items() if parts.get("fusion", "mean") in NAMES])
 def test_every_recipe_of_theirs_is_a_strategy_that_a_run_can_have(recipe: str) -> None:
     strategy = StrategyConfig.model_validate(expand({"strategy": recipe, "train": "lora"})["strategy"])
-    facts = Facts(organisations=COUNT, server_data=True)
+    facts = Facts(organizations=COUNT, server_data=True)
     assert first_problem(strategy, facts) is None
 
 

@@ -28,7 +28,7 @@ def fused(*updates: Update, off_diagonal: float = 1.0) -> dict[str, Tensor]:
 
 
 def regression(x: Tensor, y: Tensor, start: Tensor, *, bias: bool) -> Update:
-    """The optimum of an organisation's own least squares, as a delta from `start` (out, in [+ 1]); the mean Gram matrix."""
+    """The optimum of an organization's own least squares, as a delta from `start` (out, in [+ 1]); the mean Gram matrix."""
     x = with_ones(x) if bias else x
     best = torch.linalg.lstsq(x, y).solution.T - start
     width = best.shape[1] - bias

@@ -1,4 +1,4 @@
-"""Weightings by the losses that organisations tell, by hand and through a round."""
+"""Weightings by the losses that organizations tell, by hand and through a round."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_order_of_the_losses_is_that_of_the_weights(losses: list[float], pow
     assert down == sorted(down, reverse=True)
 
 
-def test_what_organisations_must_send_is_in_the_plan() -> None:
+def test_what_organizations_must_send_is_in_the_plan() -> None:
     assert StrategyConfig.model_validate({"weighting": "tilted"}).sends == ("loss",)
     assert StrategyConfig.model_validate({"weighting": "examples"}).sends == ()
 

@@ -19,25 +19,25 @@ _NOTHING = torch.zeros((), dtype=torch.float64)
 
 
 @fusion(
-    "centred_clipping",
+    "centered_clipping",
     cite="Karimireddy et al., ICML 2021, https://arxiv.org/abs/2012.10333",
     needs=Needs(visibility=Visibility.SUM_2PASS),
     scales=False,
     keeps=False,
 )
-def centred_clipping(
+def centered_clipping(
     *, norm: Annotated[float, Field(gt=0)] = 1.0, passes: Annotated[int, Field(ge=1, le=1000)] = 1, context: RoundContext
 ) -> Sums:
     """v += Σ p_k (Δ_k − v) min(1, τ / ‖Δ_k − v‖), from the v of the round before on, which is 0 in the first; D = v.
 
     norm: τ, how far from v an update still counts in full. passes: over the updates in a round.
     """
-    centre = dict(context.memory)
+    center = dict(context.memory)
     for _ in range(passes):
-        moves = mean_of((yield partial(_move, centre=centre, norm=norm)))
-        centre |= {name: centre.get(name, _NOTHING) + move for name, move in moves.items()}
-    return Fused({name: centre[name] for name in moves}, memory=centre)
+        moves = mean_of((yield partial(_move, center=center, norm=norm)))
+        center |= {name: center.get(name, _NOTHING) + move for name, move in moves.items()}
+    return Fused({name: center[name] for name in moves}, memory=center)
 
 
-def _move(update: Weighed, centre: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
-    return weighted(update, clipped({n: d - centre.get(n, _NOTHING) for n, d in update.delta.items()}, norm))
+def _move(update: Weighed, center: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
+    return weighted(update, clipped({n: d - center.get(n, _NOTHING) for n, d in update.delta.items()}, norm))
