@@ -27,7 +27,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import Metrics
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_features
@@ -93,7 +93,7 @@ def read(seed: int) -> Data:
     plan, records = prepared.plan, prepared.records[None]
     model = model_of(plan, "cpu")
     model.load({})
-    holdings = Holdings(((records, np.arange(len(records.labels))),), plan.labels, plan.task)
+    holdings = Dataset(((records, np.arange(len(records.labels))),), plan.labels, plan.task)
     vectors = encoded_features(holdings, model, {}, plan.model.precision).numpy()
     rows = np.random.default_rng(seed).permutation(np.concatenate([np.asarray(share.rows) for share in prepared.shares]))
     ends = np.cumsum([0, *SIZES]) * len(rows)

@@ -1,4 +1,4 @@
-"""How long is a round that trains next to nothing, with real processes, TLS and keys? Resident nodes beside Flower's own.
+"""How long is a round that trains next to nothing, with real processes, TLS and keys? TrainerProcess nodes beside Flower's own.
 
     python benchmarks/round_trip.py [--organizations 3] [--rounds 10] [--stock]
 

@@ -18,7 +18,7 @@ from cotune.cli.plan_options import own_options
 from cotune.cli.screen import beginning, screen
 from cotune.data.readers.sources import check_file
 from cotune.errors import DataError
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,7 +155,7 @@ def _write(file: Path, found: Sequence[dict[str, Any]]) -> None:
     else:
         content = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     try:
-        write_durably(file, content.encode("utf-8", "replace"))
+        atomic_write(file, content.encode("utf-8", "replace"))
     except OSError as error:
         raise DataError(f"{file} cannot be written ({error.strerror}): choose another file with --out") from None
 

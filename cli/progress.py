@@ -53,17 +53,17 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return f"{who} counts {100 * fields['weight']:.2g} % only: agree on its number of records (`invite --examples`)"
         case "note":
             return f"note: {fields['text']}"
-        case "organization_left_out":
+        case "client_excluded":
             return f"{who} is left out of the run from now on: {fields['reason']}"
         case "connection_lost":
             return f"the connection to the SuperLink is lost: {fields.get('reason', 'it does not answer')}"
-        case "connection_back":
+        case "connection_restored":
             return "the connection to the SuperLink is back"
         case "organization_left":
             return f"{who} has left the federation: it is asked again once it rejoins"
         case "delivered":
             return f"{who} has the finished model"
-        case "undelivered":
+        case "delivery_failed":
             return f"{who} lacks the finished model: {fields['reason']}; --resume hands it out again"
         case "late_update_received":
             return f"round {round}: {who} answered late, to round {fields['of_round']}: its update counts less"

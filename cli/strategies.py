@@ -20,7 +20,7 @@ from cotune.cli.screen import screen
 from cotune.errors import PlanError
 from cotune.plan.load import value_of
 from cotune.reporting.pages import render_text
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 from cotune.strategies import catalog as catalog
 from cotune.strategies import plugins
 from cotune.strategies.own_names import own_name
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import click
 
     from cotune.strategies.conformance.checks import Finding
-    from cotune.strategies.registry import Kind, PartInfo
+    from cotune.strategies.registry import ComponentInfo, Kind
 
 
 _MARK = "<!-- From here on the page is written by `cotune strategies --page docs/strategies.md`. -->"
@@ -132,7 +132,7 @@ def overview(
 
 
 def _renew(page: Path) -> None:
-    write_durably(page, renewed(page.read_text(encoding="utf-8")).encode())
+    atomic_write(page, renewed(page.read_text(encoding="utf-8")).encode())
 
 
 def _list(console: Console, found: list[dict[str, Any]]) -> None:
@@ -259,11 +259,11 @@ def _check_own_name(name: str) -> None:
         raise PlanError(f'there is neither a strategy nor a part "{name}": a rule in a file is named with its file, as "{found}"')
 
 
-def _page_part(name: str, kind: Kind | None) -> PartInfo:
+def _page_part(name: str, kind: Kind | None) -> ComponentInfo:
     """The part of that name, or in that file or package."""
     if plugins.is_file(name):
         found = plugins.object_in(name, plugins.read_file(name, Path()))
-        info: PartInfo | None = getattr(found, "part", None)
+        info: ComponentInfo | None = getattr(found, "part", None)
         return plugins.part_of(kind or (info.kind if info else "fusion"), name, found)
     if plugins.is_code(name):
         return plugins.load_code("fusion", name, "")
@@ -276,7 +276,7 @@ def _page_part(name: str, kind: Kind | None) -> PartInfo:
         raise PlanError(str(error)) from None
 
 
-def _show_findings(console: Console, info: PartInfo, findings: list[Finding]) -> None:
+def _show_findings(console: Console, info: ComponentInfo, findings: list[Finding]) -> None:
     kind = info.kind.replace("_", " ").replace("optimizer", "optimizer")
     console.print(f"[bold]{escape(info.name)}[/bold], a {kind}")
     table = Table("", "check", "what is wrong", box=None, header_style="bold", pad_edge=False)

@@ -12,7 +12,7 @@ import torch
 from cotune.client.budget import Budget, Total, budget_of, noise_multiplier, total_delta
 from cotune.client.policy_check import unsaid_number
 from cotune.client.site import Site
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.units import RECORD
 from cotune.errors import Declined, PrivacyError
 from cotune.plan.schema import Plan
@@ -41,7 +41,7 @@ class Account:
         plan: Plan,
         policy: Policy,
         site: Site,
-        holdings: Holdings,
+        holdings: Dataset,
         *,
         round: int = 1,
         draws: bool = True,

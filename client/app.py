@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from safetensors import SafetensorError
 
 from cotune.client.audit_log import AuditLog, record_sizes
-from cotune.client.egress_guard import UNSAID, Blocked, check_reason, check_receipt, check_update, refusal
+from cotune.client.egress_guard import GENERIC_REFUSAL, Blocked, check_reason, check_receipt, check_update, refusal
 from cotune.client.node.received import Consent, check_received, expected_shapes, plan_of
 from cotune.client.node.requests import (
     Requested,
@@ -40,7 +40,7 @@ from cotune.client.training.extensions import Personal
 from cotune.client.training.round import train_round
 from cotune.errors import CotuneError, Declined, RunError
 from cotune.models.export import export_model
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.schema import Plan
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
@@ -55,13 +55,13 @@ from cotune.protocol.messages import (
 )
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement, content_digest
 from cotune.reporting.model_card import CARD, model_card, promised
-from cotune.storage.files import json_of, sync, write_durably
+from cotune.storage.files import atomic_write, json_of, sync
 from cotune.strategies.types import not_finite
 
 ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and the plan itself
 
 
-def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
+def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
     """Exports the model, with the own part where the plan lets organizations keep one, and returns its folder; no record is read.
 
     The same model again changes nothing. Raises Declined for a plan that nobody here has approved, or a base model that is not
@@ -90,14 +90,14 @@ def keep_finished(request: Request, plan: Plan, site: Site) -> Path:
     return folder
 
 
-def _write(model: SharedModel, folder: Path, card: str, about: Mapping[str, Any]) -> None:
+def _write(model: TrainableModel, folder: Path, card: str, about: Mapping[str, Any]) -> None:
     """Complete and on the disk before it says so: whatever ends it earlier, the next time begins anew. Raises RunError."""
     try:
         _remove_unfinished(folder.parent)
         export_model(model, folder, {CARD: card})
         for file in [*(file for file in folder.rglob("*") if file.is_file()), folder, folder.parent]:
             sync(file)
-        write_durably(folder / ABOUT, json.dumps(about).encode())
+        atomic_write(folder / ABOUT, json.dumps(about).encode())
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise RunError(
@@ -246,7 +246,7 @@ def _update(request: Request, plan: Plan, site: Site, signed: Requested | None) 
 
 
 def _receipt(request: Request, plan: Plan, site: Site, signed: Requested | None) -> _Answer:
-    folder = keep_finished(request, plan, site)
+    folder = store_final_model(request, plan, site)
     content = encode_receipt(Receipt(site.organization, plan.plan_id, received_digest(request.state, request.sent)))
     check_receipt(content, request, plan, site)
     return "receipt", content, {"model": str(folder)}
@@ -283,7 +283,7 @@ def _refusal(message: Message, asked: _Asked, error: Exception, detail: str) -> 
         _enter(asked, "blocked" if isinstance(error, Blocked) else "refusal", said=said, reason=detail, **signed)
     except Exception as problem:  # a plan may hold what cannot be written; raised, it would go to the server
         _log.error("the log of what was sent lacks a refusal: %s", problem)
-        sent = UNSAID
+        sent = GENERIC_REFUSAL
     return refusal(message, sent)
 
 
@@ -299,11 +299,11 @@ def _signed_refusal(said: str, asked: _Asked) -> tuple[str, dict[str, str]]:
 
 
 def _sayable(error: Exception) -> str:
-    said = error.public if isinstance(error, Declined) else UNSAID
+    said = error.public if isinstance(error, Declined) else GENERIC_REFUSAL
     try:
         check_reason(said)
     except Blocked:
-        return UNSAID
+        return GENERIC_REFUSAL
     return said
 
 

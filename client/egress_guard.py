@@ -18,7 +18,7 @@ from cotune.client.account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import model_here
 from cotune.errors import RunError
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import shared_names, statistic_shapes
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import longest_update
@@ -37,7 +37,7 @@ from cotune.protocol.messages import (
 from cotune.strategies.sums import norm
 from cotune.strategies.types import Update, not_finite
 
-UNSAID = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
+GENERIC_REFUSAL = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
 _REFUSED = 1001  # error code of a reply in which an organization says why it did not train
 
 
@@ -98,11 +98,11 @@ def check_reason(reason: str) -> None:
     """Raises Blocked for words of a refusal that are not among those that say nothing of the records."""
     declined, rules = _DECLINED.fullmatch(reason), Policy().model_dump()
     known = declined is not None and declined[2] in rules.get(declined[1], {}) and declined.groups() not in _OF_RECORDS
-    if reason != UNSAID and not known:
+    if reason != GENERIC_REFUSAL and not known:
         raise Blocked("a refusal has other words than the few that may be told")
 
 
-def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: SharedModel) -> Iterator[str]:
+def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: TrainableModel) -> Iterator[str]:
     plan, site = account.plan, account.site
     names = shared_names(plan, model, request.round)
     if not _same(content, encode_update(update, plan.plan_id, salt_of(content))):
@@ -122,7 +122,7 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
         yield "its statistics are not finite"
 
 
-def _wrong_delta(update: Update, request: Request, account: Account, model: SharedModel, names: list[str]) -> Iterator[str]:
+def _wrong_delta(update: Update, request: Request, account: Account, model: TrainableModel, names: list[str]) -> Iterator[str]:
     """Only what travels, in the shapes that came (or of the own smaller rank), finite, and no longer than the plan allows."""
     surplus, lacking = sorted(update.delta.keys() - set(names)), sorted(set(names) - update.delta.keys())
     if surplus or lacking:
@@ -144,7 +144,7 @@ def _wrong_delta(update: Update, request: Request, account: Account, model: Shar
 
 
 def _own_shapes(
-    account: Account, model: SharedModel, round: int, whole: dict[str, tuple[int, ...]]
+    account: Account, model: TrainableModel, round: int, whole: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     rank = account.policy.training.rank_for(account.plan.lora.rank)
     if account.plan.stage_of(round).mode != "lora" or rank == account.plan.lora.rank:

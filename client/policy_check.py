@@ -25,7 +25,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
-from cotune.storage.files import json_of, write_durably
+from cotune.storage.files import atomic_write, json_of
 
 
 @dataclass(frozen=True)
@@ -259,10 +259,10 @@ class Approvals:
         with FileLock(self.site.folder / ".approved.lock", mode=0o600):
             if plan.plan_id in self.ids():
                 return
-            write_durably(self._file(plan.plan_id), plan.canonical().encode())
+            atomic_write(self._file(plan.plan_id), plan.canonical().encode())
             line = {"plan_id": plan.plan_id, "plan": plan.name, "at": datetime.now(UTC).isoformat(timespec="seconds"), "how": how}
             before = self._approved.read_bytes() if self._approved.exists() else b""
-            write_durably(self._approved, before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            atomic_write(self._approved, before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def ids(self) -> list[str]:
         """Of the plans that were approved, in that order. Raises RunError for a damaged file."""
@@ -305,7 +305,7 @@ class Approvals:
         waiting = sum(file.stem not in set(self.ids()) for file in self._plans.glob("*.json"))
         content = plan.canonical()
         if not self._file(plan.plan_id).exists() and waiting < _MOST_PENDING and len(content) <= _MOST_CHARACTERS:
-            write_durably(self._file(plan.plan_id), content.encode())
+            atomic_write(self._file(plan.plan_id), content.encode())
 
     def _file(self, plan_id: str) -> Path:
         return self._plans / f"{plan_id}.json"

@@ -20,11 +20,11 @@ from cotune.client.node.requests import last_range
 from cotune.client.policy_check import Broken, broken_rules, limit_gpu_memory, outside
 from cotune.client.site import Site
 from cotune.client.site_setup import find_base_here, model_here
-from cotune.client.training.setup import Guard, check_gradients, made_up_setting, optimizer_of
+from cotune.client.training.setup import Guard, check_gradients, optimizer_of, synthetic_setup
 from cotune.data.left_out import cut_texts
 from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
 from cotune.models.device import peak_memory_bytes
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
 from cotune.privacy.config import RecordPrivacy
@@ -202,14 +202,14 @@ def _warnings(account: Account) -> Iterator[str]:
         )
 
 
-def _try(plan: Plan, stage: Stage, model: SharedModel, examples: int, sigma: float) -> StageCheck:
+def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: float) -> StageCheck:
     """One step of DP-SGD on as many made-up records as a batch is expected to have."""
     assert isinstance(plan.privacy, RecordPrivacy)
     batch = stage.local.sample_rate(examples) * examples
     model.load({})
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     parameters = model.train_only(names)
-    setting = made_up_setting(plan, stage, model, max(1, round(batch)))
+    setting = synthetic_setup(plan, stage, model, max(1, round(batch)))
     error = check_gradients(setting, plan.privacy, stage.mode)
     guard = Guard(model, model.state(names), noise=True)
     on_gpu = model.device.type == "cuda"

@@ -11,23 +11,23 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cotune.client.site_folder import SiteFolder
-from cotune.data.dataset import Holdings, HoldingsFile
+from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import RunError
 from cotune.plan.schema import Plan
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.protocol.update_file import read_update, round_of, update_bytes
-from cotune.storage.files import remove_parts, write_durably
+from cotune.storage.files import atomic_write, remove_parts
 from cotune.strategies.types import Update
 
 
 class Site(SiteFolder):
     """The folder with what is computed of it: records, ledger, and the tensors that are kept."""
 
-    def holdings(self, labels: tuple[str, ...]) -> Holdings:
+    def holdings(self, labels: tuple[str, ...]) -> Dataset:
         """The organization's own records."""
-        return HoldingsFile.read(self.folder / "data.json", labels, lenient=not self.file.simulated)
+        return DatasetManifest.read(self.folder / "data.json", labels, lenient=not self.file.simulated)
 
-    def counted(self, plan: Plan) -> Holdings:
+    def counted(self, plan: Plan) -> Dataset:
         """Those that count under the plan's promise: of no other collection, and of a unit no more than it may have."""
         held = self.holdings(plan.labels)
         if held.collection and self.ledger_file.exists():
@@ -45,13 +45,13 @@ class Site(SiteFolder):
         """Puts a finished update into the outbox, durably, in place of the one before."""
         content = update_bytes(update, plan_id=plan_id)
         remove_parts(self._outbox_file)
-        write_durably(self._outbox_file, content)
+        atomic_write(self._outbox_file, content)
 
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
         """Keeps a run's tensors after a round, durably. what: a folder of their own. since: the round that they go on from."""
         folder = self._kept_folder(plan_id, what)
         copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
-        write_durably(folder / _file_of(round), save(copies, metadata={"since": str(since)}))
+        atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}))
 
     def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
         """What was kept after a round. What it does not go on from goes: a server that has lost its last checkpoint asks for the

@@ -22,17 +22,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.data.config import DataConfig
-from cotune.data.dataset import HoldingsFile, Portion
+from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.tasks.task import task_named
 from cotune.errors import DataError, ModelError, RunError
 from cotune.models.base_model import BaseModelFolder, find_base
 from cotune.models.device import pick_device
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.protocol.federation_file import check_name
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 
 def read_private_key(file: Path) -> EllipticCurvePrivateKey:
@@ -60,7 +60,7 @@ def read_certificates(file: Path | None) -> bytes | None:
     return content
 
 
-def model_here(plan: Plan, site: Site) -> SharedModel:
+def model_here(plan: Plan, site: Site) -> TrainableModel:
     """The plan's model, as `plan.model.model_of` loads it, on the site's device."""
     return model_of(_with_own_base(plan, site.file), site.file.device)
 
@@ -97,8 +97,8 @@ def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None
         folder.chmod(0o700)
         _write_keys(folder, name, own)
         if not (folder / "policy.toml").exists():
-            write_durably(folder / "policy.toml", dump_policy(Policy()).encode())
-        write_durably(folder / "site.json", SiteFile(organization=name, device=device).model_dump_json(indent=1).encode())
+            atomic_write(folder / "policy.toml", dump_policy(Policy()).encode())
+        atomic_write(folder / "site.json", SiteFile(organization=name, device=device).model_dump_json(indent=1).encode())
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise RunError(f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it") from None
@@ -111,9 +111,9 @@ def _write_keys(folder: Path, name: str, own: ec.EllipticCurvePrivateKey | None)
     """The private key first: a public one without it would be of no use."""
     file = folder / "node.key"
     key = own or (read_private_key(file) if file.exists() else ec.generate_private_key(ec.SECP384R1()))
-    write_durably(file, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))  # with mode 0600
+    atomic_write(file, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))  # with mode 0600
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    write_durably(folder / "node.pub", line + f" {name}\n".encode())
+    atomic_write(folder / "node.pub", line + f" {name}\n".encode())
 
 
 def fingerprint_of(site: Site) -> str:
@@ -162,8 +162,8 @@ def name_records(
     columns = {task_named(plan.task).key: text, "label": label, "unit": unit}
     config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
     try:
-        described = HoldingsFile(
-            task=plan.task, data=DataConfig(**config), portions=(Portion(path=None),), collection=collection or ""
+        described = DatasetManifest(
+            task=plan.task, data=DataConfig(**config), portions=(FileSlice(path=None),), collection=collection or ""
         )
     except ValueError:
         named = ", ".join(repr(name) for name in columns.values() if name is not None)
@@ -171,14 +171,14 @@ def name_records(
     return _write_once_read(document, described, plan)
 
 
-def _write_once_read(document: Path, described: HoldingsFile, plan: Plan) -> int:
+def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> int:
     """A description that does not fit leaves the one before as it was."""
     draft = document.with_name("data.json.draft")
     try:
-        write_durably(draft, described.model_dump_json(indent=1).encode())
-        count = len(HoldingsFile.read(draft, plan.labels, lenient=True))
+        atomic_write(draft, described.model_dump_json(indent=1).encode())
+        count = len(DatasetManifest.read(draft, plan.labels, lenient=True))
         if not count:
-            HoldingsFile.read(draft, plan.labels)  # read strictly, it says why
+            DatasetManifest.read(draft, plan.labels)  # read strictly, it says why
             raise DataError("none of the records is usable: expected some; look at the file")
         os.replace(draft, document)
     except DataError as error:
@@ -192,5 +192,5 @@ def name_base(site: Site, plan: Plan, folder: Path) -> Site:
     """Writes to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
     file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
     find_base_here(plan, file)
-    write_durably(site.folder / "site.json", file.model_dump_json(indent=1).encode())
+    atomic_write(site.folder / "site.json", file.model_dump_json(indent=1).encode())
     return Site(site.folder)

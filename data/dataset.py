@@ -30,7 +30,7 @@ _SURPLUS = "more than max_records of their unit"
 Elsewhere = Callable[[Sequence[bytes], str], set[bytes]]
 
 
-class Portion(BaseModel):
+class FileSlice(BaseModel):
     """Rows of one file; `rows`: the name of a .npy file with their numbers beside the document; None: all of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,17 +38,17 @@ class Portion(BaseModel):
     rows: str | None = None
 
 
-class HoldingsFile(BaseModel):
+class DatasetManifest(BaseModel):
     """The document."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     task: TaskName = "sequence-classification"  # what the records are read as
     data: DataConfig
-    portions: tuple[Portion, ...]
+    portions: tuple[FileSlice, ...]
     collection: str = ""  # which total their charges count against (see privacy/ledger/charges.py); "": every one
 
     @classmethod
-    def read(cls, file: Path, labels: tuple[str, ...], *, lenient: bool = False) -> Holdings:
+    def read(cls, file: Path, labels: tuple[str, ...], *, lenient: bool = False) -> Dataset:
         """The holdings that the document describes, with the records read. Raises DataError.
 
         lenient: a real organization must not fail by the classes of its records: whether it does would tell of single ones.
@@ -64,10 +64,10 @@ class HoldingsFile(BaseModel):
         for portion in document.portions:
             records = read_records(document.data, portion.path, document.task, lenient=lenient, labels=labels)
             parts.append((records, _rows(file, portion, len(records))))
-        return Holdings(tuple(parts), labels, document.task, lenient, collection=document.collection)
+        return Dataset(tuple(parts), labels, document.task, lenient, collection=document.collection)
 
 
-def _rows(file: Path, portion: Portion, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _rows(file: Path, portion: FileSlice, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The portion's row numbers. Raises DataError when they cannot be read, or are not rows of the file."""
     if portion.rows is None:
         return np.arange(records)
@@ -91,12 +91,12 @@ def write_holdings(
     written = []
     for i, (path, rows) in enumerate(portions):
         np.save(file.parent / f"{file.stem}-rows-{i}.npy", np.asarray(rows, dtype=np.int64), allow_pickle=False)
-        written.append(Portion(path=path, rows=f"{file.stem}-rows-{i}.npy"))
-    file.write_text(HoldingsFile(task=task, data=data, portions=tuple(written)).model_dump_json(indent=1), encoding="utf-8")
+        written.append(FileSlice(path=path, rows=f"{file.stem}-rows-{i}.npy"))
+    file.write_text(DatasetManifest(task=task, data=data, portions=tuple(written)).model_dump_json(indent=1), encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class Holdings:
+class Dataset:
     """Records held, in a fixed order; labels as class numbers in the plan's order.
 
     unit: whom a promise is made to, see `bounded`; None: nobody, and every row stands for itself. collection: the one of the
@@ -108,7 +108,7 @@ class Holdings:
     task: TaskName = "sequence-classification"
     lenient: bool = False  # whether a record of a class that the plan lacks is one without a loss, instead of an error
     unit: str | None = None
-    whole: Holdings | None = field(default=None, repr=False)  # before it was bounded
+    whole: Dataset | None = field(default=None, repr=False)  # before it was bounded
     collection: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict, hash=False)
 
@@ -140,7 +140,7 @@ class Holdings:
         """What a model is to tell: the class number of each record, or of each word of all records."""
         return [number for target in self.targets for number in ((target,) if isinstance(target, int) else target)]
 
-    def bounded(self, privacy: UnitRule | Literal["none"], seed: int) -> Holdings:
+    def bounded(self, privacy: UnitRule | Literal["none"], seed: int) -> Dataset:
         """The records that count under a promise, and the units that it is made to; the holdings as they are without one.
 
         Of a unit from a column, at most `privacy.max_records` records count, chosen by the seed and their own content. Where each
@@ -164,7 +164,7 @@ class Holdings:
             dropped[_SURPLUS if privacy.unit != RECORD else "copies"] += len(group) - len(counting)
         return whole._only(kept, dropped)
 
-    def apart(self, elsewhere: Elsewhere, privacy: UnitRule | Literal["none"]) -> Holdings:
+    def apart(self, elsewhere: Elsewhere, privacy: UnitRule | Literal["none"]) -> Dataset:
         """Without the units that are in another of the organization's collections.
 
         They contribute nothing here, like a record that cannot be read: nobody sees from outside that they are in the file.
@@ -179,7 +179,7 @@ class Holdings:
                 kept[group] = False
         return self._only(kept, {"in another collection": int((~kept).sum())})
 
-    def _only(self, kept: np.ndarray[Any, np.dtype[np.bool_]], dropped: Mapping[str, int]) -> Holdings:
+    def _only(self, kept: np.ndarray[Any, np.dtype[np.bool_]], dropped: Mapping[str, int]) -> Dataset:
         """Some of the rows, in their order; how many were dropped now, by reason."""
         ends = np.cumsum([len(rows) for _, rows in self.parts])
         held = zip(self.parts, np.split(kept, ends[:-1]), strict=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cotune.data.types import Input
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
-    from cotune.models.trainable import SharedModel
+    from cotune.models.trainable import TrainableModel
 
 
 UNREADABLE = "unreadable"  # of a line, or of what stands in it
@@ -44,7 +44,7 @@ def cut_reason(tokens: int) -> str:
     return f"{_CUT}{tokens} tokens"
 
 
-def cut_texts(model: SharedModel, inputs: Sequence[Input]) -> dict[str, int]:
+def cut_texts(model: TrainableModel, inputs: Sequence[Input]) -> dict[str, int]:
     """Return how many of the inputs are longer than the model reads, by the reason; nothing where none is."""
     loaded = model.loaded
     count = loaded.task.cut(loaded.reader, loaded.max_length, inputs)

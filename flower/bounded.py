@@ -9,7 +9,7 @@ import httpx
 _MOST_ANSWER_BYTES = 64 * 2**20  # of one answer: a piece of an array, a bundle, or the names of all objects of a message
 
 
-def distrust(calls: httpx.Client) -> None:
+def harden_http_client(calls: httpx.Client) -> None:
     """A server may not send the node's calls on to another place, inside the organization's network for one, nor fill its memory.
 
     Compressed answers are not taken: a small one may be endless.

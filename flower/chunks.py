@@ -50,14 +50,14 @@ class Parcel:
     number: str
     pieces: dict[str, bytes]
 
-    def message(self, most_bytes: int) -> Message:
+    def message(self, max_bytes: int) -> Message:
         """The message, with its number. It can be asked for once: the pieces are used up, so that they are not held twice.
 
-        Raises TooMuch where its arrays would have more bytes in all than `most_bytes`, before one of them is made; Malformed.
+        Raises TooMuch where its arrays would have more bytes in all than `max_bytes`, before one of them is made; Malformed.
         """
         size = inflated_bytes(self.number, self.pieces)
-        if size > most_bytes:
-            raise TooMuch(f"its arrays would have {size:,} bytes, expected at most {most_bytes:,}")
+        if size > max_bytes:
+            raise TooMuch(f"its arrays would have {size:,} bytes, expected at most {max_bytes:,}")
         try:
             message = inflate_object_from_contents(self.number, self.pieces)
         except MemoryError:
@@ -181,16 +181,16 @@ class CutOff(Exception):
     """The rest of the message is gone, or does not come."""
 
 
-def gather(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, silence: float) -> Message:
+def gather(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> Message:
     """The message, with its number; otherwise as `collect`.
 
-    Raises TooMuch also where it would be larger than `most_bytes` once it is put together, before that is done; Malformed.
+    Raises TooMuch also where it would be larger than `max_bytes` once it is put together, before that is done; Malformed.
     """
-    return collect(tree, pull, most_bytes, silence).message(most_bytes)
+    return collect(tree, pull, max_bytes, silence).message(max_bytes)
 
 
-def collect(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, silence: float) -> Parcel:
-    """All pieces of a message. No more than `most_bytes` and a piece are ever taken.
+def collect(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> Parcel:
+    """All pieces of a message. No more than `max_bytes` and a piece are ever taken.
 
     tree: its pieces. pull: of a piece's id, called from several threads. silence: seconds without any piece that are waited for.
     Raises TooMuch, CutOff, and what `pull` raises.
@@ -200,7 +200,7 @@ def collect(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, sil
     try:
         found = pull_objects(
             [part.object_id for part in iterate_object_tree(tree)],
-            _Bounded(pull, most_bytes, silence),
+            _Bounded(pull, max_bytes, silence),
             max_time=None,
             max_tries_per_object=None,
             initial_backoff=_FIRST_WAIT_SECONDS,
@@ -214,8 +214,8 @@ def collect(tree: ObjectTree, pull: Callable[[str], bytes], most_bytes: int, sil
 class _Bounded:
     """The same, up to so many bytes, and so many seconds without one."""
 
-    def __init__(self, pull: Callable[[str], bytes], most_bytes: int, silence: float) -> None:
-        self._pull, self._most_bytes, self._silence = pull, most_bytes, silence
+    def __init__(self, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> None:
+        self._pull, self._most_bytes, self._silence = pull, max_bytes, silence
         self._taken, self._came, self._lock = 0, time.monotonic(), threading.Lock()
         self._under_way: dict[int, float] = {}  # thread -> when its call began
 

@@ -46,7 +46,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from cotune.flower.bounded import distrust
+from cotune.flower.bounded import harden_http_client
 from cotune.flower.chunks import Parcel, collect
 from cotune.printable import printable
 from cotune.protocol.connectivity import explained
@@ -237,7 +237,7 @@ def connected(
     with FleetHttpClient.from_server_address(
         address, False, root_certificates, interceptors=[NodeAuthHttpInterceptor(key, key.public_key())]
     ) as client:
-        distrust(client._client)
+        harden_http_client(client._client)
         fleet = Fleet(client, _enter(client, key, known, anew))
         heartbeats = HeartbeatSender(fleet.heartbeat)
         heartbeats.start()

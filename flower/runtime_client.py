@@ -53,7 +53,7 @@ class Line(Protocol):
         """
         ...
 
-    def fetch(self, answer: Any, most_bytes: int, came: Callable[[], None]) -> Message | None:
+    def fetch(self, answer: Any, max_bytes: int, came: Callable[[], None]) -> Message | None:
         """The answer, if it is there. came: called for every piece of it, by several threads.
 
         Raises TooMuch for more bytes than that, CutOff where the rest of it does not come, Malformed where it is no message.
@@ -81,7 +81,7 @@ class _GridLine:
     def announced(self, numbers: Sequence[str]) -> Mapping[str, str]:
         return {number: number for number in numbers}
 
-    def fetch(self, answer: str, most_bytes: int, came: Callable[[], None]) -> Message | None:
+    def fetch(self, answer: str, max_bytes: int, came: Callable[[], None]) -> Message | None:
         return fetched(self._grid, answer)
 
 
@@ -125,9 +125,9 @@ class _RuntimeLine:
         replies = zip(answer.messages_list, answer.message_object_trees, strict=True)
         return {reply.metadata.reply_to_message_id: tree for reply, tree in replies}
 
-    def fetch(self, answer: ObjectTree, most_bytes: int, came: Callable[[], None]) -> Message:
+    def fetch(self, answer: ObjectTree, max_bytes: int, came: Callable[[], None]) -> Message:
         pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, self._run)
-        message = gather(answer, _patient(pull, came), most_bytes, _SILENCE_SECONDS)
+        message = gather(answer, _patient(pull, came), max_bytes, _SILENCE_SECONDS)
         received = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=answer.object_id)
         with suppress(httpx.HTTPError):  # it keeps what nobody needs
             self._call(self._client.ConfirmMessageReceived, received)

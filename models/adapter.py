@@ -25,12 +25,12 @@ class Adapter:
     transposed: bool = False
 
 
-def name_seed(seed: int, name: str) -> int:
+def parameter_seed(seed: int, name: str) -> int:
     """A seed for one tensor, from the plan's."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
 
 
-def drawn_a(shape: tuple[int, ...], seed: int) -> Tensor:
+def init_lora_a(shape: tuple[int, ...], seed: int) -> Tensor:
     """A fresh A (r, d_in), as peft draws it, but the same on every machine: float32 on the CPU."""
     drawn = torch.empty(shape)
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(seed))

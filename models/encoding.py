@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.models.features import features_of, rows_of_answers
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 
 Encoding = Callable[[str, int, int], None]  # (the file, its records that are encoded, its distinct records)
 
 
-def encoded_examples(holdings: Holdings, model: SharedModel) -> list[Example]:
+def encoded_examples(holdings: Dataset, model: TrainableModel) -> list[Example]:
     """Return what the task's collator takes, for each record."""
     loaded = model.loaded
     return loaded.task.examples(loaded.reader, loaded.max_length, holdings.inputs(), holdings.targets)
 
 
 def encoded_features(
-    holdings: Holdings, model: SharedModel, state: State, precision: str, progress: Encoding | None = None
+    holdings: Dataset, model: TrainableModel, state: State, precision: str, progress: Encoding | None = None
 ) -> torch.Tensor:
     """Return what the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has.
 

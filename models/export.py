@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from cotune.models.base_model import dropout_settings, quiet
 from cotune.models.lora import merge_adapters
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 
 
-def export_model(model: SharedModel, folder: Path, beside: Mapping[str, str] | None = None) -> None:
+def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] | None = None) -> None:
     """Write safetensors, configuration with label names, and tokenizer or image processor; adapters are merged into the weights.
 
     An earlier export in the folder is replaced once the new one is complete. Whoever may enter the folder above can read it,

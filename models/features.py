@@ -35,13 +35,13 @@ from cotune.data.types import Input, answer_count, content_of
 from cotune.models.architecture import AlignedRows, encoder_name
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.probes import example_probes, lengths_of, mixes
-from cotune.models.trainable import SharedModel, State
-from cotune.storage.files import write_durably
+from cotune.models.trainable import State, TrainableModel
+from cotune.storage.files import atomic_write
 
 FEATURE_SLOTS = 64  # rows of every forward pass: a public constant
 _FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)
-_readings: WeakKeyDictionary[SharedModel, str | None] = WeakKeyDictionary()
-_mixing: WeakKeyDictionary[SharedModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
+_readings: WeakKeyDictionary[TrainableModel, str | None] = WeakKeyDictionary()
+_mixing: WeakKeyDictionary[TrainableModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 Progress = Callable[[int, int], None]  # (records encoded, records in all)
 
 
@@ -82,7 +82,7 @@ class FeatureHead(nn.Module):
         reads_words: Whether a record has a vector for each of its words.
     """
 
-    def __init__(self, model: SharedModel) -> None:
+    def __init__(self, model: TrainableModel) -> None:
         super().__init__()
         whole = model.loaded.module
         headed = copy.copy(whole)
@@ -103,13 +103,13 @@ class FeatureHead(nn.Module):
         return output
 
 
-def feature_head(model: SharedModel) -> FeatureHead | None:
+def feature_head(model: TrainableModel) -> FeatureHead | None:
     """The head on features; None when it reads something else of the encoder than one vector of a record, or of each word."""
     return FeatureHead(model) if _reading(model) else None
 
 
 def features_of(
-    model: SharedModel, inputs: Sequence[Input], state: State, precision: str, progress: Progress | None = None
+    model: TrainableModel, inputs: Sequence[Input], state: State, precision: str, progress: Progress | None = None
 ) -> Tensor:
     """What the head reads of each input, in float32 on the CPU: (n, d), of tags n being the words of all inputs in their order.
 
@@ -132,7 +132,7 @@ def features_of(
     return _compute(model, inputs, dtype, progress)  # nowhere to write: compute every time
 
 
-def are_kept(model: SharedModel, inputs: Sequence[Input], precision: str) -> bool:
+def are_kept(model: TrainableModel, inputs: Sequence[Input], precision: str) -> bool:
     """Whether the features of these inputs are on disk, of the encoder as it came."""
     reading = _reading(model)
     if reading is None:
@@ -140,12 +140,12 @@ def are_kept(model: SharedModel, inputs: Sequence[Input], precision: str) -> boo
     return _read(_file_of(model, inputs, {}, reading, arithmetic(model, precision)), sum(map(answer_count, inputs))) is not None
 
 
-def _file_of(model: SharedModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> Path:
+def _file_of(model: TrainableModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> Path:
     """Where the features of these inputs are kept."""
     return cache_folder() / "features" / f"{_key(model, inputs, state, reading, dtype)}.safetensors"
 
 
-def arithmetic(model: SharedModel, precision: str) -> torch.dtype:
+def arithmetic(model: TrainableModel, precision: str) -> torch.dtype:
     """What features are computed in. auto: bfloat16 where it is fast and no record's feature depends on others."""
     if precision == "auto":
         fast = bfloat16_is_fast(model.device)
@@ -153,7 +153,7 @@ def arithmetic(model: SharedModel, precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def features_mix(model: SharedModel, dtype: torch.dtype) -> bool:
+def features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
     """Whether, in this arithmetic, on this device and with this many threads, a feature changes in any bit with the records
     beside it, in any shape of batch that there is. Found out once per model and machine: that they do not is kept on disk.
 
@@ -170,7 +170,7 @@ def features_mix(model: SharedModel, dtype: torch.dtype) -> bool:
     return known[key]
 
 
-def _features_mix(model: SharedModel, dtype: torch.dtype) -> bool:
+def _features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
     with model.at_random(model.adapter_names()):
         return any(
             mixes(lambda batch: [vectors_of(model, batch, dtype)], example_probes(model, length, FEATURE_SLOTS))
@@ -178,7 +178,7 @@ def _features_mix(model: SharedModel, dtype: torch.dtype) -> bool:
         )
 
 
-def _where(model: SharedModel, dtype: torch.dtype) -> str:
+def _where(model: TrainableModel, dtype: torch.dtype) -> str:
     """Identifies all that decides which kernels compute a feature, and in which shapes."""
     loaded = model.loaded
     parts = (
@@ -196,7 +196,7 @@ def _where(model: SharedModel, dtype: torch.dtype) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _key(model: SharedModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> str:
+def _key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> str:
     """Identifies features: the base model, what was trained in the encoder so far, how it is read, and the inputs."""
     digest = hashlib.sha256()
     loaded = model.loaded
@@ -254,15 +254,15 @@ def _load(file: Path, mtime_ns: int, size: int) -> Tensor:
 
 
 def _write(file: Path, features: Tensor) -> None:
-    write_durably(file, save({"features": features}))
+    atomic_write(file, save({"features": features}))
 
 
-def encode_batch(model: SharedModel, examples: Sequence[Example], precision: str) -> Tensor:
+def encode_batch(model: TrainableModel, examples: Sequence[Example], precision: str) -> Tensor:
     """As `features_of`, of examples as the collator takes them. Computed, not looked up."""
     return _encode(model, examples, arithmetic(model, precision), None)
 
 
-def _encode(model: SharedModel, examples: Sequence[Example], dtype: torch.dtype, progress: Progress | None) -> Tensor:
+def _encode(model: TrainableModel, examples: Sequence[Example], dtype: torch.dtype, progress: Progress | None) -> Tensor:
     loaded = model.loaded
     if not examples:  # of no record there are none, as wide as others
         return _encode(model, loaded.task.samples(loaded.reader), dtype, None)[:0]
@@ -291,7 +291,7 @@ def _encode(model: SharedModel, examples: Sequence[Example], dtype: torch.dtype,
     return features
 
 
-def _compute(model: SharedModel, inputs: Sequence[Input], dtype: torch.dtype, progress: Progress | None) -> Tensor:
+def _compute(model: TrainableModel, inputs: Sequence[Input], dtype: torch.dtype, progress: Progress | None) -> Tensor:
     distinct = list(dict.fromkeys(inputs))  # equal inputs have equal features: they are computed once
     loaded = model.loaded
     labels = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in distinct]
@@ -308,7 +308,7 @@ def rows_of_answers(inputs: Sequence[Input]) -> list[range]:
 
 
 @torch.no_grad()
-def vectors_of(model: SharedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
+def vectors_of(model: TrainableModel, batch: Batch, dtype: torch.dtype) -> Tensor:
     """What the head reads in each row of a batch: (b, d), of tags (b, t, d) for all tokens; in float32 on the CPU."""
     reading = _reading(model)
     assert reading is not None, "feature_head said that there are none"
@@ -316,7 +316,7 @@ def vectors_of(model: SharedModel, batch: Batch, dtype: torch.dtype) -> Tensor:
         return _read_vectors(model, batch, reading).float().cpu()
 
 
-def _read_vectors(model: SharedModel, batch: Batch, reading: str) -> Tensor:
+def _read_vectors(model: TrainableModel, batch: Batch, reading: str) -> Tensor:
     """The vector that `reading` names, in each row of a batch: (b, d); "each": of every token, (b, t, d)."""
     loaded = model.loaded
     inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -333,7 +333,7 @@ def _read_vectors(model: SharedModel, batch: Batch, reading: str) -> Tensor:
     return hidden[torch.arange(len(shown), device=shown.device), (shown * positions).argmax(dim=1)]
 
 
-def _reading(model: SharedModel) -> str | None:
+def _reading(model: TrainableModel) -> str | None:
     """Which vector the head reads; found once per model by comparing logits on three made-up examples of unequal length."""
     if model not in _readings:
         _readings[model] = _find_reading(model)
@@ -341,7 +341,7 @@ def _reading(model: SharedModel) -> str | None:
 
 
 @torch.no_grad()
-def _find_reading(model: SharedModel) -> str | None:
+def _find_reading(model: TrainableModel) -> str | None:
     loaded = model.loaded
     batch = loaded.task.collator(model.module, loaded.reader, model.device)(loaded.task.samples(loaded.reader))
     try:

@@ -16,18 +16,18 @@ from torch.nn import functional
 
 from cotune.errors import RunError
 from cotune.models.features import feature_head
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 
 _ITERATIONS = 60
 _TOLERANCE = 1e-6
 
 
-def head_names(model: SharedModel) -> list[str]:
+def head_names(model: TrainableModel) -> list[str]:
     """The parameters of the head."""
     return model.names("head")
 
 
-def last_layer(model: SharedModel) -> tuple[str, str] | None:
+def last_layer(model: TrainableModel) -> tuple[str, str] | None:
     """Weight and bias of the layer that gives the scores; None where the head has no such layer, or one without a bias."""
     classes = len(model.loaded.module.config.id2label)
     shapes = {name: p.shape for name, p in model.parameters() if name in set(head_names(model))}
@@ -38,14 +38,14 @@ def last_layer(model: SharedModel) -> tuple[str, str] | None:
     return None
 
 
-def _last_layer_of(model: SharedModel) -> tuple[str, str]:
+def _last_layer_of(model: TrainableModel) -> tuple[str, str]:
     found = last_layer(model)
     assert found is not None, "whoever corrects a head has looked for its last layer"
     return found
 
 
 @torch.no_grad()
-def head_scores(model: SharedModel, head: Mapping[str, Tensor], features: Tensor) -> Tensor:
+def head_scores(model: TrainableModel, head: Mapping[str, Tensor], features: Tensor) -> Tensor:
     """Scores of a head on features (n, d): (n, classes) on the CPU."""
     model.load(head)
     reader = feature_head(model)
@@ -59,7 +59,7 @@ def told_by(scores: Tensor) -> Tensor:
     return torch.where(scores.isnan().any(dim=1), -1, scores.argmax(dim=1))
 
 
-def fit_head(model: SharedModel, features: Tensor, targets: Tensor, *, start: State, toward: State, pull: float) -> State:
+def fit_head(model: TrainableModel, features: Tensor, targets: Tensor, *, start: State, toward: State, pull: float) -> State:
     """Return the head that minimizes the mean cross-entropy + pull / 2 · s · ‖head − toward‖², by L-BFGS.
 
     Args:
@@ -91,7 +91,7 @@ def fit_head(model: SharedModel, features: Tensor, targets: Tensor, *, start: St
     return found
 
 
-def corrected(model: SharedModel, head: State, features: Tensor, targets: Tensor) -> State:
+def corrected(model: TrainableModel, head: State, features: Tensor, targets: Tensor) -> State:
     """Return the head with its scores scaled and shifted so that they suit an organization's own records.
 
     The shift corrects for another mix of classes: at its maximum likelihood the mean probability of a class is its frequency, as

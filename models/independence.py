@@ -33,17 +33,17 @@ from cotune.models.config import TrainMode
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
 from cotune.models.probes import PerSlot, example_probes, feature_probes, lengths_of, mixes, stretched
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
 _FEATURES_TRIED = 4
 _FAILURES = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, IndexError)
-_padding: WeakKeyDictionary[SharedModel, float | str] = WeakKeyDictionary()  # the error, or why it cannot be told
-_mixing: WeakKeyDictionary[SharedModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
+_padding: WeakKeyDictionary[TrainableModel, float | str] = WeakKeyDictionary()  # the error, or why it cannot be told
+_mixing: WeakKeyDictionary[TrainableModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
 def check_independence(
-    model: SharedModel,
+    model: TrainableModel,
     mode: TrainMode,
     precision: str,
     per_slot: PerSlot | None = None,
@@ -97,7 +97,7 @@ def _dtype(low: bool) -> torch.dtype:
 
 
 def _head_mixes(
-    model: SharedModel, per_slot: PerSlot | None, slots: int, width: int | None, lengths: Sequence[int] | None
+    model: TrainableModel, per_slot: PerSlot | None, slots: int, width: int | None, lengths: Sequence[int] | None
 ) -> bool:
     """lengths: Of records of several vectors; None where each has one."""
     if per_slot is None or width is None:
@@ -111,7 +111,7 @@ def _head_mixes(
 
 
 def _examples_mix(
-    model: SharedModel, mode: TrainMode, dtype: torch.dtype, per_slot: PerSlot | None, slots: int, lengths: Sequence[int]
+    model: TrainableModel, mode: TrainMode, dtype: torch.dtype, per_slot: PerSlot | None, slots: int, lengths: Sequence[int]
 ) -> bool:
     answer = _answer(model, dtype, per_slot)
     batches = (example_probes(model, length, slots) for length in lengths)
@@ -119,7 +119,7 @@ def _examples_mix(
     return _known(model, what, lambda: any(mixes(answer, probes) for probes in batches))
 
 
-def _known(model: SharedModel, what: tuple[object, ...], mixing: Callable[[], bool]) -> bool:
+def _known(model: TrainableModel, what: tuple[object, ...], mixing: Callable[[], bool]) -> bool:
     """What `mixing` says of the base model with random weights, asked once for what it is about and what it is computed by."""
     trained = tuple(name for name, p in model.parameters() if p.requires_grad)
     known, key = _mixing.setdefault(model, {}), (*what, trained, kernels_of(model.device))
@@ -130,7 +130,7 @@ def _known(model: SharedModel, what: tuple[object, ...], mixing: Callable[[], bo
     return known[key]
 
 
-def _answer(model: SharedModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
+def _answer(model: TrainableModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
     """What `per_slot` says of each slot in an arithmetic; logits without it."""
 
     def answer(batch: Batch) -> Sequence[Tensor]:
@@ -143,7 +143,7 @@ def _answer(model: SharedModel, dtype: torch.dtype, per_slot: PerSlot | None) ->
     return answer
 
 
-def check_padding(model: SharedModel) -> None:
+def check_padding(model: TrainableModel) -> None:
     """Raises PrivacyError when the model, or its feature, reads the padding of a record. Tried once per model."""
     if model not in _padding:
         try:
@@ -167,7 +167,7 @@ def _reason(raised: BaseException) -> str:
     return (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
 
 
-def _apart(model: SharedModel, reason: str) -> str:
+def _apart(model: TrainableModel, reason: str) -> str:
     return (
         f"the architecture {model.loaded.module.config.model_type} cannot take records of any content side by side ({reason}):"
         " expected one that reads each record by itself, such as bert, distilbert, roberta or llama; use another base model"
@@ -175,7 +175,7 @@ def _apart(model: SharedModel, reason: str) -> str:
 
 
 @torch.no_grad()
-def padding_error(model: SharedModel, examples: Sequence[Example], slots: int = 8) -> float:
+def padding_error(model: TrainableModel, examples: Sequence[Example], slots: int = 8) -> float:
     """How far padding and company move a record, in float32.
 
     Every example is compared alone and unpadded with itself in a batch of `slots` rows, in each length up to four times its own:
@@ -191,7 +191,7 @@ def padding_error(model: SharedModel, examples: Sequence[Example], slots: int = 
         return max(quiet, _padding_error(model, examples, slots))
 
 
-def _padding_error(model: SharedModel, examples: Sequence[Example], slots: int) -> float:
+def _padding_error(model: TrainableModel, examples: Sequence[Example], slots: int) -> float:
     loaded, worst = model.loaded, 0.0
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
     for example in (e for given in examples for e in _grown(given, loaded.max_length)):
@@ -204,7 +204,7 @@ def _padding_error(model: SharedModel, examples: Sequence[Example], slots: int) 
 
 
 @contextmanager
-def _loud_padding(model: SharedModel) -> Iterator[None]:
+def _loud_padding(model: TrainableModel) -> Iterator[None]:
     """For the time of the block, the padding token's embedding is as long as those of others are together."""
     pad = getattr(model.loaded.reader, "pad_token_id", None)
     weight = getattr(model.loaded.module.get_input_embeddings(), "weight", None) if pad is not None else None
@@ -226,7 +226,7 @@ def _grown(example: Example, longest: int) -> list[Example]:
     return [example, stretched(example, min(20, longest))]
 
 
-def _paddings(model: SharedModel, example: Example) -> list[int]:
+def _paddings(model: TrainableModel, example: Example) -> list[int]:
     """The bucket of an example, and the next longer ones, of which no record of its length would be a part."""
     bucket = model.loaded.task.bucket(example, model.loaded.max_length)
     if "input_ids" not in example:
@@ -235,7 +235,7 @@ def _paddings(model: SharedModel, example: Example) -> list[int]:
     return [bucket, *(length for length in LENGTHS if bucket < length <= longest)]
 
 
-def _numbers(model: SharedModel, batch: Batch) -> list[Tensor]:
+def _numbers(model: TrainableModel, batch: Batch) -> list[Tensor]:
     found = [logits(model.module, batch).cpu()]
     if feature_head(model) is not None:
         found.append(vectors_of(model, batch, torch.float32))

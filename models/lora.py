@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from cotune.errors import ModelError
-from cotune.models.adapter import Adapter, drawn_a, name_seed
+from cotune.models.adapter import Adapter, init_lora_a, parameter_seed
 from cotune.models.architecture import encoder_name
 from cotune.models.base_model import LoadedModel
 from cotune.models.config import LoraConfig
@@ -35,7 +35,7 @@ def inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
     inject_adapter_in_model(config, loaded.module)
     for name, parameter in loaded.module.named_parameters():
         if ".lora_A." in name:
-            parameter.data.copy_(drawn_a(tuple(parameter.shape), name_seed(seed, name)))
+            parameter.data.copy_(init_lora_a(tuple(parameter.shape), parameter_seed(seed, name)))
     loaded.module.requires_grad_(False)
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from cotune.data.tasks.batching import LENGTHS
 from cotune.data.tasks.text import IGNORED, Batch, Example
 from cotune.errors import ModelError
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 
 PerSlot = Callable[
     [Batch], Sequence[Tensor]
@@ -25,7 +25,7 @@ PerSlot = Callable[
 Operation = tuple[str, tuple[torch.Size, ...]]
 
 
-def lengths_of(model: SharedModel, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
+def lengths_of(model: TrainableModel, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
     """Every bucket, out of these lengths, that a record of this model can be in: (1,) for images."""
     loaded = model.loaded
     (example, *_) = loaded.task.samples(loaded.reader)
@@ -97,7 +97,7 @@ def feature_probes(
         yield {"features": vectors.to(device), "labels": labels.to(device)}, list(range(parity, slots, 2))
 
 
-def example_probes(model: SharedModel, length: int, slots: int) -> Iterator[tuple[Batch, list[int]]]:
+def example_probes(model: TrainableModel, length: int, slots: int) -> Iterator[tuple[Batch, list[int]]]:
     """Two batches of one shape, and the slots in which they hold the probe: those that are even, and those that are odd.
 
     It stands beside long, short and extreme records, and beside blank rows. The last slot is blank, as in `fixed_batches`.
@@ -114,7 +114,7 @@ def example_probes(model: SharedModel, length: int, slots: int) -> Iterator[tupl
             yield _shaken(collate(rows, length, slots), places), places
 
 
-def _examples(model: SharedModel, length: int) -> list[Example]:
+def _examples(model: TrainableModel, length: int) -> list[Example]:
     """A probe, and records that it may meet: one of full length, the shortest, the loudest, and one of special tokens."""
     loaded = model.loaded
     samples: list[Example] = loaded.task.samples(loaded.reader)
@@ -148,14 +148,14 @@ def stretched(example: Example, length: int) -> Example:
     return {"input_ids": rows, "labels": labels}
 
 
-def _loudest(model: SharedModel) -> int:
+def _loudest(model: TrainableModel) -> int:
     """The token of the longest embedding."""
     table = model.loaded.module.get_input_embeddings()
     weight: Any = getattr(table, "weight", None)
     return int(weight.detach().norm(dim=1).argmax()) if isinstance(weight, Tensor) and weight.dim() == 2 else 0
 
 
-def _special(model: SharedModel, length: int) -> list[int]:
+def _special(model: TrainableModel, length: int) -> list[int]:
     """Special tokens, which a text may spell."""
     table = getattr(model.loaded.module.config, "vocab_size", None)
     return [i for i in model.loaded.reader.all_special_ids if table is None or i < table][:length] or [0]

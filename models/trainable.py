@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cotune.data.config import TaskName
 from cotune.errors import ModelError
-from cotune.models.adapter import Adapter, name_seed
+from cotune.models.adapter import Adapter, parameter_seed
 from cotune.models.architecture import encoder_name
 from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
@@ -26,7 +26,7 @@ from cotune.models.lora import adapters_of, inject
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 
 
-class SharedModel:
+class TrainableModel:
     """A loaded model with the bookkeeping of what is trained, and how to set it to any state.
 
     One instance is kept per process; `load` makes its parameters a function of the base model and the given state alone, so that
@@ -161,7 +161,7 @@ def resident(
     seed: int,
     device: str,
     task: TaskName = "sequence-classification",
-) -> SharedModel:
+) -> TrainableModel:
     """The one model that a process keeps: loaded at the first call, shared by everybody in the process who takes turns."""
-    loaded = load_model(model, labels, name_seed(seed, "head"), task)
-    return SharedModel(loaded, lora, seed, pick_device(device))
+    loaded = load_model(model, labels, parameter_seed(seed, "head"), task)
+    return TrainableModel(loaded, lora, seed, pick_device(device))

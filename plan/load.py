@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from cotune.errors import PlanError, nearest
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PlanTables
-from cotune.storage.config_table import check_path, first_mistake
+from cotune.storage.config_table import check_path, format_validation_error
 from cotune.storage.files import toml_of
 from cotune.strategies.compatibility import first_problem
 from cotune.strategies.config import expand
@@ -153,7 +153,7 @@ def check_tables(table: Mapping[str, Any], *, partial: bool = False) -> None:
     try:
         PlanTables.model_validate(dict(table))
     except ValidationError as error:
-        sentence = first_mistake(error, Plan, "plan", partial=partial)
+        sentence = format_validation_error(error, Plan, "plan", partial=partial)
         if sentence:
             raise PlanError(sentence) from None
 
@@ -168,7 +168,7 @@ def parse_plan(table: Mapping[str, Any]) -> Plan:
     try:
         return Plan.model_validate(dict(table))
     except ValidationError as error:
-        raise PlanError(first_mistake(error, Plan, "plan")) from None
+        raise PlanError(format_validation_error(error, Plan, "plan")) from None
 
 
 def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:

@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.errors import PrivacyError
-from cotune.models.trainable import SharedModel, resident
+from cotune.models.trainable import TrainableModel, resident
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.plugins import is_code
 
 
-def model_of(plan: Plan, device: str) -> SharedModel:
+def model_of(plan: Plan, device: str) -> TrainableModel:
     """The plan's base model with its head, and its adapters where a stage trains them: one per process, shared by all callers.
 
     Raises ModelError when it cannot be loaded, PrivacyError when it mixes records.
@@ -28,13 +28,13 @@ def model_of(plan: Plan, device: str) -> SharedModel:
     return model
 
 
-def trained_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
+def trained_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     """The parameters that organizations train in a round, in the model's order."""
     stage = plan.stage_of(round)
     return model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
 
 
-def shared_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
+def shared_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     """Those of them that travel: all, unless the plan lets organizations keep some to themselves."""
     names = trained_names(plan, model, round)
     if not plan.keeps_personal:
@@ -42,7 +42,7 @@ def shared_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
     return [name for name in names if name.startswith(model.prefix) and ".lora_B." not in name]
 
 
-def rewritten_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
+def rewritten_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     """What the fusion may change beside what organizations train: other factors of adapters, or the weights that they adapt.
 
     A fusion that is code is not opened here, so that it may be any of them.
@@ -54,7 +54,7 @@ def rewritten_names(plan: Plan, model: SharedModel, round: int) -> list[str]:
     return [getattr(adapter, kind) for adapter in model.adapters() for kind in kinds]
 
 
-def state_shapes(plan: Plan, model: SharedModel, round: int) -> dict[str, tuple[int, ...]]:
+def state_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, tuple[int, ...]]:
     """Parameter -> shape, of all that the state may hold in a round: what rounds up to it share, and what their fusions change.
 
     Everything else is the base model's, on which everybody has agreed.
@@ -76,7 +76,7 @@ def _rounds_that_differ(plan: Plan, round: int) -> Iterator[int]:
         first += stage.rounds
 
 
-def _refuse_batch_norm(model: SharedModel) -> None:
+def _refuse_batch_norm(model: TrainableModel) -> None:
     found = [name for name, layer in model.module.named_modules() if isinstance(layer, _BatchNorm)]
     if found:
         raise PrivacyError(
@@ -85,7 +85,7 @@ def _refuse_batch_norm(model: SharedModel) -> None:
         )
 
 
-def statistic_shapes(plan: Plan, model: SharedModel, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def statistic_shapes(plan: Plan, model: TrainableModel, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Array -> shape, for a round that trains `names`: "fisher/<parameter>" like the parameter, "gram/<weight>" (d, d)."""
     names, own = list(names), dict(model.parameters())
     shapes: dict[str, tuple[int, ...]] = {}
@@ -97,7 +97,7 @@ def statistic_shapes(plan: Plan, model: SharedModel, names: Iterable[str]) -> di
     return shapes
 
 
-def gram_layers(model: SharedModel, names: Iterable[str]) -> dict[str, tuple[nn.Linear, bool]]:
+def gram_layers(model: TrainableModel, names: Iterable[str]) -> dict[str, tuple[nn.Linear, bool]]:
     """Weight -> its linear layer, where it is trained, and whether its bias is trained with it."""
     wanted, own = set(names), {id(parameter): name for name, parameter in model.parameters()}
     linear = [layer for layer in model.module.modules() if isinstance(layer, nn.Linear)]

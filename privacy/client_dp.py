@@ -41,7 +41,7 @@ from cotune.privacy.accounting.filters import epsilon_over_runs
 from cotune.privacy.config import ClientPrivacy
 from cotune.privacy.mechanisms.noise import add_gaussian_noise, grid_of
 from cotune.privacy.mechanisms.random import private_generator
-from cotune.storage.files import json_of, write_durably
+from cotune.storage.files import atomic_write, json_of
 from cotune.strategies.types import Delta, Update
 
 _BITS = 20  # σ_b = K/20 (Andrew et al., section 3)
@@ -230,7 +230,7 @@ class ClientLevelAccount:
                     " expected a round that fits"
                 )
             before = (self.path.read_bytes() if self.path.exists() else b"") or self._first_line()
-            write_durably(self.path, before + json.dumps(self._line(round, steps)).encode() + b"\n")
+            atomic_write(self.path, before + json.dumps(self._line(round, steps)).encode() + b"\n")
 
     @property
     def _most(self) -> float:

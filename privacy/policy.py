@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator
 from cotune.data.config import TaskName
 from cotune.errors import PlanError, nearest
 from cotune.privacy.config import check_delta
-from cotune.storage.config_table import Table, first_mistake
+from cotune.storage.config_table import Table, format_validation_error
 from cotune.storage.files import toml_of
 
 _EVERYTHING = ("*",)
@@ -176,7 +176,7 @@ def read_policy(file: Path) -> Policy:
     try:
         return Policy.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
-        raise PlanError(f"{first_mistake(error, Policy, 'policy')} ({file}; see `cotune client policy`)") from None
+        raise PlanError(f"{format_validation_error(error, Policy, 'policy')} ({file}; see `cotune client policy`)") from None
     except (OSError, ValueError) as error:
         raise PlanError(
             f"the policy {file} cannot be read ({error}): expected TOML like that of `cotune client policy`"
@@ -201,7 +201,7 @@ def changed_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
     try:
         return Policy.model_validate(tables)
     except ValidationError as error:
-        raise PlanError(first_mistake(error, Policy, "policy")) from None
+        raise PlanError(format_validation_error(error, Policy, "policy")) from None
 
 
 def dump_policy(policy: Policy) -> str:

@@ -22,7 +22,7 @@ from cotune.errors import PlanError, RunError
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import PROTOCOL
-from cotune.storage.config_table import Table, first_mistake
+from cotune.storage.config_table import Table, format_validation_error
 from cotune.storage.files import toml_of
 
 _FORMAT = 1
@@ -154,7 +154,7 @@ def _checked(table: dict[str, Any]) -> Document:
     try:
         document = Document.model_validate(table)
     except ValidationError as error:
-        raise PlanError(first_mistake(error, Document, "federation.toml")) from None
+        raise PlanError(format_validation_error(error, Document, "federation.toml")) from None
     if document.format != _FORMAT:
         raise PlanError(
             f"the federation.toml has the format {document.format}, expected {_FORMAT}: use the same cotune everywhere"

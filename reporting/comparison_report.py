@@ -11,7 +11,7 @@ from cotune.reporting.comparison_statistics import Combination, Comparison, Esti
 from cotune.reporting.formatting import percent, signed
 from cotune.reporting.pages import page_environment
 from cotune.reporting.privacy_statement import together_statement
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 _NAME = "compare.html.j2"
 _ENOUGH_SEEDS = 5
@@ -61,7 +61,7 @@ def together(found: Comparison) -> str:
 
 
 def write_comparison(found: Comparison, path: Path) -> None:
-    write_durably(path, render_comparison(found).encode(errors="replace"))
+    atomic_write(path, render_comparison(found).encode(errors="replace"))
 
 
 def facets_of(found: Comparison) -> list[tuple[Settings, list[Combination]]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from cotune.reporting.charts import accuracy_chart, epsilon_chart, label_bar, label_keys
 from cotune.reporting.pages import page_environment
 from cotune.reporting.verdict import Summary, is_private, is_real, judge, own_columns, results
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 
 def render_report(summary: Summary) -> str:
@@ -50,4 +50,4 @@ def _dropped(summary: Summary) -> dict[tuple[str, str], list[int]]:
 def write_report(summary: Summary, path: Path) -> None:
     """Write the page to `path` in one step: a reader finds the old page or the new one, never half of one."""
     # "replace": a name may hold half a surrogate pair, which JSON allows and UTF-8 does not
-    write_durably(path, render_report(summary).encode(errors="replace"))
+    atomic_write(path, render_report(summary).encode(errors="replace"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from cotune.data.dataset import HoldingsFile
+from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.task import Metrics
 from cotune.errors import CotuneError
 from cotune.flower.control_client import place_of
@@ -69,13 +69,13 @@ def play(grid: Grid, folder: RunFolder) -> None:
     plan = folder.plan
     model = model_here(folder)
     document = folder.path / "test" / "data.json"
-    test = HoldingsFile.read(document, plan.labels) if document.exists() else None
+    test = DatasetManifest.read(document, plan.labels) if document.exists() else None
 
     def judge(state: State) -> Metrics | None:
         return None if test is None else evaluate(model, state, test, plan.model.precision)
 
     held = folder.path / "validation" / "data.json"
-    validation = HoldingsFile.read(held, plan.labels) if held.exists() else None
+    validation = DatasetManifest.read(held, plan.labels) if held.exists() else None
 
     def score(state: State) -> float:
         assert validation is not None, "asked only where there are records"

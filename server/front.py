@@ -22,7 +22,7 @@ from cotune.server.proxy.guard import unnoted
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Setup, serve
-from cotune.storage.config_table import Table, first_mistake
+from cotune.storage.config_table import Table, format_validation_error
 from cotune.storage.files import toml_of
 
 log = logging.getLogger("cotune.front")
@@ -49,7 +49,11 @@ def read_config(path: Path) -> FrontConfig:
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}): expected the front's configuration") from None
     except ValueError as error:
-        mistake = first_mistake(error, FrontConfig, "front's configuration") if isinstance(error, ValidationError) else f"{error}"
+        mistake = (
+            format_validation_error(error, FrontConfig, "front's configuration")
+            if isinstance(error, ValidationError)
+            else f"{error}"
+        )
         raise RunError(f"{path}: {mistake}") from None
     paths = {"certificates": path.parent / config.certificates, "members": path.parent / config.members}
     if config.refusals is not None:

@@ -27,7 +27,7 @@ from cotune.client.app import app as client_app
 from cotune.client.personalization.adaptation import Adapted, adapt, own_records, units_of
 from cotune.client.site import Site
 from cotune.client.training.extensions import PERSONAL
-from cotune.data.dataset import Holdings, HoldingsFile
+from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.data.tasks.task import Metrics, score
 from cotune.errors import CotuneError, RunError
 from cotune.flower.inprocess_grid import InProcessGrid
@@ -35,14 +35,14 @@ from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.export import export_model
 from cotune.models.features import encode_batch, feature_head
 from cotune.models.head_fit import head_names, head_scores, told_by
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import play
 from cotune.server.rounds.evaluation import Judge, evaluate, predict
-from cotune.server.rounds.loop import served_of
+from cotune.server.rounds.loop import final_params
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.prepare import Prepared, Share, make_site
 from cotune.strategies.config import StrategyConfig
@@ -53,7 +53,7 @@ ALONE_WITHOUT_PRIVACY = "alone-without-privacy"
 
 @dataclass(frozen=True)
 class Judged:
-    """A model on the common test set. told: the class numbers that it gave, in the order of `Holdings.truth`."""
+    """A model on the common test set. told: the class numbers that it gave, in the order of `Dataset.truth`."""
 
     metrics: Metrics
     told: tuple[int, ...]
@@ -82,12 +82,12 @@ def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Judged]:
     return results
 
 
-def fits_alone(plan: Plan, model: SharedModel) -> bool:
+def fits_alone(plan: Plan, model: TrainableModel) -> bool:
     """Whether alone without privacy is a head that is fitted to features, instead of a run."""
     return all(stage.mode == "head" for stage in plan.stages) and feature_head(model) is not None
 
 
-def _wanted(prepared: Prepared, model: SharedModel) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]:
+def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]:
     plan = _without_others(prepared.plan)
     if "alone" in plan.simulation.baselines:
         for share in prepared.shares:
@@ -133,8 +133,8 @@ def _judge(folder: RunFolder, baseline: RunFolder) -> Judged:
     """The finished baseline on the common test set: once, at the end."""
     plan = folder.plan
     model = model_of(plan, folder.file.device)
-    test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
-    told = predict(model, served_of(baseline.plan, baseline.load()), test, plan.model.precision)
+    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
+    told = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)
     return Judged(score(test.truth, told, len(test.labels)), tuple(told))
 
 
@@ -152,7 +152,7 @@ def personal_metrics(folder: RunFolder, state: State) -> dict[str, Metrics]:
     """Organization -> metrics of its own model on the common test set."""
     plan = folder.plan
     model = model_of(plan, folder.file.device)
-    test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
+    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     return {name: evaluate(model, own, test, plan.model.precision) for name, own in personal_states(folder, state).items()}
 
 
@@ -204,7 +204,7 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
     if "alone" not in plan.simulation.baselines or plan.keeps_personal or feature_head(model) is None:
         return Personalized()
     found = Personalized()
-    test = _features(model, plan, served, HoldingsFile.read(folder.path / "test" / "data.json", plan.labels))
+    test = _features(model, plan, served, DatasetManifest.read(folder.path / "test" / "data.json", plan.labels))
     model.load(served)
     shared = model.state(head_names(model))
     for share in prepared.shares:
@@ -222,14 +222,14 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
     return found
 
 
-def _adapt(model: SharedModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adapted:
+def _adapt(model: TrainableModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adapted:
     plan, records = prepared.plan, prepared.records[share.file]
-    held = Holdings(((records, share.rows),), plan.labels, plan.task)
+    held = Dataset(((records, share.rows),), plan.labels, plan.task)
     own = own_records(_features(model, plan, served, held), held.targets, units_of(held), len(plan.labels))
     return adapt(model, own, shared, plan.personalize, plan.seed)
 
 
-def _features(model: SharedModel, plan: Plan, served: State, held: Holdings) -> Tensor:
+def _features(model: TrainableModel, plan: Plan, served: State, held: Dataset) -> Tensor:
     """Of an encoder as it came they are kept on disk; of one that this run has trained they are computed."""
     model.load(served)
     if any(name.startswith(model.prefix) for name in served):
@@ -237,5 +237,5 @@ def _features(model: SharedModel, plan: Plan, served: State, held: Holdings) -> 
     return encoded_features(held, model, served, plan.model.precision)
 
 
-def _told(model: SharedModel, head: State, features: Tensor) -> Told:
+def _told(model: TrainableModel, head: State, features: Tensor) -> Told:
     return tuple(told_by(head_scores(model, head, features)).tolist())

@@ -20,7 +20,7 @@ from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.site_folder import SiteFile
 from cotune.client.training.setup import check_stages
 from cotune.data.class_names import like_missing, shown, spelled_alike
-from cotune.data.dataset import Holdings, write_holdings
+from cotune.data.dataset import Dataset, write_holdings
 from cotune.data.left_out import ELSEWHERE, KEPT, cut_texts, left_out_line
 from cotune.data.natural_partition import column_of, owners_of
 from cotune.data.partition import PartitionConfig, Rows, UnitGroups, deal_alike, partition, split_test, unit_groups
@@ -29,7 +29,7 @@ from cotune.errors import DataError, PlanError
 from cotune.models.base_folder import base_labels
 from cotune.models.base_model import find_base
 from cotune.models.device import pick_device
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import two_digits
@@ -37,8 +37,8 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.random import seeded_generator
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.runs.suitability import check_suits
-from cotune.storage.files import write_durably
+from cotune.server.runs.suitability import check_feasible
+from cotune.storage.files import atomic_write
 
 LeftOut = Mapping[Path | None, Mapping[str, int]]
 """File -> how many of its records do not count in training, or not in full, by the reason."""
@@ -48,12 +48,12 @@ _MANY, _RECORDS_OF_A_CLASS = 20, 5  # more classes than the first, with fewer re
 _counted: dict[tuple[str, str, int], Mapping[str, int]] = {}  # (records, model, length) -> how many texts are cut
 
 
-def left_out_of(plan: Plan, records: Mapping[Path | None, Records], model: SharedModel) -> LeftOut:
+def left_out_of(plan: Plan, records: Mapping[Path | None, Records], model: TrainableModel) -> LeftOut:
     """Return how many records of each file do not count in training, or not in full, by the reason."""
     return {file: _losses(plan, each, model) for file, each in records.items()}
 
 
-def _losses(plan: Plan, records: Records, model: SharedModel) -> Mapping[str, int]:
+def _losses(plan: Plan, records: Records, model: TrainableModel) -> Mapping[str, int]:
     found: Counter[str] = Counter()
     for reasons in (records.skipped, _cut(records, model), _copies(plan, records)):
         found.update(reasons)
@@ -119,10 +119,10 @@ def _copies(plan: Plan, records: Records) -> Mapping[str, int]:
     if plan.privacy == "none":
         return {KEPT: len(records) - len(set(records.identities))}
     rows = np.arange(len(records))
-    return Holdings(((records, rows),), plan.labels, plan.task).bounded(plan.privacy, plan.seed).dropped
+    return Dataset(((records, rows),), plan.labels, plan.task).bounded(plan.privacy, plan.seed).dropped
 
 
-def _cut(records: Records, model: SharedModel) -> Mapping[str, int]:
+def _cut(records: Records, model: TrainableModel) -> Mapping[str, int]:
     """Counted once for the same records and model, as comparisons prepare many runs."""
     loaded = model.loaded
     key = records.fingerprint, loaded.folder.content_hash, loaded.max_length
@@ -202,7 +202,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     for share in shares:
         for stage in resolved.stages:
             check_examples(share.public_examples(resolved), stage.local, share.name)
-    check_suits(resolved, len(shares), server_data=plan.validation_fraction > 0)
+    check_feasible(resolved, len(shares), server_data=plan.validation_fraction > 0)
     noise = _noise(resolved, shares)
     model = model_of(resolved, device)
     check_stages(resolved, model)
@@ -347,7 +347,7 @@ def _dealt(
 
 
 def _share(plan: Plan, records: Records, name: str, file: Path | None, rows: Rows) -> Share:
-    held = Holdings(((records, rows),), plan.labels, plan.task).bounded(plan.privacy, plan.seed)
+    held = Dataset(((records, rows),), plan.labels, plan.task).bounded(plan.privacy, plan.seed)
     return Share(name, file, rows, len(held.units))
 
 
@@ -402,5 +402,5 @@ def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], devi
     """A simulated organization's folder; its ledger and outbox are left alone where they exist."""
     write_holdings(folder / "data.json", plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
-        write_durably(folder / "policy.toml", dump_policy(shares[0].policy(plan)).encode())
-    write_durably(folder / "site.json", SiteFile(organization=name, simulated=True, device=device).model_dump_json().encode())
+        atomic_write(folder / "policy.toml", dump_policy(shares[0].policy(plan)).encode())
+    atomic_write(folder / "site.json", SiteFile(organization=name, simulated=True, device=device).model_dump_json().encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.client.site import Site
-from cotune.data.dataset import HoldingsFile
+from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.task import Metrics, majority
 from cotune.data.types import names_in
 from cotune.errors import RunError
@@ -27,7 +27,7 @@ from cotune.reporting.model_card import CARD
 from cotune.reporting.privacy_statement import all_models_statement, statement
 from cotune.reporting.run_report import write_report
 from cotune.server.rounds.evaluation import predict
-from cotune.server.rounds.loop import served_of
+from cotune.server.rounds.loop import final_params
 from cotune.server.runs.create import empty_folder, new_folder
 from cotune.server.runs.results import dumps, identity, performance, run_card
 from cotune.server.runs.run_folder import Progress, RunFolder
@@ -47,7 +47,7 @@ from cotune.simulations.engines import check_engine, play_on
 from cotune.simulations.prepare import Prepared, Share, make_run, prepare
 from cotune.simulations.released_models import steps_of_models
 from cotune.simulations.worth import TestSet, organization_worth, overall_worth, own_majority
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 _METRICS = ("accuracy", "precision", "recall", "f1")
 
@@ -66,7 +66,7 @@ def summarize(
     metrics = Metrics(**progress.history[-1]["metrics"])
     alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
     pooled = baselines.get("pooled")
-    personal = personal_metrics(folder, served_of(plan, progress)) if plan.keeps_personal else {}
+    personal = personal_metrics(folder, final_params(plan, progress)) if plan.keeps_personal else {}
     test = TestSet(prepared)
     choices = _choices(folder, prepared, progress, baselines, personalized)
     organizations = [
@@ -112,8 +112,8 @@ def _choices(
     personalized: Personalized,
 ) -> dict[str, dict[str, Sequence[int]]]:
     """Organization -> column -> what that model tells on the common test set."""
-    plan, served = folder.plan, served_of(folder.plan, progress)
-    test = HoldingsFile.read(folder.path / "test" / "data.json", plan.labels)
+    plan, served = folder.plan, final_params(folder.plan, progress)
+    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     model = model_of(plan, folder.file.device)
     own = personal_states(folder, served) if plan.keeps_personal else {}
     common = () if plan.keeps_personal else tuple(predict(model, served, test, plan.model.precision))
@@ -225,7 +225,7 @@ def _training(folder: RunFolder, share: Share) -> list[Steps]:
 
 
 def _majority(folder: RunFolder, prepared: Prepared) -> Metrics:
-    test = HoldingsFile.read(folder.path / "test" / "data.json", folder.plan.labels)
+    test = DatasetManifest.read(folder.path / "test" / "data.json", folder.plan.labels)
     number = {label: i for i, label in enumerate(folder.plan.labels)}
     held = [prepared.records[s.file].labels[i] for s in prepared.shares for i in s.rows]
     train = [number[name] for label in held for name in names_in(label)]
@@ -331,17 +331,17 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Run:
     """After the last round: baselines, the exported model, summary.json and report.html."""
     began = time.monotonic()
     results = run_baselines(folder, prepared)
-    personalized = personalize(folder, prepared, served_of(folder.plan, folder.load()))
+    personalized = personalize(folder, prepared, final_params(folder.plan, folder.load()))
     summary = summarize(folder, prepared, results, personalized, seconds + time.monotonic() - began)
     _export(folder, summary)
-    write_durably(folder.path / "summary.json", dumps(summary))
+    atomic_write(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
     return Run(folder.path, json.loads(dumps(summary)))
 
 
 def _export(folder: RunFolder, summary: dict[str, Any]) -> None:
     """The model of the run; or, where there is no common one, each organization's in its site."""
-    state = served_of(folder.plan, folder.load())
+    state = final_params(folder.plan, folder.load())
     if folder.plan.keeps_personal:
         export_each(folder, state)
         return

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.client.personalization.adaptation import units_of
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import score
 from cotune.data.types import names_in
 from cotune.models.evaluation.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
@@ -36,7 +36,7 @@ class TestSet:
     def __init__(self, prepared: Prepared) -> None:
         self.plan = prepared.plan
         parts = tuple((prepared.records[file], rows) for file, rows in prepared.test)
-        held = Holdings(parts, self.plan.labels, self.plan.task)
+        held = Dataset(parts, self.plan.labels, self.plan.task)
         lengths = [1 if isinstance(target, int) else len(target) for target in held.targets]
         self.truth = np.asarray(held.truth, dtype=np.int64)
         self._record = np.repeat(np.arange(len(lengths)), lengths)  # of each answer

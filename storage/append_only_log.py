@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import PrivacyError
-from cotune.storage.files import json_of, write_durably
+from cotune.storage.files import atomic_write, json_of
 
 VERSION = 3
 START = "0" * 64  # the hash before the first entry
@@ -200,4 +200,4 @@ class Chain:
             raise self._unusable(f"its anchor {self.anchor.name} is damaged") from None
 
     def _write_anchor(self, entries: int, hash: str) -> None:
-        write_durably(self.anchor, json.dumps({"entries": entries, "hash": hash}).encode())
+        atomic_write(self.anchor, json.dumps({"entries": entries, "hash": hash}).encode())

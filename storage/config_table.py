@@ -42,7 +42,7 @@ _WORDS = {  # where pydantic's own words mean nothing to whoever writes TOML
 }
 
 
-def first_mistake(error: ValidationError, model: type[BaseModel], document: str, *, partial: bool = False) -> str:
+def format_validation_error(error: ValidationError, model: type[BaseModel], document: str, *, partial: bool = False) -> str:
     """Return the most telling mistake of a document that does not fit its model, as one sentence.
 
     partial: whether keys may be absent; where nothing else is wrong, the sentence is empty.

@@ -25,7 +25,7 @@ from typing import IO, Any
 from cotune.errors import RunError
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Writes, fsyncs and renames; when this returns, the file survives a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -60,7 +60,7 @@ _LOOK_SECONDS = 0.02
 
 
 @contextmanager
-def only_one(file: Path, taken: str, *, patience: float = 0.0) -> Iterator[None]:
+def acquire_lock(file: Path, taken: str, *, patience: float = 0.0) -> Iterator[None]:
     """Keeps others out of the block. taken: the sentence for them. patience: seconds, where some hold it for a moment only.
 
     Raises RunError, also where the file cannot be written.

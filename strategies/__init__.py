@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from cotune.strategies.registry import Needs, Visibility, client_term, fusion, server_optimizer, weighting
     from cotune.strategies.server_optimizers.base import ServerOptimizer
     from cotune.strategies.sums import Sums, mean_of, norm, weighted
-    from cotune.strategies.types import Delta, Fused, RoundContext, Update, Weighed, apply_delta, difference
+    from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, apply_delta, difference
 
 __all__ = [
+    "Aggregate",
     "ClientTerm",
     "Delta",
-    "Fused",
     "Needs",
     "Part",
     "RoundContext",
@@ -30,7 +30,7 @@ __all__ = [
     "Sums",
     "Update",
     "Visibility",
-    "Weighed",
+    "WeightedUpdate",
     "apply_delta",
     "client_term",
     "difference",
@@ -48,7 +48,7 @@ _MODULES = {
     "registry": ("Needs", "Visibility", "client_term", "fusion", "server_optimizer", "weighting"),
     "server_optimizers.base": ("ServerOptimizer",),
     "sums": ("Sums", "mean_of", "norm", "weighted"),
-    "types": ("Delta", "Fused", "RoundContext", "Update", "Weighed", "apply_delta", "difference"),
+    "types": ("Delta", "Aggregate", "RoundContext", "Update", "WeightedUpdate", "apply_delta", "difference"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from cotune.errors import RunError
 from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.config import StrategyConfig
-from cotune.strategies.registry import PartInfo, Visibility
+from cotune.strategies.registry import ComponentInfo, Visibility
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.sums import Contribution, norm, total
-from cotune.strategies.types import Delta, Fused, RoundContext, Update, Weighed, not_finite
+from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, not_finite
 
 
 class Combination(Protocol):
@@ -35,7 +35,7 @@ class Combination(Protocol):
 
     def add(self, update: Update) -> None: ...
 
-    def result(self) -> Delta | Fused: ...
+    def result(self) -> Delta | Aggregate: ...
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ def _apart(held: Sequence[Update]) -> dict[str, tuple[float, float]]:
     }
 
 
-class WeightedFusion:
+class Aggregator:
     """One round of a weighting and a fusion, each with its parameters."""
 
     def __init__(
         self,
-        weighting: tuple[PartInfo, Mapping[str, Any]],
-        fusion: tuple[PartInfo, Mapping[str, Any]],
+        weighting: tuple[ComponentInfo, Mapping[str, Any]],
+        fusion: tuple[ComponentInfo, Mapping[str, Any]],
         context: RoundContext,
     ) -> None:
         self._weighting, self._fusion, self._context = weighting, fusion, context
@@ -110,7 +110,7 @@ class WeightedFusion:
         else:
             self._held.append(update)
 
-    def _weighed(self, update: Update, weight: Any) -> Weighed:
+    def _weighed(self, update: Update, weight: Any) -> WeightedUpdate:
         values = weight.values() if isinstance(weight, Mapping) else (weight,)
         if not all(isinstance(w, int | float) and 0 <= w < math.inf for w in values):
             raise RunError(
@@ -121,16 +121,16 @@ class WeightedFusion:
         square = length**2
         self._seen[update.organization] = (mean, length)
         self._weights, self._squares = self._weights + mean, self._squares + mean * square
-        return Weighed(update, weight, self._context.state)
+        return WeightedUpdate(update, weight, self._context.state)
 
-    def _add_up(self, weighed: Weighed) -> None:
+    def _add_up(self, weighed: WeightedUpdate) -> None:
         assert self._contribute is not None
         total(self._sums, self._contribute(weighed))
 
-    def result(self) -> Fused:
+    def result(self) -> Aggregate:
         """Raises RunError where the updates do not suffice for the rule, or its result is not a delta of the model."""
         if not self._count:
-            return Fused({}, 0)  # nobody was asked in this round
+            return Aggregate({}, 0)  # nobody was asked in this round
         info, parameters = self._fusion
         least = info.least(**parameters)
         if self._count < least:
@@ -142,11 +142,11 @@ class WeightedFusion:
         if not self._weights > 0:
             raise RunError(f'the weighting "{self._weighting[0].name}" gave every update the weight 0: expected one above')
         found = self._passed(weighed) if self._passes is not None else self._fuse(weighed)
-        fused = found if isinstance(found, Fused) else Fused(found)
+        fused = found if isinstance(found, Aggregate) else Aggregate(found)
         self._given, self._places = fused.weights, _apart(self._held)
         self._held.clear()
         _check(info.name, fused.delta, self._context.state)
-        return Fused(fused.delta, self._count, self._squares / self._weights, fused.memory)
+        return Aggregate(fused.delta, self._count, self._squares / self._weights, fused.memory)
 
     def looks(self) -> dict[str, UpdateLook]:
         """Organization -> what its update looked like; after `result`."""
@@ -157,13 +157,13 @@ class WeightedFusion:
             for name, (_, length) in self._seen.items()
         }
 
-    def _weigh_all(self) -> list[Weighed]:
+    def _weigh_all(self) -> list[WeightedUpdate]:
         weights: Sequence[Any] = (
             self._weigh(self._held) if self._weighting[0].sees_all else [self._weigh(update) for update in self._held]
         )
         return [self._weighed(update, weight) for update, weight in zip(self._held, weights, strict=True)]
 
-    def _passed(self, weighed: Sequence[Weighed]) -> Delta | Fused:
+    def _passed(self, weighed: Sequence[WeightedUpdate]) -> Delta | Aggregate:
         """The passes of a generator over the updates; where they were streamed, its one sum is there already."""
         assert self._passes is not None
         try:
@@ -177,7 +177,7 @@ class WeightedFusion:
                         f'the fusion "{self._fusion[0].name}" asks for a second pass: expected needs.visibility to say so'
                     )
         except StopIteration as end:
-            result: Delta | Fused = end.value
+            result: Delta | Aggregate = end.value
             return result
 
 
@@ -188,7 +188,7 @@ def _discounted(weight: Any, staleness: int) -> Any:
     return {name: w * factor for name, w in weight.items()} if isinstance(weight, Mapping) else weight * factor
 
 
-def _bound(info: PartInfo, parameters: Mapping[str, Any], context: RoundContext) -> Callable[..., Any]:
+def _bound(info: ComponentInfo, parameters: Mapping[str, Any], context: RoundContext) -> Callable[..., Any]:
     return partial(info.build, **parameters, **({"context": context} if info.wants_context else {}))
 
 
@@ -206,13 +206,11 @@ def _check(name: str, delta: Delta, state: Mapping[str, Tensor]) -> None:
             raise RunError(f'the fusion "{name}" gave values for {key} that are not finite: expected a finite delta')
 
 
-def build_aggregator(strategy: StrategyConfig, context: RoundContext) -> WeightedFusion:
+def build_aggregator(strategy: StrategyConfig, context: RoundContext) -> Aggregator:
     """Return weighting and fusion for one round."""
     weighting = strategy.weighting
     fusion = strategy.fusion
-    return WeightedFusion(
-        (weighting.info("weighting"), weighting.parameters), (fusion.info("fusion"), fusion.parameters), context
-    )
+    return Aggregator((weighting.info("weighting"), weighting.parameters), (fusion.info("fusion"), fusion.parameters), context)
 
 
 def build_server_optimizer(strategy: StrategyConfig) -> ServerOptimizer:

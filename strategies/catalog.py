@@ -10,7 +10,7 @@ from cotune.errors import PlanError, nearest
 from cotune.strategies.compatibility import Facts, privacy_problem
 from cotune.strategies.config import RECIPES, Part, StrategyConfig, parts_of
 from cotune.strategies.plugins import known
-from cotune.strategies.registry import FOLDERS, Kind, PartInfo, Visibility, builtin
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Visibility, builtin
 
 _SENDS = {
     "noise": "how much privacy noise its delta carries",
@@ -41,7 +41,7 @@ def search(name: str) -> list[dict[str, Any]]:
     return found
 
 
-def described(info: PartInfo) -> dict[str, Any]:
+def described(info: ComponentInfo) -> dict[str, Any]:
     """A part in words: what it does, its parameters, and what it means for everybody."""
     return {
         "kind": info.kind,
@@ -90,7 +90,7 @@ def _sources(name: str, strategy: StrategyConfig) -> list[str]:
     return [own] if own else list(dict.fromkeys(found))
 
 
-def _recipe_client_privacy(infos: Sequence[PartInfo], weighs: bool) -> str:
+def _recipe_client_privacy(infos: Sequence[ComponentInfo], weighs: bool) -> str:
     """A recipe that leaves the weighting open can have the one that client-level privacy wants."""
     worst = max((_client_privacy(info) for info in infos if weighs or info.kind != "weighting"), key=_severity)
     if not worst.startswith("yes") or all(privacy_problem(info, Facts(client_privacy=True)) is None for info in infos):
@@ -102,7 +102,7 @@ def _severity(words: str) -> int:
     return ["yes", "free", "at a price", "no"].index(words.partition(":")[0])
 
 
-def _record_privacy(info: PartInfo) -> str:
+def _record_privacy(info: ComponentInfo) -> str:
     problem = privacy_problem(info, Facts(record_privacy=True))
     if problem:
         return f"no: it {problem}"
@@ -112,18 +112,18 @@ def _record_privacy(info: PartInfo) -> str:
     return f"free: it {where}"
 
 
-def _client_privacy(info: PartInfo) -> str:
+def _client_privacy(info: ComponentInfo) -> str:
     problem = privacy_problem(info, Facts(client_privacy=True))
     if problem:
         return f"no: it {problem}"
     return "yes: it comes after the noise" if info.kind == "server_optimizer" else "yes"
 
 
-def _visibility(info: PartInfo) -> Visibility:
+def _visibility(info: ComponentInfo) -> Visibility:
     return Visibility.PER_CLIENT if info.sees_all else info.needs.visibility
 
 
-def _needs(info: PartInfo) -> Iterator[str]:
+def _needs(info: ComponentInfo) -> Iterator[str]:
     needs = info.needs
     if needs.participation:
         yield f"every organization must be asked at least every {1 / needs.participation:g} rounds"
@@ -149,7 +149,7 @@ def _needs(info: PartInfo) -> Iterator[str]:
         yield "weighs every parameter by itself, which the fusion must be able to follow"
 
 
-def _parameters(info: PartInfo) -> list[dict[str, Any]]:
+def _parameters(info: ComponentInfo) -> list[dict[str, Any]]:
     schema = info.schema
     required = schema.get("required", ())
     return [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from cotune.strategies.config import Part, StrategyConfig
-from cotune.strategies.registry import Kind, PartInfo, Visibility
+from cotune.strategies.registry import ComponentInfo, Kind, Visibility
 
 _STATISTICS = {"fisher", "gram"}
 
@@ -38,17 +38,17 @@ class Facts:
     folds_late: bool = False
 
 
-Found = Mapping[Kind, tuple[Part, PartInfo]]
+Found = Mapping[Kind, tuple[Part, ComponentInfo]]
 
 
-def first_problem(strategy: StrategyConfig, facts: Facts, infos: Mapping[Kind, PartInfo] | None = None) -> str | None:
+def first_problem(strategy: StrategyConfig, facts: Facts, infos: Mapping[Kind, ComponentInfo] | None = None) -> str | None:
     """Why the strategy cannot be had, in words; None when it can. infos: of parts that are code, where it has been run."""
     found: Found = {kind: (part, info) for kind, part, info in strategy.known_parts()}
     opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.parts() if kind in (infos or {})}
     return next(chain(_problems({**found, **opened}, facts), _sending(strategy, facts)), None)
 
 
-def privacy_problem(info: PartInfo, facts: Facts) -> str | None:
+def privacy_problem(info: ComponentInfo, facts: Facts) -> str | None:
     """Why a part cannot be had with the privacy that a plan promises, in words; None when it can."""
     return next(_privacy(info, facts), None)
 
@@ -102,7 +102,9 @@ def _between_parts(found: Found) -> Iterator[str]:
             )
 
 
-def _with_term(term: tuple[Part, PartInfo] | None, weighting: tuple[Part, PartInfo] | None, facts: Facts) -> Iterator[str]:
+def _with_term(
+    term: tuple[Part, ComponentInfo] | None, weighting: tuple[Part, ComponentInfo] | None, facts: Facts
+) -> Iterator[str]:
     if not term or not weighting:
         return
     name, needs = weighting[0].name, weighting[1].needs
@@ -125,7 +127,7 @@ def _with_term(term: tuple[Part, PartInfo] | None, weighting: tuple[Part, PartIn
         )
 
 
-def _counts_on_the_mean(info: PartInfo) -> bool:
+def _counts_on_the_mean(info: ComponentInfo) -> bool:
     return info.needs.mean or info.needs.client_state or info.needs.receives
 
 
@@ -134,7 +136,7 @@ def _plain(optimizer: Part) -> bool:
     return optimizer.name == "sgd" and optimizer.parameters == plain
 
 
-def _with_plan(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:
+def _with_plan(part: Part, info: ComponentInfo, facts: Facts) -> Iterator[str]:
     yield from _privacy(info, facts)
     yield from _participation(part, info, facts)
     yield from _training(info, facts)
@@ -142,7 +144,7 @@ def _with_plan(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:
         yield from _lateness(info)
 
 
-def _privacy(info: PartInfo, facts: Facts) -> Iterator[str]:
+def _privacy(info: ComponentInfo, facts: Facts) -> Iterator[str]:
     needs = info.needs
     statistics = sorted(_STATISTICS & set(needs.sends))
     if facts.record_privacy and statistics:
@@ -168,7 +170,7 @@ def _privacy(info: PartInfo, facts: Facts) -> Iterator[str]:
         yield 'compares the updates, and server.visibility allows one sum: expected weighting = "examples" or "uniform"'
 
 
-def _participation(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:
+def _participation(part: Part, info: ComponentInfo, facts: Facts) -> Iterator[str]:
     needs, least = info.needs, info.least(**part.parameters)
     if facts.participation < needs.participation:
         yield (
@@ -184,7 +186,7 @@ def _participation(part: Part, info: PartInfo, facts: Facts) -> Iterator[str]:
         yield f"needs {least} updates in a round, and the plan {asks}: expected {more}"
 
 
-def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
+def _training(info: ComponentInfo, facts: Facts) -> Iterator[str]:
     needs = info.needs
     wrong = [name for name in facts.optimizers if needs.optimizers and name not in needs.optimizers]
     if wrong:
@@ -215,7 +217,7 @@ def _training(info: PartInfo, facts: Facts) -> Iterator[str]:
         yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"
 
 
-def _lateness(info: PartInfo) -> Iterator[str]:
+def _lateness(info: ComponentInfo) -> Iterator[str]:
     """Late updates are added to a running sum of weighted ones; nothing else is known to be right for them."""
     needs = info.needs
     adds_up = {

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from cotune.errors import nearest
 from cotune.strategies.plugins import NO_TERM, is_code, is_file, load_code, part_named
-from cotune.strategies.registry import FOLDERS, Kind, PartInfo, Payload, builtin
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Payload, builtin
 
 
 class Part(BaseModel):
@@ -32,7 +32,7 @@ class Part(BaseModel):
     def parameters(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
-    def info(self, kind: Kind) -> PartInfo:
+    def info(self, kind: Kind) -> ComponentInfo:
         """What the part says of itself. Runs the code that it names. Raises PlanError for a file that is not the plan's."""
         return load_code(kind, self.name, self.sha256 or "") if is_code(self.name) else part_named(kind, self.name)
 
@@ -115,7 +115,7 @@ class StrategyConfig(BaseModel):
         ]
         return [(kind, part) for kind, part in found if part is not None]
 
-    def known_parts(self) -> list[tuple[Kind, Part, PartInfo]]:
+    def known_parts(self) -> list[tuple[Kind, Part, ComponentInfo]]:
         """Without those that are code, which must be run to be known."""
         return [(kind, part, part.info(kind)) for kind, part in self.parts() if not is_code(part.name)]
 

@@ -28,8 +28,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from cotune.errors import CotuneError, PlanError, RunError, nearest
-from cotune.strategies.registry import Needs, PartInfo, Visibility
-from cotune.strategies.types import Fused, RoundContext, Weighed
+from cotune.strategies.registry import ComponentInfo, Needs, Visibility
+from cotune.strategies.types import Aggregate, RoundContext, WeightedUpdate
 
 _OURS: dict[str, Any] = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}  # whom to ask is the plan's
 _UNUSED = {"fraction_train", "fraction_evaluate", "min_evaluate_nodes", "arrayrecord_key", "configrecord_key", "weighted_by_key"}
@@ -54,7 +54,7 @@ def is_flower_class(value: Any) -> TypeGuard[type[Strategy]]:
     return inspect.isclass(value) and issubclass(value, Strategy)
 
 
-def flower_strategy(name: str) -> PartInfo:
+def flower_strategy(name: str) -> ComponentInfo:
     """The fusion for `flwr.module:Class`. Imports the module. Raises PlanError for what is not there or cannot be had."""
     module_name, _, class_name = name.partition(":")
     try:
@@ -68,12 +68,12 @@ def flower_strategy(name: str) -> PartInfo:
     return flower_part(name, found)
 
 
-def flower_part(name: str, build: type[Strategy]) -> PartInfo:
+def flower_part(name: str, build: type[Strategy]) -> ComponentInfo:
     """A strategy's class as a fusion; its constructor's plain parameters are those of the part. Raises PlanError."""
     for refused, instead in _INSTEAD.items():
         if issubclass(build, getattr(flower, refused)):
             raise PlanError(f"{name} wants of organizations what they do not do for a strategy of Flower's: expected {instead}")
-    return PartInfo(
+    return ComponentInfo(
         "fusion",
         name,
         FlowerFusion(name, build),
@@ -98,7 +98,7 @@ class FlowerFusion:
         self.__annotations__ = {n: p.annotation for n, p in plain.items()}
         self.__doc__ = inspect.getdoc(build)
 
-    def __call__(self, updates: Sequence[Weighed], context: RoundContext, **parameters: Any) -> Fused:
+    def __call__(self, updates: Sequence[WeightedUpdate], context: RoundContext, **parameters: Any) -> Aggregate:
         names = sorted(updates[0].delta)  # always in one order: some strategies keep lists
         if any(sorted(u.delta) != names for u in updates):
             self._refuse("works on updates of the same parameters alone", "a rule of cotune's, such as median")
@@ -115,7 +115,7 @@ class FlowerFusion:
             self._refuse(f"gave {'nothing' if result is None else 'other parameters'} for the round", "the shared parameters")
         delta = {n: torch.from_numpy(np.asarray(result[n].numpy(), np.float64) - arrays[n]) for n in names}
         memory = self._memory(strategy, fresh)
-        return Fused(delta, memory={**memory, _NAMES: digest} if memory else {})
+        return Aggregate(delta, memory={**memory, _NAMES: digest} if memory else {})
 
     def build(self, parameters: Mapping[str, Any]) -> Strategy:
         """The strategy, before any round. Raises PlanError where its constructor does not take the parameters."""
@@ -246,7 +246,7 @@ def _same(sent: ArrayRecord, arrays: Mapping[str, Any]) -> bool:
     return set(sent) == set(arrays) and all(np.array_equal(sent[name].numpy(), array) for name, array in arrays.items())
 
 
-def _reply(message: Message, arrays: Mapping[str, Any], update: Weighed) -> Message:
+def _reply(message: Message, arrays: Mapping[str, Any], update: WeightedUpdate) -> Message:
     weights = _record({name: array + update.delta[name].numpy() for name, array in arrays.items()})
     content = RecordDict({"arrays": weights, "metrics": MetricRecord({"num-examples": update.scalar})})
     return Message(content, reply_to=message)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from cotune.models.adapter import Adapter
 from cotune.strategies.sums import mean_of, total, weighted
-from cotune.strategies.types import Weighed
+from cotune.strategies.types import WeightedUpdate
 
 
-def averaged(updates: Sequence[Weighed]) -> dict[str, Tensor]:
+def averaged(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     """The weighted mean of the deltas, as the fusion `mean` has it."""
     sums: dict[str, Tensor] = {}
     for update in updates:
@@ -23,13 +23,13 @@ def averaged(updates: Sequence[Weighed]) -> dict[str, Tensor]:
     return mean_of(sums)
 
 
-def shares(updates: Sequence[Weighed]) -> list[float]:
+def shares(updates: Sequence[WeightedUpdate]) -> list[float]:
     """p_k = w_k / Σ w."""
     weights = [update.scalar for update in updates]
     return [weight / sum(weights) for weight in weights]
 
 
-def factors_of(update: Weighed, adapter: Adapter) -> tuple[Tensor, Tensor]:
+def factors_of(update: WeightedUpdate, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """(B_k, A_k) after training, (d_out, r_k) and (r_k, d_in) in float64; what the organization did not train is as received."""
     sent = update.update.delta
     rank = sent[adapter.b].shape[1] if adapter.b in sent else sent[adapter.a].shape[0]

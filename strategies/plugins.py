@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import PlanError, nearest
-from cotune.strategies.registry import FOLDERS, Kind, PartInfo, builtin, undecorated
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, builtin, undecorated
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _FLOWER = re.compile(r"flwr(\.\w+)*:[A-Za-z_]\w*")
@@ -42,12 +42,12 @@ def is_code(name: str) -> bool:
 # --- installed
 
 
-def known(kind: Kind) -> Mapping[str, PartInfo]:
+def known(kind: Kind) -> Mapping[str, ComponentInfo]:
     """The parts that can be named: those of cotune, and those of installed packages (entry points `cotune.fusions` …)."""
     return dict(sorted({**{name: from_installed(kind, name) for name in _points(kind)}, **builtin(kind)}.items()))
 
 
-def part_named(kind: Kind, name: str) -> PartInfo:
+def part_named(kind: Kind, name: str) -> ComponentInfo:
     """A part of cotune or of an installed package, which alone is imported. Raises ValueError for an unknown name."""
     if name in builtin(kind):
         return builtin(kind)[name]
@@ -61,7 +61,7 @@ def _points(kind: Kind) -> dict[str, EntryPoint]:
 
 
 @cache
-def from_installed(kind: Kind, name: str) -> PartInfo:
+def from_installed(kind: Kind, name: str) -> ComponentInfo:
     """The part that an entry point means. Imports its package. Raises PlanError where that fails."""
     point = _points(kind)[name]
     try:
@@ -138,7 +138,7 @@ def _run(sha256: str) -> Any:
 # --- as a plan names them
 
 
-def load_code(kind: Kind, name: str, sha256: str) -> PartInfo:
+def load_code(kind: Kind, name: str, sha256: str) -> ComponentInfo:
     """The part that a name of code means (see `is_code`). Runs it. Raises PlanError."""
     if kind == "client_term":
         raise PlanError(f'client_term = "{name}" names code: {NO_TERM}')
@@ -151,10 +151,10 @@ def load_code(kind: Kind, name: str, sha256: str) -> PartInfo:
     return flower_strategy(name)
 
 
-def part_of(kind: Kind, name: str, value: Any) -> PartInfo:
+def part_of(kind: Kind, name: str, value: Any) -> ComponentInfo:
     """What a function or class says of itself; one that says nothing needs to see each update. Raises PlanError."""
     info = getattr(value, "part", None)
-    if isinstance(info, PartInfo):
+    if isinstance(info, ComponentInfo):
         if info.kind != kind:
             raise PlanError(f'"{name}" is a {_word(info.kind)}: expected a {_word(kind)} in its place')
         return info
@@ -171,7 +171,7 @@ def part_of(kind: Kind, name: str, value: Any) -> PartInfo:
     return undecorated(kind, name, value)
 
 
-def pinned(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, PartInfo]]:
+def pinned(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, ComponentInfo]]:
     """The `strategy` table of a plan with every part that is code completed, and these parts. Runs them.
 
     folder: of the plan. A file is named without its folder: that is nobody else's business, and a run keeps the file beside
@@ -179,7 +179,7 @@ def pinned(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, PartInfo]]:
     """
     if not isinstance(strategy, Mapping):
         return strategy, {}
-    table, infos = dict(strategy), dict[Kind, PartInfo]()
+    table, infos = dict(strategy), dict[Kind, ComponentInfo]()
     for kind in FOLDERS:
         given = table.get(kind)
         part = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
@@ -201,7 +201,7 @@ def _check_names(parts: Sequence[Mapping[str, Any]]) -> None:
             raise PlanError(f"the plan names two files {file} with different content: expected one, or two names")
 
 
-def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str, Any], PartInfo]:
+def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ComponentInfo]:
     name, stated = str(part.pop("name")), part.pop("sha256", None)
     pin: dict[str, str] = {}
     if is_file(name) and kind != "client_term":

@@ -74,7 +74,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class PartInfo:
+class ComponentInfo:
     """A part. build: a function (weighting, fusion) or a dataclass (server optimizer, client term). cite: its source.
 
     least: parameters -> how many updates a round must have at least. scales: c·Δ_k for all k gives c·D. keeps: identical deltas
@@ -152,7 +152,7 @@ def _decorator(
     kind: Kind, name: str, cite: str, least: Callable[..., int] | None, scales: bool, keeps: bool, needs: Needs
 ) -> Callable[[_Build], _Build]:
     def mark(build: _Build) -> _Build:
-        info = PartInfo(kind, name, build, cite, needs, least or (lambda **_: 1), scales, keeps)
+        info = ComponentInfo(kind, name, build, cite, needs, least or (lambda **_: 1), scales, keeps)
         build.part = info  # type: ignore[attr-defined]
         return build
 
@@ -189,21 +189,21 @@ def client_term(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_B
     return _decorator("client_term", name, cite, None, True, True, needs)
 
 
-def undecorated(kind: Kind, name: str, build: Callable[..., Any]) -> PartInfo:
+def undecorated(kind: Kind, name: str, build: Callable[..., Any]) -> ComponentInfo:
     """A part that says nothing about itself: a generator sees sums, any other function each update."""
     visibility = Visibility.SUM if kind != "fusion" or inspect.isgeneratorfunction(build) else Visibility.PER_CLIENT
-    return PartInfo(kind, name, build, "", Needs(visibility=visibility))
+    return ComponentInfo(kind, name, build, "", Needs(visibility=visibility))
 
 
 @functools.cache
-def builtin(kind: Kind) -> Mapping[str, PartInfo]:
+def builtin(kind: Kind) -> Mapping[str, ComponentInfo]:
     """The parts that come with cotune, by name."""
-    found: dict[str, PartInfo] = {}
+    found: dict[str, ComponentInfo] = {}
     folder = importlib.import_module(f"cotune.strategies.{FOLDERS[kind]}")
     for module_info in pkgutil.iter_modules(folder.__path__):
         module = importlib.import_module(f"{folder.__name__}.{module_info.name}")
         for value in vars(module).values():
             info = getattr(value, "part", None)
-            if isinstance(info, PartInfo) and info.kind == kind and info.build.__module__ == module.__name__:
+            if isinstance(info, ComponentInfo) and info.kind == kind and info.build.__module__ == module.__name__:
                 found[info.name] = info
     return dict(sorted(found.items()))

@@ -17,15 +17,15 @@ from collections.abc import Callable, Generator, Mapping
 import torch
 from torch import Tensor
 
-from cotune.strategies.types import Delta, Fused, Weighed
+from cotune.strategies.types import Aggregate, Delta, WeightedUpdate
 
-Contribution = Callable[[Weighed], Mapping[str, Tensor]]  # of one update, in float64
-Sums = Generator[Contribution, Mapping[str, Tensor], Delta | Fused]
+Contribution = Callable[[WeightedUpdate], Mapping[str, Tensor]]  # of one update, in float64
+Sums = Generator[Contribution, Mapping[str, Tensor], Delta | Aggregate]
 
 _WEIGHT = "weight of "
 
 
-def weighted(update: Weighed, delta: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def weighted(update: WeightedUpdate, delta: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """w_k Δ_k and w_k of every parameter: the sums of both give the weighted mean over those that sent it.
 
     delta: what has become of the update's own, which is the default.

@@ -90,7 +90,7 @@ class RoundContext:
 
 
 @dataclass(frozen=True)
-class Weighed:
+class WeightedUpdate:
     """An update with its weight w_k, 0 or more and not normalized; a weighting may weigh every parameter by itself.
 
     state: θ as received, for the shapes: an organization with a smaller rank sends smaller LoRA factors.
@@ -130,7 +130,7 @@ class Weighed:
 
 
 @dataclass(frozen=True)
-class Fused:
+class Aggregate:
     """What a round's updates have become: D, how many there were, Σ p_k ‖Δ_k‖², and what the fusion remembers.
 
     weights: organization -> the share p_k that a fusion has given its update, where that is not its weight's.

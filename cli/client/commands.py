@@ -22,7 +22,7 @@ from cotune.errors import PlanError, RunError
 from cotune.plan.load import value_of
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.policy import Policy, changed_policy, check_rules, dump_policy
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 app = typer.Typer(no_args_is_help=True, help="An organization's own side: its site, policy and ledger; joining a federation.")
 
@@ -39,7 +39,7 @@ def ledger(
 
     opened = Site(site.expanduser())
     if export is not None:
-        write_durably(export.expanduser(), json.dumps(bookkeeping.export(opened), indent=1).encode())
+        atomic_write(export.expanduser(), json.dumps(bookkeeping.export(opened), indent=1).encode())
     found = bookkeeping.overview(opened)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -114,7 +114,7 @@ def policy(
     if opened is None:
         raise PlanError("--set changes the policy of a site, and none was given: expected its folder before it")
     after = changed_policy(before, {rule: value_of(text) for rule, text in settings.items()})
-    write_durably(opened.folder / "policy.toml", dump_policy(after).encode())
+    atomic_write(opened.folder / "policy.toml", dump_policy(after).encode())
     for rule in settings:
         table, _, key = rule.partition(".")
         old, new = (getattr(getattr(one, table), key) for one in (before, after))

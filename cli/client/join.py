@@ -21,7 +21,7 @@ from cotune.data.readers.sources import check_source
 from cotune.errors import CotuneError
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import SPACE, duration, size
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 if TYPE_CHECKING:
     from cotune.client.site import Site
@@ -80,7 +80,7 @@ def join(
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
     authority = opened.folder / "node" / "ca.crt"
-    write_durably(authority, Trust.join(opened.folder, invitation).certificates())
+    atomic_write(authority, Trust.join(opened.folder, invitation).certificates())
     where = f"{escape(invitation.name)} at {escape(invitation.address)}"
     console.print(f"joining {where} as {escape(opened.organization)}; Ctrl-C leaves it")
     with observing(Shown(console)):

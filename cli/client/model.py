@@ -19,7 +19,7 @@ from cotune.errors import DataError
 
 if TYPE_CHECKING:
     from cotune.client.site import Site
-    from cotune.data.dataset import Holdings
+    from cotune.data.dataset import Dataset
 
 
 _HEADINGS = {
@@ -83,20 +83,20 @@ def evaluate(
         _show(screen(), found)
 
 
-def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Holdings:
+def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Dataset:
     """Read as the site's own records are."""
     import numpy as np
 
-    from cotune.data.dataset import Holdings, HoldingsFile
+    from cotune.data.dataset import Dataset, DatasetManifest
     from cotune.data.records import read_records
 
     try:
-        document = HoldingsFile.model_validate_json((site.folder / "data.json").read_bytes())
+        document = DatasetManifest.model_validate_json((site.folder / "data.json").read_bytes())
     except (OSError, ValueError):
         raise DataError(f"{site.folder} does not say how its records are read: name them with `cotune client check`") from None
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
     records = read_records(document.data.model_copy(update={"source": source}), None, document.task)
-    return Holdings(((records, np.arange(len(records))),), labels, document.task, lenient=True)
+    return Dataset(((records, np.arange(len(records))),), labels, document.task, lenient=True)
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def run(
     beginning(f"reading {folder}")
     from cotune.flower.control_client import control
     from cotune.server.deployment.federation import FederationFolder
-    from cotune.server.deployment.run_controller import carry_out, hand_over, newest, only_follower
+    from cotune.server.deployment.run_controller import hand_over, newest, only_follower, run_to_completion
 
     federation, console = FederationFolder(folder), screen()
     with only_follower(federation), control(federation.superlink_address, federation.certificates) as executor:
@@ -61,7 +61,7 @@ def run(
             console.print(f"{escape(played.file.run)} is handed over: `cotune server run {folder} --resume` follows it")
             return
         with showing_remote_progress(console) as tell:
-            carry_out(played, executor, tell)
+            run_to_completion(played, executor, tell)
     _show_result(console, played)
 
 

@@ -31,7 +31,7 @@ from cotune.client.site import Site
 from cotune.client.site_setup import read_private_key
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import NodeRenewal, fingerprint
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 FORMER = "former.pub"  # in node/
 
@@ -58,7 +58,7 @@ def both_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurvePrivate
         present, following = read_private_key(site / "node.key"), next_key(site)
         if following is None:
             following = ec.generate_private_key(ec.SECP384R1())
-            write_durably(_next(site), private_bytes(following))
+            atomic_write(_next(site), private_bytes(following))
         return present, following
 
 
@@ -75,7 +75,7 @@ def take_next(site: Path, key: EllipticCurvePrivateKey) -> None:
         line = present.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         lines = _lines(file)
         if line not in lines:
-            write_durably(file, b"".join(each + b"\n" for each in (*lines, line)))
+            atomic_write(file, b"".join(each + b"\n" for each in (*lines, line)))
         os.replace(_next(site), site / "node.key")
         write_public(site, key)
 
@@ -86,7 +86,7 @@ def write_public(site: Path, key: EllipticCurvePrivateKey) -> None:
     before = file.read_bytes() if file.exists() else b""
     if not before.startswith(line):
         comment = b" ".join(before.split()[2:])
-        write_durably(file, b" ".join((line, comment)).strip() + b"\n")
+        atomic_write(file, b" ".join((line, comment)).strip() + b"\n")
 
 
 def private_bytes(key: EllipticCurvePrivateKey) -> bytes:
@@ -124,7 +124,7 @@ def renew_key(site: Site) -> tuple[Path, str]:
         renewal = _kept(file, federation, fingerprint(following.public_key()))
         if renewal is None:
             renewal = NodeRenewal.make(federation, site.organization, present, following)
-            write_durably(file, renewal.text().encode() + b"\n")
+            atomic_write(file, renewal.text().encode() + b"\n")
     except OSError as error:
         raise RunError(f"{site.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
     return file, fingerprint(following.public_key())

@@ -28,14 +28,14 @@ from typing import Any, Protocol
 from flwr.app import Message, MessageType
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import UNSAID, refusal
+from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
 from cotune.client.node.connection import Entrance
-from cotune.client.node.worker import Resident, ResidentDied
+from cotune.client.node.worker import ResidentDied, TrainerProcess
 from cotune.client.training.observe import tell
 from cotune.errors import DataError, RunError
 from cotune.flower.chunks import CutOff, Parcel
 from cotune.flower.fleet_client import Fleet, FleetError, Request, RequestOver
-from cotune.storage.files import only_one, write_durably
+from cotune.storage.files import acquire_lock, atomic_write
 
 _CONFIGURATION = {".toml", ".md", ".txt", ".json", ".yaml", ".yml"}
 _PLAIN = {".info/CONTENT", "LICENSE"}
@@ -67,7 +67,7 @@ Connect = Callable[[int | None, bool], AbstractContextManager[Fleet]]  # as `con
 
 
 class Worker(Protocol):
-    """Who answers: a Resident."""
+    """Who answers: a TrainerProcess."""
 
     def give(self, parcel: Parcel) -> None: ...
     def answer(self, seconds: float) -> Message | None: ...
@@ -89,7 +89,7 @@ def run_node(
     connect = Entrance(site, address, root_certificates, key)
     stop = stop or threading.Event()
     with _alone(site / "node"), _stopped_by_signals(stop):
-        worker = Resident(site.resolve(), address)
+        worker = TrainerProcess(site.resolve(), address)
         try:
             Node(site / "node", worker, stop, AuditLog(site)).stay(connect)
         finally:
@@ -178,9 +178,9 @@ class Node:
         self._newest[request.run] = max(round, newest)
         self._began = time.monotonic()
         try:
-            write_durably(self._request_file, request.to_bytes())
+            atomic_write(self._request_file, request.to_bytes())
         except OSError as error:
-            self._refuse(request, UNSAID, f"the site cannot be written ({error}): make room, or mend its permissions")
+            self._refuse(request, GENERIC_REFUSAL, f"the site cannot be written ({error}): make room, or mend its permissions")
 
     def _begin(self, fleet: Fleet, request: Request) -> None:
         """Hands a request to the worker, when the run's bundle is fit for it."""
@@ -220,7 +220,7 @@ class Node:
             self._died(request, error)
         except Exception as error:  # what a stranger sent may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
-            self._refuse(request, UNSAID, f"the request cannot be read: {error}")
+            self._refuse(request, GENERIC_REFUSAL, f"the request cannot be read: {error}")
 
     def _ask_anew(self, fleet: Fleet, error: CutOff) -> None:
         """The server's call was cut off, as by a SuperLink that was killed: whoever connects anew is asked again."""
@@ -259,7 +259,7 @@ class Node:
         """
         _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
         if self._again:
-            return self._refuse(request, UNSAID, str(error))
+            return self._refuse(request, GENERIC_REFUSAL, str(error))
         self._again, self._given = True, False
         tell("again", round=request.round, reason=str(error))
 
@@ -302,7 +302,7 @@ class Node:
         tell("connected", node=fleet.node_id)
         self._known, self._in_doubt = fleet.node_id, False
         try:
-            write_durably(self._id_file, f"{fleet.node_id} {self._place}".encode())
+            atomic_write(self._id_file, f"{fleet.node_id} {self._place}".encode())
         except OSError as error:
             _log.error("the site cannot be written (%s): make room, or mend its permissions", error)
         if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:
@@ -360,7 +360,7 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
-    with only_one(folder / "lock", f"another node serves {folder.parent}: stop it first, or leave it to its work"):
+    with acquire_lock(folder / "lock", f"another node serves {folder.parent}: stop it first, or leave it to its work"):
         yield
 
 

@@ -21,7 +21,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.errors import RunError
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.key_renewal import ServerRenewal
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 _MOST_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
 AUTHORITY_DAYS = 30  # that a former authority is believed after the new keys were used
@@ -90,7 +90,7 @@ class Trust(BaseModel):
         return self.model_copy(update={"generations": (*ended, newest)})
 
     def write(self, site: Path) -> Trust:
-        write_durably(_file(site), self.model_dump_json(indent=1).encode())
+        atomic_write(_file(site), self.model_dump_json(indent=1).encode())
         return self
 
     def find(self, signing_key: str) -> TrustedServer | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict, UserConfig
 
-from cotune.client.egress_guard import UNSAID, refusal
+from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
 from cotune.errors import RunError
 from cotune.flower.chunks import Malformed, Parcel, TooMuch
 from cotune.printable import clean_output
@@ -29,7 +29,7 @@ class ResidentDied(Exception):
     """The process ended before it answered."""
 
 
-class Resident:
+class TrainerProcess:
     """Answers one message at a time for the site in `folder`. server: who asks, as its own log of what was sent names it.
 
     Messages come to it in their pieces: what they may become is decided where the model is (received.py).
@@ -124,8 +124,8 @@ def _answer(parcel: Parcel, folder: Path, server: str = "") -> Message:
         foreseen = isinstance(error, TooMuch | Malformed)
         _log.error("the message could not be answered: %s", error, exc_info=None if foreseen else error)
         with suppress(RunError):  # what is refused without it says nothing of the records
-            AuditLog(folder).append("refusal", server=server, said=UNSAID, reason=f"{type(error).__name__}: {error}")
-        return refusal(header, UNSAID)
+            AuditLog(folder).append("refusal", server=server, said=GENERIC_REFUSAL, reason=f"{type(error).__name__}: {error}")
+        return refusal(header, GENERIC_REFUSAL)
 
 
 def _end_with_parent() -> None:

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import Target
 from cotune.errors import DataError
 from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.tables import PersonalizeConfig
 from cotune.privacy.mechanisms.random import seeded_generator
 
@@ -100,7 +100,7 @@ def own_records(features: Tensor, targets: Sequence[Target], units: Sequence[int
     """Return the records that can be used: encoded, and of a class that the plan has.
 
     Args:
-        features: (n, d) of the records, or of the words of all records, as `Holdings.features` gives them.
+        features: (n, d) of the records, or of the words of all records, as `Dataset.features` gives them.
         targets: Of each record, the number of its class or those of its words' tags.
         units: The number of each record's unit.
         classes: How many the plan has.
@@ -126,20 +126,20 @@ def _check_units(own: OwnRecords) -> None:
         )
 
 
-def units_of(held: Holdings) -> list[int]:
+def units_of(held: Dataset) -> list[int]:
     """Return the number of each record's unit."""
     names = [(records.units or records.identities)[int(row)] for records, rows in held.parts for row in rows]
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return [number[name] for name in names]
 
 
-def base_head(model: SharedModel) -> State:
+def base_head(model: TrainableModel) -> State:
     """The head as the plan's seed makes it."""
     model.load({})
     return model.state(head_names(model))
 
 
-def adapt(model: SharedModel, own: OwnRecords, shared: State, config: PersonalizeConfig, seed: int) -> Adapted:
+def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: PersonalizeConfig, seed: int) -> Adapted:
     """Choose the best head for an organization by its own records, and fit it to all of them.
 
     Args:
@@ -205,7 +205,7 @@ def _needed(*chosen: Candidate) -> list[Candidate]:
 
 
 def _fitted(
-    model: SharedModel, own: OwnRecords, shared: State, start: State, candidates: Iterable[Candidate]
+    model: TrainableModel, own: OwnRecords, shared: State, start: State, candidates: Iterable[Candidate]
 ) -> Iterator[tuple[Candidate, State]]:
     """Each candidate's head, fitted to records; a weaker penalty begins where the stronger one has ended."""
     here = shared if last_layer(model) is None else corrected(model, shared, own.features, own.targets)

@@ -21,10 +21,10 @@ from cotune.client.personalization.adaptation import Adapted, OwnRecords, adapt,
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import model_here
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import score
 from cotune.errors import ModelError, RunError
-from cotune.models.adapter import name_seed
+from cotune.models.adapter import parameter_seed
 from cotune.models.base_model import draw_head
 from cotune.models.device import pick_device
 from cotune.models.encoding import encoded_features
@@ -33,7 +33,7 @@ from cotune.models.evaluation.predictor import load_finished
 from cotune.models.export import export_model
 from cotune.models.features import feature_head
 from cotune.models.head_fit import head_names, head_scores, told_by
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PersonalizeConfig
@@ -60,7 +60,7 @@ class Received:
 
     folder: Path
     plan: Plan
-    model: SharedModel
+    model: TrainableModel
     head: State
 
 
@@ -90,9 +90,9 @@ def open_received(site: Site, wanted: str = "") -> Received:
     loaded, labels, task = load_finished(str(folder), plan.model.max_length)
     if (labels, task) != (plan.labels, plan.task):
         raise ModelError(f"{folder} is not the model of its plan: expected the classes {', '.join(plan.labels)[:80]}; remove it")
-    model = SharedModel(loaded, None, plan.seed, pick_device(site.file.device))
+    model = TrainableModel(loaded, None, plan.seed, pick_device(site.file.device))
     head = model.state(head_names(model))
-    draw_head(loaded.module, name_seed(plan.seed, "head"))  # before anything is remembered: the model's base from now on
+    draw_head(loaded.module, parameter_seed(plan.seed, "head"))  # before anything is remembered: the model's base from now on
     if feature_head(model) is None:
         raise ModelError(
             f"the head of the model of the plan {plan.name} cannot be run without its encoder: expected one that can be fitted by"
@@ -158,16 +158,16 @@ def _check_free(folder: Path) -> None:
         raise RunError(f"{folder} holds something else than an adapted model: choose another folder with --out")
 
 
-def _own(received: Received, held: Holdings) -> OwnRecords:
+def _own(received: Received, held: Dataset) -> OwnRecords:
     """The features of the records, by the received encoder, and whose each record is."""
     return _fitted_to(received.model, received.plan, held)
 
 
-def _fitted_to(model: SharedModel, plan: Plan, held: Holdings) -> OwnRecords:
+def _fitted_to(model: TrainableModel, plan: Plan, held: Dataset) -> OwnRecords:
     return own_records(encoded_features(held, model, {}, plan.model.precision), held.targets, units_of(held), len(plan.labels))
 
 
-def evaluate_site(site: Site, new: Holdings | None = None, wanted: str = "") -> dict[str, Any]:
+def evaluate_site(site: Site, new: Dataset | None = None, wanted: str = "") -> dict[str, Any]:
     """Compare the received model with what the site reaches alone, on records that nothing was fitted to here.
 
     Args:
@@ -209,11 +209,11 @@ def evaluate_site(site: Site, new: Holdings | None = None, wanted: str = "") -> 
 _FOLDS = 5  # of which one judges
 
 
-def _told(model: SharedModel, head: State, features: Tensor) -> Tensor:
+def _told(model: TrainableModel, head: State, features: Tensor) -> Tensor:
     return told_by(head_scores(model, head, features))
 
 
-def _alone(site: Site, received: Received, adapted: Adapted, both: tuple[OwnRecords, OwnRecords], new: Holdings | None) -> Tensor:
+def _alone(site: Site, received: Received, adapted: Adapted, both: tuple[OwnRecords, OwnRecords], new: Dataset | None) -> Tensor:
     """What a head fitted to own records tells that knows nothing of the others.
 
     On the received encoder's features where that is still the base model's; else on those of the base model.

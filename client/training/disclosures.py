@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.account import Account
-from cotune.client.training.rows import Setting
+from cotune.client.training.rows import TrainingSetup
 from cotune.errors import PrivacyError, RunError
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import gram_layers
 from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining, Stage
@@ -29,7 +29,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.update_noise import LocalOptimizer, delta_noise_variance
 
 
-class Teller:
+class Disclosures:
     """Tells for one account."""
 
     def __init__(self, account: Account) -> None:
@@ -116,7 +116,7 @@ def noise_variance(
     return found
 
 
-def statistics_of(plan: Plan, model: SharedModel, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setting: TrainingSetup) -> dict[str, Tensor]:
     """The arrays of `plan.statistics.statistic_shapes`, float32 on the CPU; empty unless the plan's fusion wants some.
 
     names: parameters that travel. The model must be set to the state after training. Raises PrivacyError under record-level
@@ -133,7 +133,7 @@ def statistics_of(plan: Plan, model: SharedModel, names: Sequence[str], setting:
     return {name: tensor.to("cpu", torch.float32) for name, tensor in found.items()}
 
 
-def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setting: TrainingSetup) -> dict[str, Tensor]:
     """The mean over the records of each record's squared gradient: the diagonal of the empirical Fisher information."""
     parameters = [own[name] for name in names]
     squares = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
@@ -146,7 +146,7 @@ def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setting: Setting
 
 
 @torch.no_grad()
-def _grams(model: SharedModel, names: Sequence[str], setting: Setting) -> dict[str, Tensor]:
+def _grams(model: TrainableModel, names: Sequence[str], setting: TrainingSetup) -> dict[str, Tensor]:
     """XᵀX / n of every trained linear layer: X has a row for each position of a record that is not padding, and a column of ones
     where the bias is trained.
     """

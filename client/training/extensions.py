@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.site import Site
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import shared_names, trained_names
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
@@ -82,7 +82,7 @@ class Personal:
     What is kept belongs to that round, as the shared part that it was trained with does. Raises RunError when it is lost.
     """
 
-    def __init__(self, plan: Plan, site: Site, model: SharedModel, round: int, admitted: int) -> None:
+    def __init__(self, plan: Plan, site: Site, model: TrainableModel, round: int, admitted: int) -> None:
         self.plan, self.site, self.model, self.round, self.admitted = plan, site, model, round, admitted
         self.shared = shared_names(plan, model, round)
         self.names = [name for name in trained_names(plan, model, round) if name not in set(self.shared)]
@@ -103,21 +103,21 @@ class Personal:
             self.site.remember(self.plan.plan_id, self.round, own, PERSONAL, since=self.admitted)
 
 
-class OwnRank:
+class RankMask:
     """Of one round at one organization. Where its rank is the plan's, nothing here does anything.
 
     The other slices are 0 while it trains, A and B together: they take no part in the model and get no gradient, so that they
     take nothing of a clip norm either. Noise on them is thrown away after it was added, which is post-processing.
     """
 
-    def __init__(self, plan: Plan, stage: Stage, policy: Policy, model: SharedModel) -> None:
+    def __init__(self, plan: Plan, stage: Stage, policy: Policy, model: TrainableModel) -> None:
         self.rank = policy.training.rank_for(plan.lora.rank)
         smaller = stage.mode == "lora" and self.rank < plan.lora.rank
         self.adapters = model.adapters() if smaller else ()
         self.columns = {adapter.b for adapter in self.adapters}
         self.names = {adapter.a for adapter in self.adapters} | self.columns
 
-    def held(self, model: SharedModel, state: State) -> State:
+    def held(self, model: TrainableModel, state: State) -> State:
         """The state that it trains from; a model that is set to the received one is set to this one."""
         if not self.names:
             return state

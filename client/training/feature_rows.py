@@ -14,14 +14,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.rows import Setting, all_right, of_each_slot
+from cotune.client.training.rows import TrainingSetup, all_right, of_each_slot
 from cotune.data.tasks.batching import bucket_of_length, fixed_batches
 from cotune.data.tasks.task import Target, losses_of
 from cotune.data.tasks.text import IGNORED
 from cotune.models.features import FeatureHead
 from cotune.models.independence import check_independence
 from cotune.models.probes import lengths_of
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.per_example import Batch, Unit
 
 _MOST_SLOTS = 512  # rows of features in a batch
@@ -30,19 +30,19 @@ _MOST_ENTRIES = 2**24  # of the gradients of a batch of features, and of the fea
 
 def on_features(
     precision: str,
-    model: SharedModel,
+    model: TrainableModel,
     head: FeatureHead,
     features: Tensor,
     targets: Sequence[Target],
     expected_batch: float,
     units: Sequence[Unit],
     weights: Tensor | None = None,
-) -> Setting:
+) -> TrainingSetup:
     """Return the setting of a head that is trained on features.
 
     Args:
         precision: What the features were computed in (`model.precision` of a plan).
-        features: (n, d), as `Holdings.features` gives them; NaN where a record, or a word, could not be read.
+        features: (n, d), as `Dataset.features` gives them; NaN where a record, or a word, could not be read.
         targets: Of each record, the number of its class or those of its words' tags.
         expected_batch: Rows of a step, a public number: it decides the shape of batches.
         units: Row numbers of each unit.
@@ -57,7 +57,7 @@ class _Given:
     """What `on_features` is given and does not depend on the records."""
 
     precision: str
-    model: SharedModel
+    model: TrainableModel
     head: FeatureHead
     expected_batch: float
     weights: Tensor | None
@@ -77,7 +77,7 @@ class _Given:
         check_independence(self.model, "head", self.precision, per_slot, slots=slots, width=width, lengths=lengths)
 
 
-def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> Setting:
+def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> TrainingSetup:
     labels = torch.tensor(targets, dtype=torch.long)  # of no records, too
     unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
     if bool(unreadable.any()):
@@ -99,11 +99,11 @@ def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], unit
         numbers[: len(rows)] = labels[index]
         return {"features": vectors.to(given.model.device), "labels": numbers.to(given.model.device)}
 
-    def samples() -> Setting:
+    def samples() -> TrainingSetup:
         vectors = torch.linspace(-1, 1, 3 * width).reshape(3, -1)
         return _on_vectors(given, vectors, [0, 1, 0], [[0], [1], [2]])
 
-    return Setting(
+    return TrainingSetup(
         module=given.head,
         rows=len(labels),
         units=units,
@@ -117,7 +117,7 @@ def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], unit
     )
 
 
-def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> Setting:
+def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> TrainingSetup:
     """As `_on_vectors`, of records that have one vector for each word: batches are as long as a bucket of word counts."""
     labels = torch.tensor([number for target in targets for number in cast(tuple[int, ...], target)], dtype=torch.long)
     read = _read_words(features, targets)
@@ -143,11 +143,11 @@ def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units:
         batch = {"features": vectors, "labels": numbers, "attention_mask": mask}
         return {key: value.to(given.model.device) for key, value in batch.items()}
 
-    def samples() -> Setting:
+    def samples() -> TrainingSetup:
         vectors = torch.linspace(-1, 1, 6 * width).reshape(6, -1)
         return _on_words(given, vectors, [(0, 1), (1, 0, 1), (0,)], [[0], [1], [2]])
 
-    return Setting(
+    return TrainingSetup(
         module=given.head,
         rows=len(targets),
         units=units,

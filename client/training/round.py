@@ -13,10 +13,10 @@ from cotune.client.budget import check_examples
 from cotune.client.policy_check import Approvals, check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.site import Site
 from cotune.client.site_setup import model_here
-from cotune.client.training.disclosures import Teller, stated_noise, statistics_of
-from cotune.client.training.extensions import Correction, OwnRank, Personal
+from cotune.client.training.disclosures import Disclosures, stated_noise, statistics_of
+from cotune.client.training.extensions import Correction, Personal, RankMask
 from cotune.client.training.observe import tell
-from cotune.client.training.rows import Setting
+from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import Guard, check_gradients, optimizer_of, setting_of
 from cotune.errors import Declined, RunError
 from cotune.models.trainable import State
@@ -75,14 +75,14 @@ def train_round(
     names, personal = trained_names(plan, model, round), Personal(plan, site, model, round, admitted)
     _check_state(state, personal.shared)
     _check_sent(sent, state)
-    correction, own_rank = Correction(plan, site, admitted, sent), OwnRank(plan, stage, policy, model)
+    correction, own_rank = Correction(plan, site, admitted, sent), RankMask(plan, stage, policy, model)
     received = own_rank.held(model, personal.joined(state))
     parameters = model.train_only(names)
     batch = stage.local.sample_rate(examples) * examples
     setting = setting_of(plan, stage, model, holdings, state, site.organization, expected_batch=batch)
     optimizer, named = optimizer_of(stage.local, model, names, parameters), dict(zip(names, parameters, strict=True))
     guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
-    teller = Teller(account)
+    teller = Disclosures(account)
     if isinstance(plan.privacy, RecordPrivacy):
         account.check_unanswered(round)
         sigma = account.plan_noise(round)  # refuses before anything is charged
@@ -139,7 +139,7 @@ def _train_privately(
     sigma: float,
     stage: Stage,
     round: int,
-    setting: Setting,
+    setting: TrainingSetup,
     optimizer: torch.optim.Optimizer,
     guard: Guard,
 ) -> int:
@@ -177,7 +177,7 @@ def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepRe
             raise Declined("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {most:g}")
 
 
-def _tell(teller: Teller, setting: Setting, account: Account, round: int) -> dict[str, float]:
+def _tell(teller: Disclosures, setting: TrainingSetup, account: Account, round: int) -> dict[str, float]:
     """What else the organization says, about its records and the received model."""
     counts = list(account.holdings.label_counts().values())
     return {
@@ -188,14 +188,14 @@ def _tell(teller: Teller, setting: Setting, account: Account, round: int) -> dic
 
 
 @torch.no_grad()
-def _correct(setting: Setting) -> tuple[float, int]:
+def _correct(setting: TrainingSetup) -> tuple[float, int]:
     """How many units the module classifies rightly, of how many; of a unit, the fraction of its records."""
     right = (float(setting.correct(batch)[: len(weights)].double().cpu() @ weights) for weights, batch in setting.everything())
     return sum(right), len(setting.units)
 
 
 @torch.no_grad()
-def _total_loss(setting: Setting, ceiling: float) -> float:
+def _total_loss(setting: TrainingSetup, ceiling: float) -> float:
     """Σ min(ℓ_i, ceiling), of a unit the mean over its records, so that it changes the sum by the ceiling at most.
 
     A record whose loss is not a number counts for the ceiling, as a failure would tell of it.
@@ -210,7 +210,7 @@ def _train_plainly(
     stage: Stage,
     site: Site,
     round: int,
-    setting: Setting,
+    setting: TrainingSetup,
     optimizer: torch.optim.Optimizer,
     guard: Guard,
     examples: int,
@@ -222,7 +222,7 @@ def _train_plainly(
     return _follow(_plain_steps(setting, optimizer, sampler), site.organization, round, None, guard)
 
 
-def _plain_steps(setting: Setting, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:
+def _plain_steps(setting: TrainingSetup, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:
     for step, batch in enumerate(sampler, start=1):
         optimizer.zero_grad()
         total = 0.0

@@ -14,7 +14,7 @@ from cotune.privacy.mechanisms.per_example import Batch, Batches, Unit, per_exam
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingSetup:
     """What a stage trains on.
 
     Attributes:
@@ -37,7 +37,7 @@ class Setting:
     loss: Callable[[Batch], Tensor]
     exact: Callable[[Batch], Tensor]
     correct: Callable[[Batch], Tensor]
-    samples: Callable[[], Setting]
+    samples: Callable[[], TrainingSetup]
     keep_apart: Callable[[], object]
 
     def everything(self) -> Iterator[tuple[Tensor, Batch]]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cotune.client.training.feature_rows import on_features
 from cotune.client.training.observe import tell
-from cotune.client.training.rows import Setting, all_right, of_each_slot
-from cotune.data.dataset import Holdings
+from cotune.client.training.rows import TrainingSetup, all_right, of_each_slot
+from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import fixed_batches, tight_batches
 from cotune.data.tasks.task import Target, example_losses, logits
 from cotune.data.tasks.text import IGNORED, Example
@@ -26,7 +26,7 @@ from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features import encode_batch, feature_head
 from cotune.models.independence import check_independence, check_padding
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
@@ -34,13 +34,13 @@ from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping
 from cotune.privacy.mechanisms.per_example import Batch, Unit, kinds_without_rule
 
 _Checked = tuple[object, ...]
-_checked: WeakKeyDictionary[SharedModel, set[_Checked]] = WeakKeyDictionary()  # what was found right, as comparisons ask again
+_checked: WeakKeyDictionary[TrainableModel, set[_Checked]] = WeakKeyDictionary()  # what was found right, as comparisons ask again
 _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
 
 
 def setting_of(
-    plan: Plan, stage: Stage, model: SharedModel, holdings: Holdings, state: State, name: str, *, expected_batch: float
-) -> Setting:
+    plan: Plan, stage: Stage, model: TrainableModel, holdings: Dataset, state: State, name: str, *, expected_batch: float
+) -> TrainingSetup:
     """Return the stage's setting on the records of the organization `name`; the model must be set to `state`.
 
     Args:
@@ -69,7 +69,7 @@ def setting_of(
     return _on_examples(plan, stage, model, encoded_examples(holdings, model), holdings.units)
 
 
-def made_up_setting(plan: Plan, stage: Stage, model: SharedModel, records: int) -> Setting:
+def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:
     """Return the stage's setting on so many made-up records, as long as the plan allows: what it costs, without any record."""
     task, reader = model.loaded.task, model.loaded.reader
     samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
@@ -105,7 +105,7 @@ def _lengthened(example: Example, length: int) -> Example:
     return longer
 
 
-def check_stages(plan: Plan, model: SharedModel) -> None:
+def check_stages(plan: Plan, model: TrainableModel) -> None:
     """Check before a run that every stage has something to train, and under privacy that its gradients are those of single rows.
 
     Raises:
@@ -122,17 +122,17 @@ def check_stages(plan: Plan, model: SharedModel) -> None:
             _check_gradients_once(plan, stage, model, plan.privacy)
 
 
-def _check_gradients_once(plan: Plan, stage: Stage, model: SharedModel, privacy: RecordPrivacy) -> None:
+def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, privacy: RecordPrivacy) -> None:
     """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition."""
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernels_of(model.device)
     key = stage.mode, stage.freeze_embeddings, stage.local.physical_batch_size, *taken
     known = _checked.setdefault(model, set())
     if key not in known:
-        check_gradients(made_up_setting(plan, stage, model, 3), privacy, stage.mode)
+        check_gradients(synthetic_setup(plan, stage, model, 3), privacy, stage.mode)
         known.add(key)
 
 
-def check_gradients(setting: Setting, privacy: RecordPrivacy, mode: str) -> float:
+def check_gradients(setting: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:
     """Return the relative error of the clipped sum over made-up rows against gradients taken one row at a time, without padding.
 
     Raises:
@@ -176,7 +176,7 @@ def _why_no_gradients(raised: Exception, module: nn.Module) -> str:
     return (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
 
 
-def _weights_of(plan: Plan, model: SharedModel) -> Tensor | None:
+def _weights_of(plan: Plan, model: TrainableModel) -> Tensor | None:
     """How much a label of each class counts in the loss, (classes,); None where all count the same. Raises PlanError."""
     try:
         weights = plan.weights_of_classes()
@@ -185,7 +185,9 @@ def _weights_of(plan: Plan, model: SharedModel) -> Tensor | None:
     return None if weights is None else torch.tensor(weights, device=model.device)
 
 
-def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Example], units: Sequence[Unit]) -> Setting:
+def _on_examples(
+    plan: Plan, stage: Stage, model: TrainableModel, rows: Sequence[Example], units: Sequence[Unit]
+) -> TrainingSetup:
     task, reader, longest = model.loaded.task, model.loaded.reader, model.loaded.max_length
     collate = task.collator(model.module, reader, model.device)
     private = isinstance(plan.privacy, RecordPrivacy)
@@ -221,7 +223,7 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
         """Rows, whatever the task: of tags, all words of a record must be told rightly."""
         return all_right(scores(batch), batch["labels"])
 
-    return Setting(
+    return TrainingSetup(
         module=model.module,
         rows=len(rows),
         units=units,
@@ -242,7 +244,7 @@ def _on_examples(plan: Plan, stage: Stage, model: SharedModel, rows: Sequence[Ex
 
 
 def optimizer_of(
-    local: LocalTraining, model: SharedModel, names: list[str], parameters: list[nn.Parameter]
+    local: LocalTraining, model: TrainableModel, names: list[str], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """Return the stage's optimizer, with the head in a group of its own rate."""
     head = [p for n, p in zip(names, parameters, strict=True) if not n.startswith(model.prefix)]
@@ -262,7 +264,7 @@ _USUAL = 100.0  # of a parameter of a usable model
 class Guard:
     """Watches one round. before: the trained parameters as they were received. noise: whether every step adds noise."""
 
-    def __init__(self, model: SharedModel, before: Mapping[str, Tensor], *, noise: bool) -> None:
+    def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool) -> None:
         self.model, self.before, self.noise = model, before, noise
         self.frozen = self._checksums()
 

@@ -33,7 +33,7 @@ from cotune.models.base_model import LoadedModel, find_base, load_model
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.quality import NOT_TOLD, Threshold, entity_quality, quality, told_classes
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 
 _BATCH = 64
 _LENGTH = 512  # tokens, where a folder does not say how long texts were in training
@@ -51,7 +51,7 @@ class Predictor:
         task: What it is for.
     """
 
-    model: SharedModel
+    model: TrainableModel
     labels: tuple[str, ...]
     task: TaskName
 
@@ -92,7 +92,7 @@ def open_predictor(source: str, device: str = "auto", max_length: int | None = N
     """
     to = pick_device(device)
     loaded, labels, task = load_finished(_folder_of(source), max_length)
-    return Predictor(SharedModel(loaded, None, 0, to), labels, task)
+    return Predictor(TrainableModel(loaded, None, 0, to), labels, task)
 
 
 def load_finished(source: str, max_length: int | None = None) -> tuple[LoadedModel, tuple[str, ...], TaskName]:

@@ -77,7 +77,7 @@ def require_statistics() -> ModuleType:
 
 
 def evidence(scores: Array, present: Coins, generator: np.random.Generator) -> Evidence:
-    """Turns scores into guesses: the upper half "in", the lower half "out", the surer the farther from the middle.
+    """Turn scores into guesses: the upper half "in", the lower half "out", the surer the farther from the middle.
 
     scores: (m,), larger for targets that seem to have been in; present: (m,), the coins. Equal scores are ordered at random.
     Raises PrivacyError for scores that are not finite, and for coins that all fell alike.

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cotune.errors import PrivacyError
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 IDENTITY = 16  # bytes of a keyed identity: collisions among millions of records stay out of reach
 _KEY = 32  # bytes
@@ -25,7 +25,7 @@ class SiteKey:
     def made(cls, path: Path) -> SiteKey:
         """The key in the file, which is drawn and written durably where there is none; readable by its owner only."""
         if not path.exists():
-            write_durably(path, secrets.token_bytes(_KEY))
+            atomic_write(path, secrets.token_bytes(_KEY))
         return cls.read(path)
 
     @classmethod

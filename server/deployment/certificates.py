@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from cotune.errors import RunError
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 AUTHORITY_LIFETIME = timedelta(days=3650)
 SERVER_LIFETIME = timedelta(days=365)
@@ -263,7 +263,7 @@ def _read(path: Path) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        write_durably(path, content)  # with mode 0600
+        atomic_write(path, content)  # with mode 0600
     except OSError as error:
         raise RunError(
             f"{path} cannot be written ({error.strerror}): check the permissions and the space of its folder"

@@ -45,8 +45,8 @@ from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, publi
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.runs.base_model import without_place
 from cotune.server.runs.suitability import with_robust_default
-from cotune.storage.config_table import Table, first_mistake
-from cotune.storage.files import toml_of, write_durably
+from cotune.storage.config_table import Table, format_validation_error
+from cotune.storage.files import atomic_write, toml_of
 from cotune.strategies.plugins import content_of
 
 
@@ -77,7 +77,7 @@ class FederationFolder:
         try:
             self.config = ServerConfig.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
         except ValidationError as error:
-            raise RunError(f"{first_mistake(error, ServerConfig, 'server.toml')} ({file})") from None
+            raise RunError(f"{format_validation_error(error, ServerConfig, 'server.toml')} ({file})") from None
         except (OSError, ValueError) as error:
             reason = f"server.toml: {error.strerror if isinstance(error, OSError) else error}"
             raise RunError(
@@ -115,7 +115,7 @@ class FederationFolder:
 
 def write_config(path: Path, config: ServerConfig) -> None:
     table = config.model_dump(mode="json", exclude_none=True)
-    write_durably(path / "server.toml", tomli_w.dumps(table).encode())
+    atomic_write(path / "server.toml", tomli_w.dumps(table).encode())
 
 
 _TRAINED = {
@@ -265,8 +265,8 @@ def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
     certificates.new_authority(folder / "certificates", config.hosts)
     new_signing_key(folder / "certificates")
     for name, sha256 in plan.strategy.files.items():
-        write_durably(folder / name.rpartition(":")[0], content_of(name, sha256))
-    write_durably(folder / "plan.toml", dump_plan(plan).encode())
+        atomic_write(folder / name.rpartition(":")[0], content_of(name, sha256))
+    atomic_write(folder / "plan.toml", dump_plan(plan).encode())
     write_handout(folder, plan, config)
     write_config(folder, config)
     for name in ("certificates", "superlink", "runs"):
@@ -279,5 +279,5 @@ def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
     authority = certificates.authority_pem(folder / "certificates")
     key = public_hex(read_signing_key(folder / "certificates"))
     invitation = Invitation(config.name, address_of(config), authority, plan, id=config.id, signing_key=key)
-    write_durably(folder / "federation.toml", invitation.to_toml().encode())
-    write_durably(folder / "JOIN.md", instructions(invitation).encode())
+    atomic_write(folder / "federation.toml", invitation.to_toml().encode())
+    atomic_write(folder / "JOIN.md", instructions(invitation).encode())

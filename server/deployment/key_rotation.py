@@ -24,7 +24,7 @@ from cotune.server.deployment import certificates
 from cotune.server.deployment.federation import FederationFolder, write_handout
 from cotune.server.deployment.signing import change_signing_key, new_signing_key, read_signing_key
 from cotune.server.runs.events import read_events
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 HANDOUT = "server-renewals.jsonl"
 _NEXT, _STATEMENT, _USED = "next", "renewal.json", "renewals.jsonl"
@@ -56,7 +56,7 @@ def announce(folder: FederationFolder) -> ServerRenewal:
 def _fill(part: Path, present: Path, federation: str) -> None:
     certificates.next_authority(part)
     renewal = ServerRenewal.make(federation, read_signing_key(present), new_signing_key(part), certificates.authority_pem(part))
-    write_durably(part / _STATEMENT, renewal.text().encode())
+    atomic_write(part / _STATEMENT, renewal.text().encode())
 
 
 def announced(path: Path) -> ServerRenewal | None:
@@ -95,7 +95,7 @@ def put_into_use(folder: FederationFolder) -> None:
     try:
         used = _used(path)
         if following not in used:  # from here on it is finished, whatever happens
-            write_durably(path / _USED, "".join(f"{each.text()}\n" for each in (*used, following)).encode())
+            atomic_write(path / _USED, "".join(f"{each.text()}\n" for each in (*used, following)).encode())
         change_signing_key(path, read_signing_key(path / _NEXT))
         certificates.change_authority(path, path / _NEXT)
         write_handout(folder.path, folder.plan, folder.config)
@@ -129,4 +129,4 @@ def _used(path: Path) -> list[ServerRenewal]:
 
 
 def _write_statements(folder: FederationFolder) -> None:
-    write_durably(folder.path / HANDOUT, ServerRenewal.join(renewals(folder.certificates)).encode())
+    atomic_write(folder.path / HANDOUT, ServerRenewal.join(renewals(folder.certificates)).encode())

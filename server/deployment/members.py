@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from cotune.errors import PlanError, RunError
 from cotune.protocol.federation_file import check_name
 from cotune.protocol.key_renewal import NodeRenewal
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 
 class Member(BaseModel):
@@ -166,7 +166,7 @@ class Members:
         return changed
 
     def _write(self, members: tuple[Member, ...]) -> None:
-        write_durably(self._file, _Document(members=members).model_dump_json(indent=1).encode())
+        atomic_write(self._file, _Document(members=members).model_dump_json(indent=1).encode())
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ import psutil
 
 from cotune.errors import RunError
 from cotune.printable import printable
-from cotune.storage.files import json_of, write_durably
+from cotune.storage.files import atomic_write, json_of
 
 Identity = tuple[int, float]  # number, and when it was started
 
@@ -40,7 +40,7 @@ class Record:
         if found == self._written:
             return
         try:
-            write_durably(self._file, json.dumps({"boot": _boot(), "processes": found}).encode())
+            atomic_write(self._file, json.dumps({"boot": _boot(), "processes": found}).encode())
         except OSError as error:
             if not self._failed:
                 self._say(f"WARNING: {self._file} cannot be written ({error.strerror}): make room, or check its permissions")

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from cotune.server.runs.events import Events, read_events
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 _EVERY_SECONDS = 1.0  # the file is not written more often
 _MOST_ADDRESSES = 100  # of strangers: whoever has been refused least makes room
@@ -76,7 +76,7 @@ class Refusals:
 
     def _write(self) -> None:
         with suppress(OSError):
-            write_durably(self._file, _Document(members=self._members, addresses=self._addresses).model_dump_json().encode())
+            atomic_write(self._file, _Document(members=self._members, addresses=self._addresses).model_dump_json().encode())
 
 
 def _count(found: dict[str, Refused], who: str, reason: str) -> int:
@@ -132,7 +132,7 @@ def _before(file: Path, kept: Path) -> dict[str, int]:
         return _Before.model_validate_json(kept.read_bytes()).counts
     counts = {member: refused.count for member, refused in read_refusals(file).items()}
     with suppress(OSError):  # the run itself says that the disk is full
-        write_durably(kept, _Before(counts=counts).model_dump_json().encode())
+        atomic_write(kept, _Before(counts=counts).model_dump_json().encode())
     return counts
 
 

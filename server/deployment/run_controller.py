@@ -28,11 +28,11 @@ from cotune.errors import RunError
 from cotune.flower.control_client import RunState
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import Listener, follow
-from cotune.server.runs.run_folder import RunFolder, keep_others_off
-from cotune.storage.files import write_durably
+from cotune.server.runs.run_folder import RunFolder, exclusive_lock
+from cotune.storage.files import atomic_write
 
 
-class Ticket(BaseModel):
+class Submission(BaseModel):
     """One attempt at a run. run_id: None where the SuperLink was asked and its answer is not known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,10 +41,10 @@ class Ticket(BaseModel):
     run_id: int | None = None
 
 
-def read_ticket(folder: RunFolder) -> Ticket | None:
+def read_ticket(folder: RunFolder) -> Submission | None:
     """None where nobody was asked yet. Raises RunError for a damaged file."""
     try:
-        return Ticket.model_validate_json((folder.path / "superlink.json").read_bytes())
+        return Submission.model_validate_json((folder.path / "superlink.json").read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
@@ -53,10 +53,10 @@ def read_ticket(folder: RunFolder) -> Ticket | None:
         ) from None
 
 
-def write_ticket(folder: RunFolder, ticket: Ticket) -> Ticket:
+def write_ticket(folder: RunFolder, ticket: Submission) -> Submission:
     """Durable when it returns. Raises RunError."""
     try:
-        write_durably(folder.path / "superlink.json", json.dumps(ticket.model_dump(), indent=1).encode())
+        atomic_write(folder.path / "superlink.json", json.dumps(ticket.model_dump(), indent=1).encode())
     except OSError as error:
         raise RunError(
             f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
@@ -68,18 +68,18 @@ def write_ticket(folder: RunFolder, ticket: Ticket) -> Ticket:
 _LOOK_SECONDS = 0.1
 
 
-def is_played(run: Path) -> bool:
+def is_running(run: Path) -> bool:
     """Whether a process holds the lock of the run's folder."""
     if not (run / ".lock").exists():
         return False
     try:
-        with keep_others_off(run, patience=0.0):
+        with exclusive_lock(run, patience=0.0):
             return False
     except RunError:
         return True
 
 
-def await_end(run: Path, grace: float) -> None:
+def wait_until_stopped(run: Path, grace: float) -> None:
     """Until nobody plays the run: a process that the SuperLink has given up is asked to end after `grace` seconds, then killed.
 
     Raises RunError.
@@ -90,7 +90,7 @@ def await_end(run: Path, grace: float) -> None:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(ask)
         deadline = time.monotonic() + grace
-        while is_played(run):
+        while is_running(run):
             if time.monotonic() > deadline:
                 break
             time.sleep(_LOOK_SECONDS)
@@ -111,7 +111,7 @@ def _players(run: Path) -> list[psutil.Process]:
 
 _MOST_TRIES = 5  # without a finished round between them
 _FIRST_WORDS = ("run_started", "delivery_started")  # of a process that holds the lock
-_LAST_WORDS = ("run_concluded", "run_failed")
+_LAST_WORDS = ("run_finalized", "run_failed")
 
 
 class Executor(Protocol):
@@ -124,7 +124,7 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True)
-class Pace:
+class PollInterval:
     """In seconds. grace: what the process that plays a run gets to end by itself, once the SuperLink has given it up."""
 
     poll: float = 0.5
@@ -145,7 +145,7 @@ def check_none_unfinished(federation: FederationFolder, executor: Executor, *, l
     """Before a new run. leave: an unfinished run that nobody plays may stay behind. Raises RunError."""
     runs = list(federation.runs())
     for path in runs:
-        if is_played(path) or (path == runs[-1] and _is_handed_over(RunFolder(path), executor)):
+        if is_running(path) or (path == runs[-1] and _is_handed_over(RunFolder(path), executor)):
             raise RunError(
                 f"the run {path.name} is going on: follow it with --resume, and stop it there before you begin another"
             )
@@ -167,31 +167,31 @@ def only_follower(federation: FederationFolder) -> Iterator[None]:
         (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise RunError(f"{federation.path} cannot be written ({error.strerror}): mend its permissions") from None
-    with keep_others_off(federation.path / "runs"):
+    with exclusive_lock(federation.path / "runs"):
         yield
 
 
-def hand_over(folder: RunFolder, executor: Executor, pace: Pace | None = None) -> Ticket:
+def hand_over(folder: RunFolder, executor: Executor, pace: PollInterval | None = None) -> Submission:
     """The attempt that is under way; or else a new one, once nobody plays the run any more. Raises RunError."""
     ticket = read_ticket(folder)
     if ticket is not None:
         run_id = _under_way(folder, ticket, executor)
         if run_id is not None:
             return write_ticket(folder, ticket.model_copy(update={"run_id": run_id}))
-    await_end(folder.path, (pace or Pace()).grace)
+    wait_until_stopped(folder.path, (pace or PollInterval()).grace)
     _, offset = follow(folder.events.path)
-    asked = Ticket(submitted=datetime.now(UTC).isoformat(timespec="seconds"), offset=offset)
+    asked = Submission(submitted=datetime.now(UTC).isoformat(timespec="seconds"), offset=offset)
     write_ticket(folder, asked)
     return write_ticket(folder, asked.model_copy(update={"run_id": executor.start(folder.path)}))
 
 
-def carry_out(folder: RunFolder, executor: Executor, tell: Listener, pace: Pace | None = None) -> None:
+def run_to_completion(folder: RunFolder, executor: Executor, tell: Listener, pace: PollInterval | None = None) -> None:
     """Hands a run over and follows it until its report is written. What happens is told as events, as in events.jsonl.
 
     What ends without a word is handed over again; what says why it failed is not. Interrupted, it stops the run first. Raises
     RunError.
     """
-    pace = pace or Pace()
+    pace = pace or PollInterval()
     try:
         ending, tries = _watch(folder, executor, hand_over(folder, executor, pace), tell, pace), 1
         while ending.event is None:
@@ -222,7 +222,7 @@ class _Ending:
     progress: bool = False
 
 
-def _watch(folder: RunFolder, executor: Executor, ticket: Ticket, tell: Listener, pace: Pace) -> _Ending:
+def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: Listener, pace: PollInterval) -> _Ending:
     """Tells what happens until the attempt ends."""
     offset, begun, progress, reachable = ticket.offset, False, False, True
     while True:
@@ -230,7 +230,7 @@ def _watch(folder: RunFolder, executor: Executor, ticket: Ticket, tell: Listener
         if reached != reachable:
             reachable = reached
             tell("superlink_back" if reached else "superlink_lost", {})
-        held = is_played(folder.path) if begun else True
+        held = is_running(folder.path) if begun else True
         events, offset = follow(folder.events.path, offset)
         for fields in events:
             event = _told(fields, tell)
@@ -248,7 +248,7 @@ def _told(fields: dict[str, Any], tell: Listener) -> str:
     return event
 
 
-def _reason_for_end(executor: Executor, ticket: Ticket) -> tuple[str | None, bool]:
+def _reason_for_end(executor: Executor, ticket: Submission) -> tuple[str | None, bool]:
     """Why the attempt is over, as far as the SuperLink knows, or None; and whether it could be reached."""
     assert ticket.run_id is not None, "an attempt that is watched was handed over"
     try:
@@ -263,7 +263,7 @@ def _reason_for_end(executor: Executor, ticket: Ticket) -> tuple[str | None, boo
     return f"its process ended ({state.outcome}){how}", True
 
 
-def _again(folder: RunFolder, executor: Executor, tell: Listener, pace: Pace) -> _Ending:
+def _again(folder: RunFolder, executor: Executor, tell: Listener, pace: PollInterval) -> _Ending:
     """Another attempt, once the SuperLink answers."""
     try:
         _await_superlink(executor, tell, pace)
@@ -272,7 +272,7 @@ def _again(folder: RunFolder, executor: Executor, tell: Listener, pace: Pace) ->
         return _Ending(None, str(error))
 
 
-def _await_superlink(executor: Executor, tell: Listener, pace: Pace) -> None:
+def _await_superlink(executor: Executor, tell: Listener, pace: PollInterval) -> None:
     away = False
     while True:
         try:
@@ -288,17 +288,17 @@ def _await_superlink(executor: Executor, tell: Listener, pace: Pace) -> None:
             return
 
 
-def _stop(folder: RunFolder, executor: Executor, pace: Pace) -> None:
+def _stop(folder: RunFolder, executor: Executor, pace: PollInterval) -> None:
     """Ends the present attempt, at the SuperLink and on this machine."""
     with suppress(RunError):  # the SuperLink is away, or has ended the run itself
         ticket = read_ticket(folder)
         known = () if ticket is None or ticket.run_id is None else (ticket.run_id,)
         for run_id in known or executor.running():
             executor.stop(run_id)
-    await_end(folder.path, pace.grace)
+    wait_until_stopped(folder.path, pace.grace)
 
 
-def _under_way(folder: RunFolder, ticket: Ticket, executor: Executor) -> int | None:
+def _under_way(folder: RunFolder, ticket: Submission, executor: Executor) -> int | None:
     """The id of an attempt that goes on, or None."""
     events, _ = follow(folder.events.path, ticket.offset)
     if any(event.get("event") in _LAST_WORDS for event in events):
@@ -309,7 +309,7 @@ def _under_way(folder: RunFolder, ticket: Ticket, executor: Executor) -> int | N
     state = executor.state(ticket.run_id)
     if state is None or state.status == "finished":
         return None
-    if any(event.get("event") in _FIRST_WORDS for event in events) and not is_played(folder.path):
+    if any(event.get("event") in _FIRST_WORDS for event in events) and not is_running(folder.path):
         executor.stop(ticket.run_id)  # its process died, which the SuperLink notices after a minute
         return None
     return ticket.run_id

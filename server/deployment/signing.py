@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from filelock import FileLock
 
 from cotune.errors import RunError
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 SIGNING_KEY = "signing.key"
 FORMER = "signing-former.pub"
@@ -29,7 +29,7 @@ def new_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateKey:
         return read_signing_key(folder, name)
     key = Ed25519PrivateKey.generate()
     try:
-        write_durably(folder / name, _key_bytes(key))
+        atomic_write(folder / name, _key_bytes(key))
     except OSError as error:
         raise RunError(f"{folder / name} cannot be written ({error.strerror}): check the permissions of its folder") from None
     return key
@@ -72,8 +72,8 @@ def change_signing_key(folder: Path, key: Ed25519PrivateKey) -> None:
         return
     try:
         if present not in _former(folder):
-            write_durably(folder / FORMER, "".join(f"{each}\n" for each in (*_former(folder), present)).encode())
-        write_durably(folder / SIGNING_KEY, _key_bytes(key))
+            atomic_write(folder / FORMER, "".join(f"{each}\n" for each in (*_former(folder), present)).encode())
+        atomic_write(folder / SIGNING_KEY, _key_bytes(key))
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror}): check its permissions and space") from None
 
@@ -97,7 +97,7 @@ def next_serial(folder: Path, now: Callable[[], float] = time.time) -> int:
         try:
             last = int(file.read_bytes()) if file.exists() else 0
             serial = max(last + 1, int(now() * 1000))
-            write_durably(file, str(serial).encode())
+            atomic_write(file, str(serial).encode())
         except OSError as error:
             raise RunError(f"{file} cannot be written ({error.strerror}): make room, or mend the permissions") from None
         except ValueError:

@@ -26,11 +26,11 @@ _PHASES = {
     "run_finished": "handing out the model",
     "run_stopped": "handing out the model",
     "delivery_started": "handing out the model",
-    "run_concluded": "finished",
+    "run_finalized": "finished",
     "run_failed": "failed",
 }
 
-_OVER = ("run_concluded", "run_failed")
+_OVER = ("run_finalized", "run_failed")
 
 History = Sequence[Mapping[str, Any]]  # of the finished rounds
 
@@ -240,7 +240,7 @@ def _said(event: Mapping[str, Any]) -> str:
             return f"{event['count']} messages refused at the front: {event['reason']}"
         case "organization_left":
             return "has left the federation"
-        case "undelivered":
+        case "delivery_failed":
             return f"lacks the finished model: {event['reason']}"
         case _:
             return ""

@@ -30,8 +30,8 @@ from cotune.server.deployment.federation import FederationFolder, ServerConfig, 
 from cotune.server.deployment.node_registration import Enrolment
 from cotune.server.deployment.processes import Child, Record, end, running, stop
 from cotune.server.proxy.server import listen
-from cotune.server.runs.run_folder import keep_others_off
-from cotune.storage.files import write_durably
+from cotune.server.runs.run_folder import exclusive_lock
+from cotune.storage.files import atomic_write
 
 LEFT_DAYS = 30  # of the certificate, from which on there is a warning
 _LOOK_SECONDS = 0.3
@@ -60,7 +60,7 @@ def supervise(folder: FederationFolder, say: Say) -> None:
 
     try:
         folder.superlink.mkdir(mode=0o700, exist_ok=True)
-        with keep_others_off(folder.superlink), _stop_signals() as stopped:
+        with exclusive_lock(folder.superlink), _stop_signals() as stopped:
             _supervise(folder, told, stopped)
     except OSError as error:
         raise RunError(
@@ -154,7 +154,7 @@ def _write_settings(folder: FederationFolder) -> None:
         "port": folder.config.port,
         "quotas": folder.config.quotas.model_dump(exclude_none=True),
     }
-    write_durably(folder.superlink / "front.toml", tomli_w.dumps(front).encode())
+    atomic_write(folder.superlink / "front.toml", tomli_w.dumps(front).encode())
 
 
 def _tell_expiry(until: datetime, say: Say) -> None:

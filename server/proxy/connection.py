@@ -18,7 +18,7 @@ import h11
 import httpx
 
 from cotune.server.proxy.guard import Guard
-from cotune.server.proxy.rules import Refusal, call_of, content_length, passed_on
+from cotune.server.proxy.rules import Refusal, call_of, content_length, forwarded_headers
 from cotune.server.proxy.slots import Slot
 from cotune.server.proxy.upstream import SuperLink
 
@@ -125,7 +125,7 @@ class Exchange:
         first = await _up_to(pieces, _MOST_ANNOUNCED) if announces else []
         if announces and answer.status_code == httpx.codes.OK:
             self._guard.hand_over(member, b"".join(first))
-        await self._send(h11.Response(status_code=answer.status_code, headers=passed_on(answer.headers.raw)))
+        await self._send(h11.Response(status_code=answer.status_code, headers=forwarded_headers(answer.headers.raw)))
         for piece in first:
             await self._send(h11.Data(data=piece))
         async for piece in pieces:

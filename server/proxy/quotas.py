@@ -38,7 +38,7 @@ class Quotas(BaseModel):
     disk: int | None = Field(None, ge=64 * 2**20)
 
     @property
-    def most_bytes(self) -> int:
+    def max_bytes(self) -> int:
         return self.bytes if self.bytes is not None else _SPARE * self.reply
 
     @property
@@ -106,7 +106,7 @@ class Usage:
         used = self._of(member)
         if used.bytes.left < size:
             return Refusal(
-                429, f"it has moved {self._quotas.most_bytes} bytes beyond what it was asked for: its quota of bytes is used up"
+                429, f"it has moved {self._quotas.max_bytes} bytes beyond what it was asked for: its quota of bytes is used up"
             )
         if call == "push-object" and not used.disk.take(size):
             return Refusal(507, f"it has left {self._quotas.most_disk} bytes beyond its replies: its quota of disk is used up")
@@ -130,6 +130,6 @@ class _Used:
 
     def __init__(self, quotas: Quotas, clock: Callable[[], float]) -> None:
         self.messages = Allowance(quotas.messages, HOUR, clock)
-        self.bytes = Allowance(quotas.most_bytes, HOUR, clock)
+        self.bytes = Allowance(quotas.max_bytes, HOUR, clock)
         self.disk = Allowance(quotas.most_disk, DAY, clock)
         self.stored = 0

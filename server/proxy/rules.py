@@ -101,7 +101,7 @@ def content_length(request: h11.Request) -> int:
     return next((int(value) for name, value in request.headers if name == b"content-length"), 0)
 
 
-def passed_on(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+def forwarded_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Those that Flower's calls need, of a request or an answer: all else, such as who the client says it is, stays here."""
     lowered = ((name.lower(), value) for name, value in headers)
     return [(name, value) for name, value in lowered if name in _PASSED or name.startswith(b"flwr-")]

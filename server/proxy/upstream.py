@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import h11
 import httpx
 
-from cotune.server.proxy.rules import Limits, passed_on
+from cotune.server.proxy.rules import Limits, forwarded_headers
 
 
 class SuperLink:
@@ -29,7 +29,7 @@ class SuperLink:
         asked = httpx.Request(
             "POST",
             self.url.copy_with(raw_path=request.target),
-            headers=[*passed_on(request.headers), (b"x-forwarded-for", client.encode())],  # for the SuperLink's log
+            headers=[*forwarded_headers(request.headers), (b"x-forwarded-for", client.encode())],  # for the SuperLink's log
             content=content,
             extensions={"timeout": self._timeouts},
         )

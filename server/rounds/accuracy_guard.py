@@ -15,7 +15,7 @@ from typing import Any
 
 from cotune.data.tasks.task import Metrics
 from cotune.models.trainable import State
-from cotune.strategies.aggregator import Combination, UpdateLook, WeightedFusion
+from cotune.strategies.aggregator import Aggregator, Combination, UpdateLook
 
 _DIGITS = 6
 _ROUNDING = 1e-9
@@ -56,7 +56,7 @@ class AccuracyGuard:
 
 def looks_of(combination: Combination) -> dict[str, UpdateLook]:
     """Of the round's updates; nothing of them under client-level privacy, where a whole organization is protected."""
-    return combination.looks() if isinstance(combination, WeightedFusion) else {}
+    return combination.looks() if isinstance(combination, Aggregator) else {}
 
 
 def seen(looks: Mapping[str, UpdateLook], order: Sequence[str]) -> dict[str, Any]:

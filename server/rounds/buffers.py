@@ -28,11 +28,11 @@ from cotune.errors import RunError
 from cotune.plan.tables import RoundsConfig
 from cotune.protocol.update_file import read_update, update_bytes
 from cotune.server.rounds.update_validation import Verify
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 from cotune.strategies.types import Update
 
 
-class Inbox:
+class SpillBuffer:
     """A folder that holds nothing beyond a round: what a crash left there is removed."""
 
     def __init__(self, folder: Path) -> None:
@@ -61,10 +61,10 @@ class Inbox:
         return self.folder / f"{number:05d}.safetensors"
 
 
-class Turns:
+class ReorderBuffer:
     """Gives updates back in the order of the organizations, whoever came first: each as soon as all before it are settled."""
 
-    def __init__(self, order: Sequence[str], inbox: Inbox) -> None:
+    def __init__(self, order: Sequence[str], inbox: SpillBuffer) -> None:
         self._number = {name: i for i, name in enumerate(order)}
         self._inbox, self._next = inbox, 0
         self._settled: dict[int, bool] = {}  # who is done before their turn -> whether an update was put aside
@@ -101,7 +101,7 @@ Late = tuple[int, str]  # the round that the update is for, and the organization
 class Lateness:
     """Of one run. inbox: where late updates wait for the end of the round in which they came."""
 
-    def __init__(self, config: RoundsConfig, inbox: Inbox) -> None:
+    def __init__(self, config: RoundsConfig, inbox: SpillBuffer) -> None:
         self._staleness = config.max_staleness if config.late == "fold" else 0
         self._inbox = inbox
         self._open: dict[int, Verify] = {}
@@ -165,7 +165,7 @@ class Quarantine:
         kept = arrays if size + sum(map(len, arrays)) <= _MOST_BYTES and len(arrays) <= _MOST_ARRAYS else {}
         tensors = {name: np.frombuffer(data, np.uint8) for name, data in kept.items()}
         file = self.folder / f"round-{round:05d}-{organization}.safetensors"
-        write_durably(file, save(tensors, metadata={"quarantine": json.dumps(about, ensure_ascii=False)}))
+        atomic_write(file, save(tensors, metadata={"quarantine": json.dumps(about, ensure_ascii=False)}))
         for older in sorted(self.folder.glob(f"round-?????-{glob.escape(organization)}.safetensors"))[:-_MOST_FILES]:
             older.unlink(missing_ok=True)
         return file.name

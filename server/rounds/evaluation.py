@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import Metrics, logits, score
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features import feature_head
 from cotune.models.head_fit import told_by
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 
 _BATCH = 64
 Judge = Callable[[State], Metrics | None]
@@ -34,13 +34,13 @@ def present_judge() -> Judge:
     return _judges[-1] if _judges else lambda _: None
 
 
-def evaluate(model: SharedModel, state: State, test: Holdings, precision: str) -> Metrics:
+def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
     """Metrics of the model in a state."""
     return score(test.truth, predict(model, state, test, precision), len(test.labels))
 
 
 @torch.no_grad()
-def predict(model: SharedModel, state: State, test: Holdings, precision: str) -> list[int]:
+def predict(model: TrainableModel, state: State, test: Dataset, precision: str) -> list[int]:
     """What the model in a state tells, in the order of `test.truth`.
 
     While the encoder is as it came, only the head is computed, on kept features.
@@ -52,7 +52,7 @@ def predict(model: SharedModel, state: State, test: Holdings, precision: str) ->
     return told_by(head(encoded_features(test, model, state, precision).to(model.device)).logits.float()).tolist()
 
 
-def _predict(model: SharedModel, test: Holdings) -> list[int]:
+def _predict(model: TrainableModel, test: Dataset) -> list[int]:
     examples, task = encoded_examples(test, model), model.loaded.task
     order = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
     collate = task.collator(model.module, model.loaded.reader, model.device)

@@ -13,7 +13,7 @@ from typing import Any
 
 from cotune.errors import RunError
 from cotune.server.runs.run_folder import RunFolder
-from cotune.storage.files import json_of, write_durably
+from cotune.storage.files import atomic_write, json_of
 
 _LONGEST = 300  # characters of a reason, as it is signed
 
@@ -52,7 +52,7 @@ def strikes_of(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> Count
 def remember(folder: RunFolder, names: Iterable[str]) -> None:
     """That a round failed in which these got a strike each: or a round that needs everybody would fail for ever."""
     if strikes := Counter(names):
-        write_durably(folder.path / "strikes.json", json.dumps(_of_failed_rounds(folder) + strikes, ensure_ascii=False).encode())
+        atomic_write(folder.path / "strikes.json", json.dumps(_of_failed_rounds(folder) + strikes, ensure_ascii=False).encode())
 
 
 def _of_failed_rounds(folder: RunFolder) -> Counter[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cotune.data.tasks.task import Metrics
 from cotune.errors import PrivacyError, RunError
-from cotune.models.trainable import SharedModel, State, named_under
+from cotune.models.trainable import State, TrainableModel, named_under
 from cotune.plan.parameters import rewritten_names, shared_names, statistic_shapes
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import Recipient, encode_requests, received_digest
@@ -29,22 +29,22 @@ from cotune.server.rounds.accuracy_guard import AccuracyGuard, looks_of, seen, s
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.rounds.exclusions import fates_of, left_out, remember
 from cotune.server.rounds.replies import Gathering
-from cotune.server.rounds.requests import Asking
+from cotune.server.rounds.requests import RequestTracker
+from cotune.server.rounds.round_result import RoundResult
 from cotune.server.rounds.selection import cohort_of, enough, remember_waiting, select
-from cotune.server.rounds.tally import Tally
 from cotune.server.rounds.update_validation import Verify
 from cotune.server.runs.run_folder import Participant, Progress, RunFolder
-from cotune.server.transport.base import Post
+from cotune.server.transport.base import Transport
 from cotune.server.transport.node_registry import REVOKED, members_of
 from cotune.server.transport.superlink import post_of
 from cotune.strategies.aggregator import build_aggregator, build_client_term, build_server_optimizer
-from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext, apply_delta
+from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext, apply_delta
 
 Score = Callable[[State], float]
 _ANY = 10**9  # steps, where the plan gives epochs: each update's are held to its number of records when it is admitted
 
 
-def enter_round(model: SharedModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
+def begin_round(model: TrainableModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
     """The state, with what this round adds to it at its present values; and the names that the organizations share."""
     model.load(state)
     names = shared_names(plan, model, round)
@@ -53,7 +53,7 @@ def enter_round(model: SharedModel, plan: Plan, state: State, round: int) -> tup
 
 
 def context_of(
-    plan: Plan, model: SharedModel, before: Progress, state: State, round: int, *, organizations: int, score: Score | None
+    plan: Plan, model: TrainableModel, before: Progress, state: State, round: int, *, organizations: int, score: Score | None
 ) -> RoundContext:
     """What the fusion and the weighting of a round may know."""
     stage = plan.stage_of(round)
@@ -71,14 +71,14 @@ def context_of(
     )
 
 
-def sent_beside(plan: Plan, before: Progress) -> dict[str, Tensor]:
+def broadcast_extras(plan: Plan, before: Progress) -> dict[str, Tensor]:
     """What the plan's client term sends to the organizations beside the state."""
     return build_client_term(plan.strategy).send(_remembered(before, "term"))
 
 
-def move(plan: Plan, before: Progress, state: State, fused: Delta | Fused, context: RoundContext) -> tuple[State, State]:
+def move(plan: Plan, before: Progress, state: State, fused: Delta | Aggregate, context: RoundContext) -> tuple[State, State]:
     """The next state, and all that the parts remember: fusion → the client term's server half → server optimizer."""
-    fused = fused if isinstance(fused, Fused) else Fused(fused)
+    fused = fused if isinstance(fused, Aggregate) else Aggregate(fused)
     if not fused.delta:
         return dict(state), dict(before.memory)  # nobody was asked
     delta, term = build_client_term(plan.strategy).fold(fused, _remembered(before, "term"), context)
@@ -92,7 +92,7 @@ def served(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
     return build_server_optimizer(plan.strategy).serve(state, named_under("optimizer/", memory))
 
 
-def served_of(plan: Plan, progress: Progress) -> State:
+def final_params(plan: Plan, progress: Progress) -> State:
     """The served model of a run after its last finished round."""
     return served(plan, progress.state, progress.memory)
 
@@ -114,8 +114,8 @@ class _Run:
     """What all rounds of a run have in common."""
 
     folder: RunFolder
-    post: Post
-    model: SharedModel
+    post: Transport
+    model: TrainableModel
     evaluate: Evaluate
     score: Score | None
     client_level: ClientLevelPrivacy | None
@@ -123,7 +123,7 @@ class _Run:
     guard: AccuracyGuard
 
 
-def run_rounds(grid: Grid, folder: RunFolder, model: SharedModel, evaluate: Evaluate, score: Score | None = None) -> Progress:
+def run_rounds(grid: Grid, folder: RunFolder, model: TrainableModel, evaluate: Evaluate, score: Score | None = None) -> Progress:
     """Plays the rounds that are not finished yet, and returns the run after its last.
 
     evaluate: a state on the common test set. score: its accuracy on the server's own validation records, for rules that judge
@@ -182,13 +182,13 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     members = members_of(Path(folder.file.federation)) if folder.file.federation else {}
     people, tally = _people(run, before, round, members)
     stage = plan.stage_of(round)
-    state, names = enter_round(run.model, plan, before.state, round)
+    state, names = begin_round(run.model, plan, before.state, round)
     context = context_of(plan, run.model, before, state, round, organizations=len(folder.file.participants), score=run.score)
     folder.events.tell("round_started", round=round, stage=stage.mode, organizations=tally.people)
     shapes = {name: state[name] for name in names}
     private_mean = client_level.new_mean(shapes, before) if client_level else None
     combination = private_mean or build_aggregator(plan.strategy, context)
-    sent = sent_beside(plan, before)
+    sent = broadcast_extras(plan, before)
     recipients = _recipients(folder, people, before)
     contents = dict(zip(tally.people, encode_requests(plan.canonical(), round, state, recipients, sent), strict=True))
     received = received_digest(state, sent)
@@ -204,12 +204,12 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     )
     closing = enough(plan, len(people))
     real = bool(folder.file.federation)
-    asking = Asking(
+    asking = RequestTracker(
         run.post,
         plan.server,
         round,
         contents,
-        verify.most_bytes,
+        verify.max_bytes,
         closing,
         tally,
         folder.events.tell,
@@ -262,7 +262,7 @@ def _tell_of_small_weights(folder: RunFolder, before: Progress, round: int, weig
             folder.events.tell("weight_is_small", round=round, organization=name, weight=share)
 
 
-def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Member]) -> tuple[list[Participant], Tally]:
+def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Member]) -> tuple[list[Participant], RoundResult]:
     """Who is asked. The quorum is a fraction of them: whoever may not take part any more does not count.
 
     Raises RunError when nobody is left.
@@ -276,7 +276,7 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
         (revoked, REVOKED),
     ):
         for name in [name for name in names if name not in known]:
-            folder.events.tell("organization_left_out", round=round, organization=name, reason=reason)
+            folder.events.tell("client_excluded", round=round, organization=name, reason=reason)
     without = sorted({*struck, *revoked})
     if len(without) >= len(folder.file.participants):
         raise RunError(f"nobody may take part any more: all of {', '.join(without)[:500]} are left out; start a new run")
@@ -288,7 +288,7 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
             f"only {people[0].name} is left of {len(folder.file.participants)} organizations, without {', '.join(without)[:500]}:"
             " expected at least two, as one update is no fusion; ask them why, and start a new run, or one with server.quorum"
         )
-    return people, Tally([person.name for person in people], needed, left_out=without)
+    return people, RoundResult([person.name for person in people], needed, left_out=without)
 
 
 def _fuses(folder: RunFolder) -> bool:

@@ -24,14 +24,14 @@ from cotune.protocol.messages import Recipient, decode_receipt, encode_requests,
 from cotune.protocol.signatures import FINISHED, RECEIPT
 from cotune.server.deployment.members import Member
 from cotune.server.rounds.exclusions import fates_of, left_out
-from cotune.server.rounds.loop import served_of
+from cotune.server.rounds.loop import final_params
 from cotune.server.rounds.update_validation import one_line
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.trail import Trail
-from cotune.server.transport.base import Letter, Post
+from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import Node, members_of
 from cotune.server.transport.superlink import post_of
-from cotune.storage.files import json_of, write_durably
+from cotune.storage.files import atomic_write, json_of
 
 _POLL_SECONDS = 0.1
 _EXPORT_SECONDS = 600.0  # how long an organization may take to write its model
@@ -72,7 +72,7 @@ def _hand_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mappin
     folder.events.tell("delivery_started", organizations=lacking)
     if not progress.round or not lacking:
         return []
-    state = served_of(folder.plan, progress)
+    state = final_params(folder.plan, progress)
     last = progress.admitted
     recipients = [Recipient(name, last.get(name, 0)) for name in lacking]
     contents = dict(zip(lacking, encode_requests(folder.plan.canonical(), progress.round, state, recipients), strict=True))
@@ -99,7 +99,7 @@ class _Delivery:
     longest_wait = _EXPORT_SECONDS
 
     def __init__(
-        self, post: Post, folder: RunFolder, round: int, contents: Mapping[str, RecordDict], received: str, trail: Trail
+        self, post: Transport, folder: RunFolder, round: int, contents: Mapping[str, RecordDict], received: str, trail: Trail
     ) -> None:
         self._post, self._folder, self._round, self._received, self._trail = post, folder, round, received, trail
         self._idle, self._waiting = dict(contents), dict[str, RecordDict]()
@@ -169,7 +169,7 @@ class _Delivery:
         message = Message(self._waiting[name], node.id, MessageType.EVALUATE, ttl=ttl, group_id=str(self._round))
         self._post.send(self._round, name, message, _MOST_BYTES)
 
-    def _arrived(self, letter: Letter) -> bool:
+    def _arrived(self, letter: Reply) -> bool:
         """Whether the organization has confirmed; one that was lost is tried again."""
         name = letter.organization
         self._under_way[name] -= 1
@@ -192,7 +192,7 @@ class _Delivery:
             return False
         now = datetime.now(UTC).isoformat(timespec="seconds")
         document = json.dumps({**confirmed(self._folder), name: now}, ensure_ascii=False, indent=1)
-        write_durably(self._folder.path / "delivered.json", document.encode())
+        atomic_write(self._folder.path / "delivered.json", document.encode())
         self._took.append(time.monotonic() - self._asked_at[name])
         self._folder.events.tell("delivered", organization=name)
         return True
@@ -224,7 +224,7 @@ class _Delivery:
         return ""
 
     def _undelivered(self, name: str, reason: str) -> None:
-        self._folder.events.tell("undelivered", organization=name, reason=reason)
+        self._folder.events.tell("delivery_failed", organization=name, reason=reason)
 
 
 class _Notices(_Delivery):

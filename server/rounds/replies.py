@@ -7,31 +7,31 @@ from flwr.app import Message, RecordDict
 from cotune.errors import CotuneError
 from cotune.protocol.messages import payload_bytes
 from cotune.protocol.signatures import UPDATE
-from cotune.server.rounds.buffers import Inbox, Late, Lateness, Quarantine, Turns
-from cotune.server.rounds.requests import Asking
-from cotune.server.rounds.tally import Tally
+from cotune.server.rounds.buffers import Late, Lateness, Quarantine, ReorderBuffer, SpillBuffer
+from cotune.server.rounds.requests import RequestTracker
+from cotune.server.rounds.round_result import RoundResult
 from cotune.server.rounds.update_validation import Opened, Verify, one_line
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.runs.trail import Trail
-from cotune.server.transport.base import Letter, Post
-from cotune.strategies.aggregator import Combination, WeightedFusion
+from cotune.server.transport.base import Reply, Transport
+from cotune.strategies.aggregator import Aggregator, Combination
 from cotune.strategies.types import Update
 
 
 class Gathering:
     """Of one run."""
 
-    def __init__(self, folder: RunFolder, post: Post) -> None:
+    def __init__(self, folder: RunFolder, post: Transport) -> None:
         self._post, self._events = post, folder.events
         self._names = [participant.name for participant in folder.file.participants]
-        self._inbox, self._quarantine = Inbox(folder.path / "inbox"), Quarantine(folder.path / "quarantine")
-        self._lateness = Lateness(folder.plan.server, Inbox(folder.path / "inbox" / "late"))
+        self._inbox, self._quarantine = SpillBuffer(folder.path / "inbox"), Quarantine(folder.path / "quarantine")
+        self._lateness = Lateness(folder.plan.server, SpillBuffer(folder.path / "inbox" / "late"))
         self.trail = Trail(folder)
         self._answered: set[Late] = set()
 
-    def gather(self, asking: Asking, round: int, verify: Verify, tally: Tally, combination: Combination) -> None:
+    def gather(self, asking: RequestTracker, round: int, verify: Verify, tally: RoundResult, combination: Combination) -> None:
         """Adds the updates as they come, each in its turn."""
-        turns = Turns(tally.people, self._inbox)
+        turns = ReorderBuffer(tally.people, self._inbox)
         self._lateness.open(round, verify)
         for letter in asking.letters():
             if letter.round != round:
@@ -51,7 +51,7 @@ class Gathering:
         for ready in turns.rest():
             combination.add(ready)
             del ready
-        if isinstance(combination, WeightedFusion):
+        if isinstance(combination, Aggregator):
             for ready in self._lateness.take(self._names):
                 combination.add(ready, round - ready.round)
                 del ready
@@ -60,7 +60,7 @@ class Gathering:
         self._post.forget(oldest)
         self._answered = {each for each in self._answered if each[0] >= oldest}
 
-    def _admit(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> Update | None:
+    def _admit(self, letter: Reply, verify: Verify, round: int, tally: RoundResult) -> Update | None:
         """The update in a letter, if it may enter the model; otherwise the organization is shown, with the reason."""
         name, events = letter.organization, self._events
         update, size = self._opened(letter, verify, round, tally)
@@ -70,7 +70,7 @@ class Gathering:
         events.tell("update_received", round=round, organization=name, bytes=size, steps=update.steps, epsilon=update.epsilon)
         return update
 
-    def _opened(self, letter: Letter, verify: Verify, round: int, tally: Tally) -> tuple[Update | None, int]:
+    def _opened(self, letter: Reply, verify: Verify, round: int, tally: RoundResult) -> tuple[Update | None, int]:
         """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
         reply, letter.reply = letter.reply, None
         name, tell = letter.organization, self._events.tell
@@ -87,7 +87,7 @@ class Gathering:
         tell("update_quarantined", round=letter.round, organization=name, reason=opened.reason, file=file)
         return None, 0
 
-    def _enter_refusal(self, letter: Letter) -> None:
+    def _enter_refusal(self, letter: Reply) -> None:
         """Of one that is asked again, in the trail alone."""
         reply, letter.reply = letter.reply, None
         if reply is not None:
@@ -102,7 +102,7 @@ class Gathering:
         except Exception as error:
             return self._quarantine.keep(RecordDict(), name, round, f"{reason} ({type(error).__name__})")
 
-    def _looked_into(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
+    def _looked_into(self, reply: Message, letter: Reply, verify: Verify) -> Opened:
         """What a stranger has sent may be wrong in any way, and must end nobody's run. Raises CotuneError for faults here."""
         try:
             return self._verified(reply, letter, verify)
@@ -111,14 +111,14 @@ class Gathering:
         except Exception as error:
             return Opened(None, f"it cannot be read ({type(error).__name__})", refused=True)
 
-    def _verified(self, reply: Message, letter: Letter, verify: Verify) -> Opened:
+    def _verified(self, reply: Message, letter: Reply, verify: Verify) -> Opened:
         """An answer is held to its organization's signature first, and to the plan then."""
         if reply.has_error():
             return Opened(None, one_line(self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)))
         wrong = self.trail.accept(reply, UPDATE, letter.round, letter.organization) if reply.has_content() else ""
         return Opened(None, one_line(wrong), refused=True) if wrong else verify(reply, letter.organization)
 
-    def _receive_late(self, letter: Letter, round: int, tally: Tally) -> None:
+    def _receive_late(self, letter: Reply, round: int, tally: RoundResult) -> None:
         """An answer of an earlier round: put aside for the end of this one, or shown as ignored. Whoever was asked twice counts
         once.
         """

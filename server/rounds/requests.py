@@ -29,8 +29,8 @@ from cotune.errors import Declined, RunError
 from cotune.plan.tables import RoundsConfig
 from cotune.protocol.messages import payload_bytes
 from cotune.protocol.signatures import words_of
-from cotune.server.rounds.tally import Tally
-from cotune.server.transport.base import Letter, Post
+from cotune.server.rounds.round_result import RoundResult
+from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import LEFT, REVOKED, Node
 
 NOT_APPROVED = "nobody there has approved the plan yet; it is asked again, and joins once somebody has"
@@ -106,21 +106,21 @@ class _Lost:
     at: float
 
 
-class Asking:
-    """contents: organization -> its request, in the order of the organizations. most_bytes: of an answer. enough: updates that
+class RequestTracker:
+    """contents: organization -> its request, in the order of the organizations. max_bytes: of an answer. enough: updates that
     close the round. real: whether organizations work side by side, so that their times can be compared. fuses: whether a round
     needs several updates. clock: seconds.
     """
 
     def __init__(
         self,
-        post: Post,
+        post: Transport,
         config: RoundsConfig,
         round: int,
         contents: Mapping[str, RecordDict],
-        most_bytes: int,
+        max_bytes: int,
         enough: int,
-        tally: Tally,
+        tally: RoundResult,
         tell: Tell,
         *,
         real: bool = False,
@@ -132,7 +132,7 @@ class Asking:
         self._asked_at: dict[str, float] = {}
         self._took: dict[str, float] = {}  # seconds, of those who have answered
         self._post, self._config, self._round, self._tally, self._tell = post, config, round, tally, tell
-        self._contents, self._most_bytes, self._enough = dict(contents), most_bytes, enough
+        self._contents, self._most_bytes, self._enough = dict(contents), max_bytes, enough
         self._times, self._losses = dict.fromkeys(contents, 0), dict.fromkeys(contents, 0)  # requests to each; lost ones
         self._idle = dict.fromkeys(contents)  # who has not answered for good, and is to be asked
         self._waiting: Counter[str] = Counter()  # who is asked and may answer yet -> how many requests are under way
@@ -143,7 +143,7 @@ class Asking:
         self._looked = 0.0
         self._began = clock()
 
-    def letters(self) -> Iterator[Letter]:
+    def letters(self) -> Iterator[Reply]:
         """The answers as they come, also those of earlier rounds; letters of this round have a reply each. Whoever sent none is
         in the tally's `dropped` at the end. One whose plan is not approved yet sends several. Raises RunError when too few are
         connected for too long.
@@ -166,7 +166,7 @@ class Asking:
                 break
         self._close()
 
-    def is_waited_for(self, letter: Letter) -> bool:
+    def is_waited_for(self, letter: Reply) -> bool:
         """Whether a letter of this round was no last word: its sender is asked again."""
         return letter.organization in self._approvals
 
@@ -231,7 +231,7 @@ class Asking:
             seconds += self._config.max_staleness * self._config.deadline_seconds
         return Message(self._contents[name], node, MessageType.TRAIN, ttl=seconds, group_id=str(self._round))
 
-    def _settles(self, letter: Letter) -> bool:
+    def _settles(self, letter: Reply) -> bool:
         """Whether the letter is an answer; one of an organization that was lost is noted here."""
         name = letter.organization
         if letter.round != self._round:

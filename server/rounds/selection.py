@@ -24,7 +24,7 @@ from cotune.errors import PlanError, RunError
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.random import keyed_generator, seeded_generator
 from cotune.server.runs.run_folder import Participant, RunFolder
-from cotune.storage.files import json_of, write_durably
+from cotune.storage.files import atomic_write, json_of
 
 
 def select(folder: RunFolder, round: int, without: Collection[str] = ()) -> list[Participant]:
@@ -73,7 +73,7 @@ def check_sample_size(plan: Plan, organizations: int) -> None:
 def _private(path: Path, round: int) -> np.random.Generator:
     file = path / "selection.key"
     if not file.exists():
-        write_durably(file, secrets.token_hex(32).encode())
+        atomic_write(file, secrets.token_hex(32).encode())
     key = file.read_text(encoding="ascii", errors="replace").strip()
     if len(key) != 64:
         raise RunError(f"{file} is damaged: expected 64 hexadecimal digits; restore it, as another key would draw rounds again")
@@ -101,7 +101,7 @@ def remember_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) 
     """That a round failed in which these waited for each other: when it is played again, they count."""
     if waiting := waiting_in(dropped):
         content = json.dumps({"round": round, "waiting": waiting}, ensure_ascii=False)
-        write_durably(folder.path / "cohort.json", content.encode())
+        atomic_write(folder.path / "cohort.json", content.encode())
 
 
 def advice(dropped: Mapping[str, str]) -> str:

@@ -85,7 +85,7 @@ def reason_to_refuse(
     )
 
 
-def most_bytes(plan: int, shapes: Mapping[str, tuple[int, ...]], statistics: Mapping[str, tuple[int, ...]]) -> int:
+def max_bytes(plan: int, shapes: Mapping[str, tuple[int, ...]], statistics: Mapping[str, tuple[int, ...]]) -> int:
     """How large an answer may be, on its way and put together: the arrays that are asked for, and 1 MiB.
 
     plan: the length of its text, which names all that may be told. shapes: of the delta.
@@ -182,7 +182,7 @@ class Opened:
 
 
 class Verify:
-    """What answers of one round are held to. most_bytes: of one.
+    """What answers of one round are held to. max_bytes: of one.
 
     shapes: what the round shares. received: digest of what a request holds. members: in a real run, those that
     may take part, with the numbers of records that they may declare.
@@ -204,7 +204,7 @@ class Verify:
         entries = sum(tensor.numel() for tensor in shapes.values())
         self._longest = partial(longest_update, plan, stage, entries=entries, start=norm(shapes))
         own = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
-        self.most_bytes = most_bytes(len(plan.canonical().encode()), own, statistics)
+        self.max_bytes = max_bytes(len(plan.canonical().encode()), own, statistics)
         self._refuse = partial(
             reason_to_refuse,
             round=context.round,
@@ -225,8 +225,8 @@ class Verify:
         if not reply.has_content():
             return Opened(None, "its answer is empty")
         size = payload_bytes(reply.content)
-        if size > self.most_bytes:
-            return Opened(None, f"it has {size} bytes, expected at most {self.most_bytes}", refused=True)
+        if size > self.max_bytes:
+            return Opened(None, f"it has {size} bytes, expected at most {self.max_bytes}", refused=True)
         try:
             update = decode_update(reply.content, self._plan.plan_id)
         except RunError as error:

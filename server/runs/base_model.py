@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cotune.data.readers.sources import path_of_base
 from cotune.models.base_model import FOLDER
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import RunFolder
@@ -20,7 +20,7 @@ def without_place(plan: Plan) -> Plan:
     return plan if place is None else _naming(plan, f"{FOLDER}{place.name}")
 
 
-def model_here(folder: RunFolder) -> SharedModel:
+def model_here(folder: RunFolder) -> TrainableModel:
     """The model of a run's plan, on the run's device, as `plan.model.model_of` loads it."""
     plan = folder.plan if not folder.file.base else _naming(folder.plan, folder.file.base)
     return model_of(plan, folder.file.device)

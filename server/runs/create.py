@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cotune.data.dataset import HoldingsFile, Portion
+from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.readers.sources import path_of_base
 from cotune.data.records import check_labels, read_records
 from cotune.errors import PlanError, RunError
@@ -16,8 +16,8 @@ from cotune.plan.schema import Plan
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.base_model import without_place
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.runs.suitability import check_counts, check_suits, notes_of
-from cotune.storage.files import write_durably
+from cotune.server.runs.suitability import check_counts, check_feasible, notes_of
+from cotune.storage.files import atomic_write
 
 
 def new_folder(name: str, runs: Path = Path("runs")) -> Path:
@@ -50,7 +50,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     people = tuple(Participant(name=member.name) for member in federation.members.active())
     if not people:
         raise RunError("the federation has no members: invite one first (`cotune server invite`)")
-    check_suits(plan, len(people), server_data=False)
+    check_feasible(plan, len(people), server_data=False)
     check_counts(plan, federation.members.active())
     if test := _test_file(federation):
         check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels)
@@ -95,5 +95,5 @@ def _test_file(federation: FederationFolder) -> Path | None:
 def _write_test(federation: FederationFolder, plan: Plan, path: Path) -> None:
     """All of its records, read as the plan reads records."""
     if file := _test_file(federation):
-        document = HoldingsFile(task=plan.task, data=plan.data.without_units(), portions=(Portion(path=file),))
-        write_durably(path / "test" / "data.json", document.model_dump_json(indent=1).encode())
+        document = DatasetManifest(task=plan.task, data=plan.data.without_units(), portions=(FileSlice(path=file),))
+        atomic_write(path / "test" / "data.json", document.model_dump_json(indent=1).encode())

@@ -15,7 +15,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cotune.data.dataset import HoldingsFile
+from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.task import majority
 from cotune.models.device import peak_memory_bytes
 from cotune.models.export import export_model
@@ -28,12 +28,12 @@ from cotune.reporting.privacy_statement import client_statement, stated
 from cotune.reporting.run_report import write_report
 from cotune.server.rounds.client_dp import account_of, client_level_noise
 from cotune.server.rounds.exclusions import left_out
-from cotune.server.rounds.loop import served_of
+from cotune.server.rounds.loop import final_params
 from cotune.server.rounds.model_delivery import confirmed
 from cotune.server.runs.base_model import model_here
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 _ABOUT_THE_RUN = 3  # paragraphs; a simulation's next one is about the models that it compares this one with
 _PACKAGES = ("cotune", "flwr", "torch", "transformers", "opacus", "peft", "dp-accounting")
@@ -148,15 +148,15 @@ def conclude(folder: RunFolder) -> dict[str, Any]:
     summary = summarize(folder, progress)
     if not folder.plan.keeps_personal:
         _export(folder, progress, summary)
-    write_durably(folder.path / "summary.json", dumps(summary))
+    atomic_write(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
-    folder.events.tell("run_concluded", summary=str(folder.path / "summary.json"))
+    folder.events.tell("run_finalized", summary=str(folder.path / "summary.json"))
     return summary
 
 
 def _export(folder: RunFolder, progress: Progress, summary: Mapping[str, Any]) -> None:
     model = model_here(folder)
-    model.load(served_of(folder.plan, progress))
+    model.load(final_params(folder.plan, progress))
     export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})
 
 
@@ -211,7 +211,7 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     }
     if not document.exists():
         return nothing
-    test = HoldingsFile.read(document, folder.plan.labels)
+    test = DatasetManifest.read(document, folder.plan.labels)
     constant = majority(test.truth, test.truth, len(folder.plan.labels))
     return {**nothing, "examples": len(test), "majority": constant.as_dict()}
 

@@ -36,7 +36,7 @@ from cotune.models.trainable import State, named_under
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.runs.events import Events
-from cotune.storage.files import json_of, only_one, remove_parts, toml_of, write_durably
+from cotune.storage.files import acquire_lock, atomic_write, json_of, remove_parts, toml_of
 from cotune.strategies.plugins import content_of, read_file
 
 
@@ -101,9 +101,9 @@ class RunFolder:
         """Draws the run's id and writes plan.toml and, last, run.json: from then on it is the folder of a run."""
         named = file.model_copy(update={"id": secrets.token_hex(16)})
         for name, sha256 in plan.strategy.files.items():
-            write_durably(path / name.rpartition(":")[0], content_of(name, sha256))
-        write_durably(path / "plan.toml", dump_plan(plan).encode())
-        write_durably(path / "run.json", named.model_dump_json(indent=1).encode())
+            atomic_write(path / name.rpartition(":")[0], content_of(name, sha256))
+        atomic_write(path / "plan.toml", dump_plan(plan).encode())
+        atomic_write(path / "run.json", named.model_dump_json(indent=1).encode())
         return cls(path)
 
     @property
@@ -123,7 +123,7 @@ class RunFolder:
 
     def stop(self, reason: str) -> None:
         """Ends the run before its last round, for good."""
-        write_durably(self.path / "stopped.json", json.dumps({"reason": reason}, ensure_ascii=False).encode())
+        atomic_write(self.path / "stopped.json", json.dumps({"reason": reason}, ensure_ascii=False).encode())
 
     def _checkpoints(self) -> dict[int, Path]:
         found = (self.path / "checkpoints").glob("round-*.safetensors")
@@ -146,7 +146,7 @@ class RunFolder:
         content = save(tensors, metadata={"checkpoint": json.dumps(about)})
         file = self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors"
         remove_parts(file)
-        write_durably(file, content)
+        atomic_write(file, content)
         for round, path in sorted(self._checkpoints().items()):
             if self.plan.keep_checkpoints and round <= progress.round - self.plan.keep_checkpoints:
                 path.unlink(missing_ok=True)
@@ -189,15 +189,15 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second process off the same run during the block. Raises RunError."""
-        with keep_others_off(self.path):
+        with exclusive_lock(self.path):
             yield
 
 
 @contextmanager
-def keep_others_off(path: Path, patience: float = 0.5) -> Iterator[None]:
+def exclusive_lock(path: Path, patience: float = 0.5) -> Iterator[None]:
     """Keeps a second process off a folder during the block. patience: seconds, as one that only looks holds it for a moment.
 
     Raises RunError, also where the folder cannot be written.
     """
-    with only_one(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", patience=patience):
+    with acquire_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", patience=patience):
         yield

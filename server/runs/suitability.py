@@ -21,7 +21,7 @@ from cotune.strategies.fusions.robust import FEWEST
 _RARELY = 1e-3  # how often a run may end because too few organizations were drawn in one of its rounds
 
 
-def check_suits(plan: Plan, organizations: int, *, server_data: bool) -> None:
+def check_feasible(plan: Plan, organizations: int, *, server_data: bool) -> None:
     """Whether so many organizations, and a plug-in's own needs, go with the plan; nobody else opens a plug-in's file.
 
     server_data: whether the server has validation records. Raises PlanError, or PrivacyError where client-level privacy cannot

@@ -14,13 +14,13 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from cotune.flower.chunks import fetched
-from cotune.server.transport.node_registry import Addresses, Node
+from cotune.server.transport.node_registry import Node, NodeRegistry
 
 _POLL_SECONDS = 0.02
 
 
 @dataclass
-class Letter:
+class Reply:
     """What came of one request. reply: None where none will come; then `lost` says why, and it may be asked again, or `refused`
     why the answer was not taken. Whoever has read a reply takes it out, so that it is not held any longer.
     """
@@ -36,7 +36,7 @@ class Letter:
         return self.reply is not None or bool(self.refused)
 
 
-class Post(Protocol):
+class Transport(Protocol):
     def connected(self) -> Mapping[str, Node]:
         """Organization -> node of those that were connected at the last look."""
         ...
@@ -53,13 +53,13 @@ class Post(Protocol):
         """Those whose invitation was revoked, at the last look."""
         ...
 
-    def send(self, round: int, organization: str, message: Message, most_bytes: int) -> None:
+    def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
         """Hands a request over, or begins to; once more where the first may be lost: whichever is answered first counts.
-        most_bytes: of its answer; a larger one is not taken.
+        max_bytes: of its answer; a larger one is not taken.
         """
         ...
 
-    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
+    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         """What has come by now, else within so many seconds. last: nobody is waited for after this."""
         ...
 
@@ -70,10 +70,10 @@ class Post(Protocol):
     def close(self) -> None: ...
 
 
-class Direct:
+class InProcessTransport:
     """In this thread: the first organization's answer, then the second's; one answer is held at a time."""
 
-    def __init__(self, grid: Grid, addresses: Addresses) -> None:
+    def __init__(self, grid: Grid, addresses: NodeRegistry) -> None:
         self._grid, self._addresses = grid, addresses
         self._round = 0
         self._waiting: dict[str, str] = {}  # organization -> id of its message
@@ -91,22 +91,22 @@ class Direct:
     def revoked(self) -> Collection[str]:
         return ()
 
-    def send(self, round: int, organization: str, message: Message, most_bytes: int) -> None:
+    def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
         if round != self._round:
             self._earlier |= {(self._round, name): number for name, number in self._waiting.items()}
             self._round, self._waiting = round, {}
         for number in self._grid.push_messages([message]):
             self._waiting[organization] = number
 
-    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
+    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         for (round, name), number in list(self._earlier.items()):
-            letter = Letter(round, name, fetched(self._grid, number))
+            letter = Reply(round, name, fetched(self._grid, number))
             if letter.reply is not None:
                 del self._earlier[round, name]
                 yield letter
                 return
         for name in list(self._waiting) if last else list(itertools.islice(self._waiting, 1)):
-            letter = Letter(self._round, name, fetched(self._grid, self._waiting[name]))
+            letter = Reply(self._round, name, fetched(self._grid, self._waiting[name]))
             if letter.reply is not None:
                 del self._waiting[name]
                 yield letter

@@ -64,7 +64,7 @@ class Node:
     since: str = ""
 
 
-class Addresses(Protocol):
+class NodeRegistry(Protocol):
     def connected(self) -> Mapping[str, Node]:
         """Organization -> node, of those that are connected now. Asks the grid, and may fail as that does."""
         ...

@@ -26,8 +26,8 @@ from cotune.errors import RunError
 from cotune.flower.chunks import CutOff, Malformed, TooMuch
 from cotune.flower.runtime_client import Line, line_of
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.transport.base import Direct, Letter, Post
-from cotune.server.transport.node_registry import Addresses, Node, Registered, Simulated
+from cotune.server.transport.base import InProcessTransport, Reply, Transport
+from cotune.server.transport.node_registry import Node, NodeRegistry, Registered, Simulated
 
 _WATCH_SECONDS = 0.5  # between two looks at who is connected
 _SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach
@@ -45,11 +45,11 @@ _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that 
 Tell = Callable[..., None]
 
 
-def post_of(grid: Grid, folder: RunFolder) -> Post:
+def post_of(grid: Grid, folder: RunFolder) -> Transport:
     if not folder.file.federation:
-        return Direct(grid, Simulated(grid, [participant.name for participant in folder.file.participants]))
+        return InProcessTransport(grid, Simulated(grid, [participant.name for participant in folder.file.participants]))
     line = line_of(grid)
-    return Threaded(line, Registered(line, Path(folder.file.federation)), folder.events.tell)
+    return SuperLinkTransport(line, Registered(line, Path(folder.file.federation)), folder.events.tell)
 
 
 @dataclass(eq=False)
@@ -60,7 +60,7 @@ class _Asked:
 
     round: int
     organization: str
-    most_bytes: int
+    max_bytes: int
     since: float | None = None
     latest: float = 0.0
 
@@ -92,12 +92,12 @@ class _Turns:
                     self._free.notify()
 
 
-class Threaded:
+class SuperLinkTransport:
     """In threads of its own, which end with the process however they hang."""
 
-    def __init__(self, line: Line, addresses: Addresses, tell: Tell) -> None:
+    def __init__(self, line: Line, addresses: NodeRegistry, tell: Tell) -> None:
         self._line, self._addresses, self._tell = line, addresses, tell
-        self._letters: SimpleQueue[tuple[Letter, bool]] = SimpleQueue()  # whether it is one of those at a time
+        self._letters: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # whether it is one of those at a time
         self._hands, self._turns = threading.Semaphore(_AT_A_TIME), _Turns()
         self._asked: dict[str, _Asked] = {}  # number -> request
         self._closed, self._stopped = threading.Event(), threading.Event()
@@ -169,7 +169,7 @@ class Threaded:
                 "connection_lost", reason=self._failure or f"the SuperLink has not answered for {_SILENT_SECONDS:g} seconds"
             )
         elif self._away and not away:
-            self._tell("connection_back")
+            self._tell("connection_restored")
         self._away = away
         self._tell_who_left()
 
@@ -179,8 +179,8 @@ class Threaded:
         for name in sorted(left - before):
             self._tell("organization_left", organization=name)
 
-    def send(self, round: int, organization: str, message: Message, most_bytes: int) -> None:
-        self._start(organization, self._hand_over, _Asked(round, organization, most_bytes), message)
+    def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
+        self._start(organization, self._hand_over, _Asked(round, organization, max_bytes), message)
 
     def _hand_over(self, asked: _Asked, message: Message) -> None:
         """One after the other: what several requests have in common is sent once."""
@@ -199,7 +199,7 @@ class Threaded:
         self._active = time.monotonic()
 
     def _lose(self, asked: _Asked, reason: str) -> None:
-        self._letters.put((Letter(asked.round, asked.organization, None, reason), False))
+        self._letters.put((Reply(asked.round, asked.organization, None, reason), False))
 
     def _collect(self) -> None:
         wait = _POLL_SECONDS
@@ -248,15 +248,15 @@ class Threaded:
             if held:
                 self._hands.release()
 
-    def _letter(self, asked: _Asked, answer: Any) -> Letter | None:
+    def _letter(self, asked: _Asked, answer: Any) -> Reply | None:
         """None where the answer is to be looked for again."""
         lost = refused = ""
         try:
-            reply = self._line.fetch(answer, asked.most_bytes, asked.came)
+            reply = self._line.fetch(answer, asked.max_bytes, asked.came)
             if reply is None:
                 return None
             if not reply.has_error() or reply.error.code not in _LOST:
-                return Letter(asked.round, asked.organization, reply)
+                return Reply(asked.round, asked.organization, reply)
             lost = "it has left, or its machine or network is gone; it is asked again when it comes back"
         except RunNotRunningException:
             raise
@@ -267,9 +267,9 @@ class Threaded:
         except Exception as error:
             self._doubts[asked.organization] += _may_be_gone(error)
             return None
-        return Letter(asked.round, asked.organization, None, lost, refused)
+        return Reply(asked.round, asked.organization, None, lost, refused)
 
-    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
+    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         wait = 0.0 if last else seconds
         while True:
             self._check()

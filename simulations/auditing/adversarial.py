@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from cotune.client.training.setup import setting_of
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features import feature_head
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
 from cotune.privacy.mechanisms.noise import MOST_NOISE, grid_step
@@ -60,10 +60,10 @@ def probe_states(
     engine: Engine,
     plan: Plan,
     stage: Stage,
-    model: SharedModel,
+    model: TrainableModel,
     names: Sequence[str],
     state: State,
-    holdings: Holdings,
+    holdings: Dataset,
     mechanism: Mechanism,
 ) -> tuple[Probe, ...]:
     """Try adversarial states of the parameters that a stage trains. Leaves the model set to `state`.
@@ -80,7 +80,7 @@ def probe_states(
     return tuple(probes)
 
 
-def _unlike(holdings: Holdings, model: SharedModel) -> Holdings:
+def _unlike(holdings: Dataset, model: TrainableModel) -> Dataset:
     """The rows of a few units: of the longest, the shortest and those between."""
     loaded = model.loaded
     examples = encoded_examples(holdings, model)
@@ -89,8 +89,8 @@ def _unlike(holdings: Holdings, model: SharedModel) -> Holdings:
     return _only(holdings, [row for i in picked for row in units[i]])
 
 
-def _only(holdings: Holdings, rows: Sequence[int]) -> Holdings:
-    """Holdings of these rows and nothing else: no other record is left in their files."""
+def _only(holdings: Dataset, rows: Sequence[int]) -> Dataset:
+    """Dataset of these rows and nothing else: no other record is left in their files."""
     parts = []
     first = 0
     for records, own in holdings.parts:
@@ -101,7 +101,7 @@ def _only(holdings: Holdings, rows: Sequence[int]) -> Holdings:
 
 
 def _states(
-    plan: Plan, stage: Stage, model: SharedModel, names: Sequence[str], state: State, few: Holdings
+    plan: Plan, stage: Stage, model: TrainableModel, names: Sequence[str], state: State, few: Dataset
 ) -> Iterator[tuple[str, State]]:
     """Names and parameters of the states that are tried."""
     model.load(state)
@@ -141,9 +141,9 @@ def _probe(
     engine: Engine,
     plan: Plan,
     stage: Stage,
-    model: SharedModel,
+    model: TrainableModel,
     state: State,
-    few: Holdings,
+    few: Dataset,
     mechanism: Mechanism,
     name: str,
 ) -> Probe:

@@ -18,7 +18,7 @@ import numpy as np
 from cotune.client.account import Account
 from cotune.client.budget import budget_of, check_examples, noise_multiplier
 from cotune.client.site import Site
-from cotune.data.dataset import Holdings, HoldingsFile
+from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import DataError, PlanError, PrivacyError, nearest
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
@@ -162,7 +162,7 @@ class _Audited:
     plan: Plan
     policy: Policy
     examples: int
-    holdings: Holdings
+    holdings: Dataset
     name: str
     device: str
 
@@ -173,7 +173,7 @@ def _of_plan(plan: Plan, organization: str | None, device: str) -> _Audited:
     name = _chosen(organization, [share.name for share in prepared.shares])
     share = next(share for share in prepared.shares if share.name == name)
     resolved = prepared.plan
-    holdings = Holdings(((prepared.records[share.file], share.rows),), resolved.labels, resolved.task)
+    holdings = Dataset(((prepared.records[share.file], share.rows),), resolved.labels, resolved.task)
     holdings = holdings.bounded(resolved.privacy, resolved.seed)
     return _Audited(resolved, share.policy(resolved), share.public_examples(resolved), holdings, name, device)
 
@@ -183,7 +183,7 @@ def _of_run(path: Path, organization: str | None) -> _Audited:
     _check(folder.plan)
     name = _chosen(organization, [who.name for who in folder.file.participants])
     site = next(who.site for who in folder.file.participants if who.name == name)
-    holdings = HoldingsFile.read(folder.path / site / "data.json", folder.plan.labels)
+    holdings = DatasetManifest.read(folder.path / site / "data.json", folder.plan.labels)
     holdings = holdings.bounded(folder.plan.privacy, folder.plan.seed)
     at = Site(folder.path / site)
     policy = at.policy()

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.rows import Setting
+from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import optimizer_of, setting_of
-from cotune.data.dataset import Holdings
-from cotune.models.trainable import SharedModel, State
+from cotune.data.dataset import Dataset
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import trained_names
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
@@ -59,11 +59,11 @@ class AuditedTraining:
         self,
         plan: Plan,
         privacy: RecordPrivacy,
-        holdings: Holdings,
+        holdings: Dataset,
         organization: str,
         targets: Targets,
         sigma: float,
-        model: SharedModel,
+        model: TrainableModel,
         error: float,
         examples: int,
     ) -> None:
@@ -102,7 +102,7 @@ class AuditedTraining:
         )
         self.state |= after
 
-    def _planted(self, setting: Setting, canaries: nn.Embedding, canaries_in: Coins) -> Planted:
+    def _planted(self, setting: TrainingSetup, canaries: nn.Embedding, canaries_in: Coins) -> Planted:
         return plant(
             setting.module,
             setting.units,
@@ -121,7 +121,7 @@ class AuditedTraining:
         batch = rate * (self.examples + len(self.targets.canaries_in))
         return Mechanism(self.sigma, self.privacy.clip_norm, rate, batch, self.privacy.clipping)
 
-    def _look_inside(self, stage: Stage, setting: Setting, names: list[str]) -> None:
+    def _look_inside(self, stage: Stage, setting: TrainingSetup, names: list[str]) -> None:
         """Once in each stage: the noise of its steps, and what adversarial states do."""
         mechanism = self._mechanism(stage)
         idle = new_canaries(_IDLE, self.model.device)  # more coordinates to draw noise in
@@ -130,7 +130,7 @@ class AuditedTraining:
         self.noise.append(draw_noise(subject, mechanism, self.error))
         self.probes += probe_states(private_steps, self.plan, stage, self.model, names, self.state, self.holdings, mechanism)
 
-    def _train(self, stage: Stage, setting: Setting, names: list[str], parameters: list[nn.Parameter]) -> None:
+    def _train(self, stage: Stage, setting: TrainingSetup, names: list[str], parameters: list[nn.Parameter]) -> None:
         planted = self._planted(setting, self.canaries, self.targets.canaries_in)
         mechanism = self._mechanism(stage)
         optimizer = optimizer_of(stage.local, self.model, names, parameters)
@@ -159,7 +159,7 @@ class AuditedTraining:
 
     @torch.no_grad()
     def _alignment(
-        self, setting: Setting, parameters: dict[str, nn.Parameter], before: State, delta: Delta
+        self, setting: TrainingSetup, parameters: dict[str, nn.Parameter], before: State, delta: Delta
     ) -> np.ndarray[Any, np.dtype[np.float64]]:
         """<Δ, −∇ℓ_i(θ)> for each target unit, θ being what the round began with: how much Δ was to its liking.
 

@@ -14,11 +14,11 @@ from cotune.reporting.comparison_report import write_comparison
 from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine
 from cotune.server.runs.events import Listener
 from cotune.server.runs.results import dumps
-from cotune.server.runs.run_folder import keep_others_off
+from cotune.server.runs.run_folder import exclusive_lock
 from cotune.simulations.comparison.grid import Cell, baseline_of, cells_of, is_finished, measure, parse_variation, place_of
 from cotune.simulations.comparison.workers import Room, import_all, make_folder, play_all, summary_of, task_of
 from cotune.simulations.released_models import epsilon_of_runs, steps_of_folder
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 
 def compare(
@@ -61,7 +61,7 @@ def compare(
     cells = cells_of(source, varied, seeds, overrides, device, listener)
     folder = (out or Path("compare") / cells[0].plan.name).expanduser().resolve()
     make_folder(folder)
-    with keep_others_off(folder):
+    with exclusive_lock(folder):
         _check_no_selection(folder)
         places = {cell.name: place_of(folder, cell) for cell in cells}
         todo = [cell for cell in cells if not is_finished(places[cell.name], cell)]
@@ -151,8 +151,8 @@ _COLUMNS = (
 
 def _write(found: Comparison) -> None:
     """results.csv, results.json and compare.html."""
-    write_durably(found.folder / "results.csv", _csv(found).encode())
-    write_durably(found.folder / "results.json", dumps(_as_dict(found)))
+    atomic_write(found.folder / "results.csv", _csv(found).encode())
+    atomic_write(found.folder / "results.json", dumps(_as_dict(found)))
     write_comparison(found, found.folder / "compare.html")
 
 

@@ -22,7 +22,7 @@ from cotune.reporting.model_card import CARD, model_card
 from cotune.reporting.pages import page_environment
 from cotune.reporting.privacy_statement import selection_statement
 from cotune.server.runs.results import dumps
-from cotune.storage.files import sync, write_durably
+from cotune.storage.files import atomic_write, sync
 
 _SCHEMA = 1
 
@@ -83,10 +83,10 @@ def release(found: Selected, plan: Plan, model: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed before it was complete
     shutil.copytree(model, folder / "model", copy_function=_copy_durably)
     _write_card(found, plan, folder / "model" / CARD)
-    write_durably(folder / "plan.toml", dump_plan(plan).encode())
-    write_durably(folder / "compare.html", _page(found).encode(errors="replace"))
+    atomic_write(folder / "plan.toml", dump_plan(plan).encode())
+    atomic_write(folder / "compare.html", _page(found).encode(errors="replace"))
     table = {"schema": _SCHEMA, **asdict(found), "statement": statement_of(found)}
-    write_durably(folder / "results.json", dumps(table))
+    atomic_write(folder / "results.json", dumps(table))
 
 
 def read_released(folder: Path) -> Selected | None:
@@ -106,7 +106,7 @@ def _write_card(found: Selected, plan: Plan, file: Path) -> None:
     """In place of the run's own, which says what one run costs, and not the choice."""
     test = {"this model": found.test}
     card = model_card(plan, privacy=statement_of(found), length=plan.model.max_length, test=test, examples=found.test_examples)
-    write_durably(file, card.encode())
+    atomic_write(file, card.encode())
     file.chmod(0o644)
 
 

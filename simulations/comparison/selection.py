@@ -25,12 +25,12 @@ from cotune.privacy.accounting.selection import draw_repetitions
 from cotune.privacy.mechanisms.random import private_generator
 from cotune.reporting.comparison_statistics import Variation
 from cotune.server.runs.events import Listener, read_events
-from cotune.server.runs.run_folder import keep_others_off
+from cotune.server.runs.run_folder import exclusive_lock
 from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.grid import baseline_of, cells_of
 from cotune.simulations.comparison.selected import Selected, read_released, release
 from cotune.simulations.comparison.workers import Room, Task, import_all, make_folder, play_all, summary_of, task_of
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 
 def select(
@@ -72,7 +72,7 @@ def select(
     candidates = Candidates.of(cells_of(source, variations, 1, overrides, device, listener), expected_runs)
     folder = (out or Path("selected") / candidates.cells[0].plan.name).expanduser().resolve()
     make_folder(folder)
-    with keep_others_off(folder):
+    with exclusive_lock(folder):
         _check_folder(folder)
         found = read_released(folder / "released")
         if found is None:
@@ -159,7 +159,7 @@ def _draws(private: Path, candidates: Candidates, folder: Path) -> list[int]:
         generator = private_generator()
         count = draw_repetitions(candidates.expected_runs, generator)
         drawn = generator.integers(len(candidates.cells), size=count).tolist()
-        write_durably(file, json.dumps({"digest": candidates.digest, "draws": drawn}).encode())
+        atomic_write(file, json.dumps({"digest": candidates.digest, "draws": drawn}).encode())
     try:
         table = json.loads(file.read_bytes())
         digest, draws = str(table["digest"]), [int(each) for each in table["draws"]]

@@ -15,13 +15,13 @@ from cotune.errors import PlanError, PrivacyError
 from cotune.models.base_folder import base_labels
 from cotune.models.base_model import find_base
 from cotune.models.device import pick_device
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import BudgetRules, Policy
-from cotune.server.runs.suitability import check_suits
+from cotune.server.runs.suitability import check_feasible
 from cotune.simulations.prepare import Prepared
 
 _TWO_CLASSES = ("first class", "second class")  # where nobody has said which there are
@@ -54,13 +54,13 @@ class Expected:
     """
 
     plan: Plan
-    model: SharedModel
+    model: TrainableModel
     members: tuple[Member, ...]
     test_examples: int | None
     notes: tuple[str, ...]
 
 
-def members_of(prepared: Prepared, model: SharedModel) -> Expected:
+def members_of(prepared: Prepared, model: TrainableModel) -> Expected:
     """Return the organizations of a simulation, which allow everything."""
     plan = prepared.plan
     members = tuple(
@@ -85,7 +85,7 @@ def stated_members(plan: Plan, examples: Sequence[int], device: str = "auto") ->
     for name, count in zip(names, examples, strict=True):
         for stage in resolved.stages:
             check_examples(count, stage.local, name)
-    check_suits(resolved, len(examples), server_data=False)
+    check_feasible(resolved, len(examples), server_data=False)
     noise = {count: _noise(resolved, policy, count) for count in dict.fromkeys(examples)}
     members = tuple(Member(name, count, count, policy, noise[count]) for name, count in zip(names, examples, strict=True))
     model = model_of(resolved, device)

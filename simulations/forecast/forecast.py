@@ -20,7 +20,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import Recipient, encode_requests, encode_update, payload_bytes
 from cotune.reporting.privacy_statement import client_statement
 from cotune.server.rounds.client_dp import client_level_noise
-from cotune.server.rounds.loop import enter_round
+from cotune.server.rounds.loop import begin_round
 from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, members_of, new_policy, stated_members
 from cotune.simulations.forecast.timing import Seconds, estimate
 from cotune.simulations.prepare import prepare
@@ -166,7 +166,7 @@ def _stages(expected: Expected) -> Iterator[StageForecast]:
     plan, model, names = expected.plan, expected.model, [member.name for member in expected.members]
     held, first = dict[str, Tensor](), 1
     for stage in plan.stages:
-        held, traveling = enter_round(model, plan, held, first)
+        held, traveling = begin_round(model, plan, held, first)
         shared, first = {name: held[name] for name in traveling}, first + stage.rounds
         term = plan.strategy.client_term
         beside = shared if term is not None and term.info("client_term").needs.receives else {}

@@ -18,16 +18,16 @@ from functools import partial, reduce
 import numpy as np
 import torch
 
-from cotune.client.training.rows import Setting
-from cotune.client.training.setup import made_up_setting, optimizer_of, setting_of
-from cotune.data.dataset import Holdings
+from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.setup import optimizer_of, setting_of, synthetic_setup
+from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS
 from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import Example
 from cotune.models.encoding import encoded_examples
 from cotune.models.features import FEATURE_SLOTS, are_kept, encode_batch, feature_head
 from cotune.models.head_fit import fit_head, head_names
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
@@ -99,7 +99,7 @@ class Stopwatch:
     sample: some of the records, by which lengths are known and batches are made.
     """
 
-    def __init__(self, plan: Plan, model: SharedModel, sample: Holdings, measure: Measure = measure) -> None:
+    def __init__(self, plan: Plan, model: TrainableModel, sample: Dataset, measure: Measure = measure) -> None:
         self.plan, self.model, self.sample, self.measure = plan, model, sample, measure
         self.examples: list[Example] = encoded_examples(sample, model)
 
@@ -162,12 +162,12 @@ class Stopwatch:
         places = np.unique(np.linspace(0, len(there) - 1, min(_LENGTHS, len(there))).round().astype(int))
         return [(there[place], _filled([i for i, n in enumerate(lengths) if n == there[place]], rows)) for place in places]
 
-    def _made_up(self, stage: Stage, rows: int) -> Setting:
+    def _made_up(self, stage: Stage, rows: int) -> TrainingSetup:
         self.model.load({})
         self.model.train_only(self.model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
-        return made_up_setting(self.plan, stage, self.model, rows)
+        return synthetic_setup(self.plan, stage, self.model, rows)
 
-    def _step(self, setting: Setting, stage: Stage, rows: Sequence[int], *, private: bool) -> Seconds:
+    def _step(self, setting: TrainingSetup, stage: Stage, rows: Sequence[int], *, private: bool) -> Seconds:
         names = self.model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
         optimizer = optimizer_of(stage.local, self.model, names, self.model.train_only(names))
         for group in optimizer.param_groups:
@@ -201,7 +201,7 @@ def _filled(rows: list[int], count: int) -> list[int]:
     return [rows[i % len(rows)] for i in range(count)]
 
 
-def _plain_step(setting: Setting, optimizer: torch.optim.Optimizer, rows: Sequence[int]) -> None:
+def _plain_step(setting: TrainingSetup, optimizer: torch.optim.Optimizer, rows: Sequence[int]) -> None:
     """As without privacy."""
     optimizer.zero_grad()
     for _, batch in setting.batches(rows):
@@ -216,7 +216,7 @@ _BESIDE = Seconds(0.04, 0.12)  # per organization and round: messages, ledger an
 _TOO_MUCH = 1.3  # of the upper end: other processes, memory, warming
 
 
-def estimate(prepared: Prepared, model: SharedModel, spent: float, measure: Measure = measure) -> Seconds:
+def estimate(prepared: Prepared, model: TrainableModel, spent: float, measure: Measure = measure) -> Seconds:
     """Return the range for a whole simulation.
 
     Args:
@@ -232,18 +232,18 @@ def estimate(prepared: Prepared, model: SharedModel, spent: float, measure: Meas
     return Seconds(whole.low, _TOO_MUCH * whole.high)
 
 
-def _sample(prepared: Prepared) -> Holdings:
+def _sample(prepared: Prepared) -> Dataset:
     """Records from all files, spread evenly."""
     total = sum(map(len, prepared.records.values()))
     apart = max(1, total // _SAMPLE)
     parts = tuple((records, np.arange(0, len(records), apart)) for records in prepared.records.values())
-    return Holdings(parts, prepared.plan.labels, prepared.plan.task)
+    return Dataset(parts, prepared.plan.labels, prepared.plan.task)
 
 
 class _Work:
     """What is done how often."""
 
-    def __init__(self, prepared: Prepared, model: SharedModel, stopwatch: Stopwatch) -> None:
+    def __init__(self, prepared: Prepared, model: TrainableModel, stopwatch: Stopwatch) -> None:
         self.prepared, self.plan, self.model, self.stopwatch = prepared, prepared.plan, model, stopwatch
         self.sizes = [share.public_examples(self.plan) for share in prepared.shares]
         self.has_features = feature_head(model) is not None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext
+from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext
 
 
 class ClientTerm:
@@ -36,6 +36,6 @@ class ClientTerm:
         """What travels to the organizations beside the model."""
         return {}
 
-    def fold(self, fused: Fused, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
+    def fold(self, fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
         """The server's half: (D, own memory) -> (D, own memory), between the fusion and the server optimizer."""
         return fused.delta, {}

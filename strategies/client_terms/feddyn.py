@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.registry import Needs, client_term
-from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext
+from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext
 
 
 @client_term(
@@ -45,7 +45,7 @@ class FedDyn(ClientTerm):
     def keep(self, kept: Mapping[str, Tensor], delta: Delta, sent: Mapping[str, Tensor], local: LocalSteps) -> dict[str, Tensor]:
         return {name: self._moved(kept.get(name), d, 1.0) for name, d in delta.items()}
 
-    def fold(self, fused: Fused, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
+    def fold(self, fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
         fraction = fused.participants / context.organizations
         h = {name: self._moved(memory.get(name), d, fraction) for name, d in fused.delta.items()}
         return {name: d.to(torch.float64) - h[name] / self.alpha for name, d in fused.delta.items()}, {**memory, **h}

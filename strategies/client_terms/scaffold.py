@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.registry import Needs, client_term
-from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext
+from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext
 
 
 @client_term(
@@ -49,7 +49,7 @@ class Scaffold(ClientTerm):
     def send(self, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: c.to(torch.float32) for name, c in memory.items()}
 
-    def fold(self, fused: Fused, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
+    def fold(self, fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
         fraction = fused.participants / context.organizations
         scale = fraction / (context.local.steps * context.local.learning_rate)
         moved = {name: (1 - fraction) * _of(memory, name) - d.to(torch.float64) * scale for name, d in fused.delta.items()}

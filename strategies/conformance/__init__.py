@@ -13,7 +13,7 @@ from typing import Any
 from cotune.strategies.conformance import client_terms, fusions, server_optimizers, weightings
 from cotune.strategies.conformance.checks import Finding, run
 from cotune.strategies.conformance.samples import complete, sample
-from cotune.strategies.registry import PartInfo
+from cotune.strategies.registry import ComponentInfo
 from cotune.strategies.types import RoundContext
 
 _CHECKS = {
@@ -24,7 +24,9 @@ _CHECKS = {
 }
 
 
-def check_part(info: PartInfo, parameters: Mapping[str, Any] | None = None, context: RoundContext | None = None) -> list[Finding]:
+def check_part(
+    info: ComponentInfo, parameters: Mapping[str, Any] | None = None, context: RoundContext | None = None
+) -> list[Finding]:
     """One finding for each check that the part's own statements ask for, in a fixed order.
 
     parameters: of the part, as a plan gives them; one that is required and not given gets a value that its type allows.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cotune.errors import CotuneError
 from cotune.strategies.conformance.samples import Case
-from cotune.strategies.registry import PartInfo
+from cotune.strategies.registry import ComponentInfo
 
 Problems = Iterator[str]
 _TOLERANCE = 1e-9  # relative: sums in another order, in float64
@@ -33,7 +33,7 @@ class Check:
 
     name: str
     find: Callable[[Case], Problems]
-    applies: Callable[[PartInfo], bool] = lambda info: True
+    applies: Callable[[ComponentInfo], bool] = lambda info: True
 
 
 def run(check: Check, case: Case) -> Finding:

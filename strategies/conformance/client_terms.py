@@ -12,14 +12,14 @@ from torch import Tensor
 
 from cotune.strategies.conformance.checks import Check, Problems, checkpointed, differing, wrong_names, wrong_shapes
 from cotune.strategies.conformance.samples import Case
-from cotune.strategies.types import Delta, Fused
+from cotune.strategies.types import Aggregate, Delta
 
 Tensors = Mapping[str, Tensor]
 
 
-def _fused(case: Case, scale: float = 1.0) -> Fused:
+def _fused(case: Case, scale: float = 1.0) -> Aggregate:
     first = case.updates[0].delta
-    return Fused({name: scale * tensor.to(torch.float64) for name, tensor in first.items()}, len(case.updates), 1.0)
+    return Aggregate({name: scale * tensor.to(torch.float64) for name, tensor in first.items()}, len(case.updates), 1.0)
 
 
 def _folded(case: Case, memory: Tensors | None = None) -> tuple[Delta, Tensors]:

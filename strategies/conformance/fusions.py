@@ -16,7 +16,7 @@ from cotune.strategies.conformance.checks import Check, Problems, checkpointed, 
 from cotune.strategies.conformance.samples import Case, sample
 from cotune.strategies.registry import Visibility
 from cotune.strategies.sums import total
-from cotune.strategies.types import Fused, Update, Weighed
+from cotune.strategies.types import Aggregate, Update, WeightedUpdate
 
 
 def _result(case: Case) -> Problems:
@@ -153,9 +153,9 @@ def _visible(case: Case) -> Problems:
         yield f"the sums alone give another result, so that it has looked at single updates: {wrong}"
 
 
-def _apart(case: Case) -> tuple[Fused, int, list[Any]]:
+def _apart(case: Case) -> tuple[Aggregate, int, list[Any]]:
     """(result, passes, names and shapes of every organization's contributions)."""
-    weighed = [Weighed(u, case.weights[u.organization], case.context.state) for u in case.updates]
+    weighed = [WeightedUpdate(u, case.weights[u.organization], case.context.state) for u in case.updates]
     generators = [_generator(case) for _ in range(len(weighed) + 1)]
     contributions = [next(generator) for generator in generators]
     keys: list[Any] = [[] for _ in weighed]
@@ -168,7 +168,7 @@ def _apart(case: Case) -> tuple[Fused, int, list[Any]]:
         try:
             contributions = [generators[0].send(copy.deepcopy(sums))]
         except StopIteration as end:
-            return end.value if isinstance(end.value, Fused) else Fused(end.value), passes, keys
+            return end.value if isinstance(end.value, Aggregate) else Aggregate(end.value), passes, keys
         contributions += [generator.send(copy.deepcopy(sums)) for generator in generators[1:]]
     raise RuntimeError("it asks for sums without end")
 

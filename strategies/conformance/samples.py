@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
-from cotune.strategies.aggregator import WeightedFusion
-from cotune.strategies.registry import Needs, PartInfo
-from cotune.strategies.types import Delta, Fused, LocalSteps, RoundContext, Update
+from cotune.strategies.aggregator import Aggregator
+from cotune.strategies.registry import ComponentInfo, Needs
+from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext, Update
 
 _DENSE = {"encoder.weight": (4, 3), "head.weight": (3, 4), "head.bias": (3,)}
 _ADAPTERS = (
@@ -29,7 +29,7 @@ _STEPS = 4
 class Case:
     """A part with its parameters, and a round for it. weights: of each organization, where the fusion uses them."""
 
-    info: PartInfo
+    info: ComponentInfo
     parameters: Mapping[str, Any]
     context: RoundContext
     updates: Sequence[Update]
@@ -49,11 +49,13 @@ class Case:
         updates: Sequence[Update] | None = None,
         context: RoundContext | None = None,
         weights: Mapping[str, Any] | None = None,
-    ) -> Fused:
+    ) -> Aggregate:
         """The round through the driver, with the weights of the case."""
         given = self.weights if weights is None else weights
-        weigh = PartInfo("weighting", "given", lambda update: given.get(update.organization, 1.0), "", Needs(by_parameter=True))
-        driver = WeightedFusion((weigh, {}), (self.info, self.parameters), context or self.context)
+        weigh = ComponentInfo(
+            "weighting", "given", lambda update: given.get(update.organization, 1.0), "", Needs(by_parameter=True)
+        )
+        driver = Aggregator((weigh, {}), (self.info, self.parameters), context or self.context)
         for update in self.updates if updates is None else updates:
             driver.add(update)
         return driver.result()
@@ -64,7 +66,7 @@ class Case:
         return replace(self, context=replace(self.context, state=state), updates=copy.deepcopy(list(self.updates)))
 
 
-def complete(info: PartInfo) -> dict[str, Any]:
+def complete(info: ComponentInfo) -> dict[str, Any]:
     """Values for the parameters that the part requires: within their bounds, the first of their choices."""
     schema = info.schema
     return {name: _value(schema["properties"][name]) for name in schema.get("required", ())}
@@ -81,7 +83,7 @@ def _value(about: Mapping[str, Any]) -> Any:
     return (least + about.get("maximum", about.get("exclusiveMaximum", least + 2.0))) / 2
 
 
-def sample(info: PartInfo, parameters: Mapping[str, Any], context: RoundContext | None = None) -> Case:
+def sample(info: ComponentInfo, parameters: Mapping[str, Any], context: RoundContext | None = None) -> Case:
     """A case for a part: as many updates as it needs, with all that it asks organizations to send."""
     generator = torch.Generator().manual_seed(1)
     context = context or _context(info, generator)
@@ -93,7 +95,7 @@ def sample(info: PartInfo, parameters: Mapping[str, Any], context: RoundContext 
     return Case(info, parameters, replace(context, organizations=count), updates, weights)
 
 
-def _context(info: PartInfo, generator: torch.Generator) -> RoundContext:
+def _context(info: ComponentInfo, generator: torch.Generator) -> RoundContext:
     needs = info.needs
     adapters = _ADAPTERS if needs.adapters or needs.rewrites else ()
     shapes = {**_ADAPTED, "query.weight": (4, 5), "value.weight": (4, 5), "head.weight": (3, 4)} if adapters else _DENSE
@@ -107,7 +109,7 @@ def _context(info: PartInfo, generator: torch.Generator) -> RoundContext:
     return RoundContext(round=2, seed=7, state=state, local=LocalSteps(0.5, 0.0, _STEPS), adapters=adapters, score=score)
 
 
-def _sent(info: PartInfo, context: RoundContext) -> list[str]:
+def _sent(info: ComponentInfo, context: RoundContext) -> list[str]:
     """What organizations train: all factors where the part may meet them, else B alone; and what belongs to no adapter."""
     both = not info.needs.adapters or "ab" in info.needs.adapters
     hidden = {a.weight for a in context.adapters} | (set() if both else {a.a for a in context.adapters})
@@ -118,7 +120,7 @@ def _like(state: Mapping[str, Tensor], names: Sequence[str], generator: torch.Ge
     return {name: 0.1 * torch.randn(state[name].shape, generator=generator) for name in names}
 
 
-def _update(i: int, common: Delta, context: RoundContext, info: PartInfo, generator: torch.Generator) -> Update:
+def _update(i: int, common: Delta, context: RoundContext, info: ComponentInfo, generator: torch.Generator) -> Update:
     """What all have in common, and as much again of its own."""
     own = _like(context.state, list(common), generator)
     needs = info.needs
@@ -134,7 +136,7 @@ def _update(i: int, common: Delta, context: RoundContext, info: PartInfo, genera
     )
 
 
-def _statistics(delta: Delta, info: PartInfo, generator: torch.Generator) -> dict[str, Tensor]:
+def _statistics(delta: Delta, info: ComponentInfo, generator: torch.Generator) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in delta.items():
         if "fisher" in info.needs.sends:

@@ -12,20 +12,20 @@ from torch import Tensor
 from cotune.strategies.conformance.checks import Check, Problems, checkpointed, differing, wrong_names, wrong_shapes
 from cotune.strategies.conformance.samples import Case
 from cotune.strategies.sums import norm
-from cotune.strategies.types import Fused
+from cotune.strategies.types import Aggregate
 
 State = Mapping[str, Tensor]
 
 
-def _fused(case: Case, scale: float = 1.0) -> Fused:
+def _fused(case: Case, scale: float = 1.0) -> Aggregate:
     """The mean of the case's deltas; they are a few times longer than their mean."""
     count = len(case.updates)
     deltas = [{name: scale * tensor.to(torch.float64) for name, tensor in u.delta.items()} for u in case.updates]
     mean = {name: sum((d[name] for d in deltas), torch.zeros(())) / count for name in deltas[0]}
-    return Fused(mean, count, sum(norm(d) ** 2 for d in deltas) / count)
+    return Aggregate(mean, count, sum(norm(d) ** 2 for d in deltas) / count)
 
 
-def _step(case: Case, fused: Fused, memory: State | None = None, state: State | None = None) -> tuple[State, State]:
+def _step(case: Case, fused: Aggregate, memory: State | None = None, state: State | None = None) -> tuple[State, State]:
     found: tuple[State, State] = case.build().step(state or dict(case.context.state), fused, memory or {}, case.context)
     return found
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.conformance.checks import Check, Problems, differing, refusal
 from cotune.strategies.conformance.samples import Case
 from cotune.strategies.registry import builtin
@@ -90,7 +90,7 @@ def _not_finite(case: Case) -> Problems:
 
 def _round(case: Case, updates: Sequence[Update]) -> None:
     """The driver's own check of weights, with the plain mean behind."""
-    driver = WeightedFusion((case.info, case.parameters), (builtin("fusion")["mean"], {}), case.context)
+    driver = Aggregator((case.info, case.parameters), (builtin("fusion")["mean"], {}), case.context)
     for update in updates:
         driver.add(update)
     driver.result()

@@ -12,7 +12,7 @@ from cotune.strategies.fusions.krum import ranked
 from cotune.strategies.fusions.median import middle
 from cotune.strategies.fusions.robust_ops import squared_distances, stacked
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import Delta, Weighed
+from cotune.strategies.types import Delta, WeightedUpdate
 
 
 @fusion(
@@ -21,7 +21,7 @@ from cotune.strategies.types import Delta, Weighed
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
     least=lambda malicious: 4 * malicious + 3,
 )
-def bulyan(updates: Sequence[Weighed], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
+def bulyan(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
     """D_j = the mean of the n − 4f values nearest to the median, among n − 2f updates that Krum chooses one by one.
 
     Whom Krum has chosen is no neighbor any more of those that are left.

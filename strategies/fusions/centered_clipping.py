@@ -13,7 +13,7 @@ from torch import Tensor
 from cotune.strategies.fusions.norm_bound import clipped
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
-from cotune.strategies.types import Fused, RoundContext, Weighed
+from cotune.strategies.types import Aggregate, RoundContext, WeightedUpdate
 
 _NOTHING = torch.zeros((), dtype=torch.float64)
 
@@ -36,8 +36,8 @@ def centered_clipping(
     for _ in range(passes):
         moves = mean_of((yield partial(_move, center=center, norm=norm)))
         center |= {name: center.get(name, _NOTHING) + move for name, move in moves.items()}
-    return Fused({name: center[name] for name in moves}, memory=center)
+    return Aggregate({name: center[name] for name in moves}, memory=center)
 
 
-def _move(update: Weighed, center: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
+def _move(update: WeightedUpdate, center: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
     return weighted(update, clipped({n: d - center.get(n, _NOTHING) for n, d in update.delta.items()}, norm))

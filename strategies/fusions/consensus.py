@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
-from cotune.strategies.types import Weighed
+from cotune.strategies.types import WeightedUpdate
 
 _PLAIN = "plain sum of "
 
@@ -31,12 +31,12 @@ def consensus(*, threshold: Annotated[float, Field(gt=0)] = 0.4, agreement: Anno
     threshold: λ; the smaller, the more updates matter. agreement: how many must.
     """
 
-    def both(update: Weighed) -> Mapping[str, Tensor]:
+    def both(update: WeightedUpdate) -> Mapping[str, Tensor]:
         return {**weighted(update), **{_PLAIN + name: tensor * _counts(update) for name, tensor in update.delta.items()}}
 
     first = yield both
 
-    def masks(update: Weighed) -> Mapping[str, Tensor]:
+    def masks(update: WeightedUpdate) -> Mapping[str, Tensor]:
         rest = {n: (first[_PLAIN + n] - d).abs() for n, d in update.delta.items()}
         return {n: (d.abs() > threshold * rest[n]).double() * _counts(update) for n, d in update.delta.items()}
 
@@ -44,6 +44,6 @@ def consensus(*, threshold: Annotated[float, Field(gt=0)] = 0.4, agreement: Anno
     return {name: torch.where(mattering[name] >= agreement, tensor, 0.0) for name, tensor in mean_of(first).items()}
 
 
-def _counts(update: Weighed) -> float:
+def _counts(update: WeightedUpdate) -> float:
     """1; an update of weight 0 has no say in what matters either."""
     return float(update.scalar > 0)

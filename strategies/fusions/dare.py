@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
-from cotune.strategies.types import RoundContext, Weighed
+from cotune.strategies.types import RoundContext, WeightedUpdate
 
 
 @fusion(
@@ -29,7 +29,7 @@ def dare(*, drop: Annotated[float, Field(ge=0, lt=1)] = 0.5, context: RoundConte
     drop: p, the probability that an entry is dropped.
     """
 
-    def contribution(update: Weighed) -> Mapping[str, Tensor]:
+    def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
         generator = torch.Generator().manual_seed(_seed(context, update.update.organization))
         return weighted(update, {name: _thinned(update.delta[name], drop, generator) for name in sorted(update.delta)})
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cotune.strategies.low_rank import averaged, factors_of, shares, stacked, weight_change
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import RoundContext, Weighed
+from cotune.strategies.types import RoundContext, WeightedUpdate
 
 
 @fusion(
@@ -17,7 +17,7 @@ from cotune.strategies.types import RoundContext, Weighed
     needs=Needs(visibility=Visibility.PER_CLIENT, adapters=("ab",), rewrites=("weight",), sets_state=True),
     scales=False,
 )
-def fedex(updates: Sequence[Weighed], *, context: RoundContext) -> dict[str, Tensor]:
+def fedex(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
     """Weighted means of A and of B, and W += s(Σ p_k B_k A_k − B̄·Ā): exact, the rest goes into the weights.
 
     The weights that are adapted travel to the organizations too. Under record-level privacy the noise on both factors multiplies;

@@ -10,7 +10,7 @@ from torch import Tensor
 from cotune.errors import RunError
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
-from cotune.strategies.types import RoundContext, Weighed
+from cotune.strategies.types import RoundContext, WeightedUpdate
 
 _STEPS, _WEIGHT = "steps of ", "weight in steps of "
 _TINY = 1e-300  # where every holder of a parameter weighs 0, its mean is 0
@@ -29,7 +29,7 @@ def fednova(*, context: RoundContext) -> Sums:
     update of no step, or of more than the plan's.
     """
 
-    def contribution(update: Weighed) -> Mapping[str, Tensor]:
+    def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
         steps = effective_steps(_steps(update, context.local.steps), context.local.momentum)
         per_step = weighted(update, {name: tensor / steps for name, tensor in update.delta.items()})
         weight = torch.tensor(update.scalar, dtype=torch.float64)
@@ -44,7 +44,7 @@ def effective_steps(steps: int, momentum: float) -> float:
     return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
-def _steps(update: Weighed, most: int) -> int:
+def _steps(update: WeightedUpdate, most: int) -> int:
     """Who states more steps than the plan has would move the model further."""
     steps, organization = update.update.steps, update.update.organization[:80]
     if not 1 <= steps <= most:

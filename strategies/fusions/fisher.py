@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums
-from cotune.strategies.types import Weighed
+from cotune.strategies.types import WeightedUpdate
 
 _TRUST = "trust in "
 
@@ -27,7 +27,7 @@ def fisher(*, floor: Annotated[float, Field(gt=0)] = 1e-6) -> Sums:
     where nobody's records say anything, it makes D the weighted mean.
     """
 
-    def trusted(update: Weighed) -> dict[str, Tensor]:
+    def trusted(update: WeightedUpdate) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, delta in update.delta.items():
             trust = (update.update.statistics[f"fisher/{name}"].to(torch.float64) + floor) * update.weight_of(name)

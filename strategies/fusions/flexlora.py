@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cotune.strategies.low_rank import averaged, change, factors_of, shares, stacked, truncated
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import RoundContext, Weighed
+from cotune.strategies.types import RoundContext, WeightedUpdate
 
 
 @fusion(
@@ -19,7 +19,7 @@ from cotune.strategies.types import RoundContext, Weighed
     scales=False,
     keeps=False,
 )
-def flexlora(updates: Sequence[Weighed], *, context: RoundContext, blocks: bool = False) -> dict[str, Tensor]:
+def flexlora(updates: Sequence[WeightedUpdate], *, context: RoundContext, blocks: bool = False) -> dict[str, Tensor]:
     """The best B·A of rank r for Σ p_k B_k A_k, by SVD: B = U_r Σ_r, A = V_rᵀ.
 
     blocks: weigh each of the r products of a column of B_k and a row of A_k among those organizations that hold it (raFLoRA).

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cotune.models.adapter import drawn_a, name_seed
+from cotune.models.adapter import init_lora_a, parameter_seed
 from cotune.strategies.low_rank import averaged, change, factors_of, shares, stacked, weight_change
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import RoundContext, Weighed
+from cotune.strategies.types import RoundContext, WeightedUpdate
 
 
 @fusion(
@@ -26,7 +26,7 @@ from cotune.strategies.types import RoundContext, Weighed
     scales=False,
     keeps=False,
 )
-def flora(updates: Sequence[Weighed], *, context: RoundContext) -> dict[str, Tensor]:
+def flora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
     """W += s Σ p_k B_k A_k, the product of the stacked factors; then B = 0, and A is drawn anew from seed and round.
 
     Exact for any ranks, and the sum of the rounds may have full rank. The weights that are adapted travel to the organizations
@@ -37,7 +37,7 @@ def flora(updates: Sequence[Weighed], *, context: RoundContext) -> dict[str, Ten
     for adapter in context.adapters:
         left, right = stacked([factors_of(u, adapter) for u in updates], shares(updates))
         old = context.state[adapter.a]
-        fresh = drawn_a(tuple(old.shape), name_seed(context.seed, f"{adapter.a}/{context.round}"))
+        fresh = init_lora_a(tuple(old.shape), parameter_seed(context.seed, f"{adapter.a}/{context.round}"))
         delta |= change(context.state, {adapter.a: fresh, adapter.b: torch.zeros_like(context.state[adapter.b])})
         delta[adapter.weight] = weight_change(adapter, left @ right)
     return delta

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, mean_of, norm, weighted
-from cotune.strategies.types import Weighed, difference
+from cotune.strategies.types import WeightedUpdate, difference
 
 PASSES = 50  # at most; where nobody is far away, it stays after about twenty
 SMOOTHING = 1e-6
@@ -47,6 +47,6 @@ def weiszfeld(passes: int, smoothing: float) -> Sums:
     return center
 
 
-def _pulling(update: Weighed, center: Mapping[str, Tensor], smoothing: float) -> dict[str, Tensor]:
+def _pulling(update: WeightedUpdate, center: Mapping[str, Tensor], smoothing: float) -> dict[str, Tensor]:
     distance = max(smoothing, norm(difference(update.delta, center)))
     return {name: tensor / distance for name, tensor in weighted(update).items()}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cotune.strategies.fusions.robust_ops import mean_of_each
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import Delta, RoundContext, Weighed
+from cotune.strategies.types import Delta, RoundContext, WeightedUpdate
 
 
 @fusion(
@@ -15,7 +15,7 @@ from cotune.strategies.types import Delta, RoundContext, Weighed
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False, server_data=True),
     scales=False,
 )
-def greedy_soup(updates: Sequence[Weighed], *, context: RoundContext) -> Delta:
+def greedy_soup(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> Delta:
     """D = the mean of the best update and of every next best that does not make the mean worse.
 
     Judged by the accuracy of θ + D on the server's validation records, 2n − 1 times.

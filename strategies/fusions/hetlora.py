@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cotune.strategies.low_rank import averaged, change, factors_of, padded, product_norm, shares
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import RoundContext, Weighed
+from cotune.strategies.types import RoundContext, WeightedUpdate
 
 
 @fusion(
@@ -18,7 +18,7 @@ from cotune.strategies.types import RoundContext, Weighed
     needs=Needs(visibility=Visibility.PER_CLIENT, adapters=("ab",), mixed_ranks=True),
     scales=False,
 )
-def hetlora(updates: Sequence[Weighed], *, context: RoundContext) -> dict[str, Tensor]:
+def hetlora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
     """Means of zero-padded A and of B with p_k ∝ w_k ‖B_k A_k‖_F in each adapter, so that padding weakens the mean less.
 
     The paper has w_k = 1 (the recipe `hetlora`), and lets organizations lower their ranks as they go; here a rank is theirs to

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cotune.strategies.fusions.robust_ops import squared_distances
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import Delta, Weighed
+from cotune.strategies.types import Delta, WeightedUpdate
 
 
 @fusion(
@@ -19,7 +19,7 @@ from cotune.strategies.types import Delta, Weighed
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
     least=lambda malicious: 2 * malicious + 3,
 )
-def krum(updates: Sequence[Weighed], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
+def krum(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
     """D = Δ_i of the least Σ ‖Δ_i − Δ_j‖² over its n − f − 2 nearest neighbors j: one update, as it is.
 
     malicious: f, how many of the n updates may be; n ≥ 2f + 3.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cotune.strategies.fusions.robust_ops import stacked
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import Delta, Weighed
+from cotune.strategies.types import Delta, WeightedUpdate
 
 
 @fusion(
@@ -16,7 +16,7 @@ from cotune.strategies.types import Delta, Weighed
     cite="Yin et al., ICML 2018, https://arxiv.org/abs/1803.01498, definition 1",
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
 )
-def median(updates: Sequence[Weighed]) -> Delta:
+def median(updates: Sequence[WeightedUpdate]) -> Delta:
     """D_j = the median of Δ_1j … Δ_nj, for every coordinate j; the mean of the middle two where n is even."""
     return {name: middle(deltas) for name, deltas in stacked(updates).items()}
 

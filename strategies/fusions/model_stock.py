@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, norm
-from cotune.strategies.types import Weighed
+from cotune.strategies.types import WeightedUpdate
 
 _DIRECTION, _COUNT = "direction of ", "count of "
 _ONE = torch.ones((), dtype=torch.float64)
@@ -31,7 +31,7 @@ def model_stock(*, per: Literal["model", "parameter"] = "model") -> Sums:
     per: what an angle is measured on, the whole delta, or every parameter by itself, which is nearest to the paper's layers.
     """
 
-    def contribution(update: Weighed) -> Mapping[str, Tensor]:
+    def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
         delta = update.delta
         whole, found = norm(delta), dict(delta)
         for name, tensor in delta.items():

@@ -10,7 +10,7 @@ from pydantic import Field
 from cotune.strategies.fusions.krum import ranked
 from cotune.strategies.fusions.robust_ops import mean_of_each, squared_distances
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import Delta, Weighed
+from cotune.strategies.types import Delta, WeightedUpdate
 
 
 @fusion(
@@ -20,7 +20,7 @@ from cotune.strategies.types import Delta, Weighed
     least=lambda malicious, keep: max(2 * malicious + 3, keep),
 )
 def multi_krum(
-    updates: Sequence[Weighed], *, malicious: Annotated[int, Field(ge=0)] = 1, keep: Annotated[int, Field(ge=0)] = 0
+    updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1, keep: Annotated[int, Field(ge=0)] = 0
 ) -> Delta:
     """D = the mean of the m updates with the best scores of Krum.
 

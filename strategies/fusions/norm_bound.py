@@ -11,7 +11,7 @@ from torch import Tensor
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
 from cotune.strategies.sums import norm as norm_of
-from cotune.strategies.types import Weighed
+from cotune.strategies.types import WeightedUpdate
 
 
 @fusion(
@@ -27,7 +27,7 @@ def norm_bound(*, norm: Annotated[float, Field(gt=0)] = 1.0) -> Sums:
     norm: τ, of a whole delta.
     """
 
-    def contribution(update: Weighed) -> Mapping[str, Tensor]:
+    def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
         return weighted(update, clipped(update.delta, norm))
 
     return mean_of((yield contribution))

@@ -13,7 +13,7 @@ from torch import Tensor
 from cotune.errors import RunError
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, norm
-from cotune.strategies.types import RoundContext, Weighed
+from cotune.strategies.types import RoundContext, WeightedUpdate
 
 _STEP = "Σ h_k / L"
 _LEAST_LOSS = 1e-10  # added, as in the authors' code: F^(q − 1) of a perfect model
@@ -38,7 +38,7 @@ def q_fedavg(
     """
     smoothness = lipschitz or 1 / context.local.learning_rate
 
-    def contribution(update: Weighed) -> Mapping[str, Tensor]:
+    def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
         loss = torch.tensor(_loss(update) + _LEAST_LOSS, dtype=torch.float64)
         step = loss**q + q * loss ** (q - 1) * smoothness * norm(update.delta) ** 2
         moves = {name: loss**q * tensor for name, tensor in update.delta.items()}
@@ -48,7 +48,7 @@ def q_fedavg(
     return {name: tensor / sums[_STEP] for name, tensor in sums.items() if name != _STEP}
 
 
-def _loss(update: Weighed) -> float:
+def _loss(update: WeightedUpdate) -> float:
     loss = update.update.told.get("loss", math.nan)
     if not 0 <= loss < math.inf:
         raise RunError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from cotune.errors import RunError
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
-from cotune.strategies.types import Weighed
+from cotune.strategies.types import WeightedUpdate
 
 _GRAM, _OUT = "gram of ", "output of "
 _NOTHING = 1e-6  # of the largest eigenvalue: inputs that vary less are rounding, as the Gram matrices come in float32
@@ -31,7 +31,7 @@ def regmean(*, off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9) -> Sums:
     models that have drifted apart are fused more cautiously.
     """
 
-    def summed(update: Weighed) -> dict[str, Tensor]:
+    def summed(update: WeightedUpdate) -> dict[str, Tensor]:
         found = weighted(update)
         for name, gram in _grams(update.update.statistics):
             shrunk = (off_diagonal * gram + (1 - off_diagonal) * gram.diag().diag()) * update.weight_of(name)

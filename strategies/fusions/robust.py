@@ -13,7 +13,7 @@ from cotune.strategies.fusions.geometric_median import PASSES, SMOOTHING, weiszf
 from cotune.strategies.fusions.norm_bound import clipped
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, norm, total
-from cotune.strategies.types import Delta, Fused, Weighed
+from cotune.strategies.types import Aggregate, Delta, WeightedUpdate
 
 FEWEST = 4  # updates, from which on the one that lies can be told from the others
 _MOST_OF_FEW = 1.5  # times an equal share: what an update counts at most where there are fewer
@@ -25,11 +25,11 @@ _MOST_OF_FEW = 1.5  # times an equal share: what an update counts at most where 
     needs=Needs(visibility=Visibility.PER_CLIENT),
 )
 def robust(
-    updates: Sequence[Weighed],
+    updates: Sequence[WeightedUpdate],
     *,
     share: Annotated[float, Field(gt=0, lt=0.5)] = 0.4,
     ratio: Annotated[float, Field(ge=1, le=1000)] = 3.0,
-) -> Fused:
+) -> Aggregate:
     """D = argmin_z Σ p_k ‖Δ_k − z‖ of four or more updates, none longer than a few times their median norm, p_k ≤ share.
 
     Of fewer it is their weighted mean: two or three organizations cannot tell who lies. Then p_k is at most 1.5 times an equal
@@ -45,7 +45,7 @@ def robust(
     weighed = [_bounded(update, p, longest) for update, p in zip(counted, shares, strict=True)]
     found = _played(weiszfeld(PASSES if len(counted) >= FEWEST else 0, SMOOTHING), weighed)
     by_name = {update.update.organization: p for update, p in zip(counted, shares, strict=True)}
-    return Fused(found, weights=by_name)
+    return Aggregate(found, weights=by_name)
 
 
 def bounded_shares(weights: Sequence[float], most: float) -> list[float]:
@@ -71,11 +71,11 @@ def longest_of(norms: Sequence[float], ratio: float) -> float:
     return ratio * sorted(norms)[(len(norms) - 1) // 2] if len(norms) > 2 else float("inf")
 
 
-def _bounded(update: Weighed, share: float, longest: float) -> Weighed:
-    return Weighed(replace(update.update, delta=clipped(update.delta, longest)), share, update.state)
+def _bounded(update: WeightedUpdate, share: float, longest: float) -> WeightedUpdate:
+    return WeightedUpdate(replace(update.update, delta=clipped(update.delta, longest)), share, update.state)
 
 
-def _played(passes: Sums, weighed: Sequence[Weighed]) -> Delta:
+def _played(passes: Sums, weighed: Sequence[WeightedUpdate]) -> Delta:
     """A rule of sums, on updates that are all at hand."""
     contribute, sums = next(passes), dict[str, Tensor]()
     while True:

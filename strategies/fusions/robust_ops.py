@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cotune.strategies.types import Weighed
+from cotune.strategies.types import WeightedUpdate
 
 
-def stacked(updates: Sequence[Weighed]) -> dict[str, Tensor]:
+def stacked(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     """Of every parameter the deltas of those that sent it, n × its shape, in float64."""
     names = dict.fromkeys(name for update in updates for name in update.delta)
     return {name: torch.stack([u.delta[name] for u in updates if name in u.delta]) for name in names}
 
 
-def mean_of_each(updates: Sequence[Weighed]) -> dict[str, Tensor]:
+def mean_of_each(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     """The plain mean of every parameter over those that sent it."""
     return {name: deltas.mean(dim=0) for name, deltas in stacked(updates).items()}
 
 
-def squared_distances(updates: Sequence[Weighed]) -> Tensor:
+def squared_distances(updates: Sequence[WeightedUpdate]) -> Tensor:
     """‖Δ_i − Δ_j‖² over the parameters that all sent: n × n, in float64.
 
     From the differences themselves: ‖x‖² + ‖y‖² − 2⟨x, y⟩ can fall below 0.

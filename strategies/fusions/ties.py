@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import Delta, Weighed
+from cotune.strategies.types import Delta, WeightedUpdate
 
 
 @fusion(
@@ -20,7 +20,7 @@ from cotune.strategies.types import Delta, Weighed
     keeps=False,
 )
 def ties(
-    updates: Sequence[Weighed],
+    updates: Sequence[WeightedUpdate],
     *,
     density: Annotated[float, Field(gt=0, le=1)] = 0.2,
     scale: Annotated[float, Field(gt=0)] = 1.0,

@@ -12,7 +12,7 @@ from torch import Tensor
 from cotune.strategies.fusions.ties import trimmed
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums
-from cotune.strategies.types import Weighed
+from cotune.strategies.types import WeightedUpdate
 
 _WEIGHT = "weight of "
 
@@ -29,13 +29,13 @@ def ties_sums(*, density: Annotated[float, Field(gt=0, le=1)] = 0.2, scale: Anno
     density: the fraction of entries to keep of each update, over all its parameters together. scale: λ.
     """
 
-    def votes_of(update: Weighed) -> Mapping[str, Tensor]:
+    def votes_of(update: WeightedUpdate) -> Mapping[str, Tensor]:
         return {name: update.scalar * tensor for name, tensor in trimmed(update.delta, density).items()}
 
     votes = yield votes_of
     signs = {name: vote.sign() for name, vote in votes.items()}
 
-    def agreeing(update: Weighed) -> Mapping[str, Tensor]:
+    def agreeing(update: WeightedUpdate) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, tensor in trimmed(update.delta, density).items():
             agreed = update.scalar * ((tensor.sign() == signs[name]) & (tensor != 0))

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from cotune.strategies.fusions.robust_ops import stacked
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.types import Delta, Weighed
+from cotune.strategies.types import Delta, WeightedUpdate
 
 _ROUNDING = 1e-9  # of β·n: a tenth of ten is one
 
@@ -21,7 +21,7 @@ _ROUNDING = 1e-9  # of β·n: a tenth of ten is one
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
     least=lambda fraction: math.ceil(1 / fraction - _ROUNDING),
 )
-def trimmed_mean(updates: Sequence[Weighed], *, fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2) -> Delta:
+def trimmed_mean(updates: Sequence[WeightedUpdate], *, fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2) -> Delta:
     """D_j = the mean of Δ_1j … Δ_nj without the ⌊βn⌋ largest and the ⌊βn⌋ smallest, for every coordinate j.
 
     fraction: β, cut off at either end. A round of fewer than 1/β updates is refused, as nothing would be.

@@ -14,7 +14,7 @@ from cotune.strategies.registry import server_optimizer
 from cotune.strategies.server_optimizers.adaptive import adaptive_step
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.server_optimizers.schedules import Schedule, Warmup, rate_of
-from cotune.strategies.types import Fused, RoundContext
+from cotune.strategies.types import Aggregate, RoundContext
 
 
 @server_optimizer("adagrad", cite="Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2 (FedAdagrad)")
@@ -33,7 +33,7 @@ class ServerAdagrad(ServerOptimizer):
     warmup: Warmup = 0
 
     def step(
-        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+        self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rate = rate_of(self.lr, self.schedule, self.warmup, context)
         return adaptive_step(state, fused.delta, memory, rate=rate, beta1=self.beta1, tau=self.tau, second_moment=torch.add)

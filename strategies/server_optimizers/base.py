@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cotune.strategies.types import Fused, RoundContext
+from cotune.strategies.types import Aggregate, RoundContext
 
 
 class ServerOptimizer:
     """The base of all: frozen dataclasses, whose fields are the plan's parameters (Reddi et al., ICLR 2021, algorithm 1)."""
 
     def step(
-        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+        self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(θ, D, own memory) -> (θ, own memory); the memory is tensors, checkpointed with the round."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from torch import Tensor
 from cotune.strategies.registry import Needs, server_optimizer
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.sums import norm
-from cotune.strategies.types import Fused, RoundContext, apply_delta
+from cotune.strategies.types import Aggregate, RoundContext, apply_delta
 
 
 @server_optimizer(
@@ -33,7 +33,7 @@ class FedExP(ServerOptimizer):
     epsilon: Annotated[float, Field(gt=0)] = 1e-3
 
     def step(
-        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+        self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rate = max(1.0, fused.mean_squared_norm / (2 * (norm(fused.delta) ** 2 + self.epsilon)))
         moved = apply_delta(state, {name: d.to(torch.float64) * rate for name, d in fused.delta.items()})

@@ -13,7 +13,7 @@ from torch import Tensor
 from cotune.strategies.registry import server_optimizer
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.server_optimizers.schedules import Schedule, Warmup, rate_of
-from cotune.strategies.types import Fused, RoundContext, apply_delta
+from cotune.strategies.types import Aggregate, RoundContext, apply_delta
 
 
 @server_optimizer("sgd", cite="Hsu et al., 2019, https://arxiv.org/abs/1909.06335")
@@ -27,7 +27,7 @@ class ServerSGD(ServerOptimizer):
     warmup: Warmup = 0
 
     def step(
-        self, state: Mapping[str, Tensor], fused: Fused, memory: Mapping[str, Tensor], context: RoundContext
+        self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rate = rate_of(self.lr, self.schedule, self.warmup, context)
         if not self.momentum:

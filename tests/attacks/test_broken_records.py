@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cotune.data.config import DataConfig, TaskName
-from cotune.data.dataset import HoldingsFile, Portion
+from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.errors import DataError
 
 TAGS = ("B", "O")
@@ -20,7 +20,7 @@ TAGS = ("B", "O")
 
 def described(folder: Path, source: Path, task: TaskName, data: DataConfig) -> Path:
     file = folder / "data.json"
-    file.write_text(HoldingsFile(task=task, data=data, portions=(Portion(path=source),)).model_dump_json())
+    file.write_text(DatasetManifest(task=task, data=data, portions=(FileSlice(path=source),)).model_dump_json())
     return file
 
 
@@ -34,16 +34,16 @@ def sentences(folder: Path, *broken: dict[str, list[str]]) -> Path:
 def test_a_wrong_number_of_tags_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     data = DataConfig(source="tags.jsonl")
     one = described(tmp_path, sentences(tmp_path), "token-classification", data)
-    without = HoldingsFile.read(one, TAGS, lenient=True)
+    without = DatasetManifest.read(one, TAGS, lenient=True)
     (tmp_path / "b").mkdir()
     source = sentences(tmp_path / "b", {"text": ["two", "words"], "label": ["O"]})
     other = described(tmp_path / "b", source, "token-classification", data)
-    with_it = HoldingsFile.read(other, TAGS, lenient=True)
+    with_it = DatasetManifest.read(other, TAGS, lenient=True)
     assert with_it.inputs() == without.inputs()
     assert with_it.targets == without.targets
     assert with_it.parts[0][0].skipped == {"unreadable": 1}
     with pytest.raises(DataError):
-        HoldingsFile.read(other, TAGS)
+        DatasetManifest.read(other, TAGS)
 
 
 def test_a_broken_image_leaves_the_others_as_they_are(tmp_path: Path) -> None:
@@ -54,10 +54,10 @@ def test_a_broken_image_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     source = tmp_path / "images.csv"
     source.write_text("image,label\ngood.png,red\nbroken.png,blue\n", encoding="utf-8")
     file = described(tmp_path, source, "image-classification", DataConfig(source="images.csv", image="image"))
-    held = HoldingsFile.read(file, ("blue", "red"), lenient=True)
+    held = DatasetManifest.read(file, ("blue", "red"), lenient=True)
     assert len(held) == 1
     with pytest.raises(DataError):
-        HoldingsFile.read(file, ("blue", "red"))
+        DatasetManifest.read(file, ("blue", "red"))
 
 
 @pytest.mark.parametrize(
@@ -74,19 +74,21 @@ def test_a_malformed_line_leaves_the_others_as_they_are(tmp_path: Path, name: st
     source = tmp_path / name
     config = DataConfig(source=name)
     source.write_text("\n".join(good), encoding="utf-8")
-    without = HoldingsFile.read(described(tmp_path, source, "sequence-classification", config), TAGS, lenient=True)
+    without = DatasetManifest.read(described(tmp_path, source, "sequence-classification", config), TAGS, lenient=True)
     source.write_text("\n".join([*good, broken]), encoding="utf-8")
-    with_it = HoldingsFile.read(tmp_path / "data.json", TAGS, lenient=True)
+    with_it = DatasetManifest.read(tmp_path / "data.json", TAGS, lenient=True)
     assert with_it.inputs() == without.inputs()
     assert with_it.targets == without.targets
     assert with_it.parts[0][0].skipped == {"unreadable": 1}
     with pytest.raises(DataError):
-        HoldingsFile.read(tmp_path / "data.json", TAGS)
+        DatasetManifest.read(tmp_path / "data.json", TAGS)
 
 
 def test_several_malformed_lines_are_counted(tmp_path: Path) -> None:
     source = tmp_path / "tags.csv"
     source.write_text('text,label\na,B\n1,2,O\n\n1,2,3\nb,O\n"c,O\nd,O\n', encoding="utf-8")
-    held = HoldingsFile.read(described(tmp_path, source, "sequence-classification", DataConfig(source="x")), TAGS, lenient=True)
+    held = DatasetManifest.read(
+        described(tmp_path, source, "sequence-classification", DataConfig(source="x")), TAGS, lenient=True
+    )
     assert list(held.inputs()) == ["a", "b", '"c', "d"]  # a stray quote is a character, where its line is a record by itself
     assert held.parts[0][0].skipped == {"unreadable": 2}

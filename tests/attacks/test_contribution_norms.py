@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from cotune.client.training.rows import Setting
+from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import setting_of
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.records import read_records
 from cotune.models.encoding import encoded_examples
 from cotune.models.features import vectors_of
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
@@ -89,23 +89,23 @@ def plan_of(base: Path, source: Path, task: str, mode: str, precision: str, labe
     )
 
 
-def prepared(plan: Plan) -> tuple[SharedModel, Holdings, State]:
+def prepared(plan: Plan) -> tuple[TrainableModel, Dataset, State]:
     """The model at an honest state, trained parameters chosen; all records; the state."""
     model, stage = model_of(plan, "cpu"), plan.stage_of(1)
     model.load({})
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     model.train_only(names)
     records = read_records(plan.data, task=plan.task)
-    return model, Holdings(((records, np.arange(len(records))),), plan.labels, plan.task), model.state(names)
+    return model, Dataset(((records, np.arange(len(records))),), plan.labels, plan.task), model.state(names)
 
 
-def setting_at(plan: Plan, model: SharedModel, holdings: Holdings, state: State) -> Setting:
+def setting_at(plan: Plan, model: TrainableModel, holdings: Dataset, state: State) -> TrainingSetup:
     """The setting as a client makes it at a state, without the checks that refuse some of these: the engine alone must bound."""
     model.load(state)
     return setting_of(plan, plan.stage_of(1), model, holdings, state, "clinic", expected_batch=float(OTHERS))
 
 
-def clipped_sum(setting: Setting, rows: range, clip: float) -> list[Tensor]:
+def clipped_sum(setting: TrainingSetup, rows: range, clip: float) -> list[Tensor]:
     """Of one step without noise on these rows, to the bit."""
     with per_example(setting.module, setting.loss) as of:
         total = ExactSum(of.parameters, grid_of(clip, 0.0, sum(p.numel() for p in of.parameters)), "flat")
@@ -118,7 +118,7 @@ def norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().pow(2).sum()) for t in tensors))
 
 
-def sensitivity(plan: Plan, model: SharedModel, holdings: Holdings, state: State, clip: float) -> float:
+def sensitivity(plan: Plan, model: TrainableModel, holdings: Dataset, state: State, clip: float) -> float:
     """‖sum(D) − sum(D∖i)‖ / C, where i is the last record; in the second world nothing was computed with it."""
     setting = setting_at(plan, model, holdings, state)
     whole = clipped_sum(setting, range(setting.rows), clip)
@@ -128,14 +128,14 @@ def sensitivity(plan: Plan, model: SharedModel, holdings: Holdings, state: State
     return norm([w - r for w, r in zip(whole, rest, strict=True)]) / clip
 
 
-def shortened(holdings: Holdings) -> Holdings:
+def shortened(holdings: Dataset) -> Dataset:
     """The same, from a file that lacks the last record."""
     records = holdings.parts[0][0]
     fewer = replace(records, inputs=records.inputs[:-1], labels=records.labels[:-1])
-    return Holdings(((fewer, np.arange(len(fewer))),), holdings.labels, holdings.task)
+    return Dataset(((fewer, np.arange(len(fewer))),), holdings.labels, holdings.task)
 
 
-def amplified(model: SharedModel, holdings: Holdings, state: State) -> State:
+def amplified(model: TrainableModel, holdings: Dataset, state: State) -> State:
     """A head that shows how company moves the features of others, as the audit's did.
 
     For each record i with feature f_i alone, and f'_i in a bfloat16 batch padded to the longest: one row w of the head's last

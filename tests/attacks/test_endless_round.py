@@ -18,9 +18,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.errors import Declined
 from cotune.plan.tables import RoundsConfig
-from cotune.server.rounds.requests import Asking
-from cotune.server.rounds.tally import Tally
-from cotune.server.transport.base import Letter
+from cotune.server.rounds.requests import RequestTracker
+from cotune.server.rounds.round_result import RoundResult
+from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import REVOKED, Node
 
 DAY = 24 * 3600.0
@@ -44,7 +44,7 @@ class Scripted:
     now: float = 1000.0
     members: set[str] = field(default_factory=set)
     asked: dict[str, int] = field(default_factory=dict)
-    _due: list[tuple[float, Letter]] = field(default_factory=list)
+    _due: list[tuple[float, Reply]] = field(default_factory=list)
     _since: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,14 +62,14 @@ class Scripted:
     def left(self) -> Collection[str]:
         return ()
 
-    def send(self, round: int, organization: str, message: Message, most_bytes: int) -> None:
+    def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
         self.asked[organization] = self.asked.get(organization, 0) + 1
         seconds, words = self.answers[organization](self.asked[organization])
         message.metadata.__dict__["_message_id"] = "1"
         reply = Message(Error(1001, words), reply_to=message) if words else Message(RecordDict(), reply_to=message)
-        self._due.append((self.now + seconds, Letter(round, organization, reply)))
+        self._due.append((self.now + seconds, Reply(round, organization, reply)))
 
-    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Letter]:
+    def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         """The next that is due, or half a minute later."""
         later = self.now + (0.0 if last else 30.0)
         self._due.sort(key=lambda due: due[0])
@@ -87,12 +87,14 @@ class Scripted:
     def close(self) -> None: ...
 
 
-def played(post: Scripted, config: RoundsConfig, needed: int, each: Callable[[], None] = lambda: None) -> tuple[Tally, float]:
+def played(
+    post: Scripted, config: RoundsConfig, needed: int, each: Callable[[], None] = lambda: None
+) -> tuple[RoundResult, float]:
     """The round's tally, and how long it took in seconds; at most 30 days."""
-    tally, began = Tally(list(post.answers), needed), post.now
+    tally, began = RoundResult(list(post.answers), needed), post.now
     contents = {name: RecordDict() for name in post.answers}
     told = list[Any]()
-    round = Asking(
+    round = RequestTracker(
         post,
         config,
         1,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.records import read_records
 from cotune.privacy.config import RecordPrivacy
 from tests.support.movement import movement
@@ -22,7 +22,7 @@ CLIP = 0.5
 
 def sum_of(file: Path, deduplicate: bool) -> Tensor:
     records = read_records(DataConfig(source=str(file), deduplicate=deduplicate))
-    holdings = Holdings(((records, np.arange(len(records))),), ("x", "y")).bounded(RecordPrivacy(), 7)
+    holdings = Dataset(((records, np.arange(len(records))),), ("x", "y")).bounded(RecordPrivacy(), 7)
     features = torch.tensor([[0.0, 9.0] if "victim" in str(text).lower() else [9.0, 0.0] for text in holdings.inputs()])
     return movement(features, holdings.targets, holdings.units, CLIP)
 

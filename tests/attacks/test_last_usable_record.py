@@ -20,7 +20,7 @@ from cotune.client.site_folder import SiteFile
 from cotune.client.site_setup import name_records
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
-from cotune.data.dataset import HoldingsFile, Portion
+from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.errors import DataError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
@@ -52,7 +52,7 @@ def make(tmp_path: Path) -> Callable[..., Site]:
         folder = tmp_path / at
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-        described = HoldingsFile(data=DataConfig(source=str(folder / name)), portions=(Portion(path=None),))
+        described = DatasetManifest(data=DataConfig(source=str(folder / name)), portions=(FileSlice(path=None),))
         (folder / "data.json").write_text(described.model_dump_json())
         tell = TellRules(
             example_count="declared", declared_examples=60, local_metrics="noised", local_loss="noised", label_histogram="noised"
@@ -130,11 +130,11 @@ def test_one_bad_record_leaves_the_others_as_they_are(
 def test_the_last_image_of_a_folder(tmp_path: Path) -> None:
     for name in ("red", "blue"):
         (tmp_path / "images" / name).mkdir(parents=True)
-    described = HoldingsFile(
-        task="image-classification", data=DataConfig(source=str(tmp_path / "images")), portions=(Portion(path=None),)
+    described = DatasetManifest(
+        task="image-classification", data=DataConfig(source=str(tmp_path / "images")), portions=(FileSlice(path=None),)
     )
     (tmp_path / "data.json").write_text(described.model_dump_json())
-    assert len(HoldingsFile.read(tmp_path / "data.json", ("blue", "red"), lenient=True)) == 0
+    assert len(DatasetManifest.read(tmp_path / "data.json", ("blue", "red"), lenient=True)) == 0
 
 
 @pytest.mark.parametrize(("name", "content"), EMPTY.values(), ids=EMPTY)

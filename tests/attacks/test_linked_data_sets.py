@@ -17,12 +17,12 @@ import pytest
 
 import cotune.client.account as account_module
 import cotune.privacy.mechanisms.dp_sgd as dp_sgd
-from cotune.client.egress_guard import UNSAID
+from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
-from cotune.data.dataset import HoldingsFile, Portion
+from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.errors import Declined, PrivacyError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
@@ -44,7 +44,7 @@ def hold(site: Path, texts: list[str], collection: str = "") -> None:
     """From now on these are the records of the site."""
     source = site / f"records-{len(list(site.glob('*.csv')))}.csv"
     source.write_text("text,label\n" + "".join(f"{text},{LABELS[i % 3]}\n" for i, text in enumerate(texts)), encoding="utf-8")
-    described = HoldingsFile(data=DataConfig(source=str(source)), portions=(Portion(path=None),), collection=collection)
+    described = DatasetManifest(data=DataConfig(source=str(source)), portions=(FileSlice(path=None),), collection=collection)
     (site / "data.json").write_text(described.model_dump_json())
 
 
@@ -91,7 +91,7 @@ def answer(plan: Plan, site: Site, round: int, state: State) -> tuple[Any, ...]:
     except Declined as declined:
         return ("refused", declined.public)
     except PrivacyError:
-        return ("refused", UNSAID)
+        return ("refused", GENERIC_REFUSAL)
     return ("update", update.examples, update.steps, update.epsilon, update.noise_variance, sorted(update.told))
 
 
@@ -150,7 +150,7 @@ def test_another_unit_of_privacy_is_refused_alike(
         source = site.folder / "records-1.csv"
         lines = source.read_text().splitlines()
         source.write_text("\n".join([f"{lines[0]},pid", *(f"{line},p{i}" for i, line in enumerate(lines[1:]))]))
-        described = HoldingsFile(data=DataConfig(source=str(source), unit="pid"), portions=(Portion(path=None),))
+        described = DatasetManifest(data=DataConfig(source=str(source), unit="pid"), portions=(FileSlice(path=None),))
         document.write_text(described.model_dump_json())
         found.append([*answers, answer(people, site, 1, state_for(people, 1))])
     assert found[0] == found[1]

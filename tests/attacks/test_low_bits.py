@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.rows import Setting
+from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import setting_of
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.records import read_records
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
@@ -39,7 +39,7 @@ SEEDS = range(5)
 
 
 @pytest.fixture
-def victim(base_model: Callable[[str], Path], tmp_path: Path) -> tuple[Setting, list[nn.Parameter]]:
+def victim(base_model: Callable[[str], Path], tmp_path: Path) -> tuple[TrainingSetup, list[nn.Parameter]]:
     """One record, at an organization that trains the whole model from an honest state."""
     plan = parse_plan(
         {
@@ -57,12 +57,12 @@ def victim(base_model: Callable[[str], Path], tmp_path: Path) -> tuple[Setting, 
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     parameters = model.train_only(names)
     records = read_records(plan.data, task=plan.task)
-    holdings = Holdings(((records, np.arange(1)),), plan.labels, plan.task)
+    holdings = Dataset(((records, np.arange(1)),), plan.labels, plan.task)
     setting = setting_of(plan, stage, model, holdings, model.state(names), "clinic", expected_batch=BATCH)
     return setting, parameters
 
 
-def released(setting: Setting, parameters: list[nn.Parameter], seed: int, *, sampled: bool) -> Tensor:
+def released(setting: TrainingSetup, parameters: list[nn.Parameter], seed: int, *, sampled: bool) -> Tensor:
     """(θ0 − θ1) / rate of a round of one step, all coordinates, as the server computes it; θ0 stays."""
     before = [p.detach().clone() for p in parameters]
     steps = private_steps(
@@ -111,7 +111,7 @@ def of_the_grid(found: Tensor) -> Tensor:
 
 
 def test_everything_released_is_a_whole_number_of_grid_steps_in_both_worlds(
-    victim: tuple[Setting, list[nn.Parameter]],
+    victim: tuple[TrainingSetup, list[nn.Parameter]],
 ) -> None:
     """The values that can be reached are the same ones with and without the record: none of them excludes a world."""
     for seed in SEEDS:
@@ -119,7 +119,7 @@ def test_everything_released_is_a_whole_number_of_grid_steps_in_both_worlds(
             assert bool(of_the_grid(released(*victim, seed, sampled=sampled)).all())
 
 
-def test_the_record_moves_what_is_released_by_whole_steps(victim: tuple[Setting, list[nn.Parameter]]) -> None:
+def test_the_record_moves_what_is_released_by_whole_steps(victim: tuple[TrainingSetup, list[nn.Parameter]]) -> None:
     """Under the same noise: at most C in all, and something, or the test would be empty."""
     inside, outside = (grid_steps(released(*victim, 0, sampled=sampled)) for sampled in (True, False))
     moved = float((inside - outside).norm()) * grid_step(CLIP, SIGMA)
@@ -127,7 +127,7 @@ def test_the_record_moves_what_is_released_by_whole_steps(victim: tuple[Setting,
 
 
 def test_the_question_for_noise_alone_has_the_same_answers_in_both_worlds(
-    victim: tuple[Setting, list[nn.Parameter]],
+    victim: tuple[TrainingSetup, list[nn.Parameter]],
 ) -> None:
     """The counts of independent runs differ by no more than chance: 4 standard errors of two proportions."""
     counts = {

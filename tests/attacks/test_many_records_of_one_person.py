@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.records import Records
 from cotune.privacy.config import RecordPrivacy
 from tests.support.movement import movement
@@ -21,9 +21,9 @@ OTHERS = [("others", f"other text {i}", "x" if i % 2 else "y") for i in range(12
 Row = tuple[str, str, str]  # whose, text, label
 
 
-def held(rows: list[Row], privacy: RecordPrivacy, seed: int = 7) -> Holdings:
+def held(rows: list[Row], privacy: RecordPrivacy, seed: int = 7) -> Dataset:
     whose, texts, labels = zip(*rows, strict=True)
-    return Holdings(((Records(texts, labels, "records", units=whose), np.arange(len(rows))),), ("x", "y")).bounded(privacy, seed)
+    return Dataset(((Records(texts, labels, "records", units=whose), np.arange(len(rows))),), ("x", "y")).bounded(privacy, seed)
 
 
 def sum_of(rows: list[Row], privacy: RecordPrivacy) -> Tensor:

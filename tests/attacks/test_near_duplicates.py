@@ -13,7 +13,7 @@ import pytest
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Holdings, HoldingsFile, Portion
+from cotune.data.dataset import Dataset, DatasetManifest, FileSlice
 from cotune.plan.load import parse_plan
 from cotune.privacy.accounting.composition import Steps
 
@@ -40,19 +40,19 @@ VARIANTS = {
 }
 
 
-def counted(folder: Path, texts: list[str], collection: str) -> Holdings:
+def counted(folder: Path, texts: list[str], collection: str) -> Dataset:
     """What counts at the site in the folder, whose file of records now holds these texts."""
     folder.mkdir(exist_ok=True)
     source = folder / f"{collection}.csv"
     quoted = "".join('"{}",{}\n'.format(text.replace('"', '""'), "ab"[i % 2]) for i, text in enumerate(texts))
     source.write_text("text,label\n" + quoted, encoding="utf-8")
-    described = HoldingsFile(data=DataConfig(source=str(source)), portions=(Portion(path=None),), collection=collection)
+    described = DatasetManifest(data=DataConfig(source=str(source)), portions=(FileSlice(path=None),), collection=collection)
     (folder / "data.json").write_text(described.model_dump_json())
     (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
     return Site(folder).counted(PLAN)
 
 
-def charge(folder: Path, held: Holdings) -> None:
+def charge(folder: Path, held: Dataset) -> None:
     ledger = Site(folder).ledger()
     data = ledger.know(held.unit_identities())
     ledger.reserve("a", 1, Steps(0.7, 1.0, 1), data=data, collection=held.collection)

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, BertConfig, RobertaConfig
 
-from cotune.client.training.rows import Setting
+from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import check_gradients, setting_of
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.records import Records
 from cotune.models.architecture import AlignedRows
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
@@ -62,7 +62,7 @@ def plan_of(folder: Path, config: type[Any], width: int, mode: str) -> Plan:
     )
 
 
-def summing(plan: Plan, model: SharedModel, monkeypatch: pytest.MonkeyPatch) -> Sum:
+def summing(plan: Plan, model: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> Sum:
     """(records, state) -> the clipped sum of one step over them, in float64, before noise is added to it."""
     seen: list[Tensor] = []
 
@@ -83,14 +83,14 @@ def summing(plan: Plan, model: SharedModel, monkeypatch: pytest.MonkeyPatch) -> 
     return of
 
 
-def setting(plan: Plan, model: SharedModel, rows: list[int], state: State) -> Setting:
+def setting(plan: Plan, model: TrainableModel, rows: list[int], state: State) -> TrainingSetup:
     model.load(state)
     records = Records([TEXTS[i] for i in rows], [LABELS[i] for i in rows], "records")
-    held = Holdings(((records, torch.arange(len(rows)).numpy()),), CLASSES)
+    held = Dataset(((records, torch.arange(len(rows)).numpy()),), CLASSES)
     return setting_of(plan, plan.stages[0], model, held, state, "clinic", expected_batch=16.0)
 
 
-def prepared(folder: Path, config: type[Any], width: int, mode: str) -> tuple[Plan, SharedModel, State]:
+def prepared(folder: Path, config: type[Any], width: int, mode: str) -> tuple[Plan, TrainableModel, State]:
     """A plan, its model, checked as before every training, and what the stage trains."""
     plan = plan_of(folder, config, width, mode)
     model = model_of(plan, "cpu")

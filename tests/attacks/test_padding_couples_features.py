@@ -17,7 +17,7 @@ import torch
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.features import features_of
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from tests.conftest import VOCABULARY, tokenizer
 
 WORDS = [word for word in VOCABULARY if not word.startswith("[")]
@@ -25,7 +25,7 @@ LONGEST = 128
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> SharedModel:
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> TrainableModel:
     """A BERT that is wide enough for kernels to choose by shape."""
     from transformers import AutoModel, BertConfig
 
@@ -44,13 +44,13 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> SharedModel:
         AutoModel.from_config(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     loaded = load_model(ModelConfig(base=str(folder), max_length=LONGEST, pooling="mean"), ("bad", "good"), 1)
-    return SharedModel(loaded, None, 1, torch.device("cpu"))
+    return TrainableModel(loaded, None, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tokens", [16, LONGEST])
 def test_a_long_record_leaves_the_features_of_others_alone(
-    encoder: SharedModel, tokens: int, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    encoder: TrainableModel, tokens: int, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path))
     rng = random.Random(0)

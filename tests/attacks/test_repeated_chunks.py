@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import UNSAID
+from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.node import worker as resident
 from cotune.client.site import Site
 from cotune.flower.chunks import Malformed, Parcel, TooMuch, gather, inflated_bytes
@@ -105,7 +105,7 @@ def test_a_node_refuses_it_in_one_sentence_and_charges_nothing(
     plan, site = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}), make_site()
     made = bomb(parcel(request(plan, state_for(plan)), kind))
     reply = resident._answer(made, site.folder)
-    assert reply.error.reason == UNSAID
+    assert reply.error.reason == GENERIC_REFUSAL
     assert "TooMuch" in AuditLog(site.folder).last()["reason"]
     assert not site.ledger_file.exists()
     assert not (site.folder / "models").exists()

@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import UNSAID
+from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.parameters import model_of, state_shapes
@@ -52,7 +52,7 @@ def test_it_is_refused_and_nothing_is_charged_or_kept(
 ) -> None:
     plan, site = make_plan(privacy=privacy), make_site()
     state = {**state_for(plan), **encoder_of(plan)}
-    assert words_of(str(ask(plan, site, state, kind).error.reason))[0] == UNSAID
+    assert words_of(str(ask(plan, site, state, kind).error.reason))[0] == GENERIC_REFUSAL
     assert "which no round up to 1 trains" in AuditLog(site.folder).last()["reason"]
     assert not site.ledger_file.exists()
     assert not (site.folder / "models").exists()

@@ -15,8 +15,8 @@ from cotune.plan.tables import RoundsConfig
 from cotune.server.rounds import requests as asking
 from cotune.server.rounds.exclusions import left_out, strikes_of
 from cotune.server.rounds.loop import run_rounds
-from cotune.server.rounds.requests import Asking
-from cotune.server.rounds.tally import Tally
+from cotune.server.rounds.requests import RequestTracker
+from cotune.server.rounds.round_result import RoundResult
 from cotune.server.transport import superlink as carriers
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import real, told, wild
@@ -39,13 +39,13 @@ def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRu
     assert [d["organization"] for entry in progress.history for d in entry["dropped"]] == ["org-2"] * 3
     assert left_out(folder, progress.history) == ["org-2"]
     assert strikes_of(folder, progress.history) == {"org-2": 3}
-    [event] = told(folder, "organization_left_out")
+    [event] = told(folder, "client_excluded")
     assert (event["organization"], event["round"]) == ("org-2", 4)
 
 
-def of(people: list[str], came: dict[str, float], clock: Iterator[float], **config: float) -> Asking:
-    tally = Tally(people, needed=1, participants=list(came))
-    made = Asking(None, RoundsConfig(**config), 1, {}, 0, len(people), tally, print, real=True, clock=lambda: next(clock))  # type: ignore[arg-type]
+def of(people: list[str], came: dict[str, float], clock: Iterator[float], **config: float) -> RequestTracker:
+    tally = RoundResult(people, needed=1, participants=list(came))
+    made = RequestTracker(None, RoundsConfig(**config), 1, {}, 0, len(people), tally, print, real=True, clock=lambda: next(clock))  # type: ignore[arg-type]
     made._took = dict(came)
     return made
 

@@ -15,7 +15,7 @@ import pytest
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Holdings, HoldingsFile, Portion
+from cotune.data.dataset import Dataset, DatasetManifest, FileSlice
 from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
 from cotune.privacy.accounting.composition import Steps
@@ -35,26 +35,26 @@ FIRST = [(f"text {i}", f"p{i}") for i in range(5)]
 SECOND = [(COMMON, f"q{i}") for i in range(40)] + [("else", "q40")]
 
 
-def counted(folder: Path, rows: list[Row], collection: str) -> Holdings:
+def counted(folder: Path, rows: list[Row], collection: str) -> Dataset:
     """What counts at the site in the folder, whose records are now these."""
     folder.mkdir(exist_ok=True)
     source = folder / f"{collection}.csv"
     source.write_text("text,label,pid\n" + "".join(f"{text},a,{whose}\n" for text, whose in rows), encoding="utf-8")
-    described = HoldingsFile(
-        data=DataConfig(source=str(source), unit="pid"), portions=(Portion(path=None),), collection=collection
+    described = DatasetManifest(
+        data=DataConfig(source=str(source), unit="pid"), portions=(FileSlice(path=None),), collection=collection
     )
     (folder / "data.json").write_text(described.model_dump_json())
     (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
     return Site(folder).counted(PLAN)
 
 
-def charge(folder: Path, held: Holdings) -> None:
+def charge(folder: Path, held: Dataset) -> None:
     ledger = Site(folder).ledger()
     data = ledger.know(held.unit_identities(), unit=str(held.unit), also=held.further_identities())
     ledger.reserve("a", 1, Steps(0.7, 1.0, 1), data=data, collection=held.collection)
 
 
-def second_after(folder: Path, first: list[Row], second: list[Row]) -> Holdings:
+def second_after(folder: Path, first: list[Row], second: list[Row]) -> Dataset:
     charge(folder, counted(folder, first, "first"))
     return counted(folder, second, "second")
 

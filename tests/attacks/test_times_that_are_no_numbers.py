@@ -28,7 +28,7 @@ from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
 from cotune.server.proxy.rules import Limits
 from cotune.server.transport import superlink as carriers
 from cotune.server.transport.node_registry import Node
-from cotune.server.transport.superlink import Threaded
+from cotune.server.transport.superlink import SuperLinkTransport
 from tests.support.calls import announcement
 
 NO_TIMES = (math.nan, math.inf, -math.inf, -1.0, 1e300)
@@ -99,7 +99,7 @@ class Poisoned:
             raise httpx.HTTPStatusError("500", request=request, response=httpx.Response(500, request=request))
         return {number: number for number in numbers}
 
-    def fetch(self, answer: str, most_bytes: int, came: Callable[[], None]) -> Message | None:
+    def fetch(self, answer: str, max_bytes: int, came: Callable[[], None]) -> Message | None:
         raise TooMuch("an answer like any other")
 
 
@@ -118,7 +118,7 @@ def test_one_at_which_the_superlink_fails_hides_no_other(monkeypatch: pytest.Mon
     """Whatever else a member may find to break it with."""
     monkeypatch.setattr(carriers, "_POLL_SECONDS", 0.01)
     names, came = ["north", "mallory", "south", "west"], set[str]()
-    with closing(Threaded(cast(Line, Poisoned("mallory")), Connected(), lambda *_, **__: None)) as post:
+    with closing(SuperLinkTransport(cast(Line, Poisoned("mallory")), Connected(), lambda *_, **__: None)) as post:
         for name in names:
             post.send(1, name, cast(Message, name), 100)
         for _ in range(500):

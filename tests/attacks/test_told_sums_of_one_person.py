@@ -14,7 +14,7 @@ import torch
 from cotune.client.training.round import _correct, _total_loss
 from cotune.client.training.setup import setting_of
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.records import read_records
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
@@ -40,7 +40,7 @@ def test_a_person_counts_for_one(base_model: Callable[[str], Path], tmp_path: Pa
         file = tmp_path / f"{name}.csv"
         file.write_text("\n".join(["patient_id,text,label", *rows]), encoding="utf-8")
         records = read_records(DataConfig(source=str(file), unit="patient_id"))
-        held = Holdings(((records, np.arange(len(records))),), plan.labels).bounded(plan.privacy, plan.seed)
+        held = Dataset(((records, np.arange(len(records))),), plan.labels).bounded(plan.privacy, plan.seed)
         model.load({})
         setting = setting_of(plan, plan.stages[0], model, held, {}, name, expected_batch=4.0)
         with torch.no_grad():

@@ -21,7 +21,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from cotune.data.config import DataConfig, TaskName
-from cotune.data.dataset import Holdings, HoldingsFile, Portion
+from cotune.data.dataset import Dataset, DatasetManifest, FileSlice
 from cotune.data.readers.images import opened
 from cotune.errors import DataError
 
@@ -29,12 +29,12 @@ LABELS = ("B", "O")
 CLASSES = {"names": ["B", "O"], "_type": "ClassLabel"}
 
 
-def held(source: Path, task: TaskName = "sequence-classification", **data: Any) -> Holdings:
+def held(source: Path, task: TaskName = "sequence-classification", **data: Any) -> Dataset:
     """What a real site reads of the file."""
     document = source.with_name("data.json")
-    described = HoldingsFile(task=task, data=DataConfig(source=source.name, **data), portions=(Portion(path=source),))
+    described = DatasetManifest(task=task, data=DataConfig(source=source.name, **data), portions=(FileSlice(path=source),))
     document.write_text(described.model_dump_json())
-    return HoldingsFile.read(document, LABELS, lenient=True)
+    return DatasetManifest.read(document, LABELS, lenient=True)
 
 
 def picture() -> bytes:

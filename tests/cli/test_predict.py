@@ -9,14 +9,14 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from cotune.client.app import keep_finished
+from cotune.client.app import store_final_model
 from cotune.data.config import TaskName
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.export import export_model
 from cotune.models.features import encode_batch
 from cotune.models.head_fit import fit_head, head_names
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request
 from tests.cli.conftest import Cotune
@@ -32,7 +32,7 @@ def model(base_model: Callable[[str], Path], folder: Path) -> Callable[..., Path
 
     def make(kind: str = "bert", task: TaskName = "sequence-classification", labels: tuple[str, ...] = LABELS) -> Path:
         config = ModelConfig.model_validate({"base": str(base_model(kind)), "pooling": "mean" if labels == LABELS else "auto"})
-        made = SharedModel(load_model(config, labels, 1, task), None, 1, torch.device("cpu"))
+        made = TrainableModel(load_model(config, labels, 1, task), None, 1, torch.device("cpu"))
         if labels == LABELS:
             rows = sentences(120)
             features = made.loaded.task.examples(made.loaded.reader, 32, [text for text, _ in rows], [0] * len(rows))
@@ -154,7 +154,7 @@ def test_a_site_adapts_and_judges_what_it_received(cotune: Cotune, folder: Path)
     plan = clinic.make_plan(folder / "base", folder / "reviews.csv", model={"pooling": "mean"})
     site = clinic.make_site(folder / "site", folder / "reviews.csv", range(240), Policy.permissive())
     assert cotune("client", "adapt", "site").code == 1  # nothing has come yet
-    keep_finished(Request(plan.canonical(), 3, "clinic", clinic.state_of(plan), 0), plan, site)
+    store_final_model(Request(plan.canonical(), 3, "clinic", clinic.state_of(plan), 0), plan, site)
     done = json.loads(cotune("client", "adapt", "site", "--json").out)
     assert (done["sent"], done["epsilon"], done["records"]) == (False, 0.0, 240)
     write_csv(folder / "new.csv", sentences(60, seed=4))

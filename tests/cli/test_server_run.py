@@ -126,7 +126,7 @@ def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
         tell("update_received", {"round": 1, "organization": "a", "bytes": 1200, "steps": 3, "epsilon": 0.991})
         tell("update_quarantined", {"round": 1, "organization": "b", "reason": "not finite"})
         tell("messages_refused", {"organization": "c", "count": 4, "reason": "it replies to nothing"})
-        tell("organization_left_out", {"organization": "b", "reason": "3 refused updates"})
+        tell("client_excluded", {"organization": "b", "reason": "3 refused updates"})
         tell("delivered", {"organization": "a"})
         tell("run_lost", {"reason": "its process ended (failed)", "seconds": 4.0})
     told = console.export_text().replace("\u00a0", " ")

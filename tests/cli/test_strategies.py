@@ -230,13 +230,13 @@ def test_parts_of_any_origin_are_checked(cotune: Cotune) -> None:
 
 RULE = """
 import torch
-from cotune.strategies import Fused, Needs, Visibility, fusion
+from cotune.strategies import Aggregate, Needs, Visibility, fusion
 
 @fusion("heavy", cite="", needs=Needs(visibility=Visibility.PER_CLIENT, weights=False), keeps=False)
 def heavy(updates, context, *, beta: float = 0.5):
     mean = {n: torch.stack([u.delta[n] for u in updates]).mean(0) for n in updates[0].delta}
     moving = {n: d + beta * context.memory.get(n, torch.zeros(())) for n, d in mean.items()}
-    return Fused(moving, memory=moving)
+    return Aggregate(moving, memory=moving)
 """
 
 

@@ -14,14 +14,14 @@ from cotune.client.personalization.adaptation import OwnRecords, adapt, base_hea
 from cotune.errors import DataError
 from cotune.models.config import ModelConfig
 from cotune.models.head_fit import fit_head, head_scores
-from cotune.models.trainable import SharedModel, State, resident
+from cotune.models.trainable import State, TrainableModel, resident
 from cotune.plan.tables import PersonalizeConfig
 
 POINTS = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def model(base_model: Callable[[str], Path]) -> SharedModel:
+def model(base_model: Callable[[str], Path]) -> TrainableModel:
     config = ModelConfig(base=str(base_model("bert")), max_length=16, pooling="mean")
     return resident(config, ("bad", "good", "so"), None, 7, "cpu")
 
@@ -33,17 +33,17 @@ def records(count: int, seed: int = 0, mix: tuple[float, ...] = (1, 1, 1)) -> Ow
     return own_records(features, targets.tolist(), range(count), 3)
 
 
-def shared_head(model: SharedModel, own: OwnRecords) -> State:
+def shared_head(model: TrainableModel, own: OwnRecords) -> State:
     start = base_head(model)
     return fit_head(model, own.features, own.targets, start=start, toward=start, pull=0.001)
 
 
-def accuracy(model: SharedModel, head: State, of: OwnRecords) -> float:
+def accuracy(model: TrainableModel, head: State, of: OwnRecords) -> float:
     told: Tensor = head_scores(model, head, of.features).argmax(dim=1)
     return float((told == of.targets).float().mean())
 
 
-def test_of_few_and_skewed_records_something_of_the_others_model_is_kept(model: SharedModel) -> None:
+def test_of_few_and_skewed_records_something_of_the_others_model_is_kept(model: TrainableModel) -> None:
     """Thirty records of another mix: better than the shared model as it came, and better than alone."""
     mix = (6.0, 1.0, 1.0)
     shared, new = shared_head(model, records(2000, seed=2)), records(4000, seed=9, mix=mix)
@@ -55,7 +55,7 @@ def test_of_few_and_skewed_records_something_of_the_others_model_is_kept(model: 
     assert sum(gains) / len(gains) > 0.02
 
 
-def test_a_shared_model_that_knows_nothing_is_not_kept(model: SharedModel) -> None:
+def test_a_shared_model_that_knows_nothing_is_not_kept(model: TrainableModel) -> None:
     own, new = records(300, seed=3), records(2000, seed=9)
     wrong = {name: -tensor for name, tensor in shared_head(model, records(500, seed=4)).items()}
     found = adapt(model, own, wrong, PersonalizeConfig(), seed=1)
@@ -63,7 +63,7 @@ def test_a_shared_model_that_knows_nothing_is_not_kept(model: SharedModel) -> No
     assert accuracy(model, found.head, new) > accuracy(model, found.alone, new) - 0.03
 
 
-def test_only_the_methods_of_the_plan_are_kept(model: SharedModel) -> None:
+def test_only_the_methods_of_the_plan_are_kept(model: TrainableModel) -> None:
     wrong = {name: -tensor for name, tensor in shared_head(model, records(500, seed=4)).items()}
     for methods in ((), ("prior",), ("head", "mix")):
         found = adapt(model, records(100, seed=3), wrong, PersonalizeConfig(methods=methods), seed=1)
@@ -73,7 +73,7 @@ def test_only_the_methods_of_the_plan_are_kept(model: SharedModel) -> None:
     assert all(torch.equal(none.head[name], wrong[name]) for name in wrong)
 
 
-def test_the_same_records_give_the_same_head(model: SharedModel) -> None:
+def test_the_same_records_give_the_same_head(model: TrainableModel) -> None:
     shared = shared_head(model, records(500, seed=4))
     one, other = (adapt(model, records(60, seed=3), shared, PersonalizeConfig(), seed=1) for _ in range(2))
     assert one.described == other.described

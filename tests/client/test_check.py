@@ -10,7 +10,7 @@ from cotune.client.preflight import check
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
-from cotune.data.dataset import HoldingsFile, Portion
+from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.errors import PlanError
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
@@ -139,7 +139,7 @@ so it is,so,anna
 
 
 def left_out(site: Site, plan: Plan, config: DataConfig) -> dict[str, int]:
-    document = HoldingsFile(data=config, portions=(Portion(path=None),))
+    document = DatasetManifest(data=config, portions=(FileSlice(path=None),))
     (site.folder / "data.json").write_text(document.model_dump_json())
     return dict(check(plan, site).left_out)
 

@@ -19,13 +19,13 @@ from torch.nn import functional
 
 from cotune.client.training import feature_rows
 from cotune.client.training import setup as setting
-from cotune.client.training.rows import Setting
+from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import check_gradients, check_stages, setting_of
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.records import read_records
 from cotune.data.tasks.task import logits
 from cotune.errors import DataError, ModelError, PlanError, PrivacyError
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
@@ -104,12 +104,12 @@ def new_plan(base_model: Callable[[str], Path], records: dict[str, Path]) -> Mak
     return make
 
 
-def everything(plan: Plan) -> Holdings:
+def everything(plan: Plan) -> Dataset:
     records = read_records(plan.data, task=plan.task)
-    return Holdings(((records, np.arange(len(records))),), plan.labels, plan.task)
+    return Dataset(((records, np.arange(len(records))),), plan.labels, plan.task)
 
 
-def prepared(plan: Plan) -> tuple[SharedModel, list[nn.Parameter], Setting]:
+def prepared(plan: Plan) -> tuple[TrainableModel, list[nn.Parameter], TrainingSetup]:
     """The stage's setting at a client, with the parameters away from where they start: a B of zero would hide what A gets."""
     model, stage = model_of(plan, "cpu"), plan.stage_of(1)
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
@@ -121,7 +121,7 @@ def prepared(plan: Plan) -> tuple[SharedModel, list[nn.Parameter], Setting]:
     return model, parameters, setting_of(plan, stage, model, everything(plan), state, "clinic", expected_batch=4)
 
 
-def one_at_a_time(given: Setting, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
+def one_at_a_time(given: TrainingSetup, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
     """The gradient of each record, alone in its batch and without padding."""
     batches = [given.alone(row) for row in range(given.rows)]
     return [[g.double() for g in torch.autograd.grad(given.loss(batch).sum(), parameters)] for batch in batches]
@@ -131,7 +131,7 @@ def norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(t.pow(2).sum()) for t in tensors))
 
 
-def moved(given: Setting, parameters: list[nn.Parameter], clip: float) -> list[Tensor]:
+def moved(given: TrainingSetup, parameters: list[nn.Parameter], clip: float) -> list[Tensor]:
     """The sum of clipped gradients, as one step without noise over all records shows it."""
     before = [p.detach().double().clone() for p in parameters]
     steps = private_steps(
@@ -358,7 +358,7 @@ def test_of_tags_a_record_counts_once(new_plan: MakePlan) -> None:
     assert sum(counts.values()) == len(held) == 7 < len(held.truth)
     ((records, rows),) = held.parts
     for left_out in range(7):
-        fewer = Holdings(((records, np.delete(rows, left_out)),), plan.labels, plan.task).label_counts()
+        fewer = Dataset(((records, np.delete(rows, left_out)),), plan.labels, plan.task).label_counts()
         assert sum(abs(counts[label] - fewer[label]) for label in counts) == 1
 
 

@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from transformers import pipeline
 
 from cotune.client import app as finished_module
-from cotune.client.app import app, keep_finished
+from cotune.client.app import app, store_final_model
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.client.training.extensions import PERSONAL
@@ -42,7 +42,7 @@ def finished(plan: Plan, state: State, *, round: int = 3, admitted: int = 0) -> 
 def test_the_model_is_a_folder_that_transformers_loads(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan, site = make_plan(), make_site()
     request = finished(plan, state_for(plan))
-    folder = keep_finished(request, plan, site)
+    folder = store_final_model(request, plan, site)
     assert folder == site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
     classify = pipeline("text-classification", str(folder))
     [told] = classify("great table")
@@ -55,12 +55,12 @@ def test_the_model_is_a_folder_that_transformers_loads(make_plan: MakePlan, make
 def test_the_same_model_again_changes_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan, site = make_plan(), make_site()
     request = finished(plan, state_for(plan))
-    weights = keep_finished(request, plan, site) / "model.safetensors"
+    weights = store_final_model(request, plan, site) / "model.safetensors"
     before = weights.stat()
-    assert keep_finished(request, plan, site) == weights.parent
+    assert store_final_model(request, plan, site) == weights.parent
     assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     other = Request(plan.canonical(), 3, "clinic", {name: tensor + 1 for name, tensor in request.state.items()})
-    keep_finished(other, plan, site)
+    store_final_model(other, plan, site)
     assert weights.stat().st_ino != before.st_ino
 
 
@@ -71,7 +71,7 @@ def test_the_own_part_is_joined(make_plan: MakePlan, make_site: MakeSite, state_
     own = site.newest(plan.plan_id, PERSONAL)
     assert own
     shared = {name: tensor for name, tensor in state.items() if ".lora_A." in name}
-    keep_finished(Request(plan.canonical(), 1, "clinic", shared, 1), plan, site)
+    store_final_model(Request(plan.canonical(), 1, "clinic", shared, 1), plan, site)
     model = model_of(plan, "cpu")
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state(own).items())
 
@@ -81,7 +81,7 @@ def test_a_plan_that_nobody_has_approved_leaves_nothing(make_plan: MakePlan, mak
     for rules in ({"training.approval": "each"}, {"training.base_models": ["00" * 32]}):
         site = make_site(policy=changed_policy(Policy.permissive(), rules))
         with pytest.raises(Declined, match=next(iter(rules)).replace(".", r"\.")):
-            keep_finished(finished(plan, state_for(plan)), plan, site)
+            store_final_model(finished(plan, state_for(plan)), plan, site)
         assert not (site.folder / "models").exists()
 
 
@@ -89,12 +89,12 @@ def test_what_is_no_finished_model(make_plan: MakePlan, make_site: MakeSite, sta
     plan, site = make_plan(), make_site()
     state = state_for(plan)
     with pytest.raises(RunError, match="a finished model came after round 4: expected one of the plan's 3 rounds"):
-        keep_finished(finished(plan, state, round=4), plan, site)
+        store_final_model(finished(plan, state, round=4), plan, site)
     name = next(iter(state))
     with pytest.raises(RunError, match="is not finite"):
-        keep_finished(finished(plan, {**state, name: state[name] + float("nan")}), plan, site)
+        store_final_model(finished(plan, {**state, name: state[name] + float("nan")}), plan, site)
     with pytest.raises(ModelError, match="expected a parameter of this model"):
-        keep_finished(finished(plan, {**state, "other": torch.zeros(1)}), plan, site)
+        store_final_model(finished(plan, {**state, "other": torch.zeros(1)}), plan, site)
     assert not (site.folder / "models").exists()
 
 
@@ -147,7 +147,7 @@ def test_a_full_disk_is_one_sentence_and_the_model_comes_whole_the_next_time(
 ) -> None:
     plan, site, elsewhere = make_plan(), make_site(), make_site("clinic", at="elsewhere")
     request = finished(plan, state_for(plan))
-    whole = weights_of(keep_finished(request, plan, elsewhere))
+    whole = weights_of(store_final_model(request, plan, elsewhere))
     (site.folder / "models" / ".model.killed").mkdir(parents=True)
     folder = site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
     with no_file_larger_than(whole // 2), caplog.at_level(logging.INFO, logger="cotune"):
@@ -170,15 +170,15 @@ def test_a_model_whose_last_file_could_not_be_written_is_not_taken_as_finished(
 ) -> None:
     plan, site = make_plan(), make_site()
     request = finished(plan, state_for(plan))
-    written = finished_module.write_durably
+    written = finished_module.atomic_write
 
     def on_a_full_disk(path: Path, content: bytes) -> None:
         with no_file_larger_than(size):
             written(path, content)
 
-    monkeypatch.setattr(finished_module, "write_durably", on_a_full_disk)
+    monkeypatch.setattr(finished_module, "atomic_write", on_a_full_disk)
     with pytest.raises(RunError, match="the finished model cannot be written"):
-        keep_finished(request, plan, site)
-    monkeypatch.setattr(finished_module, "write_durably", written)
-    folder = keep_finished(request, plan, site)
+        store_final_model(request, plan, site)
+    monkeypatch.setattr(finished_module, "atomic_write", written)
+    folder = store_final_model(request, plan, site)
     assert json.loads((folder / "cotune.json").read_text())["plan_id"] == plan.plan_id

@@ -19,7 +19,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from cotune.flower import bounded as bounded_module
 from cotune.flower import fleet_client as fleet_module
-from cotune.flower.bounded import distrust
+from cotune.flower.bounded import harden_http_client
 from cotune.flower.chunks import TooMuch
 from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, Request, RequestOver
 
@@ -131,7 +131,7 @@ def served(answer: httpx.Response) -> tuple[Fleet, list[httpx.URL]]:
 
     client = FleetHttpClient("https://fed:9092")
     client._client = httpx.Client(transport=httpx.MockTransport(handle), follow_redirects=True)
-    distrust(client._client)
+    harden_http_client(client._client)
     return Fleet(client, NODE), asked
 
 

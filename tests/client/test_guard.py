@@ -7,7 +7,7 @@ import torch
 
 from cotune.client.training.setup import Guard
 from cotune.errors import RunError
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import StepReport
@@ -16,29 +16,29 @@ FIRST, SECOND = StepReport(1, 4, 0.7), StepReport(2, 4, 0.7)
 
 
 @pytest.fixture
-def model(make_plan: Callable[..., Plan]) -> SharedModel:
+def model(make_plan: Callable[..., Plan]) -> TrainableModel:
     return model_of(make_plan(train="lora"), "cpu")
 
 
-def guard(model: SharedModel, *, noise: bool = True) -> Guard:
+def guard(model: TrainableModel, *, noise: bool = True) -> Guard:
     return Guard(model, model.state(model.names("lora")), noise=noise)
 
 
 @torch.no_grad()
-def move(model: SharedModel, *names: str) -> None:
+def move(model: TrainableModel, *names: str) -> None:
     own = dict(model.parameters())
     for name in names:
         own[name].view(-1)[0] += 1e-3
 
 
-def test_all_that_is_shared_may_move(model: SharedModel) -> None:
+def test_all_that_is_shared_may_move(model: TrainableModel) -> None:
     watching = guard(model)
     move(model, *model.names("lora"))
     watching.after_step(FIRST)
     watching.after_round()
 
 
-def test_a_frozen_parameter_must_not_move(model: SharedModel) -> None:
+def test_a_frozen_parameter_must_not_move(model: TrainableModel) -> None:
     watching = guard(model)
     frozen = next(name for name, _ in model.parameters() if ".lora_A." in name)
     move(model, frozen, *model.names("lora"))
@@ -46,7 +46,7 @@ def test_a_frozen_parameter_must_not_move(model: SharedModel) -> None:
         watching.after_step(FIRST)
 
 
-def test_the_least_change_of_a_frozen_parameter_shows(model: SharedModel) -> None:
+def test_the_least_change_of_a_frozen_parameter_shows(model: TrainableModel) -> None:
     watching = guard(model)
     move(model, *model.names("lora"))
     name, parameter = next((n, p) for n, p in model.parameters() if n.startswith(model.prefix) and ".lora_" not in n)
@@ -57,7 +57,7 @@ def test_the_least_change_of_a_frozen_parameter_shows(model: SharedModel) -> Non
         watching.after_step(FIRST)
 
 
-def test_under_noise_every_shared_parameter_moves(model: SharedModel) -> None:
+def test_under_noise_every_shared_parameter_moves(model: TrainableModel) -> None:
     first, *others = model.names("lora")
     watching = guard(model)
     move(model, *others)
@@ -65,13 +65,13 @@ def test_under_noise_every_shared_parameter_moves(model: SharedModel) -> None:
         watching.after_step(FIRST)
 
 
-def test_without_noise_a_parameter_may_wait_but_not_all(model: SharedModel) -> None:
+def test_without_noise_a_parameter_may_wait_but_not_all(model: TrainableModel) -> None:
     watching = guard(model, noise=False)
     watching.after_step(FIRST)  # the A of LoRA has no gradient as long as B is zero
     with pytest.raises(RunError, match="no parameter moved in this round"):
         watching.after_round()
 
 
-def test_only_the_first_step_is_looked_at(model: SharedModel) -> None:
+def test_only_the_first_step_is_looked_at(model: TrainableModel) -> None:
     watching = guard(model)
     watching.after_step(SECOND)

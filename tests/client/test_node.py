@@ -24,7 +24,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import UNSAID
+from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.node import node as node_module
 from cotune.client.node.node import Node, run_node
 from cotune.client.node.worker import ResidentDied
@@ -208,7 +208,7 @@ def test_a_site_that_cannot_be_written_is_refused_and_said(tmp_path: Path, stop:
     node = Node(tmp_path / "node", worker, stop, log)
     (tmp_path / "node").write_text("")
     node.serve(fleet)
-    assert reasons(fleet) == [UNSAID, UNSAID]
+    assert reasons(fleet) == [GENERIC_REFUSAL, GENERIC_REFUSAL]
     assert worker.given == []
     assert "the site cannot be written" in log.last()["reason"]
 
@@ -267,14 +267,14 @@ def test_a_worker_that_dies_of_its_work_costs_that_answer_only(tmp_path: Path, s
     fleet, worker = FakeFleet(stop, request(1), request(2)), FakeWorker(dies=("1",))
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["1", "1", "2"]
-    assert fleet.sent[0].error.reason == UNSAID
+    assert fleet.sent[0].error.reason == GENERIC_REFUSAL
     assert fleet.sent[1].has_content()
 
 
 def test_a_message_that_cannot_be_read_is_answered_without_a_word_of_it(tmp_path: Path, stop: threading.Event) -> None:
     fleet, worker = FakeFleet(stop, request(), open=[TypeError("secret")]), FakeWorker()
     serve(tmp_path, stop, fleet, worker)
-    assert reasons(fleet) == [UNSAID]
+    assert reasons(fleet) == [GENERIC_REFUSAL]
     assert worker.given == []
 
 

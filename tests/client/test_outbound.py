@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.client.account import Account
-from cotune.client.egress_guard import UNSAID, Blocked, check_reason, check_receipt, check_update
+from cotune.client.egress_guard import GENERIC_REFUSAL, Blocked, check_reason, check_receipt, check_update
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import Declined, RunError
@@ -305,7 +305,7 @@ OF_RECORDS = (
 
 
 def test_words_that_may_be_told() -> None:
-    check_reason(UNSAID)
+    check_reason(GENERIC_REFUSAL)
     for table, rules in Policy().model_dump().items():
         for rule in rules:
             said = Declined(f"{table}.{rule}", "60 records").public
@@ -318,7 +318,7 @@ def test_words_that_may_be_told() -> None:
 
 @given(st.text().filter(lambda words: "." not in words))  # a rule's own name may be told
 def test_other_words_may_not(words: str) -> None:
-    for reason in (words, f"{UNSAID}{words} ", f"declined: its rule {words} does not allow this plan"):
+    for reason in (words, f"{GENERIC_REFUSAL}{words} ", f"declined: its rule {words} does not allow this plan"):
         with pytest.raises(Blocked):
             check_reason(reason)
 

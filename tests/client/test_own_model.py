@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import pipeline
 
-from cotune.client.app import keep_finished
+from cotune.client.app import store_final_model
 from cotune.client.personalization import evaluation as own_model
 from cotune.client.personalization.evaluation import COLUMNS, adapt_site, evaluate_site, open_received
 from cotune.client.site import Site
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Holdings, write_holdings
+from cotune.data.dataset import Dataset, write_holdings
 from cotune.data.records import read_records
 from cotune.errors import DataError, ModelError, RunError
 from cotune.models.encoding import encoded_features
@@ -36,7 +36,7 @@ StateFor = Callable[..., State]
 
 
 def receive(plan: Plan, site: Site, state: State) -> Path:
-    return keep_finished(Request(plan.canonical(), plan.rounds, "clinic", state, 0), plan, site)
+    return store_final_model(Request(plan.canonical(), plan.rounds, "clinic", state, 0), plan, site)
 
 
 def drawn(state: State, seed: int = 5) -> State:
@@ -167,12 +167,12 @@ def test_new_records_judge_what_all_own_ones_were_fitted_to(received: tuple[Plan
     ]
     file.write_text("text,label\n" + "\n".join(lines) + "\n")
     records = read_records(DataConfig(source=str(file)))
-    found = evaluate_site(site, Holdings(((records, np.arange(12)),), plan.labels, lenient=True))
+    found = evaluate_site(site, Dataset(((records, np.arange(12)),), plan.labels, lenient=True))
     assert (found["fitted_to"], found["records"], found["seen_by_received"]) == (60, 12, False)
     assert found["columns"]["majority"]["accuracy"] == pytest.approx(1 / 3)
     model = model_of(plan, "cpu")
     model.load(state)
-    held = Holdings(((records, np.arange(12)),), plan.labels)
+    held = Dataset(((records, np.arange(12)),), plan.labels)
     assert found["columns"]["received"]["accuracy"] == pytest.approx(evaluate(model, state, held, "auto").accuracy)
     difference = found["columns"]["adapted"]["accuracy"] - found["columns"]["alone"]["accuracy"]
     assert found["worth"]["difference"] == pytest.approx(difference)

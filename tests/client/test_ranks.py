@@ -13,7 +13,7 @@ from cotune.client.policy_check import check_consent
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import Declined
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import model_of, trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms import dp_sgd
@@ -118,7 +118,7 @@ def test_a_rank_like_the_plans_or_larger_changes_nothing(make_plan: MakePlan, ma
 def test_other_stages_are_trained_whole(make_plan: MakePlan, make_site: MakeSite) -> None:
     stages = [{"mode": "lora", "rounds": 1}, {"mode": "full", "rounds": 1}]
     plan = make_plan(train=stages, lora={"rank": 8, "smaller_ranks": True})
-    model: SharedModel = model_of(plan, "cpu")
+    model: TrainableModel = model_of(plan, "cpu")
     model.load({})
     state = model.state([*model.names("lora"), *model.names("full")])
     state = {n: torch.ones_like(t) if ".lora_B." in n else t for n, t in state.items()}

@@ -12,8 +12,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import UNSAID
-from cotune.client.node.worker import Resident, ResidentDied
+from cotune.client.egress_guard import GENERIC_REFUSAL
+from cotune.client.node.worker import ResidentDied, TrainerProcess
 from cotune.client.site import Site
 from cotune.flower.chunks import Parcel
 from cotune.models.trainable import State
@@ -29,7 +29,7 @@ def message(content: RecordDict, kind: str = MessageType.TRAIN) -> Parcel:
     return Parcel(made.object_id, {number: part.deflate() for number, part in get_all_nested_objects(made).items()})
 
 
-def answer(resident: Resident, seconds: float = 600) -> Message:
+def answer(resident: TrainerProcess, seconds: float = 600) -> Message:
     reply = resident.answer(seconds)
     assert reply is not None
     assert len(reply.metadata.reply_to_message_id) == 64
@@ -37,14 +37,14 @@ def answer(resident: Resident, seconds: float = 600) -> Message:
 
 
 @pytest.fixture
-def resident(make_site: Callable[..., Site]) -> Iterator[Resident]:
-    made = Resident(make_site().folder)
+def resident(make_site: Callable[..., Site]) -> Iterator[TrainerProcess]:
+    made = TrainerProcess(make_site().folder)
     yield made
     made.stop()
 
 
 def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
-    resident: Resident, make_plan: Callable[..., Plan], state_for: Callable[..., State]
+    resident: TrainerProcess, make_plan: Callable[..., Plan], state_for: Callable[..., State]
 ) -> None:
     plan = make_plan()
     (content,) = encode_requests(plan.canonical(), 1, state_for(plan), [Recipient("clinic")])
@@ -54,7 +54,7 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
     log = AuditLog(resident._folder)
     for unfit in (message(RecordDict()), message(content, MessageType.QUERY)):  # malformed, and of a kind that is not served
         resident.give(unfit)
-        assert answer(resident).error.reason == UNSAID
+        assert answer(resident).error.reason == GENERIC_REFUSAL
         assert log.last()["what"] == "refusal"
     assert [e["what"] for e in log.entries()] == [
         "request",
@@ -77,7 +77,7 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
     assert resident.pid != before
 
 
-def test_a_message_that_nobody_waits_for_any_more_gives_way(resident: Resident) -> None:
+def test_a_message_that_nobody_waits_for_any_more_gives_way(resident: TrainerProcess) -> None:
     before = resident.pid
     resident.give(message(RecordDict()))
     resident.give(message(RecordDict()))

@@ -16,7 +16,7 @@ from cotune.data.tasks.task import example_losses
 from cotune.data.tasks.text import collator
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.encoding import encoded_examples
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import gram_layers, model_of, statistic_shapes, trained_names
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import decode_update, encode_update
@@ -27,7 +27,7 @@ MakeSite = Callable[..., Site]
 StateFor = Callable[..., State]
 
 
-def trained(plan: Plan, site: Site, state: State) -> tuple[Update, SharedModel, list[dict[str, Tensor]]]:
+def trained(plan: Plan, site: Site, state: State) -> tuple[Update, TrainableModel, list[dict[str, Tensor]]]:
     """A round's update, the model as it was after training, and the records one by one."""
     update = train_round(plan, site, 1, state)
     model = model_of(plan, "cpu")

@@ -14,7 +14,7 @@ from cotune.client.account import Account
 from cotune.client.budget import planned_telling
 from cotune.client.site import Site
 from cotune.client.training import round as training
-from cotune.client.training.disclosures import Teller
+from cotune.client.training.disclosures import Disclosures
 from cotune.client.training.round import train_round
 from cotune.data.tasks.task import example_losses
 from cotune.data.tasks.text import collator
@@ -97,7 +97,7 @@ def test_the_noise_is_for_one_records_ceiling(make_plan: MakePlan, make_site: Ma
     account = Account(plan, policy, site, site.holdings(plan.labels), generator=np.random.default_rng(0))
     account.reserve = lambda *_: 0  # type: ignore[method-assign]
     account.ledger.settle = lambda *_: None  # type: ignore[method-assign, assignment]
-    teller, asked = Teller(account), []
+    teller, asked = Disclosures(account), []
     draws = [teller.loss(lambda c: asked.append(c) or 60.0, 60, 1)["loss"] for _ in range(4000)]  # type: ignore[func-returns-value]
     assert set(asked) == {2.0}
     assert np.mean(draws) == pytest.approx(1.0, abs=0.005)
@@ -139,6 +139,6 @@ def test_a_policy_that_says_none_declines(make_plan: MakePlan, make_site: MakeSi
 
 def test_a_loss_that_is_not_finite_is_said(make_plan: MakePlan, make_site: MakeSite) -> None:
     plan, site = make_plan(strategy=WEIGHTED), make_site()
-    teller = Teller(Account(plan, Policy.permissive(), site, site.holdings(plan.labels)))
+    teller = Disclosures(Account(plan, Policy.permissive(), site, site.holdings(plan.labels)))
     with pytest.raises(RunError, match="loss is inf: expected a finite one"):
         teller.loss(lambda c: c, 60, 1)

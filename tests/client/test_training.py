@@ -27,7 +27,7 @@ from cotune.data.tasks.text import collator
 from cotune.errors import CotuneError, DataError, Declined, PrivacyError, RunError
 from cotune.models.config import TrainMode
 from cotune.models.encoding import encoded_examples
-from cotune.models.trainable import SharedModel, State, resident
+from cotune.models.trainable import State, TrainableModel, resident
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining
@@ -50,7 +50,7 @@ STAGES = [
 ]
 
 
-def resident_model(plan: Plan) -> SharedModel:
+def resident_model(plan: Plan) -> TrainableModel:
     return model_of(plan, "cpu")
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client.training.rows import Setting
+from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import _on_examples, setting_of
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.records import read_records
 from cotune.models.encoding import encoded_examples
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
@@ -42,18 +42,18 @@ def plan(base_model: Callable[[str], Path], tmp_path: Path) -> Plan:
     )
 
 
-def both(plan: Plan) -> tuple[SharedModel, Setting, Setting]:
+def both(plan: Plan) -> tuple[TrainableModel, TrainingSetup, TrainingSetup]:
     """(model, its setting on features, its setting on examples) of the same records."""
     model, stage = model_of(plan, "cpu"), plan.stage_of(1)
     model.load({})
     model.train_only(model.names("head"))
     records = read_records(plan.data, task=plan.task)
-    held = Holdings(((records, np.arange(len(records))),), plan.labels, plan.task)
+    held = Dataset(((records, np.arange(len(records))),), plan.labels, plan.task)
     on_features = setting_of(plan, stage, model, held, {}, "clinic", expected_batch=4)
     return model, on_features, _on_examples(plan, stage, model, encoded_examples(held, model), held.units)
 
 
-def seen(given: Setting) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+def seen(given: TrainingSetup) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
     """(losses, gradients as rows, which are right) of the records in their order."""
     losses = torch.zeros(given.rows)
     gradients: dict[int, torch.Tensor] = {}

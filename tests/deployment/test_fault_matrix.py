@@ -203,26 +203,26 @@ def attack(kind: Kind, page: Page, what: str, deed: Deed, *options: str) -> list
         check_end(kind, page, what, "every round", struck, "mallory, in the run's events")
     assert left_out(fed.newest(), fed.newest().load().history) == ["mallory"]
     told = [event for event in fed.events() if event.get("organization") == "mallory"]
-    assert [event["event"] for event in told].count("undelivered") == 1  # who is left out is told of the end like everybody
-    return [event for event in told if event["event"] != "undelivered"]
+    assert [event["event"] for event in told].count("delivery_failed") == 1  # who is left out is told of the end like everybody
+    return [event for event in told if event["event"] != "delivery_failed"]
 
 
 def test_a_member_says_nothing(with_mallory: Kind, page: Page) -> None:
     """On commit a605cba every round took the whole deadline, an hour by default."""
     told = attack(with_mallory, page, "mallory stays silent", say_nothing)
-    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["organization_left_out"]
+    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["client_excluded"]
 
 
 def test_a_member_announces_answers_that_never_come(with_mallory: Kind, page: Page) -> None:
     told = attack(with_mallory, page, "mallory announces answers that never come", announce_and_stay_away)
-    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["organization_left_out"]
+    assert [event["event"] for event in told] == ["update_dropped"] * 3 + ["client_excluded"]
 
 
 def test_a_member_sends_a_bomb(with_mallory: Kind, page: Page) -> None:
     """On commit a605cba the server ran out of memory, five times in a row, and the run was dead."""
     patient = ("--set", "server.least_seconds=240")  # none of it is late
     told = attack(with_mallory, page, "mallory sends 64 GiB in 1 MiB", bomb, *patient)
-    assert [event["event"] for event in told] == ["update_quarantined"] * 3 + ["organization_left_out"]
+    assert [event["event"] for event in told] == ["update_quarantined"] * 3 + ["client_excluded"]
 
 
 def test_a_member_disturbs_the_object_store(with_mallory: Kind, page: Page) -> None:

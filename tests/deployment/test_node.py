@@ -1,4 +1,4 @@
-"""Resident nodes and a real SuperLink, with TLS and keys, through everything that may be killed."""
+"""TrainerProcess nodes and a real SuperLink, with TLS and keys, through everything that may be killed."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from cotune.cli.main import app
-from cotune.client.app import keep_finished
+from cotune.client.app import store_final_model
 from cotune.models.export import export_model
 from cotune.plan.parameters import model_of
 from cotune.privacy.policy import Policy
@@ -93,7 +93,7 @@ def trained_site(folder: Path) -> None:
     model = model_of(plan, "cpu")
     model.load(state)
     export_model(model, folder / "runs" / "X" / "model")
-    keep_finished(Request(plan.canonical(), 3, "clinic", state, 0), plan, site)
+    store_final_model(Request(plan.canonical(), 3, "clinic", state, 0), plan, site)
 
 
 def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cotune.plan.reference import pages
-from cotune.server.rounds.tally import Tally
+from cotune.server.rounds.round_result import RoundResult
 
 ROOT = Path(__file__).parents[2]
 RUN_FOLDER = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_every_event_is_on_the_page_and_no_other() -> None:
 
 
 def test_every_field_of_a_round_is_on_the_page() -> None:
-    entry = Tally(["a"], 1).entry(1, "head", None, 1.0)
+    entry = RoundResult(["a"], 1).entry(1, "head", None, 1.0)
     added = set(re.findall(r'entry(?:\["|\s\|= \{")(\w+)"', (ROOT / "server" / "rounds.py").read_text(encoding="utf-8")))
     row = next(line for line in RUN_FOLDER.splitlines() if line.startswith("| `rounds[]`"))
     for name in {*entry, *added, "applied", "weights", "norms", "suspects"} - {"organization", "reason"}:

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from tests.conftest import VOCABULARY, tokenizer
 
 _SMALL = {
@@ -62,9 +62,9 @@ def ending_tokenizer() -> Any:
     return reader
 
 
-def loaded_from(folder: Path, *, max_length: int = 32, lora: LoraConfig | None = None, **config: Any) -> SharedModel:
+def loaded_from(folder: Path, *, max_length: int = 32, lora: LoraConfig | None = None, **config: Any) -> TrainableModel:
     settings = ModelConfig(base=str(folder), max_length=max_length, precision="float32", **config)
-    return SharedModel(load_model(settings, ("bad", "good", "so"), 3), lora, 3, torch.device("cpu"))
+    return TrainableModel(load_model(settings, ("bad", "good", "so"), 3), lora, 3, torch.device("cpu"))
 
 
-Architectures = Callable[[str], SharedModel]
+Architectures = Callable[[str], TrainableModel]

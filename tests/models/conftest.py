@@ -10,7 +10,7 @@ import torch
 
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 
@@ -30,15 +30,15 @@ def texts() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def shared(base_model: Callable[[str], Path]) -> Callable[..., SharedModel]:
+def shared(base_model: Callable[[str], Path]) -> Callable[..., TrainableModel]:
     """(kind, lora=, seed=, pooling=, max_length=) -> a freshly loaded model with three classes on the CPU."""
 
     def make(
         kind: str, *, lora: LoraConfig | None = None, seed: int = 3, pooling: str = "auto", max_length: int = 32
-    ) -> SharedModel:
+    ) -> TrainableModel:
         config = ModelConfig.model_validate(
             {"base": str(base_model(kind)), "pooling": pooling, "max_length": max_length, "precision": "float32"}
         )
-        return SharedModel(load_model(config, LABELS, seed), lora, seed, torch.device("cpu"))
+        return TrainableModel(load_model(config, LABELS, seed), lora, seed, torch.device("cpu"))
 
     return make

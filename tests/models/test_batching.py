@@ -15,9 +15,9 @@ from cotune.data.tasks.task import example_losses, logits, task_named
 from cotune.data.tasks.text import IGNORED
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 
-Make = Callable[..., SharedModel]
+Make = Callable[..., TrainableModel]
 
 
 @given(st.integers(1, 40_000), st.integers(2, 32_768))
@@ -85,10 +85,10 @@ def test_a_batch_of_blank_rows_alone_is_finite(shared: Make) -> None:
     assert bool(logits(model.module, collate([], 8, 4)).isfinite().all())
 
 
-def tagger(base_model: Callable[[str], Path]) -> SharedModel:
+def tagger(base_model: Callable[[str], Path]) -> TrainableModel:
     config = ModelConfig(base=str(base_model("bert")), max_length=32)
     loaded = load_model(config, ("O", "B"), 1, "token-classification")
-    return SharedModel(loaded, None, 1, torch.device("cpu"))
+    return TrainableModel(loaded, None, 1, torch.device("cpu"))
 
 
 # --- records that cannot be encoded

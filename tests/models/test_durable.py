@@ -9,27 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 
 def test_new_content_replaces_old(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "file.json"
     for content in (b"old", b"new and longer", b""):
-        write_durably(file, content)
+        atomic_write(file, content)
         assert file.read_bytes() == content
         assert list(file.parent.iterdir()) == [file]
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file.json"
-    write_durably(file, b"old")
+    atomic_write(file, b"old")
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_durably(file, b"new")
+        atomic_write(file, b"new")
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -37,7 +37,7 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
 def test_a_target_that_cannot_be_replaced_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file.json").mkdir()
     with pytest.raises(OSError, match="directory"):
-        write_durably(tmp_path / "file.json", b"new")
+        atomic_write(tmp_path / "file.json", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
 
@@ -56,21 +56,21 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
-    write_durably(tmp_path / "file.json", b"content")
+    atomic_write(tmp_path / "file.json", b"content")
     assert order == ["content", "rename", "folder"]
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 file = Path(sys.argv[1])
 contents = [b"a" * 300_000, b"b" * 700_000]
-write_durably(file, contents[0])
+atomic_write(file, contents[0])
 print("ready", flush=True)
 while True:
     for content in contents[::-1]:
-        write_durably(file, content)
+        atomic_write(file, content)
 """
 
 

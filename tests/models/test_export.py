@@ -18,7 +18,7 @@ from cotune.data.tasks.text import collator, encode
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.export import export_model
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 
 LABELS = ("so so", "good", "bad")
 CASES = [
@@ -63,17 +63,17 @@ print(json.dumps(found))
 class Exported:
     """A fine-tuned model, what it says, and the folder that it was written to."""
 
-    model: SharedModel
+    model: TrainableModel
     before: State
     logits: Tensor
     folder: Path
 
 
-def make(base: Path, kind: str, pooling: str, mode: Any) -> SharedModel:
+def make(base: Path, kind: str, pooling: str, mode: Any) -> TrainableModel:
     """The model in some state of a stage."""
     config = ModelConfig.model_validate({"base": str(base), "pooling": pooling, "max_length": 32})
     lora = LoraConfig(rank=2) if mode == "lora" else None
-    model = SharedModel(load_model(config, LABELS, 1), lora, 1, torch.device("cpu"))
+    model = TrainableModel(load_model(config, LABELS, 1), lora, 1, torch.device("cpu"))
     generator = torch.Generator().manual_seed(2)
     names = model.names(mode)
     model.load({n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()})
@@ -81,7 +81,7 @@ def make(base: Path, kind: str, pooling: str, mode: Any) -> SharedModel:
 
 
 @torch.no_grad()
-def scores(model: SharedModel, texts: tuple[str, ...]) -> Tensor:
+def scores(model: TrainableModel, texts: tuple[str, ...]) -> Tensor:
     collate = collator(model.module, model.loaded.reader, model.device)
     rows = encode(model.loaded.reader, texts, 32)
     return torch.cat([logits(model.module, collate([{"input_ids": row, "labels": 0}])) for row in rows])

@@ -19,7 +19,7 @@ from cotune.data.tasks.task import logits
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.export import export_model
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from tests.conftest import COLORS, write_images
 
 LABELS = ("bad", "good", "so")
@@ -28,12 +28,12 @@ TRAINED = 8  # tokens
 
 
 @pytest.fixture
-def made(base_model: Callable[[str], Path]) -> Callable[..., SharedModel]:
+def made(base_model: Callable[[str], Path]) -> Callable[..., TrainableModel]:
     """(kind, task, problem_type) -> a model with a head that does not sit at zero, of a base that was for something else."""
 
-    def make(kind: str, task: TaskName = "sequence-classification", labels: tuple[str, ...] = LABELS) -> SharedModel:
+    def make(kind: str, task: TaskName = "sequence-classification", labels: tuple[str, ...] = LABELS) -> TrainableModel:
         config = ModelConfig.model_validate({"base": str(base_model(kind)), "max_length": TRAINED})
-        model = SharedModel(load_model(config, labels, 1, task), None, 1, torch.device("cpu"))
+        model = TrainableModel(load_model(config, labels, 1, task), None, 1, torch.device("cpu"))
         generator = torch.Generator().manual_seed(2)
         names = model.names("head")
         model.load({n: torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()})
@@ -43,7 +43,7 @@ def made(base_model: Callable[[str], Path]) -> Callable[..., SharedModel]:
 
 
 @torch.no_grad()
-def own_scores(model: SharedModel, text: str) -> torch.Tensor:
+def own_scores(model: TrainableModel, text: str) -> torch.Tensor:
     """What the model gives in training for a text."""
     loaded = model.loaded
     [example] = loaded.task.examples(loaded.reader, loaded.max_length, [text], [0])
@@ -54,7 +54,7 @@ def own_scores(model: SharedModel, text: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama", "qwen2"])
-def test_a_long_text_is_read_as_in_training(made: Callable[..., SharedModel], tmp_path: Path, kind: str) -> None:
+def test_a_long_text_is_read_as_in_training(made: Callable[..., TrainableModel], tmp_path: Path, kind: str) -> None:
     model = made(kind)
     export_model(model, tmp_path / "model")
     assert AutoTokenizer.from_pretrained(str(tmp_path / "model")).model_max_length == TRAINED
@@ -64,20 +64,20 @@ def test_a_long_text_is_read_as_in_training(made: Callable[..., SharedModel], tm
     )
 
 
-def test_a_long_sentence_is_tagged_up_to_the_length_of_training(made: Callable[..., SharedModel], tmp_path: Path) -> None:
+def test_a_long_sentence_is_tagged_up_to_the_length_of_training(made: Callable[..., TrainableModel], tmp_path: Path) -> None:
     export_model(made("bert", "token-classification"), tmp_path / "model")
     told = pipeline("token-classification", str(tmp_path / "model"), ignore_labels=[])(LONG)
     assert len(told) == TRAINED
     assert AutoConfig.from_pretrained(str(tmp_path / "model")).problem_type is None
 
 
-def test_the_tokenizer_by_itself_truncates(made: Callable[..., SharedModel], tmp_path: Path) -> None:
+def test_the_tokenizer_by_itself_truncates(made: Callable[..., TrainableModel], tmp_path: Path) -> None:
     """Servers that are no Python, such as text-embeddings-inference, read tokenizer.json alone."""
     export_model(made("bert"), tmp_path / "model")
     assert len(Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode(LONG).ids) == TRAINED
 
 
-def test_images_are_still_read(made: Callable[..., SharedModel], tmp_path: Path) -> None:
+def test_images_are_still_read(made: Callable[..., TrainableModel], tmp_path: Path) -> None:
     export_model(made("vit", "image-classification", tuple(COLORS)), tmp_path / "model")
     image = next(write_images(tmp_path / "photos", 3).rglob("*.png"))
     told = pipeline("image-classification", str(tmp_path / "model"))(str(image))
@@ -94,7 +94,7 @@ def test_what_the_base_was_for_does_not_stay(
         (base / file.name).write_bytes(file.read_bytes())
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**settings, "problem_type": before}))
-    model = SharedModel(load_model(ModelConfig(base=str(base)), LABELS, 1), None, 1, torch.device("cpu"))
+    model = TrainableModel(load_model(ModelConfig(base=str(base)), LABELS, 1), None, 1, torch.device("cpu"))
     export_model(model, tmp_path / "model")
     told = pipeline("text-classification", str(tmp_path / "model"))("great tree", top_k=None)
     assert sum(each["score"] for each in told) == pytest.approx(1)
@@ -102,7 +102,7 @@ def test_what_the_base_was_for_does_not_stay(
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_whoever_serves_it_can_read_it(made: Callable[..., SharedModel], tmp_path: Path, mask: int) -> None:
+def test_whoever_serves_it_can_read_it(made: Callable[..., TrainableModel], tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
         export_model(made("bert"), tmp_path / "model", {"README.md": "# card\n"})

@@ -19,9 +19,9 @@ from cotune.data.tasks.text import collator, encode
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features import FEATURE_SLOTS, cache_folder, feature_head, features_of
-from cotune.models.trainable import SharedModel, State
+from cotune.models.trainable import State, TrainableModel
 
-Make = Callable[..., SharedModel]
+Make = Callable[..., TrainableModel]
 CASES = [
     ("bert", "native"),
     ("bert", "mean"),
@@ -40,20 +40,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "features"
 
 
-def features(model: SharedModel, texts: Any, state: State | None = None, precision: str = "float32") -> Tensor:
+def features(model: TrainableModel, texts: Any, state: State | None = None, precision: str = "float32") -> Tensor:
     model.load(state or {})
     return features_of(model, texts, state or {}, precision)
 
 
 @torch.no_grad()
-def whole_logits(model: SharedModel, texts: Any) -> Tensor:
+def whole_logits(model: TrainableModel, texts: Any) -> Tensor:
     """Scores of the whole model, one text at a time."""
     collate = collator(model.module, model.loaded.reader, model.device)
     rows = encode(model.loaded.reader, texts, model.loaded.max_length)
     return torch.cat([logits(model.module, collate([{"input_ids": row, "labels": 0}])) for row in rows])
 
 
-def head_logits(model: SharedModel, vectors: Tensor) -> Tensor:
+def head_logits(model: TrainableModel, vectors: Tensor) -> Tensor:
     head = feature_head(model)
     assert head is not None
     got: Tensor = head(vectors).logits
@@ -61,7 +61,7 @@ def head_logits(model: SharedModel, vectors: Tensor) -> Tensor:
 
 
 @contextmanager
-def counting(model: SharedModel) -> Iterator[list[int]]:
+def counting(model: TrainableModel) -> Iterator[list[int]]:
     """How many texts every forward pass of the encoder had."""
     calls: list[int] = []
     encoder = model.loaded.module.base_model
@@ -76,7 +76,7 @@ def counting(model: SharedModel) -> Iterator[list[int]]:
         handle.remove()
 
 
-def moved(model: SharedModel, names: list[str]) -> State:
+def moved(model: TrainableModel, names: list[str]) -> State:
     generator = torch.Generator().manual_seed(1)
     return {n: t + 0.3 * torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()}
 
@@ -332,9 +332,9 @@ def test_another_tokenizer_gives_other_features(
 ) -> None:
     """The hash of the weights says nothing of how texts become tokens."""
 
-    def model(folder: Path) -> SharedModel:
+    def model(folder: Path) -> TrainableModel:
         config = ModelConfig(base=str(folder), max_length=32)
-        return SharedModel(load_model(config, ("bad", "good", "so"), 3), None, 3, torch.device("cpu"))
+        return TrainableModel(load_model(config, ("bad", "good", "so"), 3), None, 3, torch.device("cpu"))
 
     first = features(model(base_model("bert")), texts)
     folder = Path(shutil.copytree(base_model("bert"), tmp_path / "base"))

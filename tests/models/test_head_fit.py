@@ -14,18 +14,18 @@ from torch.nn.functional import cross_entropy, softmax
 
 from cotune.models.config import ModelConfig
 from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
-from cotune.models.trainable import SharedModel, State, resident
+from cotune.models.trainable import State, TrainableModel, resident
 
 CLASSES = ("bad", "good", "so")
 
 
 @pytest.fixture
-def model(base_model: Callable[[str], Path]) -> SharedModel:
+def model(base_model: Callable[[str], Path]) -> TrainableModel:
     return resident(ModelConfig(base=str(base_model("bert")), max_length=16, pooling="mean"), CLASSES, None, 7, "cpu")
 
 
 @pytest.fixture
-def head(model: SharedModel) -> State:
+def head(model: TrainableModel) -> State:
     model.load({})
     return model.state(head_names(model))
 
@@ -43,7 +43,7 @@ def one_hot(targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("pull", [0.01, 0.3])
-def test_a_fitted_head_is_where_the_gradient_vanishes(model: SharedModel, head: State, pull: float) -> None:
+def test_a_fitted_head_is_where_the_gradient_vanishes(model: TrainableModel, head: State, pull: float) -> None:
     features, targets = records(80)
     found = fit_head(model, features, targets, start=head, toward=head, pull=pull)
     weight, bias = found["classifier.weight"], found["classifier.bias"]
@@ -53,7 +53,7 @@ def test_a_fitted_head_is_where_the_gradient_vanishes(model: SharedModel, head: 
     assert (apart.mean(dim=0) + strength * (bias - head["classifier.bias"])).abs().max() < 2e-3
 
 
-def test_a_strong_pull_leaves_the_head_and_none_fits_the_records(model: SharedModel, head: State) -> None:
+def test_a_strong_pull_leaves_the_head_and_none_fits_the_records(model: TrainableModel, head: State) -> None:
     features, targets = records(80)
     held = fit_head(model, features, targets, start=head, toward=head, pull=1e4)
     assert all((held[name] - head[name]).abs().max() < 1e-3 for name in head)
@@ -63,7 +63,7 @@ def test_a_strong_pull_leaves_the_head_and_none_fits_the_records(model: SharedMo
 
 @given(st.floats(-3, 4), st.floats(-4, 1), st.integers(0, 99))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_start_and_no_size_makes_a_fit_fail(model: SharedModel, head: State, size: float, pull: float, seed: int) -> None:
+def test_no_start_and_no_size_makes_a_fit_fail(model: TrainableModel, head: State, size: float, pull: float, seed: int) -> None:
     """Heads that noise has blown up are started from, and fitted once more where nothing is left to gain: never worse."""
     features, targets = records(40, seed)
     start = {name: 10**size * tensor for name, tensor in head.items()}
@@ -79,7 +79,7 @@ def test_no_start_and_no_size_makes_a_fit_fail(model: SharedModel, head: State, 
     assert loss(twice) <= loss(once) * (1 + 1e-5)
 
 
-def test_a_corrected_head_tells_each_class_as_often_as_it_is_there(model: SharedModel, head: State) -> None:
+def test_a_corrected_head_tells_each_class_as_often_as_it_is_there(model: TrainableModel, head: State) -> None:
     features, targets = records(300)
     shared = fit_head(model, features, targets, start=head, toward=head, pull=0.001)
     others, skewed = records(200, seed=5, mix=(8, 1, 1))
@@ -93,7 +93,7 @@ def test_a_corrected_head_tells_each_class_as_often_as_it_is_there(model: Shared
     assert right[0] > right[1]
 
 
-def test_a_class_without_records_keeps_a_finite_score(model: SharedModel, head: State) -> None:
+def test_a_class_without_records_keeps_a_finite_score(model: TrainableModel, head: State) -> None:
     features, targets = records(50, mix=(1, 1, 0))
     found = corrected(model, head, features, targets)
     assert all(bool(tensor.isfinite().all()) for tensor in found.values())

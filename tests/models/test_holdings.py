@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Holdings, HoldingsFile, write_holdings
+from cotune.data.dataset import Dataset, DatasetManifest, write_holdings
 from cotune.data.tasks.text import encode
 from cotune.errors import DataError
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features import features_of
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 
 LABELS = ("good", "bad", "so")  # the plan's order, not the alphabet's
 
@@ -37,14 +37,14 @@ def config(source: Path) -> DataConfig:
 
 
 @pytest.fixture
-def holdings(tmp_path: Path, first: Path, second: Path) -> Holdings:
+def holdings(tmp_path: Path, first: Path, second: Path) -> Dataset:
     """Three of the four records of one file, in another order, and one of the other file."""
     document = tmp_path / "site" / "data.json"
     write_holdings(document, config(first), [(None, [3, 0, 1]), (second, [1])])
-    return HoldingsFile.read(document, LABELS)
+    return DatasetManifest.read(document, LABELS)
 
 
-def test_rows_of_several_files(holdings: Holdings) -> None:
+def test_rows_of_several_files(holdings: Dataset) -> None:
     assert len(holdings) == 4
     assert holdings.inputs() == ["the road", "great day", "awful", "happy"]
     assert holdings.targets == [2, 0, 1, 0]
@@ -54,18 +54,18 @@ def test_rows_of_several_files(holdings: Holdings) -> None:
 def test_a_document_without_row_numbers_means_all_records(tmp_path: Path, first: Path) -> None:
     document = tmp_path / "data.json"
     document.write_text(f'{{"data": {{"source": "{first}"}}, "portions": [{{"path": null}}]}}')
-    assert HoldingsFile.read(document, LABELS).inputs() == ["great day", "awful", "a tree", "the road"]
+    assert DatasetManifest.read(document, LABELS).inputs() == ["great day", "awful", "a tree", "the road"]
 
 
-def test_no_records(tmp_path: Path, first: Path, shared: Callable[..., SharedModel]) -> None:
+def test_no_records(tmp_path: Path, first: Path, shared: Callable[..., TrainableModel]) -> None:
     write_holdings(tmp_path / "data.json", config(first), [(None, [])])
-    nothing = HoldingsFile.read(tmp_path / "data.json", LABELS)
+    nothing = DatasetManifest.read(tmp_path / "data.json", LABELS)
     assert len(nothing) == 0
     assert nothing.label_counts() == {"good": 0, "bad": 0, "so": 0}
     assert encoded_features(nothing, shared("bert"), {}, "float32").shape == (0, 16)
 
 
-def test_examples_are_tokens_and_classes(holdings: Holdings, shared: Callable[..., SharedModel]) -> None:
+def test_examples_are_tokens_and_classes(holdings: Dataset, shared: Callable[..., TrainableModel]) -> None:
     model = shared("bert")
     ids = encode(model.loaded.reader, ["the road", "great day", "awful", "happy"], 32)
     assert encoded_examples(holdings, model) == [
@@ -74,11 +74,11 @@ def test_examples_are_tokens_and_classes(holdings: Holdings, shared: Callable[..
 
 
 def test_features_are_computed_once_per_file(
-    holdings: Holdings,
+    holdings: Dataset,
     first: Path,
     second: Path,
     tmp_path: Path,
-    shared: Callable[..., SharedModel],
+    shared: Callable[..., TrainableModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
@@ -88,7 +88,7 @@ def test_features_are_computed_once_per_file(
     other = features_of(model, ["very sad", "happy"], {}, "float32")
     assert torch.equal(got, torch.stack([one[3], one[0], one[1], other[1]]))
     write_holdings(tmp_path / "neighbor.json", config(first), [(None, [2])])
-    neighbor = encoded_features(HoldingsFile.read(tmp_path / "neighbor.json", LABELS), model, {}, "float32")
+    neighbor = encoded_features(DatasetManifest.read(tmp_path / "neighbor.json", LABELS), model, {}, "float32")
     assert torch.equal(neighbor, one[[2]])
     assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 2
 
@@ -96,44 +96,44 @@ def test_features_are_computed_once_per_file(
 def test_a_class_that_the_plan_lacks(tmp_path: Path, first: Path) -> None:
     write_holdings(tmp_path / "data.json", config(first), [(None, [0, 1, 2])])
     with pytest.raises(DataError, match=r"classes bad, so, which the plan does not list: expected good, new$"):
-        _ = HoldingsFile.read(tmp_path / "data.json", ("good", "new")).targets
+        _ = DatasetManifest.read(tmp_path / "data.json", ("good", "new")).targets
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"data": {}}', '{"data": {"source": "x"}, "portions": 3}'])
 def test_a_damaged_document(tmp_path: Path, content: str) -> None:
     (tmp_path / "data.json").write_text(content)
     with pytest.raises(DataError, match=r"cannot be read .*: expected a description of the records, such as"):
-        HoldingsFile.read(tmp_path / "data.json", LABELS)
+        DatasetManifest.read(tmp_path / "data.json", LABELS)
 
 
 def test_a_missing_document(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="FileNotFoundError"):
-        HoldingsFile.read(tmp_path / "data.json", LABELS)
+        DatasetManifest.read(tmp_path / "data.json", LABELS)
 
 
 def test_missing_row_numbers(tmp_path: Path, first: Path) -> None:
     write_holdings(tmp_path / "data.json", config(first), [(None, [0])])
     (tmp_path / "data-rows-0.npy").unlink()
     with pytest.raises(DataError):
-        HoldingsFile.read(tmp_path / "data.json", LABELS)
+        DatasetManifest.read(tmp_path / "data.json", LABELS)
 
 
 def test_row_numbers_that_are_a_pickle_are_not_opened(tmp_path: Path, first: Path) -> None:
     write_holdings(tmp_path / "data.json", config(first), [(None, [0])])
     (tmp_path / "data-rows-0.npy").write_bytes(b"\x80\x04]\x94.")
     with pytest.raises(DataError):
-        HoldingsFile.read(tmp_path / "data.json", LABELS)
+        DatasetManifest.read(tmp_path / "data.json", LABELS)
 
 
 def test_a_file_that_has_shrunk(tmp_path: Path, first: Path) -> None:
     write_holdings(tmp_path / "data.json", config(first), [(None, [0, 3])])
     csv(first, ("great day", "good"), ("awful", "bad"))
     with pytest.raises(DataError):
-        _ = HoldingsFile.read(tmp_path / "data.json", LABELS).targets
+        _ = DatasetManifest.read(tmp_path / "data.json", LABELS).targets
 
 
 def test_a_file_that_is_gone(tmp_path: Path, first: Path) -> None:
     write_holdings(tmp_path / "data.json", config(first), [(None, [0])])
     first.unlink()
     with pytest.raises(DataError, match="does not exist"):
-        HoldingsFile.read(tmp_path / "data.json", LABELS)
+        DatasetManifest.read(tmp_path / "data.json", LABELS)

@@ -22,7 +22,7 @@ from cotune.errors import DataError, ModelError, PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features import feature_head, features_of
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 from tests.conftest import COLORS, PROCESSOR, write_images
@@ -135,17 +135,17 @@ def test_blank_paths_and_labels_are_counted(images: Path) -> None:
 
 
 @pytest.fixture
-def vit(base_model: Callable[[str], Path]) -> Callable[..., SharedModel]:
-    def make(lora: LoraConfig | None = None) -> SharedModel:
+def vit(base_model: Callable[[str], Path]) -> Callable[..., TrainableModel]:
+    def make(lora: LoraConfig | None = None) -> TrainableModel:
         config = ModelConfig(base=str(base_model("vit")), precision="float32")
-        return SharedModel(load_model(config, LABELS, 3, "image-classification"), lora, 3, torch.device("cpu"))
+        return TrainableModel(load_model(config, LABELS, 3, "image-classification"), lora, 3, torch.device("cpu"))
 
     return make
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
 def test_the_head_on_features_gives_the_models_logits(
-    vit: Callable[..., SharedModel], images: Path, lora: LoraConfig | None
+    vit: Callable[..., TrainableModel], images: Path, lora: LoraConfig | None
 ) -> None:
     model, inputs = vit(lora), read(images).inputs
     generator = torch.Generator().manual_seed(1)
@@ -165,7 +165,7 @@ def test_the_head_on_features_gives_the_models_logits(
     assert torch.equal(features_of(model, [inputs[i] for i in again], state, "float32"), vectors[again])
 
 
-def test_the_embeddings_of_a_vit_are_frozen_unless_asked_for(vit: Callable[..., SharedModel]) -> None:
+def test_the_embeddings_of_a_vit_are_frozen_unless_asked_for(vit: Callable[..., TrainableModel]) -> None:
     """Its class token and its position embeddings, which are parameters of no layer, among them."""
     inside = {"cls_token", "position_embeddings", "patch_embeddings.projection.weight", "patch_embeddings.projection.bias"}
     embeddings = {f"vit.embeddings.{name}" for name in inside}
@@ -211,7 +211,7 @@ def two_halves(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_the_encoder_of_a_model_of_images_and_texts_is_kept_and_its_head_alone_is_trained(two_halves: Path) -> None:
     """It was taken for the head: drawn anew, and trained as a whole by train = head."""
     config = ModelConfig(base=str(two_halves), precision="float32")
-    model = SharedModel(load_model(config, LABELS, 3, "image-classification"), None, 3, torch.device("cpu"))
+    model = TrainableModel(load_model(config, LABELS, 3, "image-classification"), None, 3, torch.device("cpu"))
     assert set(model.names("head")) == {"classifier.weight", "classifier.bias"}
     base = load_file(two_halves / "model.safetensors")
     encoder = {name: tensor for name, tensor in model.module.state_dict().items() if name.startswith("vision_model.")}

@@ -20,20 +20,20 @@ from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features import arithmetic, features_of
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import example_probes, lengths_of, mixes
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from tests.conftest import ARCHITECTURES, VOCABULARY
 from tests.models.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
 
-Make = Callable[..., SharedModel]
+Make = Callable[..., TrainableModel]
 WORDS = [word for word in VOCABULARY if not word.startswith("[")]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, shared: Make) -> Callable[[str], SharedModel]:
+def models(tmp_path_factory: pytest.TempPathFactory, shared: Make) -> Callable[[str], TrainableModel]:
     """kind -> one model, kept."""
-    made: dict[str, SharedModel] = {}
+    made: dict[str, TrainableModel] = {}
 
-    def make(kind: str) -> SharedModel:
+    def make(kind: str) -> TrainableModel:
         if kind not in made:
             made[kind] = shared(kind) if kind in ARCHITECTURES else loaded_from(folder_of(kind, tmp_path_factory.mktemp(kind)))
         return made[kind]
@@ -41,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, shared: Make) -> Callable[[
     return make
 
 
-def error_of(model: SharedModel) -> float:
+def error_of(model: TrainableModel) -> float:
     return padding_error(model, model.loaded.task.samples(model.loaded.reader))
 
 
@@ -49,7 +49,7 @@ def error_of(model: SharedModel) -> float:
 
 
 @pytest.mark.parametrize("kind", [*ARCHITECTURES, "roberta", "albert"])
-def test_what_hides_its_padding_is_admitted(models: Callable[[str], SharedModel], kind: str) -> None:
+def test_what_hides_its_padding_is_admitted(models: Callable[[str], TrainableModel], kind: str) -> None:
     model = models(kind)
     assert error_of(model) < MAX_PADDING_ERROR / 5
     for mode in ("head", "full"):
@@ -57,18 +57,18 @@ def test_what_hides_its_padding_is_admitted(models: Callable[[str], SharedModel]
 
 
 @pytest.mark.parametrize("kind", READ_PADDING)
-def test_what_reads_its_padding_shows(models: Callable[[str], SharedModel], kind: str) -> None:
+def test_what_reads_its_padding_shows(models: Callable[[str], TrainableModel], kind: str) -> None:
     assert error_of(models(kind)) > 10 * MAX_PADDING_ERROR
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("mode", ["head", "full"])
-def test_what_reads_its_padding_is_refused(models: Callable[[str], SharedModel], kind: str, mode: Any) -> None:
+def test_what_reads_its_padding_is_refused(models: Callable[[str], TrainableModel], kind: str, mode: Any) -> None:
     with pytest.raises(PrivacyError):
         check_independence(models(kind), mode, "float32", slots=5, lengths=[8])
 
 
-def test_trying_changes_nothing_in_the_model(models: Callable[[str], SharedModel]) -> None:
+def test_trying_changes_nothing_in_the_model(models: Callable[[str], TrainableModel]) -> None:
     model = models("roberta")
     names = [name for name, _ in model.parameters()]
     before = model.state(names)
@@ -82,14 +82,14 @@ def test_images_have_no_padding(base_model: Callable[[str], Path]) -> None:
     assert check_independence(model, "head", "bfloat16") == torch.bfloat16
 
 
-def image_model(base_model: Callable[[str], Path]) -> SharedModel:
+def image_model(base_model: Callable[[str], Path]) -> TrainableModel:
     loaded = load_model(ModelConfig(base=str(base_model("vit"))), ("a", "b"), 1, "image-classification")
-    return SharedModel(loaded, None, 1, torch.device("cpu"))
+    return TrainableModel(loaded, None, 1, torch.device("cpu"))
 
 
 def test_tags_are_independent(base_model: Callable[[str], Path]) -> None:
     loaded = load_model(ModelConfig(base=str(base_model("bert")), max_length=32), ("O", "B"), 1, "token-classification")
-    model = SharedModel(loaded, None, 1, torch.device("cpu"))
+    model = TrainableModel(loaded, None, 1, torch.device("cpu"))
     assert error_of(model) < MAX_PADDING_ERROR
     check_independence(model, "full", "float32", slots=5, lengths=[8, 16])
 
@@ -97,7 +97,7 @@ def test_tags_are_independent(base_model: Callable[[str], Path]) -> None:
 # --- bits
 
 
-def scores(model: SharedModel) -> Callable[[Batch], Sequence[Tensor]]:
+def scores(model: TrainableModel) -> Callable[[Batch], Sequence[Tensor]]:
     @torch.no_grad()
     def answer(batch: Batch) -> Sequence[Tensor]:
         return [logits(model.module, batch)]
@@ -119,7 +119,7 @@ def told_by_position(given: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("fault", [normalized_over_the_batch, scaled_to_the_batch, told_by_position])
-def test_what_mixes_rows_is_found(models: Callable[[str], SharedModel], fault: Callable[[Tensor], Tensor]) -> None:
+def test_what_mixes_rows_is_found(models: Callable[[str], TrainableModel], fault: Callable[[Tensor], Tensor]) -> None:
     model, plain = models("bert"), scores(models("bert"))
     for length in (8, 16):
         assert not mixes(plain, example_probes(model, length, 7))
@@ -162,7 +162,7 @@ def test_every_length_that_a_record_can_have_is_tried(shared: Make, base_model: 
 # --- no state decides what a trial sees
 
 
-def head_on(model: SharedModel, faulty: bool, calls: list[int]) -> Callable[[Batch], Sequence[Tensor]]:
+def head_on(model: TrainableModel, faulty: bool, calls: list[int]) -> Callable[[Batch], Sequence[Tensor]]:
     """Scores of features; of a faulty head they differ in the last bits from slot to slot, but not where they are 0."""
     head = features.feature_head(model)
     assert head is not None
@@ -176,7 +176,7 @@ def head_on(model: SharedModel, faulty: bool, calls: list[int]) -> Callable[[Bat
     return answer
 
 
-def zeros(model: SharedModel) -> dict[str, Tensor]:
+def zeros(model: TrainableModel) -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in model.state(model.names("head")).items()}
 
 
@@ -235,7 +235,7 @@ TEXTS = st.lists(
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=TEXTS, data=st.data())
 def test_without_one_record_the_others_have_the_same_features(
-    models: Callable[[str], SharedModel], kind: str, precision: str, texts: list[str], data: st.DataObject, no_cache: None
+    models: Callable[[str], TrainableModel], kind: str, precision: str, texts: list[str], data: st.DataObject, no_cache: None
 ) -> None:
     model = models(kind)
     model.load({})
@@ -251,7 +251,7 @@ def test_without_one_record_the_others_have_the_same_features(
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=TEXTS, data=st.data())
 def test_without_one_record_the_others_have_the_same_logits(
-    models: Callable[[str], SharedModel], kind: str, low: bool, texts: list[str], data: st.DataObject
+    models: Callable[[str], TrainableModel], kind: str, low: bool, texts: list[str], data: st.DataObject
 ) -> None:
     model = models(kind)
     gone = data.draw(st.integers(0, len(texts) - 1))
@@ -269,7 +269,7 @@ def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def fixed_logits(model: SharedModel, texts: list[str], low: bool) -> list[Tensor]:
+def fixed_logits(model: TrainableModel, texts: list[str], low: bool) -> list[Tensor]:
     task, reader = model.loaded.task, model.loaded.reader
     examples = task.examples(reader, model.loaded.max_length, texts, [0] * len(texts))
     collate = task.collator(model.module, reader, model.device)

@@ -14,13 +14,13 @@ from pydantic import ValidationError
 from cotune.errors import ModelError
 from cotune.models.config import LoraConfig
 from cotune.models.lora import _WHY_NOT, merge_adapters
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from tests.conftest import ARCHITECTURES
 
-Make = Callable[..., SharedModel]
+Make = Callable[..., TrainableModel]
 
 
-def adapted(model: SharedModel) -> list[str]:
+def adapted(model: TrainableModel) -> list[str]:
     return [name.split(".lora_B")[0] for name, _ in model.parameters() if ".lora_B." in name]
 
 

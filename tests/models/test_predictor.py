@@ -16,7 +16,7 @@ from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.evaluation.predictor import open_predictor
 from cotune.models.export import export_model
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from tests.conftest import COLORS, write_images
 
 LABELS = ("bad", "good", "so")
@@ -25,7 +25,7 @@ TEXTS = ("great", "the table is very sad and this is a fine day of the tree", "a
 
 
 def export(base: Path, folder: Path, task: TaskName = "sequence-classification", labels: tuple[str, ...] = LABELS) -> Path:
-    model = SharedModel(
+    model = TrainableModel(
         load_model(ModelConfig(base=str(base), max_length=TRAINED), labels, 1, task), None, 1, torch.device("cpu")
     )
     generator = torch.Generator().manual_seed(2)

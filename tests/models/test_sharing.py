@@ -14,9 +14,9 @@ from cotune.data.tasks.text import Batch, collator, encode
 from cotune.errors import ModelError
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.lora import merge_adapters
-from cotune.models.trainable import SharedModel, State, named_under, resident
+from cotune.models.trainable import State, TrainableModel, named_under, resident
 
-Make = Callable[..., SharedModel]
+Make = Callable[..., TrainableModel]
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
 HEADS = {
     "bert": ["classifier.weight", "classifier.bias"],
@@ -41,7 +41,7 @@ EMBEDDINGS = {
 }
 
 
-def batch_of(model: SharedModel, texts: tuple[str, ...]) -> Batch:
+def batch_of(model: TrainableModel, texts: tuple[str, ...]) -> Batch:
     ids = encode(model.loaded.reader, texts, model.loaded.max_length)
     return collator(model.module, model.loaded.reader, model.device)(
         [{"input_ids": row, "labels": i % 3} for i, row in enumerate(ids)]
@@ -49,11 +49,11 @@ def batch_of(model: SharedModel, texts: tuple[str, ...]) -> Batch:
 
 
 @torch.no_grad()
-def scores(model: SharedModel, texts: tuple[str, ...]) -> Tensor:
+def scores(model: TrainableModel, texts: tuple[str, ...]) -> Tensor:
     return logits(model.module, batch_of(model, texts))
 
 
-def everything(model: SharedModel) -> State:
+def everything(model: TrainableModel) -> State:
     return model.state(name for name, _ in model.parameters())
 
 
@@ -62,7 +62,7 @@ def changed(before: State, after: State) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def train(model: SharedModel, names: list[str], texts: tuple[str, ...], steps: int = 3) -> None:
+def train(model: TrainableModel, names: list[str], texts: tuple[str, ...], steps: int = 3) -> None:
     optimizer = torch.optim.SGD(model.train_only(names), lr=0.5)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -298,7 +298,7 @@ def test_parameter_count(shared: Make) -> None:
 
 
 def test_a_process_keeps_one_model(base_model: Callable[[str], Path]) -> None:
-    def get(labels: tuple[str, ...] = ("a", "b"), seed: int = 1) -> SharedModel:
+    def get(labels: tuple[str, ...] = ("a", "b"), seed: int = 1) -> TrainableModel:
         return resident(ModelConfig(base=str(base_model("bert"))), labels, None, seed, "cpu")
 
     first = get()

@@ -13,9 +13,9 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from cotune.data.tasks.task import Metrics, example_losses, logits, majority, score
 from cotune.data.tasks.text import collator, encode
 from cotune.models.config import LoraConfig
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 
-Make = Callable[..., SharedModel]
+Make = Callable[..., TrainableModel]
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
 
 

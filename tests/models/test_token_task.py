@@ -22,7 +22,7 @@ from cotune.errors import DataError
 from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 from cotune.models.features import feature_head
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from tests.conftest import ARCHITECTURES
 
 TASK = task_named("token-classification")
@@ -153,7 +153,7 @@ def test_answers_are_those_at_the_first_pieces() -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_vector_of_each_word_is_what_the_head_reads(base_model: Callable[[str], Path], kind: str) -> None:
-    head = feature_head(SharedModel(loaded(base_model, kind), None, 1, torch.device("cpu")))
+    head = feature_head(TrainableModel(loaded(base_model, kind), None, 1, torch.device("cpu")))
     assert head is not None
     assert head.reads_words
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.data.config import DataConfig, TaskName
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.records import Records, read_records
 from cotune.data.types import plain
 from cotune.errors import DataError
@@ -22,16 +22,16 @@ PEOPLE = RecordPrivacy(unit="patient_id", max_records=3)
 Row = tuple[str, str, str]  # text, label, whose
 
 
-def holdings(*files: list[Row]) -> Holdings:
+def holdings(*files: list[Row]) -> Dataset:
     parts = []
     for rows in files:
         texts, labels, whose = zip(*rows, strict=True) if rows else ((), (), ())
         records = Records(texts, labels, "records", units=tuple(map(plain, whose)))
         parts.append((records, np.arange(len(rows))))
-    return Holdings(tuple(parts), ("x", "y"))
+    return Dataset(tuple(parts), ("x", "y"))
 
 
-def kept(held: Holdings) -> list[tuple[str, int]]:
+def kept(held: Dataset) -> list[tuple[str, int]]:
     return sorted(zip(held.inputs(), held.targets, strict=True))
 
 
@@ -52,7 +52,7 @@ def test_a_unit_has_no_influence_on_another(table: list[Row], seed: int, most: i
         assert sorted(found) == sorted(kept_row(without, row) for row in group)
 
 
-def kept_row(held: Holdings, row: int) -> tuple[str, int]:
+def kept_row(held: Dataset, row: int) -> tuple[str, int]:
     return held.inputs()[row], held.targets[row]
 
 
@@ -118,7 +118,7 @@ def test_records_without_the_column(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("text,label\na,x\nb,y\n")
     records = read_records(DataConfig(source=str(file)))
-    held = Holdings(((records, np.arange(2)),), ("x", "y"))
+    held = Dataset(((records, np.arange(2)),), ("x", "y"))
     with pytest.raises(DataError, match="patient_id"):
         held.bounded(PEOPLE, 7)
 
@@ -188,7 +188,7 @@ def test_units_of_other_tasks(tmp_path: Path, task: TaskName) -> None:
         rows = [{"who": i // 2, "text": words, "label": tags} for i, (words, tags) in enumerate(tagged(4))]
     file.write_text("\n".join(map(json.dumps, rows)))
     records = read_records(DataConfig(source=str(file), unit="who"), task=task)
-    held = Holdings(((records, np.arange(4)),), tuple(records.label_counts()), task).bounded(PEOPLE, 7)
+    held = Dataset(((records, np.arange(4)),), tuple(records.label_counts()), task).bounded(PEOPLE, 7)
     assert records.units == ("0", "0", "1", "1")
     assert sorted(map(sorted, held.units)) == [[0, 1], [2, 3]]
 

@@ -17,7 +17,7 @@ from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.features import FeatureHead, encode_batch, feature_head, features_of, rows_of_answers
 from cotune.models.head_fit import told_by
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from tests.conftest import ARCHITECTURES
 from tests.models.test_features import counting
 
@@ -31,24 +31,24 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tagger(base_model: Callable[[str], Path]) -> Callable[[str], SharedModel]:
-    def make(kind: str) -> SharedModel:
+def tagger(base_model: Callable[[str], Path]) -> Callable[[str], TrainableModel]:
+    def make(kind: str) -> TrainableModel:
         config = ModelConfig(base=str(base_model(kind)), max_length=LONGEST)
-        model = SharedModel(load_model(config, ("A", "B", "O"), 1, "token-classification"), None, 1, torch.device("cpu"))
+        model = TrainableModel(load_model(config, ("A", "B", "O"), 1, "token-classification"), None, 1, torch.device("cpu"))
         model.load({})
         return model
 
     return make
 
 
-def head_of(model: SharedModel) -> FeatureHead:
+def head_of(model: TrainableModel) -> FeatureHead:
     found = feature_head(model)
     assert found is not None
     return found
 
 
 @torch.no_grad()
-def whole(model: SharedModel, words: Any) -> Tensor:
+def whole(model: TrainableModel, words: Any) -> Tensor:
     """The scores of each word by the whole model, one text at a time; NaN for those that it does not read."""
     task, reader = model.loaded.task, model.loaded.reader
     (example,) = task.examples(reader, LONGEST, [words], [(0,) * len(words)])
@@ -57,7 +57,7 @@ def whole(model: SharedModel, words: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_head_on_word_features_gives_the_models_scores(tagger: Callable[[str], SharedModel], kind: str) -> None:
+def test_the_head_on_word_features_gives_the_models_scores(tagger: Callable[[str], TrainableModel], kind: str) -> None:
     model = tagger(kind)
     vectors = features_of(model, WORDS, {}, "float32")
     assert len(vectors) == sum(map(len, WORDS))
@@ -67,7 +67,7 @@ def test_the_head_on_word_features_gives_the_models_scores(tagger: Callable[[str
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
-def test_a_word_that_is_cut_off_has_no_vector_and_no_answer(tagger: Callable[[str], SharedModel]) -> None:
+def test_a_word_that_is_cut_off_has_no_vector_and_no_answer(tagger: Callable[[str], TrainableModel]) -> None:
     model = tagger("bert")  # reads eight words
     vectors = features_of(model, [("the",) * 10, ("tree",)], {}, "float32")
     unread = vectors.isnan().any(dim=1).tolist()
@@ -77,7 +77,7 @@ def test_a_word_that_is_cut_off_has_no_vector_and_no_answer(tagger: Callable[[st
     assert (told == -1).tolist() == unread
 
 
-def test_a_token_beyond_the_models_table_leaves_out_its_record_alone(tagger: Callable[[str], SharedModel]) -> None:
+def test_a_token_beyond_the_models_table_leaves_out_its_record_alone(tagger: Callable[[str], TrainableModel]) -> None:
     model = tagger("bert")
     task = model.loaded.task
     examples = task.examples(model.loaded.reader, LONGEST, WORDS, [(0,) * len(words) for words in WORDS])
@@ -88,7 +88,7 @@ def test_a_token_beyond_the_models_table_leaves_out_its_record_alone(tagger: Cal
     assert torch.equal(vectors[list(rows[2])], as_they_are[list(rows[2])])
 
 
-def test_they_are_kept_and_computed_once(tagger: Callable[[str], SharedModel]) -> None:
+def test_they_are_kept_and_computed_once(tagger: Callable[[str], TrainableModel]) -> None:
     model = tagger("bert")
     first = features_of(model, WORDS, {}, "float32")
     with counting(model) as calls:
@@ -99,7 +99,7 @@ def test_they_are_kept_and_computed_once(tagger: Callable[[str], SharedModel]) -
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(others=st.lists(st.sampled_from(["the", "great", "sad", "tree", "table"]), min_size=1, max_size=12))
-def test_a_records_vectors_are_the_same_bits_in_any_company(tagger: Callable[[str], SharedModel], others: list[str]) -> None:
+def test_a_records_vectors_are_the_same_bits_in_any_company(tagger: Callable[[str], TrainableModel], others: list[str]) -> None:
     model = tagger("bert")
     alone = features_of(model, [WORDS[1]], {}, "float32")
     beside = features_of(model, [tuple(others), WORDS[1]], {}, "float32")[len(others) :]

@@ -22,7 +22,7 @@ from cotune.errors import PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.features import feature_head
-from cotune.models.trainable import SharedModel
+from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping, private_steps
 from cotune.privacy.mechanisms.per_example import Batch, LossPerExample
 from cotune.privacy.mechanisms.random import PoissonSampler
@@ -164,9 +164,9 @@ def _one_thread() -> Iterator[None]:
 # --- real architectures against one-example-at-a-time gradients
 
 
-def text_model(folder: Path, kind: str, lora: LoraConfig | None) -> SharedModel:
+def text_model(folder: Path, kind: str, lora: LoraConfig | None) -> TrainableModel:
     config = ModelConfig(base=str(folder), max_length=16, precision="float32")
-    model = SharedModel(load_model(config, LABELS, 1), lora, 1, torch.device("cpu"))
+    model = TrainableModel(load_model(config, LABELS, 1), lora, 1, torch.device("cpu"))
     with torch.no_grad():  # fresh adapters have B = 0, for which the gradient of A is zero
         for number, (name, parameter) in enumerate(model.parameters()):
             if ".lora_B." in name:

@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.flower.inprocess_grid import InProcessGrid
-from cotune.models.trainable import SharedModel, resident
+from cotune.models.trainable import TrainableModel, resident
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
@@ -50,7 +50,7 @@ def new_run(tmp_path: Path, base_model: Callable[[str], Path]) -> NewRun:
     return make
 
 
-def model_of(plan: Plan) -> SharedModel:
+def model_of(plan: Plan) -> TrainableModel:
     return resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
 
 

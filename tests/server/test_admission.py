@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.rounds.update_validation import most_bytes, reason_to_refuse
+from cotune.server.rounds.update_validation import max_bytes, reason_to_refuse
 from cotune.strategies.types import Update
 
 SHAPES = {"head.weight": torch.zeros(2, 3), "head.bias": torch.zeros(2)}
@@ -149,6 +149,6 @@ def test_an_update_must_name_the_model_that_it_was_trained_from() -> None:
 
 
 def test_an_answer_may_be_as_large_as_what_is_asked_for_and_a_little_more() -> None:
-    assert most_bytes(0, {}, {}) == 2**20
+    assert max_bytes(0, {}, {}) == 2**20
     arrays = 4 * (6 + 9 + 2)
-    assert most_bytes(100, {"w": (2, 3)}, {"g": (3, 3), "f": (2,)}) == 2**20 + 400 + arrays + 3 * (1024 + 4)
+    assert max_bytes(100, {"w": (2, 3)}, {"g": (3, 3), "f": (2,)}) == 2**20 + 400 + arrays + 3 * (1024 + 4)

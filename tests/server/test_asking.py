@@ -91,8 +91,8 @@ def test_whoever_was_revoked_is_not_asked_and_the_quorum_is_of_the_others(new_ru
     progress = play(folder, grid)
     assert [entry["left_out"] for entry in progress.history] == [[], ["org-3"]]
     assert progress.history[1]["participants"] == ["org-1", "org-2"]
-    assert told(folder, "organization_left_out") == [
-        {"event": "organization_left_out", "round": 2, "organization": "org-3", "reason": "its invitation was revoked"}
+    assert told(folder, "client_excluded") == [
+        {"event": "client_excluded", "round": 2, "organization": "org-3", "reason": "its invitation was revoked"}
     ]
 
 
@@ -251,9 +251,9 @@ def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
 
     monkeypatch.setattr(grid, "get_nodes", away)
     assert play(folder, grid).round == 1
-    assert told(folder, "connection_lost", "connection_back") == [
+    assert told(folder, "connection_lost", "connection_restored") == [
         {"event": "connection_lost", "reason": "OSError: connection refused"},
-        {"event": "connection_back"},
+        {"event": "connection_restored"},
     ]
 
 
@@ -272,9 +272,9 @@ def test_a_connection_that_is_lost_during_a_round_is_told_of(new_run: NewRun, mo
     grid.delay = {"org-1": 0.5}
     grid.on_push = lambda name, message: asked.set()
     assert play(folder, grid).round == 1
-    assert [event["event"] for event in told(folder, "connection_lost", "connection_back")] == [
+    assert [event["event"] for event in told(folder, "connection_lost", "connection_restored")] == [
         "connection_lost",
-        "connection_back",
+        "connection_restored",
     ]
 
 
@@ -355,9 +355,9 @@ def test_after_so_many_refused_updates_an_organization_is_left_out_also_by_a_run
     progress = play(again, wild(again, {**everybody(1.0, 1.0), "org-3": wrong_shape}))
     assert [entry["quarantined"] for entry in progress.history] == [["org-3"], ["org-3"], [], []]
     assert [entry["left_out"] for entry in progress.history] == [[], [], ["org-3"], ["org-3"]]
-    [left] = told(folder, "organization_left_out")
+    [left] = told(folder, "client_excluded")
     assert left == {
-        "event": "organization_left_out",
+        "event": "client_excluded",
         "round": 3,
         "organization": "org-3",
         "reason": "2 of its updates were refused, or did not come in time",

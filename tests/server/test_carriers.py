@@ -16,7 +16,7 @@ from cotune.flower.chunks import TooMuch
 from cotune.flower.runtime_client import Line
 from cotune.server.transport import superlink as carriers
 from cotune.server.transport.node_registry import Node
-from cotune.server.transport.superlink import Threaded
+from cotune.server.transport.superlink import SuperLinkTransport
 
 
 class FakeLine:
@@ -56,7 +56,7 @@ class SlowLine:
     def announced(self, numbers: Sequence[str]) -> Mapping[str, Any]:
         return {number: number for number in numbers}
 
-    def fetch(self, answer: str, most_bytes: int, came: Callable[[], None]) -> Message | None:
+    def fetch(self, answer: str, max_bytes: int, came: Callable[[], None]) -> Message | None:
         for _ in range(self._pieces):
             time.sleep(self._seconds)
             came()
@@ -89,7 +89,7 @@ def test_whoever_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pytest
     """Not all at once: each would send what is not there yet of what they have in common."""
     monkeypatch.setattr(carriers, "_HELD_UP_SECONDS", 0.5)
     line, others = FakeLine(), [f"org-{i}" for i in range(6)]
-    with closing(Threaded(cast(Line, line), Connected(), lambda *_, **__: None)) as post, released(line):
+    with closing(SuperLinkTransport(cast(Line, line), Connected(), lambda *_, **__: None)) as post, released(line):
         for name in ("first", *others):
             post.send(1, name, cast(Message, name), 100)
         deadline = time.monotonic() + 600
@@ -107,7 +107,7 @@ def test_whose_answer_comes_slowly_is_not_taken_for_one_that_was_cut_off(
     monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(carriers, "_SLOW_SECONDS", 0.5)
     line = cast(Line, SlowLine(pieces, seconds))
-    with closing(Threaded(line, Connected("org-1"), lambda *_, **__: None)) as post:
+    with closing(SuperLinkTransport(line, Connected("org-1"), lambda *_, **__: None)) as post:
         post.send(1, "org-1", cast(Message, "first"), 100)
         (letter,) = post.receive(10.0)
         assert letter.refused
@@ -126,7 +126,7 @@ def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.Monke
         return {}
 
     monkeypatch.setattr(line, "announced", announced)
-    with closing(Threaded(cast(Line, line), Connected(*names), lambda *_, **__: None)) as post:
+    with closing(SuperLinkTransport(cast(Line, line), Connected(*names), lambda *_, **__: None)) as post:
         for name in names:
             post.send(1, name, cast(Message, name), 100)
         deadline = time.monotonic() + 600
@@ -135,5 +135,5 @@ def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.Monke
     assert 1 <= len(doubted) <= 4
 
 
-def _doubted(post: Threaded) -> list[str]:
+def _doubted(post: SuperLinkTransport) -> list[str]:
     return [name for name, node in post.connected().items() if node.since != " 0"]

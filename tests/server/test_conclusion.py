@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import pipeline
 
-from cotune.data.dataset import HoldingsFile
+from cotune.data.dataset import DatasetManifest
 from cotune.protocol.messages import Request
 from cotune.server.rounds.evaluation import evaluate
-from cotune.server.rounds.loop import run_rounds, served_of
+from cotune.server.rounds.loop import final_params, run_rounds
 from cotune.server.runs.base_model import model_here
 from cotune.server.runs.create import real_run
 from cotune.server.runs.events import read_events
@@ -66,7 +66,7 @@ def played(tmp_path: Path, base_model: Base) -> Callable[..., RunFolder]:
         }
         model = model_here(folder)
         document = folder.path / "test" / "data.json"
-        held = HoldingsFile.read(document, folder.plan.labels) if records else None
+        held = DatasetManifest.read(document, folder.plan.labels) if records else None
         judge = lambda state: evaluate(model, state, held, "float32") if held else None  # noqa: E731
         run_rounds(wild(folder, answers), folder, model, judge)
         return folder
@@ -87,7 +87,7 @@ def test_of_organizations_it_knows_what_they_sent_and_stated(played: Callable[..
     assert (zurich["delivered"], basel["delivered"]) == (True, False)
     assert (summary["engine"], summary["status"], summary["federation"]) == ("superlink", "finished", folder.file.federation)
     assert json.loads((folder.path / "summary.json").read_bytes()) == summary
-    assert read_events(folder.events.path)[-1]["event"] == "run_concluded"
+    assert read_events(folder.events.path)[-1]["event"] == "run_finalized"
 
 
 def test_without_a_test_set_nobody_claims_an_accuracy(played: Callable[..., RunFolder]) -> None:
@@ -127,7 +127,7 @@ def test_the_exported_model_is_the_served_one(played: Callable[..., RunFolder]) 
     told = [folder.plan.labels.index(answer["label"]) for answer in served(texts)]
     truth = [folder.plan.labels.index(label) for _, label in sentences(30)]
     right = sum(a == b for a, b in zip(told, truth, strict=True)) / 30
-    assert served_of(folder.plan, folder.load())
+    assert final_params(folder.plan, folder.load())
     assert right == pytest.approx(folder.load().history[-1]["metrics"]["accuracy"])
 
 

@@ -94,7 +94,9 @@ def test_whoever_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) -> 
     grid = receiving(folder)
     grid.offline = {"org-2"}
     assert deliver(grid, folder) == ["org-2"]
-    assert told(folder, "undelivered") == [{"event": "undelivered", "organization": "org-2", "reason": "it was not connected"}]
+    assert told(folder, "delivery_failed") == [
+        {"event": "delivery_failed", "organization": "org-2", "reason": "it was not connected"}
+    ]
     assert deliver(receiving(folder, seen), folder) == []
     assert [request.organization for request in seen] == ["org-2"]
     assert sorted(confirmed(folder)) == list(NAMES)
@@ -105,7 +107,7 @@ def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
     grid = receiving(folder)
     grid.unfit["org-2"] = TooMuch("it has more than 1,048,576 bytes, the most that were expected")
     assert deliver(grid, folder) == ["org-2"]
-    [event] = told(folder, "undelivered")
+    [event] = told(folder, "delivery_failed")
     assert event["reason"] == "it has more than 1,048,576 bytes, the most that were expected"
 
 
@@ -138,8 +140,8 @@ def test_one_that_is_silent_does_not_hold_up_the_end_and_gets_it_later(new_run: 
     """Without the rule this test takes ten minutes."""
     folder, grid = silent(new_run)
     assert deliver(grid, folder) == ["org-2"]
-    assert told(folder, "undelivered") == [
-        {"event": "undelivered", "organization": "org-2", "reason": "it did not confirm in time"}
+    assert told(folder, "delivery_failed") == [
+        {"event": "delivery_failed", "organization": "org-2", "reason": "it did not confirm in time"}
     ]
     assert deliver(grid, folder) == ["org-2"]  # nor when the run is continued, and it is the only one
     assert deliver(receiving(folder), folder) == []
@@ -195,7 +197,7 @@ def test_a_receipt_for_something_else_is_none(new_run: NewRun, change: dict[str,
     folder = finished(new_run)
     assert deliver(receiving(folder, org_1=receipt(folder, **change)), folder) == ["org-1"]
     assert sorted(confirmed(folder)) == ["org-2", "org-3"]
-    [event] = told(folder, "undelivered")
+    [event] = told(folder, "delivery_failed")
     assert event["reason"] == "its receipt is for another model or organization"
 
 
@@ -207,7 +209,7 @@ def test_one_that_cannot_is_shown_and_one_that_was_lost_is_asked_again(new_run: 
     grid = receiving(folder, org_1=fails)
     grid.lost["org-2"] = 1
     assert deliver(grid, folder) == ["org-1"]
-    [event] = told(folder, "undelivered")
+    [event] = told(folder, "delivery_failed")
     assert event["reason"] == "OSError: disk full"
 
 

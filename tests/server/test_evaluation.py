@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Holdings, HoldingsFile, write_holdings
+from cotune.data.dataset import Dataset, DatasetManifest, write_holdings
 from cotune.models.config import ModelConfig, TrainMode
-from cotune.models.trainable import SharedModel, State, resident
+from cotune.models.trainable import State, TrainableModel, resident
 from cotune.server.rounds.evaluation import evaluate
 from tests.conftest import ARCHITECTURES, sentences, write_csv, write_tagged
 
@@ -18,19 +18,19 @@ LABELS = ("bad", "good", "so")
 
 
 @pytest.fixture
-def test_set(tmp_path: Path) -> Holdings:
+def test_set(tmp_path: Path) -> Dataset:
     """70 texts of unequal lengths, which is more than one batch, held in another order than that of their file."""
     source = write_csv(tmp_path / "all.csv", sentences(90, seed=5))
     rows = np.random.default_rng(0).permutation(90)[:70]
     write_holdings(tmp_path / "test" / "data.json", DataConfig(source=str(source)), [(None, rows)])
-    return HoldingsFile.read(tmp_path / "test" / "data.json", LABELS)
+    return DatasetManifest.read(tmp_path / "test" / "data.json", LABELS)
 
 
-def shared(folder: Path) -> SharedModel:
+def shared(folder: Path) -> TrainableModel:
     return resident(ModelConfig(base=str(folder), max_length=16, precision="float32"), LABELS, None, 1, "cpu")
 
 
-def moved(model: SharedModel, mode: TrainMode, seed: int = 3) -> State:
+def moved(model: TrainableModel, mode: TrainMode, seed: int = 3) -> State:
     """A state away from the base model: the head much, the encoder a little."""
     model.load({})
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +40,7 @@ def moved(model: SharedModel, mode: TrainMode, seed: int = 3) -> State:
 
 
 @torch.no_grad()
-def one_by_one(model: SharedModel, state: State, texts: list[str]) -> list[int]:
+def one_by_one(model: TrainableModel, state: State, texts: list[str]) -> list[int]:
     """The oracle: the architecture's own forward on each text by itself, without padding, batches or features."""
     model.load(state)
     tokenizer, found = model.loaded.reader, []
@@ -68,7 +68,7 @@ def by_hand(truth: list[int], predicted: list[int]) -> dict[str, float]:
 @pytest.mark.parametrize("mode", ["head", "full"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_metrics_are_those_of_the_plain_model_text_by_text(
-    base_model: Callable[[str], Path], test_set: Holdings, kind: str, mode: TrainMode
+    base_model: Callable[[str], Path], test_set: Dataset, kind: str, mode: TrainMode
 ) -> None:
     model, texts = shared(base_model(kind)), test_set.inputs()
     answers = ((state, one_by_one(model, state, texts)) for state in (moved(model, mode, seed) for seed in range(20)))
@@ -90,7 +90,7 @@ def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_pat
         [(None, np.random.default_rng(0).permutation(70))],
         "token-classification",
     )
-    test = HoldingsFile.read(tmp_path / "data.json", TAGS)
+    test = DatasetManifest.read(tmp_path / "data.json", TAGS)
     config = ModelConfig(base=str(base_model(kind)), max_length=length, precision="float32")
     model = resident(config, TAGS, None, 1, "cpu", "token-classification")
     state = moved(model, "full")
@@ -112,7 +112,7 @@ def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_pat
     assert sum(test.label_counts().values()) == len(test) < len(truth)  # records, not words
 
 
-def test_the_state_decides_not_what_was_evaluated_before(base_model: Callable[[str], Path], test_set: Holdings) -> None:
+def test_the_state_decides_not_what_was_evaluated_before(base_model: Callable[[str], Path], test_set: Dataset) -> None:
     model = shared(base_model("bert"))
     head, full = moved(model, "head"), moved(model, "full")
     first = evaluate(model, head, test_set, "float32")
@@ -122,7 +122,7 @@ def test_the_state_decides_not_what_was_evaluated_before(base_model: Callable[[s
     assert evaluate(model, full, test_set, "float32") == other
 
 
-def test_a_class_that_is_never_predicted_counts_as_zero(base_model: Callable[[str], Path], test_set: Holdings) -> None:
+def test_a_class_that_is_never_predicted_counts_as_zero(base_model: Callable[[str], Path], test_set: Dataset) -> None:
     model = shared(base_model("bert"))
     model.load({})
     state = model.state(model.names("head"))

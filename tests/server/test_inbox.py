@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cotune.errors import RunError
-from cotune.server.rounds.buffers import Inbox, Turns
+from cotune.server.rounds.buffers import ReorderBuffer, SpillBuffer
 from cotune.strategies.types import Update
 from tests.server.wild import files
 
@@ -24,7 +24,7 @@ def update(name: str) -> Update:
 def test_updates_come_out_in_the_order_of_the_organizations(
     tmp_path: Path, came: list[str], silent: set[str], never: set[str]
 ) -> None:
-    turns = Turns(ORDER, Inbox(tmp_path / "inbox"))
+    turns = ReorderBuffer(ORDER, SpillBuffer(tmp_path / "inbox"))
     out = []
     for name in came:
         if name not in never:
@@ -36,7 +36,7 @@ def test_updates_come_out_in_the_order_of_the_organizations(
 
 
 def test_in_their_order_nothing_touches_the_disk(tmp_path: Path) -> None:
-    turns = Turns(ORDER, Inbox(tmp_path / "inbox"))
+    turns = ReorderBuffer(ORDER, SpillBuffer(tmp_path / "inbox"))
     for name in ORDER:
         [one] = turns.settle(name, update(name))
         assert one.organization == name
@@ -44,8 +44,8 @@ def test_in_their_order_nothing_touches_the_disk(tmp_path: Path) -> None:
 
 
 def test_what_a_crash_left_is_removed_and_a_damaged_file_is_a_run_error(tmp_path: Path) -> None:
-    Inbox(tmp_path).put(3, update("a"))
-    inbox = Inbox(tmp_path)
+    SpillBuffer(tmp_path).put(3, update("a"))
+    inbox = SpillBuffer(tmp_path)
     assert files(tmp_path) == []
     inbox.put(3, update("a"))
     (tmp_path / "00003.safetensors").write_bytes(b"")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cotune.data.dataset import HoldingsFile
+from cotune.data.dataset import DatasetManifest
 from cotune.errors import CotuneError
 from cotune.server.runs.create import new_folder, real_run
 from tests.conftest import sentences, write_csv
@@ -31,14 +31,14 @@ def test_a_run_is_that_of_the_members_in_the_order_of_their_invitation(tmp_path:
 def test_all_records_of_the_coordinator_are_the_test_set(tmp_path: Path, base_model: Base) -> None:
     records = write_csv(tmp_path / "test.csv", sentences(37))
     run = real_run(founded(tmp_path / "fed", base_model("bert"), "a", test=records))
-    assert len(HoldingsFile.read(run.path / "test" / "data.json", run.plan.labels)) == 37
+    assert len(DatasetManifest.read(run.path / "test" / "data.json", run.plan.labels)) == 37
 
 
 def test_nobody_need_say_whose_the_test_records_are(tmp_path: Path, base_model: Base) -> None:
     records, privacy = write_csv(tmp_path / "test.csv", sentences(37)), {"unit": "patient_id", "max_records": 2}
     run = real_run(founded(tmp_path / "fed", base_model("bert"), "a", test=records, privacy=privacy))
     assert run.plan.data.unit == "patient_id"
-    assert len(HoldingsFile.read(run.path / "test" / "data.json", run.plan.labels)) == 37
+    assert len(DatasetManifest.read(run.path / "test" / "data.json", run.plan.labels)) == 37
 
 
 def test_overrides_make_another_plan_and_a_name_another_folder(tmp_path: Path, base_model: Base) -> None:

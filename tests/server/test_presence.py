@@ -100,7 +100,7 @@ def test_whoever_has_left_when_the_model_is_handed_out_is_named(new_run: NewRun)
     grid.on_push = lambda name, message: grid.left.add(name) if name == "org-2" else None
     grid.swallowed["org-2"] = 1
     assert deliver(grid, folder) == ["org-2"]
-    [event] = told(folder, "undelivered")
+    [event] = told(folder, "delivery_failed")
     assert event["reason"] == "it has left the federation"
 
 

@@ -10,7 +10,7 @@ import pytest
 from cotune.server.deployment import refusals
 from cotune.server.deployment.refusals import Refusals, Watch, read_refusals, read_strangers
 from cotune.server.runs.events import Events, listening, read_events
-from cotune.storage.files import write_durably
+from cotune.storage.files import atomic_write
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path,
 
     def counted(path: Path, content: bytes) -> None:
         writes.append(content)
-        write_durably(path, content)
+        atomic_write(path, content)
 
-    monkeypatch.setattr(refusals, "write_durably", counted)
+    monkeypatch.setattr(refusals, "atomic_write", counted)
     monkeypatch.setattr(refusals, "_EVERY_SECONDS", 2.0)
     front = Refusals(file)
     for member in ("south", "north"):
@@ -77,7 +77,7 @@ def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     front = Refusals(file)
-    monkeypatch.setattr(refusals, "write_durably", full)
+    monkeypatch.setattr(refusals, "atomic_write", full)
     front.note("south", "no")
     assert not read_refusals(file)
 

@@ -24,7 +24,7 @@ from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
 from cotune.server.transport import base as post
 from cotune.strategies.sums import weighted
-from cotune.strategies.types import Update, Weighed
+from cotune.strategies.types import Update, WeightedUpdate
 from tests.server.conftest import Answer, NewRun, adding, federation, model_of, update
 
 
@@ -186,7 +186,7 @@ class Watching(InProcessGrid):
 def test_the_server_holds_one_reply_at_a_time_beside_the_sum(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     Watching.replies, Watching.alive = [], []
 
-    def watched(update: Weighed) -> dict[str, torch.Tensor]:
+    def watched(update: WeightedUpdate) -> dict[str, torch.Tensor]:
         Watching.replies.append(weakref.ref(next(iter(update.update.delta.values()))))
         return weighted(update)
 

@@ -18,13 +18,13 @@ from cotune.errors import RunError
 from cotune.flower.control_client import RunState
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.run_controller import (
-    Pace,
-    carry_out,
+    PollInterval,
     check_none_unfinished,
     hand_over,
-    is_played,
+    is_running,
     newest,
     only_follower,
+    run_to_completion,
 )
 from cotune.server.runs.create import real_run
 from cotune.server.runs.events import Events
@@ -32,7 +32,7 @@ from cotune.server.runs.run_folder import RunFolder
 from tests.server.coordinators import FakeSuperLink, Step, away, founded
 from tests.server.wild import full_disk
 
-PACE = Pace(poll=0.01, again=0.01, grace=0.3)
+PACE = PollInterval(poll=0.01, again=0.01, grace=0.3)
 GOING = RunState("running")
 HOLDER = """
 import fcntl, signal, sys, time
@@ -94,7 +94,7 @@ def forgotten(run_id: int) -> None:
 
 def heard(run: RunFolder, superlink: FakeSuperLink) -> list[tuple[str, dict[str, Any]]]:
     told: list[tuple[str, dict[str, Any]]] = []
-    carry_out(run, superlink, lambda event, fields: told.append((event, fields)), PACE)
+    run_to_completion(run, superlink, lambda event, fields: told.append((event, fields)), PACE)
     return told
 
 
@@ -104,16 +104,16 @@ def ticket(run: RunFolder) -> dict[str, Any]:
 
 
 def test_what_the_run_writes_is_told_in_order_until_its_report_is_written(run: RunFolder) -> None:
-    superlink = FakeSuperLink([[going, tells(run, "round_finished", round=1), going, tells(run, "run_concluded", summary="s")]])
-    assert heard(run, superlink) == [("round_finished", {"round": 1}), ("run_concluded", {"summary": "s"})]
+    superlink = FakeSuperLink([[going, tells(run, "round_finished", round=1), going, tells(run, "run_finalized", summary="s")]])
+    assert heard(run, superlink) == [("round_finished", {"round": 1}), ("run_finalized", {"summary": "s"})]
     assert superlink.started == [run.path]
     assert ticket(run)["run_id"] == 101
 
 
 def test_a_run_that_dies_without_a_word_is_handed_over_again(run: RunFolder) -> None:
-    superlink = FakeSuperLink([[going], [forgotten], [tells(run, "run_concluded")]])
+    superlink = FakeSuperLink([[going], [forgotten], [tells(run, "run_finalized")]])
     told = heard(run, superlink)
-    assert [event for event, _ in told] == ["run_lost", "run_lost", "run_concluded"]
+    assert [event for event, _ in told] == ["run_lost", "run_lost", "run_finalized"]
     assert [fields["reason"] for _, fields in told[:2]] == [
         "its process ended (failed): lost",
         "the SuperLink does not know it any more",
@@ -124,7 +124,7 @@ def test_a_run_that_dies_without_a_word_is_handed_over_again(run: RunFolder) -> 
 
 def test_rounds_that_are_finished_between_give_it_new_tries(run: RunFolder) -> None:
     one_round_each = [[tells(run, "round_finished", round=i)] for i in range(1, 9)]
-    superlink = FakeSuperLink([*one_round_each, [tells(run, "run_concluded")]])
+    superlink = FakeSuperLink([*one_round_each, [tells(run, "run_finalized")]])
     assert [fields["round"] for event, fields in heard(run, superlink) if event == "round_finished"] == list(range(1, 9))
     assert len(superlink.started) == 9
 
@@ -147,12 +147,12 @@ def test_an_old_failure_is_not_that_of_the_next_attempt(run: RunFolder) -> None:
     failed = FakeSuperLink([[tells(run, "run_failed", reason="too few")]])
     with pytest.raises(RunError):
         heard(run, failed)
-    assert [event for event, _ in heard(run, FakeSuperLink([[going, tells(run, "run_concluded")]]))] == ["run_concluded"]
+    assert [event for event, _ in heard(run, FakeSuperLink([[going, tells(run, "run_finalized")]]))] == ["run_finalized"]
 
 
 def test_a_superlink_that_is_away_is_waited_for(run: RunFolder) -> None:
-    superlink = FakeSuperLink([[going, away, away, tells(run, "run_concluded")]])
-    assert [event for event, _ in heard(run, superlink)] == ["superlink_lost", "superlink_back", "run_concluded"]
+    superlink = FakeSuperLink([[going, away, away, tells(run, "run_finalized")]])
+    assert [event for event, _ in heard(run, superlink)] == ["superlink_lost", "superlink_back", "run_finalized"]
     assert len(superlink.started) == 1
 
 
@@ -165,8 +165,8 @@ def test_a_superlink_that_is_away_between_two_attempts_is_waited_for(run: RunFol
                 answer(0)
             return ()
 
-    superlink = Restarting([[], [tells(run, "run_concluded")]])
-    assert [event for event, _ in heard(run, superlink)] == ["run_lost", "superlink_lost", "superlink_back", "run_concluded"]
+    superlink = Restarting([[], [tells(run, "run_finalized")]])
+    assert [event for event, _ in heard(run, superlink)] == ["run_lost", "superlink_lost", "superlink_back", "run_finalized"]
 
 
 def test_a_superlink_that_is_away_at_first_is_said_at_once(run: RunFolder) -> None:
@@ -181,10 +181,10 @@ def test_a_superlink_that_is_away_at_first_is_said_at_once(run: RunFolder) -> No
 
 def test_a_follower_that_comes_back_hears_this_attempt_from_its_beginning(run: RunFolder) -> None:
     run.events.tell("of an earlier attempt")
-    superlink = FakeSuperLink([[going, going, tells(run, "run_concluded")]])
+    superlink = FakeSuperLink([[going, going, tells(run, "run_finalized")]])
     hand_over(run, superlink, PACE)
     run.events.tell("round_finished", round=1)
-    assert heard(run, superlink) == [("round_finished", {"round": 1}), ("run_concluded", {})]
+    assert heard(run, superlink) == [("round_finished", {"round": 1}), ("run_finalized", {})]
     assert len(superlink.started) == 1
 
 
@@ -209,11 +209,11 @@ def test_no_second_process_plays_before_the_first_has_ended(
     run: RunFolder, held: Callable[[str], subprocess.Popen[str]], kind: str, ended_by: signal.Signals
 ) -> None:
     holder = held(kind)
-    assert is_played(run.path)
+    assert is_running(run.path)
 
     class Watching(FakeSuperLink):
         def start(self, run: Path) -> int:
-            assert not is_played(run)
+            assert not is_running(run)
             return super().start(run)
 
     hand_over(run, Watching(), PACE)
@@ -233,14 +233,14 @@ def test_a_process_that_died_is_noticed_before_the_superlink_does(
         return GOING
 
     def concludes(run_id: int) -> RunState:
-        run.events.tell("run_concluded")
+        run.events.tell("run_finalized")
         return GOING
 
     superlink = FakeSuperLink([[dies, *[going] * 1000], [concludes]])
     assert [(event, fields.get("reason")) for event, fields in heard(run, superlink)] == [
         (first, None),
         ("run_lost", "its process died"),
-        ("run_concluded", None),
+        ("run_finalized", None),
     ]
     assert (len(superlink.started), superlink.stopped) == (2, [101])
 
@@ -256,8 +256,8 @@ def test_a_process_that_ends_by_itself_is_left_to_it(run: RunFolder) -> None:
     with (run.path / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         threading.Timer(0.1, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
-        hand_over(run, FakeSuperLink(), Pace(poll=0.01, grace=30))
-        assert not is_played(run.path)
+        hand_over(run, FakeSuperLink(), PollInterval(poll=0.01, grace=30))
+        assert not is_running(run.path)
 
 
 def test_interrupted_it_stops_the_run_and_its_process(run: RunFolder, held: Callable[[str], subprocess.Popen[str]]) -> None:
@@ -269,7 +269,7 @@ def test_interrupted_it_stops_the_run_and_its_process(run: RunFolder, held: Call
 
     superlink, told = FakeSuperLink([[interrupt]]), list[str]()
     with pytest.raises(KeyboardInterrupt):
-        carry_out(run, superlink, lambda event, fields: told.append(event), PACE)
+        run_to_completion(run, superlink, lambda event, fields: told.append(event), PACE)
     assert (superlink.stopped, told) == ([101], ["run_stopping"])
     assert holders[0].wait(600) == -signal.SIGINT
 

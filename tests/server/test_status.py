@@ -108,7 +108,7 @@ def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> 
 def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) -> None:
     run = real_run(federation)
     run.events.tell("run_started", rounds=2)
-    for event, phase in (("waiting", "interrupted"), ("run_concluded", "finished")):
+    for event, phase in (("waiting", "interrupted"), ("run_finalized", "finished")):
         run.events.tell(event)
         status = look(federation, {}, plays=False).run
         assert status is not None
@@ -145,11 +145,11 @@ def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: Fed
     finish(run, 2)
     run.events.tell("run_finished", rounds=2)
     assert stands() == (2, "handing out the model", 0.75, None)
-    run.events.tell("run_concluded")
+    run.events.tell("run_finalized")
     assert stands() == (2, "finished", 0.75, None)
     found = look(federation, None).run
     assert found is not None
-    assert (found.run, found.rounds, found.last_event) == ("one", 2, "run_concluded")
+    assert (found.run, found.rounds, found.last_event) == ("one", 2, "run_finalized")
 
 
 def test_a_round_that_is_durable_counts_though_its_event_was_lost(federation: FederationFolder) -> None:

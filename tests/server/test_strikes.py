@@ -36,7 +36,7 @@ def test_a_run_that_needs_everybody_goes_on_without_whoever_is_refused_again_and
     progress = play(folder, wild(folder, answers))
     assert [entry["participants"] for entry in progress.history] == [["org-1"]] * 2
     assert [entry["left_out"] for entry in progress.history] == [["org-2"]] * 2
-    assert [event["organization"] for event in told(folder, "organization_left_out")] == ["org-2"]
+    assert [event["organization"] for event in told(folder, "client_excluded")] == ["org-2"]
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": "many"}', "\x00"])

@@ -125,13 +125,13 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     import numpy as np
     import torch
 
-    from cotune.data.dataset import Holdings
+    from cotune.data.dataset import Dataset
     from cotune.plan.parameters import model_of
     from cotune.simulations.prepare import prepare
 
     prepared = prepare(toy_plan(train="full", **SMALL), "cpu")
     plan, share = prepared.plan, prepared.shares[0]
-    holdings = Holdings(((prepared.records[None], share.rows),), plan.labels)
+    holdings = Dataset(((prepared.records[None], share.rows),), plan.labels)
     model, stage = model_of(plan, "cpu"), plan.stages[0]
     model.load({})
     names = model.names(stage.mode)

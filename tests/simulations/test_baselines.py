@@ -8,7 +8,7 @@ import torch
 
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
-from cotune.data.dataset import HoldingsFile
+from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.task import Metrics
 from cotune.models.trainable import State, resident
 from cotune.plan.schema import Plan
@@ -48,7 +48,7 @@ def by_itself(plan: Plan, site: Site) -> tuple[State, Metrics]:
     for round in range(1, plan.rounds + 1):
         update = train_round(plan, site, round, state)
         state = {name: (tensor.double() + update.delta[name].double()).float() for name, tensor in state.items()}
-    test = HoldingsFile.read(site.folder.parent / "run" / "test" / "data.json", plan.labels)
+    test = DatasetManifest.read(site.folder.parent / "run" / "test" / "data.json", plan.labels)
     return state, evaluate(model, state, test, plan.model.precision)
 
 
@@ -64,7 +64,7 @@ def test_alone_is_the_same_training_without_the_others(toy_plan: NewPlan, tmp_pa
 
 def test_what_a_baseline_tells_is_what_it_is_judged_by(toy_plan: NewPlan, tmp_path: Path) -> None:
     folder, prepared = made(toy_plan(simulation={"baselines": ["alone"]}), tmp_path / "run")
-    truth = HoldingsFile.read(folder.path / "test" / "data.json", prepared.plan.labels).truth
+    truth = DatasetManifest.read(folder.path / "test" / "data.json", prepared.plan.labels).truth
     for judged in run_baselines(folder, prepared).values():
         assert sum(t == n for t, n in zip(truth, judged.told, strict=True)) / len(truth) == judged.metrics.accuracy
 

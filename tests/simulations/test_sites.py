@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cotune.client.site import Site
-from cotune.data.dataset import HoldingsFile
+from cotune.data.dataset import DatasetManifest
 from cotune.data.left_out import ELSEWHERE
 from cotune.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
@@ -189,7 +189,7 @@ def test_a_run_folder_says_who_holds_what(toy_plan: NewPlan, tmp_path: Path) -> 
         site = Site(folder.path / "sites" / share.name)
         assert site.file.model_dump() == {"organization": share.name, "simulated": True, "device": "cpu", "base": None}
         assert site.holdings(prepared.plan.labels).inputs() == [texts[i] for i in share.rows]
-    test = HoldingsFile.read(folder.path / "test" / "data.json", prepared.plan.labels)
+    test = DatasetManifest.read(folder.path / "test" / "data.json", prepared.plan.labels)
     assert test.targets == [("bad", "good", "so").index(labels[i]) for i in prepared.test[0][1]]
 
 

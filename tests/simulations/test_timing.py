@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS, fixed_batches
 from cotune.models.encoding import encoded_examples
 from cotune.models.features import FEATURE_SLOTS
@@ -44,7 +44,7 @@ def batches(prepared: Prepared, lengths: Any, slots: int) -> int:
     model = model_of(prepared.plan, "cpu")
     total = 0
     for records in prepared.records.values():
-        examples = encoded_examples(Holdings(((records, range(len(records))),), prepared.plan.labels), model)  # type: ignore[arg-type]
+        examples = encoded_examples(Dataset(((records, range(len(records))),), prepared.plan.labels), model)  # type: ignore[arg-type]
         task, longest = model.loaded.task, model.loaded.max_length
         total += len(list(fixed_batches(range(len(examples)), lambda i: task.bucket(examples[i], longest, lengths), slots)))  # noqa: B023
     return total
@@ -153,7 +153,7 @@ def test_batches_that_are_measured_are_of_one_length_each(toy_plan: NewPlan) -> 
     prepared = prepare(toy_plan(), "cpu")
     model = model_of(prepared.plan, "cpu")
     ((file, records),) = prepared.records.items()
-    sample = Holdings(((records, range(len(records))),), prepared.plan.labels)  # type: ignore[arg-type]
+    sample = Dataset(((records, range(len(records))),), prepared.plan.labels)  # type: ignore[arg-type]
     watch = Stopwatch(prepared.plan, model, sample, a_second)
     lengths = watch.lengths(FINE_LENGTHS)
     measured = set(watch.encoding())

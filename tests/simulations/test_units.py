@@ -13,7 +13,7 @@ import pytest
 
 from cotune.client.site import Site
 from cotune.data.config import TaskName
-from cotune.data.dataset import HoldingsFile
+from cotune.data.dataset import DatasetManifest
 from cotune.errors import DataError
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
@@ -96,7 +96,7 @@ def test_a_person_is_in_one_place(plan: Callable[..., Plan], tmp_path: Path, tas
         )
         assert len(held.units) == share.units == len(persons(found, share.rows)) <= len(held) <= len(share.rows)
         assert max(map(len, held.units)) <= 5
-    assert HoldingsFile.read(tmp_path / "run" / "test" / "data.json", found.plan.labels).inputs()
+    assert DatasetManifest.read(tmp_path / "run" / "test" / "data.json", found.plan.labels).inputs()
 
 
 def test_the_promise_to_persons_is_kept_and_charged(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.data.dataset import Holdings
+from cotune.data.dataset import Dataset
 from cotune.plan.parameters import model_of
 from cotune.server.rounds.evaluation import predict
 from cotune.server.runs.run_folder import RunFolder
@@ -32,7 +32,7 @@ def test_own_figures_are_those_of_the_rows_that_are_held_out(result: Run) -> Non
     assert sorted(int(row) for share in prepared.shares for row in share.held_out) == everything.tolist()
     for share, said in zip(prepared.shares, result.summary["organizations"], strict=True):
         assert not trained & {int(row) for row in share.held_out}
-        own = Holdings(((prepared.records[None], share.held_out),), folder.plan.labels)
+        own = Dataset(((prepared.records[None], share.held_out),), folder.plan.labels)
         states = {"federated": folder.load().state}
         states["alone"] = RunFolder(result.folder / "baselines" / "alone" / share.name).load().state
         for column, state in states.items():

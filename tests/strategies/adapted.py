@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
-from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import builtin
 from cotune.strategies.types import RoundContext, Update
 
@@ -61,7 +61,7 @@ def fused(
     """The next state in float64, by the driver of the rounds: weighted by `counts`."""
     context = RoundContext(round=round, seed=3, state=state, adapters=layers)
     weighting, fusion = builtin("weighting")["examples"], builtin("fusion")[name]
-    driver = WeightedFusion((weighting, {"cap": 0}), (fusion, fusion.check(parameters)), context)
+    driver = Aggregator((weighting, {"cap": 0}), (fusion, fusion.check(parameters)), context)
     for i, (delta, count) in enumerate(zip(deltas, counts, strict=True)):
         driver.add(Update(f"org-{i}", round, delta, examples=count, steps=1))
     moved = {n: state[n].double() + d for n, d in driver.result().delta.items()}

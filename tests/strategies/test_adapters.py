@@ -12,8 +12,8 @@ from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.config import Part, StrategyConfig
 from cotune.strategies.low_rank import averaged, padded, product_norm, stacked, truncated
-from cotune.strategies.registry import Needs, PartInfo
-from cotune.strategies.types import Update, Weighed
+from cotune.strategies.registry import ComponentInfo, Needs
+from cotune.strategies.types import Update, WeightedUpdate
 from tests.strategies.adapted import A, B, close
 
 sizes = st.integers(1, 6)
@@ -73,7 +73,7 @@ def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
     state = {A: torch.zeros(2, 2), B: torch.zeros(1, 2)}
     small = Update("s", 1, {A: torch.tensor([[4.0, 8.0]]), B: torch.tensor([[4.0]])}, examples=1, steps=1)
     whole = Update("w", 1, {A: torch.tensor([[0.0, 4.0], [5.0, 6.0]]), B: torch.tensor([[8.0, 7.0]])}, examples=3, steps=1)
-    weighed = [Weighed(small, 1.0, state), Weighed(whole, 3.0, state)]
+    weighed = [WeightedUpdate(small, 1.0, state), WeightedUpdate(whole, 3.0, state)]
     for order in (weighed, weighed[::-1]):
         mean = averaged(order)
         assert mean[A].tolist() == [[1.0, 5.0], [5.0, 6.0]]
@@ -97,7 +97,7 @@ def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
 def test_tensors_that_organizations_keep_are_about_whole_adapters_that_stay(
     facts: dict[str, Any], fusion: str, said: str | None, needs: Needs
 ) -> None:
-    term = PartInfo("client_term", "term", ClientTerm, "", needs)
+    term = ComponentInfo("client_term", "term", ClientTerm, "", needs)
     strategy = StrategyConfig.model_validate({"fusion": fusion}).model_copy(update={"client_term": Part(name="mine.py:term")})
     found = first_problem(strategy, Facts(modes=("lora",), factors="ab", **facts), {"client_term": term})
     if said is None or needs == Needs():

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from cotune.errors import RunError
 from cotune.strategies import (
+    Aggregate,
     Delta,
-    Fused,
     Needs,
     RoundContext,
     StrategyConfig,
     Sums,
     Update,
     Visibility,
-    Weighed,
+    WeightedUpdate,
     mean_of,
     weighted,
 )
-from cotune.strategies.aggregator import WeightedFusion, build_aggregator
-from cotune.strategies.registry import PartInfo, builtin, fusion, undecorated
+from cotune.strategies.aggregator import Aggregator, build_aggregator
+from cotune.strategies.registry import ComponentInfo, builtin, fusion, undecorated
 
 
 def update(values: dict[str, float], examples: int = 10, noise: dict[str, float] | None = None) -> Update:
@@ -36,10 +36,10 @@ def combine(
     weigh: Callable[..., Any] | None = None,
     context: RoundContext = RoundContext(),
     **given: Any,
-) -> Fused:
+) -> Aggregate:
     info = getattr(fuse, "part", None) or undecorated("fusion", "tried", fuse)
     weighting = undecorated("weighting", "tried", weigh) if weigh else builtin("weighting")["examples"]
-    combination = WeightedFusion((weighting, {}), (info, given), context)
+    combination = Aggregator((weighting, {}), (info, given), context)
     for one in updates:
         combination.add(one)
     return combination.result()
@@ -57,7 +57,7 @@ def test_a_rule_of_one_sum_is_streamed_and_lets_go_of_each_delta() -> None:
         del one
         assert seen() is None
     fused = combination.result()
-    assert isinstance(fused, Fused)
+    assert isinstance(fused, Aggregate)
     assert (fused.delta["w"].item(), fused.participants) == (-2.0, 2)
 
 
@@ -78,10 +78,10 @@ def test_weights_may_differ_between_parameters() -> None:
 
 
 def test_held_updates_are_let_go_of_at_the_end() -> None:
-    def first(updates: Sequence[Weighed]) -> Delta:
+    def first(updates: Sequence[WeightedUpdate]) -> Delta:
         return {"a": torch.ones(1)}
 
-    combination = WeightedFusion((builtin("weighting")["uniform"], {}), (undecorated("fusion", "f", first), {}), RoundContext())
+    combination = Aggregator((builtin("weighting")["uniform"], {}), (undecorated("fusion", "f", first), {}), RoundContext())
     one = update({"a": 1.0})
     seen = weakref.ref(one.delta["a"])
     combination.add(one)
@@ -92,11 +92,11 @@ def test_held_updates_are_let_go_of_at_the_end() -> None:
 
 
 def test_a_delta_of_what_the_model_has_not_is_refused() -> None:
-    def foreign(updates: Sequence[Weighed]) -> Delta:
+    def foreign(updates: Sequence[WeightedUpdate]) -> Delta:
         return {"b": torch.ones(1)}
 
     context = RoundContext(state={"a": torch.zeros(1)})
-    combination = WeightedFusion((builtin("weighting")["uniform"], {}), (undecorated("fusion", "f", foreign), {}), context)
+    combination = Aggregator((builtin("weighting")["uniform"], {}), (undecorated("fusion", "f", foreign), {}), context)
     combination.add(update({"a": 1.0}))
     with pytest.raises(RunError, match='the fusion "f" gave a delta of b, which the model has not'):
         combination.result()
@@ -107,7 +107,7 @@ def test_a_plan_chooses() -> None:
     aware.add(update({"w": 2.0}, 1, {"w": 1.0}))
     aware.add(update({"w": 2.0}, 1000, {"w": 9.0}))
     fused = aware.result()
-    assert isinstance(fused, Fused)
+    assert isinstance(fused, Aggregate)
     assert fused.delta["w"].item() == pytest.approx(2.0)
 
 
@@ -124,22 +124,22 @@ def test_several_passes_see_every_update_again() -> None:
 
 
 def test_a_second_pass_must_be_declared() -> None:
-    info = PartInfo("fusion", "spread", spread, "a test", Needs())
-    combination = WeightedFusion((builtin("weighting")["uniform"], {}), (info, {}), RoundContext())
+    info = ComponentInfo("fusion", "spread", spread, "a test", Needs())
+    combination = Aggregator((builtin("weighting")["uniform"], {}), (info, {}), RoundContext())
     combination.add(update({"w": 1.0}))
     with pytest.raises(RunError, match='the fusion "spread" asks for a second pass: expected needs.visibility to say so'):
         combination.result()
 
 
 def test_the_round_of_nobody_is_nothing() -> None:
-    assert combine(MEAN) == Fused({}, 0)
-    assert combine(spread) == Fused({}, 0)
+    assert combine(MEAN) == Aggregate({}, 0)
+    assert combine(spread) == Aggregate({}, 0)
 
 
 def test_what_a_fusion_remembers_comes_back() -> None:
-    def counting(updates: Sequence[Weighed], context: RoundContext) -> Fused:
+    def counting(updates: Sequence[WeightedUpdate], context: RoundContext) -> Aggregate:
         count = context.memory.get("rounds", torch.zeros(())) + 1
-        return Fused({"w": count.reshape(1)}, memory={"rounds": count})
+        return Aggregate({"w": count.reshape(1)}, memory={"rounds": count})
 
     first = combine(counting, update({"w": 0.0}))
     again = combine(counting, update({"w": 0.0}), context=RoundContext(memory=first.memory))
@@ -165,7 +165,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 def test_too_few_updates_are_refused() -> None:
     @fusion("pairs", cite="a test", least=lambda many: many)
-    def pairs(updates: Sequence[Weighed], many: int = 2) -> Delta:
+    def pairs(updates: Sequence[WeightedUpdate], many: int = 2) -> Delta:
         return dict(updates[0].delta)
 
     with pytest.raises(RunError, match='the fusion "pairs" needs 3 updates, and the round has 1'):
@@ -187,7 +187,7 @@ def test_a_late_update_counts_by_the_root_of_its_staleness() -> None:
     """By hand: weights 10, 30 / √4 = 15 and 20 / √2; a weight for each parameter is scaled alike."""
     for weigh in (None, lambda update: {"w": float(update.examples)}):
         weighting = undecorated("weighting", "tried", weigh) if weigh else builtin("weighting")["examples"]
-        combination = WeightedFusion((weighting, {}), (builtin("fusion")["mean"], {}), RoundContext())
+        combination = Aggregator((weighting, {}), (builtin("fusion")["mean"], {}), RoundContext())
         combination.add(update({"w": 1.0}, 10))
         combination.add(update({"w": -3.0}, 30), staleness=3)
         combination.add(update({"w": 2.0}, 20), staleness=1)

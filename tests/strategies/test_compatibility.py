@@ -9,14 +9,14 @@ import pytest
 
 from cotune.strategies import Needs, StrategyConfig, Visibility
 from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.registry import Kind, PartInfo
+from cotune.strategies.registry import ComponentInfo, Kind
 
 
-def part(kind: Kind, least: int = 1, **needs: Any) -> dict[Kind, PartInfo]:
-    return {kind: PartInfo(kind, "tried", lambda updates: {}, "a test", Needs(**needs), lambda **_: least)}
+def part(kind: Kind, least: int = 1, **needs: Any) -> dict[Kind, ComponentInfo]:
+    return {kind: ComponentInfo(kind, "tried", lambda updates: {}, "a test", Needs(**needs), lambda **_: least)}
 
 
-def problem(facts: Facts, infos: dict[Kind, PartInfo], **strategy: Any) -> str | None:
+def problem(facts: Facts, infos: dict[Kind, ComponentInfo], **strategy: Any) -> str | None:
     return first_problem(StrategyConfig.model_validate(strategy), facts, infos)
 
 
@@ -68,7 +68,7 @@ def test_no_plan_asks_for_statistics_under_record_privacy_by_hand(sends: list[st
         (NOTHING, part("fusion", server_data=True), "expected validation_fraction above 0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_had_is_refused(facts: Facts, infos: dict[Kind, PartInfo], reason: str) -> None:
+def test_what_cannot_be_had_is_refused(facts: Facts, infos: dict[Kind, ComponentInfo], reason: str) -> None:
     found = problem(facts, infos, weighting="uniform")
     assert found is not None
     assert re.search(reason, found), found

@@ -8,7 +8,7 @@ import pytest
 
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.config import StrategyConfig
-from cotune.strategies.registry import Needs, PartInfo
+from cotune.strategies.registry import ComponentInfo, Needs
 
 
 def problem(term: str, *, facts: Facts = Facts(), **parts: Any) -> str | None:
@@ -71,7 +71,7 @@ def test_noise_that_a_term_feeds_back_is_not_the_one_that_is_stated(term: str) -
 
 @pytest.mark.parametrize("needs", [Needs(sets_state=True), Needs(rewrites=("weight",))])
 def test_a_term_with_state_needs_a_mean(needs: Needs) -> None:
-    other = PartInfo("fusion", "mean", lambda updates: {}, "", needs)
+    other = ComponentInfo("fusion", "mean", lambda updates: {}, "", needs)
     for term, said in (("scaffold", True), ("feddyn", True), ("proximal", False)):
         strategy = StrategyConfig.model_validate({"client_term": term})
         assert ("counts on the mean" in str(first_problem(strategy, Facts(), {"fusion": other}))) == said

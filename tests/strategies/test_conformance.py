@@ -12,15 +12,15 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies import (
+    Aggregate,
     ClientTerm,
     Delta,
-    Fused,
     Needs,
     RoundContext,
     ServerOptimizer,
     Sums,
     Visibility,
-    Weighed,
+    WeightedUpdate,
     client_term,
     fusion,
     mean_of,
@@ -32,7 +32,7 @@ from cotune.strategies.conformance import check_part
 from cotune.strategies.conformance.checks import Finding
 from cotune.strategies.conformance.samples import complete
 from cotune.strategies.flower import flower_strategy
-from cotune.strategies.registry import FOLDERS, PartInfo, builtin
+from cotune.strategies.registry import FOLDERS, ComponentInfo, builtin
 from cotune.strategies.types import LocalSteps, Update
 
 EVERY = [info for kind in FOLDERS for info in builtin(kind).values()]
@@ -45,7 +45,7 @@ def failed(build: Any, **parameters: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("info", EVERY, ids=lambda info: f"{info.kind}-{info.name}")
-def test_every_part_conforms(info: PartInfo) -> None:
+def test_every_part_conforms(info: ComponentInfo) -> None:
     found = check_part(info)
     assert len(found) >= 5
     assert [f for f in found if not f.passed] == []
@@ -64,7 +64,7 @@ def test_a_finding_has_a_reason_if_and_only_if_it_did_not_pass() -> None:
 # --- fusions
 
 
-def _mean(updates: Sequence[Weighed]) -> dict[str, Tensor]:
+def _mean(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     total = sum(u.scalar for u in updates)
     return {n: sum((u.scalar / total * u.delta[n] for u in updates), torch.zeros(())) for n in updates[0].delta}
 
@@ -74,22 +74,22 @@ def _broken(**statements: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 @_broken()
-def half(updates: Sequence[Weighed]) -> Delta:
+def half(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: d.to(torch.float32) for n, d in _mean(updates).items()}
 
 
 @_broken()
-def first_only(updates: Sequence[Weighed]) -> Delta:
+def first_only(updates: Sequence[WeightedUpdate]) -> Delta:
     return dict(list(_mean(updates).items())[:1])
 
 
 @_broken()
-def invented(updates: Sequence[Weighed]) -> Delta:
+def invented(updates: Sequence[WeightedUpdate]) -> Delta:
     return {**_mean(updates), "mine": torch.zeros(1, dtype=torch.float64)}
 
 
 @_broken(needs=Needs())
-def a_function_of_sums(updates: Sequence[Weighed]) -> Delta:
+def a_function_of_sums(updates: Sequence[WeightedUpdate]) -> Delta:
     return _mean(updates)
 
 
@@ -97,7 +97,7 @@ def a_function_of_sums(updates: Sequence[Weighed]) -> Delta:
 def peeping() -> Sums:
     seen: list[Delta] = []
 
-    def contribution(update: Weighed) -> Mapping[str, Tensor]:
+    def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
         seen.append(update.delta)
         return weighted(update)
 
@@ -119,17 +119,17 @@ def two_passes() -> Sums:
 
 
 @_broken()
-def last_wins(updates: Sequence[Weighed]) -> Delta:
+def last_wins(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: d + 0.1 * updates[-1].delta[n] for n, d in _mean(updates).items()}
 
 
 @_broken(scales=False, keeps=False)
-def unseeded(updates: Sequence[Weighed]) -> Delta:
+def unseeded(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: d + torch.rand(d.shape, dtype=d.dtype) for n, d in _mean(updates).items()}
 
 
 @_broken()
-def in_place(updates: Sequence[Weighed]) -> Delta:
+def in_place(updates: Sequence[WeightedUpdate]) -> Delta:
     for update in updates:
         for tensor in update.update.delta.values():
             tensor *= 1.0 + 1e-3
@@ -137,55 +137,55 @@ def in_place(updates: Sequence[Weighed]) -> Delta:
 
 
 @_broken()
-def clipped(updates: Sequence[Weighed]) -> Delta:
+def clipped(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: d.clamp(-0.1, 0.1) for n, d in _mean(updates).items()}
 
 
 @_broken()
-def doubled(updates: Sequence[Weighed]) -> Delta:
+def doubled(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: 2 * d for n, d in _mean(updates).items()}
 
 
 @_broken()
-def in_single(updates: Sequence[Weighed]) -> Delta:
+def in_single(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: d * float(torch.tensor(1.1)) / 1.1 for n, d in _mean(updates).items()}
 
 
 @_broken()
-def unweighted(updates: Sequence[Weighed]) -> Delta:
+def unweighted(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: torch.stack([u.delta[n] for u in updates]).mean(0) for n in updates[0].delta}
 
 
 @_broken(needs=Needs(visibility=Visibility.PER_CLIENT, weights=False))
-def weighted_after_all(updates: Sequence[Weighed]) -> Delta:
+def weighted_after_all(updates: Sequence[WeightedUpdate]) -> Delta:
     return _mean(updates)
 
 
 @_broken(needs=Needs(visibility=Visibility.PER_CLIENT, by_parameter=True))
-def one_weight_for_all(updates: Sequence[Weighed]) -> Delta:
+def one_weight_for_all(updates: Sequence[WeightedUpdate]) -> Delta:
     return _mean(updates)
 
 
 @_broken()
-def same_keys(updates: Sequence[Weighed]) -> Delta:
+def same_keys(updates: Sequence[WeightedUpdate]) -> Delta:
     return _mean(updates)
 
 
 @_broken(keeps=False)
-def needs_two(updates: Sequence[Weighed]) -> Delta:
+def needs_two(updates: Sequence[WeightedUpdate]) -> Delta:
     spread = torch.stack([u.delta["head.bias"] for u in updates]).std(0)
     return {n: d + (spread if n == "head.bias" else 0) for n, d in _mean(updates).items()}
 
 
 @_broken(needs=Needs(visibility=Visibility.PER_CLIENT, mixed_ranks=True))
-def one_rank(updates: Sequence[Weighed]) -> Delta:
+def one_rank(updates: Sequence[WeightedUpdate]) -> Delta:
     total = sum(u.scalar for u in updates)
     names = updates[0].delta
     return {n: sum((u.scalar / total * u.update.delta[n].double() for u in updates), torch.zeros(())) for n in names}
 
 
 @_broken(needs=Needs(visibility=Visibility.PER_CLIENT, sends=("fisher",)), keeps=False)
-def silent_repair(updates: Sequence[Weighed]) -> Delta:
+def silent_repair(updates: Sequence[WeightedUpdate]) -> Delta:
     weights = [{n: u.update.statistics[f"fisher/{n}"].double().nan_to_num(1.0) for n in u.delta} for u in updates]
     pairs = list(zip(updates, weights, strict=True))
     return {
@@ -197,24 +197,24 @@ _rounds: list[int] = []
 
 
 @_broken(scales=False, keeps=False)
-def outside_memory(updates: Sequence[Weighed], context: RoundContext) -> Delta:
+def outside_memory(updates: Sequence[WeightedUpdate], context: RoundContext) -> Delta:
     _rounds.append(context.round)
     return {n: d * len(_rounds) for n, d in _mean(updates).items()}
 
 
 @_broken()
-def remembers_a_number(updates: Sequence[Weighed]) -> Fused:
-    return Fused(_mean(updates), memory={"rounds": 3})  # type: ignore[dict-item]
+def remembers_a_number(updates: Sequence[WeightedUpdate]) -> Aggregate:
+    return Aggregate(_mean(updates), memory={"rounds": 3})  # type: ignore[dict-item]
 
 
 @_broken()
-def typed_memory(updates: Sequence[Weighed], context: RoundContext) -> Fused:
+def typed_memory(updates: Sequence[WeightedUpdate], context: RoundContext) -> Aggregate:
     delta = _mean(updates)
     if hasattr(context.memory.get("head.bias"), "momentum"):
-        return Fused({n: 2 * d for n, d in delta.items()})
+        return Aggregate({n: 2 * d for n, d in delta.items()})
     kept = delta["head.bias"].clone()
     kept.momentum = 0.9  # type: ignore[attr-defined]
-    return Fused(delta, memory={"head.bias": kept})
+    return Aggregate(delta, memory={"head.bias": kept})
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_broken_fusion_is_found(part: Any, check: str, words: str) -> None:
 
 def test_a_rule_that_says_all_that_is_true_of_it_passes() -> None:
     @_broken(needs=Needs(weights=False, visibility=Visibility.PER_CLIENT), least=lambda: 3, scales=False, keeps=False)
-    def middle(updates: Sequence[Weighed]) -> Delta:
+    def middle(updates: Sequence[WeightedUpdate]) -> Delta:
         """The median plus a constant, of organizations that all send the same."""
         names = set.intersection(*(set(u.delta) for u in updates))
         everything = {n: torch.stack([u.delta[n] for u in updates if n in u.delta]) for n in updates[0].delta}
@@ -358,7 +358,7 @@ def _optimizer(step: Callable[..., Stepped], serve: Callable[..., Any] | None = 
     @server_optimizer("broken", cite="")
     @dataclass(frozen=True)
     class Broken(ServerOptimizer):
-        def step(self, state: State, fused: Fused, memory: State, context: RoundContext) -> Stepped:
+        def step(self, state: State, fused: Aggregate, memory: State, context: RoundContext) -> Stepped:
             return step(state, fused, memory)
 
         def serve(self, state: State, memory: State) -> dict[str, Tensor]:
@@ -367,11 +367,11 @@ def _optimizer(step: Callable[..., Stepped], serve: Callable[..., Any] | None = 
     return Broken
 
 
-def _moved(state: State, fused: Fused, lr: float = 1.0) -> dict[str, Tensor]:
+def _moved(state: State, fused: Aggregate, lr: float = 1.0) -> dict[str, Tensor]:
     return {n: (p.double() + lr * fused.delta.get(n, torch.zeros(()))).to(p.dtype) for n, p in state.items()}
 
 
-def _in_place(state: State, fused: Fused, memory: State) -> Stepped:
+def _in_place(state: State, fused: Aggregate, memory: State) -> Stepped:
     for name, d in fused.delta.items():
         state[name].add_(d.to(state[name].dtype))
     return dict(state), {}
@@ -380,7 +380,7 @@ def _in_place(state: State, fused: Fused, memory: State) -> Stepped:
 _steps: list[int] = []
 
 
-def _counted(state: State, fused: Fused, memory: State) -> Stepped:
+def _counted(state: State, fused: Aggregate, memory: State) -> Stepped:
     _steps.append(1)
     return _moved(state, fused, 1.0 / len(_steps)), {}
 
@@ -413,7 +413,7 @@ def _term(needs: Needs = Needs(), **methods: Callable[..., Any]) -> Any:
     return client_term("broken", cite="", needs=needs)(part)
 
 
-def _grow(fused: Fused, memory: State, context: RoundContext) -> tuple[Delta, State]:
+def _grow(fused: Aggregate, memory: State, context: RoundContext) -> tuple[Delta, State]:
     for tensor in fused.delta.values():
         tensor.mul_(2.0)
     return fused.delta, {}
@@ -422,12 +422,12 @@ def _grow(fused: Fused, memory: State, context: RoundContext) -> tuple[Delta, St
 _folds: list[int] = []
 
 
-def _drift(fused: Fused, memory: State, context: RoundContext) -> tuple[Delta, State]:
+def _drift(fused: Aggregate, memory: State, context: RoundContext) -> tuple[Delta, State]:
     _folds.append(1)
     return {n: d * len(_folds) for n, d in fused.delta.items()}, {}
 
 
-def _fixed(fused: Fused, memory: State, context: RoundContext) -> tuple[Delta, State]:
+def _fixed(fused: Aggregate, memory: State, context: RoundContext) -> tuple[Delta, State]:
     held = memory or {n: torch.zeros_like(d) for n, d in fused.delta.items()}
     return {n: d + held[n] for n, d in fused.delta.items()}, dict(held)
 
@@ -460,7 +460,7 @@ def test_a_broken_client_term_is_found(part: Any, check: str, words: str) -> Non
 
 
 def test_a_term_with_both_halves_passes() -> None:
-    def fold(fused: Fused, memory: State, context: RoundContext) -> tuple[Delta, State]:
+    def fold(fused: Aggregate, memory: State, context: RoundContext) -> tuple[Delta, State]:
         held = {n: memory.get(n, torch.zeros_like(d)) + d for n, d in fused.delta.items()}
         return dict(fused.delta), {**memory, **held}
 
@@ -480,7 +480,7 @@ def test_a_term_with_both_halves_passes() -> None:
 def test_required_parameters_get_values_that_they_allow() -> None:
     @fusion("needy", cite="", needs=PER_CLIENT)
     def needy(
-        updates: Sequence[Weighed],
+        updates: Sequence[WeightedUpdate],
         *,
         norm: Annotated[float, Field(gt=0)],
         fraction: Annotated[float, Field(ge=0.2, le=0.4)],

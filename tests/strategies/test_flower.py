@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cotune.errors import PlanError, RunError
-from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.flower import FlowerFusion, _kept, _restore, _Roll, flower_part, flower_strategy
 from cotune.strategies.registry import Visibility, builtin
 from cotune.strategies.types import RoundContext, Update
@@ -60,7 +60,7 @@ def through_cotune(name: str, parameters: dict[str, Any], rounds: int) -> list[d
     info = flower_strategy(f"flwr.serverapp.strategy:{name}")
     given, state, memory, found = info.check(parameters), model(), dict[str, Tensor](), []
     for round in range(1, rounds + 1):
-        driver = WeightedFusion(
+        driver = Aggregator(
             (builtin("weighting")["examples"], {}), (info, given), RoundContext(round=round, state=state, memory=memory)
         )
         for update in trained(state, round):
@@ -123,7 +123,7 @@ def test_state_matters_in_the_third_round() -> None:
     """Otherwise the test above would say nothing about what is remembered."""
     state = through_cotune("FedAdam", {"eta": 0.05}, 2)[-1]
     info = flower_strategy("flwr.serverapp.strategy:FedAdam")
-    forgetful = WeightedFusion(
+    forgetful = Aggregator(
         (builtin("weighting")["examples"], {}), (info, info.check({"eta": 0.05})), RoundContext(round=3, state=state)
     )
     for update in trained(state, 3):
@@ -153,7 +153,7 @@ def test_its_minimum_is_the_least_number_of_updates() -> None:
     info = flower_strategy("flwr.serverapp.strategy:FedAvg")
     given = info.check({"min_train_nodes": 3})
     assert info.least(**given) == 3
-    driver = WeightedFusion((builtin("weighting")["uniform"], {}), (info, given), RoundContext(state=model()))
+    driver = Aggregator((builtin("weighting")["uniform"], {}), (info, given), RoundContext(state=model()))
     for update in trained(model(), 1)[:2]:
         driver.add(update)
     with pytest.raises(RunError, match="needs 3 updates, and the round has 2"):
@@ -183,7 +183,7 @@ def test_state_of_any_form_comes_back() -> None:
     assert given == {"temperature": 0.5, "note": None, "min_train_nodes": 1, "min_available_nodes": 1}
     memory: dict[str, Tensor] = {}
     for round in (1, 2):
-        driver = WeightedFusion(
+        driver = Aggregator(
             (builtin("weighting")["uniform"], {}), (info, given), RoundContext(round=round, state=model(), memory=memory)
         )
         for update in trained(model(), round):
@@ -295,7 +295,7 @@ def test_a_stage_that_shares_other_parameters_begins_anew() -> None:
 
     def round_of(number: int, names: list[str], memory: Any) -> Any:
         context = RoundContext(round=number, state=model(), memory=memory)
-        driver = WeightedFusion((builtin("weighting")["uniform"], {}), (info, info.check({})), context)
+        driver = Aggregator((builtin("weighting")["uniform"], {}), (info, info.check({})), context)
         for update in trained(model(), number):
             driver.add(replace(update, delta={name: update.delta[name] for name in names}))
         return driver.result()
@@ -372,7 +372,7 @@ class Silent(FedAvg):
 )
 def test_a_round_that_cannot_be_had_is_one_sentence(strategy: type[Strategy], words: str) -> None:
     info = flower_part("mine.py:Strategy", strategy)
-    driver = WeightedFusion((builtin("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
+    driver = Aggregator((builtin("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
     for update in trained(model(), 1):
         driver.add(update)
     with pytest.raises(RunError) as error:
@@ -382,7 +382,7 @@ def test_a_round_that_cannot_be_had_is_one_sentence(strategy: type[Strategy], wo
 
 def test_organizations_with_other_parameters_are_refused() -> None:
     info = flower_strategy("flwr.serverapp.strategy:FedAvg")
-    driver = WeightedFusion((builtin("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
+    driver = Aggregator((builtin("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
     first, second = trained(model(), 1)[:2]
     driver.add(first)
     driver.add(replace(second, delta={"a.bias": second.delta["a.bias"]}))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cotune.strategies import Fused, Part, RoundContext, StrategyConfig, Update
+from cotune.strategies import Aggregate, Part, RoundContext, StrategyConfig, Update
 from cotune.strategies.aggregator import build_aggregator, build_server_optimizer
 from cotune.strategies.config import expand
 from cotune.strategies.server_optimizers.sgd import ServerSGD
@@ -30,7 +30,7 @@ def fused(strategy: StrategyConfig, *pairs: tuple[float, int]) -> float:
     for value, examples in pairs:
         combination.add(Update("a", 1, {"w": torch.tensor([value])}, examples=examples, steps=1))
     result = combination.result()
-    assert isinstance(result, Fused)
+    assert isinstance(result, Aggregate)
     return result.delta["w"].item()
 
 

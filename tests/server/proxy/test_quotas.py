@@ -142,7 +142,7 @@ def test_an_allowance_stays_within_its_bounds(steps: list[tuple[str, int, float]
 def test_one_object_always_fits() -> None:
     """Whatever a coordinator sets: otherwise nobody could ever answer."""
     least = Quotas(reply=64 * MIB, bytes=64 * MIB, disk=64 * MIB)
-    assert min(least.most_bytes, least.most_disk, least.reply) > Limits().push_object
+    assert min(least.max_bytes, least.most_disk, least.reply) > Limits().push_object
     for name in ("reply", "bytes", "disk"):
         with pytest.raises(ValidationError):
             Quotas.model_validate({name: MIB})

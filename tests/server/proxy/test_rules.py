@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.server.proxy.identity import signer
-from cotune.server.proxy.rules import Limits, Refusal, call_of, content_length, passed_on, reason_to_refuse
+from cotune.server.proxy.rules import Limits, Refusal, call_of, content_length, forwarded_headers, reason_to_refuse
 
 LIMITS = Limits(body=1024)
 
@@ -105,7 +105,7 @@ def test_headers_that_claim_something_about_the_client_stay_behind() -> None:
         (b"Connection", b"e"),
         (b"Cookie", b"f"),
     ]
-    assert passed_on(given) == [(b"content-type", b"a"), (b"flwr-signature", b"b")]
+    assert forwarded_headers(given) == [(b"content-type", b"a"), (b"flwr-signature", b"b")]
 
 
 def test_time_grows_with_the_size() -> None:

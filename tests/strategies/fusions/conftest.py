@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import builtin, undecorated
-from cotune.strategies.types import Fused, RoundContext, Update
+from cotune.strategies.types import Aggregate, RoundContext, Update
 
 Fuse = Callable[..., Any]
 
@@ -38,20 +38,20 @@ def _play(
     context: RoundContext = RoundContext(),
     changes: Sequence[Mapping[str, Any]] | None = None,
     **parameters: Any,
-) -> Fused:
+) -> Aggregate:
     updates = [replace(u, **change) for u, change in zip(_updates(deltas), changes or [{}] * len(deltas), strict=True)]
     given = dict(zip([u.organization for u in updates], weights or [1.0] * len(updates), strict=True))
     weighting = undecorated("weighting", "given", lambda update: given[update.organization])
     info = builtin("fusion")[fusion]
-    combination = WeightedFusion((weighting, {}), (info, info.check(parameters)), context)
+    combination = Aggregator((weighting, {}), (info, info.check(parameters)), context)
     for update in updates:
         combination.add(update)
     return combination.result()
 
 
 @pytest.fixture(scope="session")
-def play() -> Callable[..., Fused]:
-    """play(fusion, deltas, weights, context=…, changes=… of the updates, **parameters) -> Fused."""
+def play() -> Callable[..., Aggregate]:
+    """play(fusion, deltas, weights, context=…, changes=… of the updates, **parameters) -> Aggregate."""
     return _play
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cotune.strategies.aggregator import build_aggregator
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.config import StrategyConfig
-from cotune.strategies.types import Fused, RoundContext, Update
+from cotune.strategies.types import Aggregate, RoundContext, Update
 
 
 def update(delta: list[float], trust: list[float], examples: int = 1) -> Update:
@@ -24,7 +24,7 @@ def fused(*updates: Update, **parameters: float) -> Tensor:
     for one in updates:
         combination.add(one)
     found = combination.result()
-    assert isinstance(found, Fused)
+    assert isinstance(found, Aggregate)
     return found.delta["w"]
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cotune.models.adapter import drawn_a, name_seed
+from cotune.models.adapter import init_lora_a, parameter_seed
 from tests.strategies.adapted import HEAD, A, B, W, adapter, close, deltas_of, fused, products, state_of
 
 
@@ -32,6 +32,6 @@ def test_a_is_drawn_anew_in_every_round_and_alike_for_everybody() -> None:
     deltas = deltas_of(state, (3,))
     first, again, later = (fused("flora", state, deltas, (1,), adapter(3), round=round)[A] for round in (1, 1, 2))
     assert torch.equal(first, again)
-    close(first, drawn_a((3, 7), name_seed(3, f"{A}/1")))
+    close(first, init_lora_a((3, 7), parameter_seed(3, f"{A}/1")))
     assert bool((first != later).all())
     assert 0 < float(first.abs().max()) <= 7**-0.5  # as peft draws: uniform up to 1/√d_in

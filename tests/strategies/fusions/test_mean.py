@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from cotune.errors import RunError
 from cotune.strategies import Delta, RoundContext, Update
-from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import builtin, undecorated
 
 SHAPES = {"a": (3,), "b": (2, 2), "c": ()}
 
 
-def running() -> WeightedFusion:
+def running() -> Aggregator:
     """The mean, with weights that the updates bring along."""
     weighting = undecorated("weighting", "as told", lambda update: update.told["weight"])
-    return WeightedFusion((weighting, {}), (builtin("fusion")["mean"], {}), RoundContext())
+    return Aggregator((weighting, {}), (builtin("fusion")["mean"], {}), RoundContext())
 
 
 def update(delta: Delta, weight: float) -> Update:

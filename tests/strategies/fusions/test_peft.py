@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from cotune.models.lora import adapters_of
-from cotune.strategies.aggregator import WeightedFusion
+from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import builtin
 from cotune.strategies.types import RoundContext, Update
 
@@ -42,7 +42,7 @@ def next_state(model: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Tens
     own = {n.replace(".base_layer.", "."): p.detach() for n, p in model.base_model.model.named_parameters()}
     adapters = adapters_of(model.base_model.model)
     state = {n: own[n] for adapter in adapters for n in (adapter.a, adapter.b, adapter.weight)}
-    driver = WeightedFusion(
+    driver = Aggregator(
         (builtin("weighting")["examples"], {"cap": 0}),
         (builtin("fusion")[name], builtin("fusion")[name].check({})),
         RoundContext(state=state, adapters=adapters),

@@ -10,7 +10,7 @@ import torch
 
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.config import RECIPES, StrategyConfig, expand
-from cotune.strategies.registry import PartInfo, Visibility, builtin
+from cotune.strategies.registry import ComponentInfo, Visibility, builtin
 from cotune.strategies.types import LocalSteps, RoundContext
 
 COUNT = 11  # enough for every rule's defaults
@@ -32,7 +32,7 @@ def changes(count: int = COUNT) -> list[dict[str, Any]]:
     return [{"organization": f"org-{k}", "steps": 1 + k % 3, "told": {"loss": 0.5 + k / 10}} for k in range(count)]
 
 
-def weights_of(info: PartInfo, rng: np.random.Generator) -> list[float]:
+def weights_of(info: ComponentInfo, rng: np.random.Generator) -> list[float]:
     return list(rng.uniform(1, 3, size=COUNT)) if info.needs.weights else [1.0] * COUNT
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cotune.strategies.aggregator import build_aggregator
 from cotune.strategies.config import StrategyConfig
-from cotune.strategies.types import Fused, RoundContext, Update
+from cotune.strategies.types import Aggregate, RoundContext, Update
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -23,7 +23,7 @@ def fused(*updates: Update, off_diagonal: float = 1.0) -> dict[str, Tensor]:
     for one in updates:
         combination.add(one)
     found = combination.result()
-    assert isinstance(found, Fused)
+    assert isinstance(found, Aggregate)
     return dict(found.delta)
 
 

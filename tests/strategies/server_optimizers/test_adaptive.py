@@ -16,7 +16,7 @@ from cotune.strategies.server_optimizers.adagrad import ServerAdagrad
 from cotune.strategies.server_optimizers.adam import ServerAdam
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.server_optimizers.yogi import ServerYogi
-from cotune.strategies.types import Fused, RoundContext
+from cotune.strategies.types import Aggregate, RoundContext
 
 ALL: list[type[Any]] = [ServerAdam, ServerYogi, ServerAdagrad]
 
@@ -25,7 +25,7 @@ def play(optimizer: ServerOptimizer, deltas: list[float]) -> list[tuple[float, f
     """(θ, m, v) after each round of one coordinate that starts at 0."""
     state, memory, seen = {"w": torch.zeros(1, dtype=torch.float64)}, dict[str, Tensor](), []
     for round, d in enumerate(deltas, start=1):
-        fused = Fused({"w": torch.tensor([d], dtype=torch.float64)})
+        fused = Aggregate({"w": torch.tensor([d], dtype=torch.float64)})
         state, memory = optimizer.step(state, fused, memory, RoundContext(round=round, rounds=len(deltas)))
         seen.append((state["w"].item(), memory["m/w"].item(), memory["v/w"].item()))
     return seen
@@ -78,7 +78,7 @@ def test_they_are_those_of_flower(own: ServerOptimizer, flower: Any) -> None:
     for _ in range(6):
         delta = rng.normal(size=5)
         reference = _flower_step(reference, delta)
-        state, memory = own.step(state, Fused({"w": torch.from_numpy(delta)}), memory, RoundContext())
+        state, memory = own.step(state, Aggregate({"w": torch.from_numpy(delta)}), memory, RoundContext())
         np.testing.assert_allclose(state["w"].numpy(), reference.current_weights[0], rtol=1e-10)
 
 
@@ -92,9 +92,9 @@ def _flower_step(strategy: Any, delta: np.ndarray[Any, Any]) -> Any:
 @pytest.mark.parametrize("kind", ALL)
 def test_a_parameter_that_waits_keeps_its_moments(kind: Any) -> None:
     optimizer, state = kind(), {"a": torch.zeros(1), "b": torch.zeros(1)}
-    state, memory = optimizer.step(state, Fused({"a": torch.ones(1)}), {}, RoundContext())
+    state, memory = optimizer.step(state, Aggregate({"a": torch.ones(1)}), {}, RoundContext())
     before = {name: tensor.clone() for name, tensor in memory.items()}
-    moved, memory = optimizer.step(state, Fused({"b": torch.ones(1)}), memory, RoundContext())
+    moved, memory = optimizer.step(state, Aggregate({"b": torch.ones(1)}), memory, RoundContext())
     assert torch.equal(moved["a"], state["a"])
     assert torch.equal(moved["b"], state["a"])  # the same first step
     assert all(torch.equal(memory[name], tensor) for name, tensor in before.items())
@@ -104,7 +104,9 @@ def test_a_parameter_that_waits_keeps_its_moments(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_state_keeps_its_type_and_the_memory_is_exact(kind: Any, dtype: torch.dtype) -> None:
-    state, memory = kind().step({"w": torch.ones(2, dtype=dtype)}, Fused({"w": torch.tensor([0.25, -1.0])}), {}, RoundContext())
+    state, memory = kind().step(
+        {"w": torch.ones(2, dtype=dtype)}, Aggregate({"w": torch.tensor([0.25, -1.0])}), {}, RoundContext()
+    )
     assert state["w"].dtype == dtype
     assert all(tensor.dtype == torch.float64 for tensor in memory.values())
 

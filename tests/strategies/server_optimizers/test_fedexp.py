@@ -7,20 +7,20 @@ from torch import Tensor
 from cotune.strategies.aggregator import build_aggregator
 from cotune.strategies.config import StrategyConfig
 from cotune.strategies.server_optimizers.fedexp import FedExP
-from cotune.strategies.types import Fused, RoundContext, Update
+from cotune.strategies.types import Aggregate, RoundContext, Update
 
 
-def fused_of(*deltas: list[float], examples: tuple[int, ...] | None = None) -> Fused:
+def fused_of(*deltas: list[float], examples: tuple[int, ...] | None = None) -> Aggregate:
     """The weighted mean of these deltas with what the driver says about them."""
     combination = build_aggregator(StrategyConfig(), RoundContext())
     for k, (delta, n) in enumerate(zip(deltas, examples or (1,) * len(deltas), strict=True)):
         combination.add(Update(f"org-{k}", 1, {"w": torch.tensor(delta)}, n, 1))
     found = combination.result()
-    assert isinstance(found, Fused)
+    assert isinstance(found, Aggregate)
     return found
 
 
-def stepped(fused: Fused, **parameters: float) -> Tensor:
+def stepped(fused: Aggregate, **parameters: float) -> Tensor:
     return FedExP(**parameters).step({"w": torch.zeros(2)}, fused, {}, RoundContext())[0]["w"]
 
 
@@ -46,7 +46,7 @@ def test_the_last_two_iterates_are_served_as_their_mean() -> None:
     assert torch.equal(optimizer.serve(state, {})["w"], state["w"])
     memory = dict[str, Tensor]()
     for delta in (2.0, 4.0):
-        state, memory = optimizer.step(state, Fused({"w": torch.tensor([delta])}, 1, delta**2), memory, RoundContext())
+        state, memory = optimizer.step(state, Aggregate({"w": torch.tensor([delta])}, 1, delta**2), memory, RoundContext())
     assert state["w"].tolist() == [6.0]
     served = optimizer.serve(state, memory)
     assert {name: tensor.tolist() for name, tensor in served.items()} == {"w": [4.0], "frozen": [1.0]}

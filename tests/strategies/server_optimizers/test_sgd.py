@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.strategies import Delta, Fused, RoundContext, apply_delta
+from cotune.strategies import Aggregate, Delta, RoundContext, apply_delta
 from cotune.strategies.server_optimizers.sgd import ServerSGD
 
 
@@ -15,7 +15,7 @@ def tensor(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
 def step(
     optimizer: ServerSGD, state: dict[str, Tensor], delta: Delta, memory: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return optimizer.step(state, Fused(delta), memory, RoundContext())
+    return optimizer.step(state, Aggregate(delta), memory, RoundContext())
 
 
 def test_by_default_the_delta_is_added() -> None:
@@ -99,14 +99,14 @@ def test_momentum_is_that_of_torch_with_its_own_schedule() -> None:
         parameter.grad = -delta
         reference.step()
         falling.step()
-        state, memory = optimizer.step(state, Fused({"w": delta}), memory, RoundContext(round=round, rounds=rounds))
+        state, memory = optimizer.step(state, Aggregate({"w": delta}), memory, RoundContext(round=round, rounds=rounds))
     torch.testing.assert_close(state["w"], parameter.detach(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("round", "moved"), [(1, 1.0), (2, 2.0), (3, 2.0)])
 def test_warmup_without_momentum(round: int, moved: float) -> None:
     state, memory = ServerSGD(warmup=2).step(
-        {"w": torch.zeros(1)}, Fused({"w": torch.tensor([2.0])}), {}, RoundContext(round=round, rounds=3)
+        {"w": torch.zeros(1)}, Aggregate({"w": torch.tensor([2.0])}), {}, RoundContext(round=round, rounds=3)
     )
     assert state["w"].tolist() == [moved]
     assert memory == {}

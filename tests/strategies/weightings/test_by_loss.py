@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cotune.strategies.aggregator import build_aggregator
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.config import StrategyConfig
-from cotune.strategies.types import Fused, RoundContext, Update
+from cotune.strategies.types import Aggregate, RoundContext, Update
 from cotune.strategies.weightings.inverse_loss import inverse_loss
 from cotune.strategies.weightings.q_fair import q_fair
 from cotune.strategies.weightings.tilted import tilted
@@ -29,7 +29,7 @@ def fused(weighting: Mapping[str, Any] | str, *updates: Update, context: RoundCo
     for update in updates:
         combination.add(update)
     found = combination.result()
-    assert isinstance(found, Fused)
+    assert isinstance(found, Aggregate)
     return float(found.delta["w"])
 
 

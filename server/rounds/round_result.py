@@ -13,7 +13,7 @@ from cotune.strategies.types import Update
 
 
 @dataclass
-class Tally:
+class RoundResult:
     """people: who is to be asked, in the order in which updates are added. needed: how many updates the quorum is."""
 
     people: list[str]
