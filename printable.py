@@ -1,6 +1,7 @@
 """What files and strangers say, fit for a terminal and a log: it shows every character, and none is obeyed.
 
-Two places make it so. `Clean` stands before a process's standard output and error, whoever writes there; lines of a command are
+Two places make it so. `Clean` stands before a process's standard output and error, no matter who writes there; lines of a command
+are
 made printable before they are laid out (`cli/screen.py`), and reach the terminal past it, as only they may move the cursor.
 """
 

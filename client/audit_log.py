@@ -93,7 +93,7 @@ class AuditLog:
 
     @property
     def head(self) -> str:
-        """The hash of the last line: whoever notes it elsewhere can see later that none was cut off."""
+        """The hash of the last line: anyone who notes it elsewhere can see later that none was cut off."""
         lines = self._lines()
         return _hash(lines[-1] if lines else b"")
 

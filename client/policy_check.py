@@ -246,7 +246,7 @@ class Approvals:
     def check(self, plan: Plan, policy: Policy) -> None:
         """Raises Declined for a plan that nobody here has approved, and keeps it to be looked at.
 
-        At a simulated organization there is nobody to ask: whoever simulates it has chosen the plan.
+        At a simulated organization there is nobody to ask: anyone who simulates it has chosen the plan.
         """
         if self.site.file.simulated or policy.training.approval == "none" or plan.plan_id in self.ids():
             return

@@ -1,7 +1,7 @@
 """Which records somebody holds: rows of one or several files, as a small JSON document beside its row numbers.
 
 An organization's site and the server's test set are both described this way. Features are computed per file, not per holder, so
-that they are the same whoever asks and computed once.
+that they are the same no matter who asks and computed once.
 """
 
 from __future__ import annotations

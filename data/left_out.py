@@ -1,4 +1,4 @@
-"""What of an organization's records does not count, in one line that whoever checks, simulates or reports shows."""
+"""What of an organization's records does not count, in one line that anyone who checks, simulates or reports shows."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def identity_of(given: Input) -> bytes:
     """16 bytes that stay the same when a file is shuffled, exported anew, labeled anew or retyped a little.
 
     SHA-256 over the plain form of a text (see `plain`), whether it is kept as one or as its words; over the decoded pixels and
-    the size of an image. A corrected label is still the same record. Whoever can guess a text can recognize its identity: what
+    the size of an image. A corrected label is still the same record. Anyone who can guess a text can recognize its identity: what
     is stored or exported is keyed first (see `privacy.ledger`).
     """
     if isinstance(given, Image):

@@ -1,6 +1,6 @@
 """Inputs without labels, to be predicted: a column of a file, the images of a folder, or what was typed.
 
-Every row has an answer, also one that cannot be used: whoever joins predictions to a file counts on its rows.
+Every row has an answer, also one that cannot be used: anyone who joins predictions to a file counts on its rows.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ All of Flower's internals that both sides need are in this file.
 
 A message in its pieces, measured before it is put together: Flower's arrays list their chunks by index, and may repeat one.
 
-An array of zeros is honestly sent as one chunk, listed many times. So a few kilobytes may stand for gigabytes, and only whoever
+An array of zeros is honestly sent as one chunk, listed many times. So a few kilobytes may stand for gigabytes, and only anyone
+who
 knows what the message is for can say how large it may become. Flower's format of pieces is known to this file alone.
 """
 

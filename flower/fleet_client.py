@@ -153,7 +153,7 @@ class Fleet:
         """
         pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, request.run)
         parcel = collect(request.tree, pull, _MOST_BYTES, _SILENCE_SECONDS)
-        parcel.header("")  # whoever is given it can answer it
+        parcel.header("")  # anyone who is given it can answer it
         return parcel
 
     def bundle(self, run: int) -> bytes:

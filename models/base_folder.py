@@ -1,6 +1,7 @@
 """The files of a base model's folder: which of them decide what is computed, what they say, and what is wrong with them.
 
-Weights alone do not identify a model: one more line in a tokenizer gives a word another number, and whoever may change that line
+Weights alone do not identify a model: one more line in a tokenizer gives a word another number, and anyone who may change that
+line
 without anybody seeing it can ask who holds the word.
 
 What is wrong with a model folder's files, looked for where it could not be loaded: libraries name a symptom, and no file.

@@ -29,7 +29,7 @@ def encoded_features(
 ) -> torch.Tensor:
     """Return what the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has.
 
-    All records of a file are encoded, whoever holds them: the next one who asks finds them on disk.
+    All records of a file are encoded, no matter who holds them: the next one who asks finds them on disk.
     """
     found = []
     for records, rows in holdings.parts:

@@ -21,7 +21,7 @@ from cotune.models.trainable import TrainableModel
 def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] | None = None) -> None:
     """Write safetensors, configuration with label names, and tokenizer or image processor; adapters are merged into the weights.
 
-    An earlier export in the folder is replaced once the new one is complete. Whoever may enter the folder above can read it,
+    An earlier export in the folder is replaced once the new one is complete. Anyone who may enter the folder above can read it,
     whatever the umask says. The model itself is left as it is.
 
     Args:
@@ -58,7 +58,7 @@ def _restore_dropout(config: Any, base: Path) -> None:
 
 
 def _limit_length(folder: Path, longest: int) -> None:
-    """Whoever asks for truncation gets the length of training; a tokenizer alone (tokenizer.json) truncates by itself."""
+    """Anyone who asks for truncation gets the length of training; a tokenizer alone (tokenizer.json) truncates by itself."""
     settings = _edit(folder / "tokenizer_config.json", {"model_max_length": longest})
     side = str(settings.get("truncation_side", "right")).capitalize()
     how = {"direction": side, "max_length": longest, "strategy": "LongestFirst", "stride": 0}

@@ -40,7 +40,7 @@ def last_layer(model: TrainableModel) -> tuple[str, str] | None:
 
 def _last_layer_of(model: TrainableModel) -> tuple[str, str]:
     found = last_layer(model)
-    assert found is not None, "whoever corrects a head has looked for its last layer"
+    assert found is not None, "anyone who corrects a head has looked for its last layer"
     return found
 
 
@@ -49,7 +49,7 @@ def head_scores(model: TrainableModel, head: Mapping[str, Tensor], features: Ten
     """Scores of a head on features (n, d): (n, classes) on the CPU."""
     model.load(head)
     reader = feature_head(model)
-    assert reader is not None, "whoever has features has a head on them"
+    assert reader is not None, "anyone who has features has a head on them"
     found: Tensor = reader(features.to(model.device)).logits.float().cpu()
     return found
 
@@ -74,7 +74,7 @@ def fit_head(model: TrainableModel, features: Tensor, targets: Tensor, *, start:
     """
     model.load(start)
     reader, names = feature_head(model), head_names(model)
-    assert reader is not None, "whoever has features has a head on them"
+    assert reader is not None, "anyone who has features has a head on them"
     parameters, device = model.train_only(names), model.device
     anchors = [toward[name].to(device) for name in names]
     rows, numbers = features.to(device), targets.to(device)

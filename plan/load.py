@@ -131,7 +131,7 @@ def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, o
     """The plan in a TOML file or a preset, with `key=value` overrides such as "privacy.epsilon=3". Raises PlanError.
 
     own_code: whether a strategy's part that is code (`fusion = "my_rules.py:my_fusion"`, relative to the plan) may be run to
-    learn what it needs; without, such a plan must have been completed by whoever made it.
+    learn what it needs; without, such a plan must have been completed by anyone who made it.
     """
     table = read_document(source, overrides)
     check_tables(table)

@@ -123,7 +123,7 @@ class RoundsConfig(Table):
         ge=0,
         le=1e6,
         description="once half of the asked organizations have answered, the others are waited for so many times their median"
-        " time; whoever needs longer gets a strike; 0: always deadline_seconds",
+        " time; anyone who needs longer gets a strike; 0: always deadline_seconds",
     )
     least_seconds: float = Field(
         300.0,

@@ -19,7 +19,7 @@ SMALL_DELTA = 1e-6  # δ at which every statement repeats ε, so that statements
 FALSE_POSITIVE_RATE = 0.01
 _UNCOVERED = (
     "the time that steps and answers take",
-    "the judgment of whoever approves a plan",
+    "the judgment of anyone who approves a plan",
     "settings that were chosen by looking at these data",
     "float64 arithmetic of the sampler: the noise is a rounded float64 normal, not an exact discrete Gaussian",
 )

@@ -13,7 +13,8 @@ The mean of a round's updates under client-level differential privacy: clip, sum
 
 The durable account of client-level privacy: one line per round whose noise was about to be drawn, on the server's disk.
 
-A federation has one account for all its runs: the same organizations take part in them, and whoever watches them sees them all. A
+A federation has one account for all its runs: the same organizations take part in them, and anyone who watches them sees them
+all. A
 line is on the disk before the noise is drawn, so that a crash in between counts as spent. Stored are accounting events (z, q,
 count), never an ε. The file is replaced as a whole, fsynced, and never shortened.
 
@@ -114,7 +115,8 @@ class PrivateMean:
 
     Q rounds each update to the grid of `gaussian`, on which the sum is exact and the noise lies too: nothing is left in low bits.
     Guarantee: one update more or less changes the sum by C at most, whatever is in it and whatever examples it declares, and what
-    `result` and `unclipped` give are the noised sums over K. Every parameter of `shapes` gets noise, whoever sent something.
+    `result` and `unclipped` give are the noised sums over K. Every parameter of `shapes` gets noise, no matter who sent
+    something.
     generator: for tests only; no plan can reach it.
     """
 

@@ -1,6 +1,6 @@
 """federation.toml: what a coordinator hands to every organization, so that it can look at the plan, and join.
 
-It holds nothing secret. Whoever changes it on its way can name another server: it is to come over a channel that both sides
+It holds nothing secret. Anyone who changes it on its way can name another server: it is to come over a channel that both sides
 trust, or its SHA-256 is to be compared (`fingerprint`).
 
 The names of organizations: they become the names of folders and files, and are shown to people.

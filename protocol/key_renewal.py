@@ -2,7 +2,7 @@
 
 An organization renews the key of its node, and gives the statement to the coordinator; a coordinator renews the key that signs
 requests, with the certificate authority, and its statement reaches organizations beside requests, or as a file. Neither statement
-is secret. Whoever has stolen an old key could sign one too: after a theft a key is revoked, and an invitation made anew.
+is secret. Anyone who has stolen an old key could sign one too: after a theft a key is revoked, and an invitation made anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotune.errors import RunError
 from cotune.protocol.signatures import Statement, sign, signed_by_node, signed_by_server
 
-MOST_SERVER_RENEWALS = 16  # the last ones: whoever knows none of their keys joins anew
+MOST_SERVER_RENEWALS = 16  # the last ones: anyone who knows none of their keys joins anew
 _LONGEST = 16 * 1024  # characters of one
 
 
@@ -99,7 +99,7 @@ class NodeRenewal(_Document):
         return key
 
     def check(self, old: object) -> None:
-        """Raises RunError unless the key `old` has signed it, and whoever has the new key."""
+        """Raises RunError unless the key `old` has signed it, and anyone who has the new key."""
         if not isinstance(old, EllipticCurvePublicKey) or not signed_by_node(self.about, self.signature, old):
             raise RunError("the statement is not signed by the organization's present key: expected its own; do not use the file")
         if not signed_by_node(self.about, self.confirmation, self.new_key()):

@@ -4,7 +4,7 @@ A request holds the plan (canonical JSON) and the state of the shared model; an 
 what ties both to plan, round and organization. Every field has one name and one type, checked on arrival.
 
 No object of one message is an object of another: Flower's store knows objects by the hash of their content and shares them
-between nodes, so that whoever can guess a content can get in its way (docs/decisions/0013-object-store.md). Each message has a
+between nodes, so that anyone who can guess a content can get in its way (docs/decisions/0013-object-store.md). Each message has a
 random salt in its header, from which every record and array of it is made unlike all others; the salt hides nothing.
 """
 
@@ -89,7 +89,7 @@ def _new_salt() -> bytes:
 
 
 def salt_of(content: RecordDict) -> bytes:
-    """The salt of an update or a receipt, for whoever encodes the same again. Raises RunError where there is none."""
+    """The salt of an update or a receipt, for anyone who encodes the same again. Raises RunError where there is none."""
     for key in ("update", "receipt"):
         if isinstance(record := content.get(key), ConfigRecord):
             return _salt(record)

@@ -137,7 +137,7 @@ def stated(
 def _none(client_level: bool) -> str:
     return (
         f"No {'record-level ' if client_level else ''}differential privacy: the plan says privacy = none. The updates that"
-        " left the organizations were neither clipped nor noised, and may reveal single records to whoever sees them. Records"
+        " left the organizations were neither clipped nor noised, and may reveal single records to anyone who sees them. Records"
         " themselves did not leave."
     )
 
@@ -172,14 +172,14 @@ def client_statement(privacy: ClientPrivacy, noise: RoundNoise, charged: Sequenc
         "Client-level differential privacy: for any single organization, whether its updates entered this run or were left out "
         f"altogether, the models that the server gave out are (ε, δ)-differentially private, with ε at most {round_up(spent)} of "
         f"{privacy.epsilon:g} allowed and δ = {privacy.delta:g}. It protects the organization as a whole, all its records "
-        "together, against those who see the models after the server: the other organizations, and whoever gets the result. It "
-        "does not protect against the server, which sees every update as it was sent.",
+        "together, against those who see the models after the server: the other organizations, and anyone who gets the result."
+        " It does not protect against the server, which sees every update as it was sent.",
         "How: every update is clipped to a norm C over all its parameters"
         + (", which follows a noised quantile of the norms" if privacy.clipping == "adaptive" else f" = {privacy.clip_norm:g}")
         + f"; the clipped ones are summed with equal weights; Gaussian noise of noise multiplier {z:.4g} from a cryptographic "
         f"generator is added to the sum, which is divided by {noise.expected:g}, the number of organizations that is expected, "
-        f"whoever took part. ε is composed over {rounds} rounds, interrupted ones included: each is charged to a durable account "
-        "before its noise is drawn, and the run ends rather than exceed what is allowed.",
+        f"no matter who took part. ε is composed over {rounds} rounds, interrupted ones included: each is charged to a durable"
+        " account before its noise is drawn, and the run ends rather than exceed what is allowed.",
         _amplification(privacy, charged, spent, sample_rate),
         "What it does not cover: which organizations are registered, who took part in which round, and whether a round found "
         "enough of them counts as known; so does what else the folder of the run says about updates (sizes, steps, stated ε), "
@@ -199,5 +199,5 @@ def _amplification(privacy: ClientPrivacy, charged: Sequence[Steps], spent: floa
     return (
         f"This ε takes into account that each organization is asked in a round by a secret chance of {sample_rate:g} only. That "
         "holds against those who do not learn who took part in which round. The server knows, an organization knows it of itself,"
-        f" and whoever watches the network may find out: against them the same rounds cost ε = {round_up(full)}."
+        f" and anyone who watches the network may find out: against them the same rounds cost ε = {round_up(full)}."
     )

@@ -39,7 +39,7 @@ def render_report(summary: Summary) -> str:
 
 
 def _dropped(summary: Summary) -> dict[tuple[str, str], list[int]]:
-    """(organization, reason) -> the rounds: whoever declines a plan does so in each of them."""
+    """(organization, reason) -> the rounds: anyone who declines a plan does so in each of them."""
     found: dict[tuple[str, str], list[int]] = {}
     for entry in summary["rounds"]:
         for each in entry["dropped"]:

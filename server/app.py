@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     folder = RunFolder(place_of(str(context.run_config.get("run") or "")))
     if not folder.file.federation:
-        return play(grid, folder)  # whoever simulates holds the folder's lock
+        return play(grid, folder)  # anyone who simulates holds the folder's lock
     clean_output()
     watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
     with folder.locked(), _failures_told(folder), listening(watch):

@@ -2,7 +2,7 @@
 
 A baseline is a run like any other, with one participant, through the same loop, client and ledger; it has a folder of its own
 inside the run's, and is continued like a run. Alone without privacy is one only where the encoder is trained: a head is fitted to
-the end instead (see `personalized`), as whoever trains for itself would do.
+the end instead (see `personalized`), as anyone who trains for itself would do.
 
 Where organizations keep a part of their models to themselves: how good each of their models is, and each of them as a folder.
 

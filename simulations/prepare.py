@@ -177,7 +177,7 @@ class Prepared:
 
     @property
     def notes(self) -> list[str]:
-        """What whoever reads the results should know about the records."""
+        """What anyone who reads the results should know about the records."""
         return data_notes(self.plan, self.left_out_by_file, self.records)
 
     def label_counts(self, share: Share) -> dict[str, int]:

@@ -275,7 +275,7 @@ class Run:
     summary: dict[str, Any]
 
 
-Notes = Callable[[Sequence[str]], None]  # what is to be known of the records, for whoever would stop and mend them
+Notes = Callable[[Sequence[str]], None]  # what is to be known of the records, for anyone who would stop and mend them
 
 
 def simulate(

@@ -2,7 +2,7 @@
 
 Every entry carries the SHA-256 over itself and the hash before it. A small file beside the database, its *anchor*, holds the
 number and the hash of the last entry: an older copy of the database, put back from a backup, lacks that entry and is refused.
-Whoever can write both files can forge both; an exported head hash, kept elsewhere, shows that too.
+Anyone who can write both files can forge both; an exported head hash, kept elsewhere, shows that too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SELECT r.id AS id, r.at AS at, r.body ->> '$.data' AS data, r.body ->> '$.plan_i
     CASE WHEN s.id IS NULL THEN 'reserved' ELSE 'settled' END AS state
 FROM entries r LEFT JOIN entries s ON s.kind = 'settle' AND s.body ->> '$.charge' = r.id
 WHERE r.kind = 'reserve'
-"""  # for whoever looks into the file with a database browser
+"""  # for anyone who looks into the file with a database browser
 _SCHEMA = (
     "CREATE TABLE entries (id INTEGER PRIMARY KEY, at TEXT NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL, hash TEXT NOT NULL)",
     "CREATE TABLE members (fingerprint TEXT PRIMARY KEY, identities BLOB NOT NULL)",

@@ -34,7 +34,7 @@ def _members(annotation: Any) -> set[Any]:
 _MOST_KEYS = 3  # that a hint names
 _ALIKE = 0.75  # of difflib's ratio: a slip of the finger, and no other word
 _DEPTH = 3  # of tables in tables that it looks into
-_WORDS = {  # where pydantic's own words mean nothing to whoever writes TOML
+_WORDS = {  # where pydantic's own words mean nothing to anyone who writes TOML
     "tuple_type": 'expected a list, such as ["a", "b"]',
     "dict_type": "expected a table, with its keys under a heading in brackets",
     "model_type": "expected a table, with its keys under a heading in brackets",

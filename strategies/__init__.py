@@ -1,6 +1,7 @@
 """How updates become one step of the shared model: weighting → fusion → server optimizer, client terms; and how they travel.
 
-`__all__` is what a rule of one's own needs (docs/strategies.md). Names are imported when they are first used: whoever only reads
+`__all__` is what a rule of one's own needs (docs/strategies.md). Names are imported when they are first used: anyone who only
+reads
 the tables of a plan need not wait for PyTorch.
 """
 

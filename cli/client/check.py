@@ -171,7 +171,7 @@ def _show_check(console: Console, site: Site, found: Checked, *, private: bool) 
 
 
 def _show_figures(console: Console, found: Checked) -> None:
-    """What the plan would spend and take, also where it is declined: whoever changes a rule wants to know for what."""
+    """What the plan would spend and take, also where it is declined: anyone who changes a rule wants to know for what."""
     if found.epsilon is None or found.delta is None:
         return
     total = f" of {found.epsilon_total:g} in total" if (found.epsilon_total or 0.0) < 1e6 else ""

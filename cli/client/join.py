@@ -89,7 +89,7 @@ def join(
 
 
 def _show_plan(console: Console, site: Site, plan: Plan) -> None:
-    """What it would do, and what the policy says: whoever joins a plan that is declined takes no part until it is allowed."""
+    """What it would do, and what the policy says: anyone who joins a plan that is declined takes no part until it is allowed."""
     from cotune.client.account import Account
     from cotune.client.outline import outline
     from cotune.client.policy_check import broken_rules

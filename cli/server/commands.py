@@ -209,7 +209,7 @@ def renew_keys(
         )
     rotation.put_into_use(opened)
     typer.echo("the new keys are in use; stop `cotune server start` and start it again, within 30 days, to show the certificate")
-    typer.echo(f"whoever joins from now on needs the new federation.toml; its fingerprint: {opened.invitation.fingerprint}")
+    typer.echo(f"anyone who joins from now on needs the new federation.toml; its fingerprint: {opened.invitation.fingerprint}")
 
 
 def _show_announced(opened: FederationFolder, key: str) -> None:

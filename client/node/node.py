@@ -223,7 +223,7 @@ class Node:
             self._refuse(request, GENERIC_REFUSAL, f"the request cannot be read: {error}")
 
     def _ask_anew(self, fleet: Fleet, error: CutOff) -> None:
-        """The server's call was cut off, as by a SuperLink that was killed: whoever connects anew is asked again."""
+        """The server's call was cut off, as by a SuperLink that was killed: anyone who connects anew is asked again."""
         self._drop(fleet, f"{error}; it is to be asked again")
         self._in_doubt = True
         raise FleetError("a request did not come whole")

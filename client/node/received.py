@@ -78,7 +78,8 @@ def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
 def opened(parcel: Parcel, site: Site) -> Message:
     """The message of a request, if it is no larger than its plan makes one.
 
-    Without its arrays where it is not signed, or the plan is not approved or cannot be read: whoever answers refuses it for the
+    Without its arrays where it is not signed, or the plan is not approved or cannot be read: anyone who answers refuses it for
+    the
     same reason. Raises TooMuch, Malformed.
     """
     header = parcel.header("request", SIGNED)

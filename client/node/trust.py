@@ -3,7 +3,7 @@
 node/trust.json    in the site; written when it joins, and when the server's keys are renewed
 
 A server's new keys are believed by a statement of the newest that is trusted, and of no other: not of one that was replaced, so
-that whoever has stolen that cannot lead a site astray. Both are accepted until the server uses the new ones; from then on the
+that anyone who has stolen that cannot lead a site astray. Both are accepted until the server uses the new ones; from then on the
 former signs nothing any more, and its authority is believed for another month, as a server's certificate takes a restart.
 """
 

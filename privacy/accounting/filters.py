@@ -121,7 +121,7 @@ def epsilon_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: 
         delta: δ of the whole.
 
     Guarantee: if every charge is made only when this, with the charge, is at most `limit`, then everything that is ever released
-    is (limit, delta)-differentially private, also if whoever chose the plans saw all answers before.
+    is (limit, delta)-differentially private, also if anyone who chose the plans saw all answers before.
     """
     charged = [list(steps) for steps in runs.values() if any(s.count for s in steps)]
     if len(charged) <= 1:

@@ -1,6 +1,6 @@
 """What a ledger's log says: its charges and data sets, and what counts for which.
 
-The same for the ledger itself and for whoever holds an exported log: pure functions of the entries.
+The same for the ledger itself and for anyone who holds an exported log: pure functions of the entries.
 
 All charges count against one total, whichever data sets they were made on. If only those counted that share a record, refusals
 and noise would tell whether they do. An owner may keep records in *collections*, each with a total of its own: a charge made in a

@@ -2,7 +2,7 @@
 folder.
 
 A key belongs to one organization and an organization has one key: who takes part is known by the key alone, never by what
-somebody says. Whoever was revoked stays in the list, and so does a key that its organization has replaced
+somebody says. Anyone who was revoked stays in the list, and so does a key that its organization has replaced
 (protocol/key_renewal.py).
 """
 
@@ -101,7 +101,7 @@ class Members:
     def invite(self, name: str, public_key: str, examples: tuple[int, int] | None = None) -> Member:
         """Adds an organization. The same invitation again changes nothing.
 
-        Raises PlanError for a name that is none, RunError for a name or a key that is taken, also by whoever was revoked.
+        Raises PlanError for a name that is none, RunError for a name or a key that is taken, also by anyone who was revoked.
         """
         check_name(name)
         with self._changing():

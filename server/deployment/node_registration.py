@@ -29,7 +29,7 @@ class Registry(Protocol):
 def reconcile(registry: Registry, members: Iterable[Member], say: Say, presence: Presence | None = None) -> set[str]:
     """Registers the members that are not yet, and removes every other key. Returns the names of those that are online.
 
-    members: whoever was revoked included. presence: what learns who was there at this look. Raises RunError where the registry
+    members: anyone who was revoked included. presence: what learns who was there at this look. Raises RunError where the registry
     does.
     """
     everybody = {member.key: member for member in members}

@@ -15,7 +15,7 @@ from cotune.server.runs.events import Events, read_events
 from cotune.storage.files import atomic_write
 
 _EVERY_SECONDS = 1.0  # the file is not written more often
-_MOST_ADDRESSES = 100  # of strangers: whoever has been refused least makes room
+_MOST_ADDRESSES = 100  # of strangers: anyone who has been refused least makes room
 _LOOKS_AT = ("run_started", "update_dropped", "round_finished", "delivery_started")
 
 

@@ -1,7 +1,7 @@
 """A run on the SuperLink, from the coordinator's side: handed over, followed, handed over again where it was lost, stopped.
 
 The SuperLink's executor plays a run in a process of its own, which holds the lock of the run's folder while it plays; that lock
-is the last word on whether it does. Whoever follows a run may be killed and come back: the run goes on meanwhile.
+is the last word on whether it does. Anyone who follows a run may be killed and come back: the run goes on meanwhile.
 
 superlink.json in a run's folder: what the SuperLink was asked for last.
 

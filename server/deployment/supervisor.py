@@ -1,7 +1,7 @@
 """`cotune server start`: Flower's SuperLink, the front and an executor for runs, kept running until it is told to stop.
 
 superlink/ in the federation's folder:
-processes.json              what runs, for whoever comes after a supervisor that was killed
+processes.json              what runs, for anyone who comes after a supervisor that was killed
 superlink.log front.log executor.log    what they say; .1: of the start before
 state.sqlite                messages on their way, unless they are kept in memory; begun anew with every start
 front.toml flwr/            settings of the front; what else Flower keeps

@@ -19,7 +19,7 @@ from cotune.server.proxy.traffic import Traffic
 log = logging.getLogger("cotune.front")
 
 Noted = Callable[[str, str], None]  # whose request was refused, and why
-_TOO_LARGE = (413, 431)  # HTTP status: refused by its head alone, whoever has signed it
+_TOO_LARGE = (413, 431)  # HTTP status: refused by its head alone, no matter who has signed it
 
 
 def unnoted(who: str, reason: str) -> None:

@@ -33,7 +33,7 @@ def signer(headers: Iterable[tuple[bytes, bytes]], call: str, known: Known, now:
 
     Args:
         headers: of the request, names in lower case.
-        call: its name. Whoever wants to join is answered as the SuperLink answers a key that is not registered.
+        call: its name. Anyone who wants to join is answered as the SuperLink answers a key that is not registered.
         known: asked for the key that the request shows.
         now: the time by the server's clock.
     """

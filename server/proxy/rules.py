@@ -54,7 +54,7 @@ class Limits(BaseModel):
 
 @dataclass(frozen=True)
 class Refusal:
-    """An HTTP status, and a sentence for whoever reads the other side's log. code: Flower's own, where it has one.
+    """An HTTP status, and a sentence for anyone who reads the other side's log. code: Flower's own, where it has one.
 
     Flower takes 403 for a run that has ended, ends at 401, and tries again after 429, 502, 503 and 504: none of them is for
     what will never pass.

@@ -1,9 +1,9 @@
-"""Which connections are held: those of members, and a few of whoever has not shown yet that it is one.
+"""Which connections are held: those of members, and a few of anyone who has not shown yet that it is one.
 
 Somebody without a key can open connections as fast as it likes. It shares the strangers' slots with nobody for long: a new
 connection takes the place of the oldest stranger of the address that holds most of them, so that a member needs no more than a
 moment to become one. Nor do a few members keep the others out: where all connections of members are held, one that holds less
-than its share takes the place of the oldest of whoever holds most.
+than its share takes the place of the oldest of anyone who holds most.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from cotune.server.proxy.rules import Limits
 
 
 class Traffic:
-    """Whoever comes while too much is under way waits for its turn, and is not read meanwhile."""
+    """Anyone who comes while too much is under way waits for its turn, and is not read meanwhile."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

@@ -4,7 +4,8 @@ The coordinator's validation records judge where it has some. Otherwise its test
 then those of a model that was chosen by it, if by coarse steps only. A simulated run is never judged by its test set: that holds
 records of the simulated organizations, it is small, and the reported accuracy would be one that was selected for.
 
-A refused round is kept in the history as not applied, with what stood out: whoever is shown may be hostile, or unlike the others.
+A refused round is kept in the history as not applied, with what stood out: anyone who is shown may be hostile, or unlike the
+others.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ class SpillBuffer:
 
 
 class ReorderBuffer:
-    """Gives updates back in the order of the organizations, whoever came first: each as soon as all before it are settled."""
+    """Gives updates back in the order of the organizations, no matter who came first: each as soon as all before it are
+    settled."""
 
     def __init__(self, order: Sequence[str], inbox: SpillBuffer) -> None:
         self._number = {name: i for i, name in enumerate(order)}
@@ -126,7 +127,7 @@ class Lateness:
         self._came.append((update.round, update.organization))
 
     def take(self, order: Sequence[str]) -> Iterator[Update]:
-        """The late updates, by round and organization, whoever came first."""
+        """The late updates, by round and organization, no matter who came first."""
         came, self._came = self._came, []
         for number in sorted(range(len(came)), key=lambda i: (came[i][0], order.index(came[i][1]))):
             yield self._inbox.take(number)

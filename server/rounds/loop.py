@@ -1,6 +1,7 @@
 """The round loop, the same for every engine: send, stream the replies in, admit, fuse, step, evaluate, checkpoint.
 
-Updates are added one at a time, in the order of the organizations, so that the sum is the same whoever was faster; the server
+Updates are added one at a time, in the order of the organizations, so that the sum is the same no matter who was faster; the
+server
 never holds more than a few beside the running sum, unless the weighting must compare them (strategies/combination).
 
 The strategy's half of a round: what its parts see, what they remember, and how the fused delta moves the model.
@@ -180,19 +181,19 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     started = time.monotonic()
     folder, plan, client_level = run.folder, run.folder.plan, run.client_level
     members = members_of(Path(folder.file.federation)) if folder.file.federation else {}
-    people, tally = _people(run, before, round, members)
+    people, round_result = _people(run, before, round, members)
     stage = plan.stage_of(round)
     state, names = begin_round(run.model, plan, before.state, round)
     context = context_of(plan, run.model, before, state, round, organizations=len(folder.file.participants), score=run.score)
-    folder.events.tell("round_started", round=round, stage=stage.mode, organizations=tally.people)
+    folder.events.tell("round_started", round=round, stage=stage.mode, organizations=round_result.people)
     shapes = {name: state[name] for name in names}
     private_mean = client_level.new_mean(shapes, before) if client_level else None
     combination = private_mean or build_aggregator(plan.strategy, context)
     sent = broadcast_extras(plan, before)
     recipients = _recipients(folder, people, before)
-    contents = dict(zip(tally.people, encode_requests(plan.canonical(), round, state, recipients, sent), strict=True))
+    contents = dict(zip(round_result.people, encode_requests(plan.canonical(), round, state, recipients, sent), strict=True))
     received = received_digest(state, sent)
-    cohort, fates = cohort_of(folder, before.history, tally.people), fates_of(folder, before.history)
+    cohort, fates = cohort_of(folder, before.history, round_result.people), fates_of(folder, before.history)
     run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort, fates)
     verify = Verify(
         plan,
@@ -211,17 +212,17 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
         contents,
         verify.max_bytes,
         closing,
-        tally,
+        round_result,
         folder.events.tell,
         real=real,
         fuses=_fuses(folder),
     )
     del contents
-    run.gathering.gather(asking, round, verify, tally, combination)
-    if not tally.has_quorum:
-        remember(folder, [*tally.quarantined, *tally.timed_out])
-        remember_waiting(folder, round, tally.dropped)
-    tally.check_quorum(plan, round)
+    run.gathering.gather(asking, round, verify, round_result, combination)
+    if not round_result.has_quorum:
+        remember(folder, [*round_result.quarantined, *round_result.timed_out])
+        remember_waiting(folder, round, round_result.dropped)
+    round_result.check_quorum(plan, round)
     if client_level:
         client_level.charge(round)
     moved, memory = move(plan, before, state, combination.result(), context)
@@ -229,8 +230,8 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     metrics, looks = run.evaluate(after), looks_of(combination)
     kept = _metrics_before(run, before, state)
     applied = run.guard.accepts(served(plan, state, before.memory), kept, after, metrics)
-    entry = tally.entry(round, stage.mode, metrics, time.monotonic() - started)
-    entry |= {"applied": applied, **seen(looks, tally.people), "suspects": [] if applied else suspects(looks)}
+    entry = round_result.entry(round, stage.mode, metrics, time.monotonic() - started)
+    entry |= {"applied": applied, **seen(looks, round_result.people), "suspects": [] if applied else suspects(looks)}
     _tell_of_small_weights(folder, before, round, entry["weights"])
     if not applied:
         moved, memory = dict(state), dict(before.memory)
@@ -263,7 +264,7 @@ def _tell_of_small_weights(folder: RunFolder, before: Progress, round: int, weig
 
 
 def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Member]) -> tuple[list[Participant], RoundResult]:
-    """Who is asked. The quorum is a fraction of them: whoever may not take part any more does not count.
+    """Who is asked. The quorum is a fraction of them: anyone who may not take part any more does not count.
 
     Raises RunError when nobody is left.
     """

@@ -1,6 +1,7 @@
 """The finished model, handed to every organization of a run; delivered.json says who has confirmed it.
 
-An organization that was away gets it when the run is continued: whoever has not confirmed is asked again. One that is connected
+An organization that was away gets it when the run is continued: anyone who has not confirmed is asked again. One that is
+connected
 and silent does not hold up the end of the run: once half have confirmed, it is waited for `server.patience` times their median,
 and at least `server.least_seconds`, as in a round; it gets it when the run is continued, too.
 """
@@ -57,7 +58,7 @@ def confirmed(folder: RunFolder) -> dict[str, str]:
 def deliver(grid: Grid, folder: RunFolder) -> list[str]:
     """Hands the served model to the members who lack it, and returns who still does.
 
-    Those who are not connected are waited for `server.absent_seconds` long. Whoever was left out or revoked gets none; who was
+    Those who are not connected are waited for `server.absent_seconds` long. Anyone who was left out or revoked gets none; who was
     left out, and is connected, is told so, and why.
     """
     progress, members = folder.load(), members_of(Path(folder.file.federation))
@@ -228,7 +229,7 @@ class _Delivery:
 
 
 class _Notices(_Delivery):
-    """Nobody is waited for long: whoever was left out must not hold up the end of a run."""
+    """Nobody is waited for long: anyone who was left out must not hold up the end of a run."""
 
     longest_wait = _NOTICE_SECONDS
 

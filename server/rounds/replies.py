@@ -29,18 +29,20 @@ class Gathering:
         self.trail = Trail(folder)
         self._answered: set[Late] = set()
 
-    def gather(self, asking: RequestTracker, round: int, verify: Verify, tally: RoundResult, combination: Combination) -> None:
+    def gather(
+        self, asking: RequestTracker, round: int, verify: Verify, round_result: RoundResult, combination: Combination
+    ) -> None:
         """Adds the updates as they come, each in its turn."""
-        turns = ReorderBuffer(tally.people, self._inbox)
+        turns = ReorderBuffer(round_result.people, self._inbox)
         self._lateness.open(round, verify)
         for letter in asking.letters():
             if letter.round != round:
-                self._receive_late(letter, round, tally)
+                self._receive_late(letter, round, round_result)
             elif asking.is_waited_for(letter):
                 self._enter_refusal(letter)
             else:
                 self._answered.add((round, letter.organization))
-                update = self._admit(letter, verify, round, tally)
+                update = self._admit(letter, verify, round, round_result)
                 organization = letter.organization
                 del letter
                 for ready in turns.settle(organization, update):
@@ -60,17 +62,17 @@ class Gathering:
         self._post.forget(oldest)
         self._answered = {each for each in self._answered if each[0] >= oldest}
 
-    def _admit(self, letter: Reply, verify: Verify, round: int, tally: RoundResult) -> Update | None:
+    def _admit(self, letter: Reply, verify: Verify, round: int, round_result: RoundResult) -> Update | None:
         """The update in a letter, if it may enter the model; otherwise the organization is shown, with the reason."""
         name, events = letter.organization, self._events
-        update, size = self._opened(letter, verify, round, tally)
+        update, size = self._opened(letter, verify, round, round_result)
         if update is None:
             return None
-        tally.admit(name, update, size)
+        round_result.admit(name, update, size)
         events.tell("update_received", round=round, organization=name, bytes=size, steps=update.steps, epsilon=update.epsilon)
         return update
 
-    def _opened(self, letter: Reply, verify: Verify, round: int, tally: RoundResult) -> tuple[Update | None, int]:
+    def _opened(self, letter: Reply, verify: Verify, round: int, round_result: RoundResult) -> tuple[Update | None, int]:
         """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
         reply, letter.reply = letter.reply, None
         name, tell = letter.organization, self._events.tell
@@ -78,12 +80,12 @@ class Gathering:
         if opened.update is not None and reply is not None:
             return opened.update, payload_bytes(reply.content)
         if letter.round == round:
-            tally.dropped[name] = opened.reason
+            round_result.dropped[name] = opened.reason
         if not opened.refused:
             tell("update_dropped", round=letter.round, organization=name, reason=opened.reason)
             return None, 0
         file = self._kept(reply.content if reply else RecordDict(), name, letter.round, opened.reason)
-        tally.quarantined.append(name)
+        round_result.quarantined.append(name)
         tell("update_quarantined", round=letter.round, organization=name, reason=opened.reason, file=file)
         return None, 0
 
@@ -118,8 +120,9 @@ class Gathering:
         wrong = self.trail.accept(reply, UPDATE, letter.round, letter.organization) if reply.has_content() else ""
         return Opened(None, one_line(wrong), refused=True) if wrong else verify(reply, letter.organization)
 
-    def _receive_late(self, letter: Reply, round: int, tally: RoundResult) -> None:
-        """An answer of an earlier round: put aside for the end of this one, or shown as ignored. Whoever was asked twice counts
+    def _receive_late(self, letter: Reply, round: int, round_result: RoundResult) -> None:
+        """An answer of an earlier round: put aside for the end of this one, or shown as ignored. Anyone who was asked twice
+        counts
         once.
         """
         name, tell = letter.organization, self._events.tell
@@ -127,12 +130,12 @@ class Gathering:
             return
         self._answered.add((letter.round, name))
         verify = self._lateness.verify_of(letter.round)
-        if verify is None or name in tally.left_out:
+        if verify is None or name in round_result.left_out:
             tell("late_update_ignored", round=round, organization=name, of_round=letter.round)
             return
-        update, size = self._opened(letter, verify, round, tally)
+        update, size = self._opened(letter, verify, round, round_result)
         if update is not None:
             self._lateness.put(update)
-            tally.late.append({"organization": name, "round": letter.round})
-            tally.bytes_up += size
+            round_result.late.append({"organization": name, "round": letter.round})
+            round_result.bytes_up += size
             tell("late_update_received", round=round, organization=name, of_round=letter.round, bytes=size)

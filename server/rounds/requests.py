@@ -3,16 +3,16 @@
 A round begins when as many organizations are connected as its quorum needs. It is over when everybody has answered, or enough
 have; when the quorum stands and those who are missing have stayed away for `server.absent_seconds`; when the quorum cannot be
 reached any more; and at the latest `server.deadline_seconds` after it began. In a real run nobody is waited for much longer than
-the others took: once the quorum and half of those who are asked have answered, whoever has had `server.patience` times their
+the others took: once the quorum and half of those who are asked have answered, anyone who has had `server.patience` times their
 median, and `server.least_seconds`, has timed out.
 
 Where nobody has approved the plan yet, the organization is asked again. The round does not wait for it once the
 quorum stands, and otherwise for at most `server.approval_seconds`: from then on it is asked again only while somebody else is
-waited for, so that two that take turns do not keep a round from ending. Whoever is revoked is not waited for at all.
+waited for, so that two that take turns do not keep a round from ending. Anyone who is revoked is not waited for at all.
 
 Organizations at which nobody has approved the plan yet: no failure, and no strike. They are asked again, with back-off.
 
-An organization that connects anew is asked at once: whoever joins with a new federation.toml has approved its plan.
+An organization that connects anew is asked at once: anyone who joins with a new federation.toml has approved its plan.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class RequestTracker:
         contents: Mapping[str, RecordDict],
         max_bytes: int,
         enough: int,
-        tally: RoundResult,
+        round_result: RoundResult,
         tell: Tell,
         *,
         real: bool = False,
@@ -131,7 +131,7 @@ class RequestTracker:
         self._left = len(contents)  # who may take part
         self._asked_at: dict[str, float] = {}
         self._took: dict[str, float] = {}  # seconds, of those who have answered
-        self._post, self._config, self._round, self._tally, self._tell = post, config, round, tally, tell
+        self._post, self._config, self._round, self._result, self._tell = post, config, round, round_result, tell
         self._contents, self._most_bytes, self._enough = dict(contents), max_bytes, enough
         self._times, self._losses = dict.fromkeys(contents, 0), dict.fromkeys(contents, 0)  # requests to each; lost ones
         self._idle = dict.fromkeys(contents)  # who has not answered for good, and is to be asked
@@ -144,8 +144,10 @@ class RequestTracker:
         self._began = clock()
 
     def letters(self) -> Iterator[Reply]:
-        """The answers as they come, also those of earlier rounds; letters of this round have a reply each. Whoever sent none is
-        in the tally's `dropped` at the end. One whose plan is not approved yet sends several. Raises RunError when too few are
+        """The answers as they come, also those of earlier rounds; letters of this round have a reply each. Anyone who sent none
+        is
+        in the round_result's `dropped` at the end. One whose plan is not approved yet sends several. Raises RunError when too few
+        are
         connected for too long.
         """
         self._await_quorum()
@@ -172,12 +174,12 @@ class RequestTracker:
 
     def _await_quorum(self) -> None:
         people, told = list(self._contents), None
-        while len(here := self._connected(people)) < (needed := self._tally.needed):
+        while len(here := self._connected(people)) < (needed := self._result.needed):
             if told != here and self._post.looked():
                 told = here
                 self._tell("waiting", round=self._round, connected=here, needed=needed, absent=_without(people, here))
             self._drop_revoked()
-            if len(self._contents) < self._tally.needed:
+            if len(self._contents) < self._result.needed:
                 return  # too few may take part any more
             waited = self._clock() - self._began
             if waited > self._config.wait_seconds and (self._post.looked() or waited > _LOOK_SECONDS):
@@ -193,14 +195,14 @@ class RequestTracker:
         return [name for name in people if name in connected]
 
     def _ask(self) -> None:
-        """Whoever is connected, and was not asked or was lost."""
+        """Anyone who is connected, and was not asked or was lost."""
         connected = self._post.connected() if self._idle else {}
         for name in [name for name in self._idle if name in connected and self._may_be_asked(name, connected[name])]:
             del self._idle[name]
             self._send(name, connected[name])
 
     def _ask_again(self) -> None:
-        """Whoever has connected anew since it was asked: its request may be lost, as Flower hands each over once."""
+        """Anyone who has connected anew since it was asked: its request may be lost, as Flower hands each over once."""
         if self._post.looked() == self._looked:
             return
         self._looked = self._post.looked()
@@ -214,7 +216,7 @@ class RequestTracker:
         self._since[name], self._asked_at[name] = node.since, self._clock()
         if name in self._approvals:
             self._ends[name] = self._clock() + self._config.deadline_seconds
-        self._tally.bytes_down += payload_bytes(self._contents[name])
+        self._result.bytes_down += payload_bytes(self._contents[name])
         self._post.send(self._round, name, self._message(name, node.id), self._most_bytes)
 
     def _may_be_asked(self, name: str, node: Node) -> bool:
@@ -274,7 +276,7 @@ class RequestTracker:
         self._waiting.pop(name, None)
 
     def _give_up(self) -> None:
-        """Whoever has had enough time, by that of the others; the deadline itself comes after all that has arrived is taken,
+        """Anyone who has had enough time, by that of the others; the deadline itself comes after all that has arrived is taken,
         unless the round waits for approvals beyond it.
         """
         seconds, deadline = self._patience(), self._config.deadline_seconds
@@ -288,8 +290,8 @@ class RequestTracker:
         """Seconds for one request. The median of those whose updates were admitted, of two in the middle the slower: no single
         one can make it shorter than an honest one took.
         """
-        config, came = self._config, self._tally.participants
-        if not (self._real and config.patience and self._half_came and self._tally.has_quorum):
+        config, came = self._config, self._result.participants
+        if not (self._real and config.patience and self._half_came and self._result.has_quorum):
             return config.deadline_seconds
         return config.enough_seconds(median_high(self._took[name] for name in came), config.deadline_seconds)
 
@@ -306,16 +308,16 @@ class RequestTracker:
     def _waits_for_approvals(self) -> bool:
         """Whether the round goes on while people look at the plan: for their sake, or for that of somebody who trains."""
         others = any(name not in self._approvals for name in self._waiting)
-        return others or not (self._tally.has_quorum or self._approvals_over)
+        return others or not (self._result.has_quorum or self._approvals_over)
 
     @property
     def _half_came(self) -> bool:
         """Where fewer answer, the fault may be the coordinator's own."""
-        return 2 * len(self._tally.participants) >= len(self._tally.people)
+        return 2 * len(self._result.participants) >= len(self._result.people)
 
     def _time_out(self, name: str, seconds: float) -> None:
         if self._real and self._half_came:
-            self._tally.timed_out.append(name)
+            self._result.timed_out.append(name)
         self._drop(name, f"no reply within {seconds:g} seconds")
 
     def _drop_revoked(self) -> None:
@@ -325,44 +327,44 @@ class RequestTracker:
             self._drop(name, REVOKED)
             self._left -= 1
             needed = self._config.needed(min(self._enough, self._left), fuses=self._fuses) if self._left else 1
-            self._tally.needed = min(self._tally.needed, needed)
+            self._result.needed = min(self._result.needed, needed)
 
     def _drop(self, name: str, reason: str) -> None:
         self._answered(name)
-        self._tally.dropped[name] = reason
+        self._result.dropped[name] = reason
         self._tell("update_dropped", round=self._round, organization=name, reason=reason)
 
     @property
     def _complete(self) -> bool:
-        return len(self._tally.participants) >= self._enough
+        return len(self._result.participants) >= self._enough
 
     def _end_of(self, name: str) -> float:
         """Until when its answer is waited for."""
         return self._ends.get(name, self._began + self._config.deadline_seconds)
 
     def _seconds_left(self) -> float:
-        """Until the round is over, whoever has not answered by then."""
+        """Until the round is over, no matter who has not answered by then."""
         ends = [self._began + self._config.deadline_seconds, *(self._end_of(name) for name in self._waiting)]
-        if not self._tally.has_quorum:
+        if not self._result.has_quorum:
             ends.append(self._approvals.end(self._config.approval_seconds))
         return max(ends) - self._clock()
 
     def _over(self) -> bool:
-        admitted, needed = len(self._tally.participants), self._tally.needed
+        admitted, needed = len(self._result.participants), self._result.needed
         if self._complete:
             return True
         if self._waiting:
             return False
         if not self._idle or admitted + len(self._idle) - self._given_up < needed:
             return True
-        if not self._tally.has_quorum:
+        if not self._result.has_quorum:
             return False
         absent = [name for name in self._idle if name not in self._approvals]
         since = max([self._began, *(self._lost[name].at for name in absent if name in self._lost)])
         return not absent or self._clock() - since >= self._config.absent_seconds
 
     def _close(self) -> None:
-        """Whoever is still missing is shown, with the reason."""
+        """Anyone who is still missing is shown, with the reason."""
         for name in [name for name in self._times if name in self._waiting]:
             if self._complete:
                 self._drop(name, _LATEST)
@@ -370,9 +372,9 @@ class RequestTracker:
                 self._time_out(name, self._config.deadline_seconds)
         for name in list(self._idle):
             if name in self._approvals:
-                self._tally.dropped[name] = NOT_APPROVED
+                self._result.dropped[name] = NOT_APPROVED
             elif name in self._lost or not self._complete:
-                self._tally.absent.append(name)
+                self._result.absent.append(name)
                 self._drop(name, self._why_absent(name))
             else:
                 self._drop(name, _LATEST)

@@ -2,7 +2,7 @@
 
 How many take part, as an organization's rule `training.min_cohort` sees it: the roster that is signed with each request.
 
-It names those that took part in the round before; before the first round, those that are asked. Whoever declined only because
+It names those that took part in the round before; before the first round, those that are asked. Anyone who declined only because
 these were too few counts as well, or else those who have the rule would wait for each other: in the round before, and in the
 attempt at this round that failed, of which there is no other trace than cohort.json.
 

@@ -1,4 +1,4 @@
-"""What happens in a run, one JSON object per line in events.jsonl, and to whoever listens in this process."""
+"""What happens in a run, one JSON object per line in events.jsonl, and to anyone who listens in this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def listening(listener: Listener) -> Iterator[None]:
 class Events:
     """Appends to one file. A line that a crash cut short is ended first, and skipped by `read_events`.
 
-    Whoever only looks at a run leaves the file as it is: its writer may be in the middle of a line.
+    Anyone who only looks at a run leaves the file as it is: its writer may be in the middle of a line.
     """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:

@@ -122,7 +122,7 @@ class Trail:
     def accept_refusal(self, reply: Message, kind: str, round: int, organization: str) -> str:
         """What an organization says instead of an answer of this kind, entered where it has signed it.
 
-        Whoever cannot read a request, or answers in a simulation, signs nothing: it is believed, as nothing comes of it.
+        Anyone who cannot read a request, or answers in a simulation, signs nothing: it is believed, as nothing comes of it.
         """
         words, signed = words_of(reply.error.reason or "")
         if signed is not None and self._federation is not None:

@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.02
 @dataclass
 class Reply:
     """What came of one request. reply: None where none will come; then `lost` says why, and it may be asked again, or `refused`
-    why the answer was not taken. Whoever has read a reply takes it out, so that it is not held any longer.
+    why the answer was not taken. Anyone who has read a reply takes it out, so that it is not held any longer.
     """
 
     round: int

@@ -6,7 +6,7 @@ is at the i-th node; with fewer nodes than organizations, nodes serve several.
 Who has left of its own accord, as by Ctrl-C, and whose machine or network is gone.
 
 The SuperLink shows both as offline. But a node is online until its heartbeats are missing, at a time that the SuperLink tells
-beforehand; whoever leaves is offline before that time, which the SuperLink then moves to the present.
+beforehand; anyone who leaves is offline before that time, which the SuperLink then moves to the present.
 """
 
 from __future__ import annotations

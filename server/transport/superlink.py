@@ -1,6 +1,7 @@
 """The post of a real run: a line whose calls may be slow, hang or fail.
 
-Requests are handed over, and answers fetched, by threads of their own, so that whoever hangs holds up nobody else, nor the end of
+Requests are handed over, and answers fetched, by threads of their own, so that anyone who hangs holds up nobody else, nor the end
+of
 a round or of the process.
 """
 
@@ -69,7 +70,8 @@ class _Asked:
 
 
 class _Turns:
-    """One after the other. Whoever hangs is overtaken by one, not by all at once: each would send all that is not there yet."""
+    """One after the other. Anyone who hangs is overtaken by one, not by all at once: each would send all that is not there
+    yet."""
 
     def __init__(self) -> None:
         self._free = threading.Condition()

@@ -1,6 +1,6 @@
 """The training that an audit attacks: the organization's own rounds, with canaries and held-out records among its own.
 
-Whoever attacks sees every delta, and the model that each round began with; who sees more, the noised sum of every step.
+Anyone who attacks sees every delta, and the model that each round began with; who sees more, the noised sum of every step.
 """
 
 from __future__ import annotations

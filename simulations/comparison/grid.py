@@ -1,6 +1,8 @@
 """The cells of a comparison: combinations of variations under a seed, checked before anything runs, each with its folder.
 
-A cell's folder is named for its plan's id, so that one that is there already is read and not played again, whoever asked for it.
+A cell's folder is named for its plan's id, so that one that is there already is read and not played again, no matter who asked
+for
+it.
 The id holds the plan and the base model's hash but not the records: a cell counts only while the fingerprint of the records in
 its run.json is that of today's.
 

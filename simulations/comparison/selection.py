@@ -3,7 +3,8 @@
 Papernot & Steinke, "Hyperparameter Tuning with Renyi Differential Privacy", ICLR 2022, https://arxiv.org/abs/2110.03620; the
 arithmetic is in `cotune.privacy.accounting.selection`. Its premises, and how they hold here:
 
-- The number of runs is drawn secretly, once: `private/draws.json` is durable before the first run begins, so that whoever kills
+- The number of runs is drawn secretly, once: `private/draws.json` is durable before the first run begins, so that anyone who
+kills
   the process cannot draw again, and it is shown to nobody.
 - Runs are independent and alike: each draws its plan uniformly, and its noise from the operating system.
 - The score is computed from what the run releases and from public records: the test accuracy of its model, on records that test

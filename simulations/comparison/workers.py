@@ -1,6 +1,6 @@
 """Processes that play one cell of a comparison at a time, several beside each other.
 
-A worker is started afresh (spawn), told what to play through a pipe, and ends when whoever started it does, however that ends.
+A worker is started afresh (spawn), told what to play through a pipe, and ends when anyone who started it does, however that ends.
 What it plays is durable round by round, so it may be killed at any moment.
 
 The cells of a comparison as tasks, played in this process or in several beside each other.

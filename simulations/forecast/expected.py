@@ -32,7 +32,7 @@ class Member:
     """An organization as its noise follows from what is known of it.
 
     Attributes:
-        examples: Its units of privacy, for the eyes of whoever asks.
+        examples: Its units of privacy, for the eyes of anyone who asks.
         public: N, the number that its noise and its batches follow from.
         noise_multiplier: σ; None without privacy.
     """
@@ -50,7 +50,7 @@ class Expected:
 
     Attributes:
         test_examples: None where no records are known.
-        notes: What whoever reads the forecast should know about records and classes.
+        notes: What anyone who reads the forecast should know about records and classes.
     """
 
     plan: Plan

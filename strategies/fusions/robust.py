@@ -35,7 +35,8 @@ def robust(
     Of fewer it is their weighted mean: two or three organizations cannot tell who lies. Then p_k is at most 1.5 times an equal
     share, and of three updates none is longer than ratio times the middle one.
 
-    share: of the weight that one update has at most. The geometric median withstands whoever holds less than a half, so that an
+    share: of the weight that one update has at most. The geometric median withstands anyone who holds less than a half, so that
+    an
     organization with most of the records, or one that states a huge number, does not decide alone. ratio: to the median norm; a
     longer update is shortened to it.
     """

@@ -44,7 +44,7 @@ from cotune.server.rounds.loop import run_rounds
 from cotune.server.rounds.model_delivery import confirmed, deliver
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.trail import read_trail
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import PRIVATE, WildGrid, real, told, wild
 from tests.support.signing import FEDERATION, countersign
@@ -55,8 +55,8 @@ NAMES = ("bank", "clinic")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
-        (carriers, "_WATCH_SECONDS"),
-        (carriers, "_POLL_SECONDS"),
+        (superlink_transport, "_WATCH_SECONDS"),
+        (superlink_transport, "_POLL_SECONDS"),
         (asking, "_POLL_SECONDS"),
         (delivery, "_POLL_SECONDS"),
     ):

@@ -1,7 +1,7 @@
 """Attack: guess a record, hash it, and look the hash up in what an auditor was given, or in the ledger's own file.
 
 The ledger knew records by SHA-256 of their texts, and data sets by SHA-256 over those: of a list of sentences ("the patient has
-HIV") each one could be tried, and whoever knew all records but one could find the last in the exported fingerprint. Identities are
+HIV") each one could be tried, and anyone who knew all records but one could find the last in the exported fingerprint. Identities are
 HMACs under a key of the site now, which never leaves it.
 """
 

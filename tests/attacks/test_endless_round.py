@@ -90,8 +90,8 @@ class Scripted:
 def played(
     post: Scripted, config: RoundsConfig, needed: int, each: Callable[[], None] = lambda: None
 ) -> tuple[RoundResult, float]:
-    """The round's tally, and how long it took in seconds; at most 30 days."""
-    tally, began = RoundResult(list(post.answers), needed), post.now
+    """The round's round_result, and how long it took in seconds; at most 30 days."""
+    round_result, began = RoundResult(list(post.answers), needed), post.now
     contents = {name: RecordDict() for name in post.answers}
     told = list[Any]()
     round = RequestTracker(
@@ -101,7 +101,7 @@ def played(
         contents,
         2**20,
         len(contents),
-        tally,
+        round_result,
         lambda *a, **k: told.append((a, k)),
         real=True,
         clock=lambda: post.now,
@@ -109,10 +109,10 @@ def played(
     for letter in round.letters():
         each()
         if not round.is_waited_for(letter) and letter.reply is not None and not letter.reply.has_error():
-            tally.participants.append(letter.organization)
+            round_result.participants.append(letter.organization)
         if post.now - began > 30 * DAY:
             break
-    return tally, post.now - began
+    return round_result, post.now - began
 
 
 def update(seconds: float) -> Answer:
@@ -125,10 +125,10 @@ def never_approves(seconds: float, first: float | None = None) -> Answer:
 
 def test_two_that_take_turns_do_not_hold_a_round_whose_quorum_stands() -> None:
     answers = {"north": update(60.0), "south": update(60.0), "east": never_approves(290.0), "west": never_approves(290.0, 140.0)}
-    tally, seconds = played(Scripted(answers, restless=("east", "west")), RoundsConfig(), needed=2)
-    assert tally.participants == ["north", "south"]
+    round_result, seconds = played(Scripted(answers, restless=("east", "west")), RoundsConfig(), needed=2)
+    assert round_result.participants == ["north", "south"]
     assert seconds < 3600.0, f"{seconds / DAY:.1f} days"
-    assert set(tally.dropped) == {"east", "west"}
+    assert set(round_result.dropped) == {"east", "west"}
 
 
 def test_nor_one_without_a_quorum_beyond_the_time_for_approvals() -> None:
@@ -139,24 +139,24 @@ def test_nor_one_without_a_quorum_beyond_the_time_for_approvals() -> None:
         "east": never_approves(3000.0),
         "west": never_approves(3000.0, 1500.0),
     }
-    tally, seconds = played(Scripted(answers, restless=("east", "west")), config, needed=3)
-    assert tally.participants == ["north", "south"]
+    round_result, seconds = played(Scripted(answers, restless=("east", "west")), config, needed=3)
+    assert round_result.participants == ["north", "south"]
     assert 2 * DAY < seconds < 2 * DAY + 2 * 3600.0, f"{seconds / DAY:.1f} days"
 
 
-def test_whoever_approves_while_others_train_still_takes_part() -> None:
+def test_anyone_who_approves_while_others_train_still_takes_part() -> None:
     """The honest case that the bound must not touch: it approves at its third request, while one trains for half an hour."""
     answers = {"north": update(60.0), "slow": update(1800.0), "late": lambda which: (1.0, NOT_APPROVED if which < 3 else "")}
-    tally, _ = played(Scripted(answers), RoundsConfig(patience=0), needed=1)
-    assert sorted(tally.participants) == ["late", "north", "slow"]
+    round_result, _ = played(Scripted(answers), RoundsConfig(patience=0), needed=1)
+    assert sorted(round_result.participants) == ["late", "north", "slow"]
 
 
-def test_whoever_is_revoked_is_not_waited_for() -> None:
+def test_anyone_who_is_revoked_is_not_waited_for() -> None:
     post = Scripted({"north": update(60.0), "south": update(60.0), "east": never_approves(1.0)})
-    tally, seconds = played(post, RoundsConfig(), needed=3, each=lambda: post.members.discard("east"))
-    assert tally.participants == ["north", "south"]
+    round_result, seconds = played(post, RoundsConfig(), needed=3, each=lambda: post.members.discard("east"))
+    assert round_result.participants == ["north", "south"]
     assert seconds < 600.0, f"{seconds / DAY:.1f} days"
-    assert tally.dropped == {"east": REVOKED}
+    assert round_result.dropped == {"east": REVOKED}
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0])
@@ -164,6 +164,6 @@ def test_one_that_answers_at_once_makes_no_honest_one_late(seconds: float) -> No
     """Three times what an honest one took is enough for the other."""
     config = RoundsConfig(patience=3.0, least_seconds=60.0)
     post = Scripted({"mallory": update(seconds), "north": update(200.0), "south": update(500.0)})
-    tally, _ = played(post, config, needed=2)
-    assert tally.timed_out == []
-    assert "south" in tally.participants
+    round_result, _ = played(post, config, needed=2)
+    assert round_result.timed_out == []
+    assert "south" in round_result.participants

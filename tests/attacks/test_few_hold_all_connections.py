@@ -77,7 +77,7 @@ def test_where_all_hold_their_share_one_more_is_refused_and_nobody_cut(members: 
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=60))
-def test_never_more_than_there_are_and_whoever_comes_has_one(order: list[str]) -> None:
+def test_never_more_than_there_are_and_anyone_who_comes_has_one(order: list[str]) -> None:
     door = Door(Limits(connections=8, connections_per_member=6))
     for member in order:
         door.come(member)

@@ -1,4 +1,4 @@
-"""Whoever can put a message or a file before a site or a coordinator offers keys of its own as renewed ones: none is believed.
+"""Anyone who can put a message or a file before a site or a coordinator offers keys of its own as renewed ones: none is believed.
 
 On commit a605cba there were no keys to renew and no statements: a stolen or lost key meant a new invitation to everybody, sent over
 a channel that nobody checked. Tried here: 10 requests to a site (0 of 10 answered with an update, 0 keys believed, 0 records charged)

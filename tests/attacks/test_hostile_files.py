@@ -253,7 +253,7 @@ def test_words_cannot_style_themselves_nor_link(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_commands_have_no_other_screen() -> None:
-    """Whoever makes a console of its own prints past what is looked at here."""
+    """Anyone who makes a console of its own prints past what is looked at here."""
     rooms = [Path(screen.__code__.co_filename).parents[1] / room for room in ("cli", "client", "server", "simulations")]
     found = [file.name for room in rooms for file in room.rglob("*.py") if re.search(r"\bConsole\(", file.read_text("utf-8"))]
     assert found == []

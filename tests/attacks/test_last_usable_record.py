@@ -138,7 +138,7 @@ def test_the_last_image_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content"), EMPTY.values(), ids=EMPTY)
-def test_whoever_names_such_a_file_is_told(
+def test_anyone_who_names_such_a_file_is_told(
     make: Callable[..., Site], make_plan: Callable[..., Plan], name: str, content: bytes
 ) -> None:
     """At the keyboard, and before anything is asked for: nothing of it is seen from outside."""

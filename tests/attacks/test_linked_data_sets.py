@@ -1,6 +1,6 @@
 """Attack: learn from noise and refusals whether two data sets of a site share a record.
 
-Limits held for every data set that shares a record with the one that is charged. Whoever had seen a first run (ε = 2 of 3 in total,
+Limits held for every data set that shares a record with the one that is charged. Anyone who had seen a first run (ε = 2 of 3 in total,
 60 records) asked for a second one after the site's records had been replaced: refused, if a single one of the new records was
 among the old ones, and answered otherwise; with less left, the noise differed. That told one bit about one record, with certainty
 and for nothing. Now all charges of a site count, whichever data they were made on. Where its owner keeps records in collections with

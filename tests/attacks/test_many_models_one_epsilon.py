@@ -64,7 +64,7 @@ def test_runs_of_equal_organizations_compose_like_one_list() -> None:
     assert epsilon(steps * 6, delta) <= together <= 1.3 * epsilon(steps * 6, delta)
 
 
-def test_a_record_may_be_with_whoever_spends_most_in_every_run() -> None:
+def test_a_record_may_be_with_anyone_who_spends_most_in_every_run() -> None:
     little, much, delta = [Steps(4.0, 0.1, 10)], [Steps(1.0, 0.1, 50)], 1e-5
     assert epsilon_of_runs([[little, much], [much, little]], delta) == epsilon_of_runs([[much], [much]], delta)
     assert epsilon_of_runs([], delta) == 0

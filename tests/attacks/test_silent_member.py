@@ -17,15 +17,15 @@ from cotune.server.rounds.exclusions import left_out, strikes_of
 from cotune.server.rounds.loop import run_rounds
 from cotune.server.rounds.requests import RequestTracker
 from cotune.server.rounds.round_result import RoundResult
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import real, told, wild
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(carriers, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
 
 
@@ -44,8 +44,10 @@ def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRu
 
 
 def of(people: list[str], came: dict[str, float], clock: Iterator[float], **config: float) -> RequestTracker:
-    tally = RoundResult(people, needed=1, participants=list(came))
-    made = RequestTracker(None, RoundsConfig(**config), 1, {}, 0, len(people), tally, print, real=True, clock=lambda: next(clock))  # type: ignore[arg-type]
+    round_result = RoundResult(people, needed=1, participants=list(came))
+    made = RequestTracker(
+        None, RoundsConfig(**config), 1, {}, 0, len(people), round_result, print, real=True, clock=lambda: next(clock)
+    )  # type: ignore[arg-type]
     made._took = dict(came)
     return made
 

@@ -2,7 +2,7 @@
 
 On commit a605cba the range of `cotune server invite --examples` stayed at the coordinator: an organization that declared 1 record
 trained three rounds, spent ε = 1.46 of its budget, was struck out, got no model and never heard why. Each case below trained, and
-charged a round, there; and whoever was left out of a run was sent nothing.
+charged a round, there; and anyone who was left out of a run was sent nothing.
 """
 
 from __future__ import annotations

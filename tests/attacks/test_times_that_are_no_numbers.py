@@ -26,7 +26,7 @@ from cotune.flower.chunks import TooMuch
 from cotune.flower.runtime_client import Line
 from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
 from cotune.server.proxy.rules import Limits
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import Node
 from cotune.server.transport.superlink import SuperLinkTransport
 from tests.support.calls import announcement
@@ -116,7 +116,7 @@ class Connected:
 
 def test_one_at_which_the_superlink_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else a member may find to break it with."""
-    monkeypatch.setattr(carriers, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
     names, came = ["north", "mallory", "south", "west"], set[str]()
     with closing(SuperLinkTransport(cast(Line, Poisoned("mallory")), Connected(), lambda *_, **__: None)) as post:
         for name in names:

@@ -1,6 +1,6 @@
 """Requests that the federation's key has not signed, or has signed for something else, come to nothing: nothing is charged.
 
-On commit a605cba a site trained for whoever could put a message into its queue: a member with `src_node_id = 1` (15 steps of 10
+On commit a605cba a site trained for anyone who could put a message into its queue: a member with `src_node_id = 1` (15 steps of 10
 charged for a request that the coordinator never made), or an old request played again; and neither side could show what the
 other had asked or sent. Each case below trained, and charged one round, there.
 """

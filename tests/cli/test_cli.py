@@ -152,7 +152,7 @@ def test_simulate_shows_lines_then_the_answer(cotune: Cotune, folder: Path) -> N
 
 
 def test_it_is_said_whose_records_are_encoded_and_how_many(cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a file at once, whoever holds them, and none twice: 240 texts, of which some are the same."""
+    """All of a file at once, no matter who holds them, and none twice: 240 texts, of which some are the same."""
     monkeypatch.setenv("COTUNE_CACHE", str(folder / "cache"))
     distinct = len({text for text, _ in sentences(240)})
     shown = cotune("simulate", "toy.toml", "--out", "run", "--set", "rounds=1", "--set", "simulation.baselines=[]")

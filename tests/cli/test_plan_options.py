@@ -75,7 +75,7 @@ def test_simulate_prints_its_summary_as_json(cotune: Cotune, folder: Path) -> No
 
 ALONE = """
 import sys
-sys.modules["torch"] = sys.modules["transformers"] = None  # whoever imports them fails
+sys.modules["torch"] = sys.modules["transformers"] = None  # anyone who imports them fails
 sys.argv = ["cotune", *sys.argv[1:]]
 from cotune.cli.main import run
 run()

@@ -40,7 +40,7 @@ def test_every_stage_is_tried_and_nothing_is_charged(make_plan: MakePlan, make_s
 
 
 def test_a_declined_plan_is_tried_all_the_same(make_plan: MakePlan, make_site: MakeSite) -> None:
-    """Whoever is to change a rule wants to know for what: every rule, and the same figures as without them."""
+    """Anyone who is to change a rule wants to know for what: every rule, and the same figures as without them."""
     plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}, train=STAGES)
     strict = changed_policy(Policy(), {"tell.example_count": "exact", "budget.epsilon_total": 1e6, "budget.delta_total": 1e-3})
     found, allowed = check(plan, make_site(policy=strict)), check(plan, make_site(at="free"))

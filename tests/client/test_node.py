@@ -366,7 +366,7 @@ def test_it_comes_back_by_its_number_and_leaves_when_stopped(tmp_path: Path, sto
 
 
 def test_a_request_that_may_have_been_lost_on_its_way_is_asked_for_again(tmp_path: Path, stop: threading.Event) -> None:
-    """The server hands it over once: whoever comes back after that call leaves first, so that the server sees it."""
+    """The server hands it over once: anyone who comes back after that call leaves first, so that the server sees it."""
     broken, after = FakeFleet(stop, request(), receive=[FleetError("broken")]), FakeFleet(stop, request())
     assert stay(Node(tmp_path, FakeWorker(), stop), broken, after) == [(None, True), (NODE, True)]
 

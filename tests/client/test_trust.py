@@ -55,7 +55,7 @@ def test_new_keys_are_learned_one_after_the_other_and_once(
     assert [(entry["what"], entry["statement"]) for entry in entries] == [("keys", each.statement) for each in chain]
 
 
-def test_whoever_joined_in_between_takes_what_follows_it(tmp_path: Path, chain: list[ServerRenewal]) -> None:
+def test_anyone_who_joined_in_between_takes_what_follows_it(tmp_path: Path, chain: list[ServerRenewal]) -> None:
     for number, key in enumerate(HEX):
         start = Trust(federation=FED, name="fed", generations=(TrustedServer(signing_key=key, certificates=""),))
         assert start.following(chain).signing_keys() == HEX[number:]

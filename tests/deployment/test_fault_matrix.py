@@ -252,7 +252,7 @@ def test_everybody_is_killed_at_once(with_database: Kind, page: Page) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kept", ["with_database", "in_memory"])
 def test_killed_again_and_again(request: pytest.FixtureRequest, page: Page, kept: str, seed: int) -> None:
-    """Whoever runs, at any moment, until the run is over."""
+    """Anyone who runs, at any moment, until the run is over."""
     kind, rng, times = request.getfixturevalue(kept), random.Random(seed), 0
     kind.fed.run()
     struck = time.monotonic()

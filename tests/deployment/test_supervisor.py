@@ -128,7 +128,7 @@ def serving(folder: FederationFolder) -> Iterator[Served]:
     try:
         until(lambda: "ready: " in served.said() or process.poll() is not None, log)
         assert process.poll() is None, served.said()
-        socket.create_connection(("127.0.0.1", folder.config.port)).close()  # whoever is told that it is ready can join
+        socket.create_connection(("127.0.0.1", folder.config.port)).close()  # anyone who is told that it is ready can join
         yield served
     finally:
         if process.poll() is None:

@@ -172,7 +172,7 @@ def test_what_the_page_says_can_be_done(
 
 
 def test_no_block_is_left_out_in_silence() -> None:
-    """Whoever marks a block adds it above, too; a block of what is printed has no language, and no command in it."""
+    """Anyone who marks a block adds it above, too; a block of what is printed has no language, and no command in it."""
     marked = [block for page in PAGES for block in blocks_of(page) if block.reason is not None]
     assert {(block.page, commands_of(block)[0]) for block in marked} == NOT_PLAYED
     for block in (block for page in PAGES for block in blocks_of(page)):

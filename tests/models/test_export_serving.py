@@ -102,7 +102,7 @@ def test_what_the_base_was_for_does_not_stay(
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_whoever_serves_it_can_read_it(made: Callable[..., TrainableModel], tmp_path: Path, mask: int) -> None:
+def test_anyone_who_serves_it_can_read_it(made: Callable[..., TrainableModel], tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
         export_model(made("bert"), tmp_path / "model", {"README.md": "# card\n"})

@@ -1,4 +1,4 @@
-"""What a unit contributes: at most C, whatever its gradient is, and exactly the same whoever else is there."""
+"""What a unit contributes: at most C, whatever its gradient is, and exactly the same no matter who else is there."""
 
 from __future__ import annotations
 

@@ -476,7 +476,7 @@ def test_low_precision_stays_within_the_clip_norm() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("slots", [1, 2, 64])
 def test_a_record_without_a_finite_gradient_contributes_nothing(value: float, slots: int) -> None:
-    """And does not stop the training: that would tell whoever waits for the update that there is such a record."""
+    """And does not stop the training: that would tell anyone who waits for the update that there is such a record."""
     module, records = seeded(Toy), points(5)
     loss = cross_entropy(module)
     expected = clipped_sum(module, loss, [stack([r]) for r in records], 0.5)

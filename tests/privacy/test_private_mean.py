@@ -66,7 +66,7 @@ def test_a_clipped_delta_has_a_norm_of_c_at_most_over_all_its_tensors(delta: dic
 
 @given(st.lists(deltas, max_size=4), deltas, st.floats(1e-3, 1e3))
 def test_one_organization_changes_the_sum_by_c_at_most(others: list[Delta], one: Delta, clip: float) -> None:
-    """Whatever it sends, and whoever else takes part: K = 1, so that the mean is the sum."""
+    """Whatever it sends, and anyone who else takes part: K = 1, so that the mean is the sum."""
     without, with_it = mean(others, clip).result(), mean([*others, one], clip).result()
     assert norm({n: with_it[n] - without[n] for n in SHAPES}) <= clip * (1 + 1e-9)
 
@@ -91,7 +91,7 @@ def test_what_is_not_finite_is_not_clipped_but_refused(value: float) -> None:
         clipped({"w": torch.tensor([value, 1.0])}, 1.0)
 
 
-def test_the_divisor_is_the_expected_number_whoever_came() -> None:
+def test_the_divisor_is_the_expected_number_anyone_who_came() -> None:
     one = {"w": torch.zeros(2, 3), "b": torch.tensor(0.5)}
     assert mean([one], 1.0, expected=4.0).result()["b"].item() == 0.125
     assert mean([one, one], 1.0, expected=4.0).result()["b"].item() == 0.25

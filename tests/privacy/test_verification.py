@@ -116,7 +116,7 @@ def test_every_lie_shows(exported: dict[str, Any], told: Callable[[dict[str, Any
 
 
 def rechained(exported: dict[str, Any]) -> dict[str, Any]:
-    """With hashes that follow from the entries, as whoever holds the ledger can make them."""
+    """With hashes that follow from the entries, as anyone who holds the ledger can make them."""
     previous = START
     for number, entry in enumerate(exported["entries"], start=1):
         body = json.dumps(entry["body"], sort_keys=True, separators=(",", ":"))

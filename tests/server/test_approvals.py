@@ -21,7 +21,7 @@ from cotune.server.rounds.exclusions import strikes_of
 from cotune.server.rounds.requests import Approvals, awaits_approval
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding
 from tests.server.test_asking import dropped, play
 from tests.server.test_rounds import assert_moved, initial
@@ -33,7 +33,11 @@ EVERYBODY = {name: adding(value) for name, value in zip(NAMES, (1.0, 3.0, 5.0), 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((carriers, "_WATCH_SECONDS"), (carriers, "_POLL_SECONDS"), (asking, "_POLL_SECONDS")):
+    for module, name in (
+        (superlink_transport, "_WATCH_SECONDS"),
+        (superlink_transport, "_POLL_SECONDS"),
+        (asking, "_POLL_SECONDS"),
+    ):
         monkeypatch.setattr(module, name, 0.01)
     monkeypatch.setattr(approvals, "_FIRST_SECONDS", 0.02)
     monkeypatch.setattr(approvals, "_LONGEST_SECONDS", 0.05)
@@ -140,7 +144,7 @@ def test_a_run_that_is_killed_while_it_waits_waits_again(new_run: NewRun) -> Non
             grid.get_nodes = stops  # type: ignore[method-assign]
 
     def stops() -> Any:
-        raise carriers.RunNotRunningException
+        raise superlink_transport.RunNotRunningException
 
     grid.on_push = killed
     with pytest.raises(RunError, match="--resume"):
@@ -153,7 +157,7 @@ def test_a_run_that_is_killed_while_it_waits_waits_again(new_run: NewRun) -> Non
     assert [event["organizations"] for event in told(folder, "awaiting_approval")] == [["org-3"], ["org-3"], []]
 
 
-def test_whoever_is_waited_for_beyond_the_deadline_gets_a_deadline_of_its_own(new_run: NewRun) -> None:
+def test_anyone_who_is_waited_for_beyond_the_deadline_gets_a_deadline_of_its_own(new_run: NewRun) -> None:
     """Approved long after the round's deadline, it has as much time to train as anybody; a silent one gets no more for it."""
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.6, "deadline_seconds": 1.2}))
     grid = not_approved(folder, org_2=30)
@@ -169,7 +173,7 @@ def test_whoever_is_waited_for_beyond_the_deadline_gets_a_deadline_of_its_own(ne
     assert 1.1 < grid.ttls["org-2"][-1] <= 1.2
 
 
-def test_whoever_connects_anew_is_asked_at_once(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anyone_who_connects_anew_is_asked_at_once(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(approvals, "_LONGEST_SECONDS", 3600.0)
     monkeypatch.setattr(approvals, "_wait", lambda times: 3600.0)
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))

@@ -23,7 +23,7 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.rounds import requests as asking
 from cotune.server.rounds.loop import run_rounds
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import Answer, NewRun, adding, model_of, update
 from tests.server.test_rounds import assert_moved, initial, raises, same
 from tests.server.test_rounds import play as simulate
@@ -34,8 +34,8 @@ NAMES = ("org-1", "org-2", "org-3")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(carriers, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(asking, "_AGAIN_SECONDS", 0.02)
 
@@ -79,7 +79,7 @@ def test_a_request_lives_as_long_as_the_round_and_names_it(new_run: NewRun) -> N
     assert all(90 < ttl <= 100 for ttl in grid.ttls["org-1"])
 
 
-def test_whoever_was_revoked_is_not_asked_and_the_quorum_is_of_the_others(new_run: NewRun) -> None:
+def test_anyone_who_was_revoked_is_not_asked_and_the_quorum_is_of_the_others(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0, 100.0))
 
@@ -124,7 +124,7 @@ def test_a_quorum_that_does_not_come_ends_the_run_which_can_be_resumed(new_run: 
     assert play(folder, grid).round == 1
 
 
-def test_whoever_connects_during_a_round_is_asked_then(new_run: NewRun) -> None:
+def test_anyone_who_connects_during_a_round_is_asked_then(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.5, "absent_seconds": 60.0}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     grid.offline = {"org-2"}
@@ -132,7 +132,7 @@ def test_whoever_connects_during_a_round_is_asked_then(new_run: NewRun) -> None:
     assert play(folder, grid).history[0]["participants"] == list(NAMES)
 
 
-def test_the_deadline_ends_a_round_for_whoever_is_slow(new_run: NewRun) -> None:
+def test_the_deadline_ends_a_round_for_anyone_who_is_slow(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.5, "deadline_seconds": 0.5}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     grid.delay = {"org-1": 3600.0}
@@ -172,7 +172,7 @@ def test_what_is_lost_three_times_is_left_and_the_run_goes_on(new_run: NewRun, f
     assert grid.pushed["org-2"] == 3
 
 
-def test_whoever_connects_anew_is_asked_again_as_its_request_may_be_lost(new_run: NewRun) -> None:
+def test_anyone_who_connects_anew_is_asked_again_as_its_request_may_be_lost(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     grid.swallowed["org-2"] = 1
@@ -181,7 +181,7 @@ def test_whoever_connects_anew_is_asked_again_as_its_request_may_be_lost(new_run
     assert grid.pushed["org-2"] == 2
 
 
-def test_whoever_connects_anew_again_and_again_is_asked_ten_times(new_run: NewRun) -> None:
+def test_anyone_who_connects_anew_again_and_again_is_asked_ten_times(new_run: NewRun) -> None:
     """Several faults may fall into one round; a node that never stays is no reason to send the model for ever."""
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5, "deadline_seconds": 2.0}))
     grid = wild(folder, everybody(1.0, 3.0))
@@ -239,7 +239,7 @@ def test_one_that_hangs_holds_up_neither_the_others_nor_the_end(new_run: NewRun)
 def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(carriers, "_SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(superlink_transport, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
     found, until = grid.get_nodes, time.monotonic() + 0.5
@@ -258,7 +258,7 @@ def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
 
 
 def test_a_connection_that_is_lost_during_a_round_is_told_of(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carriers, "_SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(superlink_transport, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
     found, asked = grid.get_nodes, threading.Event()
@@ -326,7 +326,7 @@ def test_the_first_so_many_close_a_round_and_the_others_are_shown(new_run: NewRu
     assert progress.history[0]["quarantined"] == progress.history[0]["absent"] == []
 
 
-def test_whoever_fails_is_replaced_by_one_that_was_asked_beyond(new_run: NewRun) -> None:
+def test_anyone_who_fails_is_replaced_by_one_that_was_asked_beyond(new_run: NewRun) -> None:
     folder = new_run(*NAMES, rounds=6, server={"sample_size": 2, "over_selection": 0.5, "quorum": 1.0})
     progress = simulate(folder, {**everybody(1.0, 1.0), "org-3": raises})
     assert [sorted(entry["participants"]) for entry in progress.history] == [["org-1", "org-2"]] * 6
@@ -495,7 +495,7 @@ def test_the_history_is_plain_json_in_the_order_of_the_organizations(new_run: Ne
 # --- asked twice
 
 
-def test_whoever_is_lost_at_one_request_may_answer_another(new_run: NewRun) -> None:
+def test_anyone_who_is_lost_at_one_request_may_answer_another(new_run: NewRun) -> None:
     """Its node connects anew twice, so that three requests are under way; the first is reported lost, the third is answered."""
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0))
@@ -525,7 +525,7 @@ def test_an_answer_that_was_cut_off_while_it_was_sent_is_asked_for_again(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a node that was killed: Flower goes on to wait for the rest of it, and the node has sent it anew long since."""
-    monkeypatch.setattr(carriers, "_SLOW_SECONDS", 0.2)
+    monkeypatch.setattr(superlink_transport, "_SLOW_SECONDS", 0.2)
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     release = grid.hangs["org-2"] = threading.Event()
@@ -538,7 +538,7 @@ def test_an_answer_that_was_cut_off_while_it_was_sent_is_asked_for_again(
 
 
 @pytest.mark.parametrize("how", ["refuses", "is silent"])
-def test_whoever_has_not_answered_is_asked_again_when_the_superlink_is_back(
+def test_anyone_who_has_not_answered_is_asked_again_when_the_superlink_is_back(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """It may have been killed between marking an answer as handed over and handing it over, however soon it is back."""
@@ -552,7 +552,7 @@ def test_whoever_has_not_answered_is_asked_again_when_the_superlink_is_back(
             asked.clear()
             if how == "refuses":
                 raise httpx.ConnectError("connection refused")
-            monkeypatch.setattr(carriers, "_AWAY_SECONDS", 0.3)
+            monkeypatch.setattr(superlink_transport, "_AWAY_SECONDS", 0.3)
             time.sleep(0.4)
         return found()
 

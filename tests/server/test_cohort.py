@@ -16,7 +16,7 @@ from cotune.server.rounds import requests as asking
 from cotune.server.rounds.loop import run_rounds
 from cotune.server.rounds.selection import cohort_of, remember_waiting
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import real, told, wild
 
@@ -26,7 +26,11 @@ OTHER = "declined: its rule training.max_steps does not allow this plan"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((carriers, "_WATCH_SECONDS"), (carriers, "_POLL_SECONDS"), (asking, "_POLL_SECONDS")):
+    for module, name in (
+        (superlink_transport, "_WATCH_SECONDS"),
+        (superlink_transport, "_POLL_SECONDS"),
+        (asking, "_POLL_SECONDS"),
+    ):
         monkeypatch.setattr(module, name, 0.01)
 
 
@@ -71,7 +75,7 @@ def test_those_who_wait_for_each_other_go_on_when_the_run_is_continued(new_run: 
 
 
 def test_a_run_of_too_few_organizations_says_so_each_time(new_run: NewRun) -> None:
-    """Whoever is asked counts before the first round: more there are not."""
+    """Anyone who is asked counts before the first round: more there are not."""
     folder = real(new_run("org-1", "org-2", rounds=1))
     for _ in range(2):
         with pytest.raises(RunError, match=r"begin a run of more organizations"):

@@ -22,7 +22,7 @@ from cotune.server.rounds import requests as asking
 from cotune.server.rounds.loop import run_rounds
 from cotune.server.rounds.model_delivery import confirmed, deliver
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.test_asking import wrong_shape
 from tests.server.wild import PRIVATE, WildGrid, real, told, wild
@@ -34,8 +34,8 @@ NAMES = ("org-1", "org-2", "org-3")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
-        (carriers, "_WATCH_SECONDS"),
-        (carriers, "_POLL_SECONDS"),
+        (superlink_transport, "_WATCH_SECONDS"),
+        (superlink_transport, "_POLL_SECONDS"),
         (asking, "_POLL_SECONDS"),
         (delivery, "_POLL_SECONDS"),
         (delivery, "_AGAIN_SECONDS"),
@@ -89,7 +89,7 @@ def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun)
     assert seen == []
 
 
-def test_whoever_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) -> None:
+def test_anyone_who_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) -> None:
     folder, seen = finished(new_run), list[Request]()
     grid = receiving(folder)
     grid.offline = {"org-2"}
@@ -111,7 +111,7 @@ def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
     assert event["reason"] == "it has more than 1,048,576 bytes, the most that were expected"
 
 
-def test_whoever_connects_anew_is_handed_it_again(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anyone_who_connects_anew_is_handed_it_again(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """The request may be lost, as Flower hands each over once; or an answer, as it was cut off."""
     monkeypatch.setattr(delivery, "_EXPORT_SECONDS", 5.0)
     folder = finished(new_run)
@@ -148,7 +148,7 @@ def test_one_that_is_silent_does_not_hold_up_the_end_and_gets_it_later(new_run: 
     assert sorted(confirmed(folder)) == list(NAMES)
 
 
-def test_whoever_is_only_slow_gets_it_in_time(new_run: NewRun) -> None:
+def test_anyone_who_is_only_slow_gets_it_in_time(new_run: NewRun) -> None:
     folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 30.0, "quorum": 0.5})
     grid = receiving(folder)
     grid.delay["org-2"] = 0.6
@@ -181,7 +181,7 @@ def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: Ne
     assert told(folder, "delivery_started") == [{"event": "delivery_started", "organizations": list(NAMES)}]
 
 
-def test_whoever_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
+def test_anyone_who_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2, server={"strikes": 1, "quorum": 0.5}))
     grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(1.0), "org-3": wrong_shape})
     run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
@@ -227,7 +227,7 @@ def context(folder: RunFolder) -> Context:
     return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"run": str(folder.path)})  # type: ignore[arg-type]
 
 
-def test_the_app_plays_a_real_run_hands_the_model_out_and_does_so_again_for_whoever_lacks_it(new_run: NewRun) -> None:
+def test_the_app_plays_a_real_run_hands_the_model_out_and_does_so_again_for_anyone_who_lacks_it(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2, server={"absent_seconds": 0.2, "quorum": 0.5}))
     grid = receiving(folder)
     grid.offline = {"org-3"}

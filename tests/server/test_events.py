@@ -201,7 +201,7 @@ def test_a_follower_waits_for_the_end_of_a_line_and_skips_what_was_cut_short(pat
     assert [event["event"] for event in follow(path, offset)[0]] == ["third"]
 
 
-def test_whoever_only_looks_leaves_an_unfinished_line_to_its_writer(new_run: NewRun) -> None:
+def test_anyone_who_only_looks_leaves_an_unfinished_line_to_its_writer(new_run: NewRun) -> None:
     folder = new_run("a")
     folder.events.path.write_bytes(b'{"event": "fir')
     RunFolder(folder.path)

@@ -34,7 +34,7 @@ def test_the_page_says_whom_to_join_and_what_to_type(tmp_path: Path) -> None:
     ]
     for what in ("fed.example.org:9092", "in each of 12 rounds", invitation.plan.plan_id[:12], "abababababababab"):
         assert what in page
-    assert invitation.fingerprint not in page  # whoever could change the document on its way could change the page too
+    assert invitation.fingerprint not in page  # anyone who could change the document on its way could change the page too
     assert len(page.splitlines()) < 60
 
 

@@ -15,7 +15,7 @@ from cotune.protocol.messages import Request
 from cotune.server.rounds import requests as asking
 from cotune.server.rounds.loop import run_rounds
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of, update
 from tests.server.test_rounds import assert_moved, initial
 from tests.server.wild import WildGrid, real, told, wild
@@ -25,7 +25,11 @@ FOLD = {"late": "fold", "max_staleness": 1, "quorum": 0.5, "deadline_seconds": 1
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((carriers, "_WATCH_SECONDS"), (carriers, "_POLL_SECONDS"), (asking, "_POLL_SECONDS")):
+    for module, name in (
+        (superlink_transport, "_WATCH_SECONDS"),
+        (superlink_transport, "_POLL_SECONDS"),
+        (asking, "_POLL_SECONDS"),
+    ):
         monkeypatch.setattr(module, name, 0.01)
 
 

@@ -14,7 +14,7 @@ from cotune.server.deployment.node_registration import reconcile
 from cotune.server.rounds import model_delivery as delivery
 from cotune.server.rounds.model_delivery import deliver
 from cotune.server.transport import node_registry as presence
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import LEFT, Presence, Seen
 from tests.server.conftest import NewRun
 from tests.server.test_asking import NAMES, dropped, everybody, play
@@ -25,7 +25,11 @@ from tests.server.wild import real, told, wild
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((carriers, "_WATCH_SECONDS"), (carriers, "_POLL_SECONDS"), (delivery, "_POLL_SECONDS")):
+    for module, name in (
+        (superlink_transport, "_WATCH_SECONDS"),
+        (superlink_transport, "_POLL_SECONDS"),
+        (delivery, "_POLL_SECONDS"),
+    ):
         monkeypatch.setattr(module, name, 0.01)
 
 
@@ -44,7 +48,7 @@ def test_whose_heartbeats_are_missing_has_not_left(times: list[float], looks: in
 
 
 @given(HEARTBEATS, st.floats(0.001, 60.0))
-def test_whoever_is_offline_before_its_time_has_left_and_comes_back(times: list[float], early: float) -> None:
+def test_anyone_who_is_offline_before_its_time_has_left_and_comes_back(times: list[float], early: float) -> None:
     seen, until = Presence(), max(times)
     seen.look([Seen("a", True, until), Seen("b", True, until)])
     for _ in range(presence._LOOKS):
@@ -55,14 +59,14 @@ def test_whoever_is_offline_before_its_time_has_left_and_comes_back(times: list[
     assert not seen.left
 
 
-def test_whoever_connects_anew_at_once_has_not_left() -> None:
+def test_anyone_who_connects_anew_at_once_has_not_left() -> None:
     seen = Presence()
     for online, until in ((True, 60.0), (False, 10.0), (True, 90.0), (False, 20.0), (True, 100.0)):
         seen.look([Seen("a", online, until)])
         assert not seen.left
 
 
-def test_whoever_leaves_during_a_round_is_reported_so(new_run: NewRun) -> None:
+def test_anyone_who_leaves_during_a_round_is_reported_so(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"absent_seconds": 0.3}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     grid.lost["org-2"] = 1
@@ -94,7 +98,7 @@ def test_it_is_asked_when_it_joins_anew(new_run: NewRun) -> None:
     assert play(folder, grid).history[0]["participants"] == list(NAMES)
 
 
-def test_whoever_has_left_when_the_model_is_handed_out_is_named(new_run: NewRun) -> None:
+def test_anyone_who_has_left_when_the_model_is_handed_out_is_named(new_run: NewRun) -> None:
     folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 0.3, "quorum": 0.5})
     grid = receiving(folder)
     grid.on_push = lambda name, message: grid.left.add(name) if name == "org-2" else None

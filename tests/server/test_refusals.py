@@ -103,7 +103,7 @@ def told(events: Events) -> list[tuple[str, int, str]]:
     return [(event["organization"], event["count"], event["reason"]) for event in found]
 
 
-def test_the_run_names_whoever_was_refused_since_it_looked_last(file: Path, events: Events) -> None:
+def test_the_run_names_anyone_who_was_refused_since_it_looked_last(file: Path, events: Events) -> None:
     noted(file, "south", 2, "its tree holds an object that the server has sent")
     events.tell("update_received", round=1, organization="north")
     assert told(events) == []

@@ -486,7 +486,7 @@ def test_a_real_run_of_many_classes_has_a_report(summary: Summary) -> None:
 
 @pytest.mark.parametrize(("rounds", "part"), [((2, 2), 2), ((2, 0), 1), ((0, 0), 0)])
 def test_a_real_run_says_how_many_organizations_are_in_its_model(summary: Summary, rounds: tuple[int, int], part: int) -> None:
-    """Whoever was struck out or declined every round has no part in it: the page says so in its first lines."""
+    """Anyone who was struck out or declined every round has no part in it: the page says so in its first lines."""
     summary |= {"engine": "superlink", "worth": None, "partition": None}
     for each, taken in zip(summary["organizations"], rounds, strict=True):
         each |= {"rounds": taken, "labels": None, "examples": None, "bytes_up": 0, "dropped": 2 - taken}

@@ -91,7 +91,7 @@ def test_keys_are_announced_learned_and_put_into_use(fed: FederationFolder, site
     assert {path.stat().st_mode & 0o077 for path in fed.path.rglob("*")} == {0}
 
 
-def test_whoever_was_away_for_two_renewals_learns_both(fed: FederationFolder, site: Path) -> None:
+def test_anyone_who_was_away_for_two_renewals_learns_both(fed: FederationFolder, site: Path) -> None:
     for _ in range(2):
         rotation.announce(fed)
         rotation.put_into_use(fed)

@@ -1,4 +1,4 @@
-"""The run says of whoever trains for the whole ε and has hardly a say."""
+"""The run says of anyone who trains for the whole ε and has hardly a say."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Killed(BaseException):
     """As by SIGKILL."""
 
 
-def test_whoever_comes_later_is_shown_when_it_comes_and_a_resumed_run_repeats_nothing(new_run: NewRun) -> None:
+def test_anyone_who_comes_later_is_shown_when_it_comes_and_a_resumed_run_repeats_nothing(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", "org-3", rounds=3, strategy="fedavg", server={"quorum": 0.5})
     large, small = adding(1.0, examples=1_000), adding(1.0, examples=1)
 

@@ -115,7 +115,7 @@ def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) ->
         assert status.phase.startswith(phase)
 
 
-def test_whoever_gave_nothing_is_not_only_said_to_have_the_model(federation: FederationFolder) -> None:
+def test_anyone_who_gave_nothing_is_not_only_said_to_have_the_model(federation: FederationFolder) -> None:
     run = real_run(federation)
     run.events.tell("update_dropped", round=1, organization="a", reason="declined: its rule privacy does not allow this plan")
     finish(run, 1, participants=["b", "c"])

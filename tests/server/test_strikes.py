@@ -26,7 +26,7 @@ def test_those_of_failed_rounds_count_as_well(new_run: NewRun) -> None:
     assert left_out(RunFolder(folder.path), [{"quarantined": ["b", "c"]}]) == ["b"]
 
 
-def test_a_run_that_needs_everybody_goes_on_without_whoever_is_refused_again_and_again(new_run: NewRun) -> None:
+def test_a_run_that_needs_everybody_goes_on_without_anyone_who_is_refused_again_and_again(new_run: NewRun) -> None:
     """Each attempt fails, as the quorum does, until it has as many strikes as the plan allows."""
     folder = real(new_run("org-1", "org-2", rounds=2, server={"quorum": 1.0, "strikes": 2}))
     answers = {"org-1": adding(1.0), "org-2": wrong_shape}

@@ -15,7 +15,7 @@ class Killed(BaseException):
 def killed_before_each_change(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> Iterator[int]:
     """Ends `act` before its first change, its second, and so on, with the number of changes that were made each time.
 
-    A change is a rename, by which every durable file gets its place. Stops after the first `act` that comes to its end; whoever
+    A change is a rename, by which every durable file gets its place. Stops after the first `act` that comes to its end; anyone who
     iterates puts things back in between.
     """
     for most in range(100):

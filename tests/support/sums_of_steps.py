@@ -1,4 +1,4 @@
-"""What whoever sees every step of DP-SGD sees of its targets: the sampled Gaussian mechanism, simulated."""
+"""What anyone who sees every step of DP-SGD sees of its targets: the sampled Gaussian mechanism, simulated."""
 
 from __future__ import annotations
 

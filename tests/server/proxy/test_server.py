@@ -410,7 +410,7 @@ def test_one_member_cannot_hold_all_connections(folder: Path, upstream: Upstream
     ],
     ids=["none", "stranger", "old", "future", "another-time", "anothers", "key", "time", "no-zone"],
 )
-def test_of_whoever_is_no_member_not_a_byte_is_read(folder: Path, upstream: Upstream, headers: dict[str, str]) -> None:
+def test_of_anyone_who_is_no_member_not_a_byte_is_read(folder: Path, upstream: Upstream, headers: dict[str, str]) -> None:
     """The answer comes while the five megabytes that were announced have not even been sent."""
     extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     with running(folder, upstream.port) as front, front.connect() as connection:
@@ -427,7 +427,7 @@ def test_a_stranger_that_wants_to_join_is_told_so_in_the_superlinks_way(front: R
     assert upstream.seen == []
 
 
-def test_whoever_is_revoked_is_a_stranger_from_then_on(tmp_path: Path, folder: Path, upstream: Upstream) -> None:
+def test_anyone_who_is_revoked_is_a_stranger_from_then_on(tmp_path: Path, folder: Path, upstream: Upstream) -> None:
     members, key = Members(tmp_path / "members.json"), new_key()
     shutil.copytree(folder, tmp_path / "certificates")
     members.invite("west", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())

@@ -1,4 +1,4 @@
-"""Requests and answers by threads: in turn, whoever hangs; what the rounds make of it is tests/server/test_asking.py's."""
+"""Requests and answers by threads: in turn, no matter who hangs; what the rounds make of it is tests/server/test_asking.py's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flwr.app import Message
 
 from cotune.flower.chunks import TooMuch
 from cotune.flower.runtime_client import Line
-from cotune.server.transport import superlink as carriers
+from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import Node
 from cotune.server.transport.superlink import SuperLinkTransport
 
@@ -85,9 +85,9 @@ def released(line: FakeLine) -> Iterator[None]:
         line.release.set()
 
 
-def test_whoever_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anyone_who_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not all at once: each would send what is not there yet of what they have in common."""
-    monkeypatch.setattr(carriers, "_HELD_UP_SECONDS", 0.5)
+    monkeypatch.setattr(superlink_transport, "_HELD_UP_SECONDS", 0.5)
     line, others = FakeLine(), [f"org-{i}" for i in range(6)]
     with closing(SuperLinkTransport(cast(Line, line), Connected(), lambda *_, **__: None)) as post, released(line):
         for name in ("first", *others):
@@ -104,8 +104,8 @@ def test_whose_answer_comes_slowly_is_not_taken_for_one_that_was_cut_off(
     monkeypatch: pytest.MonkeyPatch, pieces: int, seconds: float, anew: bool
 ) -> None:
     """Who is asked again sends it all again, and is late for the next round."""
-    monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(carriers, "_SLOW_SECONDS", 0.5)
+    monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(superlink_transport, "_SLOW_SECONDS", 0.5)
     line = cast(Line, SlowLine(pieces, seconds))
     with closing(SuperLinkTransport(line, Connected("org-1"), lambda *_, **__: None)) as post:
         post.send(1, "org-1", cast(Message, "first"), 100)
@@ -116,7 +116,7 @@ def test_whose_answer_comes_slowly_is_not_taken_for_one_that_was_cut_off(
 
 def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have marked as handed over whatever it was to announce."""
-    monkeypatch.setattr(carriers, "_WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
     names = [f"org-{i}" for i in range(9)]
     line = SlowLine(1, 0.0)
 
