@@ -31,11 +31,12 @@ from tests.support import clinic
 __all__ = ["cotune", "folder"]  # fixtures
 
 PLAYED = ("bash", "python", "toml")
+DRAWN = ("mermaid",)
 STORIES = {"docs/join.md", "docs/coordinate.md"}  # tests/deployment/test_guides.py
 NOT_PLAYED = {  # (page, first line) of each block that is marked on its page, which says why
     ("README.md", "make demo"),
-    ("README.md", "cotune simulate --engine ray"),
-    ("README.md", 'pip install "cotune[audit]"'),
+    ("docs/simulate.md", "cotune simulate --engine ray"),
+    ("docs/audit.md", 'pip install "cotune[audit]"'),
     ("docs/strategies.md", '[project.entry-points."cotune.fusions"]'),
 }
 
@@ -115,6 +116,10 @@ def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) 
     assert player.cotune("client", "check", "SITE", "plan.toml", "--data", "records.csv").code == 1
 
 
+def for_audit(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
+    for_compare(player, folder, base_model)
+
+
 def for_use(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
     trained_site(folder)
     write_csv(folder / "new.csv", sentences(10))
@@ -143,6 +148,9 @@ def for_units(player: Player, folder: Path, base_model: Callable[[str], Path]) -
 
 PREPARED: dict[str, Callable[[Player, Path, Callable[[str], Path]], None]] = {
     "README.md": for_readme,
+    "docs/audit.md": for_audit,
+    "docs/simulate.md": for_readme,
+    "docs/site.md": for_readme,
     "docs/compare.md": for_compare,
     "docs/ledger.md": for_ledger,
     "docs/units.md": for_units,
@@ -176,7 +184,7 @@ def test_no_block_is_left_out_in_silence() -> None:
     marked = [block for page in PAGES for block in blocks_of(page) if block.reason is not None]
     assert {(block.page, commands_of(block)[0]) for block in marked} == NOT_PLAYED
     for block in (block for page in PAGES for block in blocks_of(page)):
-        assert block.language in (*PLAYED, ""), block.where
+        assert block.language in (*PLAYED, *DRAWN, ""), block.where
         if not block.language:
             assert not [line for line in block.text.splitlines() if line.startswith(("cotune ", "$ ", "pip "))], block.where
 

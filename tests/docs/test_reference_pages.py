@@ -56,7 +56,7 @@ def test_every_event_is_on_the_page_and_no_other() -> None:
 
 def test_every_field_of_a_round_is_on_the_page() -> None:
     entry = RoundResult(["a"], 1).entry(1, "head", None, 1.0)
-    added = set(re.findall(r'entry(?:\["|\s\|= \{")(\w+)"', (ROOT / "server" / "rounds.py").read_text(encoding="utf-8")))
+    added = set(re.findall(r'entry(?:\["|\s\|= \{")(\w+)"', (ROOT / "server" / "rounds" / "loop.py").read_text(encoding="utf-8")))
     row = next(line for line in RUN_FOLDER.splitlines() if line.startswith("| `rounds[]`"))
     for name in {*entry, *added, "applied", "weights", "norms", "suspects"} - {"organization", "reason"}:
         assert f"`{name}`" in row, name
@@ -74,5 +74,5 @@ def test_every_file_that_a_run_leaves_is_on_the_page() -> None:
         "superlink.json",
         "events.jsonl",
     ):
-        assert any(f'"{name}"' in file.read_text(encoding="utf-8") for file in (ROOT / "server").glob("*.py")), name
+        assert any(f'"{name}"' in file.read_text(encoding="utf-8") for file in (ROOT / "server").rglob("*.py")), name
         assert f"`{name}`" in listed, name
