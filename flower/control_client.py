@@ -98,7 +98,7 @@ class RunState:
 
 
 class Control:
-    """Calls, one after the other. Every one raises RunError where the SuperLink cannot be reached or refuses."""
+    """Calls, one after the other. Each raises SuperLinkAway where the SuperLink cannot be reached, RunError where it refuses."""
 
     def __init__(self, client: ControlHttpClient) -> None:
         self._client = client
@@ -147,6 +147,10 @@ class Control:
         return tuple(sorted(run_id for run_id, run in runs.items() if run.status.status != "finished"))
 
 
+class SuperLinkAway(RunError):
+    """Nobody answers at the SuperLink's port."""
+
+
 class _Refused(RunError):
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"the SuperLink refused a request ({status}: {detail}): see its log")
@@ -178,7 +182,7 @@ def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
                 "another server than this federation's answers at the SuperLink's port: stop it, or choose another superlink_port"
                 " in server.toml and start again"
             ) from None
-        raise RunError(
+        raise SuperLinkAway(
             f"the SuperLink cannot be reached ({error}): expected one that `cotune server start` keeps running"
         ) from None
     except ValueError as error:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,17 +52,29 @@ def run(
     beginning(f"reading {folder}")
     from cotune.flower.control_client import control
     from cotune.server.deployment.federation import FederationFolder
-    from cotune.server.deployment.run_controller import hand_over, newest, only_follower, run_to_completion
+    from cotune.server.deployment.run_controller import (
+        hand_over,
+        is_served,
+        newest,
+        only_follower,
+        run_to_completion,
+        when_served,
+    )
 
     federation, console = FederationFolder(folder), screen()
     with only_follower(federation), control(federation.superlink_address, federation.certificates) as executor:
+        served = partial(is_served, federation)
+        if not resume:
+            with showing_remote_progress(console) as tell:
+                when_served(executor.running, served, tell)  # raises, in one sentence, where the server does not run
         played = newest(federation, out) if resume else _begin(console, federation, executor, override or [], out, leave=new)
         if detach:
-            hand_over(played, executor)
+            with showing_remote_progress(console) as tell:
+                when_served(lambda: hand_over(played, executor), served, tell)
             console.print(f"{escape(played.file.run)} is handed over: `cotune server run {folder} --resume` follows it")
             return
         with showing_remote_progress(console) as tell:
-            run_to_completion(played, executor, tell)
+            run_to_completion(played, executor, tell, served=served)
     _show_result(console, played)
 
 
@@ -79,7 +92,6 @@ def _begin(
     from cotune.server.deployment.run_controller import check_none_unfinished
     from cotune.server.runs.create import real_run
 
-    executor.running()  # raises, in one sentence, where the server does not run
     check_none_unfinished(federation, executor, leave=leave)
     begun = real_run(federation, override, name)
     if begun.plan.plan_id != federation.plan.plan_id:

@@ -14,18 +14,18 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.errors import RunError
-from cotune.flower.control_client import RunState
+from cotune.flower.control_client import RunState, SuperLinkAway
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import Listener, follow
 from cotune.server.runs.run_folder import RunFolder, exclusive_lock
@@ -109,13 +109,14 @@ def _players(run: Path) -> list[psutil.Process]:
     return found
 
 
+_Answer = TypeVar("_Answer")
 _MOST_TRIES = 5  # without a finished round between them
 _FIRST_WORDS = ("run_started", "delivery_started")  # of a process that holds the lock
 _LAST_WORDS = ("run_finalized", "run_failed")
 
 
 class Executor(Protocol):
-    """What is asked of the SuperLink; every call raises RunError where it cannot be reached."""
+    """What is asked of the SuperLink; every call raises SuperLinkAway where it cannot be reached."""
 
     def start(self, run: Path) -> int: ...
     def stop(self, run_id: int) -> None: ...
@@ -185,15 +186,67 @@ def hand_over(folder: RunFolder, executor: Executor, pace: PollInterval | None =
     return write_ticket(folder, asked.model_copy(update={"run_id": executor.start(folder.path)}))
 
 
-def run_to_completion(folder: RunFolder, executor: Executor, tell: Listener, pace: PollInterval | None = None) -> None:
-    """Hands a run over and follows it until its report is written. What happens is told as events, as in events.jsonl.
+def is_served(federation: FederationFolder) -> bool:
+    """Whether `cotune server start` runs for the federation: then a SuperLink that is away comes back."""
+    return is_running(federation.superlink)
 
-    What ends without a word is handed over again; what says why it failed is not. Interrupted, it stops the run first. Raises
-    RunError.
+
+def when_served(
+    call: Callable[[], _Answer], served: Callable[[], bool], tell: Listener, pace: PollInterval | None = None
+) -> _Answer:
+    """Make a call to the SuperLink; while it is being brought back, wait and make the call again.
+
+    Args:
+        call: May be made twice.
+        served: Whether somebody brings the SuperLink back.
+        tell: Told `superlink_lost` and `superlink_back`.
+        pace: How often it is tried.
+
+    Raises:
+        SuperLinkAway: Where nobody brings it back.
+    """
+    away = False
+    while True:
+        try:
+            answer = call()
+        except SuperLinkAway:
+            if not served():
+                raise
+            if not away:
+                tell("superlink_lost", {})
+            away = True
+            time.sleep((pace or PollInterval()).poll)
+        else:
+            if away:
+                tell("superlink_back", {})
+            return answer
+
+
+def run_to_completion(
+    folder: RunFolder,
+    executor: Executor,
+    tell: Listener,
+    pace: PollInterval | None = None,
+    served: Callable[[], bool] = lambda: False,
+) -> None:
+    """Hand a run over and follow it until its report is written. What happens is told as events, as in events.jsonl.
+
+    What ends without a word is handed over again; what says why it failed is not. Interrupted, it stops the run first.
+
+    Args:
+        folder: Of the run.
+        executor: The SuperLink.
+        tell: Told every event.
+        pace: How often it is looked.
+        served: Whether somebody brings a SuperLink back that is away at first; later it is waited for in any case.
+
+    Raises:
+        RunError: Where the run failed, or the SuperLink is away at first and nobody brings it back.
     """
     pace = pace or PollInterval()
     try:
-        ending, tries = _watch(folder, executor, hand_over(folder, executor, pace), tell, pace), 1
+        first = when_served(lambda: hand_over(folder, executor, pace), served, tell, pace)
+        ending, tries = _watch(folder, executor, first, tell, pace), 1
         while ending.event is None:
             tries = 1 if ending.progress else tries + 1
             if tries > _MOST_TRIES:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cotune.errors import RunError
-from cotune.flower.control_client import Node, RunState
+from cotune.flower.control_client import Node, RunState, SuperLinkAway
 from cotune.plan.load import parse_plan
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
 from tests.server.wild import LINES
@@ -68,4 +67,4 @@ class FakeSuperLink:
 
 
 def away(run_id: int) -> RunState | None:
-    raise RunError("the SuperLink cannot be reached: expected one that `cotune server start` keeps running")
+    raise SuperLinkAway("the SuperLink cannot be reached: expected one that `cotune server start` keeps running")

@@ -22,13 +22,14 @@ from cotune.server.deployment.run_controller import (
     check_none_unfinished,
     hand_over,
     is_running,
+    is_served,
     newest,
     only_follower,
     run_to_completion,
 )
 from cotune.server.runs.create import real_run
 from cotune.server.runs.events import Events
-from cotune.server.runs.run_folder import RunFolder
+from cotune.server.runs.run_folder import RunFolder, exclusive_lock
 from tests.server.coordinators import FakeSuperLink, Step, away, founded
 from tests.server.wild import full_disk
 
@@ -177,6 +178,31 @@ def test_a_superlink_that_is_away_at_first_is_said_at_once(run: RunFolder) -> No
 
     with pytest.raises(RunError, match="cannot be reached"):
         heard(run, Away())
+
+
+def test_a_superlink_that_is_brought_back_is_waited_for_at_first(run: RunFolder) -> None:
+    """A run that is gone on with in the seconds after a kill of the SuperLink ended at once."""
+
+    class Restarting(FakeSuperLink):
+        answers = iter([away, away])
+
+        def start(self, run: Path) -> int:
+            for answer in self.answers:
+                answer(0)
+            return super().start(run)
+
+    superlink, told = Restarting([[tells(run, "run_finalized")]]), list[str]()
+    run_to_completion(run, superlink, lambda event, fields: told.append(event), PACE, served=lambda: True)
+    assert told == ["superlink_lost", "superlink_back", "run_finalized"]
+    assert len(superlink.started) == 1
+
+
+def test_a_server_that_runs_is_known_by_its_lock(federation: FederationFolder) -> None:
+    federation.superlink.mkdir(exist_ok=True)
+    assert not is_served(federation)
+    with exclusive_lock(federation.superlink):
+        assert is_served(federation)
+    assert not is_served(federation)
 
 
 def test_a_follower_that_comes_back_hears_this_attempt_from_its_beginning(run: RunFolder) -> None:
