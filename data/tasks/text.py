@@ -150,7 +150,8 @@ def made_up_rows(tokenizer: Any) -> list[list[int]]:
     special = set(tokenizer.all_special_ids)
     usable = [i for i in range(min(len(tokenizer), 500)) if i not in special]
     before, after = _around(tokenizer, usable[0])
-    return [[*before, *row, *after] for row in (usable[:3], usable[3:10], usable[10:11])]
+    rows = (usable[:3], usable[3:10] or usable[-7:], usable[10:11] or usable[-1:])  # a small vocabulary has no eleven
+    return [[*before, *row, *after] for row in rows]
 
 
 def _around(tokenizer: Any, token: int) -> tuple[list[int], list[int]]:

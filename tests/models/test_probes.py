@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
-from cotune.data.tasks.text import IGNORED, Batch
+from cotune.data.tasks.text import IGNORED, Batch, made_up_rows
 from cotune.models.probes import feature_probes, mixes
 
 Answer = Callable[[Batch], Sequence[Tensor]]
@@ -80,3 +83,15 @@ def test_what_a_row_owes_to_others_is_found(fault: Answer) -> None:
 def test_a_probe_is_in_every_slot_once() -> None:
     places = [place for _, held in feature_probes((33,), 2, 16, torch.device("cpu"), 0) for place in held]
     assert sorted(places) == list(range(16))
+
+
+@pytest.mark.parametrize("words", [1, 2, 5, 10, 11, 40])
+def test_a_small_vocabulary_has_made_up_rows_too(words: int) -> None:
+    """With fewer than eleven ordinary words the single token was none, and the model was refused."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(words))])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")), pad_token="[PAD]", unk_token="[UNK]"
+    )
+    rows = made_up_rows(tokenizer)
+    assert len(rows) == 3
+    assert all(row and set(row) <= set(range(2, 2 + words)) for row in rows)
