@@ -37,10 +37,11 @@ pytestmark = pytest.mark.long
 
 ROUNDS, STRUCK, STEPS = 4, 2, 40  # STRUCK: the round in which it happens
 LOCAL = {"learning_rate": 0.5, "batch_size": 0.5, "steps": STEPS}
+STRIKES = 3
 SUSPICIOUS = {  # the quorum is the honest two, with mallory and without, so that neither is timed out on a slow machine
     "rounds": ROUNDS,
     "local": LOCAL,
-    "server": {"quorum": 0.6, "absent_seconds": 3.0, "least_seconds": 5.0, "patience": 1.0, "strikes": 3},
+    "server": {"quorum": 0.6, "absent_seconds": 3.0, "least_seconds": 5.0, "patience": 1.0, "strikes": STRIKES},
 }
 LOCKED_SECONDS = 50.0
 WHAT = ("trainer:north", "north", "front", "serverapp", "superexec", "superlink", "server", "run")
@@ -196,7 +197,7 @@ def with_mallory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
 def attack(kind: Kind, page: Page, what: str, deed: Deed, *options: str) -> list[dict[str, Any]]:
     """A run in each of whose rounds mallory does this, until it is left out. Returns what the events say of it."""
     fed, struck = kind.fed, time.monotonic()
-    with fed.attacker("mallory", dict.fromkeys(range(1, ROUNDS + 1), deed)) as mallory:
+    with fed.attacker("mallory", dict.fromkeys(range(1, STRIKES + 1), deed)) as mallory:
         mallory.victim = fed.node_of("north")
         fed.wait(lambda: "mallory" in fed.online())
         fed.run(*options)
