@@ -13,13 +13,13 @@ from cotune.reporting.formatting import duration, instant, percent, scientific, 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render_text(name: str, **values: object) -> str:
+def render_text(template: str, /, **values: object) -> str:
     """Return a text file such as `join.md.j2`, filled in. A field that is not given is an error."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    return environment.get_template(name).render(values)
+    return environment.get_template(template).render(values)
 
 
 def _or_dash(write: Callable[[float], str]) -> Callable[[float | None], str]:

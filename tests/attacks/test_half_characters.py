@@ -19,8 +19,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from cotune.flower.chunks import Malformed, Parcel
 from cotune.server.runs.events import Events, read_events
 from tests.server.conftest import NewRun, adding
-from tests.server.test_asking import play
+from tests.server.test_asking import impatient, play
 from tests.server.wild import real, told, wild
+
+__all__ = ["impatient"]  # fixtures
 
 NAMES = ("org-1", "org-2", "org-3")
 HALF = "w\ud800"
