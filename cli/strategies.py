@@ -169,7 +169,7 @@ def show(
 
 
 def _explain(console: Console, part: dict[str, Any]) -> None:
-    kind = part["kind"].replace("_", " ").replace("optimizer", "optimizer")
+    kind = part["kind"].replace("_", " ")
     console.print(f"[bold]{escape(part['name'])}[/bold], a {'strategy' if kind == 'recipe' else kind}", soft_wrap=True)
     for line in (part.get("description") or part["summary"]).splitlines():
         console.print(escape(line), soft_wrap=True)
@@ -277,7 +277,7 @@ def _page_part(name: str, kind: Kind | None) -> ComponentInfo:
 
 
 def _show_findings(console: Console, info: ComponentInfo, findings: list[Finding]) -> None:
-    kind = info.kind.replace("_", " ").replace("optimizer", "optimizer")
+    kind = info.kind.replace("_", " ")
     console.print(f"[bold]{escape(info.name)}[/bold], a {kind}")
     table = Table("", "check", "what is wrong", box=None, header_style="bold", pad_edge=False)
     for finding in findings:

@@ -185,7 +185,8 @@ def read_policy(file: Path) -> Policy:
 
 def check_rules(names: Iterable[str]) -> None:
     """Check that a policy has rules of these full names, such as training.max_rounds. Raises PlanError."""
-    rules = {f"{table}.{rule}" for table in Policy.model_fields for rule in type(getattr(Policy(), table)).model_fields}
+    tables = dict(Policy())
+    rules = {f"{name}.{rule}" for name, table in tables.items() for rule in type(table).model_fields}
     for name in names:
         if name not in rules:
             raise PlanError(f'the policy has no rule "{name}"{nearest(name, rules)}')

@@ -191,4 +191,4 @@ def _call(part: Part, given: Any) -> str:
 
 
 def _word(kind: Kind) -> str:
-    return kind.replace("_", " ").replace("optimizer", "optimizer")
+    return kind.replace("_", " ")

@@ -72,7 +72,7 @@ def _problems(found: Found, facts: Facts) -> Iterator[str]:
 
 
 def _word(kind: Kind) -> str:
-    return kind.replace("_", " ").replace("optimizer", "optimizer")
+    return kind.replace("_", " ")
 
 
 def _between_parts(found: Found) -> Iterator[str]:

@@ -52,7 +52,7 @@ def _complete(kind: Kind, part: Any) -> Any:
     if isinstance(table, dict) and kind in _DEFAULT_PARTS:
         table.setdefault("name", _DEFAULT_PARTS[kind].name)  # parameters alone are those of the default
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-        words = kind.replace("_", " ").replace("optimizer", "optimizer")
+        words = kind.replace("_", " ")
         raise ValueError(f"expected the name of a {words}, or a table with its name and parameters, got {part!r:.80}")
     name, sha256 = table.pop("name"), table.pop("sha256", None)
     if not is_code(name):

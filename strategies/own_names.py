@@ -33,7 +33,7 @@ def check_own_names(strategy: Any, folder: Path) -> None:
     for place in ("recipe", *_FROM_FILES):
         given = table.get(place)
         name = given.get("name") if isinstance(given, Mapping) else given
-        what = "strategy" if place == "recipe" else place.replace("_", " ").replace("optimizer", "optimizer")
+        what = "strategy" if place == "recipe" else place.replace("_", " ")
         if isinstance(name, str) and (found := own_name(name, folder)):
             raise ValueError(f'unknown {what} "{name}": a rule in a file is named with its file, as "{found}"')
 

@@ -216,4 +216,4 @@ def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str
 
 
 def _word(kind: Kind) -> str:
-    return kind.replace("_", " ").replace("optimizer", "optimizer")
+    return kind.replace("_", " ")

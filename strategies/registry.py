@@ -118,7 +118,7 @@ class ComponentInfo:
         """All parameters with their values, defaults filled in. Raises ValueError, in words, for what the signature does not
         allow.
         """
-        known, words = self.parameters, self.kind.replace("_", " ").replace("optimizer", "optimizer")
+        known, words = self.parameters, self.kind.replace("_", " ")
         for key in given:
             if key not in known:
                 hint = nearest(key, known) if known else ": it takes no parameters"

@@ -116,10 +116,6 @@ def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) 
     assert player.cotune("client", "check", "SITE", "plan.toml", "--data", "records.csv").code == 1
 
 
-def for_audit(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
-    for_compare(player, folder, base_model)
-
-
 def for_use(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
     trained_site(folder)
     write_csv(folder / "new.csv", sentences(10))
@@ -148,7 +144,7 @@ def for_units(player: Player, folder: Path, base_model: Callable[[str], Path]) -
 
 PREPARED: dict[str, Callable[[Player, Path, Callable[[str], Path]], None]] = {
     "README.md": for_readme,
-    "docs/audit.md": for_audit,
+    "docs/audit.md": for_compare,
     "docs/simulate.md": for_readme,
     "docs/site.md": for_readme,
     "docs/compare.md": for_compare,
