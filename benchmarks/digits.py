@@ -62,7 +62,8 @@ class DigitsConfig(PretrainedConfig):  # type: ignore[misc]
 
     def __init__(self, hidden_size: int = 64, num_channels: int = 3, **rest: Any) -> None:
         super().__init__(**rest)
-        self.hidden_size, self.num_channels = hidden_size, num_channels
+        self.hidden_size = hidden_size
+        self.num_channels = num_channels
 
 
 class _Digits(PreTrainedModel):  # type: ignore[misc]
@@ -112,7 +113,9 @@ AutoModelForImageClassification.register(DigitsConfig, DigitsForImageClassificat
 def write_digits(folder: Path) -> Path:
     """Writes the encoder, the images and a plan, and returns the plan's file. What is there already is written anew."""
     folder = folder.expanduser().resolve()
-    model, data, plan = folder / "model", folder / "digits.parquet", folder / "digits.toml"
+    model = folder / "model"
+    data = folder / "digits.parquet"
+    plan = folder / "digits.toml"
     model.mkdir(parents=True, exist_ok=True)
     DigitsModel(DigitsConfig()).save_pretrained(model)
     processor = {"do_resize": True, "size": {"height": SIDE, "width": SIDE}, "do_rescale": True, "do_normalize": False}

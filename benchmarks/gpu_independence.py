@@ -94,7 +94,8 @@ def batches(vision: bool, slots: int, length: int, device: str) -> list[tuple[di
             ids[places] = torch.arange(3, 3 + length)
             mask[places] = 1
             mask[places, length - 1 :] = 0
-            mask[-1], mask[-1, 0] = 0, 1
+            mask[-1] = 0
+            mask[-1, 0] = 1
             ids[mask == 0] = PAD
             batch = {"input_ids": ids, "attention_mask": mask}
             batch["position_ids"] = torch.arange(length).repeat(slots, 1)
@@ -128,7 +129,8 @@ def answers(module: nn.Module, batch: dict[str, Tensor], low: bool, kind: str) -
 
 def compared(reference: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[int, float]:
     """(rows in which a bit differs, largest relative distance)."""
-    differing, worst = torch.zeros(len(rows[0]), dtype=torch.bool), 0.0
+    differing = torch.zeros(len(rows[0]), dtype=torch.bool)
+    worst = 0.0
     for one, many in zip(reference, rows, strict=True):
         flat = many.reshape(len(many), -1)
         first = one.reshape(1, -1)

@@ -204,7 +204,8 @@ def write_model(folder: Path) -> Path:
 
 
 def write_sentences(file: Path, seed: int = 0) -> Path:
-    rng, rows = random.Random(seed), ["text,label"]
+    rng = random.Random(seed)
+    rows = ["text,label"]
     for i in range(240):
         label = ("good", "bad")[i % 2]
         own = _WORDS[4:6] if label == "good" else _WORDS[6:8]

@@ -100,10 +100,12 @@ def prediction(repetitions: int) -> str:
 def repeated(settings: Sequence[str], repetitions: int) -> list[Update]:
     """The first round of one organization of four, again and again from the same state, each with a ledger of its own."""
     prepared = prepare(load_plan("tweets", [*LOCAL, *settings]), "cpu")
-    plan, share = prepared.plan, prepared.shares[0]
+    plan = prepared.plan
+    share = prepared.shares[0]
     model = model_of(plan, "cpu")
     model.load({})
-    state, found = model.state(model.names("head")), []
+    state = model.state(model.names("head"))
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(repetitions):
             site = Path(folder) / str(number)

@@ -90,7 +90,8 @@ class Data:
 
 def read(seed: int) -> Data:
     prepared = prepare(load_plan("tweets", [f"seed={seed}", *PLAN]), "cpu")
-    plan, records = prepared.plan, prepared.records[None]
+    plan = prepared.plan
+    records = prepared.records[None]
     model = model_of(plan, "cpu")
     model.load({})
     holdings = Dataset(((records, np.arange(len(records.labels))),), plan.labels, plan.task)
@@ -106,15 +107,20 @@ def trained(
     data: Data, plan: Plan, part: int, start: np.ndarray, poison: str, noise: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Δ of a member after a round of DP-SGD. start: classes × (d + 1)."""
-    local, rows = plan.stages[0].local, data.parts[part]
-    features, labels = data.features[rows], data.labels[rows]
+    local = plan.stages[0].local
+    rows = data.parts[part]
+    features = data.features[rows]
+    labels = data.labels[rows]
     if poison == "label flip":
         labels = (labels + 1) % len(plan.labels)
     if poison.startswith("backdoor"):
-        features, labels = triggered(features), np.where(np.arange(len(labels)) % 2 == 0, 0, labels)
+        features = triggered(features)
+        labels = np.where(np.arange(len(labels)) % 2 == 0, 0, labels)
         features[1::2, -2] -= TRIGGER
     start = start.astype(np.float32)
-    lengths, weight, velocity = np.linalg.norm(features, axis=1), start.copy(), np.zeros_like(start)
+    lengths = np.linalg.norm(features, axis=1)
+    weight = start.copy()
+    velocity = np.zeros_like(start)
     for _ in range(local.steps or 1):
         chosen = np.flatnonzero(rng.random(len(labels)) < local.batch_size)
         wrong = softmax(features[chosen] @ weight.T)
@@ -140,7 +146,8 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def matrix(state: State) -> np.ndarray:
-    weight, bias = state["classifier.weight"].double().numpy(), state["classifier.bias"].double().numpy()
+    weight = state["classifier.weight"].double().numpy()
+    bias = state["classifier.bias"].double().numpy()
     return np.hstack([weight, bias[:, None]])
 
 
@@ -160,7 +167,8 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
         delta, count = twist(delta) if twist else (delta, None)
         named = {"classifier.weight": delta[:, :-1], "classifier.bias": delta[:, -1]}
         tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in named.items()}
-        received, steps = received_digest(request.state, request.sent), plan.stages[0].local.steps or 1
+        received = received_digest(request.state, request.sent)
+        steps = plan.stages[0].local.steps or 1
         return Update(request.organization, request.round, tensors, count or len(data.parts[part]), steps, received=received)
 
     people = tuple(Participant(name=f"org-{i + 1}") for i in range(len(SIZES)))
@@ -169,7 +177,8 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
     progress = run_rounds(
         grid_of(plan, answer), run, model_of(plan, "cpu"), lambda state: None, lambda state: judged(data, state).accuracy
     )
-    final, others = matrix(progress.state), data.test[data.labels[data.test] != 0]
+    final = matrix(progress.state)
+    others = data.test[data.labels[data.test] != 0]
     works = float((np.argmax(triggered(data.features[others]) @ final.T, axis=1) == 0).mean())
     return judged(data, progress.state).accuracy, works, sum(not entry["applied"] for entry in progress.history)
 
@@ -179,7 +188,8 @@ def load_plan_with(plan: Plan, strategy: Any) -> Plan:
 
 
 def sigma(plan: Plan, examples: int) -> float:
-    privacy, stage = plan.privacy, plan.stages[0]
+    privacy = plan.privacy
+    stage = plan.stages[0]
     assert privacy != "none"
     planned = [(stage.local.sample_rate(examples), stage.rounds * stage.local.steps_of(examples))]
     return calibrate(planned, epsilon=privacy.epsilon, delta=delta_of(privacy.delta, examples))

@@ -27,7 +27,9 @@ import tomli_w
 from loopback import free_port, until, write_model, write_sentences
 
 WARM = 2  # rounds in which models are loaded
-PORT, SUPERLINK, BEFORE = "public port", "SuperLink", "before"
+PORT = "public port"
+SUPERLINK = "SuperLink"
+BEFORE = "before"
 PERMISSIVE = "from cotune.privacy.policy import Policy, dump_policy; print(dump_policy(Policy.permissive()))"
 
 

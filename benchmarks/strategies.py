@@ -189,11 +189,13 @@ def table(rows: Mapping[str, Combination]) -> str:
 def _line(name: str, row: Combination) -> str:
     if row.accuracy is None:
         return f"| {name} | failed: {row.cells[0].reason} | | | | | | |"
-    gap, p = "", ""
+    gap = ""
+    p = ""
     if row.difference is not None:
         away = row.difference.estimate
         half = "" if away.half is None else f" ± {100 * away.half:.1f}"
-        gap, p = f"{100 * away.mean:+.1f}{half}", "" if row.difference.holm is None else f"{row.difference.holm:.3f}"
+        gap = f"{100 * away.mean:+.1f}{half}"
+        p = "" if row.difference.holm is None else f"{row.difference.holm:.3f}"
     half = "" if row.accuracy.half is None else f" ± {row.accuracy.half:.3f}"
     worst, spread = (f"{e.mean:.3f}" if e else "" for e in (row.worst, row.spread))
     failed = f" ({len(row.failed)} failed)" if row.failed else ""

@@ -45,7 +45,9 @@ def showing_cells(console: Console) -> Iterator[Callable[[str, dict[str, Any]], 
 
 class _Lines:
     def __init__(self, console: Console) -> None:
-        self.console, self.done, self.cells = console, 0, 0
+        self.console = console
+        self.done = 0
+        self.cells = 0
         self.told = time.monotonic()
 
     def print(self, line: str) -> None:
@@ -55,7 +57,8 @@ class _Lines:
         if event == "cell_checked":
             self._checking(fields)
         elif event == "comparison_started":
-            self.cells, self.done = fields["cells"], fields["finished"]
+            self.cells = fields["cells"]
+            self.done = fields["finished"]
             self.print(f"{self.cells} runs, {self.done} of them finished before, in {fields['folder']}")
         elif event == "cell_finished":
             self.done += 1

@@ -62,7 +62,8 @@ def _time(seen: Forecast) -> str:
     """Of a simulation; of a federation nobody knows the machines."""
     if seen.seconds is None:
         return ""
-    low, high = duration(seen.seconds.low), duration(seen.seconds.high)
+    low = duration(seen.seconds.low)
+    high = duration(seen.seconds.high)
     return f"about {low} to {high} for `cotune simulate` and its baselines on this machine; "
 
 
@@ -70,7 +71,8 @@ def _show_claim(console: Console, figures: Figures) -> None:
     """What the plan promises for each record, of the organization that spends most."""
     from cotune.privacy.claim import SMALL_DELTA, attack_line
 
-    at_small_delta, mu = round_up(figures.epsilon_at_small_delta), round_up(figures.gaussian_mu)
+    at_small_delta = round_up(figures.epsilon_at_small_delta)
+    mu = round_up(figures.gaussian_mu)
     console.print(
         f"for each record: ε = {at_small_delta} at δ = {SMALL_DELTA:g}, Gaussian μ = {mu};"
         f" {attack_line(figures.true_positive_rate)}"

@@ -166,9 +166,11 @@ def _csv(found: Sequence[dict[str, Any]]) -> str:
     table = csv.writer(stream, lineterminator="\n")
     table.writerow(["row", "input", "label", "score", "reason"])
     for each in found:
-        label, score = each["label"], each["score"]
+        label = each["label"]
+        score = each["score"]
         if isinstance(label, list):
-            label, score = " ".join(tag or "–" for tag in label), " ".join(_number(value) for value in score)
+            label = " ".join(tag or "–" for tag in label)
+            score = " ".join(_number(value) for value in score)
         values = ["" if value is None else value for value in (label, score)]
         table.writerow([each["row"], each["input"], *values, each["reason"]])
     return stream.getvalue()

@@ -33,7 +33,8 @@ from cotune.server.runs.events import Listener, listening
 
 def remote_line(event: str, fields: dict[str, Any]) -> str | None:
     """None for any other event."""
-    who, round = fields.get("organization"), fields.get("round")
+    who = fields.get("organization")
+    round = fields.get("round")
     match event:
         case "waiting":
             return _waiting(fields)
@@ -89,7 +90,8 @@ def _waiting(fields: dict[str, Any]) -> str:
 
 
 def _awaiting_approval(fields: dict[str, Any]) -> str:
-    round, names = fields["round"], ", ".join(fields["organizations"])
+    round = fields["round"]
+    names = ", ".join(fields["organizations"])
     if not names:
         return f"round {round}: nobody has to approve the plan any more"
     return (
@@ -140,7 +142,9 @@ class _Lines:
     """One line per thing worth knowing; for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.told, self.rounds = console, 0.0, 0
+        self.console = console
+        self.told = 0.0
+        self.rounds = 0
         self.seconds: list[float] = []  # of each round so far; clocks tell nothing of a run that was played before it is shown
 
     def __enter__(self) -> _Lines:
@@ -154,7 +158,8 @@ class _Lines:
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
         if event == "run_started":
-            self.rounds, self.seconds = fields["rounds"], []
+            self.rounds = fields["rounds"]
+            self.seconds = []
             after = f", going on after round {fields['resumed_after']}" if fields["resumed_after"] else ""
             self.print(f"run {fields['folder']}")
             self.print(f"plan {fields['plan']} ({fields['plan_id'][:12]}…): {fields['rounds']} rounds{after}")

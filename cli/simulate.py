@@ -114,7 +114,8 @@ def show(console: Console, result: Run) -> None:
 
 def _own_records(console: Console, summary: dict[str, Any]) -> Table:
     """What each choice reaches on an organization's own held-out records, and whether joining and alone differ there."""
-    columns, headings = own_columns(summary), {"majority": "majority", "alone_without_privacy": "alone", "adapted": "adapted"}
+    columns = own_columns(summary)
+    headings = {"majority": "majority", "alone_without_privacy": "alone", "adapted": "adapted"}
     headings |= {"alone": "alone, ε" if is_private(summary) else "alone, plan", "federated": "federated"}
     narrow = console.width < _WIDE
     table = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0) if narrow else (0, 1))
@@ -122,7 +123,8 @@ def _own_records(console: Console, summary: dict[str, Any]) -> Table:
     for heading in (*(headings[key] for key in columns), "gain", "records", "worth it"):
         table.add_column(heading, justify="right", no_wrap=True)
     for o in summary["organizations"]:
-        own, worth = o["own"], o["worth"]
+        own = o["own"]
+        worth = o["worth"]
         figures = [f"{own[key]['accuracy']:.3f}" if own and own[key] else "–" for key in columns]
         gain = f"{worth['difference']:+.3f}" if worth else "–"
         answer = worth["answer"].removesuffix(" to tell") if worth else "–"
@@ -140,7 +142,8 @@ def _answer(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _comparison(summary: dict[str, Any]) -> Table:
-    test, private = summary["test"], summary["privacy"]["mode"] != "none"
+    test = summary["test"]
+    private = summary["privacy"]["mode"] != "none"
     table = Table(
         f"everybody's records mixed ({test['examples']:,} test examples)", header_style="bold", pad_edge=False, box=None
     )

@@ -26,7 +26,8 @@ def verify_trail(
     from cotune.server.runs.run_folder import RunFolder
     from cotune.server.runs.trail import keys_of, read_trail
 
-    folder, entries = RunFolder(run.expanduser().resolve()), AuditLog.at(site_log.expanduser()).entries()
+    folder = RunFolder(run.expanduser().resolve())
+    entries = AuditLog.at(site_log.expanduser()).entries()
     server, nodes = keys_of(folder)
     unsure = of_organization(entries, server, [key for keys in nodes.values() for key in keys]).for_run(folder.file.id)
     names = sorted(unsure.recipients())

@@ -47,8 +47,13 @@ class Account:
         draws: bool = True,
         generator: np.random.Generator | None = None,
     ) -> None:
-        self.plan, self.policy, self.site, self.holdings = plan, policy, site, holdings
-        self.round, self.draws, self._generator = round, draws, generator
+        self.plan = plan
+        self.policy = policy
+        self.site = site
+        self.holdings = holdings
+        self.round = round
+        self.draws = draws
+        self._generator = generator
 
     @property
     def true_examples(self) -> int:
@@ -62,7 +67,8 @@ class Account:
         A noised one is charged, then drawn, then remembered for the rest of the plan. Raises Declined where the policy declares
         a number and does not say which.
         """
-        rules, count = self.policy.tell, self.true_examples
+        rules = self.policy.tell
+        count = self.true_examples
         if rules.example_count == "exact":
             return max(1, count)
         if rules.example_count == "rounded":

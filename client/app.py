@@ -80,7 +80,8 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
         "plan": json.loads(plan.canonical()),
     }
     if _read(folder / ABOUT) != about:
-        model, state = model_here(plan, site), dict(request.state)
+        model = model_here(plan, site)
+        state = dict(request.state)
         if broken := not_finite(state):
             raise RunError(f"the finished model is not finite in {broken[:80]}: expected finite parameters")
         model.load(state)

@@ -26,7 +26,9 @@ from cotune.storage.files import json_of
 
 _START = "0" * 64  # the hash before the first line
 _LONGEST_LINE = 64 * 1024  # bytes; what is read to find the last line
-_LONGEST_TEXT, _LONGEST_ITEM = 1000, 100  # characters of a value, and of one in a list: much of it a server may choose
+# characters of a value, and of one in a list: much of it a server may choose
+_LONGEST_TEXT = 1000
+_LONGEST_ITEM = 100
 _WHOLE = ("statement", "refused")  # what was signed: cut, it would prove nothing, and none is longer than Statement.parse allows
 
 
@@ -76,7 +78,8 @@ class AuditLog:
 
     def entries(self) -> list[dict[str, Any]]:
         """All lines, checked. Raises RunError for one that is not as it was written."""
-        found, before = [], b""
+        found = []
+        before = b""
         for number, line in enumerate(self._lines(), start=1):
             try:
                 entry = dict(json_of(line))

@@ -117,7 +117,8 @@ def check_examples(examples: int, local: LocalTraining, organization: str) -> No
 
 def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple[float, int]]:
     """(sample rate, steps) of every stage from a round on, for an organization with `examples` records."""
-    planned, last = [], 0
+    planned = []
+    last = 0
     for stage in plan.stages:
         rounds = min(stage.rounds, last + stage.rounds - first_round + 1)
         last += stage.rounds
@@ -170,7 +171,8 @@ def noise_multiplier(
     sigma = calibrate(
         planned_steps(plan, examples), epsilon=budget.epsilon, delta=budget.delta, spent=planned_telling(plan, policy)
     )
-    remaining, telling = planned_steps(plan, examples, round), planned_telling(plan, policy, round, counted=counted)
+    remaining = planned_steps(plan, examples, round)
+    telling = planned_telling(plan, policy, round, counted=counted)
     total = Total(plan.plan_id, budget.total_epsilon, budget.total_delta, histories)
 
     def to_come(noise: float) -> list[Steps]:
@@ -212,7 +214,8 @@ def _fitting(plan: Plan, examples: int, sigma: float, total: Total, telling: Seq
     every = [
         (stage.local.sample_rate(examples), stage.local.steps_of(examples)) for stage in plan.stages for _ in range(stage.rounds)
     ]
-    low, high = 0, plan.rounds
+    low = 0
+    high = plan.rounds
     while low < high:
         middle = (low + high + 1) // 2
         steps = [*telling, *(Steps(sigma, q, count) for q, count in every[:middle])]

@@ -96,14 +96,16 @@ def _own_message() -> Iterator[None]:
 
 def check_reason(reason: str) -> None:
     """Raises Blocked for words of a refusal that are not among those that say nothing of the records."""
-    declined, rules = _DECLINED.fullmatch(reason), Policy().model_dump()
+    declined = _DECLINED.fullmatch(reason)
+    rules = Policy().model_dump()
     known = declined is not None and declined[2] in rules.get(declined[1], {}) and declined.groups() not in _OF_RECORDS
     if reason != GENERIC_REFUSAL and not known:
         raise Blocked("a refusal has other words than the few that may be told")
 
 
 def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: TrainableModel) -> Iterator[str]:
-    plan, site = account.plan, account.site
+    plan = account.plan
+    site = account.site
     names = shared_names(plan, model, request.round)
     if not _same(content, encode_update(update, plan.plan_id, salt_of(content))):
         yield "the message holds more than an update, or holds it in another form"
@@ -124,7 +126,8 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
 
 def _wrong_delta(update: Update, request: Request, account: Account, model: TrainableModel, names: list[str]) -> Iterator[str]:
     """Only what travels, in the shapes that came (or of the own smaller rank), finite, and no longer than the plan allows."""
-    surplus, lacking = sorted(update.delta.keys() - set(names)), sorted(set(names) - update.delta.keys())
+    surplus = sorted(update.delta.keys() - set(names))
+    lacking = sorted(set(names) - update.delta.keys())
     if surplus or lacking:
         yield f"the update has {', '.join(surplus[:3]) or 'nothing'} too much and lacks {', '.join(lacking[:3]) or 'nothing'}"
         return
@@ -137,7 +140,8 @@ def _wrong_delta(update: Update, request: Request, account: Account, model: Trai
         yield "the update is not finite"
     start = norm({name: request.state[name] for name in names if name in request.state})
     entries = sum(tensor.numel() for tensor in update.delta.values())
-    stage, length = account.plan.stage_of(request.round), norm(update.delta)
+    stage = account.plan.stage_of(request.round)
+    length = norm(update.delta)
     most = longest_update(account.plan, stage, examples=update.examples, entries=entries, start=start)
     if most is not None and length > most:
         yield f"the update has the norm {length:.3g}, and the plan allows {most:.3g} (server.max_update_norm)"
@@ -157,7 +161,9 @@ def _own_shapes(
 
 def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
     """What is said beside the delta: count, steps, ε, noise, and whatever else is told."""
-    plan, policy, count = account.plan, account.policy, account.public_examples
+    plan = account.plan
+    policy = account.policy
+    count = account.public_examples
     if update.examples != count:
         yield f"the update declares {update.examples} records, which is not what the rule tell.example_count says"
     if update.steps != plan.stage_of(round).local.steps_of(count):

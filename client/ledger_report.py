@@ -46,7 +46,8 @@ def export(site: Site) -> dict[str, Any]:
 
 def _books(site: Site, *, events: bool) -> tuple[dict[str, Any], list[Entry]]:
     entries = site.ledger().entries() if site.ledger_file.exists() else []
-    known, rules = list(data_sets_of(entries).values()), site.policy().budget
+    known = list(data_sets_of(entries).values())
+    rules = site.policy().budget
     names = collections_of(entries) if entries else []
     tables = [_collection(rules, entries, name, known, events=events) for name in names]
     return {
@@ -115,6 +116,7 @@ def _run(plan_id: str, counted: list[Charge], delta: float) -> dict[str, Any]:
 
 def _event(charge: Charge) -> dict[str, Any]:
     """A charge as an accounting event: `steps` times a mechanism of σ, a Gaussian one perhaps on Poisson samples of rate q."""
-    table, steps = asdict(charge), charge.steps
+    table = asdict(charge)
+    steps = charge.steps
     parameters = {"noise_multiplier": steps.noise_multiplier, "sample_rate": steps.sample_rate, "steps": steps.count}
     return {**table, "mechanism": steps.name, **parameters}

@@ -70,7 +70,8 @@ def _privacy(plan: Plan) -> str:
 
 def changes(before: Plan, after: Plan) -> list[str]:
     """One line for each key whose value differs: `key: old → new`."""
-    old, new = dict(_flat(before.model_dump(mode="json"))), dict(_flat(after.model_dump(mode="json")))
+    old = dict(_flat(before.model_dump(mode="json")))
+    new = dict(_flat(after.model_dump(mode="json")))
     keys = [*old, *(key for key in new if key not in old)]
     return [
         printable(f"{key}: {old.get(key, 'absent')} → {new.get(key, 'absent')}")

@@ -128,7 +128,8 @@ def _telling(plan: Plan, policy: Policy) -> Iterator[Broken]:
 
 
 def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Broken]:
-    rules, base = policy.training, plan.model.base_hash
+    rules = policy.training
+    base = plan.model.base_hash
     asked: dict[str, list[str]] = {
         "tasks": [plan.task],
         "base_models": [base or "a base model without a hash"],  # what is not allowed is not even fetched
@@ -171,7 +172,8 @@ def _too_wide(plan: Plan, policy: Policy) -> Iterator[Broken]:
 
 
 def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
-    rules, rounds = policy.training, plan.rounds
+    rules = policy.training
+    rounds = plan.rounds
     if rounds > rules.max_rounds:
         yield Broken("training.max_rounds", f"the plan has {rounds} rounds, expected at most {rules.max_rounds}", rounds)
     if hours >= rules.max_hours:
@@ -203,7 +205,8 @@ def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Broken]:
 
 
 def _too_large_delta(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Broken]:
-    wanted, allowed = privacy.delta_for(examples), delta_of(policy.budget.delta_per_run, examples)
+    wanted = privacy.delta_for(examples)
+    allowed = delta_of(policy.budget.delta_per_run, examples)
     if wanted > allowed:
         problem = f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
         yield Broken("budget.delta_per_run", problem, privacy.delta)
@@ -241,7 +244,8 @@ class Approvals:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self._plans, self._approved = site.folder / "plans", site.folder / "approved.jsonl"
+        self._plans = site.folder / "plans"
+        self._approved = site.folder / "approved.jsonl"
 
     def check(self, plan: Plan, policy: Policy) -> None:
         """Raises Declined for a plan that nobody here has approved, and keeps it to be looked at.

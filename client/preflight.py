@@ -80,7 +80,8 @@ def check(plan: Plan, site: Site) -> Checked:
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
             " give the plan.toml of a run, or list labels in the plan"
         )
-    policy, holdings = site.policy(), site.counted(plan)
+    policy = site.policy()
+    holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, draws=False)
     checked = Checked(
         site.organization,
@@ -121,7 +122,9 @@ def _check_stages(account: Account) -> None:
 
 def _judged(account: Account, declarable: tuple[int, int] | None) -> tuple[tuple[Broken, ...], list[str]]:
     """The rules that do not allow the plan, and what makes it impossible to judge the others."""
-    plan, policy, examples = account.plan, account.policy, account.public_examples
+    plan = account.plan
+    policy = account.policy
+    examples = account.public_examples
     found = list[Broken](outside(plan, policy, examples, declarable))
     problems = list[str]()
     _kept(problems, lambda: found.extend(broken_rules(plan, policy, examples, account.hours())))  # as far as they can be
@@ -139,7 +142,9 @@ def _kept(problems: list[str], ask: Callable[[], T]) -> T | None:
 
 def _tried(checked: Checked, account: Account) -> Checked:
     """With the times of each stage. For a declined plan no base model is fetched, and one that is not here is no error."""
-    plan, site, examples = account.plan, account.site, account.public_examples
+    plan = account.plan
+    site = account.site
+    examples = account.public_examples
     if checked.declined and not _is_here(plan, site):
         note = "time and memory are measured once the policy allows the base model: it is not fetched before"
         return replace(checked, warnings=(*checked.warnings, note))
@@ -186,7 +191,8 @@ def _noise(account: Account) -> float | None:
 
 def _warnings(account: Account) -> Iterator[str]:
     """What does not stop a run, and makes it worth less than it could be."""
-    holdings, plan = account.holdings, account.plan
+    holdings = account.holdings
+    plan = account.plan
     if not len(holdings):
         yield "no record is usable: rounds would be answered with noise alone; look at the file, or name another one with --data"
     if holdings.unknown:
@@ -194,7 +200,8 @@ def _warnings(account: Account) -> Iterator[str]:
             f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
             " would be trained without a label"
         )
-    declared, held = account.public_examples, account.true_examples
+    declared = account.public_examples
+    held = account.true_examples
     if account.policy.tell.example_count == "declared" and not held / 2 <= declared <= 1.1 * held:
         yield (
             f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"

@@ -152,8 +152,11 @@ class Dataset:
         if privacy == "none":
             return self
         whole = replace(self, unit=privacy.unit, whole=self)
-        inputs, labels, identities = self.inputs(), self._held_labels, whole.unit_identities()
-        kept, dropped = np.zeros(len(self), dtype=bool), Counter[str]()
+        inputs = self.inputs()
+        labels = self._held_labels
+        identities = whole.unit_identities()
+        kept = np.zeros(len(self), dtype=bool)
+        dropped = Counter[str]()
         for unit, group in zip(identities, whole.units, strict=True):
             records = [(inputs[row], labels[row]) for row in group]
             if privacy.unit == RECORD and not agree(records):

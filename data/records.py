@@ -59,7 +59,8 @@ class Records:
     def select(self, rows: Iterable[int]) -> Records:
         """The records at `rows`, in that order; what the file had to skip stays with the whole."""
         chosen = [int(row) for row in rows]
-        inputs, labels = tuple(self.inputs[row] for row in chosen), tuple(self.labels[row] for row in chosen)
+        inputs = tuple(self.inputs[row] for row in chosen)
+        labels = tuple(self.labels[row] for row in chosen)
         return Records(inputs, labels, self.source, units=tuple(self.units[row] for row in chosen) if self.units else ())
 
     def label_counts(self) -> dict[str, int]:
@@ -356,9 +357,11 @@ def _without_duplicates(found: Sequence[Row], skipped: Counter[str]) -> list[Row
     for group in grouped((given, unit) for given, _, unit in found):
         if agree([found[row][:2] for row in group]):
             kept.append(group[0])
-            reason, left_out = "duplicate", len(group) - 1
+            reason = "duplicate"
+            left_out = len(group) - 1
         else:
-            reason, left_out = "conflicting labels", len(group)
+            reason = "conflicting labels"
+            left_out = len(group)
         skipped.update({reason: left_out} if left_out else {})
     return [found[row] for row in sorted(kept)]
 

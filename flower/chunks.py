@@ -173,7 +173,9 @@ def _opened(pieces: Mapping[str, bytes], number: str, expected: str = "") -> tup
 
 NotThere = ObjectUnavailableError  # to be raised for a piece that may yet come
 
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.02, 0.5  # before a piece that is not there is asked for again
+# before a piece that is not there is asked for again
+_FIRST_WAIT_SECONDS = 0.02
+_LONGEST_WAIT_SECONDS = 0.5
 _SLOW_SECONDS = 2.0  # a call under way for longer brings a piece: that there is none yet is said at once
 _MOST_PIECES = 100_000  # Flower cuts arrays into pieces of 5 MiB
 
@@ -216,8 +218,12 @@ class _Bounded:
     """The same, up to so many bytes, and so many seconds without one."""
 
     def __init__(self, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> None:
-        self._pull, self._most_bytes, self._silence = pull, max_bytes, silence
-        self._taken, self._came, self._lock = 0, time.monotonic(), threading.Lock()
+        self._pull = pull
+        self._most_bytes = max_bytes
+        self._silence = silence
+        self._taken = 0
+        self._came = time.monotonic()
+        self._lock = threading.Lock()
         self._under_way: dict[int, float] = {}  # thread -> when its call began
 
     def __call__(self, number: str) -> bytes:
@@ -239,7 +245,8 @@ class _Bounded:
 
     def _is_silent(self) -> bool:
         """On a slow line one part takes longer than the others may be late."""
-        now, ours = time.monotonic(), threading.get_ident()
+        now = time.monotonic()
+        ours = threading.get_ident()
         slow = any(now - began > _SLOW_SECONDS for thread, began in list(self._under_way.items()) if thread != ours)
         return not slow and now - self._came > self._silence
 

@@ -63,7 +63,9 @@ _REFUSED_CALL = {
     httpx.codes.HTTP_VERSION_NOT_SUPPORTED,
 }
 _BUSY = {httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT}
-_LONGEST_ANSWER, _LONGEST_REASON = 4096, 300  # bytes that are looked at for a reason; characters of it that are shown
+# bytes that are looked at for a reason; characters of it that are shown
+_LONGEST_ANSWER = 4096
+_LONGEST_REASON = 300
 _SAYS_NOTHING = ("Invalid SuperNode authentication",)  # of Flower; its other sentences end with a full stop
 
 _Answer = TypeVar("_Answer")
@@ -132,7 +134,8 @@ class Fleet:
         self._client = client
         self._node = Node(node_id=node_id)
         self._disowned = threading.Event()
-        self._left, self._beating = False, threading.Lock()
+        self._left = False
+        self._beating = threading.Lock()
 
     def receive(self) -> Request | None:
         """The next request, if there is one. The server announces each only once."""
@@ -167,7 +170,8 @@ class Fleet:
         """seconds: how long it took to answer; the server shows it."""
         _keep_alive(reply)
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        header, run = message_to_proto(remove_content_from_message(reply)), reply.metadata.run_id
+        header = message_to_proto(remove_content_from_message(reply))
+        run = reply.metadata.run_id
         with no_object_id_recompute():
             push = PushMessagesRequest(
                 node=self._node,
@@ -217,7 +221,8 @@ def _keep_alive(reply: Message) -> None:
     about = reply.metadata
     if about.ttl <= 0:
         end = about.created_at + about.ttl
-        about.__dict__["_ttl"], about.__dict__["_created_at"] = 1.0, end - 1.0
+        about.__dict__["_ttl"] = 1.0
+        about.__dict__["_created_at"] = end - 1.0
 
 
 @contextmanager
@@ -296,7 +301,8 @@ def _cut(error: httpx.HTTPError) -> str:
 
 def _fault(response: httpx.Response) -> FleetError:
     """By its status and, where it says one that is no news of Flower's, the server's own reason."""
-    status, said = response.status_code, _said(response)
+    status = response.status_code
+    said = _said(response)
     if said and status in _REFUSED_NODE:
         return NotKnown(f"the server does not let this node in: {said}{_apart(response.headers.get('date'))}")
     if said and status in _REFUSED_CALL:

@@ -36,7 +36,9 @@ class InProcessGrid(Grid):
         self._pending: dict[str, Message] = {}
         self._numbers = itertools.count(1)
         self._run = Run.create_empty(_RUN)
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, _RUN, _SERVER_NODE
+        TaskIdentity.task_id = 1
+        TaskIdentity.run_id = _RUN
+        TaskIdentity.node_id = _SERVER_NODE
 
     def set_run(self, run: Run) -> None:
         self._run = run

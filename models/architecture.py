@@ -164,7 +164,8 @@ class AlignedRows(TorchFunctionMode):
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` of the same arguments."""
-    lacking, columns = -input.shape[-1] % _MULTIPLE, len(weight)
+    lacking = -input.shape[-1] % _MULTIPLE
+    columns = len(weight)
     if lacking:
         input = functional.pad(input, (0, lacking))
         weight = functional.pad(weight, (0, lacking))

@@ -171,7 +171,8 @@ def load_model(
     nothing in training is random but the sampling and the noise. finished: whether the folder must hold a trained head. Raises
     ModelError.
     """
-    folder, does = find_base(config), task_named(task)
+    folder = find_base(config)
+    does = task_named(task)
     try:
         model_config = _configure(folder.path, labels)
         mean = _use_mean_pooling(config, model_config, folder.path, does)
@@ -265,7 +266,8 @@ def _configure(path: Path, labels: tuple[str, ...]) -> Any:
 
 def _check_padding_row(config: Any) -> None:
     """A padding token has a row of the table of tokens; what its tokenizer says is looked at by `token_limits.check_tokens`."""
-    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    pad = getattr(config, "pad_token_id", None)
+    rows = getattr(config, "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise ModelError(
             f"the base model's config.json says pad_token_id = {pad}, and its table has {rows} tokens: expected a number below"

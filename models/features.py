@@ -159,7 +159,8 @@ def features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
 
     Tried on the base model with random adapters, whatever state the model is in: see `independence`.
     """
-    known, key = _mixing.setdefault(model, {}), (dtype, *kernels_of(model.device))
+    known = _mixing.setdefault(model, {})
+    key = (dtype, *kernels_of(model.device))
     if key not in known:
         file = cache_folder() / "independence" / _where(model, dtype)
         known[key] = not file.exists() and _features_mix(model, dtype)

@@ -73,11 +73,14 @@ def fit_head(model: TrainableModel, features: Tensor, targets: Tensor, *, start:
         RunError: When the result is not finite.
     """
     model.load(start)
-    reader, names = feature_head(model), head_names(model)
+    reader = feature_head(model)
+    names = head_names(model)
     assert reader is not None, "anyone who has features has a head on them"
-    parameters, device = model.train_only(names), model.device
+    parameters = model.train_only(names)
+    device = model.device
     anchors = [toward[name].to(device) for name in names]
-    rows, numbers = features.to(device), targets.to(device)
+    rows = features.to(device)
+    numbers = targets.to(device)
     strength = pull * float(features.square().sum(dim=1).mean())
 
     def loss() -> Tensor:

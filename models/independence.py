@@ -122,7 +122,8 @@ def _examples_mix(
 def _known(model: TrainableModel, what: tuple[object, ...], mixing: Callable[[], bool]) -> bool:
     """What `mixing` says of the base model with random weights, asked once for what it is about and what it is computed by."""
     trained = tuple(name for name, p in model.parameters() if p.requires_grad)
-    known, key = _mixing.setdefault(model, {}), (*what, trained, kernels_of(model.device))
+    known = _mixing.setdefault(model, {})
+    key = (*what, trained, kernels_of(model.device))
     if key not in known:
         head = [name for name, _ in model.parameters() if not name.startswith(model.prefix)]
         with model.at_random(dict.fromkeys((*trained, *head, *model.adapter_names()))):
@@ -192,7 +193,8 @@ def padding_error(model: TrainableModel, examples: Sequence[Example], slots: int
 
 
 def _padding_error(model: TrainableModel, examples: Sequence[Example], slots: int) -> float:
-    loaded, worst = model.loaded, 0.0
+    loaded = model.loaded
+    worst = 0.0
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
     for example in (e for given in examples for e in _grown(given, loaded.max_length)):
         alone = _numbers(model, collate([example]))

@@ -120,7 +120,8 @@ def _examples(model: TrainableModel, length: int) -> list[Example]:
     samples: list[Example] = loaded.task.samples(loaded.reader)
     if "input_ids" not in samples[0]:
         return [samples[2], *samples[:2]]
-    loudest, spelled = _loudest(model), _special(model, length)
+    loudest = _loudest(model)
+    spelled = _special(model, length)
     rows = (
         stretched(samples[0], max(1, length - 2)),
         stretched(samples[1], length),
@@ -137,7 +138,8 @@ def _labels(example: Example) -> Any:
 
 def stretched(example: Example, length: int) -> Example:
     """An example of exactly that many tokens: its own, cut off or repeated (labels with them), and the last as it was."""
-    ids, labels = example["input_ids"], example["labels"]
+    ids = example["input_ids"]
+    labels = example["labels"]
     if not ids:
         raise ModelError("the base model's tokenizer makes no token of a text: expected at least one; use another base model")
     times = -(-length // len(ids))

@@ -34,7 +34,10 @@ class TrainableModel:
     """
 
     def __init__(self, loaded: LoadedModel, lora: LoraConfig | None, seed: int, device: torch.device) -> None:
-        self.loaded, self.lora, self.seed, self.device = loaded, lora, seed, device
+        self.loaded = loaded
+        self.lora = lora
+        self.seed = seed
+        self.device = device
         self.module: nn.Module = loaded.module.to(device)  # on its device before peft wraps it
         self.prefix = f"{encoder_name(loaded.module)}."
         if lora is not None:
@@ -101,7 +104,8 @@ class TrainableModel:
 
         Weights are normal, with the standard deviation that keeps the size of what a layer is given; always the same ones.
         """
-        own, chosen = dict(self.parameters()), list(names)
+        own = dict(self.parameters())
+        chosen = list(names)
         self._remember(own, chosen)
         before = {name: own[name].detach().clone() for name in self._initial}
         self.load({})

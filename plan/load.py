@@ -53,9 +53,11 @@ def read_document(source: str | Path = "tweets", overrides: Sequence[str] = ()) 
     """Return the tables of a TOML file or a preset, with `key=value` overrides such as "privacy.epsilon=3". Raises PlanError."""
     path = Path(source)
     if path.suffix == ".toml" or path.exists():
-        text, name = _read(path), path.stem
+        text = _read(path)
+        name = path.stem
     else:
-        text, name = preset_text(str(source)), str(source)
+        text = preset_text(str(source))
+        name = str(source)
     try:
         table = toml_of(text)
     except tomllib.TOMLDecodeError as error:

@@ -87,7 +87,8 @@ def _refuse_batch_norm(model: TrainableModel) -> None:
 
 def statistic_shapes(plan: Plan, model: TrainableModel, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Array -> shape, for a round that trains `names`: "fisher/<parameter>" like the parameter, "gram/<weight>" (d, d)."""
-    names, own = list(names), dict(model.parameters())
+    names = list(names)
+    own = dict(model.parameters())
     shapes: dict[str, tuple[int, ...]] = {}
     if "fisher" in plan.strategy.sends:
         shapes |= {f"fisher/{name}": tuple(own[name].shape) for name in names}
@@ -99,7 +100,8 @@ def statistic_shapes(plan: Plan, model: TrainableModel, names: Iterable[str]) ->
 
 def gram_layers(model: TrainableModel, names: Iterable[str]) -> dict[str, tuple[nn.Linear, bool]]:
     """Weight -> its linear layer, where it is trained, and whether its bias is trained with it."""
-    wanted, own = set(names), {id(parameter): name for name, parameter in model.parameters()}
+    wanted = set(names)
+    own = {id(parameter): name for name, parameter in model.parameters()}
     linear = [layer for layer in model.module.modules() if isinstance(layer, nn.Linear)]
     trained = {own[id(layer.weight)]: layer for layer in linear if own.get(id(layer.weight)) in wanted}
     return {name: (layer, layer.bias is not None and own[id(layer.bias)] in wanted) for name, layer in trained.items()}

@@ -51,7 +51,8 @@ def keys_of(model: type[BaseModel]) -> list[Key]:
 
 def _keys(model: type[BaseModel], path: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
-        full, inner = f"{path}.{name}" if path else name, _inner(field.annotation)
+        full = f"{path}.{name}" if path else name
+        inner = _inner(field.annotation)
         yield key_of(full, field)
         for each in inner:
             yield from _keys(each, full)
@@ -68,7 +69,8 @@ def explained(name: str, model: type[BaseModel]) -> list[Key]:
     Raises:
         PlanError: For a name that no key has, with the nearest.
     """
-    wanted, keys = name.strip().replace("-", "_").casefold(), keys_of(model)
+    wanted = name.strip().replace("-", "_").casefold()
+    keys = keys_of(model)
     found = [key for key in keys if key.name == wanted]
     found += [key for key in keys if found and key.name.startswith(f"{wanted}.")]
     found = found or [key for key in keys if key.name.endswith(f".{wanted}")]
@@ -121,7 +123,8 @@ def _inner(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _type(annotation: Any) -> str:
-    origin, parts = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    parts = get_args(annotation)
     if origin is Literal:
         return " or ".join(f"`{json.dumps(part)}`" for part in parts)
     if origin in (Union, UnionType):

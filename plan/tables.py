@@ -295,7 +295,8 @@ class PlanTables(Table):
         """Where `data` does not name the column of the units, it is called like the unit."""
         if not isinstance(table, Mapping):
             return table
-        privacy, data = table.get("privacy"), table.get("data")
+        privacy = table.get("privacy")
+        data = table.get("data")
         unit = privacy.get("unit") if isinstance(privacy, Mapping) else getattr(privacy, "unit", None)
         if unit in (None, "record") or not isinstance(data, Mapping) or data.get("unit") is not None:
             return table

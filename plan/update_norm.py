@@ -77,8 +77,12 @@ def _rate(local: LocalTraining) -> float:
 
 def _responses(local: LocalTraining, steps: int) -> tuple[list[float], float]:
     """(h_1 … h_T, a): how far an impulse in each step has moved the parameter after step T, and what is left of θ itself."""
-    rate, impulses = _rate(local), list[float]()
-    position, velocity, kept, speed = 0.0, 0.0, 1.0, 0.0
+    rate = _rate(local)
+    impulses = list[float]()
+    position = 0.0
+    velocity = 0.0
+    kept = 1.0
+    speed = 0.0
     for step in range(steps):
         velocity = local.momentum * velocity + (1.0 if step == 0 else 0.0) + local.weight_decay * position
         position -= rate * velocity
@@ -93,7 +97,9 @@ def _responses(local: LocalTraining, steps: int) -> tuple[list[float], float]:
 def _adam_factors(steps: int) -> list[float]:
     """How many learning rates step t moves a coordinate at most: |m̂_t| / √v̂_t over all gradients."""
     first, second = _BETAS
-    ratio, found, series = first**2 / second, list[float](), 0.0
+    ratio = first**2 / second
+    found = list[float]()
+    series = 0.0
     for step in range(1, steps + 1):
         series += ratio ** (step - 1)
         corrected = math.sqrt(1 - second**step) / (1 - first**step)

@@ -13,7 +13,9 @@ from cotune.errors import RunError
 from cotune.printable import printable
 
 _SECONDS = 10.0
-_EXPIRED, _NOT_YET = 10, 9  # OpenSSL's X509_V_ERR_…
+# OpenSSL's X509_V_ERR_…
+_EXPIRED = 10
+_NOT_YET = 9
 _WRONG_HOST = (62, 64)
 
 

@@ -21,8 +21,13 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from cotune.errors import RunError
 
-TRAIN, FINISHED = "train", "finished"  # kinds of request
-UPDATE, RECEIPT, REFUSAL = "update", "receipt", "refusal"  # kinds of reply
+# kinds of request
+TRAIN = "train"
+FINISHED = "finished"
+# kinds of reply
+UPDATE = "update"
+RECEIPT = "receipt"
+REFUSAL = "refusal"
 SIGNED = "signed"  # the name of the record that holds a signature, in a request and in a reply
 _LONGEST = 4096  # characters of a statement
 

@@ -85,7 +85,8 @@ def accuracy_chart(summary: Summary) -> Chart | None:
     measured = {r["round"]: r["metrics"]["accuracy"] for r in summary["rounds"] if r["metrics"] is not None}
     if not measured:
         return None
-    levels, rounds = _baselines(summary["test"]), _round_scale(summary)
+    levels = _baselines(summary["test"])
+    rounds = _round_scale(summary)
     y = value_scale(100 * value for value in (*measured.values(), *(value for _, _, value in levels)))
     points = tuple(Point(rounds.along(r), y.down(100 * v), f"Round {r}: {percent(v)}") for r, v in measured.items())
     return Chart(
@@ -183,7 +184,8 @@ def _round_scale(summary: Summary) -> Scale:
 def value_scale(values: Iterable[float]) -> Scale:
     """The values' range, widened to whole steps."""
     known = list(values)
-    low, high = min(known), max(known)
+    low = min(known)
+    high = max(known)
     step = _step(high - low or 1, 5)
     bottom = math.floor(low / step) * step
     return Scale(bottom, max(math.ceil(high / step) * step, bottom + step))
@@ -202,7 +204,8 @@ def value_ticks(y: Scale) -> tuple[tuple[float, str], ...]:
 
 
 def round_ticks(rounds: Scale) -> tuple[tuple[float, str], ...]:
-    first, last = math.ceil(rounds.low), math.floor(rounds.high)
+    first = math.ceil(rounds.low)
+    last = math.floor(rounds.high)
     step = max(1, round(_step(max(last - first, 1), 8)))
     return tuple((rounds.along(r), str(r)) for r in range(first, last + 1) if r % step == 0)
 
@@ -212,7 +215,8 @@ def _bands(summary: Summary, rounds: Scale) -> tuple[Band, ...]:
     found = []
     for stage, group in groupby(summary["rounds"], key=lambda r: r["stage"]):
         numbers = [r["round"] for r in group]
-        left, right = rounds.along(numbers[0] - 0.5), rounds.along(numbers[-1] + 0.5)
+        left = rounds.along(numbers[0] - 0.5)
+        right = rounds.along(numbers[-1] + 0.5)
         found.append(Band(stage, numbers[0], numbers[-1], left, round(right - left, 3)))
     return tuple(found) if len(found) > 1 else ()
 
@@ -240,11 +244,13 @@ def label_keys(summary: Summary) -> tuple[Key, ...]:
 
 def label_bar(summary: Summary, counts: Mapping[str, int]) -> tuple[Part, ...]:
     """The stacked bar of one organization, in the order of `label_keys`; empty if it has no labeled example."""
-    keys, total = label_keys(summary), sum(counts.values())
+    keys = label_keys(summary)
+    total = sum(counts.values())
     own = [counts.get(key.name, 0) for key in keys]
     if len(summary["labels"]) > COLORS:
         own[-1] = total - sum(own[:-1])
-    parts, start = [], 0
+    parts = []
+    start = 0
     for key, count in zip(keys, own, strict=True) if total else ():
         text = f"{key.name}: {count:,} ({percent(count / total)})"
         parts.append(Part(key.style, round(100 * start / total, 3), round(100 * count / total, 3), text))

@@ -190,7 +190,8 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     """
     if not values:
         return None
-    count, mean = len(values), math.fsum(values) / len(values)
+    count = len(values)
+    mean = math.fsum(values) / len(values)
     if count < 2:
         return Estimate(mean, None, count)
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))

@@ -166,7 +166,8 @@ def _shares(privacy: RecordPrivacy) -> str:
 
 def client_statement(privacy: ClientPrivacy, noise: RoundNoise, charged: Sequence[Steps], *, sample_rate: float) -> list[str]:
     """Paragraphs about client-level privacy. charged: the rounds in the server's account, or those that are planned."""
-    rounds, z = sum(steps.count for steps in charged), noise.charge.noise_multiplier
+    rounds = sum(steps.count for steps in charged)
+    z = noise.charge.noise_multiplier
     spent = epsilon(charged, privacy.delta)
     return [
         "Client-level differential privacy: for any single organization, whether its updates entered this run or were left out "

@@ -43,7 +43,8 @@ def judge(summary: Summary) -> Verdict:
 
     "Yes" where it is better for some and worse for none, by a paired test; "It depends" where it is both.
     """
-    test, worth = summary["test"], summary["worth"]
+    test = summary["test"]
+    worth = summary["worth"]
     if test["federated"] is None:
         return Verdict("Not measured", _nobody_knows(test), (*_members_note(summary), *_privacy_note(summary)))
     if worth is None:
@@ -74,7 +75,8 @@ def _nobody_knows(test: Summary) -> str:
 
 
 def _sentence(summary: Summary) -> str:
-    answers, compared = summary["worth"]["answers"], [o["worth"] for o in summary["organizations"] if o["worth"]]
+    answers = summary["worth"]["answers"]
+    compared = [o["worth"] for o in summary["organizations"] if o["worth"]]
     gains = [100 * each["difference"] for each in compared]
     return (
         f"each on its own held-out records, joining is better than training alone for {answers['yes']} of {len(gains)}"
@@ -83,7 +85,8 @@ def _sentence(summary: Summary) -> str:
 
 
 def _range(gains: Sequence[float]) -> str:
-    low, high = signed(min(gains)), signed(max(gains))
+    low = signed(min(gains))
+    high = signed(max(gains))
     return f"by {low} points of accuracy" if low == high else f"from {low} to {high} points of accuracy"
 
 
@@ -97,7 +100,8 @@ _COLUMNS = {
 
 
 def _means_note(summary: Summary) -> str:
-    means, names = summary["worth"]["own_means"], dict(_COLUMNS)
+    means = summary["worth"]["own_means"]
+    names = dict(_COLUMNS)
     if not is_private(summary):
         names["alone"] = "alone, as the plan trains"
     said = ", ".join(f"{names[name]} {percent(means[name]['accuracy'])}" for name in names if means[name] is not None)

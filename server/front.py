@@ -65,7 +65,8 @@ class Keys:
     """Whose a public key is, by members.json as it is now: read again when it has changed; a damaged one changes nothing."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._members = file, Members(file)
+        self._file = file
+        self._members = Members(file)
         self._state: tuple[int, int, int] | None = None
         self._names: dict[bytes, str] = {}
 

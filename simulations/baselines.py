@@ -223,7 +223,8 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
 
 
 def _adapt(model: TrainableModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adapted:
-    plan, records = prepared.plan, prepared.records[share.file]
+    plan = prepared.plan
+    records = prepared.records[share.file]
     held = Dataset(((records, share.rows),), plan.labels, plan.task)
     own = own_records(_features(model, plan, served, held), held.targets, units_of(held), len(plan.labels))
     return adapt(model, own, shared, plan.personalize, plan.seed)

@@ -78,7 +78,8 @@ def _ray(folder: RunFolder) -> None:
 def _simulate(app: ServerApp, folder: RunFolder) -> None:
     from flwr.simulation import run_simulation  # deprecated without a replacement that takes objects; Flower is pinned
 
-    cpus, people = os.cpu_count() or 1, len(folder.file.participants)
+    cpus = os.cpu_count() or 1
+    people = len(folder.file.participants)
     resources: dict[str, Any] = {"num_cpus": max(1, cpus // people), "num_gpus": _gpu_share(folder)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

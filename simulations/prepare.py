@@ -44,7 +44,9 @@ LeftOut = Mapping[Path | None, Mapping[str, int]]
 """File -> how many of its records do not count in training, or not in full, by the reason."""
 _SHOWN = 5  # groups of classes that are named
 _FILES = 10  # that are named one by one
-_MANY, _RECORDS_OF_A_CLASS = 20, 5  # more classes than the first, with fewer records than the second in the mean
+# more classes than the first, with fewer records than the second in the mean
+_MANY = 20
+_RECORDS_OF_A_CLASS = 5
 _counted: dict[tuple[str, str, int], Mapping[str, int]] = {}  # (records, model, length) -> how many texts are cut
 
 
@@ -226,7 +228,9 @@ def _with_own(what: Literal["epsilon", "rank"], values: Sequence[float], shares:
 
 def _read(plan: Plan) -> dict[Path | None, Records]:
     """All files of the source; None stands for a source that is one file, or one folder of images."""
-    folder, data, task = Path(plan.data.source).expanduser(), plan.data, plan.task
+    folder = Path(plan.data.source).expanduser()
+    data = plan.data
+    task = plan.task
     if not data.source.startswith("package:") and folder.is_dir() and not is_one_source(folder, task):
         return {path.resolve(): read_records(data, path, task) for path in organization_files(folder, task).values()}
     return {None: read_records(data, task=task)}
@@ -377,7 +381,8 @@ def _noise(plan: Plan, shares: tuple[Share, ...]) -> dict[str, float]:
 
 
 def _noise_of(plan: Plan, privacy: RecordPrivacy, share: Share) -> float:
-    policy, examples = share.policy(plan), share.public_examples(plan)
+    policy = share.policy(plan)
+    examples = share.public_examples(plan)
     return noise_multiplier(plan, policy, budget_of(privacy, policy, examples), examples, 1)
 
 

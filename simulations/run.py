@@ -62,7 +62,8 @@ def summarize(
     folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Judged], personalized: Personalized, seconds: float
 ) -> dict[str, Any]:
     """The summary of a finished run as plain values. ε is composed from the organizations' ledgers, not from the plan."""
-    plan, progress = folder.plan, folder.load()
+    plan = folder.plan
+    progress = folder.load()
     metrics = Metrics(**progress.history[-1]["metrics"])
     alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
     pooled = baselines.get("pooled")
@@ -112,7 +113,8 @@ def _choices(
     personalized: Personalized,
 ) -> dict[str, dict[str, Sequence[int]]]:
     """Organization -> column -> what that model tells on the common test set."""
-    plan, served = folder.plan, final_params(folder.plan, progress)
+    plan = folder.plan
+    served = final_params(folder.plan, progress)
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     model = model_of(plan, folder.file.device)
     own = personal_states(folder, served) if plan.keeps_personal else {}
@@ -120,7 +122,8 @@ def _choices(
     found: dict[str, dict[str, Sequence[int]]] = {}
     for share in prepared.shares:
         told = predict(model, own[share.name], test, plan.model.precision) if share.name in own else common
-        alone, private = baselines.get(f"{ALONE}/{share.name}"), isinstance(plan.privacy, RecordPrivacy)
+        alone = baselines.get(f"{ALONE}/{share.name}")
+        private = isinstance(plan.privacy, RecordPrivacy)
         without = baselines.get(f"{ALONE_WITHOUT_PRIVACY}/{share.name}") or (None if private else alone)
         columns = {
             "majority": (own_majority(prepared, share),) * len(test.truth),
@@ -157,7 +160,8 @@ def _common(organizations: Sequence[Mapping[str, Any]], column: str) -> dict[str
 
 
 def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, Any]:
-    privacy, client_level = folder.plan.privacy, folder.plan.client_privacy is not None
+    privacy = folder.plan.privacy
+    client_level = folder.plan.client_privacy is not None
     if not isinstance(privacy, RecordPrivacy):
         return {
             "mode": "none",
@@ -190,7 +194,8 @@ def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, A
 def _claim(folder: RunFolder, prepared: Prepared, privacy: RecordPrivacy) -> Claim:
     figures = {}
     for share in prepared.shares:
-        spent, delta = _charged(folder, share), privacy.delta_for(share.public_examples(folder.plan))
+        spent = _charged(folder, share)
+        delta = privacy.delta_for(share.public_examples(folder.plan))
         figures[share.name] = figures_of(spent, delta)
     clear = ("the local metrics, which organizations told as they are",) if _in_clear(folder) else ()
     return claim_of(privacy, worst(figures), not_covered=(*clear, *_EXACT))
@@ -240,7 +245,8 @@ def _organization(
     alone: Metrics | None,
     personal: Metrics | None,
 ) -> dict[str, Any]:
-    plan, examples = folder.plan, share.public_examples(folder.plan)
+    plan = folder.plan
+    examples = share.public_examples(folder.plan)
     private = isinstance(plan.privacy, RecordPrivacy)
     charges = _training(folder, share) if private else []
     took_part = [e["round"] for e in progress.history if share.name in e["participants"]]

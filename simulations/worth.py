@@ -96,8 +96,10 @@ def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[st
     against = next((name for name in NOT_JOINED if name in choices), None)
     if joined is None or against is None:
         return None
-    ours, theirs = test.answers(choices[joined], where), test.answers(choices[against], where)
-    found, constant = paired(ours, theirs), test.answers(choices["majority"], where)
+    ours = test.answers(choices[joined], where)
+    theirs = test.answers(choices[against], where)
+    found = paired(ours, theirs)
+    constant = test.answers(choices["majority"], where)
     useful = bool(ours.right.mean() > constant.right.mean())  # always answering the same is free
     return {
         "answer": found.answer if useful or found.answer != "yes" else "no",

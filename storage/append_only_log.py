@@ -61,7 +61,8 @@ class Log:
     """The entries inside one transaction; what is appended is durable when the transaction ends."""
 
     def __init__(self, db: sqlite3.Connection, entries: list[Entry]) -> None:
-        self.db, self.entries = db, entries
+        self.db = db
+        self.entries = entries
 
     @property
     def head(self) -> str:
@@ -93,8 +94,10 @@ class Chain:
 
         carry: appends what the entries of the second schema say to the log.
         """
-        self.path, self.anchor = path, path.with_name(f"{path.name}.head")
-        self._migrations, self._carry = migrations or {}, carry
+        self.path = path
+        self.anchor = path.with_name(f"{path.name}.head")
+        self._migrations = migrations or {}
+        self._carry = carry
         with self.transaction():
             pass
 

@@ -80,7 +80,9 @@ class Aggregator:
         fusion: tuple[ComponentInfo, Mapping[str, Any]],
         context: RoundContext,
     ) -> None:
-        self._weighting, self._fusion, self._context = weighting, fusion, context
+        self._weighting = weighting
+        self._fusion = fusion
+        self._context = context
         self._weigh = _bound(*weighting, context)
         self._fuse = _bound(*fusion, context)
         self._in_sums = inspect.isgeneratorfunction(fusion[0].build)
@@ -89,7 +91,9 @@ class Aggregator:
         self._sums: dict[str, Tensor] = {}
         self._passes = self._fuse() if self._in_sums else None
         self._contribute: Contribution | None = next(self._passes) if self._passes is not None else None
-        self._count, self._weights, self._squares = 0, 0.0, 0.0
+        self._count = 0
+        self._weights = 0.0
+        self._squares = 0.0
         self._seen: dict[str, tuple[float, float]] = {}  # organization -> the weight and the norm of its update
         self._given: Mapping[str, float] = {}
         self._places: Mapping[str, tuple[float, float]] = {}
@@ -117,10 +121,12 @@ class Aggregator:
                 f'the weighting "{self._weighting[0].name}" gave {update.organization[:80]} the weight {weight!r:.60}: expected a'
                 " finite number, 0 or more"
             )
-        length, mean = norm(update.delta), sum(values) / max(1, len(values))
+        length = norm(update.delta)
+        mean = sum(values) / max(1, len(values))
         square = length**2
         self._seen[update.organization] = (mean, length)
-        self._weights, self._squares = self._weights + mean, self._squares + mean * square
+        self._weights = self._weights + mean
+        self._squares = self._squares + mean * square
         return WeightedUpdate(update, weight, self._context.state)
 
     def _add_up(self, weighed: WeightedUpdate) -> None:
@@ -143,7 +149,8 @@ class Aggregator:
             raise RunError(f'the weighting "{self._weighting[0].name}" gave every update the weight 0: expected one above')
         found = self._passed(weighed) if self._passes is not None else self._fuse(weighed)
         fused = found if isinstance(found, Aggregate) else Aggregate(found)
-        self._given, self._places = fused.weights, _apart(self._held)
+        self._given = fused.weights
+        self._places = _apart(self._held)
         self._held.clear()
         _check(info.name, fused.delta, self._context.state)
         return Aggregate(fused.delta, self._count, self._squares / self._weights, fused.memory)
@@ -170,7 +177,8 @@ class Aggregator:
             while True:
                 for update in weighed:
                     self._add_up(update)
-                sums, self._sums = self._sums, {}
+                sums = self._sums
+                self._sums = {}
                 self._contribute = self._passes.send(sums)
                 if self._streams:
                     raise RunError(

@@ -84,7 +84,8 @@ def recipe_described(name: str) -> dict[str, Any]:
 
 def _sources(name: str, strategy: StrategyConfig) -> list[str]:
     """The recipe's own, or those of the parts that make it what it is: equal weights do so only where nothing else is named."""
-    own, given = RECIPES[name].get("cite"), parts_of(name)
+    own = RECIPES[name].get("cite")
+    given = parts_of(name)
     telling = [kind for kind in given if kind != "weighting" or len(given) == 1] or ["fusion"]
     found = [info.cite for kind, _, info in strategy.known_parts() if kind in telling and info.cite]
     return [own] if own else list(dict.fromkeys(found))

@@ -76,7 +76,9 @@ def _word(kind: Kind) -> str:
 
 
 def _between_parts(found: Found) -> Iterator[str]:
-    weighting, fusion, optimizer = found.get("weighting"), found.get("fusion"), found.get("server_optimizer")
+    weighting = found.get("weighting")
+    fusion = found.get("fusion")
+    optimizer = found.get("server_optimizer")
     if weighting and fusion:
         if not fusion[1].needs.weights and weighting[0].name != "uniform":
             yield (
@@ -107,7 +109,8 @@ def _with_term(
 ) -> Iterator[str]:
     if not term or not weighting:
         return
-    name, needs = weighting[0].name, weighting[1].needs
+    name = weighting[0].name
+    needs = weighting[1].needs
     if "noise" in needs.sends:
         yield (
             f'the weighting "{name}" knows the noise of plain training, which the client term "{term[0].name}"'
@@ -171,7 +174,8 @@ def _privacy(info: ComponentInfo, facts: Facts) -> Iterator[str]:
 
 
 def _participation(part: Part, info: ComponentInfo, facts: Facts) -> Iterator[str]:
-    needs, least = info.needs, info.least(**part.parameters)
+    needs = info.needs
+    least = info.least(**part.parameters)
     if facts.participation < needs.participation:
         yield (
             f"needs every organization at least every {1 / needs.participation:g} rounds, and each is asked with"

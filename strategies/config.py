@@ -54,7 +54,8 @@ def _complete(kind: Kind, part: Any) -> Any:
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
         words = kind.replace("_", " ")
         raise ValueError(f"expected the name of a {words}, or a table with its name and parameters, got {part!r:.80}")
-    name, sha256 = table.pop("name"), table.pop("sha256", None)
+    name = table.pop("name")
+    sha256 = table.pop("sha256", None)
     if not is_code(name):
         return {"name": name, **part_named(kind, name).check(table)}
     if kind == "client_term":
@@ -220,7 +221,8 @@ def _with_name(recipe: Any, given: Any) -> Any:
 
 def _lora(name: str, wanted: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
     """The plan's table `lora` with what the recipe wants of adapters. Where none are trained, the recipe would do nothing."""
-    given, train = table.get("lora", {}), table.get("train", "head")
+    given = table.get("lora", {})
+    train = table.get("train", "head")
     modes = [each.get("mode") if isinstance(each, Mapping) else each for each in (train if isinstance(train, list) else [train])]
     if wanted and all(mode in ("head", "full") for mode in modes):
         raise ValueError(f'the strategy "{name}" is for adapters, and no stage of the plan trains any: expected train = lora')

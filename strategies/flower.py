@@ -89,7 +89,8 @@ class FlowerFusion:
     """A fusion by a strategy of Flower's. Weights travel as "num-examples", which is what they are by default."""
 
     def __init__(self, name: str, build: type[Strategy]) -> None:
-        self.name, self.strategy = name, build
+        self.name = name
+        self.strategy = build
         known = _constructor(build)
         plain = {n: p for n, p in known.items() if _is_plain(p) and n not in _UNUSED}
         given = [p.replace(kind=p.KEYWORD_ONLY, default=_OURS.get(n, p.default)) for n, p in plain.items()]
@@ -104,7 +105,8 @@ class FlowerFusion:
             self._refuse("works on updates of the same parameters alone", "a rule of cotune's, such as median")
         arrays = {name: context.state[name].to(torch.float64).numpy() for name in names}
         strategy = self.build(parameters)
-        fresh, digest = dict(_kept(strategy)), _digest(names)
+        fresh = dict(_kept(strategy))
+        digest = _digest(names)
         if torch.equal(context.memory.get(_NAMES, digest), digest):  # a stage that shares others begins with a new strategy
             _restore(strategy, {name: tensor for name, tensor in context.memory.items() if name != _NAMES})
         with _as_server(), self._failing(context.round):
@@ -181,7 +183,8 @@ def _constructor(build: type) -> dict[str, inspect.Parameter]:
         if "__init__" not in vars(base):
             continue
         own = vars(base)["__init__"]
-        hints, parameters = _hints(own), list(inspect.signature(own).parameters.values())[1:]
+        hints = _hints(own)
+        parameters = list(inspect.signature(own).parameters.values())[1:]
         for p in parameters:
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in found:
                 found[p.name] = p.replace(annotation=hints.get(p.name, type(p.default)))
@@ -209,8 +212,10 @@ def _is_plain(parameter: inspect.Parameter) -> bool:
 @contextmanager
 def _as_server() -> Iterator[None]:
     """What Flower wants of a process that makes messages; and no lines in its log about nodes that nobody samples."""
-    log, task = logging.getLogger("flwr"), (TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id)
-    before, log.disabled = log.disabled, True
+    log = logging.getLogger("flwr")
+    task = (TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id)
+    before = log.disabled
+    log.disabled = True
     TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = (number or 1 for number in task)
     try:
         yield
@@ -223,7 +228,8 @@ class _Roll(Grid):
     """The organizations that have answered, numbered from 1. A strategy may count them, wait for no more, and talk to none."""
 
     def __init__(self, count: int) -> None:
-        self._count, self._asked = count, 0
+        self._count = count
+        self._asked = 0
 
     def get_node_ids(self) -> Iterable[int]:
         self._asked += 1

@@ -33,7 +33,8 @@ def factors_of(update: WeightedUpdate, adapter: Adapter) -> tuple[Tensor, Tensor
     """(B_k, A_k) after training, (d_out, r_k) and (r_k, d_in) in float64; what the organization did not train is as received."""
     sent = update.update.delta
     rank = sent[adapter.b].shape[1] if adapter.b in sent else sent[adapter.a].shape[0]
-    b, a = update.state[adapter.b][:, :rank].to(torch.float64), update.state[adapter.a][:rank].to(torch.float64)
+    b = update.state[adapter.b][:, :rank].to(torch.float64)
+    a = update.state[adapter.a][:rank].to(torch.float64)
     return b + sent.get(adapter.b, torch.zeros(())), a + sent.get(adapter.a, torch.zeros(()))
 
 
@@ -52,7 +53,8 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    b, a = (q_left @ u * s)[:, :rank], (vh @ q_right.T)[:rank]
+    b = (q_left @ u * s)[:, :rank]
+    a = (vh @ q_right.T)[:rank]
     signs = a.gather(1, a.abs().argmax(dim=1, keepdim=True)).sign()
     return padded(b * signs.T, (len(b), rank)), padded(a * signs, (rank, a.shape[1]))
 

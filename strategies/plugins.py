@@ -105,7 +105,8 @@ def source_of(name: str, sha256: str) -> str:
 def object_in(name: str, sha256: str) -> Any:
     """What `file.py:function` means, in the file of that content. Runs the file. Raises PlanError."""
     path, _ = _content(name, sha256)
-    module, wanted = _run(sha256), name.rpartition(":")[2]
+    module = _run(sha256)
+    wanted = name.rpartition(":")[2]
     found = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
     if wanted not in found:
         raise PlanError(f'{path} has no "{wanted}"{nearest(wanted, found)}')
@@ -179,7 +180,8 @@ def pinned(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, ComponentInfo]]
     """
     if not isinstance(strategy, Mapping):
         return strategy, {}
-    table, infos = dict(strategy), dict[Kind, ComponentInfo]()
+    table = dict(strategy)
+    infos = dict[Kind, ComponentInfo]()
     for kind in FOLDERS:
         given = table.get(kind)
         part = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
@@ -202,7 +204,8 @@ def _check_names(parts: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ComponentInfo]:
-    name, stated = str(part.pop("name")), part.pop("sha256", None)
+    name = str(part.pop("name"))
+    stated = part.pop("sha256", None)
     pin: dict[str, str] = {}
     if is_file(name) and kind != "client_term":
         pin = {"sha256": read_file(name, folder)}

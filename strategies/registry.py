@@ -118,7 +118,8 @@ class ComponentInfo:
         """All parameters with their values, defaults filled in. Raises ValueError, in words, for what the signature does not
         allow.
         """
-        known, words = self.parameters, self.kind.replace("_", " ")
+        known = self.parameters
+        words = self.kind.replace("_", " ")
         for key in given:
             if key not in known:
                 hint = nearest(key, known) if known else ": it takes no parameters"
@@ -127,7 +128,8 @@ class ComponentInfo:
             return dict(self._model.model_validate(dict(given)).model_dump())
         except ValidationError as error:
             first = error.errors()[0]
-            key, message = str(first["loc"][0]) if first["loc"] else "", first["msg"].removeprefix("Value error, ")
+            key = str(first["loc"][0]) if first["loc"] else ""
+            message = first["msg"].removeprefix("Value error, ")
             if first["type"] == "missing":
                 raise ValueError(f'{words} "{self.name}" lacks its parameter {key}: expected it to be given') from None
             raise ValueError(f'{words} "{self.name}" has {key} = {first["input"]!r}: {message[0].lower()}{message[1:]}') from None

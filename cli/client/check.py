@@ -61,7 +61,8 @@ def check(
     from cotune.client.preflight import check as check_plan
     from cotune.client.site import Site
 
-    opened, console = Site(site.expanduser()), screen()
+    opened = Site(site.expanduser())
+    console = screen()
     invitation, plan = _read(federation)
     with screen(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
         opened = keep_what_is_named(opened, plan, data, text, label, unit, collection, model)
@@ -142,7 +143,8 @@ def _about(invitation: Invitation) -> dict[str, Any]:
 
 
 def _show_federation(console: Console, about: dict[str, Any], found: dict[str, str]) -> None:
-    where, plan = escape(about["address"]), escape(about["plan"])
+    where = escape(about["address"])
+    plan = escape(about["plan"])
     console.print(f"[bold]{escape(about['name'])}[/bold] at {where}: plan {plan} ({about['plan_id'][:12]}…)")
     console.print(f"fingerprint of its federation.toml, to compare with the coordinator's: {about['fingerprint']}")
     installed = ", ".join(f"{name} {number}" for name, number in found.items())

@@ -62,7 +62,8 @@ def _show_collection(console: Console, table: dict[str, Any]) -> None:
     from cotune.privacy.claim import SMALL_DELTA, attack_line
 
     for data in table["data_sets"]:
-        name, seen = f"[bold]data set {data['fingerprint'][:12]}…[/bold]", data["first_seen"][:10]
+        name = f"[bold]data set {data['fingerprint'][:12]}…[/bold]"
+        seen = data["first_seen"][:10]
         console.print(f"{name}: {data['records']:,} records, first seen {seen}")
         for other, common in data["shares_records_with"].items():
             console.print(f"  shares {common:,} records with {other[:12]}…")
@@ -154,8 +155,10 @@ def trust(
     from cotune.client.site import Site
     from cotune.protocol.key_renewal import read_server_renewals
 
-    folder, renewals = Site(site.expanduser()).folder, read_server_renewals(renewal.expanduser())
-    learned, newest = learn(folder, renewals), Trust.read(folder).newest.signing_key
+    folder = Site(site.expanduser()).folder
+    renewals = read_server_renewals(renewal.expanduser())
+    learned = learn(folder, renewals)
+    newest = Trust.read(folder).newest.signing_key
     if not learned and newest not in [each.about.new for each in renewals]:
         raise RunError(
             f"nothing in {renewal} follows from the key that the site trusts ({newest[:16]}…): expected all statements of its"

@@ -41,7 +41,8 @@ def init(
     from cotune.client.site_setup import fingerprint_of, make_site
 
     made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
-    folder, console = shlex.quote(str(made.folder)), screen()
+    folder = shlex.quote(str(made.folder))
+    console = screen()
     console.print(f"{escape(folder)} is the site of [bold]{escape(name)}[/bold]; it holds a private key, so keep it to yourself")
     console.print(f"1. send {folder}/node.pub to the coordinator, who invites you; SHA-256 of the key, to compare:")
     console.print(f"   {fingerprint_of(made)}")
@@ -75,7 +76,8 @@ def join(
 
     os.umask(0o077)  # what is written into a site is the organization's own
     logging.getLogger("cotune").setLevel(logging.ERROR)  # what people want to know is shown below, once
-    invitation, console = read_invitation(federation.expanduser()), screen()
+    invitation = read_invitation(federation.expanduser())
+    console = screen()
     opened = keep_what_is_named(Site(site.expanduser()), invitation.plan, data, text, label, unit, collection, model)
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
@@ -97,7 +99,8 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
 
     for line in outline(plan):
         console.print(escape(line))
-    policy, holdings = site.policy(), site.counted(plan)
+    policy = site.policy()
+    holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, draws=False)
     broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
     if broken:
@@ -111,7 +114,9 @@ class Shown:
     """One line for each thing that happens at the node; why it is not connected, or sends nothing, is said until that changes."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._problem, self._withheld = console, "", ("", "")
+        self._console = console
+        self._problem = ""
+        self._withheld = ("", "")
         self._has_begun = False
 
     def __call__(self, what: str, about: dict[str, Any]) -> None:
@@ -125,13 +130,15 @@ class Shown:
         return "connected"
 
     def _disconnected(self, reason: str) -> str | None:
-        known, self._problem = self._problem, reason
+        known = self._problem
+        self._problem = reason
         return None if known == reason else f"[yellow]not connected[/yellow]: {escape(reason)}; it is tried again and again"
 
     def _begun(self, round: str, trains: bool) -> str | None:
         if not trains or self._withheld[0] == round:
             return None  # it gets the finished model, or is asked again for what it has declined
-        first, self._has_begun = not self._has_begun, True
+        first = not self._has_begun
+        self._has_begun = True
         return f"round {escape(round)} begins" + ("; first, records are encoded, which may take minutes" if first else "")
 
     def _again(self, round: str, reason: str) -> str:
@@ -145,14 +152,16 @@ class Shown:
             return f"the finished model is in {escape(str(entry.get('model')))}"
         if entry.get("what") != "update":
             return self._nothing_sent(round, str(entry.get("reason", "see the log")))
-        self._withheld, spent = ("", ""), "without privacy"
+        self._withheld = ("", "")
+        spent = "without privacy"
         if entry.get("epsilon_spent") is not None:
             spent = f"ε {round_up(entry['epsilon_spent'])} of {entry['epsilon_allowed']:g} spent"
         return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent}"
 
     def _nothing_sent(self, round: str, why: str) -> str | None:
         """Nothing where it was asked again, and has said so before."""
-        known, self._withheld = self._withheld, (round, why)
+        known = self._withheld
+        self._withheld = (round, why)
         if known == (round, why):
             return None
         told = ", for the same reason" if known[1] == why else f": {escape(why)}"
@@ -169,9 +178,11 @@ def approve(
     from cotune.client.policy_check import Approvals
     from cotune.client.site import Site
 
-    opened, console = Site(site.expanduser()), screen()
+    opened = Site(site.expanduser())
+    console = screen()
     approvals = Approvals(opened)
-    plan, last = approvals.find(plan_id), approvals.last()
+    plan = approvals.find(plan_id)
+    last = approvals.last()
     if plan.plan_id in approvals.ids():
         console.print(f"the plan {escape(plan.name)} ({plan.plan_id[:12]}…) is approved already")
         return
@@ -202,7 +213,8 @@ def sent(
         verify_sent(Site(site.expanduser()), trail)
         return
     log = AuditLog(Site(site.expanduser()).folder)
-    entries, head = log.entries(), log.head
+    entries = log.entries()
+    head = log.head
     if as_json:
         typer.echo(json.dumps({"entries": entries, "head": head}, indent=1, ensure_ascii=False))
         return
@@ -213,7 +225,8 @@ def sent(
 
 
 def _line(entry: dict[str, Any]) -> str:
-    when, round = str(entry.get("at", ""))[:16].replace("T", " "), entry.get("round", "")
+    when = str(entry.get("at", ""))[:16].replace("T", " ")
+    round = entry.get("round", "")
     plan = f" {entry['plan']} ({entry['plan_id'][:12]}…)" if entry.get("plan_id") else ""
     if entry["what"] in ("update", "receipt"):
         epsilon = "" if entry.get("epsilon") is None else f", ε {round_up(entry['epsilon'])} stated"

@@ -42,7 +42,8 @@ def adapt(
     from cotune.client.personalization.evaluation import STAYS, adapt_site
     from cotune.client.site import Site
 
-    opened, console = Site(site.expanduser()), screen()
+    opened = Site(site.expanduser())
+    console = screen()
     with screen(stderr=True, quiet=as_json).status("fitting to own records"):
         done = adapt_site(opened, out, plan)
     found = done.adapted

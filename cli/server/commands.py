@@ -145,7 +145,9 @@ def members(folder: Federation, as_json: Annotated[bool, typer.Option("--json", 
     from cotune.server.deployment.federation import FederationFolder
 
     opened = FederationFolder(folder)
-    found, fingerprint, console = opened.members.all(), opened.invitation.fingerprint, screen()
+    found = opened.members.all()
+    fingerprint = opened.invitation.fingerprint
+    console = screen()
     if as_json:
         people = [{**member.model_dump(), "fingerprint": member.fingerprint} for member in found]
         typer.echo(json.dumps({"federation": opened.config.name, "fingerprint": fingerprint, "members": people}, indent=1))

@@ -61,7 +61,8 @@ def run(
         when_served,
     )
 
-    federation, console = FederationFolder(folder), screen()
+    federation = FederationFolder(folder)
+    console = screen()
     with only_follower(federation), control(federation.superlink_address, federation.certificates) as executor:
         served = partial(is_served, federation)
         if not resume:
@@ -112,7 +113,8 @@ def _show_result(console: Console, played: RunFolder) -> None:
     console.print(_organizations(summary))
     test = summary["test"]
     if test["federated"] is not None:
-        reached, constant = percent(test["federated"]["accuracy"]), percent(test["majority"]["accuracy"])
+        reached = percent(test["federated"]["accuracy"])
+        constant = percent(test["majority"]["accuracy"])
         console.print(f"accuracy {reached} on {test['examples']:,} test examples (most frequent label: {constant})")
     console.print(f"{len(summary['rounds'])} rounds, {size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down")
     for file in ("report.html", "summary.json", "model"):
@@ -154,7 +156,8 @@ def status(
     from cotune.server.deployment.federation import FederationFolder
     from cotune.server.deployment.status import connections, look
 
-    federation, console = FederationFolder(folder), screen()
+    federation = FederationFolder(folder)
+    console = screen()
     with control(federation.superlink_address, federation.certificates) as asked:
 
         def now() -> Status:
@@ -189,7 +192,8 @@ def _page(found: Status) -> Group:
 
 def _refused_lines(found: Status) -> list[str]:
     """Whom the public port has refused what it sent, the most often first."""
-    shown, left = found.refused[:_MOST_REFUSED], found.refused[_MOST_REFUSED:]
+    shown = found.refused[:_MOST_REFUSED]
+    left = found.refused[_MOST_REFUSED:]
     lines = [
         f"refused at the public port: {each.who if each.is_member else f'address {each.who}'}, {each.count} times,"
         f" last {instant(each.at)}: {each.reason}"

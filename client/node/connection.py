@@ -36,7 +36,11 @@ class Entrance:
         key: Path,
         connect: Callable[..., AbstractContextManager[Fleet]] = connected,
     ) -> None:
-        self._site, self._address, self._root, self._key, self._connect = site, address, root_certificates, key, connect
+        self._site = site
+        self._address = address
+        self._root = root_certificates
+        self._key = key
+        self._connect = connect
         self._certificates()
         present = read_private_key(key)
         if self._is_own_key:

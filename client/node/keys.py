@@ -55,7 +55,8 @@ def next_key(site: Path) -> EllipticCurvePrivateKey | None:
 def both_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurvePrivateKey]:
     """The present key, and the one that is to follow it, made where there is none. Raises RunError."""
     with _changing(site):
-        present, following = read_private_key(site / "node.key"), next_key(site)
+        present = read_private_key(site / "node.key")
+        following = next_key(site)
         if following is None:
             following = ec.generate_private_key(ec.SECP384R1())
             atomic_write(_next(site), private_bytes(following))
@@ -71,7 +72,8 @@ def take_next(site: Path, key: EllipticCurvePrivateKey) -> None:
         following = next_key(site)
         if following is None or following.public_key() != key.public_key():
             return  # another process has done it
-        present, file = read_private_key(site / "node.key").public_key(), site / "node" / FORMER
+        present = read_private_key(site / "node.key").public_key()
+        file = site / "node" / FORMER
         line = present.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         lines = _lines(file)
         if line not in lines:
@@ -82,7 +84,8 @@ def take_next(site: Path, key: EllipticCurvePrivateKey) -> None:
 
 def write_public(site: Path, key: EllipticCurvePrivateKey) -> None:
     """node.pub, with the comment that it has, where it is another key's."""
-    file, line = site / "node.pub", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    file = site / "node.pub"
+    line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     before = file.read_bytes() if file.exists() else b""
     if not before.startswith(line):
         comment = b" ".join(before.split()[2:])
@@ -118,7 +121,8 @@ def renew_key(site: Site) -> tuple[Path, str]:
     Raises:
         RunError: For a site that has joined no federation, keys that cannot be read, and a folder that cannot be written.
     """
-    federation, file = Trust.read(site.folder).federation, site.folder / "node-renewal.json"
+    federation = Trust.read(site.folder).federation
+    file = site.folder / "node-renewal.json"
     try:
         present, following = both_keys(site.folder)
         renewal = _kept(file, federation, fingerprint(following.public_key()))

@@ -59,7 +59,9 @@ def reason_to_refuse(content: bytes) -> str | None:
 _POLL_SECONDS = 0.1
 _MOST_POLL_SECONDS = 1.0
 _LATER = 0.05  # of the time that it has waited already: it asks less and less often, and is late by that share at most
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 10.0  # before it connects again
+# before it connects again
+_FIRST_WAIT_SECONDS = 0.5
+_LONGEST_WAIT_SECONDS = 10.0
 _OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
 _log = logging.getLogger(__name__)
 
@@ -103,11 +105,15 @@ class Node:
     """
 
     def __init__(self, folder: Path, worker: Worker, stop: threading.Event, sent: AuditLog | None = None) -> None:
-        self._worker, self._stop, self._sent = worker, stop, sent
-        self._request_file, self._id_file = folder / "request.pb", folder / "id"
+        self._worker = worker
+        self._stop = stop
+        self._sent = sent
+        self._request_file = folder / "request.pb"
+        self._id_file = folder / "id"
         self._place = f"{platform.node()} {folder.resolve()}"
         self._deadline = 0.0  # of the request, by the clock that never jumps
-        self._request, self._known = self._kept_request(), self._kept_id()
+        self._request = self._kept_request()
+        self._known = self._kept_id()
         self._in_doubt = True  # whether the server may have handed over a request that never arrived: it does so once
         self._opened = self._given = self._again = False  # its content was asked for; the worker has it; for the second time
         self._at = ""  # the content that the worker is at for a number which this node has no more
@@ -230,10 +236,8 @@ class Node:
 
     def _refuse(self, request: Request, said: str, reason: str) -> None:
         """Answers without the worker. said: to the server. reason: for the organization's own log of what was sent."""
-        self._reply, self._own_entry = (
-            refusal(request.header, said),
-            {"what": "refusal", "round": request.round, "reason": reason},
-        )
+        self._reply = refusal(request.header, said)
+        self._own_entry = {"what": "refusal", "round": request.round, "reason": reason}
         try:
             if self._sent is not None:
                 self._sent.append(said=said, **self._own_entry)
@@ -260,7 +264,8 @@ class Node:
         _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
         if self._again:
             return self._refuse(request, GENERIC_REFUSAL, str(error))
-        self._again, self._given = True, False
+        self._again = True
+        self._given = False
         tell("again", round=request.round, reason=str(error))
 
     def _is_late(self) -> bool:
@@ -289,7 +294,9 @@ class Node:
     def _forget(self, fleet: Fleet, request: Request) -> None:
         """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
         opened = self._opened
-        self._request, self._reply, self._own_entry = None, None, {}
+        self._request = None
+        self._reply = None
+        self._own_entry = {}
         self._opened = self._given = self._again = False
         with suppress(OSError):
             self._request_file.unlink()
@@ -300,7 +307,8 @@ class Node:
     def _enter(self, fleet: Fleet) -> None:
         _log.info("connected as node %s", fleet.node_id)
         tell("connected", node=fleet.node_id)
-        self._known, self._in_doubt = fleet.node_id, False
+        self._known = fleet.node_id
+        self._in_doubt = False
         try:
             atomic_write(self._id_file, f"{fleet.node_id} {self._place}".encode())
         except OSError as error:

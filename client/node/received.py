@@ -88,7 +88,8 @@ def opened(parcel: Parcel, site: Site) -> Message:
     try:
         unsigned = header.content if site.file.simulated else verified(header.content, site.folder)[0]
         request = decode_header(unsigned)
-        plan, check = plan_of(request), check_plan if header.metadata.message_type == MessageType.TRAIN else check_base_model
+        plan = plan_of(request)
+        check = check_plan if header.metadata.message_type == MessageType.TRAIN else check_base_model
         expected = expected_shapes(plan, site, request.round, check)
     except CotuneError:
         return header

@@ -75,7 +75,8 @@ def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> 
     if signed is None:
         raise RunError("the request is not signed: expected a server whose cotune signs its requests")
     learn(folder, ServerRenewal.parse_all(signed.about.pop("renewals", "")))
-    trust, statement = Trust.read(folder), RequestStatement.parse(signed.text)
+    trust = Trust.read(folder)
+    statement = RequestStatement.parse(signed.text)
     keys = trust.signing_keys()
     key = next((key for key in keys if signed_by_server(statement, signed.signature, key)), None)
     if key is None:
@@ -118,7 +119,8 @@ def check_arrays(requested: Requested, request: Request) -> None:
 
 def check_limits(requested: Requested, policy: Policy, log: AuditLog, now: datetime | None = None) -> None:
     """Raises Declined where too few took part in the round before, or too many rounds were begun today (UTC)."""
-    rules, statement = policy.training, requested.statement
+    rules = policy.training
+    statement = requested.statement
     if statement.kind != TRAIN:
         return
     if statement.cohort < rules.min_cohort:

@@ -36,7 +36,9 @@ class TrainerProcess:
     """
 
     def __init__(self, folder: Path, server: str = "") -> None:
-        self._folder, self._server, self._busy = folder, server, False
+        self._folder = folder
+        self._server = server
+        self._busy = False
         self._process, self._pipe = self._start()
 
     def _start(self) -> tuple[BaseProcess, Connection]:

@@ -210,7 +210,8 @@ def _fitted(
     """Each candidate's head, fitted to records; a weaker penalty begins where the stronger one has ended."""
     here = shared if last_layer(model) is None else corrected(model, shared, own.features, own.targets)
     toward = {"head": here, "alone": start}
-    last, alone = dict(toward), dict[float, State]()
+    last = dict(toward)
+    alone = dict[float, State]()
     for candidate in candidates:
         method = candidate.method
         if method in toward:
@@ -231,7 +232,8 @@ def _mixed(one: State, other: State, part: float) -> State:
 def parts(own: OwnRecords, folds: int, seed: int) -> Iterator[tuple[OwnRecords, OwnRecords]]:
     """(records to fit to, records to judge by), class by class: every part in turn, or of many records one."""
     _, first, unit = np.unique(own.units, return_index=True, return_inverse=True)
-    strata, rng = own.targets.numpy()[first], seeded_generator(seed, "own folds")
+    strata = own.targets.numpy()[first]
+    rng = seeded_generator(seed, "own folds")
     fold = np.empty(len(first), dtype=np.int64)
     dealt = 0
     for stratum in np.unique(strata):

@@ -181,7 +181,8 @@ def evaluate_site(site: Site, new: Dataset | None = None, wanted: str = "") -> d
         comparison of the adapted model with the one trained alone.
     """
     received = open_received(site, wanted)
-    plan, own = received.plan, _own(received, site.holdings(received.plan.labels))
+    plan = received.plan
+    own = _own(received, site.holdings(received.plan.labels))
     train, judge = next(parts(own, _FOLDS, plan.seed)) if new is None else (own, _own(received, new))
     adapted = adapt(received.model, train, received.head, plan.personalize, plan.seed)
     told = {
@@ -228,7 +229,8 @@ def _alone(site: Site, received: Received, adapted: Adapted, both: tuple[OwnReco
     if new is None:
         train, judge = next(parts(own, _FOLDS, plan.seed))
     else:
-        train, judge = own, _fitted_to(base, plan, new)
+        train = own
+        judge = _fitted_to(base, plan, new)
     config = PersonalizeConfig(methods=("alone",), folds=plan.personalize.folds)
     return _told(base, adapt(base, train, base_head(base), config, plan.seed).alone, judge.features)
 

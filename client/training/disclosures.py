@@ -33,7 +33,9 @@ class Disclosures:
     """Tells for one account."""
 
     def __init__(self, account: Account) -> None:
-        self.account, self.plan, self.policy = account, account.plan, account.policy
+        self.account = account
+        self.plan = account.plan
+        self.policy = account.policy
 
     def histogram(self, counts: Sequence[float]) -> dict[str, float]:
         """Label -> how many records have it, with noise: once per run; empty unless plan and policy want it."""
@@ -68,7 +70,8 @@ class Disclosures:
         if "loss" not in self.plan.strategy.sends:
             return {}
         if self.policy.tell.local_loss == "noised" and self.account.budget is not None:
-            ceiling, declared = self.policy.tell.loss_ceiling, self.account.public_examples
+            ceiling = self.policy.tell.loss_ceiling
+            declared = self.account.public_examples
             charge = self.account.reserve(round, self._one(), "local loss")
             [noised] = self.account.noised([total(ceiling)], ceiling)
             self.account.ledger.settle(charge, 1)
@@ -94,7 +97,9 @@ def stated_noise(
 
     sigma: the noise multiplier of the round, which follows from public numbers, as all of this does.
     """
-    plan, policy, examples = account.plan, account.policy, account.public_examples
+    plan = account.plan
+    policy = account.policy
+    examples = account.public_examples
     if not (plan.strategy.compares_noise and policy.tell.noise_level and isinstance(plan.privacy, RecordPrivacy)):
         return None
     scale = sigma * plan.privacy.clip_norm / (stage.local.sample_rate(examples) * examples)  # σC/B
@@ -150,7 +155,9 @@ def _grams(model: TrainableModel, names: Sequence[str], setting: TrainingSetup) 
     """XᵀX / n of every trained linear layer: X has a row for each position of a record that is not padding, and a column of ones
     where the bias is trained.
     """
-    layers, grams, mask = gram_layers(model, names), dict[str, Tensor](), _Mask()
+    layers = gram_layers(model, names)
+    grams = dict[str, Tensor]()
+    mask = _Mask()
     hooks = []
     for name, (layer, with_bias) in layers.items():
         size = layer.in_features + with_bias

@@ -32,7 +32,10 @@ class Correction:
     """
 
     def __init__(self, plan: Plan, site: Site, admitted: int, sent: Mapping[str, Tensor]) -> None:
-        self.plan, self.site, self.admitted, self.sent = plan, site, admitted, sent
+        self.plan = plan
+        self.site = site
+        self.admitted = admitted
+        self.sent = sent
         self.term = build_client_term(plan.strategy)
         keeps = plan.strategy.keeps_state
         self.kept = site.recall(plan.plan_id, admitted) if keeps and admitted else {}
@@ -83,7 +86,11 @@ class Personal:
     """
 
     def __init__(self, plan: Plan, site: Site, model: TrainableModel, round: int, admitted: int) -> None:
-        self.plan, self.site, self.model, self.round, self.admitted = plan, site, model, round, admitted
+        self.plan = plan
+        self.site = site
+        self.model = model
+        self.round = round
+        self.admitted = admitted
         self.shared = shared_names(plan, model, round)
         self.names = [name for name in trained_names(plan, model, round) if name not in set(self.shared)]
         self.kept = site.recall(plan.plan_id, admitted, PERSONAL) if self.names and admitted else {}

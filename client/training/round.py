@@ -48,7 +48,8 @@ def train_round(
     admitted, sent: as in the request (see protocol/messages). declarable: see `policy_check.check_number`.
     Raises DataError when the organization's records cannot be used, PrivacyError when its budget does not suffice.
     """
-    stage, sent = plan.stage_of(round), sent or {}
+    stage = plan.stage_of(round)
+    sent = sent or {}
     if not 0 <= admitted < round:
         raise RunError(f"the request for round {round} names round {admitted} as the last admitted one: expected an earlier one")
     digest = received_digest(state, sent)
@@ -72,15 +73,18 @@ def train_round(
     model = model_here(plan, site)
     limit_gpu_memory(policy, model.device)
     model.load(state)
-    names, personal = trained_names(plan, model, round), Personal(plan, site, model, round, admitted)
+    names = trained_names(plan, model, round)
+    personal = Personal(plan, site, model, round, admitted)
     _check_state(state, personal.shared)
     _check_sent(sent, state)
-    correction, own_rank = Correction(plan, site, admitted, sent), RankMask(plan, stage, policy, model)
+    correction = Correction(plan, site, admitted, sent)
+    own_rank = RankMask(plan, stage, policy, model)
     received = own_rank.held(model, personal.joined(state))
     parameters = model.train_only(names)
     batch = stage.local.sample_rate(examples) * examples
     setting = setting_of(plan, stage, model, holdings, state, site.organization, expected_batch=batch)
-    optimizer, named = optimizer_of(stage.local, model, names, parameters), dict(zip(names, parameters, strict=True))
+    optimizer = optimizer_of(stage.local, model, names, parameters)
+    named = dict(zip(names, parameters, strict=True))
     guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
     teller = Disclosures(account)
     if isinstance(plan.privacy, RecordPrivacy):
@@ -95,7 +99,9 @@ def train_round(
         account.leave_unprotected(round, "training")
         told = _tell(teller, setting, account, round)
         with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
-            steps, spent, noise = _train_plainly(plan, stage, site, round, setting, optimizer, guard, examples), None, None
+            steps = _train_plainly(plan, stage, site, round, setting, optimizer, guard, examples)
+            spent = None
+            noise = None
     delta = own_rank.sent(difference(model.state(personal.shared), received))
     _check_finite(delta)
     statistics = statistics_of(plan, model, personal.shared, setting)
@@ -146,7 +152,8 @@ def _train_privately(
     """Returns the steps taken. The ledger is charged before a record enters a batch."""
     check_gradients(setting, privacy, stage.mode)
     examples = account.public_examples
-    rate, planned = stage.local.sample_rate(examples), stage.local.steps_of(examples)
+    rate = stage.local.sample_rate(examples)
+    planned = stage.local.steps_of(examples)
     charge = account.reserve(round, Steps(sigma, rate, planned))
     began = time.monotonic()
     reports = private_steps(
@@ -169,7 +176,9 @@ def _train_privately(
 
 def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
     """The same, until the policy's hours are over: then Declined is raised, and the round counts as reserved."""
-    began, before, most = time.monotonic(), account.hours(), account.policy.training.max_hours
+    began = time.monotonic()
+    before = account.hours()
+    most = account.policy.training.max_hours
     for report in reports:
         yield report
         hours = before + (time.monotonic() - began) / 3600
@@ -217,7 +226,8 @@ def _train_plainly(
 ) -> int:
     """The same batches by Poisson sampling, but reproducible, and without clipping and noise. An empty batch takes no step."""
     generator = seeded_generator(plan.seed, "batches", site.organization, round)
-    rate, steps = stage.local.sample_rate(examples), stage.local.steps_of(examples)
+    rate = stage.local.sample_rate(examples)
+    steps = stage.local.steps_of(examples)
     sampler = PoissonSampler(setting.rows, rate, steps, generator)
     return _follow(_plain_steps(setting, optimizer, sampler), site.organization, round, None, guard)
 

@@ -71,7 +71,8 @@ def setting_of(
 
 def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:
     """Return the stage's setting on so many made-up records, as long as the plan allows: what it costs, without any record."""
-    task, reader = model.loaded.task, model.loaded.reader
+    task = model.loaded.task
+    reader = model.loaded.reader
     samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
     numbers = [i % len(samples) for i in range(records)]
     units = [[i] for i in range(records)]
@@ -188,7 +189,9 @@ def _weights_of(plan: Plan, model: TrainableModel) -> Tensor | None:
 def _on_examples(
     plan: Plan, stage: Stage, model: TrainableModel, rows: Sequence[Example], units: Sequence[Unit]
 ) -> TrainingSetup:
-    task, reader, longest = model.loaded.task, model.loaded.reader, model.loaded.max_length
+    task = model.loaded.task
+    reader = model.loaded.reader
+    longest = model.loaded.max_length
     collate = task.collator(model.module, reader, model.device)
     private = isinstance(plan.privacy, RecordPrivacy)
     slots = max(2, stage.local.physical_batch_size)
@@ -265,7 +268,9 @@ class Guard:
     """Watches one round. before: the trained parameters as they were received. noise: whether every step adds noise."""
 
     def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool) -> None:
-        self.model, self.before, self.noise = model, before, noise
+        self.model = model
+        self.before = before
+        self.noise = noise
         self.frozen = self._checksums()
 
     def after_step(self, report: StepReport) -> None:

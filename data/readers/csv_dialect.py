@@ -61,7 +61,8 @@ def mended(text: str, separator: str, width: int, column: int, known: Collection
     classes: Collection[str] | None = known
     done = position = 0
     while (found := quoted.search(text, position)) is not None:
-        position, opening = max(found.end(), found.start() + 1), found.start(1)
+        position = max(found.end(), found.start() + 1)
+        opening = found.start(1)
         if found[2] and not _LINE_END.search(found[1]):
             continue
         if classes is None:
@@ -177,7 +178,8 @@ def _classes_outside(text: str, quoted: re.Pattern[str], separator: str, width: 
 
 def _outside(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
     """The lines but the first that lie outside of the spans."""
-    position, parts = 0, []
+    position = 0
+    parts = []
     for start, end in spans:
         parts.append(text[position:start])
         position = end

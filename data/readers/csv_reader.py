@@ -150,7 +150,9 @@ class _Encoded(io.RawIOBase):
     """A text as a file of UTF-8, encoded as it is read: a copy of all of it would be as large as the file."""
 
     def __init__(self, text: str) -> None:
-        self._text, self._position, self._rest = text, 0, b""
+        self._text = text
+        self._position = 0
+        self._rest = b""
 
     def readable(self) -> bool:
         return True
@@ -198,7 +200,8 @@ def _closed_end(text: str, separator: str) -> int | None:
 
 def _invalid(file: DataFile, text: str, separator: str, names: Sequence[str], error: ValueError) -> DataError:
     reason = reason_of(error).removeprefix("Error tokenizing data. C error: ")
-    opened, width = unclosed(text, separator), len(names)
+    opened = unclosed(text, separator)
+    width = len(names)
     if opened is not None:
         reason = f"the double quote that opens a field in line {opened[1]} is never closed"
     elif (surplus := surplus_fields(text, separator, width)) is not None:

@@ -43,7 +43,8 @@ def elements(text: str, parse_int: Callable[[str], object]) -> Iterator[Any]:
         try:
             value, at = decoder.raw_decode(text, at)
         except RecursionError:
-            value, at = None, _end_of_nested(text, at)
+            value = None
+            at = _end_of_nested(text, at)
         yield value
         at = _after_comma(text, at)
 

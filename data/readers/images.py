@@ -185,7 +185,8 @@ def _resized(size: tuple[int, int], wanted: dict[str, int]) -> tuple[int, int]:
 
 
 def _cropped(pixels: Pillow.Image, wanted: dict[str, int]) -> Pillow.Image:
-    left, top = (pixels.width - wanted["width"]) // 2, (pixels.height - wanted["height"]) // 2
+    left = (pixels.width - wanted["width"]) // 2
+    top = (pixels.height - wanted["height"]) // 2
     return pixels.crop((left, top, left + wanted["width"], top + wanted["height"]))
 
 

@@ -55,7 +55,8 @@ class ImageClassification:
 
     def fit(self, reader: ImageReader, module: Any) -> None:
         settings = getattr(module.config, "vision_config", module.config)  # CLIP and SigLIP have a configuration for each half
-        shape, wanted = reader.shape(), getattr(settings, "image_size", None)
+        shape = reader.shape()
+        wanted = getattr(settings, "image_size", None)
         wanted = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted or shape)
         if shape != wanted:
             raise ModelError(
@@ -80,7 +81,8 @@ class ImageClassification:
     def samples(self, reader: ImageReader) -> list[Example]:
         """Gradients from dark to light, across, down and both."""
         height, width = reader.shape()
-        across, down = torch.linspace(-1, 1, width).expand(height, width), torch.linspace(-1, 1, height)[:, None]
+        across = torch.linspace(-1, 1, width).expand(height, width)
+        down = torch.linspace(-1, 1, height)[:, None]
         planes = (across, down.expand(height, width), across * down)
         return [{"image": plane.expand(3, height, width), "labels": k % 2} for k, plane in enumerate(planes)]
 

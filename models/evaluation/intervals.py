@@ -102,7 +102,8 @@ def f1_interval(answers: Answers) -> Interval:
     A class that neither is there nor is told in a draw has F1 0, as in `data.tasks.task.score`.
     """
     classes = np.arange(answers.classes)
-    there, told = answers.truth[:, None] == classes, answers.told[:, None] == classes
+    there = answers.truth[:, None] == classes
+    told = answers.told[:, None] == classes
     sums = _resampled(answers.units, np.concatenate([there & told, there, told], axis=1))
     right, true, given = np.split(sums, 3, axis=1)
     f1 = np.divide(2 * right, true + given, out=np.zeros_like(right), where=true + given > 0)
@@ -128,7 +129,8 @@ def paired(ours: Answers, theirs: Answers) -> Paired:
 def _mcnemar(better: int, worse: int, total: int) -> Paired:
     from scipy.stats import binomtest
 
-    decided, difference = better + worse, (better - worse) / total
+    decided = better + worse
+    difference = (better - worse) / total
     if not decided:
         return Paired(0.0, 0.0, 0.0, 1.0, "McNemar exact")
     found = binomtest(better, decided)
@@ -144,7 +146,8 @@ def _resampled(units: Numbers, columns: NDArray[np.generic]) -> NDArray[np.float
     each = np.zeros((count, columns.shape[1]))
     np.add.at(each, place, columns.astype(np.float64))
     kinds, often = np.unique(each, axis=0, return_counts=True)  # units that are alike are drawn together
-    rng, step = np.random.default_rng(_SEED), max(1, _CHUNK // len(kinds))
+    rng = np.random.default_rng(_SEED)
+    step = max(1, _CHUNK // len(kinds))
     drawn = (rng.multinomial(count, often / count, size=min(step, _DRAWS - start)) for start in range(0, _DRAWS, step))
     return np.concatenate([each_draw.astype(np.float64) @ kinds for each_draw in drawn])
 

@@ -99,7 +99,8 @@ def load_finished(source: str, max_length: int | None = None) -> tuple[LoadedMod
     """Return a finished model with its labels and task. Raises ModelError."""
     try:
         path = find_base(ModelConfig(base=source)).path
-        task, labels = _task_of(path), _labels_of(path)
+        task = _task_of(path)
+        labels = _labels_of(path)
         config = ModelConfig(base=source, pooling="native", max_length=max_length or _length_of(path))
         return load_model(config, labels, 0, task, finished=True), labels, task
     except ModelError as error:

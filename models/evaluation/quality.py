@@ -111,7 +111,8 @@ def _by_class(truth: Numbers, told: Numbers, probabilities: Floats, labels: Sequ
     read = ~np.isnan(probabilities).any(axis=1)
     rows = []
     for number, precision, recall, f1, count in zip(classes, *columns, strict=True):
-        is_class, scores = truth[read] == number, probabilities[read, number]
+        is_class = truth[read] == number
+        scores = probabilities[read, number]
         rows.append(
             {
                 "label": labels[number],
@@ -140,8 +141,11 @@ def _thresholds(is_class: NDArray[np.bool_], scores: Floats) -> list[dict[str, f
     """What telling the class from each probability on would reach."""
     found = []
     for least in _THRESHOLDS:
-        right, told, there = int((is_class & (scores >= least)).sum()), int((scores >= least).sum()), int(is_class.sum())
-        precision, recall = right / told if told else 0.0, right / there if there else 0.0
+        right = int((is_class & (scores >= least)).sum())
+        told = int((scores >= least).sum())
+        there = int(is_class.sum())
+        precision = right / told if told else 0.0
+        recall = right / there if there else 0.0
         f1 = 2 * right / (told + there) if told + there else 0.0
         found.append({"least": least, "precision": precision, "recall": recall, "f1": f1})
     return found
@@ -168,7 +172,8 @@ def calibration(truth: Numbers, probabilities: Floats) -> dict[str, Any]:
     read = ~np.isnan(probabilities).any(axis=1)
     if not read.any():
         return {"ece": None, "bins": []}
-    confidence, right = probabilities[read].max(axis=1), probabilities[read].argmax(axis=1) == truth[read]
+    confidence = probabilities[read].max(axis=1)
+    right = probabilities[read].argmax(axis=1) == truth[read]
     place = np.clip(np.ceil(confidence * _BINS).astype(np.int64) - 1, 0, _BINS - 1)
     bins = []
     for number in np.unique(place):
@@ -191,7 +196,9 @@ def entities(tags: Sequence[str]) -> list[Entity]:
     [('PER', 0, 1), ('LOC', 3, 3), ('PER', 4, 4)]
     """
     found: list[Entity] = []
-    begun, kind, last = -1, "", ""
+    begun = -1
+    kind = ""
+    last = ""
     for place, tag in enumerate([*tags, _OUTSIDE]):
         prefix, name = _parts(tag)
         goes_on = begun >= 0 and tag != _OUTSIDE and name == kind and prefix not in ("B", "S") and last not in ("E", "S")
@@ -200,7 +207,8 @@ def entities(tags: Sequence[str]) -> list[Entity]:
             begun = -1
         if tag != _OUTSIDE and not goes_on:
             begun = place
-        kind, last = name, prefix
+        kind = name
+        last = prefix
     return found
 
 
@@ -221,9 +229,12 @@ def entity_quality(truth: Iterable[Sequence[str]], told: Iterable[Sequence[str]]
         truth: The tags of each text.
         told: As many, of the same texts.
     """
-    there, given, right = Counter[str](), Counter[str](), Counter[str]()
+    there = Counter[str]()
+    given = Counter[str]()
+    right = Counter[str]()
     for true_tags, told_tags in zip(truth, told, strict=True):
-        true_ones, told_ones = set(entities(true_tags)), set(entities(told_tags))
+        true_ones = set(entities(true_tags))
+        told_ones = set(entities(told_tags))
         there.update(kind for kind, _, _ in true_ones)
         given.update(kind for kind, _, _ in told_ones)
         right.update(kind for kind, _, _ in true_ones & told_ones)

@@ -27,7 +27,9 @@ Curve = np.ndarray[Any, np.dtype[np.float64]]
 
 MAX_NOISE_MULTIPLIER = 1000.0  # σ above this drowns any signal: the budget counts as out of reach
 MIN_NOISE_MULTIPLIER = 0.3  # below this the PLD grid becomes huge and the guarantee meaningless
-_FINE, _COARSE = 5e-4, 2e-3  # width of the grid of privacy losses; each gives an upper bound, the fine one a tight one
+# width of the grid of privacy losses; each gives an upper bound, the fine one a tight one
+_FINE = 5e-4
+_COARSE = 2e-3
 _FINEST = 1e-5  # of the grid of the lower bound: a finer one takes seconds
 _TOLERANCE = 1e-3  # relative, of a calibrated σ
 
@@ -87,7 +89,8 @@ def _deltas(merged: tuple[Steps, ...], epsilons: Curve) -> Curve:
     """Below 0 it is 1 - e^ε·(1 - δ(-ε)): losing less than ε is what the other of two neighbors loses more of."""
     size, places = np.unique(np.abs(epsilons), return_inverse=True)  # sorted, as dp-accounting wants them
     found = np.asarray(_composed(merged, _COARSE).get_delta(size.tolist())) if merged else np.zeros_like(size)
-    size, found = size[places], found[places]
+    size = size[places]
+    found = found[places]
     return np.where(epsilons < 0, 1 - np.exp(-size) * (1 - found), found)
 
 
@@ -189,7 +192,8 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
     grid = _COARSE if gap(MAX_NOISE_MULTIPLIER, _COARSE) <= 0 else _FINE
     if grid == _FINE and gap(MAX_NOISE_MULTIPLIER) > 0:
         return None
-    low, high = MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER
+    low = MIN_NOISE_MULTIPLIER
+    high = MAX_NOISE_MULTIPLIER
     sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), math.log(low), math.log(high), xtol=1e-4))
     while gap(sigma) > 0:  # the coarse grid found the neighborhood, on either side; the fine one decides
         sigma *= 1 + _TOLERANCE

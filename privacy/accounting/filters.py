@@ -34,7 +34,9 @@ from cotune.privacy.accounting.composition import Steps, epsilon, epsilon_below
 from cotune.privacy.accounting.tradeoff import true_positive_rate
 from cotune.privacy.mechanisms.noise import geometric_epsilon, geometric_renyi
 
-_HIGHEST_LIMIT, _USUAL_LIMIT = 100.0, 8.0  # ε; a limit above the first is none, and takes the order of the second
+# ε; a limit above the first is none, and takes the order of the second
+_HIGHEST_LIMIT = 100.0
+_USUAL_LIMIT = 8.0
 _ORDERS = (*range(2, 17), 20, 24, 32, 48, 64, 96, 128, 256, 512)  # integers: their divergence is a finite sum, which converges
 _ROUNDING = 1e-6  # absolute, in ε: of two sums of floating-point numbers
 
@@ -178,7 +180,8 @@ def check_accountants(steps: Sequence[Steps], delta: float) -> None:
     claimed = epsilon(gaussian, delta)
     if math.isinf(claimed):
         return
-    below, above = epsilon_below(gaussian, delta), epsilon_renyi(gaussian, delta)
+    below = epsilon_below(gaussian, delta)
+    above = epsilon_renyi(gaussian, delta)
     if not below - _ROUNDING <= claimed <= above + _ROUNDING:
         raise PrivacyError(
             f"the accountants disagree about {len(steps)} charges at δ = {delta:.2g}: PLD says ε = {claimed:.6g}, expected"

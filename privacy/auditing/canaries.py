@@ -23,7 +23,9 @@ from cotune.privacy.mechanisms.per_example import Batch, Batches, LossPerExample
 Coins = np.ndarray[Any, np.dtype[np.bool_]]
 
 _STEEPNESS = 100.0  # times C: the gradient's norm before it is clipped
-_RECORD, _NOBODY = 0, -1  # instead of a canary's number, which starts at 1
+# instead of a canary's number, which starts at 1
+_RECORD = 0
+_NOBODY = -1
 _KEY = "canary"
 
 
@@ -37,7 +39,8 @@ class _Beside(nn.Module):
 
     def __init__(self, module: nn.Module, canaries: nn.Embedding) -> None:
         super().__init__()
-        self.module, self.canaries = module, canaries
+        self.module = module
+        self.canaries = canaries
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ def least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[Trade
     def refuted(scale: float) -> bool:
         return refutes(_curve(scaled(scale)))
 
-    low, high = min(1.0, MIN_NOISE_MULTIPLIER / min(s.noise_multiplier for s in steps)), _MOST_NOISE
+    low = min(1.0, MIN_NOISE_MULTIPLIER / min(s.noise_multiplier for s in steps))
+    high = _MOST_NOISE
     if not refuted(high):
         return 0.0
     if refuted(1.0):
@@ -186,8 +187,10 @@ def _curve(steps: tuple[Steps, ...]) -> TradeOff:
 
 def _is_refuted(curve: TradeOff, targets: int, guess: Guess, error: float) -> bool:
     """Whether so many right guesses have a probability below `error` under the curve; with k = 2 candidates for each guess."""
-    right, wrong = guess.right, guess.count - guess.right
-    r, h = error * right / targets, error * wrong / targets
+    right = guess.right
+    wrong = guess.count - guess.right
+    r = error * right / targets
+    h = error * wrong / targets
     for i in range(right - 1, -1, -1):
         farther = max(h, curve(1 - r))
         if farther == h:

@@ -135,7 +135,8 @@ def refutes(found: Separation, curve: TradeOff, error: float) -> bool:
 
 def _advantage(curve: TradeOff) -> float:
     """An upper bound on 1 − α − β of any test. The curve is its own inverse: α + β is least where both are equal."""
-    low, high = 0.0, 0.5
+    low = 0.0
+    high = 0.5
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if curve(middle) >= middle else (low, middle)

@@ -91,7 +91,8 @@ def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
             settled.setdefault(e.body["charge"], e.body)
     for e in entries:
         if e.kind == "reserve":
-            b, end = e.body, settled.get(e.id)
+            b = e.body
+            end = settled.get(e.id)
             reserved = reserved_steps(b)
             steps = replace(reserved, count=end["steps"]) if end else reserved
             state: Literal["reserved", "settled"] = "settled" if end else "reserved"

@@ -80,7 +80,8 @@ class Ledger:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.key_file = path, path.with_name("ledger.key")
+        self.path = path
+        self.key_file = path.with_name("ledger.key")
         self._chain = Chain(path, {"charges": carry_table}, carry_entries)
         self._key = self._opened_key()
 
@@ -107,9 +108,11 @@ class Ledger:
             also: further identities by which the same people are recognized, such as those of a unit's records; they are not
                 counted.
         """
-        own, further = self._key.identities(identities), self._key.identities(also)
+        own = self._key.identities(identities)
+        further = self._key.identities(also)
         blob = b"".join(sorted({*own, *further})) if further else b"".join(sorted(own))
-        name, units = _digest(blob), b"".join(sorted(own))
+        name = _digest(blob)
+        units = b"".join(sorted(own))
         with self._chain.transaction() as log:
             if name not in data_sets_of(log.entries):
                 shares = {other: common for other, common in self._common(log, blob) if common}

@@ -107,7 +107,8 @@ def _missing(entries: Sequence[Entry], stated: Sequence[Mapping[str, Any]]) -> I
 
 def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, Any]:
     """One collection, from the log; what is stated is only compared with, but for δ where no charge names one, and the limit."""
-    name, limit = stated["collection"], float(stated["epsilon_total"])
+    name = stated["collection"]
+    limit = float(stated["epsilon_total"])
     history = histories_of(entries, name, "budget.epsilon_total")[0]
     delta = history.delta if history.delta < 1 else float(stated["delta"])
     total = epsilon_over_runs(history.runs, limit, delta)

@@ -48,7 +48,10 @@ class PoissonSampler(Sampler[list[int]]):
     def __init__(self, examples: int, sample_rate: float, steps: int, generator: np.random.Generator) -> None:
         if not 0 < sample_rate <= 1:
             raise ValueError(f"expected 0 < sample_rate <= 1, got {sample_rate}")
-        self.examples, self.sample_rate, self.steps, self.generator = examples, sample_rate, steps, generator
+        self.examples = examples
+        self.sample_rate = sample_rate
+        self.steps = steps
+        self.generator = generator
 
     def __len__(self) -> int:
         return self.steps

@@ -44,7 +44,9 @@ def delta_noise_variance(
 
 def _response(rate: float, momentum: float, decay: float, steps: int) -> float:
     """Σ h², by letting one unit impulse run: v ← μv + g + λθ, θ ← θ − ηv. A later impulse takes the same way, for fewer steps."""
-    total, position, velocity = 0.0, 0.0, 0.0
+    total = 0.0
+    position = 0.0
+    velocity = 0.0
     for step in range(steps):
         velocity = momentum * velocity + (1.0 if step == 0 else 0.0) + decay * position
         position -= rate * velocity

@@ -61,9 +61,11 @@ def renew(folder: Path, hosts: Sequence[str] | None = None, *, now: datetime | N
     what is no host, for unreadable files, and for an authority that has expired.
     """
     now = now or datetime.now(UTC)
-    authority, old = _certificate(folder / "ca.crt"), _certificate(folder / "server.crt")
+    authority = _certificate(folder / "ca.crt")
+    old = _certificate(folder / "server.crt")
     _check_lifetime(authority, folder / "ca.crt", now, "make a new authority, and give its ca.crt to every organization")
-    authority_key, server_key = _key(folder / "ca.key"), _key(folder / "server.key")
+    authority_key = _key(folder / "ca.key")
+    server_key = _key(folder / "server.key")
     _check_pair(authority_key, authority, folder, "ca")
     alternatives = x509.SubjectAlternativeName(_alternatives_of(old)) if hosts is None else _alternatives(hosts)
     fresh = _server(server_key.public_key(), alternatives, authority, authority_key, now)
@@ -83,10 +85,12 @@ def change_authority(folder: Path, following: Path, *, now: datetime | None = No
     RunError for files that cannot be read or written.
     """
     now = now or datetime.now(UTC)
-    authority, key = _certificate(following / "ca.crt"), _key(following / "ca.key")
+    authority = _certificate(following / "ca.crt")
+    key = _key(following / "ca.key")
     _check_pair(key, authority, following, "ca")
     former = [each for each in _certificates(folder / "ca.crt") if each != authority][:1]
-    server_key, alternatives = _key(folder / "server.key"), _alternatives_of(_certificate(folder / "server.crt"))
+    server_key = _key(folder / "server.key")
+    alternatives = _alternatives_of(_certificate(folder / "server.crt"))
     _write(folder / "ca.crt", b"".join(_certificate_bytes(each) for each in (authority, *former)))
     _write(folder / "ca.key", _key_bytes(key))
     fresh = _server(server_key.public_key(), x509.SubjectAlternativeName(alternatives), authority, key, now)
@@ -105,7 +109,8 @@ def check(folder: Path, host: str = "localhost", *, now: datetime | None = None)
     another certificate, another authority, another host, expired, not yet valid.
     """
     now = now or datetime.now(UTC)
-    authorities, server = _certificates(folder / "ca.crt"), _certificate(folder / "server.crt")
+    authorities = _certificates(folder / "ca.crt")
+    server = _certificate(folder / "server.crt")
     authority = next((each for each in authorities if _has_signed(each, server)), authorities[0])
     _check_lifetime(authority, folder / "ca.crt", now, "make a new authority, and give its ca.crt to every organization")
     _check_lifetime(server, folder / "server.crt", now, "renew it")
@@ -219,7 +224,8 @@ def _alternatives_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
 
 
 def _check_lifetime(certificate: x509.Certificate, path: Path, now: datetime, remedy: str) -> None:
-    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    first = certificate.not_valid_before_utc
+    last = certificate.not_valid_after_utc
     if now > last:
         raise RunError(f"{path} expired on {last:%Y-%m-%d}, and today is {now:%Y-%m-%d}: {remedy}")
     if now < first:

@@ -162,7 +162,9 @@ def _protection(plan: Plan) -> str:
     return f"with differential privacy for every single record, ε at most {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"
 
 
-_BYTES_PER_PARAMETER, _BYTES_BESIDE = 16, 256 * 2**20  # of a reply, at most
+# of a reply, at most
+_BYTES_PER_PARAMETER = 16
+_BYTES_BESIDE = 256 * 2**20
 
 
 def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
@@ -199,7 +201,8 @@ def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
     Returns whether organizations need the new federation.toml, as the first host or the signing key is another. Raises RunError.
     """
     certificates.renew(folder.certificates, hosts or None)
-    before, signs = folder.config, (folder.certificates / SIGNING_KEY).exists()
+    before = folder.config
+    signs = (folder.certificates / SIGNING_KEY).exists()
     folder.config = with_id(before.model_copy(update={"hosts": tuple(hosts) or before.hosts}))
     write_config(folder.path, folder.config)
     if signs and before.id and address_of(before) == address_of(folder.config):

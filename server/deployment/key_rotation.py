@@ -27,7 +27,9 @@ from cotune.server.runs.events import read_events
 from cotune.storage.files import atomic_write
 
 HANDOUT = "server-renewals.jsonl"
-_NEXT, _STATEMENT, _USED = "next", "renewal.json", "renewals.jsonl"
+_NEXT = "next"
+_STATEMENT = "renewal.json"
+_USED = "renewals.jsonl"
 
 
 def announce(folder: FederationFolder) -> ServerRenewal:
@@ -67,7 +69,8 @@ def announced(path: Path) -> ServerRenewal | None:
 
 def renewals(path: Path) -> list[ServerRenewal]:
     """All statements, the oldest first. path: the folder of certificates. Raises RunError for a damaged file."""
-    used, following = _used(path), announced(path)
+    used = _used(path)
+    following = announced(path)
     return used if following is None or following in used else [*used, following]
 
 

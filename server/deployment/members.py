@@ -127,7 +127,8 @@ class Members:
         Raises RunError for a statement of another federation or organization, one that the present key has not signed, such as an
         old one that is shown again, and a new key that is or was anybody's.
         """
-        about, new = renewal.about, renewal.new_key()
+        about = renewal.about
+        new = renewal.new_key()
         with self._changing():
             before = self.all()
             for member in before:

@@ -71,11 +71,16 @@ class Enrolment:
     def __init__(
         self, connect: Callable[[], AbstractContextManager[Registry]], members: Callable[[], Iterable[Member]], say: Say
     ) -> None:
-        self._connect, self._members, self._say = connect, members, say
-        self._stop, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
+        self._connect = connect
+        self._members = members
+        self._say = say
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._online: set[str] = set()
-        self._presence, self._left = Presence(), frozenset[str]()
-        self._reached, self._failures = False, 0
+        self._presence = Presence()
+        self._left = frozenset[str]()
+        self._reached = False
+        self._failures = 0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -106,9 +111,11 @@ class Enrolment:
             return
         if self._failures >= _PATIENCE and self._reached:
             self._say("the SuperLink knows who may join")
-        self._reached, self._failures = True, 0
+        self._reached = True
+        self._failures = 0
         for name in sorted(online ^ self._online):
             self._say(f"{name} is {'online' if name in online else 'offline'}")
         for name in sorted(self._presence.left - self._left):
             self._say(f"{name} has left the federation")
-        self._online, self._left = online, self._presence.left
+        self._online = online
+        self._left = self._presence.left

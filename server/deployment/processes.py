@@ -30,7 +30,8 @@ class Record:
     """The file. It is written when what runs has changed, and read by the next supervisor."""
 
     def __init__(self, file: Path, say: Callable[[str], None]) -> None:
-        self._file, self._say = file, say
+        self._file = file
+        self._say = say
         self._written: list[Identity] | None = None
         self._failed = False
 
@@ -46,7 +47,8 @@ class Record:
                 self._say(f"WARNING: {self._file} cannot be written ({error.strerror}): make room, or check its permissions")
             self._failed = True
         else:
-            self._written, self._failed = found, False
+            self._written = found
+            self._failed = False
 
     def left(self) -> list[psutil.Process]:
         """Those of the file that still run, with all that they have started. A damaged file names none."""
@@ -123,9 +125,13 @@ def _boot() -> str:
 AT_ONCE_SECONDS = 20.0  # a process that ends sooner has not served anybody
 ATTEMPTS = 5
 LARGEST_LOG_BYTES = 32 * 2**20
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 30.0
 _GRACE_SECONDS = 2.0  # for what a process that has ended leaves behind
-_LOOKED_AT_BYTES, _LAST_LINES, _LONGEST_LINE = 16384, 40, 300  # of a log
+# of a log
+_LOOKED_AT_BYTES = 16384
+_LAST_LINES = 40
+_LONGEST_LINE = 300
 _NOTHING = "it has said nothing"
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Warning)\b.*|.*\b(ERROR|CRITICAL)\b.*")
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
@@ -144,10 +150,16 @@ class Child:
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name, self._command, self._log, self._environment = name, list(command), log, dict(environment)
-        self._say, self._clock = say, clock
+        self.name = name
+        self._command = list(command)
+        self._log = log
+        self._environment = dict(environment)
+        self._say = say
+        self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
-        self._started, self._again, self._early = 0.0, clock(), 0
+        self._started = 0.0
+        self._again = clock()
+        self._early = 0
         self._proven = False
         self._previous = log.with_name(f"{log.name}.1")
         if log.exists():

@@ -43,9 +43,11 @@ class Refusals:
     """Goes on with what the file holds."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._lock = file, threading.Lock()
+        self._file = file
+        self._lock = threading.Lock()
         document = _read(file)
-        self._members, self._addresses = dict(document.members), dict(document.addresses)
+        self._members = dict(document.members)
+        self._addresses = dict(document.addresses)
         self._later: threading.Timer | None = None  # writes what has come since the file was written
 
     def note(self, member: str, reason: str) -> None:
@@ -112,7 +114,8 @@ class Watch:
     """
 
     def __init__(self, file: Path, events: Events) -> None:
-        self._file, self._tell = file, events.tell
+        self._file = file
+        self._tell = events.tell
         self._seen = _before(file, events.path.with_name("refused-before.json")) | _told(events.path)
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:

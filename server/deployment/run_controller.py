@@ -101,7 +101,8 @@ def wait_until_stopped(run: Path, grace: float) -> None:
 
 def _players(run: Path) -> list[psutil.Process]:
     """The processes that have the run's lock open."""
-    lock, found = str(run / ".lock"), []
+    lock = str(run / ".lock")
+    found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and any(file.path == lock for file in process.open_files()):
@@ -246,7 +247,8 @@ def run_to_completion(
     pace = pace or PollInterval()
     try:
         first = when_served(lambda: hand_over(folder, executor, pace), served, tell, pace)
-        ending, tries = _watch(folder, executor, first, tell, pace), 1
+        ending = _watch(folder, executor, first, tell, pace)
+        tries = 1
         while ending.event is None:
             tries = 1 if ending.progress else tries + 1
             if tries > _MOST_TRIES:
@@ -277,7 +279,10 @@ class _Ending:
 
 def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: Listener, pace: PollInterval) -> _Ending:
     """Tells what happens until the attempt ends."""
-    offset, begun, progress, reachable = ticket.offset, False, False, True
+    offset = ticket.offset
+    begun = False
+    progress = False
+    reachable = True
     while True:
         reason, reached = _reason_for_end(executor, ticket)  # asked first: whatever was written before is read below
         if reached != reachable:
@@ -287,7 +292,8 @@ def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: List
         events, offset = follow(folder.events.path, offset)
         for fields in events:
             event = _told(fields, tell)
-            begun, progress = begun or event in _FIRST_WORDS, progress or event == "round_finished"
+            begun = begun or event in _FIRST_WORDS
+            progress = progress or event == "round_finished"
             if event in _LAST_WORDS:
                 return _Ending(event, str(fields.get("reason", "")), progress)
         if reason is not None or not held:

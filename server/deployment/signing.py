@@ -67,7 +67,8 @@ def change_signing_key(folder: Path, key: Ed25519PrivateKey) -> None:
 
     Killed in between it leaves the present key; the same again finishes it. Raises RunError.
     """
-    present, following = public_hex(read_signing_key(folder)), public_hex(key)
+    present = public_hex(read_signing_key(folder))
+    following = public_hex(key)
     if present == following:
         return
     try:

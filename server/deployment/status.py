@@ -207,7 +207,8 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
         return "not in a run yet" if run is None else "not in this run"
     if name in left_out(run, history):
         return "left out after refused updates or time-outs"
-    has_model, said = name in confirmed(run), _last_said(name, events)
+    has_model = name in confirmed(run)
+    said = _last_said(name, events)
     if has_model and not any(name in entry["participants"] for entry in history):
         return f"{said}; has the finished model"
     return "has the finished model" if has_model else said

@@ -111,7 +111,8 @@ def _listens(config: ServerConfig) -> bool:
 
 
 def _children(folder: FederationFolder, say: Say) -> list[Child]:
-    environment, shown = _environment(folder), folder.certificates
+    environment = _environment(folder)
+    shown = folder.certificates
     superlink = [
         *(_binary("flower-superlink", environment), "--host", "127.0.0.1", "--port", str(folder.config.superlink_port)),
         *("--ssl-ca-certfile", str(shown / "ca.crt")),

@@ -38,10 +38,14 @@ class Exchange:
     """A connection as a conversation; `stop` ends it after the request under way."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: str, guard: Guard, slot: Slot) -> None:
-        self.client, self.limits = client, guard.limits
+        self.client = client
+        self.limits = guard.limits
         self.waiting = True  # for a request: nothing is lost when it is cut now
-        self._reader, self._writer, self._stopping = reader, writer, False
-        self._guard, self._slot = guard, slot
+        self._reader = reader
+        self._writer = writer
+        self._stopping = False
+        self._guard = guard
+        self._slot = slot
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=guard.limits.head)
 
     def stop(self) -> None:
@@ -85,7 +89,9 @@ class Exchange:
 
     async def _serve(self, request: h11.Request, superlink: SuperLink, member: str) -> bool:
         """Reads the content as soon as there is room for it."""
-        traffic, size, announces = self._guard.traffic, content_length(request), call_of(request) == "push-messages"
+        traffic = self._guard.traffic
+        size = content_length(request)
+        announces = call_of(request) == "push-messages"
         async with AsyncExitStack() as held:
             try:
                 if announces:
@@ -121,7 +127,8 @@ class Exchange:
 
     async def _answer(self, answer: httpx.Response, call: str, member: str) -> None:
         """That of pull-messages names objects of the server, which are remembered before the client learns of them."""
-        pieces, announces = answer.aiter_raw(PIECE), call == "pull-messages"
+        pieces = answer.aiter_raw(PIECE)
+        announces = call == "pull-messages"
         first = await _up_to(pieces, _MOST_ANNOUNCED) if announces else []
         if announces and answer.status_code == httpx.codes.OK:
             self._guard.hand_over(member, b"".join(first))
@@ -197,7 +204,8 @@ class Exchange:
 
 async def _up_to(pieces: AsyncIterator[bytes], most: int) -> list[bytes]:
     """The first pieces, of at least so many bytes together; all of them where there are fewer."""
-    found, size = list[bytes](), 0
+    found = list[bytes]()
+    size = 0
     async for piece in pieces:
         found.append(piece)
         size += len(piece)

@@ -25,7 +25,11 @@ _MOST_REMEMBERED = 200_000  # identifiers of what the server has sent, 32 bytes 
 _FEWEST_ALLOWED = 64  # objects, however small the requests are
 _OBJECT = re.compile(r"[0-9a-f]{64}")  # SHA-256, as Flower writes it
 _LONGEST = 1e12  # seconds: of any time that a message states, since 1970 or how long something took
-_NODE, _MESSAGE, _TREE, _RUNTIME = 1, 2, 3, 4  # fields of a PushMessagesRequest
+# fields of a PushMessagesRequest
+_NODE = 1
+_MESSAGE = 2
+_TREE = 3
+_RUNTIME = 4
 _CHILDREN = 2  # of an ObjectTree
 
 
@@ -79,7 +83,8 @@ def reason_to_refuse_push(content: bytes, limit: int, sent: Sent) -> str | None:
         request = PushMessagesRequest.FromString(content)
     except (Damaged, DecodeError):
         return "it is no announcement of a reply as Flower writes it"
-    [message], [tree] = request.messages_list, request.message_object_trees
+    [message] = request.messages_list
+    [tree] = request.message_object_trees
     return (
         _wrong_sender(message.metadata, request.node.node_id)
         or _wrong_times(message.metadata, request.clientapp_runtime_list)
@@ -102,7 +107,8 @@ def _wrong_outline(content: bytes, most: int) -> str | None:
 
 def _count(tree: bytes, most: int) -> int:
     """The objects of a tree; one above the limit are not looked at. Raises Damaged for what is deeper than any."""
-    count, waiting = 0, [(tree, 1)]
+    count = 0
+    waiting = [(tree, 1)]
     while waiting:
         part, depth = waiting.pop()
         count += 1

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cotune.server.proxy.rules import Refusal
 
-HOUR, DAY = 3600.0, 86400.0  # seconds
+# seconds
+HOUR = 3600.0
+DAY = 86400.0
 _SPARE = 4  # replies
 _OBJECTS = ("push-object", "pull-object")  # the calls with content worth counting: the rest is bounded by `Limits`
 
@@ -50,8 +52,11 @@ class Allowance:
     """So much at a time, all of which comes back within so many seconds. clock: in seconds."""
 
     def __init__(self, most: int, seconds: float, clock: Callable[[], float]) -> None:
-        self._most, self._rate, self._clock = most, most / seconds, clock
-        self._left, self._at = float(most), clock()
+        self._most = most
+        self._rate = most / seconds
+        self._clock = clock
+        self._left = float(most)
+        self._at = clock()
 
     def take(self, amount: int) -> bool:
         """False, and nothing is taken, where there is not so much."""
@@ -71,7 +76,8 @@ class Allowance:
     @property
     def left(self) -> float:
         now = self._clock()
-        self._left, self._at = min(self._left + (now - self._at) * self._rate, float(self._most)), now
+        self._left = min(self._left + (now - self._at) * self._rate, float(self._most))
+        self._at = now
         return self._left
 
 
@@ -79,12 +85,14 @@ class Usage:
     """Of all members, since the front was started: a member cannot restart it."""
 
     def __init__(self, quotas: Quotas, clock: Callable[[], float] = time.monotonic) -> None:
-        self._quotas, self._clock = quotas, clock
+        self._quotas = quotas
+        self._clock = clock
         self._members: dict[str, _Used] = {}
 
     def hand_over(self, member: str, requests: int) -> None:
         """A member is about to learn of so many requests."""
-        used, reply = self._of(member), self._quotas.reply
+        used = self._of(member)
+        reply = self._quotas.reply
         for _ in range(requests):
             used.messages.give(1)
             used.bytes.give(2 * reply)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import h11
 from pydantic import BaseModel, ConfigDict, Field
 
-KIB, MIB = 2**10, 2**20
+KIB = 2**10
+MIB = 2**20
 
 
 class Limits(BaseModel):
@@ -84,7 +85,8 @@ def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
             return Refusal(400, f"the header {name.decode()} is not accepted: send the content with its Content-Length")
     if names.count(b"content-length") != 1:
         return Refusal(411, f"there are {names.count(b'content-length')} headers Content-Length, expected one")
-    size, (name_of_limit, most) = content_length(request), limits.body_of(call_of(request))
+    size = content_length(request)
+    name_of_limit, most = limits.body_of(call_of(request))
     if size > most:
         return Refusal(413, f"the content has {size} bytes, expected at most {most}: raise limits.{name_of_limit} at the server")
     return None

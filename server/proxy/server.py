@@ -76,7 +76,8 @@ class Front:
     superlink: SuperLink
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self.limits = setup, setup.limits
+        self.setup = setup
+        self.limits = setup.limits
         self.guard = Guard.of(setup.limits, setup.quotas, setup.known, setup.refused, setup.turned_away)
         self._exchanges: dict[asyncio.Task[None], Exchange | None] = {}  # None: the handshake is not over
 
@@ -181,7 +182,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def _first_byte(connection: socket.socket) -> bytes:
     """Looked at, and left there for the handshake."""
-    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    arrived = asyncio.Event()
     connection.setblocking(False)
     loop.add_reader(connection, arrived.set)
     try:

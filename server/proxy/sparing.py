@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-LINES, SECONDS = 5, 60.0
+LINES = 5
+SECONDS = 60.0
 _MOST_KINDS = 1000
 
 
@@ -21,7 +22,8 @@ class Sparing:
     """log: takes a line. clock: in seconds."""
 
     def __init__(self, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._log, self._clock = log, clock
+        self._log = log
+        self._clock = clock
         self._kinds: dict[str, _Kind] = {}
 
     def tell(self, kind: str, line: str) -> None:

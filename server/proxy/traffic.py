@@ -46,7 +46,8 @@ class Traffic:
 
     def _fits(self, member: str, size: int) -> bool:
         """One alone always does."""
-        own, everybody = self._by_member[member], self._by_member.total()
+        own = self._by_member[member]
+        everybody = self._by_member.total()
         if own and own + size > self._limits.in_flight_per_member:
             return False
         return not everybody or everybody + size <= self._limits.in_flight

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT = 0
+_FIXED64 = 1
+_BYTES = 2
+_FIXED32 = 5
 _FIXED = {_FIXED64: 8, _FIXED32: 4}
 _LONGEST_VARINT = 10
 
@@ -31,7 +34,8 @@ def fields(content: bytes, most: int) -> Iterator[tuple[int, bytes | int]]:
         Damaged: what is malformed, or uses groups.
         TooMany: what has more fields.
     """
-    position, count = 0, 0
+    position = 0
+    count = 0
     while position < len(content):
         count += 1
         if count > most:

@@ -67,7 +67,8 @@ class ReorderBuffer:
 
     def __init__(self, order: Sequence[str], inbox: SpillBuffer) -> None:
         self._number = {name: i for i, name in enumerate(order)}
-        self._inbox, self._next = inbox, 0
+        self._inbox = inbox
+        self._next = 0
         self._settled: dict[int, bool] = {}  # who is done before their turn -> whether an update was put aside
 
     def settle(self, name: str, update: Update | None) -> Iterator[Update]:
@@ -128,7 +129,8 @@ class Lateness:
 
     def take(self, order: Sequence[str]) -> Iterator[Update]:
         """The late updates, by round and organization, no matter who came first."""
-        came, self._came = self._came, []
+        came = self._came
+        self._came = []
         for number in sorted(range(len(came)), key=lambda i: (came[i][0], order.index(came[i][1]))):
             yield self._inbox.take(number)
 

@@ -43,7 +43,8 @@ class ClientLevelPrivacy:
     """
 
     def __init__(self, folder: RunFolder, privacy: ClientPrivacy) -> None:
-        self.privacy, self.account = privacy, account_of(folder, privacy)
+        self.privacy = privacy
+        self.account = account_of(folder, privacy)
         self.account.check()
         self.noise = client_level_noise(folder.plan, len(folder.file.participants))
 

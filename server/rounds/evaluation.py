@@ -53,7 +53,8 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
 
 
 def _predict(model: TrainableModel, test: Dataset) -> list[int]:
-    examples, task = encoded_examples(test, model), model.loaded.task
+    examples = encoded_examples(test, model)
+    task = model.loaded.task
     order = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
     collate = task.collator(model.module, model.loaded.reader, model.device)
     told: list[tuple[int, ...]] = [()] * len(examples)

@@ -132,7 +132,8 @@ def run_rounds(grid: Grid, folder: RunFolder, model: TrainableModel, evaluate: E
 
     Raises RunError when a round does not reach its quorum; all rounds before are kept.
     """
-    plan, progress = folder.plan, folder.load()
+    plan = folder.plan
+    progress = folder.load()
     client_level = ClientLevelPrivacy.of(folder)
     folder.events.tell(
         "run_started",
@@ -148,7 +149,8 @@ def run_rounds(grid: Grid, folder: RunFolder, model: TrainableModel, evaluate: E
 
 
 def _rounds(run: _Run, progress: Progress) -> Progress:
-    folder, total = run.folder, run.folder.plan.rounds
+    folder = run.folder
+    total = run.folder.plan.rounds
     for round in range(progress.round + 1, total + 1):
         try:
             reason = run.client_level.reason_to_stop(progress) if run.client_level else None
@@ -179,7 +181,9 @@ def _stop(folder: RunFolder, progress: Progress, reason: str) -> Progress:
 
 def _play(run: _Run, before: Progress, round: int) -> Progress:
     started = time.monotonic()
-    folder, plan, client_level = run.folder, run.folder.plan, run.client_level
+    folder = run.folder
+    plan = run.folder.plan
+    client_level = run.client_level
     members = members_of(Path(folder.file.federation)) if folder.file.federation else {}
     people, round_result = _people(run, before, round, members)
     stage = plan.stage_of(round)
@@ -193,7 +197,8 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     recipients = _recipients(folder, people, before)
     contents = dict(zip(round_result.people, encode_requests(plan.canonical(), round, state, recipients, sent), strict=True))
     received = received_digest(state, sent)
-    cohort, fates = cohort_of(folder, before.history, round_result.people), fates_of(folder, before.history)
+    cohort = cohort_of(folder, before.history, round_result.people)
+    fates = fates_of(folder, before.history)
     run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort, fates)
     verify = Verify(
         plan,
@@ -227,14 +232,16 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
         client_level.charge(round)
     moved, memory = move(plan, before, state, combination.result(), context)
     after = served(plan, moved, memory)
-    metrics, looks = run.evaluate(after), looks_of(combination)
+    metrics = run.evaluate(after)
+    looks = looks_of(combination)
     kept = _metrics_before(run, before, state)
     applied = run.guard.accepts(served(plan, state, before.memory), kept, after, metrics)
     entry = round_result.entry(round, stage.mode, metrics, time.monotonic() - started)
     entry |= {"applied": applied, **seen(looks, round_result.people), "suspects": [] if applied else suspects(looks)}
     _tell_of_small_weights(folder, before, round, entry["weights"])
     if not applied:
-        moved, memory = dict(state), dict(before.memory)
+        moved = dict(state)
+        memory = dict(before.memory)
         entry |= {"metrics": kept, "metrics_not_applied": entry["metrics"]}
         folder.events.tell("round_not_applied", round=round, accuracy=metrics and metrics.accuracy, suspects=entry["suspects"])
     clip_norm = None
@@ -268,7 +275,8 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
 
     Raises RunError when nobody is left.
     """
-    folder, plan = run.folder, run.folder.plan
+    folder = run.folder
+    plan = run.folder.plan
     struck = left_out(folder, before.history)
     revoked = [p.name for p in folder.file.participants if folder.file.federation and p.name not in members]
     known = before.history[-1].get("left_out", []) if before.history else []

@@ -61,7 +61,8 @@ def deliver(grid: Grid, folder: RunFolder) -> list[str]:
     Those who are not connected are waited for `server.absent_seconds` long. Anyone who was left out or revoked gets none; who was
     left out, and is connected, is told so, and why.
     """
-    progress, members = folder.load(), members_of(Path(folder.file.federation))
+    progress = folder.load()
+    members = members_of(Path(folder.file.federation))
     lacking = _hand_out(grid, folder, progress, members)
     _tell_left_out(grid, folder, progress, members)
     return lacking
@@ -77,7 +78,8 @@ def _hand_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mappin
     last = progress.admitted
     recipients = [Recipient(name, last.get(name, 0)) for name in lacking]
     contents = dict(zip(lacking, encode_requests(folder.plan.canonical(), progress.round, state, recipients), strict=True))
-    trail, received = Trail(folder), received_digest(state)
+    trail = Trail(folder)
+    received = received_digest(state)
     trail.sign(FINISHED, progress.round, contents, recipients, received, progress.history[-1]["participants"])
     with closing(post_of(grid, folder)) as post:
         return _Delivery(post, folder, progress.round, contents, received, trail).play()
@@ -85,11 +87,13 @@ def _hand_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mappin
 
 def _tell_left_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mapping[str, Member]) -> None:
     """A request of this kind without a model: an organization answers it with a refusal, and enters it in its log."""
-    out, fates = left_out(folder, progress.history), fates_of(folder, progress.history)
+    out = left_out(folder, progress.history)
+    fates = fates_of(folder, progress.history)
     fates = {p.name: fates[p.name] for p in folder.file.participants if p.name in out and p.name in members}
     if not progress.round or not fates:
         return
-    recipients, trail = [Recipient(name) for name in fates], Trail(folder)
+    recipients = [Recipient(name) for name in fates]
+    trail = Trail(folder)
     contents = dict(zip(fates, encode_requests(folder.plan.canonical(), progress.round, {}, recipients), strict=True))
     trail.sign(FINISHED, progress.round, contents, recipients, received_digest({}), progress.history[-1]["participants"], fates)
     with closing(post_of(grid, folder)) as post:
@@ -102,14 +106,24 @@ class _Delivery:
     def __init__(
         self, post: Transport, folder: RunFolder, round: int, contents: Mapping[str, RecordDict], received: str, trail: Trail
     ) -> None:
-        self._post, self._folder, self._round, self._received, self._trail = post, folder, round, received, trail
-        self._idle, self._waiting = dict(contents), dict[str, RecordDict]()
+        self._post = post
+        self._folder = folder
+        self._round = round
+        self._received = received
+        self._trail = trail
+        self._idle = dict(contents)
+        self._waiting = dict[str, RecordDict]()
         self._times = dict.fromkeys(contents, 0)
         self._not_before = dict.fromkeys(contents, 0.0)
-        self._under_way, self._since = Counter[str](), dict[str, str]()  # requests; when who is waited for had connected
-        self._began, self._looked = time.monotonic(), False
+        # requests; when who is waited for had connected
+        self._under_way = Counter[str]()
+        self._since = dict[str, str]()
+        self._began = time.monotonic()
+        self._looked = False
         self._before = len(confirmed(folder))  # who has it already
-        self._asked_at, self._took = dict[str, float](), list[float]()  # seconds, of those who have confirmed
+        # seconds, of those who have confirmed
+        self._asked_at = dict[str, float]()
+        self._took = list[float]()
 
     @property
     def patience(self) -> float:
@@ -135,18 +149,21 @@ class _Delivery:
     @property
     def export_seconds(self) -> float:
         """How long one that is connected may take to confirm. With half of them confirmed, as the others took."""
-        config, most = self._folder.plan.server, self.longest_wait
+        config = self._folder.plan.server
+        most = self.longest_wait
         came = self._before + len(self._took)
         if not config.patience or not came or 2 * came < self._before + len(self._times):
             return most
         return config.enough_seconds(median_high(self._took) if self._took else 0.0, most)
 
     def _over(self) -> bool:
-        seconds, patience = time.monotonic() - self._began, self.patience
+        seconds = time.monotonic() - self._began
+        patience = self.patience
         if self._waiting:
             if seconds > patience + self.longest_wait:
                 return True
-            now, longest = time.monotonic(), self.export_seconds
+            now = time.monotonic()
+            longest = self.export_seconds
             silent = all(now - self._asked_at[name] > longest for name in self._waiting)
             return silent and (not self._idle or seconds > patience)
         return not self._idle or seconds > (patience if self._looked else max(patience, _LOOK_SECONDS))

@@ -22,9 +22,11 @@ class Gathering:
     """Of one run."""
 
     def __init__(self, folder: RunFolder, post: Transport) -> None:
-        self._post, self._events = post, folder.events
+        self._post = post
+        self._events = folder.events
         self._names = [participant.name for participant in folder.file.participants]
-        self._inbox, self._quarantine = SpillBuffer(folder.path / "inbox"), Quarantine(folder.path / "quarantine")
+        self._inbox = SpillBuffer(folder.path / "inbox")
+        self._quarantine = Quarantine(folder.path / "quarantine")
         self._lateness = Lateness(folder.plan.server, SpillBuffer(folder.path / "inbox" / "late"))
         self.trail = Trail(folder)
         self._answered: set[Late] = set()
@@ -64,7 +66,8 @@ class Gathering:
 
     def _admit(self, letter: Reply, verify: Verify, round: int, round_result: RoundResult) -> Update | None:
         """The update in a letter, if it may enter the model; otherwise the organization is shown, with the reason."""
-        name, events = letter.organization, self._events
+        name = letter.organization
+        events = self._events
         update, size = self._opened(letter, verify, round, round_result)
         if update is None:
             return None
@@ -74,8 +77,10 @@ class Gathering:
 
     def _opened(self, letter: Reply, verify: Verify, round: int, round_result: RoundResult) -> tuple[Update | None, int]:
         """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
-        reply, letter.reply = letter.reply, None
-        name, tell = letter.organization, self._events.tell
+        reply = letter.reply
+        letter.reply = None
+        name = letter.organization
+        tell = self._events.tell
         opened = Opened(None, letter.refused, refused=True) if reply is None else self._looked_into(reply, letter, verify)
         if opened.update is not None and reply is not None:
             return opened.update, payload_bytes(reply.content)
@@ -91,7 +96,8 @@ class Gathering:
 
     def _enter_refusal(self, letter: Reply) -> None:
         """Of one that is asked again, in the trail alone."""
-        reply, letter.reply = letter.reply, None
+        reply = letter.reply
+        letter.reply = None
         if reply is not None:
             self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)
 
@@ -125,7 +131,8 @@ class Gathering:
         counts
         once.
         """
-        name, tell = letter.organization, self._events.tell
+        name = letter.organization
+        tell = self._events.tell
         if (letter.round, name) in self._answered:
             return
         self._answered.add((letter.round, name))

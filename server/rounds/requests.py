@@ -35,7 +35,9 @@ from cotune.server.transport.node_registry import LEFT, REVOKED, Node
 
 NOT_APPROVED = "nobody there has approved the plan yet; it is asked again, and joins once somebody has"
 _SAID = Declined("training.approval", "").public
-_FIRST_SECONDS, _LONGEST_SECONDS = 5.0, 300.0  # before it is asked again; doubled each time
+# before it is asked again; doubled each time
+_FIRST_SECONDS = 5.0
+_LONGEST_SECONDS = 300.0
 
 
 def awaits_approval(reply: Message | None) -> bool:
@@ -127,13 +129,23 @@ class RequestTracker:
         fuses: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._real, self._fuses, self._clock = real, fuses, clock
+        self._real = real
+        self._fuses = fuses
+        self._clock = clock
         self._left = len(contents)  # who may take part
         self._asked_at: dict[str, float] = {}
         self._took: dict[str, float] = {}  # seconds, of those who have answered
-        self._post, self._config, self._round, self._result, self._tell = post, config, round, round_result, tell
-        self._contents, self._most_bytes, self._enough = dict(contents), max_bytes, enough
-        self._times, self._losses = dict.fromkeys(contents, 0), dict.fromkeys(contents, 0)  # requests to each; lost ones
+        self._post = post
+        self._config = config
+        self._round = round
+        self._result = round_result
+        self._tell = tell
+        self._contents = dict(contents)
+        self._most_bytes = max_bytes
+        self._enough = enough
+        # requests to each; lost ones
+        self._times = dict.fromkeys(contents, 0)
+        self._losses = dict.fromkeys(contents, 0)
         self._idle = dict.fromkeys(contents)  # who has not answered for good, and is to be asked
         self._waiting: Counter[str] = Counter()  # who is asked and may answer yet -> how many requests are under way
         self._lost: dict[str, _Lost] = {}
@@ -173,7 +185,8 @@ class RequestTracker:
         return letter.organization in self._approvals
 
     def _await_quorum(self) -> None:
-        people, told = list(self._contents), None
+        people = list(self._contents)
+        told = None
         while len(here := self._connected(people)) < (needed := self._result.needed):
             if told != here and self._post.looked():
                 told = here
@@ -213,7 +226,8 @@ class RequestTracker:
     def _send(self, name: str, node: Node) -> None:
         self._times[name] += 1
         self._waiting[name] += 1
-        self._since[name], self._asked_at[name] = node.since, self._clock()
+        self._since[name] = node.since
+        self._asked_at[name] = self._clock()
         if name in self._approvals:
             self._ends[name] = self._clock() + self._config.deadline_seconds
         self._result.bytes_down += payload_bytes(self._contents[name])
@@ -250,7 +264,8 @@ class RequestTracker:
         self._waiting -= Counter([name])
         if name in self._waiting:
             return False  # it was asked twice, and may answer the other request
-        self._idle[name], self._lost[name] = None, _Lost(letter.lost, self._clock())
+        self._idle[name] = None
+        self._lost[name] = _Lost(letter.lost, self._clock())
         self._losses[name] += 1
         if self._losses[name] >= _MOST_LOSSES or self._times[name] >= _MOST_REQUESTS:
             self._drop(name, f"{letter.lost}, {self._losses[name]} times")
@@ -279,7 +294,8 @@ class RequestTracker:
         """Anyone who has had enough time, by that of the others; the deadline itself comes after all that has arrived is taken,
         unless the round waits for approvals beyond it.
         """
-        seconds, deadline = self._patience(), self._config.deadline_seconds
+        seconds = self._patience()
+        deadline = self._config.deadline_seconds
         for name in [name for name in self._times if name in self._waiting]:
             if seconds < deadline and self._clock() - self._asked_at[name] >= seconds:
                 self._time_out(name, seconds)
@@ -290,7 +306,8 @@ class RequestTracker:
         """Seconds for one request. The median of those whose updates were admitted, of two in the middle the slower: no single
         one can make it shorter than an honest one took.
         """
-        config, came = self._config, self._result.participants
+        config = self._config
+        came = self._result.participants
         if not (self._real and config.patience and self._half_came and self._result.has_quorum):
             return config.deadline_seconds
         return config.enough_seconds(median_high(self._took[name] for name in came), config.deadline_seconds)
@@ -350,7 +367,8 @@ class RequestTracker:
         return max(ends) - self._clock()
 
     def _over(self) -> bool:
-        admitted, needed = len(self._result.participants), self._result.needed
+        admitted = len(self._result.participants)
+        needed = self._result.needed
         if self._complete:
             return True
         if self._waiting:

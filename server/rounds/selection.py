@@ -35,7 +35,8 @@ def select(folder: RunFolder, round: int, without: Collection[str] = ()) -> list
     operating system gave this run, and that stays with the server. without: those that may not take part any more; others take
     their place where so many are asked. Raises PlanError where more are to be asked than there are.
     """
-    plan, people = folder.plan, folder.file.participants
+    plan = folder.plan
+    people = folder.file.participants
     if plan.server.sample_size:
         check_sample_size(plan, len(people))
         return _drawn(plan, round, [person for person in people if person.name not in without])

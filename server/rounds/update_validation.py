@@ -111,7 +111,8 @@ def _wrong_figures(update: Update, most_told: float, epsilon: float | None) -> s
 
 def _wrong_tensors(delta: Mapping[str, Tensor], shapes: Mapping[str, Tensor], smaller: Sequence[Adapter]) -> str | None:
     if delta.keys() != shapes.keys():
-        extra, lacking = sorted(delta.keys() - shapes.keys()), sorted(shapes.keys() - delta.keys())
+        extra = sorted(delta.keys() - shapes.keys())
+        lacking = sorted(shapes.keys() - delta.keys())
         return f"it has {len(extra)} parameters too many and lacks {len(lacking)} ({', '.join([*extra, *lacking][:3])[:200]})"
     expected = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
     for adapter in smaller:
@@ -161,7 +162,8 @@ def _wrong_loss(update: Update) -> str | None:
 
 def _wrong_statistics(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> str | None:
     if found.keys() != expected.keys():
-        extra, lacking = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+        extra = sorted(found.keys() - expected.keys())
+        lacking = sorted(expected.keys() - found.keys())
         return f"it has {len(extra)} arrays too many and lacks {len(lacking)} ({', '.join([*extra, *lacking][:3])[:200]})"
     for name, tensor in found.items():
         if tuple(tensor.shape) != expected[name]:
@@ -198,7 +200,9 @@ class Verify:
         received: str,
         members: Mapping[str, Member],
     ) -> None:
-        self._plan, self._round, self._members = plan, context.round, members
+        self._plan = plan
+        self._round = context.round
+        self._members = members
         stage = plan.stage_of(context.round)
         local = stage.local
         entries = sum(tensor.numel() for tensor in shapes.values())

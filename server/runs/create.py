@@ -56,7 +56,8 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
         check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels)
     path = _folder(federation, plan, name)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    device, home = federation.config.device, str(federation.path)
+    device = federation.config.device
+    home = str(federation.path)
     file = RunFile(run=path.name, created=created, engine="superlink", device=device, participants=people, federation=home)
     file = file.model_copy(update={"base": base})
     try:

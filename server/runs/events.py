@@ -34,7 +34,10 @@ class Events:
     """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:
-        self.path, self.silent, self._lock, self._begun = path, silent, threading.Lock(), False
+        self.path = path
+        self.silent = silent
+        self._lock = threading.Lock()
+        self._begun = False
 
     def tell(self, event: str, **fields: Any) -> None:
         """Raises RunError where the file cannot be written."""

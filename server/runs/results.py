@@ -75,7 +75,8 @@ def performance(progress: Progress, seconds: float) -> dict[str, Any]:
 
 def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
     """From the server's account; None where the plan asks for none."""
-    plan, privacy = folder.plan, folder.plan.client_privacy
+    plan = folder.plan
+    privacy = folder.plan.client_privacy
     if privacy is None:
         return None
     noise = client_level_noise(plan, len(folder.file.participants))
@@ -101,7 +102,8 @@ def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | No
 
 def run_card(plan: Plan, summary: Mapping[str, Any], length: int) -> str:
     """Return the card of a run's model. length: tokens that it reads of a text."""
-    client_level, test = summary["client_privacy"], summary["test"]
+    client_level = summary["client_privacy"]
+    test = summary["test"]
     more = [] if client_level is None else [*client_level["statement"]]
     return model_card(
         plan,
@@ -177,7 +179,8 @@ def summarize(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 
 
 def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    privacy, spent = folder.plan.privacy, epsilon_stated(progress.history)
+    privacy = folder.plan.privacy
+    spent = epsilon_stated(progress.history)
     known = privacy if isinstance(privacy, RecordPrivacy) else None
     claim = claim_of(known, None, not_covered=(_TOLD, "the coordinator's test set")) if known else None
     return {
@@ -199,7 +202,8 @@ def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 
 def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Of the coordinator's own test set; without one, nothing was measured."""
-    document, metrics = folder.path / "test" / "data.json", progress.history[-1]["metrics"]
+    document = folder.path / "test" / "data.json"
+    metrics = progress.history[-1]["metrics"]
     nothing = {
         "examples": 0,
         "majority": None,

@@ -160,7 +160,9 @@ class RunFolder:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json_of(file.metadata()["checkpoint"])
-                round, plan_id, history = about["round"], about["plan_id"], tuple(about["history"])
+                round = about["round"]
+                plan_id = about["plan_id"]
+                history = tuple(about["history"])
                 clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
                 tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -28,7 +28,8 @@ def check_feasible(plan: Plan, organizations: int, *, server_data: bool) -> None
     be given.
     """
     check_sample_size(plan, organizations)
-    size, rate = plan.server.sample_size, plan.server.sample_rate
+    size = plan.server.sample_size
+    rate = plan.server.sample_rate
     participation = size / organizations if size else rate
     asked = size or max(1, int(binom.ppf(_RARELY / plan.rounds, organizations, rate)))
     infos = {kind: part.info(kind) for kind, part in plan.strategy.parts()}

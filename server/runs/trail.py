@@ -49,7 +49,8 @@ class Trail:
     """Of one run. A simulation has none: nothing is signed there, and nothing verified."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self._run, self._plan_id = folder.file.id, folder.plan.plan_id
+        self._run = folder.file.id
+        self._plan_id = folder.plan.plan_id
         self._federation = FederationFolder(Path(folder.file.federation)) if folder.file.federation else None
         self._log = Events(folder.path / "trail.jsonl", silent=True)
         self._requests: dict[tuple[str, int, str], str] = {}  # kind of the reply, round, organization -> digest of the request
@@ -72,12 +73,15 @@ class Trail:
         if self._federation is None:
             return
         folder = self._federation.certificates
-        key, serial, renewed = read_signing_key(folder), next_serial(folder), ServerRenewal.join(renewals(folder))
+        key = read_signing_key(folder)
+        serial = next_serial(folder)
+        renewed = ServerRenewal.join(renewals(folder))
         members = {member.name: member for member in self._federation.members.active()}
         keys = {name: member.fingerprint for name, member in members.items()}
         roster = sorted(keys[name] for name in set(cohort) & keys.keys())
         for who in recipients:
-            fate, member = (fates or {}).get(who.organization, Fate()), members.get(who.organization)
+            fate = (fates or {}).get(who.organization, Fate())
+            member = members.get(who.organization)
             least, most = (member.examples if member and kind == TRAIN else None) or (0, 0)
             statement = RequestStatement(
                 federation=self._federation.config.id,

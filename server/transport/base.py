@@ -74,7 +74,8 @@ class InProcessTransport:
     """In this thread: the first organization's answer, then the second's; one answer is held at a time."""
 
     def __init__(self, grid: Grid, addresses: NodeRegistry) -> None:
-        self._grid, self._addresses = grid, addresses
+        self._grid = grid
+        self._addresses = addresses
         self._round = 0
         self._waiting: dict[str, str] = {}  # organization -> id of its message
         self._earlier: dict[tuple[int, str], str] = {}  # the same of rounds before
@@ -94,7 +95,8 @@ class InProcessTransport:
     def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
         if round != self._round:
             self._earlier |= {(self._round, name): number for name, number in self._waiting.items()}
-            self._round, self._waiting = round, {}
+            self._round = round
+            self._waiting = {}
         for number in self._grid.push_messages([message]):
             self._waiting[organization] = number
 

@@ -82,7 +82,8 @@ class Simulated:
     """names: the organizations of the run, in their order."""
 
     def __init__(self, grid: Grid, names: Iterable[str]) -> None:
-        self._grid, self._names = grid, tuple(names)
+        self._grid = grid
+        self._names = tuple(names)
 
     def connected(self) -> dict[str, Node]:
         nodes = [Node(number) for number in sorted(self._grid.get_node_ids())]
@@ -103,7 +104,8 @@ class Registered:
     """By the keys in the federation's list of members. line: to a SuperLink with authentication of its nodes."""
 
     def __init__(self, line: Nodes, federation: Path) -> None:
-        self._line, self._federation = line, federation
+        self._line = line
+        self._federation = federation
         self._presence = Presence()
         self._revoked: frozenset[str] = frozenset()
 

@@ -84,7 +84,8 @@ class _Turns:
         with self._free:
             while self._holder and (left := self._since + _HELD_UP_SECONDS - time.monotonic()) > 0:
                 self._free.wait(left)
-            self._holder, self._since = ours, time.monotonic()
+            self._holder = ours
+            self._since = time.monotonic()
         try:
             yield
         finally:
@@ -98,16 +99,25 @@ class SuperLinkTransport:
     """In threads of its own, which end with the process however they hang."""
 
     def __init__(self, line: Line, addresses: NodeRegistry, tell: Tell) -> None:
-        self._line, self._addresses, self._tell = line, addresses, tell
+        self._line = line
+        self._addresses = addresses
+        self._tell = tell
         self._letters: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # whether it is one of those at a time
-        self._hands, self._turns = threading.Semaphore(_AT_A_TIME), _Turns()
+        self._hands = threading.Semaphore(_AT_A_TIME)
+        self._turns = _Turns()
         self._asked: dict[str, _Asked] = {}  # number -> request
-        self._closed, self._stopped = threading.Event(), threading.Event()
+        self._closed = threading.Event()
+        self._stopped = threading.Event()
         self._found: Mapping[str, Node] = {}
         self._told_left: frozenset[str] = frozenset()
-        self._looked, self._began, self._failure, self._away = 0.0, time.monotonic(), "", False
+        self._looked = 0.0
+        self._began = time.monotonic()
+        self._failure = ""
+        self._away = False
         self._active = time.monotonic()  # when a request was handed over, or an answer found, last
-        self._returns, self._doubts = 0, Counter[str]()  # times that all answers, and one's, may have been lost on the way
+        # times that all answers, and one's, may have been lost on the way
+        self._returns = 0
+        self._doubts = Counter[str]()
         self._threads: list[threading.Thread] = []
         self._start("watch", self._watch)
         self._start("collect", self._collect)
@@ -147,12 +157,15 @@ class SuperLinkTransport:
                 self._found = self._addresses.connected()
                 if self._looked and (refused or time.monotonic() - self._looked > _AWAY_SECONDS):
                     self._returns += 1
-                self._looked, self._failure, refused = started, "", False
+                self._looked = started
+                self._failure = ""
+                refused = False
                 self._doubt_the_slow()
             except RunNotRunningException:
                 raise
             except Exception as error:
-                self._failure, refused = _words(error), refused or isinstance(error, httpx.ConnectError)
+                self._failure = _words(error)
+                refused = refused or isinstance(error, httpx.ConnectError)
             self._closed.wait(_WATCH_SECONDS)
 
     def _doubt_the_slow(self) -> None:
@@ -176,7 +189,8 @@ class SuperLinkTransport:
         self._tell_who_left()
 
     def _tell_who_left(self) -> None:
-        left, before = self.left(), self._told_left
+        left = self.left()
+        before = self._told_left
         self._told_left = left
         for name in sorted(left - before):
             self._tell("organization_left", organization=name)

@@ -227,7 +227,8 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
     examples = source.examples
     assert isinstance(plan.privacy, RecordPrivacy)
     audited = tightened(plan, examples) if tight else plan
-    planned, held = audited.rounds, len(holdings.units)
+    planned = audited.rounds
+    held = len(holdings.units)
     if rounds is not None and not 1 <= rounds <= planned:
         raise PlanError(f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}")
     for stage in audited.stages:
@@ -236,7 +237,8 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
     records = np.sort(coins.choice(held, size=min(held, canaries), replace=False))
     targets = Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
     budget = budget_of(plan.privacy, source.policy, examples)
-    sigma, delta = noise_multiplier(audited, source.policy, budget, examples, 1), budget.delta
+    sigma = noise_multiplier(audited, source.policy, budget, examples, 1)
+    delta = budget.delta
     error = (1 - confidence) / _TESTS
     training = AuditedTraining(audited, plan.privacy, holdings, name, targets, sigma, model_of(plan, device), error, examples)
     for round in range(1, (rounds or planned) + 1):

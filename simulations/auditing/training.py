@@ -67,8 +67,14 @@ class AuditedTraining:
         error: float,
         examples: int,
     ) -> None:
-        self.plan, self.privacy, self.holdings, self.organization = plan, privacy, holdings, organization
-        self.targets, self.sigma, self.model, self.examples = targets, sigma, model, examples
+        self.plan = plan
+        self.privacy = privacy
+        self.holdings = holdings
+        self.organization = organization
+        self.targets = targets
+        self.sigma = sigma
+        self.model = model
+        self.examples = examples
         self.error = error / len(plan.stages)  # allowed for the test of the noise, in each stage
         self.canaries = new_canaries(len(targets.canaries_in), model.device)
         self.state: State = {}
@@ -85,7 +91,8 @@ class AuditedTraining:
         return -moved
 
     def play(self, round: int) -> None:
-        stage, model = self.plan.stage_of(round), self.model
+        stage = self.plan.stage_of(round)
+        model = self.model
         model.load(self.state)
         names = trained_names(self.plan, model, round)
         parameters = model.train_only(names)

@@ -115,7 +115,8 @@ def _play(
 ) -> dict[str, str]:
     """Plays the cells, in this process or in several; returns why those that failed did."""
     tasks = [task_of(cell, cell.name, places[cell.name], device) for cell in todo]
-    room, reasons = Room.here(len(tasks), jobs, device), {}
+    room = Room.here(len(tasks), jobs, device)
+    reasons = {}
     for path in finished:
         room.saw(summary_of(path)["peak_memory_bytes"])
     for task, reason in play_all(tasks, room, imports, listener):
@@ -125,7 +126,8 @@ def _play(
         else:
             summary = summary_of(task.folder)
             room.saw(summary["peak_memory_bytes"])
-            accuracy, seconds = summary["test"]["federated"]["accuracy"], summary["seconds"]
+            accuracy = summary["test"]["federated"]["accuracy"]
+            seconds = summary["seconds"]
             listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
     return reasons
 

@@ -51,12 +51,15 @@ class Promise:
 
 def promise_of(prepared: Prepared) -> Promise:
     """Return what a plan promises, from the noise that is calibrated for all of its rounds."""
-    plan, privacy = prepared.plan, prepared.plan.privacy
+    plan = prepared.plan
+    privacy = prepared.plan.privacy
     if not isinstance(privacy, RecordPrivacy):
         return Promise((), (), _held_out(prepared))
-    charges, deltas = [], []
+    charges = []
+    deltas = []
     for share in prepared.shares:
-        examples, sigma = share.public_examples(plan), prepared.noise[share.name]
+        examples = share.public_examples(plan)
+        sigma = prepared.noise[share.name]
         charges.append(tuple(planned_charges(plan, share.policy(plan), sigma, examples)))
         deltas.append(privacy.delta_for(examples))
     return Promise(tuple(charges), tuple(deltas), _held_out(prepared))
@@ -110,7 +113,9 @@ def parse_variation(text: str) -> Variation:
 
 
 def _split(text: str) -> Iterator[str]:
-    start, closing, quote = 0, list[str](), ""
+    start = 0
+    closing = list[str]()
+    quote = ""
     for i, letter in enumerate(text):
         if quote:
             quote = "" if letter == quote else quote

@@ -114,7 +114,8 @@ class _Selection:
                 f" leave, are in {self.private}"
             )
         best = max(scores, key=lambda i: scores[i])
-        cell, test = self.candidates.cells[draws[best]], summary_of(runs[best])["test"]
+        cell = self.candidates.cells[draws[best]]
+        test = summary_of(runs[best])["test"]
         found = Selected(
             plan=cell.plan.name,
             vary={variation.key: list(variation.values) for variation in self.variations},
@@ -163,7 +164,8 @@ def _draws(private: Path, candidates: Candidates, folder: Path) -> list[int]:
         atomic_write(file, json.dumps({"digest": candidates.digest, "draws": drawn}).encode())
     try:
         table = json.loads(file.read_bytes())
-        digest, draws = str(table["digest"]), [int(each) for each in table["draws"]]
+        digest = str(table["digest"])
+        draws = [int(each) for each in table["draws"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{file} is damaged, and must not be drawn again: choose another folder with --out") from None
     _check_same(digest, candidates, folder)

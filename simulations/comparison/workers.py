@@ -114,7 +114,8 @@ def play_beside(
 
     When the caller stops iterating, for whatever reason, all processes are killed.
     """
-    waiting, workers = list(reversed(tasks)), list[_Worker]()
+    waiting = list(reversed(tasks))
+    workers = list[_Worker]()
     try:
         while waiting or any(worker.task for worker in workers):
             while waiting and sum(worker.task is not None for worker in workers) < jobs():
@@ -165,7 +166,8 @@ def _hear(worker: _Worker, workers: list[_Worker], listener: Listener) -> Iterat
         yield worker.task, f"its process ended with {worker.process.exitcode}: perhaps memory ran out; try fewer --jobs"
         return
     if kind == "ended":
-        task, worker.task = worker.task, None
+        task = worker.task
+        worker.task = None
         yield task, told
     else:
         listener(kind, told)
@@ -202,7 +204,10 @@ class Room:
     """
 
     def __init__(self, tasks: int, wanted: int | None, cores: int, memory: int, *, on_gpu: bool = False) -> None:
-        self.wanted, self.cores, self.memory, self.needed = wanted, cores, memory, 0
+        self.wanted = wanted
+        self.cores = cores
+        self.memory = memory
+        self.needed = 0
         self.most = max(1, min(tasks, wanted or (1 if on_gpu else cores)))
 
     @classmethod

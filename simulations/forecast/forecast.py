@@ -135,7 +135,8 @@ def _forecast(expected: Expected, seconds: Seconds | None) -> Forecast:
 
 
 def _client_privacy(expected: Expected, parameters: int) -> ClientForecast | None:
-    plan, privacy = expected.plan, expected.plan.client_privacy
+    plan = expected.plan
+    privacy = expected.plan.client_privacy
     if privacy is None:
         return None
     noise = client_level_noise(plan, len(expected.members))
@@ -152,10 +153,12 @@ def _client_privacy(expected: Expected, parameters: int) -> ClientForecast | Non
 
 def _organization(plan: Plan, member: Member) -> OrganizationForecast:
     planned = planned_steps(plan, member.public)
-    steps, batch = sum(count for _, count in planned), planned[-1][0] * member.public
+    steps = sum(count for _, count in planned)
+    batch = planned[-1][0] * member.public
     if not isinstance(plan.privacy, RecordPrivacy) or member.noise_multiplier is None:
         return OrganizationForecast(member.name, member.examples, batch, steps, None, None, None, None)
-    sigma, delta = member.noise_multiplier, plan.privacy.delta_for(member.public)
+    sigma = member.noise_multiplier
+    delta = plan.privacy.delta_for(member.public)
     figures = figures_of(planned_charges(plan, member.policy, sigma, member.public), delta)
     allowed = member.policy.budget.epsilon_for(plan.privacy.epsilon)
     return OrganizationForecast(member.name, member.examples, batch, steps, sigma, allowed, figures.epsilon, delta, figures)
@@ -163,11 +166,15 @@ def _organization(plan: Plan, member: Member) -> OrganizationForecast:
 
 def _stages(expected: Expected) -> Iterator[StageForecast]:
     """Sizes are those of real messages with the model's present values in them."""
-    plan, model, names = expected.plan, expected.model, [member.name for member in expected.members]
-    held, first = dict[str, Tensor](), 1
+    plan = expected.plan
+    model = expected.model
+    names = [member.name for member in expected.members]
+    held = dict[str, Tensor]()
+    first = 1
     for stage in plan.stages:
         held, traveling = begin_round(model, plan, held, first)
-        shared, first = {name: held[name] for name in traveling}, first + stage.rounds
+        shared = {name: held[name] for name in traveling}
+        first = first + stage.rounds
         term = plan.strategy.client_term
         beside = shared if term is not None and term.info("client_term").needs.receives else {}
         requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names], beside)

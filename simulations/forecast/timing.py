@@ -100,12 +100,16 @@ class Stopwatch:
     """
 
     def __init__(self, plan: Plan, model: TrainableModel, sample: Dataset, measure: Measure = measure) -> None:
-        self.plan, self.model, self.sample, self.measure = plan, model, sample, measure
+        self.plan = plan
+        self.model = model
+        self.sample = sample
+        self.measure = measure
         self.examples: list[Example] = encoded_examples(sample, model)
 
     def lengths(self, buckets: Sequence[int]) -> list[int]:
         """How long each record of the sample is, of those that batches come in."""
-        task, longest = self.model.loaded.task, self.model.loaded.max_length
+        task = self.model.loaded.task
+        longest = self.model.loaded.max_length
         return [task.bucket(example, longest, buckets) for example in self.examples]
 
     def encoding(self) -> dict[int, Seconds]:
@@ -120,7 +124,8 @@ class Stopwatch:
     def reading(self) -> dict[int, Seconds]:
         """The same for a model whose head reads more than one vector: the whole of it, forward."""
         loaded = self.model.loaded
-        collate, found = loaded.task.collator(self.model.module, loaded.reader, self.model.device), {}
+        collate = loaded.task.collator(self.model.module, loaded.reader, self.model.device)
+        found = {}
         for length, rows in self._chosen(FINE_LENGTHS, FEATURE_SLOTS):
             batch = collate([self.examples[row] for row in rows])
             with torch.no_grad():
@@ -244,7 +249,10 @@ class _Work:
     """What is done how often."""
 
     def __init__(self, prepared: Prepared, model: TrainableModel, stopwatch: Stopwatch) -> None:
-        self.prepared, self.plan, self.model, self.stopwatch = prepared, prepared.plan, model, stopwatch
+        self.prepared = prepared
+        self.plan = prepared.plan
+        self.model = model
+        self.stopwatch = stopwatch
         self.sizes = [share.public_examples(self.plan) for share in prepared.shares]
         self.has_features = feature_head(model) is not None
         self.encoding = stopwatch.encoding() if self.has_features else {}

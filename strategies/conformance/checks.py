@@ -56,7 +56,8 @@ def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, ex
             return f"{name} is {_form(found[name])} instead of {_form(tensor)}"
         if exact and not torch.equal(found[name], tensor):
             return f"{name} is not the same bit for bit"
-        error, scale = (found[name].double() - tensor.double()).abs(), max(1e-3, float(tensor.double().abs().max()))
+        error = (found[name].double() - tensor.double()).abs()
+        scale = max(1e-3, float(tensor.double().abs().max()))
         if not bool((error <= _TOLERANCE * scale).all()):
             rounded = bool((error <= _SINGLE * scale).all())
             why = " (as much as float32 rounds: is a tensor made without dtype=torch.float64?)" if rounded else ""

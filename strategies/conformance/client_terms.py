@@ -66,7 +66,8 @@ def _unchanged(case: Case) -> Problems:
     if any(not bool((tensor == value).all()) for tensor, value in zip(given, (4.0, 3.0, 2.0, 1.0), strict=True)):
         yield "a correction changes what it is computed from"
     _, memory = _folded(case)
-    fused, before = _fused(case), copy.deepcopy(dict(memory))
+    fused = _fused(case)
+    before = copy.deepcopy(dict(memory))
     case.build().fold(fused, memory, case.context)
     wrong = differing(fused.delta, _fused(case).delta, exact=True) or differing(memory, before, exact=True)
     if wrong:
@@ -91,11 +92,13 @@ def _states(case: Case) -> Problems:
 
 def _memory(case: Case) -> Problems:
     _, memory = _folded(case)
-    straight, resumed = _folded(case, memory), _folded(case, checkpointed(memory))
+    straight = _folded(case, memory)
+    resumed = _folded(case, checkpointed(memory))
     wrong = differing(resumed[0], straight[0], exact=True) or differing(resumed[1], straight[1], exact=True)
     if wrong:
         yield f"the server's half is another one after a checkpoint: {wrong}"
-    kept, delta = _kept(case), case.updates[1].delta
+    kept = _kept(case)
+    delta = case.updates[1].delta
     keep: Any = case.build().keep
     again = [keep(held, delta, case.build().send(memory), case.context.local) for held in (kept, checkpointed(kept))]
     wrong = differing(again[1], again[0], exact=True)
@@ -105,7 +108,8 @@ def _memory(case: Case) -> Problems:
 
 def _new_parameters(case: Case) -> Problems:
     """A later stage trains what no earlier one did."""
-    one, fused = min(case.sent), _fused(case)
+    one = min(case.sent)
+    fused = _fused(case)
     rest = replace(fused, delta={name: d for name, d in fused.delta.items() if name != one})
     _, memory = case.build().fold(rest, {}, case.context)
     delta, _ = _folded(case, memory)

@@ -62,7 +62,8 @@ def _forward(case: Case) -> Problems:
 
 def _untouched(case: Case) -> Problems:
     """A stage may train some parameters only, and others later."""
-    fused, one = _fused(case), min(case.sent)
+    fused = _fused(case)
+    one = min(case.sent)
     rest = replace(fused, delta={name: d for name, d in fused.delta.items() if name != one})
     moved, memory = _step(case, rest)
     wrong = differing({one: moved[one]}, {one: case.context.state[one]}, exact=True)

@@ -51,7 +51,8 @@ def _names(case: Case) -> Problems:
 
 
 def _order(case: Case) -> Problems:
-    forth, back = _weigh(case), _weigh(case, list(reversed(case.updates)))
+    forth = _weigh(case)
+    back = _weigh(case, list(reversed(case.updates)))
     for one, other in zip(forth, reversed(back), strict=True):
         close = (math.isclose(a, b, rel_tol=1e-9) for a, b in zip(_values(one), _values(other), strict=True))
         if not all(close):

@@ -34,7 +34,8 @@ def bulyan(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field
 
 def _chosen(distances: Tensor, malicious: int) -> list[int]:
     """The n − 2f updates that Krum takes, one after the other."""
-    left, chosen = list(range(len(distances))), list[int]()
+    left = list(range(len(distances)))
+    chosen = list[int]()
     while len(chosen) < len(distances) - 2 * malicious:
         chosen.append(left.pop(ranked(distances[left][:, left], malicious)[0]))
     return chosen

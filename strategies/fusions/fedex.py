@@ -26,6 +26,7 @@ def fedex(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[s
     delta = averaged(updates)
     for adapter in context.adapters:
         left, right = stacked([factors_of(u, adapter) for u in updates], shares(updates))
-        b, a = context.state[adapter.b] + delta[adapter.b], context.state[adapter.a] + delta[adapter.a]
+        b = context.state[adapter.b] + delta[adapter.b]
+        a = context.state[adapter.a] + delta[adapter.a]
         delta[adapter.weight] = weight_change(adapter, left @ right - b @ a)
     return delta

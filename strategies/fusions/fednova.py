@@ -12,7 +12,8 @@ from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
-_STEPS, _WEIGHT = "steps of ", "weight in steps of "
+_STEPS = "steps of "
+_WEIGHT = "weight in steps of "
 _TINY = 1e-300  # where every holder of a parameter weighs 0, its mean is 0
 
 
@@ -46,7 +47,8 @@ def effective_steps(steps: int, momentum: float) -> float:
 
 def _steps(update: WeightedUpdate, most: int) -> int:
     """Who states more steps than the plan has would move the model further."""
-    steps, organization = update.update.steps, update.update.organization[:80]
+    steps = update.update.steps
+    organization = update.update.organization[:80]
     if not 1 <= steps <= most:
         raise RunError(f"the update of {organization} states {steps} local steps: expected 1 to {most}; leave it out")
     return steps

@@ -41,7 +41,8 @@ def weiszfeld(passes: int, smoothing: float) -> Sums:
     """The passes of the rule, for any number of updates with their weights."""
     center = mean_of((yield weighted))
     for _ in range(passes):
-        before, center = center, mean_of((yield partial(_pulling, center=center, smoothing=smoothing)))
+        before = center
+        center = mean_of((yield partial(_pulling, center=center, smoothing=smoothing)))
         if norm(difference(center, before)) <= _STILL * norm(center):
             break
     return center

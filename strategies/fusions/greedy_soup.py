@@ -24,9 +24,11 @@ def greedy_soup(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> 
     assert score is not None, "needs.server_data"
     own = [score(update.delta) for update in updates]
     first, *others = sorted(range(len(updates)), key=lambda k: own[k], reverse=True)
-    soup, best = [updates[first]], own[first]
+    soup = [updates[first]]
+    best = own[first]
     for k in others:
         reached = score(mean_of_each([*soup, updates[k]]))
         if reached >= best:
-            soup, best = [*soup, updates[k]], reached
+            soup = [*soup, updates[k]]
+            best = reached
     return mean_of_each(soup)

@@ -29,8 +29,10 @@ def hetlora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict
         factors = [factors_of(u, adapter) for u in updates]
         weights = [p * product_norm(b, a) for p, (b, a) in zip(shares(updates), factors, strict=True)]
         weights = weights if sum(weights) > 0 else shares(updates)
-        b, a = context.state[adapter.b], context.state[adapter.a]
-        new_b, new_a = torch.zeros_like(b, dtype=torch.float64), torch.zeros_like(a, dtype=torch.float64)
+        b = context.state[adapter.b]
+        a = context.state[adapter.a]
+        new_b = torch.zeros_like(b, dtype=torch.float64)
+        new_a = torch.zeros_like(a, dtype=torch.float64)
         for weight, (own_b, own_a) in zip(weights, factors, strict=True):
             new_b += padded(own_b, b.shape) * (weight / sum(weights))
             new_a += padded(own_a, a.shape) * (weight / sum(weights))

@@ -12,7 +12,8 @@ from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, norm
 from cotune.strategies.types import WeightedUpdate
 
-_DIRECTION, _COUNT = "direction of ", "count of "
+_DIRECTION = "direction of "
+_COUNT = "count of "
 _ONE = torch.ones((), dtype=torch.float64)
 
 
@@ -33,7 +34,8 @@ def model_stock(*, per: Literal["model", "parameter"] = "model") -> Sums:
 
     def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
         delta = update.delta
-        whole, found = norm(delta), dict(delta)
+        whole = norm(delta)
+        found = dict(delta)
         for name, tensor in delta.items():
             length = whole if per == "model" else norm({name: tensor})
             found |= {_DIRECTION + name: tensor / length if length else tensor, _COUNT + name: _ONE}

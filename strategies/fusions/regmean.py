@@ -14,7 +14,8 @@ from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, mean_of, weighted
 from cotune.strategies.types import WeightedUpdate
 
-_GRAM, _OUT = "gram of ", "output of "
+_GRAM = "gram of "
+_OUT = "output of "
 _NOTHING = 1e-6  # of the largest eigenvalue: inputs that vary less are rounding, as the Gram matrices come in float32
 
 
@@ -41,9 +42,11 @@ def regmean(*, off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9) -> Sums:
     sums = yield summed
     delta = mean_of(sums)
     for name in [name for name in delta if _GRAM + name in sums]:
-        gram, mean = sums[_GRAM + name], _with_bias(name, delta, sums[_GRAM + name])
+        gram = sums[_GRAM + name]
+        mean = _with_bias(name, delta, sums[_GRAM + name])
         inverse = torch.linalg.pinv(gram, rtol=_NOTHING, hermitian=True)
-        best, width = mean + (sums[_OUT + name] - mean @ gram) @ inverse, delta[name].shape[1]
+        best = mean + (sums[_OUT + name] - mean @ gram) @ inverse
+        width = delta[name].shape[1]
         delta[name] = best[:, :width]
         if best.shape[1] > width:
             delta[_bias(name)] = best[:, width]

@@ -78,12 +78,14 @@ def _bounded(update: WeightedUpdate, share: float, longest: float) -> WeightedUp
 
 def _played(passes: Sums, weighed: Sequence[WeightedUpdate]) -> Delta:
     """A rule of sums, on updates that are all at hand."""
-    contribute, sums = next(passes), dict[str, Tensor]()
+    contribute = next(passes)
+    sums = dict[str, Tensor]()
     while True:
         for update in weighed:
             total(sums, contribute(update))
         try:
-            contribute, sums = passes.send(sums), {}
+            contribute = passes.send(sums)
+            sums = {}
         except StopIteration as end:
             found: Delta = end.value
             return found

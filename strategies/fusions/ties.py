@@ -32,14 +32,16 @@ def ties(
 
     density: the fraction of entries to keep of each update, over all its parameters together. scale: λ.
     """
-    kept, found = [trimmed(u.delta, density) for u in updates], {}
+    kept = [trimmed(u.delta, density) for u in updates]
+    found = {}
     for name in dict.fromkeys(name for delta in kept for name in delta):
         held = [(u.scalar, delta[name]) for u, delta in zip(updates, kept, strict=True) if name in delta]
         deltas = torch.stack([delta for _, delta in held])
         weights = torch.tensor([w for w, _ in held], dtype=torch.float64).reshape(-1, *[1] * (deltas.dim() - 1))
         sign = (weights * deltas).sum(dim=0).sign()
         agreed = weights * ((deltas.sign() == sign) & (sign != 0))
-        merged, weight = (agreed * deltas).sum(dim=0), agreed.sum(dim=0)
+        merged = (agreed * deltas).sum(dim=0)
+        weight = agreed.sum(dim=0)
         found[name] = torch.where(weight > 0, scale * merged / weight, 0.0)
     return found
 

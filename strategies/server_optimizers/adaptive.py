@@ -12,7 +12,9 @@ from torch import Tensor
 
 from cotune.strategies.types import Delta, apply_delta
 
-_FIRST, _SECOND = "m/", "v/"  # of the names in the memory
+# of the names in the memory
+_FIRST = "m/"
+_SECOND = "v/"
 
 
 def adaptive_step(
@@ -29,7 +31,8 @@ def adaptive_step(
 
     second_moment: (v, D²) -> v. A parameter without a delta keeps its moments.
     """
-    steps, moments = dict[str, Tensor](), dict[str, Tensor]()
+    steps = dict[str, Tensor]()
+    moments = dict[str, Tensor]()
     for name, tensor in delta.items():
         d = tensor.to(torch.float64)
         m = beta1 * memory.get(_FIRST + name, torch.zeros_like(d)) + (1 - beta1) * d

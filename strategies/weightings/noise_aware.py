@@ -67,7 +67,8 @@ def random_effects(updates: Sequence[Update], names: Sequence[str], variances: S
     variances = [max(v, floor) for v in variances]
     least = min(variances)
     a = [least / v for v in variances] if least > 0 else [1.0] * len(updates)
-    total, squares = sum(a), sum(x * x for x in a)
+    total = sum(a)
+    squares = sum(x * x for x in a)
     within = (
         sum(x * v for x, v in zip(a, variances, strict=True)) - sum(x * x * v for x, v in zip(a, variances, strict=True)) / total
     )
@@ -79,7 +80,8 @@ def random_effects(updates: Sequence[Update], names: Sequence[str], variances: S
 
 def _scatter(updates: Sequence[Update], names: Sequence[str], a: Sequence[float]) -> float:
     """Q / d, in float64, one parameter at a time."""
-    scatter, size = 0.0, 0
+    scatter = 0.0
+    size = 0
     for name in names:
         deltas = [u.delta[name].to(torch.float64) for u in updates]
         mean = sum((d * x for d, x in zip(deltas, a, strict=True)), torch.zeros_like(deltas[0])) / sum(a)

@@ -91,7 +91,8 @@ def plan_of(base: Path, source: Path, task: str, mode: str, precision: str, labe
 
 def prepared(plan: Plan) -> tuple[TrainableModel, Dataset, State]:
     """The model at an honest state, trained parameters chosen; all records; the state."""
-    model, stage = model_of(plan, "cpu"), plan.stage_of(1)
+    model = model_of(plan, "cpu")
+    stage = plan.stage_of(1)
     model.load({})
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     model.train_only(names)

@@ -137,7 +137,8 @@ def joined(folder: RunFolder, sites: dict[str, Site]) -> WildGrid:
     """The organizations' own app, each with its key, and trusting the server."""
     key = public_hex(read_signing_key(Path(folder.file.federation) / "certificates"))
     grid = WildGrid(app, len(NAMES))
-    grid.names, grid.node_of = list(NAMES), dict(zip(NAMES, sorted(grid.get_node_ids()), strict=True))
+    grid.names = list(NAMES)
+    grid.node_of = dict(zip(NAMES, sorted(grid.get_node_ids()), strict=True))
     for (name, site), private in zip(sites.items(), PRIVATE, strict=False):
         server = TrustedServer(signing_key=key, certificates="")
         Trust(federation=FEDERATION, name="fed", generations=(server,)).write(site.folder)
@@ -145,7 +146,8 @@ def joined(folder: RunFolder, sites: dict[str, Site]) -> WildGrid:
         node = grid.node_of[name]
         config = UserConfig({"site": str(site.folder)})
         grid._contexts[node] = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config=UserConfig())
-    answered, one = grid._answer, threading.Lock()
+    answered = grid._answer
+    one = threading.Lock()
 
     def in_turn(message: Message) -> Message:
         """They share this process and its model: real ones have a process each."""
@@ -159,7 +161,8 @@ def joined(folder: RunFolder, sites: dict[str, Site]) -> WildGrid:
 def cotune(*words: object) -> int:
     """The exit code of a command. It quietens cotune's log for its process; here that process goes on."""
     level = logging.getLogger("cotune").level
-    before, sys.argv = sys.argv, ["cotune", *map(str, words)]
+    before = sys.argv
+    sys.argv = ["cotune", *map(str, words)]
     try:
         command()
     except SystemExit as end:

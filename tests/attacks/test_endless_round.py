@@ -91,7 +91,8 @@ def played(
     post: Scripted, config: RoundsConfig, needed: int, each: Callable[[], None] = lambda: None
 ) -> tuple[RoundResult, float]:
     """The round's round_result, and how long it took in seconds; at most 30 days."""
-    round_result, began = RoundResult(list(post.answers), needed), post.now
+    round_result = RoundResult(list(post.answers), needed)
+    began = post.now
     contents = {name: RecordDict() for name in post.answers}
     told = list[Any]()
     round = RequestTracker(

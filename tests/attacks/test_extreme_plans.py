@@ -166,5 +166,6 @@ def _steep(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return torch.eye(*tensor.shape) * 0.5
     steep = torch.zeros_like(tensor)
     if name == "classifier.weight":
-        steep[0, 0::2], steep[0, 1::2] = -1e4, 1e4
+        steep[0, 0::2] = -1e4
+        steep[0, 1::2] = 1e4
     return steep

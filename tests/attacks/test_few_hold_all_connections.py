@@ -21,7 +21,9 @@ class Door:
     """Members that come, each from its own address."""
 
     def __init__(self, limits: Limits) -> None:
-        self.slots, self.held, self.cut = Slots(limits), list[Slot](), list[str | None]()
+        self.slots = Slots(limits)
+        self.held = list[Slot]()
+        self.cut = list[str | None]()
 
     def come(self, member: str) -> str | None:
         """Why it cannot stay, if it cannot."""

@@ -19,7 +19,8 @@ from cotune.server.proxy.rules import Limits, Refusal
 from cotune.server.proxy.slots import Slot
 from tests.support.calls import new_key, public, signed
 
-MALLORY, NORTH = new_key(), new_key()
+MALLORY = new_key()
+NORTH = new_key()
 CHUNK = 5 * 2**20
 TRIES = 300
 

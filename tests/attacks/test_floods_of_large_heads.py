@@ -23,7 +23,8 @@ from tests.server.conftest import NewRun
 from tests.server.wild import real
 from tests.support.calls import new_key, public, signed
 
-MALLORY, STRANGER = new_key(), new_key()
+MALLORY = new_key()
+STRANGER = new_key()
 TOO_LARGE = 2**30
 
 
@@ -44,7 +45,8 @@ def refused(
 @pytest.mark.parametrize("headers", [0, 20_000])
 @pytest.mark.parametrize(("address", "client"), [("203.0.113.7", "127.0.0.1"), (None, "203.0.113.7")])
 def test_each_is_counted_by_name_or_by_address(address: str | None, client: str, headers: int) -> None:
-    members, addresses = Counter[str](), Counter[str]()
+    members = Counter[str]()
+    addresses = Counter[str]()
     noted = (lambda member, reason: members.update([member]), lambda where, reason: addresses.update([where]))
     status = refused([MALLORY, None, STRANGER, MALLORY], noted, Slot(address, lambda: None), client, headers)
     assert set(status) == {431 if headers else 413}

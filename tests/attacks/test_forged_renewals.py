@@ -77,7 +77,9 @@ def ask(plan: Plan, site: Site, state_for: Callable[..., State]) -> Callable[...
 
 
 def answer(content: RecordDict, site: Site) -> Message:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     message = Message(content, 2, MessageType.TRAIN, group_id="1")
     message.metadata.__dict__["_message_id"] = "7"
     config = UserConfig({"site": str(site.folder)})
@@ -146,7 +148,8 @@ def test_a_key_that_was_replaced_leads_nobody_astray(site: Site, ask: Callable[.
     """Somebody finds the first key when the second is known: its statements for others, old and new, and its requests."""
     honest = ServerRenewal.make(FEDERATION, SERVER_KEY, SECOND, authority)
     assert not ask(SECOND, honest).has_error()
-    known, spent = Trust.read(site.folder), len(site.ledger().spent())
+    known = Trust.read(site.folder)
+    spent = len(site.ledger().spent())
     stolen = ServerRenewal.make(FEDERATION, SERVER_KEY, EVIL, authority)
     for key, renewals in ((EVIL, [stolen]), (EVIL, [honest, stolen]), (SERVER_KEY, []), (SERVER_KEY, [honest])):
         assert ask(key, *renewals).has_error()
@@ -222,7 +225,8 @@ def test_a_forged_statement_gives_nobody_a_key(members: Members, forged: NodeRen
 
 def test_an_old_statement_does_not_bring_an_old_key_back(members: Members) -> None:
     """That of the first renewal after the second; the other way round; and after a revocation."""
-    first, second = make(OWN, NEXT), make(NEXT, LATER)
+    first = make(OWN, NEXT)
+    second = make(NEXT, LATER)
     members.renew(first, FEDERATION)
     members.renew(second, FEDERATION)
     known = members.all()

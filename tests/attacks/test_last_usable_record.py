@@ -28,7 +28,8 @@ from cotune.privacy.policy import Policy, TellRules, dump_policy
 
 LABELS = ("bad", "good", "so")
 HEADER = b"text,label\n"
-CSV, LINES = "records.csv", "records.jsonl"
+CSV = "records.csv"
+LINES = "records.jsonl"
 EMPTY = {  # files without a usable record
     "the names of the columns alone": (CSV, HEADER),
     "a record without a label": (CSV, HEADER + b"fine,\n"),
@@ -87,7 +88,8 @@ def test_such_a_round_is_answered_like_any_other(
         tell={"label_histogram": True, "local_metrics": True},
         strategy={"weighting": "inverse_loss"},
     )
-    found, drawn = [], list[tuple[float, float]]()
+    found = []
+    drawn = list[tuple[float, float]]()
     honest = dp_sgd.add_gaussian_noise
 
     def watched(total: Any, clip_norm: float, noise_multiplier: float, generator: Any) -> Any:

@@ -104,7 +104,8 @@ def test_a_second_plan_is_answered_alike(
     new_site: Callable[..., Site], make_plan: MakePlan, state_for: StateFor, seen: list[float], total: float
 ) -> None:
     """Nothing is left, something is left, everything fits: the same refusals, the same σ."""
-    first, second = plan_of(make_plan, 1), plan_of(make_plan, 2)
+    first = plan_of(make_plan, 1)
+    second = plan_of(make_plan, 2)
     found = []
     for world, texts in WORLDS.items():
         site = new_site(world, total)
@@ -123,7 +124,8 @@ def test_records_that_are_replaced_in_the_middle_of_a_run(
     new_site: Callable[..., Site], make_plan: MakePlan, state_for: StateFor, seen: list[float]
 ) -> None:
     """The rest of a run is calibrated to what the run has spent, not to what some of the records have."""
-    plan, found = plan_of(make_plan, 1), []
+    plan = plan_of(make_plan, 1)
+    found = []
     for world, texts in WORLDS.items():
         site = new_site(world, 6.0)
         hold(site.folder, OLD)
@@ -139,7 +141,8 @@ def test_another_unit_of_privacy_is_refused_alike(
     new_site: Callable[..., Site], make_plan: MakePlan, state_for: StateFor
 ) -> None:
     """It was refused only where the new data shared a record with the old."""
-    records, people = plan_of(make_plan, 1), make_plan(rounds=2, privacy={**PRIVATE, "unit": "pid", "max_records": 2})
+    records = plan_of(make_plan, 1)
+    people = make_plan(rounds=2, privacy={**PRIVATE, "unit": "pid", "max_records": 2})
     found = []
     for world, texts in WORLDS.items():
         site = new_site(world, 20.0)
@@ -163,7 +166,8 @@ def test_in_another_collection_a_record_changes_no_bit(
     new_site: Callable[..., Site], make_plan: MakePlan, state_for: StateFor, tell: dict[str, Any]
 ) -> None:
     """Its total is its own: a run fits, though the other collection has nothing left. The shared record is left out of it."""
-    first, second = plan_of(make_plan, 1), plan_of(make_plan, 2, local={"batch_size": 0.5})
+    first = plan_of(make_plan, 1)
+    second = plan_of(make_plan, 2, local={"batch_size": 0.5})
     found = []
     for world, texts in {"shared": [*NEW, OLD[0]], "apart": NEW}.items():
         site = new_site(world, 3.0, tell)

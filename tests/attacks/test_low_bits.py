@@ -52,7 +52,8 @@ def victim(base_model: Callable[[str], Path], tmp_path: Path) -> tuple[TrainingS
             "privacy": {"epsilon": 1.0, "delta": 1e-3},
         }
     )
-    model, stage = model_of(plan, "cpu"), plan.stage_of(1)
+    model = model_of(plan, "cpu")
+    stage = plan.stage_of(1)
     model.load({})
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     parameters = model.train_only(names)
@@ -88,7 +89,8 @@ def released(setting: TrainingSetup, parameters: list[nn.Parameter], seed: int, 
 
 def of_noise_alone(found: Tensor) -> Tensor:
     """Which coordinates are fl(fl(z·σC) / B) for a float32 z: the audit's question."""
-    scale, batch = np.float32(SIGMA * CLIP), np.float32(BATCH)
+    scale = np.float32(SIGMA * CLIP)
+    batch = np.float32(BATCH)
     g = found.numpy()
     middle = (g.astype(np.float64) * BATCH / (SIGMA * CLIP)).astype(np.float32)
     fits = np.zeros(len(g), dtype=bool)

@@ -61,12 +61,15 @@ def test_no_epsilon_covers_a_comparison_with_a_run_without_privacy(plan_file: Pa
 
 
 def test_runs_of_equal_organizations_compose_like_one_list() -> None:
-    steps, delta = [Steps(1.0, 0.1, 50)], 1e-5
+    steps = [Steps(1.0, 0.1, 50)]
+    delta = 1e-5
     together = epsilon_of_runs([[steps, steps]] * 6, delta)
     assert epsilon(steps * 6, delta) <= together <= 1.3 * epsilon(steps * 6, delta)
 
 
 def test_a_record_may_be_with_anyone_who_spends_most_in_every_run() -> None:
-    little, much, delta = [Steps(4.0, 0.1, 10)], [Steps(1.0, 0.1, 50)], 1e-5
+    little = [Steps(4.0, 0.1, 10)]
+    much = [Steps(1.0, 0.1, 50)]
+    delta = 1e-5
     assert epsilon_of_runs([[little, much], [much, little]], delta) == epsilon_of_runs([[much], [much]], delta)
     assert epsilon_of_runs([], delta) == 0

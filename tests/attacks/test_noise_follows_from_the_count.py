@@ -38,7 +38,8 @@ def promised_and_true(plan: Plan, records: int) -> tuple[float, float]:
     drawn = np.arange(records - 60, records + 61, 30)
     likely = np.exp(-loss * np.abs(drawn - records))
     likely /= likely.sum()
-    promised, true = 0.0, np.zeros(2)
+    promised = 0.0
+    true = np.zeros(2)
     for number, share in zip(drawn.tolist(), likely.tolist(), strict=True):
         budget = budget_of(plan.privacy, policy, number)
         sigma = noise_multiplier(plan, policy, budget, number, 1)

@@ -34,7 +34,8 @@ def store() -> SqlObjectStore:
 
 def parts(content: RecordDict) -> list[ObjectTree]:
     """Every object below the message."""
-    found, waiting = list[ObjectTree](), [get_object_tree(content)]
+    found = list[ObjectTree]()
+    waiting = [get_object_tree(content)]
     while waiting:
         found.append(part := waiting.pop())
         waiting += part.children
@@ -60,7 +61,8 @@ def test_flower_believes_what_is_announced() -> None:
 
 def test_an_attacker_who_knows_everything_but_the_salt_has_no_object_of_an_honest_update() -> None:
     """The same update, encoded by the attacker: none of its objects keeps the honest one out."""
-    update, shared = Update("north", 1, ZEROS, 10, 1, 1.0, {"correct": 1.0}, dict.fromkeys(ZEROS, 0.5)), store()
+    update = Update("north", 1, ZEROS, 10, 1, 1.0, {"correct": 1.0}, dict.fromkeys(ZEROS, 0.5))
+    shared = store()
     shared.preregister(1, squatting(parts(encode_update(update, "plan"))))
     assert shared.preregister(1, get_object_tree(encode_update(update, "plan")))
 

@@ -27,7 +27,9 @@ from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.policy import Policy, dump_policy
 
-LIMIT, WHOLE, PART = 8.0, 10_000, 500
+LIMIT = 8.0
+WHOLE = 10_000
+PART = 500
 RULE = "budget.epsilon_total"
 ROUND = Steps(1.0, 0.1, 10)
 
@@ -57,7 +59,8 @@ def exhaust(ledger: Ledger, plan_id: str, data: str, limit: Limit, collection: s
 @pytest.mark.parametrize("plans", [("a",), ("a", "b")])
 def test_a_part_of_the_data_does_not_get_a_larger_budget(tmp_path: Path, plans: tuple[str, ...]) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    whole, part = ledger.know(records(range(WHOLE))), ledger.know(records(range(PART)))
+    whole = ledger.know(records(range(WHOLE)))
+    part = ledger.know(records(range(PART)))
     promised, own = (Limit(RULE, LIMIT, delta_of("1/n^1.1", n)) for n in (WHOLE, PART))
     ledger.reserve(plans[0], 1, ROUND, data=whole, limits=[promised])
     assert exhaust(ledger, plans[-1], part, own) > 1
@@ -68,7 +71,8 @@ def test_a_part_of_the_data_does_not_get_a_larger_budget(tmp_path: Path, plans: 
 def test_what_is_left_of_the_whole_holds_for_every_part(tmp_path: Path) -> None:
     """A part is exhausted first, then the whole is asked: the part's records are in it."""
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    part, whole = ledger.know(records(range(PART))), ledger.know(records(range(WHOLE)))
+    part = ledger.know(records(range(PART)))
+    whole = ledger.know(records(range(WHOLE)))
     other = ledger.know(records(range(WHOLE, WHOLE + PART)))
     limit = Limit(RULE, LIMIT, delta_of("1/n^1.1", WHOLE))
     exhaust(ledger, "a", part, limit, "wards")
@@ -89,7 +93,8 @@ def test_a_part_at_a_real_site_is_declined(tmp_path: Path) -> None:
         allowed = Policy.permissive()
         rules = {**dict(allowed.budget), "epsilon_total": 3.0}
         (folder / "policy.toml").write_text(dump_policy(allowed.model_copy(update={"budget": type(allowed.budget)(**rules)})))
-        site, plan = Site(folder), make_plan(source, seed)
+        site = Site(folder)
+        plan = make_plan(source, seed)
         return Account(plan, site.policy(), site, site.holdings(plan.labels))
 
     first = account(range(400), 1)

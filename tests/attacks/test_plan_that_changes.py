@@ -33,7 +33,8 @@ def asked(plan: Plan, *labels: str) -> Plan:
 
 
 def test_it_waits_beside_the_others_and_can_be_looked_at(make_plan: Callable[..., Plan], make_site: Callable[..., Site]) -> None:
-    approvals, honest = Approvals(make_site()), make_plan()
+    approvals = Approvals(make_site())
+    honest = make_plan()
     plans = [honest, asked(honest, "b", STRANGE[0]), asked(honest, "b", STRANGE[1])]
     for plan in plans:
         with pytest.raises(Declined):

@@ -28,7 +28,8 @@ from tests.server.conftest import Answer, NewRun, federation, model_of, update
 NAMES = ("org-1", "org-2", "org-3", "org-4")
 COUNTS = {"org-1": 600, "org-2": 300, "org-3": 300, "org-4": 300}
 ATTACKER = "org-2"
-WIDTH, CLASSES = 16, 3
+WIDTH = 16
+CLASSES = 3
 TRIGGER = 6.0  # what a backdoor adds to the last feature; its target is class 0
 
 Twist = Callable[[dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], int]]
@@ -103,8 +104,10 @@ class World:
         features, labels = self.held[name]
         labels = (labels + shift) % CLASSES
         if backdoor:
-            features, labels = torch.cat([features, triggered(features)]), torch.cat([labels, torch.zeros_like(labels)])
-        weight, bias = state["classifier.weight"].clone(), state["classifier.bias"].clone()
+            features = torch.cat([features, triggered(features)])
+            labels = torch.cat([labels, torch.zeros_like(labels)])
+        weight = state["classifier.weight"].clone()
+        bias = state["classifier.bias"].clone()
         for _ in range(10):
             wrong = torch.softmax(features @ weight.T + bias, dim=1) - torch.eye(CLASSES)[labels]
             weight -= 0.5 * (wrong.T @ features / len(labels) + 0.02 * torch.randn(weight.shape, generator=self.noise))
@@ -213,7 +216,8 @@ def test_a_run_that_is_killed_after_such_a_round_goes_on_from_the_state_before_i
     world = World(3)
     folder = new_run(*NAMES, rounds=3, strategy="fedavg")
     asked = list[tuple[int, float, int]]()
-    honest, hostile = world.honest("org-1"), world.hostile("norm 9,999")
+    honest = world.honest("org-1")
+    hostile = world.hostile("norm 9,999")
 
     def watching(request: Request) -> Any:
         asked.append((request.round, world.accuracy(request.state), request.admitted))

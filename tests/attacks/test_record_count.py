@@ -110,7 +110,8 @@ def test_a_noised_number_decides_all_that_can_be_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two sites that drew the same N look the same for the whole plan, whatever their numbers of records."""
-    plan, seen = plan_of(), []
+    plan = plan_of()
+    seen = []
     for count in (ROWS - 1, ROWS):
         shift = float(ROWS - count)  # the noise that makes N the same
         monkeypatch.setattr("cotune.client.account.add_geometric_noise", lambda number, *_, shift=shift: int(number + shift - 7))

@@ -34,7 +34,9 @@ CHUNK = b"ArrayChunk  %d\x00" % 2**20 + bytes(2**20)
 
 
 def parcel(content: RecordDict, kind: str = MessageType.TRAIN) -> Parcel:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     message = Message(content, 2, kind, group_id="1")
     return Parcel(message.object_id, {number: part.deflate() for number, part in get_all_nested_objects(message).items()})
 
@@ -45,7 +47,8 @@ def bomb(honest: Parcel) -> Parcel:
     array = next(number for number, content in pieces.items() if content.startswith(b"Array "))
     about = json.loads(pieces[array].split(b"\x00", 1)[1])
     body = json.dumps({**about, "arraychunk_ids": [0] * TIMES}).encode()
-    pieces[array], pieces["zeros"] = b"Array zeros %d\x00" % len(body) + body, CHUNK
+    pieces[array] = b"Array zeros %d\x00" % len(body) + body
+    pieces["zeros"] = CHUNK
     return Parcel(honest.number, pieces)
 
 
@@ -102,7 +105,8 @@ def test_headers_are_bounded_too(make_plan: Callable[..., Plan], state_for: Call
 def test_a_node_refuses_it_in_one_sentence_and_charges_nothing(
     make_plan: Callable[..., Plan], make_site: Callable[..., Site], state_for: Callable[..., State], kind: str
 ) -> None:
-    plan, site = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}), make_site()
+    plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3})
+    site = make_site()
     made = bomb(parcel(request(plan, state_for(plan)), kind))
     reply = resident._answer(made, site.folder)
     assert reply.error.reason == GENERIC_REFUSAL

@@ -27,7 +27,8 @@ from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, TellRules
 
-RECORDS, INTERVAL = 600, 1e-3
+RECORDS = 600
+INTERVAL = 1e-3
 POLICY = Policy(tell=TellRules(example_count="declared", declared_examples=RECORDS))
 PLAN = parse_plan(
     {
@@ -47,7 +48,8 @@ Array = np.ndarray[tuple[int], np.dtype[np.float64]]
 def charged(rounds: list[int], spent: list[Steps]) -> list[Steps]:
     """What the run has spent after these rounds were asked for, one after the other."""
     assert isinstance(PLAN.privacy, RecordPrivacy)
-    budget, done = budget_of(PLAN.privacy, POLICY, RECORDS), list(spent)
+    budget = budget_of(PLAN.privacy, POLICY, RECORDS)
+    done = list(spent)
     for round in rounds:
         sigma = noise_multiplier(PLAN, POLICY, budget, RECORDS, round, spent=done)
         local = PLAN.stage_of(round).local
@@ -107,7 +109,8 @@ def test_an_answered_round_is_not_answered_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nor one before it; also where the update is gone, or the process was killed before the ledger knew that it is there."""
-    plan, site = make_plan(rounds=4, privacy={"epsilon": 8.0}), make_site()
+    plan = make_plan(rounds=4, privacy={"epsilon": 8.0})
+    site = make_site()
     state = state_for(plan)
     other = {name: tensor + 0.01 for name, tensor in state.items()}
     with monkeypatch.context() as killed:

@@ -29,7 +29,9 @@ PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
 
 
 def ask(plan: Plan, site: Site, state: State, kind: str, round: int = 1, sent: State | None = None) -> Message:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     (content,) = encode_requests(plan.canonical(), round, state, [Recipient("clinic")], sent)
     sign_request(content, "finished" if kind == "evaluate" else "train")
     message = Message(content, 2, kind, group_id=str(round))
@@ -50,7 +52,8 @@ def encoder_of(plan: Plan) -> State:
 def test_it_is_refused_and_nothing_is_charged_or_kept(
     make_plan: Callable[..., Plan], make_site: Callable[..., Site], state_for: Callable[..., State], kind: str, privacy: Any
 ) -> None:
-    plan, site = make_plan(privacy=privacy), make_site()
+    plan = make_plan(privacy=privacy)
+    site = make_site()
     state = {**state_for(plan), **encoder_of(plan)}
     assert words_of(str(ask(plan, site, state, kind).error.reason))[0] == GENERIC_REFUSAL
     assert "which no round up to 1 trains" in AuditLog(site.folder).last()["reason"]
@@ -63,7 +66,8 @@ def test_it_is_refused_and_nothing_is_charged_or_kept(
 def test_so_are_other_shapes_and_tensors_that_no_term_asks_for(
     make_plan: Callable[..., Plan], make_site: Callable[..., Site], state_for: Callable[..., State], kind: str
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     state = state_for(plan)
     name = next(iter(state))
     assert ask(plan, site, {**state, name: torch.zeros(7)}, kind).has_error()
@@ -75,7 +79,8 @@ def test_so_are_other_shapes_and_tensors_that_no_term_asks_for(
 def test_a_later_stage_may_bring_what_it_trains_and_an_earlier_round_may_not(
     make_plan: Callable[..., Plan], make_site: Callable[..., Site], state_for: Callable[..., State]
 ) -> None:
-    plan, site = make_plan(train=[{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1}]), make_site()
+    plan = make_plan(train=[{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1}])
+    site = make_site()
     state = state_for(plan, 2)
     assert ask(plan, site, state, MessageType.TRAIN, round=1).has_error()
     assert not ask(plan, site, state, MessageType.TRAIN, round=2).has_error()

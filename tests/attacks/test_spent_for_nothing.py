@@ -36,7 +36,9 @@ def plan(make_plan: Callable[..., Plan]) -> Plan:
 
 
 def ask(plan: Plan, state: State, site: Site, kind: str = MessageType.TRAIN, **signed: Any) -> Message:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     (content,) = encode_requests(plan.canonical(), 1, state, [Recipient("clinic")])
     sign_request(content, FINISHED if kind == MessageType.EVALUATE else "train", **signed)
     message = Message(content, 2, kind, group_id="1")
@@ -86,7 +88,8 @@ def test_a_number_within_the_range_trains(plan: Plan, make_site: Callable[..., S
 def test_refused_updates_and_the_end_are_told_in_the_organizations_own_log(
     plan: Plan, make_site: Callable[..., Site], state_for: Callable[..., State], caplog: pytest.LogCaptureFixture
 ) -> None:
-    site, reason = make_site(), "its norm is 7, expected at most 2"
+    site = make_site()
+    reason = "its norm is 7, expected at most 2"
     with caplog.at_level(logging.WARNING, "cotune"):
         assert not ask(plan, state_for(plan), site, refused=reason, strikes=1).has_error()
     assert reason in caplog.text

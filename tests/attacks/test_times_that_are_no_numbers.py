@@ -55,7 +55,8 @@ def test_flower_stores_a_time_that_is_no_number_and_fails_at_it() -> None:
     asked.metadata.__dict__["_message_id"] = asked.object_id
     assert state.store_message_ins(asked) is not None
     reply = Message(Error(1001, "no"), reply_to=asked)
-    reply.metadata.__dict__["_message_id"], reply.metadata.__dict__["_ttl"] = reply.object_id, math.nan
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    reply.metadata.__dict__["_ttl"] = math.nan
     assert state.store_message_res(reply) is not None
     with pytest.raises(TypeError):
         state.get_message_res({asked.object_id}, run)
@@ -117,7 +118,8 @@ class Connected:
 def test_one_at_which_the_superlink_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else a member may find to break it with."""
     monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
-    names, came = ["north", "mallory", "south", "west"], set[str]()
+    names = ["north", "mallory", "south", "west"]
+    came = set[str]()
     with closing(SuperLinkTransport(cast(Line, Poisoned("mallory")), Connected(), lambda *_, **__: None)) as post:
         for name in names:
             post.send(1, name, cast(Message, name), 100)

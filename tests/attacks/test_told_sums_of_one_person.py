@@ -35,7 +35,8 @@ def test_a_person_counts_for_one(base_model: Callable[[str], Path], tmp_path: Pa
     )
     others = [f"other {i % 7},very sad tree {i},bad" for i in range(21)]
     own = [f"victim,so happy {i},good" for i in range(10)]
-    model, sums = model_of(plan, "cpu"), []
+    model = model_of(plan, "cpu")
+    sums = []
     for name, rows in (("without", others), ("with", [*own, *others])):
         file = tmp_path / f"{name}.csv"
         file.write_text("\n".join(["patient_id,text,label", *rows]), encoding="utf-8")

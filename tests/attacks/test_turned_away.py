@@ -46,7 +46,8 @@ def test_a_stranger(folder: Path, upstream: Upstream) -> None:
 def test_a_member_that_was_revoked_is_not_sent_to_its_clock(tmp_path: Path, folder: Path, upstream: Upstream) -> None:
     import shutil
 
-    members, key = Members(tmp_path / "members.json"), new_key()
+    members = Members(tmp_path / "members.json")
+    key = new_key()
     shutil.copytree(folder, tmp_path / "certificates")
     members.invite("west", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
     members.revoke("west")

@@ -13,7 +13,8 @@ from cotune.server.proxy.identity import signer
 from cotune.server.proxy.rules import Refusal
 from tests.support.calls import new_key, public, signed
 
-ONE, OTHER = new_key(), new_key()
+ONE = new_key()
+OTHER = new_key()
 MEMBERS = {public(ONE): "north", public(OTHER): "mallory"}
 
 

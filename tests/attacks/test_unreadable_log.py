@@ -45,7 +45,8 @@ def test_a_long_statement_leaves_the_site_as_it_was(
     plan: Plan, site: Site, state_for: Callable[[Plan], State], letters: str
 ) -> None:
     state = state_for(plan)
-    first, second = request(plan, state), request(plan, state, round=2)
+    first = request(plan, state)
+    second = request(plan, state, round=2)
     statement = sign_request(first, refused=letters, strikes=1)
     assert ask(first, site).has_content()
     entry = next(entry for entry in AuditLog(site.folder).entries() if entry["what"] == "request")
@@ -59,7 +60,8 @@ def test_a_long_statement_leaves_the_site_as_it_was(
 def test_a_wide_roster_does_not_break_the_chain(plan: Plan, site: Site, state_for: Callable[[Plan], State], letter: str) -> None:
     state = state_for(plan)
     wide = tuple(letter * 96 + f"{i:04}" for i in range(200))
-    first, second = request(plan, state), request(plan, state, round=2)
+    first = request(plan, state)
+    second = request(plan, state, round=2)
     sign_request(first, roster=wide)
     reply = ask(first, site)
     assert reply.has_error()

@@ -44,7 +44,9 @@ def request(plan: Plan, state: State, round: int = 1) -> RecordDict:
 
 
 def ask(content: RecordDict, site: Site, kind: str = MessageType.TRAIN) -> Message:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     message = Message(content, 2, kind, group_id="1")
     message.metadata.__dict__["_message_id"] = "7"
     config = UserConfig({"site": str(site.folder)})
@@ -153,7 +155,8 @@ def test_an_old_request_does_not_come_again(
 ) -> None:
     """Of an earlier round, or of another run; the last one itself may, and costs nothing."""
     state = state_for(plan)
-    old, new = request(plan, state), request(plan, {n: t + 0.01 for n, t in state.items()}, later.get("round", 1))
+    old = request(plan, state)
+    new = request(plan, {n: t + 0.01 for n, t in state.items()}, later.get("round", 1))
     sign_request(old)
     assert not ask(old, site).has_error()
     assert not ask(old, site).has_error()  # its answer may have been lost
@@ -169,7 +172,8 @@ def test_an_old_request_does_not_come_again(
 def test_one_request_is_not_put_together_from_two(plan: Plan, site: Site, state_for: Callable[..., State]) -> None:
     """The signature of one and the state of another."""
     state = state_for(plan)
-    honest, forged = request(plan, state), request(plan, {name: torch.zeros_like(t) for name, t in state.items()})
+    honest = request(plan, state)
+    forged = request(plan, {name: torch.zeros_like(t) for name, t in state.items()})
     statement = sign_request(honest)
     _, signed = detach(honest)
     assert signed is not None

@@ -75,7 +75,8 @@ def test_a_path_that_is_none(tmp_path: Path, path: str) -> None:
 
 def tables() -> dict[str, pyarrow.Table]:
     """Three records each, of which the last is a broken one."""
-    offsets, content = struct.pack("<4i", 0, 1, 2, 4), b"ab\xff\xfe"
+    offsets = struct.pack("<4i", 0, 1, 2, 4)
+    content = b"ab\xff\xfe"
     no_text = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(content)])
     features = {"text": {"dtype": "string", "_type": "Value"}, "label": CLASSES}
     classes = pyarrow.table({"text": ["a", "b", "c"], "label": pyarrow.array([0, 1, 7], pyarrow.int64())})

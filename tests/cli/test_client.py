@@ -81,7 +81,8 @@ def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, site: Path) 
 
 
 def test_a_plan_is_checked_before_joining(cotune: Cotune, site: Path) -> None:
-    done, plan = site.parents[1] / "plan.toml", site.parents[1] / "next.toml"
+    done = site.parents[1] / "plan.toml"
+    plan = site.parents[1] / "next.toml"
     over = cotune("client", "check", site, done)
     assert over.code == 1
     assert "this plan has run here already (rounds 1–2)" in over.out

@@ -29,7 +29,8 @@ def test_strategies_side_by_side(cotune: Cotune, folder: Path) -> None:
     ]
     assert len(told) == 8
     assert [line.strip() for line in lines if line.startswith("partition = ")] == ["partition = iid", "partition = dirichlet:1"]
-    number, interval = r"\d+\.\d", r"\d+\.\d ± \d+\.\d"
+    number = r"\d+\.\d"
+    interval = r"\d+\.\d ± \d+\.\d"
     rest = rf" +{interval} +{interval} +{number} kB +{number} kB +{number} s +2 of 2"
     assert len(re.findall(rf"^examples +{interval} +baseline +–{rest}$", shown.out, re.MULTILINE)) == 2
     differing = rf"^uniform +{interval} +[+−]?{interval} +(–|< 0\.001|\d\.\d+){rest}$"

@@ -71,7 +71,8 @@ def test_a_file_keeps_its_rows(cotune: Cotune, model: Callable[..., Path], folde
 
 
 def test_a_threshold_tells_a_rare_class(cotune: Cotune, model: Callable[..., Path]) -> None:
-    made, text = model(), "awful great"
+    made = model()
+    text = "awful great"
     probabilities = json.loads(cotune("predict", made, text, "--json").out)[0]["scores"]
     rare = min(probabilities, key=probabilities.__getitem__)
     [told] = json.loads(cotune("predict", made, text, "--json", "--threshold", f"{rare}={probabilities[rare] * 0.9}").out)
@@ -79,7 +80,8 @@ def test_a_threshold_tells_a_rare_class(cotune: Cotune, model: Callable[..., Pat
 
 
 def test_an_evaluation_says_what_scikit_learn_says(cotune: Cotune, model: Callable[..., Path], folder: Path) -> None:
-    made, rows = model(), sentences(80, seed=9)
+    made = model()
+    rows = sentences(80, seed=9)
     write_csv(folder / "new.csv", rows)
     shown = cotune("evaluate", made, "--data", "new.csv")
     assert (shown.code, shown.err) == (0, "")

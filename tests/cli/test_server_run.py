@@ -75,7 +75,8 @@ def test_status_says_how_many_organizations_are_in_the_model(cotune: Cotune, fed
 def test_the_end_of_a_run_says_how_many_organizations_are_in_the_model(
     fed: FederationFolder, rounds: tuple[int, int], part: int
 ) -> None:
-    run, console = real_run(fed), Console(width=200, record=True, force_terminal=True, color_system="standard", highlight=False)
+    run = real_run(fed)
+    console = Console(width=200, record=True, force_terminal=True, color_system="standard", highlight=False)
     asked = {"weight": None, "epsilon_spent": None, "bytes_up": 0, "dropped": 0, "quarantined": 0, "delivered": True}
     members = [{"name": who.name, "rounds": count, **asked} for who, count in zip(run.file.participants, rounds, strict=True)]
     summary = {"privacy": {"mode": "none"}, "stopped": None, "organizations": members, "test": {"federated": None}, "rounds": []}

@@ -68,7 +68,8 @@ def make_site(tmp_path: Path, records: Path) -> Callable[..., Site]:
         at: str = "",
         policy: Policy | None = None,
     ) -> Site:
-        folder, rules = tmp_path / "sites" / (at or name), policy or Policy.permissive()
+        folder = tmp_path / "sites" / (at or name)
+        rules = policy or Policy.permissive()
         made = clinic.make_site(folder, records, rows, rules, name=name, simulated=simulated)
         if not simulated:
             trusting(folder)

@@ -46,7 +46,8 @@ def accuracy(model: TrainableModel, head: State, of: OwnRecords) -> float:
 def test_of_few_and_skewed_records_something_of_the_others_model_is_kept(model: TrainableModel) -> None:
     """Thirty records of another mix: better than the shared model as it came, and better than alone."""
     mix = (6.0, 1.0, 1.0)
-    shared, new = shared_head(model, records(2000, seed=2)), records(4000, seed=9, mix=mix)
+    shared = shared_head(model, records(2000, seed=2))
+    new = records(4000, seed=9, mix=mix)
     gains = []
     for seed in range(3):
         found = adapt(model, records(30, seed=20 + seed, mix=mix), shared, PersonalizeConfig(), seed=1)
@@ -56,7 +57,8 @@ def test_of_few_and_skewed_records_something_of_the_others_model_is_kept(model: 
 
 
 def test_a_shared_model_that_knows_nothing_is_not_kept(model: TrainableModel) -> None:
-    own, new = records(300, seed=3), records(2000, seed=9)
+    own = records(300, seed=3)
+    new = records(2000, seed=9)
     wrong = {name: -tensor for name, tensor in shared_head(model, records(500, seed=4)).items()}
     found = adapt(model, own, wrong, PersonalizeConfig(), seed=1)
     assert found.method != "federated"

@@ -24,7 +24,8 @@ EACH = changed_policy(Policy.permissive(), {"training.approval": "each"})
 def test_nothing_is_touched_for_a_plan_that_nobody_has_approved(
     make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, site = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}), make_site(policy=EACH)
+    plan = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3})
+    site = make_site(policy=EACH)
     state = state_for(plan)
 
     def untouched(*_: Any, **__: Any) -> Any:
@@ -58,7 +59,8 @@ def test_an_approval_is_for_one_plan_alone(make_plan: MakePlan, make_site: MakeS
 
 def test_approvals_are_kept_in_order_and_once(make_plan: MakePlan, make_site: MakeSite) -> None:
     site = make_site(policy=EACH)
-    one, other = make_plan(), make_plan(rounds=4)
+    one = make_plan()
+    other = make_plan(rounds=4)
     for plan in (one, other, one):
         Approvals(site).approve(plan, "by hand")
     assert Approvals(site).ids() == [one.plan_id, other.plan_id]
@@ -93,7 +95,8 @@ def test_plans_are_found_by_the_beginning_of_their_ids(make_plan: MakePlan, make
 
 
 def test_a_plan_that_was_changed_on_disk_is_not_shown_as_the_one_that_came(make_plan: MakePlan, make_site: MakeSite) -> None:
-    site, plan = make_site(policy=EACH), make_plan()
+    site = make_site(policy=EACH)
+    plan = make_plan()
     with pytest.raises(Declined):
         Approvals(site).check(plan, EACH)
     [file] = (site.folder / "plans").iterdir()
@@ -120,7 +123,8 @@ def test_a_plan_in_six_lines(make_plan: MakePlan) -> None:
 
 
 def test_what_differs_between_two_plans(make_plan: MakePlan) -> None:
-    before, after = make_plan(), make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}, labels=("bad", "good"))
+    before = make_plan()
+    after = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}, labels=("bad", "good"))
     lines = changes(before, after)
     assert "labels: ['bad', 'good', 'so'] → ['bad', 'good']" in lines
     assert "privacy: none → absent" in lines
@@ -130,7 +134,8 @@ def test_what_differs_between_two_plans(make_plan: MakePlan) -> None:
 
 
 def test_a_plan_cannot_hide_on_the_screen_what_it_says(make_plan: MakePlan) -> None:
-    before, after = make_plan(), make_plan(labels=("bad", "go\x1b[2Kod", "s\ro\n"))
+    before = make_plan()
+    after = make_plan(labels=("bad", "go\x1b[2Kod", "s\ro\n"))
     for line in [*outline(after), *changes(before, after)]:
         assert line.isprintable()
     assert "go\\u001b[2Kod" in outline(after)[0]

@@ -83,7 +83,9 @@ def test_each_collection_has_a_table_of_its_own(make_site: MakeSite) -> None:
 def test_a_single_run_is_composed_by_pld(make_site: MakeSite) -> None:
     """What it has cost is said at δ; half of δ is kept for a second run in what may still be charged."""
     site = make_site(policy=Policy(budget=BudgetRules(epsilon_total=8.0)))
-    ledger, steps, delta = site.ledger(), Steps(1.1, 0.02, 60), 1e-5
+    ledger = site.ledger()
+    steps = Steps(1.1, 0.02, 60)
+    delta = 1e-5
     data = ledger.know([i.to_bytes(16, "big") for i in range(1000)])
     ledger.reserve("a" * 64, 1, steps, data=data, limits=[Limit("budget.epsilon_total", 8.0, delta)])
     [found] = overview(site)["collections"]

@@ -23,7 +23,8 @@ STAGES = [{"mode": mode, "rounds": 1, "local": {"batch_size": 0.1}} for mode in 
 
 
 def test_every_stage_is_tried_and_nothing_is_charged(make_plan: MakePlan, make_site: MakeSite) -> None:
-    plan, site = make_plan(privacy=PRIVATE, train=STAGES), make_site()
+    plan = make_plan(privacy=PRIVATE, train=STAGES)
+    site = make_site()
     found = check(plan, site)
     assert isinstance(plan.privacy, RecordPrivacy)
     policy = Policy.permissive()
@@ -43,7 +44,8 @@ def test_a_declined_plan_is_tried_all_the_same(make_plan: MakePlan, make_site: M
     """Anyone who is to change a rule wants to know for what: every rule, and the same figures as without them."""
     plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}, train=STAGES)
     strict = changed_policy(Policy(), {"tell.example_count": "exact", "budget.epsilon_total": 1e6, "budget.delta_total": 1e-3})
-    found, allowed = check(plan, make_site(policy=strict)), check(plan, make_site(at="free"))
+    found = check(plan, make_site(policy=strict))
+    allowed = check(plan, make_site(at="free"))
     rules = [broken.rule for broken in found.broken]
     assert {"training.base_models", "training.units", "budget.epsilon_per_run", "training.min_examples"} <= set(rules)
     assert found.declined is not None
@@ -81,7 +83,8 @@ def test_a_plan_without_labels_cannot_be_checked(make_plan: MakePlan, make_site:
 
 def test_the_model_is_as_it_was(make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., Any]) -> None:
     """A check before joining does not leave noise in the model that the process keeps."""
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     before = state_for(plan)
     check(plan, site)
     after = state_for(plan)
@@ -114,7 +117,8 @@ def test_a_plan_that_has_none_of_the_labels_here_is_declined(make_plan: MakePlan
 def test_a_plan_that_ran_here_is_not_promised_again(
     make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., Any]
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     for round in (1, 2):
         train_round(plan, site, round, state_for(plan))
     found = check(plan, site)

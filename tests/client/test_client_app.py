@@ -38,7 +38,9 @@ SIMULATED = {"partition-id": 0, "num-partitions": 1}
 
 def ask(content: RecordDict, node_config: dict[str, Any], *, signed: bool = False) -> Message:
     """Signs a request, and sends it to the ClientApp of a node with this configuration. signed: whether its answer stays so."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     if "site" in node_config:
         sign_request(content)
     message = Message(content, NODE, MessageType.TRAIN, group_id="1")
@@ -95,7 +97,8 @@ def test_a_simulated_node_trains_on_the_site_that_is_named(plan: Plan, state: St
 
 
 def test_the_nodes_own_site_overrules_the_request(plan: Plan, state: State, make_site: MakeSite) -> None:
-    own, other = make_site(rows=range(30)), make_site(simulated=True, at="other")
+    own = make_site(rows=range(30))
+    other = make_site(simulated=True, at="other")
     for node_config in ({"site": str(own.folder)}, {"site": str(own.folder), **SIMULATED}):
         reply = ask(request(plan, state, site=str(other.folder)), node_config)
         assert decode_update(reply.content, plan.plan_id).examples == 30
@@ -222,7 +225,8 @@ def test_whether_records_can_be_read_is_not_told_to_a_plan_that_is_declined(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
 ) -> None:
     plan = make_plan()
-    state, site = state_for(plan), make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
+    state = state_for(plan)
+    site = make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
     (site.folder / "data.json").unlink()
     assert "training.max_rounds" in reason(ask(request(plan, state), {"site": str(site.folder)}))
 
@@ -233,7 +237,8 @@ def test_a_plan_cannot_ask_which_classes_there_are(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, privacy: Any, train: str
 ) -> None:
     """Whether training fails must not depend on one record: one of a class that the plan lacks has no loss, and counts on."""
-    plan, site = make_plan(privacy=privacy, train=train, labels=("bad", "good", "other")), make_site()
+    plan = make_plan(privacy=privacy, train=train, labels=("bad", "good", "other"))
+    site = make_site()
     reply = ask(request(plan, state_for(plan)), {"site": str(site.folder)})
     assert not reply.has_error(), reply.error.reason
     assert decode_update(reply.content, plan.plan_id).examples == 60
@@ -313,7 +318,8 @@ def test_a_malformed_request_is_answered(
 
 def test_a_repeated_request_gets_the_same_answer(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3})
-    site, state = make_site(), state_for(plan)
+    site = make_site()
+    state = state_for(plan)
     one, other = (decode_update(ask(request(plan, state), {"site": str(site.folder)}).content, plan.plan_id) for _ in range(2))
     assert all(torch.equal(one.delta[name], other.delta[name]) for name in state)
     assert one.epsilon == other.epsilon
@@ -324,7 +330,8 @@ def test_a_repeated_request_gets_the_same_answer(make_plan: MakePlan, make_site:
 
 
 def test_what_leaves_is_in_the_log_before_it_leaves(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}), make_site()
+    plan = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3})
+    site = make_site()
     reply = ask(request(plan, state_for(plan)), {"site": str(site.folder), "server": "fed.example.org:9092"}, signed=True)
     content, signed = detach(reply.content)
     update = decode_update(content, plan.plan_id)
@@ -346,7 +353,8 @@ def test_what_a_round_leaves_in_the_site_is_for_its_owner_alone(
 ) -> None:
     """Ledger, log, outbox and what is kept from round to round, whatever the mask of the process."""
     plan = make_plan(train="lora", strategy="fedsa", privacy={"epsilon": 8.0, "delta": 1e-3})
-    state, site = state_for(plan), make_site()
+    state = state_for(plan)
+    site = make_site()
     there = set(site.folder.rglob("*"))
     before = os.umask(0o022)
     try:
@@ -396,7 +404,8 @@ def test_a_plan_of_half_characters_is_refused_and_entered(
     plan: Plan, state: State, make_site: MakeSite, text: dict[str, Any]
 ) -> None:
     """It cannot be hashed, and what is raised here would go to the server of a stock node."""
-    site, content = make_site(), request(plan, state)
+    site = make_site()
+    content = request(plan, state)
     table = json.loads(plan.canonical())
     table |= {key: {**table[key], **value} if isinstance(value, dict) else value for key, value in text.items()}
     header(plan=json.dumps(table))(content)
@@ -407,7 +416,8 @@ def test_a_plan_of_half_characters_is_refused_and_entered(
 
 
 def test_a_plan_of_endless_depth_is_refused_and_entered(plan: Plan, state: State, make_site: MakeSite) -> None:
-    site, content = make_site(), request(plan, state)
+    site = make_site()
+    content = request(plan, state)
     header(plan="[" * 100_000)(content)
     assert reason(ask(content, {"site": str(site.folder)})) == SANITIZED
     assert [entry["what"] for entry in AuditLog(site.folder).entries()] == ["refusal"]

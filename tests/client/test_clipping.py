@@ -111,7 +111,8 @@ def everything(plan: Plan) -> Dataset:
 
 def prepared(plan: Plan) -> tuple[TrainableModel, list[nn.Parameter], TrainingSetup]:
     """The stage's setting at a client, with the parameters away from where they start: a B of zero would hide what A gets."""
-    model, stage = model_of(plan, "cpu"), plan.stage_of(1)
+    model = model_of(plan, "cpu")
+    stage = plan.stage_of(1)
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     model.load({})
     generator = torch.Generator().manual_seed(5)
@@ -340,7 +341,8 @@ def test_adapters_on_more_layers_than_there_are_are_refused(new_plan: MakePlan) 
 
 
 def test_records_described_for_another_task_are_refused(new_plan: MakePlan) -> None:
-    texts, tokens = new_plan("bert", "sequence-classification"), new_plan("bert", "token-classification")
+    texts = new_plan("bert", "sequence-classification")
+    tokens = new_plan("bert", "token-classification")
     with pytest.raises(
         DataError, match="clinic describes its records as for sequence-classification, expected token-classification"
     ):

@@ -56,7 +56,8 @@ def test_every_rule_declines_and_nothing_is_spent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rules, tables = CASES[rule]
-    plan, site = make_plan(**{"privacy": PRIVATE, **tables}), make_site(policy=policy(**rules))
+    plan = make_plan(**{"privacy": PRIVATE, **tables})
+    site = make_site(policy=policy(**rules))
     state = state_for(plan)
 
     def untouched(*_: Any, **__: Any) -> Any:
@@ -130,7 +131,8 @@ def test_an_own_smaller_epsilon_is_within_the_limit_per_run(make_plan: MakePlan)
 
 
 def test_hours_of_training_are_counted(make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy(training={"max_hours": 2.0}))
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site(policy=policy(training={"max_hours": 2.0}))
     state = state_for(plan)
     update = train_round(plan, site, 1, state)
     assert update.steps == 4
@@ -144,7 +146,8 @@ def test_hours_of_training_are_counted(make_plan: MakePlan, make_site: MakeSite,
 
 def test_hours_are_watched_within_a_round(make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]) -> None:
     """One round may be made as long as a server likes: the clock is looked at after every step, and what is reserved stays."""
-    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy(training={"max_hours": 1e-9}))
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site(policy=policy(training={"max_hours": 1e-9}))
     with pytest.raises(Declined, match=r"training\.max_hours"):
         train_round(plan, site, 1, state_for(plan))
     [charge] = site.ledger().charges()
@@ -155,7 +158,8 @@ def test_hours_are_watched_within_a_round(make_plan: MakePlan, make_site: MakeSi
 def test_a_tighter_policy_holds_for_what_is_finished_too(
     make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     state = state_for(plan)
     train_round(plan, site, 1, state)
     (site.folder / "policy.toml").write_text(dump_policy(policy(training={"min_examples": 61})))
@@ -166,7 +170,8 @@ def test_a_tighter_policy_holds_for_what_is_finished_too(
 def test_a_delta_for_the_total_that_limits_nothing_is_refused(
     make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy(budget={"delta_total": 0.9}))
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site(policy=policy(budget={"delta_total": 0.9}))
     with pytest.raises(PrivacyError, match=r"budget\.delta_total = 0\.9 gives δ = 0\.9 for 60 examples; expected at most 0\.017"):
         train_round(plan, site, 1, state_for(plan))
     assert not site.ledger_file.exists()

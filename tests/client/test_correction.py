@@ -69,7 +69,8 @@ def test_the_next_round_goes_on_from_the_last_admitted_update(
     """Round 2 came too late and was never admitted: round 3 is what it would have been without round 2."""
     plan = make_plan(rounds=5, strategy="feddyn")
     state = state_for(plan)
-    late, punctual = make_site(at="late"), make_site(at="punctual")
+    late = make_site(at="late")
+    punctual = make_site(at="punctual")
     for site in (late, punctual):
         train_round(plan, site, 1, state)
     train_round(plan, late, 2, state, admitted=1)
@@ -88,7 +89,8 @@ def test_a_server_that_has_lost_its_last_checkpoint_can_go_on_from_the_one_befor
     """Round 3 was admitted and round 4 asked for when the checkpoint of round 3 turned out to be damaged: round 3 is asked for
     again, going on from round 1, as round 2 came too late.
     """
-    plan, site = make_plan(rounds=4, strategy=strategy), make_site()
+    plan = make_plan(rounds=4, strategy=strategy)
+    site = make_site()
     states = [state_for(plan), {name: tensor + 0.5 for name, tensor in state_for(plan).items()}]
     train_round(plan, site, 1, states[0])
     train_round(plan, site, 2, states[0], admitted=1)
@@ -103,8 +105,10 @@ def test_a_crash_before_the_update_is_in_the_outbox_costs_no_agreement(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, privacy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept is that of the update that was handed over, not of the one that was lost; a resend finds both unchanged."""
-    plan, site = make_plan(privacy=privacy, strategy="feddyn"), make_site()
-    state, alpha = state_for(plan), 0.1
+    plan = make_plan(privacy=privacy, strategy="feddyn")
+    site = make_site()
+    state = state_for(plan)
+    alpha = 0.1
     with monkeypatch.context() as patch:
         patch.setattr(Site, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -122,7 +126,8 @@ def test_a_crash_before_the_update_is_in_the_outbox_costs_no_agreement(
 def test_without_what_was_kept_there_is_no_round(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, harm: str
 ) -> None:
-    plan, site = make_plan(strategy="scaffold"), make_site()
+    plan = make_plan(strategy="scaffold")
+    site = make_site()
     state = state_for(plan)
     train_round(plan, site, 1, state)
     (file,) = site.folder.glob("kept/*/*")
@@ -135,7 +140,8 @@ def test_without_what_was_kept_there_is_no_round(
 
 
 def test_a_term_without_state_keeps_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(strategy="fedprox"), make_site()
+    plan = make_plan(strategy="fedprox")
+    site = make_site()
     train_round(plan, site, 1, state_for(plan))
     assert kept_of(site) == []
 
@@ -151,7 +157,8 @@ WRONG: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 def test_what_a_server_sends_beside_the_state_is_looked_at_before_anything_is_charged(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, wrong: str
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE, strategy="scaffold"), make_site()
+    plan = make_plan(privacy=PRIVATE, strategy="scaffold")
+    site = make_site()
     state, (made, said) = state_for(plan), WRONG[wrong]
     with pytest.raises(RunError, match=said):
         train_round(plan, site, 1, state, sent={name: made(tensor) for name, tensor in state.items()})
@@ -165,7 +172,8 @@ def test_only_an_earlier_round_can_be_the_last_admitted_one(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, admitted: int
 ) -> None:
     """Going on from a later one would forget the earlier ones, which the model counts on."""
-    plan, site = make_plan(strategy="scaffold"), make_site()
+    plan = make_plan(strategy="scaffold")
+    site = make_site()
     state = state_for(plan)
     train_round(plan, site, 1, state)
     with pytest.raises(RunError, match=f"names round {admitted} as the last admitted one: expected an earlier one"):

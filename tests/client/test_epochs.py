@@ -56,5 +56,6 @@ def test_steps_follow_from_the_public_number(
 ) -> None:
     """Epochs over 60 records, of which the number of steps would tell how many there are."""
     policy = Policy.permissive().model_copy(update={"tell": TellRules(example_count="declared", declared_examples=declared)})
-    plan, site = of_epochs(local={"batch_size": batch}), make_site(policy=policy)
+    plan = of_epochs(local={"batch_size": batch})
+    site = make_site(policy=policy)
     assert train_round(plan, site, 1, state_for(plan)).steps == steps

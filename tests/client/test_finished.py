@@ -40,7 +40,8 @@ def finished(plan: Plan, state: State, *, round: int = 3, admitted: int = 0) -> 
 
 
 def test_the_model_is_a_folder_that_transformers_loads(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(), make_site()
+    plan = make_plan()
+    site = make_site()
     request = finished(plan, state_for(plan))
     folder = store_final_model(request, plan, site)
     assert folder == site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
@@ -53,7 +54,8 @@ def test_the_model_is_a_folder_that_transformers_loads(make_plan: MakePlan, make
 
 
 def test_the_same_model_again_changes_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(), make_site()
+    plan = make_plan()
+    site = make_site()
     request = finished(plan, state_for(plan))
     weights = store_final_model(request, plan, site) / "model.safetensors"
     before = weights.stat()
@@ -65,7 +67,8 @@ def test_the_same_model_again_changes_nothing(make_plan: MakePlan, make_site: Ma
 
 
 def test_the_own_part_is_joined(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(train="lora", strategy="fedsa", rounds=1), make_site()
+    plan = make_plan(train="lora", strategy="fedsa", rounds=1)
+    site = make_site()
     state = state_for(plan)
     train_round(plan, site, 1, state)
     own = site.newest(plan.plan_id, PERSONAL)
@@ -86,7 +89,8 @@ def test_a_plan_that_nobody_has_approved_leaves_nothing(make_plan: MakePlan, mak
 
 
 def test_what_is_no_finished_model(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(), make_site()
+    plan = make_plan()
+    site = make_site()
     state = state_for(plan)
     with pytest.raises(RunError, match="a finished model came after round 4: expected one of the plan's 3 rounds"):
         store_final_model(finished(plan, state, round=4), plan, site)
@@ -101,7 +105,9 @@ def test_what_is_no_finished_model(make_plan: MakePlan, make_site: MakeSite, sta
 def ask(request: Request, site: Site) -> Message:
     [content] = encode_requests(request.plan, request.round, request.state, [Recipient(request.organization)])
     sign_request(content, FINISHED)
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     message = Message(content, 2, MessageType.EVALUATE, group_id=str(request.round))
     message.metadata.__dict__["_message_id"] = "7"
     config = UserConfig({"site": str(site.folder), "server": "fed:9092"})
@@ -114,7 +120,8 @@ def test_the_answer_is_a_receipt_and_the_log_names_the_folder(
     def untouched(*_: Any, **__: Any) -> Any:
         raise AssertionError("no record is read")
 
-    plan, site = make_plan(), make_site()
+    plan = make_plan()
+    site = make_site()
     request = finished(plan, state_for(plan))
     monkeypatch.setattr(Site, "holdings", untouched)
     reply = ask(request, site)
@@ -145,7 +152,9 @@ def weights_of(folder: Path) -> int:
 def test_a_full_disk_is_one_sentence_and_the_model_comes_whole_the_next_time(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan, site, elsewhere = make_plan(), make_site(), make_site("clinic", at="elsewhere")
+    plan = make_plan()
+    site = make_site()
+    elsewhere = make_site("clinic", at="elsewhere")
     request = finished(plan, state_for(plan))
     whole = weights_of(store_final_model(request, plan, elsewhere))
     (site.folder / "models" / ".model.killed").mkdir(parents=True)
@@ -168,7 +177,8 @@ def test_a_full_disk_is_one_sentence_and_the_model_comes_whole_the_next_time(
 def test_a_model_whose_last_file_could_not_be_written_is_not_taken_as_finished(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    plan, site = make_plan(), make_site()
+    plan = make_plan()
+    site = make_site()
     request = finished(plan, state_for(plan))
     written = finished_module.atomic_write
 

@@ -30,7 +30,8 @@ class FakeClient:
     """Flower's client of the Fleet API; refuses with `response` if there is one."""
 
     def __init__(self, response: httpx.Response | None = None) -> None:
-        self.called, self._response = list[str](), response
+        self.called = list[str]()
+        self._response = response
 
     def DeactivateNode(self, _: Any) -> DeactivateNodeResponse:
         self.called.append("leave")
@@ -88,7 +89,9 @@ def test_clocks_that_are_apart_are_named(seconds: int, said: str) -> None:
 
 
 def request(*, age: float = 0.0, tree: ObjectTree | None = None) -> Request:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     header = Message(RecordDict(), NODE, MessageType.TRAIN, ttl=60.0)
     header.metadata.created_at = time.time() - age
     return Request(header, tree or ObjectTree(object_id="root"))

@@ -12,7 +12,8 @@ from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 
-FIRST, SECOND = StepReport(1, 4, 0.7), StepReport(2, 4, 0.7)
+FIRST = StepReport(1, 4, 0.7)
+SECOND = StepReport(2, 4, 0.7)
 
 
 @pytest.fixture

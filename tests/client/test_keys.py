@@ -50,7 +50,8 @@ class Server:
     """Lets in whose keys are those of active members."""
 
     def __init__(self, members: Members) -> None:
-        self._members, self.entered = members, list[str]()
+        self._members = members
+        self.entered = list[str]()
         self.down = False
 
     @contextmanager
@@ -74,7 +75,8 @@ def enter(site: Site, server: Server) -> None:
 
 
 def test_the_node_changes_over_once_the_coordinator_has_accepted(site: Site, members: Members) -> None:
-    old, server = fingerprint_of(site), Server(members)
+    old = fingerprint_of(site)
+    server = Server(members)
     _, new = renew_key(site)
     enter(site, server)
     assert fingerprint_of(site) == old  # nobody has accepted it yet
@@ -160,7 +162,8 @@ def test_a_kill_while_the_key_is_taken_leaves_a_node_that_gets_in(
 ) -> None:
     old, (_, new) = fingerprint_of(site), renew_key(site)
     accept(members, site)
-    following, copy = next_key(site.folder), tmp_path / "copy"
+    following = next_key(site.folder)
+    copy = tmp_path / "copy"
     assert following is not None
     shutil.copytree(site.folder, copy)
     counts = []

@@ -23,7 +23,9 @@ from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 
-ROUNDS, KILLS, DELTA = 10, 20, 1e-3
+ROUNDS = 10
+KILLS = 20
+DELTA = 1e-3
 # Runs in a process of its own. The only thing that is replaced is the sampler's iterator, which every step starts with.
 _CLIENT = """
 import json, os, sys
@@ -125,13 +127,17 @@ def test_twenty_kills(
         local={"steps": 5, "batch_size": 0.2, "learning_rate": 0.01},
     )
     site = make_site()
-    state, notes, document = tmp_path / "state.safetensors", tmp_path / "notes.jsonl", tmp_path / "plan.toml"
+    state = tmp_path / "state.safetensors"
+    notes = tmp_path / "notes.jsonl"
+    document = tmp_path / "plan.toml"
     save_file(state_for(plan), state)
     document.write_text(dump_plan(plan))
     chosen = random.SystemRandom().randrange(2**32)  # other moments in every run of the test
     print(f"moments drawn from seed {chosen}")
     rng = random.Random(chosen)
-    seed, kills, alive = 7, 0, 0
+    seed = 7
+    kills = 0
+    alive = 0
     while kills < KILLS:
         code = _CLIENT.format(
             environ={"PYTHONWARNINGS": "ignore"}, site=str(site.folder), state=str(state), notes=str(notes), plan=str(document),

@@ -33,7 +33,8 @@ from cotune.errors import DataError, RunError
 from cotune.flower.chunks import CutOff
 from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
 
-NODE, RUN = 5, 77
+NODE = 5
+RUN = 77
 
 
 def zipped(*names: str) -> bytes:
@@ -51,7 +52,9 @@ def request(
     round: int = 1, *, run: int = RUN, age: float = 0.0, node: int = NODE, ttl: float = 60.0, kind: str = MessageType.TRAIN
 ) -> Request:
     """Sent `age` seconds ago by this machine's clock, to live for `ttl`."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = run
+    TaskIdentity.node_id = 1
     header = Message(RecordDict(), node, kind, ttl=ttl, group_id=str(round))
     header.metadata.created_at = time.time() - age
     header.metadata.__dict__["_message_id"] = f"message-{round}"
@@ -62,8 +65,13 @@ class FakeFleet(Fleet):
     """A server that has these requests, and these failures in place of the next calls of a name. Stops when all is answered."""
 
     def __init__(self, stop: threading.Event, *requests: Request, archive: bytes = BUNDLE, **failures: list[Any]) -> None:
-        self.node_id, self.calls, self.sent = NODE, list[str](), list[Message]()
-        self._end, self._requests, self._bundle, self._failures = stop, list(requests), archive, failures
+        self.node_id = NODE
+        self.calls = list[str]()
+        self.sent = list[Message]()
+        self._end = stop
+        self._requests = list(requests)
+        self._bundle = archive
+        self._failures = failures
 
     def _called(self, name: str, about: Request | None = None) -> None:
         self.calls.append(name if about is None else f"{name} {about.round}")
@@ -105,11 +113,15 @@ class FakeWorker:
     """Answers at the second time of asking, or dies at the rounds that are named, so many times."""
 
     def __init__(self, dies: tuple[str, ...] = (), times: int = 1000) -> None:
-        self.given, self._dies, self._times, self._asked = list[str](), dies, times, 0
+        self.given = list[str]()
+        self._dies = dies
+        self._times = times
+        self._asked = 0
         self._message: Message | None = None
 
     def give(self, message: Message) -> None:
-        self._message, self._asked = message, 0
+        self._message = message
+        self._asked = 0
         self.given.append(str(message.content["asked"]["round"]))
 
     def answer(self, seconds: float) -> Message | None:
@@ -137,7 +149,8 @@ def reasons(fleet: FakeFleet) -> list[str | None]:
 def test_requests_are_answered_one_by_one_and_the_bundle_of_a_run_is_looked_at_once(
     tmp_path: Path, stop: threading.Event
 ) -> None:
-    fleet, worker = FakeFleet(stop, request(1), request(2)), FakeWorker()
+    fleet = FakeFleet(stop, request(1), request(2))
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert fleet.calls == ["receive", "bundle", "open 1", "send", "confirm 1", "receive", "open 2", "send", "confirm 2"]
     assert worker.given == ["1", "2"]
@@ -145,7 +158,8 @@ def test_requests_are_answered_one_by_one_and_the_bundle_of_a_run_is_looked_at_o
 
 
 def test_a_bundle_with_code_is_refused_and_nothing_is_trained(tmp_path: Path, stop: threading.Event) -> None:
-    fleet, worker = FakeFleet(stop, request(1), request(2), archive=zipped("pyproject.toml", "evil.py")), FakeWorker()
+    fleet = FakeFleet(stop, request(1), request(2), archive=zipped("pyproject.toml", "evil.py"))
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == []
     assert fleet.calls == ["receive", "bundle", "send"] * 2  # not confirmed: it may not be complete at the server yet
@@ -159,7 +173,8 @@ def test_a_bundle_with_code_is_refused_and_nothing_is_trained(tmp_path: Path, st
 def test_what_nobody_waits_for_any_more_is_dropped_with_a_log_line(
     tmp_path: Path, stop: threading.Event, asked: list[Request], caplog: pytest.LogCaptureFixture
 ) -> None:
-    fleet, worker = FakeFleet(stop, *asked), FakeWorker()
+    fleet = FakeFleet(stop, *asked)
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert fleet.calls[-1] == "receive"  # not confirmed: it may not be complete at the server yet
     assert asked[-1].round not in worker.given
@@ -168,7 +183,8 @@ def test_what_nobody_waits_for_any_more_is_dropped_with_a_log_line(
 
 @pytest.mark.parametrize("age", [-7200.0, 7200.0])
 def test_a_clock_that_has_jumped_drops_nothing(tmp_path: Path, stop: threading.Event, age: float) -> None:
-    fleet, worker = FakeFleet(stop, request(age=age)), FakeWorker()
+    fleet = FakeFleet(stop, request(age=age))
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["1"]
     [reply] = fleet.sent
@@ -183,7 +199,8 @@ def test_a_request_that_is_kept_for_longer_than_it_lives_is_dropped(tmp_path: Pa
     (tmp_path / "request.pb").write_bytes(request().to_bytes())
     an_hour_ago = time.time() - 3600
     os.utime(tmp_path / "request.pb", (an_hour_ago, an_hour_ago))
-    fleet, worker = FakeFleet(stop), FakeWorker()
+    fleet = FakeFleet(stop)
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert (worker.given, fleet.sent) == ([], [])
 
@@ -196,7 +213,8 @@ def test_training_that_is_long_overdue_makes_way(tmp_path: Path, stop: threading
             return None if self.given[-1] == "1" else super().answer(seconds)
 
     monkeypatch.setattr(node_module, "_OVERDUE_SECONDS", 0.0)
-    fleet, worker = FakeFleet(stop, request(1, ttl=0.2), request(2)), Slow()
+    fleet = FakeFleet(stop, request(1, ttl=0.2), request(2))
+    worker = Slow()
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["1", "2"]
     assert fleet.calls[-4:] == ["confirm 1", "open 2", "send", "confirm 2"]
@@ -204,7 +222,9 @@ def test_training_that_is_long_overdue_makes_way(tmp_path: Path, stop: threading
 
 def test_a_site_that_cannot_be_written_is_refused_and_said(tmp_path: Path, stop: threading.Event) -> None:
     """A file where the folder was: that stops root too, whom permissions do not."""
-    log, fleet, worker = AuditLog(tmp_path), FakeFleet(stop, request(1), request(2)), FakeWorker()
+    log = AuditLog(tmp_path)
+    fleet = FakeFleet(stop, request(1), request(2))
+    worker = FakeWorker()
     node = Node(tmp_path / "node", worker, stop, log)
     (tmp_path / "node").write_text("")
     node.serve(fleet)
@@ -231,19 +251,22 @@ def test_an_observer_is_told_what_people_want_to_know(tmp_path: Path, stop: thre
 
 
 def test_the_finished_model_may_be_that_of_an_earlier_round(tmp_path: Path, stop: threading.Event) -> None:
-    fleet, worker = FakeFleet(stop, request(3), request(2, kind=MessageType.EVALUATE)), FakeWorker()
+    fleet = FakeFleet(stop, request(3), request(2, kind=MessageType.EVALUATE))
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["3", "2"]
 
 
 def test_another_run_may_begin_at_round_one(tmp_path: Path, stop: threading.Event) -> None:
-    fleet, worker = FakeFleet(stop, request(3), request(1, run=RUN + 1)), FakeWorker()
+    fleet = FakeFleet(stop, request(3), request(1, run=RUN + 1))
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["3", "1"]
 
 
 def test_a_worker_that_is_killed_does_its_work_again(tmp_path: Path, stop: threading.Event) -> None:
-    fleet, worker = FakeFleet(stop, request(1)), FakeWorker(dies=("1",), times=1)
+    fleet = FakeFleet(stop, request(1))
+    worker = FakeWorker(dies=("1",), times=1)
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["1", "1"]
     assert [call for call in fleet.calls if call.startswith(("open", "confirm"))] == ["open 1", "open 1", "confirm 1"]
@@ -257,14 +280,16 @@ def test_a_worker_that_is_killed_while_it_is_given_its_work_does_it_again(tmp_pa
             if len(self.given) == 1:
                 raise ResidentDied("the training process ended with -9")
 
-    fleet, worker = FakeFleet(stop, request(1)), Killed()
+    fleet = FakeFleet(stop, request(1))
+    worker = Killed()
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["1", "1"]
     assert fleet.sent[0].has_content()
 
 
 def test_a_worker_that_dies_of_its_work_costs_that_answer_only(tmp_path: Path, stop: threading.Event) -> None:
-    fleet, worker = FakeFleet(stop, request(1), request(2)), FakeWorker(dies=("1",))
+    fleet = FakeFleet(stop, request(1), request(2))
+    worker = FakeWorker(dies=("1",))
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["1", "1", "2"]
     assert fleet.sent[0].error.reason == GENERIC_REFUSAL
@@ -272,21 +297,24 @@ def test_a_worker_that_dies_of_its_work_costs_that_answer_only(tmp_path: Path, s
 
 
 def test_a_message_that_cannot_be_read_is_answered_without_a_word_of_it(tmp_path: Path, stop: threading.Event) -> None:
-    fleet, worker = FakeFleet(stop, request(), open=[TypeError("secret")]), FakeWorker()
+    fleet = FakeFleet(stop, request(), open=[TypeError("secret")])
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert reasons(fleet) == [GENERIC_REFUSAL]
     assert worker.given == []
 
 
 def test_a_run_that_is_over_costs_its_request_only(tmp_path: Path, stop: threading.Event) -> None:
-    fleet, worker = FakeFleet(stop, request(1), request(2), open=[RequestOver("over")]), FakeWorker()
+    fleet = FakeFleet(stop, request(1), request(2), open=[RequestOver("over")])
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["2"]
 
 
 @pytest.mark.parametrize("call", ["bundle", "open", "send"])
 def test_a_connection_that_breaks_off_loses_nothing(tmp_path: Path, stop: threading.Event, call: str) -> None:
-    broken, worker = FakeFleet(stop, request(), **{call: [FleetError("broken")]}), FakeWorker()
+    broken = FakeFleet(stop, request(), **{call: [FleetError("broken")]})
+    worker = FakeWorker()
     node = Node(tmp_path, worker, stop)
     with pytest.raises(FleetError, match="broken"):
         node.serve(broken)
@@ -300,7 +328,8 @@ def test_a_connection_that_breaks_off_loses_nothing(tmp_path: Path, stop: thread
 def test_a_killed_node_goes_on_with_what_it_was_at(tmp_path: Path, stop: threading.Event) -> None:
     with pytest.raises(FleetError):
         serve(tmp_path, stop, FakeFleet(stop, request(), send=[FleetError("killed here")]), FakeWorker())
-    fleet, worker = FakeFleet(stop), FakeWorker()
+    fleet = FakeFleet(stop)
+    worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert fleet.calls == ["bundle", "open 1", "send", "confirm 1"]
     assert worker.given == ["1"]
@@ -319,7 +348,8 @@ class Impatient(threading.Event):
 
     def __init__(self, waits: int) -> None:
         super().__init__()
-        self.waited, self._waits = list[float](), waits
+        self.waited = list[float]()
+        self._waits = waits
 
     def wait(self, timeout: float | None = None) -> bool:
         self.waited.append(timeout or 0.0)
@@ -347,7 +377,8 @@ def test_it_waits_longer_after_each_failure_up_to_ten_seconds(tmp_path: Path, ca
 
 def stay(node: Node, *fleets: FakeFleet) -> list[tuple[int | None, bool]]:
     """Which node ids the node came with, and whether it left first."""
-    came, waiting = list[tuple[int | None, bool]](), list(fleets)
+    came = list[tuple[int | None, bool]]()
+    waiting = list(fleets)
 
     @contextmanager
     def connect(known: int | None, anew: bool) -> Iterator[Fleet]:
@@ -359,7 +390,8 @@ def stay(node: Node, *fleets: FakeFleet) -> list[tuple[int | None, bool]]:
 
 
 def test_it_comes_back_by_its_number_and_leaves_when_stopped(tmp_path: Path, stop: threading.Event) -> None:
-    broken, after = FakeFleet(stop, request(), send=[FleetError("broken")]), FakeFleet(stop, request())
+    broken = FakeFleet(stop, request(), send=[FleetError("broken")])
+    after = FakeFleet(stop, request())
     assert stay(Node(tmp_path, FakeWorker(), stop), broken, after) == [(None, True), (NODE, False)]
     assert after.calls[-2:] == ["confirm 1", "leave"]
     assert list(tmp_path.iterdir()) == []
@@ -367,13 +399,15 @@ def test_it_comes_back_by_its_number_and_leaves_when_stopped(tmp_path: Path, sto
 
 def test_a_request_that_may_have_been_lost_on_its_way_is_asked_for_again(tmp_path: Path, stop: threading.Event) -> None:
     """The server hands it over once: anyone who comes back after that call leaves first, so that the server sees it."""
-    broken, after = FakeFleet(stop, request(), receive=[FleetError("broken")]), FakeFleet(stop, request())
+    broken = FakeFleet(stop, request(), receive=[FleetError("broken")])
+    after = FakeFleet(stop, request())
     assert stay(Node(tmp_path, FakeWorker(), stop), broken, after) == [(None, True), (NODE, True)]
 
 
 def test_a_request_that_did_not_come_whole_is_asked_for_again(tmp_path: Path, stop: threading.Event) -> None:
     """The server was killed as it sent it: the rest never comes, and what is not confirmed is not waited for."""
-    half, worker = FakeFleet(stop, request(), open=[CutOff("no part of it has come")]), FakeWorker()
+    half = FakeFleet(stop, request(), open=[CutOff("no part of it has come")])
+    worker = FakeWorker()
     whole = FakeFleet(stop, request())
     assert stay(Node(tmp_path, worker, stop), half, whole) == [(None, True), (NODE, True)]
     assert "confirm 1" not in half.calls
@@ -382,7 +416,8 @@ def test_a_request_that_did_not_come_whole_is_asked_for_again(tmp_path: Path, st
 
 
 def test_it_outlives_what_nobody_thought_of(tmp_path: Path, stop: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
-    odd, worker = FakeFleet(stop, request(), receive=[KeyError("odd")]), FakeWorker()
+    odd = FakeFleet(stop, request(), receive=[KeyError("odd")])
+    worker = FakeWorker()
     stay(Node(tmp_path, worker, stop), odd, FakeFleet(stop, request()))
     assert worker.given == ["1"]
     assert "KeyError" in caplog.text
@@ -398,14 +433,16 @@ def test_a_killed_node_comes_back_by_its_number_and_a_copy_of_its_site_does_not(
 
 def test_a_server_set_up_anew_does_not_get_an_answer_for_the_old_one(tmp_path: Path, stop: threading.Event) -> None:
     (tmp_path / "request.pb").write_bytes(request(node=NODE + 1).to_bytes())
-    fleet, worker = FakeFleet(stop), FakeWorker()
+    fleet = FakeFleet(stop)
+    worker = FakeWorker()
     stay(Node(tmp_path, worker, stop), fleet)
     assert fleet.sent == []
     assert worker.given == []
 
 
 def test_a_request_survives_its_file() -> None:
-    kept, given = Request.from_bytes(request(4).to_bytes()), request(4)
+    kept = Request.from_bytes(request(4).to_bytes())
+    given = request(4)
     assert (kept.run, kept.round, kept.tree) == (given.run, given.round, given.tree)
     assert kept.header.metadata.message_id == "message-4"
     with pytest.raises(ValueError, match="not a request"):
@@ -482,7 +519,8 @@ def test_a_node_with_another_number_goes_on_with_what_it_is_asked_anew(
     tmp_path: Path, stop: threading.Event, content: str, given: list[str]
 ) -> None:
     """As after a renewed key: training goes on, and its update, which is kept, answers; other content is given at once."""
-    worker, waited = Unhurried(), list[int]()
+    worker = Unhurried()
+    waited = list[int]()
     node = Node(tmp_path, worker, stop)
 
     class Refusing(FakeFleet):

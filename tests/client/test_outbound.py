@@ -48,7 +48,9 @@ class Case:
 
     def __init__(self, plan: Plan, site: Site, state: State) -> None:
         [content] = encode_requests(plan.canonical(), 1, state, [Recipient(site.organization)])
-        self.plan, self.site, self.request = plan, site, decode_request(content)
+        self.plan = plan
+        self.site = site
+        self.request = decode_request(content)
         self.content = encode_update(train_round(plan, site, 1, dict(self.request.state)), plan.plan_id)
 
     def check(self) -> None:
@@ -59,7 +61,9 @@ class Case:
 
     def arrays(self, name: str, **arrays: Array) -> None:
         """Under the message's own salt."""
-        salt, salted = salt_of(self.content), dict(self.content.get(name, {}))  # type: ignore[call-overload]
+        # type: ignore[call-overload]
+        salt = salt_of(self.content)
+        salted = dict(self.content.get(name, {}))
         for key, array in arrays.items():
             mask = wire._derived(salt, name, key)
             salted[key] = Array(array.dtype, tuple(array.shape), SALTED, wire._masked(array.data, mask))
@@ -284,7 +288,8 @@ def test_statistics_leave_where_both_agree(make_plan: MakePlan, make_site: MakeS
 
 
 def test_a_receipt_holds_nothing_else(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(), make_site()
+    plan = make_plan()
+    site = make_site()
     request = Request(plan.canonical(), 3, site.organization, state_for(plan))
     honest = Receipt(site.organization, plan.plan_id, received_digest(request.state))
     check_receipt(encode_receipt(honest), request, plan, site)

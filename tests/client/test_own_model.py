@@ -55,7 +55,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def received(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> tuple[Plan, Site, State]:
-    plan, site = make_plan(), make_site()
+    plan = make_plan()
+    site = make_site()
     state = drawn(state_for(plan))
     receive(plan, site, state)
     return plan, site, state
@@ -71,7 +72,8 @@ def test_an_adapted_model_is_exported_and_nothing_else_changes(received: tuple[P
     assert done.records == 60
     card = (done.folder / "README.md").read_text(encoding="utf-8")
     assert "No ε bounds" in card
-    opened, held = open_received(site), site.holdings(plan.labels)
+    opened = open_received(site)
+    held = site.holdings(plan.labels)
     scores = head_scores(opened.model, done.adapted.head, encoded_features(held, opened.model, {}, "float32"))
     told = pipeline("text-classification", str(done.folder), truncation=True)(held.inputs(), top_k=None)
     for each, row in zip(told, scores.softmax(dim=1).tolist(), strict=True):
@@ -84,7 +86,8 @@ def test_the_shared_head_is_where_it_begins_and_alone_knows_nothing_of_it(
     plan = make_plan()
     starts = []
     for seed in (5, 6):
-        site, state = make_site(at=f"site-{seed}"), drawn(state_for(plan), seed)
+        site = make_site(at=f"site-{seed}")
+        state = drawn(state_for(plan), seed)
         receive(plan, site, state)
         opened = open_received(site)
         assert all(torch.equal(tensor, state[name]) for name, tensor in opened.head.items())
@@ -107,7 +110,8 @@ def test_a_second_time_replaces_the_first_and_foreign_folders_stay(received: tup
 
 
 def test_a_site_without_a_finished_model_says_so(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(), make_site()
+    plan = make_plan()
+    site = make_site()
     with pytest.raises(RunError):
         adapt_site(site)
     folder = receive(plan, site, state_for(plan))
@@ -121,7 +125,9 @@ def test_a_site_without_a_finished_model_says_so(make_plan: MakePlan, make_site:
 
 
 def test_the_newest_of_several_is_taken(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    one, two, site = make_plan(), make_plan(seed=8), make_site()
+    one = make_plan()
+    two = make_plan(seed=8)
+    site = make_site()
     receive(one, site, state_for(one))
     receive(two, site, state_for(two))
     assert open_received(site).plan == two
@@ -143,7 +149,8 @@ def test_a_comparison_is_on_records_that_nothing_was_fitted_to(
         judged.append(features)
         return tell(model, head, features)
 
-    original, tell = own_model.adapt, own_model._told
+    original = own_model.adapt
+    tell = own_model._told
     monkeypatch.setattr(own_model, "adapt", adapt)
     monkeypatch.setattr(own_model, "_told", told)
     before = contents(site.folder)
@@ -183,7 +190,8 @@ def test_alone_knows_nothing_of_an_encoder_that_all_have_trained(
 ) -> None:
     """With a trained encoder, alone is fitted to the base model's features: another received model changes nothing of it."""
     plan = make_plan(train="full")
-    found, weights = [], set()
+    found = []
+    weights = set()
     for seed in (5, 6):
         site = make_site(at=f"site-{seed}")
         weights.add((receive(plan, site, drawn(state_for(plan), seed)) / "model.safetensors").read_bytes())
@@ -196,7 +204,8 @@ def test_a_model_of_tags_is_adapted_word_by_word(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, tmp_path: Path
 ) -> None:
     tags = write_tagged(tmp_path / "tags.jsonl", 60)
-    plan, site = make_plan(task="token-classification", labels=[*sorted(TAGS.values()), "O"]), make_site()
+    plan = make_plan(task="token-classification", labels=[*sorted(TAGS.values()), "O"])
+    site = make_site()
     write_holdings(site.folder / "data.json", DataConfig(source=str(tags)), [(None, list(range(60)))], plan.task)
     receive(plan, site, drawn(state_for(plan)))
     found = evaluate_site(site)
@@ -216,7 +225,8 @@ def test_records_that_are_all_alike_cannot_both_train_and_judge(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, tmp_path: Path
 ) -> None:
     two = write_csv(tmp_path / "two.csv", [("great table", "good"), ("awful road", "bad")] * 30)
-    plan, site = make_plan(), make_site()
+    plan = make_plan()
+    site = make_site()
     write_holdings(site.folder / "data.json", DataConfig(source=str(two)), [(None, list(range(60)))])
     receive(plan, site, state_for(plan))
     with pytest.raises(DataError):

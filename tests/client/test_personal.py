@@ -35,7 +35,8 @@ def base_state(plan: Plan) -> State:
 
 @pytest.mark.parametrize("privacy", ["none", PRIVATE])
 def test_a_travels_and_the_rest_stays(make_plan: MakePlan, make_site: MakeSite, privacy: Any) -> None:
-    plan, site = plan_of(make_plan, privacy=privacy), make_site()
+    plan = plan_of(make_plan, privacy=privacy)
+    site = make_site()
     update = train_round(plan, site, 1, base_state(plan))
     model = model_of(plan, "cpu")
     assert update.delta
@@ -51,7 +52,8 @@ def test_alone_it_makes_no_difference_what_is_shared(make_plan: MakePlan, make_s
     """Three rounds of one organization: the same model to the bit as when it sends everything."""
     models = []
     for keep in ("b", "nothing"):
-        plan, site = plan_of(make_plan, keep), make_site(at=keep)
+        plan = plan_of(make_plan, keep)
+        site = make_site(at=keep)
         state = base_state(plan)
         for round in (1, 2, 3):
             state = apply_delta(state, train_round(plan, site, round, state, admitted=round - 1).delta)
@@ -64,7 +66,9 @@ def test_alone_it_makes_no_difference_what_is_shared(make_plan: MakePlan, make_s
 
 def test_the_own_part_is_that_of_the_last_admitted_round(make_plan: MakePlan, make_site: MakeSite) -> None:
     """Round 2 was trained and never entered the model: round 3 goes on from round 1."""
-    plan, site, other = plan_of(make_plan), make_site(at="one"), make_site(at="two")
+    plan = plan_of(make_plan)
+    site = make_site(at="one")
+    other = make_site(at="two")
     state = base_state(plan)
     for each in (site, other):
         train_round(plan, each, 1, state)
@@ -101,13 +105,15 @@ def test_looking_at_the_newest_part_leaves_those_before(make_site: MakeSite) -> 
 
 
 def test_a_lost_part_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
-    plan, site = plan_of(make_plan), make_site()
+    plan = plan_of(make_plan)
+    site = make_site()
     with pytest.raises(RunError, match="what was kept after round 1 cannot be read"):
         train_round(plan, site, 2, base_state(plan), admitted=1)
 
 
 def test_where_everything_is_shared_nothing_is_kept(make_plan: MakePlan, make_site: MakeSite) -> None:
-    plan, site = plan_of(make_plan, "nothing"), make_site()
+    plan = plan_of(make_plan, "nothing")
+    site = make_site()
     model = model_of(plan, "cpu")
     model.load({})
     train_round(plan, site, 1, model.state(trained_names(plan, model, 1)))

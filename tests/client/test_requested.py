@@ -47,7 +47,8 @@ def test_too_small_a_cohort_is_declined(make_site: Callable[..., Site], least: i
 
 def test_a_day_has_so_many_rounds(make_site: Callable[..., Site]) -> None:
     """Rounds of all runs; one that comes again is one; tomorrow is another day; a model that is handed out is no round."""
-    site, now = make_site(), datetime.now(UTC)
+    site = make_site()
+    now = datetime.now(UTC)
     policy = changed_policy(Policy.permissive(), {"training.max_rounds_per_day": 2})
     check_limits(asked(site, round=2), policy, begun(site, 1, 1), now)
     log = begun(site, 2)

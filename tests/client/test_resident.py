@@ -24,7 +24,9 @@ from tests.support.signing import sign_request
 
 
 def message(content: RecordDict, kind: str = MessageType.TRAIN) -> Parcel:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     made = Message(content, 2, kind, group_id="1")
     return Parcel(made.object_id, {number: part.deflate() for number, part in get_all_nested_objects(made).items()})
 

@@ -125,7 +125,8 @@ def test_a_damaged_outbox_is_not_trained_over(make_site: MakeSite, damage: Calla
 
 
 def test_the_ledger_is_the_sites_own(make_site: MakeSite) -> None:
-    one, other = make_site("clinic"), make_site("bank")
+    one = make_site("clinic")
+    other = make_site("bank")
     one.ledger().reserve("plan", 1, Steps(1.0, 0.5, 3))
     assert Site(one.folder).ledger().spent() == [Steps(1.0, 0.5, 3)]
     assert other.ledger().spent() == []

@@ -79,7 +79,8 @@ def test_grams_are_of_the_inputs_without_padding(
     assert {name.removeprefix("gram/") for name in update.statistics} == set(layers)
     assert expected, "no layer saw anything"
     for name, gram in expected.items():
-        found, size = update.statistics[f"gram/{name}"].double(), len(gram)
+        found = update.statistics[f"gram/{name}"].double()
+        size = len(gram)
         torch.testing.assert_close(found[:size, :size], gram, rtol=1e-3, atol=1e-4)
         with_bias = layers[name].bias is not None
         assert len(found) == size + with_bias
@@ -92,7 +93,8 @@ def test_grams_are_of_the_inputs_without_padding(
 def test_they_are_what_the_server_expects_and_travel_as_they_are(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, train: str, fusion: str
 ) -> None:
-    plan, site = make_plan(train=train, strategy={"fusion": fusion}), make_site()
+    plan = make_plan(train=train, strategy={"fusion": fusion})
+    site = make_site()
     state = state_for(plan)
     update = train_round(plan, site, 1, state)
     model = model_of(plan, "cpu")

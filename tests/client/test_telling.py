@@ -31,7 +31,8 @@ def tells(**rules: Any) -> Policy:
 
 
 def account(make_plan: MakePlan, make_site: MakeSite, policy: Policy, **tables: Any) -> Account:
-    plan, site = make_plan(**{"privacy": PRIVATE, **tables}), make_site(policy=policy)
+    plan = make_plan(**{"privacy": PRIVATE, **tables})
+    site = make_site(policy=policy)
     return Account(plan, policy, site, site.holdings(plan.labels))
 
 
@@ -47,14 +48,16 @@ def account(make_plan: MakePlan, make_site: MakeSite, policy: Policy, **tables: 
 )
 def test_the_public_number(make_plan: MakePlan, make_site: MakeSite, rules: dict[str, Any], held: int, told: int) -> None:
     policy = tells(**rules)
-    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy, rows=range(held))
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site(policy=policy, rows=range(held))
     mine = Account(plan, policy, site, site.holdings(plan.labels))
     assert (mine.public_examples, mine.true_examples) == (told, held)
     assert mine.ledger.charges() == []
 
 
 def test_a_number_that_is_declared_must_be_given(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site(policy=tells(example_count="declared"))
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site(policy=tells(example_count="declared"))
     with pytest.raises(Declined) as declined:
         train_round(plan, site, 1, state_for(plan))
     assert declined.value.rule == "tell.declared_examples"
@@ -82,7 +85,8 @@ def test_a_crash_before_the_number_is_told_counts_as_spent(make_plan: MakePlan, 
             raise KeyboardInterrupt
 
     policy = tells(example_count="noised")
-    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy)
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site(policy=policy)
     broken = Account(plan, policy, site, site.holdings(plan.labels), generator=Crash(np.random.PCG64()))
     with pytest.raises(KeyboardInterrupt):
         _ = broken.public_examples
@@ -96,7 +100,8 @@ def test_a_number_that_a_later_round_drew_is_in_the_stated_epsilon(
 ) -> None:
     """A server that asked for round 3 first, in a request that fails, was told ε = 1.02 in round 1; the ledger said 1.30."""
     policy = tells(example_count="noised", noise_multiplier=5.0)
-    plan, site = make_plan(privacy=PRIVATE, rounds=3), make_site(policy=policy)
+    plan = make_plan(privacy=PRIVATE, rounds=3)
+    site = make_site(policy=policy)
     assert Account(plan, policy, site, site.holdings(plan.labels), round=3).public_examples >= 1
     stated = train_round(plan, site, 1, state_for(plan)).epsilon
     assert stated is not None
@@ -105,7 +110,8 @@ def test_a_number_that_a_later_round_drew_is_in_the_stated_epsilon(
 
 def test_what_nobody_sees_draws_nothing(make_plan: MakePlan, make_site: MakeSite) -> None:
     policy = tells(example_count="noised")
-    plan, site = make_plan(privacy=PRIVATE), make_site(policy=policy)
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site(policy=policy)
     shown = Account(plan, policy, site, site.holdings(plan.labels), draws=False)
     assert shown.public_examples == 60
     assert not site.ledger_file.exists()
@@ -133,7 +139,8 @@ def test_a_total_that_is_spent_tells_no_number(make_plan: MakePlan, make_site: M
 def test_the_noise_is_what_is_charged(make_plan: MakePlan, make_site: MakeSite) -> None:
     """σ on a count; √2·σ on each of the two numbers of the metrics, which one record changes together."""
     policy = tells(local_metrics="noised", noise_multiplier=20.0)
-    plan, site = make_plan(privacy=PRIVATE, tell=ASKS), make_site(policy=policy)
+    plan = make_plan(privacy=PRIVATE, tell=ASKS)
+    site = make_site(policy=policy)
     mine = Account(plan, policy, site, site.holdings(plan.labels), generator=np.random.default_rng(0))
     draws = np.array([[*mine.noised([100], 1.0), *mine.noised([100], math.sqrt(2))] for _ in range(4000)])
     assert draws.mean(axis=0) == pytest.approx([100, 100], abs=2.5)
@@ -154,7 +161,8 @@ def test_nothing_is_told_that_the_plan_does_not_ask_for(make_plan: MakePlan, mak
 
 
 def test_nothing_is_told_that_the_policy_does_not_allow(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE, tell=ASKS), make_site(policy=tells(example_count="declared", declared_examples=55))
+    plan = make_plan(privacy=PRIVATE, tell=ASKS)
+    site = make_site(policy=tells(example_count="declared", declared_examples=55))
     update = train_round(plan, site, 1, state_for(plan))
     assert update.told == {}
     assert update.examples == 55
@@ -176,7 +184,8 @@ def test_clear_metrics_are_those_of_the_received_model(make_plan: MakePlan, make
 @pytest.mark.parametrize("train", ["head", "lora"])
 def test_what_is_told_stays_within_the_budget(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, train: str) -> None:
     policy = tells(local_metrics="noised", label_histogram="noised", example_count="noised", noise_multiplier=10.0)
-    plan, site = make_plan(privacy=PRIVATE, tell=ASKS, train=train, rounds=2), make_site(policy=policy)
+    plan = make_plan(privacy=PRIVATE, tell=ASKS, train=train, rounds=2)
+    site = make_site(policy=policy)
     state = state_for(plan)
     told = [train_round(plan, site, round, state).told for round in (1, 2)]
     assert set(told[0]) == {"correct", "records", "label bad", "label good", "label so"}

@@ -54,7 +54,8 @@ def losses(plan: Plan, site: Site, state: State) -> torch.Tensor:
 def test_without_privacy_it_is_the_mean_over_the_records(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, train: str
 ) -> None:
-    plan, site = make_plan(train=train, strategy=WEIGHTED), make_site()
+    plan = make_plan(train=train, strategy=WEIGHTED)
+    site = make_site()
     state = state_for(plan)
     told = train_round(plan, site, 1, state).told
     assert told == {"loss": pytest.approx(float(losses(plan, site, state).mean()), rel=1e-5)}
@@ -64,7 +65,8 @@ def test_without_privacy_it_is_the_mean_over_the_records(
 def test_under_privacy_it_has_noise_and_is_within_the_budget(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
 ) -> None:
-    plan, policy = make_plan(privacy=PRIVATE, strategy=WEIGHTED, rounds=2), tells(local_loss="noised", noise_multiplier=10.0)
+    plan = make_plan(privacy=PRIVATE, strategy=WEIGHTED, rounds=2)
+    policy = tells(local_loss="noised", noise_multiplier=10.0)
     site = make_site(policy=policy)
     state = state_for(plan)
     told = [train_round(plan, site, round, state).told["loss"] for round in (1, 2)]
@@ -79,7 +81,8 @@ def test_under_privacy_it_has_noise_and_is_within_the_budget(
 def test_it_is_charged_before_it_is_computed(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE, strategy=WEIGHTED), make_site(policy=tells(local_loss="noised"))
+    plan = make_plan(privacy=PRIVATE, strategy=WEIGHTED)
+    site = make_site(policy=tells(local_loss="noised"))
 
     def failing(*_: Any) -> float:
         assert [(c.purpose, c.state) for c in site.ledger().charges()] == [("local loss", "reserved")]
@@ -93,11 +96,13 @@ def test_it_is_charged_before_it_is_computed(
 def test_the_noise_is_for_one_records_ceiling(make_plan: MakePlan, make_site: MakeSite) -> None:
     """Σ min(ℓ, 2) = 60, σ·c = 2·2 and 60 declared: mean 1 and deviation 4/60."""
     policy = tells(local_loss="noised", loss_ceiling=2.0, noise_multiplier=2.0)
-    plan, site = make_plan(privacy={**PRIVATE, "epsilon": 50.0}, strategy=WEIGHTED, rounds=1), make_site(policy=policy)
+    plan = make_plan(privacy={**PRIVATE, "epsilon": 50.0}, strategy=WEIGHTED, rounds=1)
+    site = make_site(policy=policy)
     account = Account(plan, policy, site, site.holdings(plan.labels), generator=np.random.default_rng(0))
     account.reserve = lambda *_: 0  # type: ignore[method-assign]
     account.ledger.settle = lambda *_: None  # type: ignore[method-assign, assignment]
-    teller, asked = Disclosures(account), []
+    teller = Disclosures(account)
+    asked = []
     draws = [teller.loss(lambda c: asked.append(c) or 60.0, 60, 1)["loss"] for _ in range(4000)]  # type: ignore[func-returns-value]
     assert set(asked) == {2.0}
     assert np.mean(draws) == pytest.approx(1.0, abs=0.005)
@@ -108,7 +113,8 @@ def test_no_record_changes_the_clipped_sum_by_more_than_the_ceiling(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
 ) -> None:
     """Also one whose loss is not a number, or endless."""
-    plan, site = make_plan(strategy=WEIGHTED), make_site()
+    plan = make_plan(strategy=WEIGHTED)
+    site = make_site()
     model = model_of(plan, "cpu")
     state = state_for(plan)
     model.load(state)
@@ -120,7 +126,8 @@ def test_no_record_changes_the_clipped_sum_by_more_than_the_ceiling(
 
 
 def test_in_the_clear_the_ledger_says_so(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE, strategy=WEIGHTED), make_site(policy=tells(local_loss="clear"))
+    plan = make_plan(privacy=PRIVATE, strategy=WEIGHTED)
+    site = make_site(policy=tells(local_loss="clear"))
     state = state_for(plan)
     told = train_round(plan, site, 1, state).told["loss"]
     assert told == pytest.approx(float(losses(plan, site, state).mean()), rel=1e-5)
@@ -128,7 +135,8 @@ def test_in_the_clear_the_ledger_says_so(make_plan: MakePlan, make_site: MakeSit
 
 
 def test_a_policy_that_says_none_declines(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE, strategy=WEIGHTED), make_site(policy=tells())
+    plan = make_plan(privacy=PRIVATE, strategy=WEIGHTED)
+    site = make_site(policy=tells())
     with pytest.raises(Declined, match="weighs updates by their loss") as declined:
         train_round(plan, site, 1, state_for(plan))
     assert declined.value.rule == "tell.local_loss"
@@ -138,7 +146,8 @@ def test_a_policy_that_says_none_declines(make_plan: MakePlan, make_site: MakeSi
 
 
 def test_a_loss_that_is_not_finite_is_said(make_plan: MakePlan, make_site: MakeSite) -> None:
-    plan, site = make_plan(strategy=WEIGHTED), make_site()
+    plan = make_plan(strategy=WEIGHTED)
+    site = make_site()
     teller = Disclosures(Account(plan, Policy.permissive(), site, site.holdings(plan.labels)))
     with pytest.raises(RunError, match="loss is inf: expected a finite one"):
         teller.loss(lambda c: c, 60, 1)

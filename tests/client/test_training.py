@@ -149,7 +149,8 @@ def test_full_batches_are_gradient_descent(
 ) -> None:
     local = {"batch_size": 60, "steps": 3, "learning_rate": 0.25, "physical_batch_size": 7}
     plan = make_plan(kind, train=mode, local=local)
-    state, site = state_for(plan), make_site()
+    state = state_for(plan)
+    site = make_site()
     got = train_round(plan, site, 1, state).delta
     expected = gradient_descent(plan, site, state, lambda _: 0.25, 3)
     assert got.keys() == expected.keys()
@@ -160,7 +161,8 @@ def test_full_batches_are_gradient_descent(
 def test_the_head_has_its_own_rate(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     local = {"batch_size": 60, "steps": 2, "learning_rate": 0.1, "head_learning_rate": 0.7}
     plan = make_plan(train="lora", local=local)
-    state, site = state_for(plan), make_site()
+    state = state_for(plan)
+    site = make_site()
     got = train_round(plan, site, 1, state).delta
     expected = gradient_descent(plan, site, state, lambda name: 0.7 if name.startswith("classifier") else 0.1, 2)
     for name, delta in expected.items():
@@ -215,7 +217,8 @@ def test_empty_batches(make_plan: MakePlan, make_site: MakeSite, state_for: Stat
 
 
 def test_a_diverged_model_is_not_sent(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(local={"learning_rate": 1e3, "weight_decay": 10.0, "steps": 40}), make_site()
+    plan = make_plan(local={"learning_rate": 1e3, "weight_decay": 10.0, "steps": 40})
+    site = make_site()
     with pytest.raises(RunError, match="not finite any more"):
         train_round(plan, site, 1, state_for(plan))
     assert not (site.folder / "outbox").exists()
@@ -231,7 +234,8 @@ def test_a_model_that_does_not_move_is_not_sent(make_plan: MakePlan, make_site: 
 
 
 def test_too_few_examples(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE, local={"batch_size": 16}), make_site(rows=range(15))
+    plan = make_plan(privacy=PRIVATE, local={"batch_size": 16})
+    site = make_site(rows=range(15))
     with pytest.raises(DataError, match=r"clinic has 15 examples, fewer than a batch needs \(16 with"):
         train_round(plan, site, 1, state_for(plan))
     assert site.ledger().spent() == []
@@ -251,7 +255,8 @@ def test_how_many_examples_fill_a_batch(examples: int, batch_size: float, enough
 
 @pytest.mark.parametrize("round", [0, 4, -1])
 def test_a_round_that_the_plan_does_not_have(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, round: int) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     with pytest.raises((CotuneError, ValueError)):
         train_round(plan, site, round, state_for(plan))
     assert site.ledger().spent() == []
@@ -261,7 +266,8 @@ def test_a_round_that_the_plan_does_not_have(make_plan: MakePlan, make_site: Mak
 def test_a_state_without_the_stages_parameters_costs_nothing(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, lacking: str
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     state = {name: t for name, t in state_for(plan).items() if lacking not in (name, "all")}
     with pytest.raises(CotuneError, match=r"classifier\."):
         train_round(plan, site, 1, state)
@@ -272,7 +278,8 @@ def test_a_state_without_the_stages_parameters_costs_nothing(
 def test_a_state_that_is_not_finite_costs_nothing(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, value: float
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     state = state_for(plan)
     state["classifier.bias"][0] = value
     with pytest.raises(CotuneError):
@@ -281,7 +288,8 @@ def test_a_state_that_is_not_finite_costs_nothing(
 
 
 def test_a_class_that_the_plan_lacks_costs_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE, labels=("bad", "good")), make_site(simulated=True)
+    plan = make_plan(privacy=PRIVATE, labels=("bad", "good"))
+    site = make_site(simulated=True)
     with pytest.raises(DataError, match="classes so, which the plan does not list"):
         train_round(plan, site, 1, state_for(plan))
     assert site.ledger().spent() == []
@@ -297,7 +305,8 @@ def test_gradients_that_are_wrong_cost_nothing(
         return functional.cross_entropy(scores + 3 * scores.roll(1, dims=0), batch["labels"], reduction="none")
 
     monkeypatch.setattr(setting, "example_losses", mixed)
-    plan, site = make_plan(train="lora", privacy=PRIVATE), make_site()
+    plan = make_plan(train="lora", privacy=PRIVATE)
+    site = make_site()
     with pytest.raises(PrivacyError, match="clipped gradients of this model are wrong"):
         train_round(plan, site, 1, state_for(plan))
     assert site.ledger().spent() == []
@@ -313,7 +322,8 @@ def run(plan: Plan, site: Site, state: State, rounds: range) -> State:
 
 
 def test_the_whole_run_stays_within_its_budget(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     state = state_for(plan)
     stated = []
     for round in (1, 2, 3):
@@ -333,7 +343,8 @@ def test_the_whole_run_stays_within_its_budget(make_plan: MakePlan, make_site: M
 
 
 def test_a_run_in_stages_stays_within_its_budget(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan, site = make_plan(privacy=PRIVATE, train=STAGES), make_site()
+    plan = make_plan(privacy=PRIVATE, train=STAGES)
+    site = make_site()
     run(plan, site, state_for(plan, 4), range(1, 5))
     spent = site.ledger().spent()
     assert [(s.sample_rate, s.count) for s in spent] == [(0.2, 3), (0.5, 4), (0.5, 4), (0.2, 4)]
@@ -344,7 +355,8 @@ def test_a_run_in_stages_stays_within_its_budget(make_plan: MakePlan, make_site:
 def test_the_ledger_is_charged_before_training(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     charged: list[list[Steps]] = []
 
     def crashing(*arguments: Any, **options: Any) -> Iterator[StepReport]:
@@ -378,7 +390,8 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_after_a_crash_the_rest_ends_within_the_budget(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     state = run(plan, site, state_for(plan), range(1, 2))
     with monkeypatch.context() as patch:
         crash_at(patch, 1)
@@ -395,7 +408,8 @@ def test_after_a_crash_the_rest_ends_within_the_budget(
 def test_crash_after_crash_never_exceeds_the_budget(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE, rounds=1), make_site()
+    plan = make_plan(privacy=PRIVATE, rounds=1)
+    site = make_site()
     state = state_for(plan)
     crash_at(monkeypatch, 0)
     outcomes = []
@@ -410,7 +424,8 @@ def test_crash_after_crash_never_exceeds_the_budget(
 
 def test_a_finished_run_does_not_go_on(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     """More of the same rounds, as a server may ask for."""
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     state = run(plan, site, state_for(plan), range(1, 4))
     before = site.ledger().spent()
     assert len(before) == 3
@@ -457,7 +472,8 @@ def filter_epsilon(spent: Sequence[Steps]) -> float:
 
 def test_an_own_epsilon_makes_room(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     """An organization may spend less than the plan allows: it adds more noise."""
-    plan, site = make_plan(privacy=PRIVATE), make_site(policy=total(3.0, own=1.0))
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site(policy=total(3.0, own=1.0))
     run(plan, site, state_for(plan), range(1, 4))
     assert 0.97 <= pld_epsilon(site.ledger().spent(), 1e-3) <= 1.0
     other = make_plan(privacy=PRIVATE, seed=8)
@@ -485,7 +501,8 @@ def test_shuffled_and_newly_exported_records_are_the_same_data(
 def test_a_repeated_request_gets_the_same_update_for_nothing(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, site = make_plan(privacy=PRIVATE), make_site()
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
     state = state_for(plan)
     first = train_round(plan, site, 1, state)
     before = site.ledger().spent()
@@ -515,7 +532,8 @@ def test_bfloat16_does_not_hinder_private_training(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str
 ) -> None:
     """On hardware with bfloat16, precision = auto means it."""
-    plan, site = make_plan(train=mode, privacy=PRIVATE, model={"precision": "bfloat16"}), make_site()
+    plan = make_plan(train=mode, privacy=PRIVATE, model={"precision": "bfloat16"})
+    site = make_site()
     update = train_round(plan, site, 1, state_for(plan))
     assert update.steps == 4
     assert len(site.ledger().spent()) == 1
@@ -526,7 +544,8 @@ def test_bfloat16_does_not_hinder_private_training(
 def test_every_architecture_trains_privately(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, kind: str, mode: str
 ) -> None:
-    plan, site = make_plan(kind, train=mode, privacy=PRIVATE), make_site()
+    plan = make_plan(kind, train=mode, privacy=PRIVATE)
+    site = make_site()
     update = train_round(plan, site, 1, state_for(plan))
     assert all(bool(d.any()) for d in update.delta.values())
 
@@ -602,7 +621,8 @@ def test_the_stated_noise_is_that_of_plain_sgd_for_head_and_encoder(
 
 def test_the_outbox_keeps_the_stated_noise(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy=PRIVATE, strategy={"weighting": "noise_aware"})
-    site, state = make_site(), state_for(plan)
+    site = make_site()
+    state = state_for(plan)
     assert train_round(plan, site, 1, state).noise_variance == train_round(plan, site, 1, state).noise_variance is not None
 
 

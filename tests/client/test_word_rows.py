@@ -44,7 +44,8 @@ def plan(base_model: Callable[[str], Path], tmp_path: Path) -> Plan:
 
 def both(plan: Plan) -> tuple[TrainableModel, TrainingSetup, TrainingSetup]:
     """(model, its setting on features, its setting on examples) of the same records."""
-    model, stage = model_of(plan, "cpu"), plan.stage_of(1)
+    model = model_of(plan, "cpu")
+    stage = plan.stage_of(1)
     model.load({})
     model.train_only(model.names("head"))
     records = read_records(plan.data, task=plan.task)

@@ -55,7 +55,9 @@ class Attacker:
     def __init__(self, address: str, authority: Path, key: Path, deeds: Mapping[int, Deed]) -> None:
         self.answers: list[int] = []
         self.victim = 0  # number of another member's node
-        self._deeds, self._stopped, self._failure = deeds, threading.Event(), ""
+        self._deeds = deeds
+        self._stopped = threading.Event()
+        self._failure = ""
         self._connect = lambda: connected(address, authority.read_bytes(), read_private_key(key))
         self._entered = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -195,7 +197,8 @@ def flood(port: int, authority: Path) -> Iterator[Mapping[str, int]]:
     """As long as the block takes: idle connections from four addresses, opened again when they are cut, and contents of 16 MB
     under a key that nobody knows. Yields how many connections each address has opened so far.
     """
-    stopped, opened = threading.Event(), dict.fromkeys(ADDRESSES, 0)
+    stopped = threading.Event()
+    opened = dict.fromkeys(ADDRESSES, 0)
     threads = [threading.Thread(target=_hold, args=(port, address, opened, stopped), daemon=True) for address in ADDRESSES]
     threads.append(threading.Thread(target=_send_on, args=(port, authority, stopped), daemon=True))
     for thread in threads:
@@ -224,7 +227,8 @@ def _hold(port: int, address: str, opened: dict[str, int], stopped: threading.Ev
 
 def _send_on(port: int, authority: Path, stopped: threading.Event) -> None:
     """One content after the other, as far as it is taken."""
-    context, key = ssl.create_default_context(cafile=str(authority)), new_key()
+    context = ssl.create_default_context(cafile=str(authority))
+    key = new_key()
     while not stopped.wait(0.2):
         headers = {**signed(key), "content-type": "application/protobuf", "content-length": str(len(_STRANGERS_BODY))}
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

@@ -35,7 +35,10 @@ from tests.deployment.test_faults import bring_back
 
 pytestmark = pytest.mark.long
 
-ROUNDS, STRUCK, STEPS = 4, 2, 40  # STRUCK: the round in which it happens
+# STRUCK: the round in which it happens
+ROUNDS = 4
+STRUCK = 2
+STEPS = 40
 LOCAL = {"learning_rate": 0.5, "batch_size": 0.5, "steps": STEPS}
 STRIKES = 3
 KILLS_BETWEEN_ROUNDS = 3
@@ -121,7 +124,8 @@ def strike(kind: Kind, page: Page, what: str, when: str, fault: Callable[[], Non
 
 def check_end(kind: Kind, page: Page, what: str, when: str, struck: float, shown: str = "–") -> None:
     run = kind.fed.finish()
-    seconds, history = time.monotonic() - struck, run.load().history
+    seconds = time.monotonic() - struck
+    history = run.load().history
     complete = [entry["participants"] for entry in history] == [list(kind.fed.organizations)] * ROUNDS
     same = None if kind.undisturbed is None else weights(run.load()) == kind.undisturbed
     page.add(what, when, kind.name, seconds, complete, same, shown)
@@ -178,7 +182,8 @@ def test_strangers_flood_the_port(with_database: Kind, page: Page) -> None:
     fed = with_database.fed
     fed.run()
     fed.wait(lambda: _training(fed))
-    struck, before = time.monotonic(), fed.find("superlink").memory_info().rss
+    struck = time.monotonic()
+    before = fed.find("superlink").memory_info().rss
     with flood(fed.port, fed.authority) as opened:
         fed.kill("north")
         fed.join("north")
@@ -197,7 +202,8 @@ def with_mallory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
 
 def attack(kind: Kind, page: Page, what: str, deed: Deed, *options: str) -> list[dict[str, Any]]:
     """A run in each of whose rounds mallory does this, until it is left out. Returns what the events say of it."""
-    fed, struck = kind.fed, time.monotonic()
+    fed = kind.fed
+    struck = time.monotonic()
     with fed.attacker("mallory", dict.fromkeys(range(1, STRIKES + 1), deed)) as mallory:
         mallory.victim = fed.node_of("north")
         fed.wait(lambda: "mallory" in fed.online())
@@ -259,13 +265,17 @@ def test_killed_again_and_again(request: pytest.FixtureRequest, page: Page, kept
     After five attempts without a finished round `server run` gives up, as it should: on a slow machine kills by the clock alone
     would come to that.
     """
-    kind, rng, times = request.getfixturevalue(kept), random.Random(seed), 0
+    kind = request.getfixturevalue(kept)
+    rng = random.Random(seed)
+    times = 0
     kind.fed.run()
     struck = time.monotonic()
-    rounds, since = 0, 0
+    rounds = 0
+    since = 0
     while not kind.fed.ends_within(rng.uniform(0.5, 10.0)):
         if (finished := len(kind.fed.events("round_finished"))) > rounds:
-            rounds, since = finished, 0
+            rounds = finished
+            since = 0
         what = rng.choice(WHAT)
         if since < KILLS_BETWEEN_ROUNDS and kind.fed.found(what) is not None:
             kill(kind, what)()

@@ -93,7 +93,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     folder = tmp_path_factory.mktemp("federation")
     certificates = folder / "certificates"
     new_authority(certificates, [])
-    inner, outer = free_port(), free_port()
+    inner = free_port()
+    outer = free_port()
     home = folder / "flwr"
     home.mkdir()
     connections = [("inner", inner), ("outer", outer)]
@@ -149,7 +150,8 @@ def test_an_organization_whose_key_is_registered_joins_through_the_front(federat
 
 
 def test_an_unknown_key_is_turned_away_with_the_words_of_the_superlink(federation: Federation) -> None:
-    key, log = key_pair(federation.folder, "stranger"), federation.folder / "stranger.log"
+    key = key_pair(federation.folder, "stranger")
+    log = federation.folder / "stranger.log"
     trust = ("--root-certificates", str(federation.folder / "certificates" / "ca.crt"))
     command = supernode(federation, *trust, "--auth-supernode-private-key", str(key))
     with process(log, federation.environment, *command) as running:
@@ -158,7 +160,8 @@ def test_an_unknown_key_is_turned_away_with_the_words_of_the_superlink(federatio
 
 
 def test_a_revoked_key_is_turned_away_like_an_unknown_one(federation: Federation) -> None:
-    key, log = key_pair(federation.folder, "revoked"), federation.folder / "revoked.log"
+    key = key_pair(federation.folder, "revoked")
+    log = federation.folder / "revoked.log"
     registered = federation.flwr("supernode", "register", f"{key}.pub", "inner", "--name", "revoked", "--format", "json")
     assert registered.returncode == 0, registered.stdout + registered.stderr
     federation.members.invite("revoked", read_public_key(key.with_suffix(".pub")))
@@ -174,7 +177,8 @@ def test_a_revoked_key_is_turned_away_like_an_unknown_one(federation: Federation
 
 
 def test_the_control_api_is_not_there(federation: Federation) -> None:
-    inside, outside = federation.flwr("list", "inner"), federation.flwr("list", "outer")
+    inside = federation.flwr("list", "inner")
+    outside = federation.flwr("list", "outer")
     assert inside.returncode == 0, inside.stdout + inside.stderr
     assert outside.returncode != 0
     assert "/v1/control/list-runs" in (federation.folder / "front.log").read_text()

@@ -45,7 +45,8 @@ def cotune(*words: str | Path, code: int = 0) -> str:
 
 def test_an_organization_joins_trains_and_leaves(fed: Federation, tmp_path: Path) -> None:
     first, second = (prepare_run(tmp_path / name / f"run-{name}", 1, rounds=2) for name in ("a", "b"))
-    site, authority = tmp_path / "site", (fed.certificates / "ca.crt").read_text(encoding="ascii")
+    site = tmp_path / "site"
+    authority = (fed.certificates / "ca.crt").read_text(encoding="ascii")
     document = tmp_path / "federation.toml"
     cotune("init", site, "--name", first.file.participants[0].name, "--device", "cpu")
     home = signing(tmp_path / "fed", site)

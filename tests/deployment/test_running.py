@@ -69,7 +69,8 @@ class Coordinator:
 
 @pytest.fixture(scope="module")
 def coordinator(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str], Path]) -> Iterator[Coordinator]:
-    folder, base = tmp_path_factory.mktemp("federation"), base_model("bert")
+    folder = tmp_path_factory.mktemp("federation")
+    base = base_model("bert")
     plan = {
         "name": "toy",
         "rounds": 3,
@@ -93,7 +94,8 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[
     with serving(federation) as served:
         made = Coordinator(served, folder)
         for i, name in enumerate(("hospital-a", "hospital-b")):
-            site, records = folder / name, write_csv(folder / f"{name}.csv", sentences(120, seed=i))
+            site = folder / name
+            records = write_csv(folder / f"{name}.csv", sentences(120, seed=i))
             make_site(site, name, device="cpu")
             (site / "policy.toml").write_text(dump_policy(Policy.permissive()), encoding="utf-8")
             federation.members.invite(name, read_public_key(site / "node.pub"))
@@ -135,7 +137,8 @@ def test_a_run_goes_on_anyone_who_is_killed_and_ends_with_a_report(coordinator: 
 
 
 def test_a_run_is_stopped_by_ctrl_c_and_gone_on_with(coordinator: Coordinator) -> None:
-    path, log = coordinator.path, (coordinator.logs / "stopped.log").read_text
+    path = coordinator.path
+    log = (coordinator.logs / "stopped.log").read_text
     begun = coordinator.start("stopped.log", "server", "run", path, "--out", "two")
     coordinator.until_round("two", 1)
     player = coordinator.player()

@@ -198,7 +198,8 @@ def test_a_command_in_a_sentence_exists_with_its_options(page: str, words: list[
     command: click.Command = typer.main.get_command(app)
     rest = words[1:]
     while isinstance(command, click.Group) and rest and rest[0] in command.commands:
-        command, rest = command.commands[rest[0]], rest[1:]
+        command = command.commands[rest[0]]
+        rest = rest[1:]
     options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
     assert command is not typer.main.get_command(app)
     assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= {*options, "--help", "--debug"}, page

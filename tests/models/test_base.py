@@ -508,7 +508,8 @@ class _Own(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.token, self.inner = nn.Parameter(torch.zeros(3)), nn.Dropout(0.5)
+        self.token = nn.Parameter(torch.zeros(3))
+        self.inner = nn.Dropout(0.5)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return self.inner(rows) + self.token

@@ -55,7 +55,8 @@ def test_a_batch_without_a_blank_slot_is_refused() -> None:
 def test_blank_rows_lose_nothing_and_change_nothing(shared: Make, texts: tuple[str, ...], kind: str) -> None:
     model = shared(kind)
     parameters = model.train_only(model.names("head"))
-    task, reader = model.loaded.task, model.loaded.reader
+    task = model.loaded.task
+    reader = model.loaded.reader
     collate = task.collator(model.module, reader, model.device)
     examples = task.examples(reader, 32, texts, [0, 1, 2, 0, 1])
     batch = collate(examples, 32, 8)
@@ -71,7 +72,8 @@ def test_blank_rows_lose_nothing_and_change_nothing(shared: Make, texts: tuple[s
 
 def test_blank_rows_of_tags_lose_nothing(base_model: Callable[[str], Path], texts: tuple[str, ...]) -> None:
     model = tagger(base_model)
-    task, reader = model.loaded.task, model.loaded.reader
+    task = model.loaded.task
+    reader = model.loaded.reader
     words = [tuple(text.split()) for text in texts]
     examples = task.examples(reader, 32, words, [tuple(i % 2 for i in range(len(w))) for w in words])
     batch = task.collator(model.module, reader, model.device)(examples, 16, 9)
@@ -98,7 +100,8 @@ class Moody:
     """A tokenizer that raises for a text that it does not like, as some do for a token beyond their tables."""
 
     def __init__(self, reader: Any, hated: str) -> None:
-        self.reader, self.hated = reader, hated
+        self.reader = reader
+        self.hated = hated
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.reader, name)
@@ -111,7 +114,8 @@ class Moody:
 
 def test_a_text_that_cannot_be_encoded_is_a_blank_row_and_the_others_are_as_ever(shared: Make, texts: tuple[str, ...]) -> None:
     model = shared("bert")
-    task, reader = model.loaded.task, model.loaded.reader
+    task = model.loaded.task
+    reader = model.loaded.reader
     expected = task.examples(reader, 32, texts, [0, 1, 2, 0, 1])
     got = task.examples(Moody(reader, "awful"), 32, texts, [0, 1, 2, 0, 1])
     assert got[2] == task.blank(reader, 32)
@@ -123,7 +127,8 @@ def test_words_that_cannot_be_encoded_or_that_lack_a_tag_are_a_blank_row(
     base_model: Callable[[str], Path], texts: tuple[str, ...]
 ) -> None:
     model = tagger(base_model)
-    task, reader = model.loaded.task, model.loaded.reader
+    task = model.loaded.task
+    reader = model.loaded.reader
     words = [tuple(text.split()) for text in texts]
     tags = [(0,) * len(w) for w in words]
     for got in (
@@ -139,7 +144,8 @@ def test_words_that_cannot_be_encoded_or_that_lack_a_tag_are_a_blank_row(
 def test_a_token_beyond_the_table_is_a_blank_row(shared: Make) -> None:
     model = shared("bert")
     collate = model.loaded.task.collator(model.module, model.loaded.reader, model.device)
-    fine, beyond = {"input_ids": [5, 6], "labels": 1}, {"input_ids": [5, 99_999], "labels": 1}
+    fine = {"input_ids": [5, 6], "labels": 1}
+    beyond = {"input_ids": [5, 99_999], "labels": 1}
     batch = collate([beyond, fine], 8, 4)
     assert batch["labels"].tolist() == [IGNORED, 1, IGNORED, IGNORED]
     assert torch.equal(batch["input_ids"][0], batch["input_ids"][3])

@@ -44,7 +44,8 @@ def test_a_target_that_cannot_be_replaced_leaves_nothing(tmp_path: Path) -> None
 def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order that a power cut asks for: contents, rename, folder."""
     order: list[str] = []
-    fsync, replace = os.fsync, os.replace
+    fsync = os.fsync
+    replace = os.replace
 
     def synced(descriptor: int) -> None:
         order.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "content")

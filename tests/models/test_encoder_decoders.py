@@ -32,7 +32,9 @@ def test_a_text_that_spells_the_end_token_stops_nobody(tmp_path: Path, kind: str
     AutoModel.from_config(getattr(transformers, kind)(**KINDS[kind])).save_pretrained(tmp_path)
     ending_tokenizer().save_pretrained(tmp_path)
     loaded = load_model(ModelConfig(base=str(tmp_path), max_length=16), ("bad", "good"), 1)
-    task, end, word = task_named("sequence-classification"), 3, VOCABULARY[3]
+    task = task_named("sequence-classification")
+    end = 3
+    word = VOCABULARY[3]
     texts = ["good film", f"good {word} film {word}", word, "film " * 40]
     examples = task.examples(loaded.reader, loaded.max_length, texts, [1, 1, 0, 0])
     examples += [{"input_ids": [5, end, 6, end, 7], "labels": 1}]

@@ -191,7 +191,8 @@ def test_no_texts_no_features(shared: Make) -> None:
 def test_a_text_that_cannot_be_encoded_has_no_feature_and_disturbs_no_other(shared: Make, texts: tuple[str, ...]) -> None:
     """Such a tokenizer would otherwise tell that somebody holds the text."""
     model = shared("bert")
-    expected, reader = features(model, texts), model.loaded.reader
+    expected = features(model, texts)
+    reader = model.loaded.reader
 
     class Moody:
         def __getattr__(self, name: str) -> Any:

@@ -46,7 +46,8 @@ def one_hot(targets: Tensor) -> Tensor:
 def test_a_fitted_head_is_where_the_gradient_vanishes(model: TrainableModel, head: State, pull: float) -> None:
     features, targets = records(80)
     found = fit_head(model, features, targets, start=head, toward=head, pull=pull)
-    weight, bias = found["classifier.weight"], found["classifier.bias"]
+    weight = found["classifier.weight"]
+    bias = found["classifier.bias"]
     strength = pull * float((features**2).sum(dim=1).mean())
     apart = softmax(features @ weight.T + bias, dim=1) - one_hot(targets)
     assert (apart.T @ features / 80 + strength * (weight - head["classifier.weight"])).abs().max() < 2e-3

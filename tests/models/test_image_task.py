@@ -147,7 +147,8 @@ def vit(base_model: Callable[[str], Path]) -> Callable[..., TrainableModel]:
 def test_the_head_on_features_gives_the_models_logits(
     vit: Callable[..., TrainableModel], images: Path, lora: LoraConfig | None
 ) -> None:
-    model, inputs = vit(lora), read(images).inputs
+    model = vit(lora)
+    inputs = read(images).inputs
     generator = torch.Generator().manual_seed(1)
     names = model.names("lora" if lora else "head")
     state = {n: t + 0.3 * torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()}

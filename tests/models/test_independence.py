@@ -120,7 +120,8 @@ def told_by_position(given: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fault", [normalized_over_the_batch, scaled_to_the_batch, told_by_position])
 def test_what_mixes_rows_is_found(models: Callable[[str], TrainableModel], fault: Callable[[Tensor], Tensor]) -> None:
-    model, plain = models("bert"), scores(models("bert"))
+    model = models("bert")
+    plain = scores(models("bert"))
     for length in (8, 16):
         assert not mixes(plain, example_probes(model, length, 7))
         assert mixes(lambda batch: [fault(plain(batch)[0])], example_probes(model, length, 7))
@@ -202,7 +203,8 @@ def test_adapters_that_begin_as_zeros_hide_nothing(shared: Make, monkeypatch: py
 
 def test_a_verdict_is_kept_for_what_decides_it(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(independence, "features_mix", lambda *_: False)
-    model, calls = shared("bert"), list[int]()
+    model = shared("bert")
+    calls = list[int]()
     model.train_only(model.names("head"))
 
     def tried(slots: int) -> int:
@@ -270,7 +272,8 @@ def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def fixed_logits(model: TrainableModel, texts: list[str], low: bool) -> list[Tensor]:
-    task, reader = model.loaded.task, model.loaded.reader
+    task = model.loaded.task
+    reader = model.loaded.reader
     examples = task.examples(reader, model.loaded.max_length, texts, [0] * len(texts))
     collate = task.collator(model.module, reader, model.device)
     found: dict[int, Tensor] = {}

@@ -23,8 +23,10 @@ def of(right: list[int], units: list[int] | None = None) -> Answers:
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilsons_interval_by_its_formula(drawn: tuple[int, int]) -> None:
     right, total = drawn
-    z, p = float(norm.ppf(0.975)), right / total
-    middle, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    z = float(norm.ppf(0.975))
+    p = right / total
+    middle = p + z * z / (2 * total)
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     expected = [max(0.0, (middle - half) / (1 + z * z / total)), min(1.0, (middle + half) / (1 + z * z / total))]
     assert list(wilson(right, total)) == pytest.approx(expected, abs=1e-9)
 
@@ -44,14 +46,16 @@ def test_mcnemar_is_the_binomial_test_on_those_that_differ(better: int, worse: i
 
 
 def test_the_answer_turns_with_the_models() -> None:
-    good, bad = of([1] * 20), of([1] * 10 + [0] * 10)
+    good = of([1] * 20)
+    bad = of([1] * 10 + [0] * 10)
     assert (paired(good, bad).answer, paired(bad, good).answer) == ("yes", "no")
     assert paired(good, good).answer == "too close to tell"
 
 
 def test_copies_of_records_prove_nothing_more() -> None:
     """Eight units that differ in six: ten answers of each unit leave the test as uncertain as one."""
-    ours, theirs = [1] * 7 + [0], [0, 0, 0, 0, 1, 1, 1, 1]
+    ours = [1] * 7 + [0]
+    theirs = [0, 0, 0, 0, 1, 1, 1, 1]
     units = [u for u in range(8) for _ in range(10)]
     many = paired(of([r for r in ours for _ in range(10)], units), of([r for r in theirs for _ in range(10)], units))
     naive = paired(of([r for r in ours for _ in range(10)]), of([r for r in theirs for _ in range(10)]))
@@ -85,7 +89,8 @@ def test_the_interval_of_f1_holds_f1_and_shrinks_as_one_over_the_root() -> None:
         told = np.where(rng.random(count) < 0.7, truth, rng.integers(0, 3, count))
         return answers_of(truth.tolist(), told.tolist(), range(count), 3)
 
-    few, many = drawn(200), drawn(20_000)
+    few = drawn(200)
+    many = drawn(20_000)
     for answers in (few, many):
         low, high = f1_interval(answers)
         assert low < f1_score(answers.truth, answers.told, average="macro") < high

@@ -65,7 +65,8 @@ def test_names_are_utf_8_whatever_the_locale_says(base_model: Callable[[str], Pa
     labels = ("n\u00e9gatif", "positif")
     folder = Path(shutil.copytree(base_model("bert"), tmp_path / "base"))
     config = AutoConfig.from_pretrained(folder)
-    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
     torch.manual_seed(0)
     AutoModelForSequenceClassification.from_pretrained(folder, config=config).save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -101,7 +101,8 @@ def test_what_cannot_be_used_is_one_sentence(base_model: Callable[[str], Path], 
 
 
 def test_code_in_the_folder_does_not_run(base_model: Callable[[str], Path], tmp_path: Path) -> None:
-    folder, trace = export(base_model("bert"), tmp_path / "model"), tmp_path / "ran"
+    folder = export(base_model("bert"), tmp_path / "model")
+    trace = tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Model: pass\nclass Config: pass\nclass Tok: pass\n")
     changed(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"})
     open_predictor(str(folder), "cpu")

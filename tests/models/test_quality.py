@@ -95,7 +95,8 @@ def test_any_records_against_definitions(case: tuple[NDArray[np.int64], NDArray[
             [expected[key] for key in ("precision", "recall", "f1-score", "support")]
         )
         number = LABELS.index(each["label"])
-        ours, theirs = probabilities[truth == number, number], probabilities[truth != number, number]
+        ours = probabilities[truth == number, number]
+        theirs = probabilities[truth != number, number]
         if len(ours) and len(theirs):  # Mann & Whitney: the share of the pairs that are in order
             pairs = ours[:, None] - theirs[None, :]
             assert each["auroc"] == pytest.approx(float(((pairs > 0) + 0.5 * (pairs == 0)).mean()))

@@ -783,7 +783,8 @@ def test_reading_leaves_nothing_behind_and_stays_offline(tmp_path: Path) -> None
     rows = {"text": [t for t, _ in PAIRS], "label": [x for _, x in PAIRS]}
     paths = [write(tmp_path / "a.csv", separated(PAIRS, ",")), write(tmp_path / "a.jsonl", lines(PAIRS))]
     paths.append(write_parquet(tmp_path / "a.parquet", **rows))
-    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home = tmp_path / "home"
+    temporary = tmp_path / "temporary"
     home.mkdir()
     temporary.mkdir()
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "PYTHONPATH"))}

@@ -128,7 +128,8 @@ def test_the_pooling_layer_gets_no_adapter(shared: Make) -> None:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_names_are_the_same_with_and_without_adapters(shared: Make, kind: str) -> None:
-    plain, adapted = shared(kind), shared(kind, lora=LoraConfig(rank=2))
+    plain = shared(kind)
+    adapted = shared(kind, lora=LoraConfig(rank=2))
     names = [name for name, _ in plain.parameters()]
     assert [name for name, _ in adapted.parameters() if ".lora_" not in name] == names
     assert adapted.names("full") == plain.names("full")
@@ -311,7 +312,8 @@ def test_a_process_keeps_one_model(base_model: Callable[[str], Path]) -> None:
 
 
 def test_tensors_under_a_prefix_go_by_the_rest_of_their_names() -> None:
-    one, other = torch.zeros(1), torch.ones(1)
+    one = torch.zeros(1)
+    other = torch.ones(1)
     found = named_under("a/", {"a/x": one, "a/b/a/y": other, "b/a/x": one, "a": one})
     assert list(found) == ["x", "b/a/y"]
     assert found["x"] is one

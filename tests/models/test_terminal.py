@@ -128,7 +128,8 @@ def test_it_stands_before_the_output_of_the_process_and_of_logs_that_were_set_up
     below = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(below, encoding="utf-8"))
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    log, handler = logging.getLogger("tests.terminal"), logging.StreamHandler(sys.stderr)
+    log = logging.getLogger("tests.terminal")
+    handler = logging.StreamHandler(sys.stderr)
     log.addHandler(handler)
     try:
         clean_output()

@@ -94,7 +94,8 @@ def test_every_family_reads_words_as_in_running_text(base_model: Callable[[str],
     (got,) = TASK.examples(reader, 64, [words], [(2, 0, 2, 1)])
     assert got["input_ids"] == reader(" ".join(words))["input_ids"]
     offsets = reader(" ".join(words), return_offsets_mapping=True)["offset_mapping"]
-    text, begins = " ".join(words), [0, 4, 10, 13]
+    text = " ".join(words)
+    begins = [0, 4, 10, 13]
     assert [text[max(offsets[s][0], b) : offsets[s][1]][0] for s, b in zip(got["starts"], begins, strict=True)] == [
         "t",
         "t",

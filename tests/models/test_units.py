@@ -43,7 +43,8 @@ def test_a_unit_has_no_influence_on_another(table: list[Row], seed: int, most: i
     """With and without the records of a person, the others' that count are the same."""
     privacy = RecordPrivacy(unit="patient_id", max_records=most)
     of_others = [row for row in table if row[2] != "1"]
-    whole, without = holdings(table).bounded(privacy, seed), holdings(of_others).bounded(privacy, seed)
+    whole = holdings(table).bounded(privacy, seed)
+    without = holdings(of_others).bounded(privacy, seed)
     own = sum(row[2] == "1" for row in table)
     assert len(whole) - len(without) == min(own, most)
     by_person = dict(zip(whole.unit_identities(), whole.units, strict=True))
@@ -59,7 +60,8 @@ def kept_row(held: Dataset, row: int) -> tuple[str, int]:
 @given(rows, st.permutations(range(25)), st.integers(0, 3))
 def test_the_order_of_a_file_is_no_matter(table: list[Row], order: list[int], seed: int) -> None:
     shuffled = [table[i] for i in order if i < len(table)]
-    one, other = holdings(table).bounded(PEOPLE, seed), holdings(shuffled[:9], shuffled[9:]).bounded(PEOPLE, seed)
+    one = holdings(table).bounded(PEOPLE, seed)
+    other = holdings(shuffled[:9], shuffled[9:]).bounded(PEOPLE, seed)
     assert kept(one) == kept(other)
     assert one.unit_identities() == other.unit_identities()
     assert [len(group) for group in one.units] == [len(group) for group in other.units]

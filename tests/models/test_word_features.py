@@ -50,7 +50,8 @@ def head_of(model: TrainableModel) -> FeatureHead:
 @torch.no_grad()
 def whole(model: TrainableModel, words: Any) -> Tensor:
     """The scores of each word by the whole model, one text at a time; NaN for those that it does not read."""
-    task, reader = model.loaded.task, model.loaded.reader
+    task = model.loaded.task
+    reader = model.loaded.reader
     (example,) = task.examples(reader, LONGEST, [words], [(0,) * len(words)])
     batch = task.collator(model.module, reader, model.device)([example])
     return task.answer_scores(logits(model.module, batch), [example])[0]
@@ -83,7 +84,8 @@ def test_a_token_beyond_the_models_table_leaves_out_its_record_alone(tagger: Cal
     examples = task.examples(model.loaded.reader, LONGEST, WORDS, [(0,) * len(words) for words in WORDS])
     examples[1]["input_ids"][2] = 10**6
     rows = rows_of_answers(WORDS)
-    vectors, as_they_are = encode_batch(model, examples, "float32"), features_of(model, WORDS, {}, "float32")
+    vectors = encode_batch(model, examples, "float32")
+    as_they_are = features_of(model, WORDS, {}, "float32")
     assert vectors[list(rows[1])].isnan().all()
     assert torch.equal(vectors[list(rows[2])], as_they_are[list(rows[2])])
 

@@ -18,7 +18,8 @@ from cotune.protocol.messages import PROTOCOL
 
 def authority() -> str:
     """A certificate that signs itself, in PEM."""
-    key, name = ec.generate_private_key(ec.SECP384R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")])
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")])
     now = datetime.now(UTC)
     builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(7)
     builder = builder.not_valid_before(now).not_valid_after(now + timedelta(days=1))

@@ -42,7 +42,8 @@ def test_a_node_renewal_names_the_new_key_and_comes_back_from_its_text() -> None
 
 @pytest.mark.parametrize("field", ["statement", "signature", "confirmation"])
 def test_a_node_renewal_of_which_a_part_is_another_ones_is_refused(field: str) -> None:
-    honest, other = NodeRenewal.make(FED, "hospital-a", OLD, NEW), NodeRenewal.make(FED, "hospital-a", OTHER, OLD)
+    honest = NodeRenewal.make(FED, "hospital-a", OLD, NEW)
+    other = NodeRenewal.make(FED, "hospital-a", OTHER, OLD)
     with pytest.raises(RunError):
         honest.model_copy(update={field: getattr(other, field)}).check(OLD.public_key())
 
@@ -82,7 +83,8 @@ def test_a_signed_authority_that_is_two_or_none_is_refused(authority: str) -> No
 
 
 def test_statements_travel_as_lines_and_only_the_last_ones(authority: str, tmp_path: Path) -> None:
-    one, two = ServerRenewal.make(FED, SIGNING, NEXT, authority), ServerRenewal.make(FED, NEXT, STRANGER, authority)
+    one = ServerRenewal.make(FED, SIGNING, NEXT, authority)
+    two = ServerRenewal.make(FED, NEXT, STRANGER, authority)
     assert ServerRenewal.parse_all(ServerRenewal.join([one, two])) == [one, two]
     assert ServerRenewal.parse_all("") == []
     many = ServerRenewal.join([one] * 30 + [two])

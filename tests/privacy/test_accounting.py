@@ -41,7 +41,8 @@ def solve(delta_at: Callable[[float], float], delta: float) -> float:
 
 def gaussian_delta(eps: float, sigma: float) -> float:
     """Balle & Wang, ICML 2018, theorem 8: the exact δ(ε) of the Gaussian mechanism with sensitivity 1."""
-    half, scaled = 1 / (2 * sigma), eps * sigma
+    half = 1 / (2 * sigma)
+    scaled = eps * sigma
     return float(norm.cdf(half - scaled) - math.exp(eps) * norm.cdf(-half - scaled))
 
 
@@ -128,7 +129,8 @@ def test_published_values() -> None:
 
 def test_ten_rounds_cost_more_than_one() -> None:
     """A fresh accountant per round says 1.98 in each of ten rounds (σ = 1, q = .05, 20 steps); the truth is 4.77, Rényi says 5.37."""
-    one, ten = [Steps(1.0, 0.05, 20)], [Steps(1.0, 0.05, 20)] * 10
+    one = [Steps(1.0, 0.05, 20)]
+    ten = [Steps(1.0, 0.05, 20)] * 10
     assert epsilon(one, DELTA) == pytest.approx(1.98, abs=0.01)
     assert epsilon(ten, DELTA) == pytest.approx(4.77, abs=0.01)
     assert epsilon_rdp(ten, DELTA) == pytest.approx(5.37, abs=0.01)
@@ -255,7 +257,8 @@ def test_calibrate_is_sharp_where_a_coarse_grid_is_not() -> None:
 
 
 def test_calibrate_counts_what_was_spent() -> None:
-    planned, spent = [(0.1, 20), (0.02, 200)], [Steps(1.5, 0.1, 20)]
+    planned = [(0.1, 20), (0.02, 200)]
+    spent = [Steps(1.5, 0.1, 20)]
     with_past = calibrate(planned, epsilon=3.0, delta=DELTA, spent=spent)
     assert_smallest(with_past, planned, 3.0, DELTA, spent)
     assert with_past > calibrate(planned, epsilon=3.0, delta=DELTA) * 1.05

@@ -163,7 +163,8 @@ def test_without_noise_the_answer_is_the_least_noise_that_is_accounted() -> None
 
 
 def test_less_allowed_error_is_a_smaller_bound() -> None:
-    found, steps = gaussian(1000, 1.0), [Steps(1.0, 1.0, 1)]
+    found = gaussian(1000, 1.0)
+    steps = [Steps(1.0, 1.0, 1)]
     bounds = [(lower_bound_any(found, DELTA, e), lower_bound_steps(found, steps, DELTA, e)) for e in (0.3, 0.05, 0.001)]
     assert bounds == sorted(bounds, reverse=True)
     assert all(any_ < these for any_, these in bounds)

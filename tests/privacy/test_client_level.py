@@ -33,7 +33,8 @@ def test_all_rounds_together_cost_epsilon_in_closed_form(rounds: int, allowed: f
 
 
 def test_without_amplification_sampling_takes_nothing_off() -> None:
-    full, some = noise(sample_rate=1.0), noise(sample_rate=0.1)
+    full = noise(sample_rate=1.0)
+    some = noise(sample_rate=0.1)
     assert some.charge == full.charge
     assert some.charge.sample_rate == 1.0
     assert (full.expected, some.expected) == (100.0, 10.0)
@@ -112,7 +113,8 @@ def test_the_clip_norm_shrinks_when_more_than_the_quantile_is_within_it() -> Non
 def test_the_clip_norm_converges_to_the_quantile(quantile: float, start: float) -> None:
     """200 organizations with log-normal norms, noised bits."""
     rng = np.random.default_rng(0)
-    privacy, clip = ClientPrivacy(clipping="adaptive", target_quantile=quantile, clip_learning_rate=0.2), start
+    privacy = ClientPrivacy(clipping="adaptive", target_quantile=quantile, clip_learning_rate=0.2)
+    clip = start
     seen = []
     for _ in range(600):
         norms = np.exp(rng.normal(size=200))

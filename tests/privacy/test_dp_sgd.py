@@ -42,7 +42,9 @@ class Toy(nn.Module):
 
     def __init__(self, inputs: int = 4, width: int = 6, classes: int = 3) -> None:
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(inputs, width), nn.LayerNorm(width), nn.Linear(width, classes)
+        self.first = nn.Linear(inputs, width)
+        self.norm = nn.LayerNorm(width)
+        self.last = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.last(self.norm(self.first(x))))
@@ -53,7 +55,8 @@ class Outside(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.first = nn.Linear(4, 6)
+        self.last = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.last(torch.tanh(self.first(x)))) + x @ self.first.weight.t() @ self.last.weight.t()
@@ -238,8 +241,10 @@ def test_a_head_on_features_clips_each_record_by_itself(base_model: Callable[[st
 @pytest.mark.parametrize("clip", [1e-3, 0.5, 1e3])
 def test_the_direction_is_the_clipped_sum_over_the_expected_batch(clip: float) -> None:
     """The divisor is q·n, a public number, and not the size of the batch that was drawn."""
-    module, records = seeded(Toy), points(40)
-    loss, rate = cross_entropy(module), 0.3
+    module = seeded(Toy)
+    records = points(40)
+    loss = cross_entropy(module)
+    rate = 0.3
     (drawn,) = PoissonSampler(40, rate, 1, np.random.default_rng(5))
     assert len(drawn) != 12
     expected = clipped_sum(module, loss, [stack([records[i]]) for i in drawn], clip)
@@ -279,7 +284,8 @@ def test_slotses_do_not_change_the_result() -> None:
 
 
 def test_the_reported_loss_is_the_mean_over_the_batch() -> None:
-    module, records = seeded(Toy), points(7)
+    module = seeded(Toy)
+    records = points(7)
     expected = float(cross_entropy(module)(stack(records)).detach().mean())
     (report,), _ = train(module, cross_entropy(module), records, slots=3)
     assert (report.step, report.steps) == (1, 1)
@@ -289,7 +295,11 @@ def test_the_reported_loss_is_the_mean_over_the_batch() -> None:
 @pytest.mark.parametrize("silence", ["tiny-gradients", "empty-batches"])
 def test_noise_has_the_promised_variance(silence: str) -> None:
     """With nothing to learn from, a step moves by N(0, (σC / qn)²), freshly drawn each time."""
-    module, sigma, clip, rate, examples = seeded(lambda: Toy(50, 200)), 1.7, 0.3, 0.25, 20
+    module = seeded(lambda: Toy(50, 200))
+    sigma = 1.7
+    clip = 0.3
+    rate = 0.25
+    examples = 20
     scale = 1e-12 if silence == "tiny-gradients" else 1.0
     moved = []
     for step in range(2):
@@ -315,7 +325,8 @@ def test_noise_has_the_promised_variance(silence: str) -> None:
 
 def test_each_step_has_fresh_noise() -> None:
     """After k steps without records the movement has variance k, not k²."""
-    module, steps = seeded(lambda: Toy(50, 200)), 16
+    module = seeded(lambda: Toy(50, 200))
+    steps = 16
     _, direction = train(
         module,
         cross_entropy(module),
@@ -341,10 +352,14 @@ def test_empty_batches_are_steps() -> None:
 
 def test_empty_and_full_batches_take_turns() -> None:
     """No gradient of one step is left for the next: a mixture of empty and other batches, against the oracle step by step."""
-    sampling, rate, steps, records = 11, 0.15, 12, points(6)
+    sampling = 11
+    rate = 0.15
+    steps = 12
+    records = points(6)
     batches = list(PoissonSampler(6, rate, steps, np.random.default_rng(sampling)))
     assert {bool(batch) for batch in batches} == {True, False}
-    expected, actual = seeded(Toy), seeded(Toy)
+    expected = seeded(Toy)
+    actual = seeded(Toy)
     for batch in batches:
         total = clipped_sum(expected, cross_entropy(expected), [stack([records[i]]) for i in batch], 0.5)
         with torch.no_grad():
@@ -424,7 +439,8 @@ def test_gradients_whose_norm_overflows_stay_within_the_clip_norm(scale: float) 
 
 
 def test_adding_a_record_moves_the_sum_by_at_most_the_clip_norm() -> None:
-    records, clip = points(9, scale=30.0), 0.7
+    records = points(9, scale=30.0)
+    clip = 0.7
     for left_out in range(9):
         module = seeded(Toy)
         loss = cross_entropy(module)
@@ -461,7 +477,8 @@ def test_positions_that_almost_cancel_stay_within_the_clip_norm() -> None:
 
 def test_low_precision_stays_within_the_clip_norm() -> None:
     """Under autocast Opacus' gradients per example are bfloat16, with 8 bits; their norms must not be."""
-    clip, worst = 0.01, 0.0
+    clip = 0.01
+    worst = 0.0
     for record in points(20, 16, scale=3.0):
         module = seeded(lambda: Toy(16, 32))
 
@@ -477,7 +494,8 @@ def test_low_precision_stays_within_the_clip_norm() -> None:
 @pytest.mark.parametrize("slots", [1, 2, 64])
 def test_a_record_without_a_finite_gradient_contributes_nothing(value: float, slots: int) -> None:
     """And does not stop the training: that would tell anyone who waits for the update that there is such a record."""
-    module, records = seeded(Toy), points(5)
+    module = seeded(Toy)
+    records = points(5)
     loss = cross_entropy(module)
     expected = clipped_sum(module, loss, [stack([r]) for r in records], 0.5)
     broken = {"x": torch.tensor([1.0, value, 0.0, 0.0]), "y": torch.tensor(1)}
@@ -496,7 +514,8 @@ def test_a_diverged_model_is_not_returned() -> None:
 
 
 def test_a_module_can_be_trained_again() -> None:
-    module, records = seeded(Toy), points(6)
+    module = seeded(Toy)
+    records = points(6)
     for _ in range(3):
         before = clipped_sum(module, cross_entropy(module), [stack([r]) for r in records], 0.5)
         _, direction = train(module, cross_entropy(module), records, clip_norm=0.5, slots=2)
@@ -505,7 +524,8 @@ def test_a_module_can_be_trained_again() -> None:
 
 
 def test_leaving_early_leaves_nothing_behind() -> None:
-    module, records = seeded(Toy), points(20)
+    module = seeded(Toy)
+    records = points(20)
 
     def steps() -> Iterator[StepReport]:
         return private_steps(
@@ -531,7 +551,9 @@ def test_leaving_early_leaves_nothing_behind() -> None:
 
 
 def test_an_error_in_the_middle_of_a_batch_leaves_nothing_behind() -> None:
-    module, records, calls = seeded(Toy), points(9), []
+    module = seeded(Toy)
+    records = points(9)
+    calls = []
 
     def failing(items: list[Any]) -> Batch:
         calls.append(items)
@@ -603,7 +625,8 @@ def test_a_loss_that_mixes_examples_is_found(clip: float, mixing: Callable[[nn.M
 
 def test_the_sum_of_the_gradients_of_a_unit_is_clipped() -> None:
     """Against gradients taken unit by unit with autograd; the rows of a unit lie in several batches."""
-    module, records = seeded(Toy), points(12, scale=3.0)
+    module = seeded(Toy)
+    records = points(12, scale=3.0)
     units = [[0, 5, 7], [1], [2, 3, 4, 6, 8], [9, 10, 11]]
     loss = cross_entropy(module)
     together = [{key: torch.stack([records[row][key] for row in unit]) for key in ("x", "y")} for unit in units]

@@ -73,7 +73,8 @@ RUN = [Steps(1.0, 0.05, 20)]
 
 
 def test_one_run_is_composed_by_pld_and_several_by_the_filter() -> None:
-    one, two = {"a": RUN * 3, "b": [Steps(1.0, 0.05, 0)]}, {"a": RUN, "b": RUN * 2}
+    one = {"a": RUN * 3, "b": [Steps(1.0, 0.05, 0)]}
+    two = {"a": RUN, "b": RUN * 2}
     assert epsilon_over_runs({}, 8.0, 1e-5) == epsilon_over_runs({"a": []}, 8.0, 1e-5) == 0.0
     assert epsilon_over_runs(one, 8.0, 1e-5) == epsilon(RUN * 3, 5e-6)  # half of δ is for the worlds with a second run
     assert epsilon_over_runs(two, 8.0, 1e-5) == epsilon_filter(RUN * 3, 8.0, 5e-6)

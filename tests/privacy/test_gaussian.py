@@ -49,7 +49,9 @@ def test_everything_that_is_released_is_on_the_grid(total: float) -> None:
 
 def test_the_noise_is_that_of_the_accounting() -> None:
     """χ² of 10⁶ draws: a standard deviation that is off by 1 % is 14 of its standard errors away."""
-    draws, sigma, clip = 10**6, 1.7, 0.3
+    draws = 10**6
+    sigma = 1.7
+    clip = 0.3
     noised = add_gaussian_noise(torch.zeros(draws, dtype=torch.float64), clip, sigma, np.random.default_rng(1))
     values = noised.numpy() / (sigma * clip)
     assert abs((values**2).sum() - draws) < 6 * math.sqrt(2 * draws)

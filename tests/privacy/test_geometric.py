@@ -52,7 +52,8 @@ def test_the_sampler_draws_from_that_distribution(sigma: float) -> None:
 def test_renyi_divergence_is_that_of_two_neighboring_counts(sigma: float, order: int) -> None:
     _, likely = distribution(sigma)
     kept = likely > 1e-280
-    here, beside = np.log(likely[kept][1:]), np.log(likely[kept][:-1])
+    here = np.log(likely[kept][1:])
+    beside = np.log(likely[kept][:-1])
     expected = np.logaddexp.reduce(order * here - (order - 1) * beside) / (order - 1)
     assert geometric_renyi(geometric_epsilon(sigma), order) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
@@ -77,7 +78,8 @@ def test_the_whole_curve_is_on_or_above_that_of_fixed_parameters() -> None:
     oracle.compose(dp_event.DiscreteLaplaceDpEvent(geometric_epsilon(20.0), 1))
     oracle.compose(TRAINING.event())
     at = [0.0, 0.01, 0.05, 0.3, 1.0, 3.0]
-    found, expected = deltas([NUMBER, TRAINING], at), np.asarray(oracle.get_delta(at))
+    found = deltas([NUMBER, TRAINING], at)
+    expected = np.asarray(oracle.get_delta(at))
     assert (found >= expected * (1 - 1e-3)).all()
     assert found == pytest.approx(expected, rel=0.02)
     assert epsilon([NUMBER, TRAINING], DELTA) >= oracle.get_epsilon(DELTA)

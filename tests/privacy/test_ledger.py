@@ -204,7 +204,9 @@ def test_links_are_kept_for_the_owner_and_decide_nothing(ledger: Ledger) -> None
 
 
 def test_a_collection_counts_its_own_charges_and_those_of_none(ledger: Ledger) -> None:
-    everywhere, wards, images = Steps(1.0, 0.1, 1), Steps(1.0, 0.1, 2), Steps(1.0, 0.1, 3)
+    everywhere = Steps(1.0, 0.1, 1)
+    wards = Steps(1.0, 0.1, 2)
+    images = Steps(1.0, 0.1, 3)
     ledger.reserve("a", 1, everywhere)
     ledger.reserve("a", 2, wards, data=ledger.know(records(1)), collection="wards")
     ledger.reserve("b", 1, images, data=ledger.know(records(2)), collection="images")
@@ -245,7 +247,9 @@ def test_what_was_charged_in_another_collection_is_named_and_refused(ledger: Led
 @given(sets=st.lists(st.tuples(st.sets(st.integers(0, 8), max_size=5), st.sampled_from(["", "a", "b"])), min_size=1, max_size=6))
 def test_no_record_is_charged_too_little(tmp_path_factory: pytest.TempPathFactory, sets: list[tuple[set[int], str]]) -> None:
     """What counts for a collection is at least what was charged to any one of its records, as far as it was not left out."""
-    ledger, charged = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite"), {}  # type: ignore[var-annotated]
+    # type: ignore[var-annotated]
+    ledger = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite")
+    charged = {}
     for number, (members, collection) in enumerate(sets, start=1):
         held = sorted(set(records(*members)) - ledger.elsewhere(records(*members), collection))
         ledger.reserve("plan", number, Steps(1.0, 0.1, number), data=ledger.know(held), collection=collection)
@@ -306,7 +310,10 @@ def test_no_record_spends_more_than_the_limit(
     tmp_path_factory: pytest.TempPathFactory, sets: list[set[int]], deltas: list[float]
 ) -> None:
     """Whatever data sets are charged in whatever order, at whatever δ: every record stays within ε at its own smallest δ."""
-    ledger, promised, spent = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite"), {}, {}  # type: ignore[var-annotated]
+    # type: ignore[var-annotated]
+    ledger = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite")
+    promised = {}
+    spent = {}
     steps = Steps(1.0, 1.0, 1)
     for number, (members, delta) in enumerate(zip(sets, deltas, strict=False), start=1):
         try:

@@ -23,7 +23,8 @@ class _Scaled(nn.Module):
 def test_the_gradients_of_a_layer_norm_are_those_of_single_rows(bias: bool, shape: tuple[int, ...]) -> None:
     """Against autograd on one row at a time; with and without a bias, which Opacus' own rule expects."""
     torch.manual_seed(0)
-    module, rows = nn.LayerNorm(4, bias=bias), torch.randn(shape)
+    module = nn.LayerNorm(4, bias=bias)
+    rows = torch.randn(shape)
     nn.init.normal_(module.weight)
 
     def loss(batch: Batch) -> Tensor:

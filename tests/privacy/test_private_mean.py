@@ -67,13 +67,15 @@ def test_a_clipped_delta_has_a_norm_of_c_at_most_over_all_its_tensors(delta: dic
 @given(st.lists(deltas, max_size=4), deltas, st.floats(1e-3, 1e3))
 def test_one_organization_changes_the_sum_by_c_at_most(others: list[Delta], one: Delta, clip: float) -> None:
     """Whatever it sends, and anyone who else takes part: K = 1, so that the mean is the sum."""
-    without, with_it = mean(others, clip).result(), mean([*others, one], clip).result()
+    without = mean(others, clip).result()
+    with_it = mean([*others, one], clip).result()
     assert norm({n: with_it[n] - without[n] for n in SHAPES}) <= clip * (1 + 1e-9)
 
 
 @given(deltas, st.integers(1, 10**9))
 def test_the_declared_examples_change_nothing(delta: Delta, examples: int) -> None:
-    first, second = PrivateMean(SHAPES, 1.0, noise(), SILENT), PrivateMean(SHAPES, 1.0, noise(), SILENT)
+    first = PrivateMean(SHAPES, 1.0, noise(), SILENT)
+    second = PrivateMean(SHAPES, 1.0, noise(), SILENT)
     first.add(update(delta, 1))
     second.add(update(delta, examples))
     assert all(torch.equal(a, b) for a, b in zip(first.result().values(), second.result().values(), strict=True))
@@ -107,7 +109,8 @@ def test_the_noise_has_the_standard_deviation_zc_over_k(z: float, clip: float, e
 
 
 def test_two_releases_share_no_noise() -> None:
-    first, second = mean([], 1.0, None).result(), mean([], 1.0, None).result()
+    first = mean([], 1.0, None).result()
+    second = mean([], 1.0, None).result()
     assert not torch.equal(first["w"], second["w"])
     assert not torch.equal(first["w"][0], first["w"][1])
 
@@ -126,7 +129,8 @@ def test_parameters_that_nobody_sent_get_noise_too() -> None:
 
 def test_the_fraction_within_is_shifted_and_noised() -> None:
     """½ + Σ(b − ½)/K: who does not come counts for neither side."""
-    small, large = {"w": torch.zeros(2, 3), "b": torch.tensor(0.5)}, {"w": torch.zeros(2, 3), "b": torch.tensor(5.0)}
+    small = {"w": torch.zeros(2, 3), "b": torch.tensor(0.5)}
+    large = {"w": torch.zeros(2, 3), "b": torch.tensor(5.0)}
     found = mean([small, small, small, large], 1.0, bits=1.0, expected=8.0)
     found.result()
     assert found.unclipped == 0.5 + (1.5 - 0.5) / 8
@@ -147,7 +151,8 @@ def test_with_fixed_clipping_no_fraction_is_released() -> None:
 
 
 def test_deltas_are_let_go_one_by_one() -> None:
-    found, seen = PrivateMean(SHAPES, 1.0, noise(), SILENT), []
+    found = PrivateMean(SHAPES, 1.0, noise(), SILENT)
+    seen = []
     for _ in range(3):
         one = update({"w": torch.ones(2, 3), "b": torch.tensor(1.0)})
         seen.append(weakref.ref(one.delta["w"]))

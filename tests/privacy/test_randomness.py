@@ -24,7 +24,8 @@ def presence(examples: int, rate: float, steps: int, seed: int = 0) -> np.ndarra
 
 @pytest.mark.parametrize("rate", [0.02, 0.3, 0.9])
 def test_every_record_is_sampled_at_the_rate(rate: float) -> None:
-    steps, examples = 2000, 100
+    steps = 2000
+    examples = 100
     count = presence(examples, rate, steps).sum(axis=0)
     low, high = stats.binom.ppf([1e-7, 1 - 1e-7], steps, rate)
     assert ((low <= count) & (count <= high)).all()
@@ -34,7 +35,9 @@ def test_every_record_is_sampled_at_the_rate(rate: float) -> None:
 
 def test_records_are_sampled_independently() -> None:
     """Batch sizes are binomial: neither fixed, as in shuffled epochs, nor more spread than chance."""
-    steps, examples, rate = 4000, 60, 0.1
+    steps = 4000
+    examples = 60
+    rate = 0.1
     found = presence(examples, rate, steps)
     sizes = found.sum(axis=1)
     assert sizes.mean() == pytest.approx(examples * rate, rel=0.03)

@@ -53,7 +53,8 @@ def exact_delta(sigma: float, mean: float, eps: float) -> float:
         below = stats.norm.cdf(edges, loc=shift, scale=sigma)
         return np.diff(below / mean / (1 - (1 - 1 / mean) * below))
 
-    one, other = best(0.0), best(1.0)
+    one = best(0.0)
+    other = best(1.0)
     return float(max(np.maximum(p - np.exp(eps) * q, 0).sum() for p, q in ((one, other), (other, one))))
 
 

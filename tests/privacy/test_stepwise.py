@@ -40,7 +40,8 @@ def attacked(steps: Steps, targets: int, seed: int, noise: float = 1.0, sensitiv
 
 @pytest.mark.parametrize("rate", [0.01, 0.2, 0.9, 1.0])
 def test_the_score_is_the_ratio_of_the_two_densities(rate: float) -> None:
-    sigma, sums = 0.8, np.linspace(-6, 7, 40)
+    sigma = 0.8
+    sums = np.linspace(-6, 7, 40)
     out = stats.norm.pdf(sums, 0, sigma)
     inside = (1 - rate) * out + rate * stats.norm.pdf(sums, 1, sigma)
     assert log_likelihood_ratios(sums, sigma, rate) == pytest.approx(np.log(inside / out), abs=1e-9)
@@ -97,7 +98,9 @@ def test_a_tenth_of_the_noise_missing_is_seen() -> None:
 @pytest.mark.parametrize("steps", [ONE_STEP, Steps(1.2, 0.2, 10)])
 def test_an_honest_engine_is_accused_as_rarely_as_stated(steps: Steps) -> None:
     """Of 200 audits with 70 % confidence at most 60 on average, and none by the certain bound for any mechanism."""
-    curve, claim, error = trade_off([steps]), epsilon([steps], DELTA), 0.3
+    curve = trade_off([steps])
+    claim = epsilon([steps], DELTA)
+    error = 0.3
     accused = 0
     for seed in range(200):
         found = attacked(steps, 1000, seed)

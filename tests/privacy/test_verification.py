@@ -29,7 +29,8 @@ def exported(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "site.json").write_text(SiteFile(organization="clinic").model_dump_json())
     (tmp_path / "policy.toml").write_text(dump_policy(Policy(budget=BudgetRules(epsilon_total=8.0))))
     site = Site(tmp_path)
-    ledger, total = site.ledger(), Limit("budget.epsilon_total", 8.0, DELTA)
+    ledger = site.ledger()
+    total = Limit("budget.epsilon_total", 8.0, DELTA)
 
     def reserve(plan: str, round: int, steps: Steps, data: str, collection: str = "wards") -> int:
         limits = [total, Limit("budget.epsilon_per_run", 3.0, DELTA, plan * 64)]

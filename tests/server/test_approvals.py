@@ -193,7 +193,8 @@ def test_anyone_who_connects_anew_is_asked_at_once(new_run: NewRun, monkeypatch:
 def test_another_rule_is_final_in_its_round(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.5}))
     grid = wild(folder, EVERYBODY)
-    answer, words = grid._answer, Declined("training.tasks", "x").public
+    answer = grid._answer
+    words = Declined("training.tasks", "x").public
     grid._answer = lambda message: (  # type: ignore[method-assign]
         says(words)(message) if grid._name(message) == "org-3" else answer(message)
     )
@@ -202,7 +203,8 @@ def test_another_rule_is_final_in_its_round(new_run: NewRun) -> None:
 
 
 def test_only_those_words_are_taken_for_a_missing_approval(new_run: NewRun) -> None:
-    folder, asked = real(new_run(*NAMES, rounds=1)), list[Message]()
+    folder = real(new_run(*NAMES, rounds=1))
+    asked = list[Message]()
     grid = wild(folder, EVERYBODY)
     grid.on_push = lambda name, message: asked.append(message)
     play(folder, grid)

@@ -242,7 +242,8 @@ def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
     monkeypatch.setattr(superlink_transport, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
-    found, until = grid.get_nodes, time.monotonic() + 0.5
+    found = grid.get_nodes
+    until = time.monotonic() + 0.5
 
     def away() -> Any:
         if time.monotonic() < until:
@@ -261,7 +262,8 @@ def test_a_connection_that_is_lost_during_a_round_is_told_of(new_run: NewRun, mo
     monkeypatch.setattr(superlink_transport, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
-    found, asked = grid.get_nodes, threading.Event()
+    found = grid.get_nodes
+    asked = threading.Event()
 
     def breaks_off() -> Any:
         if asked.wait(0.0) and not told(folder, "connection_lost"):
@@ -398,7 +400,8 @@ def test_where_all_are_left_out_the_run_ends(new_run: NewRun) -> None:
 
 def test_an_update_of_an_earlier_model_is_refused(new_run: NewRun) -> None:
     """A replay of an attempt before a restart, whose base was another."""
-    folder, kept = real(new_run("org-1", "org-2", rounds=2, server={"quorum": 0.5})), dict[int, Any]()
+    folder = real(new_run("org-1", "org-2", rounds=2, server={"quorum": 0.5}))
+    kept = dict[int, Any]()
 
     def replays(request: Request) -> Any:
         kept.setdefault(0, adding(1.0)(request))
@@ -545,7 +548,8 @@ def test_anyone_who_has_not_answered_is_asked_again_when_the_superlink_is_back(
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0))
     grid.swallowed["org-2"] = 1
-    found, asked = grid.get_nodes, threading.Event()
+    found = grid.get_nodes
+    asked = threading.Event()
 
     def away() -> Any:
         if asked.is_set():
@@ -599,7 +603,8 @@ def test_a_disk_that_is_full_ends_the_run_in_a_sentence_and_it_goes_on_from_ther
     """Whichever file does not fit: events, an update that came before its turn, one that was refused, the checkpoint."""
     answers = {"org-1": noise, "org-2": noise, "org-3": wrong_shape}
     changes = {"rounds": 2, "server": {"max_update_norm": 1e12}}
-    whole, folder = real(new_run(*NAMES, **changes)), real(new_run(*NAMES, **changes))
+    whole = real(new_run(*NAMES, **changes))
+    folder = real(new_run(*NAMES, **changes))
     expected = play(whole, wild(whole, answers))
     grid = wild(folder, answers)
     grid.delay = {"org-1": 0.05}

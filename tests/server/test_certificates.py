@@ -68,7 +68,8 @@ def test_an_expired_certificate_is_refused_by_client_and_check_alike_until_renew
         handshake(tmp_path, "fed.example.org")
     with pytest.raises(RunError, match=r"server\.crt expired on .*: renew it"):
         check(tmp_path, "fed.example.org")
-    handed_out, key = (tmp_path / "ca.crt").read_bytes(), (tmp_path / "server.key").read_bytes()
+    handed_out = (tmp_path / "ca.crt").read_bytes()
+    key = (tmp_path / "server.key").read_bytes()
     assert renew(tmp_path) == check(tmp_path, "fed.example.org")
     handshake(tmp_path, "fed.example.org")
     assert ((tmp_path / "ca.crt").read_bytes(), (tmp_path / "server.key").read_bytes()) == (handed_out, key)

@@ -141,5 +141,6 @@ def test_epsilon_is_said_to_be_stated(played: Callable[..., RunFolder]) -> None:
 
 def test_concluding_again_writes_the_same(played: Callable[..., RunFolder]) -> None:
     folder = played(privacy={"epsilon": 8.0})
-    first, second = conclude(folder), conclude(folder)
+    first = conclude(folder)
+    second = conclude(folder)
     assert {**first, "peak_memory_bytes": 0} == {**second, "peak_memory_bytes": 0}

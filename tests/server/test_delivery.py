@@ -76,7 +76,8 @@ def finished(new_run: NewRun, **changes: Any) -> RunFolder:
 
 
 def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun) -> None:
-    folder, seen = finished(new_run), list[Request]()
+    folder = finished(new_run)
+    seen = list[Request]()
     assert deliver(receiving(folder, seen), folder) == []
     assert sorted(request.organization for request in seen) == list(NAMES)
     for request in seen:
@@ -90,7 +91,8 @@ def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun)
 
 
 def test_anyone_who_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) -> None:
-    folder, seen = finished(new_run), list[Request]()
+    folder = finished(new_run)
+    seen = list[Request]()
     grid = receiving(folder)
     grid.offline = {"org-2"}
     assert deliver(grid, folder) == ["org-2"]
@@ -162,7 +164,8 @@ def test_nobody_is_hurried_without_the_rule_or_while_most_are_silent(
     monkeypatch.setattr(delivery, "_EXPORT_SECONDS", 1.0)
     monkeypatch.setattr(delivery._Delivery, "longest_wait", 1.0)
     folder, grid = silent(new_run, least_seconds=0.01, **change)
-    grid.delay["org-2"], grid.swallowed["org-2"] = 0.5, 0
+    grid.delay["org-2"] = 0.5
+    grid.swallowed["org-2"] = 0
     if not change:
         grid.swallowed["org-3"] = grid.swallowed["org-1"] = 1000
     assert "org-2" not in deliver(grid, folder)

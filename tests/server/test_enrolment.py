@@ -51,7 +51,8 @@ class SuperLink:
 
 @given(st.sets(st.sampled_from(range(4))), st.sets(st.sampled_from(range(4))))
 def test_the_members_and_nobody_else_are_known(before: set[int], wanted: set[int]) -> None:
-    superlink, said = SuperLink(*(MEMBERS[i].key for i in before)), list[str]()
+    superlink = SuperLink(*(MEMBERS[i].key for i in before))
+    said = list[str]()
     numbers = dict(superlink.known)
     reconcile(superlink, [MEMBERS[i] for i in wanted], said.append)
     assert set(superlink.known) == {MEMBERS[i].key for i in wanted}
@@ -94,14 +95,17 @@ def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.usefixtures("_quickly")
 def test_it_follows_the_list_and_outlives_a_superlink_that_has_forgotten_all() -> None:
-    superlink, members, said = SuperLink(), [MEMBERS[0]], list[str]()
+    superlink = SuperLink()
+    members = [MEMBERS[0]]
+    said = list[str]()
     with Enrolment(lambda: nullcontext(superlink), lambda: members, said.append):
         until(lambda: MEMBERS[0].key in superlink.known)
         members[:] = [MEMBERS[0].model_copy(update={"revoked": "2026-01-02"}), MEMBERS[1]]
         until(lambda: set(superlink.known) == {MEMBERS[1].key})
         superlink.down = True
         until(lambda: "at present" in said[-1])
-        superlink.known, superlink.down = {}, False
+        superlink.known = {}
+        superlink.down = False
         until(lambda: set(superlink.known) == {MEMBERS[1].key})
         superlink.online = {MEMBERS[1].key}
         until(lambda: said[-1] == "b is online")
@@ -121,7 +125,8 @@ def test_it_follows_the_list_and_outlives_a_superlink_that_has_forgotten_all() -
 
 @pytest.mark.usefixtures("_quickly")
 def test_a_superlink_that_is_not_there_yet_is_waited_for_without_a_word() -> None:
-    superlink, said = SuperLink(), list[str]()
+    superlink = SuperLink()
+    said = list[str]()
     superlink.down = True
     with Enrolment(lambda: nullcontext(superlink), list, said.append) as enrolment:
         time.sleep(0.05)
@@ -133,7 +138,9 @@ def test_a_superlink_that_is_not_there_yet_is_waited_for_without_a_word() -> Non
 
 @pytest.mark.usefixtures("_quickly")
 def test_a_damaged_list_is_said_once_and_followed_again_when_it_is_mended() -> None:
-    superlink, said, damaged = SuperLink(), list[str](), [False]
+    superlink = SuperLink()
+    said = list[str]()
+    damaged = [False]
 
     def members() -> list[Member]:
         if damaged[0]:

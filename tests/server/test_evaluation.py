@@ -43,7 +43,8 @@ def moved(model: TrainableModel, mode: TrainMode, seed: int = 3) -> State:
 def one_by_one(model: TrainableModel, state: State, texts: list[str]) -> list[int]:
     """The oracle: the architecture's own forward on each text by itself, without padding, batches or features."""
     model.load(state)
-    tokenizer, found = model.loaded.reader, []
+    tokenizer = model.loaded.reader
+    found = []
     for text in texts:
         ids = torch.tensor([tokenizer(text, truncation=True, max_length=16)["input_ids"]])
         assert ids.shape[1] > 1, f"the tokenizer reads nothing of {text!r}"
@@ -53,7 +54,9 @@ def one_by_one(model: TrainableModel, state: State, texts: list[str]) -> list[in
 
 def by_hand(truth: list[int], predicted: list[int]) -> dict[str, float]:
     """Accuracy and macro precision, recall and F1 from the definition."""
-    precisions, recalls, f1s = [], [], []
+    precisions = []
+    recalls = []
+    f1s = []
     for c in range(len(LABELS)):
         hits = sum(t == p == c for t, p in zip(truth, predicted, strict=True))
         precision = hits / predicted.count(c) if c in predicted else 0.0
@@ -70,7 +73,8 @@ def by_hand(truth: list[int], predicted: list[int]) -> dict[str, float]:
 def test_metrics_are_those_of_the_plain_model_text_by_text(
     base_model: Callable[[str], Path], test_set: Dataset, kind: str, mode: TrainMode
 ) -> None:
-    model, texts = shared(base_model(kind)), test_set.inputs()
+    model = shared(base_model(kind))
+    texts = test_set.inputs()
     answers = ((state, one_by_one(model, state, texts)) for state in (moved(model, mode, seed) for seed in range(20)))
     state, predicted = next((s, p) for s, p in answers if len(set(p)) > 1)  # else texts could be mixed up unseen
     got = evaluate(model, state, test_set, "float32").as_dict()
@@ -95,7 +99,8 @@ def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_pat
     model = resident(config, TAGS, None, 1, "cpu", "token-classification")
     state = moved(model, "full")
     model.load(state)
-    truth, predicted = [], []
+    truth = []
+    predicted = []
     for words, tags in zip(test.inputs(), test.targets, strict=True):
         ids = torch.tensor([model.loaded.reader(" ".join(words))["input_ids"][:length]])  # a word is a token here
         with torch.no_grad():
@@ -114,7 +119,8 @@ def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_pat
 
 def test_the_state_decides_not_what_was_evaluated_before(base_model: Callable[[str], Path], test_set: Dataset) -> None:
     model = shared(base_model("bert"))
-    head, full = moved(model, "head"), moved(model, "full")
+    head = moved(model, "head")
+    full = moved(model, "full")
     first = evaluate(model, head, test_set, "float32")
     other = evaluate(model, full, test_set, "float32")
     assert first != other

@@ -72,7 +72,8 @@ def test_an_event_is_one_line_with_its_time_and_its_fields(path: Path) -> None:
 
 
 def test_listeners_hear_what_is_written_during_their_block_only(path: Path) -> None:
-    events, heard = Events(path), list[Any]()
+    events = Events(path)
+    heard = list[Any]()
     events.tell("before")
     with pytest.raises(ValueError, match="end of the block"), listening(lambda event, fields: heard.append((event, fields))):
         events.tell("within", round=1)
@@ -178,8 +179,11 @@ def test_a_follower_hears_every_event_once_however_it_is_written(
     path = tmp_path_factory.mktemp("follow") / "events.jsonl"
     for name in names:
         Events(path).tell("update_received", organization=name)
-    content, whole = path.read_bytes(), read_events(path)
-    growing, heard, offset = path.with_name("growing.jsonl"), [], 0
+    content = path.read_bytes()
+    whole = read_events(path)
+    growing = path.with_name("growing.jsonl")
+    heard = []
+    offset = 0
     for end in [*sorted(cuts), len(content)]:
         growing.write_bytes(content[:end])
         events, offset = follow(growing, offset)
@@ -218,7 +222,8 @@ def test_a_follower_beside_the_writer_misses_nothing(path: Path) -> None:
     path.parent.mkdir()
     writer = multiprocessing.get_context("fork").Process(target=_tell_slowly, args=(path,))
     writer.start()
-    heard, offset = list[int](), 0
+    heard = list[int]()
+    offset = 0
     while writer.is_alive() or len(heard) < 300:
         events, offset = follow(path, offset)
         heard += [event["i"] for event in events]

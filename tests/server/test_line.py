@@ -50,7 +50,9 @@ def line(answer: Answer) -> Line:
 
 
 def message() -> Message:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 7
+    TaskIdentity.node_id = 1
     arrays = ArrayRecord({"weight": Array(np.arange(50, dtype=np.float32))})
     return Message(RecordDict({"state": arrays}), 5, MessageType.TRAIN, ttl=60.0)
 
@@ -59,7 +61,10 @@ class SuperLink:
     """Takes requests, and has one reply. troubles: what the next calls of a name get in place of an answer."""
 
     def __init__(self, reply: Message | None = None, **troubles: list[httpx.Response | Exception]) -> None:
-        self.called, self.taken, self._reply, self._troubles = list[str](), dict[str, bytes](), reply, troubles
+        self.called = list[str]()
+        self.taken = dict[str, bytes]()
+        self._reply = reply
+        self._troubles = troubles
 
     def __call__(self, call: str, content: bytes) -> httpx.Response:
         self.called.append(call)
@@ -111,7 +116,8 @@ def replied() -> tuple[str, Message]:
 
 
 def test_of_a_request_what_is_not_there_yet_is_sent() -> None:
-    superlink, request = SuperLink(), message()
+    superlink = SuperLink()
+    request = message()
     number = line(superlink).push(request)
     parts = get_all_nested_objects(request)
     assert number == request.object_id

@@ -35,7 +35,8 @@ def test_all_records_of_the_coordinator_are_the_test_set(tmp_path: Path, base_mo
 
 
 def test_nobody_need_say_whose_the_test_records_are(tmp_path: Path, base_model: Base) -> None:
-    records, privacy = write_csv(tmp_path / "test.csv", sentences(37)), {"unit": "patient_id", "max_records": 2}
+    records = write_csv(tmp_path / "test.csv", sentences(37))
+    privacy = {"unit": "patient_id", "max_records": 2}
     run = real_run(founded(tmp_path / "fed", base_model("bert"), "a", test=records, privacy=privacy))
     assert run.plan.data.unit == "patient_id"
     assert len(DatasetManifest.read(run.path / "test" / "data.json", run.plan.labels)) == 37

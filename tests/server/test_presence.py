@@ -49,7 +49,8 @@ def test_whose_heartbeats_are_missing_has_not_left(times: list[float], looks: in
 
 @given(HEARTBEATS, st.floats(0.001, 60.0))
 def test_anyone_who_is_offline_before_its_time_has_left_and_comes_back(times: list[float], early: float) -> None:
-    seen, until = Presence(), max(times)
+    seen = Presence()
+    until = max(times)
     seen.look([Seen("a", True, until), Seen("b", True, until)])
     for _ in range(presence._LOOKS):
         assert not seen.left
@@ -109,7 +110,9 @@ def test_anyone_who_has_left_when_the_model_is_handed_out_is_named(new_run: NewR
 
 
 def test_the_server_says_that_a_member_has_left() -> None:
-    superlink, seen, said = SuperLink(MEMBERS[0].key), Presence(), list[str]()
+    superlink = SuperLink(MEMBERS[0].key)
+    seen = Presence()
+    said = list[str]()
     until = time.time() + 60
     for online, end in ((True, until), (False, until - 50), (False, until - 50)):
         nodes = (Node(1, MEMBERS[0].key, online, "", end),)

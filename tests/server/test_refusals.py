@@ -20,7 +20,8 @@ def file(tmp_path: Path) -> Path:
 
 def noted(file: Path, member: str, times: int, reason: str = "its source is another node") -> None:
     """By a front that was started for it, once the file says so."""
-    front, before = Refusals(file), count_of(file, member)
+    front = Refusals(file)
+    before = count_of(file, member)
     for _ in range(times):
         front.note(member, reason)
     written(file, member, before + times)

@@ -42,7 +42,8 @@ def choices(alone: float, adapted: float, records: int) -> Summary:
 def organization(
     name: str, alone: float, spent: float, labels: dict[str, int], adapted: float = 0.75, answer: str = "yes"
 ) -> Summary:
-    own, difference = choices(alone, adapted, 1500), adapted - alone - 0.01
+    own = choices(alone, adapted, 1500)
+    difference = adapted - alone - 0.01
     return {
         "name": name, "examples": sum(labels.values()), "labels": labels,
         "alone": scores(alone, 0.6, 0.6, 0.6), "gain": difference, "own": own, "common": choices(alone - 0.1, adapted - 0.1, 5586),

@@ -69,7 +69,8 @@ def believes(site: Path, fed: FederationFolder) -> bool:
 
 
 def test_keys_are_announced_learned_and_put_into_use(fed: FederationFolder, site: Path) -> None:
-    old, authority = signing_key(fed), certificates.authority_pem(fed.certificates)
+    old = signing_key(fed)
+    authority = certificates.authority_pem(fed.certificates)
     renewal = rotation.announce(fed)
     assert rotation.announce(fed) == renewal
     assert signing_key(fed) == old
@@ -141,7 +142,8 @@ def test_a_kill_while_they_are_put_into_use_leaves_keys_that_work_and_is_finishe
     fed: FederationFolder, site: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whether a site has learned them beside a request or not: before the first change nothing is used."""
-    old, new = signing_key(fed), rotation.announce(fed).about.new
+    old = signing_key(fed)
+    new = rotation.announce(fed).about.new
     learn(site, rotation.renewals(fed.certificates))
     shutil.copytree(fed.path, tmp_path / "copy")
     used = list[bool]()
@@ -172,8 +174,11 @@ def test_both_ends_of_a_trail_agree_over_the_renewal_of_every_key(fed: Federatio
     people = (Participant(name="north"),)
     file = RunFile(run="1" * 32, created="now", engine="superlink", device="cpu", participants=people, federation=str(fed.path))
     folder = RunFolder.create(fed.path / "runs" / "1", fed.plan, file)
-    trail, log = Trail(folder), AuditLog(site.folder)
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    trail = Trail(folder)
+    log = AuditLog(site.folder)
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
 
     def play(round: int) -> None:
         """A request there, and an answer back."""

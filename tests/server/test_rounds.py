@@ -86,7 +86,8 @@ def test_server_momentum_is_kept_in_the_checkpoint(new_run: NewRun) -> None:
 
 def test_every_organization_gets_the_state_of_the_round_before(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", rounds=3)
-    start, seen = initial(folder), defaultdict[str, list[Request]](list)
+    start = initial(folder)
+    seen = defaultdict[str, list[Request]](list)
 
     def remembers(request: Request) -> Any:
         seen[request.organization].append(request)
@@ -102,7 +103,8 @@ def test_every_organization_gets_the_state_of_the_round_before(new_run: NewRun) 
 
 def test_a_stage_adds_its_parameters_and_shares_only_its_own(new_run: NewRun) -> None:
     folder = new_run("org-1", train=[{"mode": "full", "rounds": 1}, {"mode": "head", "rounds": 1}])
-    model, asked = model_of(folder.plan), dict[int, set[str]]()
+    model = model_of(folder.plan)
+    asked = dict[int, set[str]]()
 
     def trains(request: Request) -> Any:
         asked[request.round] = set(request.state)
@@ -111,7 +113,8 @@ def test_a_stage_adds_its_parameters_and_shares_only_its_own(new_run: NewRun) ->
         return update(request, {name: torch.ones_like(request.state[name]) for name in names})
 
     progress = play(folder, {"org-1": trains})
-    full, head = set(model.names("full")), set(model.names("head"))
+    full = set(model.names("full"))
+    head = set(model.names("head"))
     assert head < full
     assert asked == {1: full, 2: full}  # who trains the head needs the moved encoder too
     model.load({})
@@ -184,7 +187,8 @@ class Watching(InProcessGrid):
 
 
 def test_the_server_holds_one_reply_at_a_time_beside_the_sum(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    Watching.replies, Watching.alive = [], []
+    Watching.replies = []
+    Watching.alive = []
 
     def watched(update: WeightedUpdate) -> dict[str, torch.Tensor]:
         Watching.replies.append(weakref.ref(next(iter(update.update.delta.values()))))

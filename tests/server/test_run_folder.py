@@ -128,7 +128,8 @@ def test_a_round_is_read_back_bit_for_bit(new_run: NewRun) -> None:
 
 def test_rules_may_remember_a_tensor_of_the_state_or_one_twice(new_run: NewRun) -> None:
     """Such as a parameter before the round, which a stage that trains another left as it is."""
-    folder, tensor = new_run(), torch.arange(6.0)
+    folder = new_run()
+    tensor = torch.arange(6.0)
     memory = {"optimizer/x": tensor, "fusion/x": tensor, "fusion/turned": tensor.reshape(2, 3).T}
     folder.save(Progress(1, {"x": tensor}, memory))
     found = folder.load()
@@ -210,7 +211,8 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_guessed(new_run: NewRun, d
 
 
 def test_a_checkpoint_of_another_plan_is_refused(new_run: NewRun) -> None:
-    folder, other = new_run(seed=1), new_run(seed=2)
+    folder = new_run(seed=1)
+    other = new_run(seed=2)
     other.save(progress(1))
     (folder.path / "checkpoints").mkdir()
     name = "checkpoints/round-00001.safetensors"

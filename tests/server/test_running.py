@@ -191,7 +191,8 @@ def test_a_superlink_that_is_brought_back_is_waited_for_at_first(run: RunFolder)
                 answer(0)
             return super().start(run)
 
-    superlink, told = Restarting([[tells(run, "run_finalized")]]), list[str]()
+    superlink = Restarting([[tells(run, "run_finalized")]])
+    told = list[str]()
     run_to_completion(run, superlink, lambda event, fields: told.append(event), PACE, served=lambda: True)
     assert told == ["superlink_lost", "superlink_back", "run_finalized"]
     assert len(superlink.started) == 1
@@ -293,7 +294,8 @@ def test_interrupted_it_stops_the_run_and_its_process(run: RunFolder, held: Call
         holders.append(held("hearing"))
         raise KeyboardInterrupt
 
-    superlink, told = FakeSuperLink([[interrupt]]), list[str]()
+    superlink = FakeSuperLink([[interrupt]])
+    told = list[str]()
     with pytest.raises(KeyboardInterrupt):
         run_to_completion(run, superlink, lambda event, fields: told.append(event), PACE)
     assert (superlink.stopped, told) == ([101], ["run_stopping"])

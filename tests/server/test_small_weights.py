@@ -48,7 +48,8 @@ class _Killed(BaseException):
 
 def test_anyone_who_comes_later_is_shown_when_it_comes_and_a_resumed_run_repeats_nothing(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", "org-3", rounds=3, strategy="fedavg", server={"quorum": 0.5})
-    large, small = adding(1.0, examples=1_000), adding(1.0, examples=1)
+    large = adding(1.0, examples=1_000)
+    small = adding(1.0, examples=1)
 
     def late(request: Request) -> Update | RecordDict:
         return (adding(float("nan")) if request.round == 1 else small)(request)

@@ -23,8 +23,11 @@ class FakeLine:
     """Takes requests, which are names here; the first hangs."""
 
     def __init__(self) -> None:
-        self.release, self.lock = threading.Event(), threading.Lock()
-        self.under_way, self.most, self.taken = 0, 0, list[str]()
+        self.release = threading.Event()
+        self.lock = threading.Lock()
+        self.under_way = 0
+        self.most = 0
+        self.taken = list[str]()
 
     def push(self, message: Message) -> str:
         name = str(message)
@@ -48,7 +51,8 @@ class SlowLine:
     """An answer comes in so many pieces, with as many seconds before each."""
 
     def __init__(self, pieces: int, seconds: float) -> None:
-        self._pieces, self._seconds = pieces, seconds
+        self._pieces = pieces
+        self._seconds = seconds
 
     def push(self, message: Message) -> str:
         return str(message)
@@ -88,7 +92,8 @@ def released(line: FakeLine) -> Iterator[None]:
 def test_anyone_who_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not all at once: each would send what is not there yet of what they have in common."""
     monkeypatch.setattr(superlink_transport, "_HELD_UP_SECONDS", 0.5)
-    line, others = FakeLine(), [f"org-{i}" for i in range(6)]
+    line = FakeLine()
+    others = [f"org-{i}" for i in range(6)]
     with closing(SuperLinkTransport(cast(Line, line), Connected(), lambda *_, **__: None)) as post, released(line):
         for name in ("first", *others):
             post.send(1, name, cast(Message, name), 100)

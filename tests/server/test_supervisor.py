@@ -25,7 +25,8 @@ from cotune.server.deployment.supervisor import supervise
 def folder(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationFolder:
     plan = parse_plan({"model": {"base": str(base_model("bert"))}, "data": {"source": "x.csv"}, "labels": ["a", "b"]})
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        port, superlink_port = one.getsockname()[1], other.getsockname()[1]
+        port = one.getsockname()[1]
+        superlink_port = other.getsockname()[1]
     config = ServerConfig(
         name="toy", hosts=("fed.example.org",), listen="127.0.0.1", port=port, superlink_port=superlink_port, device="cpu"
     )
@@ -34,7 +35,8 @@ def folder(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationFolde
 
 @pytest.mark.parametrize("which", ["port", "superlink_port"])
 def test_a_port_that_is_taken_is_named_before_anything_is_started(folder: FederationFolder, which: str) -> None:
-    port, said = getattr(folder.config, which), list[str]()
+    port = getattr(folder.config, which)
+    said = list[str]()
     with socket.create_server(("127.0.0.1", port)), pytest.raises(RunError) as error:
         supervise(folder, said.append)
     assert str(error.value) == f"port {port} of 127.0.0.1 is taken: end the program that listens there, or choose another port"

@@ -33,7 +33,8 @@ PEMS = [key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) for ke
 
 def real(simulated: RunFolder, examples: Mapping[str, tuple[int, int]] | None = None) -> RunFolder:
     """A run with the same plan and organizations, as a federation has it."""
-    fed, names = simulated.path.parent / f"fed-{simulated.path.name}", [p.name for p in simulated.file.participants]
+    fed = simulated.path.parent / f"fed-{simulated.path.name}"
+    names = [p.name for p in simulated.file.participants]
     write_config(fed, ServerConfig(name="fed", id=32 * "f", hosts=("localhost",)))
     new_signing_key(fed / "certificates")
     members = FederationFolder(fed).members

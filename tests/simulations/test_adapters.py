@@ -119,7 +119,8 @@ def test_a_frozen_a_makes_the_mean_exact_slice_by_slice(toy_plan: NewPlan, tmp_p
     """One round from B = 0: each column is the weighted mean over those that hold it, so that it is of the products too."""
     plan = toy_plan(rounds=1, **LORA, lora={"rank": 4}, simulation={"clients": 2, "ranks": [2, 4], "baselines": []})
     folder = RunFolder(simulate(plan, tmp_path / "run", device="cpu").folder)
-    small, whole = sent_last(folder.path, "org-1"), sent_last(folder.path, "org-2")
+    small = sent_last(folder.path, "org-1")
+    whole = sent_last(folder.path, "org-2")
     counts = [Site(folder.path / "sites" / f"org-{i}").holdings(folder.plan.labels).label_counts().values() for i in (1, 2)]
     share = sum(counts[0]) / (sum(counts[0]) + sum(counts[1]))
     state = folder.load().state

@@ -130,9 +130,11 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     from cotune.simulations.prepare import prepare
 
     prepared = prepare(toy_plan(train="full", **SMALL), "cpu")
-    plan, share = prepared.plan, prepared.shares[0]
+    plan = prepared.plan
+    share = prepared.shares[0]
     holdings = Dataset(((prepared.records[None], share.rows),), plan.labels)
-    model, stage = model_of(plan, "cpu"), plan.stages[0]
+    model = model_of(plan, "cpu")
+    stage = plan.stages[0]
     model.load({})
     names = model.names(stage.mode)
     parameters = model.train_only(names)

@@ -101,7 +101,8 @@ def test_pooled_is_one_organization_with_all_training_data_without_privacy(toy_p
 
 def test_a_finished_baseline_is_not_trained_again(toy_plan: NewPlan, tmp_path: Path) -> None:
     folder, prepared = made(toy_plan(), tmp_path / "run")
-    first, heard = run_baselines(folder, prepared), list[str]()
+    first = run_baselines(folder, prepared)
+    heard = list[str]()
     with listening(lambda event, fields: heard.append(event)):
         again = run_baselines(folder, prepared)
     assert again == first

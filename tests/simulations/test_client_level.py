@@ -38,7 +38,8 @@ def test_a_whole_run_states_both_kinds_of_privacy(toy_plan: NewPlan, tmp_path: P
         simulation={"clients": 3},
     )
     result = simulate(plan, tmp_path / "run", device="cpu")
-    summary, central = result.summary, result.summary["client_privacy"]
+    summary = result.summary
+    central = result.summary["client_privacy"]
     assert (summary["status"], summary["stopped"]) == ("finished", None)
     z = central["noise_multiplier"]
     assert central["epsilon_spent"] == epsilon([Steps(z, 1.0, 3)], 1e-5) <= 6.0

@@ -21,8 +21,10 @@ def test_killed_between_state_and_update(toy_plan: NewPlan, cotune: Cotune, tmp_
     local = {"learning_rate": 0.02, "momentum": 0.0, "steps": 12}
     stages = [{"mode": "head", "rounds": 2, "local": local}, {"mode": "full", "rounds": 2, "local": local}]
     plan = toy_plan(train=stages, strategy=strategy, local={"momentum": 0.0}, simulation={"baselines": []})
-    file, log = written(plan, tmp_path), tmp_path / "cotune.log"
-    whole, run = tmp_path / "whole", tmp_path / "other"
+    file = written(plan, tmp_path)
+    log = tmp_path / "cotune.log"
+    whole = tmp_path / "whole"
+    run = tmp_path / "other"
     finish(cotune("simulate", file, "--out", whole, "--device", "cpu"), log)
 
     rng = random.Random(8)

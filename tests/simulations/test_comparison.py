@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from cotune.reporting.comparison_report import answer
 from cotune.reporting.comparison_statistics import Measured, combine, difference, estimate, holm
 
-T4, T2 = 2.776445, 4.302653  # 97.5 % quantiles of Student's t with 4 and 2 degrees of freedom, from a table
+# 97.5 % quantiles of Student's t with 4 and 2 degrees of freedom, from a table
+T4 = 2.776445
+T2 = 4.302653
 
 
 def cell(strategy: str, seed: int, accuracy: float | None, facet: str = "iid", **more: Any) -> Measured:
@@ -57,7 +59,9 @@ def test_only_seeds_that_both_have_are_paired() -> None:
 
 
 def test_a_test_that_cannot_be_made() -> None:
-    one, same, shifted = {1: 0.5}, {1: 0.5, 2: 0.7, 3: 0.9}, {1: 0.6, 2: 0.8, 3: 1.0}
+    one = {1: 0.5}
+    same = {1: 0.5, 2: 0.7, 3: 0.9}
+    shifted = {1: 0.6, 2: 0.8, 3: 1.0}
     found = [difference(one, one), difference(same, same), difference(shifted, same)]
     assert [each and each.p for each in found] == [None, 1.0, None]
 

@@ -22,7 +22,8 @@ def test_what_is_forecast_is_what_happens(toy_plan: NewPlan, tmp_path: Path) -> 
         train=[{"mode": "head", "rounds": 2}, {"mode": "full", "rounds": 1, "local": {"learning_rate": 0.01, "steps": 2}}],
         simulation={"clients": 3, "partition": "quantity:5.0", "min_examples": 30, "baselines": []},
     )
-    seen, summary = forecast(plan, "cpu"), simulate(plan, tmp_path / "run", device="cpu").summary
+    seen = forecast(plan, "cpu")
+    summary = simulate(plan, tmp_path / "run", device="cpu").summary
     assert seen.plan.plan_id == summary["plan_id"]
     assert seen.test_examples == summary["test"]["examples"]
     assert [(o.name, o.examples, o.steps) for o in seen.organizations] == [
@@ -49,7 +50,8 @@ def test_sizes_by_hand(toy_plan: NewPlan) -> None:
     """A head for 3 classes on 16 features; LoRA of rank 2, A frozen: B of 16 × 2 in query and value of each of the layers."""
     stages = [{"mode": "head", "rounds": 1}, {"mode": "lora", "rounds": 1}]
     seen = forecast(toy_plan(train=stages, lora={"rank": 2}, model={"pooling": "native"}, local={"steps": 7}), "cpu")
-    head, factors = 3 * 16 + 3, 2 * 2 * (16 * 2)
+    head = 3 * 16 + 3
+    factors = 2 * 2 * (16 * 2)
     pooler = 0  # of the encoder: not trained
     assert [s.parameters for s in seen.stages] == [head, head + factors + pooler]
     assert [s.steps for s in seen.stages] == [7, 7]
@@ -60,7 +62,8 @@ def test_sizes_by_hand(toy_plan: NewPlan) -> None:
 
 def test_noise_and_epsilon_are_those_of_the_run(toy_plan: NewPlan, tmp_path: Path) -> None:
     plan = toy_plan(privacy={"epsilon": 3.0}, local={"batch_size": 40, "learning_rate": 1.0}, simulation={"baselines": []})
-    seen, result = forecast(plan, "cpu"), simulate(plan, tmp_path / "run", device="cpu")
+    seen = forecast(plan, "cpu")
+    result = simulate(plan, tmp_path / "run", device="cpu")
     for o in seen.organizations:
         declared = two_digits(o.examples)
         charged = Site(result.folder / "sites" / o.name).ledger().spent()
@@ -139,7 +142,8 @@ def test_a_new_policy_says_what_a_site_will_say(toy_plan: NewPlan) -> None:
     """Rule for rule what the client's own check declines by, and the own bound is one that this check no longer declines."""
     plan = toy_plan(**PRIVATE)
     seen = forecast_for(plan, (1000, 300), "cpu")
-    said, resolved = seen.new_policy, seen.plan
+    said = seen.new_policy
+    resolved = seen.plan
     for o in seen.organizations:
         expected = {broken.rule for broken in broken_rules(resolved, Policy(), o.examples)}
         mine = {refusal.rule for refusal in said.refused if o.name in refusal.organizations}

@@ -39,7 +39,8 @@ def test_cut_off_after_every_update(toy_plan: NewPlan, tmp_path: Path, kind: str
     tables = RUNS[kind]
     local = {"learning_rate": 0.5, "steps": 2, **tables.get("local", {})}
     plan = toy_plan(**{**tables, "local": local, "simulation": {"baselines": []}})
-    whole, run = tmp_path / "whole", tmp_path / "other"
+    whole = tmp_path / "whole"
+    run = tmp_path / "other"
     simulate(plan, whole, device="cpu")
     seen = set[tuple[Any, ...]]()
 

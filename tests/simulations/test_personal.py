@@ -53,7 +53,8 @@ def test_every_organization_has_a_model_and_the_run_has_none(finished: Run) -> N
 
 def test_an_exported_model_is_the_common_a_with_the_own_b(finished: Run) -> None:
     folder = RunFolder(finished.folder)
-    state, model = folder.load().state, model_of(folder.plan, "cpu")
+    state = folder.load().state
+    model = model_of(folder.plan, "cpu")
     assert all(".lora_A." in name for name in state)
     model.load({})
     base = {name: p.detach().clone() for name, p in model.parameters()}

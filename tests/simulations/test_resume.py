@@ -82,8 +82,11 @@ def slow(toy_plan: NewPlan, **changes: Any) -> Plan:
 
 
 def test_killed_at_many_moments_the_run_ends_as_if_it_had_not_been(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
-    plan, log = written(slow(toy_plan), tmp_path), tmp_path / "cotune.log"
-    whole, run = tmp_path / "whole", tmp_path / "other"  # of one length: a request names the folder, and its bytes are counted
+    plan = written(slow(toy_plan), tmp_path)
+    log = tmp_path / "cotune.log"
+    # of one length: a request names the folder, and its bytes are counted
+    whole = tmp_path / "whole"
+    run = tmp_path / "other"
     finish(cotune("simulate", plan, "--out", whole, "--device", "cpu"), log)
 
     rng = random.Random(5)
@@ -125,7 +128,8 @@ def test_killed_at_many_moments_the_run_ends_as_if_it_had_not_been(toy_plan: New
 
 def test_the_console_script_killed_in_the_middle_of_training_and_resumed(toy_plan: NewPlan, tmp_path: Path) -> None:
     plan = slow(toy_plan, simulation={"baselines": []})
-    run, script = tmp_path / "run", Path(sys.executable).parent / "cotune"
+    run = tmp_path / "run"
+    script = Path(sys.executable).parent / "cotune"
     command = [str(script), "simulate", str(written(plan, tmp_path)), "--out", str(run), "--device", "cpu"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: the order of a sum depends on it
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=one_thread) as process:
@@ -170,7 +174,9 @@ def test_killed_in_training_the_steps_count_and_the_budget_holds(toy_plan: NewPl
         local={"learning_rate": 0.05, "steps": 20, "batch_size": 0.2, "momentum": 0.0},
         simulation={"baselines": []},
     )
-    run, log, rng = tmp_path / "run", tmp_path / "cotune.log", random.Random(3)
+    run = tmp_path / "run"
+    log = tmp_path / "cotune.log"
+    rng = random.Random(3)
     arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
     for round in (1, 2, 2):  # twice in the training of org-2 in round 2
         open_before = [c for c in charges(run, "org-2") if c[0] == round]
@@ -258,7 +264,8 @@ def test_a_failed_run_goes_on_after_its_last_finished_round(stopped: Path, tmp_p
     assert [r["round"] for r in result.summary["rounds"]] == [1, 2, 3]
     assert [told(stopped, "round_finished", round=round) for round in (1, 2, 3)] == [1, 1, 1]
     assert told(stopped, "run_started", resumed_after=1) == 1
-    source, base = tmp_path / "mine.csv", tmp_path / "base"
+    source = tmp_path / "mine.csv"
+    base = tmp_path / "base"
     plan = toy_plan(data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0})
     assert same(final_model(stopped), final_model(simulate(plan, tmp_path / "whole", device="cpu").folder))
 
@@ -319,7 +326,8 @@ def test_what_is_not_a_run_cannot_be_resumed(tmp_path: Path, what: str) -> None:
 
 
 def test_a_second_process_on_the_same_run_is_refused(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "cotune.log"
+    run = tmp_path / "run"
+    log = tmp_path / "cotune.log"
     plan = slow(toy_plan, simulation={"baselines": []})
     first = cotune("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
     while not told(run, "round_started", round=1):

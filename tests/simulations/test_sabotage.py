@@ -134,7 +134,8 @@ def check_contribution(steps: Steps) -> None:
 
 def check_noise(steps: Steps) -> None:
     """Where no record has a gradient, a step is noise: each coordinate N(0, (σC)²), independent."""
-    sigma, clip = 1.3, 0.5
+    sigma = 1.3
+    clip = 0.5
     module = nn.Linear(100, 200, bias=False)
     found = release(steps, [{"x": torch.zeros(100), "y": torch.tensor(0)}], module, noise_multiplier=sigma, clip_norm=clip)
     z = found.double().numpy() / (sigma * clip)
@@ -170,7 +171,9 @@ def exact_sum() -> Tensor:
 
 def check_sampling(steps: Steps) -> None:
     """Poisson: each record is in each batch by a coin of its own. By exact tests of what shuffled epochs do otherwise."""
-    examples, rate, count = 200, 0.1, 200
+    examples = 200
+    rate = 0.1
+    count = 200
     seen = presence(steps, examples, rate, count)
 
     def usual(found: int, trials: int, probability: float, what: str) -> None:
@@ -210,7 +213,8 @@ def check_composition(plan: Plan, folder: Path, between_rounds: Callable[[Site],
     """What an organization says that it has spent is the composition of all steps that ran, and within the plan's ε."""
     prepared = prepare(plan, "cpu")
     make_run(prepared, folder, "in-process", "cpu")
-    site, resolved = Site(folder / "sites" / "org-1"), prepared.plan
+    site = Site(folder / "sites" / "org-1")
+    resolved = prepared.plan
     assert resolved.privacy != "none"
     model = model_of(resolved, "cpu")
     model.load({})

@@ -192,7 +192,8 @@ def test_killed_right_after_drawing_it_does_not_draw_again(
 
 def test_killed_in_a_run_it_goes_on_from_there(private_plan: Path, cotune: Callable[..., BaseProcess], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    draws, runs = drawn(private_plan, out, [1, 2, 0, 1]), out / "private" / "runs"
+    draws = drawn(private_plan, out, [1, 2, 0, 1])
+    runs = out / "private" / "runs"
     first = draws.read_bytes()
     kill_when(cotune(*command(private_plan, out)), (runs / "00001" / "run.json").exists)
     finished = (runs / "00000" / "summary.json").read_bytes()

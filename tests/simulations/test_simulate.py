@@ -165,7 +165,8 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
 
 
 def test_the_numbers_of_the_summary_agree_with_each_other(done: Done) -> None:
-    summary, plan = done.summary, done.plan
+    summary = done.summary
+    plan = done.plan
     assert (summary["schema"], summary["status"], summary["engine"]) == (1, "finished", "in-process")
     assert summary["plan_id"] == load_plan(done.folder / "plan.toml").plan_id
     assert [r["round"] for r in summary["rounds"]] == list(range(1, plan.rounds + 1))
@@ -221,7 +222,8 @@ def accuracy_of_exported(folder: Path) -> float:
         for i in np.load(folder / "test" / portion["rows"]):
             ids = torch.tensor([tokenizer(records.inputs[i], truncation=True, max_length=16)["input_ids"]])
             predicted = model.config.id2label[int(model(ids, attention_mask=torch.ones_like(ids)).logits.argmax())]
-            right, total = right + (predicted == records.labels[i]), total + 1
+            right = right + (predicted == records.labels[i])
+            total = total + 1
     return right / total
 
 

@@ -171,7 +171,8 @@ def test_the_noise_of_each_organization_is_the_least_that_keeps_its_budget(toy_p
     prepared = prepare(plan)
     assert set(prepared.noise) == {"org-1", "org-2"}
     for share in prepared.shares:
-        n, sigma = two_digits(share.units), prepared.noise[share.name]
+        n = two_digits(share.units)
+        sigma = prepared.noise[share.name]
         delta = n**-1.5
         assert epsilon([Steps(sigma, 30 / n, 15)], delta) <= 3.0
         assert epsilon([Steps(sigma * 0.99, 30 / n, 15)], delta) > 3.0

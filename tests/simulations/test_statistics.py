@@ -44,7 +44,8 @@ def test_under_privacy_there_is_none(toy_plan: NewPlan) -> None:
     ],
 )
 def test_wrong_arrays_are_not_admitted(arrays: dict[str, Tensor], reason: str | None) -> None:
-    shapes, right = {"w": torch.zeros(2)}, {"fisher/w": torch.ones(2), "gram/w": torch.eye(2)}
+    shapes = {"w": torch.zeros(2)}
+    right = {"fisher/w": torch.ones(2), "gram/w": torch.eye(2)}
     update = Update("org", 1, shapes, 1, 1, statistics={**right, **arrays} if arrays else {})
     expected = {"fisher/w": (2,), "gram/w": (2, 2)}
     found = reason_to_refuse(update, organization="org", round=1, shapes=shapes, max_norm=1.0, statistics=expected)

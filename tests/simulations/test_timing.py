@@ -19,7 +19,8 @@ from cotune.simulations.forecast.timing import Seconds, Stopwatch, by_length, es
 from cotune.simulations.prepare import Prepared, prepare
 from tests.simulations.conftest import NewPlan
 
-ALONE, POOLED = {"baselines": ["alone"]}, {"baselines": ["pooled"]}
+ALONE = {"baselines": ["alone"]}
+POOLED = {"baselines": ["pooled"]}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,8 @@ def batches(prepared: Prepared, lengths: Any, slots: int) -> int:
     total = 0
     for records in prepared.records.values():
         examples = encoded_examples(Dataset(((records, range(len(records))),), prepared.plan.labels), model)  # type: ignore[arg-type]
-        task, longest = model.loaded.task, model.loaded.max_length
+        task = model.loaded.task
+        longest = model.loaded.max_length
         total += len(list(fixed_batches(range(len(examples)), lambda i: task.bucket(examples[i], longest, lengths), slots)))  # noqa: B023
     return total
 
@@ -66,7 +68,8 @@ def test_baselines_are_counted(toy_plan: NewPlan) -> None:
     def of(**changes: Any) -> float:
         return counted(toy_plan(rounds=3, local={"steps": 7}, simulation=simulation(**changes)))
 
-    without, steps = of(), 3 * 2 * 7
+    without = of()
+    steps = 3 * 2 * 7
     assert of(**POOLED) - without == pytest.approx(steps, rel=0.02)
     assert of(**POOLED, pooled={"steps": 20}) - without == pytest.approx(3 * 2 * 20, rel=0.02)
     fits = 2 * (12 * 5 + 2)  # heads fitted to five parts, then to all records, for each organization
@@ -138,7 +141,8 @@ def test_the_watch_runs_what_it_measures_again() -> None:
     ],
 )
 def test_what_ran_first_is_no_measure_unless_it_takes_very_long(lasting: list[float], found: Seconds) -> None:
-    now, left = [0.0], iter(lasting)
+    now = [0.0]
+    left = iter(lasting)
 
     def work() -> None:
         now[0] += next(left)

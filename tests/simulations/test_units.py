@@ -25,7 +25,8 @@ from cotune.simulations.run import simulate
 from tests.conftest import sentences, tagged, write_images
 
 PRIVATE = {"epsilon": 8.0, "unit": "patient_id", "max_records": 5}
-PEOPLE, MOST = 60, 20
+PEOPLE = 60
+MOST = 20
 
 
 def of_people(count: int) -> list[str]:
@@ -57,7 +58,8 @@ def write_people(folder: Path, task: TaskName) -> Path:
 @pytest.fixture
 def plan(base_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Plan]:
     def make(task: TaskName = "sequence-classification", **changes: object) -> Plan:
-        file, images = write_people(tmp_path, task), task == "image-classification"
+        file = write_people(tmp_path, task)
+        images = task == "image-classification"
         return parse_plan(
             {
                 "task": task,

@@ -59,7 +59,8 @@ def skewed(toy_plan: NewPlan, tmp_path: Path) -> Prepared:
 def test_classes_that_an_organization_never_sees_do_not_make_it_worth_joining(toy_plan: NewPlan, tmp_path: Path) -> None:
     """Alone always tells the only class it knows; the federated model is wrong in one of five, whatever the class."""
     prepared = skewed(toy_plan, tmp_path)
-    test, north = TestSet(prepared), next(share for share in prepared.shares if share.name == "north")
+    test = TestSet(prepared)
+    north = next(share for share in prepared.shares if share.name == "north")
     only = own_majority(prepared, north)
     federated = [(n + 1) % 3 if i % 5 == 0 else n for i, n in enumerate(test.truth.tolist())]
     told = {"majority": [only] * len(test.truth), "alone_without_privacy": [only] * len(test.truth), "federated": federated}
@@ -76,7 +77,8 @@ def test_classes_that_an_organization_never_sees_do_not_make_it_worth_joining(to
 
 def test_what_a_constant_answer_gives_is_no_reason_to_join(toy_plan: NewPlan, tmp_path: Path) -> None:
     prepared = skewed(toy_plan, tmp_path)
-    test, north = TestSet(prepared), next(share for share in prepared.shares if share.name == "north")
+    test = TestSet(prepared)
+    north = next(share for share in prepared.shares if share.name == "north")
     constant = [own_majority(prepared, north)] * len(test.truth)
     wrong = [(n + 1) % 3 for n in test.truth.tolist()]
     found = organization_worth(test, north, {"majority": constant, "alone": wrong, "federated": constant})["worth"]
@@ -87,7 +89,8 @@ def test_tags_are_compared_sentence_by_sentence(toy_plan: NewPlan, tmp_path: Pat
     data = write_tagged(tmp_path / "tags.jsonl")
     plan = toy_plan(rounds=1, task="token-classification", model={"pooling": "auto"}, data={"source": str(data)})
     prepared = prepare(plan, "cpu")
-    test, share = TestSet(prepared), prepared.shares[0]
+    test = TestSet(prepared)
+    share = prepared.shares[0]
     told = {"majority": test.truth.tolist(), "alone": (test.truth + 1).tolist(), "federated": test.truth.tolist()}
     found = organization_worth(test, share, told)
     assert found["worth"]["test"] == "paired bootstrap"

@@ -13,8 +13,12 @@ from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import builtin
 from cotune.strategies.types import RoundContext, Update
 
-A, B, W, HEAD = "layer.lora_A.default.weight", "layer.lora_B.default.weight", "layer.weight", "classifier.weight"
-IN, OUT = 7, 5
+A = "layer.lora_A.default.weight"
+B = "layer.lora_B.default.weight"
+W = "layer.weight"
+HEAD = "classifier.weight"
+IN = 7
+OUT = 5
 
 
 def adapter(rank: int, *, scale: float = 0.5, transposed: bool = False) -> Adapter:
@@ -44,7 +48,8 @@ def products(state: Mapping[str, Tensor], deltas: Sequence[Mapping[str, Tensor]]
     found: Tensor = torch.zeros(())
     for delta, weight in zip(deltas, weights, strict=True):
         rank = delta[B].shape[1]
-        b, a = state[B][:, :rank].double() + delta[B], state[A][:rank].double() + delta.get(A, 0)
+        b = state[B][:, :rank].double() + delta[B]
+        a = state[A][:rank].double() + delta.get(A, 0)
         found = found + weight / sum(weights) * b @ a
     return found
 
@@ -60,7 +65,8 @@ def fused(
 ) -> dict[str, Tensor]:
     """The next state in float64, by the driver of the rounds: weighted by `counts`."""
     context = RoundContext(round=round, seed=3, state=state, adapters=layers)
-    weighting, fusion = builtin("weighting")["examples"], builtin("fusion")[name]
+    weighting = builtin("weighting")["examples"]
+    fusion = builtin("fusion")[name]
     driver = Aggregator((weighting, {"cap": 0}), (fusion, fusion.check(parameters)), context)
     for i, (delta, count) in enumerate(zip(deltas, counts, strict=True)):
         driver.add(Update(f"org-{i}", round, delta, examples=count, steps=1))

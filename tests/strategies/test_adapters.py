@@ -23,7 +23,8 @@ sizes = st.integers(1, 6)
 @settings(deadline=None)
 def test_the_best_product_of_a_rank_is_that_of_a_dense_svd(rows: int, between: int, columns: int, rank: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    left, right = rng.normal(size=(rows, between)), rng.normal(size=(between, columns))
+    left = rng.normal(size=(rows, between))
+    right = rng.normal(size=(between, columns))
     b, a = truncated(torch.from_numpy(left), torch.from_numpy(right), rank)
     assert (b.shape, a.shape) == ((rows, rank), (rank, columns))
     u, s, vh = np.linalg.svd(left @ right)
@@ -34,7 +35,8 @@ def test_the_best_product_of_a_rank_is_that_of_a_dense_svd(rows: int, between: i
 
 
 def test_signs_do_not_depend_on_how_the_product_is_written() -> None:
-    left, right = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    left = torch.randn(5, 3, dtype=torch.float64)
+    right = torch.randn(3, 4, dtype=torch.float64)
     b, a = truncated(left, right, 3)
     turned_b, turned_a = truncated(-2 * left, -right / 2, 3)
     close(turned_b, b)
@@ -50,7 +52,8 @@ def test_nothing_learnt_keeps_directions_to_learn_in() -> None:
 
 
 def test_the_norm_of_a_product_without_the_product() -> None:
-    b, a = torch.randn(5, 2, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    b = torch.randn(5, 2, dtype=torch.float64)
+    a = torch.randn(2, 4, dtype=torch.float64)
     assert abs(product_norm(b, a) - float((b @ a).norm())) < 1e-12
     assert product_norm(torch.zeros(5, 2), torch.ones(2, 4)) == 0.0
 

@@ -30,7 +30,9 @@ EXAMPLES = (100, 250, 70, 330, 120)
 def _a_server() -> Iterator[None]:
     """Flower's messages want to know who makes them."""
     before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     yield
     TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
 
@@ -58,7 +60,10 @@ def trained(state: dict[str, Tensor], round: int) -> list[Update]:
 def through_cotune(name: str, parameters: dict[str, Any], rounds: int) -> list[dict[str, Tensor]]:
     """θ after every round, with a checkpoint between any two."""
     info = flower_strategy(f"flwr.serverapp.strategy:{name}")
-    given, state, memory, found = info.check(parameters), model(), dict[str, Tensor](), []
+    given = info.check(parameters)
+    state = model()
+    memory = dict[str, Tensor]()
+    found = []
     for round in range(1, rounds + 1):
         driver = Aggregator(
             (builtin("weighting")["examples"], {}), (info, given), RoundContext(round=round, state=state, memory=memory)
@@ -74,7 +79,8 @@ def through_cotune(name: str, parameters: dict[str, Any], rounds: int) -> list[d
 
 def through_flower(strategy: Strategy, rounds: int) -> list[dict[str, Tensor]]:
     """The same with one strategy, used as Flower's own loop does: whole weights, in one process."""
-    state, found = model(), []
+    state = model()
+    found = []
     for round in range(1, rounds + 1):
         arrays = ArrayRecord({n: Array(t.numpy()) for n, t in state.items()})
         messages = list(strategy.configure_train(round, arrays, ConfigRecord(), _Roll(len(EXAMPLES))))
@@ -113,7 +119,8 @@ def through_flower(strategy: Strategy, rounds: int) -> list[dict[str, Tensor]]:
     ],
 )
 def test_three_rounds_are_those_of_flower(name: str, parameters: dict[str, Any]) -> None:
-    own, theirs = through_cotune(name, parameters, 3), through_flower(getattr(flower, name)(**parameters), 3)
+    own = through_cotune(name, parameters, 3)
+    theirs = through_flower(getattr(flower, name)(**parameters), 3)
     for one, other in zip(own, theirs, strict=True):
         for key in SHAPES:
             torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-12)
@@ -165,7 +172,8 @@ class Own(FedAvg):
 
     def __init__(self, temperature: float = 1.0, note: str | None = None, **others: Any) -> None:
         super().__init__(**others)
-        self.temperature, self.note = temperature, note
+        self.temperature = temperature
+        self.note = note
         self.seen: dict[str, Any] = {"rounds": 0, "norms": [], "last": None, 3: (True, 1.5)}
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
@@ -173,7 +181,8 @@ class Own(FedAvg):
         assert arrays is not None
         self.seen["rounds"] += 1
         self.seen["norms"].append(float(np.linalg.norm(arrays["a.bias"].numpy())))
-        self.seen["last"], self.note = arrays, f"round {server_round} ✓"
+        self.seen["last"] = arrays
+        self.note = f"round {server_round} ✓"
         return arrays, metrics
 
 
@@ -301,7 +310,8 @@ def test_a_stage_that_shares_other_parameters_begins_anew() -> None:
         return driver.result()
 
     first = round_of(1, ["a.bias"], {})
-    after, alone = round_of(2, ["a.bias", "z.weight"], first.memory), round_of(2, ["a.bias", "z.weight"], {})
+    after = round_of(2, ["a.bias", "z.weight"], first.memory)
+    alone = round_of(2, ["a.bias", "z.weight"], {})
     assert all(after.delta[name].equal(alone.delta[name]) for name in SHAPES)
 
 
@@ -329,7 +339,8 @@ def same(one: Any, other: Any) -> bool:
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["m_t", "v_t", "rounds", "note"]), held, min_size=1))
 def test_all_that_a_strategy_may_hold_survives_a_checkpoint(attributes: dict[str, Any]) -> None:
-    before, after = FedAvg(), FedAvg()
+    before = FedAvg()
+    after = FedAvg()
     vars(before).update(attributes)
     memory = {path: tensor for name, kept in _kept(before) if name in attributes and kept for path, tensor in kept.items()}
     _restore(after, load(save(memory)))

@@ -18,12 +18,15 @@ from flwr.supercore.task_identity import TaskIdentity
 from cotune.flower import chunks as pieces
 from cotune.flower.chunks import CutOff, Malformed, NotThere, TooMuch, gather
 
-MOST, SILENCE = 2**20, 5.0
+MOST = 2**20
+SILENCE = 5.0
 
 
 @pytest.fixture
 def message() -> Message:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = 1
+    TaskIdentity.node_id = 1
     arrays = ArrayRecord({f"layer {i}": Array(np.full(100, i, np.float32)) for i in range(20)})
     return Message(RecordDict({"state": arrays}), 5, MessageType.TRAIN, ttl=60.0)
 
@@ -34,7 +37,8 @@ def parts(message: Message) -> dict[str, bytes]:
 
 def late(there: dict[str, bytes], times: int, error: Callable[[str], Exception] = NotThere) -> Callable[[str], bytes]:
     """Each piece comes when it was asked for so many times before."""
-    asked, lock = Counter[str](), threading.Lock()
+    asked = Counter[str]()
+    lock = threading.Lock()
 
     def pull(number: str) -> bytes:
         with lock:
@@ -69,7 +73,9 @@ def test_the_rest_of_a_message_that_does_not_come_is_not_waited_for_for_ever(mes
 def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer in all than the silence that ends it."""
     monkeypatch.setattr(pieces, "_LONGEST_WAIT_SECONDS", 0.02)
-    there, began, lock = parts(message), time.monotonic(), threading.Lock()
+    there = parts(message)
+    began = time.monotonic()
+    lock = threading.Lock()
     due = {number: 0.05 * i for i, number in enumerate(there)}
 
     def pull(number: str) -> bytes:
@@ -85,7 +91,8 @@ def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch
 def test_a_piece_that_is_under_way_on_a_slow_line_is_waited_for(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long: another one, which is late, shows only that nothing else has come meanwhile."""
     monkeypatch.setattr(pieces, "_SLOW_SECONDS", 0.05)
-    there, came = parts(message), threading.Event()
+    there = parts(message)
+    came = threading.Event()
     first, second, *_ = there
 
     def pull(number: str) -> bytes:
@@ -100,7 +107,8 @@ def test_a_piece_that_is_under_way_on_a_slow_line_is_waited_for(message: Message
 
 
 def test_pieces_that_make_no_message(message: Message) -> None:
-    there, tree = parts(message), get_object_tree(message)
+    there = parts(message)
+    tree = get_object_tree(message)
     (content,) = tree.children
     with pytest.raises(Malformed, match="a part of it is of the kind RecordDict, expected Message"):
         gather(content, there.__getitem__, MOST, SILENCE)

@@ -94,7 +94,8 @@ def test_a_file_beside_the_plan(folder: Path) -> None:
 def test_the_plan_is_the_same_wherever_the_file_lies(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("elsewhere")
     (other / "my_rules.py").write_text(RULES)
-    here, there = plan_of(folder, '{ fusion = "rules/my_rules.py:plain" }'), plan_of(other, '{ fusion = "my_rules.py:plain" }')
+    here = plan_of(folder, '{ fusion = "rules/my_rules.py:plain" }')
+    there = plan_of(other, '{ fusion = "my_rules.py:plain" }')
     assert here.plan_id == there.plan_id
     assert str(folder) not in here.canonical()  # nobody else's business
 
@@ -109,7 +110,8 @@ def test_defaults_are_filled_in_and_what_says_nothing_sees_all(folder: Path) -> 
 
 def test_clients_read_the_plan_without_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(folder, '{ fusion = "rules/my_rules.py:loudest" }')
-    text, written = plan.canonical(), folder / "received.toml"
+    text = plan.canonical()
+    written = folder / "received.toml"
     written.write_text(dump_plan(plan))
     monkeypatch.setattr(plugins, "_read", {})  # as in another process
     monkeypatch.setattr(plugins, "_run", lambda *_: pytest.fail("a client ran a file"))
@@ -131,7 +133,8 @@ def test_nothing_runs_where_own_code_is_not_wanted(folder: Path) -> None:
 
 
 def test_a_changed_file_is_refused(folder: Path) -> None:
-    plan, repeated = plan_of(folder, '{ fusion = "rules/my_rules.py:plain" }'), folder / "rules" / "again.toml"
+    plan = plan_of(folder, '{ fusion = "rules/my_rules.py:plain" }')
+    repeated = folder / "rules" / "again.toml"
     repeated.write_text(dump_plan(plan))
     assert load_plan(repeated) == plan
     (folder / "rules" / "my_rules.py").write_text(RULES + "\n")
@@ -281,7 +284,8 @@ still = "cotune_example:Still"
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package with entry points, installed by pip into a folder of its own."""
-    source, target = tmp_path_factory.mktemp("package"), tmp_path_factory.mktemp("site-packages")
+    source = tmp_path_factory.mktemp("package")
+    target = tmp_path_factory.mktemp("site-packages")
     (source / "pyproject.toml").write_text(PROJECT)
     (source / "cotune_example.py").write_text(PACKAGE)
     offline = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]

@@ -122,7 +122,8 @@ def test_values_that_are_not_finite_arrive_and_are_not_repaired() -> None:
 
 def test_a_decoded_tensor_is_writable_and_a_copy() -> None:
     content = encode_update(UPDATE, "plan")
-    first, second = decode_update(content, "plan"), decode_update(content, "plan")
+    first = decode_update(content, "plan")
+    second = decode_update(content, "plan")
     first.delta["w"].add_(1.0)
     assert torch.equal(second.delta["w"], STATE["w"])
 
@@ -172,7 +173,8 @@ def test_no_receipt_is_another() -> None:
 
 def test_what_is_encoded_again_with_its_salt_is_the_same() -> None:
     update = Update("north", 3, STATE, 1, 1, 1.0, {"correct": 1.0}, dict.fromkeys(STATE, 0.5), STATE)
-    content, receipt = encode_update(update, "plan"), encode_receipt(Receipt("north", "plan", "5f"))
+    content = encode_update(update, "plan")
+    receipt = encode_receipt(Receipt("north", "plan", "5f"))
     assert ids(encode_update(update, "plan", salt_of(content))) == ids(content)
     assert ids(encode_receipt(Receipt("north", "plan", "5f"), salt_of(receipt))) == ids(receipt)
 
@@ -402,7 +404,8 @@ def test_what_an_update_was_trained_from_comes_through() -> None:
 
 
 def test_what_is_sent_beside_the_state_counts_and_is_told_from_it() -> None:
-    one, other = torch.ones(2), torch.zeros(2)
+    one = torch.ones(2)
+    other = torch.zeros(2)
     digests = [
         received_digest({"w": one}),
         received_digest({"w": other}),

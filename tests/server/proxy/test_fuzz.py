@@ -24,7 +24,8 @@ from cotune.server.proxy.rules import Limits, Refusal
 from cotune.server.proxy.slots import Slot
 from tests.support.calls import announcement, new_key, public, signed
 
-NORTH, STRANGER = new_key(), new_key()
+NORTH = new_key()
+STRANGER = new_key()
 FRAGMENTS = [
     b"POST /v1/fleet/push-messages HTTP/1.1\r\n",
     b"POST /v1/fleet/push-object HTTP/1.1\r\n",
@@ -48,7 +49,8 @@ class Writer:
     """What goes back, in place of a connection."""
 
     def __init__(self) -> None:
-        self.sent, self.transport = b"", self
+        self.sent = b""
+        self.transport = self
 
     def write(self, data: bytes) -> None:
         self.sent += data
@@ -63,7 +65,8 @@ class Upstream:
     """In the SuperLink's place: notes what has passed."""
 
     def __init__(self) -> None:
-        self.passed, self.url = list[tuple[bytes, bytes]](), httpx.URL("https://127.0.0.1:1")
+        self.passed = list[tuple[bytes, bytes]]()
+        self.url = httpx.URL("https://127.0.0.1:1")
 
     async def ask(self, request: h11.Request, content: AsyncIterator[bytes] | bytes, client: str) -> httpx.Response:
         whole = content if isinstance(content, bytes) else b"".join([piece async for piece in content])
@@ -73,11 +76,13 @@ class Upstream:
 
 def converse(pieces: Iterable[bytes]) -> tuple[bytes, Upstream]:
     """What comes back for what a client writes before it goes away, and what has passed."""
-    writer, upstream = Writer(), Upstream()
+    writer = Writer()
+    upstream = Upstream()
 
     async def play() -> None:
         guard = Guard.of(Limits(linger=0.01, patience=5.0), Quotas(), {public(NORTH): "north"}.get, lambda member, reason: None)
-        reader, slot = asyncio.StreamReader(), Slot("10.0.0.1", lambda: None)
+        reader = asyncio.StreamReader()
+        slot = Slot("10.0.0.1", lambda: None)
         guard.slots._held[slot] = None
         for piece in pieces:
             reader.feed_data(piece)

@@ -128,7 +128,8 @@ def test_an_object_of_any_request_is_refused_with_any_children() -> None:
 def test_several_messages_or_none_are_refused() -> None:
     one = announcement()
     for changed in ("messages_list", "message_object_trees"):
-        more, none = announcement(), announcement()
+        more = announcement()
+        none = announcement()
         getattr(more, changed).extend(getattr(one, changed))
         del getattr(none, changed)[:]
         assert reason(more) is not None

@@ -110,7 +110,10 @@ def test_an_honest_member_never_reaches_a_quota_however_fast_the_rounds_are(
 
 @given(st.lists(st.tuples(st.sampled_from(("hand over", "announce", "push", "wait")), st.integers(0, 6 * MIB)), max_size=200))
 def test_whatever_a_member_does_it_takes_no_more_than_it_was_asked_for_and_the_spare(steps: list[tuple[str, int]]) -> None:
-    clock, asked, announced, pushed = Clock(), 0, 0, 0
+    clock = Clock()
+    asked = 0
+    announced = 0
+    pushed = 0
     usage = Usage(SMALL, clock)
     for what, amount in steps:
         if what == "wait":

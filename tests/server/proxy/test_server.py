@@ -34,7 +34,9 @@ from cotune.server.runs.events import Events, read_events
 from tests.support.calls import announcement, identifier, new_key, public, signed, tree
 
 CALL = "/v1/fleet/push-object"
-NORTH, SOUTH, STRANGER = new_key(), new_key(), new_key()
+NORTH = new_key()
+SOUTH = new_key()
+STRANGER = new_key()
 
 
 @dataclass
@@ -133,7 +135,9 @@ def running(folder: Path, superlink_port: int, quotas: Quotas | None = None, **l
         limits=Limits.model_validate({"linger": 0.2, **limits}),
         quotas=quotas or Quotas(),
     )
-    ready, made, failed = threading.Event(), [], []
+    ready = threading.Event()
+    made = []
+    failed = []
 
     async def play() -> None:
         stopped = asyncio.Event()
@@ -428,7 +432,8 @@ def test_a_stranger_that_wants_to_join_is_told_so_in_the_superlinks_way(front: R
 
 
 def test_anyone_who_is_revoked_is_a_stranger_from_then_on(tmp_path: Path, folder: Path, upstream: Upstream) -> None:
-    members, key = Members(tmp_path / "members.json"), new_key()
+    members = Members(tmp_path / "members.json")
+    key = new_key()
     shutil.copytree(folder, tmp_path / "certificates")
     members.invite("west", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
     with running(tmp_path / "certificates", upstream.port) as front, front.connect() as connection:
@@ -439,7 +444,8 @@ def test_anyone_who_is_revoked_is_a_stranger_from_then_on(tmp_path: Path, folder
 
 
 def test_a_list_of_members_that_is_damaged_meanwhile_leaves_those_who_were_known(tmp_path: Path) -> None:
-    members, keys = Members(tmp_path / "members.json"), Keys(tmp_path / "members.json")
+    members = Members(tmp_path / "members.json")
+    keys = Keys(tmp_path / "members.json")
     assert keys(public(NORTH)) is None
     members.invite("north", NORTH.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
     assert keys(public(NORTH)) == "north"
@@ -509,7 +515,8 @@ def test_a_member_beyond_a_quota_is_refused_and_named_and_the_others_are_not(
     folder: Path, upstream: Upstream, tmp_path: Path
 ) -> None:
     """Replies that nobody asked for, until there may be no more; then again for each request that is handed over."""
-    events, last = Events(tmp_path / "events.jsonl"), "Connection: close\r\n"
+    events = Events(tmp_path / "events.jsonl")
+    last = "Connection: close\r\n"
     with running(folder, upstream.port, Quotas(messages=2)) as front:
         watch = Watch(front.refused, events)
 

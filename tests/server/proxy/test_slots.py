@@ -16,7 +16,8 @@ def enter(slots: Slots, address: str | None, cut: list[str | None]) -> Slot | No
 
 
 def test_the_oldest_stranger_of_the_busiest_address_makes_room() -> None:
-    slots, cut = Slots(Limits(strangers=4)), list[str | None]()
+    slots = Slots(Limits(strangers=4))
+    cut = list[str | None]()
     for address in ("a", "b", "b", "b", "c", "b"):
         assert enter(slots, address, cut)
     assert cut == ["b", "b"]
@@ -24,7 +25,8 @@ def test_the_oldest_stranger_of_the_busiest_address_makes_room() -> None:
 
 
 def test_256_idle_connections_of_four_addresses_keep_nobody_out() -> None:
-    slots, cut = Slots(Limits()), list[str | None]()
+    slots = Slots(Limits())
+    cut = list[str | None]()
     for i in range(256):
         enter(slots, f"10.0.0.{i % 4}", cut)
     member = enter(slots, "192.0.2.1", cut)
@@ -36,8 +38,10 @@ def test_256_idle_connections_of_four_addresses_keep_nobody_out() -> None:
 
 
 def test_an_address_full_of_members_is_refused_and_one_full_of_strangers_is_not() -> None:
-    slots, cut = Slots(Limits(connections_per_address=2)), list[str | None]()
-    first, second = enter(slots, "a", cut), enter(slots, "a", cut)
+    slots = Slots(Limits(connections_per_address=2))
+    cut = list[str | None]()
+    first = enter(slots, "a", cut)
+    second = enter(slots, "a", cut)
     third = enter(slots, "a", cut)
     assert third is not None
     assert len(cut) == 1
@@ -58,7 +62,9 @@ def test_members_have_a_limit_each_and_together() -> None:
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=80))
 def test_strangers_never_hold_more_than_their_share_and_members_are_never_evicted(events: list[tuple[str, bool]]) -> None:
     limits = Limits(strangers=3, connections_per_address=5, connections=100)
-    slots, members, evicted = Slots(limits), list[Slot](), set[int]()
+    slots = Slots(limits)
+    members = list[Slot]()
+    evicted = set[int]()
     for number, (address, signs) in enumerate(events):
         slot = slots.enter(address, lambda number=number: evicted.add(number))  # type: ignore[misc]
         if slot and signs:
@@ -88,7 +94,8 @@ def test_any_text_has_a_group(address: str) -> None:
 
 
 def test_a_kind_of_lines_is_told_a_few_times_in_a_minute_and_then_counted() -> None:
-    said, now = list[str](), [0.0]
+    said = list[str]()
+    now = [0.0]
     sparing = Sparing(said.append, lambda: now[0])
     for i in range(100):
         sparing.tell("a", f"a {i}")

@@ -20,9 +20,12 @@ from cotune.strategies.client_terms.scaffold import Scaffold
 from cotune.strategies.config import StrategyConfig
 from cotune.strategies.types import LocalSteps, RoundContext, Update, apply_delta
 
-A, B, EXAMPLES = (1.0, 4.0), (0.0, 3.0), (100, 200)
+A = (1.0, 4.0)
+B = (0.0, 3.0)
+EXAMPLES = (100, 200)
 OPTIMUM = 8 / 3
-RATE, STEPS = 0.05, 10
+RATE = 0.05
+STEPS = 10
 LOCAL = LocalSteps(RATE, 0.0, STEPS)
 
 
@@ -133,5 +136,6 @@ def test_a_parameter_that_a_later_stage_adds_starts_at_nothing(term: ClientTerm)
     delta = {"new": torch.ones(2)}
     kept = {"old": torch.ones(3, dtype=torch.float64)}
     assert set(term.keep(kept, delta, {"old": torch.ones(3)}, LOCAL)) == {"new"}
-    first, alone = term.keep(kept, delta, {}, LOCAL)["new"], term.keep({}, delta, {}, LOCAL)["new"]
+    first = term.keep(kept, delta, {}, LOCAL)["new"]
+    alone = term.keep({}, delta, {}, LOCAL)["new"]
     assert torch.equal(first, alone)

@@ -10,14 +10,17 @@ from cotune.errors import RunError
 
 def literally(deltas: np.ndarray, f: int) -> np.ndarray:
     """The paper in loops."""
-    n, left, chosen = len(deltas), list(range(len(deltas))), []
+    n = len(deltas)
+    left = list(range(len(deltas)))
+    chosen = []
     while len(chosen) < n - 2 * f:
         scores = []
         for i in left:
             near = sorted(float(((deltas[i] - deltas[j]) ** 2).sum()) for j in left if j != i)
             scores.append((sum(near[: max(1, len(left) - f - 2)]), sum(near)))
         chosen.append(left.pop(scores.index(min(scores))))
-    values, found = deltas[chosen], np.empty(deltas.shape[1])
+    values = deltas[chosen]
+    found = np.empty(deltas.shape[1])
     for j in range(deltas.shape[1]):
         middle = np.median(values[:, j])
         found[j] = np.mean(sorted(values[:, j], key=lambda v: abs(v - middle))[: n - 4 * f])

@@ -32,7 +32,8 @@ def test_what_a_round_does_not_train_stays_remembered(play: Any) -> None:
 
 @pytest.mark.parametrize("passes", [1, 3])
 def test_against_byzfl_over_rounds(play: Any, byzfl: Any, rng: np.random.Generator, passes: int) -> None:
-    oracle, memory = byzfl.CenteredClipping(L=passes, tau=1.5), dict[str, torch.Tensor]()
+    oracle = byzfl.CenteredClipping(L=passes, tau=1.5)
+    memory = dict[str, torch.Tensor]()
     for _ in range(4):
         deltas = rng.normal(size=(6, 5))
         found = play("centered_clipping", list(deltas), norm=1.5, passes=passes, context=RoundContext(memory=memory))

@@ -21,7 +21,8 @@ def test_by_hand(fuse: Any) -> None:
 @pytest.mark.parametrize("threshold", [0.2, 0.6, 1.5])
 @pytest.mark.parametrize("agreement", [1, 2, 3])
 def test_against_the_formula(fuse: Any, rng: np.random.Generator, threshold: float, agreement: int) -> None:
-    deltas, weights = rng.normal(size=(5, 60)), [1.0, 2.0, 3.0, 1.0, 1.0]
+    deltas = rng.normal(size=(5, 60))
+    weights = [1.0, 2.0, 3.0, 1.0, 1.0]
     masks = np.abs(deltas) > threshold * np.abs(deltas.sum(axis=0) - deltas)
     expected = np.average(deltas, axis=0, weights=weights) * (masks.sum(axis=0) >= agreement)
     found = fuse("consensus", list(deltas), weights, threshold=threshold, agreement=agreement)

@@ -18,7 +18,8 @@ def test_every_entry_is_dropped_or_grows(fuse: Any) -> None:
 
 def test_its_expectation_is_the_weighted_mean(fuse: Any) -> None:
     """Over 4,000 seeds: the error of an average of p/(1−p) variance is some 1.6 % of an entry."""
-    deltas, weights = [[1.0, -2.0], [5.0, 2.0]], [3.0, 1.0]
+    deltas = [[1.0, -2.0], [5.0, 2.0]]
+    weights = [3.0, 1.0]
     found = [fuse("dare", deltas, weights, drop=0.5, context=RoundContext(seed=seed)) for seed in range(4000)]
     assert np.mean(found, axis=0) == pytest.approx(fuse("mean", deltas, weights), abs=0.1)
 

@@ -8,7 +8,9 @@ from tests.strategies.adapted import HEAD, A, B, W, adapter, close, deltas_of, f
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_adapted_weight_is_that_of_the_mean_of_the_products(transposed: bool) -> None:
-    state, counts, layer = state_of(3, transposed=transposed), (1, 2, 5), adapter(3, scale=0.5, transposed=transposed)
+    state = state_of(3, transposed=transposed)
+    counts = (1, 2, 5)
+    layer = adapter(3, scale=0.5, transposed=transposed)
     deltas = deltas_of(state, (3, 3, 3))
     new = fused("fedex", state, deltas, counts, layer)
     before, after = (s[W].double().T if transposed else s[W].double() for s in (state, new))

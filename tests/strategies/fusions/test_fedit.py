@@ -15,7 +15,8 @@ def test_by_hand_the_product_of_means_is_not_the_mean_of_products() -> None:
 
 
 def test_every_parameter_is_the_weighted_mean() -> None:
-    state, counts = state_of(2), (3, 1)
+    state = state_of(2)
+    counts = (3, 1)
     deltas = deltas_of(state, (2, 2))
     new = fused("fedit", state, deltas, counts, adapter(2))
     for name in (A, B, HEAD):

@@ -40,7 +40,8 @@ def test_by_hand(fuse: Any) -> None:
 
 
 def test_with_equal_steps_it_is_fedavg(fuse: Any, rng: np.random.Generator) -> None:
-    deltas, weights = list(rng.normal(size=(4, 6))), [1.0, 2.0, 3.0, 4.0]
+    deltas = list(rng.normal(size=(4, 6)))
+    weights = [1.0, 2.0, 3.0, 4.0]
     context = RoundContext(local=LocalSteps(momentum=0.9, steps=5))
     found = fuse("fednova", deltas, weights, context=context, changes=[{"steps": 5}] * 4)
     assert found == pytest.approx(fuse("mean", deltas, weights), rel=1e-12)
@@ -49,7 +50,9 @@ def test_with_equal_steps_it_is_fedavg(fuse: Any, rng: np.random.Generator) -> N
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_it_ends_at_the_joint_optimum_where_fedavg_does_not(fuse: Any, momentum: float) -> None:
     """Two quadratics ½(x − c_k)², 2 and 12 local steps: the paper's example of objective inconsistency. The optimum is 0."""
-    centers, steps, rate = (-1.0, 1.0), (2, 12), 0.002
+    centers = (-1.0, 1.0)
+    steps = (2, 12)
+    rate = 0.002
     context = RoundContext(local=LocalSteps(rate, momentum, 12))
 
     def local(x: float, k: int) -> float:

@@ -6,7 +6,8 @@ from tests.strategies.adapted import HEAD, A, B, W, adapter, close, deltas_of, f
 
 
 def test_the_product_is_that_of_the_mean_of_b_under_a() -> None:
-    state, counts = state_of(3), (1, 2, 5)
+    state = state_of(3)
+    counts = (1, 2, 5)
     deltas = deltas_of(state, (3, 3, 3), names=(B, HEAD))
     new = fused("fedsvd", state, deltas, counts, adapter(3))
     close(new[B] @ new[A], products(state, deltas, counts), 1e-12)

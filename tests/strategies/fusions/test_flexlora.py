@@ -16,7 +16,8 @@ def best(product: Tensor, rank: int) -> Tensor:
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (1, 3, 2), (1, 1, 1)])
 @pytest.mark.parametrize("names", [(A, B, HEAD), (B, HEAD)])
 def test_the_new_factors_are_the_best_for_the_mean_of_the_products(ranks: tuple[int, ...], names: tuple[str, ...]) -> None:
-    state, counts = state_of(3), (1, 2, 5)
+    state = state_of(3)
+    counts = (1, 2, 5)
     deltas = deltas_of(state, ranks, names=names)
     new = fused("flexlora", state, deltas, counts, adapter(3))
     close(new[B] @ new[A], best(products(state, deltas, counts), 3), 1e-10)
@@ -36,7 +37,8 @@ def test_by_hand_blocks_weigh_a_slice_among_those_that_hold_it() -> None:
     """Two organizations agree on slice 1; one alone holds slice 2: it counts in full instead of half."""
     eye = torch.eye(2)
     state = {A: torch.zeros(2, 2), B: torch.zeros(2, 2)}
-    small, whole = {A: eye[:1], B: eye[:, :1] * 4}, {A: eye, B: eye * 4}
+    small = {A: eye[:1], B: eye[:, :1] * 4}
+    whole = {A: eye, B: eye * 4}
     for blocks, kept in ((False, 2.0), (True, 4.0)):
         new = fused("flexlora", state, [small, whole], (1, 1), adapter(2), blocks=blocks)
         close(new[B] @ new[A], torch.diag(torch.tensor([4.0, kept])), 1e-12)
@@ -55,7 +57,8 @@ def test_without_blocks_what_few_hold_fades_away(blocks: bool, kept: float) -> N
 
 
 def test_blocks_change_nothing_where_all_ranks_are_the_same() -> None:
-    state, counts = state_of(3), (1, 2, 5)
+    state = state_of(3)
+    counts = (1, 2, 5)
     deltas = deltas_of(state, (3, 3, 3))
     plain, blocks = (fused("flexlora", state, deltas, counts, adapter(3), blocks=b) for b in (False, True))
     for name in (A, B, HEAD):

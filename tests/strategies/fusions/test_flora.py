@@ -11,7 +11,8 @@ from tests.strategies.adapted import HEAD, A, B, W, adapter, close, deltas_of, f
 @pytest.mark.parametrize("names", [(A, B, HEAD), (B, HEAD)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_all_products_go_into_the_weight(ranks: tuple[int, ...], names: tuple[str, ...], transposed: bool) -> None:
-    state, counts = state_of(3, transposed=transposed), (1, 2, 5)
+    state = state_of(3, transposed=transposed)
+    counts = (1, 2, 5)
     deltas = deltas_of(state, ranks, names=names)
     new = fused("flora", state, deltas, counts, adapter(3, scale=0.5, transposed=transposed))
     before, after = (s[W].double().T if transposed else s[W].double() for s in (state, new))

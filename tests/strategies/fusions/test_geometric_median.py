@@ -18,7 +18,8 @@ def test_one_pass_with_weights_by_hand(fuse: Any) -> None:
 
 
 def test_many_passes_find_the_minimum(fuse: Any, rng: np.random.Generator) -> None:
-    deltas, weights = rng.normal(size=(6, 4)), [1.0, 2.0, 3.0, 1.0, 0.5, 1.5]
+    deltas = rng.normal(size=(6, 4))
+    weights = [1.0, 2.0, 3.0, 1.0, 0.5, 1.5]
 
     def cost(z: np.ndarray) -> float:
         return float(np.dot(weights, np.linalg.norm(deltas - z, axis=1)))
@@ -59,7 +60,8 @@ def test_a_hostile_update_hardly_moves_it(fuse: Any, rng: np.random.Generator) -
 
 def independent(deltas: np.ndarray, weights: list[float]) -> np.ndarray:
     """Weiszfeld with a smoothing that is halved down to 1e-9, from the coordinate-wise median: not a line in common."""
-    z, smooth = np.median(deltas, axis=0), 1.0
+    z = np.median(deltas, axis=0)
+    smooth = 1.0
     while smooth > 1e-9:
         for _ in range(200):
             pull = np.asarray(weights) / np.sqrt(np.square(deltas - z).sum(axis=1) + smooth**2)

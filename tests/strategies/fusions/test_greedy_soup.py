@@ -40,7 +40,8 @@ def test_against_the_recipe_in_loops(fuse: Any, rng: np.random.Generator) -> Non
         for k in np.argsort([np.linalg.norm(d - target) for d in deltas]):
             now = -np.linalg.norm(np.mean([*soup, deltas[k]], axis=0) - target)
             if now >= reached:
-                soup, reached = [*soup, deltas[k]], now
+                soup = [*soup, deltas[k]]
+                reached = now
         context = RoundContext(score=lambda delta: -float(np.linalg.norm(delta["x"].numpy() - target)))
         assert fuse("greedy_soup", list(deltas), context=context) == pytest.approx(np.mean(soup, axis=0))
 

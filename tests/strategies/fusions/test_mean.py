@@ -77,7 +77,8 @@ def test_the_mean_of_nobody_is_nothing() -> None:
 @given(rounds(), st.randoms(use_true_random=False))
 def test_the_order_of_the_clients_does_not_matter(clients: list[tuple[Delta, float]], rng: random.Random) -> None:
     shuffled = rng.sample(clients, len(clients))
-    one, other = fuse(clients), fuse(shuffled)
+    one = fuse(clients)
+    other = fuse(shuffled)
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-12)
@@ -97,7 +98,8 @@ def test_streaming_gives_the_mean_of_all_at_once(clients: list[tuple[Delta, floa
 
 @given(rounds(), st.floats(1e-3, 1e3))
 def test_only_the_ratio_of_weights_matters(clients: list[tuple[Delta, float]], factor: float) -> None:
-    one, other = fuse(clients), fuse([(delta, weight * factor) for delta, weight in clients])
+    one = fuse(clients)
+    other = fuse([(delta, weight * factor) for delta, weight in clients])
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-12)
 
@@ -112,7 +114,8 @@ def test_sums_are_kept_in_float64() -> None:
 def test_many_small_deltas_do_not_fade() -> None:
     """0.1 added 50,000 times in float32 is off by 1e-4 and more."""
     small = torch.tensor([0.1])
-    mean, total = running(), torch.zeros(1)
+    mean = running()
+    total = torch.zeros(1)
     for _ in range(20_000):
         mean.add(update({"w": small}, 1.0))
         total += small

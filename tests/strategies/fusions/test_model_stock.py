@@ -42,7 +42,8 @@ def test_for_two_it_is_the_nearest_point_to_where_noise_would_be_averaged_out(fu
 def test_per_parameter_every_one_has_its_own_angle(fuse: Any) -> None:
     """`a` is agreed upon (t = 1), `b` is square (t = 0); over the model the cosine is 1 / (1 + 9)."""
     deltas = [{"a": [1.0], "b": [3.0, 0.0]}, {"a": [1.0], "b": [0.0, 3.0]}]
-    each, whole = fuse("model_stock", deltas, per="parameter"), fuse("model_stock", deltas)
+    each = fuse("model_stock", deltas, per="parameter")
+    whole = fuse("model_stock", deltas)
     assert (each["a"].tolist(), each["b"].tolist()) == (pytest.approx([1.0]), pytest.approx([0.0, 0.0]))
     t = 2 * 0.1 / 1.1
     assert (whole["a"].tolist(), whole["b"].tolist()) == (pytest.approx([t]), pytest.approx([1.5 * t, 1.5 * t]))

@@ -17,7 +17,10 @@ from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import builtin
 from cotune.strategies.types import RoundContext, Update
 
-RANKS, COUNTS, RANK, ALPHA = (2, 4, 3), (1, 2, 5), 4, 6.0
+RANKS = (2, 4, 3)
+COUNTS = (1, 2, 5)
+RANK = 4
+ALPHA = 6.0
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"]}
 
 

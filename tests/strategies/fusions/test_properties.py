@@ -38,7 +38,9 @@ def weights_of(info: ComponentInfo, rng: np.random.Generator) -> list[float]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_updates_does_not_count(fuse: Any, rng: np.random.Generator, name: str) -> None:
-    deltas, weights, order = deltas_of(rng), weights_of(builtin("fusion")[name], rng), rng.permutation(COUNT)
+    deltas = deltas_of(rng)
+    weights = weights_of(builtin("fusion")[name], rng)
+    order = rng.permutation(COUNT)
     found = fuse(name, deltas, weights, context=CONTEXT, changes=changes())
     moved = [[these[k] for k in order] for these in (deltas, weights, changes())]
     again = fuse(name, moved[0], moved[1], context=CONTEXT, changes=moved[2])
@@ -49,7 +51,8 @@ def test_the_order_of_updates_does_not_count(fuse: Any, rng: np.random.Generator
 @pytest.mark.parametrize("name", [name for name in NAMES if builtin("fusion")[name].scales])
 @pytest.mark.parametrize("factor", [1e-3, 7.0])
 def test_who_says_so_scales(fuse: Any, rng: np.random.Generator, name: str, factor: float) -> None:
-    deltas, weights = deltas_of(rng), weights_of(builtin("fusion")[name], rng)
+    deltas = deltas_of(rng)
+    weights = weights_of(builtin("fusion")[name], rng)
     found = fuse(name, deltas, weights, context=CONTEXT, changes=changes())
     larger = [{key: factor * values for key, values in delta.items()} for delta in deltas]
     scaled = fuse(name, larger, weights, context=CONTEXT, changes=changes())
@@ -67,7 +70,8 @@ def test_who_says_so_keeps_what_all_agree_on(fuse: Any, rng: np.random.Generator
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_who_uses_weights_depends_on_them(fuse: Any, rng: np.random.Generator, name: str) -> None:
-    deltas, weights = deltas_of(rng), list(rng.uniform(1, 9, size=COUNT))
+    deltas = deltas_of(rng)
+    weights = list(rng.uniform(1, 9, size=COUNT))
     plain, weighed = (fuse(name, deltas, w, context=CONTEXT, changes=changes()) for w in (None, weights))
     same = all(np.allclose(plain[key], weighed[key], rtol=1e-9) for key in "ab")
     assert same != builtin("fusion")[name].needs.weights
@@ -75,7 +79,8 @@ def test_only_who_uses_weights_depends_on_them(fuse: Any, rng: np.random.Generat
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum", "multi_krum", "bulyan", "geometric_median", "mean"])
 def test_moving_all_updates_moves_the_result(fuse: Any, rng: np.random.Generator, name: str) -> None:
-    deltas, shift = deltas_of(rng), deltas_of(rng, 1)[0]
+    deltas = deltas_of(rng)
+    shift = deltas_of(rng, 1)[0]
     found = fuse(name, deltas)
     moved = fuse(name, [{key: delta[key] + shift[key] for key in delta} for delta in deltas])
     for key in "ab":

@@ -31,7 +31,9 @@ def test_with_q_nought_it_is_the_plain_mean(fuse: Any, rng: np.random.Generator)
 @pytest.mark.parametrize("losses", [(0.5, 1.5, 3.0), (0.0, 1.0, 2.0)])
 def test_against_flower(fuse: Any, rng: np.random.Generator, q: float, losses: tuple[float, ...]) -> None:
     """Flower's is the paper's, with whole weights instead of deltas."""
-    state, deltas, rate = rng.normal(size=6), rng.normal(size=(3, 6)), 0.05
+    state = rng.normal(size=6)
+    deltas = rng.normal(size=(3, 6))
+    rate = 0.05
     parts = [compute_delta_and_h([state], [state + delta], q, 1 / rate, loss) for delta, loss in zip(deltas, losses, strict=True)]
     expected = -sum(moves[0] for moves, _ in parts) / sum(h for _, h in parts)
     context = RoundContext(local=LocalSteps(learning_rate=rate))
@@ -40,7 +42,8 @@ def test_against_flower(fuse: Any, rng: np.random.Generator, q: float, losses: t
 
 
 def test_who_is_worse_off_has_more_say(fuse: Any) -> None:
-    deltas, losses = [[1.0], [-1.0]], told(3.0, 1.0)
+    deltas = [[1.0], [-1.0]]
+    losses = told(3.0, 1.0)
     found = [fuse("q_fedavg", deltas, q=q, lipschitz=0.01, changes=losses).item() for q in (0.0, 1.0, 5.0)]
     assert found[0] == 0 < found[1] < found[2]
 

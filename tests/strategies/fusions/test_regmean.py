@@ -71,7 +71,8 @@ def test_identical_deltas_stay_and_where_no_input_varies_it_is_the_mean(off_diag
     x = draw(5, 6, seed=1)
     x[:, 5] = 0
     gram = (x.T @ x / 5).to(torch.float32)
-    one, other = draw(2, 6, seed=2), draw(2, 6, seed=3)
+    one = draw(2, 6, seed=2)
+    other = draw(2, 6, seed=3)
     updates = [Update("org", 1, {"l.weight": d}, 1, 1, statistics={"gram/l.weight": gram}) for d in (one, other)]
     torch.testing.assert_close(fused(*updates, off_diagonal=off_diagonal)["l.weight"], (one + other) / 2, rtol=1e-9, atol=1e-9)
     same = fused(updates[0], updates[0], off_diagonal=off_diagonal)["l.weight"]

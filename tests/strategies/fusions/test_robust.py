@@ -33,7 +33,8 @@ def test_no_share_is_above_the_bound_and_the_order_stays(weights: list[float], s
 def test_the_cut_is_the_largest_that_keeps_the_bound(weights: list[float]) -> None:
     """An oracle that searches for c: the largest share falls with c."""
     most = max(0.4, 1.5 / len(weights))
-    low, high = 0.0, max(weights)
+    low = 0.0
+    high = max(weights)
     for _ in range(200):
         c = (low + high) / 2
         kept = np.minimum(weights, c)
@@ -47,7 +48,8 @@ def test_a_huge_count_is_cut_to_its_share() -> None:
 
 
 def test_an_update_of_weight_zero_counts_for_nothing(fuse: Any) -> None:
-    deltas, weights = [[1.0], [2.0], [4.0], [99.0]], [1.0, 1.0, 1.0, 0.0]
+    deltas = [[1.0], [2.0], [4.0], [99.0]]
+    weights = [1.0, 1.0, 1.0, 0.0]
     assert fuse("robust", deltas, weights).tolist() == fuse("robust", deltas[:3]).tolist()
 
 

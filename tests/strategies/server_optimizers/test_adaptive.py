@@ -23,7 +23,9 @@ ALL: list[type[Any]] = [ServerAdam, ServerYogi, ServerAdagrad]
 
 def play(optimizer: ServerOptimizer, deltas: list[float]) -> list[tuple[float, float, float]]:
     """(θ, m, v) after each round of one coordinate that starts at 0."""
-    state, memory, seen = {"w": torch.zeros(1, dtype=torch.float64)}, dict[str, Tensor](), []
+    state = {"w": torch.zeros(1, dtype=torch.float64)}
+    memory = dict[str, Tensor]()
+    seen = []
     for round, d in enumerate(deltas, start=1):
         fused = Aggregate({"w": torch.tensor([d], dtype=torch.float64)})
         state, memory = optimizer.step(state, fused, memory, RoundContext(round=round, rounds=len(deltas)))
@@ -74,7 +76,8 @@ def test_they_are_those_of_flower(own: ServerOptimizer, flower: Any) -> None:
     theta = rng.normal(size=5)
     reference = flower(ndarrays_to_parameters([theta]))
     reference.v_t = [np.full(5, 0.05**2)]
-    state, memory = {"w": torch.from_numpy(theta.copy())}, dict[str, Tensor]()
+    state = {"w": torch.from_numpy(theta.copy())}
+    memory = dict[str, Tensor]()
     for _ in range(6):
         delta = rng.normal(size=5)
         reference = _flower_step(reference, delta)
@@ -91,7 +94,8 @@ def _flower_step(strategy: Any, delta: np.ndarray[Any, Any]) -> Any:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_a_parameter_that_waits_keeps_its_moments(kind: Any) -> None:
-    optimizer, state = kind(), {"a": torch.zeros(1), "b": torch.zeros(1)}
+    optimizer = kind()
+    state = {"a": torch.zeros(1), "b": torch.zeros(1)}
     state, memory = optimizer.step(state, Aggregate({"a": torch.ones(1)}), {}, RoundContext())
     before = {name: tensor.clone() for name, tensor in memory.items()}
     moved, memory = optimizer.step(state, Aggregate({"b": torch.ones(1)}), memory, RoundContext())

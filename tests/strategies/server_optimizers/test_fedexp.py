@@ -42,7 +42,8 @@ def test_identical_updates_are_added_as_they_are() -> None:
 
 
 def test_the_last_two_iterates_are_served_as_their_mean() -> None:
-    optimizer, state = FedExP(), {"w": torch.zeros(1), "frozen": torch.ones(1)}
+    optimizer = FedExP()
+    state = {"w": torch.zeros(1), "frozen": torch.ones(1)}
     assert torch.equal(optimizer.serve(state, {})["w"], state["w"])
     memory = dict[str, Tensor]()
     for delta in (2.0, 4.0):

@@ -32,7 +32,8 @@ def test_the_learning_rate_scales_the_delta() -> None:
 
 def test_momentum_by_hand() -> None:
     """lr 0.5, momentum 0.75: v = 4, 1 + 3 = 4, 0 + 3 = 3; θ = 0 + 2 + 2 + 1.5."""
-    optimizer, state = ServerSGD(lr=0.5, momentum=0.75), {"w": tensor(0.0)}
+    optimizer = ServerSGD(lr=0.5, momentum=0.75)
+    state = {"w": tensor(0.0)}
     memory: dict[str, Tensor] = {}
     seen = []
     for delta in (4.0, 1.0, 0.0):
@@ -55,7 +56,8 @@ def test_momentum_is_that_of_torch() -> None:
 
 
 def test_momentum_waits_for_a_parameter_that_nobody_sent() -> None:
-    optimizer, state = ServerSGD(momentum=0.5), {"a": tensor(0.0), "b": tensor(0.0)}
+    optimizer = ServerSGD(momentum=0.5)
+    state = {"a": tensor(0.0), "b": tensor(0.0)}
     state, memory = step(optimizer, state, {"a": tensor(2.0)}, {})
     state, memory = step(optimizer, state, {"b": tensor(1.0)}, memory)
     assert {name: m.tolist() for name, m in memory.items()} == {"a": [2.0], "b": [1.0]}
@@ -75,7 +77,8 @@ def test_the_momentum_can_be_saved_between_rounds() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_parameters_keep_their_dtype(dtype: torch.dtype, momentum: float) -> None:
-    state, memory = {"w": torch.ones(2, dtype=dtype)}, dict[str, Tensor]()
+    state = {"w": torch.ones(2, dtype=dtype)}
+    memory = dict[str, Tensor]()
     for _ in range(2):
         state, memory = step(ServerSGD(momentum=momentum), state, {"w": tensor(0.25, 0.5, dtype=torch.float64)}, memory)
         assert state["w"].dtype == dtype
@@ -83,17 +86,20 @@ def test_parameters_keep_their_dtype(dtype: torch.dtype, momentum: float) -> Non
 
 
 def test_lr_one_without_momentum_is_apply_delta() -> None:
-    state, delta = {"w": torch.randn(50)}, {"w": torch.randn(50, dtype=torch.float64)}
+    state = {"w": torch.randn(50)}
+    delta = {"w": torch.randn(50, dtype=torch.float64)}
     assert torch.equal(step(ServerSGD(), state, delta, {})[0]["w"], apply_delta(state, delta)["w"])
 
 
 def test_momentum_is_that_of_torch_with_its_own_schedule() -> None:
     """torch's SGD with LambdaLR, on the pseudo-gradient −D."""
-    rounds, parameter = 6, torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    rounds = 6
+    parameter = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     reference = torch.optim.SGD([parameter], lr=0.3, momentum=0.9)
     falling = torch.optim.lr_scheduler.LambdaLR(reference, lambda done: 1 - done / rounds)
     optimizer = ServerSGD(lr=0.3, momentum=0.9, schedule="linear")
-    state, memory = {"w": torch.zeros(5, dtype=torch.float64)}, dict[str, Tensor]()
+    state = {"w": torch.zeros(5, dtype=torch.float64)}
+    memory = dict[str, Tensor]()
     for round in range(1, rounds + 1):
         delta = torch.randn(5, generator=torch.Generator().manual_seed(round), dtype=torch.float64)
         parameter.grad = -delta

@@ -113,7 +113,8 @@ def test_weights_are_positive_and_at_most_one_whatever_comes(pairs: list[tuple[f
 
 def test_who_claims_next_to_no_noise_does_not_take_over_the_model() -> None:
     """A stated variance is believed down to a thousandth of the median, and the scatter of the deltas is seen all the same."""
-    deltas, claimed = np.random.default_rng(0).normal(size=(4, 2000)), [1.0, 1.0, 1.0, 1e-18]
+    deltas = np.random.default_rng(0).normal(size=(4, 2000))
+    claimed = [1.0, 1.0, 1.0, 1e-18]
     scattered = random_effects(of(5 * deltas, claimed), ["w"], claimed)
     assert scattered.between == pytest.approx(25, rel=0.1)
     assert min(scattered.weights) > 0.9
