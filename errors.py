@@ -9,7 +9,8 @@
     ├── DeviceError    the hardware that was asked for is not there
     └── RunError       a run could not go on
 
-A message says what was got, what was expected and what to do.
+A message says what was got, what was expected and what to do. A code such as `data.missing_column` names the kind of failure for
+programs: it stays when the sentence is improved. `--debug` and `--json` show it, and docs/errors.md lists all of them.
 """
 
 from __future__ import annotations
@@ -22,25 +23,47 @@ if __name__ != "cotune.errors":  # a second copy of every class would be made, a
 
 
 class CotuneError(Exception):
-    """A failure that is the user's to mend. `exit_code`: what the command line exits with."""
+    """A failure that the user can mend.
+
+    Args:
+        message: One sentence: what was got, what was expected, what to do.
+        code: The kind of failure, `<area>.<snake_case>`; the area is that of the class, such as `data`.
+
+    Attributes:
+        exit_code: What the command line exits with.
+    """
 
     exit_code = 2
+    code = "error"
+
+    def __init__(self, message: str = "", *, code: str = "") -> None:
+        super().__init__(message)
+        if code:
+            self.code = code
 
 
 class PlanError(CotuneError):
     """The plan, or an override of it, is not valid."""
 
+    code = "plan.invalid"
+
 
 class DataError(CotuneError):
     """The organization's records cannot be used as the plan says."""
+
+    code = "data.unusable"
 
 
 class ModelError(CotuneError):
     """The base model cannot be used as the plan says."""
 
+    code = "model.unusable"
+
 
 class PrivacyError(CotuneError):
     """The privacy that was asked for cannot be given, or would be exceeded."""
+
+    code = "privacy.refused"
 
 
 class Declined(PrivacyError):
@@ -50,7 +73,7 @@ class Declined(PrivacyError):
     """
 
     def __init__(self, rule: str, reason: str) -> None:
-        super().__init__(f"declined by the rule {rule}: {reason}")
+        super().__init__(f"declined by the rule {rule}: {reason}", code=f"policy.{rule}")
         self.rule = rule
 
     @property
@@ -61,10 +84,13 @@ class Declined(PrivacyError):
 class DeviceError(CotuneError):
     """The hardware that was asked for is not there."""
 
+    code = "device.missing"
+
 
 class RunError(CotuneError):
     """A run could not go on; what was finished is kept."""
 
+    code = "run.failed"
     exit_code = 1
 
 
