@@ -22,13 +22,13 @@ from cotune.server.proxy.guard import unnoted
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Setup, serve
-from cotune.storage.config_table import Table, format_validation_error
+from cotune.storage.config_table import ConfigTable, format_validation_error
 from cotune.storage.files import toml_of
 
 log = logging.getLogger("cotune.front")
 
 
-class FrontConfig(Table):
+class FrontConfig(ConfigTable):
     """front.toml; paths are relative to it. The SuperLink shows the certificate of the same folder, which is for loopback too."""
 
     certificates: Path  # a folder as `new_authority` writes it

@@ -45,12 +45,12 @@ from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, publi
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.runs.base_model import without_place
 from cotune.server.runs.suitability import with_robust_default
-from cotune.storage.config_table import Table, format_validation_error
+from cotune.storage.config_table import ConfigTable, format_validation_error
 from cotune.storage.files import atomic_write, toml_of
 from cotune.strategies.plugins import content_of
 
 
-class ServerConfig(Table):
+class ServerConfig(ConfigTable):
     """server.toml."""
 
     name: str = Field(description="of the federation")
