@@ -37,7 +37,7 @@ from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.runs.events import Events
 from cotune.storage.documents import parse_json, parse_toml
-from cotune.storage.files import acquire_lock, atomic_write, remove_parts
+from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
 from cotune.strategies.plugins import content_of, read_file
 
 
@@ -202,5 +202,5 @@ def lock_folder(path: Path, patience: float = 0.5) -> Iterator[None]:
 
     Raises RunError, also where the folder cannot be written.
     """
-    with acquire_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", patience=patience):
+    with exclusive_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", timeout=patience):
         yield
