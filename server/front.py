@@ -24,8 +24,8 @@ from cotune.server.proxy.guard import unnoted
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Setup, serve
-from cotune.storage.config_table import Table, format_validation_error
-from cotune.storage.files import toml_of
+from cotune.storage.config_table import ConfigTable, format_validation_error
+from cotune.storage.documents import parse_toml
 
 log = logging.getLogger("cotune.front")
 
@@ -41,7 +41,7 @@ FLEET_FORMAT = FleetFormat(
 )
 
 
-class FrontConfig(Table):
+class FrontConfig(ConfigTable):
     """front.toml; paths are relative to it. The SuperLink shows the certificate of the same folder, which is for loopback too."""
 
     certificates: Path  # a folder as `new_authority` writes it
@@ -58,7 +58,7 @@ class FrontConfig(Table):
 def read_config(path: Path) -> FrontConfig:
     """Raises RunError for a file that cannot be read, is not TOML, or has a key that is unknown or wrong."""
     try:
-        config = FrontConfig.model_validate(toml_of(path.read_text(encoding="utf-8")))
+        config = FrontConfig.model_validate(parse_toml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}): expected the front's configuration") from None
     except ValueError as error:
