@@ -25,7 +25,8 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
-from cotune.storage.files import atomic_write, json_of
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ class Approvals:
         """Of the plans that were approved, in that order. Raises RunError for a damaged file."""
         try:
             lines = self._approved.read_text(encoding="utf-8").splitlines()
-            return [str(json_of(line)["plan_id"]) for line in lines]
+            return [str(parse_json(line)["plan_id"]) for line in lines]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -316,7 +317,7 @@ class Approvals:
 
     def _read(self, file: Path) -> Plan:
         try:
-            plan = parse_plan(json_of(file.read_bytes()))
+            plan = parse_plan(parse_json(file.read_bytes()))
         except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read ({type(error).__name__}): remove it; the plan comes again") from None
         if plan.plan_id != file.stem:

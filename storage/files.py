@@ -1,26 +1,19 @@
-"""Documents on disk: written atomically, locked for one process, and read with a limit to their depth.
+"""Documents on disk: written atomically, and locked for one process.
 
 One process at a time, also where one is killed: the system lets go of a lock when its process ends, however it ends.
-
-JSON and TOML that somebody else has written: what is nested too deep for Python's readers is malformed like anything else.
-
-Python's reader of TOML notes every beginning of a key with dots: one of 100,000 parts, 200 kB, takes 40 GB of memory.
 """
 
 from __future__ import annotations
 
 import fcntl
 import glob
-import json
 import os
-import re
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from cotune.errors import RunError
 
@@ -84,33 +77,3 @@ def _take(lock: IO[str]) -> bool:
     except OSError:
         return False
     return True
-
-
-_MOST_CHARACTERS = 4 * 2**20  # of a document
-_MOST_PARTS = 16  # of a key with dots; those of a plan have 6
-_PART = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
-_LONG_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{_PART}[ \t]*+\.[ \t]*+){{{_MOST_PARTS}}}")
-
-
-def json_of(content: str | bytes) -> Any:
-    """The value. Raises ValueError for whatever is none."""
-    try:
-        return json.loads(content)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def toml_of(text: str) -> dict[str, Any]:
-    """The table. Raises tomllib.TOMLDecodeError, a ValueError, for whatever is none, and for what no document of ours is like."""
-    if len(text) > _MOST_CHARACTERS:
-        raise tomllib.TOMLDecodeError(f"it has {len(text):,} characters, expected at most {_MOST_CHARACTERS:,}")
-    if found := _LONG_KEY.search(text):
-        raise tomllib.TOMLDecodeError(f"{found[0][:40]}… is a key of more than {_MOST_PARTS} parts")
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise tomllib.TOMLDecodeError("it is nested too deep") from None
-    except tomllib.TOMLDecodeError:
-        raise
-    except ValueError as error:  # a number of more digits than Python reads
-        raise tomllib.TOMLDecodeError(str(error)[:100]) from None

@@ -46,7 +46,8 @@ from cotune.server.proxy.quotas import Quotas
 from cotune.server.runs.base_model import without_place
 from cotune.server.runs.suitability import with_robust_default
 from cotune.storage.config_table import ConfigTable, format_validation_error
-from cotune.storage.files import atomic_write, toml_of
+from cotune.storage.documents import parse_toml
+from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import content_of
 
 
@@ -75,7 +76,7 @@ class FederationFolder:
         self.path = path.expanduser().resolve()
         file = self.path / "server.toml"
         try:
-            self.config = ServerConfig.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
+            self.config = ServerConfig.model_validate(parse_toml(file.read_text(encoding="utf-8-sig")))
         except ValidationError as error:
             raise RunError(f"{format_validation_error(error, ServerConfig, 'server.toml')} ({file})") from None
         except (OSError, ValueError) as error:

@@ -28,7 +28,7 @@ from cotune.errors import RunError
 from cotune.flower.control_client import RunState, SuperLinkAway
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import Listener, follow
-from cotune.server.runs.run_folder import RunFolder, exclusive_lock
+from cotune.server.runs.run_folder import RunFolder, lock_folder
 from cotune.storage.files import atomic_write
 
 
@@ -73,7 +73,7 @@ def is_running(run: Path) -> bool:
     if not (run / ".lock").exists():
         return False
     try:
-        with exclusive_lock(run, patience=0.0):
+        with lock_folder(run, patience=0.0):
             return False
     except RunError:
         return True
@@ -169,7 +169,7 @@ def only_follower(federation: FederationFolder) -> Iterator[None]:
         (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise RunError(f"{federation.path} cannot be written ({error.strerror}): mend its permissions") from None
-    with exclusive_lock(federation.path / "runs"):
+    with lock_folder(federation.path / "runs"):
         yield
 
 

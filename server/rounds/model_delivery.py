@@ -32,7 +32,8 @@ from cotune.server.runs.trail import Trail
 from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import Node, members_of
 from cotune.server.transport.superlink import post_of
-from cotune.storage.files import atomic_write, json_of
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write
 
 _POLL_SECONDS = 0.1
 _EXPORT_SECONDS = 600.0  # how long an organization may take to write its model
@@ -47,7 +48,7 @@ def confirmed(folder: RunFolder) -> dict[str, str]:
     """Organization -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
     file = folder.path / "delivered.json"
     try:
-        found = json_of(file.read_bytes())
+        found = parse_json(file.read_bytes())
         return {str(name): str(at) for name, at in found.items()}
     except FileNotFoundError:
         return {}
