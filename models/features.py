@@ -206,8 +206,9 @@ def _key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: 
     digest = hashlib.sha256()
     loaded = model.loaded
     parts = (
-        "2",
+        "3",
         loaded.folder.content_hash,
+        transformers.__version__,  # whose tokenizers and image processors decide what the encoder gets
         str(loaded.frozen),
         reading,
         str(dtype),

@@ -14,10 +14,12 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from cotune.errors import CotuneError, RunError
+from cotune.flower import fleet_format
 from cotune.printable import clean_output, printable
 from cotune.server.deployment import certificates
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import Refusals
+from cotune.server.proxy.fleet_format import FleetFormat
 from cotune.server.proxy.guard import unnoted
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
@@ -26,6 +28,17 @@ from cotune.storage.config_table import ConfigTable, format_validation_error
 from cotune.storage.documents import parse_toml
 
 log = logging.getLogger("cotune.front")
+
+FLEET_FORMAT = FleetFormat(
+    key_header=fleet_format.KEY_HEADER,
+    signature_header=fleet_format.SIGNATURE_HEADER,
+    time_header=fleet_format.TIME_HEADER,
+    max_age=fleet_format.MAX_AGE,
+    clock_tolerance=fleet_format.CLOCK_TOLERANCE,
+    server_node=fleet_format.SERVER_NODE,
+    parse_push=fleet_format.parse_push,
+    parse_pull=fleet_format.parse_pull,
+)
 
 
 class FrontConfig(ConfigTable):
@@ -101,6 +114,7 @@ def setup(config: FrontConfig) -> Setup:
         config.superlink_port,
         ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
         Keys(config.members),
+        FLEET_FORMAT,
         refusals.note if refusals else unnoted,
         config.limits,
         config.quotas,

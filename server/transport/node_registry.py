@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
+from cotune.flower.nodes import RegisteredNode
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Member
 
@@ -97,7 +97,7 @@ class Simulated:
 
 
 class Nodes(Protocol):
-    def get_nodes(self) -> Iterable[NodeInfo]: ...
+    def get_nodes(self) -> Iterable[RegisteredNode]: ...
 
 
 class Registered:
@@ -114,19 +114,15 @@ class Registered:
         members = FederationFolder(self._federation).members.all()
         names = {member.key: member.name for member in members if member.revoked is None}
         self._revoked = frozenset(member.name for member in members) - set(names.values())
-        nodes = [node for node in self._line.get_nodes() if node.public_key in names]
-        self._presence.look(Seen(names[node.public_key], _is_online(node), node.online_until) for node in nodes)
-        return {names[node.public_key]: Node(node.node_id, node.last_activated_at) for node in nodes if _is_online(node)}
+        nodes = [node for node in self._line.get_nodes() if node.key in names]
+        self._presence.look(Seen(names[node.key], node.online, node.until) for node in nodes)
+        return {names[node.key]: Node(node.id, node.last_online) for node in nodes if node.online}
 
     def left(self) -> frozenset[str]:
         return self._presence.left
 
     def revoked(self) -> frozenset[str]:
         return self._revoked
-
-
-def _is_online(node: NodeInfo) -> bool:
-    return node.status in ("", "online")
 
 
 def members_of(federation: Path) -> dict[str, Member]:

@@ -21,11 +21,10 @@ from typing import Any
 import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import RunNotRunningException
 
 from cotune.errors import RunError
 from cotune.flower.chunks import CutOff, Malformed, TooMuch
-from cotune.flower.runtime_client import Line, line_of
+from cotune.flower.runtime_client import Line, RunStopped, line_of
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport.base import InProcessTransport, Reply, Transport
 from cotune.server.transport.node_registry import Node, NodeRegistry, Registered, Simulated
@@ -131,7 +130,7 @@ class SuperLinkTransport:
     def _until_stopped(self, work: Callable[..., None], *arguments: Any) -> None:
         try:
             work(*arguments)
-        except RunNotRunningException:
+        except RunStopped:
             self._stopped.set()
 
     def connected(self) -> Mapping[str, Node]:
@@ -161,7 +160,7 @@ class SuperLinkTransport:
                 self._failure = ""
                 refused = False
                 self._doubt_the_slow()
-            except RunNotRunningException:
+            except RunStopped:
                 raise
             except Exception as error:
                 self._failure = _words(error)
@@ -205,7 +204,7 @@ class SuperLinkTransport:
                 if self._closed.is_set():
                     return
                 number = self._line.push(message)
-        except RunNotRunningException:
+        except RunStopped:
             raise
         except Exception as error:
             return self._lose(asked, f"its request could not be handed over: {_words(error)}")
@@ -235,7 +234,7 @@ class SuperLinkTransport:
         """
         try:
             found = self._line.announced(list(waiting))
-        except RunNotRunningException:
+        except RunStopped:
             raise
         except Exception as error:  # it is busy, or starting; `_watch` tells of it
             if isinstance(error, httpx.HTTPStatusError) and len(waiting) > 1:
@@ -274,7 +273,7 @@ class SuperLinkTransport:
             if not reply.has_error() or reply.error.code not in _LOST:
                 return Reply(asked.round, asked.organization, reply)
             lost = "it has left, or its machine or network is gone; it is asked again when it comes back"
-        except RunNotRunningException:
+        except RunStopped:
             raise
         except (TooMuch, Malformed) as error:
             refused = str(error)
