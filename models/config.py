@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from cotune.storage.config_table import Table
+from cotune.storage.config_table import ConfigTable
 
 TrainMode = Literal["head", "lora", "full"]
 Factors = Literal["b", "ab", "alternate"]
@@ -31,7 +31,7 @@ _WHY_NOT = {  # adapters that are known, and why they are not to be had
 }
 
 
-class ModelConfig(Table):
+class ModelConfig(ConfigTable):
     """Which pretrained model, and how it reads records (the `model` table of a plan)."""
 
     base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
@@ -52,7 +52,7 @@ class ModelConfig(Table):
     )
 
 
-class LoraConfig(Table):
+class LoraConfig(ConfigTable):
     """Low-rank adapters (Hu et al., ICLR 2022): W + s·B·A, through peft."""
 
     method: Literal["lora", "rslora"] = Field(

@@ -16,14 +16,14 @@ from cotune.data.class_names import class_name
 from cotune.data.config import DataConfig, TaskName
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
-from cotune.storage.config_table import Table
+from cotune.storage.config_table import ConfigTable
 from cotune.strategies.server_optimizers.schedules import Schedule, decay
 
 _LARGEST_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
 _LONGEST_WAIT = 30 * 24 * 3600.0
 
 
-class LocalTraining(Table):
+class LocalTraining(ConfigTable):
     """How an organization trains in one round (the `local` table of a plan)."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
@@ -83,7 +83,7 @@ class LocalTraining(Table):
         return self.steps
 
 
-class Stage(Table):
+class Stage(ConfigTable):
     """Consecutive rounds that train the same group of parameters."""
 
     mode: TrainMode = Field(description="head, lora (adapters and head) or full (encoder and head)")
@@ -92,7 +92,7 @@ class Stage(Table):
     freeze_embeddings: bool = Field(True, description="in full: leave the embedding tables as they are")
 
 
-class RoundsConfig(Table):
+class RoundsConfig(ConfigTable):
     """How rounds go (the `server` table of a plan)."""
 
     sample_rate: float = Field(1.0, gt=0, le=1, description="probability with which each organization is asked in a round")
@@ -205,14 +205,14 @@ class RoundsConfig(Table):
         return self
 
 
-class TellConfig(Table):
+class TellConfig(ConfigTable):
     """What organizations are asked to tell beside their updates (the `tell` table); each one's policy has the last word."""
 
     local_metrics: bool = Field(False, description="how many of its records the received model classifies rightly, every round")
     label_histogram: bool = Field(False, description="how many records each class has, once per run")
 
 
-class PersonalizeConfig(Table):
+class PersonalizeConfig(ConfigTable):
     """How organizations adapt the finished model to themselves (the `personalize` table): nothing leaves, no ε is spent."""
 
     methods: tuple[Literal["prior", "head", "mix", "alone"], ...] = Field(
@@ -222,7 +222,7 @@ class PersonalizeConfig(Table):
     folds: int = Field(5, ge=2, le=20, description="parts that the own records are cut into, to choose a method by")
 
 
-class SimulationConfig(Table):
+class SimulationConfig(ConfigTable):
     """Only for simulations (the `simulation` table of a plan)."""
 
     clients: int = Field(4, ge=1, le=10_000, description="organizations that one pooled file is split over")
@@ -253,7 +253,7 @@ class SimulationConfig(Table):
         return value
 
 
-class PlanTables(Table):
+class PlanTables(ConfigTable):
     """A plan but for its strategy, whose parts must be imported, and for what tables must be together (see `schema.Plan`)."""
 
     name: str = Field(

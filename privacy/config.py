@@ -11,10 +11,10 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cotune.errors import PrivacyError
-from cotune.storage.config_table import Table
+from cotune.storage.config_table import ConfigTable
 
 
-class RecordPrivacy(Table):
+class RecordPrivacy(ConfigTable):
     """What every organization promises each of its records (the `privacy` table of a plan)."""
 
     mode: Literal["record"] = Field("record", description="promised within each organization, by noise in its training")
@@ -87,7 +87,7 @@ def _delta_exponent(rule: str) -> float | None:
     return exponent if exponent >= 1 else None
 
 
-class ClientPrivacy(Table):
+class ClientPrivacy(ConfigTable):
     """What every organization is promised about its taking part (the `client_privacy` table of a plan)."""
 
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed over the whole run")

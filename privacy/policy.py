@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError, field_validator
 from cotune.data.config import TaskName
 from cotune.errors import PlanError, nearest
 from cotune.privacy.config import check_delta
-from cotune.storage.config_table import Table, format_validation_error
-from cotune.storage.files import toml_of
+from cotune.storage.config_table import ConfigTable, format_validation_error
+from cotune.storage.documents import parse_toml
 
 _EVERYTHING = ("*",)
 
@@ -31,7 +31,7 @@ def _each(values: tuple[str, ...], pattern: re.Pattern[str], expected: str) -> t
     return values
 
 
-class BudgetRules(Table):
+class BudgetRules(ConfigTable):
     """How much privacy may be spent (the `budget` table). ε is composed over all charges, at the δ beside it."""
 
     own_epsilon: float | None = Field(None, gt=0, description="ε for a run, where it is smaller than the plan's: more noise")
@@ -57,7 +57,7 @@ class BudgetRules(Table):
         return check_delta(value)
 
 
-class TrainingRules(Table):
+class TrainingRules(ConfigTable):
     """What may be trained (the `training` table). Lists: what is allowed; "*": everything."""
 
     approval: Literal["each", "none"] = Field(
@@ -105,7 +105,7 @@ class TrainingRules(Table):
         return min(planned, self.own_rank or planned)
 
 
-class TellRules(Table):
+class TellRules(ConfigTable):
     """What may be told to the server beside the update (the `tell` table); what is noised is charged to the ledger."""
 
     example_count: Literal["exact", "rounded", "noised", "declared"] = Field(
@@ -129,7 +129,7 @@ class TellRules(Table):
     noise_level: bool = Field(True, description="how much noise is in an update; the weighting noise_aware needs it")
 
 
-class Policy(Table):
+class Policy(ConfigTable):
     """policy.toml."""
 
     budget: BudgetRules = BudgetRules()
@@ -174,7 +174,7 @@ class Policy(Table):
 def read_policy(file: Path) -> Policy:
     """The policy in a TOML file. Raises PlanError, in one sentence, for an unreadable file or an unknown rule."""
     try:
-        return Policy.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
+        return Policy.model_validate(parse_toml(file.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
         raise PlanError(f"{format_validation_error(error, Policy, 'policy')} ({file}; see `cotune client policy`)") from None
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from cotune.errors import PlanError, nearest
 
 
-class Table(BaseModel):
+class ConfigTable(BaseModel):
     """A table: nothing unknown, nothing infinite, and true is not the number 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

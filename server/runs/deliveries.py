@@ -7,14 +7,15 @@ from datetime import UTC, datetime
 
 from cotune.errors import RunError
 from cotune.server.runs.run_folder import RunFolder
-from cotune.storage.files import atomic_write, json_of
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write
 
 
 def confirmed(folder: RunFolder) -> dict[str, str]:
     """Organization -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
     file = folder.path / "delivered.json"
     try:
-        found = json_of(file.read_bytes())
+        found = parse_json(file.read_bytes())
         return {str(name): str(at) for name, at in found.items()}
     except FileNotFoundError:
         return {}

@@ -38,7 +38,8 @@ from cotune.models.trainable import State, named_under
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.runs.events import Events
-from cotune.storage.files import acquire_lock, atomic_write, json_of, remove_parts, toml_of
+from cotune.storage.documents import parse_json, parse_toml
+from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
 from cotune.strategies.plugins import content_of, read_file
 
 
@@ -89,7 +90,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.plan: Plan = parse_plan(toml_of((path / "plan.toml").read_text(encoding="utf-8")))
+            self.plan: Plan = parse_plan(parse_toml((path / "plan.toml").read_text(encoding="utf-8")))
             self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
         except (OSError, ValueError):
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
@@ -117,7 +118,7 @@ class RunFolder:
     def stopped(self) -> str | None:
         """Why the run ended before its last round; None if it did not."""
         try:
-            return str(json_of((self.path / "stopped.json").read_bytes())["reason"])
+            return str(parse_json((self.path / "stopped.json").read_bytes())["reason"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -161,7 +162,7 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="pt") as file:
-                about = json_of(file.metadata()["checkpoint"])
+                about = parse_json(file.metadata()["checkpoint"])
                 round = about["round"]
                 plan_id = about["plan_id"]
                 history = tuple(about["history"])
@@ -184,7 +185,7 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="pt") as file:
-                return tuple(json_of(file.metadata()["checkpoint"])["history"])
+                return tuple(parse_json(file.metadata()["checkpoint"])["history"])
         except FileNotFoundError:
             return self.history()  # a newer one has taken its place
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -193,7 +194,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second process off the same run during the block. Raises RunError."""
-        with exclusive_lock(self.path):
+        with lock_folder(self.path):
             yield
 
 
@@ -217,10 +218,10 @@ def empty_folder(path: Path) -> Path:
 
 
 @contextmanager
-def exclusive_lock(path: Path, patience: float = 0.5) -> Iterator[None]:
+def lock_folder(path: Path, patience: float = 0.5) -> Iterator[None]:
     """Keeps a second process off a folder during the block. patience: seconds, as one that only looks holds it for a moment.
 
     Raises RunError, also where the folder cannot be written.
     """
-    with acquire_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", patience=patience):
+    with exclusive_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", timeout=patience):
         yield

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+
+from cotune.flower.nodes import RegisteredNode
 
 LEFT = "it has left the federation; it is asked again once it rejoins"
 _LOOKS = 2  # a node that connects anew may be offline for a moment
@@ -99,7 +100,7 @@ class SimulatedNodes:
 
 
 class Nodes(Protocol):
-    def get_nodes(self) -> Iterable[NodeInfo]: ...
+    def get_nodes(self) -> Iterable[RegisteredNode]: ...
 
 
 @dataclass(frozen=True)
@@ -135,16 +136,12 @@ class RegisteredNodes:
         roster = self._read_roster()
         names = roster.names
         self._revoked = roster.revoked
-        nodes = [node for node in self._line.get_nodes() if node.public_key in names]
-        self._presence.look(Seen(names[node.public_key], _is_online(node), node.online_until) for node in nodes)
-        return {names[node.public_key]: Node(node.node_id, node.last_activated_at) for node in nodes if _is_online(node)}
+        nodes = [node for node in self._line.get_nodes() if node.key in names]
+        self._presence.look(Seen(names[node.key], node.online, node.until) for node in nodes)
+        return {names[node.key]: Node(node.id, node.last_online) for node in nodes if node.online}
 
     def left(self) -> frozenset[str]:
         return self._presence.left
 
     def revoked(self) -> frozenset[str]:
         return self._revoked
-
-
-def _is_online(node: NodeInfo) -> bool:
-    return node.status in ("", "online")

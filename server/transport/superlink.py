@@ -19,11 +19,10 @@ from typing import Any
 
 import httpx
 from flwr.app import Message
-from flwr.supercore.run import RunNotRunningException
 
 from cotune.errors import RunError
 from cotune.flower.chunks import CutOff, Malformed, TooMuch
-from cotune.flower.runtime_client import Line
+from cotune.flower.runtime_client import Line, RunStopped
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
@@ -121,7 +120,7 @@ class SuperLinkTransport:
     def _until_stopped(self, work: Callable[..., None], *arguments: Any) -> None:
         try:
             work(*arguments)
-        except RunNotRunningException:
+        except RunStopped:
             self._stopped.set()
 
     def connected(self) -> Mapping[str, Node]:
@@ -151,7 +150,7 @@ class SuperLinkTransport:
                 self._failure = ""
                 refused = False
                 self._doubt_the_slow()
-            except RunNotRunningException:
+            except RunStopped:
                 raise
             except Exception as error:
                 self._failure = _words(error)
@@ -195,7 +194,7 @@ class SuperLinkTransport:
                 if self._closed.is_set():
                     return
                 number = self._line.push(message)
-        except RunNotRunningException:
+        except RunStopped:
             raise
         except Exception as error:
             return self._lose(asked, f"its request could not be handed over: {_words(error)}")
@@ -225,7 +224,7 @@ class SuperLinkTransport:
         """
         try:
             found = self._line.announced(list(waiting))
-        except RunNotRunningException:
+        except RunStopped:
             raise
         except Exception as error:  # it is busy, or starting; `_watch` tells of it
             if isinstance(error, httpx.HTTPStatusError) and len(waiting) > 1:
@@ -264,7 +263,7 @@ class SuperLinkTransport:
             if not reply.has_error() or reply.error.code not in _LOST:
                 return Reply(asked.round, asked.organization, reply)
             lost = "it has left, or its machine or network is gone; it is asked again when it comes back"
-        except RunNotRunningException:
+        except RunStopped:
             raise
         except (TooMuch, Malformed) as error:
             refused = str(error)

@@ -144,7 +144,7 @@ def test_a_run_that_is_killed_while_it_waits_waits_again(new_run: NewRun) -> Non
             grid.get_nodes = stops  # type: ignore[method-assign]
 
     def stops() -> Any:
-        raise superlink_transport.RunNotRunningException
+        raise superlink_transport.RunStopped
 
     grid.on_push = killed
     with pytest.raises(RunError, match="--resume"):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
-from flwr.supercore.run import RunNotRunningException
 
 from cotune.errors import RunError
 from cotune.flower.chunks import Malformed, TooMuch
+from cotune.flower.runtime_client import RunStopped
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
 from cotune.server.deployment.federation import FederationFolder
@@ -288,7 +288,7 @@ def test_a_run_that_is_stopped_at_the_superlink_ends_and_can_be_resumed(
     grid = wild(folder, everybody(1.0))
 
     def refuses(*_: Any) -> Any:
-        raise RunNotRunningException
+        raise RunStopped
 
     monkeypatch.setattr(grid, method, refuses)
     with pytest.raises(RunError, match="the run was stopped at the SuperLink.*continue it with --resume"):

@@ -9,7 +9,7 @@ from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.flower.control_client import Node
+from cotune.flower.nodes import RegisteredNode
 from cotune.server.app import deliver_model
 from cotune.server.deployment.node_registration import reconcile
 from cotune.server.rounds import model_delivery as delivery
@@ -115,7 +115,7 @@ def test_the_server_says_that_a_member_has_left() -> None:
     said = list[str]()
     until = time.time() + 60
     for online, end in ((True, until), (False, until - 50), (False, until - 50)):
-        nodes = (Node(1, MEMBERS[0].key, online, "", end),)
+        nodes = (RegisteredNode(1, MEMBERS[0].key, online, "", end),)
         superlink.nodes = lambda nodes=nodes: nodes  # type: ignore[method-assign,misc]
         reconcile(superlink, MEMBERS[:1], said.append, seen)
     assert seen.left == {"a"}

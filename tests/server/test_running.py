@@ -29,7 +29,7 @@ from cotune.server.deployment.run_controller import (
     run_to_completion,
 )
 from cotune.server.runs.events import Events
-from cotune.server.runs.run_folder import RunFolder, exclusive_lock
+from cotune.server.runs.run_folder import RunFolder, lock_folder
 from tests.server.coordinators import FakeSuperLink, Step, away, founded
 from tests.server.wild import full_disk
 
@@ -201,7 +201,7 @@ def test_a_superlink_that_is_brought_back_is_waited_for_at_first(run: RunFolder)
 def test_a_server_that_runs_is_known_by_its_lock(federation: FederationFolder) -> None:
     federation.superlink.mkdir(exist_ok=True)
     assert not is_served(federation)
-    with exclusive_lock(federation.superlink):
+    with lock_folder(federation.superlink):
         assert is_served(federation)
     assert not is_served(federation)
 
