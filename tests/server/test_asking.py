@@ -21,7 +21,7 @@ from cotune.flower.runtime_client import RunStopped
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.rounds import requests as asking
+from cotune.server.rounds import round as asking
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import Answer, NewRun, adding, model_of, update
@@ -37,7 +37,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(asking, "_AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr(asking, "_RETRY_BACKOFF", 0.02)
 
 
 def play(folder: RunFolder, grid: WildGrid) -> Progress:

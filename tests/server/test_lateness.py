@@ -13,7 +13,7 @@ from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
-from cotune.server.rounds import requests as asking
+from cotune.server.rounds import round as asking
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of, update
