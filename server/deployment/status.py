@@ -14,9 +14,9 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Member
 from cotune.server.deployment.refusals import read_refusals, read_strangers
 from cotune.server.rounds.exclusions import left_out, strikes_of
-from cotune.server.rounds.model_delivery import confirmed
 from cotune.server.runs.events import read_events
-from cotune.server.runs.results import bytes_of, epsilon_stated, weight_of
+from cotune.server.runs.history import bytes_of, epsilon_stated, weight_of
+from cotune.server.runs.receipts import read_receipts
 from cotune.server.runs.run_folder import RunFolder
 
 _PHASES = {
@@ -136,7 +136,7 @@ def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, li
     paths = list(federation.runs())
     if not paths:
         return None, (), []
-    run = RunFolder(paths[-1])
+    run = RunFolder(paths[-1], imports_parts=False)
     return run, run.history(), read_events(run.events.path) if run.events.path.exists() else []
 
 
@@ -207,7 +207,7 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
         return "not in a run yet" if run is None else "not in this run"
     if name in left_out(run, history):
         return "left out after refused updates or time-outs"
-    has_model = name in confirmed(run)
+    has_model = name in read_receipts(run)
     said = _last_said(name, events)
     if has_model and not any(name in entry["participants"] for entry in history):
         return f"{said}; has the finished model"

@@ -27,12 +27,12 @@ from cotune.server.deployment.members import Member
 from cotune.server.rounds.exclusions import fates_of, left_out
 from cotune.server.rounds.loop import final_params
 from cotune.server.rounds.update_validation import one_line
+from cotune.server.runs.receipts import read_receipts
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.trail import Trail
 from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import Node, members_of
 from cotune.server.transport.superlink import post_of
-from cotune.storage.documents import parse_json
 from cotune.storage.files import atomic_write
 
 _POLL_SECONDS = 0.1
@@ -42,18 +42,6 @@ _MOST_BYTES = 2**20  # of a receipt
 _MOST_TIMES = 3
 _AGAIN_SECONDS = 2.0
 _LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
-
-
-def confirmed(folder: RunFolder) -> dict[str, str]:
-    """Organization -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
-    file = folder.path / "delivered.json"
-    try:
-        found = parse_json(file.read_bytes())
-        return {str(name): str(at) for name, at in found.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError):
-        raise RunError(f"{file} is damaged: expected organizations with times; remove it to hand the model out again") from None
 
 
 def deliver(grid: Grid, folder: RunFolder) -> list[str]:
@@ -70,7 +58,7 @@ def deliver(grid: Grid, folder: RunFolder) -> list[str]:
 
 
 def _hand_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mapping[str, Member]) -> list[str]:
-    without = {*left_out(folder, progress.history), *confirmed(folder)}
+    without = {*left_out(folder, progress.history), *read_receipts(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
     folder.events.tell("delivery_started", organizations=lacking)
     if not progress.round or not lacking:
@@ -121,7 +109,7 @@ class _Delivery:
         self._since = dict[str, str]()
         self._began = time.monotonic()
         self._looked = False
-        self._before = len(confirmed(folder))  # who has it already
+        self._before = len(read_receipts(folder))  # who has it already
         # seconds, of those who have confirmed
         self._asked_at = dict[str, float]()
         self._took = list[float]()
@@ -210,7 +198,7 @@ class _Delivery:
             self._undelivered(name, reason)
             return False
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        document = json.dumps({**confirmed(self._folder), name: now}, ensure_ascii=False, indent=1)
+        document = json.dumps({**read_receipts(self._folder), name: now}, ensure_ascii=False, indent=1)
         atomic_write(self._folder.path / "delivered.json", document.encode())
         self._took.append(time.monotonic() - self._asked_at[name])
         self._folder.events.tell("delivered", organization=name)

@@ -41,7 +41,8 @@ from cotune.server.deployment.signing import public_hex, read_signing_key
 from cotune.server.rounds import model_delivery as delivery
 from cotune.server.rounds import requests as asking
 from cotune.server.rounds.loop import run_rounds
-from cotune.server.rounds.model_delivery import confirmed, deliver
+from cotune.server.rounds.model_delivery import deliver
+from cotune.server.runs.receipts import read_receipts
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.trail import read_trail
 from cotune.server.transport import superlink as superlink_transport
@@ -129,7 +130,7 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
     grid = joined(folder, sites)
     run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     assert deliver(grid, folder) == []
-    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(read_receipts(folder)) == list(NAMES)
     return folder, sites
 
 

@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cotune.errors import RunError
 from cotune.flower.control_client import control
 from cotune.plan.load import parse_plan
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, found, write_config
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.deployment.supervisor import supervise
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 

@@ -20,7 +20,8 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.rounds import model_delivery as delivery
 from cotune.server.rounds import requests as asking
 from cotune.server.rounds.loop import run_rounds
-from cotune.server.rounds.model_delivery import confirmed, deliver
+from cotune.server.rounds.model_delivery import deliver
+from cotune.server.runs.receipts import read_receipts
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of
@@ -83,7 +84,7 @@ def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun)
     for request in seen:
         assert (request.round, request.plan, request.admitted) == (2, folder.plan.canonical(), 2)
         assert received_digest(request.state) == received_digest(folder.load().state)
-    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(read_receipts(folder)) == list(NAMES)
     assert sorted(event["organization"] for event in told(folder, "delivered")) == list(NAMES)
     seen.clear()
     assert deliver(receiving(folder, seen), folder) == []
@@ -101,7 +102,7 @@ def test_anyone_who_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) 
     ]
     assert deliver(receiving(folder, seen), folder) == []
     assert [request.organization for request in seen] == ["org-2"]
-    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(read_receipts(folder)) == list(NAMES)
 
 
 def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
@@ -147,7 +148,7 @@ def test_one_that_is_silent_does_not_hold_up_the_end_and_gets_it_later(new_run: 
     ]
     assert deliver(grid, folder) == ["org-2"]  # nor when the run is continued, and it is the only one
     assert deliver(receiving(folder), folder) == []
-    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(read_receipts(folder)) == list(NAMES)
 
 
 def test_anyone_who_is_only_slow_gets_it_in_time(new_run: NewRun) -> None:
@@ -192,14 +193,14 @@ def test_anyone_who_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
     seen = list[Request]()
     assert deliver(receiving(folder, seen), folder) == []
     assert {request.organization: bool(request.state) for request in seen} == {"org-1": True, "org-3": False}
-    assert set(confirmed(folder)) == {"org-1"}
+    assert set(read_receipts(folder)) == {"org-1"}
 
 
 @pytest.mark.parametrize("change", [{"received": "0" * 64}, {"organization": "org-2"}, {"plan_id": "0" * 64}])
 def test_a_receipt_for_something_else_is_none(new_run: NewRun, change: dict[str, str]) -> None:
     folder = finished(new_run)
     assert deliver(receiving(folder, org_1=receipt(folder, **change)), folder) == ["org-1"]
-    assert sorted(confirmed(folder)) == ["org-2", "org-3"]
+    assert sorted(read_receipts(folder)) == ["org-2", "org-3"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "its receipt is for another model or organization"
 
@@ -220,7 +221,7 @@ def test_a_damaged_list_is_a_run_error(new_run: NewRun) -> None:
     folder = finished(new_run)
     (folder.path / "delivered.json").write_text("[]")
     with pytest.raises(RunError, match=r"delivered\.json is damaged: expected organizations with times"):
-        confirmed(folder)
+        read_receipts(folder)
 
 
 # --- the app
@@ -236,7 +237,7 @@ def test_the_app_plays_a_real_run_hands_the_model_out_and_does_so_again_for_anyo
     grid.offline = {"org-3"}
     main(grid, context(folder))
     assert folder.finished
-    assert sorted(confirmed(folder)) == ["org-1", "org-2"]
+    assert sorted(read_receipts(folder)) == ["org-1", "org-2"]
     seen = list[Request]()
     main(receiving(folder, seen), context(folder))
     assert [request.organization for request in seen] == ["org-3"]
