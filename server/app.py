@@ -20,7 +20,7 @@ from cotune.server.rounds.evaluation import evaluate, present_judge
 from cotune.server.rounds.loop import run_rounds
 from cotune.server.rounds.model_delivery import deliver
 from cotune.server.runs.base_model import model_here
-from cotune.server.runs.events import listening, read_events
+from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.results import conclude
 from cotune.server.runs.run_folder import RunFolder
 
@@ -37,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
         return play(grid, folder)  # anyone who simulates holds the folder's lock
     clean_output()
     watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
-    with folder.locked(), _failures_told(folder), listening(watch):
+    with folder.locked(), _failures_told(folder), observe_run(watch):
         if not folder.finished:
             play(grid, folder)
         deliver(grid, folder)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cotune.errors import RunError
 from cotune.server.rounds.loop import run_rounds
-from cotune.server.runs.events import Events, follow, listening, read_events
+from cotune.server.runs.events import Events, follow, observe_run, read_events
 from cotune.server.runs.run_folder import RunFolder
 from tests.server.conftest import NewRun, adding, federation, model_of
 from tests.server.wild import full_disk
@@ -75,7 +75,7 @@ def test_listeners_hear_what_is_written_during_their_block_only(path: Path) -> N
     events = Events(path)
     heard = list[Any]()
     events.tell("before")
-    with pytest.raises(ValueError, match="end of the block"), listening(lambda event, fields: heard.append((event, fields))):
+    with pytest.raises(ValueError, match="end of the block"), observe_run(lambda event, fields: heard.append((event, fields))):
         events.tell("within", round=1)
         Events(path, silent=True).tell("silent")
         raise ValueError("end of the block")
