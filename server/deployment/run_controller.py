@@ -30,7 +30,7 @@ from cotune.observers import Observer
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import follow
 from cotune.server.runs.run_folder import RunFolder, lock_folder
-from cotune.storage.files import atomic_write
+from cotune.storage.files import atomic_write, is_locked
 
 
 class Submission(BaseModel):
@@ -71,13 +71,7 @@ _LOOK_SECONDS = 0.1
 
 def is_running(run: Path) -> bool:
     """Whether a process holds the lock of the run's folder."""
-    if not (run / ".lock").exists():
-        return False
-    try:
-        with lock_folder(run, patience=0.0):
-            return False
-    except RunError:
-        return True
+    return is_locked(run / ".lock")
 
 
 def wait_until_stopped(run: Path, grace: float) -> None:
