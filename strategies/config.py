@@ -88,7 +88,7 @@ class StrategyConfig(BaseModel):
 
     @field_validator(*FOLDERS, mode="before")
     @classmethod
-    def _parts(cls, part: Any, info: ValidationInfo) -> Any:
+    def _parts(cls, part: Any, info: Any) -> Any:
         if is_complete(info):
             return part
         return None if part is None and info.field_name == "client_term" else _complete(info.field_name, part)

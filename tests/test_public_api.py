@@ -12,7 +12,7 @@ import torch
 
 import cotune
 from cotune.client.site_folder import SiteFile
-from cotune.server.runs.create import real_run
+from cotune.server.deployment.new_run import real_run
 from cotune.server.runs.run_folder import Progress
 from tests.server.coordinators import founded
 

@@ -29,9 +29,9 @@ from cotune.protocol.federation_file import Invitation
 from cotune.reporting.pages import render_text
 from cotune.server.deployment import certificates
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, address_of, write_config
+from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
-from cotune.server.runs.base_model import without_place
-from cotune.server.runs.suitability import with_robust_default
+from cotune.server.runs.run_model import without_place
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import content_of
 

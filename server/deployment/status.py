@@ -13,10 +13,10 @@ from cotune.server.deployment.certificates import check
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Member
 from cotune.server.deployment.refusals import read_refusals, read_strangers
-from cotune.server.rounds.exclusions import left_out, strikes_of
+from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.events import read_events
+from cotune.server.runs.exclusions import left_out, strikes_of
 from cotune.server.runs.history import bytes_of, epsilon_stated, weight_of
-from cotune.server.runs.receipts import read_receipts
 from cotune.server.runs.run_folder import RunFolder
 
 _PHASES = {
@@ -207,7 +207,7 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
         return "not in a run yet" if run is None else "not in this run"
     if name in left_out(run, history):
         return "left out after refused updates or time-outs"
-    has_model = name in read_receipts(run)
+    has_model = name in confirmed(run)
     said = _last_said(name, events)
     if has_model and not any(name in entry["participants"] for entry in history):
         return f"{said}; has the finished model"

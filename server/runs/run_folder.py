@@ -7,7 +7,7 @@ checkpoints/            one file per finished round: model, server optimizer, hi
 client-privacy.jsonl    with client-level privacy: its account; of a real run it is in the federation's folder
 selection.key           with amplification by sampling: the secret that draws who takes part
 stopped.json            why the run ended before its last round, if it did
-trail.jsonl             of a real run: requests and answers with their signatures (trail.py)
+trail.jsonl             of a real run: requests and answers with their signatures (deployment/trail.py)
 inbox/                  during a round: updates that came before their turn
 quarantine/             updates that were refused, as they came (rounds/buffers.py)
 delivered.json          who has confirmed the finished model (rounds/model_delivery.py)
@@ -19,10 +19,12 @@ model/ summary.json report.html    at the end
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +91,8 @@ class RunFolder:
 
     Args:
         path: The folder.
-        imports_parts: Whether the plan's strategy is checked against the parts that it names, which loads PyTorch. False where the
-            folder is only looked at.
+        imports_parts: Whether the plan's strategy is checked against the parts that it names, which loads PyTorch. False where
+            the folder is only looked at.
 
     Raises:
         RunError: When it is not the folder of a run.
@@ -210,6 +212,25 @@ class RunFolder:
         """Keeps a second process off the same run during the block. Raises RunError."""
         with lock_folder(self.path):
             yield
+
+
+def new_folder(name: str, runs: Path = Path("runs")) -> Path:
+    """runs/<time>-<plan>, not yet taken."""
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"
+    candidates = [runs / stem, *(runs / f"{stem}-{i}" for i in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())
+
+
+def empty_folder(path: Path) -> Path:
+    """The folder itself, as an absolute path. Raises RunError where something is in it already."""
+    path = path.expanduser().resolve()
+    if (path / "run.json").exists():
+        raise RunError(
+            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out"
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} is not an empty folder: expected a new one for the run; choose another --out")
+    return path
 
 
 @contextmanager

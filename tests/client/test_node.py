@@ -28,7 +28,7 @@ from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.node import node as node_module
 from cotune.client.node.node import Node, run_node
 from cotune.client.node.worker import ResidentDied
-from cotune.client.training.observe import observing
+from cotune.client.training.observe import observe_client
 from cotune.errors import DataError, RunError
 from cotune.flower.chunks import CutOff
 from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
@@ -245,7 +245,7 @@ def test_what_the_node_refuses_is_in_the_log_of_what_was_sent(tmp_path: Path, st
 def test_an_observer_is_told_what_people_want_to_know(tmp_path: Path, stop: threading.Event) -> None:
     seen: list[str] = []
     broken = FakeFleet(stop, request(1), request(2), receive=[None, FleetError("broken")])
-    with observing(lambda what, about: seen.append(f"{what} {about.get('round') or about.get('reason', '')}".strip())):
+    with observe_client(lambda what, about: seen.append(f"{what} {about.get('round') or about.get('reason', '')}".strip())):
         stay(Node(tmp_path, FakeWorker(), stop), broken, FakeFleet(stop, request(2), archive=zipped("evil.py")))
     assert seen == ["connected", "begun 1", "answered 1", "disconnected broken", "connected", "begun 2", "answered 2"]
 

@@ -20,7 +20,7 @@ from cotune.client.budget import budget_of, check_examples, noise_multiplier, pl
 from cotune.client.site import Site
 from cotune.client.training import round as training
 from cotune.client.training import setup as setting
-from cotune.client.training.observe import observing
+from cotune.client.training.observe import observe_client
 from cotune.client.training.round import train_round
 from cotune.data.tasks.task import example_losses, logits
 from cotune.data.tasks.text import collator
@@ -207,7 +207,7 @@ def test_empty_batches(make_plan: MakePlan, make_site: MakeSite, state_for: Stat
     """With one expected record per step, a third of the batches is empty: that none of 40 is has a probability of 1e-8."""
     told: list[dict[str, Any]] = []
     plan = make_plan(train=mode, privacy=privacy, local={"batch_size": 1 / 60, "steps": 40, "learning_rate": 0.01})
-    with observing(lambda what, details: told.append(details) if what == "step" else None):
+    with observe_client(lambda what, details: told.append(details) if what == "step" else None):
         update = train_round(plan, make_site(), 1, state_for(plan))
     assert update.steps == 40
     assert [t["step"] for t in told] == list(range(1, 41))
@@ -583,7 +583,7 @@ def test_observers_are_told_of_every_step(
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
     told: list[tuple[str, dict[str, Any]]] = []
     plan = make_plan(privacy=PRIVATE)
-    with observing(lambda what, details: told.append((what, details))):
+    with observe_client(lambda what, details: told.append((what, details))):
         site = make_site()
         update = train_round(plan, site, 1, state_for(plan))
     distinct = len(set(site.holdings(plan.labels).inputs()))

@@ -22,7 +22,7 @@ from cotune.protocol.messages import decode_header
 from cotune.protocol.signatures import SIGNED, detach
 from cotune.server.deployment.creation import found
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
-from cotune.server.runs.create import real_run
+from cotune.server.deployment.new_run import real_run
 from tests.deployment.test_supervisor import free_port, serving, until
 
 pytestmark = pytest.mark.long

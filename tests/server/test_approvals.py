@@ -17,8 +17,8 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.status import look
 from cotune.server.rounds import requests as approvals
 from cotune.server.rounds import requests as asking
-from cotune.server.rounds.exclusions import strikes_of
 from cotune.server.rounds.requests import Approvals, awaits_approval
+from cotune.server.runs.exclusions import strikes_of
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as superlink_transport

@@ -19,9 +19,9 @@ from cotune.errors import RunError
 from cotune.flower.chunks import Malformed, TooMuch
 from cotune.flower.runtime_client import RunStopped
 from cotune.protocol.messages import Request
+from cotune.server.app import train_rounds
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.rounds import requests as asking
-from cotune.server.rounds.loop import run_rounds
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import Answer, NewRun, adding, model_of, update
@@ -41,7 +41,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def play(folder: RunFolder, grid: WildGrid) -> Progress:
-    return run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    return train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
 
 
 def everybody(*values: float) -> dict[str, Answer]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.errors import RunError
-from cotune.server.rounds.loop import run_rounds
-from cotune.server.runs.events import Events, follow, listening, read_events
+from cotune.server.app import train_rounds
+from cotune.server.runs.events import Events, follow, observe_run, read_events
 from cotune.server.runs.run_folder import RunFolder
 from tests.server.conftest import NewRun, adding, federation, model_of
 from tests.server.wild import full_disk
@@ -75,7 +75,7 @@ def test_listeners_hear_what_is_written_during_their_block_only(path: Path) -> N
     events = Events(path)
     heard = list[Any]()
     events.tell("before")
-    with pytest.raises(ValueError, match="end of the block"), listening(lambda event, fields: heard.append((event, fields))):
+    with pytest.raises(ValueError, match="end of the block"), observe_run(lambda event, fields: heard.append((event, fields))):
         events.tell("within", round=1)
         Events(path, silent=True).tell("silent")
         raise ValueError("end of the block")
@@ -156,9 +156,9 @@ def test_every_event_of_a_run_has_the_documented_fields(new_run: NewRun) -> None
 
     answers = {"a": adding(1.0), "b": fails_later, "c": fails}
     with pytest.raises(RunError):
-        run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
+        train_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
     again = {**answers, "b": adding(1.0)}
-    run_rounds(federation(folder.plan, again), folder, model_of(folder.plan), lambda state: None)
+    train_rounds(federation(folder.plan, again), folder, model_of(folder.plan), lambda state: None)
     events = told(folder.path / "events.jsonl")
     assert [event["event"] for event in events] == [
         *("run_started", "round_started", "update_received", "update_received", "update_dropped", "round_finished"),

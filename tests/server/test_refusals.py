@@ -9,7 +9,7 @@ import pytest
 
 from cotune.server.deployment import refusals
 from cotune.server.deployment.refusals import Refusals, Watch, read_refusals, read_strangers
-from cotune.server.runs.events import Events, listening, read_events
+from cotune.server.runs.events import Events, observe_run, read_events
 from cotune.storage.files import atomic_write
 
 
@@ -95,7 +95,7 @@ def test_a_damaged_file_is_none(file: Path, content: bytes) -> None:
 def events(tmp_path: Path, file: Path) -> Iterator[Events]:
     """Of a run that begins when the test does, watched as the process that plays it does."""
     made = Events(tmp_path / "events.jsonl")
-    with listening(Watch(file, made)):
+    with observe_run(Watch(file, made)):
         yield made
 
 
@@ -121,7 +121,7 @@ def test_the_run_names_anyone_who_was_refused_since_it_looked_last(file: Path, e
 def test_what_was_refused_before_the_run_is_not_of_it(file: Path, tmp_path: Path) -> None:
     noted(file, "south", 7)
     made = Events(tmp_path / "events.jsonl")
-    with listening(Watch(file, made)):
+    with observe_run(Watch(file, made)):
         made.tell("round_finished", round=1)
         assert told(made) == []
         noted(file, "south", 1)
@@ -148,14 +148,14 @@ def test_what_was_refused_between_a_kill_and_the_next_process_is_told_once(file:
     """The next process begins where the events end, and not with what the front has counted meanwhile."""
     noted(file, "south", 7)
     first = Events(tmp_path / "events.jsonl")
-    with listening(Watch(file, first)):
+    with observe_run(Watch(file, first)):
         noted(file, "south", 2)
         first.tell("round_finished", round=1)
         noted(file, "south", 3)  # it is killed before it looks again
     noted(file, "north", 1)
     for _ in range(2):
         again = Events(tmp_path / "events.jsonl")
-        with listening(Watch(file, again)):
+        with observe_run(Watch(file, again)):
             again.tell("run_started", rounds=2)
     assert [(who, count) for who, count, _ in told(again)] == [("south", 2), ("south", 3), ("north", 1)]
 
@@ -165,7 +165,7 @@ def test_a_damaged_beginning_is_begun_anew(file: Path, tmp_path: Path, content: 
     noted(file, "south", 7)
     (tmp_path / "refused-before.json").write_bytes(content)
     events = Events(tmp_path / "events.jsonl")
-    with listening(Watch(file, events)):
+    with observe_run(Watch(file, events)):
         noted(file, "south", 1)
         events.tell("round_finished", round=1)
     assert [(who, count) for who, count, _ in told(events)] == [("south", 1)]

@@ -17,6 +17,7 @@ import pytest
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.new_run import real_run
 from cotune.server.deployment.run_controller import (
     PollInterval,
     check_none_unfinished,
@@ -27,7 +28,6 @@ from cotune.server.deployment.run_controller import (
     only_follower,
     run_to_completion,
 )
-from cotune.server.runs.create import real_run
 from cotune.server.runs.events import Events
 from cotune.server.runs.run_folder import RunFolder, lock_folder
 from tests.server.coordinators import FakeSuperLink, Step, away, founded

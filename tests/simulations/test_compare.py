@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.client.training.observe import observing
+from cotune.client.training.observe import observe_client
 from cotune.errors import PlanError, RunError
 from cotune.reporting.comparison_statistics import Comparison, Variation
 from cotune.server.runs.run_folder import lock_folder
@@ -84,7 +84,7 @@ def test_one_seed_gives_every_strategy_the_same_start(found: Comparison, plan_fi
         if what == "step" and details["round"] == 1:
             losses.append((details["organization"], details["step"], details["loss"]))
 
-    with observing(watch):
+    with observe_client(watch):
         again = compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path / "out", jobs=1, device="cpu")
     assert len(losses) == 2 * 2 * 2  # strategies, organizations, steps
     assert losses[:4] == losses[4:]

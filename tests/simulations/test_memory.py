@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cotune.server.runs.events import listening
+from cotune.server.runs.events import observe_run
 from cotune.simulations.run import resume, simulate
 from tests.simulations.conftest import NewPlan
 from tests.simulations.test_resume import tensors_of
@@ -52,7 +52,7 @@ def test_cut_off_after_every_update(toy_plan: NewPlan, tmp_path: Path, kind: str
 
     while True:
         try:
-            with listening(cut):
+            with observe_run(cut):
                 resume(run) if (run / "run.json").exists() else simulate(plan, run, device="cpu")
             break
         except CutOff:

@@ -24,7 +24,7 @@ from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.server.runs.events import listening, read_events
+from cotune.server.runs.events import observe_run, read_events
 from cotune.simulations.run import resume, simulate
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan, final_model, same
@@ -228,7 +228,7 @@ def test_without_any_budget_left_the_organization_says_so(toy_plan: NewPlan, tmp
             [charge] = account.charges()
             account.reserve(charge.plan_id, 1, replace(charge.steps, count=500), data=charge.data)
 
-    with listening(spends):
+    with observe_run(spends):
         result = simulate(plan, run, device="cpu")
     dropped = [entry["dropped"] for entry in result.summary["rounds"]]
     assert [[d["organization"] for d in each] for each in dropped] == [[], ["org-2"], ["org-2"]]
@@ -252,7 +252,7 @@ def stopped(toy_plan: NewPlan, tmp_path: Path) -> Path:
     source = write_csv(tmp_path / "mine.csv", sentences(240))
     base = shutil.copytree(toy_plan().model.base, tmp_path / "base")
     plan = toy_plan(data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0})
-    with pytest.raises(RunError, match="round 2 got 1 of 2 updates"), listening(breaks):
+    with pytest.raises(RunError, match="round 2 got 1 of 2 updates"), observe_run(breaks):
         simulate(plan, run, device="cpu")
     (site / "aside").rename(site / "data.json")
     return run

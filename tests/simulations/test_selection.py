@@ -17,7 +17,7 @@ from cotune.errors import CotuneError, PlanError, PrivacyError, RunError
 from cotune.plan.load import load_plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.reporting.comparison_statistics import Variation
-from cotune.server.runs.events import listening
+from cotune.server.runs.events import observe_run
 from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import cells_of, parse_variation
@@ -157,7 +157,7 @@ def test_a_run_that_fails_is_a_result_like_any_other(private_plan: Path, tmp_pat
     for _ in range(2):  # it is not tried again
         with (
             pytest.raises(RunError, match="no run ended with a model"),
-            listening(lambda event, fields: played.append(event)),
+            observe_run(lambda event, fields: played.append(event)),
         ):
             selected(private_plan, tmp_path / "none", norms)
     assert played.count("run_failed") == 1
@@ -236,7 +236,7 @@ def test_whenever_it_is_killed_at_the_end_the_same_run_is_released(
         selected(plan, out)
         shutil.copytree(whole / "private", out / "private")
     started: list[str] = []
-    with listening(lambda event, _: started.append(event)):
+    with observe_run(lambda event, _: started.append(event)):
         found = selected(plan, out)
     assert not started, "what is finished is not played again"
     assert found.test["accuracy"] == expected
@@ -247,7 +247,7 @@ def test_whenever_it_is_killed_at_the_end_the_same_run_is_released(
 def test_a_finished_selection_is_shown_again_and_not_drawn_again(private_plan: Path, tmp_path: Path) -> None:
     found = selected(private_plan, tmp_path / "out", mean=1.0)
     again: list[str] = []
-    with listening(lambda event, _: again.append(event)):
+    with observe_run(lambda event, _: again.append(event)):
         assert selected(private_plan, tmp_path / "out", mean=1.0) == found
     assert not again
 
@@ -261,7 +261,7 @@ def test_a_run_that_is_cut_off_from_outside_is_no_result(private_plan: Path, tmp
         if event == "run_finished":
             blocked.touch()  # the export cannot be written
 
-    with pytest.raises(RunError, match="cut off"), listening(blocks):
+    with pytest.raises(RunError, match="cut off"), observe_run(blocks):
         selected(private_plan, out)
     blocked.unlink()
     assert not (out / "released").exists()

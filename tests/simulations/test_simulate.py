@@ -26,8 +26,8 @@ from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import two_digits
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.server.runs.create import new_folder
-from cotune.server.runs.events import listening, read_events
+from cotune.server.runs.events import observe_run, read_events
+from cotune.server.runs.run_folder import new_folder
 from cotune.simulations.run import Run, simulate
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan, final_model, same
@@ -427,7 +427,7 @@ def test_an_organization_whose_training_fails_in_one_round_is_shown_as_dropped(t
             aside = site / "data.aside"
             (site / "data.json").rename(aside) if event == "round_started" else aside.rename(site / "data.json")
 
-    with listening(breaks_in_round_two):
+    with observe_run(breaks_in_round_two):
         result = simulate(toy_plan(), tmp_path / "run", device="cpu")
     rounds = result.summary["rounds"]
     assert [r["participants"] for r in rounds] == [["org-1", "org-2"], ["org-1"], ["org-1", "org-2"]]
@@ -448,7 +448,7 @@ def test_a_baseline_that_cannot_be_trained_does_not_cost_the_run(toy_plan: NewPl
         if event == "baseline_started" and fields["baseline"] == "alone/org-1":
             (tmp_path / "run" / "baselines" / "alone" / "org-1" / "site" / "data.json").unlink()
 
-    with listening(breaks):
+    with observe_run(breaks):
         result = simulate(toy_plan(), tmp_path / "run", device="cpu")
     test, (first, second) = result.summary["test"], result.summary["organizations"]
     assert set(test["alone"]["each"]) == {"org-2"}
