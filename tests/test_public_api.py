@@ -14,7 +14,7 @@ import cotune
 from cotune.client.site_folder import SiteFile
 from cotune.server.deployment.new_run import real_run
 from cotune.server.runs.run_folder import Progress
-from tests.server.coordinators import founded
+from tests.support.federations import founded
 
 HEAVY = {"torch", "transformers", "opacus", "flwr", "pandas", "scipy", "numpy"}
 SLOW = HEAVY - {"numpy"}

@@ -23,7 +23,7 @@ from cotune.protocol.signatures import SIGNED, detach
 from cotune.server.deployment.creation import found
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.new_run import real_run
-from tests.deployment.test_supervisor import free_port, serving, until
+from tests.support.served import free_port, serving, until
 
 pytestmark = pytest.mark.long
 
