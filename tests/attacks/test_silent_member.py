@@ -12,20 +12,21 @@ from flwr.app import MessageType
 from cotune.plan.tables import RoundsConfig
 from cotune.server.app import train_rounds
 from cotune.server.outcomes import Accepted
-from cotune.server.rounds import round as asking
+from cotune.server.rounds import round as round_module
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
 from cotune.server.runs.exclusions import left_out, strikes_of
 from cotune.server.transport import superlink as superlink_transport
-from tests.server.conftest import NewRun, adding, model_of
-from tests.server.wild import real, told, wild
+from tests.support.organizations import adding, model_of
+from tests.support.run_folders import NewRun
+from tests.support.unreliable_grid import real, told, wild
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(round_module, "_POLL_SECONDS", 0.01)
 
 
 def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRun) -> None:
