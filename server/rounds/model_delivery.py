@@ -118,6 +118,7 @@ class _Delivery:
         self._organizations = list(requests.contents)
         self._outcomes: dict[str, Outcome] = {}
         self._began = time.monotonic()
+        self._has_looked = False  # whether who is connected was known when organizations were asked last
         self._confirmed_before = len(confirmed(self._folder))
 
     @property
@@ -133,6 +134,7 @@ class _Delivery:
     def run(self) -> list[str]:
         """Ask until everybody has an outcome or had enough time, and return who has not confirmed."""
         while not self._is_over():
+            self._has_looked = self._transport.last_seen() > 0
             self._tracker.ask()
             self._tracker.ask_reconnected()
             for reply in self._tracker.receive(_POLL_SECONDS):
@@ -165,8 +167,8 @@ class _Delivery:
             timeout = self._timeout()
             are_silent = all(now - self._tracker.asked_at(name) > timeout for name in waiting)
             return are_silent and (not self._tracker.idle or seconds > self._absent_seconds)
-        has_looked = self._transport.last_seen() > 0
-        return not self._tracker.idle or seconds > max(self._absent_seconds, 0.0 if has_looked else _FIRST_LOOK_SECONDS)
+        first_look = 0.0 if self._has_looked else _FIRST_LOOK_SECONDS
+        return not self._tracker.idle or seconds > max(self._absent_seconds, first_look)
 
     def _handle(self, reply: Reply) -> None:
         name = reply.organization
