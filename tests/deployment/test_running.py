@@ -18,7 +18,8 @@ import pytest
 from cotune.client.site_setup import make_site
 from cotune.plan.load import parse_plan
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.server.deployment.federation import ServerConfig, found
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.federation import ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.runs.events import follow
 from tests.support.datasets import sentences, write_csv

@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan, preset_names
 from cotune.protocol.federation_file import Invitation, read_invitation
-from cotune.protocol.messages import PROTOCOL
+from cotune.protocol.version import PROTOCOL
 
 
 def authority() -> str:

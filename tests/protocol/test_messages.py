@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cotune.errors import RunError
 from cotune.protocol.messages import (
-    PROTOCOL,
     Receipt,
     Recipient,
     Request,
@@ -32,6 +31,7 @@ from cotune.protocol.messages import (
     salt_of,
     state_digest,
 )
+from cotune.protocol.version import PROTOCOL
 from cotune.strategies import Update
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)  # () and empty ones included

@@ -18,7 +18,8 @@ import tomli_w
 from cotune.client.site_setup import make_site
 from cotune.plan.load import load_plan
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Progress, RunFolder

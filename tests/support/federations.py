@@ -10,7 +10,8 @@ from typing import Any
 from cotune.flower.control_client import RunState, SuperLinkAway
 from cotune.flower.nodes import RegisteredNode
 from cotune.plan.load import parse_plan
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from tests.support.unreliable_grid import LINES
 
 Step = Callable[[int], RunState | None]  # what a state call answers; it may write events, or raise

@@ -13,7 +13,8 @@ from cotune.models.base_model import find_base
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.deployment import certificates
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, address_of, found, renew, write_config
+from cotune.server.deployment.creation import found, renew
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, address_of, write_config
 from cotune.server.deployment.signing import public_hex, read_signing_key
 from tests.support.datasets import sentences, write_csv
 

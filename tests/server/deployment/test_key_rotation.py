@@ -26,8 +26,9 @@ from cotune.protocol.signatures import TRAIN, UPDATE, content_digest
 from cotune.protocol.trail import compare, of_coordinator, of_organization
 from cotune.server.deployment import certificates
 from cotune.server.deployment import key_rotation as rotation
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
-from cotune.server.deployment.federation import renew as renew_certificate
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.creation import renew as renew_certificate
+from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.deployment.signing import public_hex, public_keys, read_signing_key
 from cotune.server.deployment.trail import SignedTrail, keys_of, read_trail

@@ -16,7 +16,8 @@ import pytest
 from cotune.errors import RunError
 from cotune.plan.load import parse_plan
 from cotune.server.deployment import certificates, supervisor
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.processes import Child, running
 from cotune.server.deployment.supervisor import supervise
 
