@@ -27,7 +27,7 @@ from cotune.data.partition import PartitionConfig, Rows, UnitGroups, deal_alike,
 from cotune.data.records import Records, check_labels, is_one_source, organization_files, organization_name, read_records
 from cotune.errors import DataError, PlanError
 from cotune.models.base_folder import base_labels
-from cotune.models.base_model import find_base
+from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of

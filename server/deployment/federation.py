@@ -32,7 +32,7 @@ from cotune.data.readers.sources import check_new, path_of_base
 from cotune.data.records import check_labels, read_records
 from cotune.errors import PlanError, RunError
 from cotune.models.base_folder import base_labels
-from cotune.models.base_model import find_base
+from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.plan.load import dump_plan, load_plan
 from cotune.plan.schema import Plan

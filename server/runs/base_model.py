@@ -7,7 +7,7 @@ in server.toml, and in run.json of each run.
 from __future__ import annotations
 
 from cotune.data.readers.sources import path_of_base
-from cotune.models.base_model import FOLDER
+from cotune.models.base_lookup import FOLDER
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan

@@ -25,11 +25,13 @@ from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS
 from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import Example
 from cotune.models.encoding import encoded_examples
-from cotune.models.features import FEATURE_SLOTS, are_kept, encode_batch, feature_head
+from cotune.models.feature_head import feature_head
+from cotune.models.feature_precision import FEATURE_SLOTS
+from cotune.models.features import are_kept, encode_batch
 from cotune.models.head_fit import fit_head, head_names
 from cotune.models.trainable import TrainableModel
+from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import private_steps
 from cotune.simulations.baselines import fits_alone

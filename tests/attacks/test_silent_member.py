@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.server.rounds import requests as asking
 from cotune.server.rounds.exclusions import left_out, strikes_of
 from cotune.server.rounds.loop import run_rounds

@@ -21,7 +21,7 @@ from cotune.data.tasks.task import example_losses, logits, task_named
 from cotune.errors import DataError
 from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.trainable import TrainableModel
 from tests.conftest import ARCHITECTURES
 
