@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # takes seconds to import, which commands that load no model 
 
 
 FOLDER = "folder:"  # before the name of a base model that its coordinator has in a folder, which members are not told
-
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 

@@ -22,7 +22,6 @@ from cotune.models.architecture import AlignedRows, encoder_name
 from cotune.models.trainable import TrainableModel
 
 _FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)
-
 _readouts: WeakKeyDictionary[TrainableModel, str | None] = WeakKeyDictionary()
 
 

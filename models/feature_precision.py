@@ -17,7 +17,6 @@ from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.trainable import TrainableModel
 
 FEATURE_SLOTS = 64  # rows of every forward pass: a public constant
-
 _mixing: WeakKeyDictionary[TrainableModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 

@@ -45,7 +45,8 @@ from cotune.server.app import play
 from cotune.server.rounds.evaluation import Judge, evaluate, predict
 from cotune.server.rounds.loop import final_params
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.simulations.prepare import Prepared, Share, make_site
+from cotune.simulations.prepare import Prepared, make_site
+from cotune.simulations.split import Share
 from cotune.strategies.config import StrategyConfig
 
 ALONE = "alone"

@@ -30,7 +30,7 @@ from transformers import AutoModel
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import setting_of
 from cotune.data.dataset import Dataset
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.models.encoding import encoded_examples
 from cotune.models.feature_head import vectors_of
 from cotune.models.trainable import State, TrainableModel

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from cotune.client.training.setup import check_stages
 from cotune.data.config import DataConfig
 from cotune.data.readers.images import Image
-from cotune.data.records import Records, organization_files, read_records
+from cotune.data.record_files import organization_files, read_records
+from cotune.data.records import Records
 from cotune.data.tasks.task import logits, task_named
 from cotune.errors import DataError, ModelError, PrivacyError
 from cotune.models.base_model import load_model

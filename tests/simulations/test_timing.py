@@ -15,7 +15,8 @@ from cotune.models.encoding import encoded_examples
 from cotune.models.feature_precision import FEATURE_SLOTS
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.simulations.forecast.timing import Seconds, Stopwatch, by_length, estimate, measure
+from cotune.simulations.forecast.stopwatch import Seconds, Stopwatch, by_length, measure
+from cotune.simulations.forecast.timing import estimate
 from cotune.simulations.prepare import Prepared, prepare
 from tests.simulations.conftest import NewPlan
 
