@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -20,11 +19,12 @@ from torch import Tensor
 from cotune.data.tasks.batching import FINE_LENGTHS, fixed_batches
 from cotune.data.tasks.text import IGNORED, Example
 from cotune.data.types import Input, answer_count, content_of
+from cotune.errors import RunError
 from cotune.models.check_cache import cache_folder
 from cotune.models.feature_head import get_readout, vectors_of
 from cotune.models.feature_precision import FEATURE_SLOTS, feature_dtype
 from cotune.models.trainable import State, TrainableModel
-from cotune.storage.files import atomic_write
+from cotune.storage.files import atomic_write, exclusive_lock
 
 Progress = Callable[[int, int], None]  # (records encoded, records in all)
 
@@ -42,15 +42,19 @@ def features_of(
     assert reading is not None, "feature_head said that there are none"
     dtype = feature_dtype(model, precision)
     file = _file_of(model, inputs, state, reading, dtype)
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):  # several processes of one run want the same features: one computes
-            found = _read(file, sum(map(answer_count, inputs)))
-            if found is None:
-                found = _compute(model, inputs, dtype, progress)
+    with contextlib.ExitStack() as held:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # several processes of one run want the same features: one computes
+            held.enter_context(exclusive_lock(file.with_name(f"{file.name}.lock")))
+        except (OSError, RunError):
+            return _compute(model, inputs, dtype, progress)  # nowhere to write: compute every time
+        found = _read(file, sum(map(answer_count, inputs)))
+        if found is None:
+            found = _compute(model, inputs, dtype, progress)
+            with contextlib.suppress(OSError):  # a full disk: the next process computes them again
                 _write(file, found)
-            return found
-    return _compute(model, inputs, dtype, progress)  # nowhere to write: compute every time
+        return found
 
 
 def are_kept(model: TrainableModel, inputs: Sequence[Input], precision: str) -> bool:

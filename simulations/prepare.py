@@ -28,8 +28,8 @@ from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
+from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.runs.suitability import check_feasible
 from cotune.simulations.record_notes import LeftOut, data_notes, left_out_of
 from cotune.simulations.split import Share, split_records
 from cotune.storage.files import atomic_write

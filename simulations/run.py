@@ -15,10 +15,9 @@ from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.reporting.model_card import CARD
 from cotune.reporting.run_report import write_report
-from cotune.server.rounds.loop import final_params
-from cotune.server.runs.create import empty_folder, new_folder
 from cotune.server.runs.results import dumps, run_card
-from cotune.server.runs.run_folder import RunFolder
+from cotune.server.runs.run_folder import RunFolder, empty_folder, new_folder
+from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     export_each,
     personalize,

@@ -16,9 +16,9 @@ from cotune.privacy.claim import Claim, claim_of, figures_of, worst
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.privacy_statement import all_models_statement, statement
 from cotune.server.rounds.evaluation import predict
-from cotune.server.rounds.loop import final_params
 from cotune.server.runs.results import identity, performance
 from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,
