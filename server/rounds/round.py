@@ -20,7 +20,7 @@ from statistics import median_high
 from typing import Protocol
 
 from cotune.errors import RunError
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
 from cotune.server.rounds.approvals import NOT_APPROVED, PendingApprovals, awaits_approval
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits

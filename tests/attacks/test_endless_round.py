@@ -16,7 +16,7 @@ from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.errors import Declined as DeclinedByRule
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.server.outcomes import Accepted, Declined, Outcome
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection

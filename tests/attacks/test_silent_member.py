@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from flwr.app import MessageType
 
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.server.app import train_rounds
 from cotune.server.outcomes import Accepted
 from cotune.server.rounds import round as round_module
