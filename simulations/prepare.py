@@ -38,6 +38,7 @@ from cotune.privacy.mechanisms.random import seeded_generator
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.suitability import check_feasible
+from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
 
 LeftOut = Mapping[Path | None, Mapping[str, int]]
@@ -408,4 +409,4 @@ def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], devi
     write_holdings(folder / "data.json", plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
         atomic_write(folder / "policy.toml", dump_policy(shares[0].policy(plan)).encode())
-    atomic_write(folder / "site.json", SiteFile(organization=name, simulated=True, device=device).model_dump_json().encode())
+    JsonDocument(folder / "site.json", SiteFile).write(SiteFile(organization=name, simulated=True, device=device))

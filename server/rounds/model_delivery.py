@@ -8,7 +8,6 @@ and at least `server.least_seconds`, as in a round; it gets it when the run is c
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -32,8 +31,7 @@ from cotune.server.runs.trail import Trail
 from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import Node, members_of
 from cotune.server.transport.superlink import post_of
-from cotune.storage.documents import parse_json
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
 
 _POLL_SECONDS = 0.1
 _EXPORT_SECONDS = 600.0  # how long an organization may take to write its model
@@ -46,14 +44,12 @@ _LOOK_SECONDS = 10.0  # for the first look at who is connected, however short th
 
 def confirmed(folder: RunFolder) -> dict[str, str]:
     """Organization -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
-    file = folder.path / "delivered.json"
-    try:
-        found = parse_json(file.read_bytes())
-        return {str(name): str(at) for name, at in found.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError):
-        raise RunError(f"{file} is damaged: expected organizations with times; remove it to hand the model out again") from None
+    return _delivered_file(folder).read() or {}
+
+
+def _delivered_file(folder: RunFolder) -> JsonDocument[dict[str, str]]:
+    advice = "expected organizations with times; remove it to hand the model out again"
+    return JsonDocument(folder.path / "delivered.json", dict[str, str], advice=advice)
 
 
 def deliver(grid: Grid, folder: RunFolder) -> list[str]:
@@ -210,8 +206,7 @@ class _Delivery:
             self._undelivered(name, reason)
             return False
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        document = json.dumps({**confirmed(self._folder), name: now}, ensure_ascii=False, indent=1)
-        atomic_write(self._folder.path / "delivered.json", document.encode())
+        _delivered_file(self._folder).write({**confirmed(self._folder), name: now})
         self._took.append(time.monotonic() - self._asked_at[name])
         self._folder.events.tell("delivered", organization=name)
         return True

@@ -17,7 +17,7 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.base_model import without_place
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.suitability import check_counts, check_feasible, notes_of
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
 
 
 def new_folder(name: str, runs: Path = Path("runs")) -> Path:
@@ -97,4 +97,4 @@ def _write_test(federation: FederationFolder, plan: Plan, path: Path) -> None:
     """All of its records, read as the plan reads records."""
     if file := _test_file(federation):
         document = DatasetManifest(task=plan.task, data=plan.data.without_units(), portions=(FileSlice(path=file),))
-        atomic_write(path / "test" / "data.json", document.model_dump_json(indent=1).encode())
+        JsonDocument(path / "test" / "data.json", DatasetManifest).write(document)
