@@ -14,20 +14,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import httpx
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from cotune.errors import RunError
 from cotune.flower.chunks import CutOff, Malformed, TooMuch
-from cotune.flower.runtime_client import Line, RunStopped, line_of
-from cotune.server.runs.run_folder import RunFolder
-from cotune.server.transport.base import InProcessTransport, Reply, Transport
-from cotune.server.transport.node_registry import Node, NodeRegistry, Registered, Simulated
+from cotune.flower.runtime_client import Line, RunStopped
+from cotune.server.transport.base import Reply
+from cotune.server.transport.node_registry import Node, NodeRegistry
 
 _WATCH_SECONDS = 0.5  # between two looks at who is connected
 _SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach
@@ -43,13 +40,6 @@ _CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
 _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
 
 Tell = Callable[..., None]
-
-
-def post_of(grid: Grid, folder: RunFolder) -> Transport:
-    if not folder.file.federation:
-        return InProcessTransport(grid, Simulated(grid, [participant.name for participant in folder.file.participants]))
-    line = line_of(grid)
-    return SuperLinkTransport(line, Registered(line, Path(folder.file.federation)), folder.events.tell)
 
 
 @dataclass(eq=False)
