@@ -181,8 +181,9 @@ def test_one_that_cannot_is_shown_and_one_that_was_lost_is_asked_again(new_run: 
 def test_a_damaged_list_is_a_run_error(new_run: NewRun) -> None:
     folder = finished(new_run)
     (folder.path / "delivered.json").write_text("[]")
-    with pytest.raises(RunError, match=r"delivered\.json is damaged: expected organizations with times"):
+    with pytest.raises(RunError, match=r"delivered\.json is damaged .*: expected organizations with times") as error:
         confirmed(folder)
+    assert error.value.code == "run.damaged_document"
 
 
 # --- the app
