@@ -16,6 +16,7 @@ from cotune.flower.control_client import place_of
 from cotune.flower.runtime_client import line_of
 from cotune.models.trainable import State, TrainableModel
 from cotune.printable import clean_output
+from cotune.reporting.documents.events import RunFailed
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import Watch
@@ -69,8 +70,8 @@ def _failures_told(folder: RunFolder) -> Iterator[None]:
 
 def _tell_failure(folder: RunFolder, reason: str) -> None:
     told = read_events(folder.events.path)[-1:] if folder.events.path.exists() else []
-    if not told or (told[0]["event"], told[0].get("reason")) != ("run_failed", reason):
-        folder.events.tell("run_failed", round=min(folder.last_round + 1, folder.plan.rounds), reason=reason)
+    if not told or (told[0].event, told[0].get("reason")) != ("run_failed", reason):
+        folder.events.write(RunFailed(round=min(folder.last_round + 1, folder.plan.rounds), reason=reason))
 
 
 def train(grid: Grid, folder: RunFolder) -> None:
@@ -126,7 +127,7 @@ def open_session(grid: Grid, folder: RunFolder) -> Session:
 
 def _open_superlink(grid: Grid, folder: RunFolder, members: Members) -> SuperLinkTransport:
     line = line_of(grid)
-    return SuperLinkTransport(line, RegisteredNodes(line, lambda: _read_roster(members)), folder.events.tell)
+    return SuperLinkTransport(line, RegisteredNodes(line, lambda: _read_roster(members)), folder.events.write)
 
 
 def _read_roster(members: Members) -> Roster:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cotune.errors import RunError
 from cotune.models.export import export_model
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
+from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.model_card import CARD
 from cotune.reporting.run_report import write_report
 from cotune.server.runs.results import dumps, run_card
@@ -34,7 +33,7 @@ class Run:
     """A finished run: its folder and its summary (see docs/run-folder.md)."""
 
     folder: Path
-    summary: dict[str, Any]
+    summary: RunSummary
 
 
 Notes = Callable[[Sequence[str]], None]  # what is to be known of the records, for anyone who would stop and mend them
@@ -81,7 +80,7 @@ def resume(path: Path) -> Run:
         prepared = prepare(folder.plan, folder.file.device)
         if (prepared.plan.plan_id, prepared.fingerprint) != (folder.plan.plan_id, folder.file.data):
             raise RunError(f"the data or the model of {path} are not what they were: expected those that plan.toml describes")
-        before = sum(float(entry["seconds"]) for entry in folder.load().history)  # rounds that earlier processes finished
+        before = sum(float(entry.seconds) for entry in folder.load().history)  # rounds that earlier processes finished
         if not folder.finished:
             engine = folder.file.engine if folder.file.engine != "flower" else "ray"  # started by `flwr run`
             check_engine(engine)
@@ -98,10 +97,10 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Run:
     _export(folder, summary)
     atomic_write(folder.path / "summary.json", dumps(summary))
     write_report(summary, folder.path / "report.html")
-    return Run(folder.path, json.loads(dumps(summary)))
+    return Run(folder.path, summary)
 
 
-def _export(folder: RunFolder, summary: dict[str, Any]) -> None:
+def _export(folder: RunFolder, summary: RunSummary) -> None:
     """The model of the run; or, where there is no common one, each organization's in its site."""
     state = final_params(folder.plan, folder.load())
     if folder.plan.keeps_personal:

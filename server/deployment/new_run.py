@@ -14,6 +14,7 @@ from cotune.data.records import check_labels
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
+from cotune.reporting.documents.events import Note
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.plan_checks import check_counts, notes_of
 from cotune.server.rounds.feasibility import check_feasible
@@ -50,7 +51,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     except OSError as error:
         raise RunError(f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access") from None
     for note in notes_of(plan, federation.members.active()):
-        folder.events.tell("note", text=note)
+        folder.events.write(Note(text=note))
     return folder
 
 

@@ -37,6 +37,7 @@ from cotune.protocol.signatures import (
     words_digest,
     words_of,
 )
+from cotune.reporting.documents.trail import ReplySigned, RequestSigned
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.key_rotation import renewals
 from cotune.server.deployment.signing import next_serial, public_keys, read_signing_key
@@ -100,7 +101,7 @@ class SignedTrail:
                 strikes=fate.strikes,
             )
             signature = sign(statement, key)
-            self._log.tell("request", statement=statement.text(), signature=signature, roster=roster)
+            self._log.write(RequestSigned(statement=statement.text(), signature=signature, roster=roster))
             about = {"roster": "\n".join(roster), **({"renewals": renewed} if renewed else {})}
             attach(contents[who.organization], statement, signature, **about)
             self._requests[_answer_to(kind), round, who.organization] = statement.digest
@@ -143,7 +144,7 @@ class SignedTrail:
             return "it is not what its organization has signed"
         if not self._is_of(statement.sender, statement, signed):
             return "its signature is not that of its organization's key"
-        self._log.tell("reply", round=round, **about, statement=signed.text, signature=signed.signature)
+        self._log.write(ReplySigned(round=round, **about, statement=signed.text, signature=signed.signature))
         return ""
 
     def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
@@ -179,6 +180,6 @@ def _answer_to(kind: str) -> str:
 def read_trail(run: Path) -> list[dict[str, Any]]:
     """The lines of a trail: of the folder of a run, or of a copy of its file. Raises RunError where there is none."""
     try:
-        return read_events(run / "trail.jsonl" if run.is_dir() else run)
+        return [entry.as_json() for entry in read_events(run / "trail.jsonl" if run.is_dir() else run)]
     except OSError as error:
         raise RunError(f"{run} has no trail ({error.strerror}): expected that of a run of a federation") from None

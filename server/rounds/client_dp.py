@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from cotune.errors import PrivacyError
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.client_dp import PrivateMean, next_clip_norm
 from cotune.privacy.config import ClientPrivacy
+from cotune.reporting.documents.rounds import ClientPrivacyEntry
 from cotune.server.runs.client_privacy import account_of, client_level_noise
 from cotune.server.runs.run_folder import Progress, RunFolder
 
@@ -66,6 +66,6 @@ class ClientLevelPrivacy:
         """Before the noise of a round is drawn."""
         self.account.charge(round, self.noise.charge)
 
-    def entry(self, before: Progress, mean: PrivateMean) -> dict[str, Any]:
+    def entry(self, before: Progress, mean: PrivateMean) -> ClientPrivacyEntry:
         """What a round's entry in summary.json says."""
-        return {"epsilon": self.account.spent(), "clip_norm": self.clip_norm(before), "unclipped": mean.unclipped}
+        return ClientPrivacyEntry(epsilon=self.account.spent(), clip_norm=self.clip_norm(before), unclipped=mean.unclipped)

@@ -23,13 +23,25 @@ from cotune.plan.schema import Plan
 from cotune.privacy.client_dp import PrivateMean
 from cotune.protocol.messages import Recipient, encode_requests, received_digest
 from cotune.protocol.signatures import TRAIN
-from cotune.server.rounds.accuracy_guard import AccuracyGuard, looks_of, seen, suspects
+from cotune.reporting.documents.events import (
+    ClientExcluded,
+    RoundFinished,
+    RoundNotApplied,
+    RoundStarted,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    RunStopped,
+    WeightIsSmall,
+)
+from cotune.reporting.documents.rounds import MetricsEntry, RoundEntry
+from cotune.server.rounds.accuracy_guard import AccuracyGuard, find_suspects, looks_of, rounded_norms, rounded_weights
 from cotune.server.rounds.buffers import UpdateStore
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.rounds.replies import UpdateReceiver
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
-from cotune.server.rounds.round_result import RoundResult
+from cotune.server.rounds.round_result import RoundResult, metrics_entry
 from cotune.server.rounds.selection import cohort_of, enough, remember_waiting, select
 from cotune.server.rounds.session import ExampleBounds, Session
 from cotune.server.rounds.step import Score, apply_update, begin_round, broadcast_extras, round_context
@@ -107,13 +119,14 @@ def run_rounds(session: Session, model: TrainableModel, evaluate: Evaluate, scor
     plan = folder.plan
     progress = folder.load()
     client_level = ClientLevelPrivacy.of(folder)
-    folder.events.tell(
-        "run_started",
-        folder=str(folder.path),
-        plan=plan.name,
-        plan_id=plan.plan_id,
-        rounds=plan.rounds,
-        resumed_after=progress.round,
+    folder.events.write(
+        RunStarted(
+            folder=str(folder.path),
+            plan=plan.name,
+            plan_id=plan.plan_id,
+            rounds=plan.rounds,
+            resumed_after=progress.round,
+        )
     )
     guard = AccuracyGuard(plan.server.max_accuracy_drop, score, by_test_set=session.is_real)
     with closing(session.open_transport()) as transport:
@@ -131,14 +144,14 @@ def _train(run: _Run, progress: Progress) -> Progress:
             progress = _train_round(run, progress, number)
             folder.save(progress)
         except (RunError, PrivacyError) as error:
-            folder.events.tell("run_failed", round=number, reason=str(error))
+            folder.events.write(RunFailed(round=number, reason=str(error)))
             raise
         except OSError as error:
             reason = f"round {number} cannot go on ({error}): make room, or mend the permissions, then continue with --resume"
-            folder.events.tell("run_failed", round=number, reason=reason)
+            folder.events.write(RunFailed(round=number, reason=reason))
             raise RunError(reason, code="run.not_writable") from None
-        folder.events.tell("round_finished", **progress.history[-1])
-    folder.events.tell("run_finished", rounds=run.plan.rounds)
+        folder.events.write(RoundFinished(**progress.history[-1]))
+    folder.events.write(RunFinished(rounds=run.plan.rounds))
     return progress
 
 
@@ -147,7 +160,7 @@ def _stop(folder: RunFolder, progress: Progress, reason: str) -> Progress:
     if not progress.round:
         raise RunError(f"the run ends without a model: {reason}; start a new run", code="run.no_model")
     folder.stop(reason)
-    folder.events.tell("run_stopped", rounds=progress.round, reason=reason)
+    folder.events.write(RunStopped(rounds=progress.round, reason=reason))
     return progress
 
 
@@ -157,7 +170,7 @@ def _train_round(run: _Run, before: Progress, number: int) -> Progress:
     selection = _select(run, before, number, example_bounds)
     start = _begin(run, before, number)
     stage = run.plan.stage_of(number).mode
-    run.folder.events.tell("round_started", round=number, stage=stage, organizations=list(selection.asked))
+    run.folder.events.write(RoundStarted(round=number, stage=stage, organizations=list(selection.asked)))
     combination = _combination(run, start)
     result = _collect(run, start, selection, combination, example_bounds)
     _check_quorum(run, result)
@@ -195,7 +208,7 @@ def _collect(
         selection,
         _requests(run, start, selection, sent, spec),
         receiver,
-        run.folder.events.tell,
+        run.folder.events.write,
         is_real=run.session.is_real,
     ).collect()
     receiver.end_round()
@@ -240,40 +253,43 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     looks = looks_of(combination)
     kept = _metrics_before(run, start)
     is_applied = run.guard.accepts(served(run.plan, start.state, before.memory), kept, after, metrics)
-    entry = result.entry(run.plan.stage_of(number).mode, metrics, time.monotonic() - began)
-    entry |= {"applied": is_applied, **seen(looks, result.asked), "suspects": [] if is_applied else suspects(looks)}
-    _tell_small_weights(folder, before, number, entry["weights"])
+    known: dict[str, Any] = {
+        "applied": is_applied,
+        "weights": rounded_weights(looks, result.asked),
+        "norms": rounded_norms(looks, result.asked),
+        "suspects": [] if is_applied else find_suspects(looks),
+    }
+    entry = result.entry(run.plan.stage_of(number).mode, metrics, time.monotonic() - began).model_copy(update=known)
+    _report_small_weights(folder, before, entry)
     if not is_applied:
         moved = dict(start.state)
         memory = dict(before.memory)
-        entry |= {"metrics": kept, "metrics_not_applied": entry["metrics"]}
-        accuracy = metrics and metrics.accuracy
-        folder.events.tell("round_not_applied", round=number, accuracy=accuracy, suspects=entry["suspects"])
+        accuracy = None if metrics is None else metrics.accuracy
+        folder.events.write(RoundNotApplied(round=number, accuracy=accuracy, suspects=entry.suspects))
+        entry = entry.model_copy(update={"metrics": kept, "metrics_not_applied": entry.metrics})
     clip_norm = None
     if run.client_level and isinstance(combination, PrivateMean):
-        entry["client_privacy"] = run.client_level.entry(before, combination)
+        entry = entry.model_copy(update={"client_privacy": run.client_level.entry(before, combination)})
         clip_norm = run.client_level.next_clip_norm(before, combination)
     return Progress(number, moved, memory, (*before.history, entry), clip_norm)
 
 
-def _metrics_before(run: _Run, start: _Start) -> Mapping[str, float] | None:
+def _metrics_before(run: _Run, start: _Start) -> MetricsEntry | None:
     """Metrics of the model that the round begins with, where the guard may need them."""
     if not run.guard.active:
         return None
     before = start.before
     if before.history:
-        found: Mapping[str, float] | None = before.history[-1]["metrics"]
-        return found
-    metrics = run.evaluate(served(run.plan, start.state, before.memory))  # of what everybody received
-    return None if metrics is None else metrics.as_dict()
+        return before.history[-1].metrics
+    return metrics_entry(run.evaluate(served(run.plan, start.state, before.memory)))  # of what everybody received
 
 
-def _tell_small_weights(folder: RunFolder, before: Progress, number: int, weights: Mapping[str, float]) -> None:
+def _report_small_weights(folder: RunFolder, before: Progress, entry: RoundEntry) -> None:
     """Once: who trains for the whole ε and has hardly a say, most often because others state their numbers by another rule."""
-    known = {name for entry in before.history for name in entry.get("weights", {})}
-    for name, share in weights.items():
-        if name not in known and share * len(weights) < _SMALL_WEIGHT:
-            folder.events.tell("weight_is_small", round=number, organization=name, weight=share)
+    known = {name for each in before.history for name in each.weights}
+    for name, share in entry.weights.items():
+        if name not in known and share * len(entry.weights) < _SMALL_WEIGHT:
+            folder.events.write(WeightIsSmall(round=entry.round, organization=name, weight=share))
 
 
 def _select(run: _Run, before: Progress, number: int, members: Mapping[str, Any]) -> Selection:
@@ -303,11 +319,11 @@ def _excluded(run: _Run, before: Progress, number: int, members: Mapping[str, An
     folder = run.folder
     struck = left_out(folder, before.history)
     revoked = [who.name for who in folder.file.participants if who.name not in members]
-    known = before.history[-1].get("left_out", []) if before.history else []
+    known = before.history[-1].left_out if before.history else []
     strikes = f"{run.plan.server.strikes} of its updates were refused, or did not come in time"
     for names, reason in ((struck, strikes), (revoked, REVOKED)):
         for name in [name for name in names if name not in known]:
-            folder.events.tell("client_excluded", round=number, organization=name, reason=reason)
+            folder.events.write(ClientExcluded(round=number, organization=name, reason=reason))
     excluded = sorted({*struck, *revoked})
     if len(excluded) >= len(folder.file.participants):
         everybody = ", ".join(excluded)[:500]

@@ -17,6 +17,7 @@ from flwr.app import Message, MessageType, RecordDict
 from cotune.errors import CotuneError, RunError
 from cotune.protocol.messages import Recipient, decode_receipt, encode_requests, received_digest
 from cotune.protocol.signatures import FINISHED, RECEIPT
+from cotune.reporting.documents.events import Delivered, DeliveryFailed, DeliveryStarted
 from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.rounds.session import ExampleBounds, Session
@@ -58,7 +59,7 @@ def _deliver_model(session: Session, progress: Progress, members: Members) -> li
     folder = session.folder
     without = {*left_out(folder, progress.history), *confirmed(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
-    folder.events.tell("delivery_started", organizations=lacking)
+    folder.events.write(DeliveryStarted(organizations=lacking))
     if not progress.round or not lacking:
         return []
     state = final_params(folder.plan, progress)
@@ -95,7 +96,7 @@ def _sign(
     received: str,
     fates: Mapping[str, Fate] | None = None,
 ) -> None:
-    cohort = progress.history[-1]["participants"]
+    cohort = progress.history[-1].participants
     session.trail.sign(FINISHED, progress.round, contents, recipients, received, cohort, fates)
 
 
@@ -188,9 +189,9 @@ class _Delivery:
         self._outcomes[name] = outcome
         if isinstance(outcome, Accepted):
             record_delivery(self._folder, name)
-            self._folder.events.tell("delivered", organization=name)
+            self._folder.events.write(Delivered(organization=name))
         else:
-            self._folder.events.tell("delivery_failed", organization=name, reason=outcome.reason)
+            self._folder.events.write(DeliveryFailed(organization=name, reason=outcome.reason))
 
     def _read(self, message: Message, name: str) -> Outcome:
         """A stranger's message may be wrong in any way, and must not keep the others from their model."""

@@ -15,14 +15,14 @@ import math
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from cotune.errors import PlanError, RunError
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.random import keyed_generator, seeded_generator
+from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import Participant, RunFolder
 from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
@@ -85,20 +85,20 @@ def _private(path: Path, round: int) -> np.random.Generator:
 _RULE = "training.min_cohort"
 
 
-class _Cohort(BaseModel):
+class WaitingFile(BaseModel):
     """cohort.json: who waited for others in a round that failed."""
 
-    round: int
-    waiting: list[str]
+    round: int = Field(description="The round that failed.")
+    waiting: list[str] = Field(description="Organizations that declined it by their rule `training.min_cohort` alone.")
 
 
-def cohort_of(folder: RunFolder, history: tuple[Mapping[str, Any], ...], asked: Iterable[str]) -> list[str]:
+def cohort_of(folder: RunFolder, history: Sequence[RoundEntry], asked: Iterable[str]) -> list[str]:
     """The names on the roster of the round after `history`. asked: of that round."""
     if not history:
         return list(asked)
     last = history[-1]
-    dropped = {str(who["organization"]): str(who.get("reason", "")) for who in last.get("dropped", ())}
-    return [*last["participants"], *waiting_in(dropped), *_waiting_before(folder, len(history) + 1)]
+    dropped = {who.organization: who.reason for who in last.dropped}
+    return [*last.participants, *waiting_in(dropped), *_waiting_before(folder, len(history) + 1)]
 
 
 def waiting_in(dropped: Mapping[str, str]) -> list[str]:
@@ -109,7 +109,7 @@ def waiting_in(dropped: Mapping[str, str]) -> list[str]:
 def remember_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) -> None:
     """That a round failed in which these waited for each other: when it is played again, they count."""
     if waiting := waiting_in(dropped):
-        JsonDocument(folder.path / "cohort.json", _Cohort).write(_Cohort(round=round, waiting=waiting))
+        JsonDocument(folder.path / "cohort.json", WaitingFile).write(WaitingFile(round=round, waiting=waiting))
 
 
 def advice(dropped: Mapping[str, str]) -> str:
@@ -126,7 +126,7 @@ def advice(dropped: Mapping[str, str]) -> str:
 def _waiting_before(folder: RunFolder, round: int) -> list[str]:
     """A damaged file is none: the roster is then as short as it was."""
     try:
-        found = JsonDocument(folder.path / "cohort.json", _Cohort).read()
+        found = JsonDocument(folder.path / "cohort.json", WaitingFile).read()
     except RunError:
         return []
     return found.waiting if found is not None and found.round == round else []

@@ -6,14 +6,14 @@ strikes.json    organization -> its strikes in rounds that failed; those of fini
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import RunFolder
 from cotune.storage.documents import JsonDocument
 
-_LONGEST = 300  # characters of a reason, as it is signed
+_MAX_REASON_LENGTH = 300  # characters of a reason, as it is signed
 
 
 @dataclass(frozen=True)
@@ -24,27 +24,26 @@ class Fate:
     strikes: int = 0
 
 
-def fates_of(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> dict[str, Fate]:
+def fates_of(folder: RunFolder, history: Sequence[RoundEntry]) -> dict[str, Fate]:
     """Why the last refused update was, of those that have strikes, as they are told. Raises RunError."""
     reasons = dict[str, str]()
     for entry in history:
-        refused = {*entry.get("quarantined", ()), *entry.get("timed_out", ())}
-        reasons |= {who["organization"]: who["reason"][:_LONGEST] for who in entry["dropped"] if who["organization"] in refused}
+        struck = {*entry.quarantined, *entry.timed_out}
+        reasons |= {who.organization: who.reason[:_MAX_REASON_LENGTH] for who in entry.dropped if who.organization in struck}
     return {name: Fate(reasons.get(name, ""), count) for name, count in strikes_of(folder, history).items()}
 
 
-def left_out(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> list[str]:
+def left_out(folder: RunFolder, history: Sequence[RoundEntry]) -> list[str]:
     """Who has as many strikes as the plan allows. history: the rounds that are finished. Raises RunError."""
     return sorted(name for name, count in strikes_of(folder, history).items() if 0 < folder.plan.server.strikes <= count)
 
 
-def strikes_of(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> Counter[str]:
+def strikes_of(folder: RunFolder, history: Sequence[RoundEntry]) -> Counter[str]:
     """Refused updates and time-outs of each organization; an answer that came after all, and was folded in, is none."""
-    late = {(entry["round"], entry["organization"]) for each in history for entry in each.get("late", ())}
-    strikes = _of_failed_rounds(folder) + Counter(name for entry in history for name in entry.get("quarantined", ()))
-    return strikes + Counter(
-        name for entry in history for name in entry.get("timed_out", ()) if (entry["round"], name) not in late
-    )
+    late = {(each.round, each.organization) for entry in history for each in entry.late}
+    rejected = Counter(name for entry in history for name in entry.quarantined)
+    timed_out = Counter(name for entry in history for name in entry.timed_out if (entry.round, name) not in late)
+    return _of_failed_rounds(folder) + rejected + timed_out
 
 
 def remember(folder: RunFolder, names: Iterable[str]) -> None:

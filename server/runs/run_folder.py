@@ -26,14 +26,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
 from cotune.errors import RunError
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
+from cotune.reporting.documents.rounds import RoundEntry
+from cotune.server.runs.documents import CheckpointHeader
 from cotune.server.runs.events import Events
 from cotune.storage.documents import JsonDocument, parse_json, parse_toml
 from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
@@ -46,33 +48,35 @@ if TYPE_CHECKING:
 
 
 class Participant(BaseModel):
-    """An organization of the run; `site`: in simulations, its folder within the run's."""
+    """An organization of the run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    site: str = ""
+    name: str = Field(description="Its name.")
+    site: str = Field("", description="In simulations: its folder within the run's.")
 
 
 class RunFile(BaseModel):
     """run.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    run: str
-    id: str = ""  # drawn by `RunFolder.create`: what accounts know the run by, as a name may be given twice; "": from before
-    created: str
-    engine: str
-    device: str = "auto"
-    participants: tuple[Participant, ...]
-    data: str = ""  # fingerprint of the records
-    federation: str = ""  # the federation's folder; "": a simulation
-    base: str = ""  # the folder of the base model, where the plan tells members its name alone; "": as the plan says
-    silent: bool = False  # a baseline: its events are written but not shown
+    run: str = Field(description="Name of the run.")
+    id: str = Field("", description="Drawn when the run is made: accounts know the run by it, as a name may be given twice.")
+    created: str = Field(description="When the run was made (UTC).")
+    engine: str = Field(description="`in-process`, `ray`, `flower` or `superlink`.")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    participants: tuple[Participant, ...] = Field(description="Organizations, in the order in which updates are added.")
+    data: str = Field("", description="Simulation: fingerprint of the records.")
+    federation: str = Field("", description="Real run: folder of the federation.")
+    base: str = Field(
+        "", description="Folder of the base model, where the plan tells members its name alone; empty: as the plan says."
+    )
+    silent: bool = Field(False, description="Whether it is a baseline, whose events are written and not shown.")
 
 
 class StoppedFile(BaseModel):
     """stopped.json."""
 
-    reason: str
+    reason: str = Field(description="Why the run ended before its last round.")
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,14 @@ class Progress:
     round: int = 0
     state: State = field(default_factory=dict)
     memory: State = field(default_factory=dict)  # of the server optimizer
-    history: tuple[dict[str, Any], ...] = ()  # one entry per round, as in summary.json
+    history: tuple[RoundEntry, ...] = ()  # one entry per round, as in summary.json
     clip_norm: float | None = None  # of the next round, under client-level privacy
 
     @property
     def admitted(self) -> dict[str, int]:
         """Organization -> the last round whose update of it is in the model."""
-        applied = [entry for entry in self.history if entry.get("applied", True)]
-        return {name: int(entry["round"]) for entry in applied for name in entry["participants"]}
+        applied = [entry for entry in self.history if entry.applied]
+        return {name: entry.round for entry in applied for name in entry.participants}
 
 
 class RunFolder:
@@ -168,9 +172,9 @@ class RunFolder:
         tensors |= {  # copies: a rule may remember a tensor of the state, and safetensors writes none twice
             f"memory/{n}": t.contiguous().clone() for n, t in progress.memory.items()
         }
-        about = {"round": progress.round, "plan_id": self.plan.plan_id, "history": list(progress.history)}
-        about |= {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
-        content = save(tensors, metadata={"checkpoint": json.dumps(about)})
+        clip_norm = {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
+        header = CheckpointHeader(round=progress.round, plan_id=self.plan.plan_id, history=list(progress.history), **clip_norm)
+        content = save(tensors, metadata={"checkpoint": json.dumps(header.as_json())})
         file = self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors"
         remove_parts(file)
         atomic_write(file, content)
@@ -188,22 +192,20 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="pt") as file:
-                about = parse_json(file.metadata()["checkpoint"])
-                round = about["round"]
-                plan_id = about["plan_id"]
-                history = tuple(about["history"])
-                clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
+                header = CheckpointHeader.model_validate(parse_json(file.metadata()["checkpoint"]))
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
-        if plan_id != self.plan.plan_id:
+        if header.plan_id != self.plan.plan_id:
             raise RunError(
                 f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml;"
                 " a run goes on with the version of cotune that began it"
             )
-        return Progress(round, named_under("state/", tensors), named_under("memory/", tensors), history, clip_norm)
+        state = named_under("state/", tensors)
+        memory = named_under("memory/", tensors)
+        return Progress(header.round, state, memory, tuple(header.history), header.clip_norm)
 
-    def history(self) -> tuple[dict[str, Any], ...]:
+    def history(self) -> tuple[RoundEntry, ...]:
         """The rounds that are finished, also while another process plays; tensors are not read. Raises RunError as `load`."""
         checkpoints = self._checkpoints()
         if not checkpoints:
@@ -211,7 +213,7 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="np") as file:
-                return tuple(parse_json(file.metadata()["checkpoint"])["history"])
+                return tuple(CheckpointHeader.model_validate(parse_json(file.metadata()["checkpoint"])).history)
         except FileNotFoundError:
             return self.history()  # a newer one has taken its place
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -23,6 +23,7 @@ from flwr.app import Message
 from cotune.errors import RunError
 from cotune.flower.chunks import CutOff, Malformed, TooMuch
 from cotune.flower.runtime_client import Line, RunStopped
+from cotune.reporting.documents.events import ConnectionLost, ConnectionRestored, Event, OrganizationLeft
 from cotune.server.outcomes import Lost, Rejected
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node, NodeRegistry
@@ -40,7 +41,7 @@ _HELD_UP_SECONDS = 30.0  # who hangs for so long holds up nobody else any more
 _CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
 _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
 
-Tell = Callable[..., None]
+Report = Callable[[Event], None]
 
 
 @dataclass(eq=False)
@@ -88,10 +89,10 @@ class _Turns:
 class SuperLinkTransport:
     """In threads of its own, which end with the process however they hang."""
 
-    def __init__(self, line: Line, nodes: NodeRegistry, tell: Tell) -> None:
+    def __init__(self, line: Line, nodes: NodeRegistry, report: Report) -> None:
         self._line = line
         self._nodes = nodes
-        self._tell = tell
+        self._report = report
         self._replies: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # whether it is one of those at a time
         self._hands = threading.Semaphore(_AT_A_TIME)
         self._turns = _Turns()
@@ -99,7 +100,7 @@ class SuperLinkTransport:
         self._closed = threading.Event()
         self._stopped = threading.Event()
         self._found: Mapping[str, Node] = {}
-        self._told_left: frozenset[str] = frozenset()
+        self._reported_left: frozenset[str] = frozenset()
         self._last_seen = 0.0
         self._began = time.monotonic()
         self._failure = ""
@@ -170,20 +171,20 @@ class SuperLinkTransport:
             raise RunError("the run was stopped at the SuperLink: expected it to go on; continue it with --resume")
         away = time.monotonic() - max(self._last_seen, self._began) > _SILENT_SECONDS
         if away and not self._away:
-            self._tell(
-                "connection_lost", reason=self._failure or f"the SuperLink has not answered for {_SILENT_SECONDS:g} seconds"
+            self._report(
+                ConnectionLost(reason=self._failure or f"the SuperLink has not answered for {_SILENT_SECONDS:g} seconds")
             )
         elif self._away and not away:
-            self._tell("connection_restored")
+            self._report(ConnectionRestored())
         self._away = away
-        self._tell_who_left()
+        self._report_left()
 
-    def _tell_who_left(self) -> None:
+    def _report_left(self) -> None:
         left = self.left()
-        before = self._told_left
-        self._told_left = left
+        before = self._reported_left
+        self._reported_left = left
         for name in sorted(left - before):
-            self._tell("organization_left", organization=name)
+            self._report(OrganizationLeft(organization=name))
 
     def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
         self._start(organization, self._hand_over, _Asked(round, organization, max_bytes), message)

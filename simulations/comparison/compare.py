@@ -118,16 +118,16 @@ def _play(
     room = Room.here(len(tasks), jobs, device)
     reasons = {}
     for path in finished:
-        room.saw(summary_of(path)["peak_memory_bytes"])
+        room.saw(summary_of(path).peak_memory_bytes or 0)
     for task, reason in play_all(tasks, room, imports, listener):
         if reason:
             reasons[task.name] = reason
             listener("cell_failed", {"cell": task.name, "reason": reason})
         else:
             summary = summary_of(task.folder)
-            room.saw(summary["peak_memory_bytes"])
-            accuracy = summary["test"]["federated"]["accuracy"]
-            seconds = summary["seconds"]
+            room.saw(summary.peak_memory_bytes or 0)
+            accuracy = None if summary.test.federated is None else summary.test.federated.accuracy
+            seconds = summary.seconds
             listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
     return reasons
 

@@ -14,6 +14,7 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.new_run import real_run
 from cotune.server.runs.run_folder import Progress
 from tests.support.console import Cotune
+from tests.support.events import make_event
 from tests.support.federations import founded
 
 
@@ -55,7 +56,7 @@ def test_status_works_while_nothing_runs(cotune: Cotune, fed: FederationFolder) 
     for words in ("federation toy: the server does not run", "certificate until 20", "no run yet", "hospital-b", "unknown"):
         assert words in done.out
     run = real_run(fed, name="one")
-    run.events.tell("run_started", rounds=2)
+    run.events.write(make_event("run_started", rounds=2))
     done = cotune("server", "status", fed.path)
     for words in ("run one, plan toy", "round 0 of 2, under way", "last event: run_started"):
         assert words in done.out
@@ -63,7 +64,7 @@ def test_status_works_while_nothing_runs(cotune: Cotune, fed: FederationFolder) 
 
 def test_status_says_how_many_organizations_are_in_the_model(cotune: Cotune, fed: FederationFolder) -> None:
     run = real_run(fed)
-    run.events.tell("run_started", rounds=2)
+    run.events.write(make_event("run_started", rounds=2))
     assert "in this model" not in cotune("server", "status", fed.path).out  # there is none yet
     for number, participants in ((1, ["hospital-a"]), (2, ["hospital-a", "hospital-b"])):
         whole = {"round": number, "stage": "head", "metrics": None, "epsilon": {}, "participants": participants, "dropped": []}
@@ -102,7 +103,9 @@ def test_in_a_pipe_no_line_is_broken_and_no_word_cut(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     run = real_run(fed, name="one")
-    run.events.tell("update_dropped", round=1, organization="hospital-b", reason="declined: its rule privacy does not allow it")
+    run.events.write(
+        make_event("update_dropped", round=1, organization="hospital-b", reason="declined: its rule privacy does not allow it")
+    )
     lines = [line.split() for line in cotune("server", "status", fed.path).out.splitlines()]
     told = "hospital-b unknown – – – 0 B – dropped in round 1: declined: its rule privacy does not allow it"
     assert told.split() in lines

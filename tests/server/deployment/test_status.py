@@ -18,6 +18,7 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.new_run import real_run
 from cotune.server.deployment.status import OrganizationStatus, Status, connections, look
 from cotune.server.runs.run_folder import Progress, RunFolder
+from tests.support.events import make_event
 from tests.support.federations import FakeSuperLink, founded
 
 
@@ -31,7 +32,7 @@ def finish(run: RunFolder, round: int, **entry: Any) -> None:
     before = run.load()
     whole = {"round": round, "stage": "head", "metrics": None, "epsilon": {}, "participants": [], "dropped": [], **entry}
     run.save(Progress(round, {}, {}, (*before.history, whole)))
-    run.events.tell("round_finished", **whole)
+    run.events.write(make_event("round_finished", **whole))
 
 
 def of(status: Status, name: str) -> OrganizationStatus:
@@ -107,9 +108,9 @@ def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> 
 
 def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) -> None:
     run = real_run(federation)
-    run.events.tell("run_started", rounds=2)
+    run.events.write(make_event("run_started", rounds=2))
     for event, phase in (("waiting", "interrupted"), ("run_finalized", "finished")):
-        run.events.tell(event)
+        run.events.write(make_event(event))
         status = look(federation, {}, plays=False).run
         assert status is not None
         assert status.phase.startswith(phase)
@@ -117,7 +118,9 @@ def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) ->
 
 def test_anyone_who_gave_nothing_is_not_only_said_to_have_the_model(federation: FederationFolder) -> None:
     run = real_run(federation)
-    run.events.tell("update_dropped", round=1, organization="a", reason="declined: its rule privacy does not allow this plan")
+    run.events.write(
+        make_event("update_dropped", round=1, organization="a", reason="declined: its rule privacy does not allow this plan")
+    )
     finish(run, 1, participants=["b", "c"])
     (run.path / "delivered.json").write_text(json.dumps({"a": "2026-01-01T00:00:00+00:00"}))
     declined = "dropped in round 1: declined: its rule privacy does not allow this plan"
@@ -133,19 +136,19 @@ def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: Fed
         return found.round, found.phase, found.accuracy, found.reason
 
     assert stands() == (0, "not begun", None, None)
-    run.events.tell("run_started", rounds=2)
-    run.events.tell("waiting", connected=["a"], needed=2, absent=["b", "c"])
+    run.events.write(make_event("run_started", rounds=2))
+    run.events.write(make_event("waiting", connected=["a"], needed=2, absent=["b", "c"]))
     assert stands() == (0, "waiting for organizations", None, None)
-    run.events.tell("round_started", round=1, organizations=["a"])
+    run.events.write(make_event("round_started", round=1, organizations=["a"]))
     finish(run, 1, metrics={"accuracy": 0.75})
     assert stands() == (1, "under way", 0.75, None)
-    run.events.tell("run_failed", round=2, reason="too few")
+    run.events.write(make_event("run_failed", round=2, reason="too few"))
     assert stands() == (1, "failed", 0.75, "too few")
-    run.events.tell("run_started", rounds=2)
+    run.events.write(make_event("run_started", rounds=2))
     finish(run, 2)
-    run.events.tell("run_finished", rounds=2)
+    run.events.write(make_event("run_finished", rounds=2))
     assert stands() == (2, "handing out the model", 0.75, None)
-    run.events.tell("run_finalized")
+    run.events.write(make_event("run_finalized"))
     assert stands() == (2, "finished", 0.75, None)
     found = look(federation, None).run
     assert found is not None
