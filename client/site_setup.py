@@ -25,7 +25,7 @@ from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.tasks.task import task_named
 from cotune.errors import DataError, ModelError, RunError
-from cotune.models.base_model import BaseModelFolder, find_base
+from cotune.models.base_lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.readers.sources import path_of_base
-from cotune.data.records import check_labels, read_records
+from cotune.data.record_files import read_records
+from cotune.data.records import check_labels
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan

@@ -25,7 +25,7 @@ from flwr.app import ArrayRecord, RecordDict
 from safetensors.numpy import save
 
 from cotune.errors import RunError
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.protocol.update_file import read_update, update_bytes
 from cotune.server.rounds.update_validation import Verify
 from cotune.storage.files import atomic_write

@@ -26,7 +26,7 @@ from statistics import median_high
 from flwr.app import Message, MessageType, RecordDict
 
 from cotune.errors import Declined, RunError
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.protocol.messages import payload_bytes
 from cotune.protocol.signatures import words_of
 from cotune.server.rounds.round_result import RoundResult

@@ -17,7 +17,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.errors import Declined
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.server.rounds.requests import RequestTracker
 from cotune.server.rounds.round_result import RoundResult
 from cotune.server.transport.base import Reply

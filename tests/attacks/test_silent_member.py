@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.server.app import train_rounds
 from cotune.server.rounds import requests as asking
 from cotune.server.rounds.requests import RequestTracker
