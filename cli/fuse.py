@@ -21,7 +21,8 @@ from cotune.ensembles.fusion import METHODS, Method
 
 def fuse(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Two or more fine-tuned models with the same classes, of any architecture.")
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Two or more fine-tuned models with the same classes."),
     ],
     data: Annotated[str, typer.Option(help="Labeled records that no model was trained on: what is fitted is fitted on them.")],
     method: Annotated[str, typer.Option(help=f"How predictions become one: {', '.join(METHODS)}.")] = "weighted",
@@ -44,7 +45,7 @@ def fuse(
     if out is not None:
         check_new(out)
     beginning(f"loading PyTorch, then {len(models)} models", quiet=as_json)
-    from cotune.data.records import read_records
+    from cotune.data.record_files import read_records
     from cotune.ensembles.fit import ask_models, fit_and_write, measure_fusion
     from cotune.models.evaluation.predictor import open_predictor
 

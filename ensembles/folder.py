@@ -37,7 +37,7 @@ class FusionDocument(BaseModel):
     method: Method
     task: TaskName
     labels: tuple[str, ...] = Field(min_length=2, description="class names, in the order of the fused probabilities")
-    members: tuple[str, ...] = Field(min_length=1, max_length=_MAX_MEMBERS, description="SHA-256 of each member's files, in order")
+    members: tuple[str, ...] = Field(min_length=1, max_length=_MAX_MEMBERS, description="SHA-256 of the files of each member")
     temperatures: tuple[float, ...]
     weights: tuple[float, ...]
 

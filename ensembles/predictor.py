@@ -48,7 +48,7 @@ class FusedPredictor:
         said = [aligned_probabilities(member, self.labels, inputs) for member in self.members]
         lengths = [len(each) for each in said[0]]
         fused = self.fusion.fuse([np.concatenate(each) for each in said])
-        return list(torch.from_numpy(fused).split(lengths))
+        return list(torch.split(torch.from_numpy(fused), lengths))
 
 
 def open_model(source: str, device: str = "auto", max_length: int | None = None) -> Predictor | FusedPredictor:
