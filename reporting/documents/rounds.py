@@ -53,7 +53,7 @@ class RoundEntry(Document):
 
     round: int = Field(description="Number of the round, from 1.")
     stage: str = Field(description="What was trained: `head`, `lora` or `full`.")
-    metrics: MetricsEntry | None = Field(description="Metrics on the common test set; null without one.")
+    metrics: MetricsEntry | None = Field(None, description="Metrics on the common test set; null without one.")
     epsilon: dict[str, Number] = Field(
         default_factory=dict, description="Organization → ε spent so far, or the most that it may spend, as it stated it."
     )
@@ -61,7 +61,7 @@ class RoundEntry(Document):
         default_factory=dict, description="Organization → what else it told, by name (table `tell` of a plan)."
     )
     client_privacy: ClientPrivacyEntry | None = Field(None, description="Client-level privacy; null without it.")
-    participants: list[str] = Field(description="Organizations whose update entered the round.")
+    participants: list[str] = Field(default_factory=list, description="Organizations whose update entered the round.")
     dropped: list[DroppedEntry] = Field(
         default_factory=list, description="Organizations that were asked and have no update in it, with the reason."
     )
@@ -81,9 +81,9 @@ class RoundEntry(Document):
         description="Organizations that were not selected any more, after `server.strikes` strikes or as they were revoked.",
     )
     late: list[LateEntry] = Field(default_factory=list, description="Updates of earlier rounds that entered this one.")
-    bytes_up: int = Field(description="Size of the updates, as Flower serializes arrays and values.")
-    bytes_down: int = Field(description="Size of the requests.")
-    seconds: Number = Field(description="Wall clock.")
+    bytes_up: int = Field(0, description="Size of the updates, as Flower serializes arrays and values.")
+    bytes_down: int = Field(0, description="Size of the requests.")
+    seconds: Number = Field(0.0, description="Wall clock.")
     applied: bool = Field(
         True,
         description="False where the accuracy fell by more than `server.max_accuracy_drop` on the coordinator's validation"

@@ -40,7 +40,8 @@ class ClientLevelPrivacy:
         if missing:
             raise PrivacyError(
                 f"the privacy account {self.account.path} has no charge for round {missing[0]}, which was played: expected one"
-                " for every round; restore it from a backup"
+                " for every round; restore it from a backup",
+                code="privacy.account_incomplete",
             )
         if self.account.allows(self.noise.charge):
             return None

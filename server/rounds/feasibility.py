@@ -30,6 +30,6 @@ def check_feasible(plan: Plan, organizations: int, *, server_data: bool) -> None
     facts = replace(plan.facts, organizations=asked, participation=participation, server_data=server_data)
     problem = first_problem(plan.strategy, facts, infos)
     if problem:
-        raise PlanError(f"the plan is not valid: {problem}")
+        raise PlanError(f"the plan is not valid: {problem}", code="plan.incompatible")
     if plan.client_privacy is not None:
         client_level_noise(plan, organizations)

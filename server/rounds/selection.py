@@ -68,7 +68,8 @@ def check_sample_size(plan: Plan, organizations: int) -> None:
     if plan.server.sample_size > organizations:
         raise PlanError(
             f"the plan has server.sample_size = {plan.server.sample_size} and {organizations} organizations: expected at most as"
-            " many as there are, or 0 for all of them"
+            " many as there are, or 0 for all of them",
+            code="plan.sample_too_large",
         )
 
 
@@ -78,7 +79,10 @@ def _private(path: Path, round: int) -> np.random.Generator:
         atomic_write(file, secrets.token_hex(32).encode())
     key = file.read_text(encoding="ascii", errors="replace").strip()
     if len(key) != 64:
-        raise RunError(f"{file} is damaged: expected 64 hexadecimal digits; restore it, as another key would draw rounds again")
+        raise RunError(
+            f"{file} is damaged: expected 64 hexadecimal digits; restore it, as another key would draw rounds again",
+            code="run.damaged_document",
+        )
     return keyed_generator(key, "selection", round)
 
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
-from cotune.errors import RunError
+from cotune.errors import RunError, reason_of
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.rounds import RoundEntry
@@ -117,7 +117,9 @@ class RunFolder:
         except (OSError, ValueError, RunError):
             found = None
         if found is None:
-            raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
+            raise RunError(
+                f"{path} is not the folder of a run: expected one with plan.toml and run.json", code="run.not_a_run"
+            ) from None
         self.file = found
         for name in self.plan.strategy.files:
             if (path / name.rpartition(":")[0]).exists():
@@ -195,11 +197,15 @@ class RunFolder:
                 header = CheckpointHeader.model_validate(parse_json(file.metadata()["checkpoint"]))
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
+            raise RunError(
+                f"the checkpoint {path} is damaged ({reason_of(error)}): remove it to go on from the round before",
+                code="run.damaged_checkpoint",
+            ) from None
         if header.plan_id != self.plan.plan_id:
             raise RunError(
                 f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml;"
-                " a run goes on with the version of cotune that began it"
+                " a run goes on with the version of cotune that began it",
+                code="run.foreign_checkpoint",
             )
         state = named_under("state/", tensors)
         memory = named_under("memory/", tensors)
@@ -217,7 +223,10 @@ class RunFolder:
         except FileNotFoundError:
             return self.history()  # a newer one has taken its place
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
+            raise RunError(
+                f"the checkpoint {path} is damaged ({reason_of(error)}): remove it to go on from the round before",
+                code="run.damaged_checkpoint",
+            ) from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -238,10 +247,13 @@ def empty_folder(path: Path) -> Path:
     path = path.expanduser().resolve()
     if (path / "run.json").exists():
         raise RunError(
-            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out"
+            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out",
+            code="run.folder_exists",
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{path} is not an empty folder: expected a new one for the run; choose another --out")
+        raise RunError(
+            f"{path} is not an empty folder: expected a new one for the run; choose another --out", code="run.folder_exists"
+        )
     return path
 
 

@@ -168,7 +168,10 @@ class SuperLinkTransport:
     def _check(self) -> None:
         """Tells when the connection is lost, or back. Raises RunError when the run was stopped."""
         if self._stopped.is_set():
-            raise RunError("the run was stopped at the SuperLink: expected it to go on; continue it with --resume")
+            raise RunError(
+                "the run was stopped at the SuperLink: expected it to go on; continue it with --resume",
+                code="run.stopped_at_superlink",
+            )
         away = time.monotonic() - max(self._last_seen, self._began) > _SILENT_SECONDS
         if away and not self._away:
             self._report(

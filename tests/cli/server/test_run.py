@@ -16,6 +16,7 @@ from cotune.server.runs.run_folder import Progress
 from tests.support.console import Cotune
 from tests.support.events import make_event
 from tests.support.federations import founded
+from tests.support.summaries import empty_summary
 
 
 @pytest.fixture
@@ -80,8 +81,7 @@ def test_the_end_of_a_run_says_how_many_organizations_are_in_the_model(
     console = Console(width=200, record=True, force_terminal=True, color_system="standard", highlight=False)
     asked = {"weight": None, "epsilon_spent": None, "bytes_up": 0, "dropped": 0, "quarantined": 0, "delivered": True}
     members = [{"name": who.name, "rounds": count, **asked} for who, count in zip(run.file.participants, rounds, strict=True)]
-    summary = {"privacy": {"mode": "none"}, "stopped": None, "organizations": members, "test": {"federated": None}, "rounds": []}
-    (run.path / "summary.json").write_text(json.dumps({**summary, "bytes": {"up": 0, "down": 0}}), encoding="utf-8")
+    (run.path / "summary.json").write_text(json.dumps(empty_summary(organizations=members).as_json()), encoding="utf-8")
     _show_result(console, run)
     [line] = [line for line in console.export_text(styles=True).splitlines() if "in this model" in line]
     assert f"{part} of 2 organizations" in line

@@ -27,6 +27,10 @@ def federation(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationF
     return founded(tmp_path / "fed", base_model("bert"), "a", "b", "c", privacy={"epsilon": 8.0})
 
 
+def metrics(accuracy: float) -> dict[str, float]:
+    return {"accuracy": accuracy, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+
+
 def finish(run: RunFolder, round: int, **entry: Any) -> None:
     """A round as the coordinator writes it: checkpoint, then event."""
     before = run.load()
@@ -73,12 +77,15 @@ def test_a_superlink_that_is_away_leaves_connections_unknown(federation: Federat
 
 def test_the_last_word_of_each_organization(federation: FederationFolder) -> None:
     run = real_run(federation)
-    tell = run.events.tell
+
+    def tell(name: str, **fields: Any) -> None:
+        run.events.write(make_event(name, **fields))
+
     assert [o.word for o in look(federation, None).organizations] == ["not asked yet"] * 3
     tell("run_started", rounds=2)
     tell("round_started", round=1, organizations=["a", "b", "c"])
     tell("update_received", round=1, organization="a", bytes=600, steps=3, epsilon=1.234)
-    tell("update_quarantined", round=1, organization="b", reason="its norm is 7e9")
+    tell("update_quarantined", round=1, organization="b", reason="its norm is 7e9", file="b.safetensors")
     tell("update_dropped", round=1, organization="b", reason="refused: its norm is 7e9")
     status = look(federation, None)
     assert [o.word for o in status.organizations] == [
@@ -87,7 +94,7 @@ def test_the_last_word_of_each_organization(federation: FederationFolder) -> Non
         "asked in round 1",
     ]
     assert of(status, "a").bytes_up == 600
-    finish(run, 1, participants=["a"], epsilon={"a": 1.231}, metrics={"accuracy": 0.5})
+    finish(run, 1, participants=["a"], epsilon={"a": 1.231}, metrics=metrics(0.5))
     tell("round_started", round=2, organizations=["a", "c"])
     tell("update_dropped", round=2, organization="c", reason="declined: its rule privacy does not allow this plan")
     status = look(federation, None)
@@ -140,7 +147,7 @@ def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: Fed
     run.events.write(make_event("waiting", connected=["a"], needed=2, absent=["b", "c"]))
     assert stands() == (0, "waiting for organizations", None, None)
     run.events.write(make_event("round_started", round=1, organizations=["a"]))
-    finish(run, 1, metrics={"accuracy": 0.75})
+    finish(run, 1, metrics=metrics(0.75))
     assert stands() == (1, "under way", 0.75, None)
     run.events.write(make_event("run_failed", round=2, reason="too few"))
     assert stands() == (1, "failed", 0.75, "too few")

@@ -18,6 +18,7 @@ from cotune.server.deployment.status import look
 from cotune.server.rounds import approvals
 from cotune.server.rounds import round as round_module
 from cotune.server.rounds.approvals import PendingApprovals, awaits_approval
+from cotune.server.runs.events import observe_run
 from cotune.server.runs.exclusions import strikes_of
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
@@ -178,15 +179,13 @@ def test_anyone_who_connects_anew_is_asked_at_once(new_run: NewRun, monkeypatch:
     monkeypatch.setattr(approvals, "_backoff", lambda times: 3600.0)
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = not_approved(folder, org_2=2)
-    tell = folder.events.tell
 
-    def joins_again(event: str, **fields: Any) -> None:
-        tell(event, **fields)
+    def joins_again(event: str, fields: dict[str, Any]) -> None:
         if event == "awaiting_approval":
             grid.since["org-2"] = "later"
 
-    folder.events.tell = joins_again  # type: ignore[method-assign]
-    assert play(folder, grid).history[0]["participants"] == list(NAMES)
+    with observe_run(joins_again):
+        assert play(folder, grid).history[0]["participants"] == list(NAMES)
     assert grid.pushed["org-2"] == 2
 
 

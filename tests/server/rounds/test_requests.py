@@ -19,6 +19,7 @@ from cotune.flower.chunks import Malformed, TooMuch
 from cotune.flower.runtime_client import RunStopped
 from cotune.protocol.messages import Request
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.support.organizations import adding, update
@@ -328,15 +329,12 @@ def test_anyone_who_fails_is_replaced_by_one_that_was_asked_beyond(new_run: NewR
 
 def test_after_so_many_refused_updates_an_organization_is_left_out_also_by_a_run_that_was_resumed(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=4, server={"strikes": 2}))
-    tell = folder.events.tell
 
-    def until_the_first_round_is_over(event: str, **fields: Any) -> None:
-        tell(event, **fields)
+    def until_the_first_round_is_over(event: str, fields: dict[str, Any]) -> None:
         if event == "round_finished":
             raise ConnectionError
 
-    folder.events.tell = until_the_first_round_is_over  # type: ignore[method-assign]
-    with pytest.raises(ConnectionError):
+    with observe_run(until_the_first_round_is_over), pytest.raises(ConnectionError):
         play(folder, wild(folder, {**everybody(1.0, 1.0), "org-3": wrong_shape}))
     again = RunFolder(folder.path)
     progress = play(again, wild(again, {**everybody(1.0, 1.0), "org-3": wrong_shape}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from flwr.app import Message
@@ -13,6 +14,7 @@ from cotune.flower.nodes import RegisteredNode
 from cotune.server.app import deliver_model
 from cotune.server.deployment.node_registration import reconcile
 from cotune.server.rounds import model_delivery as delivery
+from cotune.server.runs.events import observe_run
 from cotune.server.transport import node_registry as presence
 from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import LEFT, Presence, Seen
@@ -87,16 +89,13 @@ def test_it_is_asked_when_it_joins_anew(new_run: NewRun) -> None:
         if name == "org-2" and grid.pushed[name] == 1:
             grid.left.add(name)
 
-    tell = folder.events.tell
-
-    def joins(event: str, **fields: str) -> None:
-        tell(event, **fields)
+    def joins(event: str, fields: dict[str, Any]) -> None:
         if event == "organization_left":
             grid.left.clear()
 
     grid.on_push = leaves
-    folder.events.tell = joins  # type: ignore[method-assign,assignment]
-    assert play(folder, grid).history[0]["participants"] == list(NAMES)
+    with observe_run(joins):
+        assert play(folder, grid).history[0]["participants"] == list(NAMES)
 
 
 def test_anyone_who_has_left_when_the_model_is_handed_out_is_named(new_run: NewRun) -> None:
