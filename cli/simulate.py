@@ -61,9 +61,9 @@ def simulate(
                 options.load(), out, engine=engine or "in-process", device=device or "auto", noted=partial(_note, told)
             )
     if as_json:
-        from cotune.server.runs.results import dumps
+        from cotune.server.runs.results import to_json
 
-        typer.echo(dumps(result.summary).decode())
+        typer.echo(to_json(result.summary).decode())
     else:
         show(told, result)
 

@@ -21,15 +21,15 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import Watch
 from cotune.server.deployment.trail import SignedTrail
-from cotune.server.rounds.evaluation import evaluate, present_judge
+from cotune.server.rounds.evaluation import evaluate, get_registered_evaluator
 from cotune.server.rounds.loop import Evaluate, run_rounds
 from cotune.server.rounds.model_delivery import deliver
 from cotune.server.rounds.session import NoTrail, Session
 from cotune.server.rounds.step import Score
 from cotune.server.runs.events import observe_run, read_events
-from cotune.server.runs.results import conclude
+from cotune.server.runs.results import finalize_run
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.runs.run_model import model_here
+from cotune.server.runs.run_model import load_run_model
 from cotune.server.transport.base import InProcessTransport
 from cotune.server.transport.node_registry import RegisteredNodes, Roster, SimulatedNodes
 from cotune.server.transport.superlink import SuperLinkTransport
@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
         if not folder.finished:
             train(grid, folder)
         deliver_model(grid, folder)
-        conclude(folder)
+        finalize_run(folder)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _tell_failure(folder: RunFolder, reason: str) -> None:
 def train(grid: Grid, folder: RunFolder) -> None:
     """Runs the rounds, with the test set that the folder holds as judge (baselines and real runs may have none)."""
     plan = folder.plan
-    model = model_here(folder)
+    model = load_run_model(folder)
     document = folder.path / "test" / "data.json"
     test = DatasetManifest.read(document, plan.labels) if document.exists() else None
 
@@ -91,7 +91,7 @@ def train(grid: Grid, folder: RunFolder) -> None:
         assert validation is not None, "asked only where there are records"
         return evaluate(model, state, validation, plan.model.precision).accuracy
 
-    train_rounds(grid, folder, model, present_judge() if plan.keeps_personal else judge, score if validation else None)
+    train_rounds(grid, folder, model, get_registered_evaluator() if plan.keeps_personal else judge, score if validation else None)
 
 
 def train_rounds(

@@ -44,7 +44,7 @@ from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, 
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
-from cotune.server.rounds.evaluation import Judge, evaluate, predict
+from cotune.server.rounds.evaluation import Evaluator, evaluate, predict
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site
@@ -142,7 +142,7 @@ def _judge(folder: RunFolder, baseline: RunFolder) -> Judged:
     return Judged(score(test.truth, told, len(test.labels)), tuple(told))
 
 
-def each_judge(folder: RunFolder) -> Judge:
+def each_judge(folder: RunFolder) -> Evaluator:
     """The mean over all organizations that have trained, each with its own model."""
 
     def judge(state: State) -> Metrics | None:

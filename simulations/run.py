@@ -14,8 +14,8 @@ from cotune.plan.schema import Plan
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.model_card import CARD
 from cotune.reporting.run_report import write_report
-from cotune.server.runs.results import dumps, run_card
-from cotune.server.runs.run_folder import RunFolder, empty_folder, new_folder
+from cotune.server.runs.results import build_model_card, to_json
+from cotune.server.runs.run_folder import RunFolder, check_run_folder, pick_run_folder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     export_each,
@@ -65,7 +65,7 @@ def simulate(
 
 def start(prepared: Prepared, out: Path | None, engine: str, device: str) -> RunFolder:
     """Makes the folder of a new run. Raises RunError when the folder is not empty or cannot be written."""
-    path = empty_folder(out or new_folder(prepared.plan.name))
+    path = check_run_folder(out or pick_run_folder(prepared.plan.name))
     try:
         return make_run(prepared, path, engine, device)
     except OSError as error:
@@ -95,7 +95,7 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Run:
     personalized = personalize(folder, prepared, final_params(folder.plan, folder.load()))
     summary = summarize(folder, prepared, results, personalized, seconds + time.monotonic() - began)
     _export(folder, summary)
-    atomic_write(folder.path / "summary.json", dumps(summary))
+    atomic_write(folder.path / "summary.json", to_json(summary))
     write_report(summary, folder.path / "report.html")
     return Run(folder.path, summary)
 
@@ -108,4 +108,4 @@ def _export(folder: RunFolder, summary: RunSummary) -> None:
         return
     model = model_of(folder.plan, folder.file.device)
     model.load(state)
-    export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})
+    export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})

@@ -17,7 +17,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.privacy_statement import all_models_statement, statement
 from cotune.server.rounds.evaluation import predict
-from cotune.server.runs.results import identity, performance
+from cotune.server.runs.results import describe_effort, describe_run
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
@@ -65,7 +65,7 @@ def summarize(
     for each in organizations:
         each["gain"] = each["worth"] and each["worth"]["difference"]
     table = {
-        **identity(folder, progress),
+        **describe_run(folder, progress),
         "privacy": _privacy(folder, prepared, pooled is not None),
         "partition": partition_of(prepared),
         "data": {
@@ -84,7 +84,7 @@ def summarize(
             "pooled": pooled.metrics.as_dict() if pooled else None,
         },
         "organizations": organizations,
-        **performance(progress, seconds),
+        **describe_effort(progress, seconds),
         "reproduce": [f"cotune simulate {folder.path / 'plan.toml'}"],
     }
     return RunSummary.model_validate(table)

@@ -90,11 +90,11 @@ def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
 def _begin(
     console: Console, federation: FederationFolder, executor: Executor, override: list[str], name: str | None, *, leave: bool
 ) -> RunFolder:
-    from cotune.server.deployment.new_run import real_run
+    from cotune.server.deployment.new_run import create_run
     from cotune.server.deployment.run_controller import check_none_unfinished
 
     check_none_unfinished(federation, executor, leave=leave)
-    begun = real_run(federation, override, name)
+    begun = create_run(federation, override, name)
     if begun.plan.plan_id != federation.plan.plan_id:
         console.print(
             f"--set makes another plan ({begun.plan.plan_id[:12]}…) than organizations were given: each decides by its policy,"

@@ -14,10 +14,10 @@ from cotune.server.deployment.certificates import check
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Member
 from cotune.server.deployment.refusals import read_refusals, read_strangers
-from cotune.server.runs.deliveries import confirmed
+from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.events import read_events
-from cotune.server.runs.exclusions import left_out, strikes_of
-from cotune.server.runs.history import bytes_of, epsilon_stated, weight_of
+from cotune.server.runs.exclusions import count_strikes, find_excluded
+from cotune.server.runs.history import get_last_weight, get_received_bytes, get_reported_epsilon
 from cotune.server.runs.run_folder import RunFolder
 
 _PHASES = {
@@ -183,7 +183,7 @@ def _organization(
     events: Sequence[Event],
 ) -> OrganizationStatus:
     name = member.name
-    stated = epsilon_stated(history).get(name)
+    stated = get_reported_epsilon(history).get(name)
     rounds = [entry.round for entry in history if name in entry.participants]
     return OrganizationStatus(
         name=name,
@@ -193,9 +193,9 @@ def _organization(
         last_round=max(rounds, default=0),
         word=_word(member, run, history, events),
         epsilon=None if stated is None else rounded_up(stated),
-        bytes_up=bytes_of(events, name),
-        weight=weight_of(history, name),
-        strikes=0 if run is None else strikes_of(run, history)[name],
+        bytes_up=get_received_bytes(events, name),
+        weight=get_last_weight(history, name),
+        strikes=0 if run is None else count_strikes(run, history)[name],
     )
 
 
@@ -206,9 +206,9 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
         return "revoked"
     if run is None or name not in [who.name for who in run.file.participants]:
         return "not in a run yet" if run is None else "not in this run"
-    if name in left_out(run, history):
+    if name in find_excluded(run, history):
         return "left out after refused updates or time-outs"
-    has_model = name in confirmed(run)
+    has_model = name in read_deliveries(run)
     said = _last_said(name, events)
     if has_model and not any(name in entry.participants for entry in history):
         return f"{said}; has the finished model"

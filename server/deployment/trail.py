@@ -42,7 +42,7 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.key_rotation import renewals
 from cotune.server.deployment.signing import next_serial, public_keys, read_signing_key
 from cotune.server.runs.events import Events, read_events
-from cotune.server.runs.exclusions import Fate
+from cotune.server.runs.exclusions import StrikeRecord
 from cotune.server.runs.run_folder import RunFolder
 
 
@@ -64,7 +64,7 @@ class SignedTrail:
         recipients: Iterable[Recipient],
         received: str,
         cohort: Iterable[str],
-        fates: Mapping[str, Fate] | None = None,
+        fates: Mapping[str, StrikeRecord] | None = None,
     ) -> None:
         """Puts a signature into each request, and enters it. cohort: names of those that took part in the round before.
         fates: what became of earlier updates, of those that have to know.
@@ -79,7 +79,7 @@ class SignedTrail:
         keys = {name: member.fingerprint for name, member in members.items()}
         roster = sorted(keys[name] for name in set(cohort) & keys.keys())
         for who in recipients:
-            fate = (fates or {}).get(who.organization, Fate())
+            fate = (fates or {}).get(who.organization, StrikeRecord())
             member = members.get(who.organization)
             least, most = (member.examples if member and kind == TRAIN else None) or (0, 0)
             statement = RequestStatement(
@@ -152,7 +152,7 @@ class SignedTrail:
         return any(signed_by_node(statement, signed.signature, key) for key in keys)
 
 
-def keys_of(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurvePublicKey]]]:
+def read_verification_keys(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurvePublicKey]]]:
     """The keys by which signatures of a run are checked: the federation's, and each organization's, former ones included.
 
     Raises RunError for a simulation, which signs nothing.

@@ -55,7 +55,7 @@ class AccuracyGuard:
         return metrics_before.accuracy - metrics.accuracy <= self._most + _ROUNDING
 
 
-def looks_of(combination: Combination) -> dict[str, UpdateLook]:
+def read_update_looks(combination: Combination) -> dict[str, UpdateLook]:
     """Of the round's updates; nothing of them under client-level privacy, where a whole organization is protected."""
     return combination.looks() if isinstance(combination, Aggregator) else {}
 

@@ -11,7 +11,7 @@ from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.client_dp import PrivateMean, next_clip_norm
 from cotune.privacy.config import ClientPrivacy
 from cotune.reporting.documents.rounds import ClientPrivacyEntry
-from cotune.server.runs.client_privacy import account_of, client_level_noise
+from cotune.server.runs.client_privacy import compute_round_noise, open_client_account
 from cotune.server.runs.run_folder import Progress, RunFolder
 
 
@@ -24,9 +24,9 @@ class ClientLevelPrivacy:
 
     def __init__(self, folder: RunFolder, privacy: ClientPrivacy) -> None:
         self.privacy = privacy
-        self.account = account_of(folder, privacy)
+        self.account = open_client_account(folder, privacy)
         self.account.check()
-        self.noise = client_level_noise(folder.plan, len(folder.file.participants))
+        self.noise = compute_round_noise(folder.plan, len(folder.file.participants))
 
     @classmethod
     def of(cls, folder: RunFolder) -> ClientLevelPrivacy | None:

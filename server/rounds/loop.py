@@ -35,20 +35,20 @@ from cotune.reporting.documents.events import (
     WeightIsSmall,
 )
 from cotune.reporting.documents.rounds import MetricsEntry, RoundEntry
-from cotune.server.rounds.accuracy_guard import AccuracyGuard, find_suspects, looks_of, rounded_norms, rounded_weights
+from cotune.server.rounds.accuracy_guard import AccuracyGuard, find_suspects, read_update_looks, rounded_norms, rounded_weights
 from cotune.server.rounds.buffers import UpdateStore
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.rounds.replies import UpdateReceiver
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
 from cotune.server.rounds.round_result import RoundResult, metrics_entry
-from cotune.server.rounds.selection import cohort_of, enough, remember_waiting, select
+from cotune.server.rounds.selection import build_cohort, count_to_complete, record_waiting, select
 from cotune.server.rounds.session import ExampleBounds, Session
 from cotune.server.rounds.step import Score, apply_update, begin_round, broadcast_extras, round_context
 from cotune.server.rounds.update_validation import UpdateSpec
-from cotune.server.runs.exclusions import fates_of, left_out, remember
+from cotune.server.runs.exclusions import find_excluded, read_strike_records, record_strikes
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.runs.run_model import served
+from cotune.server.runs.run_model import inference_params
 from cotune.server.transport.base import Transport
 from cotune.server.transport.node_registry import REVOKED
 from cotune.strategies.aggregator import Combination, build_aggregator
@@ -222,8 +222,8 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
     asked = list(selection.asked)
     recipients = _recipients(folder, asked, before)
     contents = dict(zip(asked, encode_requests(run.plan.canonical(), start.number, start.state, recipients, sent), strict=True))
-    cohort = cohort_of(folder, before.history, asked)
-    fates = fates_of(folder, before.history)
+    cohort = build_cohort(folder, before.history, asked)
+    fates = read_strike_records(folder, before.history)
     run.session.trail.sign(TRAIN, start.number, contents, recipients, str(spec.received), cohort, fates)
     return Requests(start.number, MessageType.TRAIN, contents, spec.max_bytes)
 
@@ -237,8 +237,8 @@ def _recipients(folder: RunFolder, asked: list[str], before: Progress) -> list[R
 def _check_quorum(run: _Run, result: RoundResult) -> None:
     """Raises RunError where too few updates came; strikes and waiting organizations of the failed round are remembered."""
     if not result.has_quorum:
-        remember(run.folder, result.strikes)
-        remember_waiting(run.folder, result.number, result.dropped)
+        record_strikes(run.folder, result.strikes)
+        record_waiting(run.folder, result.number, result.dropped)
     result.check_quorum(run.plan)
 
 
@@ -248,11 +248,11 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     number = start.number
     before = start.before
     moved, memory = apply_update(run.plan, before, start.state, combination.result(), start.context)
-    after = served(run.plan, moved, memory)
+    after = inference_params(run.plan, moved, memory)
     metrics = run.evaluate(after)
-    looks = looks_of(combination)
+    looks = read_update_looks(combination)
     kept = _metrics_before(run, start)
-    is_applied = run.guard.accepts(served(run.plan, start.state, before.memory), kept, after, metrics)
+    is_applied = run.guard.accepts(inference_params(run.plan, start.state, before.memory), kept, after, metrics)
     known: dict[str, Any] = {
         "applied": is_applied,
         "weights": rounded_weights(looks, result.asked),
@@ -281,7 +281,7 @@ def _metrics_before(run: _Run, start: _Start) -> MetricsEntry | None:
     before = start.before
     if before.history:
         return before.history[-1].metrics
-    return metrics_entry(run.evaluate(served(run.plan, start.state, before.memory)))  # of what everybody received
+    return metrics_entry(run.evaluate(inference_params(run.plan, start.state, before.memory)))  # of what everybody received
 
 
 def _report_small_weights(folder: RunFolder, before: Progress, entry: RoundEntry) -> None:
@@ -303,7 +303,7 @@ def _select(run: _Run, before: Progress, number: int, members: Mapping[str, Any]
     excluded = _excluded(run, before, number, members)
     needs_several = run.session.is_real and len(folder.file.participants) >= 2
     asked = [person.name for person in select(folder, number, excluded)]
-    complete = enough(run.plan, len(asked))
+    complete = count_to_complete(run.plan, len(asked))
     needed = config.needed(complete, fuses=needs_several) if asked else 0
     if needed > len(asked) > 0:
         raise RunError(
@@ -317,7 +317,7 @@ def _select(run: _Run, before: Progress, number: int, members: Mapping[str, Any]
 def _excluded(run: _Run, before: Progress, number: int, members: Mapping[str, Any]) -> list[str]:
     """Who may not take part any more; each is told of once. Raises RunError where nobody is left."""
     folder = run.folder
-    struck = left_out(folder, before.history)
+    struck = find_excluded(folder, before.history)
     revoked = [who.name for who in folder.file.participants if who.name not in members]
     known = before.history[-1].left_out if before.history else []
     strikes = f"{run.plan.server.strikes} of its updates were refused, or did not come in time"

@@ -22,8 +22,8 @@ from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, 
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.rounds.session import ExampleBounds, Session
 from cotune.server.rounds.update_validation import one_line
-from cotune.server.runs.deliveries import confirmed, record_delivery
-from cotune.server.runs.exclusions import Fate, fates_of, left_out
+from cotune.server.runs.deliveries import read_deliveries, record_delivery
+from cotune.server.runs.exclusions import StrikeRecord, find_excluded, read_strike_records
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.server.transport.base import Reply, Transport
@@ -57,7 +57,7 @@ def deliver(session: Session) -> list[str]:
 
 def _deliver_model(session: Session, progress: Progress, members: Members) -> list[str]:
     folder = session.folder
-    without = {*left_out(folder, progress.history), *confirmed(folder)}
+    without = {*find_excluded(folder, progress.history), *read_deliveries(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
     folder.events.write(DeliveryStarted(organizations=lacking))
     if not progress.round or not lacking:
@@ -75,8 +75,8 @@ def _deliver_model(session: Session, progress: Progress, members: Members) -> li
 def _notify_excluded(session: Session, progress: Progress, members: Members) -> None:
     """Send a request of the same kind without a model: an organization answers it with a refusal, and enters it in its log."""
     folder = session.folder
-    out = left_out(folder, progress.history)
-    fates = fates_of(folder, progress.history)
+    out = find_excluded(folder, progress.history)
+    fates = read_strike_records(folder, progress.history)
     fates = {p.name: fates[p.name] for p in folder.file.participants if p.name in out and p.name in members}
     if not progress.round or not fates:
         return
@@ -94,7 +94,7 @@ def _sign(
     contents: Mapping[str, RecordDict],
     recipients: list[Recipient],
     received: str,
-    fates: Mapping[str, Fate] | None = None,
+    fates: Mapping[str, StrikeRecord] | None = None,
 ) -> None:
     cohort = progress.history[-1].participants
     session.trail.sign(FINISHED, progress.round, contents, recipients, received, cohort, fates)
@@ -120,7 +120,7 @@ class _Delivery:
         self._outcomes: dict[str, Outcome] = {}
         self._began = time.monotonic()
         self._has_looked = False  # whether who is connected was known when organizations were asked last
-        self._confirmed_before = len(confirmed(self._folder))
+        self._confirmed_before = len(read_deliveries(self._folder))
 
     @property
     def _max_wait(self) -> float:

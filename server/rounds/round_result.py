@@ -11,7 +11,7 @@ from cotune.errors import RunError
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.rounds import DroppedEntry, LateEntry, MetricsEntry, RoundEntry
 from cotune.server.outcomes import Accepted, Lost, Outcome, Rejected, TimedOut
-from cotune.server.rounds.selection import advice
+from cotune.server.rounds.selection import explain_waiting
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ class RoundResult:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.dropped.items())
         raise RunError(
             f"round {self.number} got {len(self.participants)} of {len(self.asked)} updates, expected at least {self.needed}"
-            f" ({_quorum(plan)}); {reasons[:1000]}{advice(self.dropped)}",
+            f" ({_quorum(plan)}); {reasons[:1000]}{explain_waiting(self.dropped)}",
             code="run.no_quorum",
         )
 

@@ -58,7 +58,7 @@ def _drawn(plan: Plan, round: int, people: Sequence[Participant]) -> list[Partic
     return [people[i] for i in [*sorted(drawn[:size]), *drawn[size:]]]
 
 
-def enough(plan: Plan, asked: int) -> int:
+def count_to_complete(plan: Plan, asked: int) -> int:
     """How many updates close a round: those of all that were asked, or of the first so many."""
     return min(asked, plan.server.sample_size) if plan.server.over_selection else asked
 
@@ -96,29 +96,29 @@ class WaitingFile(BaseModel):
     waiting: list[str] = Field(description="Organizations that declined it by their rule `training.min_cohort` alone.")
 
 
-def cohort_of(folder: RunFolder, history: Sequence[RoundEntry], asked: Iterable[str]) -> list[str]:
+def build_cohort(folder: RunFolder, history: Sequence[RoundEntry], asked: Iterable[str]) -> list[str]:
     """The names on the roster of the round after `history`. asked: of that round."""
     if not history:
         return list(asked)
     last = history[-1]
     dropped = {who.organization: who.reason for who in last.dropped}
-    return [*last.participants, *waiting_in(dropped), *_waiting_before(folder, len(history) + 1)]
+    return [*last.participants, *find_waiting(dropped), *_waiting_before(folder, len(history) + 1)]
 
 
-def waiting_in(dropped: Mapping[str, str]) -> list[str]:
+def find_waiting(dropped: Mapping[str, str]) -> list[str]:
     """Who has declined by the rule alone. dropped: organization -> reason."""
     return [name for name, reason in dropped.items() if _RULE in reason]
 
 
-def remember_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) -> None:
+def record_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) -> None:
     """That a round failed in which these waited for each other: when it is played again, they count."""
-    if waiting := waiting_in(dropped):
+    if waiting := find_waiting(dropped):
         JsonDocument(folder.path / "cohort.json", WaitingFile).write(WaitingFile(round=round, waiting=waiting))
 
 
-def advice(dropped: Mapping[str, str]) -> str:
+def explain_waiting(dropped: Mapping[str, str]) -> str:
     """What a coordinator can do where a round failed by the rule; "" where it did not."""
-    waiting = waiting_in(dropped)
+    waiting = find_waiting(dropped)
     if not waiting:
         return ""
     return (

@@ -17,28 +17,28 @@ _MAX_REASON_LENGTH = 300  # characters of a reason, as it is signed
 
 
 @dataclass(frozen=True)
-class Fate:
+class StrikeRecord:
     """Why an organization's last refused update was refused, and how many strikes it has."""
 
     refused: str = ""
     strikes: int = 0
 
 
-def fates_of(folder: RunFolder, history: Sequence[RoundEntry]) -> dict[str, Fate]:
+def read_strike_records(folder: RunFolder, history: Sequence[RoundEntry]) -> dict[str, StrikeRecord]:
     """Why the last refused update was, of those that have strikes, as they are told. Raises RunError."""
     reasons = dict[str, str]()
     for entry in history:
         struck = {*entry.quarantined, *entry.timed_out}
         reasons |= {who.organization: who.reason[:_MAX_REASON_LENGTH] for who in entry.dropped if who.organization in struck}
-    return {name: Fate(reasons.get(name, ""), count) for name, count in strikes_of(folder, history).items()}
+    return {name: StrikeRecord(reasons.get(name, ""), count) for name, count in count_strikes(folder, history).items()}
 
 
-def left_out(folder: RunFolder, history: Sequence[RoundEntry]) -> list[str]:
+def find_excluded(folder: RunFolder, history: Sequence[RoundEntry]) -> list[str]:
     """Who has as many strikes as the plan allows. history: the rounds that are finished. Raises RunError."""
-    return sorted(name for name, count in strikes_of(folder, history).items() if 0 < folder.plan.server.strikes <= count)
+    return sorted(name for name, count in count_strikes(folder, history).items() if 0 < folder.plan.server.strikes <= count)
 
 
-def strikes_of(folder: RunFolder, history: Sequence[RoundEntry]) -> Counter[str]:
+def count_strikes(folder: RunFolder, history: Sequence[RoundEntry]) -> Counter[str]:
     """Refused updates and time-outs of each organization; an answer that came after all, and was folded in, is none."""
     late = {(each.round, each.organization) for entry in history for each in entry.late}
     rejected = Counter(name for entry in history for name in entry.quarantined)
@@ -46,7 +46,7 @@ def strikes_of(folder: RunFolder, history: Sequence[RoundEntry]) -> Counter[str]
     return _of_failed_rounds(folder) + rejected + timed_out
 
 
-def remember(folder: RunFolder, names: Iterable[str]) -> None:
+def record_strikes(folder: RunFolder, names: Iterable[str]) -> None:
     """That a round failed in which these got a strike each: or a round that needs everybody would fail for ever."""
     if strikes := Counter(names):
         _strikes_file(folder).write(dict(_of_failed_rounds(folder) + strikes))

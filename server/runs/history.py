@@ -8,18 +8,18 @@ from cotune.reporting.documents.events import Event, LateUpdateReceived, UpdateR
 from cotune.reporting.documents.rounds import RoundEntry
 
 
-def epsilon_stated(history: Iterable[RoundEntry]) -> dict[str, float]:
+def get_reported_epsilon(history: Iterable[RoundEntry]) -> dict[str, float]:
     """Return organization -> ε as it stated it last."""
     return {name: value for entry in history for name, value in entry.epsilon.items()}
 
 
-def weight_of(history: Iterable[RoundEntry], name: str) -> float | None:
+def get_last_weight(history: Iterable[RoundEntry], name: str) -> float | None:
     """Return the share of an organization in the last round that it took part in, of 1; None where it took part in none."""
     shares = [entry.weights[name] for entry in history if name in entry.weights]
     return shares[-1] if shares else None
 
 
-def bytes_of(events: Iterable[Event], name: str) -> int:
+def get_received_bytes(events: Iterable[Event], name: str) -> int:
     """Return the size of all updates of an organization that were received, interrupted rounds included."""
     received = (event for event in events if isinstance(event, UpdateReceived | LateUpdateReceived))
     return sum(event.bytes for event in received if event.organization == name)

@@ -29,20 +29,20 @@ from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.model_card import CARD, model_card
 from cotune.reporting.privacy_statement import client_statement, stated
 from cotune.reporting.run_report import write_report
-from cotune.server.runs.client_privacy import account_of, client_level_noise
-from cotune.server.runs.deliveries import confirmed
+from cotune.server.runs.client_privacy import compute_round_noise, open_client_account
+from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.events import read_events
-from cotune.server.runs.exclusions import left_out
-from cotune.server.runs.history import bytes_of, epsilon_stated, weight_of
+from cotune.server.runs.exclusions import find_excluded
+from cotune.server.runs.history import get_last_weight, get_received_bytes, get_reported_epsilon
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.runs.run_model import final_params, model_here
+from cotune.server.runs.run_model import final_params, load_run_model
 from cotune.storage.files import atomic_write
 
 _ABOUT_THE_RUN = 3  # paragraphs; a simulation's next one is about the models that it compares this one with
 _PACKAGES = ("cotune", "flwr", "torch", "transformers", "opacus", "peft", "dp-accounting")
 
 
-def identity(folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def describe_run(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Which run of which plan, on which model, and how it ended."""
     plan = folder.plan
     return {
@@ -54,18 +54,18 @@ def identity(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         "engine": folder.file.engine,
         "status": "finished" if folder.stopped is None else "stopped",
         "stopped": folder.stopped,
-        "client_privacy": client_privacy(folder, progress),
+        "client_privacy": describe_client_privacy(folder, progress),
         "model": {
             "base": plan.model.base,
             "base_hash": plan.model.base_hash,
-            "parameters": model_here(folder).parameter_count(),
+            "parameters": load_run_model(folder).parameter_count(),
             "shared_parameters": sum(t.numel() for t in progress.state.values()),
         },
         "labels": list(plan.labels),
     }
 
 
-def performance(progress: Progress, seconds: float) -> dict[str, Any]:
+def describe_effort(progress: Progress, seconds: float) -> dict[str, Any]:
     """What the rounds were, and what they took."""
     return {
         "rounds": list(progress.history),
@@ -76,14 +76,14 @@ def performance(progress: Progress, seconds: float) -> dict[str, Any]:
     }
 
 
-def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
+def describe_client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
     """From the server's account; None where the plan asks for none."""
     plan = folder.plan
     privacy = folder.plan.client_privacy
     if privacy is None:
         return None
-    noise = client_level_noise(plan, len(folder.file.participants))
-    account = account_of(folder, privacy)
+    noise = compute_round_noise(plan, len(folder.file.participants))
+    account = open_client_account(folder, privacy)
     charged = [steps for _, steps in account.charges()]
     return {
         "epsilon": privacy.epsilon,
@@ -103,7 +103,7 @@ def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | No
     }
 
 
-def run_card(plan: Plan, summary: RunSummary, length: int) -> str:
+def build_model_card(plan: Plan, summary: RunSummary, length: int) -> str:
     """Return the card of a run's model. length: tokens that it reads of a text."""
     test = summary.test
     more = [] if summary.client_privacy is None else summary.client_privacy.statement
@@ -120,7 +120,7 @@ def _values(metrics: MetricsEntry | None) -> dict[str, float] | None:
     return None if metrics is None else metrics.as_json()
 
 
-def dumps(document: Document | Mapping[str, Any]) -> bytes:
+def to_json(document: Document | Mapping[str, Any]) -> bytes:
     """Return a document as indented JSON."""
     values = document.as_json() if isinstance(document, Document) else document
     return json.dumps(values, indent=1, ensure_ascii=False).encode()
@@ -149,7 +149,7 @@ _NOT_KNOWN = (
 )
 
 
-def conclude(folder: RunFolder) -> RunSummary:
+def finalize_run(folder: RunFolder) -> RunSummary:
     """Writes model/, summary.json and report.html, each in one step, and returns the summary; again, it replaces them.
 
     Where every organization has a model of its own there is no model/. The folder must have a finished round.
@@ -158,30 +158,30 @@ def conclude(folder: RunFolder) -> RunSummary:
     summary = summarize(folder, progress)
     if not folder.plan.keeps_personal:
         _export(folder, progress, summary)
-    atomic_write(folder.path / "summary.json", dumps(summary))
+    atomic_write(folder.path / "summary.json", to_json(summary))
     write_report(summary, folder.path / "report.html")
     folder.events.write(RunFinalized(summary=str(folder.path / "summary.json")))
     return summary
 
 
 def _export(folder: RunFolder, progress: Progress, summary: RunSummary) -> None:
-    model = model_here(folder)
+    model = load_run_model(folder)
     model.load(final_params(folder.plan, progress))
-    export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})
+    export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})
 
 
 def summarize(folder: RunFolder, progress: Progress) -> RunSummary:
     """The summary of a real run as plain values (schema 1)."""
     events = read_events(folder.path / "events.jsonl") if (folder.path / "events.jsonl").exists() else []
     table = {
-        **identity(folder, progress),
+        **describe_run(folder, progress),
         "federation": folder.file.federation,
         "privacy": _privacy(folder, progress),
         "partition": None,
         "worth": None,
         "test": _test(folder, progress),
         "organizations": [_organization(folder, who.name, progress, events) for who in folder.file.participants],
-        **performance(progress, sum(float(entry.seconds) for entry in progress.history)),
+        **describe_effort(progress, sum(float(entry.seconds) for entry in progress.history)),
         "reproduce": [f"cotune server run {folder.file.federation}"],
     }
     return RunSummary.model_validate(table)
@@ -189,7 +189,7 @@ def summarize(folder: RunFolder, progress: Progress) -> RunSummary:
 
 def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     privacy = folder.plan.privacy
-    spent = epsilon_stated(progress.history)
+    spent = get_reported_epsilon(progress.history)
     known = privacy if isinstance(privacy, RecordPrivacy) else None
     claim = claim_of(known, None, not_covered=(_TOLD, "the coordinator's test set")) if known else None
     return {
@@ -234,13 +234,13 @@ def _organization(folder: RunFolder, name: str, progress: Progress, events: Iter
     return {
         "name": name,
         **dict.fromkeys(_NOT_KNOWN),
-        "epsilon_spent": epsilon_stated(progress.history).get(name),
+        "epsilon_spent": get_reported_epsilon(progress.history).get(name),
         "epsilon_allowed": privacy.epsilon if isinstance(privacy, RecordPrivacy) else None,
         "rounds": sum(name in entry.participants for entry in progress.history),
-        "bytes_up": bytes_of(events, name),
-        "weight": weight_of(progress.history, name),
+        "bytes_up": get_received_bytes(events, name),
+        "weight": get_last_weight(progress.history, name),
         "dropped": sum(dropped.organization == name for entry in progress.history for dropped in entry.dropped),
         "quarantined": sum(name in entry.quarantined for entry in progress.history),
-        "left_out": name in left_out(folder, progress.history),
-        "delivered": name in confirmed(folder),
+        "left_out": name in find_excluded(folder, progress.history),
+        "delivered": name in read_deliveries(folder),
     }

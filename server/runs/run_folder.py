@@ -235,14 +235,14 @@ class RunFolder:
             yield
 
 
-def new_folder(name: str, runs: Path = Path("runs")) -> Path:
+def pick_run_folder(name: str, runs: Path = Path("runs")) -> Path:
     """runs/<time>-<plan>, not yet taken."""
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"
     candidates = [runs / stem, *(runs / f"{stem}-{i}" for i in range(2, 1000))]
     return next(path for path in candidates if not path.exists())
 
 
-def empty_folder(path: Path) -> Path:
+def check_run_folder(path: Path) -> Path:
     """The folder itself, as an absolute path. Raises RunError where something is in it already."""
     path = path.expanduser().resolve()
     if (path / "run.json").exists():

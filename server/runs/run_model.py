@@ -21,26 +21,26 @@ from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.strategies.aggregator import build_server_optimizer
 
 
-def without_place(plan: Plan) -> Plan:
+def hide_base_folder(plan: Plan) -> Plan:
     """The same with the folder's last name alone."""
     place = path_of_base(plan.model.base)
     return plan if place is None else _naming(plan, f"{FOLDER}{place.name}")
 
 
-def model_here(folder: RunFolder) -> TrainableModel:
+def load_run_model(folder: RunFolder) -> TrainableModel:
     """The model of a run's plan, on the run's device, as `plan.model.model_of` loads it."""
     plan = folder.plan if not folder.file.base else _naming(folder.plan, folder.file.base)
     return model_of(plan, folder.file.device)
 
 
-def served(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
+def inference_params(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
     """The model to judge and to hand out: θ, or what the server optimizer makes of it."""
     return build_server_optimizer(plan.strategy).serve(state, named_under("optimizer/", memory))
 
 
 def final_params(plan: Plan, progress: Progress) -> State:
     """The served model of a run after its last finished round."""
-    return served(plan, progress.state, progress.memory)
+    return inference_params(plan, progress.state, progress.memory)
 
 
 def _naming(plan: Plan, base: str) -> Plan:

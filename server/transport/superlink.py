@@ -31,9 +31,9 @@ from cotune.server.transport.node_registry import Node, NodeRegistry
 _WATCH_SECONDS = 0.5  # between two looks at who is connected
 _SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach
 _POLL_SECONDS = 0.1  # between two looks for answers, at least
-_MOST_POLL_SECONDS = 1.0
+_MAX_POLL_SECONDS = 1.0
 _LATER = 0.05  # of the time without an answer so far: looks become rarer, and an answer is found late by that share at most
-_LONGEST_WAIT_SECONDS = 2.0  # before a look that failed is made again
+_MAX_BACKOFF_SECONDS = 2.0  # before a look that failed is made again
 _AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
 _SLOW_SECONDS = 20.0  # without a piece of an answer: it may have been cut off while it was sent
 _AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
@@ -217,11 +217,11 @@ class SuperLinkTransport:
             waiting = [(number, asked) for number, asked in list(self._asked.items()) if asked.since is None]
             some = [dict(waiting[first : first + _AT_A_TIME]) for first in range(0, len(waiting), _AT_A_TIME)]
             answered = [self._look(few) for few in some]
-            wait = self._pause() if all(answered) else min(_LONGEST_WAIT_SECONDS, 2 * wait)
+            wait = self._pause() if all(answered) else min(_MAX_BACKOFF_SECONDS, 2 * wait)
 
     def _pause(self) -> float:
         """Seconds until the next look: a SuperLink answers some thirty calls a second, from all organizations together."""
-        return min(_MOST_POLL_SECONDS, max(_POLL_SECONDS, _LATER * (time.monotonic() - self._active)))
+        return min(_MAX_POLL_SECONDS, max(_POLL_SECONDS, _LATER * (time.monotonic() - self._active)))
 
     def _look(self, waiting: Mapping[str, _Asked]) -> bool:
         """Whether the SuperLink has said who has answered. A few at a time: a call that takes too long loses all answers that it

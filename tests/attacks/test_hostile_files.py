@@ -27,7 +27,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.site_setup import make_site
 from cotune.printable import Clean
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.deployment.processes import meaningful_line
 from tests.support.console import Cotune, Outcome
 from tests.support.events import make_event
@@ -166,7 +166,7 @@ def test_a_log_of_what_was_sent(cotune: Cotune, site: Path) -> None:
 
 
 def test_what_a_run_has_told_and_its_members(cotune: Cotune, fed: FederationFolder) -> None:
-    run = real_run(fed, name="one")
+    run = create_run(fed, name="one")
     run.events.write(make_event("run_started", rounds=2))
     run.events.write(make_event("update_dropped", round=1, organization="hospital-b", reason=HOSTILE))
     run.events.write(make_event("run_failed", round=1, reason=f"{HOSTILE}\nrun two: finished"))

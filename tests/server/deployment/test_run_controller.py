@@ -17,7 +17,7 @@ import pytest
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.deployment.run_controller import (
     PollInterval,
     check_none_unfinished,
@@ -54,7 +54,7 @@ def federation(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationF
 
 @pytest.fixture
 def run(federation: FederationFolder) -> RunFolder:
-    return real_run(federation, name="one")
+    return create_run(federation, name="one")
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_the_newest_run_is_gone_on_with_or_the_one_that_is_named(federation: Fed
     with pytest.raises(RunError, match="has no run to go on with"):
         newest(federation)
     for name in ("begun-first", "another"):
-        real_run(federation, name=name)
+        create_run(federation, name=name)
     assert newest(federation).path.name == "another"
     assert newest(federation, "begun-first").path.name == "begun-first"
     with pytest.raises(RunError, match="no run called 'c'"):

@@ -15,7 +15,7 @@ from cotune.errors import RunError
 from cotune.flower.control_client import Control
 from cotune.server.deployment.certificates import check
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.deployment.status import OrganizationStatus, Status, connections, look
 from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.support.events import make_event
@@ -76,7 +76,7 @@ def test_a_superlink_that_is_away_leaves_connections_unknown(federation: Federat
 
 
 def test_the_last_word_of_each_organization(federation: FederationFolder) -> None:
-    run = real_run(federation)
+    run = create_run(federation)
 
     def tell(name: str, **fields: Any) -> None:
         run.events.write(make_event(name, **fields))
@@ -106,7 +106,7 @@ def test_the_last_word_of_each_organization(federation: FederationFolder) -> Non
 
 
 def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> None:
-    run = real_run(federation, ["server.strikes=1"])
+    run = create_run(federation, ["server.strikes=1"])
     finish(run, 1, participants=["a", "b"], quarantined=["c"])
     (run.path / "delivered.json").write_text(json.dumps({"a": "2026-01-01T00:00:00+00:00"}))
     words = [o.word for o in look(federation, None).organizations]
@@ -114,7 +114,7 @@ def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> 
 
 
 def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) -> None:
-    run = real_run(federation)
+    run = create_run(federation)
     run.events.write(make_event("run_started", rounds=2))
     for event, phase in (("waiting", "interrupted"), ("run_finalized", "finished")):
         run.events.write(make_event(event))
@@ -124,7 +124,7 @@ def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) ->
 
 
 def test_anyone_who_gave_nothing_is_not_only_said_to_have_the_model(federation: FederationFolder) -> None:
-    run = real_run(federation)
+    run = create_run(federation)
     run.events.write(
         make_event("update_dropped", round=1, organization="a", reason="declined: its rule privacy does not allow this plan")
     )
@@ -135,7 +135,7 @@ def test_anyone_who_gave_nothing_is_not_only_said_to_have_the_model(federation: 
 
 
 def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: FederationFolder) -> None:
-    run = real_run(federation, name="one")
+    run = create_run(federation, name="one")
 
     def stands() -> tuple[int, str, float | None, str | None]:
         found = look(federation, None).run
@@ -163,7 +163,7 @@ def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: Fed
 
 
 def test_a_round_that_is_durable_counts_though_its_event_was_lost(federation: FederationFolder) -> None:
-    run = real_run(federation)
+    run = create_run(federation)
     finish(run, 1, participants=["a"])
     run.events.path.unlink()
     status = look(federation, None)
@@ -179,5 +179,5 @@ def test_a_certificate_that_nobody_would_accept_is_a_problem(federation: Federat
 
 
 def test_it_is_plain_json(federation: FederationFolder) -> None:
-    real_run(federation)
+    create_run(federation)
     assert json.loads(json.dumps(asdict(look(federation, None))))["organizations"][0]["name"] == "a"

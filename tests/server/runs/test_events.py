@@ -97,7 +97,7 @@ def test_a_last_line_that_a_crash_cut_short_is_ended_and_skipped(path: Path) -> 
     assert len(path.read_bytes().splitlines()) == 3
 
 
-def test_a_line_that_a_full_disk_cut_short_does_not_spoil_the_next(path: Path) -> None:
+def test_line_cut_short_by_a_full_disk_leaves_the_next_whole(path: Path) -> None:
     events = Events(path)
     events.write(make_event("first"))
     with full_disk(path.stat().st_size + 20), pytest.raises(RunError, match=r"events\.jsonl cannot be written \(.*make room"):
@@ -109,9 +109,7 @@ def test_a_line_that_a_full_disk_cut_short_does_not_spoil_the_next(path: Path) -
 
 @settings(max_examples=60, deadline=None)
 @given(kept=st.integers(0, 200), name=st.text(st.characters(codec="utf-8"), max_size=12))
-def test_wherever_the_cut_is_whole_events_are_read_and_the_file_goes_on(
-    tmp_path_factory: pytest.TempPathFactory, kept: int, name: str
-) -> None:
+def test_whole_events_are_read_wherever_a_line_is_cut(tmp_path_factory: pytest.TempPathFactory, kept: int, name: str) -> None:
     path = tmp_path_factory.mktemp("cut") / "events.jsonl"
     events = Events(path)
     events.write(make_event("first", organization=name))
@@ -194,7 +192,7 @@ def test_a_follower_hears_every_event_once_however_it_is_written(
     assert (offset, follow(growing, offset)) == (len(content), ([], len(content)))
 
 
-def test_a_follower_waits_for_the_end_of_a_line_and_skips_what_was_cut_short(path: Path) -> None:
+def test_follow_waits_for_line_ends_and_skips_cut_lines(path: Path) -> None:
     assert follow(path) == ([], 0)
     events = Events(path)
     events.write(make_event("first"))
@@ -207,7 +205,7 @@ def test_a_follower_waits_for_the_end_of_a_line_and_skips_what_was_cut_short(pat
     assert [event["event"] for event in follow(path, offset)[0]] == ["third"]
 
 
-def test_anyone_who_only_looks_leaves_an_unfinished_line_to_its_writer(new_run: NewRun) -> None:
+def test_reader_leaves_an_unfinished_line_to_its_writer(new_run: NewRun) -> None:
     folder = new_run("a")
     folder.events.path.write_bytes(b'{"event": "fir')
     RunFolder(folder.path)

@@ -50,7 +50,7 @@ def test_whose_heartbeats_are_missing_has_not_left(times: list[float], looks: in
 
 
 @given(HEARTBEATS, st.floats(0.001, 60.0))
-def test_anyone_who_is_offline_before_its_time_has_left_and_comes_back(times: list[float], early: float) -> None:
+def test_node_offline_before_its_time_has_left_and_comes_back(times: list[float], early: float) -> None:
     seen = Presence()
     until = max(times)
     seen.look([Seen("a", True, until), Seen("b", True, until)])
@@ -98,7 +98,7 @@ def test_it_is_asked_when_it_joins_anew(new_run: NewRun) -> None:
         assert play(folder, grid).history[0]["participants"] == list(NAMES)
 
 
-def test_anyone_who_has_left_when_the_model_is_handed_out_is_named(new_run: NewRun) -> None:
+def test_organization_that_left_before_delivery_is_named(new_run: NewRun) -> None:
     folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 0.3, "quorum": 0.5})
     grid = receiving(folder)
     grid.on_push = lambda name, message: grid.left.add(name) if name == "org-2" else None
