@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -38,11 +38,11 @@ class Document(BaseModel):
         """Return plain values, without the keys that are absent."""
         return self.model_dump(exclude_unset=True, by_alias=True)
 
-    def keys(self) -> list[str]:
+    def keys(self) -> KeysView[str]:
         """Return the keys that are present."""
         fields = type(self).model_fields
         known = [field.alias or name for name, field in fields.items() if name in self.model_fields_set]
-        return [*known, *(self.model_extra or {})]
+        return dict.fromkeys([*known, *(self.model_extra or {})]).keys()
 
     def items(self) -> list[tuple[str, Any]]:
         """Return the keys that are present, with their values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import KeysView
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -25,9 +26,9 @@ class Event(Document):
         fields = self.model_dump(exclude_unset=True, by_alias=True, exclude={"event", "at"})
         return {"at": self.at, "event": self.event, **fields} if self.at else {"event": self.event, **fields}
 
-    def keys(self) -> list[str]:
+    def keys(self) -> KeysView[str]:
         """Return the keys of the line."""
-        return list(self.as_json())
+        return self.as_json().keys()
 
     @property
     def fields(self) -> dict[str, Any]:

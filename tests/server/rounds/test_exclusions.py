@@ -7,6 +7,7 @@ import pytest
 from cotune.errors import RunError
 from cotune.server.runs.exclusions import find_excluded, record_strikes
 from cotune.server.runs.run_folder import RunFolder
+from tests.support.events import round_entry
 from tests.support.organizations import adding
 from tests.support.rounds import play, wrong_shape
 from tests.support.run_folders import NewRun
@@ -14,7 +15,7 @@ from tests.support.unreliable_grid import real, told, wild
 
 
 def test_so_many_refused_updates_leave_an_organization_out(new_run: NewRun) -> None:
-    history = [{"quarantined": ["a", "b"]}, {"quarantined": ["a"]}, {}, {"quarantined": ["c", "a", "b"]}]
+    history = [round_entry(quarantined=names) for names in (["a", "b"], ["a"], [], ["c", "a", "b"])]
     for strikes, out in ((0, []), (1, ["a", "b", "c"]), (2, ["a", "b"]), (3, ["a"]), (4, [])):
         assert find_excluded(new_run(server={"strikes": strikes}), history) == out
 
@@ -24,7 +25,7 @@ def test_those_of_failed_rounds_count_as_well(new_run: NewRun) -> None:
     for names in ([], ["b"], ["b", "a"]):
         record_strikes(folder, names)
     assert find_excluded(RunFolder(folder.path), []) == []
-    assert find_excluded(RunFolder(folder.path), [{"quarantined": ["b", "c"]}]) == ["b"]
+    assert find_excluded(RunFolder(folder.path), [round_entry(quarantined=["b", "c"])]) == ["b"]
 
 
 def test_run_needing_everybody_goes_on_without_the_excluded(new_run: NewRun) -> None:
