@@ -21,7 +21,7 @@ from cotune.data.tasks.text import collator
 from cotune.errors import PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping, private_steps
 from cotune.privacy.mechanisms.per_example import Batch, LossPerExample
