@@ -32,6 +32,7 @@ from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.record_notes import LeftOut, data_notes, left_out_of
 from cotune.simulations.split import Share, split_records
+from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
 
 
@@ -170,4 +171,4 @@ def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], devi
     write_holdings(folder / "data.json", plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
         atomic_write(folder / "policy.toml", dump_policy(shares[0].policy(plan)).encode())
-    atomic_write(folder / "site.json", SiteFile(organization=name, simulated=True, device=device).model_dump_json().encode())
+    JsonDocument(folder / "site.json", SiteFile).write(SiteFile(organization=name, simulated=True, device=device))

@@ -19,7 +19,7 @@ from cotune.server.deployment.plan_checks import check_counts, notes_of
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, empty_folder, new_folder
 from cotune.server.runs.run_model import without_place
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
 
 
 def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: str | None = None) -> RunFolder:
@@ -80,4 +80,4 @@ def _write_test(federation: FederationFolder, plan: Plan, path: Path) -> None:
     """All of its records, read as the plan reads records."""
     if file := _test_file(federation):
         document = DatasetManifest(task=plan.task, data=plan.data.without_units(), portions=(FileSlice(path=file),))
-        atomic_write(path / "test" / "data.json", document.model_dump_json(indent=1).encode())
+        JsonDocument(path / "test" / "data.json", DatasetManifest).write(document)
