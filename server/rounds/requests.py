@@ -28,7 +28,7 @@ from flwr.app import Message, MessageType, RecordDict
 from cotune.errors import Declined, RunError
 from cotune.plan.tables import RoundsConfig
 from cotune.protocol.messages import payload_bytes
-from cotune.protocol.signatures import words_of
+from cotune.protocol.signatures import parse_refusal
 from cotune.server.rounds.round_result import RoundResult
 from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import LEFT, REVOKED, Node
@@ -42,7 +42,7 @@ _LONGEST_SECONDS = 300.0
 
 def awaits_approval(reply: Message | None) -> bool:
     """Whether an answer says that the plan has to be approved by a person first, and nothing else."""
-    return reply is not None and reply.has_error() and words_of(reply.error.reason or "")[0] == _SAID
+    return reply is not None and reply.has_error() and parse_refusal(reply.error.reason or "")[0] == _SAID
 
 
 @dataclass

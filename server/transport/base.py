@@ -13,7 +13,7 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from cotune.flower.chunks import fetched
+from cotune.flower.chunks import pull_reply
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
 _POLL_SECONDS = 0.02
@@ -102,13 +102,13 @@ class InProcessTransport:
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         for (round, name), number in list(self._earlier.items()):
-            letter = Reply(round, name, fetched(self._grid, number))
+            letter = Reply(round, name, pull_reply(self._grid, number))
             if letter.reply is not None:
                 del self._earlier[round, name]
                 yield letter
                 return
         for name in list(self._waiting) if last else list(itertools.islice(self._waiting, 1)):
-            letter = Reply(self._round, name, fetched(self._grid, self._waiting[name]))
+            letter = Reply(self._round, name, pull_reply(self._grid, self._waiting[name]))
             if letter.reply is not None:
                 del self._waiting[name]
                 yield letter

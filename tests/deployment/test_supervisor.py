@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cotune.errors import RunError
-from cotune.flower.control_client import control
+from cotune.flower.control_client import open_control
 from cotune.plan.load import parse_plan
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, found, write_config
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, create_federation, write_config
 from cotune.server.deployment.supervisor import supervise
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 
@@ -85,7 +85,7 @@ class Served:
     def keys(self) -> set[bytes]:
         """That the SuperLink lets in."""
         try:
-            with control(self.folder.superlink_address, self.folder.certificates) as calls:
+            with open_control(self.folder.superlink_address, self.folder.certificates) as calls:
                 return {node.key for node in calls.nodes()}
         except RunError:
             return set()
@@ -95,7 +95,7 @@ class Served:
 
     def begin_a_run(self, run: RunFolder) -> psutil.Process:
         """Hands it to the executor; returns the process that plays it."""
-        with control(self.folder.superlink_address, self.folder.certificates) as calls:
+        with open_control(self.folder.superlink_address, self.folder.certificates) as calls:
             calls.start(run.path)
         found: list[psutil.Process] = []
 
@@ -148,7 +148,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str],
     config = ServerConfig(
         name="toy", hosts=("127.0.0.1",), listen="127.0.0.1", port=free_port(), superlink_port=free_port(), device="cpu"
     )
-    return found(tmp_path_factory.mktemp("federation") / "fed", plan, config)
+    return create_federation(tmp_path_factory.mktemp("federation") / "fed", plan, config)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cotune.flower.control_client import RunState, SuperLinkAway
+from cotune.flower.control_client import RunState, SuperLinkUnreachable
 from cotune.flower.nodes import RegisteredNode
 from cotune.plan.load import parse_plan
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, create_federation
 from tests.server.wild import LINES
 
 Step = Callable[[int], RunState | None]  # what a state call answers; it may write events, or raise
@@ -27,7 +27,7 @@ def founded(path: Path, base: Path, *names: str, test: Path | None = None, **cha
         "privacy": "none",
     }
     config = ServerConfig(name="toy", hosts=("127.0.0.1",), device="cpu", test=test)
-    federation = found(path, parse_plan({**table, **changes}), config)
+    federation = create_federation(path, parse_plan({**table, **changes}), config)
     for name, line in zip(names, LINES, strict=False):
         federation.members.invite(name, line)
     return federation
@@ -68,4 +68,4 @@ class FakeSuperLink:
 
 
 def away(run_id: int) -> RunState | None:
-    raise SuperLinkAway("the SuperLink cannot be reached: expected one that `cotune server start` keeps running")
+    raise SuperLinkUnreachable("the SuperLink cannot be reached: expected one that `cotune server start` keeps running")
