@@ -38,7 +38,7 @@ def evaluate(
     """Measure a fine-tuned model: by class, confusion matrix, AUROC and AUPRC, calibration, entities of tags. Nothing is sent."""
     check_source(data)
     beginning(f"loading PyTorch, then {model}, to judge it on {data}", quiet=as_json)
-    from cotune.data.records import read_records
+    from cotune.data.record_files import read_records
     from cotune.models.evaluation.predictor import judge_records, open_predictor
     from cotune.models.evaluation.quality import parse_threshold
 

@@ -29,7 +29,8 @@ from cotune.data.tasks.text import Example
 from cotune.data.types import Input, Label, names_in
 from cotune.errors import DataError, ModelError, nearest, reason_of
 from cotune.models.base_folder import base_labels, read_settings
-from cotune.models.base_model import LoadedModel, find_base, load_model
+from cotune.models.base_lookup import find_base
+from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.quality import NOT_TOLD, Threshold, entity_quality, quality, told_classes

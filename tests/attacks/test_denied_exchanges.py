@@ -41,13 +41,14 @@ from cotune.server.app import deliver_model, train_rounds
 from cotune.server.deployment.signing import public_hex, read_signing_key
 from cotune.server.deployment.trail import read_trail
 from cotune.server.rounds import model_delivery as delivery
-from cotune.server.rounds import requests as asking
+from cotune.server.rounds import round as round_module
 from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.transport import superlink as superlink_transport
-from tests.server.conftest import NewRun, adding, model_of
-from tests.server.wild import PRIVATE, WildGrid, real, told, wild
+from tests.support.organizations import adding, model_of
+from tests.support.run_folders import NewRun
 from tests.support.signing import FEDERATION, countersign
+from tests.support.unreliable_grid import PRIVATE, WildGrid, real, told, wild
 
 NAMES = ("bank", "clinic")
 
@@ -57,7 +58,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (superlink_transport, "_WATCH_SECONDS"),
         (superlink_transport, "_POLL_SECONDS"),
-        (asking, "_POLL_SECONDS"),
+        (round_module, "_POLL_SECONDS"),
         (delivery, "_POLL_SECONDS"),
     ):
         monkeypatch.setattr(module, name, 0.01)

@@ -17,7 +17,7 @@ from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.prepare import Prepared, make_run, make_site, prepare
-from tests.simulations.conftest import NewPlan, same
+from tests.support.simulations import NewPlan, same
 
 
 def made(plan: Plan, path: Path) -> tuple[RunFolder, Prepared]:

@@ -16,7 +16,7 @@ from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.server.runs.events import observe_run
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import resume, simulate
-from tests.simulations.conftest import NewPlan, final_model
+from tests.support.simulations import NewPlan, final_model
 
 CENTRAL = {"epsilon": 6.0, "clip_norm": 0.5}
 UNIFORM = {"weighting": "uniform"}

@@ -9,8 +9,7 @@ import pytest
 
 from cotune.server.runs.events import observe_run
 from cotune.simulations.run import resume, simulate
-from tests.simulations.conftest import NewPlan
-from tests.simulations.test_resume import tensors_of
+from tests.support.simulations import NewPlan, tensors_of
 
 HEAD_THEN_ALL = [{"mode": "head", "rounds": 2}, {"mode": "full", "rounds": 1, "local": {"learning_rate": 0.02}}]
 RUNS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ from cotune.reporting.verdict import judge
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.run import Run, resume, simulate
-from tests.simulations.conftest import NewPlan, same
+from tests.support.simulations import NewPlan, same
 
 
 def plan_of(toy_plan: NewPlan, **changes: Any) -> Plan:

@@ -13,7 +13,7 @@ from cotune.privacy.accounting.composition import epsilon
 from cotune.server.runs.events import observe_run, read_events
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
-from tests.simulations.conftest import NewPlan
+from tests.support.simulations import NewPlan
 
 
 def test_one_declines_and_the_others_go_on(toy_plan: NewPlan, tmp_path: Path) -> None:
