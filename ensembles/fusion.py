@@ -169,39 +169,49 @@ def fit_meta_model(probabilities: Floats, truth: Numbers) -> MetaModel:
     return MetaModel(np.concatenate([-half, half]), np.concatenate([-fitted.intercept_ / 2, fitted.intercept_ / 2]))
 
 
-def cross_fitted(method: Method, probabilities: Sequence[Floats], truth: Numbers, folds: int, seed: int) -> Floats:
-    """Return fused predictions for each record by a rule that was fitted on the other folds: (n, classes).
+def cross_fitted(method: Method, probabilities: Sequence[Floats], truth: Numbers, fold: Numbers) -> Floats:
+    """Return fused predictions for each record by a rule that was fitted on the other folds.
 
     Args:
         method: The rule.
         probabilities: (n, classes) of each model.
-        truth: (n,) class numbers; each class is spread over the folds.
-        folds: How many.
-        seed: Of the split.
+        truth: (n,) class numbers.
+        fold: (n,) the fold of each answer, as `assign_folds` deals them.
+
+    Returns:
+        (n, classes).
 
     Raises:
-        DataError: There are fewer records than folds, or as in `fit_fusion`.
+        DataError: As in `fit_fusion`.
     """
-    if len(truth) < folds:
-        raise DataError(
-            f"{len(truth)} records are too few to fit a fusion and to measure it: expected at least {folds}",
-            code="data.too_few_records",
-        )
-    fold = assign_folds(truth, folds, seed)
     fused = np.empty_like(probabilities[0])
-    for number in range(folds):
+    for number in np.unique(fold):
         held = fold == number
         rule = fit_fusion(method, [each[~held] for each in probabilities], truth[~held])
         fused[held] = rule.fuse([each[held] for each in probabilities])
     return fused
 
 
-def assign_folds(truth: Numbers, folds: int, seed: int) -> Numbers:
-    """Return the fold of each record, (n,): the records of each class are spread evenly, in an order drawn from the seed."""
-    order = np.random.default_rng(seed).permutation(len(truth))
-    by_class = order[np.argsort(truth[order], kind="stable")]
-    fold = np.empty(len(truth), dtype=np.int64)
-    fold[by_class] = np.arange(len(truth)) % folds
+def assign_folds(classes: Numbers, folds: int, seed: int) -> Numbers:
+    """Return the fold of each record, (n,): the records of each class are spread evenly, in an order drawn from the seed.
+
+    Args:
+        classes: (n,) a class number of each record.
+        folds: How many.
+        seed: Of the order.
+
+    Raises:
+        DataError: There are fewer records than folds.
+    """
+    if len(classes) < folds:
+        raise DataError(
+            f"{len(classes)} records are too few to fit a fusion and to measure it: expected at least {folds}",
+            code="data.too_few_records",
+        )
+    order = np.random.default_rng(seed).permutation(len(classes))
+    by_class = order[np.argsort(classes[order], kind="stable")]
+    fold = np.empty(len(classes), dtype=np.int64)
+    fold[by_class] = np.arange(len(classes)) % folds
     return fold
 
 

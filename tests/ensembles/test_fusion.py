@@ -134,7 +134,7 @@ def test_a_model_that_cannot_read_a_record_abstains(method: Method) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_fused_predictions_are_better_than_those_of_the_worst_model(method: Method) -> None:
     probabilities, truth = predictions(6, records=1000)
-    fused = cross_fitted(method, probabilities, truth, folds=5, seed=0)
+    fused = cross_fitted(method, probabilities, truth, assign_folds(truth, 5, seed=0))
     accuracy = [(each.argmax(axis=1) == truth).mean() for each in probabilities]
     assert (fused.argmax(axis=1) == truth).mean() > min(accuracy)
     assert fused.sum(axis=1) == pytest.approx(np.ones(len(truth)))
@@ -150,8 +150,9 @@ def test_useless_models_do_not_get_weight() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_records_are_fused_by_a_rule_that_has_not_seen_them(method: Method) -> None:
     probabilities, truth = predictions(8)
-    fused = cross_fitted(method, probabilities, truth, folds=4, seed=3)
-    held = assign_folds(truth, 4, seed=3) == 2
+    fold = assign_folds(truth, 4, seed=3)
+    fused = cross_fitted(method, probabilities, truth, fold)
+    held = fold == 2
     rule = fit_fusion(method, [each[~held] for each in probabilities], truth[~held])
     assert fused[held] == pytest.approx(rule.fuse([each[held] for each in probabilities]))
 
@@ -166,7 +167,6 @@ def test_classes_are_spread_evenly_over_folds(truth: list[int], seed: int) -> No
 
 
 def test_fewer_records_than_folds_are_refused() -> None:
-    probabilities, truth = predictions(9, records=4)
     with pytest.raises(DataError) as caught:
-        cross_fitted("average", probabilities, truth, folds=5, seed=0)
+        assign_folds(np.array([0, 1, 0, 1]), 5, seed=0)
     assert caught.value.code == "data.too_few_records"
