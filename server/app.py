@@ -39,15 +39,19 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Plays the unfinished rounds of the folder that the run configuration names as `run`; of a real run, which another process
-    must not play meanwhile, hands the model out too, and writes its report. Raises RunError.
+    """Train the unfinished rounds of the folder that the run configuration names as `run`.
+
+    The model of a real run, which no other process may train meanwhile, is delivered too, and its report is written.
+
+    Raises:
+        RunError: The run cannot go on.
     """
     folder = RunFolder(find_run_folder(str(context.run_config.get("run") or "")))
     if not folder.file.federation:
         return train(grid, folder)  # anyone who simulates holds the folder's lock
     clean_output()
     watch = RefusalWatch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
-    with folder.locked(), _failures_told(folder), observe_run(watch):
+    with folder.locked(), _failures_reported(folder), observe_run(watch):
         if not folder.finished:
             train(grid, folder)
         deliver_model(grid, folder)
@@ -55,33 +59,33 @@ def main(grid: Grid, context: Context) -> None:
 
 
 @contextmanager
-def _failures_told(folder: RunFolder) -> Iterator[None]:
-    """Nobody watches this process: whatever ends it becomes an event, where the rounds have not told of it already."""
+def _failures_reported(folder: RunFolder) -> Iterator[None]:
+    """Report whatever ends this process, which nobody watches, as an event, unless the rounds have done so."""
     try:
         yield
     except CotuneError as error:
-        _tell_failure(folder, str(error))
+        _report_failure(folder, str(error))
         raise
     except Exception as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        _tell_failure(folder, f"the run cannot go on ({words}): mend that, and continue it with --resume")
+        _report_failure(folder, f"the run cannot go on ({words}): mend that, and continue it with --resume")
         raise
 
 
-def _tell_failure(folder: RunFolder, reason: str) -> None:
+def _report_failure(folder: RunFolder, reason: str) -> None:
     told = read_events(folder.events.path)[-1:] if folder.events.path.exists() else []
     if not told or (told[0].event, told[0].get("reason")) != ("run_failed", reason):
         folder.events.write(RunFailed(round=min(folder.last_round + 1, folder.plan.rounds), reason=reason))
 
 
 def train(grid: Grid, folder: RunFolder) -> None:
-    """Runs the rounds, with the test set that the folder holds as judge (baselines and real runs may have none)."""
+    """Train the unfinished rounds, evaluated on the test set of the folder (baselines and real runs may have none)."""
     plan = folder.plan
     model = load_run_model(folder)
     document = folder.path / "test" / "data.json"
     test = DatasetManifest.read(document, plan.labels) if document.exists() else None
 
-    def judge(state: State) -> Metrics | None:
+    def evaluate_test(state: State) -> Metrics | None:
         return None if test is None else evaluate(model, state, test, plan.model.precision)
 
     held = folder.path / "validation" / "data.json"
@@ -91,7 +95,9 @@ def train(grid: Grid, folder: RunFolder) -> None:
         assert validation is not None, "asked only where there are records"
         return evaluate(model, state, validation, plan.model.precision).accuracy
 
-    train_rounds(grid, folder, model, get_registered_evaluator() if plan.keeps_personal else judge, score if validation else None)
+    train_rounds(
+        grid, folder, model, get_registered_evaluator() if plan.keeps_personal else evaluate_test, score if validation else None
+    )
 
 
 def train_rounds(

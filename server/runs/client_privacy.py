@@ -23,7 +23,7 @@ def open_client_account(folder: RunFolder, privacy: ClientPrivacy) -> ClientLeve
 
 
 def compute_round_noise(plan: Plan, organizations: int) -> RoundNoise:
-    """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
+    """Return the noise of each round of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
     assert plan.client_privacy is not None
     rounds = plan.rounds
     return round_noise(plan.client_privacy, rounds=rounds, organizations=organizations, sample_rate=plan.server.sample_rate)

@@ -1,4 +1,4 @@
-"""Who has had too many updates refused, or has let too many rounds wait in vain, and is left out of a run.
+"""Who has had too many updates rejected, or has let too many rounds wait in vain, and is excluded from a run.
 
 strikes.json    organization -> its strikes in rounds that failed; those of finished rounds are in the checkpoints
 """
@@ -18,14 +18,19 @@ _MAX_REASON_LENGTH = 300  # characters of a reason, as it is signed
 
 @dataclass(frozen=True)
 class StrikeRecord:
-    """Why an organization's last refused update was refused, and how many strikes it has."""
+    """The strikes of an organization, as it is told of them.
+
+    Attributes:
+        refused: Why its last rejected update was rejected.
+        strikes: How many it has.
+    """
 
     refused: str = ""
     strikes: int = 0
 
 
 def read_strike_records(folder: RunFolder, history: Sequence[RoundEntry]) -> dict[str, StrikeRecord]:
-    """Why the last refused update was, of those that have strikes, as they are told. Raises RunError."""
+    """Return the record of every organization that has strikes. Raises RunError."""
     reasons = dict[str, str]()
     for entry in history:
         struck = {*entry.quarantined, *entry.timed_out}
@@ -34,12 +39,12 @@ def read_strike_records(folder: RunFolder, history: Sequence[RoundEntry]) -> dic
 
 
 def find_excluded(folder: RunFolder, history: Sequence[RoundEntry]) -> list[str]:
-    """Who has as many strikes as the plan allows. history: the rounds that are finished. Raises RunError."""
+    """Return who has as many strikes as the plan allows, after the finished rounds. Raises RunError."""
     return sorted(name for name, count in count_strikes(folder, history).items() if 0 < folder.plan.server.strikes <= count)
 
 
 def count_strikes(folder: RunFolder, history: Sequence[RoundEntry]) -> Counter[str]:
-    """Refused updates and time-outs of each organization; an answer that came after all, and was folded in, is none."""
+    """Count rejected updates and time-outs of each organization; a reply that came after all, and was folded in, is none."""
     late = {(each.round, each.organization) for entry in history for each in entry.late}
     rejected = Counter(name for entry in history for name in entry.quarantined)
     timed_out = Counter(name for entry in history for name in entry.timed_out if (entry.round, name) not in late)
@@ -47,7 +52,7 @@ def count_strikes(folder: RunFolder, history: Sequence[RoundEntry]) -> Counter[s
 
 
 def record_strikes(folder: RunFolder, names: Iterable[str]) -> None:
-    """That a round failed in which these got a strike each: or a round that needs everybody would fail for ever."""
+    """Count a strike for each name in a round that failed: or a round that needs everybody would fail for ever."""
     if strikes := Counter(names):
         _strikes_file(folder).write(dict(_of_failed_rounds(folder) + strikes))
 

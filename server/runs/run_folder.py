@@ -128,7 +128,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, plan: Plan, file: RunFile) -> RunFolder:
-        """Draws the run's id and writes plan.toml and, last, run.json: from then on it is the folder of a run."""
+        """Draw the run's id, and write plan.toml and, last, run.json: from then on it is the folder of a run."""
         named = file.model_copy(update={"id": secrets.token_hex(16)})
         for name, sha256 in plan.strategy.files.items():
             atomic_write(path / name.rpartition(":")[0], content_of(name, sha256))
@@ -148,7 +148,7 @@ class RunFolder:
         return None if found is None else found.reason
 
     def stop(self, reason: str) -> None:
-        """Ends the run before its last round, for good."""
+        """End the run before its last round, for good."""
         self._stopped_file.write(StoppedFile(reason=reason))
 
     @property
@@ -163,11 +163,11 @@ class RunFolder:
 
     @property
     def last_round(self) -> int:
-        """The last finished one; 0 where none is."""
+        """The last finished round; 0 where none is."""
         return max(self._checkpoints(), default=0)
 
     def save(self, progress: Progress) -> None:
-        """Makes the round durable: after this returns, it is never repeated."""
+        """Write a checkpoint: when this returns, the round is durable and never repeated."""
         from safetensors.torch import save  # loads PyTorch, which `cotune server status` does without
 
         tensors = {f"state/{n}": t.contiguous() for n, t in progress.state.items()}
@@ -185,7 +185,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def load(self) -> Progress:
-        """The last finished round; an empty progress where none is. Raises RunError for a damaged or foreign checkpoint."""
+        """Read the last checkpoint; an empty progress where there is none. Raises RunError for a damaged or foreign one."""
         from cotune.models.trainable import named_under  # loads PyTorch, which `cotune server status` does without
 
         checkpoints = self._checkpoints()
@@ -212,7 +212,7 @@ class RunFolder:
         return Progress(header.round, state, memory, tuple(header.history), header.clip_norm)
 
     def history(self) -> tuple[RoundEntry, ...]:
-        """The rounds that are finished, also while another process plays; tensors are not read. Raises RunError as `load`."""
+        """Read the finished rounds without tensors, also while another process trains. Raises RunError as `load` does."""
         checkpoints = self._checkpoints()
         if not checkpoints:
             return ()
@@ -230,20 +230,20 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second process off the same run during the block. Raises RunError."""
+        """Keep a second process off the same run during the block. Raises RunError."""
         with lock_folder(self.path):
             yield
 
 
 def pick_run_folder(name: str, runs: Path = Path("runs")) -> Path:
-    """runs/<time>-<plan>, not yet taken."""
+    """Return a path that is not yet taken: runs/<time>-<plan>."""
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"
     candidates = [runs / stem, *(runs / f"{stem}-{i}" for i in range(2, 1000))]
     return next(path for path in candidates if not path.exists())
 
 
 def check_run_folder(path: Path) -> Path:
-    """The folder itself, as an absolute path. Raises RunError where something is in it already."""
+    """Return the folder of a new run as an absolute path. Raises RunError where something is in it already."""
     path = path.expanduser().resolve()
     if (path / "run.json").exists():
         raise RunError(
@@ -258,10 +258,15 @@ def check_run_folder(path: Path) -> Path:
 
 
 @contextmanager
-def lock_folder(path: Path, patience: float = 0.5) -> Iterator[None]:
-    """Keeps a second process off a folder during the block. patience: seconds, as one that only looks holds it for a moment.
+def lock_folder(path: Path, timeout: float = 0.5) -> Iterator[None]:
+    """Keep a second process off a folder during the block.
 
-    Raises RunError, also where the folder cannot be written.
+    Args:
+        path: The folder.
+        timeout: Seconds to wait for the lock: a process that only looks holds it for a moment.
+
+    Raises:
+        RunError: Another process holds it, or the folder cannot be written.
     """
-    with exclusive_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", timeout=patience):
+    with exclusive_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", timeout=timeout):
         yield
