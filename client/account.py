@@ -160,7 +160,8 @@ class Account:
             raise PrivacyError(
                 f"round {round} of {self.plan.name} is asked for after round {last} was answered, in another request: expected a"
                 " later round, as each is answered once; let the server go on where it was, or begin a run of another plan (a"
-                " new seed makes one)"
+                " new seed makes one)",
+                code="privacy.answered_round",
             )
 
     def answered(self, round: int) -> None:
@@ -192,16 +193,18 @@ class Account:
         """Charges steps before they run, durably. Raises Declined when they would exceed what the policy allows."""
         return self._reserve(round, steps, purpose, self._limits())
 
-    def once(self, what: str, values: Sequence[float]) -> list[float]:
-        """Sums with noise, drawn once per run: charged, then drawn, then remembered, and only then told.
+    def once(self, what: str, compute: Callable[[], Sequence[float]]) -> list[float]:
+        """Return sums with noise, drawn once per run: charged, then computed and drawn, then remembered, and only then told.
 
-        values: one unit of privacy changes them by one at most, in L2.
+        Args:
+            what: What the sums are, such as "label histogram".
+            compute: Computes them. One unit of privacy changes them by one at most, in L2.
         """
         known = self._told(what)
         if known is not None:
             return known
         steps = Steps(self.policy.tell.noise_multiplier, 1.0, 1)
-        return self._drawn(what, steps, self._limits(), lambda: self.noised(values, 1.0))
+        return self._drawn(what, steps, self._limits(), lambda: self.noised(compute(), 1.0))
 
     def _drawn(self, what: str, steps: Steps, limits: Sequence[Limit], draw: Callable[[], list[float]]) -> list[float]:
         charge = self._reserve(self.round, steps, what, limits)

@@ -111,7 +111,8 @@ def check_examples(examples: int, local: LocalTraining, organization: str) -> No
     if examples < needed:
         raise DataError(
             f"{organization} has {examples} examples, fewer than a batch needs ({needed:g} with local.batch_size ="
-            f" {local.batch_size:g}): use fewer organizations, or another batch size"
+            f" {local.batch_size:g}): use fewer organizations, or another batch size",
+            code="data.too_few_records",
         )
 
 

@@ -37,8 +37,12 @@ class Disclosures:
         self.plan = account.plan
         self.policy = account.policy
 
-    def histogram(self, counts: Sequence[float]) -> dict[str, float]:
-        """Label -> how many records have it, with noise: once per run; empty unless plan and policy want it."""
+    def histogram(self, counts: Callable[[], Sequence[float]]) -> dict[str, float]:
+        """Return label -> how many records have it, with noise: once per run; empty unless plan and policy want it.
+
+        Args:
+            counts: Counts them, by label in the plan's order, once that is charged.
+        """
         if not (self.plan.tell.label_histogram and self.policy.tell.label_histogram == "noised"):
             return {}
         noised = self.account.once("label histogram", counts)

@@ -18,6 +18,7 @@ from torch.nn import functional
 from cotune.client.account import Account
 from cotune.client.budget import budget_of, check_examples, noise_multiplier, planned_steps
 from cotune.client.site import Site
+from cotune.client.training import context
 from cotune.client.training import round as training
 from cotune.client.training import setup as setting
 from cotune.client.training.observe import observe_client
@@ -511,7 +512,7 @@ def test_a_repeated_request_gets_the_same_update_for_nothing(
         raise AssertionError("nothing is to be trained")
 
     monkeypatch.setattr(training, "private_steps", untouched)
-    monkeypatch.setattr(training, "model_here", untouched)
+    monkeypatch.setattr(context, "model_here", untouched)
     again = train_round(plan, Site(site.folder), 1, {name: t.clone() for name, t in state.items()})
     assert same(first.delta, again.delta)
     assert replace(first, delta={}) == replace(again, delta={})
