@@ -74,7 +74,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
     check_base_model(plan, policy)
     if not 1 <= request.round <= plan.rounds:  # a run may end before its last round, with what it has
         raise RunError(f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds")
-    folder = site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
+    folder = site.models / f"{plan.name}-{plan.plan_id[:12]}"
     about = {
         "plan_id": plan.plan_id,
         "received": received_digest(request.state, request.sent),

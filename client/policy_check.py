@@ -244,8 +244,8 @@ class Approvals:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self._plans = site.folder / "plans"
-        self._approved = site.folder / "approved.jsonl"
+        self._plans = site.plans
+        self._approved = site.approved_plans
 
     def check(self, plan: Plan, policy: Policy) -> None:
         """Raises Declined for a plan that nobody here has approved, and keeps it to be looked at.
@@ -260,7 +260,7 @@ class Approvals:
 
     def approve(self, plan: Plan, how: str) -> None:
         """Durable when this returns. how: the command that approves. An approved plan is not approved again."""
-        with exclusive_lock(self.site.folder / ".approved.lock"):
+        with exclusive_lock(self.site.approval_lock):
             if plan.plan_id in self.ids():
                 return
             atomic_write(self._file(plan.plan_id), plan.canonical().encode())

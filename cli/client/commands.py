@@ -115,7 +115,7 @@ def policy(
     if opened is None:
         raise PlanError("--set changes the policy of a site, and none was given: expected its folder before it")
     after = changed_policy(before, {rule: value_of(text) for rule, text in settings.items()})
-    atomic_write(opened.folder / "policy.toml", dump_policy(after).encode())
+    atomic_write(opened.policy_file, dump_policy(after).encode())
     for rule in settings:
         table, _, key = rule.partition(".")
         old, new = (getattr(getattr(one, table), key) for one in (before, after))

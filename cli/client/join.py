@@ -81,12 +81,12 @@ def join(
     opened = keep_what_is_named(Site(site.expanduser()), invitation.plan, data, text, label, unit, collection, model)
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
-    authority = opened.folder / "node" / "ca.crt"
+    authority = opened.node.certificates
     atomic_write(authority, Trust.join(opened.folder, invitation).certificates())
     where = f"{escape(invitation.name)} at {escape(invitation.address)}"
     console.print(f"joining {where} as {escape(opened.organization)}; Ctrl-C leaves it")
     with observe_client(Shown(console)):
-        run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")
+        run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.private_key)
     console.print("left the federation; what was spent is in the ledger, and the same command joins again")
 
 

@@ -92,7 +92,7 @@ def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Dataset:
     from cotune.data.record_files import read_records
 
     try:
-        document = DatasetManifest.model_validate_json((site.folder / "data.json").read_bytes())
+        document = DatasetManifest.model_validate_json((site.records).read_bytes())
     except (OSError, ValueError):
         raise DataError(f"{site.folder} does not say how its records are read: name them with `cotune client check`") from None
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())

@@ -13,6 +13,7 @@ from pathlib import Path
 from cotune.client.node.keys import next_key, take_next, write_public
 from cotune.client.node.trust import Trust
 from cotune.client.site import Site
+from cotune.client.site_folder import SitePaths
 from cotune.client.site_setup import read_certificates, read_private_key
 from cotune.errors import RunError
 from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, connected
@@ -36,7 +37,7 @@ class Entrance:
         key: Path,
         connect: Callable[..., AbstractContextManager[Fleet]] = connected,
     ) -> None:
-        self._site = site
+        self._site = SitePaths(site)
         self._address = address
         self._root = root_certificates
         self._key = key
@@ -59,23 +60,23 @@ class Entrance:
 
     def _enter_with_next(self, held: ExitStack, certificates: bytes | None, refused: NotKnown) -> Fleet:
         """refused: raised again where there is no next key, or the server does not know that either."""
-        following = next_key(self._site) if self._is_own_key else None
+        following = next_key(self._site.folder) if self._is_own_key else None
         if following is None:
             raise refused
         try:
             fleet = held.enter_context(self._connect(self._address, certificates, following))
         except NotKnown:
             raise refused from None
-        take_next(self._site, following)
+        take_next(self._site.folder, following)
         return fleet
 
     @property
     def _is_own_key(self) -> bool:
-        return self._key == self._site / "node.key"
+        return self._key == self._site.private_key
 
     def _certificates(self) -> bytes | None:
-        if self._root == self._site / "node" / "ca.crt" and (self._site / "node" / "trust.json").exists():
-            return Trust.read(self._site).certificates()
+        if self._root == self._site.node.certificates and self._site.node.trust.exists():
+            return Trust.read(self._site.folder).certificates()
         return read_certificates(self._root)
 
 
@@ -98,13 +99,13 @@ def try_connection(site: Site, address: str, certificates: bytes | None) -> Trie
 
     While a node serves this site nobody else is let in with its key: then only the server is looked at.
     """
-    key = read_private_key(site.folder / "node.key")
+    key = read_private_key(site.private_key)
     try:
         expires = reach(address, certificates)
     except RunError as error:
         return Tried(address, str(error))
     tried = Tried(address, None, expires.isoformat(timespec="seconds"), (expires - datetime.now(UTC)).days)
-    if is_locked(site.folder / "node" / "lock"):
+    if is_locked(site.node.lock):
         return Tried(**{**vars(tried), "served": True})
     try:
         with connected(address, certificates, key) as fleet:

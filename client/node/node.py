@@ -31,6 +31,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
 from cotune.client.node.connection import Entrance
 from cotune.client.node.worker import ResidentDied, TrainerProcess
+from cotune.client.site_folder import NodePaths, SitePaths
 from cotune.client.training.observe import tell
 from cotune.errors import DataError, RunError
 from cotune.flower.chunks import CutOff, Parcel
@@ -85,15 +86,16 @@ def run_node(
     Raises DataError when the folder is not a site, RunError when another node serves it, or when the address, the key or the
     certificates cannot be used.
     """
-    if not (site / "site.json").is_file():
+    paths = SitePaths(site)
+    if not paths.description.is_file():
         raise DataError(f"{site} is not a site: expected a folder with a site.json")
     _check_address(address)
     connect = Entrance(site, address, root_certificates, key)
     stop = stop or threading.Event()
-    with _alone(site / "node"), _stopped_by_signals(stop):
+    with _alone(paths.node), _stopped_by_signals(stop):
         worker = TrainerProcess(site.resolve(), address)
         try:
-            Node(site / "node", worker, stop, AuditLog(site)).stay(connect)
+            Node(paths.node.folder, worker, stop, AuditLog(site)).stay(connect)
         finally:
             worker.stop()
 
@@ -108,8 +110,9 @@ class Node:
         self._worker = worker
         self._stop = stop
         self._sent = sent
-        self._request_file = folder / "request.pb"
-        self._id_file = folder / "id"
+        paths = NodePaths(folder)
+        self._request_file = paths.request
+        self._id_file = paths.id
         self._place = f"{platform.node()} {folder.resolve()}"
         self._deadline = 0.0  # of the request, by the clock that never jumps
         self._request = self._kept_request()
@@ -362,13 +365,13 @@ def _check_address(address: str) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(node: NodePaths) -> Iterator[None]:
     """Keeps a second node off a site."""
     try:
-        folder.mkdir(exist_ok=True)
+        node.folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
-    with exclusive_lock(folder / "lock", f"another node serves {folder.parent}: stop it first, or leave it to its work"):
+        raise RunError(f"{node.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+    with exclusive_lock(node.lock, f"another node serves {node.folder.parent}: stop it first, or leave it to its work"):
         yield
 
 

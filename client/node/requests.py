@@ -16,6 +16,7 @@ from flwr.app import RecordDict
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.node.trust import Trust, learn, note_use
+from cotune.client.site_folder import SitePaths
 from cotune.client.site_setup import read_private_key
 from cotune.errors import Declined, RunError
 from cotune.plan.schema import Plan
@@ -160,7 +161,7 @@ def countersign_refusal(words: str, requested: Requested, folder: Path) -> tuple
 def _countersigned(kind: str, digest: str, requested: Requested, folder: Path) -> tuple[ReplyStatement, str]:
     request = requested.statement
     statement = ReplyStatement(request.digest, request.recipient, kind, digest, requested.trusts)
-    return statement, sign(statement, read_private_key(folder / "node.key"))
+    return statement, sign(statement, read_private_key(SitePaths(folder).private_key))
 
 
 def last_range(log: AuditLog, plan_id: str) -> tuple[int, int] | None:

@@ -102,7 +102,7 @@ def open_received(site: Site, wanted: str = "") -> Received:
 
 
 def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
-    found = {file.parent: _about(file) for file in sorted((site.folder / "models").glob(f"*/{ABOUT}"))}
+    found = {file.parent: _about(file) for file in sorted(site.models.glob(f"*/{ABOUT}"))}
     fitting = [folder for folder, about in found.items() if about["plan_id"].startswith(wanted)]
     if not fitting or (wanted and len(fitting) > 1):
         known = ", ".join(about["plan_id"][:12] for about in found.values()) or "none so far"
@@ -143,7 +143,7 @@ def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> Adapted
     own = _own(received, site.holdings(received.plan.labels))
     adapted = adapt(received.model, own, received.head, received.plan.personalize, received.plan.seed)
     received.model.load(adapted.head)
-    folder = (out or site.folder / "adapted" / received.folder.name).expanduser()
+    folder = (out or site.adapted_models / received.folder.name).expanduser()
     _check_free(folder)
     length = received.model.loaded.max_length
     card = model_card(received.plan, privacy=[STAYS], length=length, about=f"{adapted.described}: {STAYS}")

@@ -70,7 +70,7 @@ def train_round(
     context = LocalContext(plan, site, site.policy(), round, state, admitted, sent or {}, declarable)
     run_checks(BEFORE_RECORDS, context)
     run_checks(BY_PUBLIC_NUMBER, context)
-    finished = site.kept(plan.plan_id, round, context.received)
+    finished = site.finished_update(plan.plan_id, round, context.received)
     if finished is not None:
         return finished
     run_checks(BEFORE_TRAINING, context)

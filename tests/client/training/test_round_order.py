@@ -60,7 +60,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for group in GROUPS:
         monkeypatch.setattr(training, group, tuple(map(noted_check, getattr(context_module, group))))
     noting(Site, "counted", lambda *_: "records are counted")
-    noting(Site, "kept", lambda *_: "the outbox is read")
+    noting(Site, "finished_update", lambda *_: "the outbox is read")
     noting(context_module, "model_here", lambda *_: "the model is loaded")
     noting(Ledger, "reserve", lambda *_, purpose, **__: f"charge: {purpose}")
     noting(Ledger, "unprotected", lambda self, plan_id, round, what, **_: f"unprotected: {what}")
