@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from cotune.client.budget import Budget, Total, budget_of, noise_multiplier, total_delta
-from cotune.client.policy_check import unsaid_number
+from cotune.client.budget import Budget, Total, get_budget, noise_multiplier, total_delta
+from cotune.client.policy_check import missing_number_message
 from cotune.client.site import Site
 from cotune.data.dataset import Dataset
 from cotune.data.units import RECORD
@@ -107,14 +107,14 @@ class Account:
 
     def _undeclared(self) -> int:
         if self.draws:
-            raise Declined("tell.declared_examples", unsaid_number())
+            raise Declined("tell.declared_examples", missing_number_message())
         return max(1, two_digits(self.true_examples))
 
     @cached_property
     def budget(self) -> Budget | None:
         """None without record-level privacy, where training is not charged. Raises PrivacyError for a δ that says nothing."""
         privacy = self.plan.privacy
-        return budget_of(privacy, self.policy, self.public_examples) if isinstance(privacy, RecordPrivacy) else None
+        return get_budget(privacy, self.policy, self.public_examples) if isinstance(privacy, RecordPrivacy) else None
 
     @cached_property
     def generator(self) -> np.random.Generator:
@@ -152,7 +152,7 @@ class Account:
             PrivacyError: For a round up to the last one that was answered.
         """
         last = self.ledger.last_answered(self.plan.plan_id)
-        kept = self.site.kept_round(self.plan.plan_id) or 0
+        kept = self.site.last_finished_round(self.plan.plan_id) or 0
         if kept > last:  # a process was killed right after it had kept the update
             self.answered(kept)
             last = kept
@@ -223,7 +223,7 @@ class Account:
         total = torch.tensor(list(values), dtype=torch.float64)
         return list(add_gaussian_noise(total, enlarged, self.policy.tell.noise_multiplier, self.generator).tolist())
 
-    def leave_unprotected(self, round: int, what: str) -> None:
+    def record_unprotected(self, round: int, what: str) -> None:
         """Enters what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
         plan = self.plan
         self.ledger.unprotected(plan.plan_id, round, what, data=self.data, collection=self.collection, plan=plan.name)
@@ -233,7 +233,7 @@ class Account:
         assert self.budget is not None, "without privacy nothing is spent"
         return epsilon(self.ledger.spent(self.plan.plan_id, self.collection), self.budget.delta)
 
-    def stated_epsilon(self) -> float:
+    def reported_epsilon(self) -> float:
         """For the server: rounded up to two digits. It follows from N and from charges whose σ every update shows anyway.
 
         An answer that is asked for again states what it stated: not what attempts at later rounds were charged since.

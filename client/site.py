@@ -75,7 +75,7 @@ class Site(SiteFolder):
         except ValueError as error:
             raise _damaged(file, error) from None
 
-    def kept_round(self, plan_id: str) -> int | None:
+    def last_finished_round(self, plan_id: str) -> int | None:
         """The round of the update in the outbox, where it is of this plan. Raises RunError where it is damaged."""
         try:
             return round_of(self.outbox, plan_id)

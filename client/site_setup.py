@@ -61,12 +61,12 @@ def read_certificates(file: Path | None) -> bytes | None:
     return content
 
 
-def model_here(plan: Plan, site: Site) -> TrainableModel:
+def load_site_model(plan: Plan, site: Site) -> TrainableModel:
     """The plan's model, as `plan.model.model_of` loads it, on the site's device."""
     return model_of(_with_own_base(plan, site.file), site.file.device)
 
 
-def find_base_here(plan: Plan, file: SiteFile) -> BaseModelFolder:
+def find_site_base(plan: Plan, file: SiteFile) -> BaseModelFolder:
     """Raises ModelError, which says how another folder is named."""
     try:
         return find_base(_with_own_base(plan, file).model)
@@ -118,13 +118,13 @@ def _write_keys(paths: SitePaths, name: str, own: ec.EllipticCurvePrivateKey | N
     atomic_write(paths.public_key, line + f" {name}\n".encode())
 
 
-def fingerprint_of(site: Site) -> str:
+def get_key_fingerprint(site: Site) -> str:
     """SHA-256 (hex) over the public key (PEM, SubjectPublicKeyInfo), as the coordinator sees it. Raises RunError."""
     public = read_private_key(site.private_key).public_key()
     return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def name_records(
+def set_records(
     site: Site,
     plan: Plan,
     data: str | None,
@@ -190,9 +190,9 @@ def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> 
     return count
 
 
-def name_base(site: Site, plan: Plan, folder: Path) -> Site:
+def set_base_model(site: Site, plan: Plan, folder: Path) -> Site:
     """Writes to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
     file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
-    find_base_here(plan, file)
+    find_site_base(plan, file)
     JsonDocument(site.description, SiteFile).write(file)
     return Site(site.folder)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cotune.client.budget import budget_of, check_examples, noise_multiplier
+from cotune.client.budget import check_examples, get_budget, noise_multiplier
 from cotune.client.site_folder import SiteFile, SitePaths
 from cotune.client.training.setup import check_stages
 from cotune.data.dataset import write_holdings
@@ -147,7 +147,7 @@ def _noise(plan: Plan, shares: tuple[Share, ...]) -> dict[str, float]:
 def _noise_of(plan: Plan, privacy: RecordPrivacy, share: Share) -> float:
     policy = share.policy(plan)
     examples = share.public_examples(plan)
-    return noise_multiplier(plan, policy, budget_of(privacy, policy, examples), examples, 1)
+    return noise_multiplier(plan, policy, get_budget(privacy, policy, examples), examples, 1)
 
 
 def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFolder:

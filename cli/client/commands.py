@@ -39,8 +39,8 @@ def ledger(
 
     opened = Site(site.expanduser())
     if export is not None:
-        atomic_write(export.expanduser(), json.dumps(bookkeeping.export(opened), indent=1).encode())
-    found = bookkeeping.overview(opened)
+        atomic_write(export.expanduser(), json.dumps(bookkeeping.export_ledger(opened), indent=1).encode())
+    found = bookkeeping.summarize_ledger(opened)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
@@ -151,13 +151,13 @@ def trust(
     renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The server-renewals.jsonl that the coordinator gave you.")],
 ) -> None:
     """Believe the server's new keys, by a statement that the old ones have signed, where it did not come with a request."""
-    from cotune.client.node.trust import Trust, learn
+    from cotune.client.node.trust import Trust, record_renewals
     from cotune.client.site import Site
     from cotune.protocol.key_renewal import read_server_renewals
 
     folder = Site(site.expanduser()).folder
     renewals = read_server_renewals(renewal.expanduser())
-    learned = learn(folder, renewals)
+    learned = record_renewals(folder, renewals)
     newest = Trust.read(folder).newest.signing_key
     if not learned and newest not in [each.about.new for each in renewals]:
         raise RunError(

@@ -71,12 +71,12 @@ def evaluate(
     """Compare the received model with training alone, on the site's own records. Nothing is sent, and no ε is spent."""
     check_source(data)
     beginning("loading PyTorch, then the received model and own records", quiet=as_json)
-    from cotune.client.personalization.evaluation import evaluate_site, open_received
+    from cotune.client.personalization.evaluation import evaluate_site, open_final_model
     from cotune.client.site import Site
 
     opened = Site(site.expanduser())
     with screen(stderr=True, quiet=as_json).status("fitting to own records"):
-        new = None if data is None else _new_records(opened, data, open_received(opened, plan).plan.labels)
+        new = None if data is None else _new_records(opened, data, open_final_model(opened, plan).plan.labels)
         found = evaluate_site(opened, new, plan)
     if as_json:
         typer.echo(json.dumps(found, indent=1))

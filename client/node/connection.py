@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from cotune.client.node.keys import next_key, take_next, write_public
+from cotune.client.node.keys import activate_next_key, read_next_key, write_public_key
 from cotune.client.node.trust import Trust
 from cotune.client.site import Site
 from cotune.client.site_folder import SitePaths
@@ -21,7 +21,7 @@ from cotune.protocol.connectivity import check_reachable
 from cotune.storage.files import is_locked
 
 
-class Entrance:
+class Connector:
     """Where a node goes in. Keys and authorities are read anew for every connection: both may be renewed while the node stays.
 
     root_certificates: PEM; where it is the site's own node/ca.crt, the authorities are those that the site trusts at the time.
@@ -45,7 +45,7 @@ class Entrance:
         self._certificates()
         present = read_private_key(key)
         if self._is_own_key:
-            write_public(site, present)  # a renewal may have been cut off before it
+            write_public_key(site, present)  # a renewal may have been cut off before it
 
     @contextmanager
     def __call__(self, known: int | None, anew: bool) -> Iterator[FleetClient]:
@@ -60,14 +60,14 @@ class Entrance:
 
     def _enter_with_next(self, held: ExitStack, certificates: bytes | None, refused: NodeRejected) -> FleetClient:
         """refused: raised again where there is no next key, or the server does not know that either."""
-        following = next_key(self._site.folder) if self._is_own_key else None
+        following = read_next_key(self._site.folder) if self._is_own_key else None
         if following is None:
             raise refused
         try:
             fleet = held.enter_context(self._connect(self._address, certificates, following))
         except NodeRejected:
             raise refused from None
-        take_next(self._site.folder, following)
+        activate_next_key(self._site.folder, following)
         return fleet
 
     @property
@@ -81,7 +81,7 @@ class Entrance:
 
 
 @dataclass(frozen=True)
-class Tried:
+class ConnectionReport:
     """expires: ISO 8601, of the server's certificate. problem: why this organization would not get in; None: it would.
 
     served: a node of this site runs, and holds the key at the server; whether it is connected, it says itself.
@@ -94,7 +94,7 @@ class Tried:
     served: bool = False
 
 
-def try_connection(site: Site, address: str, certificates: bytes | None) -> Tried:
+def check_connection(site: Site, address: str, certificates: bytes | None) -> ConnectionReport:
     """Connects with the organization's key, and leaves at once. Raises RunError for a key that cannot be used.
 
     While a node serves this site nobody else is let in with its key: then only the server is looked at.
@@ -103,15 +103,15 @@ def try_connection(site: Site, address: str, certificates: bytes | None) -> Trie
     try:
         expires = check_reachable(address, certificates)
     except RunError as error:
-        return Tried(address, str(error))
-    tried = Tried(address, None, expires.isoformat(timespec="seconds"), (expires - datetime.now(UTC)).days)
+        return ConnectionReport(address, str(error))
+    tried = ConnectionReport(address, None, expires.isoformat(timespec="seconds"), (expires - datetime.now(UTC)).days)
     if is_locked(site.node.lock):
-        return Tried(**{**vars(tried), "served": True})
+        return ConnectionReport(**{**vars(tried), "served": True})
     try:
         with connect(address, certificates, key) as fleet:
             fleet.leave()
     except FleetError as error:
-        return Tried(**{**vars(tried), "problem": str(error)})
+        return ConnectionReport(**{**vars(tried), "problem": str(error)})
     return tried
 
 

@@ -29,10 +29,10 @@ from flwr.app import Message, MessageType
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
-from cotune.client.node.connection import Entrance
-from cotune.client.node.worker import ResidentDied, TrainerProcess
+from cotune.client.node.connection import Connector
+from cotune.client.node.worker import TrainerDied, TrainerProcess
 from cotune.client.site_folder import NodePaths, SitePaths
-from cotune.client.training.observe import tell
+from cotune.client.training.observe import notify
 from cotune.errors import DataError, RunError
 from cotune.flower.chunks import Aborted, ChunkedMessage
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, RequestExpired
@@ -90,7 +90,7 @@ def run_node(
     if not paths.description.is_file():
         raise DataError(f"{site} is not a site: expected a folder with a site.json")
     _check_address(address)
-    connect = Entrance(site, address, root_certificates, key)
+    connect = Connector(site, address, root_certificates, key)
     stop = stop or threading.Event()
     with _alone(paths.node), _stopped_by_signals(stop):
         worker = TrainerProcess(site.resolve(), address)
@@ -140,7 +140,7 @@ class Node:
                 lasted = time.monotonic() - started
                 wait = _next_wait(0.0 if lasted > _LONGEST_WAIT_SECONDS else wait)
                 unforeseen = None if isinstance(error, FleetError) else error
-                tell("disconnected", reason=str(error))
+                notify("disconnected", reason=str(error))
                 _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
 
     def serve(self, fleet: FleetClient) -> None:
@@ -207,7 +207,7 @@ class Node:
     def _is_at(self, request: AnnouncedRequest) -> bool:
         """Whether the worker is still at the same content. Its update is kept when it is done, and then answers this request."""
         if self._at and self._at == _content_of(request):
-            with suppress(ResidentDied):
+            with suppress(TrainerDied):
                 if self._worker.answer(_POLL_SECONDS) is None:
                     return True
         self._at = ""
@@ -220,12 +220,12 @@ class Node:
             self._worker.give(parcel)
             self._given = True
             _log.info("round %s of run %s begins", request.round, request.run)
-            tell("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
+            notify("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
         except FleetError:
             raise
         except Aborted as error:
             self._ask_anew(fleet, error)
-        except ResidentDied as error:
+        except TrainerDied as error:
             self._died(request, error)
         except Exception as error:  # what a stranger sent may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
@@ -251,7 +251,7 @@ class Node:
         fleet.check_known()
         try:
             self._reply = self._worker.answer(_POLL_SECONDS)
-        except ResidentDied as error:
+        except TrainerDied as error:
             self._died(request, error)
         if self._reply is None and time.monotonic() > self._deadline + _OVERDUE_SECONDS:
             newer = self._receive(fleet)
@@ -260,7 +260,7 @@ class Node:
                 self._request = newer
                 self._accept(fleet, newer)
 
-    def _died(self, request: AnnouncedRequest, error: ResidentDied) -> None:
+    def _died(self, request: AnnouncedRequest, error: TrainerDied) -> None:
         """A process that was killed costs time, and with privacy what it had reserved; one that dies of its work would die
         again.
         """
@@ -269,7 +269,7 @@ class Node:
             return self._refuse(request, GENERIC_REFUSAL, str(error))
         self._again = True
         self._given = False
-        tell("again", round=request.round, reason=str(error))
+        notify("again", round=request.round, reason=str(error))
 
     def _is_late(self) -> bool:
         return time.monotonic() >= self._deadline
@@ -282,7 +282,7 @@ class Node:
         _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)
         entry = self._own_entry or self._last_entry()
         self._forget(fleet, request)
-        tell("answered", round=request.round, seconds=seconds, entry=entry)
+        notify("answered", round=request.round, seconds=seconds, entry=entry)
 
     def _last_entry(self) -> dict[str, Any]:
         """What the worker has entered about its answer."""
@@ -291,7 +291,7 @@ class Node:
     def _drop(self, fleet: FleetClient, reason: str) -> None:
         assert self._request is not None
         _log.warning("round %s of run %s is dropped: %s", self._request.round, self._request.run, reason)
-        tell("dropped", round=self._request.round, reason=reason)
+        notify("dropped", round=self._request.round, reason=reason)
         self._forget(fleet, self._request)
 
     def _forget(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
@@ -309,7 +309,7 @@ class Node:
 
     def _enter(self, fleet: FleetClient) -> None:
         _log.info("connected as node %s", fleet.node_id)
-        tell("connected", node=fleet.node_id)
+        notify("connected", node=fleet.node_id)
         self._known = fleet.node_id
         self._in_doubt = False
         try:

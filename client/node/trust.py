@@ -141,7 +141,7 @@ class Trust(BaseModel):
         return self.model_copy(update={"generations": changed})
 
 
-def learn(site: Path, renewals: Sequence[ServerRenewal]) -> tuple[ServerRenewal, ...]:
+def record_renewals(site: Path, renewals: Sequence[ServerRenewal]) -> tuple[ServerRenewal, ...]:
     """Believes a server's new keys, durably, and enters that in the site's log. Returns the statements that were new.
 
     Raises RunError as `Trust.following` does, and for files that cannot be written.
@@ -164,7 +164,7 @@ def _unknown(trust: Trust, renewals: Iterable[ServerRenewal]) -> list[ServerRene
     return [each for each in renewals if not trust.find(each.about.new)]
 
 
-def note_use(site: Path, signing_key: str, now: datetime | None = None) -> None:
+def record_use(site: Path, signing_key: str, now: datetime | None = None) -> None:
     """The server has signed with a key that the site accepts: what it has replaced is at its end."""
     with _changing(site):
         before = Trust.read(site)

@@ -12,7 +12,7 @@ from cotune.client.account import Account
 from cotune.client.budget import check_examples
 from cotune.client.policy_check import Approvals, check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.site import Site
-from cotune.client.site_setup import model_here
+from cotune.client.site_setup import load_site_model
 from cotune.errors import RunError
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
@@ -73,7 +73,7 @@ class LocalContext:
     @cached_property
     def model(self) -> TrainableModel:
         """The plan's model on this machine, within the memory that the policy allows."""
-        model = model_here(self.plan, self.site)
+        model = load_site_model(self.plan, self.site)
         limit_gpu_memory(self.policy, model.device)
         return model
 

@@ -20,11 +20,11 @@ from cotune.client.training.context import (
     LocalContext,
     run_checks,
 )
-from cotune.client.training.disclosures import Disclosures, stated_noise, statistics_of
-from cotune.client.training.extensions import Correction, Personal, RankMask
-from cotune.client.training.observe import tell
+from cotune.client.training.disclosures import Disclosures, reported_noise, statistics_of
+from cotune.client.training.extensions import ClientTermState, PersonalParameters, RankMask
+from cotune.client.training.observe import notify
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import Guard, check_gradients, optimizer_of, setting_of
+from cotune.client.training.setup import SanityChecks, build_optimizer, build_setup, check_gradients
 from cotune.errors import Declined, RunError
 from cotune.models.trainable import State
 from cotune.plan.parameters import trained_names
@@ -90,9 +90,9 @@ class _Prepared:
     optimizer: torch.optim.Optimizer
     parameters: Mapping[str, nn.Parameter]  # those that are trained
     received: State  # what they start from
-    guard: Guard
-    personal: Personal
-    correction: Correction
+    guard: SanityChecks
+    personal: PersonalParameters
+    correction: ClientTermState
     own_rank: RankMask
 
     def extended(self) -> ExitStack:
@@ -119,13 +119,13 @@ def _prepare(context: LocalContext) -> _Prepared:
     site = context.site
     model = context.model
     model.load(context.state)
-    personal = Personal(plan, site, model, context.round, context.admitted)
-    correction = Correction(plan, site, context.admitted, context.sent)
+    personal = PersonalParameters(plan, site, model, context.round, context.admitted)
+    correction = ClientTermState(plan, site, context.admitted, context.sent)
     own_rank = RankMask(plan, context.stage, context.policy, model)
     received = own_rank.held(model, personal.joined(context.state))
     names = trained_names(plan, model, context.round)
     parameters = model.train_only(names)
-    setting = setting_of(
+    setting = build_setup(
         plan,
         context.stage,
         model,
@@ -137,10 +137,10 @@ def _prepare(context: LocalContext) -> _Prepared:
     return _Prepared(
         context,
         setting,
-        optimizer_of(context.stage.local, model, names, parameters),
+        build_optimizer(context.stage.local, model, names, parameters),
         dict(zip(names, parameters, strict=True)),
         received,
-        Guard(model, {name: received[name] for name in names}, noise=context.account.budget is not None),
+        SanityChecks(model, {name: received[name] for name in names}, noise=context.account.budget is not None),
         personal,
         correction,
         own_rank,
@@ -153,16 +153,16 @@ def _train_with_privacy(prepared: _Prepared) -> _Trained:
     run_checks(BEFORE_CHARGE, context)
     disclosed = _disclose(prepared)
     shared = {name: prepared.parameters[name] for name in prepared.personal.shared}
-    noise = stated_noise(context.account, context.noise_multiplier, context.stage, prepared.optimizer, shared)
+    noise = reported_noise(context.account, context.noise_multiplier, context.stage, prepared.optimizer, shared)
     with prepared.extended():
         steps = _private_training(prepared)
-    return _Trained(steps, disclosed, context.account.stated_epsilon(), noise)
+    return _Trained(steps, disclosed, context.account.reported_epsilon(), noise)
 
 
 def _train_without_privacy(prepared: _Prepared) -> _Trained:
     """Enter that the update leaves without privacy, then disclose and train."""
     context = prepared.context
-    context.account.leave_unprotected(context.round, "training")
+    context.account.record_unprotected(context.round, "training")
     disclosed = _disclose(prepared)
     with prepared.extended():
         reports = _plain_steps(prepared.setting, prepared.optimizer, _sampler(prepared))
@@ -274,7 +274,7 @@ def _follow(reports: Iterator[StepReport], prepared: _Prepared, epsilon: float |
     for report in reports:
         prepared.guard.after_step(report)
         taken = report.step
-        tell(
+        notify(
             "step",
             organization=prepared.context.site.organization,
             round=prepared.context.round,

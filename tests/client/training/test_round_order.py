@@ -61,11 +61,11 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(training, group, tuple(map(noted_check, getattr(context_module, group))))
     noting(Site, "counted", lambda *_: "records are counted")
     noting(Site, "finished_update", lambda *_: "the outbox is read")
-    noting(context_module, "model_here", lambda *_: "the model is loaded")
+    noting(context_module, "load_site_model", lambda *_: "the model is loaded")
     noting(Ledger, "reserve", lambda *_, purpose, **__: f"charge: {purpose}")
     noting(Ledger, "unprotected", lambda self, plan_id, round, what, **_: f"unprotected: {what}")
     noting(Dataset, "label_counts", lambda *_: "labels take part")
-    build = training.setting_of
+    build = training.build_setup
 
     def watched(*arguments: Any, **settings: Any) -> TrainingSetup:
         seen.append("records are encoded")
