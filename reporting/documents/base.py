@@ -48,6 +48,10 @@ class Document(BaseModel):
         """Return the keys that are present, with their values."""
         return [(key, self[key]) for key in self.keys()]
 
+    def values(self) -> list[Any]:
+        """Return the values of the keys that are present."""
+        return [self[key] for key in self.keys()]
+
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value by its key, or the default where the key is absent."""
         return self[key] if key in self.keys() else default
