@@ -52,12 +52,15 @@ def find_run_folder(told: str, environment: Mapping[str, str] = os.environ) -> P
     Raises RunError for what is neither.
     """
     if not told:
-        raise RunError('the run configuration has no "run": expected the folder of a run')
+        raise RunError('the run configuration has no "run": expected the folder of a run', code="run.no_run_named")
     home = environment.get(FEDERATION_VARIABLE)
     if not home:
         return Path(told)
     if told in (".", "..") or Path(told).name != told:
-        raise RunError(f"the run configuration names {told[:100]!r}: expected the name of a run of the federation")
+        raise RunError(
+            f"the run configuration names {told[:100]!r}: expected the name of a run of the federation",
+            code="run.invalid_run_name",
+        )
     return Path(home) / "runs" / told
 
 
@@ -113,7 +116,9 @@ class ControlClient:
         config = user_config_to_proto(UserConfig({"run": get_run_name(run)}))
         answer = _call(self._client.StartRun, StartRunRequest(fab=fab_to_proto(bundle), override_config=config))
         if not answer.HasField("run_id"):
-            raise RunError(f"the SuperLink did not take the run ({answer.note or 'no reason given'}): see its log")
+            raise RunError(
+                f"the SuperLink did not take the run ({answer.note or 'no reason given'}): see its log", code="run.not_submitted"
+            )
         return int(answer.run_id)
 
     def stop(self, run_id: int) -> None:
@@ -139,8 +144,12 @@ class ControlClient:
 class SuperLinkUnreachable(RunError):
     """Nobody answers at the SuperLink's port."""
 
+    code = "run.superlink_unreachable"
+
 
 class _Refused(RunError):
+    code = "run.superlink_refused"
+
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"the SuperLink refused a request ({status}: {detail}): see its log")
         self.status = status
@@ -154,7 +163,10 @@ def open_control(address: str, certificates: Path) -> Iterator[ControlClient]:
         load_pem_x509_certificates(authority)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it holds no certificate"
-        raise RunError(f"{certificates / 'ca.crt'} cannot be read ({reason}): expected the federation's own") from None
+        raise RunError(
+            f"{certificates / 'ca.crt'} cannot be read ({reason}): expected the federation's own",
+            code="run.certificate_not_readable",
+        ) from None
     version = RuntimeVersionHttpInterceptor(component_name="cotune")
     with ControlHttpClient.from_server_address(address, False, authority, interceptors=[version]) as client:
         yield ControlClient(client)
@@ -169,10 +181,14 @@ def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise RunError(
                 "another server than this federation's answers at the SuperLink's port: stop it, or choose another superlink_port"
-                " in server.toml and start again"
+                " in server.toml and start again",
+                code="run.foreign_superlink",
             ) from None
         raise SuperLinkUnreachable(
             f"the SuperLink cannot be reached ({error}): expected one that `cotune server start` keeps running"
         ) from None
     except ValueError as error:
-        raise RunError(f"the SuperLink's answer is not Flower's ({error}): use the flwr that cotune was installed with") from None
+        raise RunError(
+            f"the SuperLink's answer is not Flower's ({error}): use the flwr that cotune was installed with",
+            code="run.foreign_superlink",
+        ) from None

@@ -34,7 +34,7 @@ def check_reachable(address: str, certificates: bytes | None) -> datetime:
         ):
             shown = secure.getpeercert(binary_form=True)
     except (OSError, UnicodeError) as error:
-        raise RunError(describe_error(error, address)) from None
+        raise RunError(describe_error(error, address), code="run.server_unreachable") from None
     assert shown is not None, "a server shows its certificate"
     return x509.load_der_x509_certificate(shown).not_valid_after_utc
 

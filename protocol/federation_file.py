@@ -126,10 +126,12 @@ class Invitation:
         try:
             table = parse_toml(text)
         except tomllib.TOMLDecodeError as error:
-            raise PlanError(f"the federation.toml is not valid TOML ({error}): get it from the coordinator again") from None
+            raise PlanError(
+                f"the federation.toml is not valid TOML ({error}): get it from the coordinator again", code="plan.not_toml"
+            ) from None
         plan = table.pop("plan", None)
         if not isinstance(plan, dict):
-            raise PlanError("the federation.toml has no plan: get it from the coordinator again")
+            raise PlanError("the federation.toml has no plan: get it from the coordinator again", code="plan.missing_plan")
         document = _checked(table)
         server = document.server
         about = {"id": document.id, "signing_key": server.signing_key}
@@ -141,7 +143,10 @@ def read_invitation(file: Path) -> Invitation:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({error}): expected the federation.toml that the coordinator gave you") from None
+        raise RunError(
+            f"{file} cannot be read ({error}): expected the federation.toml that the coordinator gave you",
+            code="run.not_readable",
+        ) from None
     return Invitation.from_toml(text)
 
 
@@ -149,15 +154,17 @@ def _checked(table: dict[str, Any]) -> Document:
     protocol = table.get("protocol")
     if table.get("format") == _FORMAT and isinstance(protocol, int) and protocol != PROTOCOL:
         raise PlanError(
-            f"the federation.toml is for protocol {protocol}, and this cotune speaks {PROTOCOL}: use the same cotune everywhere"
+            f"the federation.toml is for protocol {protocol}, and this cotune speaks {PROTOCOL}: use the same cotune everywhere",
+            code="plan.other_protocol",
         )
     try:
         document = Document.model_validate(table)
     except ValidationError as error:
-        raise PlanError(format_validation_error(error, Document, "federation.toml")) from None
+        raise PlanError(format_validation_error(error, Document, "federation.toml"), code="plan.invalid_invitation") from None
     if document.format != _FORMAT:
         raise PlanError(
-            f"the federation.toml has the format {document.format}, expected {_FORMAT}: use the same cotune everywhere"
+            f"the federation.toml has the format {document.format}, expected {_FORMAT}: use the same cotune everywhere",
+            code="plan.other_format",
         )
     return document
 
@@ -176,6 +183,7 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise PlanError(
             f"{name[:80]!r} cannot be the name of an organization: expected 1 to 63 small letters, digits and hyphens, such as"
-            " hospital-a"
+            " hospital-a",
+            code="plan.invalid_name",
         )
     return name

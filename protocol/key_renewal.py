@@ -71,7 +71,10 @@ class _Document(BaseModel):
                 raise ValueError
             return cls.model_validate_json(text)
         except (ValidationError, ValueError):
-            raise RunError("this is no statement of a renewed key: expected the file that the renewal has written") from None
+            raise RunError(
+                "this is no statement of a renewed key: expected the file that the renewal has written",
+                code="run.malformed_renewal",
+            ) from None
 
 
 class NodeRenewal(_Document):
@@ -95,16 +98,23 @@ class NodeRenewal(_Document):
         except (ValueError, UnsupportedAlgorithm):
             key = None
         if not isinstance(key, EllipticCurvePublicKey) or _line(key) != line:
-            raise RunError("the statement's new key is none of a node: expected one that `cotune client renew-key` has made")
+            raise RunError(
+                "the statement's new key is none of a node: expected one that `cotune client renew-key` has made",
+                code="run.invalid_key",
+            )
         return key
 
     def check(self, old: object) -> None:
         """Raises RunError unless the key `old` has signed it, and anyone who has the new key."""
         if not isinstance(old, EllipticCurvePublicKey) or not is_signed_by_node(self.about, self.signature, old):
-            raise RunError("the statement is not signed by the organization's present key: expected its own; do not use the file")
+            raise RunError(
+                "the statement is not signed by the organization's present key: expected its own; do not use the file",
+                code="run.invalid_signature",
+            )
         if not is_signed_by_node(self.about, self.confirmation, self.new_key()):
             raise RunError(
-                "the statement is not signed by the new key that it names: expected both signatures; do not use the file"
+                "the statement is not signed by the new key that it names: expected both signatures; do not use the file",
+                code="run.invalid_signature",
             )
 
 
@@ -129,22 +139,34 @@ class ServerRenewal(_Document):
         """Raises RunError unless both keys that it names have signed it, and the authority is the one that it names."""
         about = self.about
         if not is_signed_by_server(about, self.signature, about.old):
-            raise RunError("the statement of the server's new key is not signed by its old key: expected the federation's own")
+            raise RunError(
+                "the statement of the server's new key is not signed by its old key: expected the federation's own",
+                code="run.invalid_signature",
+            )
         if not is_signed_by_server(about, self.confirmation, about.new):
-            raise RunError("the statement of the server's new key is not signed by that key: expected both signatures")
+            raise RunError(
+                "the statement of the server's new key is not signed by that key: expected both signatures",
+                code="run.invalid_signature",
+            )
         try:
             count = len(load_pem_x509_certificates(self.certificates.encode()))
         except ValueError:
             count = 0
         if count != 1 or about.authority != _digest(self.certificates):
-            raise RunError("the statement of the server's new key came with another authority than was signed: expected that one")
+            raise RunError(
+                "the statement of the server's new key came with another authority than was signed: expected that one",
+                code="run.other_authority",
+            )
 
     @classmethod
     def parse_all(cls, text: str) -> list[Self]:
         """The lines of a file, or of what comes with a request, the oldest first. Raises RunError."""
         lines = text.split("\n", MAX_SERVER_RENEWALS)
         if "".join(lines[MAX_SERVER_RENEWALS:]).strip():
-            raise RunError(f"these are more than {MAX_SERVER_RENEWALS} statements of renewed keys: expected the last ones")
+            raise RunError(
+                f"these are more than {MAX_SERVER_RENEWALS} statements of renewed keys: expected the last ones",
+                code="run.too_many_renewals",
+            )
         return [cls.parse(line) for line in lines if line.strip()]
 
     @staticmethod
@@ -169,7 +191,9 @@ def _read(file: Path) -> str:
             return stream.read(MAX_SERVER_RENEWALS * _LONGEST)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise RunError(f"{file} cannot be read ({reason}): expected the statement of a renewed key") from None
+        raise RunError(
+            f"{file} cannot be read ({reason}): expected the statement of a renewed key", code="run.not_readable"
+        ) from None
 
 
 def fingerprint(key: EllipticCurvePublicKey) -> str:

@@ -93,13 +93,15 @@ def get_salt(content: RecordDict) -> bytes:
     for key in ("update", "receipt"):
         if isinstance(record := content.get(key), ConfigRecord):
             return _salt(record)
-    raise RunError("a message came without its header: expected a ConfigRecord named update or receipt")
+    raise RunError(
+        "a message came without its header: expected a ConfigRecord named update or receipt", code="run.malformed_message"
+    )
 
 
 def _salt(record: ConfigRecord) -> bytes:
     salt = record.get("salt")
     if not isinstance(salt, bytes) or len(salt) != _SALT_BYTES:
-        raise RunError(f"a message has salt = {salt!r:.60}: expected {_SALT_BYTES} bytes")
+        raise RunError(f"a message has salt = {salt!r:.60}: expected {_SALT_BYTES} bytes", code="run.malformed_message")
     return salt
 
 
@@ -149,10 +151,12 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
     types = {"plan_id": str, "round": int, "organization": str, "examples": int, "steps": int, "epsilon": float, "received": str}
     fields = _fields(content, "update", types)
     if fields["plan_id"] != plan_id:
-        raise RunError(f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}")
+        raise RunError(
+            f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}", code="run.other_plan"
+        )
     stated = fields["epsilon"]
     if not math.isfinite(stated):
-        raise RunError(f"an update states ε = {stated}: expected a finite number")
+        raise RunError(f"an update states ε = {stated}: expected a finite number", code="run.malformed_message")
     return Update(
         organization=fields["organization"],
         round=fields["round"],
@@ -191,7 +195,10 @@ def _check_records(content: RecordDict, known: Collection[str]) -> None:
     """Nothing travels beside what is known: it would be carried, kept and shown unread."""
     surplus = sorted(content.keys() - set(known))
     if surplus:
-        raise RunError(f"a message holds the record {surplus[0][:80]!r} too much: expected {', '.join(known)} alone")
+        raise RunError(
+            f"a message holds the record {surplus[0][:80]!r} too much: expected {', '.join(known)} alone",
+            code="run.malformed_message",
+        )
 
 
 def _variances(content: RecordDict) -> dict[str, float] | None:
@@ -200,11 +207,15 @@ def _variances(content: RecordDict) -> dict[str, float] | None:
         return None
     record = content["noise_variance"]
     if not isinstance(record, MetricRecord):
-        raise RunError("a message states its noise in another form: expected a MetricRecord named noise_variance")
+        raise RunError(
+            "a message states its noise in another form: expected a MetricRecord named noise_variance",
+            code="run.malformed_message",
+        )
     for name, value in _unsalted(record):
         if type(value) is not float or not 0 <= value < math.inf:
             raise RunError(
-                f"an update states the noise variance {value!r:.60} for {name[:80]}: expected a finite number, 0 or more"
+                f"an update states the noise variance {value!r:.60} for {name[:80]}: expected a finite number, 0 or more",
+                code="run.malformed_message",
             )
     return {name: value for name, value in record.items() if isinstance(value, float)}
 
@@ -213,10 +224,15 @@ def _told(content: RecordDict) -> dict[str, float]:
     """What an organization says beside its update: few names, finite numbers; without the record, nothing."""
     record = content.get("told", ConfigRecord())
     if not isinstance(record, ConfigRecord) or len(record) > _MOST_TOLD:
-        raise RunError(f"an update tells something strange: expected a ConfigRecord named told, of at most {_MOST_TOLD} values")
+        raise RunError(
+            f"an update tells something strange: expected a ConfigRecord named told, of at most {_MOST_TOLD} values",
+            code="run.malformed_message",
+        )
     for name, value in _unsalted(record):
         if type(value) is not float or not math.isfinite(value):
-            raise RunError(f"an update tells {name[:80]!r} = {value!r:.60}: expected a finite number")
+            raise RunError(
+                f"an update tells {name[:80]!r} = {value!r:.60}: expected a finite number", code="run.malformed_message"
+            )
     return {name: value for name, value in record.items() if isinstance(value, float)}
 
 
@@ -246,7 +262,7 @@ def _array(tensor: Tensor, key: bytes) -> Array:
 def _tensors(content: RecordDict, key: str, header: str) -> dict[str, Tensor]:
     record = content.get(key)
     if not isinstance(record, ArrayRecord):
-        raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}")
+        raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}", code="run.malformed_message")
     about = content[header]
     assert isinstance(about, ConfigRecord), "its fields were read before"
     salt = _salt(about)
@@ -260,32 +276,49 @@ def _plain(array: Array, key: bytes) -> Array:
 
 def _tensor(name: str, array: Array) -> Tensor:
     if array.dtype not in _FLOATS or array.stype != _NUMPY:
-        raise RunError(f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray")
+        raise RunError(
+            f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray",
+            code="run.malformed_message",
+        )
     try:
         values = np.asarray(array.numpy())  # numpy.load with allow_pickle=False; an archive is not an array
     except Exception:
-        raise RunError(f"the array {name[:80]} cannot be read: expected a NumPy array of float32") from None
+        raise RunError(
+            f"the array {name[:80]} cannot be read: expected a NumPy array of float32", code="run.malformed_message"
+        ) from None
     if values.dtype != np.float32 or tuple(values.shape) != tuple(array.shape):
-        raise RunError(f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}")
+        raise RunError(
+            f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}",
+            code="run.malformed_message",
+        )
     if (rest := len(array.data) - values.nbytes) > _MOST_ARRAY_HEAD:
-        raise RunError(f"the array {name[:80]} has {rest:,} bytes beside its values: expected a short header alone")
+        raise RunError(
+            f"the array {name[:80]} has {rest:,} bytes beside its values: expected a short header alone",
+            code="run.malformed_message",
+        )
     return torch.from_numpy(values.copy())
 
 
 def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[str, Any]:
     record = content.get(key)
     if not isinstance(record, ConfigRecord):
-        raise RunError(f"a message came without its header: expected a ConfigRecord named {key}")
+        raise RunError(f"a message came without its header: expected a ConfigRecord named {key}", code="run.malformed_message")
     if record.get("protocol") != PROTOCOL:
         raise RunError(
-            f"a message of protocol {record.get('protocol')!r:.20} came, expected {PROTOCOL}: use the same cotune everywhere"
+            f"a message of protocol {record.get('protocol')!r:.20} came, expected {PROTOCOL}: use the same cotune everywhere",
+            code="run.other_protocol",
         )
     surplus = sorted(record.keys() - types.keys() - _IN_EVERY_HEADER)
     if surplus:
-        raise RunError(f"the header of a message holds {surplus[0][:80]!r} too much: expected {', '.join(types)} alone")
+        raise RunError(
+            f"the header of a message holds {surplus[0][:80]!r} too much: expected {', '.join(types)} alone",
+            code="run.malformed_message",
+        )
     for name, kind in types.items():
         if type(record.get(name)) is not kind:
-            raise RunError(f"a message has {name} = {record.get(name)!r:.60}: expected {kind.__name__}")
+            raise RunError(
+                f"a message has {name} = {record.get(name)!r:.60}: expected {kind.__name__}", code="run.malformed_message"
+            )
     return {name: record[name] for name in types}
 
 

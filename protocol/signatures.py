@@ -61,7 +61,10 @@ class Statement:
         except (ValueError, TypeError, KeyError, RecursionError):
             statement = None
         if statement is None or statement.text() != text:
-            raise RunError(f"a signature came with {text!r:.80}: expected the canonical text of a {cls.__name__}")
+            raise RunError(
+                f"a signature came with {text!r:.80}: expected the canonical text of a {cls.__name__}",
+                code="run.malformed_signature",
+            )
         return statement
 
 
@@ -168,7 +171,10 @@ def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
     values = dict(record) if isinstance(record, ConfigRecord) else {}
     about = {name: value for name, value in values.items() if isinstance(value, str)}
     if "statement" not in about or "signature" not in about:
-        raise RunError("a message came with a malformed signature: expected the texts statement and signature")
+        raise RunError(
+            "a message came with a malformed signature: expected the texts statement and signature",
+            code="run.malformed_signature",
+        )
     return rest, Signed(about.pop("statement"), about.pop("signature"), about)
 
 

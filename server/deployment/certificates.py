@@ -44,7 +44,10 @@ def create_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None
     alternatives = _alternatives(hosts)
     present = [name for name in FILES if (folder / name).exists()]
     if present:
-        raise RunError(f"{folder} holds {', '.join(present)} already: choose an empty folder, or renew the certificate there")
+        raise RunError(
+            f"{folder} holds {', '.join(present)} already: choose an empty folder, or renew the certificate there",
+            code="run.folder_exists",
+        )
     now = now or datetime.now(UTC)
     authority, authority_key = _write_authority(folder, now)
     server_key = ec.generate_private_key(ec.SECP384R1())
@@ -118,11 +121,17 @@ def check_certificate(folder: Path, host: str = "localhost", *, now: datetime | 
     subject = _alternative(host)
     if subject not in _alternatives_of(server):
         names = ", ".join(str(name.value) for name in _alternatives_of(server))
-        raise RunError(f"{folder / 'server.crt'} is for {names}, expected {host}: renew it with that host")
+        raise RunError(
+            f"{folder / 'server.crt'} is for {names}, expected {host}: renew it with that host",
+            code="run.certificate_of_other_host",
+        )
     try:
         PolicyBuilder().store(Store(authorities)).time(now).build_server_verifier(subject).verify(server, [])
     except VerificationError as error:
-        raise RunError(f"{folder / 'server.crt'} is not one that {folder / 'ca.crt'} vouches for ({error}): renew it") from None
+        raise RunError(
+            f"{folder / 'server.crt'} is not one that {folder / 'ca.crt'} vouches for ({error}): renew it",
+            code="run.certificate_of_other_authority",
+        ) from None
     return min(server.not_valid_after_utc, authority.not_valid_after_utc)
 
 
@@ -212,7 +221,7 @@ def _alternative(host: str) -> x509.DNSName | x509.IPAddress:
     except ValueError:
         if len(host) > 253 or not _NAME.fullmatch(host):
             example = "expected a name such as fed.example.org or an IP address, without a port"
-            raise RunError(f"{host[:80]!r} is no host: {example}") from None
+            raise RunError(f"{host[:80]!r} is no host: {example}", code="run.invalid_host") from None
         return x509.DNSName(host.lower())
 
 
@@ -227,14 +236,22 @@ def _check_lifetime(certificate: x509.Certificate, path: Path, now: datetime, re
     first = certificate.not_valid_before_utc
     last = certificate.not_valid_after_utc
     if now > last:
-        raise RunError(f"{path} expired on {last:%Y-%m-%d}, and today is {now:%Y-%m-%d}: {remedy}")
+        raise RunError(
+            f"{path} expired on {last:%Y-%m-%d}, and today is {now:%Y-%m-%d}: {remedy}", code="run.certificate_expired"
+        )
     if now < first:
-        raise RunError(f"{path} is valid from {first:%Y-%m-%d %H:%M} UTC, and now is {now:%Y-%m-%d %H:%M}: check the clock")
+        raise RunError(
+            f"{path} is valid from {first:%Y-%m-%d %H:%M} UTC, and now is {now:%Y-%m-%d %H:%M}: check the clock",
+            code="run.certificate_not_yet_valid",
+        )
 
 
 def _check_pair(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate, folder: Path, name: str) -> None:
     if key.public_key() != certificate.public_key():
-        raise RunError(f"{folder / name}.key is not the key of {name}.crt: put back the file that was written with it")
+        raise RunError(
+            f"{folder / name}.key is not the key of {name}.crt: put back the file that was written with it",
+            code="run.key_of_other_certificate",
+        )
 
 
 def _certificate(path: Path) -> x509.Certificate:
@@ -246,7 +263,9 @@ def _certificates(path: Path) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(content)
     except ValueError:
-        raise RunError(f"{path} is not a certificate in PEM form: put back the file, or make a new authority") from None
+        raise RunError(
+            f"{path} is not a certificate in PEM form: put back the file, or make a new authority", code="run.invalid_certificate"
+        ) from None
 
 
 def _key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -256,7 +275,10 @@ def _key(path: Path) -> ec.EllipticCurvePrivateKey:
     except (ValueError, TypeError):  # TypeError: it wants a password
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise RunError(f"{path} is not an unencrypted elliptic-curve key in PEM form: put back the file that was written there")
+        raise RunError(
+            f"{path} is not an unencrypted elliptic-curve key in PEM form: put back the file that was written there",
+            code="run.invalid_key",
+        )
     return key
 
 
@@ -264,7 +286,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}): expected the folder of a server's certificates") from None
+        raise RunError(
+            f"{path} cannot be read ({error.strerror}): expected the folder of a server's certificates", code="run.not_readable"
+        ) from None
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -272,7 +296,8 @@ def _write(path: Path, content: bytes) -> None:
         atomic_write(path, content)  # with mode 0600
     except OSError as error:
         raise RunError(
-            f"{path} cannot be written ({error.strerror}): check the permissions and the space of its folder"
+            f"{path} cannot be written ({error.strerror}): check the permissions and the space of its folder",
+            code="run.not_writable",
         ) from None
 
 

@@ -107,7 +107,8 @@ def create_federation(path: Path, plan: Plan, config: ServerConfig) -> Federatio
             raise
     except OSError as error:
         raise RunError(
-            f"{path} cannot be made ({error.strerror}): check the permissions and the space of {path.parent}"
+            f"{path} cannot be made ({error.strerror}): check the permissions and the space of {path.parent}",
+            code="run.not_writable",
         ) from None
     return FederationFolder(path)
 
@@ -167,7 +168,8 @@ def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[st
     if test is None and not plan.labels:
         raise PlanError(
             "the plan does not list the class names, and nobody sees the records of all organizations: expected labels ="
-            ' ["no", "yes"] in the plan, or --test with records of every class'
+            ' ["no", "yes"] in the plan, or --test with records of every class',
+            code="plan.missing_labels",
         )
     if test is None:
         return plan.labels

@@ -55,11 +55,14 @@ class FederationFolder:
         try:
             self.config = ServerConfig.model_validate(parse_toml(file.read_text(encoding="utf-8-sig")))
         except ValidationError as error:
-            raise RunError(f"{format_validation_error(error, ServerConfig, 'server.toml')} ({file})") from None
+            raise RunError(
+                f"{format_validation_error(error, ServerConfig, 'server.toml')} ({file})", code="run.invalid_server_config"
+            ) from None
         except (OSError, ValueError) as error:
             reason = f"server.toml: {error.strerror if isinstance(error, OSError) else error}"
             raise RunError(
-                f"{path} is not the folder of a federation ({reason}): expected one that `cotune server init` made"
+                f"{path} is not the folder of a federation ({reason}): expected one that `cotune server init` made",
+                code="run.not_a_federation",
             ) from None
         self.members = Members(self.path / "members.json")
 

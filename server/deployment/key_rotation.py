@@ -50,7 +50,9 @@ def announce_keys(folder: FederationFolder) -> ServerRenewal:
                 raise
         _write_statements(folder)
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}): check its permissions and space") from None
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}): check its permissions and space", code="run.not_writable"
+        ) from None
     found = read_announced(path)
     assert found is not None
     return found
@@ -110,7 +112,9 @@ def activate_keys(folder: FederationFolder) -> None:
         os.rename(path / _NEXT, done / _NEXT)
         shutil.rmtree(done)
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}): check its permissions and space") from None
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}): check its permissions and space", code="run.not_writable"
+        ) from None
 
 
 def finish_activation(folder: FederationFolder) -> None:
@@ -123,7 +127,10 @@ def finish_activation(folder: FederationFolder) -> None:
 def _announced(folder: FederationFolder) -> ServerRenewal:
     following = read_announced(folder.certificates)
     if following is None:
-        raise RunError("there are no new keys to put into use: make them by `cotune server renew-keys` without --switch first")
+        raise RunError(
+            "there are no new keys to put into use: make them by `cotune server renew-keys` without --switch first",
+            code="run.no_announced_keys",
+        )
     return following
 
 

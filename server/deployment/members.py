@@ -106,10 +106,13 @@ class Members:
                 if member.public_key == public_key:
                     revoked = ", which was revoked" if member.revoked else ""
                     raise RunError(
-                        f"this key is that of {member.name}{revoked}: expected another for {name}, made on its own machine"
+                        f"this key is that of {member.name}{revoked}: expected another for {name}, made on its own machine",
+                        code="run.key_in_use",
                     )
                 if member.name == name and member.revoked is None:
-                    raise RunError(f"{name} has another key already: revoke it first (`cotune server revoke`)")
+                    raise RunError(
+                        f"{name} has another key already: revoke it first (`cotune server revoke`)", code="run.name_in_use"
+                    )
             added = Member(name=name, public_key=public_key, invited=_now(), examples=examples)
             self._write((*before, added))
             return added
@@ -130,16 +133,22 @@ class Members:
                     return member
             present = next((m for m in before if m.revoked is None and m.fingerprint == about.old), None)
             if present is None:
-                raise RunError("the statement replaces a key that is no member's now: expected an organization's present key")
+                raise RunError(
+                    "the statement replaces a key that is no member's now: expected an organization's present key",
+                    code="run.unknown_member",
+                )
             renewal.check(present.loaded)
             if (about.federation, about.organization) != (federation, present.name):
                 raise RunError(
                     f"the statement is of {about.organization[:80]!r} in federation {about.federation[:12]}: expected"
-                    f" {present.name} in {federation[:12]}"
+                    f" {present.name} in {federation[:12]}",
+                    code="run.renewal_of_other_member",
                 )
             taken = next((member for member in before if member.loaded == new), None)
             if taken is not None:
-                raise RunError(f"the new key is or was that of {taken.name}: expected one that was never used here")
+                raise RunError(
+                    f"the new key is or was that of {taken.name}: expected one that was never used here", code="run.key_in_use"
+                )
             added = present.model_copy(update={"public_key": about.new, "renewed": renewal.text()})
             former = present.model_copy(update={"revoked": _now()})
             place = before.index(present)  # it keeps its place: runs take their organizations in this order
@@ -154,7 +163,7 @@ class Members:
                 if member.name == name and member.revoked is None:
                     return self._replace(before, member.model_copy(update={"revoked": _now()}))
         known = ", ".join(member.name for member in before if member.revoked is None) or "none so far"
-        raise RunError(f"{name[:80]!r} is not a member: expected one of: {known}")
+        raise RunError(f"{name[:80]!r} is not a member: expected one of: {known}", code="run.unknown_member")
 
     def _replace(self, before: tuple[Member, ...], changed: Member) -> Member:
         self._write(tuple(changed if m.public_key == changed.public_key else m for m in before))
@@ -178,7 +187,8 @@ def read_public_key(file: Path) -> str:
         key = None
     if not isinstance(key, EllipticCurvePublicKey):
         raise RunError(
-            f"{file} is not the public key of an organization: expected the file node.pub that `cotune client init` makes there"
+            f"{file} is not the public key of an organization: expected the file node.pub that `cotune client init` makes there",
+            code="run.invalid_key",
         )
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 

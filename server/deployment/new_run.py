@@ -32,7 +32,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     plan, base = _with_base(federation, load_plan(federation.path / "plan.toml", overrides))
     people = tuple(Participant(name=member.name) for member in federation.members.active())
     if not people:
-        raise RunError("the federation has no members: invite one first (`cotune server invite`)")
+        raise RunError("the federation has no members: invite one first (`cotune server invite`)", code="run.no_members")
     check_feasible(plan, len(people), server_data=False)
     check_counts(plan, federation.members.active())
     if test := _test_file(federation):
@@ -48,7 +48,9 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
         _write_test(federation, plan, path)
         folder = RunFolder.create(path, plan, file)
     except OSError as error:
-        raise RunError(f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access") from None
+        raise RunError(
+            f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access", code="run.not_writable"
+        ) from None
     for note in notes_of(plan, federation.members.active()):
         folder.events.tell("note", text=note)
     return folder
@@ -66,7 +68,10 @@ def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:
     if name is None:
         return new_folder(plan.name, runs)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise PlanError(f"{name[:100]!r} cannot be the name of a run: expected letters, digits, dots, hyphens and underscores")
+        raise PlanError(
+            f"{name[:100]!r} cannot be the name of a run: expected letters, digits, dots, hyphens and underscores",
+            code="plan.invalid_run_name",
+        )
     return empty_folder(runs / name)
 
 

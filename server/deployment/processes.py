@@ -214,7 +214,7 @@ class SupervisedProcess:
         except OSError as error:
             problem = f"the {self.name} cannot be started ({error})"
             if not self._proven:
-                raise RunError(f"{problem}: check the permissions and the space there") from None
+                raise RunError(f"{problem}: check the permissions and the space there", code="run.process_not_started") from None
             self._try_again(problem)
             return False
         return True
@@ -225,7 +225,10 @@ class SupervisedProcess:
         self._process = None
         self._early = self._early + 1 if self._clock() - self._started < MIN_UPTIME_SECONDS else 0
         if self._early >= MAX_EARLY_EXITS and not self._proven:
-            raise RunError(f"the {self.name} {how} {MAX_EARLY_EXITS} times in a row, at once: {self._last_line()} ({self._log})")
+            raise RunError(
+                f"the {self.name} {how} {MAX_EARLY_EXITS} times in a row, at once: {self._last_line()} ({self._log})",
+                code="run.process_keeps_ending",
+            )
         self._try_again(f"the {self.name} {how} ({self._last_line()})")
 
     def _try_again(self, problem: str) -> None:

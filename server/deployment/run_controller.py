@@ -58,7 +58,8 @@ def write_submission(folder: RunFolder, ticket: Submission) -> Submission:
     except OSError as error:
         raise RunError(
             f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
-            " --resume"
+            " --resume",
+            code="run.not_writable",
         ) from None
     return ticket
 
@@ -88,7 +89,10 @@ def wait_until_stopped(run: Path, grace: float) -> None:
             time.sleep(_LOOK_SECONDS)
         else:
             return
-    raise RunError(f"a process that this user may not end is working on {run}: end it, then continue with --resume")
+    raise RunError(
+        f"a process that this user may not end is working on {run}: end it, then continue with --resume",
+        code="run.process_not_ended",
+    )
 
 
 def _players(run: Path) -> list[psutil.Process]:
@@ -131,7 +135,7 @@ def newest(federation: FederationFolder, name: str | None = None) -> RunFolder:
     runs = [path for path in federation.runs() if name in (None, path.name)]
     if not runs:
         known = f"called {name[:100]!r} " if name else ""
-        raise RunError(f"{federation.path} has no run {known}to go on with: begin one without --resume")
+        raise RunError(f"{federation.path} has no run {known}to go on with: begin one without --resume", code="run.unknown_run")
     return RunFolder(runs[-1])
 
 
@@ -141,11 +145,13 @@ def check_none_unfinished(federation: FederationFolder, executor: Executor, *, l
     for path in runs:
         if is_running(path) or (path == runs[-1] and _is_handed_over(RunFolder(path), executor)):
             raise RunError(
-                f"the run {path.name} is going on: follow it with --resume, and stop it there before you begin another"
+                f"the run {path.name} is going on: follow it with --resume, and stop it there before you begin another",
+                code="run.already_running",
             )
     if runs and not leave and not RunFolder(runs[-1]).finished:
         raise RunError(
-            f"the run {runs[-1].name} is not finished: go on with it (--resume), or leave it and begin another (--new)"
+            f"the run {runs[-1].name} is not finished: go on with it (--resume), or leave it and begin another (--new)",
+            code="run.unfinished_run",
         )
 
 
@@ -160,7 +166,9 @@ def lock_runs(federation: FederationFolder) -> Iterator[None]:
     try:
         (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{federation.path} cannot be written ({error.strerror}): mend its permissions") from None
+        raise RunError(
+            f"{federation.path} cannot be written ({error.strerror}): mend its permissions", code="run.not_writable"
+        ) from None
     with lock_folder(federation.path / "runs"):
         yield
 
@@ -246,7 +254,8 @@ def run_to_completion(
             if tries > _MOST_TRIES:
                 raise RunError(
                     f"the run ended {_MOST_TRIES} times without finishing a round ({ending.reason}): see the logs in the"
-                    " federation's superlink folder, then continue with --resume"
+                    " federation's superlink folder, then continue with --resume",
+                    code="run.keeps_ending",
                 )
             wait = pace.again * 2 ** (tries - 1)
             tell("run_lost", {"reason": ending.reason, "seconds": wait})
@@ -257,7 +266,9 @@ def run_to_completion(
         _stop(folder, executor, pace)
         raise
     if ending.event == "run_failed":
-        raise RunError(ending.reason if "--resume" in ending.reason else f"{ending.reason}; continue with --resume")
+        raise RunError(
+            ending.reason if "--resume" in ending.reason else f"{ending.reason}; continue with --resume", code="run.failed"
+        )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ def create_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateK
     try:
         atomic_write(folder / name, _key_bytes(key))
     except OSError as error:
-        raise RunError(f"{folder / name} cannot be written ({error.strerror}): check the permissions of its folder") from None
+        raise RunError(
+            f"{folder / name} cannot be written ({error.strerror}): check the permissions of its folder", code="run.not_writable"
+        ) from None
     return key
 
 
@@ -42,12 +44,15 @@ def read_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateKey
     except FileNotFoundError:
         raise RunError(
             f"the federation has no key to sign its requests with ({file}), and organizations refuse what is not signed: make one"
-            f" by `cotune server renew {folder.parent}`, and give the new federation.toml to every organization"
+            f" by `cotune server renew {folder.parent}`, and give the new federation.toml to every organization",
+            code="run.no_signing_key",
         ) from None
     except (OSError, ValueError, TypeError):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise RunError(f"{file} is not an unencrypted Ed25519 key in PEM: put back the file that was written there")
+        raise RunError(
+            f"{file} is not an unencrypted Ed25519 key in PEM: put back the file that was written there", code="run.invalid_key"
+        )
     return key
 
 
@@ -75,7 +80,9 @@ def replace_signing_key(folder: Path, key: Ed25519PrivateKey) -> None:
             atomic_write(folder / FORMER, "".join(f"{each}\n" for each in (*_former(folder), present)).encode())
         atomic_write(folder / SIGNING_KEY, _key_bytes(key))
     except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}): check its permissions and space") from None
+        raise RunError(
+            f"{folder} cannot be written ({error.strerror}): check its permissions and space", code="run.not_writable"
+        ) from None
 
 
 def _former(folder: Path) -> list[str]:
@@ -99,7 +106,11 @@ def next_serial(folder: Path, now: Callable[[], float] = time.time) -> int:
             serial = max(last + 1, int(now() * 1000))
             atomic_write(file, str(serial).encode())
         except OSError as error:
-            raise RunError(f"{file} cannot be written ({error.strerror}): make room, or mend the permissions") from None
+            raise RunError(
+                f"{file} cannot be written ({error.strerror}): make room, or mend the permissions", code="run.not_writable"
+            ) from None
         except ValueError:
-            raise RunError(f"{file} is damaged: expected a number; remove it, and it begins anew from the clock") from None
+            raise RunError(
+                f"{file} is damaged: expected a number; remove it, and it begins anew from the clock", code="run.damaged_file"
+            ) from None
     return serial

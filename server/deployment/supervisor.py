@@ -64,7 +64,8 @@ def supervise(folder: FederationFolder, say: Report) -> None:
             _supervise(folder, told, stopped)
     except OSError as error:
         raise RunError(
-            f"{folder.superlink} cannot be used ({error.strerror or error}): check the permissions and the space there"
+            f"{folder.superlink} cannot be used ({error.strerror or error}): check the permissions and the space there",
+            code="run.not_writable",
         ) from None
 
 
@@ -149,7 +150,10 @@ def _environment(folder: FederationFolder) -> dict[str, str]:
 def _binary(name: str, environment: Mapping[str, str]) -> str:
     found = shutil.which(name, path=environment["PATH"])
     if found is None:
-        raise RunError(f"{name} is not installed beside {sys.executable}: install cotune again, with its flwr")
+        raise RunError(
+            f"{name} is not installed beside {sys.executable}: install cotune again, with its flwr",
+            code="run.program_not_installed",
+        )
     return found
 
 

@@ -157,7 +157,10 @@ def keys_of(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurveP
     Raises RunError for a simulation, which signs nothing.
     """
     if not folder.file.federation:
-        raise RunError(f"{folder.path} is a simulation, which signs nothing: expected a run of a federation")
+        raise RunError(
+            f"{folder.path} is a simulation, which signs nothing: expected a run of a federation",
+            code="run.simulation_without_trail",
+        )
     federation = FederationFolder(Path(folder.file.federation))
     return public_keys(federation.certificates), _node_keys(federation)
 
@@ -181,4 +184,6 @@ def read_trail(run: Path) -> list[dict[str, Any]]:
     try:
         return read_events(run / "trail.jsonl" if run.is_dir() else run)
     except OSError as error:
-        raise RunError(f"{run} has no trail ({error.strerror}): expected that of a run of a federation") from None
+        raise RunError(
+            f"{run} has no trail ({error.strerror}): expected that of a run of a federation", code="run.no_trail"
+        ) from None

@@ -180,12 +180,16 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise RunError(
-                f"port {port} of {host} is taken: end the program that listens there, or choose another port"
+                f"port {port} of {host} is taken: end the program that listens there, or choose another port",
+                code="run.port_in_use",
             ) from None
         if error.errno == errno.EACCES:
-            raise RunError(f"port {port} needs the administrator's rights: choose one from 1024 on") from None
+            raise RunError(
+                f"port {port} needs the administrator's rights: choose one from 1024 on", code="run.port_not_permitted"
+            ) from None
         raise RunError(
-            f"{host}, port {port}, cannot be listened at ({error.strerror}): expected an address of this machine"
+            f"{host}, port {port}, cannot be listened at ({error.strerror}): expected an address of this machine",
+            code="run.invalid_listen_address",
         ) from None
     listener.setblocking(False)
     return listener
