@@ -156,19 +156,27 @@ class _Refused(RunError):
 
 
 @contextmanager
-def open_control(address: str, certificates: Path) -> Iterator[ControlClient]:
-    """address: host:port on loopback. certificates: the coordinator's folder of them. Nothing is asked before the first call."""
+def open_control(address: str, authority: Path) -> Iterator[ControlClient]:
+    """Open a client of a SuperLink's Control API. Nothing is sent before the first call.
+
+    Args:
+        address: host:port on loopback.
+        authority: File with the certificate of the federation's authority.
+
+    Raises:
+        RunError: If the file cannot be read.
+    """
     try:
-        authority = (certificates / "ca.crt").read_bytes()
-        load_pem_x509_certificates(authority)
+        certificates = authority.read_bytes()
+        load_pem_x509_certificates(certificates)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it holds no certificate"
         raise RunError(
-            f"{certificates / 'ca.crt'} cannot be read ({reason}): expected the federation's own",
+            f"{authority} cannot be read ({reason}): expected the federation's own",
             code="run.certificate_not_readable",
         ) from None
     version = RuntimeVersionHttpInterceptor(component_name="cotune")
-    with ControlHttpClient.from_server_address(address, False, authority, interceptors=[version]) as client:
+    with ControlHttpClient.from_server_address(address, False, certificates, interceptors=[version]) as client:
         yield ControlClient(client)
 
 

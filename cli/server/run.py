@@ -22,6 +22,7 @@ from cotune.cli.screen import beginning, screen
 from cotune.plan.load import check_tables, overrides_alone, read_document
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import instant, percent, size
+from cotune.server.deployment.layout import FederationFiles
 from cotune.storage.documents import parse_json
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
@@ -48,7 +49,7 @@ def run(
     """Carry out the plan with the organizations that were invited."""
     if resume and (new or override):
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
-    _check_overrides(folder / "plan.toml", override or ())
+    _check_overrides(FederationFiles(folder).plan, override or ())
     beginning(f"reading {folder}")
     from cotune.flower.control_client import open_control
     from cotune.server.deployment.federation import FederationFolder
@@ -63,7 +64,7 @@ def run(
 
     federation = FederationFolder(folder)
     console = screen()
-    with lock_runs(federation), open_control(federation.superlink_address, federation.certificates) as executor:
+    with lock_runs(federation), open_control(federation.superlink_address, federation.files.certificates.authority) as executor:
         served = partial(is_superlink_kept_running, federation)
         if not resume:
             with showing_remote_progress(console) as tell:
@@ -158,7 +159,7 @@ def status(
 
     federation = FederationFolder(folder)
     console = screen()
-    with open_control(federation.superlink_address, federation.certificates) as asked:
+    with open_control(federation.superlink_address, federation.files.certificates.authority) as asked:
 
         def now() -> Status:
             connected = connections(federation.members.all(), asked)

@@ -29,7 +29,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     that does not suit so many organizations, PrivacyError where client-level privacy cannot be given to so many, DataError for a
     test set that cannot be read.
     """
-    plan, base = _with_base(federation, load_plan(federation.path / "plan.toml", overrides))
+    plan, base = _with_base(federation, load_plan(federation.files.plan, overrides))
     people = tuple(Participant(name=member.name) for member in federation.members.active())
     if not people:
         raise RunError("the federation has no members: invite one first (`cotune server invite`)", code="run.no_members")
@@ -64,7 +64,7 @@ def _with_base(federation: FederationFolder, plan: Plan) -> tuple[Plan, str]:
 
 
 def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:
-    runs = federation.path / "runs"
+    runs = federation.files.runs
     if name is None:
         return new_folder(plan.name, runs)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):

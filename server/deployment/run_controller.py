@@ -164,12 +164,12 @@ def _is_handed_over(folder: RunFolder, executor: Executor) -> bool:
 def lock_runs(federation: FederationFolder) -> Iterator[None]:
     """During the block no other process hands over or follows runs of the federation. Raises RunError."""
     try:
-        (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
+        federation.files.runs.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise RunError(
             f"{federation.path} cannot be written ({error.strerror}): mend its permissions", code="run.not_writable"
         ) from None
-    with lock_folder(federation.path / "runs"):
+    with lock_folder(federation.files.runs):
         yield
 
 

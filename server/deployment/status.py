@@ -126,7 +126,7 @@ def look(federation: FederationFolder, connected: Mapping[str, str] | None, *, p
 
 
 def _refused(federation: FederationFolder) -> Iterator[RefusedStatus]:
-    file = federation.superlink / "refused.json"
+    file = federation.files.superlink.refusals
     for found, is_member in ((read_refusals(file), True), (read_strangers(file), False)):
         for who, refused in sorted(found.items(), key=lambda item: -item[1].count):
             yield RefusedStatus(who, is_member, refused.count, refused.reason, refused.at)

@@ -1,11 +1,6 @@
 """`cotune server start`: Flower's SuperLink, the front and an executor for runs, kept running until it is told to stop.
 
-superlink/ in the federation's folder:
-processes.json              what runs, for anyone who comes after a supervisor that was killed
-superlink.log front.log executor.log    what they say; .1: of the start before
-state.sqlite                messages on their way, unless they are kept in memory; begun anew with every start
-front.toml flwr/            settings of the front; what else Flower keeps
-refused.json                whose announcements the front has refused
+Their files are in superlink/ in the federation's folder (`layout.SuperLinkFiles`).
 """
 
 from __future__ import annotations
@@ -72,19 +67,21 @@ def supervise(folder: FederationFolder, say: Report) -> None:
 def _supervise(folder: FederationFolder, say: Report, stopped: Callable[[], bool]) -> None:
     _tell_expiry(certificates.check_certificate(folder.certificates, folder.config.hosts[0]), say)
     folder.members.all()  # a list that is damaged is told now, and not when nobody can join
-    record = ProcessRecord(folder.superlink / "processes.json", say)
+    record = ProcessRecord(folder.files.superlink.processes, say)
     if left := end(record.left(), _GRACE_SECONDS):
         say(f"ended {left} processes that a killed `cotune server start` had left")
     for host, port in (("127.0.0.1", folder.config.superlink_port), (folder.config.listen, folder.config.port)):
         listen(host, port).close()
     _write_settings(folder)
-    for file in folder.superlink.glob("state.sqlite*"):  # never compacted; what a killed start was at is asked for anew
+    for file in folder.superlink.glob(
+        f"{folder.files.superlink.database.name}*"
+    ):  # never compacted; what a killed start was at is asked for anew
         file.unlink()
     children = _children(folder, say)
     say(f"starting {folder.config.name} at {get_public_address(folder.config)}")
     try:
         with NodeRegistration(
-            lambda: open_control(folder.superlink_address, folder.certificates), folder.members.all, say
+            lambda: open_control(folder.superlink_address, folder.files.certificates.authority), folder.members.all, say
         ) as enrolment:
             ready = False
             while not stopped():
@@ -115,22 +112,22 @@ def _listens(config: ServerConfig) -> bool:
 
 def _children(folder: FederationFolder, say: Report) -> list[SupervisedProcess]:
     environment = _environment(folder)
-    shown = folder.certificates
+    shown = folder.files.certificates
     superlink = [
         *(_binary("flower-superlink", environment), "--host", "127.0.0.1", "--port", str(folder.config.superlink_port)),
-        *("--ssl-ca-certfile", str(shown / "ca.crt")),
-        *("--ssl-certfile", str(shown / "server.crt"), "--ssl-keyfile", str(shown / "server.key")),
+        *("--ssl-ca-certfile", str(shown.authority)),
+        *("--ssl-certfile", str(shown.server), "--ssl-keyfile", str(shown.server_key)),
         *("--enable-supernode-auth", "--isolation", "process", "--disable-runtime-dependency-installation"),
-        *(("--database", str(folder.superlink / "state.sqlite")) if folder.config.database else ()),
+        *(("--database", str(folder.files.superlink.database)) if folder.config.database else ()),
     ]
-    front = [sys.executable, "-m", "cotune.server.front", str(folder.superlink / "front.toml")]
+    front = [sys.executable, "-m", "cotune.server.front", str(folder.files.superlink.front_config)]
     executor = [
         *(_binary("flower-superexec", environment), "--runtime-api-address", folder.superlink_address),
-        *("--root-certificates", str(shown / "ca.crt")),
+        *("--root-certificates", str(shown.authority)),
     ]
     commands = {"SuperLink": superlink, "front": front, "executor": executor}
     return [
-        SupervisedProcess(name, command, folder.superlink / f"{name.lower()}.log", environment, say)
+        SupervisedProcess(name, command, folder.files.superlink.get_log(name), environment, say)
         for name, command in commands.items()
     ]
 
@@ -141,7 +138,7 @@ def _environment(folder: FederationFolder) -> dict[str, str]:
     return {
         **os.environ,
         **_SWITCHES,
-        "FLWR_HOME": str(folder.superlink / "flwr"),
+        "FLWR_HOME": str(folder.files.superlink.flower_home),
         FEDERATION_VARIABLE: str(folder.path),
         "PATH": path,
     }
@@ -158,17 +155,17 @@ def _binary(name: str, environment: Mapping[str, str]) -> str:
 
 
 def _write_settings(folder: FederationFolder) -> None:
-    (folder.superlink / "flwr").mkdir(mode=0o700, exist_ok=True)
+    folder.files.superlink.flower_home.mkdir(mode=0o700, exist_ok=True)
     front = {
         "certificates": str(folder.certificates),
-        "members": str(folder.path / "members.json"),
-        "refusals": str(folder.superlink / "refused.json"),
+        "members": str(folder.files.members),
+        "refusals": str(folder.files.superlink.refusals),
         "superlink_port": folder.config.superlink_port,
         "host": folder.config.listen,
         "port": folder.config.port,
         "quotas": folder.config.quotas.model_dump(exclude_none=True),
     }
-    atomic_write(folder.superlink / "front.toml", tomli_w.dumps(front).encode())
+    atomic_write(folder.files.superlink.front_config, tomli_w.dumps(front).encode())
 
 
 def _tell_expiry(until: datetime, say: Report) -> None:
