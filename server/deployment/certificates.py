@@ -1,7 +1,8 @@
 """The coordinator's own certificate authority and its server certificate, so that organizations know whom they talk to.
 
 Where the authority was replaced (key_rotation.py), ca.crt holds the one before it too, second: a process that still shows a
-certificate of that one is believed on this machine until it is restarted. Organizations are given the first (`read_authority_pem`).
+certificate of that one is believed on this machine until it is restarted. Organizations are given the first alone
+(`read_authority_pem`).
 """
 
 from __future__ import annotations
