@@ -1,11 +1,10 @@
-"""Flower's Control API as the coordinator uses it. All of it that is internal to Flower is in this file.
+"""A client of Flower's Control API, by which the coordinator registers nodes and starts runs.
 
-The API asks nobody who they are, so it must be reached on loopback alone. Runs are started with a bundle of configuration only;
-both sides run the cotune that is installed on their machines.
+The API authenticates nobody, so it must be reached on loopback alone. Runs are started with a bundle of configuration; both sides
+run the cotune that is installed on their machines.
 
-How a run is named to the SuperLink, whose every member can ask for a run's configuration: by its name, and no place.
-
-The processes that play runs are told where the federation's folder is by their environment, which does not leave this machine.
+Every member can ask the SuperLink for a run's configuration, so that it names the run and no folder. The processes of runs learn
+the federation's folder by their environment, which does not leave this machine.
 """
 
 from __future__ import annotations
@@ -42,22 +41,30 @@ FEDERATION_VARIABLE = "COTUNE_FEDERATION"  # the federation's folder, in the env
 
 
 def get_run_name(run: Path) -> str:
-    """What the SuperLink is told of the folder of a run."""
+    """Return the name by which the SuperLink knows the folder of a run."""
     return run.name
 
 
 def find_run_folder(told: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder of the run that a run configuration names; in a simulation, where no federation is, it names the folder itself.
+    """Return the folder of the run that a run configuration names.
 
-    Raises RunError for what is neither.
+    Args:
+        told: The name of a run of the federation; in a simulation, which has none, the folder itself.
+        environment: Of this process; it names the federation's folder.
+
+    Raises:
+        RunError: If it is neither.
     """
     if not told:
-        raise RunError('the run configuration has no "run": expected the folder of a run')
+        raise RunError('the run configuration has no "run": expected the folder of a run', code="run.no_run_named")
     home = environment.get(FEDERATION_VARIABLE)
     if not home:
         return Path(told)
     if told in (".", "..") or Path(told).name != told:
-        raise RunError(f"the run configuration names {told[:100]!r}: expected the name of a run of the federation")
+        raise RunError(
+            f"the run configuration names {told[:100]!r}: expected the name of a run of the federation",
+            code="run.invalid_run_name",
+        )
     return Path(home) / "runs" / told
 
 
@@ -80,7 +87,13 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True)
 class RunState:
-    """Of a run on the SuperLink. status: pending, starting, running or finished; outcome: then completed, failed or stopped."""
+    """The state of a run on the SuperLink.
+
+    Attributes:
+        status: "pending", "starting", "running" or "finished".
+        outcome: Of a finished run: "completed", "failed" or "stopped".
+        details: In Flower's words.
+    """
 
     status: str
     outcome: str = ""
@@ -88,40 +101,45 @@ class RunState:
 
 
 class ControlClient:
-    """Calls, one after the other. Each raises SuperLinkAway where the SuperLink cannot be reached, RunError where it refuses."""
+    """Calls of the Control API, one after the other.
+
+    Each raises SuperLinkUnreachable where nobody answers, and RunError where the SuperLink refuses.
+    """
 
     def __init__(self, client: ControlHttpClient) -> None:
         self._client = client
 
     def nodes(self) -> tuple[RegisteredNode, ...]:
-        """Those whose keys are registered."""
+        """Return the nodes whose keys are registered."""
         found = _call(self._client.ListNodes, ListNodesRequest()).nodes_info
         return tuple(RegisteredNode.from_info(node) for node in found if node.status != "unregistered")
 
     def register(self, key: bytes, name: str) -> int:
-        """Lets the node with this public key (PEM) in. Returns its id."""
+        """Let the node with this public key (PEM) in. Returns its id."""
         return int(_call(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name)).node_id)
 
     def unregister(self, node: int) -> None:
-        """From then on its requests are refused."""
+        """Shut a node out: its requests are refused from then on."""
         _call(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node))
 
     def start(self, run: Path) -> int:
-        """Hands the folder of a run to the executor. Returns the run's id. What is told here, members can read."""
+        """Submit the folder of a run to the executor. Returns the run's id. Members can read what is sent here."""
         content, _ = build_fab_from_files({"pyproject.toml": APP})
         bundle = Fab(hashlib.sha256(content).hexdigest(), content, {})
         config = user_config_to_proto(UserConfig({"run": get_run_name(run)}))
         answer = _call(self._client.StartRun, StartRunRequest(fab=fab_to_proto(bundle), override_config=config))
         if not answer.HasField("run_id"):
-            raise RunError(f"the SuperLink did not take the run ({answer.note or 'no reason given'}): see its log")
+            raise RunError(
+                f"the SuperLink did not take the run ({answer.note or 'no reason given'}): see its log", code="run.not_submitted"
+            )
         return int(answer.run_id)
 
     def stop(self, run_id: int) -> None:
-        """Ends a run; what it has finished is in its folder."""
+        """End a run; what it has finished is in its folder."""
         _call(self._client.StopRun, StopRunRequest(run_id=run_id))
 
     def state(self, run_id: int) -> RunState | None:
-        """None where the SuperLink knows no such run, as after a restart without a database."""
+        """Return the state of a run; None where the SuperLink does not know it, as after a restart without a database."""
         try:
             found = _call(self._client.ListRuns, ListRunsRequest(run_id=run_id)).run_dict.get(run_id)
         except _Refused as error:
@@ -131,7 +149,7 @@ class ControlClient:
         return None if found is None else RunState(found.status.status, found.status.sub_status, found.status.details)
 
     def running(self) -> tuple[int, ...]:
-        """The ids of the runs that are not finished."""
+        """Return the ids of the runs that are not finished."""
         runs = _call(self._client.ListRuns, ListRunsRequest()).run_dict
         return tuple(sorted(run_id for run_id, run in runs.items() if run.status.status != "finished"))
 
@@ -139,24 +157,39 @@ class ControlClient:
 class SuperLinkUnreachable(RunError):
     """Nobody answers at the SuperLink's port."""
 
+    code = "run.superlink_unreachable"
+
 
 class _Refused(RunError):
+    code = "run.superlink_refused"
+
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"the SuperLink refused a request ({status}: {detail}): see its log")
         self.status = status
 
 
 @contextmanager
-def open_control(address: str, certificates: Path) -> Iterator[ControlClient]:
-    """address: host:port on loopback. certificates: the coordinator's folder of them. Nothing is asked before the first call."""
+def open_control(address: str, authority: Path) -> Iterator[ControlClient]:
+    """Open a client of a SuperLink's Control API. Nothing is sent before the first call.
+
+    Args:
+        address: host:port on loopback.
+        authority: File with the certificate of the federation's authority.
+
+    Raises:
+        RunError: If the file cannot be read.
+    """
     try:
-        authority = (certificates / "ca.crt").read_bytes()
-        load_pem_x509_certificates(authority)
+        certificates = authority.read_bytes()
+        load_pem_x509_certificates(certificates)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it holds no certificate"
-        raise RunError(f"{certificates / 'ca.crt'} cannot be read ({reason}): expected the federation's own") from None
+        raise RunError(
+            f"{authority} cannot be read ({reason}): expected the federation's own",
+            code="run.certificate_not_readable",
+        ) from None
     version = RuntimeVersionHttpInterceptor(component_name="cotune")
-    with ControlHttpClient.from_server_address(address, False, authority, interceptors=[version]) as client:
+    with ControlHttpClient.from_server_address(address, False, certificates, interceptors=[version]) as client:
         yield ControlClient(client)
 
 
@@ -169,10 +202,14 @@ def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise RunError(
                 "another server than this federation's answers at the SuperLink's port: stop it, or choose another superlink_port"
-                " in server.toml and start again"
+                " in server.toml and start again",
+                code="run.foreign_superlink",
             ) from None
         raise SuperLinkUnreachable(
             f"the SuperLink cannot be reached ({error}): expected one that `cotune server start` keeps running"
         ) from None
     except ValueError as error:
-        raise RunError(f"the SuperLink's answer is not Flower's ({error}): use the flwr that cotune was installed with") from None
+        raise RunError(
+            f"the SuperLink's answer is not Flower's ({error}): use the flwr that cotune was installed with",
+            code="run.foreign_superlink",
+        ) from None

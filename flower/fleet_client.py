@@ -1,4 +1,4 @@
-"""Flower's Fleet API as a node uses it. All that is internal to Flower is in this file, and may change with its minor version.
+"""A client of Flower's Fleet API, by which a node receives requests and sends replies.
 
 Flower's own connection (flwr.supernode.fleet_http_connection) ends the whole process when a server restarts or does not know a
 key, and waits without end where TLS is wrong. Here these are exceptions, so that a node can stay; the calls and their order are
@@ -51,8 +51,8 @@ from cotune.flower.http_limits import harden_http_client
 from cotune.printable import printable
 from cotune.protocol.connectivity import describe_error
 
-_MOST_BYTES = 4 * 2**30  # of a request: more than any plan's
-_SILENCE_SECONDS = 10.0  # for the rest of a request that the server is uploading
+_MAX_REQUEST_BYTES = 4 * 2**30  # of a request: more than any plan's
+_IDLE_TIMEOUT = 10.0  # for the rest of a request that the server is uploading
 
 _REFUSED_NODE = {httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED}
 _REFUSED_CALL = {
@@ -64,28 +64,33 @@ _REFUSED_CALL = {
 }
 _BUSY = {httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT}
 # bytes that are looked at for a reason; characters of it that are shown
-_LONGEST_ANSWER = 4096
-_LONGEST_REASON = 300
-_SAYS_NOTHING = ("Invalid SuperNode authentication",)  # of Flower; its other sentences end with a full stop
+_MAX_ERROR_BYTES = 4096
+_MAX_REASON_LENGTH = 300
+_GENERIC_REASONS = ("Invalid SuperNode authentication",)  # of Flower; its other sentences end with a full stop
 
 _Answer = TypeVar("_Answer")
 
 
 class FleetError(Exception):
-    """The server cannot be reached, or does not let this node in. It may help to wait and to connect again."""
+    """The server cannot be reached or does not accept this node. It may help to wait and to connect again."""
 
 
 class NodeRejected(FleetError):
-    """The server does not know this node, or has it online already."""
+    """The server does not know this node, or it is online already."""
 
 
 class RequestExpired(FleetError):
-    """The server does not want this request answered any more."""
+    """The server does not wait for a reply to this request any more."""
 
 
 @dataclass(frozen=True)
 class AnnouncedRequest:
-    """A message as it is announced: everything but its content. header: a message without content."""
+    """A request as the server announces it: everything but its content.
+
+    Attributes:
+        header: The message without content.
+        tree: The ids of its objects.
+    """
 
     header: Message
     tree: ObjectTree
@@ -100,7 +105,7 @@ class AnnouncedRequest:
 
     @property
     def seconds(self) -> float:
-        """How long the server still waits for an answer to a request that it has announced just now.
+        """The seconds for which the server still waits for a reply to a request that was announced just now.
 
         By this machine's clock, unless that is far off: what the server announces has time left.
         """
@@ -115,7 +120,7 @@ class AnnouncedRequest:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> AnnouncedRequest:
-        """Raises ValueError for anything else than what to_bytes gave."""
+        """Parse what `to_bytes` has given. Raises ValueError for anything else."""
         try:
             return cls._first_of(PullMessagesResponse.FromString(content))
         except Exception as error:
@@ -127,48 +132,58 @@ class AnnouncedRequest:
 
 
 class FleetClient:
-    """One connection to a server."""
+    """A connection to a server, opened by `connect`."""
 
     def __init__(self, client: FleetHttpClient, node_id: int) -> None:
         self.node_id = node_id
         self._client = client
         self._node = Node(node_id=node_id)
-        self._disowned = threading.Event()
+        self._rejected = threading.Event()
         self._left = False
-        self._beating = threading.Lock()
+        self._heartbeat_lock = threading.Lock()
 
     def receive(self) -> AnnouncedRequest | None:
-        """The next request, if there is one. The server announces each only once."""
+        """Return the next request; None where there is none. The server announces each only once."""
         self.check_known()
         response = _call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         return AnnouncedRequest._first_of(response) if response.messages_list else None
 
     def check_known(self) -> None:
-        """Raises NotKnown where a heartbeat was refused, as that of a key which was replaced or revoked."""
-        if self._disowned.is_set():
+        """Raise NodeRejected where a heartbeat was refused, as that of a key which was replaced or revoked."""
+        if self._rejected.is_set():
             raise NodeRejected("the server does not know this node any more")
 
     def open(self, request: AnnouncedRequest) -> ChunkedMessage:
-        """The whole message, in its pieces. It may be opened again until it is confirmed.
+        """Download a request. It may be downloaded again until it is confirmed.
 
-        Raises CutOff when the rest of it does not come, TooMuch when it is too large: no more than the limit is ever taken;
-        Malformed when it is no message.
+        Raises:
+            Aborted: If the rest of it does not arrive.
+            TooLarge: If it is too large; no more than the limit is ever taken.
+            Malformed: If it is no message.
         """
         pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, request.run)
-        parcel = download_chunks(request.tree, pull, _MOST_BYTES, _SILENCE_SECONDS)
+        parcel = download_chunks(request.tree, pull, _MAX_REQUEST_BYTES, _IDLE_TIMEOUT)
         parcel.header("")  # anyone who is given it can answer it
         return parcel
 
     def bundle(self, run: int) -> bytes:
-        """The bundle (FAB) that a run was started with: a zip archive."""
+        """Download the bundle (FAB) that a run was started with: a zip archive."""
         about = _call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run)).run
         answer = _call(self._client.GetFab, GetFabRequest(node=self._node, hash_str=about.fab_hash, run_id=run))
         content: bytes = answer.fab.content
         return content
 
     def send(self, reply: Message, seconds: float) -> None:
-        """seconds: how long it took to answer; the server shows it."""
-        _keep_alive(reply)
+        """Send a reply.
+
+        Args:
+            reply: The reply.
+            seconds: How long it took; the server shows it.
+
+        Raises:
+            FleetError: If it cannot be sent.
+        """
+        _restore_ttl(reply)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         header = message_to_proto(remove_content_from_message(reply))
         run = reply.metadata.run_id
@@ -187,26 +202,26 @@ class FleetClient:
                 raise FleetError(str(error)) from None
 
     def confirm(self, request: AnnouncedRequest) -> None:
-        """The server may forget the content of a request that was opened. Before, it would fail to upload the rest of it."""
+        """Let the server forget the content of a request that was downloaded; it would fail to upload the rest before."""
         confirmation = ConfirmMessageReceivedRequest(
             node=self._node, run_id=request.run, message_object_id=request.tree.object_id
         )
         _call(self._client.ConfirmMessageReceived, confirmation)
 
     def leave(self) -> None:
-        """Tells the server that this node goes offline. A heartbeat after that would keep it online for another minute."""
-        with self._beating:
+        """Tell the server that this node goes offline. A heartbeat after that would keep it online for another minute."""
+        with self._heartbeat_lock:
             self._left = True
             _call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
 
     def heartbeat(self) -> bool:
-        """Whether the server was reached; that it does not know this node is told by the next `receive`."""
+        """Send a heartbeat; return whether the server was reached. A refusal is raised by the next `receive`."""
         try:
-            with self._beating:
-                if not self._left and not _beat(self._client, self._node):
-                    self._disowned.set()
+            with self._heartbeat_lock:
+                if not self._left and not _send_heartbeat(self._client, self._node):
+                    self._rejected.set()
         except NodeRejected:
-            self._disowned.set()
+            self._rejected.set()
         except FleetError:
             return False
         return True
@@ -216,7 +231,7 @@ class FleetClient:
         return lambda request: _call(method, request)
 
 
-def _keep_alive(reply: Message) -> None:
+def _restore_ttl(reply: Message) -> None:
     """Flower gives a reply the time that is left of its request, by this machine's clock; one that is far off leaves nothing."""
     about = reply.metadata
     if about.ttl <= 0:
@@ -233,17 +248,24 @@ def connect(
     known: int | None = None,
     anew: bool = False,
 ) -> Iterator[FleetClient]:
-    """A connection with heartbeats, over TLS always. root_certificates: PEM; None: those that this machine trusts.
+    """Connect to a server over TLS, with heartbeats.
 
-    known: the node id of a connection that broke off; it goes on at once, where a new one would be refused until the server has
-    missed the old one's heartbeats (60 s). anew: it leaves first, so that the server sees it come back, and asks it again.
-    Raises FleetError.
+    Args:
+        address: host:port.
+        root_certificates: PEM; None: those that this machine trusts.
+        key: Of the node.
+        known: The node id of a connection that broke off. It goes on at once, where a new one would be refused until the server
+            has missed the old one's heartbeats (60 s).
+        anew: Whether that node leaves first, so that the server sees it come back and asks it again.
+
+    Raises:
+        FleetError: If the server cannot be reached or does not accept the node.
     """
     with FleetHttpClient.from_server_address(
         address, False, root_certificates, interceptors=[NodeAuthHttpInterceptor(key, key.public_key())]
     ) as client:
         harden_http_client(client._client)
-        fleet = FleetClient(client, _enter(client, key, known, anew))
+        fleet = FleetClient(client, _activate(client, key, known, anew))
         heartbeats = HeartbeatSender(fleet.heartbeat)
         heartbeats.start()
         try:
@@ -253,7 +275,7 @@ def connect(
                 heartbeats.stop()
 
 
-def _enter(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | None, anew: bool) -> int:
+def _activate(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | None, anew: bool) -> int:
     if known is not None and _is_known(client, known):
         if not anew:
             return known
@@ -265,12 +287,12 @@ def _enter(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | N
 
 def _is_known(client: FleetHttpClient, node_id: int) -> bool:
     try:
-        return _beat(client, Node(node_id=node_id))
+        return _send_heartbeat(client, Node(node_id=node_id))
     except NodeRejected:
         return False
 
 
-def _beat(client: FleetHttpClient, node: Node) -> bool:
+def _send_heartbeat(client: FleetHttpClient, node: Node) -> bool:
     request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
     return bool(_call(client.SendNodeHeartbeat, request).success)
 
@@ -279,18 +301,18 @@ def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
     try:
         return method(request)
     except httpx.HTTPStatusError as error:
-        raise _fault(error.response) from None
+        raise _build_error(error.response) from None
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise FleetError(describe_error(error, error.request.url.netloc.decode("ascii"))) from None
     except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
-        raise FleetError(_cut(error)) from None
+        raise FleetError(_describe_cut(error)) from None
     except httpx.HTTPError as error:
         raise FleetError(f"the server does not answer ({error or type(error).__name__})") from None
     except ValueError as error:
         raise FleetError(f"the server's answer is not Flower's ({error})") from None
 
 
-def _cut(error: httpx.HTTPError) -> str:
+def _describe_cut(error: httpx.HTTPError) -> str:
     if isinstance(error, httpx.NetworkError) or str(error).startswith("Server disconnected"):
         return (
             f"the server closed the connection ({error or type(error).__name__}): it may be stopping, or have made room for"
@@ -299,12 +321,12 @@ def _cut(error: httpx.HTTPError) -> str:
     return f"the connection to the server broke off ({error})"
 
 
-def _fault(response: httpx.Response) -> FleetError:
-    """By its status and, where it says one that is no news of Flower's, the server's own reason."""
+def _build_error(response: httpx.Response) -> FleetError:
+    """The error for a response: by its status and, where it has one of its own, the server's reason."""
     status = response.status_code
-    said = _said(response)
+    said = _read_reason(response)
     if said and status in _REFUSED_NODE:
-        return NodeRejected(f"the server does not let this node in: {said}{_apart(response.headers.get('date'))}")
+        return NodeRejected(f"the server does not let this node in: {said}{_describe_clock_skew(response.headers.get('date'))}")
     if said and status in _REFUSED_CALL:
         return FleetError(f"the server refuses what this node sends: {said}")
     if said and status in _BUSY:
@@ -312,7 +334,7 @@ def _fault(response: httpx.Response) -> FleetError:
     if status == httpx.codes.UNAUTHORIZED:
         return NodeRejected(
             "the server does not accept the key: expected one that the coordinator has registered (`cotune server invite`), and"
-            f" clocks that agree within 5 minutes{_apart(response.headers.get('date'))}"
+            f" clocks that agree within 5 minutes{_describe_clock_skew(response.headers.get('date'))}"
         )
     if status == httpx.codes.PRECONDITION_FAILED:
         return NodeRejected(
@@ -331,18 +353,18 @@ def _fault(response: httpx.Response) -> FleetError:
     return FleetError(f"the server answered with status {status}")
 
 
-def _said(response: httpx.Response) -> str:
-    """A line for people; "" where there is none, or only what every refusal of Flower's says."""
+def _read_reason(response: httpx.Response) -> str:
+    """The reason of a refusal in one line; "" where there is none, or only what every refusal of Flower's says."""
     try:
-        found = json.loads(response.content[:_LONGEST_ANSWER])["detail"]
+        found = json.loads(response.content[:_MAX_ERROR_BYTES])["detail"]
     except (ValueError, KeyError, TypeError, RecursionError, httpx.StreamError):
         return ""
     words = printable(" ".join(found.split())) if isinstance(found, str) else ""
-    return "" if words in _SAYS_NOTHING or words.endswith(".") else words[:_LONGEST_REASON]
+    return "" if words in _GENERIC_REASONS or words.endswith(".") else words[:_MAX_REASON_LENGTH]
 
 
-def _apart(date: str | None) -> str:
-    """How far the clocks are apart, where the server says what it takes the time for."""
+def _describe_clock_skew(date: str | None) -> str:
+    """How far the clocks are apart, where the server states its time; otherwise ""."""
     try:
         seconds = time.time() - parsedate_to_datetime(date or "").timestamp()
     except ValueError:

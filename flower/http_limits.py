@@ -1,4 +1,4 @@
-"""How far a node goes along with a server's answers: no further than the call that it made, and no more than it can hold."""
+"""Limits of what a node takes from a server: no redirects, no compressed answers, and no answer larger than it can hold."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ from collections.abc import Iterator
 
 import httpx
 
-_MOST_ANSWER_BYTES = 64 * 2**20  # of one answer: a piece of an array, a bundle, or the names of all objects of a message
+_MAX_RESPONSE_BYTES = 64 * 2**20  # of one answer: a piece of an array, a bundle, or the names of all objects of a message
 
 
 def harden_http_client(calls: httpx.Client) -> None:
-    """A server may not send the node's calls on to another place, inside the organization's network for one, nor fill its memory.
+    """Protect a client of a server that is not trusted.
 
-    Compressed answers are not taken: a small one may be endless.
+    The server may not redirect calls to another place, such as one inside the organization's network, nor fill the memory.
+    Compressed answers are refused: a small one may be endless.
     """
     calls.follow_redirects = False
     calls.headers["accept-encoding"] = "identity"
-    calls.event_hooks = {"response": [_bound]}
+    calls.event_hooks = {"response": [_limit_response]}
 
 
-def _bound(response: httpx.Response) -> None:
-    """Called before anything of the answer but its head was read."""
+def _limit_response(response: httpx.Response) -> None:
+    """Limit an answer, of which only the head was read."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise httpx.RemoteProtocolError("its answer is compressed: expected a server that does as it is asked")
     assert isinstance(response.stream, httpx.SyncByteStream)
-    response.stream = _Bounded(response.stream)
+    response.stream = _LimitedStream(response.stream)
 
 
-class _Bounded(httpx.SyncByteStream):
+class _LimitedStream(httpx.SyncByteStream):
     """The content of an answer, up to the limit."""
 
     def __init__(self, stream: httpx.SyncByteStream) -> None:
@@ -37,8 +38,8 @@ class _Bounded(httpx.SyncByteStream):
         taken = 0
         for piece in self._stream:
             taken += len(piece)
-            if taken > _MOST_ANSWER_BYTES:
-                raise httpx.RemoteProtocolError(f"its answer has more than {_MOST_ANSWER_BYTES:,} bytes: expected a smaller one")
+            if taken > _MAX_RESPONSE_BYTES:
+                raise httpx.RemoteProtocolError(f"its answer has more than {_MAX_RESPONSE_BYTES:,} bytes: expected a smaller one")
             yield piece
 
     def close(self) -> None:

@@ -19,7 +19,12 @@ _RUN = 1
 
 
 class InProcessGrid(Grid):
-    """`nodes` simulated nodes, numbered from 2, that all run `client_app`."""
+    """A grid of simulated nodes, numbered from 2, that all run one ClientApp.
+
+    Args:
+        client_app: The app.
+        nodes: Their number.
+    """
 
     def __init__(self, client_app: ClientApp, nodes: int = 1) -> None:
         self._app = client_app

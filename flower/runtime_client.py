@@ -1,8 +1,8 @@
-"""The line to the SuperLink: messages there, and the answers back. Flower's Runtime API is known to this file alone.
+"""A client of Flower's Runtime API, by which the server sends requests and receives replies.
 
-Flower's own grid makes a call that failed again without a word, so that nobody learns what was lost with the first; it waits a
-second for a piece that is not there yet, and takes an answer however large it is. Here a call that fails raises, and the calls
-and their order are the same.
+Flower's own grid silently repeats a call that failed, so that nobody learns what was lost with the first; it waits a second for a
+piece that is not there yet, and takes a reply however large it is. Here a call that fails raises; the calls and their order are
+the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from cotune.flower.chunks import Pending, download, pull_reply
 from cotune.flower.nodes import RegisteredNode
 
-_SILENCE_SECONDS = 200.0  # for the rest of an answer: after 180 the SuperLink gives up who sends it
+_IDLE_TIMEOUT = 200.0  # for the rest of an answer: after 180 the SuperLink gives up who sends it
 
 RunStopped = RunNotRunningException  # raised by every call once the run was stopped
 
@@ -47,29 +47,41 @@ class RuntimeClient(Protocol):
     def get_nodes(self) -> tuple[RegisteredNode, ...]: ...
 
     def push(self, message: Message) -> str:
-        """Hands a request over. Returns its number; "" where it was not taken."""
+        """Send a request. Returns its id; "" where the SuperLink did not take it."""
         ...
 
-    def announced(self, numbers: Sequence[str]) -> Mapping[str, Any]:
-        """Which of the requests may have an answer that can be fetched now -> what `fetch` needs to know of it. An answer is
-        announced once: where this call fails, or `fetch`, it may be gone.
+    def list_replies(self, numbers: Sequence[str]) -> Mapping[str, Any]:
+        """List the requests whose replies can be fetched now. A reply is listed once: where this call or `fetch` fails, it may be
+        gone.
+
+        Returns:
+            Id of the request -> what `fetch` needs to know of the reply.
         """
         ...
 
     def fetch(self, answer: Any, max_bytes: int, came: Callable[[], None]) -> Message | None:
-        """The answer, if it is there. came: called for every piece of it, by several threads.
+        """Return a reply; None where it is not there yet.
 
-        Raises TooMuch for more bytes than that, CutOff where the rest of it does not come, Malformed where it is no message.
+        Args:
+            answer: As `list_replies` gives it.
+            max_bytes: Of its arrays.
+            came: Called for every piece of it, by several threads.
+
+        Raises:
+            TooLarge: If it is larger.
+            Aborted: If the rest of it does not arrive.
+            Malformed: If it is no message.
         """
         ...
 
 
 def open_runtime_client(grid: Grid) -> RuntimeClient:
-    return _RuntimeLine(grid) if isinstance(grid, HttpGrid) else _GridLine(grid)
+    """Return a client of the SuperLink that the grid is of; for any other grid, one that calls the grid."""
+    return _SuperLinkClient(grid) if isinstance(grid, HttpGrid) else _GridClient(grid)
 
 
-class _GridLine:
-    """By what every grid offers."""
+class _GridClient:
+    """Calls what every grid offers."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -81,20 +93,20 @@ class _GridLine:
         numbers = list(self._grid.push_messages([message]))
         return numbers[0] if numbers else ""
 
-    def announced(self, numbers: Sequence[str]) -> Mapping[str, str]:
+    def list_replies(self, numbers: Sequence[str]) -> Mapping[str, str]:
         return {number: number for number in numbers}
 
     def fetch(self, answer: str, max_bytes: int, came: Callable[[], None]) -> Message | None:
         return pull_reply(self._grid, answer)
 
 
-class _RuntimeLine:
-    """As the grid of a process that a SuperLink's executor has started, with connections of its own."""
+class _SuperLinkClient:
+    """Calls the SuperLink as the grid of a process that its executor has started does, over connections of its own."""
 
     def __init__(self, grid: HttpGrid) -> None:
         self._run = grid.run.run_id
         self._node = Node(node_id=SUPERLINK_NODE_ID)
-        self._ended = threading.Lock()  # held once the process was told to end
+        self._end_lock = threading.Lock()  # held once the process was told to end
         self._client = RuntimeHttpClient.from_server_address(
             grid._addr,
             grid._insecure,
@@ -119,24 +131,24 @@ class _RuntimeLine:
             answer = self._call(self._client.PushMessages, request)
             if not answer.message_ids[0]:
                 return ""
-            send = make_push_object_fn_protobuf(self._calling(self._client.PushObject), self._node, self._run, answer.session_id)
+            send = make_push_object_fn_protobuf(self._as_call(self._client.PushObject), self._node, self._run, answer.session_id)
             push_objects(get_all_nested_objects(message), send, object_ids_to_push=set(answer.objects_to_push))
         return str(answer.message_ids[0])
 
-    def announced(self, numbers: Sequence[str]) -> dict[str, ObjectTree]:
+    def list_replies(self, numbers: Sequence[str]) -> dict[str, ObjectTree]:
         answer = self._call(self._client.PullMessages, PullAppMessagesRequest(message_ids=numbers))
         replies = zip(answer.messages_list, answer.message_object_trees, strict=True)
         return {reply.metadata.reply_to_message_id: tree for reply, tree in replies}
 
     def fetch(self, answer: ObjectTree, max_bytes: int, came: Callable[[], None]) -> Message:
-        pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, self._run)
-        message = download(answer, _patient(pull, came), max_bytes, _SILENCE_SECONDS)
+        pull = make_pull_object_fn_protobuf(self._as_call(self._client.PullObject), self._node, self._run)
+        message = download(answer, _retry_later(pull, came), max_bytes, _IDLE_TIMEOUT)
         received = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=answer.object_id)
         with suppress(httpx.HTTPError):  # it keeps what nobody needs
             self._call(self._client.ConfirmMessageReceived, received)
         return message
 
-    def _calling(self, method: Callable[[Any], _Answer]) -> Callable[[Any], _Answer]:
+    def _as_call(self, method: Callable[[Any], _Answer]) -> Callable[[Any], _Answer]:
         return lambda request: self._call(method, request)
 
     def _call(self, method: Callable[[Any], _Answer], request: Any) -> _Answer:
@@ -150,13 +162,13 @@ class _RuntimeLine:
             raise
 
     def _end_process(self) -> None:
-        """As Flower's own client does: another process is started. Once: a second signal would cut its ending short."""
-        if self._ended.acquire(blocking=False):
+        """End this process, as Flower's own client does: another is started. Once: a second signal would cut that short."""
+        if self._end_lock.acquire(blocking=False):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def _patient(pull: Callable[[str], bytes], came: Callable[[], None]) -> Callable[[str], bytes]:
-    """A piece stays where it is while the SuperLink is away, or busy."""
+def _retry_later(pull: Callable[[str], bytes], came: Callable[[], None]) -> Callable[[str], bytes]:
+    """Report a piece as pending while the SuperLink is away or busy."""
 
     def patient(number: str) -> bytes:
         try:

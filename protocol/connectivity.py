@@ -1,4 +1,4 @@
-"""Whether a server can be reached, and if not, why: a sentence for each of the reasons that people can do something about."""
+"""Checks whether a server can be reached, and describes in one sentence why not, for each cause that people can mend."""
 
 from __future__ import annotations
 
@@ -20,9 +20,17 @@ _WRONG_HOST = (62, 64)
 
 
 def check_reachable(address: str, certificates: bytes | None) -> datetime:
-    """Resolves, connects and shakes hands; returns when the server's certificate expires. Sends nothing else.
+    """Resolve the name, connect and do the TLS handshake; nothing else is sent.
 
-    address: host:port. certificates: PEM of the authority; None: those that this machine trusts. Raises RunError.
+    Args:
+        address: host:port.
+        certificates: PEM of the authority; None: those that this machine trusts.
+
+    Returns:
+        When the server's certificate expires.
+
+    Raises:
+        RunError: If the server cannot be reached, with the cause.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
@@ -34,13 +42,13 @@ def check_reachable(address: str, certificates: bytes | None) -> datetime:
         ):
             shown = secure.getpeercert(binary_form=True)
     except (OSError, UnicodeError) as error:
-        raise RunError(describe_error(error, address)) from None
+        raise RunError(describe_error(error, address), code="run.server_unreachable") from None
     assert shown is not None, "a server shows its certificate"
     return x509.load_der_x509_certificate(shown).not_valid_after_utc
 
 
 def describe_error(error: BaseException, address: str) -> str:
-    """One sentence for what went wrong on the way to a server; an exception's causes are looked at too."""
+    """Describe in one sentence what went wrong on the way to a server, by an exception and its causes."""
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return _untrusted(cause, address)

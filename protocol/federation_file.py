@@ -1,9 +1,7 @@
-"""federation.toml: what a coordinator hands to every organization, so that it can look at the plan, and join.
+"""federation.toml: what a coordinator gives to every organization, so that it can inspect the plan and join.
 
-It holds nothing secret. Anyone who changes it on its way can name another server: it is to come over a channel that both sides
-trust, or its SHA-256 is to be compared (`fingerprint`).
-
-The names of organizations: they become the names of folders and files, and are shown to people.
+It holds nothing secret. Anyone who changes it on its way can name another server: it has to come over a channel that both sides
+trust, or its SHA-256 has to be compared (`fingerprint`).
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Z
 
 
 class Server(ConfigTable):
-    """Who is joined (the `server` table)."""
+    """The `server` table: the server to join."""
 
     address: str = Field(description="host:port of the coordinator's public port")
     certificates: str = Field(description="PEM: the authority that vouches for the server")
@@ -38,7 +36,7 @@ class Server(ConfigTable):
 
     @field_validator("address")
     @classmethod
-    def _host_and_port(cls, value: str) -> str:
+    def _check_address(cls, value: str) -> str:
         found = _ADDRESS.fullmatch(value)
         if found is None or not 1 <= int(found[3]) <= 65535:
             raise ValueError("expected host:port, as in fed.example.org:9092")
@@ -46,7 +44,7 @@ class Server(ConfigTable):
 
     @field_validator("certificates")
     @classmethod
-    def _authority(cls, value: str) -> str:
+    def _check_certificates(cls, value: str) -> str:
         try:
             load_pem_x509_certificates(value.encode())
         except ValueError:
@@ -55,7 +53,7 @@ class Server(ConfigTable):
 
 
 class Document(ConfigTable):
-    """The document, but for its plan."""
+    """The document without its plan."""
 
     format: int = Field(description="of this file")
     protocol: int = Field(description="of the messages; the same everywhere")
@@ -65,7 +63,7 @@ class Document(ConfigTable):
 
     @field_validator("name")
     @classmethod
-    def _shown_as_it_is(cls, value: str) -> str:
+    def _check_printable(cls, value: str) -> str:
         """It is printed to terminals, which obey some characters."""
         if not value.isprintable():
             raise ValueError("expected printable characters only")
@@ -73,12 +71,23 @@ class Document(ConfigTable):
 
 
 class Invitation:
-    """A federation, as an organization gets to know it."""
+    """A federation, as an organization gets to know it.
+
+    Args:
+        name: Of the federation.
+        address: host:port of the coordinator's public port.
+        certificates: PEM of the authority.
+        plan: The plan.
+        id: Of the federation.
+        signing_key: Of the server, as hex.
+
+    Raises:
+        PlanError: If one of them is not valid.
+    """
 
     def __init__(self, name: str, address: str, certificates: str, plan: Plan, *, id: str, signing_key: str) -> None:
-        """Raises PlanError for an address, certificates, id or signing key that are none."""
         self.plan = plan
-        self._document = _checked(
+        self._document = _validate(
             {
                 "format": _FORMAT,
                 "protocol": PROTOCOL,
@@ -118,51 +127,64 @@ class Invitation:
         return hashlib.sha256(self.to_toml().encode()).hexdigest()
 
     def to_toml(self) -> str:
-        return tomli_w.dumps(self._document.model_dump(), multiline_strings=True) + "\n[plan]\n" + _under_plan(self.plan)
+        """Return the content of federation.toml."""
+        return tomli_w.dumps(self._document.model_dump(), multiline_strings=True) + "\n[plan]\n" + _dump_plan_table(self.plan)
 
     @classmethod
     def from_toml(cls, text: str) -> Self:
-        """Raises PlanError, in one sentence."""
+        """Parse the content of a federation.toml. Raises PlanError where it is not valid."""
         try:
             table = parse_toml(text)
         except tomllib.TOMLDecodeError as error:
-            raise PlanError(f"the federation.toml is not valid TOML ({error}): get it from the coordinator again") from None
+            raise PlanError(
+                f"the federation.toml is not valid TOML ({error}): get it from the coordinator again", code="plan.not_toml"
+            ) from None
         plan = table.pop("plan", None)
         if not isinstance(plan, dict):
-            raise PlanError("the federation.toml has no plan: get it from the coordinator again")
-        document = _checked(table)
+            raise PlanError("the federation.toml has no plan: get it from the coordinator again", code="plan.missing_plan")
+        document = _validate(table)
         server = document.server
         about = {"id": document.id, "signing_key": server.signing_key}
         return cls(document.name, server.address, server.certificates, parse_plan(plan), **about)
 
 
 def read_invitation(file: Path) -> Invitation:
-    """Raises RunError for a file that cannot be read, PlanError for what is not a federation.toml of this protocol."""
+    """Read a federation.toml.
+
+    Raises:
+        RunError: If the file cannot be read.
+        PlanError: If it is not a federation.toml of this protocol.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({error}): expected the federation.toml that the coordinator gave you") from None
+        raise RunError(
+            f"{file} cannot be read ({error}): expected the federation.toml that the coordinator gave you",
+            code="run.not_readable",
+        ) from None
     return Invitation.from_toml(text)
 
 
-def _checked(table: dict[str, Any]) -> Document:
+def _validate(table: dict[str, Any]) -> Document:
     protocol = table.get("protocol")
     if table.get("format") == _FORMAT and isinstance(protocol, int) and protocol != PROTOCOL:
         raise PlanError(
-            f"the federation.toml is for protocol {protocol}, and this cotune speaks {PROTOCOL}: use the same cotune everywhere"
+            f"the federation.toml is for protocol {protocol}, and this cotune speaks {PROTOCOL}: use the same cotune everywhere",
+            code="plan.other_protocol",
         )
     try:
         document = Document.model_validate(table)
     except ValidationError as error:
-        raise PlanError(format_validation_error(error, Document, "federation.toml")) from None
+        raise PlanError(format_validation_error(error, Document, "federation.toml"), code="plan.invalid_invitation") from None
     if document.format != _FORMAT:
         raise PlanError(
-            f"the federation.toml has the format {document.format}, expected {_FORMAT}: use the same cotune everywhere"
+            f"the federation.toml has the format {document.format}, expected {_FORMAT}: use the same cotune everywhere",
+            code="plan.other_format",
         )
     return document
 
 
-def _under_plan(plan: Plan) -> str:
+def _dump_plan_table(plan: Plan) -> str:
     """The plan as TOML, as a table named plan."""
     nested = tomli_w.dumps({"plan": tomllib.loads(dump_plan(plan))})
     return nested.removeprefix("[plan]\n")
@@ -172,10 +194,14 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 
 
 def check_name(name: str) -> str:
-    """The name itself, 1 to 63 letters a to z, digits and hyphens, as in the name of a host. Raises PlanError for any other."""
+    """Return the name of an organization if it is valid: 1 to 63 letters a to z, digits and hyphens, as in host names.
+
+    It becomes the name of folders and files, and is shown to people. Raises PlanError for any other.
+    """
     if not _NAME.fullmatch(name):
         raise PlanError(
             f"{name[:80]!r} cannot be the name of an organization: expected 1 to 63 small letters, digits and hyphens, such as"
-            " hospital-a"
+            " hospital-a",
+            code="plan.invalid_name",
         )
     return name

@@ -31,9 +31,9 @@ from cotune.strategies.types import Update
 SALTED = "cotune.salted"  # how an array is written: NumPy's format, masked
 _SALT = "cotune/salt"  # no name of a parameter, and of nothing that is told
 _SALT_BYTES = 32
-_IN_EVERY_HEADER = {"protocol", "salt", "own"}
-_MOST_TOLD = 10_000  # values beside an update: a number per class and a few more
-_MOST_ARRAY_HEAD = 16_384  # bytes before the values of an array, in NumPy's format
+_COMMON_FIELDS = {"protocol", "salt", "own"}
+_MAX_REPORTED_VALUES = 10_000  # values beside an update: a number per class and a few more
+_MAX_ARRAY_HEADER_BYTES = 16_384  # bytes before the values of an array, in NumPy's format
 _FLOATS = {"float32": torch.float32}
 _NUMPY = Array(np.zeros(0, np.float32)).stype  # how Flower says that an array is in NumPy's format
 
@@ -73,13 +73,13 @@ def encode_requests(
 ) -> list[RecordDict]:
     """One request per recipient; they share one copy of the arrays, and their salt."""
     salt = _new_salt()
-    shared = {"state": _arrays(state, salt, "state")}
+    shared = {"state": _encode_arrays(state, salt, "state")}
     if sent:
-        shared["sent"] = _arrays(sent, salt, "sent")
-    return [RecordDict({**shared, "request": _header(plan, round, who, salt)}) for who in recipients]
+        shared["sent"] = _encode_arrays(sent, salt, "sent")
+    return [RecordDict({**shared, "request": _encode_header(plan, round, who, salt)}) for who in recipients]
 
 
-def _header(plan: str, round: int, who: Recipient, salt: bytes) -> ConfigRecord:
+def _encode_header(plan: str, round: int, who: Recipient, salt: bytes) -> ConfigRecord:
     """own: as the salt of the arrays is known to the others."""
     return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, **asdict(who), "salt": salt, "own": _new_salt()})
 
@@ -93,13 +93,15 @@ def get_salt(content: RecordDict) -> bytes:
     for key in ("update", "receipt"):
         if isinstance(record := content.get(key), ConfigRecord):
             return _salt(record)
-    raise RunError("a message came without its header: expected a ConfigRecord named update or receipt")
+    raise RunError(
+        "a message came without its header: expected a ConfigRecord named update or receipt", code="run.malformed_message"
+    )
 
 
 def _salt(record: ConfigRecord) -> bytes:
     salt = record.get("salt")
     if not isinstance(salt, bytes) or len(salt) != _SALT_BYTES:
-        raise RunError(f"a message has salt = {salt!r:.60}: expected {_SALT_BYTES} bytes")
+        raise RunError(f"a message has salt = {salt!r:.60}: expected {_SALT_BYTES} bytes", code="run.malformed_message")
     return salt
 
 
@@ -107,13 +109,13 @@ def decode_request(content: RecordDict) -> Request:
     """Raises RunError, in one sentence, for anything but a well-formed request of this protocol."""
     header = decode_header(content)
     _check_records(content, ("request", "state", "sent"))
-    sent = _tensors(content, "sent", "request") if "sent" in content else {}
-    return replace(header, state=_tensors(content, "state", "request"), sent=sent)
+    sent = _decode_tensors(content, "sent", "request") if "sent" in content else {}
+    return replace(header, state=_decode_tensors(content, "state", "request"), sent=sent)
 
 
 def decode_header(content: RecordDict) -> Request:
     """A request without its arrays, which are not looked at. Raises RunError as `decode_request` does."""
-    fields = _fields(content, "request", {"plan": str, "round": int, "organization": str, "admitted": int, "site": str})
+    fields = _decode_fields(content, "request", {"plan": str, "round": int, "organization": str, "admitted": int, "site": str})
     return Request(**fields, state={})
 
 
@@ -131,15 +133,15 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None) -> Re
         "received": update.received,
         "salt": salt,
     }
-    content = RecordDict({"delta": _arrays(update.delta, salt, "delta"), "update": ConfigRecord(record)})
+    content = RecordDict({"delta": _encode_arrays(update.delta, salt, "delta"), "update": ConfigRecord(record)})
     if update.told:
         told = {name: float(value) for name, value in update.told.items()}
-        content["told"] = ConfigRecord({**told, _SALT: _derived(salt, "told")})
+        content["told"] = ConfigRecord({**told, _SALT: _derive_key(salt, "told")})
     if update.statistics:
-        content["statistics"] = _arrays(update.statistics, salt, "statistics")
+        content["statistics"] = _encode_arrays(update.statistics, salt, "statistics")
     if update.noise_variance is not None:
         noise = {name: float(v) for name, v in update.noise_variance.items()}
-        content["noise_variance"] = MetricRecord({**noise, _SALT: list(_derived(salt, "noise_variance"))})
+        content["noise_variance"] = MetricRecord({**noise, _SALT: list(_derive_key(salt, "noise_variance"))})
     return content
 
 
@@ -147,22 +149,24 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
     """Raises RunError for an update that is malformed or belongs to another plan."""
     _check_records(content, ("update", "delta", "told", "statistics", "noise_variance"))
     types = {"plan_id": str, "round": int, "organization": str, "examples": int, "steps": int, "epsilon": float, "received": str}
-    fields = _fields(content, "update", types)
+    fields = _decode_fields(content, "update", types)
     if fields["plan_id"] != plan_id:
-        raise RunError(f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}")
+        raise RunError(
+            f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}", code="run.other_plan"
+        )
     stated = fields["epsilon"]
     if not math.isfinite(stated):
-        raise RunError(f"an update states ε = {stated}: expected a finite number")
+        raise RunError(f"an update states ε = {stated}: expected a finite number", code="run.malformed_message")
     return Update(
         organization=fields["organization"],
         round=fields["round"],
-        delta=_tensors(content, "delta", "update"),
+        delta=_decode_tensors(content, "delta", "update"),
         examples=fields["examples"],
         steps=fields["steps"],
         epsilon=None if stated < 0 else stated,
-        told=_told(content),
-        noise_variance=_variances(content),
-        statistics=_tensors(content, "statistics", "update") if "statistics" in content else {},
+        told=_decode_reported(content),
+        noise_variance=_decode_noise_variance(content),
+        statistics=_decode_tensors(content, "statistics", "update") if "statistics" in content else {},
         received=fields["received"],
     )
 
@@ -184,108 +188,137 @@ def encode_receipt(receipt: Receipt, salt: bytes | None = None) -> RecordDict:
 def decode_receipt(content: RecordDict) -> Receipt:
     """Raises RunError for anything but a well-formed receipt of this protocol."""
     _check_records(content, ("receipt",))
-    return Receipt(**_fields(content, "receipt", {"organization": str, "plan_id": str, "received": str}))
+    return Receipt(**_decode_fields(content, "receipt", {"organization": str, "plan_id": str, "received": str}))
 
 
 def _check_records(content: RecordDict, known: Collection[str]) -> None:
     """Nothing travels beside what is known: it would be carried, kept and shown unread."""
     surplus = sorted(content.keys() - set(known))
     if surplus:
-        raise RunError(f"a message holds the record {surplus[0][:80]!r} too much: expected {', '.join(known)} alone")
+        raise RunError(
+            f"a message holds the record {surplus[0][:80]!r} too much: expected {', '.join(known)} alone",
+            code="run.malformed_message",
+        )
 
 
-def _variances(content: RecordDict) -> dict[str, float] | None:
+def _decode_noise_variance(content: RecordDict) -> dict[str, float] | None:
     """The noise that an update states; None where it states none. Whether its names are right is for admission to say."""
     if "noise_variance" not in content:
         return None
     record = content["noise_variance"]
     if not isinstance(record, MetricRecord):
-        raise RunError("a message states its noise in another form: expected a MetricRecord named noise_variance")
-    for name, value in _unsalted(record):
+        raise RunError(
+            "a message states its noise in another form: expected a MetricRecord named noise_variance",
+            code="run.malformed_message",
+        )
+    for name, value in _without_salt(record):
         if type(value) is not float or not 0 <= value < math.inf:
             raise RunError(
-                f"an update states the noise variance {value!r:.60} for {name[:80]}: expected a finite number, 0 or more"
+                f"an update states the noise variance {value!r:.60} for {name[:80]}: expected a finite number, 0 or more",
+                code="run.malformed_message",
             )
     return {name: value for name, value in record.items() if isinstance(value, float)}
 
 
-def _told(content: RecordDict) -> dict[str, float]:
+def _decode_reported(content: RecordDict) -> dict[str, float]:
     """What an organization says beside its update: few names, finite numbers; without the record, nothing."""
     record = content.get("told", ConfigRecord())
-    if not isinstance(record, ConfigRecord) or len(record) > _MOST_TOLD:
-        raise RunError(f"an update tells something strange: expected a ConfigRecord named told, of at most {_MOST_TOLD} values")
-    for name, value in _unsalted(record):
+    if not isinstance(record, ConfigRecord) or len(record) > _MAX_REPORTED_VALUES:
+        raise RunError(
+            f"an update tells something strange: expected a ConfigRecord named told, of at most {_MAX_REPORTED_VALUES} values",
+            code="run.malformed_message",
+        )
+    for name, value in _without_salt(record):
         if type(value) is not float or not math.isfinite(value):
-            raise RunError(f"an update tells {name[:80]!r} = {value!r:.60}: expected a finite number")
+            raise RunError(
+                f"an update tells {name[:80]!r} = {value!r:.60}: expected a finite number", code="run.malformed_message"
+            )
     return {name: value for name, value in record.items() if isinstance(value, float)}
 
 
-def _unsalted(record: ConfigRecord | MetricRecord) -> Iterator[tuple[str, object]]:
+def _without_salt(record: ConfigRecord | MetricRecord) -> Iterator[tuple[str, object]]:
     return ((name, value) for name, value in record.items() if name != _SALT)
 
 
-def _derived(salt: bytes, *names: str) -> bytes:
+def _derive_key(salt: bytes, *names: str) -> bytes:
     """32 bytes for one part of a message."""
     return hashlib.sha256(b"\0".join([salt, *(name.encode() for name in names)])).digest()
 
 
-def _masked(data: bytes, key: bytes) -> bytes:
+def _mask(data: bytes, key: bytes) -> bytes:
     """Every byte of it, as Flower cuts long arrays into objects of their own. The same again gives the data back."""
     return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(data)
 
 
-def _arrays(tensors: Mapping[str, Tensor], salt: bytes, record: str) -> ArrayRecord:
-    return ArrayRecord({name: _array(tensor, _derived(salt, record, name)) for name, tensor in tensors.items()})
+def _encode_arrays(tensors: Mapping[str, Tensor], salt: bytes, record: str) -> ArrayRecord:
+    return ArrayRecord({name: _encode_array(tensor, _derive_key(salt, record, name)) for name, tensor in tensors.items()})
 
 
-def _array(tensor: Tensor, key: bytes) -> Array:
+def _encode_array(tensor: Tensor, key: bytes) -> Array:
     plain = Array(tensor.detach().cpu().contiguous().numpy())
-    return Array(plain.dtype, plain.shape, SALTED, _masked(plain.data, key))
+    return Array(plain.dtype, plain.shape, SALTED, _mask(plain.data, key))
 
 
-def _tensors(content: RecordDict, key: str, header: str) -> dict[str, Tensor]:
+def _decode_tensors(content: RecordDict, key: str, header: str) -> dict[str, Tensor]:
     record = content.get(key)
     if not isinstance(record, ArrayRecord):
-        raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}")
+        raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}", code="run.malformed_message")
     about = content[header]
     assert isinstance(about, ConfigRecord), "its fields were read before"
     salt = _salt(about)
-    return {name: _tensor(name, _plain(array, _derived(salt, key, name))) for name, array in record.items()}
+    return {name: _decode_tensor(name, _unmask(array, _derive_key(salt, key, name))) for name, array in record.items()}
 
 
-def _plain(array: Array, key: bytes) -> Array:
+def _unmask(array: Array, key: bytes) -> Array:
     """An array that its sender has not salted is taken too: only its own message suffers."""
-    return Array(array.dtype, array.shape, _NUMPY, _masked(array.data, key)) if array.stype == SALTED else array
+    return Array(array.dtype, array.shape, _NUMPY, _mask(array.data, key)) if array.stype == SALTED else array
 
 
-def _tensor(name: str, array: Array) -> Tensor:
+def _decode_tensor(name: str, array: Array) -> Tensor:
     if array.dtype not in _FLOATS or array.stype != _NUMPY:
-        raise RunError(f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray")
+        raise RunError(
+            f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray",
+            code="run.malformed_message",
+        )
     try:
         values = np.asarray(array.numpy())  # numpy.load with allow_pickle=False; an archive is not an array
     except Exception:
-        raise RunError(f"the array {name[:80]} cannot be read: expected a NumPy array of float32") from None
+        raise RunError(
+            f"the array {name[:80]} cannot be read: expected a NumPy array of float32", code="run.malformed_message"
+        ) from None
     if values.dtype != np.float32 or tuple(values.shape) != tuple(array.shape):
-        raise RunError(f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}")
-    if (rest := len(array.data) - values.nbytes) > _MOST_ARRAY_HEAD:
-        raise RunError(f"the array {name[:80]} has {rest:,} bytes beside its values: expected a short header alone")
+        raise RunError(
+            f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}",
+            code="run.malformed_message",
+        )
+    if (rest := len(array.data) - values.nbytes) > _MAX_ARRAY_HEADER_BYTES:
+        raise RunError(
+            f"the array {name[:80]} has {rest:,} bytes beside its values: expected a short header alone",
+            code="run.malformed_message",
+        )
     return torch.from_numpy(values.copy())
 
 
-def _fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[str, Any]:
+def _decode_fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[str, Any]:
     record = content.get(key)
     if not isinstance(record, ConfigRecord):
-        raise RunError(f"a message came without its header: expected a ConfigRecord named {key}")
+        raise RunError(f"a message came without its header: expected a ConfigRecord named {key}", code="run.malformed_message")
     if record.get("protocol") != PROTOCOL:
         raise RunError(
-            f"a message of protocol {record.get('protocol')!r:.20} came, expected {PROTOCOL}: use the same cotune everywhere"
+            f"a message of protocol {record.get('protocol')!r:.20} came, expected {PROTOCOL}: use the same cotune everywhere",
+            code="run.other_protocol",
         )
-    surplus = sorted(record.keys() - types.keys() - _IN_EVERY_HEADER)
+    surplus = sorted(record.keys() - types.keys() - _COMMON_FIELDS)
     if surplus:
-        raise RunError(f"the header of a message holds {surplus[0][:80]!r} too much: expected {', '.join(types)} alone")
+        raise RunError(
+            f"the header of a message holds {surplus[0][:80]!r} too much: expected {', '.join(types)} alone",
+            code="run.malformed_message",
+        )
     for name, kind in types.items():
         if type(record.get(name)) is not kind:
-            raise RunError(f"a message has {name} = {record.get(name)!r:.60}: expected {kind.__name__}")
+            raise RunError(
+                f"a message has {name} = {record.get(name)!r:.60}: expected {kind.__name__}", code="run.malformed_message"
+            )
     return {name: record[name] for name in types}
 
 
@@ -294,18 +327,18 @@ def payload_bytes(content: RecordDict) -> int:
 
     Counted here: Flower's `ConfigRecord.count_bytes` raises for an empty text.
     """
-    return sum(_record_bytes(record) for record in content.values())
+    return sum(_count_record_bytes(record) for record in content.values())
 
 
-def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+def _count_record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
     if isinstance(record, ArrayRecord):
         return sum(len(name.encode()) + len(array.data) for name, array in record.items())
-    return sum(len(name.encode()) + _value_bytes(value) for name, value in record.items())
+    return sum(len(name.encode()) + _count_value_bytes(value) for name, value in record.items())
 
 
-def _value_bytes(value: object) -> int:
+def _count_value_bytes(value: object) -> int:
     if isinstance(value, list):
-        return sum(_value_bytes(item) for item in value)
+        return sum(_count_value_bytes(item) for item in value)
     return len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, bytes) else 8
 
 

@@ -29,15 +29,15 @@ UPDATE = "update"
 RECEIPT = "receipt"
 REFUSAL = "refusal"
 SIGNED = "signed"  # the name of the record that holds a signature, in a request and in a reply
-_LONGEST = 4096  # characters of a statement
+_MAX_STATEMENT_LENGTH = 4096  # characters of a statement
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What is signed. The names of its fields are those of the JSON."""
+    """A statement that is signed. The names of its fields are those of the JSON."""
 
     def text(self) -> str:
-        """The canonical form: without the fields that have their defaults, which came later than the others."""
+        """Return the canonical JSON: without the fields that have their defaults, which came later than the others."""
         default = {field.name: field.default for field in fields(self)}
         found = {name: value for name, value in asdict(self).items() if value != default[name]}
         return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -48,32 +48,47 @@ class Statement:
         return hashlib.sha256(self.text().encode()).hexdigest()
 
     def message(self) -> bytes:
-        """The bytes that are signed."""
+        """Return the bytes that are signed."""
         return b"cotune " + type(self).__name__.encode() + b" 1\0" + self.text().encode()
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises RunError for anything but the canonical text of such a statement."""
+        """Parse the canonical text of a statement. Raises RunError for anything else."""
         try:
-            found = json.loads(text) if len(text) <= _LONGEST else {}
+            found = json.loads(text) if len(text) <= _MAX_STATEMENT_LENGTH else {}
             known = [field for field in fields(cls) if field.default is MISSING or field.name in found]
-            statement = cls(**{field.name: _typed(found[field.name], str(field.type)) for field in known})
+            statement = cls(**{field.name: _check_type(found[field.name], str(field.type)) for field in known})
         except (ValueError, TypeError, KeyError, RecursionError):
             statement = None
         if statement is None or statement.text() != text:
-            raise RunError(f"a signature came with {text!r:.80}: expected the canonical text of a {cls.__name__}")
+            raise RunError(
+                f"a signature came with {text!r:.80}: expected the canonical text of a {cls.__name__}",
+                code="run.malformed_signature",
+            )
         return statement
 
 
 @dataclass(frozen=True)
 class RequestStatement(Statement):
-    """What decides about a request.
+    """The signed part of a request.
 
-    federation, run, plan: ids. kind: `TRAIN` or `FINISHED`. admitted: as in the request. received: `received_digest` of its
-    arrays. cohort, roster: how many took part in the round before, and `roster_digest` of their keys. serial: greater than that
-    of every earlier request of the federation. at: UTC, to the second. least, most: between which numbers of records the
-    recipient's declared one must be, as it was invited; most = 0: there is none. refused: why an update of it was last not taken
-    into the model; "" where none was refused. strikes: how many it has.
+    Attributes:
+        federation: Its id.
+        run: Its id.
+        kind: `TRAIN` or `FINISHED`.
+        plan: Its id.
+        round: The round.
+        recipient: The organization that is asked.
+        admitted: As in the request.
+        received: `received_digest` of its arrays.
+        cohort: How many organizations took part in the round before.
+        roster: `roster_digest` of their keys.
+        serial: Greater than that of every earlier request of the federation.
+        at: UTC, to the second.
+        least: The smallest number of records that the recipient may declare, as it was invited.
+        most: The largest; 0: there is no such limit.
+        refused: Why an update of it was last rejected; "": none was.
+        strikes: Its rejected updates and time-outs.
     """
 
     federation: str
@@ -101,10 +116,14 @@ class RequestStatement(Statement):
 
 @dataclass(frozen=True)
 class ReplyStatement(Statement):
-    """An answer: to which request (its digest), from whom, of which kind, and the `content_digest` of what it holds; of a refusal
-    the `refusal_digest`.
+    """The signed part of a reply.
 
-    trusts: the newest signing key of the server that the organization knows, as hex.
+    Attributes:
+        request: Digest of the request's statement.
+        sender: The organization.
+        kind: `UPDATE`, `RECEIPT` or `REFUSAL`.
+        sha256: `content_digest` of what it holds; of a refusal the `refusal_digest`.
+        trusts: The newest signing key of the server that the organization knows, as hex.
     """
 
     request: str
@@ -116,28 +135,34 @@ class ReplyStatement(Statement):
 
 @dataclass(frozen=True)
 class Signed:
-    """A statement's text and its signature, both as they travel. about: what else is in the record, such as the roster."""
+    """A statement and its signature as they travel.
+
+    Attributes:
+        text: The statement's canonical text.
+        signature: As hex.
+        about: What else is in the record, such as the roster.
+    """
 
     text: str
     signature: str
     about: dict[str, str]
 
 
-def _typed(value: Any, kind: str) -> Any:
+def _check_type(value: Any, kind: str) -> Any:
     if type(value).__name__ != kind:
         raise TypeError(kind)
     return value
 
 
 def sign(statement: Statement, key: Ed25519PrivateKey | EllipticCurvePrivateKey) -> str:
-    """The signature, as hex."""
+    """Return the signature of a statement, as hex."""
     if isinstance(key, Ed25519PrivateKey):
         return key.sign(statement.message()).hex()
     return key.sign(statement.message(), ECDSA(hashes.SHA384())).hex()
 
 
 def is_signed_by_server(statement: Statement, signature: str, key: str) -> bool:
-    """Whether the signature is of the Ed25519 key (hex)."""
+    """Return whether a signature is of the server's Ed25519 key (hex)."""
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signature), statement.message())
     except (ValueError, InvalidSignature):
@@ -146,7 +171,7 @@ def is_signed_by_server(statement: Statement, signature: str, key: str) -> bool:
 
 
 def is_signed_by_node(statement: Statement, signature: str, key: EllipticCurvePublicKey) -> bool:
-    """Whether the signature is of an organization's key."""
+    """Return whether a signature is of an organization's key."""
     try:
         key.verify(bytes.fromhex(signature), statement.message(), ECDSA(hashes.SHA384()))
     except (ValueError, InvalidSignature):
@@ -155,12 +180,19 @@ def is_signed_by_node(statement: Statement, signature: str, key: EllipticCurvePu
 
 
 def attach(content: RecordDict, statement: Statement, signature: str, **about: str) -> None:
-    """Puts a signature into a message, in place of one that is there."""
+    """Put a signature into a message, in place of one that is there."""
     content[SIGNED] = ConfigRecord({**about, "statement": statement.text(), "signature": signature})
 
 
 def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
-    """A message without its signature, and the signature; None where it has none. Raises RunError for one that is malformed."""
+    """Take the signature out of a message.
+
+    Returns:
+        The message without it, and the signature; None where it has none.
+
+    Raises:
+        RunError: If the signature is malformed.
+    """
     rest = RecordDict({name: record for name, record in content.items() if name != SIGNED})
     if SIGNED not in content:
         return rest, None
@@ -168,22 +200,25 @@ def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
     values = dict(record) if isinstance(record, ConfigRecord) else {}
     about = {name: value for name, value in values.items() if isinstance(value, str)}
     if "statement" not in about or "signature" not in about:
-        raise RunError("a message came with a malformed signature: expected the texts statement and signature")
+        raise RunError(
+            "a message came with a malformed signature: expected the texts statement and signature",
+            code="run.malformed_signature",
+        )
     return rest, Signed(about.pop("statement"), about.pop("signature"), about)
 
 
 def refusal_digest(words: str) -> str:
-    """SHA-256 of what a refusal says."""
+    """Return the SHA-256 of what a refusal says."""
     return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def dump_refusal(words: str, statement: Statement, signature: str) -> str:
-    """A refusal under its signature, as one text: Flower's errors hold nothing else."""
+    """Return a refusal and its signature as one text: Flower's errors hold nothing else."""
     return json.dumps({"words": words, "statement": statement.text(), "signature": signature})
 
 
 def parse_refusal(text: str) -> tuple[str, Signed | None]:
-    """What a refusal says, and its signature; None where it has none, as of a node that could not read the request."""
+    """Return what a refusal says, and its signature; None where it has none, as of a node that could not read the request."""
     try:
         found = json.loads(text) if text.startswith("{") else None
     except (ValueError, RecursionError):
@@ -194,12 +229,12 @@ def parse_refusal(text: str) -> tuple[str, Signed | None]:
 
 
 def roster_digest(keys: Iterable[str]) -> str:
-    """SHA-256 over the fingerprints of organizations' keys: the same in any order."""
+    """Return the SHA-256 over the fingerprints of organizations' keys, the same in any order."""
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
 def content_digest(content: RecordDict) -> str:
-    """SHA-256 over every record's name and kind, and the names and values in it."""
+    """Return the SHA-256 over every record's name and kind, and the names and values in it."""
     digest = hashlib.sha256()
     for name, record in sorted(content.items()):
         digest.update(f"{name}:{type(record).__name__}\n".encode())

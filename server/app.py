@@ -18,6 +18,7 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.printable import clean_output
 from cotune.reporting.documents.events import RunFailed
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalWatch
 from cotune.server.deployment.trail import SignedTrail
@@ -50,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
     if not folder.file.federation:
         return train(grid, folder)  # anyone who simulates holds the folder's lock
     clean_output()
-    watch = RefusalWatch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
+    watch = RefusalWatch(FederationFiles(Path(folder.file.federation)).superlink.refusals, folder.events)
     with folder.locked(), _failures_reported(folder), observe_run(watch):
         if not folder.finished:
             train(grid, folder)

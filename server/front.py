@@ -17,6 +17,7 @@ from cotune.errors import CotuneError, RunError
 from cotune.flower import fleet_format
 from cotune.printable import clean_output, printable
 from cotune.server.deployment import certificates
+from cotune.server.deployment.layout import CertificateFiles
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalLog
 from cotune.server.proxy.fleet_format import FleetFormat
@@ -114,20 +115,21 @@ def setup(config: FrontConfig) -> ProxySetup:
         config.port,
         _server_context(config.certificates),
         config.superlink_port,
-        ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
+        ssl.create_default_context(cafile=str(CertificateFiles(config.certificates).authority)),
         Keys(config.members),
         FLEET_FORMAT,
-        refusals.note if refusals else ignore_refusal,
+        refusals.record_member if refusals else ignore_refusal,
         config.limits,
         config.quotas,
         config.proxied,
-        refusals.note_address if refusals else ignore_refusal,
+        refusals.record_address if refusals else ignore_refusal,
     )
 
 
 def _server_context(folder: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 or later
-    context.load_cert_chain(folder / "server.crt", folder / "server.key")
+    files = CertificateFiles(folder)
+    context.load_cert_chain(files.server, files.server_key)
     context.options |= ssl.OP_NO_RENEGOTIATION
     return context
 

@@ -208,7 +208,7 @@ def renew_keys(
     if without and not anyway:
         raise RunError(
             f"{', '.join(without)[:500]} have not answered since the new keys were announced: wait for their next round, or give"
-            f" them {opened.path / rotation.SERVER_RENEWALS} (`cotune client trust`) and add --anyway"
+            f" them {opened.files.server_renewals} (`cotune client trust`) and add --anyway"
         )
     rotation.activate_keys(opened)
     typer.echo("the new keys are in use; stop `cotune server start` and start it again, within 30 days, to show the certificate")
@@ -221,7 +221,7 @@ def _show_announced(opened: FederationFolder, key: str) -> None:
     typer.echo(f"the new keys are announced with every request from now on; the public half of the one that will sign: {key}")
     without = ", ".join(rotation.list_members_without_keys(opened))
     typer.echo(f"members that have not answered since: {without or 'none'}")
-    typer.echo(f"give {opened.path / rotation.SERVER_RENEWALS} to those that no request reaches (`cotune client trust`)")
+    typer.echo(f"give {opened.files.server_renewals} to those that no request reaches (`cotune client trust`)")
     typer.echo("then: cotune server renew-keys FED --switch")
 
 

@@ -23,6 +23,7 @@ from cotune.plan.load import check_tables, overrides_alone, read_document
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.reporting.formatting import instant, percent, size
+from cotune.server.deployment.layout import FederationFiles
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.server.deployment.federation import FederationFolder
@@ -48,7 +49,7 @@ def run(
     """Carry out the plan with the organizations that were invited."""
     if resume and (new or override):
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
-    _check_overrides(folder / "plan.toml", override or ())
+    _check_overrides(FederationFiles(folder).plan, override or ())
     beginning(f"reading {folder}")
     from cotune.flower.control_client import open_control
     from cotune.server.deployment.federation import FederationFolder
@@ -63,7 +64,7 @@ def run(
 
     federation = FederationFolder(folder)
     console = screen()
-    with lock_runs(federation), open_control(federation.superlink_address, federation.certificates) as executor:
+    with lock_runs(federation), open_control(federation.superlink_address, federation.files.certificates.authority) as executor:
         served = partial(is_superlink_kept_running, federation)
         if not resume:
             with showing_remote_progress(console) as tell:
@@ -154,14 +155,14 @@ def status(
 
     from cotune.flower.control_client import open_control
     from cotune.server.deployment.federation import FederationFolder
-    from cotune.server.deployment.status import connections, look
+    from cotune.server.deployment.status import look, read_connections
 
     federation = FederationFolder(folder)
     console = screen()
-    with open_control(federation.superlink_address, federation.certificates) as asked:
+    with open_control(federation.superlink_address, federation.files.certificates.authority) as asked:
 
         def now() -> Status:
-            connected = connections(federation.members.all(), asked)
+            connected = read_connections(federation.members.all(), asked)
             return look(federation, connected, plays=connected is None or bool(asked.running()))
 
         if as_json:

@@ -30,18 +30,19 @@ from cotune.protocol.federation_file import Invitation
 from cotune.reporting.pages import render_text
 from cotune.server.deployment import certificates
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
+from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.plan_checks import with_robust_default
-from cotune.server.deployment.signing import SIGNING_KEY, create_signing_key, public_hex, read_signing_key
+from cotune.server.deployment.signing import create_signing_key, public_hex, read_signing_key
 from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import content_of
 
-_TRAINED = {
+_TRAINED_PARTS = {
     "head": "the classification head",
     "lora": "the adapters and the classification head",
     "full": "the whole model",
 }
-_SENT = {
+_SENT_PAYLOADS = {
     "noise": "how much privacy noise is in the update",
     "loss": "the received model's mean loss on your records",
     "fisher": "squared gradients of your records, summed, **without noise**",
@@ -50,7 +51,7 @@ _SENT = {
 
 
 def render_join_page(invitation: Invitation) -> str:
-    """The page, as Markdown."""
+    """Return JOIN.md for an invitation, as Markdown."""
     return render_text(
         "join.md.j2",
         invitation=invitation,
@@ -61,20 +62,20 @@ def render_join_page(invitation: Invitation) -> str:
 
 
 def list_disclosures(plan: Plan) -> Iterator[str]:
-    """One phrase for everything that a plan asks organizations to send."""
-    trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
+    """Yield one phrase for everything that a plan asks organizations to send."""
+    trained = " then ".join(dict.fromkeys(_TRAINED_PARTS[stage.mode] for stage in plan.stages))
     if plan.keeps_personal:
         trained = "one half of the adapters (the other half and the head stay with you)"
-    yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_protection(plan)}"
+    yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_describe_protection(plan)}"
     yield "beside it a number of records, as your rule `tell.example_count` has it, the number of steps, and the ε of it at most"
-    yield from (_SENT[payload] for payload in plan.strategy.sends)
+    yield from (_SENT_PAYLOADS[payload] for payload in plan.strategy.sends)
     if plan.tell.local_metrics:
         yield "how many of your records the received model classifies rightly, every round"
     if plan.tell.label_histogram:
         yield "how many of your records each class has, once"
 
 
-def _protection(plan: Plan) -> str:
+def _describe_protection(plan: Plan) -> str:
     if not isinstance(plan.privacy, RecordPrivacy):
         return "**without differential privacy**, so that single records may show in it"
     return f"with differential privacy for every single record, ε at most {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"
@@ -82,45 +83,59 @@ def _protection(plan: Plan) -> str:
 
 # of a reply, at most
 _BYTES_PER_PARAMETER = 16
-_BYTES_BESIDE = 256 * 2**20
+_MAX_OTHER_BYTES = 256 * 2**20
 
 
 def create_federation(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
-    """Makes the folder `path`, which must not be there, and its missing parents.
+    """Create a federation's folder and its missing parents; on failure nothing is left.
 
-    Raises RunError for a folder that is there or cannot be written and for what is no host; what else is wrong with plan, base
-    model, test records or device raises PlanError, ModelError, DataError or DeviceError.
+    Args:
+        path: The folder, which must not exist.
+        plan: The plan that runs are to follow.
+        config: The content of server.toml; a missing id, quota of replies and place of the base model are filled in.
+
+    Raises:
+        RunError: If the folder exists or cannot be written, or a host name is not valid.
+        PlanError, ModelError, DataError, DeviceError: If plan, base model, test records or device cannot be used.
     """
     path = path.expanduser().absolute()
     check_new(path)
     pick_device(config.device)
-    resolved = with_robust_default(_resolved(plan, config))
+    resolved = with_robust_default(_resolve_plan(plan, config))
     config = _with_quotas(config.model_copy(update={"base": path_of_base(plan.model.base)}), plan)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
         try:
-            _fill(part, resolved, config)
+            _write_files(part, resolved, config)
             os.rename(part, path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
     except OSError as error:
         raise RunError(
-            f"{path} cannot be made ({error.strerror}): check the permissions and the space of {path.parent}"
+            f"{path} cannot be made ({error.strerror}): check the permissions and the space of {path.parent}",
+            code="run.not_writable",
         ) from None
     return FederationFolder(path)
 
 
 def renew_server(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
-    """A fresh certificate for the same key; hosts: other ones than before, if any are given. A federation that has no key to sign
-    requests with, as it is of an older cotune, gets one.
+    """Renew the server's certificate for the same key. A federation without a signing key gets one.
 
-    Returns whether organizations need the new federation.toml, as the first host or the signing key is another. Raises RunError.
+    Args:
+        folder: The federation.
+        hosts: The hosts of the new certificate; by default those of the present one.
+
+    Returns:
+        Whether organizations need the new federation.toml, as the first host or the signing key is another.
+
+    Raises:
+        RunError: If a file cannot be read or written, or a host name is not valid.
     """
     certificates.renew_certificate(folder.certificates, hosts or None)
     before = folder.config
-    signs = (folder.certificates / SIGNING_KEY).exists()
+    signs = folder.files.certificates.signing_key.exists()
     folder.config = with_federation_id(before.model_copy(update={"hosts": tuple(hosts) or before.hosts}))
     write_config(folder.path, folder.config)
     if signs and before.id and get_public_address(before) == get_public_address(folder.config):
@@ -131,7 +146,7 @@ def renew_server(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
 
 
 def with_federation_id(config: ServerConfig) -> ServerConfig:
-    """The same with an id, where it has none."""
+    """Return the configuration with an id; a new one where it has none."""
     return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
 
 
@@ -141,11 +156,11 @@ def _with_quotas(config: ServerConfig, plan: Plan) -> ServerConfig:
     """
     if "reply" in config.quotas.model_fields_set:
         return config
-    reply = _BYTES_PER_PARAMETER * _parameters(find_base(plan.model).path) + _BYTES_BESIDE
+    reply = _BYTES_PER_PARAMETER * _count_parameters(find_base(plan.model).path) + _MAX_OTHER_BYTES
     return config.model_copy(update={"quotas": config.quotas.model_copy(update={"reply": reply})})
 
 
-def _parameters(base: Path) -> int:
+def _count_parameters(base: Path) -> int:
     """By the heads of its files: nothing is loaded."""
     count = 0
     for file in base.glob("*.safetensors"):
@@ -154,20 +169,21 @@ def _parameters(base: Path) -> int:
     return count
 
 
-def _resolved(plan: Plan, config: ServerConfig) -> Plan:
+def _resolve_plan(plan: Plan, config: ServerConfig) -> Plan:
     """The plan with the base model's hash and the class names, and without the place of the base model."""
     base = find_base(plan.model)
-    labels = _labels(plan, config.test, base_labels(base.path))
+    labels = _determine_labels(plan, config.test, base_labels(base.path))
     model = plan.model.model_copy(update=base.pins)
     return hide_base_folder(plan.model_copy(update={"labels": labels, "model": model}))
 
 
-def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:
+def _determine_labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:
     """The plan's; else those of the test records, in the base model's order where it has the same."""
     if test is None and not plan.labels:
         raise PlanError(
             "the plan does not list the class names, and nobody sees the records of all organizations: expected labels ="
-            ' ["no", "yes"] in the plan, or --test with records of every class'
+            ' ["no", "yes"] in the plan, or --test with records of every class',
+            code="plan.missing_labels",
         )
     if test is None:
         return plan.labels
@@ -175,24 +191,26 @@ def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[st
     return plan.labels or (of_base if set(of_base) == set(found) else found)
 
 
-def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
+def _write_files(folder: Path, plan: Plan, config: ServerConfig) -> None:
+    files = FederationFiles(folder)
     config = with_federation_id(config)
-    certificates.create_authority(folder / "certificates", config.hosts)
-    create_signing_key(folder / "certificates")
+    certificates.create_authority(files.certificates.path, config.hosts)
+    create_signing_key(files.certificates.path)
     for name, sha256 in plan.strategy.files.items():
         atomic_write(folder / name.rpartition(":")[0], content_of(name, sha256))
-    atomic_write(folder / "plan.toml", dump_plan(plan).encode())
+    atomic_write(files.plan, dump_plan(plan).encode())
     write_handout(folder, plan, config)
     write_config(folder, config)
-    for name in ("certificates", "superlink", "runs"):
-        (folder / name).mkdir(mode=0o700, exist_ok=True)
-        (folder / name).chmod(0o700)
+    for private in (files.certificates.path, files.superlink.path, files.runs):
+        private.mkdir(mode=0o700, exist_ok=True)
+        private.chmod(0o700)
 
 
 def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
-    """federation.toml and JOIN.md, by the keys that are in use."""
-    authority = certificates.read_authority_pem(folder / "certificates")
-    key = public_hex(read_signing_key(folder / "certificates"))
+    """Write federation.toml and JOIN.md, with the keys that are in use."""
+    files = FederationFiles(folder)
+    authority = certificates.read_authority_pem(files.certificates.path)
+    key = public_hex(read_signing_key(files.certificates.path))
     invitation = Invitation(config.name, get_public_address(config), authority, plan, id=config.id, signing_key=key)
-    atomic_write(folder / "federation.toml", invitation.to_toml().encode())
-    atomic_write(folder / "JOIN.md", render_join_page(invitation).encode())
+    atomic_write(files.invitation, invitation.to_toml().encode())
+    atomic_write(files.join_page, render_join_page(invitation).encode())

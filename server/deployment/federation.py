@@ -1,13 +1,4 @@
-"""The coordinator's folder: everything that a federation is, on the machine that serves it.
-
-server.toml        where it listens, and what it judges by
-plan.toml          the plan that runs follow, with nothing left open; beside it the files of its own rules
-federation.toml    what organizations are given (plan/invitation), and JOIN.md, what they do with it
-members.json       who was invited (members.py)
-certificates/      the authority, and what the server shows (certificates.py)
-superlink/         what Flower's processes keep, their logs, and which of them run
-runs/<run>/        one folder per run (server/runs/run_folder.py)
-"""
+"""A federation's folder on the coordinator's machine, opened: its configuration, plan, members and runs."""
 
 from __future__ import annotations
 
@@ -21,6 +12,7 @@ from cotune.errors import RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
 from cotune.protocol.federation_file import Invitation, read_invitation
+from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.members import Members
 from cotune.server.proxy.quotas import Quotas
 from cotune.storage.config_table import ConfigTable, format_validation_error
@@ -47,38 +39,58 @@ class ServerConfig(ConfigTable):
 
 
 class FederationFolder:
-    """The folder, opened. Raises RunError when it is none."""
+    """A federation's folder.
+
+    Args:
+        path: The folder, as `create_federation` has made it.
+
+    Attributes:
+        path: The folder, absolute.
+        files: The names of the files in it.
+        config: The content of server.toml.
+        members: The organizations that were invited.
+
+    Raises:
+        RunError: If it is not the folder of a federation, or its configuration is not valid.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().resolve()
-        file = self.path / "server.toml"
+        self.files = FederationFiles(self.path)
+        file = self.files.config
         try:
             self.config = ServerConfig.model_validate(parse_toml(file.read_text(encoding="utf-8-sig")))
         except ValidationError as error:
-            raise RunError(f"{format_validation_error(error, ServerConfig, 'server.toml')} ({file})") from None
+            raise RunError(
+                f"{format_validation_error(error, ServerConfig, 'server.toml')} ({file})", code="run.invalid_server_config"
+            ) from None
         except (OSError, ValueError) as error:
             reason = f"server.toml: {error.strerror if isinstance(error, OSError) else error}"
             raise RunError(
-                f"{path} is not the folder of a federation ({reason}): expected one that `cotune server init` made"
+                f"{path} is not the folder of a federation ({reason}): expected one that `cotune server init` made",
+                code="run.not_a_federation",
             ) from None
-        self.members = Members(self.path / "members.json")
+        self.members = Members(self.files.members)
 
     @property
     def plan(self) -> Plan:
-        """Raises PlanError."""
-        return load_plan(self.path / "plan.toml")
+        """The plan that runs follow. Raises PlanError."""
+        return load_plan(self.files.plan)
 
     @property
     def invitation(self) -> Invitation:
-        return read_invitation(self.path / "federation.toml")
+        """The content of federation.toml. Raises RunError or PlanError."""
+        return read_invitation(self.files.invitation)
 
     @property
     def certificates(self) -> Path:
-        return self.path / "certificates"
+        """The folder of certificates and keys."""
+        return self.files.certificates.path
 
     @property
     def superlink(self) -> Path:
-        return self.path / "superlink"
+        """The folder of Flower's processes."""
+        return self.files.superlink.path
 
     @property
     def superlink_address(self) -> str:
@@ -86,17 +98,18 @@ class FederationFolder:
         return f"127.0.0.1:{self.config.superlink_port}"
 
     def runs(self) -> Iterator[Path]:
-        """The folders of runs, the newest last."""
-        found = (self.path / "runs").glob("*/run.json")
+        """Yield the folders of runs, the newest last."""
+        found = self.files.runs.glob("*/run.json")
         yield from (file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file)))  # written once
 
 
 def write_config(path: Path, config: ServerConfig) -> None:
+    """Write server.toml into a federation's folder."""
     table = config.model_dump(mode="json", exclude_none=True)
-    atomic_write(path / "server.toml", tomli_w.dumps(table).encode())
+    atomic_write(FederationFiles(path).config, tomli_w.dumps(table).encode())
 
 
 def get_public_address(config: ServerConfig) -> str:
-    """host:port that organizations join."""
+    """Return the address that organizations join, as host:port."""
     host = config.hosts[0]
     return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"

@@ -27,13 +27,19 @@ from cotune.storage.files import exclusive_lock
 
 
 class Member(BaseModel):
-    """One organization. public_key: one line as OpenSSH writes it. examples: between which numbers its declared count must be.
+    """An organization that was invited.
 
-    renewed: the statement by which this key took the place of the one before, as JSON.
+    Attributes:
+        name: Of the organization, and of its folders and files: it is checked again, as the list may be edited by hand.
+        public_key: One line as OpenSSH writes it.
+        invited: UTC.
+        revoked: UTC; None: it may take part.
+        examples: Between which numbers the number of records that it declares must be; None: any.
+        renewed: The statement by which this key took the place of the one before, as JSON.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str  # that of folders and files too, so it is checked again where the list was edited by hand
+    name: str
     public_key: str
     invited: str
     revoked: str | None = None
@@ -42,7 +48,7 @@ class Member(BaseModel):
 
     @field_validator("name")
     @classmethod
-    def _name(cls, value: str) -> str:
+    def _check_name(cls, value: str) -> str:
         try:
             return check_name(value)
         except PlanError as error:
@@ -68,7 +74,7 @@ class _Document(BaseModel):
     members: tuple[Member, ...] = ()
 
     @model_validator(mode="after")
-    def _distinct(self) -> _Document:
+    def _check_distinct(self) -> _Document:
         for what in ("name", "key"):
             found = [getattr(member, what) for member in self.members if member.revoked is None]
             if len(set(found)) != len(found):
@@ -77,28 +83,35 @@ class _Document(BaseModel):
 
 
 class Members:
-    """The list, in the order in which they were invited. Read anew by every call: other processes change it."""
+    """The list of members, in the order of their invitations. Every call reads it anew: other processes change it."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._document = JsonDocument(file, _Document, advice="expected the list of members; restore it from a backup")
 
     def all(self) -> tuple[Member, ...]:
-        """Raises RunError for a damaged file."""
+        """Return all members, those that were revoked included. Raises RunError for a damaged file."""
         document = self._document.read()
         return () if document is None else document.members
 
     def active(self) -> tuple[Member, ...]:
-        """Those that may take part."""
+        """Return the members that may take part. Raises RunError for a damaged file."""
         return tuple(member for member in self.all() if member.revoked is None)
 
     def invite(self, name: str, public_key: str, examples: tuple[int, int] | None = None) -> Member:
-        """Adds an organization. The same invitation again changes nothing.
+        """Add an organization. The same invitation again changes nothing.
 
-        Raises PlanError for a name that is none, RunError for a name or a key that is taken, also by anyone who was revoked.
+        Args:
+            name: Of the organization.
+            public_key: One line as OpenSSH writes it.
+            examples: Between which numbers the number of records that it declares must be.
+
+        Raises:
+            PlanError: If the name is not valid.
+            RunError: If the name or the key is taken, also by a member that was revoked.
         """
         check_name(name)
-        with self._changing():
+        with self._locked():
             before = self.all()
             for member in before:
                 if member.revoked is None and (member.name, member.public_key) == (name, public_key):
@@ -106,40 +119,53 @@ class Members:
                 if member.public_key == public_key:
                     revoked = ", which was revoked" if member.revoked else ""
                     raise RunError(
-                        f"this key is that of {member.name}{revoked}: expected another for {name}, made on its own machine"
+                        f"this key is that of {member.name}{revoked}: expected another for {name}, made on its own machine",
+                        code="run.key_in_use",
                     )
                 if member.name == name and member.revoked is None:
-                    raise RunError(f"{name} has another key already: revoke it first (`cotune server revoke`)")
+                    raise RunError(
+                        f"{name} has another key already: revoke it first (`cotune server revoke`)", code="run.name_in_use"
+                    )
             added = Member(name=name, public_key=public_key, invited=_now(), examples=examples)
             self._write((*before, added))
             return added
 
     def renew(self, renewal: NodeRenewal, federation: str) -> Member:
-        """Puts an organization's new key in the place of its present one, which is never let in again. The same again changes
-        nothing. federation: the id of this one.
+        """Replace an organization's key by a new one; the old key is never let in again. The same again changes nothing.
 
-        Raises RunError for a statement of another federation or organization, one that the present key has not signed, such as an
-        old one that is shown again, and a new key that is or was anybody's.
+        Args:
+            renewal: The statement that names the new key, signed by both keys.
+            federation: The id of this federation.
+
+        Raises:
+            RunError: If the statement is of another federation or organization or not signed by the present key, as one that is
+                replayed, or if the new key is or was used by a member.
         """
         about = renewal.about
         new = renewal.new_key()
-        with self._changing():
+        with self._locked():
             before = self.all()
             for member in before:
                 if member.revoked is None and member.renewed == renewal.text():
                     return member
             present = next((m for m in before if m.revoked is None and m.fingerprint == about.old), None)
             if present is None:
-                raise RunError("the statement replaces a key that is no member's now: expected an organization's present key")
+                raise RunError(
+                    "the statement replaces a key that is no member's now: expected an organization's present key",
+                    code="run.unknown_member",
+                )
             renewal.check(present.loaded)
             if (about.federation, about.organization) != (federation, present.name):
                 raise RunError(
                     f"the statement is of {about.organization[:80]!r} in federation {about.federation[:12]}: expected"
-                    f" {present.name} in {federation[:12]}"
+                    f" {present.name} in {federation[:12]}",
+                    code="run.renewal_of_other_member",
                 )
             taken = next((member for member in before if member.loaded == new), None)
             if taken is not None:
-                raise RunError(f"the new key is or was that of {taken.name}: expected one that was never used here")
+                raise RunError(
+                    f"the new key is or was that of {taken.name}: expected one that was never used here", code="run.key_in_use"
+                )
             added = present.model_copy(update={"public_key": about.new, "renewed": renewal.text()})
             former = present.model_copy(update={"revoked": _now()})
             place = before.index(present)  # it keeps its place: runs take their organizations in this order
@@ -147,14 +173,14 @@ class Members:
             return added
 
     def revoke(self, name: str) -> Member:
-        """Raises RunError where there is no such member."""
-        with self._changing():
+        """Shut an organization out; its key is never let in again. Raises RunError where there is no such member."""
+        with self._locked():
             before = self.all()
             for member in before:
                 if member.name == name and member.revoked is None:
                     return self._replace(before, member.model_copy(update={"revoked": _now()}))
         known = ", ".join(member.name for member in before if member.revoked is None) or "none so far"
-        raise RunError(f"{name[:80]!r} is not a member: expected one of: {known}")
+        raise RunError(f"{name[:80]!r} is not a member: expected one of: {known}", code="run.unknown_member")
 
     def _replace(self, before: tuple[Member, ...], changed: Member) -> Member:
         self._write(tuple(changed if m.public_key == changed.public_key else m for m in before))
@@ -164,13 +190,17 @@ class Members:
         self._document.write(_Document(members=members))
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         with exclusive_lock(self._file.with_suffix(".lock")):
             yield
 
 
 def read_public_key(file: Path) -> str:
-    """The key in a .pub file as `ssh-keygen -t ecdsa` or `cotune client init` writes it, without its comment. Raises RunError."""
+    """Return the key in a .pub file as `ssh-keygen -t ecdsa` or `cotune client init` writes it, without its comment.
+
+    Raises:
+        RunError: If the file cannot be read or holds another kind of key.
+    """
     try:
         text = file.read_text(encoding="ascii").strip()
         key = load_ssh_public_key(text.encode())
@@ -178,7 +208,8 @@ def read_public_key(file: Path) -> str:
         key = None
     if not isinstance(key, EllipticCurvePublicKey):
         raise RunError(
-            f"{file} is not the public key of an organization: expected the file node.pub that `cotune client init` makes there"
+            f"{file} is not the public key of an organization: expected the file node.pub that `cotune client init` makes there",
+            code="run.invalid_key",
         )
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 

@@ -30,10 +30,10 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
     that does not suit so many organizations, PrivacyError where client-level privacy cannot be given to so many, DataError for a
     test set that cannot be read.
     """
-    plan, base = _with_base(federation, load_plan(federation.path / "plan.toml", overrides))
+    plan, base = _with_base(federation, load_plan(federation.files.plan, overrides))
     people = tuple(Participant(name=member.name) for member in federation.members.active())
     if not people:
-        raise RunError("the federation has no members: invite one first (`cotune server invite`)")
+        raise RunError("the federation has no members: invite one first (`cotune server invite`)", code="run.no_members")
     check_feasible(plan, len(people), server_data=False)
     check_example_bounds(plan, federation.members.active())
     if test := _test_file(federation):
@@ -49,7 +49,9 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
         _write_test(federation, plan, path)
         folder = RunFolder.create(path, plan, file)
     except OSError as error:
-        raise RunError(f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access") from None
+        raise RunError(
+            f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access", code="run.not_writable"
+        ) from None
     for note in build_notes(plan, federation.members.active()):
         folder.events.write(Note(text=note))
     return folder
@@ -63,11 +65,14 @@ def _with_base(federation: FederationFolder, plan: Plan) -> tuple[Plan, str]:
 
 
 def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:
-    runs = federation.path / "runs"
+    runs = federation.files.runs
     if name is None:
         return pick_run_folder(plan.name, runs)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise PlanError(f"{name[:100]!r} cannot be the name of a run: expected letters, digits, dots, hyphens and underscores")
+        raise PlanError(
+            f"{name[:100]!r} cannot be the name of a run: expected letters, digits, dots, hyphens and underscores",
+            code="plan.invalid_run_name",
+        )
     return check_run_folder(runs / name)
 
 

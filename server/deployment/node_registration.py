@@ -12,8 +12,8 @@ from cotune.flower.nodes import RegisteredNode
 from cotune.server.deployment.members import Member
 from cotune.server.transport.node_registry import Presence, Seen
 
-_EVERY_SECONDS = 2.0
-_PATIENCE = 6  # failures before a word is said: a SuperLink that was restarted is back by then
+_INTERVAL_SECONDS = 2.0
+_MAX_SILENT_FAILURES = 6  # failures before a word is said: a SuperLink that was restarted is back by then
 
 Report = Callable[[str], None]
 
@@ -27,10 +27,19 @@ class KeyRegistry(Protocol):
 
 
 def reconcile(registry: KeyRegistry, members: Iterable[Member], say: Report, presence: Presence | None = None) -> set[str]:
-    """Registers the members that are not yet, and removes every other key. Returns the names of those that are online.
+    """Register the keys of members at the SuperLink, and remove every other key.
 
-    members: anyone who was revoked included. presence: what learns who was there at this look. Raises RunError where the registry
-    does.
+    Args:
+        registry: Where keys are registered.
+        members: All members, those that were revoked included.
+        say: Called with a line for every change.
+        presence: Told which members are online.
+
+    Returns:
+        The names of the members that are online.
+
+    Raises:
+        RunError: If a call of the registry fails.
     """
     everybody = {member.key: member for member in members}
     named = {key: member.name for key, member in everybody.items() if member.revoked is None}
@@ -38,22 +47,22 @@ def reconcile(registry: KeyRegistry, members: Iterable[Member], say: Report, pre
     for node in nodes:
         if node.key not in named:
             registry.unregister(node.id)
-            say(f"{_whose(node.key, everybody, named)} is shut out")
-    _let_in(registry, {key: name for key, name in named.items() if key not in {node.key for node in nodes}}, say)
+            say(f"{_describe_owner(node.key, everybody, named)} is shut out")
+    _register_members(registry, {key: name for key, name in named.items() if key not in {node.key for node in nodes}}, say)
     known = [node for node in nodes if node.key in named]
     if presence is not None:
         presence.look(Seen(named[node.key], node.online, node.until) for node in known)
     return {named[node.key] for node in known if node.online}
 
 
-def _whose(key: bytes, everybody: Mapping[bytes, Member], named: Mapping[bytes, str]) -> str:
+def _describe_owner(key: bytes, everybody: Mapping[bytes, Member], named: Mapping[bytes, str]) -> str:
     if key not in everybody:
         return "a key of nobody"
     name = everybody[key].name
     return f"the former key of {name}" if name in named.values() else name
 
 
-def _let_in(registry: KeyRegistry, named: Mapping[bytes, str], say: Report) -> None:
+def _register_members(registry: KeyRegistry, named: Mapping[bytes, str], say: Report) -> None:
     refused = list[RunError]()
     for key, name in named.items():
         try:
@@ -66,7 +75,13 @@ def _let_in(registry: KeyRegistry, named: Mapping[bytes, str], say: Report) -> N
 
 
 class NodeRegistration:
-    """Reconciles every two seconds while it is entered, in a thread of its own: a SuperLink that is stuck answers late."""
+    """Reconciles every two seconds while it is entered, in a thread of its own: a SuperLink that is stuck answers late.
+
+    Args:
+        connect: Opens the registry.
+        members: Returns all members.
+        say: Called with a line for every change.
+    """
 
     def __init__(
         self, connect: Callable[[], AbstractContextManager[KeyRegistry]], members: Callable[[], Iterable[Member]], say: Report
@@ -88,7 +103,7 @@ class NodeRegistration:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(_EVERY_SECONDS)
+        self._thread.join(_INTERVAL_SECONDS)
 
     @property
     def ready(self) -> bool:
@@ -98,18 +113,18 @@ class NodeRegistration:
     def _run(self) -> None:
         with self._connect() as registry:
             while not self._stop.is_set():
-                self._look(registry)
-                self._stop.wait(_EVERY_SECONDS)
+                self._reconcile_once(registry)
+                self._stop.wait(_INTERVAL_SECONDS)
 
-    def _look(self, registry: KeyRegistry) -> None:
+    def _reconcile_once(self, registry: KeyRegistry) -> None:
         try:
             online = reconcile(registry, self._members(), self._say, self._presence)
         except Exception as error:  # who may join must be followed whatever happens, and nobody sees a thread end
             self._failures += 1
-            if self._reached and self._failures == _PATIENCE and not self._stop.is_set():
+            if self._reached and self._failures == _MAX_SILENT_FAILURES and not self._stop.is_set():
                 self._say(f"the SuperLink does not know at present who may join: {error}")
             return
-        if self._failures >= _PATIENCE and self._reached:
+        if self._failures >= _MAX_SILENT_FAILURES and self._reached:
             self._say("the SuperLink knows who may join")
         self._reached = True
         self._failures = 0

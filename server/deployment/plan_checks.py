@@ -29,7 +29,8 @@ def check_example_bounds(plan: Plan, members: Sequence[Member]) -> None:
         raise RunError(
             f"the numbers of records are agreed on with {', '.join(agreed)[:200]} and not with {', '.join(others)[:200]}: their"
             " weights could not be compared; expected `cotune server invite --examples LOW:HIGH` for all of them, or"
-            ' strategy.weighting = "uniform"'
+            ' strategy.weighting = "uniform"',
+            code="run.mixed_record_counts",
         )
 
 

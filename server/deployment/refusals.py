@@ -16,13 +16,19 @@ from cotune.reporting.documents.events import MessagesRefused
 from cotune.server.runs.events import Events, read_events
 from cotune.storage.documents import JsonDocument
 
-_EVERY_SECONDS = 1.0  # the file is not written more often
-_MOST_ADDRESSES = 100  # of strangers: anyone who has been refused least makes room
-_LOOKS_AT = ("run_started", "update_dropped", "round_finished", "delivery_started")
+_WRITE_INTERVAL_SECONDS = 1.0  # the file is not written more often
+_MAX_ADDRESSES = 100  # of strangers: anyone who has been refused least makes room
+_REPORTING_EVENTS = ("run_started", "update_dropped", "round_finished", "delivery_started")
 
 
 class Refused(BaseModel):
-    """Of one member or address, since the file was begun. reason: of the last one, in the front's words."""
+    """Refusals of one member or address, since the file was begun.
+
+    Attributes:
+        count: The number of refusals.
+        reason: Of the last one, in the front's words.
+        at: When that was (UTC).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     count: int
@@ -50,32 +56,32 @@ class RefusalLog:
         document = _read(file)
         self._members = dict(document.members)
         self._addresses = dict(document.addresses)
-        self._later: threading.Timer | None = None  # writes what has come since the file was written
+        self._timer: threading.Timer | None = None  # writes what has come since the file was written
 
-    def note(self, member: str, reason: str) -> None:
-        """A full disk keeps nobody from being refused. The first of a member is written at once, what follows soon after."""
+    def record_member(self, member: str, reason: str) -> None:
+        """Count a refusal of a member. The first is written at once, what follows soon after; a full disk is ignored."""
         with self._lock:
-            self._keep(not _count(self._members, member, reason))
+            self._schedule_write(not _increment(self._members, member, reason))
 
-    def note_address(self, address: str, reason: str) -> None:
-        """Of a stranger, whom it costs nothing to come from many addresses: so many of them are kept, and written soon after."""
+    def record_address(self, address: str, reason: str) -> None:
+        """Count a refusal of a stranger. Only the most frequent addresses are kept: it costs nothing to come from many."""
         with self._lock:
-            if address not in self._addresses and len(self._addresses) >= _MOST_ADDRESSES:
+            if address not in self._addresses and len(self._addresses) >= _MAX_ADDRESSES:
                 del self._addresses[min(self._addresses, key=lambda known: self._addresses[known].count)]
-            _count(self._addresses, address, reason)
-            self._keep(now=False)
+            _increment(self._addresses, address, reason)
+            self._schedule_write(now=False)
 
-    def _keep(self, now: bool) -> None:
+    def _schedule_write(self, now: bool) -> None:
         if now:
             self._write()
-        elif self._later is None:
-            self._later = threading.Timer(_EVERY_SECONDS, self._catch_up)
-            self._later.daemon = True
-            self._later.start()
+        elif self._timer is None:
+            self._timer = threading.Timer(_WRITE_INTERVAL_SECONDS, self._write_later)
+            self._timer.daemon = True
+            self._timer.start()
 
-    def _catch_up(self) -> None:
+    def _write_later(self) -> None:
         with self._lock:
-            self._later = None
+            self._timer = None
             self._write()
 
     def _write(self) -> None:
@@ -83,7 +89,7 @@ class RefusalLog:
             JsonDocument(self._file, _Document).write(_Document(members=self._members, addresses=self._addresses))
 
 
-def _count(found: dict[str, Refused], who: str, reason: str) -> int:
+def _increment(found: dict[str, Refused], who: str, reason: str) -> int:
     """One more. Returns how many there were."""
     before = found[who].count if who in found else 0
     found[who] = Refused(count=before + 1, reason=reason, at=datetime.now(UTC).isoformat(timespec="seconds"))
@@ -91,12 +97,12 @@ def _count(found: dict[str, Refused], who: str, reason: str) -> int:
 
 
 def read_refusals(file: Path) -> Mapping[str, Refused]:
-    """Of the members. Nothing where there is no such file, or it is damaged: it is news and no record."""
+    """Return the refusals of members, by name; none where the file is missing or damaged: it is no record to rely on."""
     return _read(file).members
 
 
 def read_strangers(file: Path) -> Mapping[str, Refused]:
-    """By address, of those that had not shown that they are members when they were refused."""
+    """Return the refusals of senders that had not shown that they are members, by address."""
     return _read(file).addresses
 
 
@@ -118,10 +124,10 @@ class RefusalWatch:
     def __init__(self, file: Path, events: Events) -> None:
         self._file = file
         self._report = events.write
-        self._seen = _before(file, events.path.with_name("refused-before.json")) | _told(events.path)
+        self._seen = _read_earlier_counts(file, events.path.with_name("refused-before.json")) | _read_reported(events.path)
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event not in _LOOKS_AT:
+        if event not in _REPORTING_EVENTS:
             return
         for member, refused in read_refusals(self._file).items():
             seen = self._seen.get(member, 0)
@@ -131,7 +137,7 @@ class RefusalWatch:
                 self._report(MessagesRefused(organization=member, count=more, total=refused.count, reason=refused.reason))
 
 
-def _before(file: Path, kept: Path) -> dict[str, int]:
+def _read_earlier_counts(file: Path, kept: Path) -> dict[str, int]:
     """Member -> what had been refused when the run began, as it was counted then."""
     document = JsonDocument(kept, _Before)
     with suppress(RunError):
@@ -143,7 +149,7 @@ def _before(file: Path, kept: Path) -> dict[str, int]:
     return counts
 
 
-def _told(events: Path) -> dict[str, int]:
+def _read_reported(events: Path) -> dict[str, int]:
     """Member -> the total that was told last."""
     found = read_events(events) if events.exists() else []
     return {

@@ -1,11 +1,8 @@
-"""A run on the SuperLink, from the coordinator's side: handed over, followed, handed over again where it was lost, stopped.
+"""A run on the SuperLink, from the coordinator's side: submitted, followed, submitted again where it was lost, stopped.
 
-The SuperLink's executor plays a run in a process of its own, which holds the lock of the run's folder while it plays; that lock
-is the last word on whether it does. Anyone who follows a run may be killed and come back: the run goes on meanwhile.
-
-superlink.json in a run's folder: what the SuperLink was asked for last.
-
-Which process plays a run: the one that holds the lock of the run's folder.
+The SuperLink's executor executes a run in a process of its own, which holds the lock of the run's folder meanwhile: whether the
+lock is held decides whether the run is running. A process that follows a run may be killed and started again: the run goes on.
+The last submission is in superlink.json in the run's folder.
 """
 
 from __future__ import annotations
@@ -35,7 +32,13 @@ from cotune.storage.files import is_locked
 
 
 class Submission(BaseModel):
-    """One attempt at a run. run_id: None where the SuperLink was asked and its answer is not known."""
+    """One attempt at a run.
+
+    Attributes:
+        submitted: When it was submitted (UTC).
+        offset: Where the attempt begins in events.jsonl, in bytes.
+        run_id: The SuperLink's id of the run; None where the SuperLink was asked and its answer is not known.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     submitted: str = Field(description="When (UTC).")
@@ -44,7 +47,7 @@ class Submission(BaseModel):
 
 
 def read_submission(folder: RunFolder) -> Submission | None:
-    """None where nobody was asked yet. Raises RunError for a damaged file."""
+    """Return the last submission of a run; None where there is none. Raises RunError for a damaged file."""
     return _submission_file(folder).read()
 
 
@@ -53,18 +56,19 @@ def _submission_file(folder: RunFolder) -> JsonDocument[Submission]:
 
 
 def write_submission(folder: RunFolder, ticket: Submission) -> Submission:
-    """Durable when it returns. Raises RunError."""
+    """Write the submission of a run and return it; it is durable then. Raises RunError."""
     try:
         _submission_file(folder).write(ticket)
     except OSError as error:
         raise RunError(
             f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
-            " --resume"
+            " --resume",
+            code="run.not_writable",
         ) from None
     return ticket
 
 
-_LOOK_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 
 
 def is_running(run: Path) -> bool:
@@ -73,26 +77,34 @@ def is_running(run: Path) -> bool:
 
 
 def wait_until_stopped(run: Path, grace: float) -> None:
-    """Until nobody plays the run: a process that the SuperLink has given up is asked to end after `grace` seconds, then killed.
+    """Wait until no process executes the run.
 
-    Raises RunError.
+    Args:
+        run: The run's folder.
+        grace: Seconds after which the process is interrupted, and after as many again killed.
+
+    Raises:
+        RunError: If the process cannot be ended.
     """
     for ask in (None, signal.SIGINT, signal.SIGKILL):
         if ask is not None:
-            for process in _players(run):
+            for process in _find_lock_holders(run):
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(ask)
         deadline = time.monotonic() + grace
         while is_running(run):
             if time.monotonic() > deadline:
                 break
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         else:
             return
-    raise RunError(f"a process that this user may not end is working on {run}: end it, then continue with --resume")
+    raise RunError(
+        f"a process that this user may not end is working on {run}: end it, then continue with --resume",
+        code="run.process_not_ended",
+    )
 
 
-def _players(run: Path) -> list[psutil.Process]:
+def _find_lock_holders(run: Path) -> list[psutil.Process]:
     """The processes that have the run's lock open."""
     lock = str(run / ".lock")
     found = []
@@ -104,13 +116,13 @@ def _players(run: Path) -> list[psutil.Process]:
 
 
 _Answer = TypeVar("_Answer")
-_MOST_TRIES = 5  # without a finished round between them
-_FIRST_WORDS = ("run_started", "delivery_started")  # of a process that holds the lock
-_LAST_WORDS = ("run_finalized", "run_failed")
+_MAX_TRIES = 5  # without a finished round between them
+_STARTING_EVENTS = ("run_started", "delivery_started")  # of a process that holds the lock
+_FINAL_EVENTS = ("run_finalized", "run_failed")
 
 
 class Executor(Protocol):
-    """What is asked of the SuperLink; every call raises SuperLinkAway where it cannot be reached."""
+    """Calls to the SuperLink; each raises SuperLinkUnreachable where nobody answers."""
 
     def start(self, run: Path) -> int: ...
     def stop(self, run_id: int) -> None: ...
@@ -120,7 +132,13 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class PollInterval:
-    """In seconds. grace: what the process that plays a run gets to end by itself, once the SuperLink has given it up."""
+    """Times, in seconds.
+
+    Attributes:
+        poll: Between two looks at a run.
+        again: Before a lost run is submitted again; doubled with every try.
+        grace: For the process of a run to end by itself, once the SuperLink has given it up.
+    """
 
     poll: float = 0.5
     again: float = 2.0  # doubled with every try
@@ -128,49 +146,62 @@ class PollInterval:
 
 
 def newest(federation: FederationFolder, name: str | None = None) -> RunFolder:
-    """The run that is called so, else the last that was begun. Raises RunError where there is none."""
+    """Return the run with this name, or else the last that was begun. Raises RunError where there is none."""
     runs = [path for path in federation.runs() if name in (None, path.name)]
     if not runs:
         known = f"called {name[:100]!r} " if name else ""
-        raise RunError(f"{federation.path} has no run {known}to go on with: begin one without --resume")
+        raise RunError(f"{federation.path} has no run {known}to go on with: begin one without --resume", code="run.unknown_run")
     return RunFolder(runs[-1])
 
 
 def check_none_unfinished(federation: FederationFolder, executor: Executor, *, leave: bool) -> None:
-    """Before a new run. leave: an unfinished run that nobody plays may stay behind. Raises RunError."""
+    """Check that a new run may begin.
+
+    Args:
+        federation: The federation.
+        executor: The SuperLink.
+        leave: Whether an unfinished run that nobody executes may be left behind.
+
+    Raises:
+        RunError: If a run is running, or is unfinished and may not be left.
+    """
     runs = list(federation.runs())
     for path in runs:
-        if is_running(path) or (path == runs[-1] and _is_handed_over(RunFolder(path), executor)):
+        if is_running(path) or (path == runs[-1] and _is_submitted(RunFolder(path), executor)):
             raise RunError(
-                f"the run {path.name} is going on: follow it with --resume, and stop it there before you begin another"
+                f"the run {path.name} is going on: follow it with --resume, and stop it there before you begin another",
+                code="run.already_running",
             )
     if runs and not leave and not RunFolder(runs[-1]).finished:
         raise RunError(
-            f"the run {runs[-1].name} is not finished: go on with it (--resume), or leave it and begin another (--new)"
+            f"the run {runs[-1].name} is not finished: go on with it (--resume), or leave it and begin another (--new)",
+            code="run.unfinished_run",
         )
 
 
-def _is_handed_over(folder: RunFolder, executor: Executor) -> bool:
+def _is_submitted(folder: RunFolder, executor: Executor) -> bool:
     ticket = read_submission(folder)
-    return ticket is not None and _under_way(folder, ticket, executor) is not None
+    return ticket is not None and _get_running_id(folder, ticket, executor) is not None
 
 
 @contextmanager
 def lock_runs(federation: FederationFolder) -> Iterator[None]:
-    """During the block no other process hands over or follows runs of the federation. Raises RunError."""
+    """Let no other process submit or follow runs of the federation during the block. Raises RunError where one does."""
     try:
-        (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
+        federation.files.runs.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{federation.path} cannot be written ({error.strerror}): mend its permissions") from None
-    with lock_folder(federation.path / "runs"):
+        raise RunError(
+            f"{federation.path} cannot be written ({error.strerror}): mend its permissions", code="run.not_writable"
+        ) from None
+    with lock_folder(federation.files.runs):
         yield
 
 
 def submit(folder: RunFolder, executor: Executor, pace: PollInterval | None = None) -> Submission:
-    """The attempt that is under way; or else a new one, once nobody plays the run any more. Raises RunError."""
+    """Return the attempt that is running; otherwise make a new one, once no process executes the run. Raises RunError."""
     ticket = read_submission(folder)
     if ticket is not None:
-        run_id = _under_way(folder, ticket, executor)
+        run_id = _get_running_id(folder, ticket, executor)
         if run_id is not None:
             return write_submission(folder, ticket.model_copy(update={"run_id": run_id}))
     wait_until_stopped(folder.path, (pace or PollInterval()).grace)
@@ -181,7 +212,7 @@ def submit(folder: RunFolder, executor: Executor, pace: PollInterval | None = No
 
 
 def is_superlink_kept_running(federation: FederationFolder) -> bool:
-    """Whether `cotune server start` runs for the federation: then a SuperLink that is away comes back."""
+    """Return whether `cotune server start` runs for the federation: then a SuperLink that is away comes back."""
     return is_running(federation.superlink)
 
 
@@ -240,29 +271,32 @@ def run_to_completion(
     pace = pace or PollInterval()
     try:
         first = retry_while_served(lambda: submit(folder, executor, pace), served, tell, pace)
-        ending = _watch(folder, executor, first, tell, pace)
+        ending = _follow_attempt(folder, executor, first, tell, pace)
         tries = 1
         while ending.event is None:
             tries = 1 if ending.progress else tries + 1
-            if tries > _MOST_TRIES:
+            if tries > _MAX_TRIES:
                 raise RunError(
-                    f"the run ended {_MOST_TRIES} times without finishing a round ({ending.reason}): see the logs in the"
-                    " federation's superlink folder, then continue with --resume"
+                    f"the run ended {_MAX_TRIES} times without finishing a round ({ending.reason}): see the logs in the"
+                    " federation's superlink folder, then continue with --resume",
+                    code="run.keeps_ending",
                 )
             wait = pace.again * 2 ** (tries - 1)
             tell("run_lost", {"reason": ending.reason, "seconds": wait})
             time.sleep(wait)
-            ending = _again(folder, executor, tell, pace)
+            ending = _retry(folder, executor, tell, pace)
     except KeyboardInterrupt:
         tell("run_stopping", {})
         _stop(folder, executor, pace)
         raise
     if ending.event == "run_failed":
-        raise RunError(ending.reason if "--resume" in ending.reason else f"{ending.reason}; continue with --resume")
+        raise RunError(
+            ending.reason if "--resume" in ending.reason else f"{ending.reason}; continue with --resume", code="run.failed"
+        )
 
 
 @dataclass(frozen=True)
-class _Ending:
+class _AttemptEnd:
     """Of an attempt. event: its last word; None where it ended without one."""
 
     event: str | None
@@ -270,36 +304,36 @@ class _Ending:
     progress: bool = False
 
 
-def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: Observer, pace: PollInterval) -> _Ending:
+def _follow_attempt(folder: RunFolder, executor: Executor, ticket: Submission, tell: Observer, pace: PollInterval) -> _AttemptEnd:
     """Tells what happens until the attempt ends."""
     offset = ticket.offset
     begun = False
     progress = False
     reachable = True
     while True:
-        reason, reached = _reason_for_end(executor, ticket)  # asked first: whatever was written before is read below
+        reason, reached = _get_end_reason(executor, ticket)  # asked first: whatever was written before is read below
         if reached != reachable:
             reachable = reached
             tell("superlink_back" if reached else "superlink_lost", {})
         held = is_running(folder.path) if begun else True
         events, offset = follow(folder.events.path, offset)
         for fields in events:
-            event = _told(fields, tell)
-            begun = begun or event in _FIRST_WORDS
+            event = _report_event(fields, tell)
+            begun = begun or event in _STARTING_EVENTS
             progress = progress or event == "round_finished"
-            if event in _LAST_WORDS:
-                return _Ending(event, str(fields.get("reason", "")), progress)
+            if event in _FINAL_EVENTS:
+                return _AttemptEnd(event, str(fields.get("reason", "")), progress)
         if reason is not None or not held:
-            return _Ending(None, reason or "its process died", progress)
+            return _AttemptEnd(None, reason or "its process died", progress)
         time.sleep(pace.poll)
 
 
-def _told(event: Event, tell: Observer) -> str:
+def _report_event(event: Event, tell: Observer) -> str:
     tell(event.event, event.fields)
     return event.event
 
 
-def _reason_for_end(executor: Executor, ticket: Submission) -> tuple[str | None, bool]:
+def _get_end_reason(executor: Executor, ticket: Submission) -> tuple[str | None, bool]:
     """Why the attempt is over, as far as the SuperLink knows, or None; and whether it could be reached."""
     assert ticket.run_id is not None, "an attempt that is watched was handed over"
     try:
@@ -314,13 +348,13 @@ def _reason_for_end(executor: Executor, ticket: Submission) -> tuple[str | None,
     return f"its process ended ({state.outcome}){how}", True
 
 
-def _again(folder: RunFolder, executor: Executor, tell: Observer, pace: PollInterval) -> _Ending:
+def _retry(folder: RunFolder, executor: Executor, tell: Observer, pace: PollInterval) -> _AttemptEnd:
     """Another attempt, once the SuperLink answers."""
     try:
         retry_while_served(executor.running, lambda: True, tell, pace)
-        return _watch(folder, executor, submit(folder, executor, pace), tell, pace)
+        return _follow_attempt(folder, executor, submit(folder, executor, pace), tell, pace)
     except RunError as error:
-        return _Ending(None, str(error))
+        return _AttemptEnd(None, str(error))
 
 
 def _stop(folder: RunFolder, executor: Executor, pace: PollInterval) -> None:
@@ -333,10 +367,10 @@ def _stop(folder: RunFolder, executor: Executor, pace: PollInterval) -> None:
     wait_until_stopped(folder.path, pace.grace)
 
 
-def _under_way(folder: RunFolder, ticket: Submission, executor: Executor) -> int | None:
+def _get_running_id(folder: RunFolder, ticket: Submission, executor: Executor) -> int | None:
     """The id of an attempt that goes on, or None."""
     events, _ = follow(folder.events.path, ticket.offset)
-    if any(event.get("event") in _LAST_WORDS for event in events):
+    if any(event.get("event") in _FINAL_EVENTS for event in events):
         return None
     if ticket.run_id is None:
         running = executor.running()  # the SuperLink is this federation's alone, and plays one run at a time
@@ -344,7 +378,7 @@ def _under_way(folder: RunFolder, ticket: Submission, executor: Executor) -> int
     state = executor.state(ticket.run_id)
     if state is None or state.status == "finished":
         return None
-    if any(event.get("event") in _FIRST_WORDS for event in events) and not is_running(folder.path):
+    if any(event.get("event") in _STARTING_EVENTS for event in events) and not is_running(folder.path):
         executor.stop(ticket.run_id)  # its process died, which the SuperLink notices after a minute
         return None
     return ticket.run_id

@@ -1,8 +1,6 @@
-"""The key that signs a federation's requests, and the number that each of them has.
+"""The key that signs a federation's requests, and the number that each request has.
 
-certificates/signing.key    Ed25519, PEM; its public half is in federation.toml
-certificates/signing-former.pub    the public halves of those that were replaced, as hex, one a line
-certificates/serial         the last number that was given to a request: none is given twice, nor a smaller one later
+Functions take the folder of certificates (`layout.CertificateFiles`).
 """
 
 from __future__ import annotations
@@ -15,91 +13,120 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from cotune.errors import RunError
+from cotune.server.deployment.layout import CertificateFiles
 from cotune.storage.files import atomic_write, exclusive_lock
 
-SIGNING_KEY = "signing.key"
-FORMER = "signing-former.pub"
-_SERIAL = "serial"
 
+def create_signing_key(folder: Path) -> Ed25519PrivateKey:
+    """Return the signing key of the folder; create it where there is none, with mode 0600.
 
-def create_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateKey:
-    """The key in the folder, made where there is none, with mode 0600. Raises RunError."""
-    if (folder / name).exists():
-        return read_signing_key(folder, name)
+    Raises:
+        RunError: If the file cannot be read or written, or is not such a key.
+    """
+    file = CertificateFiles(folder).signing_key
+    if file.exists():
+        return read_signing_key(folder)
     key = Ed25519PrivateKey.generate()
     try:
-        atomic_write(folder / name, _key_bytes(key))
+        atomic_write(file, _to_pem(key))
     except OSError as error:
-        raise RunError(f"{folder / name} cannot be written ({error.strerror}): check the permissions of its folder") from None
+        raise RunError(
+            f"{file} cannot be written ({error.strerror}): check the permissions of its folder", code="run.not_writable"
+        ) from None
     return key
 
 
-def read_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateKey:
-    """Raises RunError."""
-    file = folder / name
+def read_signing_key(folder: Path) -> Ed25519PrivateKey:
+    """Return the signing key of the folder.
+
+    Raises:
+        RunError: If there is none, or the file is not an Ed25519 key.
+    """
+    file = CertificateFiles(folder).signing_key
     try:
         key = load_pem_private_key(file.read_bytes(), None)
     except FileNotFoundError:
         raise RunError(
             f"the federation has no key to sign its requests with ({file}), and organizations refuse what is not signed: make one"
-            f" by `cotune server renew {folder.parent}`, and give the new federation.toml to every organization"
+            f" by `cotune server renew {folder.parent}`, and give the new federation.toml to every organization",
+            code="run.no_signing_key",
         ) from None
     except (OSError, ValueError, TypeError):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise RunError(f"{file} is not an unencrypted Ed25519 key in PEM: put back the file that was written there")
+        raise RunError(
+            f"{file} is not an unencrypted Ed25519 key in PEM: put back the file that was written there", code="run.invalid_key"
+        )
     return key
 
 
 def public_hex(key: Ed25519PrivateKey) -> str:
-    """The public half, as federation.toml has it."""
+    """Return the public half of a key as hex, as in federation.toml."""
     return key.public_key().public_bytes_raw().hex()
 
 
 def public_keys(folder: Path) -> list[str]:
-    """The present signing key and those before it, as hex. Raises RunError."""
-    return list(dict.fromkeys((public_hex(read_signing_key(folder)), *_former(folder))))
+    """Return the public halves of the present signing key and of those before it, as hex.
+
+    Raises:
+        RunError: As `read_signing_key`.
+    """
+    return list(dict.fromkeys((public_hex(read_signing_key(folder)), *_read_former(folder))))
 
 
 def replace_signing_key(folder: Path, key: Ed25519PrivateKey) -> None:
-    """Puts a key in the place of the present one, whose public half is noted before, so that what it has signed can be verified.
+    """Replace the signing key. The public half of the present one is kept, so that what it has signed can be verified.
 
-    Killed in between it leaves the present key; the same again finishes it. Raises RunError.
+    A process that is killed meanwhile leaves the present key; calling it again finishes the replacement.
+
+    Raises:
+        RunError: If a file cannot be read or written.
     """
     present = public_hex(read_signing_key(folder))
     following = public_hex(key)
     if present == following:
         return
     try:
-        if present not in _former(folder):
-            atomic_write(folder / FORMER, "".join(f"{each}\n" for each in (*_former(folder), present)).encode())
-        atomic_write(folder / SIGNING_KEY, _key_bytes(key))
+        if present not in _read_former(folder):
+            former = "".join(f"{each}\n" for each in (*_read_former(folder), present))
+            atomic_write(CertificateFiles(folder).former_signing_keys, former.encode())
+        atomic_write(CertificateFiles(folder).signing_key, _to_pem(key))
     except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}): check its permissions and space") from None
-
-
-def _former(folder: Path) -> list[str]:
-    file = folder / FORMER
-    return file.read_text(encoding="ascii").split() if file.exists() else []
-
-
-def _key_bytes(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        raise RunError(
+            f"{folder} cannot be written ({error.strerror}): check its permissions and space", code="run.not_writable"
+        ) from None
 
 
 def next_serial(folder: Path, now: Callable[[], float] = time.time) -> int:
-    """A number greater than every one before, durably: milliseconds since 1970, as a clock that is put back must not repeat one.
+    """Return the number of the next request, greater than every one before; it is durable when this returns.
 
-    A folder that was restored from a backup goes on beyond what the backup has seen. Raises RunError for a damaged file.
+    Milliseconds since 1970, or one more than the last where the clock was put back, so that a folder restored from a backup goes
+    on beyond the numbers that were given since.
+
+    Raises:
+        RunError: If the file is damaged or cannot be written.
     """
-    file = folder / _SERIAL
-    with exclusive_lock(folder / f".{_SERIAL}.lock"):
+    file = CertificateFiles(folder).serial
+    with exclusive_lock(file.with_name(f".{file.name}.lock")):
         try:
             last = int(file.read_bytes()) if file.exists() else 0
             serial = max(last + 1, int(now() * 1000))
             atomic_write(file, str(serial).encode())
         except OSError as error:
-            raise RunError(f"{file} cannot be written ({error.strerror}): make room, or mend the permissions") from None
+            raise RunError(
+                f"{file} cannot be written ({error.strerror}): make room, or mend the permissions", code="run.not_writable"
+            ) from None
         except ValueError:
-            raise RunError(f"{file} is damaged: expected a number; remove it, and it begins anew from the clock") from None
+            raise RunError(
+                f"{file} is damaged: expected a number; remove it, and it begins anew from the clock", code="run.damaged_file"
+            ) from None
     return serial
+
+
+def _read_former(folder: Path) -> list[str]:
+    file = CertificateFiles(folder).former_signing_keys
+    return file.read_text(encoding="ascii").split() if file.exists() else []
+
+
+def _to_pem(key: Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

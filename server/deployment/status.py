@@ -31,16 +31,27 @@ _PHASES = {
     "run_failed": "failed",
 }
 
-_OVER = ("run_finalized", "run_failed")
+_FINAL_EVENTS = ("run_finalized", "run_failed")
 
 History = Sequence[RoundEntry]  # of the finished rounds
 
 
 @dataclass(frozen=True)
 class OrganizationStatus:
-    """connection: online, offline, or unknown while the server does not run. last_round: whose update entered the model; 0:
-    none. weight: its share in the last round that it took part in. strikes: refused updates and time-outs in the run. word: what
-    came of it last, in words. epsilon: as it stated it, rounded up; None: it stated none."""
+    """An organization.
+
+    Attributes:
+        name: Of the organization.
+        invited: UTC.
+        revoked: UTC; None: it may take part.
+        connection: "online", "offline", or "unknown" while the server does not run.
+        last_round: The last round whose model holds an update of it; 0: none.
+        word: The last event about it, in words.
+        epsilon: ε as it reported it, rounded up; None: it reported none.
+        bytes_up: Bytes that it has sent in the run.
+        weight: Its share in the last round that it took part in.
+        strikes: Rejected updates and time-outs in the run.
+    """
 
     name: str
     invited: str
@@ -56,8 +67,14 @@ class OrganizationStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """round: the last that is finished. phase: by the last event that says one, unless nobody plays the run. accuracy: on the
-    coordinator's test set."""
+    """The newest run.
+
+    Attributes:
+        round: The last finished round.
+        phase: What it does at present, by the last event that says so.
+        reason: Why it failed or was stopped.
+        accuracy: On the coordinator's test set.
+    """
 
     run: str
     folder: str
@@ -75,8 +92,15 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class RefusedStatus:
-    """Whose messages the front has refused since it was first started. who: a member, or the address of somebody who has not
-    shown that it is one. reason: of the last."""
+    """A sender whose messages the front has refused since it was first started.
+
+    Attributes:
+        who: A member, or the address of somebody who has not shown that it is one.
+        is_member: Which of the two.
+        count: The number of refusals.
+        reason: Of the last refusal.
+        at: When that was (UTC).
+    """
 
     who: str
     is_member: bool
@@ -87,8 +111,17 @@ class RefusedStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """certificate_expires: UTC; None where the certificate is not one that organizations accept, and `certificate_problem` says
-    why."""
+    """The state of a federation.
+
+    Attributes:
+        federation: Its name.
+        server_reachable: Whether the SuperLink answers.
+        certificate_expires: UTC; None where organizations would not accept the certificate.
+        certificate_problem: Why they would not.
+        run: The newest run, if there is one.
+        organizations: All members.
+        refused: Whose messages the front has refused.
+    """
 
     federation: str
     server_reachable: bool
@@ -99,8 +132,8 @@ class Status:
     refused: tuple[RefusedStatus, ...] = ()
 
 
-def connections(members: Sequence[Member], control: ControlClient) -> dict[str, str] | None:
-    """Organization -> online or offline; None where the SuperLink cannot be asked."""
+def read_connections(members: Sequence[Member], control: ControlClient) -> dict[str, str] | None:
+    """Return "online" or "offline" for each organization; None where the SuperLink cannot be asked."""
     try:
         online = {node.key for node in control.nodes() if node.online}
     except RunError:
@@ -109,31 +142,39 @@ def connections(members: Sequence[Member], control: ControlClient) -> dict[str, 
 
 
 def look(federation: FederationFolder, connected: Mapping[str, str] | None, *, plays: bool = True) -> Status:
-    """connected: see `connections`; None where the server does not run. plays: whether it has a run that is not over, as far as
-    is known. Raises RunError for damaged files."""
-    run, history, events = _newest(federation)
+    """Read the state of a federation from its files.
+
+    Args:
+        federation: The federation.
+        connected: What `read_connections` gives; None where the server does not run.
+        plays: Whether the SuperLink has a run that is not over, as far as is known.
+
+    Raises:
+        RunError: If a file is damaged.
+    """
+    run, history, events = _read_newest_run(federation)
     members = federation.members.all()
-    expires, problem = _certificate(federation)
-    organizations = (_organization(member, connected, run, history, events) for member in members)
+    expires, problem = _check_certificate(federation)
+    organizations = (_build_organization_status(member, connected, run, history, events) for member in members)
     return Status(
         federation=federation.config.name,
         server_reachable=connected is not None,
         certificate_expires=expires,
         certificate_problem=problem,
-        run=None if run is None else _run(run, history, events, plays=plays),
+        run=None if run is None else _build_run_status(run, history, events, plays=plays),
         organizations=tuple(organizations),
-        refused=tuple(_refused(federation)),
+        refused=tuple(_list_refused(federation)),
     )
 
 
-def _refused(federation: FederationFolder) -> Iterator[RefusedStatus]:
-    file = federation.superlink / "refused.json"
+def _list_refused(federation: FederationFolder) -> Iterator[RefusedStatus]:
+    file = federation.files.superlink.refusals
     for found, is_member in ((read_refusals(file), True), (read_strangers(file), False)):
         for who, refused in sorted(found.items(), key=lambda item: -item[1].count):
             yield RefusedStatus(who, is_member, refused.count, refused.reason, refused.at)
 
 
-def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, list[Event]]:
+def _read_newest_run(federation: FederationFolder) -> tuple[RunFolder | None, History, list[Event]]:
     paths = list(federation.runs())
     if not paths:
         return None, (), []
@@ -141,17 +182,17 @@ def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, li
     return run, run.history(), read_events(run.events.path) if run.events.path.exists() else []
 
 
-def _certificate(federation: FederationFolder) -> tuple[str | None, str | None]:
+def _check_certificate(federation: FederationFolder) -> tuple[str | None, str | None]:
     try:
         return check_certificate(federation.certificates, federation.config.hosts[0]).isoformat(timespec="seconds"), None
     except RunError as error:
         return None, str(error)
 
 
-def _run(run: RunFolder, history: History, events: Sequence[Event], *, plays: bool) -> RunStatus:
+def _build_run_status(run: RunFolder, history: History, events: Sequence[Event], *, plays: bool) -> RunStatus:
     telling = [event for event in events if event.event in _PHASES or event.event == "round_started"]
     last = telling[-1] if telling else OtherEvent(event="")
-    phase = "not begun" if not telling else _phase(last)
+    phase = "not begun" if not telling else _describe_phase(last)
     tested = [entry.metrics.accuracy for entry in history if entry.metrics]
     return RunStatus(
         run=run.file.run,
@@ -161,7 +202,7 @@ def _run(run: RunFolder, history: History, events: Sequence[Event], *, plays: bo
         created=run.file.created,
         round=len(history),
         rounds=run.plan.rounds,
-        phase=phase if plays or last.event in _OVER else "interrupted: `cotune server run --resume` goes on",
+        phase=phase if plays or last.event in _FINAL_EVENTS else "interrupted: `cotune server run --resume` goes on",
         reason=last.get("reason") if last.event == "run_failed" else run.stopped,
         last_event=events[-1].event if events else None,
         last_at=events[-1].at if events else None,
@@ -169,13 +210,13 @@ def _run(run: RunFolder, history: History, events: Sequence[Event], *, plays: bo
     )
 
 
-def _phase(last: Event) -> str:
+def _describe_phase(last: Event) -> str:
     if last.event == "awaiting_approval" and not last["organizations"]:
         return "under way"
     return _PHASES.get(last.event, "under way")
 
 
-def _organization(
+def _build_organization_status(
     member: Member,
     connected: Mapping[str, str] | None,
     run: RunFolder | None,
@@ -191,7 +232,7 @@ def _organization(
         revoked=member.revoked,
         connection="unknown" if connected is None else connected.get(name, "offline"),
         last_round=max(rounds, default=0),
-        word=_word(member, run, history, events),
+        word=_describe_last_reply(member, run, history, events),
         epsilon=None if stated is None else rounded_up(stated),
         bytes_up=get_received_bytes(events, name),
         weight=get_last_weight(history, name),
@@ -199,8 +240,8 @@ def _organization(
     )
 
 
-def _word(member: Member, run: RunFolder | None, history: History, events: Sequence[Event]) -> str:
-    """The last that is known of an organization in the run."""
+def _describe_last_reply(member: Member, run: RunFolder | None, history: History, events: Sequence[Event]) -> str:
+    """The last event about an organization in the run, in words."""
     name = member.name
     if member.revoked is not None:
         return "revoked"
@@ -209,15 +250,15 @@ def _word(member: Member, run: RunFolder | None, history: History, events: Seque
     if name in find_excluded(run, history):
         return "left out after refused updates or time-outs"
     has_model = name in read_deliveries(run)
-    said = _last_said(name, events)
+    said = _describe_last_event(name, events)
     if has_model and not any(name in entry.participants for entry in history):
         return f"{said}; has the finished model"
     return "has the finished model" if has_model else said
 
 
-def _last_said(name: str, events: Sequence[Event]) -> str:
+def _describe_last_event(name: str, events: Sequence[Event]) -> str:
     for event in reversed(events):
-        if event.get("organization") == name and (said := _said(event)):
+        if event.get("organization") == name and (said := _describe_event(event)):
             return said
         if event.event == "awaiting_approval" and name in event["organizations"]:
             return f"has yet to approve the plan, asked in round {event['round']}"
@@ -226,7 +267,7 @@ def _last_said(name: str, events: Sequence[Event]) -> str:
     return "not asked yet"
 
 
-def _said(event: Event) -> str:
+def _describe_event(event: Event) -> str:
     match event.event:
         case "update_received":
             return f"answered in round {event['round']}"

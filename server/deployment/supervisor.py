@@ -1,11 +1,6 @@
 """`cotune server start`: Flower's SuperLink, the front and an executor for runs, kept running until it is told to stop.
 
-superlink/ in the federation's folder:
-processes.json              what runs, for anyone who comes after a supervisor that was killed
-superlink.log front.log executor.log    what they say; .1: of the start before
-state.sqlite                messages on their way, unless they are kept in memory; begun anew with every start
-front.toml flwr/            settings of the front; what else Flower keeps
-refused.json                whose announcements the front has refused
+Their files are in superlink/ in the federation's folder (`layout.SuperLinkFiles`).
 """
 
 from __future__ import annotations
@@ -28,15 +23,15 @@ from cotune.flower.control_client import FEDERATION_VARIABLE, open_control
 from cotune.server.deployment import certificates
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address
 from cotune.server.deployment.node_registration import NodeRegistration
-from cotune.server.deployment.processes import ProcessRecord, SupervisedProcess, end, running, stop
-from cotune.server.proxy.server import listen
+from cotune.server.deployment.processes import ProcessRecord, SupervisedProcess, running, stop, terminate_all
+from cotune.server.proxy.server import open_listener
 from cotune.server.runs.run_folder import lock_folder
 from cotune.storage.files import atomic_write
 
-LEFT_DAYS = 30  # of the certificate, from which on there is a warning
-_LOOK_SECONDS = 0.3
+EXPIRY_WARNING_DAYS = 30  # of the certificate, from which on there is a warning
+_POLL_SECONDS = 0.3
 _GRACE_SECONDS = 10.0
-_SWITCHES = {
+_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -64,30 +59,33 @@ def supervise(folder: FederationFolder, say: Report) -> None:
             _supervise(folder, told, stopped)
     except OSError as error:
         raise RunError(
-            f"{folder.superlink} cannot be used ({error.strerror or error}): check the permissions and the space there"
+            f"{folder.superlink} cannot be used ({error.strerror or error}): check the permissions and the space there",
+            code="run.not_writable",
         ) from None
 
 
 def _supervise(folder: FederationFolder, say: Report, stopped: Callable[[], bool]) -> None:
-    _tell_expiry(certificates.check_certificate(folder.certificates, folder.config.hosts[0]), say)
+    _report_expiry(certificates.check_certificate(folder.certificates, folder.config.hosts[0]), say)
     folder.members.all()  # a list that is damaged is told now, and not when nobody can join
-    record = ProcessRecord(folder.superlink / "processes.json", say)
-    if left := end(record.left(), _GRACE_SECONDS):
+    record = ProcessRecord(folder.files.superlink.processes, say)
+    if left := terminate_all(record.left(), _GRACE_SECONDS):
         say(f"ended {left} processes that a killed `cotune server start` had left")
     for host, port in (("127.0.0.1", folder.config.superlink_port), (folder.config.listen, folder.config.port)):
-        listen(host, port).close()
-    _write_settings(folder)
-    for file in folder.superlink.glob("state.sqlite*"):  # never compacted; what a killed start was at is asked for anew
+        open_listener(host, port).close()
+    _write_front_config(folder)
+    for file in folder.superlink.glob(
+        f"{folder.files.superlink.database.name}*"
+    ):  # never compacted; what a killed start was at is asked for anew
         file.unlink()
-    children = _children(folder, say)
+    children = _build_processes(folder, say)
     say(f"starting {folder.config.name} at {get_public_address(folder.config)}")
     try:
         with NodeRegistration(
-            lambda: open_control(folder.superlink_address, folder.certificates), folder.members.all, say
+            lambda: open_control(folder.superlink_address, folder.files.certificates.authority), folder.members.all, say
         ) as enrolment:
             ready = False
             while not stopped():
-                if not ready and enrolment.ready and _listens(folder.config):
+                if not ready and enrolment.ready and _is_listening(folder.config):
                     ready = True
                     say("ready: organizations can join")
                     for child in children:
@@ -96,81 +94,84 @@ def _supervise(folder: FederationFolder, say: Report, stopped: Callable[[], bool
                     if child.poll():
                         record.keep(running(children))
                 record.keep(running(children))
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_POLL_SECONDS)
     finally:
         say("stopping")
         stop(children, _GRACE_SECONDS)
         record.keep(())
 
 
-def _listens(config: ServerConfig) -> bool:
+def _is_listening(config: ServerConfig) -> bool:
     """Whether the front does, at the public port."""
     try:
-        socket.create_connection((config.listen, config.port), timeout=_LOOK_SECONDS).close()
+        socket.create_connection((config.listen, config.port), timeout=_POLL_SECONDS).close()
     except OSError:
         return False
     return True
 
 
-def _children(folder: FederationFolder, say: Report) -> list[SupervisedProcess]:
-    environment = _environment(folder)
-    shown = folder.certificates
+def _build_processes(folder: FederationFolder, say: Report) -> list[SupervisedProcess]:
+    environment = _build_environment(folder)
+    shown = folder.files.certificates
     superlink = [
-        *(_binary("flower-superlink", environment), "--host", "127.0.0.1", "--port", str(folder.config.superlink_port)),
-        *("--ssl-ca-certfile", str(shown / "ca.crt")),
-        *("--ssl-certfile", str(shown / "server.crt"), "--ssl-keyfile", str(shown / "server.key")),
+        *(_find_program("flower-superlink", environment), "--host", "127.0.0.1", "--port", str(folder.config.superlink_port)),
+        *("--ssl-ca-certfile", str(shown.authority)),
+        *("--ssl-certfile", str(shown.server), "--ssl-keyfile", str(shown.server_key)),
         *("--enable-supernode-auth", "--isolation", "process", "--disable-runtime-dependency-installation"),
-        *(("--database", str(folder.superlink / "state.sqlite")) if folder.config.database else ()),
+        *(("--database", str(folder.files.superlink.database)) if folder.config.database else ()),
     ]
-    front = [sys.executable, "-m", "cotune.server.front", str(folder.superlink / "front.toml")]
+    front = [sys.executable, "-m", "cotune.server.front", str(folder.files.superlink.front_config)]
     executor = [
-        *(_binary("flower-superexec", environment), "--runtime-api-address", folder.superlink_address),
-        *("--root-certificates", str(shown / "ca.crt")),
+        *(_find_program("flower-superexec", environment), "--runtime-api-address", folder.superlink_address),
+        *("--root-certificates", str(shown.authority)),
     ]
     commands = {"SuperLink": superlink, "front": front, "executor": executor}
     return [
-        SupervisedProcess(name, command, folder.superlink / f"{name.lower()}.log", environment, say)
+        SupervisedProcess(name, command, folder.files.superlink.get_log(name), environment, say)
         for name, command in commands.items()
     ]
 
 
-def _environment(folder: FederationFolder) -> dict[str, str]:
+def _build_environment(folder: FederationFolder) -> dict[str, str]:
     """With the programs of this Python first on the path: Flower starts the apps of runs by their bare names."""
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
     return {
         **os.environ,
-        **_SWITCHES,
-        "FLWR_HOME": str(folder.superlink / "flwr"),
+        **_ENVIRONMENT,
+        "FLWR_HOME": str(folder.files.superlink.flower_home),
         FEDERATION_VARIABLE: str(folder.path),
         "PATH": path,
     }
 
 
-def _binary(name: str, environment: Mapping[str, str]) -> str:
+def _find_program(name: str, environment: Mapping[str, str]) -> str:
     found = shutil.which(name, path=environment["PATH"])
     if found is None:
-        raise RunError(f"{name} is not installed beside {sys.executable}: install cotune again, with its flwr")
+        raise RunError(
+            f"{name} is not installed beside {sys.executable}: install cotune again, with its flwr",
+            code="run.program_not_installed",
+        )
     return found
 
 
-def _write_settings(folder: FederationFolder) -> None:
-    (folder.superlink / "flwr").mkdir(mode=0o700, exist_ok=True)
+def _write_front_config(folder: FederationFolder) -> None:
+    folder.files.superlink.flower_home.mkdir(mode=0o700, exist_ok=True)
     front = {
         "certificates": str(folder.certificates),
-        "members": str(folder.path / "members.json"),
-        "refusals": str(folder.superlink / "refused.json"),
+        "members": str(folder.files.members),
+        "refusals": str(folder.files.superlink.refusals),
         "superlink_port": folder.config.superlink_port,
         "host": folder.config.listen,
         "port": folder.config.port,
         "quotas": folder.config.quotas.model_dump(exclude_none=True),
     }
-    atomic_write(folder.superlink / "front.toml", tomli_w.dumps(front).encode())
+    atomic_write(folder.files.superlink.front_config, tomli_w.dumps(front).encode())
 
 
-def _tell_expiry(until: datetime, say: Report) -> None:
+def _report_expiry(until: datetime, say: Report) -> None:
     left = (until - datetime.now(UTC)).days
     say(f"the certificate is valid until {until:%Y-%m-%d}")
-    if left < LEFT_DAYS:
+    if left < EXPIRY_WARNING_DAYS:
         say(f"WARNING: that is in {left} days; renew it with `cotune server renew`")
 
 

@@ -104,7 +104,7 @@ class SignedTrail:
             self._log.write(RequestSigned(statement=statement.text(), signature=signature, roster=roster))
             about = {"roster": "\n".join(roster), **({"renewals": renewed} if renewed else {})}
             attach(contents[who.organization], statement, signature, **about)
-            self._requests[_answer_to(kind), round, who.organization] = statement.digest
+            self._requests[_get_reply_kind(kind), round, who.organization] = statement.digest
 
     def accept(self, reply: Message, kind: str, round: int, organization: str) -> str:
         """Takes the signature out of an answer, and enters it; "" where it is that of its organization, else what is wrong.
@@ -118,7 +118,7 @@ class SignedTrail:
         if signed is None:
             return "it is not signed: expected an organization of the same cotune"
         request = self._requests.get((kind, round, organization))
-        return self._enter(signed, (request, organization, kind, content_digest(reply.content)), round)
+        return self._record_reply(signed, (request, organization, kind, content_digest(reply.content)), round)
 
     def accept_refusal(self, reply: Message, kind: str, round: int, organization: str) -> str:
         """What an organization says instead of an answer of this kind, entered where it has signed it.
@@ -128,11 +128,11 @@ class SignedTrail:
         words, signed = parse_refusal(reply.error.reason or "")
         if signed is not None:
             request = self._requests.get((kind, round, organization))
-            if wrong := self._enter(signed, (request, organization, REFUSAL, refusal_digest(words)), round, words=words):
+            if wrong := self._record_reply(signed, (request, organization, REFUSAL, refusal_digest(words)), round, words=words):
                 return f"it refused, under a signature that is none ({wrong})"
         return words or f"error {reply.error.code}"
 
-    def _enter(self, signed: Signed, expected: tuple[str | None, str, str, str], round: int, **about: str) -> str:
+    def _record_reply(self, signed: Signed, expected: tuple[str | None, str, str, str], round: int, **about: str) -> str:
         """ "" where the statement is as expected (request, organization, kind, digest), else what is wrong."""
         try:
             statement = ReplyStatement.parse(signed.text)
@@ -142,13 +142,13 @@ class SignedTrail:
             return "its signature is for another request, organization or kind of answer"
         if statement.sha256 != expected[3]:
             return "it is not what its organization has signed"
-        if not self._is_of(statement.sender, statement, signed):
+        if not self._is_signed_by(statement.sender, statement, signed):
             return "its signature is not that of its organization's key"
         self._log.write(ReplySigned(round=round, **about, statement=signed.text, signature=signed.signature))
         return ""
 
-    def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
-        keys = _node_keys(self._federation).get(organization, [])
+    def _is_signed_by(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
+        keys = _read_node_keys(self._federation).get(organization, [])
         return any(is_signed_by_node(statement, signed.signature, key) for key in keys)
 
 
@@ -158,12 +158,15 @@ def read_verification_keys(folder: RunFolder) -> tuple[list[str], dict[str, list
     Raises RunError for a simulation, which signs nothing.
     """
     if not folder.file.federation:
-        raise RunError(f"{folder.path} is a simulation, which signs nothing: expected a run of a federation")
+        raise RunError(
+            f"{folder.path} is a simulation, which signs nothing: expected a run of a federation",
+            code="run.simulation_without_trail",
+        )
     federation = FederationFolder(Path(folder.file.federation))
-    return public_keys(federation.certificates), _node_keys(federation)
+    return public_keys(federation.certificates), _read_node_keys(federation)
 
 
-def _node_keys(federation: FederationFolder) -> dict[str, list[EllipticCurvePublicKey]]:
+def _read_node_keys(federation: FederationFolder) -> dict[str, list[EllipticCurvePublicKey]]:
     """Organization -> the keys of its nodes, former ones included."""
     nodes: dict[str, list[EllipticCurvePublicKey]] = {}
     for member in federation.members.all():
@@ -173,7 +176,7 @@ def _node_keys(federation: FederationFolder) -> dict[str, list[EllipticCurvePubl
     return nodes
 
 
-def _answer_to(kind: str) -> str:
+def _get_reply_kind(kind: str) -> str:
     return {TRAIN: UPDATE, FINISHED: RECEIPT}[kind]
 
 
@@ -182,4 +185,6 @@ def read_trail(run: Path) -> list[dict[str, Any]]:
     try:
         return [entry.as_json() for entry in read_events(run / "trail.jsonl" if run.is_dir() else run)]
     except OSError as error:
-        raise RunError(f"{run} has no trail ({error.strerror}): expected that of a run of a federation") from None
+        raise RunError(
+            f"{run} has no trail ({error.strerror}): expected that of a run of a federation", code="run.no_trail"
+        ) from None

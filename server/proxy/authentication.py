@@ -1,4 +1,4 @@
-"""Who calls, by a request's head alone: the key of a member, and its signature over the time.
+"""Authentication of a request by its head alone: the key of a member, and its signature over the time.
 
 It is the check of Flower's SuperLink (flwr.superlink.routers.fleet.node_auth), made before a byte of the content is read. What
 needs the content stays the SuperLink's: that the node number in it is the one of the key.
@@ -23,21 +23,21 @@ from cotune.server.proxy.rules import Refusal
 FindMember = Callable[[bytes], str | None]  # public key (PEM) -> the member that it belongs to
 
 _NOT_REGISTERED = 2004  # Flower's code for a node that cannot be activated
-_STRANGER = "the key is not that of a member: expected one that the coordinator has invited (`cotune server invite`)"
+_UNKNOWN_KEY = "the key is not that of a member: expected one that the coordinator has invited (`cotune server invite`)"
 _UNSIGNED = "Invalid SuperNode authentication"  # as the SuperLink says it
 
 
 def authenticate(
     headers: Iterable[tuple[bytes, bytes]], call: str, known: FindMember, fleet: FleetFormat, now: datetime | None = None
 ) -> str | Refusal:
-    """The member that has signed a request, or why nobody has.
+    """Return the member that has signed a request, or the refusal where none has.
 
     Args:
-        headers: of the request, names in lower case.
-        call: its name. Anyone who wants to join is answered as the SuperLink answers a key that is not registered.
-        known: asked for the key that the request shows.
-        fleet: of the API that is called.
-        now: the time by the server's clock.
+        headers: Of the request, names in lower case.
+        call: Its name. A node that wants to join is answered as the SuperLink answers a key that is not registered.
+        known: Returns the member that a public key belongs to.
+        fleet: Of the API that is called.
+        now: The time by the server's clock.
     """
     names = fleet.authentication_headers
     found = [(name, value) for name, value in headers if name in names]
@@ -52,14 +52,14 @@ def authenticate(
         return Refusal(401, _UNSIGNED)
     member = known(key)
     if member is None:
-        return Refusal(412, _STRANGER, _NOT_REGISTERED) if call == "activate-node" else Refusal(401, _STRANGER)
+        return Refusal(412, _UNKNOWN_KEY, _NOT_REGISTERED) if call == "activate-node" else Refusal(401, _UNKNOWN_KEY)
     if not -fleet.clock_tolerance < age < fleet.max_age + fleet.clock_tolerance:
         return Refusal(401, f"the request was signed {age:.0f} seconds ago by this server's clock: set the clock")
-    return member if _holds(key, timestamp, signature) else Refusal(401, _UNSIGNED)
+    return member if _is_signed(key, timestamp, signature) else Refusal(401, _UNSIGNED)
 
 
-def _holds(key: bytes, signed: bytes, signature: bytes) -> bool:
-    public = _loaded(key)
+def _is_signed(key: bytes, signed: bytes, signature: bytes) -> bool:
+    public = _load_key(key)
     if public is None:
         return False
     try:
@@ -70,8 +70,8 @@ def _holds(key: bytes, signed: bytes, signature: bytes) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _loaded(key: bytes) -> EllipticCurvePublicKey | None:
-    """Of a member: a stranger's key never gets here."""
+def _load_key(key: bytes) -> EllipticCurvePublicKey | None:
+    """Parse the key of a member: a stranger's key never gets here."""
     try:
         found = load_pem_public_key(key)
     except (ValueError, UnsupportedAlgorithm):

@@ -1,4 +1,4 @@
-"""One client's connection at the front: its requests one after the other, read by h11, answered by the SuperLink.
+"""One client's connection: its requests one after the other, read by h11 and answered by the SuperLink.
 
 Nothing of a request's content is read before a member has signed it. Content streams through in pieces in both directions, and
 nothing is held but one piece; only what is announced is taken whole, to be looked into.
@@ -22,27 +22,38 @@ from cotune.server.proxy.rules import Refusal, content_length, forwarded_headers
 from cotune.server.proxy.slots import Slot
 from cotune.server.proxy.upstream import SuperLink
 
-PIECE = 64 * 1024  # bytes read at a time
-_MOST_ANNOUNCED = 8 * 2**20  # bytes of an answer to pull-messages that are looked into: a hundred thousand objects
-_PLAIN = Refusal(400, "this port speaks TLS, and got plain HTTP: give ca.crt of the server instead of --insecure")
+CHUNK_BYTES = 64 * 1024  # bytes read at a time
+_MAX_PULL_RESPONSE_BYTES = 8 * 2**20  # bytes of an answer to pull-messages that are looked into: a hundred thousand objects
+_NOT_TLS = Refusal(400, "this port speaks TLS, and got plain HTTP: give ca.crt of the server instead of --insecure")
 _BUSY = Refusal(503, "too much is on its way to the server at the moment: try again")
 
 log = logging.getLogger("cotune.front")
 
 
-class _Gone(Exception):
-    """The client went away, or was too slow, or wrote what is no HTTP, in the middle of a request."""
+class _ClientGone(Exception):
+    """The client went away, was too slow, or broke HTTP's rules in the middle of a request."""
 
 
 class ClientConnection:
-    """A connection as a conversation; `stop` ends it after the request under way."""
+    """A client's connection.
+
+    Args:
+        reader: What the client sends.
+        writer: What the client is sent.
+        client: Its address.
+        guard: Decides what passes.
+        slot: Of the connection.
+
+    Attributes:
+        waiting: Whether it waits for a request: nothing is lost where it is cut then.
+    """
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: str, guard: RequestGuard, slot: Slot
     ) -> None:
         self.client = client
         self.limits = guard.limits
-        self.waiting = True  # for a request: nothing is lost when it is cut now
+        self.waiting = True
         self._reader = reader
         self._writer = writer
         self._stopping = False
@@ -51,61 +62,62 @@ class ClientConnection:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=guard.limits.head)
 
     def stop(self) -> None:
+        """End the connection after the request under way."""
         self._stopping = True
 
     def cut(self) -> None:
-        """At once, as its place is needed."""
+        """End the connection at once, as its place is needed."""
         self._writer.transport.abort()
 
     async def run(self, superlink: SuperLink | None) -> None:
-        """Until the client or the front ends it. superlink: None where the client does not speak TLS."""
+        """Serve until the client or the proxy ends the connection. superlink: None where the client does not speak TLS."""
         try:
-            while await self._one_request(superlink) and self._both_done() and not self._stopping:
+            while await self._handle_request(superlink) and self._is_done() and not self._stopping:
                 self._http.start_next_cycle()
-        except (_Gone, OSError, ssl.SSLError, TimeoutError):
+        except (_ClientGone, OSError, ssl.SSLError, TimeoutError):
             pass  # it went away; `close` tidies up
         finally:
             await self._close()
 
-    async def _one_request(self, superlink: SuperLink | None) -> bool:
-        """Whether the connection may go on."""
+    async def _handle_request(self, superlink: SuperLink | None) -> bool:
+        """Serve one request; return whether the connection may go on."""
         self.waiting = True
         try:
-            request = await self._head()
+            request = await self._read_head()
         except h11.RemoteProtocolError as error:
             return await self._refuse(None, Refusal(error.error_status_hint, "this is not HTTP as Flower speaks it"))
         if request is None:
             return False
         self.waiting = False
         if superlink is None:
-            return await self._refuse(request, _PLAIN)
-        member = self._guard.admit(request, self._slot, self._shown_client(request))
+            return await self._refuse(request, _NOT_TLS)
+        member = self._guard.admit(request, self._slot, self._get_client_address(request))
         if isinstance(member, Refusal):
             return await self._refuse(request, member)
-        return await self._serve(request, superlink, member)
+        return await self._serve_member(request, superlink, member)
 
-    async def _head(self) -> h11.Request | None:
+    async def _read_head(self) -> h11.Request | None:
         async with asyncio.timeout(self.limits.patience):
-            event = await self._event()
+            event = await self._read_event()
         return event if isinstance(event, h11.Request) else None
 
-    async def _serve(self, request: h11.Request, superlink: SuperLink, member: str) -> bool:
-        """Reads the content as soon as there is room for it."""
+    async def _serve_member(self, request: h11.Request, superlink: SuperLink, member: str) -> bool:
+        """Serve a member's request, whose content is read as soon as there is room for it."""
         traffic = self._guard.traffic
         size = content_length(request)
         announces = get_call(request) == "push-messages"
         async with AsyncExitStack() as held:
             try:
                 if announces:
-                    await held.enter_async_context(traffic.announcing(member))
-                await held.enter_async_context(traffic.taken(member, size))
+                    await held.enter_async_context(traffic.announcement_turn(member))
+                await held.enter_async_context(traffic.reserve(member, size))
             except TimeoutError:
                 return await self._refuse(request, _BUSY)
-            content = self._content(size)
+            content = self._read_content(size)
             if not announces:
                 return await self._forward(request, superlink, content, member)
             whole = b"".join([piece async for piece in content])
-            if refusal := self._guard.look_into(whole, member):
+            if refusal := self._guard.inspect_push(whole, member):
                 return await self._refuse(request, refusal)
             return await self._forward(request, superlink, whole, member)
 
@@ -113,57 +125,57 @@ class ClientConnection:
         self, request: h11.Request, superlink: SuperLink, content: AsyncIterator[bytes] | bytes, member: str
     ) -> bool:
         try:
-            answer = await superlink.ask(request, content, self._shown_client(request))
+            answer = await superlink.ask(request, content, self._get_client_address(request))
         except httpx.TransportError as error:
             late = isinstance(error, httpx.TimeoutException)
             line = f"the SuperLink at {superlink.url} did not answer ({error or type(error).__name__})"
-            self._guard.log.tell("superlink", line)
+            self._guard.log.write("superlink", line)
             return await self._refuse(request, Refusal(504 if late else 502, "the SuperLink does not answer: it may be starting"))
         try:
-            await self._answer(answer, get_call(request), member)
+            await self._send_response(answer, get_call(request), member)
         except httpx.TransportError as error:
-            raise _Gone from error  # half an answer is out: cutting it short is the only way to say so
+            raise _ClientGone from error  # half an answer is out: cutting it short is the only way to say so
         finally:
             await answer.aclose()
         return True
 
-    async def _answer(self, answer: httpx.Response, call: str, member: str) -> None:
-        """That of pull-messages names objects of the server, which are remembered before the client learns of them."""
-        pieces = answer.aiter_raw(PIECE)
+    async def _send_response(self, answer: httpx.Response, call: str, member: str) -> None:
+        """Send the SuperLink's answer. The objects in that of pull-messages are remembered before the client learns of them."""
+        pieces = answer.aiter_raw(CHUNK_BYTES)
         announces = call == "pull-messages"
-        first = await _up_to(pieces, _MOST_ANNOUNCED) if announces else []
+        first = await _read_up_to(pieces, _MAX_PULL_RESPONSE_BYTES) if announces else []
         if announces and answer.status_code == httpx.codes.OK:
             self._guard.record_requests(member, b"".join(first))
         await self._send(h11.Response(status_code=answer.status_code, headers=forwarded_headers(answer.headers.raw)))
         for piece in first:
             await self._send(h11.Data(data=piece))
         async for piece in pieces:
-            self._guard.usage.answered(member, call, len(piece))
+            self._guard.usage.record_response(member, call, len(piece))
             await self._send(h11.Data(data=piece))
         await self._send(h11.EndOfMessage())
 
-    def _shown_client(self, request: h11.Request) -> str:
+    def _get_client_address(self, request: h11.Request) -> str:
         """The client's address; where a proxy of the server's own is before the front, as that one says."""
         if self._slot.address is not None:
             return self.client
         given = [value for name, value in request.headers if name == b"x-forwarded-for"]
         return given[-1].decode("latin-1").rpartition(",")[2].strip()[:60] if given else self.client
 
-    async def _content(self, size: int) -> AsyncIterator[bytes]:
+    async def _read_content(self, size: int) -> AsyncIterator[bytes]:
         deadline = asyncio.get_running_loop().time() + self.limits.get_transfer_seconds(size)
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    event = await self._event()
+                    event = await self._read_event()
             except h11.RemoteProtocolError as error:
-                raise _Gone from error
+                raise _ClientGone from error
             if not isinstance(event, h11.Data):
                 return
             yield bytes(event.data)
 
-    async def _event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+    async def _read_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         while (event := self._http.next_event()) is h11.NEED_DATA:
-            self._http.receive_data(await self._reader.read(PIECE))
+            self._http.receive_data(await self._reader.read(CHUNK_BYTES))
         return event
 
     async def _send(self, event: h11.Event) -> None:
@@ -173,11 +185,11 @@ class ClientConnection:
                 await self._writer.drain()
 
     async def _refuse(self, request: h11.Request | None, refusal: Refusal) -> bool:
-        """As Flower's own errors look, so that its client shows the sentence. False: the connection may not go on."""
+        """Answer as Flower's own errors look, so that its client shows the sentence. False: the connection may not go on."""
         self.waiting = False
         what = f"{request.method.decode()} {request.target.decode()[:200]}" if request else "what is no request"
         line = f"refused {what} of {self._slot.member or self.client}: {refusal.status}, {refusal.reason}"
-        self._guard.log.tell(f"{refusal.status} {self._slot.member or self._slot.address}", line)
+        self._guard.log.write(f"{refusal.status} {self._slot.member or self._slot.address}", line)
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return False
         content = json.dumps({"code": refusal.code or refusal.status, "detail": refusal.reason}).encode()
@@ -188,11 +200,11 @@ class ClientConnection:
             await self._send(h11.Data(data=content))
         await self._send(h11.EndOfMessage())
         async with asyncio.timeout(self.limits.linger):
-            while await self._reader.read(PIECE):
+            while await self._reader.read(CHUNK_BYTES):
                 pass  # dropped: nobody parses it
         return False
 
-    def _both_done(self) -> bool:
+    def _is_done(self) -> bool:
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
 
     async def _close(self) -> None:
@@ -204,8 +216,8 @@ class ClientConnection:
             self._writer.transport.abort()
 
 
-async def _up_to(pieces: AsyncIterator[bytes], most: int) -> list[bytes]:
-    """The first pieces, of at least so many bytes together; all of them where there are fewer."""
+async def _read_up_to(pieces: AsyncIterator[bytes], most: int) -> list[bytes]:
+    """Read the first chunks, of at least `most` bytes together; all of them where there are fewer."""
     found = list[bytes]()
     size = 0
     async for piece in pieces:

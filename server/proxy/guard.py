@@ -1,4 +1,4 @@
-"""What all connections of the front share: limits, members, and what has passed."""
+"""What all connections of the proxy share: limits, members, and what has passed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cotune.server.proxy.traffic import Traffic
 log = logging.getLogger("cotune.front")
 
 ReportRefusal = Callable[[str, str], None]  # whose request was refused, and why
-_TOO_LARGE = (413, 431)  # HTTP status: refused by its head alone, no matter who has signed it
+_TOO_LARGE_STATUS = (413, 431)  # HTTP status: refused by its head alone, no matter who has signed it
 
 
 def ignore_refusal(who: str, reason: str) -> None:
-    """Nobody asks."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,43 +77,50 @@ class RequestGuard:
         )
 
     def admit(self, request: h11.Request, slot: Slot, client: str = "") -> str | Refusal:
-        """The member that has signed a request, which may be read; or why it may not. client: its address, where that of the slot
-        is a proxy's.
+        """Decide by its head whether a request may be read.
+
+        Args:
+            request: Its head.
+            slot: Of its connection.
+            client: The client's address, where that of the slot is a proxy's.
+
+        Returns:
+            The member that has signed it, or the refusal.
         """
         if refusal := reason_to_refuse(request, self.limits):
-            if refusal.status in _TOO_LARGE:
-                self._note_too_large(request, slot.address or get_address_group(client), refusal.reason)
+            if refusal.status in _TOO_LARGE_STATUS:
+                self._report_too_large(request, slot.address or get_address_group(client), refusal.reason)
             return refusal
         member = authenticate(request.headers, get_call(request), self.known, self.sent.fleet)
         if isinstance(member, Refusal):
             return member
         if full := self.slots.recognize(slot, member):
             return Refusal(503, full)
-        return self._beyond_quota(member, get_call(request), content_length(request)) or member
+        return self._check_quota(member, get_call(request), content_length(request)) or member
 
-    def _note_too_large(self, request: h11.Request, address: str, reason: str) -> None:
+    def _report_too_large(self, request: h11.Request, address: str, reason: str) -> None:
         member = authenticate(request.headers, get_call(request), self.known, self.sent.fleet)
         if isinstance(member, Refusal):
             self.turned_away(address, reason)
         else:
             self.refused(member, reason)
 
-    def _beyond_quota(self, member: str, call: str, size: int) -> Refusal | None:
-        announces = self.usage.announce(member) if call == "push-messages" else None
+    def _check_quota(self, member: str, call: str, size: int) -> Refusal | None:
+        announces = self.usage.take_message(member) if call == "push-messages" else None
         refusal = announces or self.usage.take(member, call, size)
         if refusal is not None:
             self.refused(member, refusal.reason)
         return refusal
 
     def record_requests(self, member: str, content: bytes) -> None:
-        """content: of an answer to `pull-messages`, before the member learns of it."""
-        self.usage.record_requests(member, self.sent.remember(content))
+        """Record the content of an answer to `pull-messages`, before the member learns of it."""
+        self.usage.record_requests(member, self.sent.record_pull_response(content))
 
-    def look_into(self, content: bytes, member: str) -> Refusal | None:
-        """Of a `push-messages`."""
+    def inspect_push(self, content: bytes, member: str) -> Refusal | None:
+        """Check the content of a `push-messages`; return the refusal where it may not pass."""
         reason = find_push_problem(content, self.limits.tree, self.sent)
         if reason is None:
             return None
         self.refused(member, reason)
-        self.log.tell(f"push {member}", f"refused what {member} announced: {reason}")
+        self.log.write(f"push {member}", f"refused what {member} announced: {reason}")
         return Refusal(400, f"this announcement is refused: {reason}")

@@ -1,4 +1,4 @@
-"""What a member may announce: one reply to a request of the server's, from itself, in a tree as honest replies have.
+"""Checks of what a member announces: one reply to a request of the server, from itself, in a tree as honest replies have.
 
 Flower's SuperLink believes what `push-messages` says. It stores a message of node 1 (the server) as an instruction to whatever
 node it names, and registers a tree of objects whose content nobody has seen: an identifier that is registered with an invented
@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator
 from google.protobuf.message import DecodeError
 
 from cotune.server.proxy.fleet_format import FleetFormat, Metadata, ObjectTree
-from cotune.server.proxy.wire_format import MalformedMessage, TooManyFields, fields, get_field_length
+from cotune.server.proxy.wire_format import MalformedMessage, TooManyFields, get_field_length, iterate_fields
 
 MAX_DEPTH = 5  # message, its content, a record, an array, a chunk of it
-_MOST_HEADER = 16 * 2**10  # bytes of a message without its content: addresses, or an error's words
-_MOST_REMEMBERED = 200_000  # identifiers of what the server has sent, 32 bytes each
-_FEWEST_ALLOWED = 64  # objects, however small the requests are
-_OBJECT = re.compile(r"[0-9a-f]{64}")  # SHA-256, as Flower writes it
-_LONGEST = 1e12  # seconds: of any time that a message states, since 1970 or how long something took
+_MAX_HEADER_BYTES = 16 * 2**10  # bytes of a message without its content: addresses, or an error's words
+_MAX_REMEMBERED = 200_000  # identifiers of what the server has sent, 32 bytes each
+_MIN_OBJECTS = 64  # objects, however small the requests are
+_OBJECT_ID = re.compile(r"[0-9a-f]{64}")  # SHA-256, as Flower writes it
+_MAX_SECONDS = 1e12  # seconds: of any time that a message states, since 1970 or how long something took
 # fields of a PushMessagesRequest
 _NODE = 1
 _MESSAGE = 2
@@ -32,9 +32,12 @@ _CHILDREN = 2  # of an ObjectTree
 
 
 class SentObjects:
-    """What the server has sent to its members, by the answers that have passed here: no reply holds an object of a request.
+    """The objects that the server has sent to members, by the answers that have passed: no reply holds an object of a request.
 
-    All that it knows is forgotten with the process, and the oldest earlier: it only ever adds a reason to refuse.
+    They are forgotten with the process, and the oldest earlier: knowing them only ever adds a reason to refuse.
+
+    Args:
+        fleet: Of the API that is called.
     """
 
     def __init__(self, fleet: FleetFormat) -> None:
@@ -42,42 +45,46 @@ class SentObjects:
         self._known: dict[bytes, None] = {}
         self._largest = 0
 
-    def remember(self, content: bytes) -> int:
-        """content: of an answer to `pull-messages`. What is none is the SuperLink's fault, and the client's to notice.
+    def record_pull_response(self, content: bytes) -> int:
+        """Remember the objects of an answer to `pull-messages`.
 
-        Returns how many messages it holds.
+        Args:
+            content: Of the answer. If it is malformed, that is the SuperLink's fault, and the client will notice.
+
+        Returns:
+            The number of requests in it.
         """
         try:
             trees = self.fleet.parse_pull(content).message_object_trees
         except DecodeError:
             return 0
         for tree in trees:
-            found = [bytes.fromhex(part.object_id) for part in _parts(tree) if _OBJECT.fullmatch(part.object_id)]
+            found = [bytes.fromhex(part.object_id) for part in _iterate_tree(tree) if _OBJECT_ID.fullmatch(part.object_id)]
             self._largest = max(self._largest, len(found))
             self._known.update(dict.fromkeys(found))
-        for oldest in list(self._known)[: max(0, len(self._known) - _MOST_REMEMBERED)]:
+        for oldest in list(self._known)[: max(0, len(self._known) - _MAX_REMEMBERED)]:
             del self._known[oldest]
         return len(trees)
 
     def max_objects(self, limit: int) -> int:
-        """Of a reply: it holds at most two arrays for each of the request's (its change, and a statistic), and a few records."""
-        return min(limit, max(_FEWEST_ALLOWED, 2 * self._largest + 32)) if self._largest else limit
+        """Return the largest number of objects of a reply: two arrays for each of the request's, and a few records."""
+        return min(limit, max(_MIN_OBJECTS, 2 * self._largest + 32)) if self._largest else limit
 
-    def holds(self, identifiers: Iterable[str]) -> bool:
+    def contains_any(self, identifiers: Iterable[str]) -> bool:
         return any(bytes.fromhex(identifier) in self._known for identifier in identifiers)
 
 
 def find_push_problem(content: bytes, limit: int, sent: SentObjects) -> str | None:
-    """Why the content of a `push-messages` may not pass; None where it may.
+    """Return why the content of a `push-messages` may not pass; None where it may.
 
     Args:
-        content: any bytes. They are counted before anything is built from them.
-        limit: the most objects of a reply, whatever was asked.
-        sent: what the server has sent so far.
+        content: Any bytes. They are counted before anything is built from them.
+        limit: The largest number of objects of a reply, whatever was asked.
+        sent: The objects that the server has sent so far.
     """
     most = sent.max_objects(limit)
     try:
-        if reason := _wrong_outline(content, most):
+        if reason := _find_outline_problem(content, most):
             return reason
         request = sent.fleet.parse_push(content)
     except (MalformedMessage, DecodeError):
@@ -85,27 +92,27 @@ def find_push_problem(content: bytes, limit: int, sent: SentObjects) -> str | No
     [message] = request.messages_list
     [tree] = request.message_object_trees
     return (
-        _wrong_sender(message.metadata, request.node.node_id, sent.fleet.server_node)
-        or _wrong_times(message.metadata, request.clientapp_runtime_list)
-        or _wrong_tree(tree, message.metadata.message_id, sent)
+        _find_sender_problem(message.metadata, request.node.node_id, sent.fleet.server_node)
+        or _find_time_problem(message.metadata, request.clientapp_runtime_list)
+        or _find_tree_problem(tree, message.metadata.message_id, sent)
     )
 
 
-def _wrong_outline(content: bytes, most: int) -> str | None:
-    """By the lengths of its fields."""
-    found = list(fields(content, 5))
+def _find_outline_problem(content: bytes, most: int) -> str | None:
+    """Check the lengths of its fields."""
+    found = list(iterate_fields(content, 5))
     numbers = sorted(number for number, _ in found)
     if numbers not in ([_NODE, _MESSAGE, _TREE], [_NODE, _MESSAGE, _TREE, _RUNTIME]):
         return f"it has the fields {numbers}, expected a node, one message, its tree, and how long it took"
-    if any(get_field_length(value) > _MOST_HEADER for number, value in found if number != _TREE):
-        return f"its message has more than {_MOST_HEADER} bytes beside the tree: expected one without content"
+    if any(get_field_length(value) > _MAX_HEADER_BYTES for number, value in found if number != _TREE):
+        return f"its message has more than {_MAX_HEADER_BYTES} bytes beside the tree: expected one without content"
     [tree] = [value for number, value in found if number == _TREE]
-    count = _count(tree if isinstance(tree, bytes) else b"", most)
+    count = _count_objects(tree if isinstance(tree, bytes) else b"", most)
     return f"its tree has more than {most} objects" if count > most else None
 
 
-def _count(tree: bytes, most: int) -> int:
-    """The objects of a tree; one above the limit are not looked at. Raises Damaged for what is deeper than any."""
+def _count_objects(tree: bytes, most: int) -> int:
+    """Count the objects of a tree, up to one above the limit. Raises MalformedMessage where it is deeper than any message."""
     count = 0
     waiting = [(tree, 1)]
     while waiting:
@@ -114,7 +121,7 @@ def _count(tree: bytes, most: int) -> int:
         if depth > MAX_DEPTH:
             raise MalformedMessage
         try:
-            inside = list(fields(part, most + 1))  # its identifier, and children
+            inside = list(iterate_fields(part, most + 1))  # its identifier, and children
         except TooManyFields:
             return most + 1
         waiting += [(value, depth + 1) for number, value in inside if number == _CHILDREN and isinstance(value, bytes)]
@@ -123,8 +130,8 @@ def _count(tree: bytes, most: int) -> int:
     return count
 
 
-def _wrong_sender(about: Metadata, node: int, server: int) -> str | None:
-    """node: the SuperLink compares it with the key. server: the SuperLink's own node."""
+def _find_sender_problem(about: Metadata, node: int, server: int) -> str | None:
+    """Check the addresses. node: the SuperLink compares it with the key. server: the SuperLink's own node."""
     if not about.reply_to_message_id:
         return "it replies to nothing: only the server sends requests"
     if about.src_node_id != node or node == server:
@@ -134,28 +141,28 @@ def _wrong_sender(about: Metadata, node: int, server: int) -> str | None:
     return None
 
 
-def _wrong_times(about: Metadata, took: Iterable[float]) -> str | None:
-    """took: seconds, as Flower's nodes say how long they worked."""
+def _find_time_problem(about: Metadata, took: Iterable[float]) -> str | None:
+    """Check the times. took: seconds, as Flower's nodes say how long they worked."""
     stated = [("ttl", about.ttl), ("created_at", about.created_at), *(("clientapp_runtime", seconds) for seconds in took)]
     for name, value in stated:
-        if not (math.isfinite(value) and 0 <= value <= _LONGEST):
+        if not (math.isfinite(value) and 0 <= value <= _MAX_SECONDS):
             return f"its {name} is {value:g}: expected a number of seconds"
     return None
 
 
-def _wrong_tree(tree: ObjectTree, message: str, sent: SentObjects) -> str | None:
-    found = [part.object_id for part in _parts(tree)]
-    if not all(_OBJECT.fullmatch(identifier) for identifier in found):
+def _find_tree_problem(tree: ObjectTree, message: str, sent: SentObjects) -> str | None:
+    found = [part.object_id for part in _iterate_tree(tree)]
+    if not all(_OBJECT_ID.fullmatch(identifier) for identifier in found):
         return "an object of its tree has no identifier as Flower writes them"
     if tree.object_id != message:
         return "its tree is that of another message"
     if len(found) != len(set(found)):
         return "an object is in its tree twice"
-    return "its tree holds an object that the server has sent" if sent.holds(found) else None
+    return "its tree holds an object that the server has sent" if sent.contains_any(found) else None
 
 
-def _parts(tree: ObjectTree) -> Iterator[ObjectTree]:
-    """Every object of a tree, without recursion."""
+def _iterate_tree(tree: ObjectTree) -> Iterator[ObjectTree]:
+    """Yield every object of a tree, without recursion."""
     waiting = [tree]
     while waiting:
         part = waiting.pop()

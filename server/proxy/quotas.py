@@ -18,16 +18,19 @@ from cotune.server.proxy.rules import Refusal
 # seconds
 HOUR = 3600.0
 DAY = 86400.0
-_SPARE = 4  # replies
-_OBJECTS = ("push-object", "pull-object")  # the calls with content worth counting: the rest is bounded by `Limits`
+_SPARE_REPLIES = 4  # replies
+_COUNTED_CALLS = ("push-object", "pull-object")  # the calls with content worth counting: the rest is bounded by `Limits`
 
 
 class Quotas(BaseModel):
-    """Of one member.
+    """What one member may take of the server, beyond what its requests need.
 
-    messages: announcements beyond one for each request handed over; all of them come back in an hour. reply: bytes of the largest
-    reply, or request, of the plan. bytes: of content in both directions, beyond twice `reply` for each request; they come back in
-    an hour. disk: bytes of objects beyond the reply to each request; they come back in a day. None: four times `reply`.
+    Attributes:
+        messages: Announcements beyond one for each request; they come back in an hour.
+        reply: Bytes of the largest reply, or request, of the plan.
+        bytes: Bytes of content in both directions, beyond twice `reply` for each request; they come back in an hour. None: four
+            times `reply`.
+        disk: Bytes of objects beyond the reply to each request; they come back in a day. None: four times `reply`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,15 +44,21 @@ class Quotas(BaseModel):
 
     @property
     def max_bytes(self) -> int:
-        return self.bytes if self.bytes is not None else _SPARE * self.reply
+        return self.bytes if self.bytes is not None else _SPARE_REPLIES * self.reply
 
     @property
     def max_disk(self) -> int:
-        return self.disk if self.disk is not None else _SPARE * self.reply
+        return self.disk if self.disk is not None else _SPARE_REPLIES * self.reply
 
 
 class Allowance:
-    """So much at a time, all of which comes back within so many seconds. clock: in seconds."""
+    """An amount that is used up and comes back with time (a token bucket).
+
+    Args:
+        most: The whole amount.
+        seconds: In which all of it comes back.
+        clock: The time in seconds.
+    """
 
     def __init__(self, most: int, seconds: float, clock: Callable[[], float]) -> None:
         self._most = most
@@ -59,18 +68,18 @@ class Allowance:
         self._at = clock()
 
     def take(self, amount: int) -> bool:
-        """False, and nothing is taken, where there is not so much."""
+        """Take an amount, and return True; where there is not so much, take nothing and return False."""
         if self.left < amount:
             return False
         self._left -= amount
         return True
 
     def spend(self, amount: int) -> None:
-        """What has been used already; the rest is owed."""
+        """Take an amount that has been used already; what is missing is owed."""
         self._left = max(self.left - amount, -float(self._most))
 
     def give(self, amount: int) -> None:
-        """Never beyond all of it."""
+        """Give an amount back, never beyond the whole amount."""
         self._left = min(self.left + amount, float(self._most))
 
     @property
@@ -82,16 +91,21 @@ class Allowance:
 
 
 class Usage:
-    """Of all members, since the front was started: a member cannot restart it."""
+    """What all members have taken since the proxy was started; no member can restart it.
+
+    Args:
+        quotas: Of one member.
+        clock: The time in seconds.
+    """
 
     def __init__(self, quotas: Quotas, clock: Callable[[], float] = time.monotonic) -> None:
         self._quotas = quotas
         self._clock = clock
-        self._members: dict[str, _Used] = {}
+        self._members: dict[str, _MemberUsage] = {}
 
     def record_requests(self, member: str, requests: int) -> None:
-        """A member is about to learn of so many requests."""
-        used = self._of(member)
+        """Give a member what it needs for so many requests, which it is about to learn of."""
+        used = self._get_usage(member)
         reply = self._quotas.reply
         for _ in range(requests):
             used.messages.give(1)
@@ -99,19 +113,25 @@ class Usage:
             used.disk.give(min(used.stored, reply))  # the reply before was taken by the server, or nobody wants it any more
             used.stored = 0
 
-    def announce(self, member: str) -> Refusal | None:
-        """Why a member may not announce a reply now; None where it may."""
-        if self._of(member).messages.take(1):
+    def take_message(self, member: str) -> Refusal | None:
+        """Take one announcement; return the refusal where the member may not announce a reply now."""
+        if self._get_usage(member).messages.take(1):
             return None
         return Refusal(
             429, f"it has announced {self._quotas.messages} replies that nobody asked for: its quota of messages is used up"
         )
 
     def take(self, member: str, call: str, size: int) -> Refusal | None:
-        """Why a call with so many bytes of content may not pass now; None where it may."""
-        if call not in _OBJECTS:
+        """Take the content of a call; return the refusal where it may not pass now.
+
+        Args:
+            member: The caller.
+            call: Its name.
+            size: Bytes of its content.
+        """
+        if call not in _COUNTED_CALLS:
             return None
-        used = self._of(member)
+        used = self._get_usage(member)
         if used.bytes.left < size:
             return Refusal(
                 429, f"it has moved {self._quotas.max_bytes} bytes beyond what it was asked for: its quota of bytes is used up"
@@ -122,19 +142,19 @@ class Usage:
         used.stored += size if call == "push-object" else 0
         return None
 
-    def answered(self, member: str, call: str, size: int) -> None:
-        """So many bytes of content went to a member."""
-        if call in _OBJECTS:
-            self._of(member).bytes.spend(size)
+    def record_response(self, member: str, call: str, size: int) -> None:
+        """Count bytes of content that went to a member."""
+        if call in _COUNTED_CALLS:
+            self._get_usage(member).bytes.spend(size)
 
-    def _of(self, member: str) -> _Used:
+    def _get_usage(self, member: str) -> _MemberUsage:
         if member not in self._members:
-            self._members[member] = _Used(self._quotas, self._clock)
+            self._members[member] = _MemberUsage(self._quotas, self._clock)
         return self._members[member]
 
 
-class _Used:
-    """Of one member. stored: bytes of objects since a request was handed over to it."""
+class _MemberUsage:
+    """The allowances of one member. stored: bytes of objects since its last request."""
 
     def __init__(self, quotas: Quotas, clock: Callable[[], float]) -> None:
         self.messages = Allowance(quotas.messages, HOUR, clock)

@@ -1,4 +1,4 @@
-"""A log that nobody outside can fill: a few lines of a kind in a minute, and then how many were left out."""
+"""A log that no client can fill: a few lines of a kind in a minute, and then how many were left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 LINES = 5
 SECONDS = 60.0
-_MOST_KINDS = 1000
+_MAX_KINDS = 1000
 
 
 @dataclass
@@ -19,15 +19,20 @@ class _Kind:
 
 
 class RateLimitedLog:
-    """log: takes a line. clock: in seconds."""
+    """Writes at most five lines of a kind in a minute.
+
+    Args:
+        log: Takes a line.
+        clock: The time in seconds.
+    """
 
     def __init__(self, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log
         self._clock = clock
         self._kinds: dict[str, _Kind] = {}
 
-    def tell(self, kind: str, line: str) -> None:
-        """kind: those of one kind share a limit."""
+    def write(self, kind: str, line: str) -> None:
+        """Write a line, unless too many of its kind were written."""
         now = self._clock()
         found = self._kinds.get(kind)
         if found is None or now - found.since >= SECONDS:
@@ -35,7 +40,7 @@ class RateLimitedLog:
                 self._log(f"{found.left_out} more lines like the following were left out")
             self._kinds.pop(kind, None)
             found = self._kinds[kind] = _Kind(now)
-            while len(self._kinds) > _MOST_KINDS:
+            while len(self._kinds) > _MAX_KINDS:
                 del self._kinds[next(iter(self._kinds))]
         if found.lines < LINES:
             found.lines += 1

@@ -1,4 +1,4 @@
-"""What may pass from the public port to the SuperLink, by a request's head: calls of Flower's Fleet API, and nothing else.
+"""Rules for the head of a request: calls of Flower's Fleet API pass from the public port to the SuperLink, and nothing else.
 
 The SuperLink serves Fleet, Control and Runtime on one port, and its Control API asks nobody who they are.
 """
@@ -44,21 +44,26 @@ class Limits(BaseModel):
     grace: float = Field(10.0, ge=0)  # seconds for requests under way when the front stops
 
     def get_transfer_seconds(self, size: int) -> float:
-        """How long so many bytes may take on the way."""
+        """Return the seconds that so many bytes may take on their way."""
         return self.patience + size / self.bytes_per_second
 
     def get_content_limit(self, call: str) -> tuple[str, int]:
-        """The limit's name, and the most bytes of content of a call."""
+        """Return the name of the limit of a call's content, and its bytes."""
         name = {"push-messages": "push_messages", "push-object": "push_object"}.get(call, "body")
         return name, int(getattr(self, name))
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An HTTP status, and a sentence for anyone who reads the other side's log. code: Flower's own, where it has one.
+    """The answer to a request that does not pass.
 
     Flower takes 403 for a run that has ended, ends at 401, and tries again after 429, 502, 503 and 504: none of them is for
     what will never pass.
+
+    Attributes:
+        status: Of HTTP.
+        reason: A sentence, which the client's log shows.
+        code: Flower's own, where it has one.
     """
 
     status: int
@@ -66,21 +71,23 @@ class Refusal:
     code: int | None = None
 
 
-_CALL = re.compile(rb"/v1/fleet/([a-z]+(?:-[a-z]+)*)")  # no query, escapes or dots: nothing that two parsers may read differently
-_PASSED = frozenset({b"accept", b"content-length", b"content-type", b"date", b"user-agent"})
-_REFUSED = (b"transfer-encoding", b"content-encoding", b"upgrade", b"expect")
+_FLEET_PATH = re.compile(
+    rb"/v1/fleet/([a-z]+(?:-[a-z]+)*)"
+)  # no query, escapes or dots: nothing that two parsers may read differently
+_FORWARDED_HEADERS = frozenset({b"accept", b"content-length", b"content-type", b"date", b"user-agent"})
+_REFUSED_HEADERS = (b"transfer-encoding", b"content-encoding", b"upgrade", b"expect")
 
 
 def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
-    """Why a request may not pass; None when it may. It is well-formed: h11 has read it."""
-    if request.method != b"POST" or not _CALL.fullmatch(request.target):
+    """Return why a request, which h11 has read, may not pass; None where it may."""
+    if request.method != b"POST" or not _FLEET_PATH.fullmatch(request.target):
         return Refusal(404, "there is nothing here but Flower's Fleet API: give this address to a SuperNode")
     if request.http_version != b"1.1":
         return Refusal(505, f"this is HTTP/{request.http_version.decode()}, expected HTTP/1.1")
     if sum(len(name) + len(value) for name, value in request.headers) > limits.head:  # h11 measures incomplete heads only
         return Refusal(431, f"the headers have more than {limits.head} bytes: raise limits.head at the server")
     names = [name for name, _ in request.headers]
-    for name in _REFUSED:
+    for name in _REFUSED_HEADERS:
         if name in names:
             return Refusal(400, f"the header {name.decode()} is not accepted: send the content with its Content-Length")
     if names.count(b"content-length") != 1:
@@ -93,17 +100,17 @@ def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
 
 
 def get_call(request: h11.Request) -> str:
-    """The name of the call, such as push-object; empty where it is none of the Fleet API."""
-    found = _CALL.fullmatch(request.target)
+    """Return the name of a call, such as push-object; "" where it is none of the Fleet API."""
+    found = _FLEET_PATH.fullmatch(request.target)
     return found[1].decode() if found else ""
 
 
 def content_length(request: h11.Request) -> int:
-    """The size that a request declares, in bytes; 0 without."""
+    """Return the bytes of content that a request declares; 0 where it declares none."""
     return next((int(value) for name, value in request.headers if name == b"content-length"), 0)
 
 
 def forwarded_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Those that Flower's calls need, of a request or an answer: all else, such as who the client says it is, stays here."""
+    """Return the headers of a request or an answer that Flower's calls need, names in lower case; no others are forwarded."""
     lowered = ((name.lower(), value) for name, value in headers)
-    return [(name, value) for name, value in lowered if name in _PASSED or name.startswith(b"flwr-")]
+    return [(name, value) for name, value in lowered if name in _FORWARDED_HEADERS or name.startswith(b"flwr-")]

@@ -1,4 +1,4 @@
-"""The front: the one public port of a coordinator. It ends TLS, knows the members, and passes their Fleet calls to a SuperLink.
+"""The front, the one public port of a coordinator: it ends TLS, authenticates members and forwards their calls to a SuperLink.
 
 It is told everything that it needs, so that it stays small, and apart from the rest: `ProxySetup`.
 """
@@ -18,7 +18,7 @@ from typing import Self
 
 from cotune.errors import RunError
 from cotune.server.proxy.authentication import FindMember
-from cotune.server.proxy.connection import PIECE, ClientConnection
+from cotune.server.proxy.connection import CHUNK_BYTES, ClientConnection
 from cotune.server.proxy.fleet_format import FleetFormat
 from cotune.server.proxy.guard import RequestGuard, ignore_refusal
 from cotune.server.proxy.quotas import Quotas
@@ -65,11 +65,11 @@ class ProxySetup:
 
 
 def serve(setup: ProxySetup) -> None:
-    """Until SIGTERM or SIGINT. Raises RunError as `TlsProxy` does."""
-    asyncio.run(_until_signaled(setup))
+    """Serve until SIGTERM or SIGINT. Raises RunError as `TlsProxy`."""
+    asyncio.run(_serve_until_signaled(setup))
 
 
-async def _until_signaled(setup: ProxySetup) -> None:
+async def _serve_until_signaled(setup: ProxySetup) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
@@ -79,9 +79,10 @@ async def _until_signaled(setup: ProxySetup) -> None:
 
 
 class TlsProxy:
-    """Listens as long as it is entered; leaving it lets the requests under way finish, for `limits.grace` seconds.
+    """Listens while it is entered. On exit, requests under way may finish within `limits.grace` seconds.
 
-    Raises RunError on entry when the port cannot be had.
+    Raises:
+        RunError: On entry, if the port cannot be opened.
     """
 
     superlink: SuperLink
@@ -90,28 +91,28 @@ class TlsProxy:
         self.setup = setup
         self.limits = setup.limits
         self.guard = RequestGuard.of(setup.limits, setup.quotas, setup.known, setup.fleet, setup.refused, setup.turned_away)
-        self._exchanges: dict[asyncio.Task[None], ClientConnection | None] = {}  # None: the handshake is not over
+        self._connections: dict[asyncio.Task[None], ClientConnection | None] = {}  # None: the handshake is not over
 
     async def __aenter__(self) -> Self:
-        self._listener = listen(self.setup.host, self.setup.port)
+        self._listener = open_listener(self.setup.host, self.setup.port)
         self.port: int = self._listener.getsockname()[1]
         self.superlink = SuperLink(self.setup.superlink_port, self.setup.trusted, self.limits)
-        self._accepting = asyncio.create_task(self._accept())
+        self._accept_task = asyncio.create_task(self._accept())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._accepting.cancel()
-        await asyncio.wait([self._accepting])
+        self._accept_task.cancel()
+        await asyncio.wait([self._accept_task])
         self._listener.close()
-        for task, exchange in self._exchanges.items():
-            if exchange is None or exchange.waiting:
+        for task, connection_handler in self._connections.items():
+            if connection_handler is None or connection_handler.waiting:
                 task.cancel()
             else:
-                exchange.stop()
+                connection_handler.stop()
         for grace in (self.limits.grace, self.limits.linger):
-            if self._exchanges:
-                await asyncio.wait(self._exchanges, timeout=grace)
-            for task in self._exchanges:
+            if self._connections:
+                await asyncio.wait(self._connections, timeout=grace)
+            for task in self._connections:
                 task.cancel()
         await self.superlink.close()
 
@@ -121,58 +122,62 @@ class TlsProxy:
             try:
                 connection, address = await loop.sock_accept(self._listener)
             except OSError as error:  # the client is gone already, or there is no file descriptor left
-                self.guard.log.tell("accept", f"a connection could not be accepted ({error})")
+                self.guard.log.write("accept", f"a connection could not be accepted ({error})")
                 await asyncio.sleep(0.1)
                 continue
-            self._begin(connection, address[0])
+            self._start_connection(connection, address[0])
 
-    def _begin(self, connection: socket.socket, client: str) -> None:
+    def _start_connection(self, connection: socket.socket, client: str) -> None:
         tasks = list[asyncio.Task[None]]()
         address = None if self.setup.proxied else get_address_group(client)
         slot = self.guard.slots.enter(address, lambda: self._evict(tasks[0], client))
         if slot is None:
             line = f"{client} holds {self.limits.connections_per_address} connections of members: one more is refused"
-            self.guard.log.tell(f"full {address}", line)
+            self.guard.log.write(f"full {address}", line)
             connection.close()  # Flower's clients try again
             return
-        tasks.append(task := asyncio.create_task(self._converse(connection, client, slot)))
-        self._exchanges[task] = None
-        task.add_done_callback(lambda task: self._end(task, connection, client, slot))
+        tasks.append(task := asyncio.create_task(self._handle_connection(connection, client, slot)))
+        self._connections[task] = None
+        task.add_done_callback(lambda task: self._end_connection(task, connection, client, slot))
 
     def _evict(self, task: asyncio.Task[None], client: str) -> None:
         line = f"{self.limits.strangers} connections of strangers, or too many of one address: the oldest of {client} makes room"
-        self.guard.log.tell("evicted", line)
-        if exchange := self._exchanges[task]:
-            exchange.cut()
+        self.guard.log.write("evicted", line)
+        if connection_handler := self._connections[task]:
+            connection_handler.cut()
         task.cancel()
 
-    def _end(self, task: asyncio.Task[None], connection: socket.socket, client: str, slot: Slot) -> None:
-        if self._exchanges.pop(task) is None:
+    def _end_connection(self, task: asyncio.Task[None], connection: socket.socket, client: str, slot: Slot) -> None:
+        if self._connections.pop(task) is None:
             connection.close()  # perhaps it was evicted before the task had begun
         self.guard.slots.leave(slot)
         if not task.cancelled() and (error := task.exception()):
-            self.guard.log.tell("failed", f"a connection of {client} failed ({type(error).__name__}: {error})")
+            self.guard.log.write("failed", f"a connection of {client} failed ({type(error).__name__}: {error})")
 
-    async def _converse(self, connection: socket.socket, client: str, slot: Slot) -> None:
+    async def _handle_connection(self, connection: socket.socket, client: str, slot: Slot) -> None:
         task = asyncio.current_task()
         assert task is not None
         try:
             async with asyncio.timeout(self.limits.first_byte):
-                encrypted = await _first_byte(connection) == TLS_HANDSHAKE
+                encrypted = await _peek_first_byte(connection) == TLS_HANDSHAKE
             async with asyncio.timeout(self.limits.patience):
-                reader, writer = await _streams(connection, self.setup.context if encrypted else None)
+                reader, writer = await _open_streams(connection, self.setup.context if encrypted else None)
         except (OSError, ssl.SSLError, TimeoutError):
             connection.close()
             return
         except asyncio.CancelledError:
             connection.close()
             raise
-        exchange = self._exchanges[task] = ClientConnection(reader, writer, client, self.guard, slot)
-        await exchange.run(self.superlink if encrypted else None)
+        connection_handler = self._connections[task] = ClientConnection(reader, writer, client, self.guard, slot)
+        await connection_handler.run(self.superlink if encrypted else None)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Raises RunError, in one sentence, where the port cannot be had."""
+def open_listener(host: str, port: int) -> socket.socket:
+    """Open a port to listen at.
+
+    Raises:
+        RunError: If it is taken, not permitted, or the address is not one of this machine.
+    """
     try:
         dual = host == "::" and socket.has_dualstack_ipv6()
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -180,19 +185,23 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise RunError(
-                f"port {port} of {host} is taken: end the program that listens there, or choose another port"
+                f"port {port} of {host} is taken: end the program that listens there, or choose another port",
+                code="run.port_in_use",
             ) from None
         if error.errno == errno.EACCES:
-            raise RunError(f"port {port} needs the administrator's rights: choose one from 1024 on") from None
+            raise RunError(
+                f"port {port} needs the administrator's rights: choose one from 1024 on", code="run.port_not_permitted"
+            ) from None
         raise RunError(
-            f"{host}, port {port}, cannot be listened at ({error.strerror}): expected an address of this machine"
+            f"{host}, port {port}, cannot be listened at ({error.strerror}): expected an address of this machine",
+            code="run.invalid_listen_address",
         ) from None
     listener.setblocking(False)
     return listener
 
 
-async def _first_byte(connection: socket.socket) -> bytes:
-    """Looked at, and left there for the handshake."""
+async def _peek_first_byte(connection: socket.socket) -> bytes:
+    """Return the first byte, and leave it there for the handshake."""
     loop = asyncio.get_running_loop()
     arrived = asyncio.Event()
     connection.setblocking(False)
@@ -204,11 +213,11 @@ async def _first_byte(connection: socket.socket) -> bytes:
     return connection.recv(1, socket.MSG_PEEK)
 
 
-async def _streams(
+async def _open_streams(
     connection: socket.socket, context: ssl.SSLContext | None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=PIECE)
+    reader = asyncio.StreamReader(limit=CHUNK_BYTES)
     protocol = asyncio.StreamReaderProtocol(reader)
     transport, _ = await loop.connect_accepted_socket(lambda: protocol, connection, ssl=context)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)

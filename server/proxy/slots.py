@@ -18,7 +18,13 @@ from cotune.server.proxy.rules import Limits
 
 @dataclass(eq=False)
 class Slot:
-    """A connection. address: None where all come through a proxy of the server's own. member: once it is known."""
+    """A connection.
+
+    Attributes:
+        address: Of the client; None where all connections come through a proxy of the server's own.
+        evict: Ends the connection.
+        member: Whose it is, once that is known.
+    """
 
     address: str | None
     evict: Callable[[], None]
@@ -26,14 +32,22 @@ class Slot:
 
 
 class Slots:
-    """In the order in which they came."""
+    """The connections that are held, in the order in which they came."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._held: dict[Slot, None] = {}
 
     def enter(self, address: str | None, evict: Callable[[], None]) -> Slot | None:
-        """None where the address holds too many already, all of members."""
+        """Hold a new connection, evicting another where that is needed.
+
+        Args:
+            address: Of the client; None where all connections come through a proxy of the server's own.
+            evict: Ends the connection.
+
+        Returns:
+            Its slot; None where the address holds too many connections of members already.
+        """
         strangers = self._strangers()
         same = [slot for slot in self._held if address is not None and slot.address == address]
         if len(same) >= self._limits.connections_per_address:
@@ -48,7 +62,11 @@ class Slots:
         return slot
 
     def recognize(self, slot: Slot, member: str) -> str | None:
-        """A member has signed a request on it. Returns why it cannot be kept, if it cannot."""
+        """Assign a connection to the member that has signed a request on it.
+
+        Returns:
+            Why the connection cannot be kept; None where it can.
+        """
         if slot.member == member:
             return None
         members = [other for other in self._held if other.member is not None and other is not slot]
@@ -62,7 +80,7 @@ class Slots:
         return None
 
     def _make_room(self, held: Counter[str | None], own: int) -> bool:
-        """For a member with so many connections. held: those of each. Whether one was evicted for it."""
+        """Evict a connection for a member with `own` connections; return whether one was. held: connections of each member."""
         share = self._limits.connections // (len(held) + (not own))
         most, count = held.most_common(1)[0]
         return own < share < count and self._evict_oldest([slot for slot in self._held if slot.member == most])
@@ -85,7 +103,7 @@ class Slots:
 
 
 def get_address_group(address: str) -> str:
-    """What counts as one address: of IPv6 the network /64, which anybody has; an IPv4 address within IPv6 is itself."""
+    """Return what counts as one address: of IPv6 the network /64, which anybody has; an IPv4 address within IPv6 is itself."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

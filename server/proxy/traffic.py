@@ -1,4 +1,4 @@
-"""How much content is on its way at a time, over all connections and for each member: the SuperLink holds it in memory."""
+"""Limits of the content that is on its way at a time, in all and of each member: the SuperLink holds it in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cotune.server.proxy.rules import Limits
 
 
 class Traffic:
-    """Anyone who comes while too much is under way waits for its turn, and is not read meanwhile."""
+    """Content that is on its way. A request that comes while it is too much waits, and is not read meanwhile."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -20,11 +20,11 @@ class Traffic:
         self._announcing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @asynccontextmanager
-    async def taken(self, member: str, size: int) -> AsyncIterator[None]:
-        """So many bytes, for as long as the block takes. Raises TimeoutError where there is no room within `limits.queue`."""
+    async def reserve(self, member: str, size: int) -> AsyncIterator[None]:
+        """Reserve bytes for a member during the block. Raises TimeoutError where there is no room within `limits.queue`."""
         async with self._changed:
             async with asyncio.timeout(self._limits.queue):
-                await self._changed.wait_for(lambda: self._fits(member, size))
+                await self._changed.wait_for(lambda: self._has_room(member, size))
             self._by_member[member] += size
         try:
             yield
@@ -34,8 +34,8 @@ class Traffic:
                 self._changed.notify_all()
 
     @asynccontextmanager
-    async def announcing(self, member: str) -> AsyncIterator[None]:
-        """One reply of a member at a time: each locks the SuperLink's database. Raises TimeoutError as `taken` does."""
+    async def announcement_turn(self, member: str) -> AsyncIterator[None]:
+        """Let a member announce one reply at a time: each locks the SuperLink's database. Raises TimeoutError as `reserve`."""
         lock = self._announcing[member]  # as many as there are members
         async with asyncio.timeout(self._limits.queue):
             await lock.acquire()
@@ -44,8 +44,8 @@ class Traffic:
         finally:
             lock.release()
 
-    def _fits(self, member: str, size: int) -> bool:
-        """One alone always does."""
+    def _has_room(self, member: str, size: int) -> bool:
+        """Whether so many bytes may be on their way, too; the content of one request alone always may."""
         own = self._by_member[member]
         everybody = self._by_member.total()
         if own and own + size > self._limits.in_flight_per_member:

@@ -12,7 +12,13 @@ from cotune.server.proxy.rules import Limits, forwarded_headers
 
 
 class SuperLink:
-    """Over TLS: with SuperNode authentication it speaks nothing else."""
+    """A client of the SuperLink. It speaks TLS: with SuperNode authentication the SuperLink takes nothing else.
+
+    Args:
+        port: Of the SuperLink on 127.0.0.1.
+        context: Verifies its certificate.
+        limits: Of connections and times.
+    """
 
     def __init__(self, port: int, context: ssl.SSLContext, limits: Limits) -> None:
         self.url = httpx.URL(f"https://127.0.0.1:{port}")
@@ -25,7 +31,19 @@ class SuperLink:
         self._transport = httpx.AsyncHTTPTransport(verify=context, limits=pool, trust_env=False)
 
     async def ask(self, request: h11.Request, content: AsyncIterator[bytes] | bytes, client: str) -> httpx.Response:
-        """The answer, with its content still to be read. Raises httpx.TransportError."""
+        """Forward a request.
+
+        Args:
+            request: Its head.
+            content: Its content.
+            client: The client's address, for the SuperLink's log.
+
+        Returns:
+            The answer, with its content still to be read.
+
+        Raises:
+            httpx.TransportError: If the SuperLink does not answer.
+        """
         asked = httpx.Request(
             "POST",
             self.url.copy_with(raw_path=request.target),

@@ -1,4 +1,4 @@
-"""The fields of a protobuf message without building it: a megabyte of empty messages would become a hundred times as much.
+"""Reads the fields of a protobuf message without building it: a megabyte of empty messages would take a hundred times as much.
 
 https://protobuf.dev/programming-guides/encoding
 """
@@ -11,28 +11,28 @@ _VARINT = 0
 _FIXED64 = 1
 _BYTES = 2
 _FIXED32 = 5
-_FIXED = {_FIXED64: 8, _FIXED32: 4}
-_LONGEST_VARINT = 10
+_FIXED_LENGTHS = {_FIXED64: 8, _FIXED32: 4}
+_MAX_VARINT_BYTES = 10
 
 
 class MalformedMessage(Exception):
-    """This is no message."""
+    """The bytes are no protobuf message."""
 
 
 class TooManyFields(MalformedMessage):
-    """It has more fields than it may."""
+    """The message has more fields than it may have."""
 
 
-def fields(content: bytes, most: int) -> Iterator[tuple[int, bytes | int]]:
-    """Number and value of each field: an integer for a varint, otherwise its bytes.
+def iterate_fields(content: bytes, most: int) -> Iterator[tuple[int, bytes | int]]:
+    """Yield number and value of each field: an integer for a varint, otherwise its bytes.
 
     Args:
-        content: any bytes.
-        most: the number of fields from which on it is not read any further.
+        content: Any bytes.
+        most: The largest number of fields that are read.
 
     Raises:
-        Damaged: what is malformed, or uses groups.
-        TooMany: what has more fields.
+        MalformedMessage: If it is malformed, or uses groups.
+        TooManyFields: If it has more fields.
     """
     position = 0
     count = 0
@@ -40,25 +40,25 @@ def fields(content: bytes, most: int) -> Iterator[tuple[int, bytes | int]]:
         count += 1
         if count > most:
             raise TooManyFields
-        tag, position = _varint(content, position)
+        tag, position = _read_varint(content, position)
         value: bytes | int
         if tag & 7 == _VARINT:
-            value, position = _varint(content, position)
+            value, position = _read_varint(content, position)
         else:
-            value, position = _counted(content, position, tag & 7)
+            value, position = _read_value(content, position, tag & 7)
         yield tag >> 3, value
 
 
 def get_field_length(value: bytes | int) -> int:
-    """Bytes of a field's value; 0 for a number."""
+    """Return the bytes of a field's value; 0 for a number."""
     return len(value) if isinstance(value, bytes) else 0
 
 
-def _counted(content: bytes, position: int, kind: int) -> tuple[bytes, int]:
+def _read_value(content: bytes, position: int, kind: int) -> tuple[bytes, int]:
     if kind == _BYTES:
-        length, position = _varint(content, position)
-    elif kind in _FIXED:
-        length = _FIXED[kind]
+        length, position = _read_varint(content, position)
+    elif kind in _FIXED_LENGTHS:
+        length = _FIXED_LENGTHS[kind]
     else:
         raise MalformedMessage
     if length > len(content) - position:
@@ -66,9 +66,9 @@ def _counted(content: bytes, position: int, kind: int) -> tuple[bytes, int]:
     return content[position : position + length], position + length
 
 
-def _varint(content: bytes, position: int) -> tuple[int, int]:
+def _read_varint(content: bytes, position: int) -> tuple[int, int]:
     value = 0
-    for i, byte in enumerate(content[position : position + _LONGEST_VARINT]):
+    for i, byte in enumerate(content[position : position + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << (7 * i)
         if byte < 0x80:
             return value, position + i + 1

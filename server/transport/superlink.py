@@ -244,7 +244,7 @@ class SuperLinkTransport:
         one of them, that one must not hide the replies of the others.
         """
         try:
-            found = self._line.announced(list(waiting))
+            found = self._line.list_replies(list(waiting))
         except RunStopped:
             raise
         except Exception as error:  # it is busy, or starting; `_watch` tells of it

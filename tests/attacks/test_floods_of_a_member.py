@@ -61,7 +61,7 @@ def test_downloads_again_and_again_come_to_an_end() -> None:
     for _ in range(TRIES):
         if front.status(MALLORY, "pull-object", 100) != 200:
             break
-        front.guard.usage.answered("mallory", "pull-object", CHUNK)
+        front.guard.usage.record_response("mallory", "pull-object", CHUNK)
     else:
         raise AssertionError("nothing ends it")
     assert front.named == {"mallory": 1}

@@ -58,8 +58,8 @@ def test_each_is_counted_by_name_or_by_address(address: str | None, client: str,
 def test_what_is_no_request_of_flowers_names_nobody() -> None:
     """As of those that look for open ports all day."""
     named = list[str]()
-    note = lambda who, reason: named.append(who)  # noqa: E731
-    guard = RequestGuard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, FLEET_FORMAT, note, note)
+    record_member = lambda who, reason: named.append(who)  # noqa: E731
+    guard = RequestGuard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, FLEET_FORMAT, record_member, record_member)
     request = h11.Request(method="GET", target="/", headers=[(b"host", b"x")])
     assert isinstance(guard.admit(request, Slot("203.0.113.7", lambda: None)), Refusal)
     assert named == []
@@ -69,7 +69,7 @@ def test_the_status_shows_both(new_run: NewRun) -> None:
     federation = FederationFolder(Path(real(new_run("mallory", "north")).file.federation))
     federation.superlink.mkdir()
     kept = RefusalLog(federation.superlink / "refused.json")
-    refused([MALLORY, STRANGER, None], (kept.note, kept.note_address), Slot("203.0.113.7", lambda: None))
+    refused([MALLORY, STRANGER, None], (kept.record_member, kept.record_address), Slot("203.0.113.7", lambda: None))
     kept._catch_up()
     found = {(each.who, each.is_member): each.count for each in look(federation, None).refused}
     assert found == {("mallory", True): 1, ("203.0.113.7", False): 2}

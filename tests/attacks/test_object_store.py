@@ -80,7 +80,7 @@ def test_objects_of_its_own_request_are_no_use_against_the_others() -> None:
     mine, theirs = encode_requests("{}", 1, ZEROS, [Recipient("mallory"), Recipient("north")], ZEROS)
     sent = SentObjects(FLEET_FORMAT)
     own = ObjectTree(object_id=identifier(5), children=[get_object_tree(mine)])
-    sent.remember(PullMessagesResponse(message_object_trees=[own]).SerializeToString())
+    sent.record_pull_response(PullMessagesResponse(message_object_trees=[own]).SerializeToString())
     common = {part.object_id for part in parts(mine)} & {part.object_id for part in parts(theirs)}
     assert common
     for part in parts(mine):

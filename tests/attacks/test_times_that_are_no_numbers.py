@@ -95,7 +95,7 @@ class Poisoned:
     def get_nodes(self) -> list[Any]:
         return []
 
-    def announced(self, numbers: Sequence[str]) -> Mapping[str, Any]:
+    def list_replies(self, numbers: Sequence[str]) -> Mapping[str, Any]:
         if self._poison in numbers:
             request = httpx.Request("POST", "https://127.0.0.1/v1/runtime/pull-messages")
             raise httpx.HTTPStatusError("500", request=request, response=httpx.Response(500, request=request))

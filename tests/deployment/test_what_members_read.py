@@ -61,7 +61,7 @@ def test_a_member_learns_no_place_no_host_and_no_user(folder: FederationFolder) 
     with serving(folder) as served:
         until(lambda: served.keys() == served.members() and listens(folder.config.port), served.log)
         authority = (folder.certificates / "ca.crt").read_bytes()
-        with open_control(folder.superlink_address, folder.certificates) as calls:
+        with open_control(folder.superlink_address, folder.files.certificates.authority) as calls:
             calls.start(run.path)
         with connect(f"127.0.0.1:{folder.config.port}", authority, key) as node:
             request = asked(node)

@@ -72,7 +72,7 @@ def test_the_rest_of_a_message_that_does_not_come_is_not_waited_for_for_ever(mes
 
 def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer in all than the silence that ends it."""
-    monkeypatch.setattr(pieces, "_LONGEST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(pieces, "_MAX_RETRY_BACKOFF", 0.02)
     there = parts(message)
     began = time.monotonic()
     lock = threading.Lock()
@@ -90,7 +90,7 @@ def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch
 
 def test_a_piece_that_is_under_way_on_a_slow_line_is_waited_for(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long: another one, which is late, shows only that nothing else has come meanwhile."""
-    monkeypatch.setattr(pieces, "_SLOW_SECONDS", 0.05)
+    monkeypatch.setattr(pieces, "_SLOW_CALL_SECONDS", 0.05)
     there = parts(message)
     came = threading.Event()
     first, second, *_ = there

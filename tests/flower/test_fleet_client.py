@@ -104,7 +104,7 @@ def test_what_is_announced_has_time_left_whatever_the_clock_says(age: float, sec
 
 def test_a_message_of_endless_bytes_is_left_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     client = FakeClient()
-    monkeypatch.setattr(fleet_module, "_MOST_BYTES", 600)
+    monkeypatch.setattr(fleet_module, "_MAX_REQUEST_BYTES", 600)
     tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(1000)])
     with pytest.raises(TooLarge, match="more than 600 bytes"):
         fleet(client).open(request(tree=tree))
@@ -148,7 +148,7 @@ def test_a_server_cannot_send_a_node_to_another_place(status: int) -> None:
 
 
 def test_an_endless_answer_is_left_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "_MOST_ANSWER_BYTES", 3 * 2**20)
+    monkeypatch.setattr(http_limits, "_MAX_RESPONSE_BYTES", 3 * 2**20)
     content = Endless()
     node, _ = served(httpx.Response(200, stream=content))
     with pytest.raises(FleetError, match="its answer has more than 3,145,728 bytes"):

@@ -128,9 +128,9 @@ def test_an_answer_is_fetched_and_confirmed() -> None:
     number, reply = replied()
     superlink = SuperLink(reply)
     made = line(superlink)
-    assert made.announced(["another"]) == {}
+    assert made.list_replies(["another"]) == {}
     came = list[None]()
-    found = made.fetch(made.announced([number, "another"])[number], 10_000, lambda: came.append(None))
+    found = made.fetch(made.list_replies([number, "another"])[number], 10_000, lambda: came.append(None))
     assert found is not None
     assert found.content == reply.content
     assert len(came) == len(get_all_nested_objects(reply))
@@ -141,7 +141,7 @@ def test_an_answer_is_fetched_and_confirmed() -> None:
 def test_a_piece_is_asked_for_again_while_the_superlink_is_away_or_busy(trouble: Any) -> None:
     number, reply = replied()
     made = line(SuperLink(reply, pull_object=[trouble]))
-    found = made.fetch(made.announced([number])[number], 10_000, lambda: None)
+    found = made.fetch(made.list_replies([number])[number], 10_000, lambda: None)
     assert found is not None
     assert found.content == reply.content
 
@@ -149,7 +149,7 @@ def test_a_piece_is_asked_for_again_while_the_superlink_is_away_or_busy(trouble:
 def test_an_answer_counts_though_its_receipt_does_not_get_there() -> None:
     number, reply = replied()
     made = line(SuperLink(reply, confirm_message_received=[httpx.ConnectError("refused")]))
-    assert made.fetch(made.announced([number])[number], 10_000, lambda: None) is not None
+    assert made.fetch(made.list_replies([number])[number], 10_000, lambda: None) is not None
 
 
 def test_an_answer_that_is_larger_than_agreed_is_not_taken() -> None:
@@ -157,7 +157,7 @@ def test_an_answer_that_is_larger_than_agreed_is_not_taken() -> None:
     superlink = SuperLink(reply)
     made = line(superlink)
     with pytest.raises(TooLarge, match="more than 100 bytes"):
-        made.fetch(made.announced([number])[number], 100, lambda: None)
+        made.fetch(made.list_replies([number])[number], 100, lambda: None)
     assert "confirm-message-received" not in superlink.called
 
 
@@ -166,7 +166,7 @@ def test_an_answer_that_is_larger_than_agreed_is_not_taken() -> None:
 def test_a_call_that_fails_is_not_repeated_in_silence(call: str, trouble: Any) -> None:
     number, reply = replied()
     made = line(SuperLink(reply, **{call: [trouble]}))
-    calls: dict[str, Callable[[], Any]] = {"pull_messages": lambda: made.announced([number]), "get_nodes": made.get_nodes}
+    calls: dict[str, Callable[[], Any]] = {"pull_messages": lambda: made.list_replies([number]), "get_nodes": made.get_nodes}
     with pytest.raises(httpx.HTTPError):
         calls.get(call, lambda: made.push(message()))()
 
@@ -175,7 +175,7 @@ def test_a_call_that_fails_is_not_repeated_in_silence(call: str, trouble: Any) -
 def test_a_run_that_was_stopped(call: str) -> None:
     number, reply = replied()
     made = line(SuperLink(reply, **{call: [httpx.Response(403)]}))
-    calls: dict[str, Callable[[], Any]] = {"pull_messages": lambda: made.announced([number]), "get_nodes": made.get_nodes}
+    calls: dict[str, Callable[[], Any]] = {"pull_messages": lambda: made.list_replies([number]), "get_nodes": made.get_nodes}
     with pytest.raises(RunNotRunningException):
         calls.get(call, lambda: made.push(message()))()
 

@@ -139,7 +139,7 @@ class Federation:
         return int(self._flwr("run", app, "loopback", "--run-config", f'run="{run}"', "--format", "json")["run-id"])
 
     def _control(self) -> AbstractContextManager[ControlClient]:
-        return open_control(self.address, self.certificates)
+        return open_control(self.address, self.certificates / "ca.crt")
 
     def _flwr(self, *words: str | Path) -> dict[str, Any]:
         done = subprocess.run(["flwr", *map(str, words)], env=self.env, cwd=self.folder, capture_output=True, text=True)

@@ -80,7 +80,7 @@ class Served:
     def keys(self) -> set[bytes]:
         """That the SuperLink lets in."""
         try:
-            with open_control(self.folder.superlink_address, self.folder.certificates) as calls:
+            with open_control(self.folder.superlink_address, self.folder.files.certificates.authority) as calls:
                 return {node.key for node in calls.nodes()}
         except RunError:
             return set()
@@ -90,7 +90,7 @@ class Served:
 
     def begin_a_run(self, run: RunFolder) -> psutil.Process:
         """Hands it to the executor; returns the process that plays it."""
-        with open_control(self.folder.superlink_address, self.folder.certificates) as calls:
+        with open_control(self.folder.superlink_address, self.folder.files.certificates.authority) as calls:
             calls.start(run.path)
         found: list[psutil.Process] = []
 
@@ -98,7 +98,7 @@ class Served:
             found[:] = [each for each in self.descendants() if any("flwr-serverapp" in word for word in each.cmdline())]
             return bool(found)
 
-        until(begun, self.folder.superlink / "executor.log")
+        until(begun, self.folder.files.superlink.get_log("executor"))
         return found[0]
 
     def stop(self) -> None:

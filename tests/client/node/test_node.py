@@ -31,7 +31,7 @@ from cotune.client.node.worker import TrainerDied
 from cotune.client.training.observe import observe_client
 from cotune.errors import DataError, RunError
 from cotune.flower.chunks import Aborted
-from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, NodeRejected, RequestExpired, _keep_alive
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, NodeRejected, RequestExpired, _restore_ttl
 
 NODE = 5
 RUN = 77
@@ -192,7 +192,7 @@ def test_a_clock_that_has_jumped_drops_nothing(tmp_path: Path, stop: threading.E
     [reply] = fleet.sent
     assert reply.has_content()
     end = reply.metadata.created_at + reply.metadata.ttl
-    _keep_alive(reply)
+    _restore_ttl(reply)
     assert reply.metadata.ttl > 0
     assert reply.metadata.created_at + reply.metadata.ttl == pytest.approx(end)
 
@@ -545,7 +545,7 @@ def test_a_node_with_another_number_goes_on_with_what_it_is_asked_anew(
     worker.answer = later  # type: ignore[method-assign]
     second = FakeFleet(stop, asked_anew(request(), NODE + 1, content))
     second.node_id = NODE + 1
-    node._enter(second)
+    node._activate(second)
     node.serve(second)
     assert worker.given == given
     assert [reply.metadata.src_node_id for reply in second.sent] == [NODE + 1]

@@ -74,7 +74,7 @@ def test_keys_are_announced_learned_and_put_into_use(fed: FederationFolder, site
     renewal = rotation.announce_keys(fed)
     assert rotation.announce_keys(fed) == renewal
     assert signing_key(fed) == old
-    assert rotation.read_renewals(fed.certificates) == read_server_renewals(fed.path / rotation.SERVER_RENEWALS) == [renewal]
+    assert rotation.read_renewals(fed.certificates) == read_server_renewals(fed.files.server_renewals) == [renewal]
     record_renewals(site, rotation.read_renewals(fed.certificates))
     assert believes(site, fed)
     rotation.activate_keys(fed)

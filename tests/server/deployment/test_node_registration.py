@@ -49,7 +49,7 @@ def test_a_key_that_is_refused_does_not_keep_the_others_out() -> None:
 
 @pytest.fixture
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_INTERVAL_SECONDS", 0.01)
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cotune.server.deployment.processes import ProcessRecord, end, find_session_processes
+from cotune.server.deployment.processes import ProcessRecord, find_session_processes, terminate_all
 
 DEAF = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(600)"
 PARENT = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {DEAF!r}]).wait()"
@@ -23,7 +23,7 @@ def parent() -> Iterator[psutil.Process]:
         assert process.stdout is not None
         process.stdout.readline()
         yield psutil.Process(process.pid)
-        end(find_session_processes({process.pid}), 0.1)
+        terminate_all(find_session_processes({process.pid}), 0.1)
 
 
 def test_a_session_is_found_when_its_leader_is_gone(parent: psutil.Process) -> None:
@@ -38,7 +38,7 @@ def test_a_session_is_found_when_its_leader_is_gone(parent: psutil.Process) -> N
 def test_who_does_not_end_when_asked_is_ended(parent: psutil.Process) -> None:
     (child,) = parent.children()
     before = time.monotonic()
-    assert end(find_session_processes({parent.pid}), 0.5) == 2
+    assert terminate_all(find_session_processes({parent.pid}), 0.5) == 2
     assert time.monotonic() - before >= 0.5
     for process in (parent, child):
         assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

@@ -25,7 +25,7 @@ def noted(file: Path, member: str, times: int, reason: str = "its source is anot
     front = RefusalLog(file)
     before = count_of(file, member)
     for _ in range(times):
-        front.note(member, reason)
+        front.record_member(member, reason)
     written(file, member, before + times)
 
 
@@ -43,7 +43,7 @@ def written(file: Path, member: str, count: int) -> None:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusals, "_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(refusals, "_WRITE_INTERVAL_SECONDS", 0.05)
 
 
 def test_a_members_refusals_are_counted_over_restarts_of_the_front(file: Path) -> None:
@@ -63,13 +63,13 @@ def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path,
         atomic_write(path, content)
 
     monkeypatch.setattr(documents, "atomic_write", counted)
-    monkeypatch.setattr(refusals, "_EVERY_SECONDS", 2.0)
+    monkeypatch.setattr(refusals, "_WRITE_INTERVAL_SECONDS", 2.0)
     front = RefusalLog(file)
     for member in ("south", "north"):
-        front.note(member, "no")
+        front.record_member(member, "no")
         assert count_of(file, member) == 1
     for _ in range(500):
-        front.note("south", "no")
+        front.record_member("south", "no")
     assert len(writes) == 2
     written(file, "south", 501)
     assert len(writes) == 3
@@ -81,7 +81,7 @@ def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: py
 
     front = RefusalLog(file)
     monkeypatch.setattr(documents, "atomic_write", full)
-    front.note("south", "no")
+    front.record_member("south", "no")
     assert not read_refusals(file)
 
 
@@ -89,7 +89,7 @@ def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: py
 def test_a_damaged_file_is_none(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     assert not read_refusals(file)
-    RefusalLog(file).note("south", "no")
+    RefusalLog(file).record_member("south", "no")
     assert read_refusals(file)["south"].count == 1
 
 
@@ -178,8 +178,8 @@ def test_a_damaged_beginning_is_begun_anew(file: Path, tmp_path: Path, content: 
 
 def test_strangers_are_counted_by_address_and_members_apart(file: Path) -> None:
     front = RefusalLog(file)
-    front.note_address("203.0.113.7", "too large")
-    front.note_address("203.0.113.7", "far too large")
+    front.record_address("203.0.113.7", "too large")
+    front.record_address("203.0.113.7", "far too large")
     noted_at = time.monotonic() + 600.0
     while "203.0.113.7" not in read_strangers(file):
         assert time.monotonic() < noted_at
@@ -193,8 +193,8 @@ def test_strangers_are_counted_by_address_and_members_apart(file: Path) -> None:
 def test_a_stranger_with_many_addresses_fills_neither_memory_nor_disk(file: Path) -> None:
     front = RefusalLog(file)
     for _ in range(3):
-        front.note_address("203.0.113.7", "too large")
+        front.record_address("203.0.113.7", "too large")
     for number in range(1000):
-        front.note_address(f"2001:db8:0:{number:x}::/64", "too large")
+        front.record_address(f"2001:db8:0:{number:x}::/64", "too large")
     assert len(front._addresses) == refusals._MOST_ADDRESSES
     assert front._addresses["203.0.113.7"].count == 3

@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 
 from cotune.errors import RunError
-from cotune.server.deployment.signing import SIGNING_KEY, create_signing_key, next_serial, public_hex, read_signing_key
+from cotune.server.deployment.layout import CertificateFiles
+from cotune.server.deployment.signing import create_signing_key, next_serial, public_hex, read_signing_key
 
 
 def test_a_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     key = create_signing_key(tmp_path)
     assert public_hex(create_signing_key(tmp_path)) == public_hex(key) == public_hex(read_signing_key(tmp_path))
-    assert stat.S_IMODE((tmp_path / SIGNING_KEY).stat().st_mode) == 0o600
+    assert stat.S_IMODE((CertificateFiles(tmp_path).signing_key).stat().st_mode) == 0o600
 
 
 def test_without_a_key_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cotune server renew"):
         read_signing_key(tmp_path / "certificates")
-    (tmp_path / SIGNING_KEY).write_text("no key")
+    (CertificateFiles(tmp_path).signing_key).write_text("no key")
     with pytest.raises(RunError, match="Ed25519"):
         read_signing_key(tmp_path)
 

@@ -16,7 +16,7 @@ from cotune.flower.control_client import ControlClient
 from cotune.server.deployment.certificates import check_certificate
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.new_run import create_run
-from cotune.server.deployment.status import OrganizationStatus, Status, connections, look
+from cotune.server.deployment.status import OrganizationStatus, Status, look, read_connections
 from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.support.events import make_event
 from tests.support.federations import FakeSuperLink, founded
@@ -60,8 +60,8 @@ def test_who_is_connected_is_known_by_key(federation: FederationFolder) -> None:
     a, b, c = federation.members.all()
     federation.members.revoke("c")
     superlink = cast(ControlClient, FakeSuperLink(online=(b.key, c.key, b"a stranger's")))
-    assert connections(federation.members.all(), superlink) == {"a": "offline", "b": "online"}
-    status = look(federation, connections(federation.members.all(), superlink))
+    assert read_connections(federation.members.all(), superlink) == {"a": "offline", "b": "online"}
+    status = look(federation, read_connections(federation.members.all(), superlink))
     assert status.server_reachable
     assert [o.connection for o in status.organizations] == ["offline", "online", "offline"]
     assert a.key != b.key
@@ -72,7 +72,7 @@ def test_a_superlink_that_is_away_leaves_connections_unknown(federation: Federat
         def nodes(self) -> Any:
             raise RunError("away")
 
-    assert connections(federation.members.all(), cast(ControlClient, Away())) is None
+    assert read_connections(federation.members.all(), cast(ControlClient, Away())) is None
 
 
 def test_the_last_word_of_each_organization(federation: FederationFolder) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from cotune.protocol.messages import Recipient, encode_requests, encode_update
 from cotune.server.front import FLEET_FORMAT
 from cotune.server.proxy.pushes import SentObjects, find_push_problem
-from cotune.server.proxy.wire_format import MalformedMessage, fields
+from cotune.server.proxy.wire_format import MalformedMessage, iterate_fields
 from cotune.strategies import Update
 from tests.support.calls import NODE, announcement, identifier, tree
 
@@ -32,7 +32,7 @@ def reason(request: PushMessagesRequest, sent: SentObjects | None = None, limit:
 
 def pulled(*trees: ObjectTree) -> SentObjects:
     sent = SentObjects(FLEET_FORMAT)
-    sent.remember(PullMessagesResponse(message_object_trees=trees).SerializeToString())
+    sent.record_pull_response(PullMessagesResponse(message_object_trees=trees).SerializeToString())
     return sent
 
 
@@ -198,7 +198,7 @@ def test_a_changed_announcement_passes_or_is_refused_and_what_passes_is_a_reply(
 @given(st.binary(max_size=200))
 def test_remembering_any_bytes_does_no_harm(content: bytes) -> None:
     sent = SentObjects(FLEET_FORMAT)
-    sent.remember(content)
+    sent.record_pull_response(content)
     assert reason(announcement(), sent) is None
 
 
@@ -214,7 +214,7 @@ def test_fields_are_those_that_protobuf_writes(parts: list[tuple[str, int]]) -> 
             request.messages_list.add()
         else:
             request.clientapp_runtime_list.append(float(number))
-    found = list(fields(request.SerializeToString(), 10))
+    found = list(iterate_fields(request.SerializeToString(), 10))
     assert sum(number == 3 for number, _ in found) == len(request.message_object_trees)
     assert sum(number == 2 for number, _ in found) == len(request.messages_list)
     trees = [value for number, value in found if number == 3]
@@ -224,4 +224,4 @@ def test_fields_are_those_that_protobuf_writes(parts: list[tuple[str, int]]) -> 
 @given(st.binary(max_size=200), st.integers(1, 20))
 def test_fields_of_any_bytes_are_few_or_damaged(content: bytes, most: int) -> None:
     with suppress(MalformedMessage):
-        assert len(list(fields(content, most))) <= most
+        assert len(list(iterate_fields(content, most))) <= most

@@ -34,25 +34,25 @@ def status(refusal: Refusal | None) -> int | None:
 
 def test_replies_that_nobody_asked_for_come_to_an_end_and_come_back(clock: Clock) -> None:
     usage = Usage(SMALL, clock)
-    assert [status(usage.announce("m")) for _ in range(5)] == [None, None, None, 429, 429]
+    assert [status(usage.take_message("m")) for _ in range(5)] == [None, None, None, 429, 429]
     clock.now = HOUR / 3 + 1
-    assert [status(usage.announce("m")) for _ in range(2)] == [None, 429]
+    assert [status(usage.take_message("m")) for _ in range(2)] == [None, 429]
     clock.now = 10 * HOUR
-    assert [status(usage.announce("m")) for _ in range(4)] == [None, None, None, 429]
+    assert [status(usage.take_message("m")) for _ in range(4)] == [None, None, None, 429]
 
 
 def test_every_request_allows_a_reply(clock: Clock) -> None:
     usage = Usage(SMALL, clock)
     for _ in range(1000):
         usage.record_requests("m", 1)
-        assert usage.announce("m") is None
+        assert usage.take_message("m") is None
 
 
 def test_bytes_come_to_an_end_in_both_directions_and_come_back(clock: Clock) -> None:
     usage = Usage(Quotas(reply=64 * MIB, bytes=64 * MIB), clock)
     for _ in range(13):
         assert usage.take("m", "pull-object", 100) is None
-        usage.answered("m", "pull-object", CHUNK)
+        usage.record_response("m", "pull-object", CHUNK)
     assert status(usage.take("m", "pull-object", 100)) == 429
     assert status(usage.take("m", "push-object", CHUNK)) == 429
     assert usage.take("m", "send-node-heartbeat", 100) is None
@@ -72,11 +72,11 @@ def test_disk_comes_to_an_end_and_comes_back_in_a_day(clock: Clock) -> None:
 
 def test_what_one_member_takes_is_nobody_elses(clock: Clock) -> None:
     usage = Usage(SMALL, clock)
-    while usage.announce("mallory") is None:
+    while usage.take_message("mallory") is None:
         pass
     while usage.take("mallory", "push-object", CHUNK) is None:
         pass
-    assert usage.announce("north") is None
+    assert usage.take_message("north") is None
     assert usage.take("north", "push-object", CHUNK) is None
 
 
@@ -102,8 +102,8 @@ def test_an_honest_member_never_reaches_a_quota_however_fast_the_rounds_are(
         usage.record_requests("north", times)
         for size in (MIB,) * (request // MIB):
             assert usage.take("north", "pull-object", 0) is None
-            usage.answered("north", "pull-object", size)
-        assert usage.announce("north") is None
+            usage.record_response("north", "pull-object", size)
+        assert usage.take_message("north") is None
         for size in (MIB,) * (reply // MIB):
             assert usage.take("north", "push-object", size) is None
 
@@ -122,7 +122,7 @@ def test_whatever_a_member_does_it_takes_no_more_than_it_was_asked_for_and_the_s
             usage.record_requests("m", 1)
             asked += 1
         elif what == "announce":
-            announced += usage.announce("m") is None
+            announced += usage.take_message("m") is None
         else:
             pushed += amount * (usage.take("m", "push-object", amount) is None)
     assert announced <= SMALL.messages * (1 + clock.now / HOUR) + asked + 1e-6

@@ -425,8 +425,8 @@ def eventually(act: Callable[[], bytes]) -> bytes:
 
 
 def test_a_superlink_that_is_away_or_slow_is_one_to_try_again(folder: Path, upstream: Upstream) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        nobody = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as reserve:
+        nobody = reserve.getsockname()[1]
     with running(folder, nobody) as front:
         assert status(front.ask(post())) == 502
     upstream.answer.clear()

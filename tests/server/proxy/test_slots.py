@@ -98,11 +98,11 @@ def test_a_kind_of_lines_is_told_a_few_times_in_a_minute_and_then_counted() -> N
     now = [0.0]
     sparing = RateLimitedLog(said.append, lambda: now[0])
     for i in range(100):
-        sparing.tell("a", f"a {i}")
-    sparing.tell("b", "b")
+        sparing.write("a", f"a {i}")
+    sparing.write("b", "b")
     assert said == [*(f"a {i}" for i in range(LINES)), "b"]
     now[0] = SECONDS
-    sparing.tell("a", "again")
+    sparing.write("a", "again")
     assert str(100 - LINES) in said[-2]
     assert said[-1] == "again"
 
@@ -110,5 +110,5 @@ def test_a_kind_of_lines_is_told_a_few_times_in_a_minute_and_then_counted() -> N
 def test_kinds_are_not_remembered_for_ever() -> None:
     sparing = RateLimitedLog(lambda line: None, lambda: 0.0)
     for i in range(5000):
-        sparing.tell(str(i), "line")
+        sparing.write(str(i), "line")
     assert len(sparing._kinds) <= 1001

@@ -44,7 +44,7 @@ class FakeLine:
             self.taken.append(name)
         return name
 
-    def announced(self, numbers: Sequence[str]) -> Mapping[str, Any]:
+    def list_replies(self, numbers: Sequence[str]) -> Mapping[str, Any]:
         return {}
 
 
@@ -58,7 +58,7 @@ class SlowLine:
     def push(self, message: Message) -> str:
         return str(message)
 
-    def announced(self, numbers: Sequence[str]) -> Mapping[str, Any]:
+    def list_replies(self, numbers: Sequence[str]) -> Mapping[str, Any]:
         return {number: number for number in numbers}
 
     def fetch(self, answer: str, max_bytes: int, came: Callable[[], None]) -> Message | None:
@@ -126,12 +126,12 @@ def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.Monke
     names = [f"org-{i}" for i in range(9)]
     line = SlowLine(1, 0.0)
 
-    def announced(numbers: Sequence[str]) -> Mapping[str, Any]:
+    def list_replies(numbers: Sequence[str]) -> Mapping[str, Any]:
         if "org-0" in numbers:
             raise httpx.ReadTimeout("slow")
         return {}
 
-    monkeypatch.setattr(line, "announced", announced)
+    monkeypatch.setattr(line, "announced", list_replies)
     with closing(SuperLinkTransport(cast(RuntimeClient, line), Connected(*names), lambda *_, **__: None)) as post:
         for name in names:
             post.send(1, name, cast(Message, name), 100)
