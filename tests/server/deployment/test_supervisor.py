@@ -110,7 +110,7 @@ def test_a_terminal_that_was_closed_does_not_stop_it_from_ending_what_runs(
         "sleeper", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "a.log", os.environ, closed
     )
     broken = SupervisedProcess("broken", ["/nowhere"], tmp_path / "b.log", os.environ, closed)
-    monkeypatch.setattr(supervisor, "_children", lambda folder, say: [sleeper, broken])
+    monkeypatch.setattr(supervisor, "_build_processes", lambda folder, say: [sleeper, broken])
     ended: list[int] = []
     real = supervisor.stop
 
