@@ -196,5 +196,5 @@ def test_a_stranger_with_many_addresses_fills_neither_memory_nor_disk(file: Path
         front.record_address("203.0.113.7", "too large")
     for number in range(1000):
         front.record_address(f"2001:db8:0:{number:x}::/64", "too large")
-    assert len(front._addresses) == refusals._MOST_ADDRESSES
+    assert len(front._addresses) == refusals._MAX_ADDRESSES
     assert front._addresses["203.0.113.7"].count == 3

@@ -90,14 +90,15 @@ def test_signals_are_noted_and_mean_afterwards_what_they_meant_before() -> None:
 
 
 def test_programs_are_those_of_this_python_and_say_nothing_home(folder: FederationFolder) -> None:
-    environment = supervisor._environment(folder)
+    environment = supervisor._build_environment(folder)
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
     assert environment["FLWR_HOME"] == str(folder.superlink / "flwr")
     assert (
-        Path(supervisor._binary("flower-superlink", environment)).parent == Path(supervisor._binary("python", environment)).parent
+        Path(supervisor._find_program("flower-superlink", environment)).parent
+        == Path(supervisor._find_program("python", environment)).parent
     )
     with pytest.raises(RunError, match="flower-nothing is not installed beside"):
-        supervisor._binary("flower-nothing", environment)
+        supervisor._find_program("flower-nothing", environment)
 
 
 def test_a_terminal_that_was_closed_does_not_stop_it_from_ending_what_runs(
