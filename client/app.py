@@ -73,7 +73,10 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
     Approvals(site).check(plan, policy)
     check_base_model(plan, policy)
     if not 1 <= request.round <= plan.rounds:  # a run may end before its last round, with what it has
-        raise RunError(f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds")
+        raise RunError(
+            f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds",
+            code="run.wrong_round",
+        )
     folder = site.models / f"{plan.name}-{plan.plan_id[:12]}"
     about = {
         "plan_id": plan.plan_id,
@@ -84,7 +87,9 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
         model = load_site_model(plan, site)
         state = dict(request.state)
         if broken := not_finite(state):
-            raise RunError(f"the finished model is not finite in {broken[:80]}: expected finite parameters")
+            raise RunError(
+                f"the finished model is not finite in {broken[:80]}: expected finite parameters", code="run.model_not_finite"
+            )
         model.load(state)
         PersonalParameters(plan, site, model, request.round, request.admitted).joined(state)
         card = model_card(plan, privacy=promised(plan), length=model.loaded.max_length)
@@ -104,7 +109,8 @@ def _write(model: TrainableModel, folder: Path, card: str, about: Mapping[str, A
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise RunError(
             f"the finished model cannot be written to {folder} ({reason}): make room, or mend the permissions, and ask the"
-            " coordinator to hand it out again (`cotune server run --resume`)"
+            " coordinator to hand it out again (`cotune server run --resume`)",
+            code="run.not_writable",
         ) from None
 
 
@@ -202,7 +208,10 @@ def _accept(asked: _Asked) -> None:
     check_limits(asked.signed, asked.site.policy(), asked.log)
     _tell_of_strikes(asked.signed.statement, asked.plan)
     if asked.signed.is_notice:
-        raise RunError(f"the coordinator has left this organization out of the run: {printable(asked.signed.statement.refused)}")
+        raise RunError(
+            f"the coordinator has left this organization out of the run: {printable(asked.signed.statement.refused)}",
+            code="run.excluded",
+        )
     _enter(asked, "request", **asked.signed.entry())
 
 
@@ -259,12 +268,18 @@ def _site(request: Request, context: Context) -> Site:
     given = context.node_config.get("site")
     simulated = "partition-id" in context.node_config
     if given is None and not (simulated and request.site):
-        raise RunError('this node does not know its site: expected --node-config with site="FOLDER"')
+        raise RunError('this node does not know its site: expected --node-config with site="FOLDER"', code="run.no_site")
     site = Site(Path(str(given or request.site)))
     if given is None and not site.file.simulated:
-        raise RunError("a request named a site that is not a simulated one: expected the node's own configuration to name it")
+        raise RunError(
+            "a request named a site that is not a simulated one: expected the node's own configuration to name it",
+            code="run.foreign_site",
+        )
     if site.organization != request.organization:
-        raise RunError(f"a request for {request.organization} came to {site.organization}: expected one for this organization")
+        raise RunError(
+            f"a request for {request.organization} came to {site.organization}: expected one for this organization",
+            code="run.wrong_recipient",
+        )
     return site
 
 

@@ -100,7 +100,8 @@ def total_delta(policy: Policy, examples: int) -> float:
     if delta > most:
         raise PrivacyError(
             f"budget.delta_total = {policy.budget.delta_total} gives δ = {delta:.2g} for {examples} examples; expected at most"
-            f' {most:.2g}: choose a smaller δ in policy.toml, such as "1/n^1.5"'
+            f' {most:.2g}: choose a smaller δ in policy.toml, such as "1/n^1.5"',
+            code="privacy.delta_too_large",
         )
     return delta
 
@@ -191,7 +192,8 @@ def noise_multiplier(
             f"this plan has spent ε = {round_up(epsilon(list(spent), budget.delta))} of {budget.epsilon:g} here already, in an"
             f" earlier run of it or in rounds that were interrupted: the {plan.rounds - round + 1} rounds to come would need more"
             f" than {_MOST_NOISE:g} times the planned noise; for another run agree on another seed, else leave the rest to"
-            " the others"
+            " the others",
+            code="privacy.budget_spent",
         )
     return needed
 

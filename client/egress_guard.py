@@ -58,6 +58,8 @@ _DECLINED = re.compile(r"declined: its rule ([a-z_]+)\.([a-z_]+) does not allow 
 class EgressBlocked(RunError):
     """Something was about to leave that was not agreed on."""
 
+    code = "run.egress_blocked"
+
     def __init__(self, problem: str) -> None:
         super().__init__(
             f"nothing was sent: {problem}; this is a mistake in cotune, or in what was changed here: please report it"

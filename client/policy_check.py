@@ -280,7 +280,8 @@ class Approvals:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{self._approved} is damaged ({type(error).__name__}): expected one JSON object with a plan_id in each line;"
-                " remove it, and approve the plans again"
+                " remove it, and approve the plans again",
+                code="run.damaged_document",
             ) from None
 
     def pending(self) -> list[Plan]:
@@ -302,10 +303,13 @@ class Approvals:
         if len(wanted) == 1:
             return self._read(wanted[0])
         if not wanted and not prefix:
-            raise RunError("no plan waits for approval: one does once it was asked for, or join with its federation.toml")
+            raise RunError(
+                "no plan waits for approval: one does once it was asked for, or join with its federation.toml",
+                code="run.no_such_plan",
+            )
         known = ", ".join(f"{plan.plan_id[:12]} ({plan.name})" for plan in self.pending()) or "none"
         what = f"{len(wanted)} plans begin with {prefix[:64]!r}" if prefix else f"{len(wanted)} plans wait for approval"
-        raise RunError(f"{what}: expected the id of one; waiting: {known}")
+        raise RunError(f"{what}: expected the id of one; waiting: {known}", code="run.no_such_plan")
 
     def _keep_pending(self, plan: Plan) -> None:
         waiting = sum(file.stem not in set(self.ids()) for file in self._plans.glob("*.json"))
@@ -320,7 +324,11 @@ class Approvals:
         try:
             plan = parse_plan(parse_json(file.read_bytes()))
         except (OSError, ValueError) as error:
-            raise RunError(f"{file} cannot be read ({type(error).__name__}): remove it; the plan comes again") from None
+            raise RunError(
+                f"{file} cannot be read ({type(error).__name__}): remove it; the plan comes again", code="run.damaged_document"
+            ) from None
         if plan.plan_id != file.stem:
-            raise RunError(f"{file} is not the plan that came under this id: somebody has changed it; remove it")
+            raise RunError(
+                f"{file} is not the plan that came under this id: somebody has changed it; remove it", code="run.changed_plan"
+            )
         return plan

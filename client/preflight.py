@@ -78,7 +78,8 @@ def run_preflight(plan: Plan, site: Site) -> PreflightReport:
     if not plan.labels:
         raise PlanError(
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
-            " give the plan.toml of a run, or list labels in the plan"
+            " give the plan.toml of a run, or list labels in the plan",
+            code="plan.no_labels",
         )
     policy = site.policy()
     holdings = site.counted(plan)

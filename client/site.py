@@ -84,7 +84,9 @@ class Site(SiteFolder):
 
 
 def _damaged(file: Path, error: ValueError) -> RunError:
-    return RunError(f"the outbox file {file} is damaged ({error}): remove it to go on with the next round")
+    return RunError(
+        f"the outbox file {file} is damaged ({error}): remove it to go on with the next round", code="run.damaged_document"
+    )
 
 
 def _file_of(round: int) -> str:
@@ -100,5 +102,6 @@ def _load_kept(file: Path) -> tuple[dict[str, Tensor], int]:
         round = int(file.stem.removeprefix("round-"))
         raise RunError(
             f"what was kept after round {round} cannot be read from {file} ({error}): expected it to be there, as the server"
-            " counts on it; restore the site from a backup, or start a new run"
+            " counts on it; restore the site from a backup, or start a new run",
+            code="run.lost_state",
         ) from None

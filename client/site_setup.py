@@ -43,9 +43,15 @@ def read_private_key(file: Path) -> EllipticCurvePrivateKey:
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, EllipticCurvePrivateKey):
-        raise RunError(f"{file} is not a key for a node: expected a private key as `ssh-keygen -t ecdsa -b 384 -N ''` makes it")
+        raise RunError(
+            f"{file} is not a key for a node: expected a private key as `ssh-keygen -t ecdsa -b 384 -N ''` makes it",
+            code="run.wrong_key_file",
+        )
     if file.stat().st_mode & 0o077:
-        raise RunError(f"the private key {file} is open to others: expected a file for its owner alone; run `chmod 600 {file}`")
+        raise RunError(
+            f"the private key {file} is open to others: expected a file for its owner alone; run `chmod 600 {file}`",
+            code="run.exposed_key",
+        )
     return key
 
 
@@ -57,7 +63,9 @@ def read_certificates(file: Path | None) -> bytes | None:
         content = file.read_bytes()
         ssl.create_default_context(cadata=content.decode("ascii"))
     except (OSError, ValueError, ssl.SSLError):
-        raise RunError(f"{file} holds no certificates: expected the server's ca.crt, in PEM") from None
+        raise RunError(
+            f"{file} holds no certificates: expected the server's ca.crt, in PEM", code="run.wrong_certificates"
+        ) from None
     return content
 
 
@@ -71,7 +79,7 @@ def find_site_base(plan: Plan, file: SiteFile) -> BaseModelFolder:
     try:
         return find_base(_with_own_base(plan, file).model)
     except ModelError as error:
-        raise ModelError(f"{error}; a copy of it in another folder is named with --model FOLDER") from None
+        raise ModelError(f"{error}; a copy of it in another folder is named with --model FOLDER", code=error.code) from None
 
 
 def _with_own_base(plan: Plan, file: SiteFile) -> Plan:
@@ -92,7 +100,9 @@ def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None
     pick_device(device)
     paths = SitePaths(folder)
     if paths.description.exists() or (key is not None and paths.private_key.exists()):
-        raise RunError(f"{folder} is a site already: expected a new folder; its key and ledger are not written over")
+        raise RunError(
+            f"{folder} is a site already: expected a new folder; its key and ledger are not written over", code="run.site_exists"
+        )
     own = None if key is None else read_private_key(key)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,7 +113,9 @@ def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None
         JsonDocument(paths.description, SiteFile).write(SiteFile(organization=name, device=device))
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise RunError(f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it") from None
+        raise RunError(
+            f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it", code="run.not_writable"
+        ) from None
     site = Site(folder)
     site.ledger()
     return site
@@ -150,16 +162,17 @@ def set_records(
         check_name(collection)
     document = site.records
     if data is None and collection is not None:
-        raise DataError(f"--collection {collection} says where the records of --data count: expected both")
+        raise DataError(f"--collection {collection} says where the records of --data count: expected both", code="data.no_source")
     if data is None and document.exists():
         held = site.holdings(plan.labels)
         if held.task != plan.task:
             raise DataError(
-                f"the site describes its records as for {held.task}, expected {plan.task} as in the plan: name others with --data"
+                f"the site describes its records as for {held.task}, expected {plan.task} as in the plan: name others with --data",
+                code="data.wrong_task",
             )
         return len(held)
     if data is None:
-        raise DataError(f"{site.folder} does not say where the records are: name their file with --data")
+        raise DataError(f"{site.folder} does not say where the records are: name their file with --data", code="data.no_source")
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
     columns = {task_named(plan.task).key: text, "label": label, "unit": unit}
     config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
@@ -169,7 +182,7 @@ def set_records(
         )
     except ValueError:
         named = ", ".join(repr(name) for name in columns.values() if name is not None)
-        raise DataError(f"the columns {named} cannot be had: expected different ones") from None
+        raise DataError(f"the columns {named} cannot be had: expected different ones", code="data.wrong_columns") from None
     return _write_once_read(document, described, plan)
 
 
@@ -181,10 +194,10 @@ def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> 
         count = len(DatasetManifest.read(draft, plan.labels, lenient=True))
         if not count:
             DatasetManifest.read(draft, plan.labels)  # read strictly, it says why
-            raise DataError("none of the records is usable: expected some; look at the file")
+            raise DataError("none of the records is usable: expected some; look at the file", code="data.no_usable_record")
         os.replace(draft, document)
     except DataError as error:
-        raise DataError(str(error).replace("--set data.", "--")) from None
+        raise DataError(str(error).replace("--set data.", "--"), code=error.code) from None
     finally:
         draft.unlink(missing_ok=True)
     return count

@@ -79,7 +79,7 @@ def check_path(key: str, model: type[BaseModel], document: str, *, anything_belo
             return
         if at not in known:
             hint = meant_key(at[-1], paths, _known_keys(model, at[:-1]))
-            raise PlanError(f'the {document} has an unknown key "{".".join(at)}"{hint}')
+            raise PlanError(f'the {document} has an unknown key "{".".join(at)}"{hint}', code="plan.unknown_key")
 
 
 def meant_key(name: str, paths: Iterable[tuple[str, ...]], beside: Sequence[str]) -> str:

@@ -41,7 +41,9 @@ def read_public_keys(site: Path) -> list[EllipticCurvePublicKey]:
     try:
         former = [load_ssh_public_key(line) for line in _lines(file)]
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise RunError(f"{file} is damaged ({type(error).__name__}): expected a public key in each line") from None
+        raise RunError(
+            f"{file} is damaged ({type(error).__name__}): expected a public key in each line", code="run.damaged_document"
+        ) from None
     present = read_private_key(SitePaths(site).private_key).public_key()
     return [present, *(key for key in former if isinstance(key, EllipticCurvePublicKey))]
 
@@ -131,7 +133,9 @@ def renew_key(site: Site) -> tuple[Path, str]:
             renewal = NodeRenewal.make(federation, site.organization, present, following)
             atomic_write(file, renewal.text().encode() + b"\n")
     except OSError as error:
-        raise RunError(f"{site.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+        raise RunError(
+            f"{site.folder} cannot be written ({error.strerror}): make room, or mend its permissions", code="run.not_writable"
+        ) from None
     return file, fingerprint(following.public_key())
 
 

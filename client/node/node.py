@@ -88,7 +88,7 @@ def run_node(
     """
     paths = SitePaths(site)
     if not paths.description.is_file():
-        raise DataError(f"{site} is not a site: expected a folder with a site.json")
+        raise DataError(f"{site} is not a site: expected a folder with a site.json", code="data.not_a_site")
     _check_address(address)
     connect = Connector(site, address, root_certificates, key)
     stop = stop or threading.Event()
@@ -361,7 +361,10 @@ def _next_wait(last: float) -> float:
 def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
-        raise RunError(f'"{address}" is not the address of a server: expected host:port, as in fed.example.org:8443')
+        raise RunError(
+            f'"{address}" is not the address of a server: expected host:port, as in fed.example.org:8443',
+            code="run.wrong_address",
+        )
 
 
 @contextmanager
@@ -370,7 +373,9 @@ def _alone(node: NodePaths) -> Iterator[None]:
     try:
         node.folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise RunError(f"{node.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+        raise RunError(
+            f"{node.folder} cannot be written ({error.strerror}): make room, or mend its permissions", code="run.not_writable"
+        ) from None
     with exclusive_lock(node.lock, f"another node serves {node.folder.parent}: stop it first, or leave it to its work"):
         yield
 

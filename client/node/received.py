@@ -39,11 +39,14 @@ def read_plan(request: Request) -> Plan:
         plan = parse_plan(json.loads(request.plan))
         plan.canonical().encode()
         if parse_plan(json.loads(plan.canonical())) != plan:
-            raise RunError("the plan is another one when it is read again: expected the canonical form of one plan")
+            raise RunError(
+                "the plan is another one when it is read again: expected the canonical form of one plan",
+                code="run.ambiguous_plan",
+            )
     except UnicodeEncodeError:
-        raise RunError("the plan holds half a character: expected Unicode text") from None
+        raise RunError("the plan holds half a character: expected Unicode text", code="run.unreadable_plan") from None
     except (ValueError, RecursionError) as error:
-        raise RunError(f"the plan cannot be read ({type(error).__name__}): expected JSON") from None
+        raise RunError(f"the plan cannot be read ({type(error).__name__}): expected JSON", code="run.unreadable_plan") from None
     return plan
 
 
@@ -57,7 +60,9 @@ def expected_shapes(plan: Plan, site: Site, round: int, check: Consent) -> dict[
     Approvals(site).check(plan, policy)
     check(plan, policy)
     if not 1 <= round <= plan.rounds:
-        raise RunError(f"a request came for round {round}: expected one of the plan's {plan.rounds} rounds")
+        raise RunError(
+            f"a request came for round {round}: expected one of the plan's {plan.rounds} rounds", code="run.wrong_round"
+        )
     return state_shapes(plan, load_site_model(plan, site), round)
 
 
@@ -67,12 +72,18 @@ def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
         if name not in expected:
             raise RunError(
                 f"the request's state holds {name[:80]}, which no round up to {request.round} trains: expected those parameters"
-                " alone, and the approved base model for the rest"
+                " alone, and the approved base model for the rest",
+                code="run.wrong_state",
             )
         if tuple(tensor.shape) != expected[name]:
-            raise RunError(f"the request's {name[:80]} has the shape {tuple(tensor.shape)}, expected {expected[name]}")
+            raise RunError(
+                f"the request's {name[:80]} has the shape {tuple(tensor.shape)}, expected {expected[name]}",
+                code="run.wrong_state",
+            )
     if request.sent and plan.strategy.client_term is None:
-        raise RunError("the request sends tensors beside the state: expected none, as the plan has no client term")
+        raise RunError(
+            "the request sends tensors beside the state: expected none, as the plan has no client term", code="run.wrong_state"
+        )
 
 
 def read_message(parcel: ChunkedMessage, site: Site) -> Message:

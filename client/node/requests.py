@@ -74,19 +74,25 @@ def verify_request(content: RecordDict, folder: Path, now: datetime | None = Non
     """
     rest, signed = detach(content)
     if signed is None:
-        raise RunError("the request is not signed: expected a server whose cotune signs its requests")
+        raise RunError("the request is not signed: expected a server whose cotune signs its requests", code="run.unsigned")
     record_renewals(folder, ServerRenewal.parse_all(signed.about.pop("renewals", "")))
     trust = Trust.read(folder)
     statement = RequestStatement.parse(signed.text)
     keys = trust.signing_keys()
     key = next((key for key in keys if is_signed_by_server(statement, signed.signature, key)), None)
     if key is None:
-        raise RunError(f"the signature of the request is not of the server of {trust.name}: expected its signing key")
+        raise RunError(
+            f"the signature of the request is not of the server of {trust.name}: expected its signing key",
+            code="run.wrong_signature",
+        )
     if statement.federation != trust.federation:
-        raise RunError(f"the request is of federation {statement.federation[:12]}: expected {trust.federation[:12]}")
+        raise RunError(
+            f"the request is of federation {statement.federation[:12]}: expected {trust.federation[:12]}",
+            code="run.wrong_federation",
+        )
     roster = tuple(signed.about.get("roster", "").split())
     if len(set(roster)) != statement.cohort or roster_digest(roster) != statement.roster:
-        raise RunError("the roster of the request is not the one that was signed")
+        raise RunError("the roster of the request is not the one that was signed", code="run.wrong_roster")
     if key != keys[0]:
         record_use(folder, key, now)
     return rest, SignedRequest(statement, signed.signature, key, roster, trust.newest.signing_key)
@@ -104,18 +110,24 @@ def check_request(requested: SignedRequest, kind: str, request: Request, plan: P
     }
     for name, value in found.items():
         if getattr(statement, name) != value:
-            raise RunError(f"the request has {name} = {value!s:.80}: expected {getattr(statement, name)!s:.80}, as was signed")
+            raise RunError(
+                f"the request has {name} = {value!s:.80}: expected {getattr(statement, name)!s:.80}, as was signed",
+                code="run.wrong_signature",
+            )
     last = _last(log, statement.federation)
     if last is not None and statement != last and statement.serial <= last.serial:
         raise RunError(
-            f"the request of {statement.at} for round {statement.round} is an old one: expected one signed after {last.at}"
+            f"the request of {statement.at} for round {statement.round} is an old one: expected one signed after {last.at}",
+            code="run.replayed",
         )
 
 
 def check_arrays(requested: SignedRequest, request: Request) -> None:
     """Raises RunError for arrays that are not those that were signed."""
     if received_digest(request.state, request.sent) != requested.statement.received:
-        raise RunError("the request holds other arrays than were signed: expected those of its server")
+        raise RunError(
+            "the request holds other arrays than were signed: expected those of its server", code="run.wrong_signature"
+        )
 
 
 def check_limits(requested: SignedRequest, policy: Policy, log: AuditLog, now: datetime | None = None) -> None:

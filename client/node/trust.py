@@ -123,11 +123,15 @@ class Trust(BaseModel):
             if len(trust.generations) >= _MOST_GENERATIONS:
                 raise RunError(
                     f"the server of {trust.name} has renewed its keys {len(trust.generations)} times: expected fewer; ask the"
-                    " coordinator why, remove node/trust.json of the site, and join with a new federation.toml"
+                    " coordinator why, remove node/trust.json of the site, and join with a new federation.toml",
+                    code="run.too_many_renewals",
                 )
             renewal.check()
             if about.federation != trust.federation:
-                raise RunError(f"the statement is of federation {about.federation[:12]}: expected {trust.federation[:12]}")
+                raise RunError(
+                    f"the statement is of federation {about.federation[:12]}: expected {trust.federation[:12]}",
+                    code="run.wrong_federation",
+                )
             added = TrustedServer(signing_key=about.new, certificates=renewal.certificates)
             trust = trust.model_copy(update={"generations": (*trust.generations, added)})
         return trust

@@ -83,7 +83,10 @@ class Disclosures:
         self.account.record_unprotected(round, "local loss")
         mean = total(math.inf) / count
         if not math.isfinite(mean):
-            raise RunError(f"the received model's loss is {mean}: expected a finite one, as the plan weighs updates by it")
+            raise RunError(
+                f"the received model's loss is {mean}: expected a finite one, as the plan weighs updates by it",
+                code="run.loss_not_finite",
+            )
         return {"loss": mean}
 
     def _one(self) -> Steps:
@@ -134,7 +137,10 @@ def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setti
     """
     found: dict[str, Tensor] = {}
     if isinstance(plan.privacy, RecordPrivacy) and {"fisher", "gram"} & set(plan.strategy.sends):
-        raise PrivacyError("the plan asks for statistics of the records that no noise protects: expected privacy = none")
+        raise PrivacyError(
+            "the plan asks for statistics of the records that no noise protects: expected privacy = none",
+            code="privacy.unprotected_statistics",
+        )
     if "fisher" in plan.strategy.sends:
         found |= {f"fisher/{name}": f for name, f in _fisher(dict(model.parameters()), names, setting).items()}
     if "gram" in plan.strategy.sends:

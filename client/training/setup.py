@@ -54,7 +54,8 @@ def build_setup(
     if holdings.task != plan.task:
         raise DataError(
             f"{name} describes its records as for {holdings.task}, expected {plan.task} as in the plan: mend its description of"
-            " holdings, or take no part in this plan"
+            " holdings, or take no part in this plan",
+            code="data.wrong_task",
         )
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
@@ -162,12 +163,14 @@ def check_gradients(setting: TrainingSetup, privacy: RecordPrivacy, mode: str) -
         reason = _why_no_gradients(raised, made_up.module)
         raise PrivacyError(
             f"train = {mode} cannot be had with differential privacy for this model ({reason}): expected a gradient for each"
-            " record; use another train mode or model"
+            " record; use another train mode or model",
+            code="privacy.no_per_example_gradients",
         ) from None
     if not error <= _MAX_GRADIENT_ERROR:
         raise PrivacyError(
             f"the clipped gradients of this model are wrong by {error:.2g} (relative) in train = {mode}, expected at most"
-            f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model"
+            f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model",
+            code="privacy.wrong_gradients",
         )
     setting.check_independent_rows()
     return error
@@ -190,7 +193,7 @@ def _weights_of(plan: Plan, model: TrainableModel) -> Tensor | None:
     try:
         weights = plan.weights_of_classes()
     except ValueError as error:  # of a plan whose labels were found in the records
-        raise PlanError(f"the plan is not valid: {error}") from None
+        raise PlanError(f"the plan is not valid: {error}", code="plan.invalid") from None
     return None if weights is None else torch.tensor(weights, device=model.device)
 
 
@@ -287,19 +290,26 @@ class SanityChecks:
             return
         changed = [name for name, checksum in self._checksums().items() if checksum != self.frozen[name]]
         if changed:
-            raise RunError(f"the first step changed {changed[0]}, which is frozen: expected only the shared parameters to move")
+            raise RunError(
+                f"the first step changed {changed[0]}, which is frozen: expected only the shared parameters to move",
+                code="run.frozen_parameter_changed",
+            )
         still = [name for name in self._still() if self._usual(name)]
         if self.noise and still:
             raise RunError(
                 f"the first step did not move {still[0]}: expected every shared parameter to get its noise; it takes no part in"
-                " the forward pass of this model, so use another train mode"
+                " the forward pass of this model, so use another train mode",
+                code="run.parameter_not_trained",
             )
 
     def after_round(self) -> None:
         """Raises RunError when nothing moved in the whole round: an adapter that is not wired in."""
         still = self._still()
         if len(still) == len(self.before) and all(self._usual(name) for name in still):
-            raise RunError("no parameter moved in this round: expected every shared one to be trained; check the train mode")
+            raise RunError(
+                "no parameter moved in this round: expected every shared one to be trained; check the train mode",
+                code="run.nothing_trained",
+            )
 
     def _still(self) -> list[str]:
         own = dict(self.model.parameters())

@@ -45,7 +45,7 @@ def resident(make_site: Callable[..., Site]) -> Iterator[TrainerProcess]:
     made.stop()
 
 
-def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
+def test_trainer_answers_all_and_is_restarted_when_killed(
     resident: TrainerProcess, make_plan: Callable[..., Plan], state_for: Callable[..., State]
 ) -> None:
     plan = make_plan()
