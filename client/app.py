@@ -91,7 +91,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
                 f"the finished model is not finite in {broken[:80]}: expected finite parameters", code="run.model_not_finite"
             )
         model.load(state)
-        PersonalParameters(plan, site, model, request.round, request.admitted).joined(state)
+        PersonalParameters(plan, site, model, request.round, request.admitted).join(state)
         card = model_card(plan, privacy=promised(plan), length=model.loaded.max_length)
         _write(model, folder, card, about)
     return folder
@@ -129,7 +129,7 @@ def _read(file: Path) -> object:
 
 _log = logging.getLogger(__name__)
 _CONSENT: dict[str, Consent] = {TRAIN: check_plan, FINISHED: check_base_model}
-_MOST_NAMES = 50  # of what was told, in a line of the log
+_MAX_NAMES = 50  # of what was told, in a line of the log
 
 app = ClientApp()
 
@@ -137,17 +137,17 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round."""
-    return _answered(message, context, TRAIN, _update)
+    return _handle(message, context, TRAIN, _update)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """The finished model is kept; what is answered is a receipt, and no figure."""
-    return _answered(message, context, FINISHED, _receipt)
+    return _handle(message, context, FINISHED, _receipt)
 
 
 @dataclass
-class _Asked:
+class _Exchange:
     """What is known of a request so far; server: who asks."""
 
     server: str
@@ -155,67 +155,67 @@ class _Asked:
     plan: Plan | None = None
     site: Site | None = None
     log: AuditLog | None = None
-    signed: SignedRequest | None = None  # by a real server; a simulated organization is asked without
+    signed: SignedRequest | None = None  # by a real server; a simulated organization is exchange without
 
 
 _Answer = tuple[str, RecordDict, dict[str, Any]]  # what it is, its content, and what the log says about it
 _Work = Callable[[Request, Plan, Site, SignedRequest | None], _Answer]
 
 
-def _answered(message: Message, context: Context, kind: str, work: _Work) -> Message:
+def _handle(message: Message, context: Context, kind: str, work: _Work) -> Message:
     """A failure is answered, not raised: the text of an exception may hold data and would go to the server."""
-    asked = _Asked(str(context.node_config.get("server") or ""))
+    exchange = _Exchange(str(context.node_config.get("server") or ""))
     try:
-        asked.log = _log_of(context)
+        exchange.log = _log_of(context)
         received = message.content
-        if asked.log is not None:
-            received, asked.signed = verify_request(received, asked.log.file.parent)
-        asked.request = decode_header(received)
-        asked.site = _site(asked.request, context)
-        asked.plan = read_plan(asked.request)
-        _check_signed(asked, kind)
-        expected = expected_shapes(asked.plan, asked.site, asked.request.round, _CONSENT[kind])
-        asked.request = decode_request(received)
-        check_received(asked.request, asked.plan, expected)
-        _accept(asked)
-        what, content, about = work(asked.request, asked.plan, asked.site, asked.signed)
+        if exchange.log is not None:
+            received, exchange.signed = verify_request(received, exchange.log.file.parent)
+        exchange.request = decode_header(received)
+        exchange.site = _site(exchange.request, context)
+        exchange.plan = read_plan(exchange.request)
+        _check_signed(exchange, kind)
+        expected = expected_shapes(exchange.plan, exchange.site, exchange.request.round, _CONSENT[kind])
+        exchange.request = decode_request(received)
+        check_received(exchange.request, exchange.plan, expected)
+        _accept(exchange)
+        what, content, about = work(exchange.request, exchange.plan, exchange.site, exchange.signed)
         sizes = record_sizes(content)
-        _enter(asked, what, records=sizes, bytes=sum(sizes.values()), **about, **_countersigned(asked, what, content))
+        _log_entry(exchange, what, records=sizes, bytes=sum(sizes.values()), **about, **_countersigned(exchange, what, content))
         return Message(content, reply_to=message)
     except CotuneError as error:
         _log.warning("request refused: %s", error)
-        return _refusal(message, asked, error, str(error))
+        return _refusal(message, exchange, error, str(error))
     except Exception as error:
         _log.exception("request failed")
-        return _refusal(message, asked, error, f"{type(error).__name__}: {error}")
+        return _refusal(message, exchange, error, f"{type(error).__name__}: {error}")
 
 
-def _check_signed(asked: _Asked, kind: str) -> None:
+def _check_signed(exchange: _Exchange, kind: str) -> None:
     """Whether the header is the one that was signed, before an array is read. Raises RunError."""
-    if asked.signed is not None and asked.log is not None:
-        assert asked.request is not None
-        assert asked.plan is not None
-        check_request(asked.signed, kind, asked.request, asked.plan, asked.log)
+    if exchange.signed is not None and exchange.log is not None:
+        assert exchange.request is not None
+        assert exchange.plan is not None
+        check_request(exchange.signed, kind, exchange.request, exchange.plan, exchange.log)
 
 
-def _accept(asked: _Asked) -> None:
+def _accept(exchange: _Exchange) -> None:
     """Enters a request whose arrays are those that were signed, and that the site's limits allow. Raises RunError, Declined."""
-    if asked.signed is None or asked.log is None:
+    if exchange.signed is None or exchange.log is None:
         return
-    assert asked.request is not None
-    assert asked.site is not None
-    check_arrays(asked.signed, asked.request)
-    check_limits(asked.signed, asked.site.policy(), asked.log)
-    _tell_of_strikes(asked.signed.statement, asked.plan)
-    if asked.signed.is_notice:
+    assert exchange.request is not None
+    assert exchange.site is not None
+    check_arrays(exchange.signed, exchange.request)
+    check_limits(exchange.signed, exchange.site.policy(), exchange.log)
+    _report_strikes(exchange.signed.statement, exchange.plan)
+    if exchange.signed.is_notice:
         raise RunError(
-            f"the coordinator has left this organization out of the run: {printable(asked.signed.statement.refused)}",
+            f"the coordinator has left this organization out of the run: {printable(exchange.signed.statement.refused)}",
             code="run.excluded",
         )
-    _enter(asked, "request", **asked.signed.entry())
+    _log_entry(exchange, "request", **exchange.signed.entry())
 
 
-def _tell_of_strikes(statement: RequestStatement, plan: Plan | None) -> None:
+def _report_strikes(statement: RequestStatement, plan: Plan | None) -> None:
     """What the server says of earlier updates, in the organization's own log: or only the coordinator would know."""
     if not statement.strikes:
         return
@@ -229,12 +229,12 @@ def _tell_of_strikes(statement: RequestStatement, plan: Plan | None) -> None:
     )
 
 
-def _countersigned(asked: _Asked, what: str, content: RecordDict) -> dict[str, Any]:
+def _countersigned(exchange: _Exchange, what: str, content: RecordDict) -> dict[str, Any]:
     """Signs an answer, and returns what the log says of that; a simulated organization signs nothing."""
-    digest = content_digest(content) if asked.log is not None else ""
-    if asked.signed is None or asked.site is None:
+    digest = content_digest(content) if exchange.log is not None else ""
+    if exchange.signed is None or exchange.site is None:
         return {"sha256": digest}
-    return {"sha256": digest, **countersign(content, what, digest, asked.signed, asked.site.folder)}
+    return {"sha256": digest, **countersign(content, what, digest, exchange.signed, exchange.site.folder)}
 
 
 def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | None) -> _Answer:
@@ -249,7 +249,7 @@ def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | No
     )
     content = encode_update(trained, plan.plan_id)
     update, account = check_update(content, request, plan, site)
-    about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MOST_NAMES], "epsilon": update.epsilon}
+    about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MAX_NAMES], "epsilon": update.epsilon}
     if isinstance(plan.privacy, RecordPrivacy):
         about["epsilon_spent"] = account.epsilon()
         about["epsilon_allowed"] = site.policy().budget.epsilon_for(plan.privacy.epsilon)
@@ -290,32 +290,32 @@ def _log_of(context: Context) -> AuditLog | None:
     return None if site is None or site.file.simulated else AuditLog(site.folder)
 
 
-def _refusal(message: Message, asked: _Asked, error: Exception, detail: str) -> Message:
+def _refusal(message: Message, exchange: _Exchange, error: Exception, detail: str) -> Message:
     """A simulated organization says everything; a real one only which rule declined, or that something failed."""
-    if asked.site is not None and asked.site.file.simulated:
+    if exchange.site is not None and exchange.site.file.simulated:
         return refusal(message, detail)
-    said = _sayable(error)
+    said = _public_message(error)
     try:
-        sent, signed = _signed_refusal(said, asked)
-        _enter(asked, "blocked" if isinstance(error, EgressBlocked) else "refusal", said=said, reason=detail, **signed)
+        sent, signed = _signed_refusal(said, exchange)
+        _log_entry(exchange, "blocked" if isinstance(error, EgressBlocked) else "refusal", said=said, reason=detail, **signed)
     except Exception as problem:  # a plan may hold what cannot be written; raised, it would go to the server
         _log.error("the log of what was sent lacks a refusal: %s", problem)
         sent = GENERIC_REFUSAL
     return refusal(message, sent)
 
 
-def _signed_refusal(said: str, asked: _Asked) -> tuple[str, dict[str, str]]:
+def _signed_refusal(said: str, exchange: _Exchange) -> tuple[str, dict[str, str]]:
     """What is sent, and what the log says of the signature; without one where the request is nobody's, or for another."""
-    if asked.signed is None or asked.site is None or asked.signed.statement.recipient != asked.site.organization:
+    if exchange.signed is None or exchange.site is None or exchange.signed.statement.recipient != exchange.site.organization:
         return said, {}
     try:
-        return countersign_refusal(said, asked.signed, asked.site.folder)
+        return countersign_refusal(said, exchange.signed, exchange.site.folder)
     except RunError as problem:
         _log.error("a refusal could not be signed: %s", problem)
         return said, {}
 
 
-def _sayable(error: Exception) -> str:
+def _public_message(error: Exception) -> str:
     said = error.public if isinstance(error, Declined) else GENERIC_REFUSAL
     try:
         check_reason(said)
@@ -324,12 +324,12 @@ def _sayable(error: Exception) -> str:
     return said
 
 
-def _enter(asked: _Asked, what: str, **about: Any) -> None:
+def _log_entry(exchange: _Exchange, what: str, **about: Any) -> None:
     """In the log of what was sent."""
-    if asked.log is None:
+    if exchange.log is None:
         return
-    if asked.plan is not None:
-        about = {"plan_id": asked.plan.plan_id, "plan": asked.plan.name, **about}
-    if asked.request is not None:
-        about = {"round": asked.request.round, **about}
-    asked.log.append(what, server=asked.server, **about)
+    if exchange.plan is not None:
+        about = {"plan_id": exchange.plan.plan_id, "plan": exchange.plan.name, **about}
+    if exchange.request is not None:
+        about = {"round": exchange.request.round, **about}
+    exchange.log.append(what, server=exchange.server, **about)

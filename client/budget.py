@@ -66,7 +66,7 @@ class Total:
         return high
 
 
-_MOST_NOISE = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
+_MAX_NOISE_RATIO = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,12 @@ def noise_multiplier(
     if total.after(to_come(needed)) > total.epsilon:
         if len(spent) <= counted and (total.others or budget.epsilon > total.epsilon):
             raise _too_much_in_total(plan, budget, examples, sigma, total, telling)
-        needed = total.smallest_noise(to_come, needed, 1.01 * max(needed, _MOST_NOISE * sigma))
-    if needed > _MOST_NOISE * sigma:
+        needed = total.smallest_noise(to_come, needed, 1.01 * max(needed, _MAX_NOISE_RATIO * sigma))
+    if needed > _MAX_NOISE_RATIO * sigma:
         raise PrivacyError(
             f"this plan has spent ε = {round_up(epsilon(list(spent), budget.delta))} of {budget.epsilon:g} here already, in an"
             f" earlier run of it or in rounds that were interrupted: the {plan.rounds - round + 1} rounds to come would need more"
-            f" than {_MOST_NOISE:g} times the planned noise; for another run agree on another seed, else leave the rest to"
+            f" than {_MAX_NOISE_RATIO:g} times the planned noise; for another run agree on another seed, else leave the rest to"
             " the others",
             code="privacy.budget_spent",
         )

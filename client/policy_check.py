@@ -237,8 +237,8 @@ def limit_gpu_memory(policy: Policy, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, policy.training.max_gpu_memory_gib * 2**30 / whole), device)
 
 
-_MOST_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them
-_MOST_CHARACTERS = 1_000_000
+_MAX_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them
+_MAX_CHARACTERS = 1_000_000
 
 
 class Approvals:
@@ -314,7 +314,7 @@ class Approvals:
     def _keep_pending(self, plan: Plan) -> None:
         waiting = sum(file.stem not in set(self.ids()) for file in self._plans.glob("*.json"))
         content = plan.canonical()
-        if not self._file(plan.plan_id).exists() and waiting < _MOST_PENDING and len(content) <= _MOST_CHARACTERS:
+        if not self._file(plan.plan_id).exists() and waiting < _MAX_PENDING and len(content) <= _MAX_CHARACTERS:
             atomic_write(self._file(plan.plan_id), content.encode())
 
     def _file(self, plan_id: str) -> Path:

@@ -217,22 +217,22 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
     model.load({})
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     parameters = model.train_only(names)
-    setting = synthetic_setup(plan, stage, model, max(1, round(batch)))
-    error = check_gradients(setting, plan.privacy, stage.mode)
+    setup = synthetic_setup(plan, stage, model, max(1, round(batch)))
+    error = check_gradients(setup, plan.privacy, stage.mode)
     guard = SanityChecks(model, model.state(names), noise=True)
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     reports = private_steps(
-        setting.module,
+        setup.module,
         build_optimizer(stage.local, model, names, parameters),
-        setting.loss,
-        units=setting.units,
-        batches=setting.batches,
+        setup.loss,
+        units=setup.units,
+        batches=setup.batches,
         noise_multiplier=sigma,
         clip_norm=plan.privacy.clip_norm,
         sample_rate=1.0,
-        expected_batch=float(setting.rows),
+        expected_batch=float(setup.rows),
         steps=1,
         clipping=plan.privacy.clipping,
     )

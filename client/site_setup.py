@@ -167,7 +167,8 @@ def set_records(
         held = site.holdings(plan.labels)
         if held.task != plan.task:
             raise DataError(
-                f"the site describes its records as for {held.task}, expected {plan.task} as in the plan: name others with --data",
+                f"the site describes its records as for {held.task}, expected {plan.task} as in the plan: name others with"
+                " --data",
                 code="data.wrong_task",
             )
         return len(held)

@@ -38,7 +38,7 @@ from cotune.protocol.signatures import (
     sign,
 )
 
-_MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
+_MAX_LOGGED = 200  # fingerprints of a roster in a line of the log
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SignedRequest:
             "statement": self.statement.text(),
             "signature": self.signature,
             "key": self.key,
-            "roster": list(self.roster[:_MOST_LOGGED]),
+            "roster": list(self.roster[:_MAX_LOGGED]),
         }
 
 

@@ -25,7 +25,7 @@ from cotune.protocol.key_renewal import ServerRenewal
 from cotune.storage.documents import JsonDocument
 from cotune.storage.files import exclusive_lock
 
-_MOST_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
+_MAX_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
 AUTHORITY_DAYS = 30  # that a former authority is believed after the new keys were used
 
 
@@ -120,7 +120,7 @@ class Trust(BaseModel):
             about = renewal.about
             if about.old != trust.newest.signing_key or trust.find(about.new):
                 continue
-            if len(trust.generations) >= _MOST_GENERATIONS:
+            if len(trust.generations) >= _MAX_GENERATIONS:
                 raise RunError(
                     f"the server of {trust.name} has renewed its keys {len(trust.generations)} times: expected fewer; ask the"
                     " coordinator why, remove node/trust.json of the site, and join with a new federation.toml",

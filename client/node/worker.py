@@ -47,7 +47,7 @@ class TrainerProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def give(self, parcel: ChunkedMessage) -> None:
+    def submit(self, parcel: ChunkedMessage) -> None:
         """Starts work on a message, in a new process if the old one has ended, or is at a message that nobody waits for any more.
 
         Raises ResidentDied.
@@ -61,7 +61,7 @@ class TrainerProcess:
         except OSError:
             raise self._died() from None
 
-    def answer(self, seconds: float) -> Message | None:
+    def poll(self, seconds: float) -> Message | None:
         """The reply, when it comes within so many seconds. Raises ResidentDied."""
         try:
             if not self._process.pipe.poll(seconds):

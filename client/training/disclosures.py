@@ -128,7 +128,7 @@ def noise_variance(
     return found
 
 
-def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setting: TrainingSetup) -> dict[str, Tensor]:
+def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setup: TrainingSetup) -> dict[str, Tensor]:
     """The arrays of `plan.statistics.statistic_shapes`, float32 on the CPU; empty unless the plan's fusion wants some.
 
     names: parameters that travel. The model must be set to the state after training. Raises PrivacyError under record-level
@@ -142,26 +142,26 @@ def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setti
             code="privacy.unprotected_statistics",
         )
     if "fisher" in plan.strategy.sends:
-        found |= {f"fisher/{name}": f for name, f in _fisher(dict(model.parameters()), names, setting).items()}
+        found |= {f"fisher/{name}": f for name, f in _fisher(dict(model.parameters()), names, setup).items()}
     if "gram" in plan.strategy.sends:
-        found |= {f"gram/{name}": g for name, g in _grams(model, names, setting).items()}
+        found |= {f"gram/{name}": g for name, g in _grams(model, names, setup).items()}
     return {name: tensor.to("cpu", torch.float32) for name, tensor in found.items()}
 
 
-def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setting: TrainingSetup) -> dict[str, Tensor]:
+def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setup: TrainingSetup) -> dict[str, Tensor]:
     """The mean over the records of each record's squared gradient: the diagonal of the empirical Fisher information."""
     parameters = [own[name] for name in names]
     squares = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-    for row in range(setting.rows):
-        loss = setting.exact(setting.alone(row)).sum()
+    for row in range(setup.rows):
+        loss = setup.exact(setup.alone(row)).sum()
         for square, gradient in zip(squares, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if gradient is not None:
                 square += gradient.double().square()
-    return {name: square / setting.rows for name, square in zip(names, squares, strict=True)}
+    return {name: square / setup.rows for name, square in zip(names, squares, strict=True)}
 
 
 @torch.no_grad()
-def _grams(model: TrainableModel, names: Sequence[str], setting: TrainingSetup) -> dict[str, Tensor]:
+def _grams(model: TrainableModel, names: Sequence[str], setup: TrainingSetup) -> dict[str, Tensor]:
     """XᵀX / n of every trained linear layer: X has a row for each position of a record that is not padding, and a column of ones
     where the bias is trained.
     """
@@ -174,13 +174,13 @@ def _grams(model: TrainableModel, names: Sequence[str], setting: TrainingSetup) 
         grams[name] = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
         hooks.append(layer.register_forward_pre_hook(_adding(grams[name], with_bias, mask)))
     try:
-        for _, batch in setting.everything():
+        for _, batch in setup.everything():
             mask.now = batch.get("attention_mask")
-            setting.exact(batch)
+            setup.exact(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: gram / setting.rows for name, gram in grams.items()}
+    return {name: gram / setup.rows for name, gram in grams.items()}
 
 
 class _Mask:

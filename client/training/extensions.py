@@ -41,7 +41,7 @@ class ClientTermState:
         self.kept = site.recall(plan.plan_id, admitted) if keeps and admitted else {}
 
     @contextmanager
-    def applied(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """During the block every step of the optimizer sees gradient + term: DP-SGD has left the noised gradient by then."""
         if self.plan.strategy.client_term is None:
             yield
@@ -95,7 +95,7 @@ class PersonalParameters:
         self.names = [name for name in trained_names(plan, model, round) if name not in set(self.shared)]
         self.kept = site.recall(plan.plan_id, admitted, PERSONAL) if self.names and admitted else {}
 
-    def joined(self, state: State) -> State:
+    def join(self, state: State) -> State:
         """The state with the own part beside it; a model that is set to the received one is set to this one."""
         if not self.names:
             return state
@@ -124,7 +124,7 @@ class RankMask:
         self.columns = {adapter.b for adapter in self.adapters}
         self.names = {adapter.a for adapter in self.adapters} | self.columns
 
-    def held(self, model: TrainableModel, state: State) -> State:
+    def mask_state(self, model: TrainableModel, state: State) -> State:
         """The state that it trains from; a model that is set to the received one is set to this one."""
         if not self.names:
             return state
@@ -133,7 +133,7 @@ class RankMask:
         return held
 
     @contextmanager
-    def applied(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """During the block no step moves the slices that are not held: DP-SGD has left the noised gradient by then."""
 
         def mask(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ class RankMask:
         finally:
             hook.remove()
 
-    def sent(self, delta: Delta) -> Delta:
+    def trim(self, delta: Delta) -> Delta:
         """Without the slices that are not held."""
         return {name: self._slices(name, tensor).clone() if name in self.names else tensor for name, tensor in delta.items()}
 

@@ -43,7 +43,7 @@ _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in 
 def build_setup(
     plan: Plan, stage: Stage, model: TrainableModel, holdings: Dataset, state: State, name: str, *, expected_batch: float
 ) -> TrainingSetup:
-    """Return the stage's setting on the records of the organization `name`; the model must be set to `state`.
+    """Return the stage's setup on the records of the organization `name`; the model must be set to `state`.
 
     Args:
         expected_batch: Rows of a step, a public number: it decides the shape of batches of features.
@@ -73,7 +73,7 @@ def build_setup(
 
 
 def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:
-    """Return the stage's setting on so many made-up records, as long as the plan allows: what it costs, without any record."""
+    """Return the stage's setup on so many made-up records, as long as the plan allows: what it costs, without any record."""
     task = model.loaded.task
     reader = model.loaded.reader
     samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
@@ -142,14 +142,14 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     known.add(key)
 
 
-def check_gradients(setting: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:
+def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:
     """Return the relative error of the clipped sum over made-up rows against gradients taken one row at a time, without padding.
 
     Raises:
         PrivacyError: When it is more than rounding, or when a row's numbers depend on its place in a batch or on its neighbors:
             then this model cannot be trained privately in this mode and arithmetic.
     """
-    made_up = setting.samples()
+    made_up = setup.samples()
     try:
         error = check_clipping(
             made_up.module,
@@ -172,7 +172,7 @@ def check_gradients(setting: TrainingSetup, privacy: RecordPrivacy, mode: str) -
             f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model",
             code="privacy.wrong_gradients",
         )
-    setting.check_independent_rows()
+    setup.check_independent_rows()
     return error
 
 
@@ -272,7 +272,7 @@ def build_optimizer(
     return adam(groups, weight_decay=local.weight_decay)
 
 
-_USUAL = 100.0  # of a parameter of a usable model
+_MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
 
 
 class SanityChecks:
@@ -318,7 +318,7 @@ class SanityChecks:
     def _usual(self, name: str) -> bool:
         """Whether the values are so small that a step is not lost in rounding: those of a state that was attacked need not be."""
         value = self.before[name]
-        return value.numel() == 0 or float(value.abs().max()) < _USUAL
+        return value.numel() == 0 or float(value.abs().max()) < _MAX_USUAL_VALUE
 
     def _checksums(self) -> dict[str, int]:
         """The sum of every frozen tensor's bits, parameters and buffers."""

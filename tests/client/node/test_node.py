@@ -121,12 +121,12 @@ class FakeWorker:
         self._asked = 0
         self._message: Message | None = None
 
-    def give(self, message: Message) -> None:
+    def submit(self, message: Message) -> None:
         self._message = message
         self._asked = 0
         self.given.append(str(message.content["asked"]["round"]))
 
-    def answer(self, seconds: float) -> Message | None:
+    def poll(self, seconds: float) -> Message | None:
         assert self._message is not None
         if self.given[-1] in self._dies and self._times:
             self._times -= 1
@@ -209,8 +209,8 @@ def test_training_that_is_long_overdue_makes_way(tmp_path: Path, stop: threading
     class Slow(FakeWorker):
         """Never done with round 1."""
 
-        def answer(self, seconds: float) -> Message | None:
-            return None if self.given[-1] == "1" else super().answer(seconds)
+        def poll(self, seconds: float) -> Message | None:
+            return None if self.given[-1] == "1" else super().poll(seconds)
 
     monkeypatch.setattr(node_module, "_OVERDUE_SECONDS", 0.0)
     fleet = FakeFleet(stop, request(1, ttl=0.2), request(2))
@@ -275,8 +275,8 @@ def test_a_worker_that_is_killed_does_its_work_again(tmp_path: Path, stop: threa
 
 def test_worker_killed_at_submission_is_given_its_work_again(tmp_path: Path, stop: threading.Event) -> None:
     class Killed(FakeWorker):
-        def give(self, message: Message) -> None:
-            super().give(message)
+        def submit(self, message: Message) -> None:
+            super().submit(message)
             if len(self.given) == 1:
                 raise TrainerDied("the training process ended with -9")
 
@@ -366,7 +366,7 @@ def test_it_waits_longer_after_each_failure_up_to_ten_seconds(tmp_path: Path, ca
         raise NodeRejected("the server does not let this node in")
         yield
 
-    Node(tmp_path, FakeWorker(), stop).stay(refused)
+    Node(tmp_path, FakeWorker(), stop).run(refused)
     first, *others = stop.waited
     assert first == 0.0
     assert 0.4 <= others[0] <= 0.5
@@ -385,7 +385,7 @@ def stay(node: Node, *fleets: FakeFleet) -> list[tuple[int | None, bool]]:
         came.append((known, anew))
         yield waiting.pop(0)
 
-    node.stay(connect)
+    node.run(connect)
     return came
 
 
@@ -490,8 +490,7 @@ def test_the_log_says_nothing_of_the_key(tmp_path: Path, key: Path, caplog: pyte
     """Against a port where nobody listens."""
     (tmp_path / "site.json").write_text("{}", encoding="utf-8")
     stop = threading.Event()
-    threading.Timer(1.0, stop.set).start()
-    with caplog.at_level(logging.DEBUG, "cotune"):
+    with observe_client(lambda event, fields: stop.set()), caplog.at_level(logging.DEBUG, "cotune"):
         run_node(tmp_path, "127.0.0.1:1", key=key, stop=stop)
     assert "nothing listens at 127.0.0.1:1" in caplog.text
     assert all(line not in caplog.text for line in key.read_text().splitlines()[1:-1])
@@ -510,7 +509,7 @@ class Unhurried(FakeWorker):
 
     done = False
 
-    def answer(self, seconds: float) -> Message | None:
+    def poll(self, seconds: float) -> Message | None:
         return self._message if self.done else None
 
 
@@ -531,14 +530,14 @@ def test_renumbered_node_goes_on_with_its_request(tmp_path: Path, stop: threadin
     with pytest.raises(NodeRejected):
         node.serve(Refusing(stop, asked_anew(request(), NODE)))
     assert worker.given == ["1"]
-    answer = worker.answer
+    answer = worker.poll
 
     def later(seconds: float) -> Message | None:
         waited.append(len(worker.given))
         worker.done = len(waited) >= 3
         return answer(seconds)
 
-    worker.answer = later  # type: ignore[method-assign]
+    worker.poll = later  # type: ignore[method-assign]
     second = FakeFleet(stop, asked_anew(request(), NODE + 1, content))
     second.node_id = NODE + 1
     node._enter(second)
