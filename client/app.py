@@ -1,10 +1,8 @@
 """The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here.
 
-The first thing that happens to every request: who approved its plan, and what it may hold (node/received.py). The last thing that
-happens to every answer: it is checked once more (egress_guard.py), and entered in the organization's own log of
-what it has sent (audit_log.py).
-
-The finished model of a plan: what every organization is given at the end, as a Hugging Face folder in its site.
+Every request is checked first for who approved its plan and for what it may hold (node/received.py). Every answer is checked
+once more (egress_guard.py), and entered in the organization's own log of what it has sent (audit_log.py). At the end every
+organization is given the finished model, which is stored in its site as a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -63,11 +61,14 @@ ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and
 
 
 def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
-    """Exports the model, with the own part where the plan lets organizations keep one, and returns its folder; no record is read.
+    """Store the finished model, joined with the parameters that stay here, and return its folder. No record is read.
 
-    The same model again changes nothing. Raises Declined for a plan that nobody here has approved, or a base model that is not
-    allowed; ModelError for parameters that are not the plan's; RunError for a round that is none of the plan's, and for a model
-    that cannot be written.
+    The same model again changes nothing.
+
+    Raises:
+        Declined: Nobody here has approved the plan, or its base model is not allowed.
+        ModelError: The parameters are not the plan's.
+        RunError: The plan does not have the round, or the model cannot be written.
     """
     policy = site.policy()
     Approvals(site).check(plan, policy)
@@ -136,19 +137,24 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round."""
+    """Train one round."""
     return _handle(message, context, TRAIN, _update)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """The finished model is kept; what is answered is a receipt, and no figure."""
+    """Store the finished model. The answer is a receipt, and no figure."""
     return _handle(message, context, FINISHED, _receipt)
 
 
 @dataclass
 class _Exchange:
-    """What is known of a request so far; server: who asks."""
+    """What is known of a request so far.
+
+    Attributes:
+        server: Who asks, as the log names it.
+        signed: The signed request; None at a simulated organization, which is asked without signatures.
+    """
 
     server: str
     request: Request | None = None
@@ -163,7 +169,7 @@ _Work = Callable[[Request, Plan, Site, SignedRequest | None], _Answer]
 
 
 def _handle(message: Message, context: Context, kind: str, work: _Work) -> Message:
-    """A failure is answered, not raised: the text of an exception may hold data and would go to the server."""
+    """Handle a request. A failure is answered, not raised: the text of an exception may hold data, and would go to the server."""
     exchange = _Exchange(str(context.node_config.get("server") or ""))
     try:
         exchange.log = _log_of(context)

@@ -1,4 +1,4 @@
-"""A plan for people: what it would do, in a few lines, and how it differs from another."""
+"""A plan summarized for people, and compared with another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MANY_RECORDS = 10_000  # records, where epochs and a batch in records make the 
 
 
 def summarize_plan(plan: Plan) -> list[str]:
-    """Six lines: which plan, which model, how much training, at which rates and bounds, what privacy, which strategy."""
+    """Return six lines: plan, base model, amount of training, rates and bounds, privacy, strategy."""
     stages = ", ".join(f"{stage.rounds} of {stage.mode} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
@@ -69,7 +69,7 @@ def _privacy(plan: Plan) -> str:
 
 
 def diff_plans(before: Plan, after: Plan) -> list[str]:
-    """One line for each key whose value differs: `key: old → new`."""
+    """Return one line for each key whose value differs: `key: old → new`."""
     old = dict(_flat(before.model_dump(mode="json")))
     new = dict(_flat(after.model_dump(mode="json")))
     keys = [*old, *(key for key in new if key not in old)]

@@ -1,10 +1,7 @@
-"""An organization's site, made: its folder with key pair, strict policy and ledger; and what it says about records and model.
+"""Set up an organization's site: its folder with key pair, strict policy and ledger, its records, and its base model.
 
-The files by which a node and its server know each other.
-
-The base model of a plan as it is found here: under the plan's name for it, or in the folder that the organization has named.
-
-Its hash decides in both cases whether it is the right one.
+The base model of a plan is found under the plan's name for it, or in the folder that the organization has named; its hash decides
+in both cases whether it is the right one.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from cotune.storage.files import atomic_write
 
 
 def read_private_key(file: Path) -> EllipticCurvePrivateKey:
-    """Raises RunError, also where others may read the file."""
+    """Read a node's private key. Raises RunError, also where other users may read the file."""
     try:
         key = load_ssh_private_key(file.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
@@ -56,7 +53,7 @@ def read_private_key(file: Path) -> EllipticCurvePrivateKey:
 
 
 def read_certificates(file: Path | None) -> bytes | None:
-    """PEM; None where no file is given. Raises RunError."""
+    """Read certificates in PEM; None where no file is given. Raises RunError."""
     if file is None:
         return None
     try:
@@ -70,12 +67,12 @@ def read_certificates(file: Path | None) -> bytes | None:
 
 
 def load_site_model(plan: Plan, site: Site) -> TrainableModel:
-    """The plan's model, as `plan.model.model_of` loads it, on the site's device."""
+    """Return the plan's model on the site's device; see `plan.parameters.model_of`. Raises ModelError."""
     return model_of(_with_own_base(plan, site.file), site.file.device)
 
 
 def find_site_base(plan: Plan, file: SiteFile) -> BaseModelFolder:
-    """Raises ModelError, which says how another folder is named."""
+    """Find the plan's base model on this machine. Raises ModelError, which says how another folder is named."""
     try:
         return find_base(_with_own_base(plan, file).model)
     except ModelError as error:
@@ -90,11 +87,17 @@ def _with_own_base(plan: Plan, file: SiteFile) -> Plan:
 
 
 def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None = None) -> Site:
-    """A new site, for its owner alone. key: a private key as ssh-keygen makes it, to be copied; None: a new one (ECDSA, P-384).
+    """Create a site, readable by its owner alone.
 
-    site.json is written last: what a crash has left is no site, and may be made again with the key that is there. Raises
-    PlanError for a name that is none, DeviceError for a device that is not here, RunError for a site or a key that is there
-    already, and for a folder that cannot be written.
+    site.json is written last: what a crash leaves is no site, and can be created again with the key that is there.
+
+    Args:
+        key: A private key as ssh-keygen makes it, which is copied; None: a new one (ECDSA, P-384).
+
+    Raises:
+        PlanError: The name is not one.
+        DeviceError: The device is not here.
+        RunError: There is a site or a key already, or the folder cannot be written.
     """
     check_name(name)
     pick_device(device)
@@ -131,7 +134,7 @@ def _write_keys(paths: SitePaths, name: str, own: ec.EllipticCurvePrivateKey | N
 
 
 def get_key_fingerprint(site: Site) -> str:
-    """SHA-256 (hex) over the public key (PEM, SubjectPublicKeyInfo), as the coordinator sees it. Raises RunError."""
+    """Return the SHA-256 (hex) of the public key (PEM, SubjectPublicKeyInfo), as the coordinator sees it. Raises RunError."""
     public = read_private_key(site.private_key).public_key()
     return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
@@ -146,9 +149,10 @@ def set_records(
     unit: str | None = None,
     collection: str | None = None,
 ) -> int:
-    """Writes data.json, once the records were read; columns that are not given are the plan's. Returns how many there are.
+    """Describe the site's records in data.json, once they could be read, and return how many there are.
 
-    Somebody is here to read what is wrong: other than in a round, records of which none is usable are refused.
+    Columns that are not given are the plan's. Other than in a round, records of which none is usable are refused: somebody is
+    here to read what is wrong.
 
     Args:
         data: A file, a folder of images, or package:NAME; None: what data.json says already.
@@ -205,7 +209,7 @@ def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> 
 
 
 def set_base_model(site: Site, plan: Plan, folder: Path) -> Site:
-    """Writes to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
+    """Write to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
     file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
     find_site_base(plan, file)
     JsonDocument(site.description, SiteFile).write(file)

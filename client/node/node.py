@@ -1,13 +1,15 @@
-"""The resident node: stays connected to a server, answers its requests by the cotune that is installed here, and comes back.
+"""The resident node: stays connected to a server, answers its requests, and reconnects.
 
-Nothing that the server sends is executed. Training runs in a process of its own (worker.py), so that heartbeats go on
-meanwhile and a crash costs one answer. A request is kept until it is answered: a node that was killed goes on with it.
+No code is ever received: sites only run their locally installed cotune. Training runs in a process of its own (worker.py), so
+that heartbeats go on meanwhile, and a crash costs one answer. A request is kept until it is answered: a node that was killed
+goes on with it.
 
 node/request.pb    in the site: the request that is being answered, without its content
 node/id            the node's number at the server, while it is online, and where that is: a copy of the site is another node
 node/lock          held by the process that serves the site
 
-What a run's bundle (Flower's FAB, a zip archive) holds. It is looked at and never unpacked.
+A run's bundle (Flower's FAB, a zip archive) is inspected and never unpacked: a run whose bundle holds more than configuration is
+refused.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _PLAIN = {".info/CONTENT", "LICENSE"}
 
 
 def reason_to_refuse(content: bytes) -> str | None:
-    """Why a run with this bundle is not served: it holds more than configuration. The words may be told to the server."""
+    """Return why a run with this bundle is not served; None where it holds configuration only. The server may be told."""
     try:
         names = zipfile.ZipFile(io.BytesIO(content)).namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
@@ -70,7 +72,7 @@ Connect = Callable[[int | None, bool], AbstractContextManager[FleetClient]]  # a
 
 
 class Worker(Protocol):
-    """Who answers: a TrainerProcess."""
+    """What answers messages: see `TrainerProcess`."""
 
     def submit(self, parcel: ChunkedMessage) -> None: ...
     def poll(self, seconds: float) -> Message | None: ...
@@ -79,12 +81,17 @@ class Worker(Protocol):
 def run_node(
     site: Path, address: str, *, root_certificates: Path | None = None, key: Path, stop: threading.Event | None = None
 ) -> None:
-    """Serves the organization of the folder `site` until SIGINT, SIGTERM or `stop`, whatever happens to the server.
+    """Serve an organization until SIGINT, SIGTERM or `stop`, whatever happens to the server.
 
-    address: host:port of the server, or of the TLS front before it. root_certificates: a PEM file; without one, those that this
-    machine trusts. key: the file of the organization's private key (OpenSSH, elliptic curve), which the server has registered.
-    Raises DataError when the folder is not a site, RunError when another node serves it, or when the address, the key or the
-    certificates cannot be used.
+    Args:
+        site: The organization's folder.
+        address: host:port of the server, or of the TLS proxy before it.
+        root_certificates: A PEM file; None: those that this machine trusts.
+        key: The file of the organization's private key (OpenSSH, elliptic curve), which the server has registered.
+
+    Raises:
+        DataError: The folder is not a site.
+        RunError: Another node serves it, or the address, the key or the certificates cannot be used.
     """
     paths = SitePaths(site)
     if not paths.description.is_file():
@@ -101,9 +108,11 @@ def run_node(
 
 
 class Node:
-    """What a node does with connections and a worker: one request at a time, until `stop`.
+    """Answers one request at a time by a worker, until `stop`.
 
-    folder: what it keeps. sent: where its own refusals are entered before they leave; the worker enters what it answers.
+    Args:
+        folder: What it keeps, node/ of the site.
+        sent: Where its own refusals are entered before they leave; the worker enters what it answers.
     """
 
     def __init__(self, folder: Path, worker: Worker, stop: threading.Event, sent: AuditLog | None = None) -> None:
@@ -129,7 +138,7 @@ class Node:
         self._fit_run: int | None = None  # the last run whose bundle was found fit
 
     def run(self, connect: Connect) -> None:
-        """Connects, serves, and connects again when the connection breaks off; waits longer after each failure."""
+        """Connect and serve, and reconnect when the connection breaks off, with growing delays."""
         wait = 0.0
         while not self._stop.wait(wait):
             started = time.monotonic()
@@ -146,7 +155,7 @@ class Node:
                 _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
 
     def serve(self, fleet: FleetClient) -> None:
-        """Until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
+        """Serve until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
         while not self._stop.is_set():
             try:
                 if not self._step(fleet):

@@ -1,4 +1,4 @@
-"""The model that a site has received, adapted to the site's own records and compared with what it reaches alone.
+"""The finished model of a site, adapted to its own records and compared with what it reaches alone.
 
 All of it happens here: nothing is sent, and as nothing leaves, nothing is noised and no ε is charged. What is fitted to the
 records may reveal single ones, so that an adapted model is to stay where the records are.

@@ -26,7 +26,7 @@ class TrainingSetup:
         exact: The same in float32.
         correct: A batch -> which slots the module classifies rightly.
         samples: The same setup on three made-up rows, to check gradients with.
-        keep_apart: Raises PrivacyError where a row's numbers depend on more than the row.
+        check_independent_rows: Raises PrivacyError where a row's numbers depend on more than the row.
     """
 
     module: nn.Module

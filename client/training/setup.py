@@ -43,7 +43,7 @@ _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in 
 def build_setup(
     plan: Plan, stage: Stage, model: TrainableModel, holdings: Dataset, state: State, name: str, *, expected_batch: float
 ) -> TrainingSetup:
-    """Return the stage's setup on the records of the organization `name`; the model must be set to `state`.
+    """Build the stage's training setup on the records of the organization `name`; the model must be set to `state`.
 
     Args:
         expected_batch: Rows of a step, a public number: it decides the shape of batches of features.
@@ -73,7 +73,7 @@ def build_setup(
 
 
 def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:
-    """Return the stage's setup on so many made-up records, as long as the plan allows: what it costs, without any record."""
+    """Build the stage's training setup on made-up records, as long as the plan allows: what it costs, without a record."""
     task = model.loaded.task
     reader = model.loaded.reader
     samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
@@ -162,8 +162,7 @@ def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> 
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
         reason = _why_no_gradients(raised, made_up.module)
         raise PrivacyError(
-            f"train = {mode} cannot be had with differential privacy for this model ({reason}): expected a gradient for each"
-            " record; use another train mode or model",
+            f"train = {mode} does not support per-example gradients for this model ({reason}): use another train mode or model",
             code="privacy.no_per_example_gradients",
         ) from None
     if not error <= _MAX_GRADIENT_ERROR:
@@ -260,7 +259,7 @@ def _on_examples(
 def build_optimizer(
     local: LocalTraining, model: TrainableModel, names: list[str], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """Return the stage's optimizer, with the head in a group of its own rate."""
+    """Build the stage's optimizer, with the head in a group of its own learning rate."""
     head = [p for n, p in zip(names, parameters, strict=True) if not n.startswith(model.prefix)]
     encoder = [p for n, p in zip(names, parameters, strict=True) if n.startswith(model.prefix)]
     head_rate = local.head_learning_rate if encoder and local.head_learning_rate else local.learning_rate
@@ -276,7 +275,14 @@ _MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
 
 
 class SanityChecks:
-    """Watches one round. before: the trained parameters as they were received. noise: whether every step adds noise."""
+    """Sanity checks of one round: exactly the trainable parameters change.
+
+    A model that is wired wrongly costs one step, and no more.
+
+    Args:
+        before: The trained parameters as they were received.
+        noise: Whether every step adds noise.
+    """
 
     def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool) -> None:
         self.model = model
@@ -285,7 +291,7 @@ class SanityChecks:
         self.frozen = self._checksums()
 
     def after_step(self, report: StepReport) -> None:
-        """Raises RunError when the first step changed a frozen parameter, or left one without the noise that it was to get."""
+        """Check that the first step changed no frozen parameter and, with noise, every trained one. Raises RunError."""
         if report.step > 1:
             return
         changed = [name for name, checksum in self._checksums().items() if checksum != self.frozen[name]]
@@ -303,7 +309,7 @@ class SanityChecks:
             )
 
     def after_round(self) -> None:
-        """Raises RunError when nothing moved in the whole round: an adapter that is not wired in."""
+        """Check that the round changed something: an adapter that is not wired in would not. Raises RunError."""
         still = self._still()
         if len(still) == len(self.before) and all(self._usual(name) for name in still):
             raise RunError(
