@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from cotune.client.site import Site
 from cotune.errors import Declined, RunError
@@ -26,7 +25,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy, delta_of
 from cotune.privacy.policy import Policy
 from cotune.storage.documents import parse_json
-from cotune.storage.files import atomic_write
+from cotune.storage.files import atomic_write, exclusive_lock
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,7 @@ class Approvals:
 
     def approve(self, plan: Plan, how: str) -> None:
         """Durable when this returns. how: the command that approves. An approved plan is not approved again."""
-        with FileLock(self.site.folder / ".approved.lock", mode=0o600):
+        with exclusive_lock(self.site.folder / ".approved.lock"):
             if plan.plan_id in self.ids():
                 return
             atomic_write(self._file(plan.plan_id), plan.canonical().encode())

@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from cotune.errors import PrivacyError
@@ -43,7 +42,7 @@ from cotune.privacy.config import ClientPrivacy
 from cotune.privacy.mechanisms.noise import add_gaussian_noise, grid_of
 from cotune.privacy.mechanisms.random import private_generator
 from cotune.storage.documents import parse_json
-from cotune.storage.files import atomic_write
+from cotune.storage.files import atomic_write, exclusive_lock
 from cotune.strategies.types import Delta, Update
 
 _BITS = 20  # σ_b = K/20 (Andrew et al., section 3)
@@ -225,7 +224,7 @@ class ClientLevelAccount:
         Raises:
             PrivacyError: When ε would be exceeded, or see `check`; nothing is charged then.
         """
-        with FileLock(f"{self.path}.lock"):  # two runs of a federation are two processes
+        with exclusive_lock(self.path.with_name(f"{self.path.name}.lock")):  # two runs of a federation are two processes
             self.check()
             if not self.allows(steps):
                 raise PrivacyError(

@@ -43,7 +43,7 @@ def packed_bytes(codec: Codec, count: int) -> int:
 def rounding_generator(seed: int, organization: str, round: int, name: str) -> np.random.Generator:
     """Return the random numbers with which one parameter of one update is rounded: the same whenever the round is repeated.
 
-    They need not be secret. Whoever knows them learns from a rounded value only what the noised value says already.
+    They need not be secret: a rounded value says nothing that the noised value does not say already.
 
     Args:
         seed: The plan's.

@@ -38,9 +38,9 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import calibrate
 from cotune.privacy.config import delta_of
 from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.app import train_rounds
+from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.runs.suitability import with_robust_default
 from cotune.simulations.prepare import prepare
 from cotune.strategies.config import StrategyConfig
 from cotune.strategies.types import Update
@@ -174,7 +174,7 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
     people = tuple(Participant(name=f"org-{i + 1}") for i in range(len(SIZES)))
     file = RunFile(run="robustness", created="2026-01-01T00:00:00+00:00", engine="in-process", participants=people, silent=True)
     run = RunFolder.create(folder, plan, file)
-    progress = run_rounds(
+    progress = train_rounds(
         grid_of(plan, answer), run, model_of(plan, "cpu"), lambda state: None, lambda state: judged(data, state).accuracy
     )
     final = matrix(progress.state)

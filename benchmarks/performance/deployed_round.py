@@ -31,9 +31,10 @@ PERMISSIVE = "from cotune.privacy.policy import Policy, dump_policy; print(dump_
 
 
 def _import_loopback() -> None:
-    """Make the module with a federation on this machine importable; it is also what the deployment tests use."""
-    if str(HERE.parent) not in sys.path:
-        sys.path.insert(0, str(HERE.parent))
+    """Make the module with a federation on this machine importable, which is that of the deployment tests."""
+    folder = str(HERE.parents[1] / "tests" / "support")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def nodes(meter: Meter, folder: Path, smoke: bool, stock: bool) -> None:

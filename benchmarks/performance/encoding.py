@@ -70,20 +70,21 @@ def bare(meter: Meter, folder: Path, smoke: bool, bfloat16: bool) -> None:
 def cotune(meter: Meter, folder: Path, smoke: bool, precision: str) -> None:
     """As a simulation or a node encodes its source, the file of features included."""
     from cotune import load_plan
-    from cotune.models.features import arithmetic, features_of
+    from cotune.models.feature_precision import feature_dtype
+    from cotune.models.features import features_of
     from cotune.plan.parameters import model_of
 
     plan = load_plan("tweets", [f"model.precision={precision}", 'labels=["0", "1", "2"]'])
     model = model_of(plan, "cpu")
     model.load({})
     texts = texts_of(smoke)
-    arithmetic(model, precision)  # which arithmetic can be used is found out once per machine, and kept
+    feature_dtype(model, precision)  # which arithmetic can be used is found out once per machine, and kept
     with new_cache(folder):
-        arithmetic(model, precision)
+        feature_dtype(model, precision)
         features_of(model, texts[:8], {}, precision)
         with meter.measure(len(texts)):
             features_of(model, texts, {}, precision)
-    meter.add(label="arithmetic", bfloat16=float(str(arithmetic(model, precision)) == "torch.bfloat16"))
+    meter.add(label="arithmetic", bfloat16=float(str(feature_dtype(model, precision)) == "torch.bfloat16"))
 
 
 @contextmanager
@@ -107,7 +108,7 @@ def demo(meter: Meter, folder: Path, smoke: bool) -> None:
     """The rounds of the preset, and the part of them that is training."""
     import cotune.client.training.round
     from cotune import load_plan, simulate
-    from cotune.server.runs.events import listening
+    from cotune.server.runs.events import observe_run
 
     client_round: Any = cotune.client.training.round
     training = {"cpu": 0.0, "wall": 0.0}
@@ -139,7 +140,7 @@ def demo(meter: Meter, folder: Path, smoke: bool) -> None:
     changes += [f'data.source="{folder / "tweets.csv"}"', "data.encoding=utf-8", "data.label=label", "privacy.epsilon=8"]
     client_round.private_steps = clocked
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as out, listening(listener), suppress(_Enough):
+        with tempfile.TemporaryDirectory(dir=folder) as out, observe_run(listener), suppress(_Enough):
             simulate(load_plan("tweets", changes), Path(out) / "run", device="cpu")
     finally:
         client_round.private_steps = original
@@ -153,7 +154,7 @@ def setup(folder: Path, smoke: bool) -> None:
     import csv
 
     from cotune import load_plan
-    from cotune.data.records import read_records
+    from cotune.data.record_files import read_records
 
     found = read_records(load_plan("tweets").data)
     count = 300 if smoke else RECORDS

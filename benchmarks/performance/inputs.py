@@ -62,7 +62,7 @@ def write_plan(file: Path, **tables: Any) -> Path:
 def tweets(count: int) -> list[str]:
     """Return so many different tweets of the data set that the preset `tweets` trains on, from all over it."""
     from cotune import load_plan
-    from cotune.data.records import read_records
+    from cotune.data.record_files import read_records
 
     found = list(dict.fromkeys(read_records(load_plan("tweets").data).inputs))
     step = max(1, len(found) // count)

@@ -50,9 +50,9 @@ def charges(meter: Meter, folder: Path, smoke: bool) -> None:
 
 def _lengthen(file: Path, entries: int) -> None:
     """Add reservations and settlements of other plans in one transaction."""
-    from cotune.storage.append_only_log import Chain
+    from cotune.storage.append_only_log import DatabaseLog
 
-    with Chain(file).transaction() as log:
+    with DatabaseLog(file).transaction() as log:
         for number in range(entries // 2):
             body = {"plan_id": f"plan-{number // 100}", "plan": "", "round": number % 100 + 1, "data": "", "purpose": "training"}
             steps = {"noise_multiplier": 20.0, "sample_rate": 0.01, "count": 5, "mechanism": "gaussian"}
@@ -63,7 +63,7 @@ def _lengthen(file: Path, entries: int) -> None:
 def transactions(meter: Meter, folder: Path, smoke: bool) -> None:
     """Transactions of the ledgers in the rounds of a simulation, per client and round."""
     from cotune import load_plan, simulate
-    from cotune.server.runs.events import listening
+    from cotune.server.runs.events import observe_run
 
     counted: dict[str, int] = {"all": 0, "writing": 0}
     marks: list[tuple[int, int]] = []
@@ -72,7 +72,7 @@ def transactions(meter: Meter, folder: Path, smoke: bool) -> None:
         if event == "round_finished":
             marks.append((counted["all"], counted["writing"]))
 
-    with tempfile.TemporaryDirectory(dir=folder) as out, _counting(counted), listening(listener):
+    with tempfile.TemporaryDirectory(dir=folder) as out, _counting(counted), observe_run(listener):
         simulate(load_plan(folder / "plan.toml"), Path(out) / "run", device="cpu")
     rounds = len(marks) - 1  # the first is left out: a data set is entered in it
     every = (marks[-1][0] - marks[0][0]) / rounds / 2
@@ -85,7 +85,7 @@ def _counting(counted: dict[str, int]) -> Iterator[None]:
     """Count transactions inside the block, and those that append."""
     from cotune.storage import append_only_log
 
-    original = append_only_log.Chain.transaction
+    original = append_only_log.DatabaseLog.transaction
 
     @contextmanager
     def transaction(self: Any) -> Iterator[Any]:
@@ -95,11 +95,11 @@ def _counting(counted: dict[str, int]) -> Iterator[None]:
             counted["writing"] += len(log.entries) != before
         counted["all"] += 1
 
-    append_only_log.Chain.transaction = transaction  # type: ignore[method-assign]
+    append_only_log.DatabaseLog.transaction = transaction  # type: ignore[method-assign]
     try:
         yield
     finally:
-        append_only_log.Chain.transaction = original  # type: ignore[method-assign]
+        append_only_log.DatabaseLog.transaction = original  # type: ignore[method-assign]
 
 
 def floor(meter: Meter, folder: Path, smoke: bool) -> None:

@@ -310,7 +310,7 @@ class _Enough(Exception):
 @contextmanager
 def rounds_measured(meter: Meter, clients: int) -> Iterator[None]:
     """Measure the rounds of simulations in the block: from the end of a round to that of the next, without the first ones."""
-    from cotune.server.runs.events import listening
+    from cotune.server.runs.events import observe_run
 
     began = (time.process_time(), time.perf_counter())
     clock: list[RoundClock] = []
@@ -324,7 +324,7 @@ def rounds_measured(meter: Meter, clients: int) -> Iterator[None]:
         if event == "run_finished":
             raise _Enough
 
-    with listening(listener), suppress(_Enough):
+    with observe_run(listener), suppress(_Enough):
         yield
 
 

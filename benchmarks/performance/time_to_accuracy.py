@@ -53,7 +53,7 @@ class _Enough(Exception):
 def cotune(meter: Meter, folder: Path, smoke: bool) -> None:
     """Once to fill the cache, where it is empty; then measured."""
     from cotune import load_plan, simulate
-    from cotune.server.runs.events import listening
+    from cotune.server.runs.events import observe_run
 
     target = 0.0 if smoke else TARGET
     reached: list[int] = []
@@ -65,7 +65,7 @@ def cotune(meter: Meter, folder: Path, smoke: bool) -> None:
 
     plan = load_plan("tweets", changes(folder, smoke))
     for most in (0.0, target):
-        with tempfile.TemporaryDirectory(dir=folder) as out, listening(partial(until, most)):
+        with tempfile.TemporaryDirectory(dir=folder) as out, observe_run(partial(until, most)):
             cpu, wall = time.process_time(), time.perf_counter()
             with suppress(_Enough):
                 simulate(plan, Path(out) / "run", device="cpu")
@@ -79,18 +79,19 @@ def cotune(meter: Meter, folder: Path, smoke: bool) -> None:
 
 def _encoding(plan: Any, folder: Path, smoke: bool) -> tuple[int, float]:
     """How many different records the source has, and CPU seconds for each of a sample, by cotune's own encoder."""
-    from cotune.data.records import read_records
-    from cotune.models.features import arithmetic, features_of
+    from cotune.data.record_files import read_records
+    from cotune.models.feature_precision import feature_dtype
+    from cotune.models.features import features_of
     from cotune.plan.parameters import model_of
 
     source = list(dict.fromkeys(read_records(plan.data).inputs))
     plan = plan.model_copy(update={"labels": ("0", "1", "2")})
     model = model_of(plan, "cpu")
     model.load({})
-    arithmetic(model, plan.model.precision)  # is found out once for a machine
+    feature_dtype(model, plan.model.precision)  # is found out once for a machine
     sample = source[:: max(1, len(source) // SAMPLED)][: 8 if smoke else SAMPLED]
     with new_cache(folder):
-        arithmetic(model, plan.model.precision)
+        feature_dtype(model, plan.model.precision)
         began = time.process_time()
         features_of(model, sample, {}, plan.model.precision)
         return len(source), (time.process_time() - began) / len(sample)

@@ -90,8 +90,8 @@ def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
 def _begin(
     console: Console, federation: FederationFolder, executor: Executor, override: list[str], name: str | None, *, leave: bool
 ) -> RunFolder:
+    from cotune.server.deployment.new_run import real_run
     from cotune.server.deployment.run_controller import check_none_unfinished
-    from cotune.server.runs.create import real_run
 
     check_none_unfinished(federation, executor, leave=leave)
     begun = real_run(federation, override, name)

@@ -10,7 +10,6 @@ Which process plays a run: the one that holds the lock of the run's folder.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -22,14 +21,16 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState, SuperLinkAway
+from cotune.observers import Observer
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.runs.events import Listener, follow
+from cotune.server.runs.events import follow
 from cotune.server.runs.run_folder import RunFolder, lock_folder
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
+from cotune.storage.files import is_locked
 
 
 class Submission(BaseModel):
@@ -43,20 +44,17 @@ class Submission(BaseModel):
 
 def read_ticket(folder: RunFolder) -> Submission | None:
     """None where nobody was asked yet. Raises RunError for a damaged file."""
-    try:
-        return Submission.model_validate_json((folder.path / "superlink.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
-        raise RunError(
-            f"{folder.path / 'superlink.json'} is damaged ({type(error).__name__}): remove it once no process plays the run"
-        ) from None
+    return _submission_file(folder).read()
+
+
+def _submission_file(folder: RunFolder) -> JsonDocument[Submission]:
+    return JsonDocument(folder.path / "superlink.json", Submission, advice="remove it once no process plays the run")
 
 
 def write_ticket(folder: RunFolder, ticket: Submission) -> Submission:
     """Durable when it returns. Raises RunError."""
     try:
-        atomic_write(folder.path / "superlink.json", json.dumps(ticket.model_dump(), indent=1).encode())
+        _submission_file(folder).write(ticket)
     except OSError as error:
         raise RunError(
             f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
@@ -70,13 +68,7 @@ _LOOK_SECONDS = 0.1
 
 def is_running(run: Path) -> bool:
     """Whether a process holds the lock of the run's folder."""
-    if not (run / ".lock").exists():
-        return False
-    try:
-        with lock_folder(run, patience=0.0):
-            return False
-    except RunError:
-        return True
+    return is_locked(run / ".lock")
 
 
 def wait_until_stopped(run: Path, grace: float) -> None:
@@ -193,7 +185,7 @@ def is_served(federation: FederationFolder) -> bool:
 
 
 def when_served(
-    call: Callable[[], _Answer], served: Callable[[], bool], tell: Listener, pace: PollInterval | None = None
+    call: Callable[[], _Answer], served: Callable[[], bool], tell: Observer, pace: PollInterval | None = None
 ) -> _Answer:
     """Make a call to the SuperLink; while it is being brought back, wait and make the call again.
 
@@ -226,7 +218,7 @@ def when_served(
 def run_to_completion(
     folder: RunFolder,
     executor: Executor,
-    tell: Listener,
+    tell: Observer,
     pace: PollInterval | None = None,
     served: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -277,7 +269,7 @@ class _Ending:
     progress: bool = False
 
 
-def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: Listener, pace: PollInterval) -> _Ending:
+def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: Observer, pace: PollInterval) -> _Ending:
     """Tells what happens until the attempt ends."""
     offset = ticket.offset
     begun = False
@@ -301,7 +293,7 @@ def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: List
         time.sleep(pace.poll)
 
 
-def _told(fields: dict[str, Any], tell: Listener) -> str:
+def _told(fields: dict[str, Any], tell: Observer) -> str:
     event = str(fields.get("event", ""))
     tell(event, {key: value for key, value in fields.items() if key not in ("at", "event")})
     return event
@@ -322,29 +314,13 @@ def _reason_for_end(executor: Executor, ticket: Submission) -> tuple[str | None,
     return f"its process ended ({state.outcome}){how}", True
 
 
-def _again(folder: RunFolder, executor: Executor, tell: Listener, pace: PollInterval) -> _Ending:
+def _again(folder: RunFolder, executor: Executor, tell: Observer, pace: PollInterval) -> _Ending:
     """Another attempt, once the SuperLink answers."""
     try:
-        _await_superlink(executor, tell, pace)
+        when_served(executor.running, lambda: True, tell, pace)
         return _watch(folder, executor, hand_over(folder, executor, pace), tell, pace)
     except RunError as error:
         return _Ending(None, str(error))
-
-
-def _await_superlink(executor: Executor, tell: Listener, pace: PollInterval) -> None:
-    away = False
-    while True:
-        try:
-            executor.running()
-        except RunError:
-            if not away:
-                tell("superlink_lost", {})
-            away = True
-            time.sleep(pace.poll)
-        else:
-            if away:
-                tell("superlink_back", {})
-            return
 
 
 def _stop(folder: RunFolder, executor: Executor, pace: PollInterval) -> None:

@@ -7,7 +7,7 @@ checkpoints/            one file per finished round: model, server optimizer, hi
 client-privacy.jsonl    with client-level privacy: its account; of a real run it is in the federation's folder
 selection.key           with amplification by sampling: the secret that draws who takes part
 stopped.json            why the run ended before its last round, if it did
-trail.jsonl             of a real run: requests and answers with their signatures (trail.py)
+trail.jsonl             of a real run: requests and answers with their signatures (deployment/trail.py)
 inbox/                  during a round: updates that came before their turn
 quarantine/             updates that were refused, as they came (rounds/buffers.py)
 delivered.json          who has confirmed the finished model (rounds/model_delivery.py)
@@ -19,26 +19,30 @@ model/ summary.json report.html    at the end
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from cotune.errors import RunError
-from cotune.models.trainable import State, named_under
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.runs.events import Events
-from cotune.storage.documents import parse_json, parse_toml
-from cotune.storage.files import acquire_lock, atomic_write, remove_parts
+from cotune.storage.documents import JsonDocument, parse_json, parse_toml
+from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
 from cotune.strategies.plugins import content_of, read_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cotune.models.trainable import State
 
 
 class Participant(BaseModel):
@@ -65,6 +69,12 @@ class RunFile(BaseModel):
     silent: bool = False  # a baseline: its events are written but not shown
 
 
+class StoppedFile(BaseModel):
+    """stopped.json."""
+
+    reason: str
+
+
 @dataclass(frozen=True)
 class Progress:
     """A run after its last finished round: what a checkpoint holds."""
@@ -83,15 +93,28 @@ class Progress:
 
 
 class RunFolder:
-    """The folder, with its plan. Raises RunError when it is not the folder of a run."""
+    """The folder, with its plan.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The folder.
+        imports_parts: Whether the plan's strategy is checked against the parts that it names, which loads PyTorch. False where
+            the folder is only looked at.
+
+    Raises:
+        RunError: When it is not the folder of a run.
+    """
+
+    def __init__(self, path: Path, *, imports_parts: bool = True) -> None:
         self.path = path
         try:
-            self.plan: Plan = parse_plan(parse_toml((path / "plan.toml").read_text(encoding="utf-8")))
-            self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
-        except (OSError, ValueError):
+            table = parse_toml((path / "plan.toml").read_text(encoding="utf-8"))
+            self.plan: Plan = parse_plan(table, complete=not imports_parts)
+            found = JsonDocument(path / "run.json", RunFile).read()
+        except (OSError, ValueError, RunError):
+            found = None
+        if found is None:
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
+        self.file = found
         for name in self.plan.strategy.files:
             if (path / name.rpartition(":")[0]).exists():
                 read_file(name, path)
@@ -104,7 +127,7 @@ class RunFolder:
         for name, sha256 in plan.strategy.files.items():
             atomic_write(path / name.rpartition(":")[0], content_of(name, sha256))
         atomic_write(path / "plan.toml", dump_plan(plan).encode())
-        atomic_write(path / "run.json", named.model_dump_json(indent=1).encode())
+        JsonDocument(path / "run.json", RunFile).write(named)
         return cls(path)
 
     @property
@@ -115,16 +138,17 @@ class RunFolder:
     @property
     def stopped(self) -> str | None:
         """Why the run ended before its last round; None if it did not."""
-        try:
-            return str(parse_json((self.path / "stopped.json").read_bytes())["reason"])
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(f"{self.path / 'stopped.json'} is damaged: expected a JSON object with a reason; remove it") from None
+        found = self._stopped_file.read()
+        return None if found is None else found.reason
 
     def stop(self, reason: str) -> None:
         """Ends the run before its last round, for good."""
-        atomic_write(self.path / "stopped.json", json.dumps({"reason": reason}, ensure_ascii=False).encode())
+        self._stopped_file.write(StoppedFile(reason=reason))
+
+    @property
+    def _stopped_file(self) -> JsonDocument[StoppedFile]:
+        advice = "expected a JSON object with a reason; remove it"
+        return JsonDocument(self.path / "stopped.json", StoppedFile, advice=advice)
 
     def _checkpoints(self) -> dict[int, Path]:
         found = (self.path / "checkpoints").glob("round-*.safetensors")
@@ -138,9 +162,11 @@ class RunFolder:
 
     def save(self, progress: Progress) -> None:
         """Makes the round durable: after this returns, it is never repeated."""
+        from safetensors.torch import save  # loads PyTorch, which `cotune server status` does without
+
         tensors = {f"state/{n}": t.contiguous() for n, t in progress.state.items()}
         tensors |= {  # copies: a rule may remember a tensor of the state, and safetensors writes none twice
-            f"memory/{n}": t.clone(memory_format=torch.contiguous_format) for n, t in progress.memory.items()
+            f"memory/{n}": t.contiguous().clone() for n, t in progress.memory.items()
         }
         about = {"round": progress.round, "plan_id": self.plan.plan_id, "history": list(progress.history)}
         about |= {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
@@ -154,6 +180,8 @@ class RunFolder:
 
     def load(self) -> Progress:
         """The last finished round; an empty progress where none is. Raises RunError for a damaged or foreign checkpoint."""
+        from cotune.models.trainable import named_under  # loads PyTorch, which `cotune server status` does without
+
         checkpoints = self._checkpoints()
         if not checkpoints:
             return Progress()
@@ -165,7 +193,7 @@ class RunFolder:
                 plan_id = about["plan_id"]
                 history = tuple(about["history"])
                 clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
-                tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
         if plan_id != self.plan.plan_id:
@@ -182,7 +210,7 @@ class RunFolder:
             return ()
         path = checkpoints[max(checkpoints)]
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 return tuple(parse_json(file.metadata()["checkpoint"])["history"])
         except FileNotFoundError:
             return self.history()  # a newer one has taken its place
@@ -196,11 +224,30 @@ class RunFolder:
             yield
 
 
+def new_folder(name: str, runs: Path = Path("runs")) -> Path:
+    """runs/<time>-<plan>, not yet taken."""
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"
+    candidates = [runs / stem, *(runs / f"{stem}-{i}" for i in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())
+
+
+def empty_folder(path: Path) -> Path:
+    """The folder itself, as an absolute path. Raises RunError where something is in it already."""
+    path = path.expanduser().resolve()
+    if (path / "run.json").exists():
+        raise RunError(
+            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out"
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} is not an empty folder: expected a new one for the run; choose another --out")
+    return path
+
+
 @contextmanager
 def lock_folder(path: Path, patience: float = 0.5) -> Iterator[None]:
     """Keeps a second process off a folder during the block. patience: seconds, as one that only looks holds it for a moment.
 
     Raises RunError, also where the folder cannot be written.
     """
-    with acquire_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", patience=patience):
+    with exclusive_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", timeout=patience):
         yield

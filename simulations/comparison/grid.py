@@ -24,14 +24,15 @@ import numpy as np
 
 from cotune.client.budget import planned_charges
 from cotune.errors import CotuneError, PlanError, RunError, nearest
+from cotune.observers import Observer
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.comparison_statistics import Measured, Settings, Variation
-from cotune.server.runs.events import Listener
 from cotune.server.runs.run_folder import RunFile
 from cotune.simulations.prepare import Prepared, prepare
+from cotune.storage.documents import JsonDocument
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def cells_of(
     seeds: int,
     overrides: Sequence[str],
     device: str,
-    listener: Listener = lambda event, fields: None,
+    listener: Observer = lambda event, fields: None,
 ) -> list[Cell]:
     """All cells in the order of the grid, seeds last. Raises PlanError, which names the combination that cannot be had.
 
@@ -215,10 +216,8 @@ def place_of(folder: Path, cell: Cell) -> Path:
     """
     path = folder / "cells" / cell.plan_id[:16]
     file = path / "run.json"
-    try:
-        other = file.exists() and RunFile.model_validate_json(file.read_bytes()).data != cell.data
-    except ValueError:
-        raise RunError(f"{file} is damaged: expected that of a run; remove its folder") from None
+    found = JsonDocument(file, RunFile, advice="expected that of a run; remove its folder").read()
+    other = found is not None and found.data != cell.data
     return path.with_name(f"{path.name}-{cell.data[:8]}") if other else path
 
 

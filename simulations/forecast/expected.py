@@ -13,7 +13,7 @@ from cotune.client.policy_check import broken_rules
 from cotune.client.training.setup import check_stages
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.base_folder import base_labels
-from cotune.models.base_model import find_base
+from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
@@ -21,7 +21,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import BudgetRules, Policy
-from cotune.server.runs.suitability import check_feasible
+from cotune.server.rounds.feasibility import check_feasible
 from cotune.simulations.prepare import Prepared
 
 _TWO_CLASSES = ("first class", "second class")  # where nobody has said which there are

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import setting_of
 from cotune.data.dataset import Dataset
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 from cotune.privacy.mechanisms.dp_sgd import private_steps
 from cotune.privacy.mechanisms.noise import grid_step
-from tests.conftest import write_csv
+from tests.support.datasets import write_csv
 
 RATE = 2.0**60  # nothing of the parameters before the step is left beside it
 SIGMA = 1.3

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names
+from cotune.plan.local_training import LocalTraining
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining
 
 BASE: dict[str, Any] = {"model": {"base": "some/encoder"}, "data": {"source": "records.csv"}}
 STAGES = [
@@ -61,6 +61,14 @@ def test_a_plan_written_as_toml_is_the_same_plan(name: str) -> None:
     assert again == one
     assert again.plan_id == one.plan_id
     assert dump_plan(again) == dump_plan(one)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "trimmed_mean", "robust", "fisher", "qfedavg", "fedprox", "ties"])
+def test_a_dumped_plan_is_the_same_without_its_parts(strategy: str) -> None:
+    """A folder of a run is looked at without importing the strategy's parts; the identity that is shown must be the run's."""
+    one = plan(strategy=strategy, privacy="none", train="lora")
+    again = parse_plan(tomllib.loads(dump_plan(one)), complete=True)
+    assert (again.plan_id, again.canonical()) == (one.plan_id, one.canonical())
 
 
 @pytest.mark.parametrize("name", PLANS)

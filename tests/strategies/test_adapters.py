@@ -14,7 +14,7 @@ from cotune.strategies.config import Part, StrategyConfig
 from cotune.strategies.low_rank import averaged, padded, product_norm, stacked, truncated
 from cotune.strategies.registry import ComponentInfo, Needs
 from cotune.strategies.types import Update, WeightedUpdate
-from tests.strategies.adapted import A, B, close
+from tests.support.adapted_layers import A, B, close
 
 sizes = st.integers(1, 6)
 

@@ -1,0 +1,83 @@
+"""The folder of a new run: where it is, and for a real one all that the executor needs to play it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cotune.data.dataset import DatasetManifest, FileSlice
+from cotune.data.readers.sources import path_of_base
+from cotune.data.record_files import read_records
+from cotune.data.records import check_labels
+from cotune.errors import PlanError, RunError
+from cotune.plan.load import load_plan
+from cotune.plan.schema import Plan
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.plan_checks import check_counts, notes_of
+from cotune.server.rounds.feasibility import check_feasible
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, empty_folder, new_folder
+from cotune.server.runs.run_model import without_place
+from cotune.storage.documents import JsonDocument
+
+
+def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: str | None = None) -> RunFolder:
+    """Makes the folder of a run of the federation's plan by its present members. name: of the folder; None: <time>-<plan>.
+
+    Raises RunError without members or where the folder cannot be written, PlanError for overrides that are none and for a plan
+    that does not suit so many organizations, PrivacyError where client-level privacy cannot be given to so many, DataError for a
+    test set that cannot be read.
+    """
+    plan, base = _with_base(federation, load_plan(federation.path / "plan.toml", overrides))
+    people = tuple(Participant(name=member.name) for member in federation.members.active())
+    if not people:
+        raise RunError("the federation has no members: invite one first (`cotune server invite`)")
+    check_feasible(plan, len(people), server_data=False)
+    check_counts(plan, federation.members.active())
+    if test := _test_file(federation):
+        check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels)
+    path = _folder(federation, plan, name)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    device = federation.config.device
+    home = str(federation.path)
+    file = RunFile(run=path.name, created=created, engine="superlink", device=device, participants=people, federation=home)
+    file = file.model_copy(update={"base": base})
+    try:
+        path.mkdir(parents=True, mode=0o700, exist_ok=True)
+        _write_test(federation, plan, path)
+        folder = RunFolder.create(path, plan, file)
+    except OSError as error:
+        raise RunError(f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access") from None
+    for note in notes_of(plan, federation.members.active()):
+        folder.events.tell("note", text=note)
+    return folder
+
+
+def _with_base(federation: FederationFolder, plan: Plan) -> tuple[Plan, str]:
+    """The plan as members see it, and where its base model is, if it does not say. One that `--set` names is not told either."""
+    if plan.model.base == federation.plan.model.base:
+        return plan, str(federation.config.base or "")
+    return without_place(plan), str(path_of_base(plan.model.base) or "")
+
+
+def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:
+    runs = federation.path / "runs"
+    if name is None:
+        return new_folder(plan.name, runs)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise PlanError(f"{name[:100]!r} cannot be the name of a run: expected letters, digits, dots, hyphens and underscores")
+    return empty_folder(runs / name)
+
+
+def _test_file(federation: FederationFolder) -> Path | None:
+    """The coordinator's test set, if it has one."""
+    test = federation.config.test
+    return None if test is None else (federation.path / test).resolve()
+
+
+def _write_test(federation: FederationFolder, plan: Plan, path: Path) -> None:
+    """All of its records, read as the plan reads records."""
+    if file := _test_file(federation):
+        document = DatasetManifest(task=plan.task, data=plan.data.without_units(), portions=(FileSlice(path=file),))
+        JsonDocument(path / "test" / "data.json", DatasetManifest).write(document)

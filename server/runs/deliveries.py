@@ -1,0 +1,24 @@
+"""Who has confirmed that it has the finished model: delivered.json in the folder of a run."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from cotune.server.runs.run_folder import RunFolder
+from cotune.storage.documents import JsonDocument
+
+
+def confirmed(folder: RunFolder) -> dict[str, str]:
+    """Organization -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
+    return _document(folder).read() or {}
+
+
+def record_delivery(folder: RunFolder, organization: str) -> None:
+    """Note durably that an organization has confirmed the model, now."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    _document(folder).write({**confirmed(folder), organization: now})
+
+
+def _document(folder: RunFolder) -> JsonDocument[dict[str, str]]:
+    advice = "expected organizations with times; remove it to hand the model out again"
+    return JsonDocument(folder.path / "delivered.json", dict[str, str], advice=advice)
