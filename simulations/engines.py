@@ -16,7 +16,7 @@ from cotune.client.app import app as client_app
 from cotune.errors import CotuneError, PlanError, RunError, nearest
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.server.app import app as server_app
-from cotune.server.rounds.evaluation import judged_by
+from cotune.server.rounds.evaluation import register_evaluator
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import each_judge
 
@@ -24,14 +24,17 @@ from cotune.simulations.baselines import each_judge
 def check_engine(engine: str) -> None:
     """Raises PlanError for an engine that is unknown or not installed."""
     if engine not in ENGINES:
-        raise PlanError(f'unknown engine "{engine}"{nearest(engine, ENGINES)}')
+        raise PlanError(f'unknown engine "{engine}"{nearest(engine, ENGINES)}', code="plan.unknown_engine")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise PlanError('the engine "ray" is not installed: run `pip install "cotune[ray]"`, or leave --engine out')
+        raise PlanError(
+            'the engine "ray" is not installed: run `pip install "cotune[ray]"`, or leave --engine out',
+            code="plan.missing_package",
+        )
 
 
 def play_on(engine: str, folder: RunFolder) -> None:
     """Plays the run's unfinished rounds. Raises RunError when the run fails."""
-    with judged_by(each_judge(folder)):
+    with register_evaluator(each_judge(folder)):
         ENGINES[engine](folder)
 
 
@@ -70,9 +73,16 @@ def _ray(folder: RunFolder) -> None:
 
     _simulate(wrapped, folder)
     for error in failed:
-        raise error if isinstance(error, CotuneError) else RunError(f"the run failed: {type(error).__name__}: {error}")
+        raise (
+            error
+            if isinstance(error, CotuneError)
+            else RunError(f"the run failed: {type(error).__name__}: {error}", code="run.failed")
+        )
     if not folder.finished:
-        raise RunError("the simulation engine ended before the last round: expected all rounds; see the log, then --resume")
+        raise RunError(
+            "the simulation engine ended before the last round: expected all rounds; see the log, then --resume",
+            code="run.incomplete",
+        )
 
 
 def _simulate(app: ServerApp, folder: RunFolder) -> None:

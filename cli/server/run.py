@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group
@@ -21,8 +21,8 @@ from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
 from cotune.plan.load import check_tables, overrides_alone, read_document
 from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.reporting.formatting import instant, percent, size
-from cotune.storage.documents import parse_json
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.server.deployment.federation import FederationFolder
@@ -50,28 +50,28 @@ def run(
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
     _check_overrides(folder / "plan.toml", override or ())
     beginning(f"reading {folder}")
-    from cotune.flower.control_client import control
+    from cotune.flower.control_client import open_control
     from cotune.server.deployment.federation import FederationFolder
     from cotune.server.deployment.run_controller import (
-        hand_over,
-        is_served,
+        is_superlink_kept_running,
+        lock_runs,
         newest,
-        only_follower,
+        retry_while_served,
         run_to_completion,
-        when_served,
+        submit,
     )
 
     federation = FederationFolder(folder)
     console = screen()
-    with only_follower(federation), control(federation.superlink_address, federation.certificates) as executor:
-        served = partial(is_served, federation)
+    with lock_runs(federation), open_control(federation.superlink_address, federation.certificates) as executor:
+        served = partial(is_superlink_kept_running, federation)
         if not resume:
             with showing_remote_progress(console) as tell:
-                when_served(executor.running, served, tell)  # raises, in one sentence, where the server does not run
+                retry_while_served(executor.running, served, tell)  # raises, in one sentence, where the server does not run
         played = newest(federation, out) if resume else _begin(console, federation, executor, override or [], out, leave=new)
         if detach:
             with showing_remote_progress(console) as tell:
-                when_served(lambda: hand_over(played, executor), served, tell)
+                retry_while_served(lambda: submit(played, executor), served, tell)
             console.print(f"{escape(played.file.run)} is handed over: `cotune server run {folder} --resume` follows it")
             return
         with showing_remote_progress(console) as tell:
@@ -90,11 +90,11 @@ def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
 def _begin(
     console: Console, federation: FederationFolder, executor: Executor, override: list[str], name: str | None, *, leave: bool
 ) -> RunFolder:
-    from cotune.server.deployment.new_run import real_run
+    from cotune.server.deployment.new_run import create_run
     from cotune.server.deployment.run_controller import check_none_unfinished
 
     check_none_unfinished(federation, executor, leave=leave)
-    begun = real_run(federation, override, name)
+    begun = create_run(federation, override, name)
     if begun.plan.plan_id != federation.plan.plan_id:
         console.print(
             f"--set makes another plan ({begun.plan.plan_id[:12]}…) than organizations were given: each decides by its policy,"
@@ -104,7 +104,7 @@ def _begin(
 
 
 def _show_result(console: Console, played: RunFolder) -> None:
-    summary: dict[str, Any] = parse_json((played.path / "summary.json").read_bytes())
+    summary = read_summary(played.path / "summary.json")
     if summary["privacy"]["mode"] == "none":
         console.print("[bold red]No record-level differential privacy: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:
@@ -129,7 +129,7 @@ def _headline(rounds: Sequence[int]) -> str:
     return said if part == len(rounds) else f"[bold red]{said}[/bold red]"
 
 
-def _organizations(summary: dict[str, Any]) -> Table:
+def _organizations(summary: RunSummary) -> Table:
     private = summary["privacy"]["mode"] != "none"
     table = Table("organization", header_style="bold", pad_edge=False, box=None)
     for heading in ("rounds", "weight", *(("ε stated",) if private else ()), "sent", "dropped", "quarantined", "has the model"):
@@ -152,13 +152,13 @@ def status(
         raise typer.BadParameter("--watch is for people: --json prints once")
     from dataclasses import asdict
 
-    from cotune.flower.control_client import control
+    from cotune.flower.control_client import open_control
     from cotune.server.deployment.federation import FederationFolder
     from cotune.server.deployment.status import connections, look
 
     federation = FederationFolder(folder)
     console = screen()
-    with control(federation.superlink_address, federation.certificates) as asked:
+    with open_control(federation.superlink_address, federation.certificates) as asked:
 
         def now() -> Status:
             connected = connections(federation.members.all(), asked)

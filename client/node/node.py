@@ -29,12 +29,13 @@ from flwr.app import Message, MessageType
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
-from cotune.client.node.connection import Entrance
-from cotune.client.node.worker import ResidentDied, TrainerProcess
-from cotune.client.training.observe import tell
+from cotune.client.node.connection import Connector
+from cotune.client.node.worker import TrainerDied, TrainerProcess
+from cotune.client.site_folder import NodePaths, SitePaths
+from cotune.client.training.observe import notify
 from cotune.errors import DataError, RunError
-from cotune.flower.chunks import CutOff, Parcel
-from cotune.flower.fleet_client import Fleet, FleetError, Request, RequestOver
+from cotune.flower.chunks import Aborted, ChunkedMessage
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, RequestExpired
 from cotune.storage.files import atomic_write, exclusive_lock
 
 _CONFIGURATION = {".toml", ".md", ".txt", ".json", ".yaml", ".yml"}
@@ -65,13 +66,13 @@ _LONGEST_WAIT_SECONDS = 10.0
 _OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
 _log = logging.getLogger(__name__)
 
-Connect = Callable[[int | None, bool], AbstractContextManager[Fleet]]  # as `connected`: known, anew
+Connect = Callable[[int | None, bool], AbstractContextManager[FleetClient]]  # as `connected`: known, anew
 
 
 class Worker(Protocol):
     """Who answers: a TrainerProcess."""
 
-    def give(self, parcel: Parcel) -> None: ...
+    def give(self, parcel: ChunkedMessage) -> None: ...
     def answer(self, seconds: float) -> Message | None: ...
 
 
@@ -85,15 +86,16 @@ def run_node(
     Raises DataError when the folder is not a site, RunError when another node serves it, or when the address, the key or the
     certificates cannot be used.
     """
-    if not (site / "site.json").is_file():
+    paths = SitePaths(site)
+    if not paths.description.is_file():
         raise DataError(f"{site} is not a site: expected a folder with a site.json")
     _check_address(address)
-    connect = Entrance(site, address, root_certificates, key)
+    connect = Connector(site, address, root_certificates, key)
     stop = stop or threading.Event()
-    with _alone(site / "node"), _stopped_by_signals(stop):
+    with _alone(paths.node), _stopped_by_signals(stop):
         worker = TrainerProcess(site.resolve(), address)
         try:
-            Node(site / "node", worker, stop, AuditLog(site)).stay(connect)
+            Node(paths.node.folder, worker, stop, AuditLog(site)).stay(connect)
         finally:
             worker.stop()
 
@@ -108,8 +110,9 @@ class Node:
         self._worker = worker
         self._stop = stop
         self._sent = sent
-        self._request_file = folder / "request.pb"
-        self._id_file = folder / "id"
+        paths = NodePaths(folder)
+        self._request_file = paths.request
+        self._id_file = paths.id
         self._place = f"{platform.node()} {folder.resolve()}"
         self._deadline = 0.0  # of the request, by the clock that never jumps
         self._request = self._kept_request()
@@ -137,22 +140,22 @@ class Node:
                 lasted = time.monotonic() - started
                 wait = _next_wait(0.0 if lasted > _LONGEST_WAIT_SECONDS else wait)
                 unforeseen = None if isinstance(error, FleetError) else error
-                tell("disconnected", reason=str(error))
+                notify("disconnected", reason=str(error))
                 _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
 
-    def serve(self, fleet: Fleet) -> None:
+    def serve(self, fleet: FleetClient) -> None:
         """Until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
         while not self._stop.is_set():
             try:
                 if not self._step(fleet):
                     waited = time.monotonic() - self._active
                     self._stop.wait(min(_MOST_POLL_SECONDS, max(_POLL_SECONDS, _LATER * waited)))
-            except RequestOver as error:
+            except RequestExpired as error:
                 if self._request is None:
                     raise
                 self._drop(fleet, str(error))
 
-    def _step(self, fleet: Fleet) -> bool:
+    def _step(self, fleet: FleetClient) -> bool:
         """The next thing to do; False where there is none."""
         if self._request is None:
             self._request = self._receive(fleet)
@@ -168,13 +171,13 @@ class Node:
         self._active = time.monotonic()
         return True
 
-    def _receive(self, fleet: Fleet) -> Request | None:
+    def _receive(self, fleet: FleetClient) -> AnnouncedRequest | None:
         self._in_doubt = True
         request = fleet.receive()
         self._in_doubt = False
         return request
 
-    def _accept(self, fleet: Fleet, request: Request) -> None:
+    def _accept(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         """Keeps a request; one that nobody waits for any more is dropped. The finished model may be that of an earlier round."""
         self._deadline = time.monotonic() + request.seconds
         round = int(request.round) if request.round.isdecimal() else 0
@@ -188,7 +191,7 @@ class Node:
         except OSError as error:
             self._refuse(request, GENERIC_REFUSAL, f"the site cannot be written ({error}): make room, or mend its permissions")
 
-    def _begin(self, fleet: Fleet, request: Request) -> None:
+    def _begin(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         """Hands a request to the worker, when the run's bundle is fit for it."""
         if self._is_late():
             return self._drop(fleet, "its time has passed")
@@ -201,40 +204,40 @@ class Node:
         if not self._is_at(request):
             self._give(fleet, request)
 
-    def _is_at(self, request: Request) -> bool:
+    def _is_at(self, request: AnnouncedRequest) -> bool:
         """Whether the worker is still at the same content. Its update is kept when it is done, and then answers this request."""
         if self._at and self._at == _content_of(request):
-            with suppress(ResidentDied):
+            with suppress(TrainerDied):
                 if self._worker.answer(_POLL_SECONDS) is None:
                     return True
         self._at = ""
         return False
 
-    def _give(self, fleet: Fleet, request: Request) -> None:
+    def _give(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         try:
             parcel = fleet.open(request)
             self._opened = True
             self._worker.give(parcel)
             self._given = True
             _log.info("round %s of run %s begins", request.round, request.run)
-            tell("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
+            notify("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
         except FleetError:
             raise
-        except CutOff as error:
+        except Aborted as error:
             self._ask_anew(fleet, error)
-        except ResidentDied as error:
+        except TrainerDied as error:
             self._died(request, error)
         except Exception as error:  # what a stranger sent may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
             self._refuse(request, GENERIC_REFUSAL, f"the request cannot be read: {error}")
 
-    def _ask_anew(self, fleet: Fleet, error: CutOff) -> None:
+    def _ask_anew(self, fleet: FleetClient, error: Aborted) -> None:
         """The server's call was cut off, as by a SuperLink that was killed: anyone who connects anew is asked again."""
         self._drop(fleet, f"{error}; it is to be asked again")
         self._in_doubt = True
         raise FleetError("a request did not come whole")
 
-    def _refuse(self, request: Request, said: str, reason: str) -> None:
+    def _refuse(self, request: AnnouncedRequest, said: str, reason: str) -> None:
         """Answers without the worker. said: to the server. reason: for the organization's own log of what was sent."""
         self._reply = refusal(request.header, said)
         self._own_entry = {"what": "refusal", "round": request.round, "reason": reason}
@@ -244,11 +247,11 @@ class Node:
         except RunError as error:  # what is refused without it says nothing of the records
             _log.error("%s", error)
 
-    def _wait_for_reply(self, fleet: Fleet, request: Request) -> None:
+    def _wait_for_reply(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         fleet.check_known()
         try:
             self._reply = self._worker.answer(_POLL_SECONDS)
-        except ResidentDied as error:
+        except TrainerDied as error:
             self._died(request, error)
         if self._reply is None and time.monotonic() > self._deadline + _OVERDUE_SECONDS:
             newer = self._receive(fleet)
@@ -257,7 +260,7 @@ class Node:
                 self._request = newer
                 self._accept(fleet, newer)
 
-    def _died(self, request: Request, error: ResidentDied) -> None:
+    def _died(self, request: AnnouncedRequest, error: TrainerDied) -> None:
         """A process that was killed costs time, and with privacy what it had reserved; one that dies of its work would die
         again.
         """
@@ -266,12 +269,12 @@ class Node:
             return self._refuse(request, GENERIC_REFUSAL, str(error))
         self._again = True
         self._given = False
-        tell("again", round=request.round, reason=str(error))
+        notify("again", round=request.round, reason=str(error))
 
     def _is_late(self) -> bool:
         return time.monotonic() >= self._deadline
 
-    def _send(self, fleet: Fleet, request: Request, reply: Message) -> None:
+    def _send(self, fleet: FleetClient, request: AnnouncedRequest, reply: Message) -> None:
         if self._is_late():
             return self._drop(fleet, "its answer came too late")
         seconds = time.monotonic() - self._began
@@ -279,19 +282,19 @@ class Node:
         _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)
         entry = self._own_entry or self._last_entry()
         self._forget(fleet, request)
-        tell("answered", round=request.round, seconds=seconds, entry=entry)
+        notify("answered", round=request.round, seconds=seconds, entry=entry)
 
     def _last_entry(self) -> dict[str, Any]:
         """What the worker has entered about its answer."""
         return {} if self._sent is None else self._sent.last()
 
-    def _drop(self, fleet: Fleet, reason: str) -> None:
+    def _drop(self, fleet: FleetClient, reason: str) -> None:
         assert self._request is not None
         _log.warning("round %s of run %s is dropped: %s", self._request.round, self._request.run, reason)
-        tell("dropped", round=self._request.round, reason=reason)
+        notify("dropped", round=self._request.round, reason=reason)
         self._forget(fleet, self._request)
 
-    def _forget(self, fleet: Fleet, request: Request) -> None:
+    def _forget(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
         opened = self._opened
         self._request = None
@@ -304,9 +307,9 @@ class Node:
             with suppress(FleetError):
                 fleet.confirm(request)
 
-    def _enter(self, fleet: Fleet) -> None:
+    def _enter(self, fleet: FleetClient) -> None:
         _log.info("connected as node %s", fleet.node_id)
-        tell("connected", node=fleet.node_id)
+        notify("connected", node=fleet.node_id)
         self._known = fleet.node_id
         self._in_doubt = False
         try:
@@ -317,7 +320,7 @@ class Node:
             self._at = _content_of(self._request) if self._given and self._reply is None else ""
             self._drop(fleet, "the server knows this node by another number now, and asks it anew")
 
-    def _leave(self, fleet: Fleet) -> None:
+    def _leave(self, fleet: FleetClient) -> None:
         """A node that is stopped says so: nobody waits for what it was at."""
         for file in (self._request_file, self._id_file):
             with suppress(OSError):
@@ -325,9 +328,9 @@ class Node:
         with suppress(FleetError):
             fleet.leave()
 
-    def _kept_request(self) -> Request | None:
+    def _kept_request(self) -> AnnouncedRequest | None:
         try:
-            kept = Request.from_bytes(self._request_file.read_bytes())
+            kept = AnnouncedRequest.from_bytes(self._request_file.read_bytes())
             age = max(0.0, time.time() - self._request_file.stat().st_mtime)
             self._deadline = time.monotonic() + kept.header.metadata.ttl - age
             return kept
@@ -345,7 +348,7 @@ class Node:
             return None
 
 
-def _content_of(request: Request) -> str:
+def _content_of(request: AnnouncedRequest) -> str:
     """The identifier of what a request holds: a hash of it, the same when it is asked anew."""
     return str(request.tree.children[0].object_id) if request.tree.children else ""
 
@@ -362,13 +365,13 @@ def _check_address(address: str) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(node: NodePaths) -> Iterator[None]:
     """Keeps a second node off a site."""
     try:
-        folder.mkdir(exist_ok=True)
+        node.folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
-    with exclusive_lock(folder / "lock", f"another node serves {folder.parent}: stop it first, or leave it to its work"):
+        raise RunError(f"{node.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+    with exclusive_lock(node.lock, f"another node serves {node.folder.parent}: stop it first, or leave it to its work"):
         yield
 
 

@@ -16,14 +16,14 @@ from flwr.app import Context, Message, RecordDict, UserConfig
 
 from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
 from cotune.errors import RunError
-from cotune.flower.chunks import Malformed, Parcel, TooMuch
+from cotune.flower.chunks import ChunkedMessage, Malformed, TooLarge
 from cotune.printable import clean_output
 from cotune.worker_process import WorkerProcess, receive_all
 
 _log = logging.getLogger(__name__)
 
 
-class ResidentDied(Exception):
+class TrainerDied(Exception):
     """The process ended before it answered."""
 
 
@@ -47,7 +47,7 @@ class TrainerProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def give(self, parcel: Parcel) -> None:
+    def give(self, parcel: ChunkedMessage) -> None:
         """Starts work on a message, in a new process if the old one has ended, or is at a message that nobody waits for any more.
 
         Raises ResidentDied.
@@ -76,8 +76,8 @@ class TrainerProcess:
         """What it was at is lost, except for what the site keeps."""
         self._process.kill()
 
-    def _died(self) -> ResidentDied:
-        return ResidentDied(f"the training process ended with {self._process.wait()}: perhaps memory ran out")
+    def _died(self) -> TrainerDied:
+        return TrainerDied(f"the training process ended with {self._process.wait()}: perhaps memory ran out")
 
 
 def _work(pipe: Connection, folder: Path, server: str) -> None:
@@ -90,10 +90,10 @@ def _work(pipe: Connection, folder: Path, server: str) -> None:
         pipe.send(_answer(parcel, folder, server))
 
 
-def _answer(parcel: Parcel, folder: Path, server: str = "") -> Message:
+def _answer(parcel: ChunkedMessage, folder: Path, server: str = "") -> Message:
     from cotune.client.app import app
     from cotune.client.audit_log import AuditLog
-    from cotune.client.node.received import opened
+    from cotune.client.node.received import read_message
     from cotune.client.site import Site
 
     header = parcel.header("")
@@ -101,9 +101,9 @@ def _answer(parcel: Parcel, folder: Path, server: str = "") -> Message:
     site = UserConfig({"site": str(folder), "server": server})
     context = Context(about.run_id, about.dst_node_id, site, RecordDict(), UserConfig())
     try:
-        return app(opened(parcel, Site(folder)), context)
+        return app(read_message(parcel, Site(folder)), context)
     except Exception as error:  # such as a message of a kind that is not served
-        foreseen = isinstance(error, TooMuch | Malformed)
+        foreseen = isinstance(error, TooLarge | Malformed)
         _log.error("the message could not be answered: %s", error, exc_info=None if foreseen else error)
         with suppress(RunError):  # what is refused without it says nothing of the records
             AuditLog(folder).append("refusal", server=server, said=GENERIC_REFUSAL, reason=f"{type(error).__name__}: {error}")

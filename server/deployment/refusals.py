@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from cotune.errors import RunError
+from cotune.reporting.documents.events import MessagesRefused
 from cotune.server.runs.events import Events, read_events
 from cotune.storage.documents import JsonDocument
 
@@ -40,7 +41,7 @@ class _Before(BaseModel):
     counts: dict[str, int]
 
 
-class Refusals:
+class RefusalLog:
     """Goes on with what the file holds."""
 
     def __init__(self, file: Path) -> None:
@@ -106,7 +107,7 @@ def _read(file: Path) -> _Document:
         return _Document()
 
 
-class Watch:
+class RefusalWatch:
     """A listener to the events of a run: whenever it begins or goes on, somebody is dropped, or a round is over, it tells of what
     the front has refused meanwhile, so that the sender is named in the run whose messages it was after.
 
@@ -116,7 +117,7 @@ class Watch:
 
     def __init__(self, file: Path, events: Events) -> None:
         self._file = file
-        self._tell = events.tell
+        self._report = events.write
         self._seen = _before(file, events.path.with_name("refused-before.json")) | _told(events.path)
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
@@ -127,7 +128,7 @@ class Watch:
             more = refused.count - (seen if seen <= refused.count else 0)  # fewer: the file was begun anew
             if more > 0:
                 self._seen[member] = refused.count
-                self._tell("messages_refused", organization=member, count=more, total=refused.count, reason=refused.reason)
+                self._report(MessagesRefused(organization=member, count=more, total=refused.count, reason=refused.reason))
 
 
 def _before(file: Path, kept: Path) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from cotune.flower.chunks import fetched
+from cotune.flower.chunks import pull_reply
 from cotune.server.outcomes import Lost, Rejected
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
@@ -98,9 +98,10 @@ class Transport(Protocol):
 
 
 class InProcessTransport:
-    """In this thread: the first organization's answer, then the second's; one answer is held at a time."""
+    """Makes all calls in this thread: the first organization's reply, then the second's; one is in memory at a time."""
 
     def __init__(self, grid: Grid, nodes: NodeRegistry) -> None:
+        """Create the transport of a simulation over its grid and nodes."""
         self._grid = grid
         self._nodes = nodes
         self._round = 0
@@ -129,13 +130,13 @@ class InProcessTransport:
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         for (round, name), number in list(self._earlier.items()):
-            reply = Reply(round, name, fetched(self._grid, number))
+            reply = Reply(round, name, pull_reply(self._grid, number))
             if reply.content is not None:
                 del self._earlier[round, name]
                 yield reply
                 return
         for name in list(self._waiting) if last else list(itertools.islice(self._waiting, 1)):
-            reply = Reply(self._round, name, fetched(self._grid, self._waiting[name]))
+            reply = Reply(self._round, name, pull_reply(self._grid, self._waiting[name]))
             if reply.content is not None:
                 del self._waiting[name]
                 yield reply

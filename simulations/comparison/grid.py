@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.comparison_statistics import Measured, Settings, Variation
+from cotune.reporting.documents.summary import OrganizationWorth, read_summary
 from cotune.server.runs.run_folder import RunFile
 from cotune.simulations.prepare import Prepared, prepare
 from cotune.storage.documents import JsonDocument
@@ -81,13 +81,23 @@ _MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination under a seed, checked. plan: resolved. data: fingerprint of the records."""
+    """A combination under a seed, checked.
+
+    Attributes:
+        settings: Key -> value of each variation.
+        plan: Resolved.
+        plan_id: Of that plan.
+        data: Fingerprint of the records.
+        promise: What the plan promises its records.
+        notes: About the records, such as how many are left out and why.
+    """
 
     settings: Settings
     plan: Plan
     plan_id: str
     data: str
     promise: Promise
+    notes: tuple[str, ...] = ()
 
     @property
     def combination(self) -> str:
@@ -107,9 +117,12 @@ def parse_variation(text: str) -> Variation:
     key, _, rest = text.partition("=")
     values = tuple(value.strip() for value in _split(rest))
     if not key.strip() or not all(values):
-        raise PlanError(f'the variation "{text}" is not understood: expected KEY=V1,V2, such as partition=iid,dirichlet:0.1')
+        raise PlanError(
+            f'the variation "{text}" is not understood: expected KEY=V1,V2, such as partition=iid,dirichlet:0.1',
+            code="plan.malformed_variation",
+        )
     if len(set(values)) < len(values):
-        raise PlanError(f'the variation "{text}" has a value twice: expected distinct ones')
+        raise PlanError(f'the variation "{text}" has a value twice: expected distinct ones', code="plan.malformed_variation")
     return Variation(key.strip(), values)
 
 
@@ -136,16 +149,24 @@ def baseline_of(variations: Sequence[Variation], baseline: str | None) -> str:
     """The value that others are compared with. Raises PlanError for variations that make no grid."""
     if not variations:
         raise PlanError(
-            "there is nothing to compare: expected at least one --vary, such as --vary strategy.weighting=examples,uniform"
+            "there is nothing to compare: expected at least one --vary, such as --vary strategy.weighting=examples,uniform",
+            code="plan.malformed_variation",
         )
     paths = [variation.path for variation in variations]
     if "seed" in paths:
-        raise PlanError("the seed is no key to vary: expected --seeds, which plays every combination under each")
+        raise PlanError(
+            "the seed is no key to vary: expected --seeds, which plays every combination under each",
+            code="plan.malformed_variation",
+        )
     if len(set(paths)) < len(paths):
-        raise PlanError(f"the keys {', '.join(paths)} cannot be varied together: expected distinct ones")
+        raise PlanError(
+            f"the keys {', '.join(paths)} cannot be varied together: expected distinct ones", code="plan.malformed_variation"
+        )
     first = variations[0]
     if baseline is not None and baseline not in first.values:
-        raise PlanError(f'the baseline "{baseline}" is no value of {first.key}{nearest(baseline, first.values)}')
+        raise PlanError(
+            f'the baseline "{baseline}" is no value of {first.key}{nearest(baseline, first.values)}', code="plan.unknown_baseline"
+        )
     return first.values[0] if baseline is None else baseline
 
 
@@ -162,7 +183,7 @@ def cells_of(
     What a plan alone shows to be wrong, such as a name that is unknown, is refused before the first one meets data and model.
     """
     if not 1 <= seeds <= _MOST_SEEDS:
-        raise PlanError(f"expected 1 to {_MOST_SEEDS} seeds, got {seeds}")
+        raise PlanError(f"expected 1 to {_MOST_SEEDS} seeds, got {seeds}", code="plan.seeds")
     keys = [variation.key for variation in variations]
     grid = [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(each.values for each in variations))]
     paths = {variation.key: variation.path for variation in variations}
@@ -186,15 +207,15 @@ def _plan(source: str | Path, settings: Settings, paths: Mapping[str, str], over
         asked = "baselines" in plan.simulation.model_fields_set
         return plan if asked else load_plan(source, [*given, "simulation.baselines=[]"])
     except PlanError as error:
-        raise PlanError(f"{_words(settings)}: {error}") from None
+        raise PlanError(f"{_words(settings)}: {error}", code=error.code) from None
 
 
 def _checked(settings: Settings, plan: Plan, device: str) -> Cell:
     try:
         prepared = prepare(plan, device)
     except CotuneError as error:
-        raise PlanError(f"{_words(settings)}, seed={plan.seed}: {error}") from None
-    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared))
+        raise PlanError(f"{_words(settings)}, seed={plan.seed}: {error}", code=error.code) from None
+    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared), tuple(prepared.notes))
 
 
 def _check_distinct(cells: Sequence[Cell]) -> None:
@@ -202,7 +223,9 @@ def _check_distinct(cells: Sequence[Cell]) -> None:
     for cell in cells:
         other = seen.setdefault((cell.plan_id, cell.data), cell)
         if other is not cell:
-            raise PlanError(f"{other.name} and {cell.name} are the same plan: expected values that differ")
+            raise PlanError(
+                f"{other.name} and {cell.name} are the same plan: expected values that differ", code="plan.equal_plans"
+            )
 
 
 def _words(settings: Settings) -> str:
@@ -223,7 +246,7 @@ def place_of(folder: Path, cell: Cell) -> Path:
 
 def is_finished(path: Path, cell: Cell) -> bool:
     try:
-        return bool(json.loads((path / "summary.json").read_bytes())["plan_id"] == cell.plan_id)
+        return read_summary(path / "summary.json").plan_id == cell.plan_id
     except (OSError, ValueError, KeyError):
         return False
 
@@ -234,36 +257,37 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
     if reason:
         return common
     try:
-        summary = json.loads((path / "summary.json").read_bytes())
+        summary = read_summary(path / "summary.json")
     except (OSError, ValueError):
         raise RunError(
-            f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder"
+            f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder",
+            code="run.damaged_file",
         ) from None
-    own = [each["own"]["accuracy"] for each in summary["organizations"] if each["own"] and each["own"]["federated"]]
-    spent = [each["epsilon_spent"] for each in summary["organizations"] if each["epsilon_spent"] is not None]
+    own = [each.own.accuracy for each in summary.organizations if each.own and each.own.accuracy is not None]
+    spent = [each.epsilon_spent for each in summary.organizations if each.epsilon_spent is not None]
     return replace(
         common,
-        **summary["test"]["federated"],
-        status=summary["status"],
-        reason=summary["stopped"] or "",
+        **dict(summary.test.federated or {}),
+        status=summary.status,
+        reason=summary.stopped or "",
         worst=min(own, default=None),
         spread=statistics.pstdev(own) if own else None,
-        **_gain([each for each in summary["organizations"] if each["worth"]]),
-        bytes_up=summary["bytes"]["up"],
-        bytes_down=summary["bytes"]["down"],
-        seconds=summary["seconds"],
+        **_gain([each.worth for each in summary.organizations if each.worth]),
+        bytes_up=summary.bytes.up,
+        bytes_down=summary.bytes.down,
+        seconds=summary.seconds,
         epsilon=max(spent, default=None),
-        deltas=tuple(each["delta"] for each in summary["organizations"] if each["delta"] is not None),
-        curve=tuple((entry["round"], entry["metrics"]["accuracy"]) for entry in summary["rounds"] if entry["metrics"]),
+        deltas=tuple(each.delta for each in summary.organizations if each.delta is not None),
+        curve=tuple((entry.round, entry.metrics.accuracy) for entry in summary.rounds if entry.metrics),
     )
 
 
-def _gain(compared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _gain(compared: Sequence[OrganizationWorth]) -> dict[str, Any]:
     """Of the organizations whose own records say whether joining is worth it; nothing where nobody has trained alone."""
     if not compared:
         return {}
-    told = [each["worth"]["answer"] for each in compared]
+    told = [each.answer for each in compared]
     return {
-        "gain": statistics.fmean(each["gain"] for each in compared),
+        "gain": statistics.fmean(each.difference for each in compared),
         "answers": (told.count("yes"), told.count("no"), told.count("too close to tell")),
     }

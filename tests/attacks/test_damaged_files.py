@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from cotune.errors import RunError
-from cotune.flower.control_client import control
+from cotune.flower.control_client import open_control
 from cotune.server.runs.events import Events, follow, read_events
+from tests.support.events import make_event
 
 
 @pytest.mark.parametrize("line", [b"null", b"[1]", b"7", b'"event"', b"{}", b"\x00" * 50, b"\xff\xfe"])
 def test_a_line_that_is_no_event_is_read_past(tmp_path: Path, line: bytes) -> None:
     events = Events(tmp_path / "events.jsonl", silent=True)
-    events.tell("run_started")
+    events.write(make_event("run_started"))
     events.path.write_bytes(line + b"\n" + events.path.read_bytes() + line + b"\n")
     assert [event["event"] for event in read_events(events.path)] == ["run_started"]
     assert [event["event"] for event in follow(events.path)[0]] == ["run_started"]
@@ -29,5 +30,5 @@ def test_a_line_that_is_no_event_is_read_past(tmp_path: Path, line: bytes) -> No
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN CERTIFICATE-----\n", bytes(100), b"\xff"])
 def test_an_authority_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "ca.crt").write_bytes(content)
-    with pytest.raises(RunError, match=r"ca\.crt"), control("127.0.0.1:9", tmp_path):
+    with pytest.raises(RunError, match=r"ca\.crt"), open_control("127.0.0.1:9", tmp_path):
         raise AssertionError("entered")

@@ -33,16 +33,16 @@ from cotune.protocol.signatures import (
     ReplyStatement,
     RequestStatement,
     detach,
+    dump_refusal,
+    refusal_digest,
     sign,
-    signed_words,
-    words_digest,
 )
 from cotune.server.app import deliver_model, train_rounds
 from cotune.server.deployment.signing import public_hex, read_signing_key
 from cotune.server.deployment.trail import read_trail
 from cotune.server.rounds import model_delivery as delivery
 from cotune.server.rounds import round as round_module
-from cotune.server.runs.deliveries import confirmed
+from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.support.organizations import adding, model_of
@@ -130,7 +130,7 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
     grid = joined(folder, sites)
     train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     assert deliver_model(grid, folder) == []
-    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(read_deliveries(folder)) == list(NAMES)
     return folder, sites
 
 
@@ -326,8 +326,8 @@ def test_a_refusal_in_another_s_name_is_not_believed(new_run: NewRun) -> None:
             _, signed = detach(message.content)
             assert signed is not None
             request = RequestStatement.parse(signed.text)
-            statement = ReplyStatement(request.digest, "org-1", REFUSAL, words_digest(words), 64 * "0")
-            return Message(Error(1001, signed_words(words, statement, sign(statement, PRIVATE[1]))), reply_to=message)
+            statement = ReplyStatement(request.digest, "org-1", REFUSAL, refusal_digest(words), 64 * "0")
+            return Message(Error(1001, dump_refusal(words, statement, sign(statement, PRIVATE[1]))), reply_to=message)
         return reply
 
     grid._answer = answer  # type: ignore[method-assign]

@@ -18,13 +18,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
-from cotune.client.preflight import check
+from cotune.client.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, changed_policy
 from cotune.protocol.messages import Recipient, encode_requests
-from cotune.protocol.signatures import FINISHED, words_of
+from cotune.protocol.signatures import FINISHED, parse_refusal
 from tests.support.signing import sign_request
 
 RANGE = {"least": 500, "most": 20_000}
@@ -49,7 +49,7 @@ def ask(plan: Plan, state: State, site: Site, kind: str = MessageType.TRAIN, **s
 
 def said(reply: Message) -> str:
     assert reply.has_error()
-    return words_of(reply.error.reason or "")[0]
+    return parse_refusal(reply.error.reason or "")[0]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_number_outside_of_the_range_is_declined_before_anything_is_spent(
     assert "tell.example_count" in said(ask(plan, state_for(plan), site, **RANGE))
     assert not site.ledger_file.exists()
     assert not (site.folder / "outbox").exists()
-    assert [broken.rule for broken in check(plan, site).broken] == ["tell.example_count"]
+    assert [broken.rule for broken in run_preflight(plan, site).broken] == ["tell.example_count"]
 
 
 def test_a_declared_number_is_judged_before_the_records_are_read(

@@ -19,7 +19,7 @@ from cotune.cli.client.join import Shown
 from cotune.client.audit_log import AuditLog
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
-from cotune.client.site_setup import fingerprint_of
+from cotune.client.site_setup import get_key_fingerprint
 from cotune.models.base_lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.plan.load import load_plan
@@ -27,7 +27,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, read_policy
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement
-from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 from tests.support.console import Cotune, Started
 
@@ -50,7 +50,7 @@ def address() -> str:
 @pytest.fixture
 def invite(folder: Path, address: str) -> Callable[[Plan], Path]:
     """A plan -> a federation.toml that holds it."""
-    new_authority(folder / "certificates", ["127.0.0.1"])
+    create_authority(folder / "certificates", ["127.0.0.1"])
     authority = (folder / "certificates" / "ca.crt").read_text()
 
     def write(plan: Plan) -> Path:
@@ -89,7 +89,7 @@ def test_the_fingerprint_is_the_one_that_the_coordinator_sees(cotune: Cotune, fo
     shown = cotune("client", "init", "site", "--name", "hospital-a").out
     member = Members(folder / "members.json").invite("hospital-a", read_public_key(folder / "site" / "node.pub"))
     assert member.fingerprint in shown
-    assert member.fingerprint == hashlib.sha256(member.key).hexdigest() == fingerprint_of(Site(folder / "site"))
+    assert member.fingerprint == hashlib.sha256(member.key).hexdigest() == get_key_fingerprint(Site(folder / "site"))
 
 
 def test_a_key_that_is_there_already_is_taken(cotune: Cotune, folder: Path) -> None:

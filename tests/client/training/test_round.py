@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from cotune.client.account import Account
-from cotune.client.budget import budget_of, check_examples, noise_multiplier, planned_steps
+from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_steps
 from cotune.client.site import Site
+from cotune.client.training import context
 from cotune.client.training import round as training
 from cotune.client.training import setup as setting
 from cotune.client.training.observe import observe_client
@@ -36,6 +37,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 from cotune.privacy.policy import Policy, TellRules
 from cotune.strategies.types import apply_delta
+from tests.support.matrix import crossed
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -93,8 +95,7 @@ def test_a_round_is_reproducible_to_the_bit(make_plan: MakePlan, make_site: Make
     assert not same(first.delta, other.delta)
 
 
-@pytest.mark.parametrize("privacy", ["none", PRIVATE])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "privacy"), crossed(MODES, ["none", PRIVATE]))
 def test_a_round_moves_what_its_stage_shares_and_nothing_else(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: Any, privacy: Any
 ) -> None:
@@ -142,8 +143,7 @@ def gradient_descent(plan: Plan, site: Site, state: State, rates: Callable[[str]
     return {name: parameters[name].detach() - state[name] for name in names}
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "kind"), crossed(MODES, ["bert", "llama"]))
 def test_full_batches_are_gradient_descent(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str, kind: str
 ) -> None:
@@ -201,8 +201,7 @@ def test_other_optimizers_start_afresh_in_every_round(
         assert float(delta["classifier.weight"].abs().min()) == pytest.approx(0.01, rel=1e-2)
 
 
-@pytest.mark.parametrize("privacy", ["none", PRIVATE])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "privacy"), crossed(MODES, ["none", PRIVATE]))
 def test_empty_batches(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str, privacy: Any) -> None:
     """With one expected record per step, a third of the batches is empty: that none of 40 is has a probability of 1e-8."""
     told: list[dict[str, Any]] = []
@@ -511,7 +510,7 @@ def test_a_repeated_request_gets_the_same_update_for_nothing(
         raise AssertionError("nothing is to be trained")
 
     monkeypatch.setattr(training, "private_steps", untouched)
-    monkeypatch.setattr(training, "model_here", untouched)
+    monkeypatch.setattr(context, "load_site_model", untouched)
     again = train_round(plan, Site(site.folder), 1, {name: t.clone() for name, t in state.items()})
     assert same(first.delta, again.delta)
     assert replace(first, delta={}) == replace(again, delta={})
@@ -539,8 +538,7 @@ def test_bfloat16_does_not_hinder_private_training(
     assert len(site.ledger().spent()) == 1
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "gpt2", "llama", "qwen2"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "kind"), crossed(MODES, ["distilbert", "gpt2", "llama", "qwen2"]))
 def test_every_architecture_trains_privately(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, kind: str, mode: str
 ) -> None:
@@ -567,7 +565,7 @@ def test_the_noise_is_the_least_that_suffices(make_plan: MakePlan) -> None:
     plan = make_plan(privacy=PRIVATE)
     assert isinstance(plan.privacy, RecordPrivacy)
     policy = Policy.permissive()
-    budget = budget_of(plan.privacy, policy, 60)
+    budget = get_budget(plan.privacy, policy, 60)
     sigma = noise_multiplier(plan, policy, budget, 60, 1)
     assert pld_epsilon([Steps(sigma, 0.2, 12)], 1e-3) <= 2.0
     assert pld_epsilon([Steps(sigma * 0.98, 0.2, 12)], 1e-3) > 2.0
