@@ -19,7 +19,7 @@ def test_a_run_is_found_again_by_the_name_that_the_superlink_was_told(tmp_path: 
 
 
 def test_what_the_executor_starts_knows_the_federation(folder: FederationFolder) -> None:
-    assert supervisor._environment(folder)[FEDERATION_VARIABLE] == str(folder.path)
+    assert supervisor._build_environment(folder)[FEDERATION_VARIABLE] == str(folder.path)
 
 
 @pytest.fixture
