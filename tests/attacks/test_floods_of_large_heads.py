@@ -70,6 +70,6 @@ def test_the_status_shows_both(new_run: NewRun) -> None:
     federation.superlink.mkdir()
     kept = RefusalLog(federation.superlink / "refused.json")
     refused([MALLORY, STRANGER, None], (kept.record_member, kept.record_address), Slot("203.0.113.7", lambda: None))
-    kept._catch_up()
+    kept._write_later()
     found = {(each.who, each.is_member): each.count for each in look(federation, None).refused}
     assert found == {("mallory", True): 1, ("203.0.113.7", False): 2}

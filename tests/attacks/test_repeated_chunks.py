@@ -111,7 +111,7 @@ def test_a_node_refuses_it_in_one_sentence_and_charges_nothing(
     made = bomb(parcel(request(plan, state_for(plan)), kind))
     reply = resident._answer(made, site.folder)
     assert reply.error.reason == GENERIC_REFUSAL
-    assert "TooMuch" in AuditLog(site.folder).last()["reason"]
+    assert "TooLarge" in AuditLog(site.folder).last()["reason"]
     assert not site.ledger_file.exists()
     assert not (site.folder / "models").exists()
 
