@@ -45,6 +45,7 @@ def resident(make_site: Callable[..., Site]) -> Iterator[TrainerProcess]:
     made.stop()
 
 
+@pytest.mark.crash
 def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
     resident: TrainerProcess, make_plan: Callable[..., Plan], state_for: Callable[..., State]
 ) -> None:
