@@ -285,7 +285,7 @@ def test_the_live_display_on_a_terminal(folder: Path) -> None:
 
 
 def test_the_script_writes_lines_and_nothing_on_stderr(script: Cotune, folder: Path) -> None:
-    changes = ("privacy={epsilon=3}", "train=full", 'simulation.baselines=["pooled"]')
+    changes = ("privacy={epsilon=3}", "train=full", "local.steps=1", 'simulation.baselines=["pooled"]')
     shown = script("simulate", "toy.toml", "--out", "run", *(word for change in changes for word in ("--set", change)))
     assert shown.code == 0
     assert shown.err == ""

@@ -60,8 +60,10 @@ def test_a_whole_run_states_both_kinds_of_privacy(toy_plan: NewPlan, tmp_path: P
 
 def test_who_trains_alone_or_on_pooled_data_has_no_central_noise(toy_plan: NewPlan, tmp_path: Path) -> None:
     """Nor is it asked by chance: the baselines are those of the same plan without either, bit for bit."""
-    with_it = toy_plan(client_privacy=CENTRAL, strategy=UNIFORM, server={"sample_rate": 0.5, "quorum": 0.01}, rounds=2)
-    without = toy_plan(strategy=UNIFORM, rounds=2)
+    given: dict[str, Any] = {"strategy": UNIFORM, "rounds": 2, "train": "full"}
+    given["local"] = {"learning_rate": 0.02, "momentum": 0.0, "steps": 2}
+    with_it = toy_plan(client_privacy=CENTRAL, server={"sample_rate": 0.5, "quorum": 0.01}, **given)
+    without = toy_plan(**given)
     one, other = (simulate(p, tmp_path / str(i), device="cpu").summary for i, p in enumerate((with_it, without)))
     assert one["test"]["alone"] == other["test"]["alone"]
     assert one["test"]["pooled"] == other["test"]["pooled"]

@@ -44,7 +44,6 @@ CHECKPOINT = {"path": "*/checkpoints/round-00003.safetensors"}
 FEW = (
     Moment("update_received", {"round": 2, "organization": "org-1"}),
     Moment("renamed", CHECKPOINT),
-    Moment("baseline_started", {"baseline": "pooled"}),
 )
 MANY = (
     Moment("round_started", {"round": 1}),
@@ -114,7 +113,7 @@ def test_the_console_script_goes_on_where_training_was_killed(toy_plan: NewPlan,
 
 # --- with privacy: what was spent stays spent
 
-STEPS = 10
+STEPS = 4
 
 
 def charges(run: Path, organization: str) -> list[tuple[int, float, float, int, str]]:
