@@ -56,26 +56,28 @@ class FrontConfig(ConfigTable):
 
 
 def read_config(path: Path) -> FrontConfig:
-    """Raises RunError for a file that cannot be read, is not TOML, or has a key that is unknown or wrong."""
+    """Read front.toml. Raises RunError for a file that cannot be read, is not TOML, or has a key that is unknown or wrong."""
     try:
         config = FrontConfig.model_validate(parse_toml(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}): expected the front's configuration") from None
+        raise RunError(
+            f"{path} cannot be read ({error.strerror}): expected the front's configuration", code="run.unreadable_config"
+        ) from None
     except ValueError as error:
         mistake = (
             format_validation_error(error, FrontConfig, "front's configuration")
             if isinstance(error, ValidationError)
             else f"{error}"
         )
-        raise RunError(f"{path}: {mistake}") from None
+        raise RunError(f"{path}: {mistake}", code="run.invalid_config") from None
     paths = {"certificates": path.parent / config.certificates, "members": path.parent / config.members}
     if config.refusals is not None:
         paths["refusals"] = path.parent / config.refusals
     return config.model_copy(update=paths)
 
 
-class Keys:
-    """Whose a public key is, by members.json as it is now: read again when it has changed; a damaged one changes nothing."""
+class MemberKeys:
+    """Finds whose a public key is, by members.json, which is read again when it has changed; a damaged one changes nothing."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -84,7 +86,7 @@ class Keys:
         self._names: dict[bytes, str] = {}
 
     def __call__(self, key: bytes) -> str | None:
-        state = self._look()
+        state = self._file_state()
         if state != self._state:
             self._state = state
             try:
@@ -93,7 +95,7 @@ class Keys:
                 log.error("%s", error)
         return self._names.get(key)
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _file_state(self) -> tuple[int, int, int] | None:
         try:
             found = self._file.stat()
         except OSError:
@@ -102,7 +104,7 @@ class Keys:
 
 
 def setup(config: FrontConfig) -> ProxySetup:
-    """Raises RunError for certificates that organizations would not accept, and a damaged list of members."""
+    """Build what the proxy needs. Raises RunError for certificates that organizations would not accept, and a damaged list."""
     expiry = certificates.check_certificate(config.certificates)
     log.info("the certificate expires on %s", f"{expiry:%Y-%m-%d}")
     Members(config.members).all()
@@ -113,7 +115,7 @@ def setup(config: FrontConfig) -> ProxySetup:
         _server_context(config.certificates),
         config.superlink_port,
         ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
-        Keys(config.members),
+        MemberKeys(config.members),
         FLEET_FORMAT,
         refusals.note if refusals else ignore_refusal,
         config.limits,
