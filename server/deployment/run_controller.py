@@ -228,7 +228,7 @@ def retry_while_served(
         pace: How often it is tried.
 
     Raises:
-        SuperLinkAway: Where nobody brings it back.
+        SuperLinkUnreachable: Where nobody brings it back.
     """
     away = False
     while True:

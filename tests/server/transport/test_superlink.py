@@ -131,7 +131,7 @@ def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.Monke
             raise httpx.ReadTimeout("slow")
         return {}
 
-    monkeypatch.setattr(line, "announced", list_replies)
+    monkeypatch.setattr(line, "list_replies", list_replies)
     with closing(SuperLinkTransport(cast(RuntimeClient, line), Connected(*names), lambda *_, **__: None)) as post:
         for name in names:
             post.send(1, name, cast(Message, name), 100)
