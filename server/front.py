@@ -115,13 +115,8 @@ def setup(config: FrontConfig) -> ProxySetup:
         config.port,
         _server_context(config.certificates),
         config.superlink_port,
-<<<<<<< HEAD
         ssl.create_default_context(cafile=str(CertificateFiles(config.certificates).authority)),
-        Keys(config.members),
-=======
-        ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
         MemberKeys(config.members),
->>>>>>> main
         FLEET_FORMAT,
         refusals.record_member if refusals else ignore_refusal,
         config.limits,
