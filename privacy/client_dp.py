@@ -40,7 +40,7 @@ from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, calibrate, epsilon
 from cotune.privacy.accounting.filters import epsilon_over_runs
 from cotune.privacy.config import ClientPrivacy
-from cotune.privacy.mechanisms.noise import add_gaussian_noise, grid_of
+from cotune.privacy.mechanisms.noise import add_gaussian_noise, choose_grid
 from cotune.privacy.mechanisms.random import private_generator
 from cotune.storage.files import atomic_write, json_of
 from cotune.strategies.types import Delta, Update
@@ -129,14 +129,14 @@ class PrivateMean:
         self._clip_norm = clip_norm
         self._noise = noise
         self._generator = generator or private_generator()
-        self._grid = grid_of(clip_norm, noise.updates, sum(tensor.numel() for tensor in shapes.values()))
+        self._grid = choose_grid(clip_norm, noise.updates, sum(tensor.numel() for tensor in shapes.values()))
         self._bits = 0.0  # Σ (b_k − ½)
         self._released = False
         self.unclipped: float | None = None  # b̃, once released, with adaptive clipping
 
     def add(self, update: Update) -> None:
         """Add an update's contribution. Raises KeyError for a parameter that the round does not share."""
-        delta, within = clipped(update.delta, self._grid.clip_norm)
+        delta, within = clipped(update.delta, self._grid.max_norm)
         for name, tensor in delta.items():
             self._sums[name].add_(tensor.div(self._grid.step).round_().mul_(self._grid.step))
         self._bits += 0.5 if within else -0.5

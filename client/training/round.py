@@ -25,7 +25,7 @@ from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
 from cotune.protocol.messages import received_digest
 from cotune.strategies.types import Update, difference, not_finite
@@ -156,19 +156,15 @@ def _train_privately(
     planned = stage.local.steps_of(examples)
     charge = account.reserve(round, Steps(sigma, rate, planned))
     began = time.monotonic()
-    reports = private_steps(
-        setting.module,
-        optimizer,
-        setting.loss,
-        units=setting.units,
-        batches=setting.batches,
+    config = DPSGDConfig(
         noise_multiplier=sigma,
         clip_norm=privacy.clip_norm,
         sample_rate=rate,
         expected_batch=rate * examples,
         steps=planned,
-        clipping=privacy.clipping,
+        clipping_mode=privacy.clipping,
     )
+    reports = DPSGD(config).run(DPSGDSetup(setting.module, optimizer, setting.loss, setting.units, setting.batches))
     taken = _follow(_in_time(reports, account), account.site.organization, round, account.epsilon(), guard)
     account.ledger.settle(charge, taken, time.monotonic() - began)
     return taken

@@ -45,7 +45,7 @@ class _Beside(nn.Module):
 
 @dataclass(frozen=True)
 class Planted:
-    """What `private_steps` trains on, in place of what it was planted into."""
+    """What `DPSGD` trains on, in place of what it was planted into."""
 
     module: nn.Module
     canaries: Tensor  # the parameters, one for each after the first

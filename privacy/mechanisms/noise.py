@@ -4,7 +4,7 @@ Continuous noise in floating point tells in its low bits which sum it was added 
 Significant Bits for Differential Privacy", CCS 2012). Here nothing has low bits: every contribution is rounded to a whole number
 of grid steps, whole numbers are added without any rounding, and the noise, drawn in float64, is rounded to whole steps before it
 is added. What is released is round(S + z) = S + round(z) for a sum S of whole numbers: a function of the exact Gaussian
-mechanism S + z, which therefore is as private as that. The sensitivity is that of the quantized contributions; `grid_of` says
+mechanism S + z, which therefore is as private as that. The sensitivity is that of the quantized contributions; `choose_grid` says
 how it stays within C.
 
 What remains of floating point: z is a float64 and not a real number. A grid step is 2⁻²¹ to 2⁻²⁰ of the noise's standard
@@ -48,11 +48,11 @@ class Grid:
 
     Attributes:
         step: Distance of neighboring grid points, a power of two, in units of the gradient.
-        clip_norm: C' ≤ C. A contribution of at most this L2 norm has, once quantized, a norm of at most C.
+        max_norm: C' ≤ C. A contribution of at most this L2 norm has, once quantized, a norm of at most C.
     """
 
     step: float
-    clip_norm: float
+    max_norm: float
 
 
 def grid_step(clip_norm: float, noise_multiplier: float) -> float:
@@ -66,7 +66,7 @@ def grid_step(clip_norm: float, noise_multiplier: float) -> float:
     return float(2.0 ** (math.floor(math.log2(followed * clip_norm)) - _FINENESS))
 
 
-def quantized_clip(clip_norm: float, noise_multiplier: float, entries: int) -> float:
+def quantized_clip_norm(clip_norm: float, noise_multiplier: float, entries: int) -> float:
     """Return C' ≤ C such that a vector of L2 norm C' has a norm of at most C after rounding to the grid.
 
     Rounding moves each of d entries by half a step at most, and the vector by step·√d/2.
@@ -83,20 +83,20 @@ def quantized_clip(clip_norm: float, noise_multiplier: float, entries: int) -> f
     return left
 
 
-def grid_of(clip_norm: float, noise_multiplier: float, entries: int) -> Grid:
+def choose_grid(clip_norm: float, noise_multiplier: float, entries: int) -> Grid:
     """Return the grid for contributions of `entries` numbers, clipped to C = clip_norm, with noise of σC.
 
     Raises:
-        PrivacyError: As `quantized_clip`.
+        PrivacyError: As `quantized_clip_norm`.
     """
-    return Grid(grid_step(clip_norm, noise_multiplier), quantized_clip(clip_norm, noise_multiplier, entries))
+    return Grid(grid_step(clip_norm, noise_multiplier), quantized_clip_norm(clip_norm, noise_multiplier, entries))
 
 
 def add_gaussian_noise(total: Tensor, sensitivity: float, noise_multiplier: float, generator: np.random.Generator) -> Tensor:
     """Return round(total) + round(N(0, (σC)² I)), both to the grid of C = sensitivity and σ = noise_multiplier.
 
     A total whose contributions were quantized is on the grid already. Where they were not, each of the two totals that neighbors
-    compare moves by step·√d/2 at most: clip to `quantized_clip` of four times as many entries.
+    compare moves by step·√d/2 at most: clip to `quantized_clip_norm` of four times as many entries.
 
     Args:
         total: Any shape, float64: a sum, each term with an L2 norm of at most `sensitivity` once quantized.

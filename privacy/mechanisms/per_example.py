@@ -36,7 +36,9 @@ Batches = Callable[[Sequence[int]], Iterator[tuple[Sequence[int], Batch]]]
 Slots after those are blank. Rows of one unit keep their order.
 """
 
-_MOST_ENTRIES = 2**26  # of the sums of units that are held at a time: 256 MiB in float32
+MAX_HELD_ENTRIES = 2**26  # entries of summed unit gradients that are held at a time by default: 256 MiB in float32
+UnitGradients = tuple[list[Tensor], list[tuple[int, float]]]
+"""Gradients of whole units, (k, *shape) for each parameter; (rows, sum of their losses) of the batches they were made from."""
 
 
 @dataclass(frozen=True)
@@ -116,35 +118,35 @@ def _forget(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def unit_gradients(
-    of: PerExample, units: Sequence[Unit], batches: Batches
-) -> Iterator[tuple[list[Tensor], list[tuple[int, float]]]]:
-    """Yield blocks of gradients of whole units: (k, *shape) for each parameter, k units at a time, every unit in one block.
+    of: PerExample, units: Sequence[Unit], batches: Batches, max_held_entries: int = MAX_HELD_ENTRIES
+) -> Iterator[UnitGradients]:
+    """Yield the gradients of whole units in blocks of k units, every unit in one block.
 
     A unit's gradient is the sum of its rows' gradients in float32, in the order of its rows within each batch and of the batches:
     a function of the unit alone, as each row's gradient is. A row without a finite gradient contributes nothing, and neither
     does a unit whose sum is not finite.
 
     Args:
+        of: The gradients of single rows.
         units: Those of one step, as lists of row numbers.
-
-    Yields:
-        The block, and (rows, sum of their losses) of the batches that it was made from.
+        batches: Row numbers -> batches.
+        max_held_entries: Decides k where units have several rows.
     """
     if all(len(unit) == 1 for unit in units):
         yield from _single(of, [unit[0] for unit in units], batches)
         return
-    size = max(1, _MOST_ENTRIES // sum(p.numel() for p in of.parameters))
+    size = max(1, max_held_entries // sum(p.numel() for p in of.parameters))
     for start in range(0, len(units), size):
         yield _summed(of, units[start : start + size], batches)
 
 
-def _single(of: PerExample, rows: Sequence[int], batches: Batches) -> Iterator[tuple[list[Tensor], list[tuple[int, float]]]]:
+def _single(of: PerExample, rows: Sequence[int], batches: Batches) -> Iterator[UnitGradients]:
     for positions, batch in batches(rows):
         gradients, loss = _finite_rows(of, len(positions), batch)
         yield gradients, [(len(positions), loss)]
 
 
-def _summed(of: PerExample, units: Sequence[Unit], batches: Batches) -> tuple[list[Tensor], list[tuple[int, float]]]:
+def _summed(of: PerExample, units: Sequence[Unit], batches: Batches) -> UnitGradients:
     owners = torch.tensor([number for number, unit in enumerate(units) for _ in unit])
     rows = [row for unit in units for row in unit]
     sums = [torch.zeros(len(units), *p.shape, dtype=p.dtype, device=p.device) for p in of.parameters]
@@ -189,10 +191,10 @@ def _zero_unless_finite(gradients: Sequence[Tensor]) -> None:
         g[~finite] = 0.0
 
 
-Clipping = Literal["flat", "per_layer"]  # one norm for the whole gradient | C/√L for each of the L parameter tensors
+ClippingMode = Literal["flat", "per_layer"]  # one norm for the whole gradient | C/√L for each of the L parameter tensors
 
 
-def clip_factors(gradients: Sequence[Tensor], clip_norm: float, clipping: Clipping) -> list[Tensor]:
+def clip_factors(gradients: Sequence[Tensor], clip_norm: float, clipping_mode: ClippingMode) -> list[Tensor]:
     """Return min(1, C/‖g_i‖) for each unit i, as (k,) in float64, once for each parameter tensor.
 
     Args:
@@ -200,7 +202,7 @@ def clip_factors(gradients: Sequence[Tensor], clip_norm: float, clipping: Clippi
         clip_norm: C > 0.
     """
     squares = [g.reshape(len(g), -1).to(torch.float64, copy=True).square_().sum(dim=1) for g in gradients]
-    if clipping == "flat":
+    if clipping_mode == "flat":
         whole = torch.stack(squares).sum(dim=0).sqrt_()
         return [_factor(whole, clip_norm)] * len(gradients)
     share = clip_norm / math.sqrt(len(gradients))
@@ -216,17 +218,17 @@ class ExactSum:
 
     Args:
         like: The trained parameters: their shapes and device.
-        grid: Of `noise.grid_of`, for as many entries as `like` has.
+        grid: Of `noise.choose_grid`, for as many entries as `like` has.
     """
 
-    def __init__(self, like: Sequence[Tensor], grid: Grid, clipping: Clipping) -> None:
+    def __init__(self, like: Sequence[Tensor], grid: Grid, clipping_mode: ClippingMode) -> None:
         self._grid = grid
-        self._clipping: Clipping = clipping
+        self._clipping_mode: ClippingMode = clipping_mode
         self._steps = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in like]
 
     def add(self, gradients: Sequence[Tensor]) -> None:
         """Add the contributions of k units, given (k, *shape) for each parameter; what is given may be overwritten."""
-        factors = clip_factors(gradients, self._grid.clip_norm, self._clipping)
+        factors = clip_factors(gradients, self._grid.max_norm, self._clipping_mode)
         for total, gradient, factor in zip(self._steps, gradients, factors, strict=True):
             scale = (factor / self._grid.step).to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
             total += gradient.mul_(scale).round_().sum(dim=0, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """An audit: the plan's own steps on an organization's records with canaries among them, attacked, and compared with the claim.
 
 Trained is what the organization would train: the same module, loss, optimizer, clip norm, σ, sampling and number of steps, by the
-same `private_steps`, round after round from its own updates. Anyone who attacks sees every delta. Nothing leaves this process and
+same `DPSGD`, round after round from its own updates. Anyone who attacks sees every delta. Nothing leaves this process and
 no
 ledger is opened: an audit releases nothing but its result, which is for the organization's own eyes.
 """

@@ -41,6 +41,7 @@ from cotune.client.training import round as training
 from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
 from cotune.privacy.mechanisms import dp_sgd
+from tests.support.engines import engine
 
 site, state = Site(Path({site!r})), load_file({state!r})
 notes = open({notes!r}, "a")
@@ -50,7 +51,7 @@ def note(**fields):
     notes.flush()
     os.fsync(notes.fileno())
 
-def steps(*arguments, _steps=training.private_steps, **settings):
+def steps(config, setup):
     reserved = [c for c in site.ledger().charges() if c.state == "reserved"]
     charge = reserved[-1] if reserved else None
     class Noting(dp_sgd.PoissonSampler):
@@ -58,16 +59,16 @@ def steps(*arguments, _steps=training.private_steps, **settings):
             for step, batch in enumerate(super().__iter__(), start=1):
                 note(charge=charge and charge.id, covered=bool(charge) and charge.steps.count >= step
                      and (charge.steps.noise_multiplier, charge.steps.sample_rate)
-                     == (settings["noise_multiplier"], self.sample_rate),
-                     sigma=settings["noise_multiplier"], rate=self.sample_rate, step=step)
+                     == (config.noise_multiplier, self.sample_rate),
+                     sigma=config.noise_multiplier, rate=self.sample_rate, step=step)
                 yield batch
     dp_sgd.PoissonSampler, before = Noting, dp_sgd.PoissonSampler
     try:
-        yield from _steps(*arguments, **settings)
+        yield from dp_sgd.DPSGD(config).run(setup)
     finally:
         dp_sgd.PoissonSampler = before
 
-training.private_steps = steps
+training.DPSGD = engine(steps)
 table = tomllib.loads(Path({plan!r}).read_text())
 for seed in range({seed}, 1000):  # a run whose budget the crashes have used up is followed by another, on the same data
     plan = parse_plan(table | {{"seed": seed}})

@@ -33,9 +33,10 @@ from cotune.plan.schema import Plan
 from cotune.plan.tables import LocalTraining
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import StepReport
+from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.policy import Policy, TellRules
 from cotune.strategies.types import apply_delta
+from tests.support.engines import engine, take_steps
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -176,10 +177,10 @@ def test_the_size_of_the_physical_batch_has_no_influence(
     """Under privacy with the same noise and the same sample, which no plan can ask for."""
     from numpy.random import default_rng
 
-    real = training.private_steps
-    monkeypatch.setattr(
-        training, "private_steps", lambda *a, **k: real(*a, **k, generator=default_rng(1), sampling=default_rng(2))
-    )
+    def seeded(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
+        return take_steps(config, replace(setup, noise_generator=default_rng(1), sampling_generator=default_rng(2)))
+
+    monkeypatch.setattr(training, "DPSGD", engine(seeded))
     deltas = []
     for size in (1, 4, 64):
         plan = make_plan(train="lora", privacy=privacy, local={"physical_batch_size": size, "batch_size": 0.5})
@@ -359,13 +360,12 @@ def test_the_ledger_is_charged_before_training(
     site = make_site()
     charged: list[list[Steps]] = []
 
-    def crashing(*arguments: Any, **options: Any) -> Iterator[StepReport]:
+    def crashing(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
         charged.append(site.ledger().spent())
-        yield next(real(*arguments, **options))
+        yield next(take_steps(config, setup))
         raise MemoryError
 
-    real = training.private_steps
-    monkeypatch.setattr(training, "private_steps", crashing)
+    monkeypatch.setattr(training, "DPSGD", engine(crashing))
     with pytest.raises(MemoryError):
         train_round(plan, site, 1, state_for(plan))
     (before,) = charged
@@ -376,15 +376,14 @@ def test_the_ledger_is_charged_before_training(
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Lets the training fail after so many steps."""
-    real = training.private_steps
 
-    def crashing(*arguments: Any, **options: Any) -> Iterator[StepReport]:
-        for report in real(*arguments, **options):
+    def crashing(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
+        for report in take_steps(config, setup):
             if report.step > step:
                 raise MemoryError
             yield report
 
-    monkeypatch.setattr(training, "private_steps", crashing)
+    monkeypatch.setattr(training, "DPSGD", engine(crashing))
 
 
 def test_after_a_crash_the_rest_ends_within_the_budget(
@@ -510,7 +509,7 @@ def test_a_repeated_request_gets_the_same_update_for_nothing(
     def untouched(*_: Any, **__: Any) -> Any:
         raise AssertionError("nothing is to be trained")
 
-    monkeypatch.setattr(training, "private_steps", untouched)
+    monkeypatch.setattr(training, "DPSGD", untouched)
     monkeypatch.setattr(training, "model_here", untouched)
     again = train_round(plan, Site(site.folder), 1, {name: t.clone() for name, t in state.items()})
     assert same(first.delta, again.delta)

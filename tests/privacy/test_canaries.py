@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.privacy.auditing.canaries import Planted, fair_coins, new_canaries, plant
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.privacy.mechanisms.per_example import Batch
 from tests.support.batches import in_batches, stack
 
@@ -64,9 +63,9 @@ class Toy:
         before = [p.detach().clone() for p in (self.planted.canaries, *self.module.parameters())]
         optimizer = torch.optim.SGD([self.planted.canaries, *self.module.parameters()], lr=11.0)  # 6 + 5 rows: B = 11
         p = self.planted
-        settings: dict[str, Any] = {"noise_multiplier": 0.0, "clip_norm": CLIP, "sample_rate": 1.0, "steps": 1}
+        config = DPSGDConfig(noise_multiplier=0.0, clip_norm=CLIP, sample_rate=1.0, expected_batch=11.0, steps=1)
         self.slots = slots
-        list(private_steps(p.module, optimizer, p.loss, units=p.units, batches=p.batches, expected_batch=11.0, **settings))
+        list(DPSGD(config).run(DPSGDSetup(p.module, optimizer, p.loss, p.units, p.batches)))
         after = [p.detach() for p in (self.planted.canaries, *self.module.parameters())]
         moved = [b - a for b, a in zip(before, after, strict=True)]
         return moved[0][:, 0], moved[1:]
