@@ -67,7 +67,8 @@ def round_noise(privacy: ClientPrivacy, *, rounds: int, organizations: int, samp
     if privacy.delta * organizations >= 1:
         raise PrivacyError(
             f"client_privacy.delta = {privacy.delta:g} for {organizations} organizations promises nothing: expected less than"
-            f" 1/{organizations}, such as 1e-5"
+            f" 1/{organizations}, such as 1e-5",
+            code="privacy.delta_too_large",
         )
     rate = sample_rate if privacy.amplification else 1.0
     z = calibrate([(rate, rounds)], epsilon=privacy.epsilon, delta=privacy.delta)
@@ -79,7 +80,8 @@ def round_noise(privacy: ClientPrivacy, *, rounds: int, organizations: int, samp
     if 2 * bits <= z:
         raise PrivacyError(
             f"client_privacy.bit_noise = {bits:g} would by itself cost more than the round's noise multiplier {z:.4g} allows:"
-            f" expected more than {z / 2:.4g}; leave it out for {max(expected / _BITS, z):.4g}"
+            f" expected more than {z / 2:.4g}; leave it out for {max(expected / _BITS, z):.4g}",
+            code="privacy.bit_noise_too_small",
         )
     return RoundNoise(charge, (z**-2 - (2 * bits) ** -2) ** -0.5, bits, expected)
 
@@ -209,7 +211,8 @@ class ClientLevelAccount:
         raise PrivacyError(
             f"the plan asks for client-level ε = {self._most:g} of all runs at δ = {self.delta:g}, and the first run of this"
             f" federation fixed ε = {total:g} at δ = {delta:g} for good: expected the same δ and no larger ε; to start over, make"
-            " a new federation"
+            " a new federation",
+            code="privacy.federation_limits_changed",
         )
 
     def allows(self, steps: Steps) -> bool:
@@ -229,7 +232,8 @@ class ClientLevelAccount:
             if not self.allows(steps):
                 raise PrivacyError(
                     f"round {round} would exceed the client-level ε = {self.allowed:g} of a run, or {self._most:g} of all runs:"
-                    " expected a round that fits"
+                    " expected a round that fits",
+                    code="privacy.client_epsilon_exceeded",
                 )
             before = (self.path.read_bytes() if self.path.exists() else b"") or self._first_line()
             atomic_write(self.path, before + json.dumps(self._line(round, steps)).encode() + b"\n")
@@ -260,7 +264,8 @@ class ClientLevelAccount:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrivacyError(
                 f"the privacy account {self.path} cannot be read ({error}): expected one JSON object per line; nothing is"
-                " released without it, so restore it from a backup"
+                " released without it, so restore it from a backup",
+                code="privacy.account_unreadable",
             ) from None
 
     def _first_line(self) -> bytes:

@@ -55,7 +55,8 @@ class RecordPrivacy(ConfigTable):
         if examples < 2 or delta * examples > 1:
             raise PrivacyError(
                 f"privacy.delta = {self.delta} gives δ = {delta:.2g} for {examples} examples; expected at most 1/{examples}"
-                ' = one over the number of examples: choose a smaller δ, such as "1/n^1.5"'
+                ' = one over the number of examples: choose a smaller δ, such as "1/n^1.5"',
+                code="privacy.delta_too_large",
             )
         return delta
 

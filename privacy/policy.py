@@ -176,10 +176,13 @@ def read_policy(file: Path) -> Policy:
     try:
         return Policy.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
-        raise PlanError(f"{format_validation_error(error, Policy, 'policy')} ({file}; see `cotune client policy`)") from None
+        raise PlanError(
+            f"{format_validation_error(error, Policy, 'policy')} ({file}; see `cotune client policy`)", code="plan.invalid_policy"
+        ) from None
     except (OSError, ValueError) as error:
         raise PlanError(
-            f"the policy {file} cannot be read ({error}): expected TOML like that of `cotune client policy`"
+            f"the policy {file} cannot be read ({error}): expected TOML like that of `cotune client policy`",
+            code="plan.policy_unreadable",
         ) from None
 
 
@@ -189,7 +192,7 @@ def check_rules(names: Iterable[str]) -> None:
     rules = {f"{name}.{rule}" for name, table in tables.items() for rule in type(table).model_fields}
     for name in names:
         if name not in rules:
-            raise PlanError(f'the policy has no rule "{name}"{nearest(name, rules)}')
+            raise PlanError(f'the policy has no rule "{name}"{nearest(name, rules)}', code="plan.unknown_rule")
 
 
 def changed_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
@@ -202,7 +205,7 @@ def changed_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
     try:
         return Policy.model_validate(tables)
     except ValidationError as error:
-        raise PlanError(format_validation_error(error, Policy, "policy")) from None
+        raise PlanError(format_validation_error(error, Policy, "policy"), code="plan.invalid_policy") from None
 
 
 def dump_policy(policy: Policy) -> str:

@@ -37,7 +37,9 @@ def search(name: str) -> list[dict[str, Any]]:
     found = recipe + [described(known(kind)[name]) for kind in FOLDERS if name in known(kind)]
     if not found:
         everything = {*RECIPES, *(known_name for kind in FOLDERS for known_name in known(kind))}
-        raise PlanError(f'there is neither a strategy nor a part "{name}"{nearest(name, everything)}')
+        raise PlanError(
+            f'there is neither a strategy nor a part "{name}"{nearest(name, everything)}', code="plan.unknown_strategy"
+        )
     return found
 
 

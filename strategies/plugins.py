@@ -69,7 +69,8 @@ def from_installed(kind: Kind, name: str) -> ComponentInfo:
     except Exception as error:
         raise PlanError(
             f'the {_word(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be loaded'
-            f" ({type(error).__name__}: {error}): mend or remove the package"
+            f" ({type(error).__name__}: {error}): mend or remove the package",
+            code="plan.package_not_loaded",
         ) from error
     return part_of(kind, name, value)
 
@@ -86,7 +87,9 @@ def read_file(name: str, folder: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise PlanError(f"{path} cannot be read ({error.strerror}): expected the Python file that the plan names") from None
+        raise PlanError(
+            f"{path} cannot be read ({error.strerror}): expected the Python file that the plan names", code="plan.code_unreadable"
+        ) from None
     digest = hashlib.sha256(content).hexdigest()
     _read[digest] = path, content
     return digest
@@ -109,7 +112,7 @@ def object_in(name: str, sha256: str) -> Any:
     wanted = name.rpartition(":")[2]
     found = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
     if wanted not in found:
-        raise PlanError(f'{path} has no "{wanted}"{nearest(wanted, found)}')
+        raise PlanError(f'{path} has no "{wanted}"{nearest(wanted, found)}', code="plan.code_lacks_name")
     return getattr(module, wanted)
 
 
@@ -117,7 +120,8 @@ def _content(name: str, sha256: str) -> tuple[Path, bytes]:
     if sha256 not in _read:
         raise PlanError(
             f"{name.rpartition(':')[0]} is not the file that the plan was made with (SHA-256 {sha256[:12]}…): put that one"
-            " beside the plan, or make a new plan with the changed one"
+            " beside the plan, or make a new plan with the changed one",
+            code="plan.code_changed",
         )
     return _read[sha256]
 
@@ -132,7 +136,9 @@ def _run(sha256: str) -> Any:
     try:
         exec(compile(content, str(path), "exec", dont_inherit=True), vars(module))  # what was hashed, not what is there by now
     except Exception as error:
-        raise PlanError(f"{path} cannot be run ({type(error).__name__}: {error}): expected a Python file that can be") from error
+        raise PlanError(
+            f"{path} cannot be run ({type(error).__name__}: {error}): expected a Python file that can be", code="plan.code_failed"
+        ) from error
     return module
 
 
@@ -142,11 +148,14 @@ def _run(sha256: str) -> Any:
 def load_code(kind: Kind, name: str, sha256: str) -> ComponentInfo:
     """The part that a name of code means (see `is_code`). Runs it. Raises PlanError."""
     if kind == "client_term":
-        raise PlanError(f'client_term = "{name}" names code: {NO_TERM}')
+        raise PlanError(f'client_term = "{name}" names code: {NO_TERM}', code="plan.client_term_is_code")
     if is_file(name):
         return part_of(kind, Path(name).name, object_in(name, sha256))
     if kind != "fusion":
-        raise PlanError(f'{kind} = "{name}" names a strategy of Flower\'s, which is whole: expected strategy = "{name}"')
+        raise PlanError(
+            f'{kind} = "{name}" names a strategy of Flower\'s, which is whole: expected strategy = "{name}"',
+            code="plan.wrong_component_kind",
+        )
     from cotune.strategies.flower import flower_strategy
 
     return flower_strategy(name)
@@ -157,7 +166,9 @@ def part_of(kind: Kind, name: str, value: Any) -> ComponentInfo:
     info = getattr(value, "part", None)
     if isinstance(info, ComponentInfo):
         if info.kind != kind:
-            raise PlanError(f'"{name}" is a {_word(info.kind)}: expected a {_word(kind)} in its place')
+            raise PlanError(
+                f'"{name}" is a {_word(info.kind)}: expected a {_word(kind)} in its place', code="plan.wrong_component_kind"
+            )
         return info
     if kind == "fusion" and inspect.isclass(value):
         from cotune.strategies.flower import flower_part, is_flower_class
@@ -168,7 +179,9 @@ def part_of(kind: Kind, name: str, value: Any) -> ComponentInfo:
         wanted = (
             "a function, or a strategy of Flower's" if kind == "fusion" else "a function" if kind == "weighting" else "a class"
         )
-        raise PlanError(f'"{name}" is a {type(value).__name__}: expected {wanted} with @{kind} on it')
+        raise PlanError(
+            f'"{name}" is a {type(value).__name__}: expected {wanted} with @{kind} on it', code="plan.wrong_component_kind"
+        )
     return undecorated(kind, name, value)
 
 
@@ -200,7 +213,9 @@ def _check_names(parts: Sequence[Mapping[str, Any]]) -> None:
     for part in parts:
         file = part["name"].rpartition(":")[0]
         if digests.setdefault(file, part["sha256"]) != part["sha256"]:
-            raise PlanError(f"the plan names two files {file} with different content: expected one, or two names")
+            raise PlanError(
+                f"the plan names two files {file} with different content: expected one, or two names", code="plan.code_ambiguous"
+            )
 
 
 def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ComponentInfo]:
@@ -210,7 +225,10 @@ def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str
     if is_file(name) and kind != "client_term":
         pin = {"sha256": read_file(name, folder)}
         if stated not in (None, pin["sha256"]):
-            raise PlanError(f"{name.rpartition(':')[0]} is not the file that the plan was made with: expected SHA-256 {stated}")
+            raise PlanError(
+                f"{name.rpartition(':')[0]} is not the file that the plan was made with: expected SHA-256 {stated}",
+                code="plan.code_changed",
+            )
     info = load_code(kind, name, pin.get("sha256", ""))
     parameters = info.check(part)
     if hasattr(info.build, "rehearse"):

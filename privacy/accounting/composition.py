@@ -140,7 +140,10 @@ def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
         if s.mechanism == "geometric":
             pure += s.count * geometric_epsilon(s.noise_multiplier)
         elif s.mechanism != "gaussian":
-            raise PrivacyError(f"{s} is of an unknown mechanism: expected gaussian or geometric, or a newer cotune")
+            raise PrivacyError(
+                f"{s} is of an unknown mechanism: expected gaussian or geometric, or a newer cotune",
+                code="privacy.unknown_mechanism",
+            )
         elif s.count:
             counts[s.noise_multiplier, s.sample_rate] = counts.get((s.noise_multiplier, s.sample_rate), 0) + s.count
     return pure, tuple(Steps(sigma, q, count) for (sigma, q), count in sorted(counts.items()))
@@ -208,5 +211,6 @@ def _unreachable(planned: Sequence[tuple[float, int]], target: float, delta: flo
     already = f" after ε = {epsilon(spent, delta):.3g} was spent before" if spent else ""
     return PrivacyError(
         f"ε = {target:g} at δ = {delta:.2g} cannot be reached by {steps} steps{already}: even with a noise multiplier of"
-        f" {MAX_NOISE_MULTIPLIER:g} they cost ε = {best:.3g}; allow a larger ε, or plan fewer steps or smaller batches"
+        f" {MAX_NOISE_MULTIPLIER:g} they cost ε = {best:.3g}; allow a larger ε, or plan fewer steps or smaller batches",
+        code="privacy.epsilon_unreachable",
     )

@@ -186,5 +186,6 @@ def check_accountants(steps: Sequence[Steps], delta: float) -> None:
         raise PrivacyError(
             f"the accountants disagree about {len(steps)} charges at δ = {delta:.2g}: PLD says ε = {claimed:.6g}, expected"
             f" at least {below:.6g} (rounded down) and at most {above:.6g} (Rényi); nothing is charged: check the"
-            " installed dp-accounting"
+            " installed dp-accounting",
+            code="privacy.accountants_disagree",
         )

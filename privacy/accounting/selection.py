@@ -44,4 +44,4 @@ def draw_repetitions(mean: float, generator: np.random.Generator) -> int:
 
 def _check(mean: float) -> None:
     if not (math.isfinite(mean) and mean >= 1):
-        raise PrivacyError(f"expected a mean number of runs of 1 or more, got {mean}")
+        raise PrivacyError(f"expected a mean number of runs of 1 or more, got {mean}", code="privacy.invalid_repetitions")

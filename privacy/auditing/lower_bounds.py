@@ -70,7 +70,8 @@ def require_statistics() -> ModuleType:
         from jax_privacy import auditing
     except ImportError as error:
         raise PrivacyError(
-            f'an audit needs jax_privacy, which cannot be imported ({error}): install it by pip install "cotune[audit]"'
+            f'an audit needs jax_privacy, which cannot be imported ({error}): install it by pip install "cotune[audit]"',
+            code="privacy.audit_package_missing",
         ) from None
     found: ModuleType = auditing
     return found
@@ -83,12 +84,16 @@ def evidence(scores: Array, present: Coins, generator: np.random.Generator) -> E
     Raises PrivacyError for scores that are not finite, and for coins that all fell alike.
     """
     if not np.isfinite(scores).all():
-        raise PrivacyError("a score of the audit is not finite: expected a finite model; lower local.learning_rate")
+        raise PrivacyError(
+            "a score of the audit is not finite: expected a finite model; lower local.learning_rate",
+            code="privacy.audit_not_finite",
+        )
     targets = len(scores)
     if targets < _FEWEST_GUESSES or present.all() or not present.any():
         raise PrivacyError(
             f"an audit of {targets} targets, {present.sum()} of them in, shows nothing: expected at least {_FEWEST_GUESSES}, some"
-            " in and some out; use more canaries or records"
+            " in and some out; use more canaries or records",
+            code="privacy.audit_too_small",
         )
     rank = np.empty(targets)
     rank[np.lexsort((generator.random(targets), scores))] = np.arange(targets)

@@ -85,9 +85,15 @@ def separation(scores: Array, present: Coins, claim: float) -> Separation:
         PrivacyError: For scores that are not finite, and for coins that all fell alike.
     """
     if not np.isfinite(scores).all():
-        raise PrivacyError("a score of the audit is not finite: expected a finite model; lower local.learning_rate")
+        raise PrivacyError(
+            "a score of the audit is not finite: expected a finite model; lower local.learning_rate",
+            code="privacy.audit_not_finite",
+        )
     if present.all() or not present.any():
-        raise PrivacyError(f"all {len(present)} coins of the audit fell alike: expected some in and some out; use more canaries")
+        raise PrivacyError(
+            f"all {len(present)} coins of the audit fell alike: expected some in and some out; use more canaries",
+            code="privacy.audit_too_small",
+        )
     errors = []
     for threshold in np.linspace(0.0, claim, _THRESHOLDS):
         above = scores > threshold

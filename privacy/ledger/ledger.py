@@ -95,7 +95,8 @@ class Ledger:
             elif known != key.check:
                 raise PrivacyError(
                     f"{self.key_file} is not the key that the privacy ledger {self.path} was begun with: expected that one, as no"
-                    " record can be recognized without it and nothing is trained; restore it from a backup"
+                    " record can be recognized without it and nothing is trained; restore it from a backup",
+                    code="privacy.wrong_ledger_key",
                 )
             return key
 
@@ -146,7 +147,8 @@ class Ledger:
         if row is None or _digest(row[0]) != name:
             raise PrivacyError(
                 f"the privacy ledger {self.path} lacks or has changed the records of data set {name[:12]}: expected them as"
-                " they were entered; nothing is trained without them, so restore the file from a backup"
+                " they were entered; nothing is trained without them, so restore the file from a backup",
+                code="privacy.ledger_damaged",
             )
         return bytes(row[0])
 
@@ -162,7 +164,8 @@ class Ledger:
             if len(np.intersect1d(_keys(self._units(log, data)), _keys(self._units(log, name)))):
                 raise PrivacyError(
                     f"data set {data[:12]} holds records of another collection than {collection}, which data set {name[:12]} is"
-                    " in: expected them to be left out; nothing is charged"
+                    " in: expected them to be left out; nothing is charged",
+                    code="privacy.mixed_collections",
                 )
 
     def reserve(
@@ -184,7 +187,10 @@ class Ledger:
         unit of privacy, and for records of another collection.
         """
         if not steps.possible:
-            raise PrivacyError(f"{steps} cannot be charged: expected noise above 0, a sample rate in (0, 1] and 0 steps or more")
+            raise PrivacyError(
+                f"{steps} cannot be charged: expected noise above 0, a sample rate in (0, 1] and 0 steps or more",
+                code="privacy.impossible_charge",
+            )
         with self._chain.transaction() as log:
             _check_unit(log.entries, data)
             self._check_apart(log, data, collection)
@@ -199,7 +205,8 @@ class Ledger:
             found = next((c for c in charges_of(log.entries) if c.id == charge and c.state == "reserved"), None)
             if found is None or not 0 <= steps_run <= found.steps.count:
                 raise PrivacyError(
-                    f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many"
+                    f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many",
+                    code="privacy.charge_not_open",
                 )
             log.append("settle", {"charge": charge, "steps": steps_run, "seconds": round(seconds, 3)})
 
@@ -301,5 +308,6 @@ def _check_unit(entries: Sequence[Entry], data: str) -> None:
             raise PrivacyError(
                 f'data set {data[:12]} protects each "{own}", and {charge.data[:12] or "one"} of the same ledger was charged for'
                 f' each "{other}": expected one unit of privacy in a ledger, as charges under two do not add up; go on with'
-                f' "{other}", or, for records of other people, with a site of their own'
+                f' "{other}", or, for records of other people, with a site of their own',
+                code="privacy.mixed_units",
             )

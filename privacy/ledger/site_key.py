@@ -55,5 +55,6 @@ class SiteKey:
 def _unusable(path: Path, reason: str) -> PrivacyError:
     return PrivacyError(
         f"the key {path} of the privacy ledger cannot be used ({reason}): expected the file as cotune made it, as no record can"
-        " be recognized without it and nothing is trained; restore it from a backup"
+        " be recognized without it and nothing is trained; restore it from a backup",
+        code="privacy.ledger_key_unusable",
     )

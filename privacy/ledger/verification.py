@@ -55,7 +55,8 @@ def verify(export: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"this is no exported ledger of the format {FORMAT!r} ({type(error).__name__}: {error}): expected the file that"
-            " `cotune client ledger SITE --export FILE` writes"
+            " `cotune client ledger SITE --export FILE` writes",
+            code="data.not_a_ledger",
         ) from None
     problems += [problem for table in tables for problem in table.pop("problems")]
     return {

@@ -78,7 +78,8 @@ def quantized_clip_norm(clip_norm: float, noise_multiplier: float, entries: int)
     if not left > clip_norm / 2:
         raise PrivacyError(
             f"{entries} parameters with a noise multiplier of {noise_multiplier:g} leave no room for rounding below the clip norm"
-            f" {clip_norm:g}: expected fewer trained parameters, or a larger batch with less noise"
+            f" {clip_norm:g}: expected fewer trained parameters, or a larger batch with less noise",
+            code="privacy.too_many_parameters",
         )
     return left
 

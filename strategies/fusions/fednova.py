@@ -50,5 +50,8 @@ def _steps(update: WeightedUpdate, most: int) -> int:
     steps = update.update.steps
     organization = update.update.organization[:80]
     if not 1 <= steps <= most:
-        raise RunError(f"the update of {organization} states {steps} local steps: expected 1 to {most}; leave it out")
+        raise RunError(
+            f"the update of {organization} states {steps} local steps: expected 1 to {most}; leave it out",
+            code="run.invalid_steps",
+        )
     return steps

@@ -58,7 +58,7 @@ def _grams(statistics: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in statistics.items():
         if key.startswith("gram/"):
             if not bool(tensor.isfinite().all()):
-                raise RunError(f"{key} of an update is not finite: expected finite values")
+                raise RunError(f"{key} of an update is not finite: expected finite values", code="run.update_not_finite")
             yield key.removeprefix("gram/"), tensor.to(torch.float64)
 
 
