@@ -69,13 +69,13 @@ def _time(seen: Forecast) -> str:
 
 def _show_claim(console: Console, figures: Figures) -> None:
     """What the plan promises for each record, of the organization that spends most."""
-    from cotune.privacy.claim import SMALL_DELTA, attack_line
+    from cotune.privacy.claim import SMALL_DELTA, describe_attack
 
     at_small_delta = round_up(figures.epsilon_at_small_delta)
     mu = round_up(figures.gaussian_mu)
     console.print(
         f"for each record: ε = {at_small_delta} at δ = {SMALL_DELTA:g}, Gaussian μ = {mu};"
-        f" {attack_line(figures.true_positive_rate)}"
+        f" {describe_attack(figures.true_positive_rate)}"
     )
 
 

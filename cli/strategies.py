@@ -23,7 +23,7 @@ from cotune.reporting.pages import render_text
 from cotune.storage.files import atomic_write
 from cotune.strategies import catalog as catalog
 from cotune.strategies import plugins
-from cotune.strategies.own_names import own_name
+from cotune.strategies.own_names import find_own_name
 from cotune.strategies.plugins import is_code
 from cotune.strategies.registry import FOLDERS
 
@@ -52,9 +52,9 @@ def _tables() -> Iterator[str]:
     yield from ("## Strategies by name", "")
     yield from _table(
         ("name", "parts", "adapters", "the server sees", "record-level ε", "client-level ε", "source"),
-        [_recipe(recipe) for recipe in catalog.recipes()],
+        [_recipe(recipe) for recipe in catalog.list_recipes()],
     )
-    parts = catalog.parts(installed=False)
+    parts = catalog.list_components(installed=False)
     for kind, heading in _HEADINGS.items():
         found = [part for part in parts if part["kind"] == kind]
         if found:
@@ -122,7 +122,7 @@ def overview(
     """List all strategies and parts; with a NAME, explain it."""
     if context.invoked_subcommand is not None:
         return
-    found = [*catalog.recipes(), *catalog.parts()]
+    found = [*catalog.list_recipes(), *catalog.list_components()]
     if page is not None:
         _renew(page)
     elif as_json:
@@ -159,7 +159,7 @@ def show(
 ) -> None:
     """Explain a strategy or a part; my_rules.py:my_fusion one of your own."""
     _check_own_name(name)
-    found = [catalog.described(_page_part(name, None))] if is_code(name) else catalog.search(name)
+    found = [catalog.describe_component(_page_part(name, None))] if is_code(name) else catalog.search(name)
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -236,13 +236,13 @@ def check(
     """Check that a part does what it says of itself; exit code 1 if it does not."""
     from dataclasses import asdict
 
-    from cotune.strategies.conformance import check_part
+    from cotune.strategies.conformance import check_component
 
     _check_own_name(name)
     info = _page_part(name, kind)
     parameters = {key.strip(): value_of(value) for key, _, value in (text.partition("=") for text in given or [])}
     try:
-        findings = check_part(info, parameters)
+        findings = check_component(info, parameters)
     except ValueError as error:
         raise PlanError(str(error)) from None
     if as_json:
@@ -255,23 +255,23 @@ def check(
 
 def _check_own_name(name: str) -> None:
     """Raises PlanError for the name of a rule without that of its file."""
-    if found := own_name(name, Path()):
+    if found := find_own_name(name, Path()):
         raise PlanError(f'there is neither a strategy nor a part "{name}": a rule in a file is named with its file, as "{found}"')
 
 
 def _page_part(name: str, kind: Kind | None) -> ComponentInfo:
     """The part of that name, or in that file or package."""
     if plugins.is_file(name):
-        found = plugins.object_in(name, plugins.read_file(name, Path()))
-        info: ComponentInfo | None = getattr(found, "part", None)
-        return plugins.part_of(kind or (info.kind if info else "fusion"), name, found)
+        found = plugins.load_object(name, plugins.register_file(name, Path()))
+        info: ComponentInfo | None = getattr(found, "component", None)
+        return plugins.component_from(kind or (info.kind if info else "fusion"), name, found)
     if plugins.is_code(name):
         return plugins.load_code("fusion", name, "")
     if name.endswith(".py"):
         raise PlanError(f"{name} is a file: expected the name of the rule in it, too, such as {name}:{Path(name).stem}")
-    of_name = [k for k in ([kind] if kind else FOLDERS) if name in plugins.known(k)]
+    of_name = [k for k in ([kind] if kind else FOLDERS) if name in plugins.get_components(k)]
     try:
-        return plugins.part_named(of_name[0] if of_name else kind or "fusion", name)
+        return plugins.get_component(of_name[0] if of_name else kind or "fusion", name)
     except ValueError as error:
         raise PlanError(str(error)) from None
 

@@ -17,7 +17,7 @@ from cotune.data.units import RECORD
 from cotune.errors import Declined, PrivacyError
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import two_digits
+from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
@@ -108,7 +108,7 @@ class Account:
     def _undeclared(self) -> int:
         if self.draws:
             raise Declined("tell.declared_examples", unsaid_number())
-        return max(1, two_digits(self.true_examples))
+        return max(1, round_to_two_digits(self.true_examples))
 
     @cached_property
     def budget(self) -> Budget | None:

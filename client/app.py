@@ -56,7 +56,7 @@ from cotune.protocol.messages import (
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement, content_digest
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.storage.files import atomic_write, json_of, sync
-from cotune.strategies.types import not_finite
+from cotune.strategies.types import find_not_finite
 
 ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and the plan itself
 
@@ -82,7 +82,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
     if _read(folder / ABOUT) != about:
         model = model_here(plan, site)
         state = dict(request.state)
-        if broken := not_finite(state):
+        if broken := find_not_finite(state):
             raise RunError(f"the finished model is not finite in {broken[:80]}: expected finite parameters")
         model.load(state)
         Personal(plan, site, model, request.round, request.admitted).joined(state)

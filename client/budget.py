@@ -15,7 +15,7 @@ from cotune.plan.tables import LocalTraining
 from cotune.privacy.accounting.composition import Steps, calibrate, epsilon
 from cotune.privacy.accounting.filters import epsilon_filter, epsilon_over_runs
 from cotune.privacy.accounting.rounding import round_up
-from cotune.privacy.config import RecordPrivacy, delta_of
+from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.ledger.charges import History, Limit
 from cotune.privacy.policy import Policy
 
@@ -95,7 +95,7 @@ def budget_of(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
 
 def total_delta(policy: Policy, examples: int) -> float:
     """δ of the policy's total. Raises PrivacyError where it is so large that its ε would limit nothing."""
-    delta = delta_of(policy.budget.delta_total, examples)
+    delta = compute_delta(policy.budget.delta_total, examples)
     most = policy.budget.largest_delta(examples)
     if delta > most:
         raise PrivacyError(

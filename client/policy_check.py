@@ -23,7 +23,7 @@ from cotune.client.site import Site
 from cotune.errors import Declined, RunError
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.config import RecordPrivacy, delta_of
+from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.policy import Policy
 from cotune.storage.files import atomic_write, json_of
 
@@ -119,7 +119,7 @@ def _telling(plan: Plan, policy: Policy) -> Iterator[Broken]:
             True,
         )
     if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
-        parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
+        parts = ", ".join(part.name for _, part, info in plan.strategy.known_components() if "loss" in info.needs.sends)
         yield Broken(
             "tell.local_loss",
             f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it",
@@ -206,7 +206,7 @@ def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Broken]:
 
 def _too_large_delta(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Broken]:
     wanted = privacy.delta_for(examples)
-    allowed = delta_of(policy.budget.delta_per_run, examples)
+    allowed = compute_delta(policy.budget.delta_per_run, examples)
     if wanted > allowed:
         problem = f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
         yield Broken("budget.delta_per_run", problem, privacy.delta)

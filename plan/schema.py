@@ -13,7 +13,7 @@ from cotune.data.class_names import is_shown, shown
 from cotune.errors import nearest
 from cotune.plan.tables import PlanTables, Stage
 from cotune.privacy.config import RecordPrivacy
-from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem
 from cotune.strategies.config import StrategyConfig, expand
 
 
@@ -75,7 +75,7 @@ class Plan(PlanTables):
 
     @model_validator(mode="after")
     def _strategy_fits(self) -> Self:
-        problem = first_problem(self.strategy, self.facts)
+        problem = find_problem(self.strategy, self.facts)
         if problem:
             raise ValueError(problem)
         return self
@@ -133,10 +133,10 @@ class Plan(PlanTables):
         raise ValueError(f"expected a round from 1 to {last}, got {round}")
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> PlanFacts:
         """What decides which strategies the plan can have."""
         locals_ = [stage.local for stage in self.stages]
-        return Facts(
+        return PlanFacts(
             record_privacy=self.privacy != "none",
             client_privacy=self.client_privacy is not None,
             sums_only=self.server.visibility == "sum",

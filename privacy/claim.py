@@ -93,7 +93,7 @@ class Claim:
         ]
 
 
-def figures_of(spent: Sequence[Steps], delta: float) -> Figures:
+def compute_figures(spent: Sequence[Steps], delta: float) -> Figures:
     """Return the figures of all the steps together, at δ and at 1e-6."""
     return Figures(
         epsilon(spent, delta),
@@ -104,9 +104,9 @@ def figures_of(spent: Sequence[Steps], delta: float) -> Figures:
     )
 
 
-def run_figures(spent: Sequence[Steps], delta: float) -> dict[str, float]:
+def compute_run_figures(spent: Sequence[Steps], delta: float) -> dict[str, float]:
     """Return the figures of one run by their names, without δ, which a ledger states once for all runs."""
-    return {name: value for name, value in asdict(figures_of(spent, delta)).items() if name != "delta"}
+    return {name: value for name, value in asdict(compute_figures(spent, delta)).items() if name != "delta"}
 
 
 def worst(figures: Mapping[str, Figures]) -> Figures | None:
@@ -116,7 +116,7 @@ def worst(figures: Mapping[str, Figures]) -> Figures | None:
     return Figures(*(max(column) for column in zip(*(tuple(asdict(each).values()) for each in figures.values()), strict=True)))
 
 
-def claim_of(
+def build_claim(
     privacy: RecordPrivacy, figures: Figures | None, *, number_is_public: bool = False, not_covered: Sequence[str] = ()
 ) -> Claim:
     """Return what a plan's `privacy` table promises.
@@ -162,11 +162,11 @@ def _figure_rows(figures: Figures | None) -> list[tuple[str, str]]:
             f"ε = {round_up(figures.epsilon)} at δ = {figures.delta:.1e}; {round_up(figures.epsilon_at_small_delta)} at 1e-06",
         ),
         ("Gaussian μ", round_up(figures.gaussian_mu)),
-        ("Attack", attack_line(figures.true_positive_rate)),
+        ("Attack", describe_attack(figures.true_positive_rate)),
     ]
 
 
-def attack_line(true_positive_rate: float) -> str:
+def describe_attack(true_positive_rate: float) -> str:
     """Return what an attack finds at most, in words; of the share of the members, rounded up."""
     share = round_up(100 * true_positive_rate)
     return f"at {100 * FALSE_POSITIVE_RATE:g} % false alarms an attacker finds at most {share} % of the members"

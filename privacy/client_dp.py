@@ -59,7 +59,7 @@ class RoundNoise:
     expected: float
 
 
-def round_noise(privacy: ClientPrivacy, *, rounds: int, organizations: int, sample_rate: float) -> RoundNoise:
+def calibrate_round_noise(privacy: ClientPrivacy, *, rounds: int, organizations: int, sample_rate: float) -> RoundNoise:
     """The noise with which `rounds` rounds stay within ε, for so many registered organizations.
 
     Raises PrivacyError where δ is no promise for so few organizations, ε is out of reach, or σ_b is too small for z.

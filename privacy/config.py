@@ -51,7 +51,7 @@ class RecordPrivacy(ConfigTable):
         Raises PrivacyError when δ is larger than 1/n, where the guarantee would be empty (publishing one whole record at random
         would satisfy it), and for fewer than 2 records.
         """
-        delta = delta_of(self.delta, examples)
+        delta = compute_delta(self.delta, examples)
         if examples < 2 or delta * examples > 1:
             raise PrivacyError(
                 f"privacy.delta = {self.delta} gives δ = {delta:.2g} for {examples} examples; expected at most 1/{examples}"
@@ -75,7 +75,7 @@ def check_delta(rule: float | str) -> float | str:
     return rule
 
 
-def delta_of(rule: float | str, examples: int) -> float:
+def compute_delta(rule: float | str, examples: int) -> float:
     """δ by a rule (a number, or "1/n^p") for `examples` records."""
     exponent = _delta_exponent(rule) if isinstance(rule, str) else None
     return float(rule) if exponent is None else float(max(examples, 1) ** -exponent)

@@ -105,7 +105,7 @@ class TrainingRules(ConfigTable):
         return min(planned, self.own_rank or planned)
 
 
-class TellRules(ConfigTable):
+class DisclosureRules(ConfigTable):
     """What may be told to the server beside the update (the `tell` table); what is noised is charged to the ledger."""
 
     example_count: Literal["exact", "rounded", "noised", "declared"] = Field(
@@ -134,7 +134,7 @@ class Policy(ConfigTable):
 
     budget: BudgetRules = BudgetRules()
     training: TrainingRules = TrainingRules()
-    tell: TellRules = TellRules()
+    tell: DisclosureRules = DisclosureRules()
 
     @classmethod
     def permissive(cls, epsilon: float | None = None, rank: int | None = None, examples: int | None = None) -> Policy:
@@ -160,7 +160,7 @@ class Policy(ConfigTable):
                 fusions=_EVERYTHING,
                 client_terms=_EVERYTHING,
             ),
-            tell=TellRules(
+            tell=DisclosureRules(
                 example_count="declared" if examples else "exact",
                 declared_examples=examples,
                 local_metrics="noised",
@@ -195,7 +195,7 @@ def check_rules(names: Iterable[str]) -> None:
             raise PlanError(f'the policy has no rule "{name}"{nearest(name, rules)}', code="plan.unknown_rule")
 
 
-def changed_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
+def change_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
     """The policy with other values for some rules, such as {"training.max_rounds": 50}. Raises PlanError for what is none."""
     check_rules(changes)
     tables = policy.model_dump()

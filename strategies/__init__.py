@@ -13,18 +13,18 @@ if __name__ != "cotune.strategies":  # a second copy of every class would be mad
 
 if TYPE_CHECKING:
     from cotune.strategies.client_terms.base import ClientTerm
-    from cotune.strategies.config import Part, StrategyConfig
+    from cotune.strategies.config import Component, StrategyConfig
     from cotune.strategies.registry import Needs, Visibility, client_term, fusion, server_optimizer, weighting
     from cotune.strategies.server_optimizers.base import ServerOptimizer
-    from cotune.strategies.sums import Sums, mean_of, norm, weighted
+    from cotune.strategies.sums import Sums, norm, weighted, weighted_mean
     from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, apply_delta, difference
 
 __all__ = [
     "Aggregate",
     "ClientTerm",
+    "Component",
     "Delta",
     "Needs",
-    "Part",
     "RoundContext",
     "ServerOptimizer",
     "StrategyConfig",
@@ -36,19 +36,19 @@ __all__ = [
     "client_term",
     "difference",
     "fusion",
-    "mean_of",
     "norm",
     "server_optimizer",
     "weighted",
+    "weighted_mean",
     "weighting",
 ]
 
 _MODULES = {
     "client_terms.base": ("ClientTerm",),
-    "config": ("Part", "StrategyConfig"),
+    "config": ("Component", "StrategyConfig"),
     "registry": ("Needs", "Visibility", "client_term", "fusion", "server_optimizer", "weighting"),
     "server_optimizers.base": ("ServerOptimizer",),
-    "sums": ("Sums", "mean_of", "norm", "weighted"),
+    "sums": ("Sums", "weighted_mean", "norm", "weighted"),
     "types": ("Delta", "Aggregate", "RoundContext", "Update", "WeightedUpdate", "apply_delta", "difference"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

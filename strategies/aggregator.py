@@ -27,7 +27,7 @@ from cotune.strategies.config import StrategyConfig
 from cotune.strategies.registry import ComponentInfo, Visibility
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.sums import Contribution, norm, total
-from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, not_finite
+from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, find_not_finite
 
 
 class Combination(Protocol):
@@ -39,7 +39,7 @@ class Combination(Protocol):
 
 
 @dataclass(frozen=True)
-class UpdateLook:
+class UpdateSummary:
     """share: of the round's weight. norm: of the update as it came. distance, cosine: to the middle of the updates (the median of
     every coordinate); None where the server has not held them, or where two cannot have a middle.
     """
@@ -104,7 +104,7 @@ class Aggregator:
 
         Raises RunError for an update with values that are not finite. A rule that compares updates takes none that are late.
         """
-        if not_finite(update.delta):
+        if find_not_finite(update.delta):
             raise RunError(
                 f"the update of {update.organization[:80]} is not finite: expected finite values", code="run.update_not_finite"
             )
@@ -143,7 +143,7 @@ class Aggregator:
         if not self._count:
             return Aggregate({}, 0)  # nobody was asked in this round
         info, parameters = self._fusion
-        least = info.least(**parameters)
+        least = info.min_updates(**parameters)
         if self._count < least:
             raise RunError(
                 f'the fusion "{info.name}" needs {least} updates, and the round has {self._count}: ask more organizations, raise'
@@ -164,12 +164,12 @@ class Aggregator:
         _check(info.name, fused.delta, self._context.state)
         return Aggregate(fused.delta, self._count, self._squares / self._weights, fused.memory)
 
-    def looks(self) -> dict[str, UpdateLook]:
+    def summarize_updates(self) -> dict[str, UpdateSummary]:
         """Organization -> what its update looked like; after `result`."""
         total_weight = sum(weight for weight, _ in self._seen.values())
         shares = self._given or {name: weight / total_weight for name, (weight, _) in self._seen.items() if total_weight > 0}
         return {
-            name: UpdateLook(shares.get(name, 0.0), length, *self._places.get(name, (None, None)))
+            name: UpdateSummary(shares.get(name, 0.0), length, *self._places.get(name, (None, None)))
             for name, (_, length) in self._seen.items()
         }
 
@@ -207,7 +207,7 @@ def _discounted(weight: Any, staleness: int) -> Any:
 
 
 def _bound(info: ComponentInfo, parameters: Mapping[str, Any], context: RoundContext) -> Callable[..., Any]:
-    return partial(info.build, **parameters, **({"context": context} if info.wants_context else {}))
+    return partial(info.build, **parameters, **({"context": context} if info.needs_context else {}))
 
 
 def _check(name: str, delta: Delta, state: Mapping[str, Tensor]) -> None:

@@ -54,7 +54,7 @@ def is_flower_class(value: Any) -> TypeGuard[type[Strategy]]:
     return inspect.isclass(value) and issubclass(value, Strategy)
 
 
-def flower_strategy(name: str) -> ComponentInfo:
+def load_flower_strategy(name: str) -> ComponentInfo:
     """The fusion for `flwr.module:Class`. Imports the module. Raises PlanError for what is not there or cannot be had."""
     module_name, _, class_name = name.partition(":")
     try:
@@ -68,10 +68,10 @@ def flower_strategy(name: str) -> ComponentInfo:
     if not is_flower_class(found):
         known = [n for n, v in vars(module).items() if is_flower_class(v) and not inspect.isabstract(v) and n not in _INSTEAD]
         raise PlanError(f'{module_name} has no strategy "{class_name}"{nearest(class_name, known)}', code="plan.unknown_strategy")
-    return flower_part(name, found)
+    return build_flower_component(name, found)
 
 
-def flower_part(name: str, build: type[Strategy]) -> ComponentInfo:
+def build_flower_component(name: str, build: type[Strategy]) -> ComponentInfo:
     """A strategy's class as a fusion; its constructor's plain parameters are those of the part. Raises PlanError."""
     for refused, instead in _INSTEAD.items():
         if issubclass(build, getattr(flower, refused)):
@@ -85,9 +85,9 @@ def flower_part(name: str, build: type[Strategy]) -> ComponentInfo:
         FlowerFusion(name, build),
         "Beutel et al., Flower, 2020, https://arxiv.org/abs/2007.14390",
         Needs(visibility=Visibility.PER_CLIENT, sets_state=True),
-        least=lambda min_train_nodes=1, min_available_nodes=1, **_: max(1, min_train_nodes, min_available_nodes),
-        scales=False,
-        keeps=False,
+        min_updates=lambda min_train_nodes=1, min_available_nodes=1, **_: max(1, min_train_nodes, min_available_nodes),
+        homogeneous=False,
+        idempotent=False,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
-from cotune.strategies.sums import mean_of, total, weighted
+from cotune.strategies.sums import total, weighted, weighted_mean
 from cotune.strategies.types import WeightedUpdate
 
 
@@ -20,7 +20,7 @@ def averaged(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for update in updates:
         total(sums, weighted(update))
-    return mean_of(sums)
+    return weighted_mean(sums)
 
 
 def shares(updates: Sequence[WeightedUpdate]) -> list[float]:
@@ -29,7 +29,7 @@ def shares(updates: Sequence[WeightedUpdate]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def factors_of(update: WeightedUpdate, adapter: Adapter) -> tuple[Tensor, Tensor]:
+def get_factors(update: WeightedUpdate, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """(B_k, A_k) after training, (d_out, r_k) and (r_k, d_in) in float64; what the organization did not train is as received."""
     sent = update.update.delta
     rank = sent[adapter.b].shape[1] if adapter.b in sent else sent[adapter.a].shape[0]

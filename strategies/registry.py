@@ -28,7 +28,7 @@ FOLDERS: dict[Kind, str] = {
     "server_optimizer": "server_optimizers",
     "client_term": "client_terms",
 }
-_GIVEN = ("update", "updates", "context")  # arguments that the round fills in; all others are the plan's
+_INJECTED = ("update", "updates", "context")  # arguments that the round fills in; all others are the plan's
 _Build = TypeVar("_Build", bound=Callable[..., Any])
 
 
@@ -77,7 +77,7 @@ class Needs:
 class ComponentInfo:
     """A part. build: a function (weighting, fusion) or a dataclass (server optimizer, client term). cite: its source.
 
-    least: parameters -> how many updates a round must have at least. scales: c·Δ_k for all k gives c·D. keeps: identical deltas
+    min_updates: parameters -> how many updates a round must have at least. homogeneous: c·Δ_k for all k gives c·D. idempotent: identical deltas
     give that delta.
     """
 
@@ -86,9 +86,9 @@ class ComponentInfo:
     build: Callable[..., Any]
     cite: str
     needs: Needs
-    least: Callable[..., int] = field(default=lambda **_: 1)
-    scales: bool = True
-    keeps: bool = True
+    min_updates: Callable[..., int] = field(default=lambda **_: 1)
+    homogeneous: bool = True
+    idempotent: bool = True
 
     @property
     def summary(self) -> str:
@@ -98,7 +98,7 @@ class ComponentInfo:
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """Those that a plan may give."""
-        return {name: p for name, p in inspect.signature(self.build).parameters.items() if name not in _GIVEN}
+        return {name: p for name, p in inspect.signature(self.build).parameters.items() if name not in _INJECTED}
 
     @property
     def sees_all(self) -> bool:
@@ -108,10 +108,10 @@ class ComponentInfo:
     @property
     def is_mean(self) -> bool:
         """Whether a fusion gives the weighted mean of what was trained, entry by entry."""
-        return self.needs.by_parameter and self.scales and self.keeps and not self.needs.sends
+        return self.needs.by_parameter and self.homogeneous and self.idempotent and not self.needs.sends
 
     @property
-    def wants_context(self) -> bool:
+    def needs_context(self) -> bool:
         return "context" in inspect.signature(self.build).parameters
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,11 +151,11 @@ class ComponentInfo:
 
 
 def _decorator(
-    kind: Kind, name: str, cite: str, least: Callable[..., int] | None, scales: bool, keeps: bool, needs: Needs
+    kind: Kind, name: str, cite: str, min_updates: Callable[..., int] | None, homogeneous: bool, idempotent: bool, needs: Needs
 ) -> Callable[[_Build], _Build]:
     def mark(build: _Build) -> _Build:
-        info = ComponentInfo(kind, name, build, cite, needs, least or (lambda **_: 1), scales, keeps)
-        build.part = info  # type: ignore[attr-defined]
+        info = ComponentInfo(kind, name, build, cite, needs, min_updates or (lambda **_: 1), homogeneous, idempotent)
+        build.component = info  # type: ignore[attr-defined]
         return build
 
     return mark
@@ -173,12 +173,12 @@ def fusion(
     *,
     cite: str,
     needs: Needs = Needs(),
-    least: Callable[..., int] | None = None,
-    scales: bool = True,
-    keeps: bool = True,
+    min_updates: Callable[..., int] | None = None,
+    homogeneous: bool = True,
+    idempotent: bool = True,
 ) -> Callable[[_Build], _Build]:
     """Marks `f(updates, …) -> Delta`, or a generator of contributions (see `sums`), which never sees a single update."""
-    return _decorator("fusion", name, cite, least, scales, keeps, needs)
+    return _decorator("fusion", name, cite, min_updates, homogeneous, idempotent, needs)
 
 
 def server_optimizer(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_Build], _Build]:
@@ -191,21 +191,21 @@ def client_term(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_B
     return _decorator("client_term", name, cite, None, True, True, needs)
 
 
-def undecorated(kind: Kind, name: str, build: Callable[..., Any]) -> ComponentInfo:
+def infer_component(kind: Kind, name: str, build: Callable[..., Any]) -> ComponentInfo:
     """A part that says nothing about itself: a generator sees sums, any other function each update."""
     visibility = Visibility.SUM if kind != "fusion" or inspect.isgeneratorfunction(build) else Visibility.PER_CLIENT
     return ComponentInfo(kind, name, build, "", Needs(visibility=visibility))
 
 
 @functools.cache
-def builtin(kind: Kind) -> Mapping[str, ComponentInfo]:
+def get_builtin_components(kind: Kind) -> Mapping[str, ComponentInfo]:
     """The parts that come with cotune, by name."""
     found: dict[str, ComponentInfo] = {}
     folder = importlib.import_module(f"cotune.strategies.{FOLDERS[kind]}")
     for module_info in pkgutil.iter_modules(folder.__path__):
         module = importlib.import_module(f"{folder.__name__}.{module_info.name}")
         for value in vars(module).values():
-            info = getattr(value, "part", None)
+            info = getattr(value, "component", None)
             if isinstance(info, ComponentInfo) and info.kind == kind and info.build.__module__ == module.__name__:
                 found[info.name] = info
     return dict(sorted(found.items()))

@@ -21,7 +21,7 @@ from cotune.client.site_folder import SiteFolder as OpenedSite
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import value_of
 from cotune.privacy.accounting.rounding import round_up
-from cotune.privacy.policy import Policy, changed_policy, check_rules, dump_policy
+from cotune.privacy.policy import Policy, change_policy, check_rules, dump_policy
 from cotune.storage.files import atomic_write
 
 app = typer.Typer(no_args_is_help=True, help="An organization's own side: its site, policy and ledger; joining a federation.")
@@ -59,7 +59,7 @@ def _show_ledger(console: Console, found: dict[str, Any]) -> None:
 
 
 def _show_collection(console: Console, table: dict[str, Any]) -> None:
-    from cotune.privacy.claim import SMALL_DELTA, attack_line
+    from cotune.privacy.claim import SMALL_DELTA, describe_attack
 
     for data in table["data_sets"]:
         name = f"[bold]data set {data['fingerprint'][:12]}…[/bold]"
@@ -73,7 +73,7 @@ def _show_collection(console: Console, table: dict[str, Any]) -> None:
         left = f", {math.floor(100 * table['epsilon_left']) / 100:.2f} left" if allowed else ""  # never more than there is
         console.print(f"ε {round_up(table['epsilon'])} {allowed}spent at δ = {table['delta']:.1e}{how}{left}")
         again = f"ε {round_up(table['epsilon_at_small_delta'])} at δ = {SMALL_DELTA:g}"
-        console.print(f"{again}; {attack_line(table['true_positive_rate'])}")
+        console.print(f"{again}; {describe_attack(table['true_positive_rate'])}")
     if table["unprotected"]:
         plans = ", ".join(dict.fromkeys(f"{left['plan']} ({left['what']})" for left in table["unprotected"]))
         times = f"{len(table['unprotected'])} times something left without any privacy"
@@ -114,7 +114,7 @@ def policy(
         return
     if opened is None:
         raise PlanError("--set changes the policy of a site, and none was given: expected its folder before it")
-    after = changed_policy(before, {rule: value_of(text) for rule, text in settings.items()})
+    after = change_policy(before, {rule: value_of(text) for rule, text in settings.items()})
     atomic_write(opened.folder / "policy.toml", dump_policy(after).encode())
     for rule in settings:
         table, _, key = rule.partition(".")

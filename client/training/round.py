@@ -28,7 +28,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
 from cotune.protocol.messages import received_digest
-from cotune.strategies.types import Update, difference, not_finite
+from cotune.strategies.types import Update, difference, find_not_finite
 
 _MOST_VALUE = 1e4  # of a parameter; those of usable models are below 100, and extreme ones are how rounding errors are made large
 
@@ -265,5 +265,5 @@ def _follow(reports: Iterator[StepReport], organization: str, round: int, spent:
 
 def _check_finite(delta: Mapping[str, Tensor]) -> None:
     """A diverged model is not sent."""
-    if not_finite(delta):
+    if find_not_finite(delta):
         raise RunError("the local model is not finite any more: expected finite parameters; lower local.learning_rate")

@@ -103,7 +103,7 @@ def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:
     return pure + float(accountant.get_epsilon(delta))
 
 
-def epsilon_below(spent: Iterable[Steps], delta: float) -> float:
+def epsilon_lower_bound(spent: Iterable[Steps], delta: float) -> float:
     """A lower bound on ε of all the steps together at δ: PLD accounting in which every privacy loss is rounded down.
 
     For cross-checks of `epsilon`, which rounds up: the truth lies between them. Geometric steps are added as there.

@@ -30,7 +30,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq, minimize_scalar
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.composition import Steps, epsilon, epsilon_below
+from cotune.privacy.accounting.composition import Steps, epsilon, epsilon_lower_bound
 from cotune.privacy.accounting.tradeoff import true_positive_rate
 from cotune.privacy.mechanisms.noise import geometric_epsilon, geometric_renyi
 
@@ -143,7 +143,9 @@ def epsilon_spent(runs: Mapping[str, Sequence[Steps]], limit: float, delta: floa
     return _counted([s for steps in charged for s in steps], filter_order(limit, delta / 2), (at or delta) / 2)
 
 
-def rate_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float, false_positive_rate: float) -> float:
+def true_positive_rate_over_runs(
+    runs: Mapping[str, Sequence[Steps]], limit: float, delta: float, false_positive_rate: float
+) -> float:
     """The largest share of the members that an attack on all the runs finds at that rate of false alarms.
 
     One run: from its trade-off curve. Several: P(S) ≤ (e^ρ·Q(S))^((α-1)/α), where ρ is the filter's Rényi divergence at its
@@ -180,7 +182,7 @@ def check_accountants(steps: Sequence[Steps], delta: float) -> None:
     claimed = epsilon(gaussian, delta)
     if math.isinf(claimed):
         return
-    below = epsilon_below(gaussian, delta)
+    below = epsilon_lower_bound(gaussian, delta)
     above = epsilon_renyi(gaussian, delta)
     if not below - _ROUNDING <= claimed <= above + _ROUNDING:
         raise PrivacyError(

@@ -22,7 +22,7 @@ def round_up(epsilon: float) -> str:
     return f"{rounded:e}"
 
 
-def rounded_up(epsilon: float) -> float:
+def round_up_number(epsilon: float) -> float:
     """The same as a number."""
     return math.ceil(epsilon * 100 - 1e-9) / 100 if _is_finite(epsilon) and abs(epsilon) < _EXACT else epsilon
 
@@ -31,7 +31,7 @@ def _is_finite(value: float) -> bool:
     return isinstance(value, int) or math.isfinite(value)  # an integer may be larger than any float
 
 
-def two_digits(count: int) -> int:
+def round_to_two_digits(count: int) -> int:
     """A count rounded down to two significant digits: what a simulated organization declares.
 
     >>> two_digits(1237), two_digits(99), two_digits(7)

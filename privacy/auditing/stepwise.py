@@ -31,7 +31,7 @@ from sklearn.metrics import roc_auc_score
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.auditing.canaries import Coins
-from cotune.privacy.auditing.lower_bounds import Array, TradeOff, least_refuted
+from cotune.privacy.auditing.lower_bounds import Array, TradeOff, find_least_refuted
 
 _THRESHOLDS = 9
 
@@ -129,7 +129,7 @@ def lower_bound_steps(found: Separation, steps: Sequence[Steps], delta: float, e
     Args:
         error: As in `lower_bound_any`.
     """
-    return least_refuted(steps, delta, lambda curve: refutes(found, curve, error))
+    return find_least_refuted(steps, delta, lambda curve: refutes(found, curve, error))
 
 
 def refutes(found: Separation, curve: TradeOff, error: float) -> bool:

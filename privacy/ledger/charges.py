@@ -83,7 +83,7 @@ def reserved_steps(body: Mapping[str, Any]) -> Steps:
     return Steps(body["noise_multiplier"], body["sample_rate"], body["count"], body.get("mechanism", "gaussian"))
 
 
-def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
+def list_charges(entries: Sequence[Entry]) -> Iterator[Charge]:
     """All charges, in order."""
     settled: dict[int, Mapping[str, Any]] = {}
     for e in entries:
@@ -101,7 +101,7 @@ def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
             yield Charge(e.id, e.at, *about, collection=b.get("collection", ""))
 
 
-def data_sets_of(entries: Sequence[Entry]) -> dict[str, DataSet]:
+def list_data_sets(entries: Sequence[Entry]) -> dict[str, DataSet]:
     """Fingerprint -> data set, in the order in which they were first seen; the links in both directions."""
     found: dict[str, DataSet] = {}
     for e in entries:
@@ -113,36 +113,36 @@ def data_sets_of(entries: Sequence[Entry]) -> dict[str, DataSet]:
     return found
 
 
-def collections_of(entries: Sequence[Entry]) -> list[str]:
+def list_collections(entries: Sequence[Entry]) -> list[str]:
     """The collections of which something was charged or has left, in order; [""] where all was in none."""
     named = dict.fromkeys(e.body["collection"] for e in entries if e.kind in _COUNTED and e.body.get("collection"))
     return list(named) or [""]
 
 
-def concerned_by(entries: Sequence[Entry], collection: str) -> list[str]:
+def list_concerned_collections(entries: Sequence[Entry], collection: str) -> list[str]:
     """The collections whose totals a charge concerns: its own; made in none, every one."""
-    return [collection] if collection else collections_of(entries)
+    return [collection] if collection else list_collections(entries)
 
 
-def charged_elsewhere(entries: Sequence[Entry], collection: str) -> set[str]:
+def find_charged_elsewhere(entries: Sequence[Entry], collection: str) -> set[str]:
     """Data sets that were charged in another collection than this one; none for the records of no collection."""
-    charges = charges_of(entries) if collection else ()
+    charges = list_charges(entries) if collection else ()
     return {charge.data for charge in charges if charge.data and charge.collection not in ("", collection)}
 
 
-def counted_for(entries: Sequence[Entry], collection: str | None) -> Iterator[Charge]:
+def list_counted_charges(entries: Sequence[Entry], collection: str | None) -> Iterator[Charge]:
     """The charges that count for the records of a collection: those in it, and those in none. None: all charges."""
-    return (c for c in charges_of(entries) if collection is None or c.collection in ("", collection))
+    return (c for c in list_charges(entries) if collection is None or c.collection in ("", collection))
 
 
-def histories_of(entries: Sequence[Entry], collection: str, rule: str = "", plan_id: str | None = None) -> list[History]:
+def build_histories(entries: Sequence[Entry], collection: str, rule: str = "", plan_id: str | None = None) -> list[History]:
     """What counts in each collection that a charge in `collection` concerns.
 
     rule, plan_id: those of the limit whose smallest δ is looked up.
     """
     return [
-        History(name, _runs(counted_for(entries, name)), _smallest_delta(entries, name, rule, plan_id))
-        for name in concerned_by(entries, collection)
+        History(name, _runs(list_counted_charges(entries, name)), _smallest_delta(entries, name, rule, plan_id))
+        for name in list_concerned_collections(entries, collection)
     ]
 
 
@@ -187,11 +187,11 @@ def check_charge(entries: Sequence[Entry], collection: str, plan_id: str, steps:
     each other about the run.
     """
     for limit in limits:
-        for history in histories_of(entries, collection, limit.rule, limit.plan_id):
+        for history in build_histories(entries, collection, limit.rule, limit.plan_id):
             _check_limit(limit, history, plan_id, steps)
     if limits:
         delta = min(limit.delta for limit in limits)
-        for history in histories_of(entries, collection):
+        for history in build_histories(entries, collection):
             check_accountants(history.with_steps(plan_id, [steps])[plan_id], delta)
 
 

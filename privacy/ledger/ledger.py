@@ -36,12 +36,12 @@ from cotune.privacy.ledger.charges import (
     DataSet,
     History,
     Limit,
-    charged_elsewhere,
-    charges_of,
+    build_histories,
     check_charge,
-    counted_for,
-    data_sets_of,
-    histories_of,
+    find_charged_elsewhere,
+    list_charges,
+    list_counted_charges,
+    list_data_sets,
 )
 from cotune.privacy.ledger.site_key import IDENTITY, SiteKey
 from cotune.storage.append_only_log import Chain, Entry, Log
@@ -115,7 +115,7 @@ class Ledger:
         name = _digest(blob)
         units = b"".join(sorted(own))
         with self._chain.transaction() as log:
-            if name not in data_sets_of(log.entries):
+            if name not in list_data_sets(log.entries):
                 shares = {other: common for other, common in self._common(log, blob) if common}
                 for content in {blob, units}:
                     log.db.execute("INSERT OR IGNORE INTO members VALUES (?, ?)", (_digest(content), content))
@@ -132,7 +132,7 @@ class Ledger:
         own = np.array(self._key.identities(identities), dtype=f"S{IDENTITY}")
         found = np.zeros(len(own), dtype=bool)
         with self._chain.transaction() as log:
-            for name in sorted(charged_elsewhere(log.entries, collection)):
+            for name in sorted(find_charged_elsewhere(log.entries, collection)):
                 found |= np.isin(own, _keys(self._units(log, name)))
         return {identity for identity, there in zip(identities, found, strict=True) if there}
 
@@ -155,12 +155,12 @@ class Ledger:
     def _common(self, log: Log, blob: bytes) -> Iterator[tuple[str, int]]:
         """Every data set of the ledger, with the number of its records that are in `blob`; one in memory at a time."""
         own = _keys(blob)
-        for name in sorted(data_sets_of(log.entries)):
+        for name in sorted(list_data_sets(log.entries)):
             yield name, len(np.intersect1d(own, _keys(self._members(log, name))))
 
     def _check_apart(self, log: Log, data: str, collection: str) -> None:
         """Raises PrivacyError where a record of the data set was charged in another collection since it was looked up."""
-        for name in sorted(charged_elsewhere(log.entries, collection)) if data else ():
+        for name in sorted(find_charged_elsewhere(log.entries, collection)) if data else ():
             if len(np.intersect1d(_keys(self._units(log, data)), _keys(self._units(log, name)))):
                 raise PrivacyError(
                     f"data set {data[:12]} holds records of another collection than {collection}, which data set {name[:12]} is"
@@ -202,7 +202,7 @@ class Ledger:
     def settle(self, charge: int, steps_run: int, seconds: float = 0.0) -> None:
         """Lowers a reservation to the steps that really ran. Raises PrivacyError for more steps than were reserved."""
         with self._chain.transaction() as log:
-            found = next((c for c in charges_of(log.entries) if c.id == charge and c.state == "reserved"), None)
+            found = next((c for c in list_charges(log.entries) if c.id == charge and c.state == "reserved"), None)
             if found is None or not 0 <= steps_run <= found.steps.count:
                 raise PrivacyError(
                     f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many",
@@ -239,17 +239,17 @@ class Ledger:
     def charges(self) -> list[Charge]:
         """All charges, in order."""
         with self._chain.transaction() as log:
-            return list(charges_of(log.entries))
+            return list(list_charges(log.entries))
 
     def data_sets(self) -> list[DataSet]:
         """All data sets, in the order in which they were first seen; the links in both directions."""
         with self._chain.transaction() as log:
-            return list(data_sets_of(log.entries).values())
+            return list(list_data_sets(log.entries).values())
 
     def histories(self, collection: str = "", rule: str = "", plan_id: str | None = None) -> list[History]:
         """What counts in each collection that a charge in this one concerns; with the smallest δ of a limit."""
         with self._chain.transaction() as log:
-            return histories_of(log.entries, collection, rule, plan_id)
+            return build_histories(log.entries, collection, rule, plan_id)
 
     def entries(self) -> list[Entry]:
         """The whole log, verified."""
@@ -262,7 +262,7 @@ class Ledger:
         answered: of this round of the plan; then only what had been charged when it was, if it was.
         """
         with self._chain.transaction() as log:
-            found = counted_for(log.entries, collection or None)
+            found = list_counted_charges(log.entries, collection or None)
             end = math.inf if answered is None else _answers(log.entries, plan_id).get(answered, math.inf)
             return [c.steps for c in found if plan_id in (None, c.plan_id) and c.id < end]
 
@@ -300,9 +300,9 @@ def _check_unit(entries: Sequence[Entry], data: str) -> None:
     That is so whichever records they are, and in whichever collections: an exception for data that share none would tell whether
     they do, and the texts of one person would decide which records of another collection count.
     """
-    units = {name: found.unit for name, found in data_sets_of(entries).items()}
+    units = {name: found.unit for name, found in list_data_sets(entries).items()}
     own = units.get(data, RECORD)  # an older cotune named no data set, and knew records alone
-    for charge in charges_of(entries):
+    for charge in list_charges(entries):
         other = units.get(charge.data, RECORD)
         if other != own:
             raise PrivacyError(

@@ -12,24 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cotune.errors import DataError, PrivacyError
-from cotune.privacy.accounting.composition import Steps, epsilon, epsilon_below
+from cotune.privacy.accounting.composition import Steps, epsilon, epsilon_lower_bound
 from cotune.privacy.accounting.filters import (
     check_accountants,
     composition,
     epsilon_over_runs,
     epsilon_renyi,
     epsilon_spent,
-    rate_over_runs,
+    true_positive_rate_over_runs,
 )
-from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, run_figures
+from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, compute_run_figures
 from cotune.privacy.ledger.charges import (
     Charge,
     DataSet,
     History,
-    collections_of,
-    counted_for,
-    data_sets_of,
-    histories_of,
+    build_histories,
+    list_collections,
+    list_counted_charges,
+    list_data_sets,
     reserved_steps,
 )
 from cotune.storage.append_only_log import START, Entry, entry_hash
@@ -98,10 +98,10 @@ def _impossible(entries: Sequence[Entry]) -> Iterator[str]:
 def _missing(entries: Sequence[Entry], stated: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What the log knows, and no table states."""
     names = [table["collection"] for table in stated]
-    if sorted(names) != sorted(collections_of(entries) if entries else []):
+    if sorted(names) != sorted(list_collections(entries) if entries else []):
         yield f"the collections are stated as {names}, which are not those of the log"
     listed = {data["fingerprint"] for table in stated for data in table["data_sets"]}
-    for name in data_sets_of(entries):
+    for name in list_data_sets(entries):
         if name not in listed:
             yield f"data set {name[:12]} is in the log, and the export does not list it"
 
@@ -110,7 +110,7 @@ def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str
     """One collection, from the log; what is stated is only compared with, but for δ where no charge names one, and the limit."""
     name = stated["collection"]
     limit = float(stated["epsilon_total"])
-    history = histories_of(entries, name, "budget.epsilon_total")[0]
+    history = build_histories(entries, name, "budget.epsilon_total")[0]
     delta = history.delta if history.delta < 1 else float(stated["delta"])
     total = epsilon_over_runs(history.runs, limit, delta)
     spent = epsilon_spent(history.runs, limit, delta)
@@ -145,27 +145,27 @@ def _figures(history: History, limit: float, delta: float) -> dict[str, float]:
     """What is stated of all runs beside ε at δ."""
     return {
         "epsilon_at_small_delta": epsilon_spent(history.runs, limit, delta, at=SMALL_DELTA),
-        "true_positive_rate": rate_over_runs(history.runs, limit, delta, FALSE_POSITIVE_RATE),
+        "true_positive_rate": true_positive_rate_over_runs(history.runs, limit, delta, FALSE_POSITIVE_RATE),
     }
 
 
 def _run(plan_id: str, steps: Sequence[Steps], delta: float) -> dict[str, Any]:
     return {
         "plan_id": plan_id,
-        **run_figures(steps, delta),
-        "epsilon_at_least": epsilon_below(steps, delta),
+        **compute_run_figures(steps, delta),
+        "epsilon_at_least": epsilon_lower_bound(steps, delta),
         "epsilon_renyi": epsilon_renyi(steps, delta),
     }
 
 
 def _not_in_the_log(entries: Sequence[Entry], stated: Mapping[str, Any]) -> Iterator[str]:
     """Data sets, records, links and events are stated as the log has them."""
-    known = data_sets_of(entries)
+    known = list_data_sets(entries)
     for data in stated["data_sets"]:
         found = known.get(data["fingerprint"], DataSet("", 0, "", {}))
         if (found.records, found.shares, found.unit) != (data["records"], data["shares_records_with"], data["unit"]):
             yield f"of data set {data['fingerprint'][:12]} the number of records, its unit or its links are not those of the log"
-    charges = [_event(charge) for charge in counted_for(entries, stated["collection"])]
+    charges = [_event(charge) for charge in list_counted_charges(entries, stated["collection"])]
     events = [{key: event[key] for key in _EVENT} for event in stated["events"]]
     if events != charges:
         yield f"{len(events)} events are stated, which are not the {len(charges)} charges of the log"

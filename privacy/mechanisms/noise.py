@@ -37,8 +37,8 @@ from cotune.errors import PrivacyError
 
 _FINENESS = 20  # a step is at most 2^-20 of the noise's standard deviation
 _FINENESS_WITHOUT_NOISE = 44
-_LEAST_NOISE = 2.0**-4  # σ below which the grid no longer follows the noise: C / step then stays below 2^24, exact in float32
-MOST_NOISE = 4.0  # σ above which it does not either: rounding stays small against C
+_MIN_NOISE = 2.0**-4  # σ below which the grid no longer follows the noise: C / step then stays below 2^24, exact in float32
+MAX_NOISE = 4.0  # σ above which it does not either: rounding stays small against C
 _MARGIN = 1 - 2.0**-20  # of float32 arithmetic on contributions, whose relative error is below 2^-22
 
 
@@ -62,7 +62,7 @@ def grid_step(clip_norm: float, noise_multiplier: float) -> float:
     """
     if not noise_multiplier:
         return float(2.0 ** (math.floor(math.log2(clip_norm)) - _FINENESS_WITHOUT_NOISE))
-    followed = min(max(noise_multiplier, _LEAST_NOISE), MOST_NOISE)
+    followed = min(max(noise_multiplier, _MIN_NOISE), MAX_NOISE)
     return float(2.0 ** (math.floor(math.log2(followed * clip_norm)) - _FINENESS))
 
 

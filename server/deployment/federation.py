@@ -47,7 +47,7 @@ from cotune.server.runs.base_model import without_place
 from cotune.server.runs.suitability import with_robust_default
 from cotune.storage.config_table import ConfigTable, format_validation_error
 from cotune.storage.files import atomic_write, toml_of
-from cotune.strategies.plugins import content_of
+from cotune.strategies.plugins import get_content
 
 
 class ServerConfig(ConfigTable):
@@ -268,7 +268,7 @@ def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
     certificates.new_authority(folder / "certificates", config.hosts)
     new_signing_key(folder / "certificates")
     for name, sha256 in plan.strategy.files.items():
-        atomic_write(folder / name.rpartition(":")[0], content_of(name, sha256))
+        atomic_write(folder / name.rpartition(":")[0], get_content(name, sha256))
     atomic_write(folder / "plan.toml", dump_plan(plan).encode())
     write_handout(folder, plan, config)
     write_config(folder, config)

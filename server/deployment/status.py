@@ -8,7 +8,7 @@ from typing import Any
 
 from cotune.errors import RunError
 from cotune.flower.control_client import Control
-from cotune.privacy.accounting.rounding import rounded_up
+from cotune.privacy.accounting.rounding import round_up_number
 from cotune.server.deployment.certificates import check
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Member
@@ -191,7 +191,7 @@ def _organization(
         connection="unknown" if connected is None else connected.get(name, "offline"),
         last_round=max(rounds, default=0),
         word=_word(member, run, history, events),
-        epsilon=None if stated is None else rounded_up(stated),
+        epsilon=None if stated is None else round_up_number(stated),
         bytes_up=bytes_of(events, name),
         weight=weight_of(history, name),
         strikes=0 if run is None else strikes_of(run, history)[name],

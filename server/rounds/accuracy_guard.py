@@ -16,7 +16,7 @@ from typing import Any
 
 from cotune.data.tasks.task import Metrics
 from cotune.models.trainable import State
-from cotune.strategies.aggregator import Aggregator, Combination, UpdateLook
+from cotune.strategies.aggregator import Aggregator, Combination, UpdateSummary
 
 _DIGITS = 6
 _ROUNDING = 1e-9
@@ -55,12 +55,12 @@ class AccuracyGuard:
         return metrics_before["accuracy"] - metrics.accuracy <= self._most + _ROUNDING
 
 
-def looks_of(combination: Combination) -> dict[str, UpdateLook]:
+def summarize_updates(combination: Combination) -> dict[str, UpdateSummary]:
     """Of the round's updates; nothing of them under client-level privacy, where a whole organization is protected."""
-    return combination.looks() if isinstance(combination, Aggregator) else {}
+    return combination.summarize_updates() if isinstance(combination, Aggregator) else {}
 
 
-def seen(looks: Mapping[str, UpdateLook], order: Sequence[str]) -> dict[str, Any]:
+def seen(looks: Mapping[str, UpdateSummary], order: Sequence[str]) -> dict[str, Any]:
     """Weights and norms as they stand in the history."""
     names = [name for name in order if name in looks]
     return {
@@ -69,7 +69,7 @@ def seen(looks: Mapping[str, UpdateLook], order: Sequence[str]) -> dict[str, Any
     }
 
 
-def suspects(looks: Mapping[str, UpdateLook]) -> list[dict[str, Any]]:
+def suspects(looks: Mapping[str, UpdateSummary]) -> list[dict[str, Any]]:
     """Who stood out most, the first first; fewer than half of them, but one at least where there are three.
 
     By the distance to the middle of the updates; where the server has not held them, by weight times norm, as that moves a mean.

@@ -137,7 +137,7 @@ class Lateness:
 
 _MOST_BYTES = 64 * 2**20  # of the arrays of one update; of a larger one only the description is kept
 _MOST_ARRAYS = 100_000  # likewise: their names are a part of the file
-_MOST_FILES = 10  # of one organization; the oldest go
+_MAX_FILES = 10  # of one organization; the oldest go
 _MOST_TEXT = 200  # characters of a name or a value in a header
 _MOST_ENTRIES = 1000  # in a description
 
@@ -169,7 +169,7 @@ class Quarantine:
         tensors = {name: np.frombuffer(data, np.uint8) for name, data in kept.items()}
         file = self.folder / f"round-{round:05d}-{organization}.safetensors"
         atomic_write(file, save(tensors, metadata={"quarantine": json.dumps(about, ensure_ascii=False)}))
-        for older in sorted(self.folder.glob(f"round-?????-{glob.escape(organization)}.safetensors"))[:-_MOST_FILES]:
+        for older in sorted(self.folder.glob(f"round-?????-{glob.escape(organization)}.safetensors"))[:-_MAX_FILES]:
             older.unlink(missing_ok=True)
         return file.name
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cotune.errors import PrivacyError
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import round_up
-from cotune.privacy.client_dp import ClientLevelAccount, PrivateMean, RoundNoise, next_clip_norm, round_noise
+from cotune.privacy.client_dp import ClientLevelAccount, PrivateMean, RoundNoise, calibrate_round_noise, next_clip_norm
 from cotune.privacy.config import ClientPrivacy
 from cotune.server.runs.run_folder import Progress, RunFolder
 
@@ -32,7 +32,9 @@ def client_level_noise(plan: Plan, organizations: int) -> RoundNoise:
     """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
     assert plan.client_privacy is not None
     rounds = plan.rounds
-    return round_noise(plan.client_privacy, rounds=rounds, organizations=organizations, sample_rate=plan.server.sample_rate)
+    return calibrate_round_noise(
+        plan.client_privacy, rounds=rounds, organizations=organizations, sample_rate=plan.server.sample_rate
+    )
 
 
 class ClientLevelPrivacy:

@@ -26,7 +26,7 @@ from cotune.plan.schema import Plan
 from cotune.protocol.messages import Recipient, encode_requests, received_digest
 from cotune.protocol.signatures import TRAIN
 from cotune.server.deployment.members import Member
-from cotune.server.rounds.accuracy_guard import AccuracyGuard, looks_of, seen, suspects
+from cotune.server.rounds.accuracy_guard import AccuracyGuard, seen, summarize_updates, suspects
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.rounds.exclusions import fates_of, left_out, remember
 from cotune.server.rounds.replies import Gathering
@@ -233,7 +233,7 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     moved, memory = move(plan, before, state, combination.result(), context)
     after = served(plan, moved, memory)
     metrics = run.evaluate(after)
-    looks = looks_of(combination)
+    looks = summarize_updates(combination)
     kept = _metrics_before(run, before, state)
     applied = run.guard.accepts(served(plan, state, before.memory), kept, after, metrics)
     entry = round_result.entry(round, stage.mode, metrics, time.monotonic() - started)

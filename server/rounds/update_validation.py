@@ -23,7 +23,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import decode_update, payload_bytes
 from cotune.server.deployment.members import Member
 from cotune.strategies.sums import norm
-from cotune.strategies.types import RoundContext, Update, not_finite
+from cotune.strategies.types import RoundContext, Update, find_not_finite
 
 _ARRAY_HEAD = 1024  # bytes that an array has beside its values and its name, and some to spare
 _ROUNDED_UP = 0.0100001  # an ε is stated with two digits after the point, and never below what it is
@@ -136,7 +136,7 @@ def _of_its_rank(
 
 
 def _wrong_values(delta: Mapping[str, Tensor], max_norm: float) -> str | None:
-    if not_finite(delta):
+    if find_not_finite(delta):
         return "it has values that are not finite"
     length = norm(delta)
     return f"its norm is {length:.3g}, expected at most {max_norm:g}" if length > max_norm else None

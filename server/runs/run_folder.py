@@ -37,7 +37,7 @@ from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.runs.events import Events
 from cotune.storage.files import acquire_lock, atomic_write, json_of, remove_parts, toml_of
-from cotune.strategies.plugins import content_of, read_file
+from cotune.strategies.plugins import get_content, register_file
 
 
 class Participant(BaseModel):
@@ -93,7 +93,7 @@ class RunFolder:
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
         for name in self.plan.strategy.files:
             if (path / name.rpartition(":")[0]).exists():
-                read_file(name, path)
+                register_file(name, path)
         self.events = Events(path / "events.jsonl", silent=self.file.silent)
 
     @classmethod
@@ -101,7 +101,7 @@ class RunFolder:
         """Draws the run's id and writes plan.toml and, last, run.json: from then on it is the folder of a run."""
         named = file.model_copy(update={"id": secrets.token_hex(16)})
         for name, sha256 in plan.strategy.files.items():
-            atomic_write(path / name.rpartition(":")[0], content_of(name, sha256))
+            atomic_write(path / name.rpartition(":")[0], get_content(name, sha256))
         atomic_write(path / "plan.toml", dump_plan(plan).encode())
         atomic_write(path / "run.json", named.model_dump_json(indent=1).encode())
         return cls(path)

@@ -15,7 +15,7 @@ from cotune.plan.schema import Plan
 from cotune.server.deployment.members import Member
 from cotune.server.rounds.client_dp import client_level_noise
 from cotune.server.rounds.selection import check_sample_size
-from cotune.strategies.compatibility import first_problem
+from cotune.strategies.compatibility import find_problem
 from cotune.strategies.fusions.robust import FEWEST
 
 _RARELY = 1e-3  # how often a run may end because too few organizations were drawn in one of its rounds
@@ -32,9 +32,9 @@ def check_feasible(plan: Plan, organizations: int, *, server_data: bool) -> None
     rate = plan.server.sample_rate
     participation = size / organizations if size else rate
     asked = size or max(1, int(binom.ppf(_RARELY / plan.rounds, organizations, rate)))
-    infos = {kind: part.info(kind) for kind, part in plan.strategy.parts()}
+    infos = {kind: part.info(kind) for kind, part in plan.strategy.components()}
     facts = replace(plan.facts, organizations=asked, participation=participation, server_data=server_data)
-    problem = first_problem(plan.strategy, facts, infos)
+    problem = find_problem(plan.strategy, facts, infos)
     if problem:
         raise PlanError(f"the plan is not valid: {problem}")
     if plan.client_privacy is not None:
@@ -50,7 +50,7 @@ def with_robust_default(plan: Plan) -> Plan:
         return plan
     given = plan.strategy.model_dump(exclude={"fusion", "sends"})
     strategy = type(plan.strategy).model_validate({**given, "fusion": "robust"})
-    return plan if first_problem(strategy, plan.facts) else plan.model_copy(update={"strategy": strategy})
+    return plan if find_problem(strategy, plan.facts) else plan.model_copy(update={"strategy": strategy})
 
 
 def check_counts(plan: Plan, members: Sequence[Member]) -> None:

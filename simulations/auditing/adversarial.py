@@ -27,7 +27,7 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig
-from cotune.privacy.mechanisms.noise import MOST_NOISE, grid_step
+from cotune.privacy.mechanisms.noise import MAX_NOISE, grid_step
 from cotune.privacy.mechanisms.random import derive_seed, private_generator
 from cotune.simulations.auditing.released import Engine, Subject, released
 
@@ -152,7 +152,7 @@ def _probe(
     units = few.units
     everybody = range(len(units))
     # The grid follows no more noise than this, so contributions are the same; under more, float32 would round them.
-    exact = replace(mechanism, noise_multiplier=min(mechanism.noise_multiplier, MOST_NOISE), expected_batch=1.0)
+    exact = replace(mechanism, noise_multiplier=min(mechanism.noise_multiplier, MAX_NOISE), expected_batch=1.0)
 
     def sums(present: Sequence[int], by: DPSGDConfig = exact) -> Tensor:
         """The noised sum of one step in which these units are; without units the noise alone."""

@@ -20,7 +20,7 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import trained_names
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
-from cotune.privacy.auditing.canaries import Coins, Planted, new_canaries, plant
+from cotune.privacy.auditing.canaries import Coins, PlantedCanaries, build_canaries, plant
 from cotune.privacy.auditing.drawn_noise import DrawnNoise
 from cotune.privacy.auditing.stepwise import log_likelihood_ratios
 from cotune.privacy.config import RecordPrivacy
@@ -76,7 +76,7 @@ class AuditedTraining:
         self.model = model
         self.examples = examples
         self.error = error / len(plan.stages)  # allowed for the test of the noise, in each stage
-        self.canaries = new_canaries(len(targets.canaries_in), model.device)
+        self.canaries = build_canaries(len(targets.canaries_in), model.device)
         self.state: State = {}
         self.record_scores = np.zeros(len(targets.records))
         self.step_scores = np.zeros(len(targets.canaries_in))  # log-likelihood ratios, of who sees every step
@@ -109,7 +109,7 @@ class AuditedTraining:
         )
         self.state |= after
 
-    def _planted(self, setting: TrainingSetup, canaries: nn.Embedding, canaries_in: Coins) -> Planted:
+    def _planted(self, setting: TrainingSetup, canaries: nn.Embedding, canaries_in: Coins) -> PlantedCanaries:
         return plant(
             setting.module,
             setting.units,
@@ -132,7 +132,7 @@ class AuditedTraining:
     def _look_inside(self, stage: Stage, setting: TrainingSetup, names: list[str]) -> None:
         """Once in each stage: the noise of its steps, and what adversarial states do."""
         mechanism = self._mechanism(stage)
-        idle = new_canaries(_IDLE, self.model.device)  # more coordinates to draw noise in
+        idle = build_canaries(_IDLE, self.model.device)  # more coordinates to draw noise in
         planted = self._planted(setting, idle, np.zeros(_IDLE, dtype=bool))
         subject = Subject(DPSGD, planted.module, planted.loss, setting.units, planted.batches)
         self.noise.append(draw_noise(subject, mechanism, self.error))

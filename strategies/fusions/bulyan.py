@@ -8,9 +8,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.krum import ranked
+from cotune.strategies.fusions.krum import rank_by_krum_score
 from cotune.strategies.fusions.median import middle
-from cotune.strategies.fusions.robust_ops import squared_distances, stacked
+from cotune.strategies.fusions.robust_ops import compute_squared_distances, stacked
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -19,7 +19,7 @@ from cotune.strategies.types import Delta, WeightedUpdate
     "bulyan",
     cite="El Mhamdi et al., ICML 2018, https://arxiv.org/abs/1802.07927",
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
-    least=lambda malicious: 4 * malicious + 3,
+    min_updates=lambda malicious: 4 * malicious + 3,
 )
 def bulyan(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
     """D_j = the mean of the n − 4f values nearest to the median, among n − 2f updates that Krum chooses one by one.
@@ -28,7 +28,7 @@ def bulyan(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field
 
     malicious: f, how many of the n updates may be; n ≥ 4f + 3.
     """
-    chosen = _chosen(squared_distances(updates), malicious)
+    chosen = _chosen(compute_squared_distances(updates), malicious)
     return {name: _around_middle(deltas, 2 * malicious) for name, deltas in stacked([updates[k] for k in chosen]).items()}
 
 
@@ -37,7 +37,7 @@ def _chosen(distances: Tensor, malicious: int) -> list[int]:
     left = list(range(len(distances)))
     chosen = list[int]()
     while len(chosen) < len(distances) - 2 * malicious:
-        chosen.append(left.pop(ranked(distances[left][:, left], malicious)[0]))
+        chosen.append(left.pop(rank_by_krum_score(distances[left][:, left], malicious)[0]))
     return chosen
 
 

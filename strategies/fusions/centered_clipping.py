@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cotune.strategies.fusions.norm_bound import clipped
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.types import Aggregate, RoundContext, WeightedUpdate
 
 _NOTHING = torch.zeros((), dtype=torch.float64)
@@ -22,8 +22,8 @@ _NOTHING = torch.zeros((), dtype=torch.float64)
     "centered_clipping",
     cite="Karimireddy et al., ICML 2021, https://arxiv.org/abs/2012.10333",
     needs=Needs(visibility=Visibility.SUM_2PASS),
-    scales=False,
-    keeps=False,
+    homogeneous=False,
+    idempotent=False,
 )
 def centered_clipping(
     *, norm: Annotated[float, Field(gt=0)] = 1.0, passes: Annotated[int, Field(ge=1, le=1000)] = 1, context: RoundContext
@@ -34,7 +34,7 @@ def centered_clipping(
     """
     center = dict(context.memory)
     for _ in range(passes):
-        moves = mean_of((yield partial(_move, center=center, norm=norm)))
+        moves = weighted_mean((yield partial(_move, center=center, norm=norm)))
         center |= {name: center.get(name, _NOTHING) + move for name, move in moves.items()}
     return Aggregate({name: center[name] for name in moves}, memory=center)
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.types import WeightedUpdate
 
 _PLAIN = "plain sum of "
@@ -20,8 +20,8 @@ _PLAIN = "plain sum of "
     "consensus",
     cite="Wang et al., ICML 2024, https://arxiv.org/abs/2405.07813",
     needs=Needs(visibility=Visibility.SUM_2PASS),
-    least=lambda threshold, agreement: int(agreement),
-    keeps=False,
+    min_updates=lambda threshold, agreement: int(agreement),
+    idempotent=False,
 )
 def consensus(*, threshold: Annotated[float, Field(gt=0)] = 0.4, agreement: Annotated[int, Field(ge=1)] = 2) -> Sums:
     """D_j = Σ p_k Δ_kj where at least so many updates matter, else 0 (TALL masks).
@@ -41,7 +41,7 @@ def consensus(*, threshold: Annotated[float, Field(gt=0)] = 0.4, agreement: Anno
         return {n: (d.abs() > threshold * rest[n]).double() * _counts(update) for n, d in update.delta.items()}
 
     mattering = yield masks
-    return {name: torch.where(mattering[name] >= agreement, tensor, 0.0) for name, tensor in mean_of(first).items()}
+    return {name: torch.where(mattering[name] >= agreement, tensor, 0.0) for name, tensor in weighted_mean(first).items()}
 
 
 def _counts(update: WeightedUpdate) -> float:

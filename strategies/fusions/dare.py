@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies.registry import Needs, fusion
-from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
 
@@ -19,7 +19,7 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     "dare",
     cite="Yu et al., ICML 2024, https://arxiv.org/abs/2311.03099",
     needs=Needs(by_parameter=True, mixed_ranks=True),
-    keeps=False,
+    idempotent=False,
 )
 def dare(*, drop: Annotated[float, Field(ge=0, lt=1)] = 0.5, context: RoundContext) -> Sums:
     """D = Σ p_k m_k ⊙ Δ_k / (1 − p): entries are dropped at random and the others grow, so that E[D] is the weighted mean.
@@ -33,7 +33,7 @@ def dare(*, drop: Annotated[float, Field(ge=0, lt=1)] = 0.5, context: RoundConte
         generator = torch.Generator().manual_seed(_seed(context, update.update.organization))
         return weighted(update, {name: _thinned(update.delta[name], drop, generator) for name in sorted(update.delta)})
 
-    return mean_of((yield contribution))
+    return weighted_mean((yield contribution))
 
 
 def _thinned(tensor: Tensor, drop: float, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cotune.strategies.low_rank import averaged, factors_of, shares, stacked, weight_change
+from cotune.strategies.low_rank import averaged, get_factors, shares, stacked, weight_change
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
@@ -15,7 +15,7 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     "fedex",
     cite="Singhal, Ponkshe & Vepakomma, ACL 2025, https://arxiv.org/abs/2410.09432",
     needs=Needs(visibility=Visibility.PER_CLIENT, adapters=("ab",), rewrites=("weight",), sets_state=True),
-    scales=False,
+    homogeneous=False,
 )
 def fedex(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
     """Weighted means of A and of B, and W += s(Σ p_k B_k A_k − B̄·Ā): exact, the rest goes into the weights.
@@ -25,7 +25,7 @@ def fedex(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[s
     """
     delta = averaged(updates)
     for adapter in context.adapters:
-        left, right = stacked([factors_of(u, adapter) for u in updates], shares(updates))
+        left, right = stacked([get_factors(u, adapter) for u in updates], shares(updates))
         b = context.state[adapter.b] + delta[adapter.b]
         a = context.state[adapter.a] + delta[adapter.a]
         delta[adapter.weight] = weight_change(adapter, left @ right - b @ a)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cotune.errors import RunError
 from cotune.strategies.registry import Needs, fusion
-from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
 _STEPS = "steps of "
@@ -21,7 +21,7 @@ _TINY = 1e-300  # where every holder of a parameter weighs 0, its mean is 0
     "fednova",
     cite="Wang et al., NeurIPS 2020, https://arxiv.org/abs/2007.07481",
     needs=Needs(optimizers=("sgd",)),
-    keeps=False,
+    idempotent=False,
 )
 def fednova(*, context: RoundContext) -> Sums:
     """D = (Σ p_k τ_k) · Σ p_k Δ_k / τ_k: who takes more local steps has no more say.
@@ -37,7 +37,7 @@ def fednova(*, context: RoundContext) -> Sums:
         return {**per_step, **{_STEPS + n: weight * steps for n in update.delta}, **{_WEIGHT + n: weight for n in update.delta}}
 
     sums = yield contribution
-    return {n: d * sums[_STEPS + n] / sums[_WEIGHT + n].clamp(min=_TINY) for n, d in mean_of(sums).items()}
+    return {n: d * sums[_STEPS + n] / sums[_WEIGHT + n].clamp(min=_TINY) for n, d in weighted_mean(sums).items()}
 
 
 def effective_steps(steps: int, momentum: float) -> float:

@@ -6,7 +6,7 @@ import torch
 
 from cotune.strategies.low_rank import change, truncated
 from cotune.strategies.registry import Needs, fusion
-from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.types import RoundContext
 
 
@@ -14,8 +14,8 @@ from cotune.strategies.types import RoundContext
     "fedsvd",
     cite="Lee et al., NeurIPS 2025, https://arxiv.org/abs/2505.12805",
     needs=Needs(by_parameter=True, adapters=("b",), rewrites=("a",), sets_state=True),
-    scales=False,
-    keeps=False,
+    homogeneous=False,
+    idempotent=False,
 )
 def fedsvd(*, context: RoundContext) -> Sums:
     """Weighted mean of B; then UΣVᵀ = B̄·A, B = UΣ and A = Vᵀ: the same product, and A follows what was learnt.
@@ -25,7 +25,7 @@ def fedsvd(*, context: RoundContext) -> Sums:
     orthonormal rows of A bound the gradients of B.
     """
     sums = yield weighted
-    delta = mean_of(sums)
+    delta = weighted_mean(sums)
     for adapter in context.adapters:
         a = context.state[adapter.a].to(torch.float64)
         b, a = truncated(context.state[adapter.b] + delta[adapter.b], a, adapter.rank)

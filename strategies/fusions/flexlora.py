@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cotune.strategies.low_rank import averaged, change, factors_of, shares, stacked, truncated
+from cotune.strategies.low_rank import averaged, change, get_factors, shares, stacked, truncated
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
@@ -16,8 +16,8 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     "flexlora",
     cite="Bai et al., NeurIPS 2024, https://arxiv.org/abs/2402.11505; blocks: Wu et al., 2026, https://arxiv.org/abs/2602.13486",
     needs=Needs(visibility=Visibility.PER_CLIENT, adapters=("ab", "b"), mixed_ranks=True, rewrites=("a", "b"), sets_state=True),
-    scales=False,
-    keeps=False,
+    homogeneous=False,
+    idempotent=False,
 )
 def flexlora(updates: Sequence[WeightedUpdate], *, context: RoundContext, blocks: bool = False) -> dict[str, Tensor]:
     """The best B·A of rank r for Σ p_k B_k A_k, by SVD: B = U_r Σ_r, A = V_rᵀ.
@@ -28,7 +28,7 @@ def flexlora(updates: Sequence[WeightedUpdate], *, context: RoundContext, blocks
     """
     delta = averaged(updates)
     for adapter in context.adapters:
-        factors = [factors_of(u, adapter) for u in updates]
+        factors = [get_factors(u, adapter) for u in updates]
         received = context.state[adapter.a].to(torch.float64)
         weights = _by_column(factors, shares(updates)) if blocks else shares(updates)
         nothing = (torch.zeros_like(context.state[adapter.b], dtype=torch.float64), received)  # directions, where there are few

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import init_lora_a, parameter_seed
-from cotune.strategies.low_rank import averaged, change, factors_of, shares, stacked, weight_change
+from cotune.strategies.low_rank import averaged, change, get_factors, shares, stacked, weight_change
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
@@ -23,8 +23,8 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
         rewrites=("a", "b", "weight"),
         sets_state=True,
     ),
-    scales=False,
-    keeps=False,
+    homogeneous=False,
+    idempotent=False,
 )
 def flora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
     """W += s Σ p_k B_k A_k, the product of the stacked factors; then B = 0, and A is drawn anew from seed and round.
@@ -35,7 +35,7 @@ def flora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[s
     """
     delta = averaged(updates)
     for adapter in context.adapters:
-        left, right = stacked([factors_of(u, adapter) for u in updates], shares(updates))
+        left, right = stacked([get_factors(u, adapter) for u in updates], shares(updates))
         old = context.state[adapter.a]
         fresh = init_lora_a(tuple(old.shape), parameter_seed(context.seed, f"{adapter.a}/{context.round}"))
         delta |= change(context.state, {adapter.a: fresh, adapter.b: torch.zeros_like(context.state[adapter.b])})

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.sums import Sums, mean_of, norm, weighted
+from cotune.strategies.sums import Sums, norm, weighted, weighted_mean
 from cotune.strategies.types import WeightedUpdate, difference
 
 PASSES = 50  # at most; where nobody is far away, it stays after about twenty
@@ -22,7 +22,7 @@ _STILL = 1e-12  # of the center's length: a pass that moves it by less is the la
     "geometric_median",
     cite="Pillutla et al., IEEE TSP 2022, https://arxiv.org/abs/1912.13445",
     needs=Needs(visibility=Visibility.SUM_2PASS),
-    scales=False,
+    homogeneous=False,
 )
 def geometric_median(
     *, passes: Annotated[int, Field(ge=1, le=1000)] = PASSES, smoothing: Annotated[float, Field(gt=0)] = SMOOTHING
@@ -39,10 +39,10 @@ def geometric_median(
 
 def weiszfeld(passes: int, smoothing: float) -> Sums:
     """The passes of the rule, for any number of updates with their weights."""
-    center = mean_of((yield weighted))
+    center = weighted_mean((yield weighted))
     for _ in range(passes):
         before = center
-        center = mean_of((yield partial(_pulling, center=center, smoothing=smoothing)))
+        center = weighted_mean((yield partial(_pulling, center=center, smoothing=smoothing)))
         if norm(difference(center, before)) <= _STILL * norm(center):
             break
     return center

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cotune.strategies.fusions.robust_ops import mean_of_each
+from cotune.strategies.fusions.robust_ops import unweighted_mean
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, RoundContext, WeightedUpdate
 
@@ -13,7 +13,7 @@ from cotune.strategies.types import Delta, RoundContext, WeightedUpdate
     "greedy_soup",
     cite="Wortsman et al., ICML 2022, https://arxiv.org/abs/2203.05482, recipe 1",
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False, server_data=True),
-    scales=False,
+    homogeneous=False,
 )
 def greedy_soup(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> Delta:
     """D = the mean of the best update and of every next best that does not make the mean worse.
@@ -27,8 +27,8 @@ def greedy_soup(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> 
     soup = [updates[first]]
     best = own[first]
     for k in others:
-        reached = score(mean_of_each([*soup, updates[k]]))
+        reached = score(unweighted_mean([*soup, updates[k]]))
         if reached >= best:
             soup = [*soup, updates[k]]
             best = reached
-    return mean_of_each(soup)
+    return unweighted_mean(soup)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cotune.strategies.low_rank import averaged, change, factors_of, padded, product_norm, shares
+from cotune.strategies.low_rank import averaged, change, get_factors, padded, product_norm, shares
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
@@ -16,7 +16,7 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     "hetlora",
     cite="Cho et al., EMNLP 2024, https://arxiv.org/abs/2401.06432",
     needs=Needs(visibility=Visibility.PER_CLIENT, adapters=("ab",), mixed_ranks=True),
-    scales=False,
+    homogeneous=False,
 )
 def hetlora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
     """Means of zero-padded A and of B with p_k ∝ w_k ‖B_k A_k‖_F in each adapter, so that padding weakens the mean less.
@@ -26,7 +26,7 @@ def hetlora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict
     """
     delta = averaged(updates)
     for adapter in context.adapters:
-        factors = [factors_of(u, adapter) for u in updates]
+        factors = [get_factors(u, adapter) for u in updates]
         weights = [p * product_norm(b, a) for p, (b, a) in zip(shares(updates), factors, strict=True)]
         weights = weights if sum(weights) > 0 else shares(updates)
         b = context.state[adapter.b]

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.robust_ops import squared_distances
+from cotune.strategies.fusions.robust_ops import compute_squared_distances
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -17,17 +17,17 @@ from cotune.strategies.types import Delta, WeightedUpdate
     "krum",
     cite="Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757",
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
-    least=lambda malicious: 2 * malicious + 3,
+    min_updates=lambda malicious: 2 * malicious + 3,
 )
 def krum(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
     """D = Δ_i of the least Σ ‖Δ_i − Δ_j‖² over its n − f − 2 nearest neighbors j: one update, as it is.
 
     malicious: f, how many of the n updates may be; n ≥ 2f + 3.
     """
-    return updates[ranked(squared_distances(updates), malicious)[0]].delta
+    return updates[rank_by_krum_score(compute_squared_distances(updates), malicious)[0]].delta
 
 
-def ranked(distances: Tensor, malicious: int) -> list[int]:
+def rank_by_krum_score(distances: Tensor, malicious: int) -> list[int]:
     """The updates by the sum of the squared distances to their n − f − 2 nearest neighbors, the least first.
 
     distances: squared, n × n. At least one neighbor counts, where few updates are left to choose from; then two that are each

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cotune.strategies.registry import Needs, fusion
-from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.sums import Sums, weighted, weighted_mean
 
 
 @fusion(
@@ -14,4 +14,4 @@ from cotune.strategies.sums import Sums, mean_of, weighted
 def mean() -> Sums:
     """D = Σ w_k Δ_k / Σ w_k, for every entry over the organizations that sent it."""
     sums = yield weighted
-    return mean_of(sums)
+    return weighted_mean(sums)

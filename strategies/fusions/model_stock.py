@@ -21,7 +21,7 @@ _ONE = torch.ones((), dtype=torch.float64)
     "model_stock",
     cite="Jang et al., ECCV 2024, https://arxiv.org/abs/2403.19522",
     needs=Needs(weights=False),
-    least=lambda **_: 2,
+    min_updates=lambda **_: 2,
 )
 def model_stock(*, per: Literal["model", "parameter"] = "model") -> Sums:
     """D = t · mean Δ_k with t = Nc / (1 + (N − 1)c), c being the mean cosine between two updates.

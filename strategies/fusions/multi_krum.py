@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.fusions.krum import ranked
-from cotune.strategies.fusions.robust_ops import mean_of_each, squared_distances
+from cotune.strategies.fusions.krum import rank_by_krum_score
+from cotune.strategies.fusions.robust_ops import compute_squared_distances, unweighted_mean
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -17,7 +17,7 @@ from cotune.strategies.types import Delta, WeightedUpdate
     "multi_krum",
     cite="Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757",
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
-    least=lambda malicious, keep: max(2 * malicious + 3, keep),
+    min_updates=lambda malicious, keep: max(2 * malicious + 3, keep),
 )
 def multi_krum(
     updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1, keep: Annotated[int, Field(ge=0)] = 0
@@ -26,5 +26,5 @@ def multi_krum(
 
     malicious: f, how many of the n updates may be; n ≥ 2f + 3. keep: m; 0: n − f.
     """
-    best = ranked(squared_distances(updates), malicious)[: keep or len(updates) - malicious]
-    return mean_of_each([updates[k] for k in best])
+    best = rank_by_krum_score(compute_squared_distances(updates), malicious)[: keep or len(updates) - malicious]
+    return unweighted_mean([updates[k] for k in best])

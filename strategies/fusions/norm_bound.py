@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cotune.strategies.registry import Needs, fusion
-from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.sums import norm as norm_of
 from cotune.strategies.types import WeightedUpdate
 
@@ -18,8 +18,8 @@ from cotune.strategies.types import WeightedUpdate
     "norm_bound",
     cite="Sun et al., 2019, https://arxiv.org/abs/1911.07963",
     needs=Needs(by_parameter=True, mixed_ranks=True),
-    scales=False,
-    keeps=False,
+    homogeneous=False,
+    idempotent=False,
 )
 def norm_bound(*, norm: Annotated[float, Field(gt=0)] = 1.0) -> Sums:
     """D = Σ p_k Δ_k min(1, τ / ‖Δ_k‖): nobody moves the model by more than p_k τ.
@@ -30,7 +30,7 @@ def norm_bound(*, norm: Annotated[float, Field(gt=0)] = 1.0) -> Sums:
     def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
         return weighted(update, clipped(update.delta, norm))
 
-    return mean_of((yield contribution))
+    return weighted_mean((yield contribution))
 
 
 def clipped(delta: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:

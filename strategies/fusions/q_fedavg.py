@@ -23,8 +23,8 @@ _LEAST_LOSS = 1e-10  # added, as in the authors' code: F^(q − 1) of a perfect 
     "q_fedavg",
     cite="Li et al., ICLR 2020, https://arxiv.org/abs/1905.10497, algorithm 2",
     needs=Needs(weights=False, sends=("loss",), optimizers=("sgd",)),
-    scales=False,
-    keeps=False,
+    homogeneous=False,
+    idempotent=False,
 )
 def q_fedavg(
     *, q: Annotated[float, Field(ge=0)] = 1.0, lipschitz: Annotated[float, Field(ge=0)] = 0.0, context: RoundContext

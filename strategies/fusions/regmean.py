@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cotune.errors import RunError
 from cotune.strategies.registry import Needs, fusion
-from cotune.strategies.sums import Sums, mean_of, weighted
+from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.types import WeightedUpdate
 
 _GRAM = "gram of "
@@ -40,7 +40,7 @@ def regmean(*, off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9) -> Sums:
         return found
 
     sums = yield summed
-    delta = mean_of(sums)
+    delta = weighted_mean(sums)
     for name in [name for name in delta if _GRAM + name in sums]:
         gram = sums[_GRAM + name]
         mean = _with_bias(name, delta, sums[_GRAM + name])

@@ -16,7 +16,7 @@ from cotune.strategies.sums import Sums, norm, total
 from cotune.strategies.types import Aggregate, Delta, WeightedUpdate
 
 FEWEST = 4  # updates, from which on the one that lies can be told from the others
-_MOST_OF_FEW = 1.5  # times an equal share: what an update counts at most where there are fewer
+_MAX_SHARE_OF_FEW = 1.5  # times an equal share: what an update counts at most where there are fewer
 
 
 @fusion(
@@ -41,8 +41,8 @@ def robust(
     longer update is shortened to it.
     """
     counted = [update for update in updates if update.scalar > 0]
-    shares = bounded_shares([update.scalar for update in counted], max(share, _MOST_OF_FEW / len(counted)))
-    longest = longest_of([norm(update.delta) for update in counted], ratio)
+    shares = bounded_shares([update.scalar for update in counted], max(share, _MAX_SHARE_OF_FEW / len(counted)))
+    longest = compute_max_norm([norm(update.delta) for update in counted], ratio)
     weighed = [_bounded(update, p, longest) for update, p in zip(counted, shares, strict=True)]
     found = _played(weiszfeld(PASSES if len(counted) >= FEWEST else 0, SMOOTHING), weighed)
     by_name = {update.update.organization: p for update, p in zip(counted, shares, strict=True)}
@@ -67,7 +67,7 @@ def bounded_shares(weights: Sequence[float], most: float) -> list[float]:
     return [weight / sum(kept) for weight in kept]
 
 
-def longest_of(norms: Sequence[float], ratio: float) -> float:
+def compute_max_norm(norms: Sequence[float], ratio: float) -> float:
     """How long an update may be: ratio times the (lower) median norm; of one or two updates without end."""
     return ratio * sorted(norms)[(len(norms) - 1) // 2] if len(norms) > 2 else float("inf")
 

@@ -16,12 +16,12 @@ def stacked(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     return {name: torch.stack([u.delta[name] for u in updates if name in u.delta]) for name in names}
 
 
-def mean_of_each(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
+def unweighted_mean(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     """The plain mean of every parameter over those that sent it."""
     return {name: deltas.mean(dim=0) for name, deltas in stacked(updates).items()}
 
 
-def squared_distances(updates: Sequence[WeightedUpdate]) -> Tensor:
+def compute_squared_distances(updates: Sequence[WeightedUpdate]) -> Tensor:
     """‖Δ_i − Δ_j‖² over the parameters that all sent: n × n, in float64.
 
     From the differences themselves: ‖x‖² + ‖y‖² − 2⟨x, y⟩ can fall below 0.

@@ -14,7 +14,7 @@ from cotune.strategies.sums import Sums
     "task_arithmetic",
     cite="Ilharco et al., ICLR 2023, https://arxiv.org/abs/2212.04089",
     needs=Needs(weights=False),
-    keeps=False,
+    idempotent=False,
 )
 def task_arithmetic(*, scale: Annotated[float, Field(gt=0)] = 0.4) -> Sums:
     """D = λ Σ Δ_k: what organizations have learnt is added up, not averaged.

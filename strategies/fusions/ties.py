@@ -17,7 +17,7 @@ from cotune.strategies.types import Delta, WeightedUpdate
     "ties",
     cite="Yadav et al., NeurIPS 2023, https://arxiv.org/abs/2306.01708, algorithm 1",
     needs=Needs(visibility=Visibility.PER_CLIENT),
-    keeps=False,
+    idempotent=False,
 )
 def ties(
     updates: Sequence[WeightedUpdate],

@@ -21,7 +21,7 @@ _WEIGHT = "weight of "
     "ties_sums",
     cite="Yadav et al., NeurIPS 2023, https://arxiv.org/abs/2306.01708, algorithm 1",
     needs=Needs(visibility=Visibility.SUM_2PASS),
-    keeps=False,
+    idempotent=False,
 )
 def ties_sums(*, density: Annotated[float, Field(gt=0, le=1)] = 0.2, scale: Annotated[float, Field(gt=0)] = 1.0) -> Sums:
     """The rule of `ties`, and its result, without seeing an update: first the signs are elected, then the merge is summed.

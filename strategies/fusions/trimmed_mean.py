@@ -19,7 +19,7 @@ _ROUNDING = 1e-9  # of β·n: a tenth of ten is one
     "trimmed_mean",
     cite="Yin et al., ICML 2018, https://arxiv.org/abs/1803.01498, definition 2",
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
-    least=lambda fraction: math.ceil(1 / fraction - _ROUNDING),
+    min_updates=lambda fraction: math.ceil(1 / fraction - _ROUNDING),
 )
 def trimmed_mean(updates: Sequence[WeightedUpdate], *, fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2) -> Delta:
     """D_j = the mean of Δ_1j … Δ_nj without the ⌊βn⌋ largest and the ⌊βn⌋ smallest, for every coordinate j.

@@ -19,7 +19,7 @@ from cotune.client.site import Site
 from cotune.models.trainable import resident
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig
-from cotune.privacy.policy import Policy, TellRules, dump_policy
+from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
 from cotune.simulations.prepare import prepare
 from cotune.strategies.types import Update
 from tests.support import clinic
@@ -57,7 +57,7 @@ def plan_of(base_model: Callable[[str], Path], records: Path) -> Callable[..., P
 
 
 def site_of(folder: Path, records: Path, count: int, **tell: Any) -> Site:
-    policy = Policy.permissive().model_copy(update={"tell": TellRules(**tell)})
+    policy = Policy.permissive().model_copy(update={"tell": DisclosureRules(**tell)})
     return clinic.make_site(folder, records, range(count), policy)
 
 

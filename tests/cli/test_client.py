@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cotune.privacy.accounting.rounding import round_up
-from cotune.privacy.claim import attack_line
+from cotune.privacy.claim import describe_attack
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.policy import Policy, read_policy
 from tests.cli.conftest import Cotune
@@ -35,7 +35,7 @@ def test_the_ledger_is_shown(cotune: Cotune, site: Path) -> None:
     assert f"head of the log: {found['head']}" in shown.out
     summary = json.loads((site.parents[1] / "summary.json").read_text())
     assert table["epsilon"] == pytest.approx(summary["organizations"][0]["epsilon_spent"])
-    assert attack_line(table["true_positive_rate"]) in shown.out
+    assert describe_attack(table["true_positive_rate"]) in shown.out
     assert f"ε {round_up(table['epsilon_at_small_delta'])} at δ = 1e-06" in shown.out
     assert table["true_positive_rate"] == run["true_positive_rate"] < 1  # of a single run
 

@@ -16,7 +16,7 @@ from cotune.client.site import Site
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.filters import epsilon_filter, filter_order, renyi, renyi_epsilon
 from cotune.privacy.accounting.tradeoff import gaussian_mu, true_positive_rate
-from cotune.privacy.config import delta_of
+from cotune.privacy.config import compute_delta
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.policy import BudgetRules, Policy
 
@@ -41,7 +41,7 @@ def site(make_site: MakeSite) -> Site:
 def test_the_overview_is_composed_from_the_events(site: Site) -> None:
     [found] = overview(site)["collections"]
     small, grown = found["data_sets"]
-    delta = delta_of("1/n^1.5", 1500)  # of the larger one
+    delta = compute_delta("1/n^1.5", 1500)  # of the larger one
     events = [Steps(1.1, 0.02, 60), Steps(1.5, 0.02, 20), Steps(20.0, 1.0, 1)]
     order = filter_order(8.0, delta / 2)
     assert (small["records"], grown["records"], found["delta"]) == (1000, 1500, delta)

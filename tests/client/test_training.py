@@ -34,7 +34,7 @@ from cotune.plan.tables import LocalTraining
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
-from cotune.privacy.policy import Policy, TellRules
+from cotune.privacy.policy import DisclosureRules, Policy
 from cotune.strategies.types import apply_delta
 from tests.support.engines import engine, take_steps
 
@@ -631,7 +631,7 @@ def test_no_noise_is_stated_where_nobody_needs_it_or_the_policy_keeps_it(
     plan = make_plan(privacy=PRIVATE)
     assert train_round(plan, make_site(at="one"), 1, state_for(plan)).noise_variance is None
     plan = make_plan(privacy=PRIVATE, strategy={"weighting": "noise_aware"})
-    silent = Policy.permissive().model_copy(update={"tell": TellRules(example_count="exact", noise_level=False)})
+    silent = Policy.permissive().model_copy(update={"tell": DisclosureRules(example_count="exact", noise_level=False)})
     site = make_site(at="two", policy=silent)
     with pytest.raises(CotuneError, match=r"tell\.noise_level"):
         train_round(plan, site, 1, state_for(plan))
@@ -644,7 +644,7 @@ def test_the_stated_noise_does_not_tell_a_number_of_records_that_is_kept(
 ) -> None:
     """It is that of an organization of the declared size: the same for any true size."""
     plan = make_plan(privacy={"epsilon": 2.0}, strategy={"weighting": "noise_aware"})
-    tell = TellRules(example_count="declared", declared_examples=declared)
+    tell = DisclosureRules(example_count="declared", declared_examples=declared)
     policy = Policy.permissive().model_copy(update={"tell": tell})
     found = [train_round(plan, make_site(at=f"of-{n}", rows=range(n), policy=policy), 1, state_for(plan)) for n in (40, 50, 60)]
     assert found[0].noise_variance == found[1].noise_variance == found[2].noise_variance is not None

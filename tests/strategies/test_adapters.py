@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.strategies.client_terms.base import ClientTerm
-from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.config import Part, StrategyConfig
+from cotune.strategies.compatibility import PlanFacts, find_problem
+from cotune.strategies.config import Component, StrategyConfig
 from cotune.strategies.low_rank import averaged, padded, product_norm, stacked, truncated
 from cotune.strategies.registry import ComponentInfo, Needs
 from cotune.strategies.types import Update, WeightedUpdate
@@ -101,8 +101,10 @@ def test_tensors_that_organizations_keep_are_about_whole_adapters_that_stay(
     facts: dict[str, Any], fusion: str, said: str | None, needs: Needs
 ) -> None:
     term = ComponentInfo("client_term", "term", ClientTerm, "", needs)
-    strategy = StrategyConfig.model_validate({"fusion": fusion}).model_copy(update={"client_term": Part(name="mine.py:term")})
-    found = first_problem(strategy, Facts(modes=("lora",), factors="ab", **facts), {"client_term": term})
+    strategy = StrategyConfig.model_validate({"fusion": fusion}).model_copy(
+        update={"client_term": Component(name="mine.py:term")}
+    )
+    found = find_problem(strategy, PlanFacts(modes=("lora",), factors="ab", **facts), {"client_term": term})
     if said is None or needs == Needs():
         assert found is None
     else:
