@@ -42,17 +42,25 @@ class Visibility(StrEnum):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a part asks of a run; the compatibility checks read it.
+    """What a component asks of a run; the compatibility checks read it.
 
-    sends: what organizations must send beside their deltas. receives: it sends them tensors beside the model. client_state:
-    organizations keep tensors between rounds. participation: the least fraction of them that each round must ask. optimizers: the
-    local optimizers it assumes (empty: any). momentum: whether these may have momentum. weights: whether it uses the weights of
-    the weighting. by_parameter: it treats every entry by itself, so that weights may differ between parameters. adapters: the
-    values of lora.factors that it is for (empty: it need not know of adapters). mixed_ranks: organizations may train smaller
-    ranks. rewrites: what it changes of adapters, trained or not. sets_state: its result is a new state rather than a direction,
-    which a server optimizer must not bend. mean: it counts on a fusion that is the weighted mean, as terms that keep or
-    receive tensors do anyway. server_data: it judges by validation records of the server. client_privacy: why
-    client-level privacy cannot be had with it (empty: it can).
+    Attributes:
+        visibility: What the server must see of the updates.
+        sends: What organizations must send beside their deltas.
+        receives: Whether it broadcasts tensors to organizations beside the model.
+        client_state: Whether organizations keep tensors between rounds.
+        participation: The smallest fraction of the organizations that each round must ask.
+        optimizers: The local optimizers that it assumes; empty: any.
+        momentum: Whether local optimizers may have momentum.
+        weights: Whether it uses the weights of the weighting.
+        by_parameter: Whether it treats every entry by itself, so that weights may differ between parameters.
+        adapters: The values of lora.factors that it is for; empty: it need not know of adapters.
+        mixed_ranks: Whether organizations may train adapters of smaller ranks.
+        rewrites: What it changes of adapters, trained or not.
+        sets_state: Whether its result is a new state rather than a direction, which a server optimizer must not bend.
+        mean: Whether it counts on a fusion that is the weighted mean, as terms that keep or receive tensors do anyway.
+        server_data: Whether it judges updates by validation records of the server.
+        client_privacy: Why client-level privacy cannot be had with it; empty: it can.
     """
 
     visibility: Visibility = Visibility.SUM
@@ -75,10 +83,17 @@ class Needs:
 
 @dataclass(frozen=True)
 class ComponentInfo:
-    """A part. build: a function (weighting, fusion) or a dataclass (server optimizer, client term). cite: its source.
+    """What a component of a strategy says of itself.
 
-    min_updates: parameters -> how many updates a round must have at least. homogeneous: c·Δ_k for all k gives c·D. idempotent: identical deltas
-    give that delta.
+    Attributes:
+        kind: weighting, fusion, server optimizer or client term.
+        name: What a plan calls it.
+        build: A function (weighting, fusion) or a dataclass (server optimizer, client term).
+        cite: Its source.
+        needs: What it asks of a run.
+        min_updates: Parameters -> how many updates a round must have at least.
+        homogeneous: Whether a fusion of c·Δ_k for all k gives c·D.
+        idempotent: Whether a fusion of identical deltas gives that delta.
     """
 
     kind: Kind
@@ -202,8 +217,8 @@ def get_builtin_components(kind: Kind) -> Mapping[str, ComponentInfo]:
     """The parts that come with cotune, by name."""
     found: dict[str, ComponentInfo] = {}
     folder = importlib.import_module(f"cotune.strategies.{FOLDERS[kind]}")
-    for module_info in pkgutil.iter_modules(folder.__path__):
-        module = importlib.import_module(f"{folder.__name__}.{module_info.name}")
+    for module_info in pkgutil.walk_packages(folder.__path__, f"{folder.__name__}."):
+        module = importlib.import_module(module_info.name)
         for value in vars(module).values():
             info = getattr(value, "component", None)
             if isinstance(info, ComponentInfo) and info.kind == kind and info.build.__module__ == module.__name__:

@@ -17,8 +17,8 @@ thresholds that lie on the hull of the ROC curve, which was seen first.
 How many guesses are counted is not chosen by looking at the answers: the numbers m, m/2, m/4, … are fixed, and the allowed error
 is divided by the number of all tests (Bonferroni), so that the bounds of an audit hold *together* with the stated confidence.
 
-No attack on m targets shows more than one without mistakes would (`build_perfect_evidence`): for 2,000 targets about 10 by the second
-theorem, 4 by the first. A claim above that cannot be refuted.
+No attack on m targets shows more than one without mistakes would (`build_perfect_evidence`): for 2,000 targets about 10 by the
+second theorem, 4 by the first. A claim above that cannot be refuted.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from cotune.server.deployment.members import Member
 from cotune.server.rounds.client_dp import client_level_noise
 from cotune.server.rounds.selection import check_sample_size
 from cotune.strategies.compatibility import find_problem
-from cotune.strategies.fusions.robust import FEWEST
+from cotune.strategies.fusions.robust.robust import FEWEST
 
 _RARELY = 1e-3  # how often a run may end because too few organizations were drawn in one of its rounds
 

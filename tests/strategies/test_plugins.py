@@ -312,7 +312,7 @@ def test_an_installed_part_is_named_like_any_other(package: Path, folder: Path) 
 
 
 def test_a_package_hides_nothing_of_cotune(package: Path) -> None:
-    assert get_component("fusion", "mean").build.__module__ == "cotune.strategies.fusions.mean"
+    assert get_component("fusion", "mean").build.__module__ == "cotune.strategies.fusions.averaging.mean"
 
 
 def test_a_package_is_imported_when_its_part_is_named(package: Path) -> None:

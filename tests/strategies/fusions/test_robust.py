@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from cotune.strategies.fusions.robust import bounded_shares, compute_max_norm
+from cotune.strategies.fusions.robust.robust import bounded_shares, compute_max_norm
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=8)
 

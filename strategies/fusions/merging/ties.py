@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+from cotune.strategies.fusions.merging.merging_ops import trim_to_density
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -32,7 +32,7 @@ def ties(
 
     density: the fraction of entries to keep of each update, over all its parameters together. scale: λ.
     """
-    kept = [trimmed(u.delta, density) for u in updates]
+    kept = [trim_to_density(u.delta, density) for u in updates]
     found = {}
     for name in dict.fromkeys(name for delta in kept for name in delta):
         held = [(u.scalar, delta[name]) for u, delta in zip(updates, kept, strict=True) if name in delta]
@@ -44,11 +44,3 @@ def ties(
         weight = agreed.sum(dim=0)
         found[name] = torch.where(weight > 0, scale * merged / weight, 0.0)
     return found
-
-
-def trimmed(delta: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    """Only the entries of the largest magnitudes; all of them where the last ones are as large."""
-    sizes = torch.cat([tensor.flatten() for tensor in delta.values()]).abs()
-    keep = max(1, round(density * len(sizes)))
-    least = sizes.kthvalue(len(sizes) - keep + 1).values
-    return {name: torch.where(tensor.abs() >= least, tensor, 0.0) for name, tensor in delta.items()}

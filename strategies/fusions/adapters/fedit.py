@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cotune.strategies.fusions.mean import mean
+from cotune.strategies.fusions.averaging.mean import mean
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums
 

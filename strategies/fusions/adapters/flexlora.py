@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cotune.strategies.low_rank import averaged, change, get_factors, shares, stacked, truncated
+from cotune.strategies.fusions.adapters.low_rank import (
+    average_deltas,
+    delta_between,
+    get_factors,
+    normalize_weights,
+    stack_factors,
+    truncate_to_rank,
+)
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
@@ -26,14 +33,14 @@ def flexlora(updates: Sequence[WeightedUpdate], *, context: RoundContext, blocks
     Otherwise, where ranks differ, what only a few hold shrinks from round to round, until the smallest rank is all there is.
     Under record-level privacy the noise on two trained factors multiplies; with lora.factors = "b" it is on B alone.
     """
-    delta = averaged(updates)
+    delta = average_deltas(updates)
     for adapter in context.adapters:
         factors = [get_factors(u, adapter) for u in updates]
         received = context.state[adapter.a].to(torch.float64)
-        weights = _by_column(factors, shares(updates)) if blocks else shares(updates)
+        weights = _by_column(factors, normalize_weights(updates)) if blocks else normalize_weights(updates)
         nothing = (torch.zeros_like(context.state[adapter.b], dtype=torch.float64), received)  # directions, where there are few
-        b, a = truncated(*stacked([*factors, nothing], [*weights, 0.0]), adapter.rank)
-        delta |= change(context.state, {adapter.b: b, adapter.a: a})
+        b, a = truncate_to_rank(*stack_factors([*factors, nothing], [*weights, 0.0]), adapter.rank)
+        delta |= delta_between(context.state, {adapter.b: b, adapter.a: a})
     return delta
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
+from cotune.strategies.fusions.robust.robust_ops import clip_to_norm
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, weighted, weighted_mean
-from cotune.strategies.sums import norm as norm_of
 from cotune.strategies.types import WeightedUpdate
 
 
@@ -28,12 +28,6 @@ def norm_bound(*, norm: Annotated[float, Field(gt=0)] = 1.0) -> Sums:
     """
 
     def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
-        return weighted(update, clipped(update.delta, norm))
+        return weighted(update, clip_to_norm(update.delta, norm))
 
     return weighted_mean((yield contribution))
-
-
-def clipped(delta: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
-    """The delta, shortened to the norm where it is longer."""
-    size = norm_of(delta)
-    return {name: tensor * (norm / size) for name, tensor in delta.items()} if size > norm else dict(delta)

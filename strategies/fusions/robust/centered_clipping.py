@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.norm_bound import clipped
+from cotune.strategies.fusions.robust.robust_ops import clip_to_norm
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.types import Aggregate, RoundContext, WeightedUpdate
@@ -40,4 +40,4 @@ def centered_clipping(
 
 
 def _move(update: WeightedUpdate, center: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
-    return weighted(update, clipped({n: d - center.get(n, _NOTHING) for n, d in update.delta.items()}, norm))
+    return weighted(update, clip_to_norm({n: d - center.get(n, _NOTHING) for n, d in update.delta.items()}, norm))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from cotune.strategies.fusions.robust_ops import stacked
+from cotune.strategies.fusions.robust.robust_ops import coordinate_median, stack_deltas
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -18,10 +16,4 @@ from cotune.strategies.types import Delta, WeightedUpdate
 )
 def median(updates: Sequence[WeightedUpdate]) -> Delta:
     """D_j = the median of Δ_1j … Δ_nj, for every coordinate j; the mean of the middle two where n is even."""
-    return {name: middle(deltas) for name, deltas in stacked(updates).items()}
-
-
-def middle(deltas: Tensor) -> Tensor:
-    """The median over the first dimension, n × shape -> shape. torch's own takes the lower of the middle two."""
-    ordered = deltas.sort(dim=0).values
-    return (ordered[(len(deltas) - 1) // 2] + ordered[len(deltas) // 2]) / 2
+    return {name: coordinate_median(deltas) for name, deltas in stack_deltas(updates).items()}

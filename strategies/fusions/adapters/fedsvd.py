@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cotune.strategies.low_rank import change, truncated
+from cotune.strategies.fusions.adapters.low_rank import delta_between, truncate_to_rank
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.types import RoundContext
@@ -28,6 +28,6 @@ def fedsvd(*, context: RoundContext) -> Sums:
     delta = weighted_mean(sums)
     for adapter in context.adapters:
         a = context.state[adapter.a].to(torch.float64)
-        b, a = truncated(context.state[adapter.b] + delta[adapter.b], a, adapter.rank)
-        delta |= change(context.state, {adapter.b: b, adapter.a: a})
+        b, a = truncate_to_rank(context.state[adapter.b] + delta[adapter.b], a, adapter.rank)
+        delta |= delta_between(context.state, {adapter.b: b, adapter.a: a})
     return delta

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cotune.strategies.low_rank import averaged, get_factors, shares, stacked, weight_change
+from cotune.strategies.fusions.adapters.low_rank import (
+    average_deltas,
+    get_factors,
+    normalize_weights,
+    stack_factors,
+    weight_change,
+)
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
@@ -23,9 +29,9 @@ def fedex(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[s
     The weights that are adapted travel to the organizations too. Under record-level privacy the noise on both factors multiplies;
     there FFA-LoRA and `fedsvd` are the choice.
     """
-    delta = averaged(updates)
+    delta = average_deltas(updates)
     for adapter in context.adapters:
-        left, right = stacked([get_factors(u, adapter) for u in updates], shares(updates))
+        left, right = stack_factors([get_factors(u, adapter) for u in updates], normalize_weights(updates))
         b = context.state[adapter.b] + delta[adapter.b]
         a = context.state[adapter.a] + delta[adapter.a]
         delta[adapter.weight] = weight_change(adapter, left @ right - b @ a)

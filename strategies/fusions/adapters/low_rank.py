@@ -15,7 +15,7 @@ from cotune.strategies.sums import total, weighted, weighted_mean
 from cotune.strategies.types import WeightedUpdate
 
 
-def averaged(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
+def average_deltas(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     """The weighted mean of the deltas, as the fusion `mean` has it."""
     sums: dict[str, Tensor] = {}
     for update in updates:
@@ -23,7 +23,7 @@ def averaged(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     return weighted_mean(sums)
 
 
-def shares(updates: Sequence[WeightedUpdate]) -> list[float]:
+def normalize_weights(updates: Sequence[WeightedUpdate]) -> list[float]:
     """p_k = w_k / Σ w."""
     weights = [update.scalar for update in updates]
     return [weight / sum(weights) for weight in weights]
@@ -38,13 +38,13 @@ def get_factors(update: WeightedUpdate, adapter: Adapter) -> tuple[Tensor, Tenso
     return b + sent.get(adapter.b, torch.zeros(())), a + sent.get(adapter.a, torch.zeros(()))
 
 
-def stacked(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float | Tensor]) -> tuple[Tensor, Tensor]:
+def stack_factors(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float | Tensor]) -> tuple[Tensor, Tensor]:
     """([q_1 B_1 … q_K B_K], [A_1; …; A_K]), whose product is Σ q_k B_k A_k; a weight may be one for each of the r_k columns."""
     left = torch.cat([b * q for (b, _), q in zip(factors, weights, strict=True)], dim=1)
     return left, torch.cat([a for _, a in factors])
 
 
-def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncate_to_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best (B, A) of a rank for left·right (Eckart & Young, 1936): B = U_r Σ_r, and A = V_rᵀ with orthonormal rows.
 
     left (d_out, m), right (m, d_in), float64. Where m or a side of the product is less than the rank, the rest is 0. The entry of
@@ -56,10 +56,10 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     b = (q_left @ u * s)[:, :rank]
     a = (vh @ q_right.T)[:rank]
     signs = a.gather(1, a.abs().argmax(dim=1, keepdim=True)).sign()
-    return padded(b * signs.T, (len(b), rank)), padded(a * signs, (rank, a.shape[1]))
+    return pad_to_shape(b * signs.T, (len(b), rank)), pad_to_shape(a * signs, (rank, a.shape[1]))
 
 
-def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def pad_to_shape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The same with zeros after it, up to a shape."""
     whole = torch.zeros(tuple(shape), dtype=tensor.dtype)
     whole[tuple(slice(0, size) for size in tensor.shape)] = tensor
@@ -77,6 +77,6 @@ def weight_change(adapter: Adapter, product: Tensor) -> Tensor:
     return scaled.T if adapter.transposed else scaled
 
 
-def change(state: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def delta_between(state: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The delta that makes parameters of the state what they are in `new`."""
     return {name: tensor.to(torch.float64) - state[name].to(torch.float64) for name, tensor in new.items()}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.fusions.robust_ops import stacked
+from cotune.strategies.fusions.robust.robust_ops import stack_deltas
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -27,7 +27,7 @@ def trimmed_mean(updates: Sequence[WeightedUpdate], *, fraction: Annotated[float
     fraction: β, cut off at either end. A round of fewer than 1/β updates is refused, as nothing would be.
     """
     found = {}
-    for name, deltas in stacked(updates).items():
+    for name, deltas in stack_deltas(updates).items():
         cut = math.floor(fraction * len(deltas) + _ROUNDING)
         found[name] = deltas.sort(dim=0).values[cut : len(deltas) - cut].mean(dim=0)
     return found

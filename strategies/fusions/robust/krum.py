@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor
 
-from cotune.strategies.fusions.robust_ops import compute_squared_distances
+from cotune.strategies.fusions.robust.robust_ops import compute_squared_distances, rank_by_krum_score
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -25,15 +24,3 @@ def krum(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(g
     malicious: f, how many of the n updates may be; n ≥ 2f + 3.
     """
     return updates[rank_by_krum_score(compute_squared_distances(updates), malicious)[0]].delta
-
-
-def rank_by_krum_score(distances: Tensor, malicious: int) -> list[int]:
-    """The updates by the sum of the squared distances to their n − f − 2 nearest neighbors, the least first.
-
-    distances: squared, n × n. At least one neighbor counts, where few updates are left to choose from; then two that are each
-    other's nearest are as good, and who is nearer to all comes first, whatever the order of the updates.
-    """
-    neighbors = max(1, len(distances) - malicious - 2)
-    nearest = distances.sort(dim=1).values[:, 1 : 1 + neighbors].sum(dim=1).tolist()  # without itself
-    total = distances.sum(dim=1).tolist()
-    return sorted(range(len(distances)), key=lambda k: (nearest[k], total[k]))

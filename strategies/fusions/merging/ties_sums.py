@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.ties import trimmed
+from cotune.strategies.fusions.merging.merging_ops import trim_to_density
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums
 from cotune.strategies.types import WeightedUpdate
@@ -30,14 +30,14 @@ def ties_sums(*, density: Annotated[float, Field(gt=0, le=1)] = 0.2, scale: Anno
     """
 
     def votes_of(update: WeightedUpdate) -> Mapping[str, Tensor]:
-        return {name: update.scalar * tensor for name, tensor in trimmed(update.delta, density).items()}
+        return {name: update.scalar * tensor for name, tensor in trim_to_density(update.delta, density).items()}
 
     votes = yield votes_of
     signs = {name: vote.sign() for name, vote in votes.items()}
 
     def agreeing(update: WeightedUpdate) -> Mapping[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for name, tensor in trimmed(update.delta, density).items():
+        for name, tensor in trim_to_density(update.delta, density).items():
             agreed = update.scalar * ((tensor.sign() == signs[name]) & (tensor != 0))
             found |= {name: agreed * tensor, _WEIGHT + name: agreed}
         return found

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import init_lora_a, parameter_seed
-from cotune.strategies.low_rank import averaged, change, get_factors, shares, stacked, weight_change
+from cotune.strategies.fusions.adapters.low_rank import (
+    average_deltas,
+    delta_between,
+    get_factors,
+    normalize_weights,
+    stack_factors,
+    weight_change,
+)
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import RoundContext, WeightedUpdate
 
@@ -33,11 +40,11 @@ def flora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[s
     instead of the stack, which would grow with their number. Under record-level privacy the noise on two trained factors
     multiplies; with lora.factors = "b" it is on B alone.
     """
-    delta = averaged(updates)
+    delta = average_deltas(updates)
     for adapter in context.adapters:
-        left, right = stacked([get_factors(u, adapter) for u in updates], shares(updates))
+        left, right = stack_factors([get_factors(u, adapter) for u in updates], normalize_weights(updates))
         old = context.state[adapter.a]
         fresh = init_lora_a(tuple(old.shape), parameter_seed(context.seed, f"{adapter.a}/{context.round}"))
-        delta |= change(context.state, {adapter.a: fresh, adapter.b: torch.zeros_like(context.state[adapter.b])})
+        delta |= delta_between(context.state, {adapter.a: fresh, adapter.b: torch.zeros_like(context.state[adapter.b])})
         delta[adapter.weight] = weight_change(adapter, left @ right)
     return delta

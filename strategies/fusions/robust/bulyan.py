@@ -8,9 +8,12 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.krum import rank_by_krum_score
-from cotune.strategies.fusions.median import middle
-from cotune.strategies.fusions.robust_ops import compute_squared_distances, stacked
+from cotune.strategies.fusions.robust.robust_ops import (
+    compute_squared_distances,
+    coordinate_median,
+    rank_by_krum_score,
+    stack_deltas,
+)
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -29,7 +32,7 @@ def bulyan(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field
     malicious: f, how many of the n updates may be; n ≥ 4f + 3.
     """
     chosen = _chosen(compute_squared_distances(updates), malicious)
-    return {name: _around_middle(deltas, 2 * malicious) for name, deltas in stacked([updates[k] for k in chosen]).items()}
+    return {name: _around_middle(deltas, 2 * malicious) for name, deltas in stack_deltas([updates[k] for k in chosen]).items()}
 
 
 def _chosen(distances: Tensor, malicious: int) -> list[int]:
@@ -44,5 +47,5 @@ def _chosen(distances: Tensor, malicious: int) -> list[int]:
 def _around_middle(deltas: Tensor, without: int) -> Tensor:
     """The mean over the first dimension of all but the `without` values that are farthest from the median."""
     ordered = deltas.sort(dim=0).values  # of two that are as far, the smaller stays
-    nearest = (ordered - middle(deltas)).abs().argsort(dim=0, stable=True)[: len(deltas) - without]
+    nearest = (ordered - coordinate_median(deltas)).abs().argsort(dim=0, stable=True)[: len(deltas) - without]
     return ordered.gather(0, nearest).mean(dim=0)

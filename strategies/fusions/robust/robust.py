@@ -9,8 +9,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.geometric_median import PASSES, SMOOTHING, weiszfeld
-from cotune.strategies.fusions.norm_bound import clipped
+from cotune.strategies.fusions.robust.robust_ops import MAX_PASSES, SMOOTHING, clip_to_norm, weiszfeld
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, norm, total
 from cotune.strategies.types import Aggregate, Delta, WeightedUpdate
@@ -44,7 +43,7 @@ def robust(
     shares = bounded_shares([update.scalar for update in counted], max(share, _MAX_SHARE_OF_FEW / len(counted)))
     longest = compute_max_norm([norm(update.delta) for update in counted], ratio)
     weighed = [_bounded(update, p, longest) for update, p in zip(counted, shares, strict=True)]
-    found = _played(weiszfeld(PASSES if len(counted) >= FEWEST else 0, SMOOTHING), weighed)
+    found = _played(weiszfeld(MAX_PASSES if len(counted) >= FEWEST else 0, SMOOTHING), weighed)
     by_name = {update.update.organization: p for update, p in zip(counted, shares, strict=True)}
     return Aggregate(found, weights=by_name)
 
@@ -73,7 +72,7 @@ def compute_max_norm(norms: Sequence[float], ratio: float) -> float:
 
 
 def _bounded(update: WeightedUpdate, share: float, longest: float) -> WeightedUpdate:
-    return WeightedUpdate(replace(update.update, delta=clipped(update.delta, longest)), share, update.state)
+    return WeightedUpdate(replace(update.update, delta=clip_to_norm(update.delta, longest)), share, update.state)
 
 
 def _played(passes: Sums, weighed: Sequence[WeightedUpdate]) -> Delta:
